@@ -1,0 +1,55 @@
+# Every target does its own set-up, once: what has not changed is not installed or built again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp bindings/*.h bindings/*.cpp)
+SANITIZED := build/sanitize
+SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=2 \
+	LD_PRELOAD="$(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench sanitize clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.built  ## layout attention on a real layout: a table and a picture
+	@$(BIN)/python -m dense_attn demo $(ARGS)
+
+test: $(VENV)/.built  ## the test suite (ARGS="-k name" for a part)
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.installed  ## ruff, clang-format and the rules of .pre-commit-config.yaml, over all files
+	@git ls-files -z --cached --others --exclude-standard --deduplicate | \
+		PRE_COMMIT_HOME=$(CURDIR)/$(VENV)/pre-commit xargs -0 $(BIN)/pre-commit run --files
+
+bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE")
+	@$(BIN)/python -m dense_attn bench $(ARGS)
+
+sanitize: $(SANITIZED)/.built  ## the case table and 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/test_backends.py
+	@$(SANITIZER_ENV) $(BIN)/python tests/fuzz.py --calls 10000
+
+clean:  ## remove what was built and installed here
+	rm -rf $(VENV) build dist *.egg-info dense_attn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("dense_attn needs Python 3.10 or newer: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
+	@echo "Installing the development environment into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet pip==26.3
+	@$(PIP) install --quiet --group dev
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	@echo "Building dense_attn"
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(SANITIZED)/.built: $(VENV)/.installed $(NATIVE) $(wildcard dense_attn/*.py)
+	@echo "Building dense_attn with sanitizers"
+	@rm -rf $(SANITIZED)
+	@DENSE_ATTN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@touch $@

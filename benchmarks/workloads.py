@@ -1,0 +1,145 @@
+"""The named workloads: shapes of real models, regions of a real label map, random inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dense_attn import Layout
+
+_ROOT = Path(__file__).resolve().parent.parent
+_REAL_LAYOUTS = _ROOT.parent / "shared" / "data" / "layouts.npz"
+_SHIPPED_LAYOUT = _ROOT / "examples" / "scene.png"
+_TIME = 0.981  # the first of 50 steps, where DenseDiffusion is strongest
+_PROMPT_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Attention of one layer: image tokens with themselves ("self"), with a prompt ("cross") or both ("joint")."""
+
+    name: str
+    kind: str
+    num_heads: int
+    grid: tuple[int, int]  # (height, width) of the image tokens
+    head_dim: int
+    batch: int = 2  # classifier-free guidance: the unconditional sample, not modulated, and the conditional one
+    text_tokens: int = _PROMPT_TOKENS
+    device: str = "cpu"
+    flex: bool = False  # FlexAttention compiles anew for every shape, so it runs where a bar asks for it
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.grid[0] * self.grid[1] + (self.text_tokens if self.kind == "joint" else 0)
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.text_tokens if self.kind == "cross" else self.seqlen_q
+
+    @property
+    def pairs(self) -> int:
+        """Elements of the matrix of scores over batch and heads."""
+        return self.batch * self.num_heads * self.seqlen_q * self.seqlen_k
+
+    def gflop(self, backward: bool) -> float:
+        """Work of plain attention: two products forward, and five more backward."""
+        return (14 if backward else 4) * self.pairs * self.head_dim / 1e9
+
+
+def _stable_diffusion() -> list[Workload]:
+    rows = [(64, 8, 40), (32, 8, 80), (16, 8, 160), (8, 8, 160)]
+    sd15 = [
+        Workload(f"sd15-{kind}-{side}", kind, heads, (side, side), dim, flex=side == 64)
+        for kind in ("self", "cross")
+        for side, heads, dim in rows
+    ]
+    sdxl = [
+        Workload(f"sdxl-{kind}-{side}", kind, heads, (side, side), 64)
+        for kind in ("self", "cross")
+        for side, heads in ((64, 10), (32, 20))
+    ]
+    return sd15 + sdxl
+
+
+def _long() -> list[Workload]:
+    """One image of 1k to 64k tokens; above 4k fewer heads, so that a call takes seconds: compare time per head."""
+
+    def workload(log_tokens: int) -> Workload:
+        grid = 2 ** (log_tokens // 2), 2 ** (log_tokens - log_tokens // 2)
+        num_heads = max(1, min(8, 2**15 >> log_tokens))
+        return Workload(f"long-self-{2**log_tokens // 1024}k", "self", num_heads, grid, 64, batch=1)
+
+    return [workload(log_tokens) for log_tokens in range(10, 17)]
+
+
+def _flux() -> list[Workload]:
+    return [
+        Workload(f"flux-joint-{16 * side}", "joint", 24, (side, side), 128, 1, 512, device="cuda") for side in (64, 128)
+    ]
+
+
+WORKLOADS = {workload.name: workload for workload in (*_stable_diffusion(), *_long(), *_flux())}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call, and the gradient that comes back to it."""
+
+    q: Tensor  # [B, H, M, D]
+    k: Tensor  # [B, H, N, D]
+    v: Tensor  # [B, H, N, D]
+    grad_out: Tensor  # [B, H, M, D]
+    q_regions: Tensor  # int32 [M]
+    k_regions: Tensor  # int32 [N]
+    strength: Tensor  # [B, 1, M], 0 for the unconditional sample
+
+
+def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Random q, k, v and gradient; words and strengths of the layout by the rules of DenseDiffusion."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(tokens: int) -> Tensor:
+        shape = (workload.batch, workload.num_heads, tokens, workload.head_dim)
+        return torch.randn(shape, generator=generator).to(workload.device, dtype)
+
+    _, layout = label_layout()
+    text = layout.token_regions(workload.text_tokens)
+    image = layout.query_regions(*workload.grid)
+    both = torch.cat((text, image))
+    q_regions = both if workload.kind == "joint" else image
+    k_regions = {"self": image, "cross": text, "joint": both}[workload.kind]
+    rows = layout.strength(*workload.grid, weight=1.0 if workload.kind == "cross" else 0.3, time=_TIME)
+    strength = torch.zeros(workload.batch, 1, workload.seqlen_q)
+    strength[workload.batch // 2 :, :, -len(rows) :] = rows  # text rows of a joint sequence are left alone
+    return Inputs(
+        randn(workload.seqlen_q), randn(workload.seqlen_k), randn(workload.seqlen_k), randn(workload.seqlen_q),
+        q_regions.to(workload.device), k_regions.to(workload.device), strength.to(workload.device),
+    )  # fmt: skip
+
+
+@cache
+def label_layout() -> tuple[str, Layout]:
+    """Where the label map comes from, and its layout: a real one if there is any, with the background as a region."""
+    source, labels = _label_map()
+    num_regions = len(np.unique(labels))
+    spans = [(3 * r + 1, 3 * r + 4) for r in range(num_regions)]  # phrases of three tokens, behind the BOS token
+    return source, Layout.from_label_map(labels, spans, background=True)
+
+
+def _label_map() -> tuple[str, np.ndarray]:
+    if _REAL_LAYOUTS.exists():
+        return "the first layout of the DenseDiffusion benchmark", np.load(_REAL_LAYOUTS)["label_maps"][0]
+    try:
+        from PIL import Image
+
+        with Image.open(_SHIPPED_LAYOUT) as image:
+            return f"examples/{_SHIPPED_LAYOUT.name}", np.array(image)
+    except (ImportError, OSError):
+        y, x = np.mgrid[:64, :64]
+        disc = (y - 40) ** 2 + (x - 20) ** 2 < 200
+        return "synthetic (a disc and a box)", np.where(disc, 1, np.where((y > 20) & (x > 40), 2, 0))

@@ -1,0 +1,191 @@
+// Fills the params of layout attention and hands the work to torch's threads.
+#include "layout_attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "tensor_view.h"
+
+namespace {
+
+const LayoutAttentionCpu& kernels() {
+  static const LayoutAttentionCpu& chosen = []() -> const LayoutAttentionCpu& {
+    const char* isa = std::getenv("DENSE_ATTN_ISA");
+    const char* reason = nullptr;
+    const LayoutAttentionCpu* found = layout_attention_cpu(isa, &reason);
+    STD_TORCH_CHECK(found != nullptr, "DENSE_ATTN_ISA must ", reason, ", got ", isa);
+    return *found;
+  }();
+  return chosen;
+}
+
+std::string cpu_isa() { return kernels().isa; }
+
+DType dtype_of(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "q must be float32, float64, float16 or bfloat16, got ",
+                      torch::headeronly::toString(q.scalar_type()));
+  }
+}
+
+Modulation modulation_of(const std::string& name) {
+  const char* names[] = {"range", "max", "bias", "mask"};
+  for (int i = 0; i < 4; ++i) {
+    if (name == names[i]) return static_cast<Modulation>(i);
+  }
+  STD_TORCH_CHECK(false, "modulation must be one of range, max, bias, mask, got ", name);
+}
+
+ScalarType statistics_dtype(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// An order that misses a row would leave it unwritten, one that leaves the range would write elsewhere.
+void require_permutation(const TensorView<2>& order) {
+  std::vector<bool> seen(order.sizes[1]);
+  const int64_t distinct = order.strides[0] == 0 ? std::min<int64_t>(order.sizes[0], 1) : order.sizes[0];
+  for (int64_t b = 0; b < distinct; ++b) {
+    std::fill(seen.begin(), seen.end(), false);
+    for (int64_t i = 0; i < order.sizes[1]; ++i) {
+      const int32_t token = *order.at<int32_t>(b, i);
+      STD_TORCH_CHECK(token >= 0 && token < order.sizes[1] && !seen[token],
+                      "q_order must be a permutation of the tokens, got ", token, " at ", i);
+      seen[token] = true;
+    }
+  }
+}
+
+// q, k, v, words, strength and order: what both passes read.
+void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions,
+                 const Tensor& k_regions, const Tensor& strength, const std::string& modulation, double scale,
+                 const std::optional<Tensor>& q_order) {
+  p.dtype = dtype_of(q);
+  p.modulation = modulation_of(modulation);
+  p.scale = scale;
+  STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
+  STD_TORCH_CHECK(q.dim() == 4, "q must have 4 dimensions, got ", shape_of(q));
+  STD_TORCH_CHECK(k.dim() == 4, "k must have 4 dimensions, got ", shape_of(k));
+  p.batch = q.size(0), p.num_heads = q.size(1), p.seqlen_q = q.size(2), p.head_dim = q.size(3);
+  p.seqlen_k = k.size(2);
+  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= kMaxHeadDim, "q must have a head dim of 1 to ", kMaxHeadDim,
+                  ", got ", p.head_dim);
+  p.q = view_rows("q", q, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
+  p.k = view_rows("k", k, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
+  p.v = view_rows("v", v, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
+  p.q_regions = view_words("q_regions", q_regions, p.batch, p.seqlen_q);
+  p.k_regions = view_words("k_regions", k_regions, p.batch, p.seqlen_k);
+  p.strength = view("strength", strength, statistics_dtype(q), {p.batch, p.num_heads, p.seqlen_q});
+  if (q_order) {
+    p.q_order = view_words("q_order", *q_order, p.batch, p.seqlen_q);
+    require_permutation(p.q_order);
+  }
+}
+
+// Runs f(begin, end, scratch) over the items on torch's threads, each range with a scratch of its own.
+template <class F>
+void parallel(int64_t items, size_t scratch_bytes, const Tensor& like, const F& f) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  constexpr size_t kAlign = 64;
+  const size_t stride = (scratch_bytes + kAlign - 1) / kAlign * kAlign;
+  const Tensor memory = torch::stable::new_empty(like, {static_cast<int64_t>(stride * threads + kAlign)},
+                                                 std::make_optional(ScalarType::Byte));
+  char* base = static_cast<char*>(memory.data_ptr());
+  base += (kAlign - reinterpret_cast<uintptr_t>(base) % kAlign) % kAlign;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { f(begin, end, base + next++ * stride); });
+}
+
+Tensor statistics_like(const Tensor& q) {
+  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, std::make_optional(statistics_dtype(q)));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions, const Tensor& k_regions,
+    const Tensor& strength, const std::string& modulation, double scale, const std::optional<Tensor>& q_order) {
+  LayoutAttentionParams p{};
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order);
+  const Tensor out = torch::stable::empty_like(q);
+  const Tensor lse = statistics_like(q), row_max = statistics_like(q), row_min = statistics_like(q);
+  p.out = view_rows("out", out, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
+  const int64_t rows[3] = {p.batch, p.num_heads, p.seqlen_q};
+  p.lse = view("lse", lse, statistics_dtype(q), rows);
+  p.row_max = view("row_max", row_max, statistics_dtype(q), rows);
+  p.row_min = view("row_min", row_min, statistics_dtype(q), rows);
+  const LayoutAttentionCpu& cpu = kernels();
+  const int64_t items = p.batch * p.num_heads * p.seqlen_q > 0 ? cpu.fwd_items(p) : 0;
+  if (items) {
+    parallel(items, cpu.fwd_scratch_bytes(p), q,
+             [&](int64_t begin, int64_t end, void* scratch) { cpu.fwd(p, begin, end, scratch); });
+  }
+  return {out, lse, row_max, row_min};
+}
+
+// Splits heads into as many parts as keep the threads evenly busy; one when the heads alone do.
+int64_t parts_per_head(int64_t heads, int64_t seqlen_q) {
+  const int64_t threads = torch::stable::get_num_threads();
+  constexpr int64_t kRowsPerPart = 96;
+  const int64_t most = std::clamp<int64_t>(seqlen_q / kRowsPerPart, 1, threads);
+  for (int64_t parts = 1; parts < most; ++parts) {
+    const int64_t rounds = (heads * parts + threads - 1) / threads;
+    if (rounds * threads * 10 <= heads * parts * 11) return parts;
+  }
+  return most;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& q_regions, const Tensor& k_regions, const Tensor& strength, const Tensor& out, const Tensor& lse,
+    const Tensor& row_max, const Tensor& row_min, const std::string& modulation, double scale,
+    const std::optional<Tensor>& q_order) {
+  LayoutAttentionBwdParams p{};
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order);
+  const int64_t out_sizes[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
+  const int64_t rows[3] = {p.batch, p.num_heads, p.seqlen_q};
+  p.grad_out = view_rows("grad_out", grad_out, q.scalar_type(), out_sizes);
+  p.out = view_rows("out", out, q.scalar_type(), out_sizes);
+  p.lse = view("lse", lse, statistics_dtype(q), rows);
+  p.row_max = view("row_max", row_max, statistics_dtype(q), rows);
+  p.row_min = view("row_min", row_min, statistics_dtype(q), rows);
+  if (grad_lse) p.grad_lse = view("grad_lse", *grad_lse, statistics_dtype(q), rows);
+  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor dstrength = statistics_like(q);
+  if (p.batch * p.num_heads * p.seqlen_q * p.seqlen_k == 0) {
+    for (Tensor* grad : {&dq, &dk, &dv, &dstrength}) torch::stable::zero_(*grad);
+    return {dq, dk, dv, dstrength};
+  }
+  p.dq = view_rows("dq", dq, q.scalar_type(), out_sizes);
+  p.dk = view_rows("dk", dk, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
+  p.dv = view_rows("dv", dv, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
+  p.dstrength = view("dstrength", dstrength, statistics_dtype(q), rows);
+  const int64_t heads = p.batch * p.num_heads;
+  p.parts = parts_per_head(heads, p.seqlen_q);
+  const LayoutAttentionCpu& cpu = kernels();
+  const Tensor partials = torch::stable::new_empty(q, {static_cast<int64_t>(cpu.bwd_partial_bytes(p))},
+                                                   std::make_optional(ScalarType::Byte));
+  p.partials = partials.data_ptr();
+  parallel(cpu.bwd_items(p), cpu.bwd_scratch_bytes(p), q,
+           [&](int64_t begin, int64_t end, void* scratch) { cpu.bwd(p, begin, end, scratch); });
+  if (p.parts > 1) {
+    torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) { cpu.bwd_reduce(p, begin, end); });
+  }
+  return {dq, dk, dv, dstrength};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dense_attn, CPU, m) {
+  m.impl("layout_attention_fwd", TORCH_BOX(&layout_attention_fwd));
+  m.impl("layout_attention_bwd", TORCH_BOX(&layout_attention_bwd));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dense_attn, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

@@ -1,0 +1,67 @@
+// Tensor -> TensorView, refusing what a kernel cannot read: the one place where raw calls are checked.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "common/tensor_view.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+
+inline void require_kind(const char* name, const Tensor& tensor, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be a cpu tensor, got another device");
+  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name, " must be strided, got another layout");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype),
+                  ", got ", torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// A view of exactly these sizes.
+template <int kDims>
+TensorView<kDims> view(const char* name, const Tensor& tensor, ScalarType dtype, const int64_t (&sizes)[kDims]) {
+  require_kind(name, tensor, dtype);
+  bool same = tensor.dim() == kDims;
+  for (int i = 0; same && i < kDims; ++i) same = tensor.size(i) == sizes[i];
+  if (!same) {
+    std::string expected = "[";
+    for (int i = 0; i < kDims; ++i) expected += (i ? ", " : "") + std::to_string(sizes[i]);
+    STD_TORCH_CHECK(false, name, " must have shape ", expected, "], got ", shape_of(tensor));
+  }
+  TensorView<kDims> result;
+  result.data = tensor.data_ptr();
+  for (int i = 0; i < kDims; ++i) result.sizes[i] = sizes[i], result.strides[i] = tensor.stride(i);
+  return result;
+}
+
+// The same, with the last axis contiguous.
+inline TensorView<4> view_rows(const char* name, const Tensor& tensor, ScalarType dtype, const int64_t (&sizes)[4]) {
+  const TensorView<4> result = view(name, tensor, dtype, sizes);
+  STD_TORCH_CHECK(sizes[3] == 1 || result.strides[3] == 1, name, " must have a contiguous last dimension, got stride ",
+                  result.strides[3]);
+  return result;
+}
+
+// int32 [tokens] or [1 or batch, tokens], read as [batch, tokens].
+inline TensorView<2> view_words(const char* name, const Tensor& tensor, int64_t batch, int64_t tokens) {
+  require_kind(name, tensor, ScalarType::Int);
+  const int64_t dims = tensor.dim();
+  const bool rows = dims == 2 && (tensor.size(0) == 1 || tensor.size(0) == batch);
+  STD_TORCH_CHECK((dims == 1 || rows) && tensor.size(dims - 1) == tokens, name, " must have shape [", tokens,
+                  "] or [1 or ", batch, ", ", tokens, "], got ", shape_of(tensor));
+  TensorView<2> result;
+  result.data = tensor.data_ptr();
+  result.sizes[0] = batch, result.sizes[1] = tokens;
+  result.strides[0] = rows && tensor.size(0) > 1 ? tensor.stride(0) : 0;
+  result.strides[1] = tensor.stride(dims - 1);
+  return result;
+}

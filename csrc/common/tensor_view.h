@@ -1,0 +1,20 @@
+// A tensor as kernels see it: pointer, sizes, strides in elements. No ownership, no torch.
+#pragma once
+
+#include <cstdint>
+
+template <int kDims>
+struct TensorView {
+  void* data = nullptr;
+  int64_t sizes[kDims] = {};
+  int64_t strides[kDims] = {};
+
+  template <class T, class... Index>
+  T* at(Index... index) const {
+    static_assert(sizeof...(index) <= kDims);
+    T* pointer = static_cast<T*>(data);
+    int axis = 0;
+    ((pointer += (int64_t)index * strides[axis++]), ...);
+    return pointer;
+  }
+};

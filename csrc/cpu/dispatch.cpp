@@ -1,0 +1,64 @@
+// Which instruction sets this library was built with, and which of them the processor has.
+#include <cstring>
+
+#include "layout_attention.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#define DENSE_ATTN_DECLARE(isa)                    \
+  namespace isa {                                  \
+  extern const LayoutAttentionCpu kLayoutAttention; \
+  }
+#if defined(__x86_64__)
+DENSE_ATTN_DECLARE(avx512_bf16)
+DENSE_ATTN_DECLARE(avx512)
+DENSE_ATTN_DECLARE(avx2)
+#endif
+DENSE_ATTN_DECLARE(portable)
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // leaf 7.1: bit 5 of eax
+  return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+#endif
+bool always() { return true; }
+
+struct Entry {
+  const LayoutAttentionCpu& kernels;
+  bool (*supported)();
+};
+
+const Entry kEntries[] = {  // best first
+#if defined(__x86_64__)
+    {avx512_bf16::kLayoutAttention, has_avx512_bf16},
+    {avx512::kLayoutAttention, has_avx512},
+    {avx2::kLayoutAttention, has_avx2},
+#endif
+    {portable::kLayoutAttention, always}};
+
+}  // namespace
+
+const LayoutAttentionCpu* layout_attention_cpu(const char* isa, const char** reason) {
+  for (const Entry& entry : kEntries) {
+    if (isa == nullptr || *isa == 0) {
+      if (entry.supported()) return &entry.kernels;
+    } else if (std::strcmp(isa, entry.kernels.isa) == 0) {
+      *reason = "name an instruction set that this processor has";
+      return entry.supported() ? &entry.kernels : nullptr;
+    }
+  }
+  *reason = "be one of avx512_bf16, avx512, avx2, portable";
+  return nullptr;
+}

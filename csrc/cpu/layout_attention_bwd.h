@@ -1,0 +1,267 @@
+// Backward: a strip of rows against blocks of keys, five products a block. dq belongs to the strip; dk and dv to the
+// item, which walks all strips of its part of a head in order, so nothing is shared and every sum has one order.
+#pragma once
+
+#include "cpu/layout_attention_rows.h"
+
+namespace DENSE_ATTN_ISA {
+
+constexpr int64_t kBwdKeyBlock = 64;
+
+template <class T>
+struct Backward {
+  using Acc = typename Dtype<T>::Acc;
+  using Vec = VecOf<Acc>;
+  using Int = IntOf<Acc>;
+  static constexpr int64_t kMaxRows = kRowVecs * kLanes<Acc>;
+  static constexpr bool kPack = !std::is_same_v<T, Acc>;
+
+  const LayoutAttentionBwdParams& p;
+  const int64_t depth;  // head_dim padded to registers
+  Acc *q_panel, *grad_panel, *q_rows, *grad_rows, *dq_panel, *dk_sum, *dv_sum, *k_packed, *v_packed, *weights, *dscores;
+  size_t scratch_bytes;
+  Lanes<Acc> tau, offset_in, offset_out, delta, row_factor, grad_in, grad_sum, dot_scores;
+  Lanes<Acc> max, min, dlse;
+  Lanes<Acc> best_max, best_min;
+  alignas(kVecBytes) typename Simd<Acc>::IntLane argmax[kMaxRows], argmin[kMaxRows];
+
+  static int64_t padded(int64_t head_dim) {
+    return (head_dim + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+  }
+  static int64_t partial_size(const LayoutAttentionBwdParams& p) { return 2 * p.seqlen_k * padded(p.head_dim); }
+
+  Backward(const LayoutAttentionBwdParams& params, void* scratch) : p(params), depth(padded(p.head_dim)) {
+    Carver carver{static_cast<char*>(scratch)};
+    q_panel = carver.take<Acc>(p.head_dim * kMaxRows);
+    grad_panel = carver.take<Acc>(p.head_dim * kMaxRows);
+    dq_panel = carver.take<Acc>(p.head_dim * kMaxRows);
+    q_rows = carver.take<Acc>(depth * kMaxRows);
+    grad_rows = carver.take<Acc>(depth * kMaxRows);
+    weights = carver.take<Acc>(kBwdKeyBlock * kMaxRows);
+    dscores = carver.take<Acc>(kBwdKeyBlock * kMaxRows);
+    k_packed = carver.take<Acc>(kPack ? kBwdKeyBlock * p.head_dim : 0);
+    v_packed = carver.take<Acc>(kPack ? kBwdKeyBlock * p.head_dim : 0);
+    dk_sum = carver.take<Acc>(p.parts == 1 ? p.seqlen_k * depth : 0);
+    dv_sum = carver.take<Acc>(p.parts == 1 ? p.seqlen_k * depth : 0);
+    scratch_bytes = carver.used;
+  }
+
+  void run(int64_t item) {
+    const int64_t head = item / p.parts, part = item % p.parts;
+    if (p.parts > 1) {
+      dk_sum = static_cast<Acc*>(p.partials) + item * partial_size(p);
+      dv_sum = dk_sum + p.seqlen_k * depth;
+    }
+    std::memset(dk_sum, 0, p.seqlen_k * depth * sizeof(Acc));
+    std::memset(dv_sum, 0, p.seqlen_k * depth * sizeof(Acc));
+    const int64_t strips = Strips(p.seqlen_q, kLanes<Acc>).count;
+    for (int64_t i = strips * part / p.parts; i < strips * (part + 1) / p.parts; ++i) {
+      const StripRows<Acc> rows(p, head * strips + i);
+      switch (rows.stride / kLanes<Acc>) {
+        case 1: strip<1>(rows); break;
+        case 2: strip<2>(rows); break;
+        default: strip<3>(rows);
+      }
+    }
+    if (p.parts == 1) write_keys(head, dk_sum, dv_sum);
+  }
+
+  // The parts of a head, summed in order.
+  void reduce(int64_t head) const {
+    Acc* first = static_cast<Acc*>(p.partials) + head * p.parts * partial_size(p);
+    for (int64_t part = 1; part < p.parts; ++part) {
+      const Acc* other = first + part * partial_size(p);
+      for (int64_t i = 0; i < partial_size(p); ++i) first[i] += other[i];
+    }
+    write_keys(head, first, first + p.seqlen_k * depth);
+  }
+
+  void write_keys(int64_t item, const Acc* dk, const Acc* dv) const {
+    const int64_t batch = item / p.num_heads, head = item % p.num_heads;
+    for (int64_t j = 0; j < p.seqlen_k; ++j) {
+      for (int64_t d = 0; d < p.head_dim; d += kLanes<Acc>) {
+        store_lanes<T>(p.dk.at<T>(batch, head, j, d), load<Vec>(dk + j * depth + d), p.head_dim - d);
+        store_lanes<T>(p.dv.at<T>(batch, head, j, d), load<Vec>(dv + j * depth + d), p.head_dim - d);
+      }
+    }
+  }
+
+  template <int kVecs>
+  void strip(const StripRows<Acc>& rows) {
+    prepare_rows<kVecs>(rows);
+    std::memset(dq_panel, 0, p.head_dim * rows.stride * sizeof(Acc));
+    const int64_t keys = p.seqlen_k;
+    for (KeyRun run = next_run(p, rows, 0, keys); run.begin < keys; run = next_run(p, rows, run.end, keys)) {
+      for (int64_t j = run.begin; j < run.end; j += kBwdKeyBlock) {
+        block<kVecs>(rows, j, run.end - j < kBwdKeyBlock ? run.end - j : kBwdKeyBlock);
+      }
+    }
+    write_queries<kVecs>(rows);
+  }
+
+  template <int kVecs>
+  void prepare_rows(const StripRows<Acc>& rows) {
+    const T* q = p.q.at<T>(rows.batch, rows.head);
+    const T* grad = p.grad_out.at<T>(rows.batch, rows.head);
+    const auto q_row = [&](int64_t r) { return q + rows.token[r] * p.q.strides[2]; };
+    const auto grad_row = [&](int64_t r) { return grad + rows.token[r] * p.grad_out.strides[2]; };
+    pack_columns<T>(q_row, rows.count, rows.stride, p.head_dim, q_panel);
+    pack_columns<T>(grad_row, rows.count, rows.stride, p.head_dim, grad_panel);
+    statistics<kVecs>(rows);
+    for (int64_t r = 0; r < rows.stride; ++r) {
+      const int64_t from = r < rows.count ? r : 0;
+      const Acc live = r < rows.count;  // lanes beyond the rows add nothing to dk and dv
+      pack_rows<T>(q_row(from), 0, 1, p.head_dim, q_rows + r * depth, depth);
+      pack_rows<T>(grad_row(from), 0, 1, p.head_dim, grad_rows + r * depth, depth);
+      for (int64_t d = 0; d < depth; ++d) {
+        q_rows[r * depth + d] = live ? q_rows[r * depth + d] * row_factor.x[r] : 0;
+        grad_rows[r * depth + d] = live ? grad_rows[r * depth + d] : 0;
+      }
+    }
+  }
+
+  // What the forward pass left of each row, as factors and offsets of the scores' exponent.
+  template <int kVecs>
+  void statistics(const StripRows<Acc>& rows) {
+    Lanes<Acc> lse;
+    for (int64_t r = 0; r < rows.stride; ++r) {
+      const int64_t token = rows.token[r];
+      lse.x[r] = *p.lse.at<Acc>(rows.batch, rows.head, token);
+      max.x[r] = *p.row_max.at<Acc>(rows.batch, rows.head, token);
+      min.x[r] = *p.row_min.at<Acc>(rows.batch, rows.head, token);
+      dlse.x[r] = p.grad_lse.data ? *p.grad_lse.at<Acc>(rows.batch, rows.head, token) : 0;
+      const T* grad = p.grad_out.at<T>(rows.batch, rows.head, token);
+      const T* out = p.out.at<T>(rows.batch, rows.head, token);
+      Acc dot = 0;
+      for (int64_t d = 0; d < p.head_dim; ++d) dot += to_float(grad[d]) * to_float(out[d]);
+      delta.x[r] = dot - dlse.x[r];
+      argmax[r] = argmin[r] = 0;
+    }
+    const Acc inf = __builtin_inf();
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec factor = temperature<Acc>(p.modulation, rows.strength[v]) * (Acc)p.scale;
+      row_factor.set(v, factor), tau.set(v, factor * (Acc)kLog2E);
+      Vec matched, others;
+      additions<Acc>(p.modulation, rows.strength[v], max[v], min[v], matched, others);
+      const auto no_key = less(lse[v], set1<Acc>(sizeof(Acc) == 8 ? -__DBL_MAX__ : -__FLT_MAX__));
+      offset_in.set(v, select(no_key, set1<Acc>(-inf), (matched - lse[v]) * (Acc)kLog2E));
+      offset_out.set(v, select(no_key, set1<Acc>(-inf), (others - lse[v]) * (Acc)kLog2E));
+      grad_in.set(v, Vec{}), grad_sum.set(v, Vec{}), dot_scores.set(v, Vec{});
+      best_max.set(v, set1<Acc>(-inf)), best_min.set(v, set1<Acc>(inf));
+    }
+  }
+
+  template <int kVecs>
+  void block(const StripRows<Acc>& rows, int64_t begin, int64_t count) {
+    const T* k = p.k.at<T>(rows.batch, rows.head, begin);
+    const T* v = p.v.at<T>(rows.batch, rows.head, begin);
+    if constexpr (kPack) {
+      pack_rows<T>(k, p.k.strides[2], count, p.head_dim, k_packed, p.head_dim);
+      pack_rows<T>(v, p.v.strides[2], count, p.head_dim, v_packed, p.head_dim);
+    }
+    constexpr int64_t kBytes = sizeof(Acc);
+    const char* keys = kPack ? reinterpret_cast<const char*>(k_packed) : reinterpret_cast<const char*>(k);
+    const char* values = kPack ? reinterpret_cast<const char*>(v_packed) : reinterpret_cast<const char*>(v);
+    const int64_t k_bytes = (kPack ? p.head_dim : p.k.strides[2]) * kBytes;
+    const int64_t v_bytes = (kPack ? p.head_dim : p.v.strides[2]) * kBytes;
+    score<kVecs>(keys, k_bytes, q_panel, rows.stride, weights, count);
+    score<kVecs>(values, v_bytes, grad_panel, rows.stride, dscores, count);
+    for (int lane_vec = 0; lane_vec < kVecs; ++lane_vec) differentiate(rows, begin, count, lane_vec);
+    const int64_t row_bytes = rows.stride * kBytes, vecs = depth / kLanes<Acc>;
+    accumulate_wide<Acc>(reinterpret_cast<const char*>(weights), row_bytes, kBytes, grad_rows, depth, rows.stride,
+                         dv_sum + begin * depth, depth, count, vecs);
+    accumulate_wide<Acc>(reinterpret_cast<const char*>(dscores), row_bytes, kBytes, q_rows, depth, rows.stride,
+                         dk_sum + begin * depth, depth, count, vecs);
+    accumulate<Acc, kVecs>(keys, kBytes, k_bytes, dscores, rows.stride, count, dq_panel, rows.stride, p.head_dim);
+  }
+
+  // to[key][row] = <key, row> for a block of keys.
+  template <int kVecs, int kRows = kTileRows>
+  void score(const char* keys, int64_t row_bytes, const Acc* panel, int64_t stride, Acc* to, int64_t count) {
+    for (; count >= kRows; count -= kRows, keys += kRows * row_bytes, to += kRows * stride) {
+      Vec acc[kRows][kVecs] = {};
+      tile_product<Acc>(keys, row_bytes, sizeof(Acc), panel, stride, p.head_dim, acc);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) store(to + r * stride + v * kLanes<Acc>, acc[r][v]);
+      }
+    }
+    if constexpr (kRows > 1) {
+      if (count) score<kVecs, kRows / 2>(keys, row_bytes, panel, stride, to, count);
+    }
+  }
+
+  // In place: weights from scores, ds' = P * (dP - delta) from dP; and the row sums that strength and extremes need.
+  void differentiate(const StripRows<Acc>& rows, int64_t begin, int64_t count, int v) {
+    const bool extremes = p.modulation == Modulation::kRange || p.modulation == Modulation::kMax;
+    const bool mask = p.modulation == Modulation::kMask;
+    const auto row_words = rows.word_lanes(v);
+    Vec in = grad_in[v], all = grad_sum[v], dot = dot_scores[v], top = best_max[v], bottom = best_min[v];
+    Int top_key = load<Int>(argmax + v * kLanes<Acc>), bottom_key = load<Int>(argmin + v * kLanes<Acc>);
+    for (int64_t j = 0; j < count; ++j) {
+      const auto matched = meet(row_words, set1_int<Acc>(*p.k_regions.at<int32_t>(rows.batch, begin + j)));
+      Acc* score_at = weights + j * rows.stride + v * kLanes<Acc>;
+      Acc* grad_at = dscores + j * rows.stride + v * kLanes<Acc>;
+      const Vec raw = load<Vec>(score_at);
+      const Vec s = mask ? select(matched, raw, Vec{}) : raw;
+      const Vec weight = exp2(s * tau[v] + select(matched, offset_in[v], offset_out[v]));
+      const Vec ds = weight * (load<Vec>(grad_at) - delta[v]);
+      store(score_at, weight);
+      store(grad_at, ds);
+      in += select(matched, ds, Vec{});
+      all += ds;
+      dot += ds * s;
+      if (extremes) {
+        const Int key = set1_int<Acc>(begin + j);
+        const auto higher = less(top, s), lower = less(s, bottom);
+        top = select(higher, s, top), top_key = select(higher, key, top_key);
+        bottom = select(lower, s, bottom), bottom_key = select(lower, key, bottom_key);
+      }
+    }
+    grad_in.set(v, in), grad_sum.set(v, all), dot_scores.set(v, dot), best_max.set(v, top), best_min.set(v, bottom);
+    store(argmax + v * kLanes<Acc>, top_key);
+    store(argmin + v * kLanes<Acc>, bottom_key);
+  }
+
+  // dq and dstrength; what reaches q and k through the row's maximum and minimum is a rank-one term of its two keys.
+  template <int kVecs>
+  void write_queries(const StripRows<Acc>& rows) {
+    Lanes<Acc> one;
+    for (int v = 0; v < kVecs; ++v) {
+      one.set(v, set1<Acc>(1));
+      for (int64_t d = 0; d < p.head_dim; ++d) {
+        Acc* at = dq_panel + d * rows.stride + v * kLanes<Acc>;
+        store(at, load<Vec>(at) * row_factor[v]);
+      }
+    }
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const Acc grad_out_of = grad_sum.x[r] - grad_in.x[r], scale = p.scale;
+      Acc dstrength = 0;
+      if (p.modulation == Modulation::kBias) dstrength = grad_in.x[r];
+      if (p.modulation == Modulation::kMax || p.modulation == Modulation::kRange) {
+        dstrength = max.x[r] * grad_in.x[r];
+        through_extreme(rows, r, scale < 0 ? argmin[r] : argmax[r], scale * rows.strength.x[r] * grad_in.x[r]);
+      }
+      if (p.modulation == Modulation::kRange) {
+        dstrength += min.x[r] * grad_out_of - dot_scores.x[r] * scale;
+        through_extreme(rows, r, scale < 0 ? argmax[r] : argmin[r], scale * rows.strength.x[r] * grad_out_of);
+      }
+      *p.dstrength.at<Acc>(rows.batch, rows.head, rows.token[r]) = dstrength;
+    }
+    T* dq = p.dq.at<T>(rows.batch, rows.head);
+    const auto row = [&](int64_t r) { return dq + rows.token[r] * p.dq.strides[2]; };
+    unpack_columns<T>(dq_panel, one.x, rows.count, rows.stride, p.head_dim, row);
+  }
+
+  void through_extreme(const StripRows<Acc>& rows, int64_t r, int64_t key, Acc factor) {
+    const T* k = p.k.at<T>(rows.batch, rows.head, key);
+    const T* q = p.q.at<T>(rows.batch, rows.head, rows.token[r]);
+    for (int64_t d = 0; d < p.head_dim; ++d) {
+      dq_panel[d * rows.stride + r] += factor * to_float(k[d]);
+      dk_sum[key * depth + d] += factor * to_float(q[d]);
+    }
+  }
+};
+
+}  // namespace DENSE_ATTN_ISA

@@ -1,0 +1,114 @@
+// What both passes know of a strip of query rows: which tokens they are, their words, and the rule of modulation.
+#pragma once
+
+#include "cpu/tile.h"
+#include "layout_attention.h"
+
+namespace DENSE_ATTN_ISA {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// Query rows are cut into strips of up to kRowVecs registers, as even as they come.
+struct Strips {
+  int64_t vecs, count;
+
+  Strips(int64_t seqlen_q, int64_t lanes)
+      : vecs((seqlen_q + lanes - 1) / lanes), count((vecs + kRowVecs - 1) / kRowVecs) {}
+  int64_t first_vec(int64_t strip) const { return strip * vecs / count; }
+};
+
+template <class Acc>
+struct alignas(kVecBytes) Lanes {
+  Acc x[kRowVecs * kLanes<Acc>];
+
+  VecOf<Acc> operator[](int v) const { return load<VecOf<Acc>>(x + v * kLanes<Acc>); }
+  void set(int v, VecOf<Acc> value) { store(x + v * kLanes<Acc>, value); }
+};
+
+template <class Acc>
+struct StripRows {
+  using Vec = VecOf<Acc>;
+  using Int = IntOf<Acc>;
+  using IntLane = typename Simd<Acc>::IntLane;
+
+  int64_t batch, head, count, stride;  // stride = lanes of the strip, count of them are rows
+  int32_t any_word, all_words;         // or and and of the rows' words
+  int64_t token[kRowVecs * kLanes<Acc>];
+  alignas(kVecBytes) IntLane words[kRowVecs * kLanes<Acc>];
+  Lanes<Acc> strength;
+
+  StripRows(const LayoutAttentionParams& p, int64_t item) {
+    const Strips strips(p.seqlen_q, kLanes<Acc>);
+    const int64_t strip = item % strips.count;
+    batch = item / strips.count / p.num_heads;
+    head = item / strips.count % p.num_heads;
+    const int64_t first = strips.first_vec(strip) * kLanes<Acc>;
+    stride = strips.first_vec(strip + 1) * kLanes<Acc> - first;
+    count = p.seqlen_q - first < stride ? p.seqlen_q - first : stride;
+    any_word = 0;
+    all_words = -1;
+    for (int64_t r = 0; r < stride; ++r) {
+      const int64_t visit = first + (r < count ? r : 0);  // lanes beyond the rows repeat the first
+      token[r] = p.q_order.data ? *p.q_order.at<int32_t>(batch, visit) : visit;
+      const int32_t word = *p.q_regions.at<int32_t>(batch, token[r]);
+      words[r] = word;
+      any_word |= word;
+      all_words &= word;
+      strength.x[r] = *p.strength.at<Acc>(batch, head, token[r]);
+    }
+  }
+
+  Int word_lanes(int v) const { return load<Int>(words + v * kLanes<Acc>); }
+};
+
+// Factor of the scores: s' = temperature * s + (terms constant over the keys of one population).
+template <class Acc>
+inline VecOf<Acc> temperature(Modulation modulation, VecOf<Acc> c) {
+  return modulation == Modulation::kRange ? 1 - c : set1<Acc>(1);
+}
+
+// What the rule adds to the scores of each population, in natural units.
+template <class Acc>
+inline void additions(Modulation modulation, VecOf<Acc> c, VecOf<Acc> max, VecOf<Acc> min, VecOf<Acc>& matched,
+                      VecOf<Acc>& others) {
+  matched = others = VecOf<Acc>{};
+  if (modulation == Modulation::kRange) matched = c * max, others = c * min;
+  if (modulation == Modulation::kMax) matched = c * max;
+  if (modulation == Modulation::kBias) matched = c;
+  if (modulation == Modulation::kMask) others = set1<Acc>(-__builtin_inf());
+}
+
+// The next run of keys [begin, end) that has work for the strip: with `mask`, key groups that no row meets are passed by.
+struct KeyRun {
+  int64_t begin, end;
+};
+
+template <class Acc>
+inline KeyRun next_run(const LayoutAttentionParams& p, const StripRows<Acc>& rows, int64_t from, int64_t to) {
+  if (p.modulation != Modulation::kMask) return {from, to};
+  const auto meets = [&](int64_t j) {
+    int32_t word = 0;
+    for (int64_t i = j; i < j + kTileRows && i < to; ++i) word |= *p.k_regions.at<int32_t>(rows.batch, i);
+    return (word & rows.any_word) != 0;
+  };
+  while (from < to && !meets(from)) from += kTileRows;
+  int64_t end = from;
+  while (end < to && meets(end)) end += kTileRows;
+  return {from < to ? from : to, end < to ? end : to};
+}
+
+// Hands out aligned pieces of a thread's scratch; with a null base it only counts.
+struct Carver {
+  char* base;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base + used);
+    used += (count * sizeof(T) + kVecBytes - 1) / kVecBytes * kVecBytes;
+    return piece;
+  }
+};
+
+}  // namespace DENSE_ATTN_ISA

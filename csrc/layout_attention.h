@@ -1,0 +1,53 @@
+// Layout attention: parameters and entry points, shared by every device. The maths is in dense_attn/reference.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/tensor_view.h"
+
+enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+enum class Modulation { kRange, kMax, kBias, kMask };
+
+constexpr int64_t kMaxHeadDim = 256;
+
+struct LayoutAttentionParams {
+  DType dtype;
+  Modulation modulation;
+  double scale;
+  int64_t batch, num_heads, seqlen_q, seqlen_k, head_dim;
+  TensorView<4> q, k, v;        // [B, H, M|N, D], last axis contiguous
+  TensorView<2> q_regions;      // int32 [B, M]
+  TensorView<2> k_regions;      // int32 [B, N]
+  TensorView<2> q_order;        // int32 [B, M] or no data: the order in which query rows are visited
+  TensorView<3> strength;       // [B, H, M], float or, with double inputs, double; so are the statistics
+  TensorView<4> out;            // [B, H, M, D]
+  TensorView<3> lse;            // [B, H, M]
+  TensorView<3> row_max;        // [B, H, M] of the unmodulated scores
+  TensorView<3> row_min;        // [B, H, M]
+};
+
+struct LayoutAttentionBwdParams : LayoutAttentionParams {
+  TensorView<4> grad_out;       // [B, H, M, D], last axis contiguous
+  TensorView<3> grad_lse;       // [B, H, M] or no data
+  TensorView<4> dq, dk, dv;     // like q, k, v
+  TensorView<3> dstrength;      // [B, H, M]
+  int64_t parts;                // query ranges of one head that are worked on at once, each with its own dk and dv
+  void* partials;               // [B * H, parts, 2, N, padded D] when parts > 1
+};
+
+// CPU: work is a range of items, any of which may run on any thread with that thread's scratch.
+struct LayoutAttentionCpu {
+  const char* isa;
+  int64_t (*fwd_items)(const LayoutAttentionParams&);
+  size_t (*fwd_scratch_bytes)(const LayoutAttentionParams&);
+  void (*fwd)(const LayoutAttentionParams&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*bwd_items)(const LayoutAttentionBwdParams&);
+  size_t (*bwd_scratch_bytes)(const LayoutAttentionBwdParams&);
+  size_t (*bwd_partial_bytes)(const LayoutAttentionBwdParams&);
+  void (*bwd)(const LayoutAttentionBwdParams&, int64_t begin, int64_t end, void* scratch);
+  void (*bwd_reduce)(const LayoutAttentionBwdParams&, int64_t begin, int64_t end);  // items: B * H, when parts > 1
+};
+
+// The kernels of the best instruction set that the processor has, or of the named one; null with a reason if it has not.
+const LayoutAttentionCpu* layout_attention_cpu(const char* isa, const char** reason);

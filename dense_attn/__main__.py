@@ -1,0 +1,131 @@
+"""The command line: `python -m dense_attn info | verify | bench | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dense_attn
+from dense_attn import _backends, _demo, _native
+from dense_attn._scene import UserError
+
+EXTRAS = {
+    "triton": ("triton",),
+    "diffusers": ("diffusers",),
+    "bench": ("matplotlib", "pillow", "tqdm", "pytest-benchmark", "xformers"),
+    "test": ("pytest", "hypothesis"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; its exit code (0 well, 1 a check failed, 2 the arguments cannot be used)."""
+    arguments = _parser().parse_args(argv)
+    if getattr(arguments, "threads", None) is not None:
+        torch.set_num_threads(arguments.threads)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"dense_attn {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dense_attn", description=dense_attn.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | verify | bench | demo")
+
+    info = commands.add_parser(
+        "info", help="versions, CPU features, backends and the reasons of those that are missing"
+    )
+    info.set_defaults(run=_info)
+
+    verify = commands.add_parser("verify", help="check every available backend against the reference on this machine")
+    verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="run the benchmark suite")
+    bench.add_argument("--quick", action="store_true", help="a few small workloads only")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
+    bench.set_defaults(run=_bench)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the attention layers of a Stable Diffusion 1.5 step under a layout, measured and drawn",
+        description="Runs the 32 attention layers of a Stable Diffusion 1.5 denoising step at 512 x 512 with a layout, "
+        "once as the official code of DenseDiffusion does it and once with this library, and draws what happened.",
+    )
+    label_map = "label map: one grey value, palette entry or colour per region, 0 or black = background"
+    demo.add_argument("--layout", type=Path, metavar="IMAGE", help=f"{label_map} (default: a scene of four regions)")
+    demo.add_argument("--phrases", nargs="+", metavar="PHRASE", help="what each region shows, by rising label")
+    demo.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="the picture (%(default)s)")
+    grids = "token grids to run, of %(choices)s (default: all; the official code needs 4 GB for 64)"
+    demo.add_argument("--grids", type=int, nargs="+", choices=_demo.GRIDS, metavar="N", help=grids)
+    demo.add_argument("--backend", choices=("auto", *_backends.ORDER), default="auto", help="(%(default)s)")
+    demo.set_defaults(run=_run_demo)
+
+    for command in (verify, demo):
+        command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's own choice)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    print(f"dense_attn {dense_attn.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
+          f"python {platform.python_version()}, {platform.system()} {platform.machine()}")  # fmt: skip
+    compiled = "not loaded" if _native.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()
+    print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch uses "
+          f"{torch.backends.cpu.get_cpu_capability()}, dense_attn's kernels: {compiled}")  # fmt: skip
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"GPU: {', '.join(devices) or 'none'}")
+    print('\nbackends, in the order in which "auto" tries them')
+    for backend, ops in _backends.backends().items():
+        for op, state in ops.items():
+            print(f"  {backend:<10} {op:<18} {state}")
+    print("\noptional packages")
+    for extra, packages in EXTRAS.items():
+        for package in packages:
+            print(f"  {package:<17} {_version(package) or f'missing: pip install dense_attn[{extra}]'}")
+    return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from dense_attn import _verify
+
+    return _verify.main()
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        from dense_attn.benchmarks import run
+    except ImportError as error:
+        raise UserError(f"the benchmarks need {error.name}: pip install dense_attn[bench]") from None
+    files = {"--json": arguments.json, "--plot": arguments.plot}
+    argv = [text for option, path in files.items() if path is not None for text in (option, str(path))]
+    return run.main([*argv, *(["--quick"] if arguments.quick else [])]) or 0
+
+
+def _run_demo(arguments: argparse.Namespace) -> int:
+    _demo.main(arguments.layout, arguments.output, arguments.phrases, arguments.grids, arguments.backend)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The table of backends: which can run an op, and the reasons why the others cannot."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from dense_attn import _checks, _native, reference
+
+OPS = ("layout_attention",)
+ORDER = ("cuda", "triton", "cpu", "reference")
+NAMESPACES: dict[str, ModuleType | None] = {"cuda": None, "triton": None, "cpu": _native, "reference": reference}
+_NOT_THERE = "no {} kernels in this version of dense_attn"
+_MAX_HEAD_DIM = 256
+
+
+def missing(backend: str, op: str) -> str | None:
+    """The reason why a backend lacks an op on this machine, whatever the inputs; None if it has it."""
+    if NAMESPACES[backend] is None:
+        return _NOT_THERE.format(backend)
+    if backend == "cpu" and _native.LOAD_ERROR is not None:
+        return _native.LOAD_ERROR
+    return None
+
+
+def why_not(backend: str, op: str, q: Tensor) -> list[str]:
+    """Every reason why a backend cannot run an op on inputs like q; empty if it can."""
+    reason = missing(backend, op)
+    if reason is not None:
+        return [reason]
+    reasons = []
+    if backend == "cpu":
+        if q.device.type != "cpu":
+            reasons.append(f"runs on cpu tensors, got {q.device}")
+        if q.shape[-1] > _MAX_HEAD_DIM:
+            reasons.append(f"head_dim is at most {_MAX_HEAD_DIM}, got {q.shape[-1]}")
+    return reasons
+
+
+def resolve(backend: str, op: str, q: Tensor) -> str:
+    """The name of the backend that runs the call: the named one or an error, or the first that can."""
+    _checks.choice("backend", backend, ("auto", *ORDER))
+    if backend == "auto":
+        return next(candidate for candidate in ORDER if not why_not(candidate, op, q))
+    reasons = why_not(backend, op, q)
+    if reasons:
+        _checks.refuse("backend", f"be able to run {op}", f"{backend!r}: {'; '.join(reasons)}", RuntimeError)
+    return backend
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """For each backend and op: "available", or the reason why not.
+
+    Returns:
+        A dict of backend name to a dict of op name to text.
+
+    Example:
+        >>> import dense_attn
+        >>> table = dense_attn.backends()
+        >>> table["reference"]["layout_attention"]
+        'available'
+    """
+    return {backend: {op: missing(backend, op) or "available" for op in OPS} for backend in ORDER}
+
+

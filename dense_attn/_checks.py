@@ -1,0 +1,74 @@
+"""One voice of refusal: `<argument> must <rule>, got <value>`."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def refuse(argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise the library's one kind of error message."""
+    raise kind(f"{argument} must {rule}, got {got}")
+
+
+def name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(argument: str, value: object) -> Tensor:
+    """Require a strided tensor."""
+    if not isinstance(value, Tensor):
+        refuse(argument, "be a tensor", type(value).__name__, TypeError)
+    if value.layout != torch.strided:
+        refuse(argument, "be a strided tensor", value.layout, TypeError)
+    return value
+
+
+def choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
+    """Require one of a few words."""
+    if value not in choices:
+        refuse(argument, f"be one of {', '.join(choices)}", repr(value))
+    return value
+
+
+def same_device(argument: str, value: Tensor, q: Tensor) -> None:
+    """Require a tensor to live where q lives."""
+    if value.device != q.device:
+        refuse(argument, f"be on q's device {q.device}", value.device)
+
+
+def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Require q [B, H, M, D] and k, v [B, H, N, D] of one dtype and device."""
+    for argument, value in (("q", q), ("k", k), ("v", v)):
+        tensor(argument, value)
+        if value.dtype not in DTYPES:
+            refuse(argument, f"be one of {', '.join(map(name, DTYPES))}", name(value.dtype), TypeError)
+        if value.dim() != 4:
+            refuse(argument, "have 4 dimensions [batch, heads, tokens, head_dim]", tuple(value.shape))
+        if value.dtype != q.dtype:
+            refuse(argument, f"have q's dtype {name(q.dtype)}", name(value.dtype), TypeError)
+        same_device(argument, value, q)
+    batch, num_heads, _, head_dim = q.shape
+    if head_dim == 0:
+        refuse("q", "have a head dim of at least 1", tuple(q.shape))
+    for argument, value in (("k", k), ("v", v)):
+        if value.shape[:2] != q.shape[:2] or value.shape[3] != head_dim or value.shape[2] != k.shape[2]:
+            expected = f"[{batch}, {num_heads}, {k.shape[2]}, {head_dim}]"
+            refuse(argument, f"have shape {expected} to go with q and k", tuple(value.shape))
+
+
+def token_words(argument: str, value: Tensor, batch: int, num_tokens: int, q: Tensor) -> None:
+    """Require int32 [tokens] or [1 or batch, tokens]."""
+    tensor(argument, value)
+    if value.dtype != torch.int32:
+        refuse(argument, "be int32", name(value.dtype), TypeError)
+    allowed = ((num_tokens,), (1, num_tokens), (batch, num_tokens))
+    if tuple(value.shape) not in allowed:
+        rule = f"have shape [{num_tokens}], [1, {num_tokens}] or [{batch}, {num_tokens}]"
+        refuse(argument, rule, tuple(value.shape))
+    same_device(argument, value, q)

@@ -1,0 +1,85 @@
+"""`python -m dense_attn demo`: layout attention on a real layout, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from dense_attn import _backends, _picture
+from dense_attn._scene import UserError, load_scene
+from dense_attn._step import NUM_HEADS, SD15_LAYERS, Measurement, measure, megabytes, peaks, totals
+from dense_attn.layout import MAX_REGIONS
+
+GRIDS = tuple(dict.fromkeys(layer.grid for layer in SD15_LAYERS))
+PICTURE_FORMATS = (".png", ".svg", ".pdf", ".jpg")
+
+
+def table(measurements: list[Measurement]) -> str:
+    """The measurements and their sum as text."""
+    official, ours = totals(measurements)
+    count, difference = sum(m.layer.count for m in measurements), max(m.difference for m in measurements)
+    return "\n".join((
+        "                              time per layer (ms)             extra peak memory (MB)     largest",
+        "layer            x count   official  dense_attn   ratio      official  dense_attn    difference",
+        *(_line(f"{m.layer.kind} {m.layer.grid} x {m.layer.grid}", m.layer.count, *map(median, m.seconds), m.peak_bytes,
+                m.difference) for m in measurements),
+        _line("whole step", count, official, ours, peaks(measurements), difference),
+    ))  # fmt: skip
+
+
+def _line(
+    name: str, count: int, official: float, ours: float, peak_bytes: tuple[int | None, int | None], difference: float
+) -> str:
+    memory = "  ".join(f"{megabytes(size):>10}" for size in peak_bytes)
+    times = f"{1e3 * official:10.1f}  {1e3 * ours:10.1f} {official / ours:6.1f}x"
+    return f"{name:<16} x {count:<5} {times}    {memory}   {difference:11.1e}"
+
+
+def main(
+    layout: Path | None, output: Path, phrases: list[str] | None, grids: list[int] | None, backend: str = "auto"
+) -> None:
+    """Run the demo: print the table, write the picture. Raises UserError for what the user can put right."""
+    _check_output(output)
+    scene = load_scene(layout, phrases)
+    layers = tuple(layer for layer in SD15_LAYERS if layer.grid in (grids or GRIDS))
+    try:
+        name = _backends.resolve(backend, "layout_attention", torch.empty(1, 1, 1, 1))
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    print(f'"{scene.prompt}", {len(scene.layout)} of at most {MAX_REGIONS} regions')
+    print(f"float32, batch 2, {NUM_HEADS} heads, backend {name}, {torch.get_num_threads()} threads")
+    print(
+        "Queries, keys and values are random, smooth like an image's, from no trained model: this shows the op alone."
+    )
+    runs = _progress(measure(scene.layout, layers, backend), sum(layer.count for layer in layers))
+    measurements = list({run.layer: run for run in runs}.values())
+    print("\n" + table(measurements))
+    _picture.draw(scene, measurements, output)
+    print(f"\nwrote {output}")
+
+
+def _check_output(output: Path) -> None:
+    """Refuse before the work what would fail after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("the demo's picture needs matplotlib: pip install dense_attn[bench]") from None
+    if output.suffix.lower() not in PICTURE_FORMATS:
+        raise UserError(f"--output must end in one of {', '.join(PICTURE_FORMATS)}, got {output}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output must be in a folder that exists, got {output}")
+
+
+def _progress(steps: Iterator[Measurement], total: int) -> Iterator[Measurement]:
+    """The steps behind a progress bar, or with one line each where tqdm is missing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for done, step in enumerate(steps, 1):
+            print(f"layer {done} of {total}: {step.layer.kind}-attention, {step.layer.grid} x {step.layer.grid}")
+            yield step
+        return
+    yield from tqdm(steps, total=total, unit="layer", desc="attention layers")

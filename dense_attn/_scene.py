@@ -1,0 +1,83 @@
+"""A label map image and its phrases as the demo's scene; what is wrong with a user's own is said in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from dense_attn._step import NUM_TOKENS
+from dense_attn.layout import Layout
+
+SHIPPED_PHRASES = ("a green hill", "an oak tree", "a red balloon", "a grey cat")  # of examples/scene.png
+PICTURE_GRID = 32
+
+
+class UserError(Exception):
+    """What the user gave cannot be used; the message is one sentence for stderr."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A layout with its phrases and the prompt they make."""
+
+    layout: Layout
+    phrases: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        return "a photo of " + ", ".join(self.phrases)
+
+
+def load_scene(path: Path | None = None, phrases: list[str] | None = None) -> Scene:
+    """The scene of a label map image, the shipped one by default; raises UserError with the reason why it is none.
+
+    Palette and greyscale values are the labels; in a colour image every distinct colour is a label, and black and
+    transparent are 0. Label 0 is the background. A word of a phrase stands for one token of the prompt.
+    """
+    if path is None:
+        path = Path(str(resources.files("dense_attn.examples") / "scene.png"))
+        phrases = phrases or list(SHIPPED_PHRASES)
+    try:
+        num_regions = len(Layout.from_label_map(labels := _read_labels(path)))
+    except ValueError as error:
+        raise UserError(f"{path} is not a usable layout: {error}") from None
+    phrases = phrases or [f"region {r + 1}" for r in range(num_regions)]
+    if len(phrases) != num_regions or not all(phrase.split() for phrase in phrases):
+        raise UserError(f"--phrases must name each of the {num_regions} regions of {path}, got {phrases}")
+    layout = Layout.from_label_map(labels, _spans(phrases))
+    if layout.spans[-1][1] >= NUM_TOKENS:
+        raise UserError(f"--phrases must fit into a prompt of {NUM_TOKENS} tokens, got {layout.spans[-1][1] + 1}")
+    if not layout.query_regions(PICTURE_GRID, PICTURE_GRID).any():
+        raise UserError(f"{path} has no region that covers a token of the {PICTURE_GRID} x {PICTURE_GRID} grid")
+    return Scene(layout, tuple(phrases))
+
+
+def _spans(phrases: list[str]) -> list[tuple[int, int]]:
+    """Where each phrase stands in the tokens <start> a photo of <phrases> <end>, one token a word."""
+    spans, start = [], len(("<start>", "a", "photo", "of"))
+    for phrase in phrases:
+        spans.append((start, start + len(phrase.split())))
+        start = spans[-1][1]
+    return spans
+
+
+def _read_labels(path: Path) -> np.ndarray:
+    """The integer labels [H, W] of an image file."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise UserError("the demo needs pillow: pip install dense_attn[bench]") from None
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+        raise UserError(f"{path} is not an image that can be read") from None
+    if image.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
+        return np.asarray(image).astype(np.int64)
+    red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int64), -1, 0)
+    return ((red << 16) | (green << 8) | blue) * (alpha > 0)

@@ -1,0 +1,177 @@
+"""The attention layers of a Stable Diffusion 1.5 denoising step at 512 x 512, run two ways and measured."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from dense_attn.layout import Layout
+from dense_attn.layout_attention import layout_attention
+
+NUM_HEADS, NUM_TOKENS = 8, 77
+TIME = 0.981  # the first of 50 steps: t = 981 of 1000
+WEIGHTS = {"self": 0.3, "cross": 1.0}  # DenseDiffusion's
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kind of attention layer of the U-Net and how many of it a step runs."""
+
+    grid: int  # image tokens are grid x grid
+    head_dim: int
+    count: int
+    kind: str  # "self" or "cross"
+
+
+SD15_LAYERS = tuple(
+    Layer(grid, head_dim, count, kind)
+    for grid, head_dim, count in ((64, 40, 5), (32, 80, 5), (16, 160, 5), (8, 160, 1))
+    for kind in ("self", "cross")
+)
+
+
+@dataclass
+class Measurement:
+    """What was measured for one kind of layer; index 0 of a pair is the official way, 1 this library."""
+
+    layer: Layer
+    peak_bytes: tuple[int | None, int | None]  # beyond inputs and output; None where the system cannot tell
+    seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # one per layer
+    difference: float = 0.0  # largest of |ours - official|
+
+
+def make_inputs(layer: Layer, seed: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k, v [B, H, tokens, D] that behave like an image: near tokens and a few far places are alike.
+
+    The keys of words resemble random places of the image. The layout plays no part: the model does not know it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, NUM_HEADS, layer.grid**2, layer.head_dim)
+
+    def noise(num_tokens: int) -> Tensor:
+        return torch.randn((*shape[:2], num_tokens, layer.head_dim), generator=generator)
+
+    coarse = torch.randn((batch * NUM_HEADS, 6, 6, 6), generator=generator)  # 6 "meanings" on a 6 x 6 grid
+    meanings = torch.nn.functional.interpolate(coarse, (layer.grid, layer.grid), mode="bicubic", align_corners=True)
+    mixing = torch.randn((6, layer.head_dim), generator=generator) / 6**0.5
+    smooth = (meanings.flatten(2).transpose(1, 2) @ mixing).reshape(shape)
+    q = 0.8 * smooth + 0.6 * noise(shape[2])
+    if layer.kind == "self":
+        return q, 0.8 * smooth + 0.6 * noise(shape[2]), noise(shape[2])
+    places = torch.randint(shape[2], (NUM_TOKENS,), generator=generator)
+    return q, 0.8 * smooth[:, :, places] + 0.6 * noise(NUM_TOKENS), noise(NUM_TOKENS)
+
+
+def modulation_of(layer: Layer, layout: Layout) -> dict[str, Tensor]:
+    """The layout's arguments to layout_attention: none for the unconditional half of the batch, strength 0."""
+    q_regions = layout.query_regions(layer.grid, layer.grid)
+    order = layout.order(layer.grid, layer.grid)
+    conditional = layout.strength(layer.grid, layer.grid, weight=WEIGHTS[layer.kind], time=TIME)
+    is_self = layer.kind == "self"
+    return {
+        "q_regions": q_regions,
+        "k_regions": q_regions if is_self else layout.token_regions(NUM_TOKENS),
+        "strength": torch.stack((torch.zeros_like(conditional), conditional)).unsqueeze(1),  # [2, 1, M]
+        "q_order": order,
+        "k_order": order if is_self else None,
+    }
+
+
+def official_attention(q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor, strength: Tensor) -> Tensor:
+    """Range modulation of the conditional half the way DenseDiffusion does it: every score and mask in memory.
+
+    q, k, v [B, H, tokens, D]; dense_mask float [1, M, N], made beforehand; strength [M, 1].
+    """
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B*H, tokens, D]
+    empty = torch.empty(len(q), seqlen_q, k.shape[1])
+    scores = torch.baddbmm(empty, q, k.transpose(1, 2), beta=0, alpha=head_dim**-0.5)
+    conditional = scores[len(scores) // 2 :]  # [H, M, N]
+    row_min = conditional.min(-1, keepdim=True)[0]
+    row_max = conditional.max(-1, keepdim=True)[0]
+    mask = dense_mask.repeat(num_heads, 1, 1)
+    conditional += (mask > 0) * strength * (row_max - conditional)
+    conditional -= ~(mask > 0) * strength * (conditional - row_min)
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, num_heads))
+
+
+def measure(layout: Layout, layers: tuple[Layer, ...], backend: str = "auto") -> Iterator[Measurement]:
+    """Run every layer both ways, alternating; yields after each single layer the measurement of its kind so far."""
+    warm_up = layers[-1]  # the libraries' own first-call buffers belong to no layer
+    for call in _both_ways(warm_up, layout, backend, seed=0):
+        call()
+    for layer in layers:
+        calls = _both_ways(layer, layout, backend, seed=layer.grid)
+        measurement = Measurement(layer, tuple(peak_extra_bytes(call) for call in calls))
+        for index in range(layer.count):
+            calls = _both_ways(layer, layout, backend, seed=layer.grid + index)
+            outs = []
+            for call, seconds in zip(calls, measurement.seconds):
+                out, elapsed = _timed(call)
+                outs.append(out)
+                seconds.append(elapsed)
+            measurement.difference = max(measurement.difference, (outs[0] - outs[1]).abs().max().item())
+            yield measurement
+
+
+def _both_ways(layer: Layer, layout: Layout, backend: str, seed: int) -> tuple[Callable[[], Tensor], ...]:
+    q, k, v = make_inputs(layer, seed)
+    words = modulation_of(layer, layout)
+    dense_mask = ((words["q_regions"][:, None] & words["k_regions"]) != 0).float()[None]  # [1, M, N]
+    strength = words["strength"][1].T  # [M, 1]
+    return (
+        lambda: official_attention(q, k, v, dense_mask, strength),
+        lambda: layout_attention(q, k, v, **words, backend=backend),
+    )
+
+
+def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """The result and the median time of a call: one run of a long one, up to five of a short one."""
+    times: list[float] = []
+    while len(times) < 5 and sum(times) < 0.1:
+        start = time.perf_counter()
+        out = call()
+        times.append(time.perf_counter() - start)
+    return out, median(times)
+
+
+def peak_extra_bytes(call: Callable[[], Tensor]) -> int | None:
+    """Peak resident memory during a call beyond what the process held before and the output; None where not Linux.
+
+    The kernel's own high-water mark, so nothing that allocates can hide. Call once before: first calls load code.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide new allocations
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = _status_bytes("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    out = call()
+    return max(0, _status_bytes("VmHWM") - before - out.nbytes)
+
+
+def _status_bytes(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def totals(measurements: list[Measurement]) -> tuple[float, float]:
+    """Seconds of all layers, the official way and ours."""
+    return tuple(sum(sum(m.seconds[way]) for m in measurements) for way in (0, 1))
+
+
+def peaks(measurements: list[Measurement]) -> tuple[int | None, int | None]:
+    """Extra bytes of the hungriest layer, the official way and ours."""
+    return tuple(max((m.peak_bytes[way] for m in measurements), key=lambda size: size or 0) for way in (0, 1))
+
+
+def megabytes(size: int | None) -> str:
+    """A size in MB (10^6 bytes) as text."""
+    return "not known" if size is None else f"{size / 1e6:.{0 if size >= 1e8 else 1}f}"

@@ -1,0 +1,178 @@
+"""`python -m dense_attn verify`: every available backend against the reference, by one rule of accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dense_attn import _backends, _checks
+from dense_attn.layout_attention import MODULATIONS, layout_attention
+
+DTYPES = _checks.DTYPES
+RESULTS = ("out", "lse", "dq", "dk", "dv", "dstrength")
+
+
+def judge(got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """The one rule of accuracy: a kernel is right when error <= allowed, the two numbers returned.
+
+    error = max|got - exact|, allowed = 2*max|plain - exact| + eps(dtype)*max|exact|, where exact is the reference in
+    float64 and plain the reference in the dtype under test. Where exact is infinite or NaN, got must be the same, or
+    the error is infinite; where plain alone overflows it allows nothing.
+    """
+    got, exact, plain = got.double(), exact.double(), plain.double()
+    finite = exact.isfinite()
+    if not torch.equal(got[~finite].nan_to_num(nan=-1.0), exact[~finite].nan_to_num(nan=-1.0)):
+        return float("inf"), 0.0
+    error = _largest(got[finite] - exact[finite])
+    plain_error = (plain - exact)[finite & plain.isfinite()]
+    return error, 2 * _largest(plain_error) + torch.finfo(dtype).eps * _largest(exact[finite])
+
+
+def _largest(x: Tensor) -> float:
+    return 0.0 if x.numel() == 0 else x.abs().max().nan_to_num(nan=float("inf")).item()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of layout_attention with the gradients that flow back into it, in float64."""
+
+    name: str
+    q: Tensor  # [B, H, M, D]
+    k: Tensor  # [B, H, N, D]
+    v: Tensor  # [B, H, N, D]
+    q_regions: Tensor  # int32 [M] or [B|1, M]
+    k_regions: Tensor  # int32 [N] or [B|1, N]
+    strength: Tensor  # [B, H, M]
+    grad_out: Tensor  # [B, H, M, D]
+    grad_lse: Tensor  # [B, H, M]
+
+    def cast(self, dtype: torch.dtype) -> Case:
+        """The same case with tensors in a dtype, strength and grad_lse in its accumulation dtype."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        narrow = {name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "grad_out")}
+        return replace(self, **narrow, strength=self.strength.to(wide), grad_lse=self.grad_lse.to(wide))
+
+    def reordered(self) -> Case:
+        """The same case with the keys and the head dim reversed: equal in exact numbers, rounded differently."""
+        words = self.k_regions.flip(-1)
+        return replace(self, q=self.q.flip(-1), k=self.k.flip(-1, -2), v=self.v.flip(-2), k_regions=words)
+
+    def run(self, modulation: str, backend: str) -> dict[str, Tensor]:
+        """out, lse and the gradients of (out*grad_out).sum() + (lse*grad_lse).sum(), rows of lse = -inf left out."""
+        leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v, self.strength)]
+        q, k, v, strength = leaves
+        out, lse = layout_attention(
+            q, k, v, self.q_regions, self.k_regions, strength,
+            modulation=modulation, return_lse=True, backend=backend,
+        )  # fmt: skip
+        grad_lse = self.grad_lse.masked_fill(lse == -torch.inf, 0.0)
+        grads = torch.autograd.grad((out, lse), leaves, (self.grad_out, grad_lse), materialize_grads=True)
+        return dict(zip(RESULTS, (out.detach(), lse.detach(), *grads)))
+
+
+def exact_and_plain(case: Case, modulation: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `judge` compares a backend with, for a case in the dtype under test."""
+    exact = case.cast(torch.float64).run(modulation, "reference")
+    if case.q.dtype != torch.float64:
+        return exact, case.run(modulation, "reference")
+    plain = case.reordered().run(modulation, "reference")  # nothing is wider than float64: take another rounding of it
+    reversed_axes = {"dq": (-1,), "dk": (-1, -2), "dv": (-2,)}
+    return exact, plain | {name: plain[name].flip(axes) for name, axes in reversed_axes.items()}
+
+
+def cases() -> Iterator[Case]:
+    """A few calls that between them reach cross- and self-attention, long rows, odd sizes and every kind of row."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def words(num_words: int, num_tokens: int, choices: tuple[int, ...]) -> Tensor:
+        picks = torch.randint(len(choices), (num_words, num_tokens), generator=generator)
+        return torch.tensor(choices, dtype=torch.int32)[picks]
+
+    def case(name: str, shape: tuple[int, ...], q_words: tuple[int, ...], k_words: tuple[int, ...]) -> Case:
+        batch, heads, seqlen_q, seqlen_k, head_dim = shape
+        strengths = torch.tensor((1.0, 0.3, 0.0, 1.8, -0.5), dtype=torch.float64)
+        rows = torch.randint(5, (batch, heads, seqlen_q), generator=generator)
+        rows[:, :, 0] = 0  # the row of the negative control has strength 1
+        q_regions = words(batch, seqlen_q, q_words)
+        q_regions[:, 0] = q_words[0]
+        return Case(
+            name,
+            randn(batch, heads, seqlen_q, head_dim),
+            randn(batch, heads, seqlen_k, head_dim),
+            randn(batch, seqlen_k, heads, head_dim).transpose(1, 2),  # strided, as diffusers and xformers have it
+            q_regions,
+            words(1, seqlen_k, k_words),
+            strengths[rows],
+            randn(batch, heads, seqlen_q, head_dim),
+            randn(batch, heads, seqlen_q),
+        )
+
+    yield case("cross-attention", (2, 2, 96, 77, 40), (1, 2, 4, 0), (1, 2, 4, 0, 0))
+    yield case("self-attention", (2, 2, 144, 144, 80), (1, 2, 3), (1, 2, 3))
+    yield case("32 regions", (1, 2, 65, 130, 160), (-(2**31), 2**30, 0), (-(2**31), 1))
+    yield case("odd sizes", (1, 3, 33, 19, 7), (1, 2), (1, 2, 0))
+    yield case("long rows", (1, 1, 5, 20000, 16), (1, 2, 0), (1, 2, 0))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst error/allowed of one backend, dtype and modulation over all cases; right when at most 1."""
+
+    backend: str
+    dtype: str
+    modulation: str
+    ratios: dict[str, float]  # one per result
+    control: float  # the same of `out` with one region bit flipped; must be above 1
+
+    @property
+    def passed(self) -> bool:
+        return max(self.ratios.values()) <= 1 < self.control
+
+
+def verify() -> Iterator[Verdict]:
+    """One verdict for each available backend, dtype and modulation."""
+    available = [name for name in _backends.ORDER if _backends.missing(name, "layout_attention") is None]
+    for dtype in DTYPES:
+        narrow = [case.cast(dtype) for case in cases()]
+        for modulation in MODULATIONS:
+            expected = [exact_and_plain(case, modulation) for case in narrow]
+            for backend in available:
+                ratios = dict.fromkeys(RESULTS, 0.0)
+                for case, (exact, plain) in zip(narrow, expected):
+                    for name, got in case.run(modulation, backend).items():
+                        ratios[name] = max(ratios[name], _ratio(*judge(got, exact[name], plain[name], dtype)))
+                control = _control(narrow[0], *expected[0], modulation, backend)
+                yield Verdict(backend, _checks.name(dtype), modulation, ratios, control)
+
+
+def _control(case: Case, exact: dict[str, Tensor], plain: dict[str, Tensor], modulation: str, backend: str) -> float:
+    """error/allowed of an output computed with one region bit of the first query flipped."""
+    flipped = case.q_regions.clone()
+    flipped[:, 0] ^= 1
+    got = replace(case, q_regions=flipped).run(modulation, backend)["out"]
+    return _ratio(*judge(got, exact["out"], plain["out"], case.q.dtype))
+
+
+def _ratio(error: float, allowed: float) -> float:
+    return error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def main() -> int:
+    """Print the table; 0 if every verdict passed, 1 otherwise."""
+    print("error / allowed, worst of all cases; allowed = 2*max|plain - exact| + eps*max|exact|; right when <= 1")
+    print("flipped: the same for an output with one region bit flipped; the check works when > 1\n")
+    print(f"{'backend':<10} {'dtype':<9} {'modulation':<10} " + " ".join(f"{n:>9}" for n in (*RESULTS, "flipped")))
+    failed = 0
+    for verdict in verify():
+        numbers = " ".join(f"{ratio:9.2g}" for ratio in (*verdict.ratios.values(), verdict.control))
+        print(f"{verdict.backend:<10} {verdict.dtype:<9} {verdict.modulation:<10} {numbers}", end="")
+        print("" if verdict.passed else "  FAILED", flush=True)
+        failed += not verdict.passed
+    print("\n" + (f"{failed} rows FAILED" if failed else "every row passed"))
+    return 1 if failed else 0

@@ -1,0 +1,167 @@
+"""Layout-modulated softmax attention: the public op, its checks, its autograd and one line of dispatch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dense_attn import _backends, _checks, reference
+
+MODULATIONS = ("range", "max", "bias", "mask")
+
+
+def layout_attention(
+    q: Tensor,  # [B, H, M, D]
+    k: Tensor,  # [B, H, N, D]
+    v: Tensor,  # [B, H, N, D]
+    q_regions: Tensor,  # int32 [M] or [B|1, M]
+    k_regions: Tensor,  # int32 [N] or [B|1, N]
+    strength: Tensor | float = 1.0,  # broadcastable to [B, H, M]
+    *,
+    modulation: str = "range",
+    scale: float | None = None,
+    return_lse: bool = False,
+    q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
+    k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention whose scores are pulled up inside a query's regions and down outside of them.
+
+    With `s = scale * q k^T` and `R[i, j] = (q_regions[i] & k_regions[j]) != 0`, the result is
+    `softmax(s') v` where, for `c = strength` and the extremes taken over all keys of a row,
+
+    - `"range"`: `s' = s + c*R*(max(s) - s) - c*(1-R)*(s - min(s))` (DenseDiffusion);
+    - `"max"`: `s' = s + c*R*max(s)` (paint-with-words);
+    - `"bias"`: `s' = s + c*R`;
+    - `"mask"`: `s' = s` where R, `-inf` elsewhere (`strength` unused; a row without a matched key gives 0).
+
+    Args:
+        q, k, v: `[B, H, M, D]`, `[B, H, N, D]`, `[B, H, N, D]`; float32, bfloat16, float16 or float64, any strides.
+        q_regions, k_regions: int32 words, bit r set when the token is in region r (32 regions; bit 31 is the sign).
+        strength: a number, or float32 (float64 with float64 inputs) broadcastable to `[B, H, M]`; 0 is plain attention.
+        modulation: the rule above.
+        scale: factor on the scores, `1/sqrt(D)` when None.
+        return_lse: also return `logsumexp(s')`, float32 (float64 with float64 inputs), `[B, H, M]`.
+        q_order, k_order: permutations of the tokens, the order in which a kernel visits them (`Layout.order`);
+            they change speed, never the result.
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
+
+    Returns:
+        `out [B, H, M, D]` in q's dtype and memory order, or `(out, lse)`. Differentiable once in q, k, v and strength.
+
+    Raises:
+        ValueError, TypeError: an argument breaks the rule that the message names.
+        RuntimeError: the named backend cannot run this call, with every reason.
+
+    Source: Kim et al., Dense Text-to-Image Generation with Attention Modulation, ICCV 2023;
+    Balaji et al., eDiff-I, 2022 (paint-with-words).
+
+    Example:
+        >>> import torch, dense_attn
+        >>> q, k, v = torch.randn(3, 1, 8, 256, 40).unbind(0)
+        >>> words = (torch.arange(256) < 128).int() + 1  # left half: region 1, right half: region 0
+        >>> dense_attn.layout_attention(q, k, v, words, words, 0.5).shape
+        torch.Size([1, 8, 256, 40])
+    """
+    q, k, v = _autocast(q, k, v)
+    _checks.attention_inputs(q, k, v)
+    _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
+    _checks.choice("modulation", modulation, MODULATIONS)
+    scale = _check_scale(scale, q.shape[-1])
+    strength = _row_strength(strength, q)
+    name = _backends.resolve(backend, "layout_attention", q)
+    if name == "reference":
+        out, lse = reference.layout_attention(
+            q, k, v, q_regions, k_regions, strength, modulation=modulation, scale=scale
+        )
+        lse = lse.to(strength.dtype)
+    else:
+        out, lse, _, _ = _LayoutAttention.apply(
+            q, k, v, strength, q_regions, k_regions, q_order, modulation, scale, name
+        )
+    return (out, lse) if return_lse else out
+
+
+class _LayoutAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, strength, q_regions, k_regions, q_order, modulation, scale, backend):  # noqa: ANN001, ANN205
+        kernels = _backends.NAMESPACES[backend]
+        return kernels.layout_attention_fwd(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        q, k, v, strength, q_regions, k_regions, q_order, ctx.modulation, ctx.scale, ctx.backend = inputs
+        out, lse, row_max, row_min = output
+        ctx.mark_non_differentiable(row_max, row_min)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, q_regions, k_regions, strength, q_order, out, lse, row_max, row_min)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse, *_):  # noqa: ANN001, ANN002, ANN205
+        q, k, v, q_regions, k_regions, strength, q_order, out, lse, row_max, row_min = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        dq, dk, dv, dstrength = _backends.NAMESPACES[ctx.backend].layout_attention_bwd(
+            grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, lse, row_max, row_min,
+            ctx.modulation, ctx.scale, q_order,
+        )  # fmt: skip
+        return dq, dk, dv, dstrength, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
+        raise NotImplementedError("layout_attention must be called outside of vmap, got a vmapped input: use the batch")
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
+    device = q.device.type if isinstance(q, Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in (q, k, v)
+    )
+
+
+def _check_tokens(
+    q: Tensor, k: Tensor, q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None
+) -> None:
+    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
+    _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
+    _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
+    if q_order is not None:
+        _checks.token_words("q_order", q_order, batch, seqlen_q, q)
+    if k_order is not None:
+        _checks.token_words("k_order", k_order, batch, seqlen_k, q)
+
+
+def _check_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        _checks.refuse("scale", "be a number or None", type(scale).__name__, TypeError)
+    if not math.isfinite(scale):
+        _checks.refuse("scale", "be finite", scale)
+    return float(scale)
+
+
+def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:
+    """strength as a [B, H, M] view in the accumulation dtype."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = q.shape[:3]
+    if isinstance(strength, bool) or not isinstance(strength, (int, float, Tensor)):
+        _checks.refuse("strength", "be a number or a tensor", type(strength).__name__, TypeError)
+    if not isinstance(strength, Tensor):
+        return q.new_full((), strength, dtype=dtype).expand(shape)
+    if strength.dtype not in (torch.float32, dtype):
+        _checks.refuse("strength", f"be float32 or {_checks.name(dtype)}", _checks.name(strength.dtype), TypeError)
+    _checks.same_device("strength", strength, q)
+    padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
+    if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
+        _checks.refuse("strength", f"broadcast to [B, H, M] = {tuple(shape)}", tuple(strength.shape))
+    return strength.to(dtype).expand(shape)

@@ -1,0 +1,64 @@
+"""The one accuracy rule, as an assertion, and what it is applied to: outputs, lse and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from cases import Inputs
+from torch import Tensor
+
+from dense_attn import reference
+from dense_attn._verify import judge
+
+Results = dict[str, Tensor]  # out, lse, dq, dk, dv, dstrength by name
+
+
+def evaluate(attention: Callable, inputs: Inputs, through: str = "both", dtype: torch.dtype | None = None) -> Results:
+    """Outputs of `attention(q, k, v, q_regions, k_regions, strength) -> (out, lse)` and the gradients through them."""
+    leaves = [x.detach() for x in (inputs.q, inputs.k, inputs.v, inputs.strength)]
+    leaves = [x.requires_grad_() if dtype is None else x.to(dtype).requires_grad_() for x in leaves]
+    q, k, v, strength = leaves
+    out, lse = attention(q, k, v, inputs.q_regions, inputs.k_regions, strength)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    if through == "none":
+        return results
+    flows = {"out": (out, inputs.grad_out), "lse": (lse, inputs.grad_lse)}
+    flows = [flows[name] for name in (("out", "lse") if through == "both" else (through,))]
+    outputs, grads = zip(*((output, grad.to(output.dtype)) for output, grad in flows))
+    grads = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    for name, leaf, grad in zip(("dq", "dk", "dv", "dstrength"), leaves, grads):
+        results[name] = torch.zeros_like(leaf) if grad is None else grad
+    return results
+
+
+def exact_and_plain(inputs: Inputs, through: str = "both", **options: object) -> tuple[Results, Results]:
+    """The two measures of the rule: the reference in float64, and in the inputs' own dtype."""
+    exact = evaluate(partial(reference.layout_attention, **options), inputs, through, torch.float64)
+    if inputs.q.dtype != torch.float64:
+        return exact, evaluate(partial(reference.layout_attention, **options), inputs, through)
+
+    def reordered(q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, c: Tensor) -> tuple:
+        tensors = q.flip(3), k.flip(2, 3), v.flip(2), q_regions, k_regions.flip(-1)
+        return reference.layout_attention(*tensors, c, **options)
+
+    return exact, evaluate(reordered, inputs, through)  # nothing is wider than float64: another rounding of it
+
+
+def assert_accurate(name: str, result: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
+    """Fail, with the place, unless a result has exact's shape and obeys the rule."""
+    assert result.shape == exact.shape, f"{name} has shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+    error, allowed = judge(result, exact, plain, dtype)
+    if error <= allowed:
+        return
+    misses = torch.where(exact.isfinite(), (result.double() - exact).abs(), _unlike(result, exact))
+    at = tuple(int(i) for i in torch.unravel_index(misses.nan_to_num(nan=torch.inf).argmax(), misses.shape))
+    values = f"{result[at].item():.6g} for {exact[at].item():.6g} at {list(at)}"
+    raise AssertionError(f"{name} is off by {error:.3g}, allowed {allowed:.3g}: {values}")
+
+
+def _unlike(result: Tensor, exact: Tensor) -> Tensor:
+    """Infinite where a result is not the very infinity or NaN that exact is, else 0."""
+    same = (result.isnan() & exact.isnan()) | (result == exact)
+    return torch.where(same, 0.0, torch.inf).double()

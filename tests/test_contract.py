@@ -1,0 +1,206 @@
+"""Refusals: every bad input gets its own clear error before anything is touched; raw calls refuse too, never crash."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from cases import backends, why_skip
+from torch import Tensor
+
+from dense_attn import backends as table
+from dense_attn import layout_attention
+
+GRAMMAR = re.compile(r"[a-z_]+ must .+, got .+", re.DOTALL)
+B, H, M, N, D = 2, 3, 5, 7, 8
+
+
+def arguments() -> dict[str, object]:
+    """A call that is right in every respect."""
+    return {
+        "q": torch.randn(B, H, M, D),
+        "k": torch.randn(B, H, N, D),
+        "v": torch.randn(B, H, N, D),
+        "q_regions": torch.randint(0, 4, (M,), dtype=torch.int32),
+        "k_regions": torch.randint(0, 4, (B, N), dtype=torch.int32),
+        "strength": torch.rand(B, 1, M),
+    }
+
+
+def words(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.int32)
+
+
+BAD_CALLS = [  # argument, value, error, message
+    ("q", [1.0], TypeError, "q must be a tensor, got list"),
+    ("q", torch.randn(B, H, M, D).to_sparse(), TypeError, "q must be a strided tensor, got torch.sparse_coo"),
+    ("q", torch.ones(B, H, M, D, dtype=torch.int64), TypeError, "q must be one of float32, bfloat16, float16, float64"),
+    ("q", torch.randn(B, H, M, D).to(torch.complex64), TypeError, "got complex64"),
+    ("q", torch.randn(H, M, D), ValueError, "q must have 4 dimensions [batch, heads, tokens, head_dim], got (3, 5, 8)"),
+    ("q", torch.randn(B, H, M, 0), ValueError, "q must have a head dim of at least 1, got (2, 3, 5, 0)"),
+    ("q", torch.randn(B, H, M, D + 1), ValueError, "k must have shape [2, 3, 7, 9] to go with q and k"),
+    ("k", None, TypeError, "k must be a tensor, got NoneType"),
+    ("k", torch.randn(B, H, N, D).double(), TypeError, "k must have q's dtype float32, got float64"),
+    ("k", torch.randn(B, H, N, D, device="meta"), ValueError, "k must be on q's device cpu, got meta"),
+    ("k", torch.randn(B, H + 1, N, D), ValueError, "k must have shape [2, 3, 7, 8] to go with q and k, got (2, 4, 7, 8)"),
+    ("k", torch.randn(1, H, N, D), ValueError, "k must have shape [2, 3, 7, 8] to go with q and k, got (1, 3, 7, 8)"),
+    ("v", torch.randn(B, H, N + 1, D), ValueError, "v must have shape [2, 3, 7, 8] to go with q and k, got (2, 3, 8, 8)"),
+    ("v", torch.randn(B, H, N, D).half(), TypeError, "v must have q's dtype float32, got float16"),
+    ("q_regions", [1] * M, TypeError, "q_regions must be a tensor, got list"),
+    ("q_regions", words(M).long(), TypeError, "q_regions must be int32, got int64"),
+    ("q_regions", words(M).bool(), TypeError, "q_regions must be int32, got bool"),
+    ("q_regions", words(M + 1), ValueError, "q_regions must have shape [5], [1, 5] or [2, 5], got (6,)"),
+    ("q_regions", words(B, H, M), ValueError, "got (2, 3, 5)"),
+    ("q_regions", words(), ValueError, "got ()"),
+    ("k_regions", words(M), ValueError, "k_regions must have shape [7], [1, 7] or [2, 7], got (5,)"),
+    ("k_regions", words(3, N), ValueError, "got (3, 7)"),
+    ("k_regions", words(N).to("meta"), ValueError, "k_regions must be on q's device cpu, got meta"),
+    ("strength", "1", TypeError, "strength must be a number or a tensor, got str"),
+    ("strength", None, TypeError, "strength must be a number or a tensor, got NoneType"),
+    ("strength", True, TypeError, "strength must be a number or a tensor, got bool"),
+    ("strength", torch.rand(M).double(), TypeError, "strength must be float32"),
+    ("strength", torch.rand(M).bfloat16(), TypeError, "got bfloat16"),
+    ("strength", torch.rand(M + 1), ValueError, "strength must broadcast to [B, H, M] = (2, 3, 5), got (6,)"),
+    ("strength", torch.rand(1, B, H, M), ValueError, "got (1, 2, 3, 5)"),
+    ("strength", torch.rand(M, device="meta"), ValueError, "strength must be on q's device cpu, got meta"),
+    ("modulation", "rainbow", ValueError, "modulation must be one of range, max, bias, mask, got 'rainbow'"),
+    ("modulation", None, ValueError, "got None"),
+    ("modulation", ["range"], ValueError, "got ['range']"),
+    ("scale", "1", TypeError, "scale must be a number or None, got str"),
+    ("scale", True, TypeError, "scale must be a number or None, got bool"),
+    ("scale", torch.tensor(1.0), TypeError, "scale must be a number or None, got Tensor"),
+    ("scale", float("nan"), ValueError, "scale must be finite, got nan"),
+    ("scale", float("inf"), ValueError, "scale must be finite, got inf"),
+    ("q_order", torch.arange(M), TypeError, "q_order must be int32, got int64"),
+    ("q_order", words(M + 1), ValueError, "q_order must have shape [5], [1, 5] or [2, 5], got (6,)"),
+    ("k_order", words(B, M), ValueError, "k_order must have shape [7], [1, 7] or [2, 7], got (2, 5)"),
+    ("k_order", torch.randn(N), TypeError, "k_order must be int32, got float32"),
+    ("backend", "opencl", ValueError, "backend must be one of auto, cuda, triton, cpu, reference, got 'opencl'"),
+    ("backend", None, ValueError, "got None"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"), BAD_CALLS, ids=[f"{call[0]}-{i}" for i, call in enumerate(BAD_CALLS)]
+)
+@pytest.mark.parametrize("backend", backends("reference", "cpu"))
+def test_a_bad_argument_is_named(
+    backend: str, argument: str, value: object, error: type[Exception], message: str
+) -> None:
+    good = {**arguments(), "backend": backend}
+    before = {name: x.clone() for name, x in good.items() if isinstance(x, Tensor)}
+    with pytest.raises(error) as refusal:
+        layout_attention(**{**good, argument: value})
+    assert type(refusal.value) is error
+    assert GRAMMAR.fullmatch(str(refusal.value))
+    assert message in str(refusal.value)
+    assert all(torch.equal(x, before[name]) for name, x in good.items() if name in before)
+
+
+def test_the_good_call_is_good() -> None:
+    out, lse = layout_attention(**arguments(), return_lse=True)
+    assert out.shape == (B, H, M, D)
+    assert lse.shape == (B, H, M)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_a_named_backend_runs_or_raises_with_every_reason(backend: str) -> None:
+    reason = table()[backend]["layout_attention"]
+    if reason == "available":
+        assert layout_attention(**arguments(), backend=backend).shape == (B, H, M, D)
+        return
+    with pytest.raises(RuntimeError, match=re.escape(reason)) as refusal:
+        layout_attention(**arguments(), backend=backend)
+    assert GRAMMAR.fullmatch(str(refusal.value))
+
+
+needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
+
+
+@needs_cpu_kernels
+def test_a_wide_head_is_refused_by_the_kernel_alone() -> None:
+    q = torch.randn(1, 1, 2, 257)
+    with pytest.raises(RuntimeError, match="head_dim is at most 256, got 257"):
+        layout_attention(q, q, q, words(2), words(2), backend="cpu")
+    assert layout_attention(q, q, q, words(2), words(2)).shape == q.shape
+
+
+@pytest.mark.parametrize("backend", backends("reference", "cpu"))
+@pytest.mark.parametrize("argument", ["q_order", "k_order"])
+def test_an_order_that_is_no_permutation_never_harms(backend: str, argument: str) -> None:
+    good = {**arguments(), "backend": backend}
+    expected = layout_attention(**good)
+    tokens = M if argument == "q_order" else N
+    for order in (words(tokens) * 0, words(tokens) * tokens, words(tokens) * -1, words(tokens) * 2**30):
+        try:
+            out = layout_attention(**good, **{argument: order})
+        except (ValueError, RuntimeError) as refusal:
+            assert GRAMMAR.match(str(refusal))
+            assert argument in str(refusal)
+        else:
+            torch.testing.assert_close(out, expected)
+
+
+FORWARD = ("q", "k", "v", "q_regions", "k_regions", "strength")
+SAVED = ("out", "lse", "row_max", "row_min")
+TENSORS = ("grad_out", "grad_lse", *FORWARD, *SAVED)
+
+
+def raw(**changes: object) -> tuple[Tensor, ...]:
+    """The raw op that takes the changed arguments, everything else as it should be."""
+    good = {**arguments(), "modulation": "range", "scale": 0.3, "q_order": torch.arange(M, dtype=torch.int32)}
+    good["strength"] = good["strength"].expand(B, H, M)
+    options = ("modulation", "scale", "q_order")
+    if not any(name in changes for name in ("grad_out", "grad_lse", *SAVED)):
+        return torch.ops.dense_attn.layout_attention_fwd(*({**good, **changes}[n] for n in (*FORWARD, *options)))
+    saved = torch.ops.dense_attn.layout_attention_fwd(*(good[n] for n in (*FORWARD, *options)))
+    good |= dict(zip(SAVED, saved)) | {"grad_out": torch.randn(B, H, M, D), "grad_lse": torch.randn(B, H, M)}
+    before = {n: x.clone() for n, x in good.items() if isinstance(x, Tensor)}
+    try:
+        return torch.ops.dense_attn.layout_attention_bwd(*({**good, **changes}[n] for n in (*TENSORS, *options)))
+    finally:
+        assert all(torch.equal(good[n], x) for n, x in before.items())
+
+
+def spoiled(argument: str) -> list[object]:
+    """Wrong ranks, lengths, dtypes, devices and layouts for a raw tensor argument."""
+    rows = {"lse": (B, H, M), "row_max": (B, H, M), "row_min": (B, H, M), "grad_lse": (B, H, M), "strength": (B, H, M)}
+    shapes = {"k": (B, H, N, D), "v": (B, H, N, D), "k_regions": (N,), "q_regions": (M,), "q_order": (M,), **rows}
+    shape = shapes.get(argument, (B, H, M, D))
+    integral = argument in ("q_regions", "k_regions", "q_order")
+    x = torch.arange(shape[0], dtype=torch.int32) if integral else torch.randn(shape)
+    wrong = [x[None, None], x[..., 0], x.new_zeros(0), x.new_zeros(()), x.new_zeros(*shape[:-1], shape[-1] + 3)]
+    wrong += [x.double(), x.long(), x.bool(), x.half(), x.to("meta"), x.to_sparse()]
+    wrong += [] if integral else [x.to(torch.complex64), x[:1], x[:, :1]]
+    wrong += [x.new_zeros(*shape[:-1], 2 * shape[-1])[..., ::2]] if len(shape) == 4 else []  # last axis not contiguous
+    wrong += [x * 0, x + 1, x - 1, x * 2**30] if argument == "q_order" else []  # no permutations
+    return wrong
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("argument", [*TENSORS, "q_order"])
+def test_raw_calls_refuse(argument: str) -> None:
+    assert len(raw(**{})) == len(raw(grad_lse=torch.randn(B, H, M))) == 4
+    for value in spoiled(argument):
+        with pytest.raises(RuntimeError) as refusal:
+            raw(**{argument: value})
+        assert re.search(rf"[a-z_]+ must .+, got |Sparse", str(refusal.value)), value
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("argument", FORWARD)
+def test_raw_backward_refuses(argument: str) -> None:
+    for value in spoiled(argument):
+        with pytest.raises(RuntimeError, match=r"must .+, got |Sparse"):
+            raw(**{argument: value, "grad_lse": torch.randn(B, H, M)})
+
+
+@needs_cpu_kernels
+def test_raw_calls_refuse_options() -> None:
+    for change in ({"modulation": ""}, {"modulation": "rangee"}, {"scale": float("nan")}, {"scale": float("inf")}):
+        with pytest.raises(RuntimeError, match=r"(modulation|scale) must .+, got "):
+            raw(**change)
+    wide = torch.randn(1, 1, 2, 257)
+    with pytest.raises(RuntimeError, match="q must have a head dim of 1 to 256, got 257"):
+        raw(q=wide, k=wide, v=wide, q_regions=words(2), k_regions=words(2), strength=torch.rand(1, 1, 2), q_order=None)

@@ -1,0 +1,131 @@
+"""PyTorch's own machinery around the op: opcheck, compile, export, autocast, vmap, deterministic mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from cases import MODULATIONS, Case, backends, make_inputs, why_skip
+from torch import Tensor
+
+from dense_attn import layout_attention
+
+needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
+on_cpu = pytest.mark.parametrize("backend", backends("reference", "cpu"))
+CALLS = {  # what a raw call may look like
+    "plain": Case("raw", (2, 2, 37, 53, 40)),
+    "strided": Case("raw", (2, 2, 37, 53, 40), view="transposed", words="per-sample"),
+    "no-keys": Case("raw", (2, 2, 37, 0, 40)),
+    "no-queries": Case("raw", (2, 2, 0, 53, 40)),
+}
+
+
+def raw_arguments(case: Case, dtype: torch.dtype, modulation: str, *, ordered: bool) -> tuple[tuple, tuple]:
+    """Arguments of the two registered ops for a case."""
+    x = make_inputs(case, dtype)
+    rows = x.q.shape[:3]
+    strength = x.strength.expand(rows)
+    order = torch.randperm(rows[2]).int() if ordered else None
+    inputs = (x.q, x.k, x.v, x.q_regions, x.k_regions, strength)
+    forward = (*inputs, modulation, 0.25, order)
+    saved = torch.ops.dense_attn.layout_attention_fwd(*forward)
+    return forward, (x.grad_out, x.grad_lse if ordered else None, *inputs, *saved, modulation, 0.25, order)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("modulation", ["range", "mask"])
+def test_opcheck(name: str, dtype: torch.dtype, modulation: str) -> None:
+    """All four utilities: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
+    forward, backward = raw_arguments(CALLS[name], dtype, modulation, ordered=name == "plain")
+    torch.library.opcheck(torch.ops.dense_attn.layout_attention_fwd.default, forward)
+    torch.library.opcheck(torch.ops.dense_attn.layout_attention_bwd.default, backward)
+
+
+def test_every_registered_op_is_checked() -> None:
+    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "dense_attn::" in name}
+    checked = {"layout_attention_fwd", "layout_attention_bwd"} if why_skip("cpu") is None else set()
+    assert registered - {"cpu_isa"} == checked  # cpu_isa takes no tensor
+
+
+def loss_of(call: Callable, leaves: list[Tensor]) -> list[Tensor]:
+    out, lse = call(*leaves)
+    return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)]
+
+
+@on_cpu
+@pytest.mark.parametrize(("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", None)])
+def test_compile_forward_and_backward(backend: str, compiler: str, dynamic: bool | None) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        words = torch.arange(q.shape[2], dtype=torch.int32) % 4
+        return layout_attention(q * 2, k, v, words, words, strength, return_lse=True, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=compiler, dynamic=dynamic)
+    for tokens in (24, 40):
+        leaves = [torch.randn(2, 2, tokens, 16, requires_grad=True) for _ in range(3)]
+        leaves.append(torch.rand(tokens, requires_grad=True))
+        for result, expected in zip(loss_of(compiled, leaves), loss_of(call, leaves)):
+            torch.testing.assert_close(result, expected)
+
+
+@on_cpu
+@pytest.mark.parametrize("modulation", MODULATIONS)
+def test_export(backend: str, modulation: str) -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, words: Tensor) -> Tensor:
+            return layout_attention(q, k, v, words, words, 0.5, modulation=modulation, backend=backend)
+
+    inputs = (*torch.randn(3, 2, 2, 24, 16).unbind(0), torch.arange(24, dtype=torch.int32) % 4)
+    program = torch.export.export(Attention(), inputs)
+    others = (*torch.randn(3, 2, 2, 24, 16).unbind(0), torch.arange(24, dtype=torch.int32) % 3)
+    torch.testing.assert_close(program.module()(*others), Attention()(*others))
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 2, 2, 24, 16).unbind(0)
+    words = torch.arange(24, dtype=torch.int32) % 4
+    call = partial(layout_attention, q_regions=words, k_regions=words, backend=backend, return_lse=True)
+    with torch.autocast("cpu", dtype):
+        out, lse = call(q.requires_grad_(), k.to(dtype), v)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    expected, expected_lse = call(q.to(dtype), k.to(dtype), v.to(dtype))
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype):
+        assert call(*(x.double() for x in (q, k, v)))[0].dtype == torch.float64
+
+
+@needs_cpu_kernels
+def test_vmap_is_refused() -> None:
+    q = torch.randn(3, 2, 2, 24, 16)
+    words = torch.zeros(24, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="layout_attention must be called outside of vmap"):
+        torch.vmap(lambda x: layout_attention(x, x, x, words, words, backend="cpu"))(q)
+
+
+@on_cpu
+def test_deterministic_mode(backend: str, poisoned_memory: None) -> None:
+    leaves = [torch.randn(2, 2, 24, 16, requires_grad=True) for _ in range(3)]
+    words = torch.arange(24, dtype=torch.int32) % 4
+    out = layout_attention(*leaves, words, words, backend=backend)
+    for grad in torch.autograd.grad(out.sum(), leaves):
+        assert grad.isfinite().all()
+
+
+@on_cpu
+def test_inference_mode(backend: str) -> None:
+    words = torch.arange(24, dtype=torch.int32) % 4
+    with torch.inference_mode():
+        q = torch.randn(2, 2, 24, 16)
+        out = layout_attention(q, q, q, words, words, backend=backend)
+    assert not out.requires_grad
+    assert out.isfinite().all()
