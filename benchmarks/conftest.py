@@ -16,4 +16,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         rows = cases(metafunc.config.getoption("--quick"), metafunc.config.getoption("--workload"))
-        metafunc.parametrize("case", rows, ids=str)
+        metafunc.parametrize("case", list(rows), ids=str)

@@ -21,10 +21,11 @@ from .suite import Case, Setting, backend, why_not
 from .workloads import Inputs, Workload, make_inputs
 
 Result = TypeVar("Result")
-_SECONDS = 0.6  # of rounds a row, beyond the three rounds that a median needs
+_SECONDS = 0.5  # of rounds a row, beyond the three rounds that a median needs
 _BASELINE_SLACK = 4  # wrong maths is off by far more
-_SLOW = 4.0  # seconds of a pair of calls from which one round has to do
-_CHECKED_PAIRS = 2**25  # elements of a score matrix that float64 can afford
+_SLOW = 8.0  # seconds of a pair of calls from which one round has to do
+_CHECKED_ROWS = 256  # of the first and the last head, where all are too many
+_CHECKED_PAIRS = 2**23  # elements of a score matrix that float64 can afford
 
 
 def peak_extra_memory(call: Callable[[], Result]) -> tuple[int | None, Result]:
@@ -102,7 +103,7 @@ def _subset(workload: Workload) -> tuple[list[int], Tensor]:
     rows, total = workload.seqlen_q, workload.batch * workload.num_heads
     if workload.pairs <= _CHECKED_PAIRS:
         return list(range(total)), torch.arange(rows)
-    return sorted({0, total - 1}), torch.linspace(0, rows - 1, min(rows, 256)).long()
+    return sorted({0, total - 1}), torch.linspace(0, rows - 1, min(rows, _CHECKED_ROWS)).long()
 
 
 def _heads(x: Tensor, heads: list[int]) -> Tensor:
@@ -156,7 +157,12 @@ def measure(case: Case, benchmark: Any) -> dict[str, Any]:
         if ours:
             raise
         return row | {"reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    row |= {"error": contender.error, "allowed": contender.allowed}
+    heads, rows = _subset(case.setting.workload)
+    row |= {
+        "error": contender.error,
+        "allowed": contender.allowed,
+        "checked": f"{len(rows)} rows of {len(heads)} heads",
+    }
     if not right(contender, ours):
         return row | {"reason": f"error {contender.error:.2g} where {contender.allowed:.2g} is allowed", "wrong": True}
 

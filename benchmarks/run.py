@@ -12,7 +12,7 @@ every round of a contender its partner, this library, runs once (plain SDPA befo
 
 Before it is timed a contender must pass the library's rule of accuracy (`dense_attn/_verify.py`) against the reference
 in float64, on all results or, where these are too many, on 256 query rows of the first and the last head; a baseline,
-whose rounding is not the library's to promise, may err four times as much. What is too large is left out, with its reason.
+whose rounding is not the library's to promise, may err four times as much. What is too large is left out, and says so.
 
 Inputs are random; regions come from a real label map. Times are wall-clock seconds of one call, memory is the growth
 of the process beyond inputs and results.
@@ -26,9 +26,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ import numpy
 import pytest
 import pytest_benchmark
 import torch
+from tqdm import tqdm
 
 from dense_attn import __version__
 
@@ -54,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'':<54}" + "".join(f"{name:>14}" for name in _COLUMNS))
     options = ["--quick"] * arguments.quick + [f"--workload={name}" for name in arguments.workload]
     tests = [str(_FOLDER / name) for name in ("test_limits.py", "test_attention.py")]
-    alone = ["-c", os.devnull, "--rootdir", str(_FOLDER), "-p", "no:terminal", "-p", "no:cacheprovider"]
+    # Nothing of the folder the user stands in takes part, and nothing is left in it.
+    storage = f"--benchmark-storage=file://{tempfile.gettempdir()}"
+    alone = [f"-c{os.devnull}", f"--rootdir={_FOLDER}", "-pno:terminal", "-pno:cacheprovider", storage]
     code = pytest.main([*tests, *alone, *options], plugins=[report])
     report.bar.close()
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
@@ -87,6 +92,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{option} must be in a folder that exists, got {path}")
+    if arguments.plot is not None and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install dense_attn[bench]")
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
         parser.error(f"--plot must end in .png or .svg, got {arguments.plot}")
     return arguments
@@ -96,8 +103,6 @@ class Report:
     """The pytest plugin that gathers the rows and prints each when it is measured, above a progress bar."""
 
     def __init__(self) -> None:
-        from tqdm import tqdm
-
         self.rows: list[dict[str, Any]] = []
         self.limits: dict[str, float] = {}
         self.failed = False

@@ -54,7 +54,7 @@ class Workload:
 def _stable_diffusion() -> list[Workload]:
     rows = [(64, 8, 40), (32, 8, 80), (16, 8, 160), (8, 8, 160)]
     sd15 = [
-        Workload(f"sd15-{kind}-{side}", kind, heads, (side, side), dim, flex=side == 64)
+        Workload(f"sd15-{kind}-{side}", kind, heads, (side, side), dim, flex=(kind, side) == ("self", 64))
         for kind in ("self", "cross")
         for side, heads, dim in rows
     ]

@@ -105,29 +105,29 @@ void parallel(int64_t items, size_t scratch_bytes, const Tensor& like, const F& 
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) { f(begin, end, base + next++ * stride); });
 }
 
-Tensor statistics_like(const Tensor& q) {
+Tensor new_rows(const Tensor& q) {
   return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, std::make_optional(statistics_dtype(q)));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_fwd(
+std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions, const Tensor& k_regions,
     const Tensor& strength, const std::string& modulation, double scale, const std::optional<Tensor>& q_order) {
   LayoutAttentionParams p{};
   fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order);
   const Tensor out = torch::stable::empty_like(q);
-  const Tensor lse = statistics_like(q), row_max = statistics_like(q), row_min = statistics_like(q);
+  const Tensor lse = new_rows(q);
+  const Tensor stats = torch::stable::new_empty(q, {p.batch, p.num_heads, p.seqlen_q, kStats},
+                                                std::make_optional(statistics_dtype(q)));
   p.out = view_rows("out", out, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
-  const int64_t rows[3] = {p.batch, p.num_heads, p.seqlen_q};
-  p.lse = view("lse", lse, statistics_dtype(q), rows);
-  p.row_max = view("row_max", row_max, statistics_dtype(q), rows);
-  p.row_min = view("row_min", row_min, statistics_dtype(q), rows);
+  p.lse = view("lse", lse, statistics_dtype(q), {p.batch, p.num_heads, p.seqlen_q});
+  p.stats = view_rows("stats", stats, statistics_dtype(q), {p.batch, p.num_heads, p.seqlen_q, kStats});
   const LayoutAttentionCpu& cpu = kernels();
   const int64_t items = p.batch * p.num_heads * p.seqlen_q > 0 ? cpu.fwd_items(p) : 0;
   if (items) {
     parallel(items, cpu.fwd_scratch_bytes(p), q,
              [&](int64_t begin, int64_t end, void* scratch) { cpu.fwd(p, begin, end, scratch); });
   }
-  return {out, lse, row_max, row_min};
+  return {out, lse, stats};
 }
 
 // Splits heads into as many parts as keep the threads evenly busy; one when the heads alone do.
@@ -144,21 +144,18 @@ int64_t parts_per_head(int64_t heads, int64_t seqlen_q) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& q_regions, const Tensor& k_regions, const Tensor& strength, const Tensor& out, const Tensor& lse,
-    const Tensor& row_max, const Tensor& row_min, const std::string& modulation, double scale,
-    const std::optional<Tensor>& q_order) {
+    const Tensor& q_regions, const Tensor& k_regions, const Tensor& strength, const Tensor& out, const Tensor& stats,
+    const std::string& modulation, double scale, const std::optional<Tensor>& q_order) {
   LayoutAttentionBwdParams p{};
   fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order);
   const int64_t out_sizes[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
   const int64_t rows[3] = {p.batch, p.num_heads, p.seqlen_q};
   p.grad_out = view_rows("grad_out", grad_out, q.scalar_type(), out_sizes);
   p.out = view_rows("out", out, q.scalar_type(), out_sizes);
-  p.lse = view("lse", lse, statistics_dtype(q), rows);
-  p.row_max = view("row_max", row_max, statistics_dtype(q), rows);
-  p.row_min = view("row_min", row_min, statistics_dtype(q), rows);
+  p.stats = view_rows("stats", stats, statistics_dtype(q), {p.batch, p.num_heads, p.seqlen_q, kStats});
   if (grad_lse) p.grad_lse = view("grad_lse", *grad_lse, statistics_dtype(q), rows);
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
-  Tensor dstrength = statistics_like(q);
+  Tensor dstrength = new_rows(q);
   if (p.batch * p.num_heads * p.seqlen_q * p.seqlen_k == 0) {
     for (Tensor* grad : {&dq, &dk, &dv, &dstrength}) torch::stable::zero_(*grad);
     return {dq, dk, dv, dstrength};

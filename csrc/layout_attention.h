@@ -23,9 +23,11 @@ struct LayoutAttentionParams {
   TensorView<3> strength;       // [B, H, M], float or, with double inputs, double; so are the statistics
   TensorView<4> out;            // [B, H, M, D]
   TensorView<3> lse;            // [B, H, M]
-  TensorView<3> row_max;        // [B, H, M] of the unmodulated scores
-  TensorView<3> row_min;        // [B, H, M]
+  TensorView<4> stats;          // [B, H, M, kStats], contiguous: what the backward pass needs of each row
 };
+
+// Largest and smallest <q, k>; the softmax's maximum in log2 units and its sum, both without the terms common to the row.
+enum Stats { kRawMax, kRawMin, kShift, kSum, kStats };
 
 struct LayoutAttentionBwdParams : LayoutAttentionParams {
   TensorView<4> grad_out;       // [B, H, M, D], last axis contiguous

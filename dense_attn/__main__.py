@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="run the benchmark suite")
-    bench.add_argument("--quick", action="store_true", help="a few small workloads only")
+    bench.add_argument("--quick", action="store_true", help="the rows of a minute")
+    bench.add_argument("--workload", action="append", default=[], metavar="NAME", help="only this; may be repeated")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
     bench.set_defaults(run=_bench)
@@ -117,9 +118,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         from dense_attn.benchmarks import run
     except ImportError as error:
         raise UserError(f"the benchmarks need {error.name}: pip install dense_attn[bench]") from None
-    files = {"--json": arguments.json, "--plot": arguments.plot}
-    argv = [text for option, path in files.items() if path is not None for text in (option, str(path))]
-    return run.main([*argv, *(["--quick"] if arguments.quick else [])]) or 0
+    options = [("--workload", name) for name in arguments.workload]
+    options += [(option, path) for option, path in (("--json", arguments.json), ("--plot", arguments.plot)) if path]
+    return run.main([*["--quick"] * arguments.quick, *(str(text) for pair in options for text in pair)])
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

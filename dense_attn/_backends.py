@@ -62,5 +62,3 @@ def backends() -> dict[str, dict[str, str]]:
         'available'
     """
     return {backend: {op: missing(backend, op) or "available" for op in OPS} for backend in ORDER}
-
-

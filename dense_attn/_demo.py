@@ -51,9 +51,8 @@ def main(
         raise UserError(str(error)) from None
     print(f'"{scene.prompt}", {len(scene.layout)} of at most {MAX_REGIONS} regions')
     print(f"float32, batch 2, {NUM_HEADS} heads, backend {name}, {torch.get_num_threads()} threads")
-    print(
-        "Queries, keys and values are random, smooth like an image's, from no trained model: this shows the op alone."
-    )
+    print("official: the formula as DenseDiffusion's code has it, in plain PyTorch, every score and mask in memory")
+    print("Queries, keys and values are random, smooth like an image's, of no trained model: this shows the op alone.")
     runs = _progress(measure(scene.layout, layers, backend), sum(layer.count for layer in layers))
     measurements = list({run.layer: run for run in runs}.values())
     print("\n" + table(measurements))

@@ -37,9 +37,9 @@ if LOAD_ERROR is None:
         modulation: str,
         scale: float,
         q_order: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        stats = [q.new_empty(q.shape[:3], dtype=strength.dtype) for _ in range(3)]  # lse, row_max, row_min
-        return torch.empty_like(q), *stats
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lse = q.new_empty(q.shape[:3], dtype=strength.dtype)
+        return torch.empty_like(q), lse, q.new_empty((*q.shape[:3], 4), dtype=strength.dtype)
 
     @torch.library.register_fake("dense_attn::layout_attention_bwd")
     def _(
@@ -52,9 +52,7 @@ if LOAD_ERROR is None:
         k_regions: Tensor,
         strength: Tensor,
         out: Tensor,
-        lse: Tensor,
-        row_max: Tensor,
-        row_min: Tensor,
+        stats: Tensor,
         modulation: str,
         scale: float,
         q_order: Tensor | None,

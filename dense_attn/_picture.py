@@ -80,7 +80,8 @@ def draw(scene: Scene, measurements: list[Measurement], output: Path) -> None:
     _draw_costs(axes[2], axes[3], measurements)
     figure.supxlabel(
         f"Queries and keys are random, smooth like an image's. Attention: {PICTURE_GRID} x {PICTURE_GRID} tokens, "
-        "mean of 8 heads, first denoising step, brightness = square root of the weight.",
+        "mean of 8 heads, first denoising step,\nbrightness = square root of the weight. "
+        "Official code: its formula in plain PyTorch, every score and mask in memory.",
         fontsize=9.5, color="#57606a",
     )  # fmt: skip
     figure.savefig(output)
@@ -109,7 +110,7 @@ def _draw_layout(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, in
     pixels = torch.tensor(to_rgb(SKY)).repeat(*scene.layout.masks.shape[1:], 1)
     for r, mask in enumerate(scene.layout.masks):
         pixels[mask] = torch.tensor(to_rgb(_colour(r)))
-    axes.imshow(pixels, extent=(-0.5, PICTURE_GRID - 0.5, PICTURE_GRID - 0.5, -0.5), interpolation="nearest")
+    axes.imshow(pixels.numpy(), extent=(-0.5, PICTURE_GRID - 0.5, PICTURE_GRID - 0.5, -0.5), interpolation="nearest")
     for letter, (row, column) in zip("ABC", marks.values()):
         axes.text(
             column, row, letter, ha="center", va="center", fontsize=13, weight="bold",
@@ -150,11 +151,11 @@ def _draw_marks(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, int
         for line, (when, probabilities) in enumerate((("before", attended.before), ("after", attended.after))):
             panel = axes[line, column]
             image = probabilities[token].view(PICTURE_GRID, -1).sqrt()
-            panel.imshow(image, cmap="magma", vmin=0, vmax=ceiling, interpolation="nearest")
+            panel.imshow(image.numpy(), cmap="magma", vmin=0, vmax=ceiling, interpolation="nearest")
             own = _in_region(words, region).view(PICTURE_GRID, -1)
             padded = torch.nn.functional.pad(own.float(), (1, 1, 1, 1))  # closes the outline at the image's edge
             ticks = range(-1, PICTURE_GRID + 1)
-            panel.contour(ticks, ticks, padded, levels=[0.5], colors="white", linewidths=1.1)
+            panel.contour(ticks, ticks, padded.numpy(), levels=[0.5], colors="white", linewidths=1.1)
             panel.plot(col, row, marker="o", markersize=8, markerfacecolor=_colour(region), markeredgecolor="white")
             panel.set(xticks=[], yticks=[], xlim=(-0.6, PICTURE_GRID - 0.4), ylim=(PICTURE_GRID - 0.4, -0.6))
             panel.set_title(f"{letter} {when}: {shares[line]:.0%} inside its region", fontsize=11)

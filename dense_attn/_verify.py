@@ -129,6 +129,7 @@ class Verdict:
     modulation: str
     ratios: dict[str, float]  # one per result
     control: float  # the same of `out` with one region bit flipped; must be above 1
+    worst: str  # which result of which case is furthest off, and by how much
 
     @property
     def passed(self) -> bool:
@@ -143,12 +144,23 @@ def verify() -> Iterator[Verdict]:
         for modulation in MODULATIONS:
             expected = [exact_and_plain(case, modulation) for case in narrow]
             for backend in available:
-                ratios = dict.fromkeys(RESULTS, 0.0)
-                for case, (exact, plain) in zip(narrow, expected):
-                    for name, got in case.run(modulation, backend).items():
-                        ratios[name] = max(ratios[name], _ratio(*judge(got, exact[name], plain[name], dtype)))
-                control = _control(narrow[0], *expected[0], modulation, backend)
-                yield Verdict(backend, _checks.name(dtype), modulation, ratios, control)
+                yield _verdict(backend, narrow, expected, modulation)
+
+
+def _verdict(
+    backend: str, narrow: list[Case], expected: list[tuple[dict[str, Tensor], ...]], modulation: str
+) -> Verdict:
+    dtype = narrow[0].q.dtype
+    ratios, worst = dict.fromkeys(RESULTS, 0.0), ""
+    for case, (exact, plain) in zip(narrow, expected):
+        for name, got in case.run(modulation, backend).items():
+            error, allowed = judge(got, exact[name], plain[name], dtype)
+            ratio = _ratio(error, allowed)
+            if ratio >= max(ratios.values()):
+                worst = f"{name} of {case.name}: error {error:.2g}, allowed {allowed:.2g}"
+            ratios[name] = max(ratios[name], ratio)
+    control = _control(narrow[0], *expected[0], modulation, backend)
+    return Verdict(backend, _checks.name(dtype), modulation, ratios, control, worst)
 
 
 def _control(case: Case, exact: dict[str, Tensor], plain: dict[str, Tensor], modulation: str, backend: str) -> float:
@@ -172,7 +184,7 @@ def main() -> int:
     for verdict in verify():
         numbers = " ".join(f"{ratio:9.2g}" for ratio in (*verdict.ratios.values(), verdict.control))
         print(f"{verdict.backend:<10} {verdict.dtype:<9} {verdict.modulation:<10} {numbers}", end="")
-        print("" if verdict.passed else "  FAILED", flush=True)
+        print("" if verdict.passed else f"  FAILED ({verdict.worst})", flush=True)
         failed += not verdict.passed
     print("\n" + (f"{failed} rows FAILED" if failed else "every row passed"))
     return 1 if failed else 0

@@ -106,6 +106,8 @@ class Layout:
         height, width = (_integer(f"size[{axis}]", extent, 1) for axis, extent in enumerate(size))
         if not isinstance(boxes, Sequence):
             _checks.refuse("boxes", "be a list of (x0, y0, x1, y1)", type(boxes).__name__, TypeError)
+        if not 1 <= len(boxes) <= MAX_REGIONS:
+            _checks.refuse("boxes", f"hold 1 to {MAX_REGIONS} boxes", len(boxes))
         for r, box in enumerate(boxes):
             _check_box(f"boxes[{r}]", box)
         x0, y0, x1, y1 = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4, 1).unbind(1)  # [R, 1] each

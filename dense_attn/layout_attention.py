@@ -79,9 +79,7 @@ def layout_attention(
         )
         lse = lse.to(strength.dtype)
     else:
-        out, lse, _, _ = _LayoutAttention.apply(
-            q, k, v, strength, q_regions, k_regions, q_order, modulation, scale, name
-        )
+        out, lse, _ = _LayoutAttention.apply(q, k, v, strength, q_regions, k_regions, q_order, modulation, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -94,19 +92,19 @@ class _LayoutAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
         q, k, v, strength, q_regions, k_regions, q_order, ctx.modulation, ctx.scale, ctx.backend = inputs
-        out, lse, row_max, row_min = output
-        ctx.mark_non_differentiable(row_max, row_min)
+        out, _, stats = output
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, q_regions, k_regions, strength, q_order, out, lse, row_max, row_min)
+        ctx.save_for_backward(q, k, v, q_regions, k_regions, strength, q_order, out, stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse, *_):  # noqa: ANN001, ANN002, ANN205
-        q, k, v, q_regions, k_regions, strength, q_order, out, lse, row_max, row_min = ctx.saved_tensors
+        q, k, v, q_regions, k_regions, strength, q_order, out, stats = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         dq, dk, dv, dstrength = _backends.NAMESPACES[ctx.backend].layout_attention_bwd(
-            grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, lse, row_max, row_min,
+            grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats,
             ctx.modulation, ctx.scale, q_order,
         )  # fmt: skip
         return dq, dk, dv, dstrength, None, None, None, None, None, None

@@ -108,6 +108,7 @@ CASES = (
     Case("ordered-per-sample", words="per-sample", ordered=True),
     Case("gradient-of-out-alone", through="out", core=True),
     Case("gradient-of-lse-alone", through="lse"),
+    Case("gradient-of-a-sum", view="expanded-gradient"),
     *((Case("real-layout", (1, 2, 256, 256, 40), words="real", ordered=True),) if REAL_LAYOUTS.exists() else ()),
 )
 
@@ -145,6 +146,8 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     strength = _strength(case.strength, (batch, num_heads, seqlen_q), generator).to(wide)
     grad_out, grad_lse = normal(*q.shape), normal(batch, num_heads, seqlen_q)
     q, k, v, grad_out = (_view(case.view, x.to(dtype)) for x in (q, k, v, grad_out))
+    if case.view == "expanded-gradient":  # as sum().backward() makes it
+        grad_out = torch.tensor(0.7, dtype=dtype).expand(q.shape)
     orders = {"q_order": _order(q_regions), "k_order": _order(k_regions)} if case.ordered else {}
     return Inputs(q, k, v, q_regions, k_regions, strength, grad_out, grad_lse.to(wide), orders)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import raw
 import torch
 from cases import MODULATIONS, Case, backends, make_inputs, why_skip
 from torch import Tensor
@@ -22,16 +23,13 @@ CALLS = {  # what a raw call may look like
 }
 
 
-def raw_arguments(case: Case, dtype: torch.dtype, modulation: str, *, ordered: bool) -> tuple[tuple, tuple]:
-    """Arguments of the two registered ops for a case."""
+def raw_arguments(case: Case, dtype: torch.dtype, modulation: str, *, ordered: bool) -> raw.Arguments:
+    """The arguments of the two registered ops for a case."""
     x = make_inputs(case, dtype)
-    rows = x.q.shape[:3]
-    strength = x.strength.expand(rows)
-    order = torch.randperm(rows[2]).int() if ordered else None
-    inputs = (x.q, x.k, x.v, x.q_regions, x.k_regions, strength)
-    forward = (*inputs, modulation, 0.25, order)
-    saved = torch.ops.dense_attn.layout_attention_fwd(*forward)
-    return forward, (x.grad_out, x.grad_lse if ordered else None, *inputs, *saved, modulation, 0.25, order)
+    arguments = {name: getattr(x, name) for name in ("q", "k", "v", "q_regions", "k_regions")}
+    arguments |= {"strength": x.strength.expand(x.q.shape[:3]), "modulation": modulation, "scale": 0.25}
+    arguments["q_order"] = torch.randperm(x.q.shape[2]).int() if ordered else None
+    return raw.with_saved(arguments, grad_out=x.grad_out, grad_lse=x.grad_lse if ordered else None)
 
 
 @needs_cpu_kernels
@@ -40,13 +38,14 @@ def raw_arguments(case: Case, dtype: torch.dtype, modulation: str, *, ordered: b
 @pytest.mark.parametrize("modulation", ["range", "mask"])
 def test_opcheck(name: str, dtype: torch.dtype, modulation: str) -> None:
     """All four utilities: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
-    forward, backward = raw_arguments(CALLS[name], dtype, modulation, ordered=name == "plain")
-    torch.library.opcheck(torch.ops.dense_attn.layout_attention_fwd.default, forward)
-    torch.library.opcheck(torch.ops.dense_attn.layout_attention_bwd.default, backward)
+    arguments = raw_arguments(CALLS[name], dtype, modulation, ordered=name == "plain")
+    torch.library.opcheck(torch.ops.dense_attn.layout_attention_fwd.default, raw.select("fwd", arguments))
+    torch.library.opcheck(torch.ops.dense_attn.layout_attention_bwd.default, raw.select("bwd", arguments))
 
 
 def test_every_registered_op_is_checked() -> None:
-    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "dense_attn::" in name}
+    ops = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dense_attn::")]
+    registered = {op.split(".")[0] for op in ops}
     checked = {"layout_attention_fwd", "layout_attention_bwd"} if why_skip("cpu") is None else set()
     assert registered - {"cpu_isa"} == checked  # cpu_isa takes no tensor
 

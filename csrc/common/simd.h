@@ -78,6 +78,23 @@ inline void store(T* pointer, const V& value) {
   std::memcpy(pointer, &value, sizeof(V));
 }
 
+// The same lanes in double: what is computed once a row is computed to the last digit.
+template <class Acc>
+struct WideLanes {
+  typedef double Vec __attribute__((vector_size(kLanes<Acc> * sizeof(double))));
+};
+template <class Acc>
+using WideOf = typename WideLanes<Acc>::Vec;
+
+template <class Acc>
+inline WideOf<Acc> widen(VecOf<Acc> x) {
+  return __builtin_convertvector(x, WideOf<Acc>);
+}
+template <class Acc>
+inline VecOf<Acc> narrow(WideOf<Acc> x) {
+  return __builtin_convertvector(x, VecOf<Acc>);
+}
+
 template <class Acc>
 inline VecOf<Acc> set1(Acc x) {
   return x - VecOf<Acc>{};  // x - 0 and not x + 0: keeps the sign of zero
@@ -179,11 +196,12 @@ inline VecOf<Acc> exp2_polynomial(VecOf<Acc> f);
 
 template <>
 inline VecOf<float> exp2_polynomial<float>(VecOf<float> f) {
-  VecOf<float> p = 1.33908634e-3f * f + 9.67603192e-3f;
-  p = p * f + 5.55035711e-2f;
-  p = p * f + 2.40221075e-1f;
-  p = p * f + 6.93147188e-1f;
-  return p * f + 1.00000008f;
+  VecOf<float> p = 1.54614447e-4f * f + 1.34004281e-3f;
+  p = p * f + 9.61805668e-3f;
+  p = p * f + 5.55032723e-2f;
+  p = p * f + 2.40226509e-1f;
+  p = p * f + 6.93147207e-1f;
+  return p * f + 1.0f;
 }
 
 template <>

@@ -20,9 +20,8 @@ struct Backward {
   const int64_t depth;  // head_dim padded to registers
   Acc *q_panel, *grad_panel, *q_rows, *grad_rows, *dq_panel, *dk_sum, *dv_sum, *k_packed, *v_packed, *weights, *dscores;
   size_t scratch_bytes;
-  Lanes<Acc> tau, offset_in, offset_out, delta, row_factor, grad_in, grad_sum, dot_scores;
-  Lanes<Acc> max, min, dlse;
-  Lanes<Acc> best_max, best_min;
+  Lanes<Acc> tau, offset_in, offset_out, delta, grad_lse, row_factor, grad_in, grad_sum, grad_strength;
+  Lanes<Acc> raw_max, raw_min, inverse, best_max, best_min;
   alignas(kVecBytes) typename Simd<Acc>::IntLane argmax[kMaxRows], argmin[kMaxRows];
 
   static int64_t padded(int64_t head_dim) {
@@ -107,6 +106,7 @@ struct Backward {
     const auto grad_row = [&](int64_t r) { return grad + rows.token[r] * p.grad_out.strides[2]; };
     pack_columns<T>(q_row, rows.count, rows.stride, p.head_dim, q_panel);
     pack_columns<T>(grad_row, rows.count, rows.stride, p.head_dim, grad_panel);
+    sum_delta<kVecs>(rows);
     statistics<kVecs>(rows);
     for (int64_t r = 0; r < rows.stride; ++r) {
       const int64_t from = r < rows.count ? r : 0;
@@ -120,33 +120,48 @@ struct Backward {
     }
   }
 
+  // delta = <grad_out, out>, summed in the order of <grad_out, v>, which it cancels.
+  template <int kVecs>
+  void sum_delta(const StripRows<Acc>& rows) {
+    const T* out = p.out.at<T>(rows.batch, rows.head);
+    const auto row = [&](int64_t r) { return out + rows.token[r] * p.out.strides[2]; };
+    Acc* out_panel = dq_panel;  // free until the first key block
+    pack_columns<T>(row, rows.count, rows.stride, p.head_dim, out_panel);
+    for (int v = 0; v < kVecs; ++v) {
+      Vec sum{};
+      for (int64_t begin = 0; begin < p.head_dim; begin += kSumBlock) {
+        Vec part{};
+        for (int64_t d = begin; d < begin + kSumBlock && d < p.head_dim; ++d) {
+          const int64_t at = d * rows.stride + v * kLanes<Acc>;
+          part = load<Vec>(grad_panel + at) * load<Vec>(out_panel + at) + part;
+        }
+        sum += part;
+      }
+      delta.set(v, sum);
+    }
+  }
+
   // What the forward pass left of each row, as factors and offsets of the scores' exponent.
   template <int kVecs>
   void statistics(const StripRows<Acc>& rows) {
-    Lanes<Acc> lse;
+    Lanes<Acc> shift;
     for (int64_t r = 0; r < rows.stride; ++r) {
       const int64_t token = rows.token[r];
-      lse.x[r] = *p.lse.at<Acc>(rows.batch, rows.head, token);
-      max.x[r] = *p.row_max.at<Acc>(rows.batch, rows.head, token);
-      min.x[r] = *p.row_min.at<Acc>(rows.batch, rows.head, token);
-      dlse.x[r] = p.grad_lse.data ? *p.grad_lse.at<Acc>(rows.batch, rows.head, token) : 0;
-      const T* grad = p.grad_out.at<T>(rows.batch, rows.head, token);
-      const T* out = p.out.at<T>(rows.batch, rows.head, token);
-      Acc dot = 0;
-      for (int64_t d = 0; d < p.head_dim; ++d) dot += to_float(grad[d]) * to_float(out[d]);
-      delta.x[r] = dot - dlse.x[r];
+      const Acc* stats = p.stats.at<Acc>(rows.batch, rows.head, token);
+      raw_max.x[r] = stats[kRawMax], raw_min.x[r] = stats[kRawMin], shift.x[r] = stats[kShift];
+      inverse.x[r] = stats[kSum] == 0 ? 0 : 1 / stats[kSum];
+      grad_lse.x[r] = p.grad_lse.data ? *p.grad_lse.at<Acc>(rows.batch, rows.head, token) : 0;
       argmax[r] = argmin[r] = 0;
     }
     const Acc inf = __builtin_inf();
     for (int v = 0; v < kVecs; ++v) {
-      const Vec factor = temperature<Acc>(p.modulation, rows.strength[v]) * (Acc)p.scale;
-      row_factor.set(v, factor), tau.set(v, factor * (Acc)kLog2E);
-      Vec matched, others;
-      additions<Acc>(p.modulation, rows.strength[v], max[v], min[v], matched, others);
-      const auto no_key = less(lse[v], set1<Acc>(sizeof(Acc) == 8 ? -__DBL_MAX__ : -__FLT_MAX__));
-      offset_in.set(v, select(no_key, set1<Acc>(-inf), (matched - lse[v]) * (Acc)kLog2E));
-      offset_out.set(v, select(no_key, set1<Acc>(-inf), (others - lse[v]) * (Acc)kLog2E));
-      grad_in.set(v, Vec{}), grad_sum.set(v, Vec{}), dot_scores.set(v, Vec{});
+      const WideOf<Acc> c = widen<Acc>(rows.strength[v]), factor = temperature<Acc>(p.modulation, c) * p.scale;
+      row_factor.set(v, narrow<Acc>(factor)), tau.set(v, narrow<Acc>(factor * kLog2E));
+      const Additions<Acc> add(p, c, raw_max[v], raw_min[v]);
+      const WideOf<Acc> reference = add.common(p.modulation) * kLog2E + widen<Acc>(shift[v]);
+      offset_in.set(v, narrow<Acc>(add.matched * kLog2E - reference));
+      offset_out.set(v, narrow<Acc>(add.others * kLog2E - reference));
+      grad_in.set(v, Vec{}), grad_sum.set(v, Vec{}), grad_strength.set(v, Vec{});
       best_max.set(v, set1<Acc>(-inf)), best_min.set(v, set1<Acc>(inf));
     }
   }
@@ -164,8 +179,9 @@ struct Backward {
     const char* values = kPack ? reinterpret_cast<const char*>(v_packed) : reinterpret_cast<const char*>(v);
     const int64_t k_bytes = (kPack ? p.head_dim : p.k.strides[2]) * kBytes;
     const int64_t v_bytes = (kPack ? p.head_dim : p.v.strides[2]) * kBytes;
-    score<kVecs>(keys, k_bytes, q_panel, rows.stride, weights, count);
-    score<kVecs>(values, v_bytes, grad_panel, rows.stride, dscores, count);
+    accumulate<Acc, kVecs>(keys, k_bytes, kBytes, q_panel, rows.stride, p.head_dim, weights, rows.stride, count, true);
+    accumulate<Acc, kVecs>(values, v_bytes, kBytes, grad_panel, rows.stride, p.head_dim, dscores, rows.stride, count,
+                           true);
     for (int lane_vec = 0; lane_vec < kVecs; ++lane_vec) differentiate(rows, begin, count, lane_vec);
     const int64_t row_bytes = rows.stride * kBytes, vecs = depth / kLanes<Acc>;
     accumulate_wide<Acc>(reinterpret_cast<const char*>(weights), row_bytes, kBytes, grad_rows, depth, rows.stride,
@@ -175,29 +191,13 @@ struct Backward {
     accumulate<Acc, kVecs>(keys, kBytes, k_bytes, dscores, rows.stride, count, dq_panel, rows.stride, p.head_dim);
   }
 
-  // to[key][row] = <key, row> for a block of keys.
-  template <int kVecs, int kRows = kTileRows>
-  void score(const char* keys, int64_t row_bytes, const Acc* panel, int64_t stride, Acc* to, int64_t count) {
-    for (; count >= kRows; count -= kRows, keys += kRows * row_bytes, to += kRows * stride) {
-      Vec acc[kRows][kVecs] = {};
-      tile_product<Acc>(keys, row_bytes, sizeof(Acc), panel, stride, p.head_dim, acc);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) store(to + r * stride + v * kLanes<Acc>, acc[r][v]);
-      }
-    }
-    if constexpr (kRows > 1) {
-      if (count) score<kVecs, kRows / 2>(keys, row_bytes, panel, stride, to, count);
-    }
-  }
-
   // In place: weights from scores, ds' = P * (dP - delta) from dP; and the row sums that strength and extremes need.
   void differentiate(const StripRows<Acc>& rows, int64_t begin, int64_t count, int v) {
     const bool extremes = p.modulation == Modulation::kRange || p.modulation == Modulation::kMax;
     const bool mask = p.modulation == Modulation::kMask;
     const auto row_words = rows.word_lanes(v);
-    Vec in = grad_in[v], all = grad_sum[v], dot = dot_scores[v], top = best_max[v], bottom = best_min[v];
+    const Vec top_score = p.scale < 0 ? raw_min[v] : raw_max[v], bottom_score = p.scale < 0 ? raw_max[v] : raw_min[v];
+    Vec in{}, all{}, dot{}, top = best_max[v], bottom = best_min[v];
     Int top_key = load<Int>(argmax + v * kLanes<Acc>), bottom_key = load<Int>(argmin + v * kLanes<Acc>);
     for (int64_t j = 0; j < count; ++j) {
       const auto matched = meet(row_words, set1_int<Acc>(*p.k_regions.at<int32_t>(rows.batch, begin + j)));
@@ -205,13 +205,13 @@ struct Backward {
       Acc* grad_at = dscores + j * rows.stride + v * kLanes<Acc>;
       const Vec raw = load<Vec>(score_at);
       const Vec s = mask ? select(matched, raw, Vec{}) : raw;
-      const Vec weight = exp2(s * tau[v] + select(matched, offset_in[v], offset_out[v]));
-      const Vec ds = weight * (load<Vec>(grad_at) - delta[v]);
+      const Vec weight = exp2(s * tau[v] + select(matched, offset_in[v], offset_out[v])) * inverse[v];
+      const Vec ds = weight * (load<Vec>(grad_at) - delta[v] + grad_lse[v]);
       store(score_at, weight);
       store(grad_at, ds);
       in += select(matched, ds, Vec{});
       all += ds;
-      dot += ds * s;
+      dot += ds * (select(matched, top_score, bottom_score) - s);
       if (extremes) {
         const Int key = set1_int<Acc>(begin + j);
         const auto higher = less(top, s), lower = less(s, bottom);
@@ -219,7 +219,8 @@ struct Backward {
         bottom = select(lower, s, bottom), bottom_key = select(lower, key, bottom_key);
       }
     }
-    grad_in.set(v, in), grad_sum.set(v, all), dot_scores.set(v, dot), best_max.set(v, top), best_min.set(v, bottom);
+    grad_in.set(v, grad_in[v] + in), grad_sum.set(v, grad_sum[v] + all), grad_strength.set(v, grad_strength[v] + dot);
+    best_max.set(v, top), best_min.set(v, bottom);
     store(argmax + v * kLanes<Acc>, top_key);
     store(argmin + v * kLanes<Acc>, bottom_key);
   }
@@ -240,11 +241,11 @@ struct Backward {
       Acc dstrength = 0;
       if (p.modulation == Modulation::kBias) dstrength = grad_in.x[r];
       if (p.modulation == Modulation::kMax || p.modulation == Modulation::kRange) {
-        dstrength = max.x[r] * grad_in.x[r];
+        dstrength = scale * (scale < 0 ? raw_min : raw_max).x[r] * grad_in.x[r];
         through_extreme(rows, r, scale < 0 ? argmin[r] : argmax[r], scale * rows.strength.x[r] * grad_in.x[r]);
       }
       if (p.modulation == Modulation::kRange) {
-        dstrength += min.x[r] * grad_out_of - dot_scores.x[r] * scale;
+        dstrength = scale * grad_strength.x[r];
         through_extreme(rows, r, scale < 0 ? argmax[r] : argmin[r], scale * rows.strength.x[r] * grad_out_of);
       }
       *p.dstrength.at<Acc>(rows.batch, rows.head, rows.token[r]) = dstrength;

@@ -92,7 +92,8 @@ struct Forward {
     for (int v = 0; v < kVecs; ++v) {
       const State state = reference_points(rows, v);
       tau.set(v, state.tau), shift.set(v, state.shift);
-      offset_in.set(v, state.gap - state.shift), offset_out.set(v, state.excluded - state.shift);
+      offset_in.set(v, narrow<Acc>(state.add_in - widen<Acc>(state.shift)));
+      offset_out.set(v, narrow<Acc>(state.add_out - widen<Acc>(state.shift)));
     }
     for (KeyRun run = next_run(p, rows, 0, chunk); run.begin < chunk; run = next_run(p, rows, run.end, chunk)) {
       weigh_run<kVecs>(rows, 0, run, tau, offset_in, offset_out, sum_in, acc_in);
@@ -133,60 +134,53 @@ struct Forward {
     for (int v = 0; v < kVecs; ++v) {
       const State state = reference_points(rows, v);
       shift.set(v, state.shift);
-      const Vec w_in = exp2(shift_in[v] + state.gap - state.shift);
-      const Vec w_out = exp2(shift_out[v] + state.excluded - state.shift);
-      const Vec has_in = select(less(Vec{}, sum_in[v]), w_in, select(less(sum_in[v], set1<Acc>(1)), Vec{}, sum_in[v]));
-      const Vec has_out = select(less(Vec{}, sum_out[v]), w_out, select(less(sum_out[v], set1<Acc>(1)), Vec{}, sum_out[v]));
-      sum_in.set(v, sum_in[v] * has_in + sum_out[v] * has_out);
+      const Vec weight_in = merge_weight(sum_in[v], shift_in[v], state.add_in, state.shift);
+      const Vec weight_out = merge_weight(sum_out[v], shift_out[v], state.add_out, state.shift);
+      sum_in.set(v, sum_in[v] * weight_in + sum_out[v] * weight_out);
       for (int64_t d = 0; d < p.head_dim; ++d) {
         Acc* to = acc_in + d * rows.stride + v * kLanes<Acc>;
-        store(to, load<Vec>(to) * has_in + load<Vec>(acc_out + d * rows.stride + v * kLanes<Acc>) * has_out);
+        store(to, load<Vec>(to) * weight_in + load<Vec>(acc_out + d * rows.stride + v * kLanes<Acc>) * weight_out);
       }
     }
     finish<kVecs>(rows, shift);
   }
 
+  // What a state measured from shift counts beside others measured from total; nothing if it holds no key.
+  static Vec merge_weight(Vec sum, Vec shift, WideOf<Acc> add, Vec total) {
+    const Vec weight = exp2(narrow<Acc>(widen<Acc>(shift) + add - widen<Acc>(total)));
+    return select(less(Vec{}, sum), weight, sum);
+  }
+
   struct State {
-    Vec tau;       // log2 units per raw score
-    Vec gap;       // what matched keys have over the others, log2 units
-    Vec excluded;  // 0, or -inf where the others have no part
-    Vec top_in, top_out;  // largest tau * s of each population
-    Vec shift;     // largest modulated score, 0 for a row without keys
+    Vec tau;                        // log2 units per raw score
+    WideOf<Acc> add_in, add_out;    // what the rule adds to each population, log2 units; common terms left out
+    Vec top_in, top_out;            // largest tau * s of each population, -inf for one without keys
+    Vec shift;                      // largest modulated score, 0 for a row without keys
   };
 
   // From the extremes met so far, those of the row: what the softmax is measured from.
   State reference_points(const StripRows<Acc>& rows, int v) const {
     const Acc inf = __builtin_inf();
-    const Vec c = rows.strength[v];
+    const WideOf<Acc> c = widen<Acc>(rows.strength[v]);
     State state;
-    state.tau = temperature<Acc>(p.modulation, c) * (Acc)(p.scale * kLog2E);
-    Vec matched, others;
-    additions<Acc>(p.modulation, c, row_max(v), row_min(v), matched, others);
-    const bool mask = p.modulation == Modulation::kMask;
-    state.excluded = mask ? others : Vec{};
-    state.gap = mask ? Vec{} : (matched - others) * (Acc)kLog2E;
+    state.tau = narrow<Acc>(temperature<Acc>(p.modulation, c) * (p.scale * kLog2E));
+    const Additions<Acc> add(p, c, raw_max(v), raw_min(v));
+    state.add_in = (add.matched - add.common(p.modulation)) * kLog2E;
+    state.add_out = (add.others - add.common(p.modulation)) * kLog2E;
     const auto top = [&](Vec max, Vec min) {
       const Vec extreme = select(less(state.tau, Vec{}), min, max) * state.tau;
-      return select(less(max, min), set1<Acc>(-inf), extreme);  // max < min: a population without keys
+      return select(less(max, min), set1<Acc>(-inf), extreme);
     };
     state.top_in = top(in_max[v], in_min[v]);
     state.top_out = top(out_max[v], out_min[v]);
-    const Vec top_in = state.top_in + state.gap, top_out = state.top_out + state.excluded;
+    const Vec top_in = state.top_in + narrow<Acc>(state.add_in), top_out = state.top_out + narrow<Acc>(state.add_out);
     const Vec largest = select(less(top_in, top_out), top_out, top_in);
     state.shift = select(less(set1<Acc>(-inf), largest), largest, Vec{});
     return state;
   }
 
-  Vec row_max(int v) const {
-    const Acc factor = p.scale;
-    if (factor < 0) return factor * select(less(in_min[v], out_min[v]), in_min[v], out_min[v]);
-    return factor * select(less(in_max[v], out_max[v]), out_max[v], in_max[v]);
-  }
-  Vec row_min(int v) const {
-    const Acc factor = p.scale;
-    if (factor < 0) return factor * select(less(in_max[v], out_max[v]), out_max[v], in_max[v]);
-    return factor * select(less(in_min[v], out_min[v]), in_min[v], out_min[v]);
-  }
+  Vec raw_max(int v) const { return select(less(in_max[v], out_max[v]), out_max[v], in_max[v]); }
+  Vec raw_min(int v) const { return select(less(in_min[v], out_min[v]), in_min[v], out_min[v]); }
 
   // A state measured from a new maximum.
   void rescale(Acc* acc, int64_t stride, int v, Lanes<Acc>& sum, Lanes<Acc>& shift, Vec top) {
@@ -277,32 +271,31 @@ struct Forward {
   }
 
   // Raw scores of keys [begin, end), stored by their place in the chunk, and the extremes of both populations.
-  template <int kVecs, int kRows = kTileRows>
+  template <int kVecs>
   void score(const StripRows<Acc>& rows, int64_t chunk_begin, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j += kTileRows) {
+      const int64_t count = end - j < kTileRows ? end - j : kTileRows;
+      Acc* to = scores + (j - chunk_begin) * rows.stride;
+      accumulate<Elem, kVecs>(k_data + (j - chunk_begin) * k_row_bytes, k_row_bytes, sizeof(Elem), q_panel,
+                              rows.stride, depth, to, rows.stride, count, true);
+      for (int v = 0; v < kVecs; ++v) meet_extremes(rows, j, count, v, to + v * kLanes<Acc>);
+    }
+  }
+
+  // With `mask`, also clears what the others hold, so that no value of theirs matters.
+  void meet_extremes(const StripRows<Acc>& rows, int64_t begin, int64_t count, int v, Acc* at) {
     const bool mask = p.modulation == Modulation::kMask;
-    for (; begin + kRows <= end; begin += kRows) {
-      Vec acc[kRows][kVecs] = {};
-      const char* keys = k_data + (begin - chunk_begin) * k_row_bytes;
-      tile_product<Elem>(keys, k_row_bytes, sizeof(Elem), q_panel, rows.stride, depth, acc);
-      Acc* to = scores + (begin - chunk_begin) * rows.stride;
-      const int32_t* words = p.k_regions.at<int32_t>(rows.batch, begin);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        const auto row_words = rows.word_lanes(v);
-        Vec max_in = in_max[v], min_in = in_min[v], max_out = out_max[v], min_out = out_min[v];
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const auto matched = meet(row_words, set1_int<Acc>(words[r * p.k_regions.strides[1]]));
-          max_where(max_in, matched, acc[r][v]), min_where(min_in, matched, acc[r][v]);
-          max_where(max_out, invert(matched), acc[r][v]), min_where(min_out, invert(matched), acc[r][v]);
-          store(to + r * rows.stride + v * kLanes<Acc>, mask ? select(matched, acc[r][v], Vec{}) : acc[r][v]);
-        }
-        in_max.set(v, max_in), in_min.set(v, min_in), out_max.set(v, max_out), out_min.set(v, min_out);
-      }
+    const auto row_words = rows.word_lanes(v);
+    const int32_t* words = p.k_regions.at<int32_t>(rows.batch, begin);
+    Vec max_in = in_max[v], min_in = in_min[v], max_out = out_max[v], min_out = out_min[v];
+    for (int64_t j = 0; j < count; ++j, at += rows.stride) {
+      const Vec s = load<Vec>(at);
+      const auto matched = meet(row_words, set1_int<Acc>(words[j * p.k_regions.strides[1]]));
+      max_where(max_in, matched, s), min_where(min_in, matched, s);
+      max_where(max_out, invert(matched), s), min_where(min_out, invert(matched), s);
+      if (mask) store(at, select(matched, s, Vec{}));
     }
-    if constexpr (kRows > 1) {
-      if (begin < end) score<kVecs, kRows / 2>(rows, chunk_begin, begin, end);
-    }
+    in_max.set(v, max_in), in_min.set(v, min_in), out_max.set(v, max_out), out_min.set(v, min_out);
   }
 
   // Weights 2^(tau * s + offset of the key's population), their sum, and their product with the values.
@@ -352,22 +345,26 @@ struct Forward {
 
   template <int kVecs>
   void finish(const StripRows<Acc>& rows, const Lanes<Acc>& shift) {
-    Lanes<Acc> inverse, max, min, offset;
+    Lanes<Acc> inverse;
+    double offset[kMaxRows];
     for (int v = 0; v < kVecs; ++v) {
       const Vec sum = sum_in[v];
       inverse.set(v, select(less(Vec{}, sum), 1 / sum, sum));  // 0 stays 0, NaN stays NaN
-      max.set(v, row_max(v)), min.set(v, row_min(v));
-      offset.set(v, p.modulation == Modulation::kRange ? rows.strength[v] * min[v] : Vec{});
+      const Additions<Acc> add(p, widen<Acc>(rows.strength[v]), raw_max(v), raw_min(v));
+      store(offset + v * kLanes<Acc>, add.common(p.modulation));
     }
     T* out = p.out.at<T>(rows.batch, rows.head);
     const auto row = [&](int64_t r) { return out + rows.token[r] * p.out.strides[2]; };
     unpack_columns<T>(acc_in, inverse.x, rows.count, rows.stride, p.head_dim, row);
     for (int64_t r = 0; r < rows.count; ++r) {
-      const Acc log_sum = sizeof(Acc) == 4 ? __builtin_logf(sum_in.x[r]) : __builtin_log(sum_in.x[r]);
-      const Acc lse = shift.x[r] * (Acc)kLn2 + log_sum + offset.x[r];
-      *p.lse.at<Acc>(rows.batch, rows.head, rows.token[r]) = sum_in.x[r] == 0 ? log_sum : lse;
-      *p.row_max.at<Acc>(rows.batch, rows.head, rows.token[r]) = max.x[r];
-      *p.row_min.at<Acc>(rows.batch, rows.head, rows.token[r]) = min.x[r];
+      const Acc sum = sum_in.x[r], log_sum = sizeof(Acc) == 4 ? __builtin_logf(sum) : __builtin_log(sum);
+      const double lse = shift.x[r] * kLn2 + log_sum + offset[r];
+      *p.lse.at<Acc>(rows.batch, rows.head, rows.token[r]) = sum == 0 ? log_sum : lse;
+      Acc* stats = p.stats.at<Acc>(rows.batch, rows.head, rows.token[r]);
+      stats[kRawMax] = raw_max(r / kLanes<Acc>)[r % kLanes<Acc>];
+      stats[kRawMin] = raw_min(r / kLanes<Acc>)[r % kLanes<Acc>];
+      stats[kShift] = shift.x[r];
+      stats[kSum] = sum;
     }
   }
 };

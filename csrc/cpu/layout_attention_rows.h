@@ -64,20 +64,29 @@ struct StripRows {
 
 // Factor of the scores: s' = temperature * s + (terms constant over the keys of one population).
 template <class Acc>
-inline VecOf<Acc> temperature(Modulation modulation, VecOf<Acc> c) {
-  return modulation == Modulation::kRange ? 1 - c : set1<Acc>(1);
+inline WideOf<Acc> temperature(Modulation modulation, WideOf<Acc> c) {
+  return modulation == Modulation::kRange ? 1 - c : 1 - WideOf<Acc>{};
 }
 
-// What the rule adds to the scores of each population, in natural units.
+// What the rule adds to the scores of each population, in natural units; -inf excludes it.
 template <class Acc>
-inline void additions(Modulation modulation, VecOf<Acc> c, VecOf<Acc> max, VecOf<Acc> min, VecOf<Acc>& matched,
-                      VecOf<Acc>& others) {
-  matched = others = VecOf<Acc>{};
-  if (modulation == Modulation::kRange) matched = c * max, others = c * min;
-  if (modulation == Modulation::kMax) matched = c * max;
-  if (modulation == Modulation::kBias) matched = c;
-  if (modulation == Modulation::kMask) others = set1<Acc>(-__builtin_inf());
-}
+struct Additions {
+  WideOf<Acc> matched{}, others{};
+
+  Additions(const LayoutAttentionParams& p, WideOf<Acc> c, VecOf<Acc> raw_max, VecOf<Acc> raw_min) {
+    const WideOf<Acc> max = widen<Acc>(p.scale < 0 ? raw_min : raw_max) * p.scale;
+    const WideOf<Acc> min = widen<Acc>(p.scale < 0 ? raw_max : raw_min) * p.scale;
+    if (p.modulation == Modulation::kRange) matched = c * max, others = c * min;
+    if (p.modulation == Modulation::kMax) matched = c * max;
+    if (p.modulation == Modulation::kBias) matched = c;
+    if (p.modulation == Modulation::kMask) others -= __builtin_inf();
+  }
+
+  // What softmax does not see because both populations get it.
+  WideOf<Acc> common(Modulation modulation) const {
+    return modulation == Modulation::kRange ? others : WideOf<Acc>{};
+  }
+};
 
 // The next run of keys [begin, end) that has work for the strip: with `mask`, key groups that no row meets are passed by.
 struct KeyRun {

@@ -7,6 +7,7 @@
 
 namespace DENSE_ATTN_ISA {
 
+constexpr int64_t kSumBlock = 64;  // products summed in one go
 constexpr int kRowVecs = 3;  // registers of query rows in a strip
 
 // acc[r][v] += sum over steps of a(r, step) * b[step][v]: scalars of a are broadcast, registers of b are read in order.
@@ -32,30 +33,33 @@ inline __attribute__((always_inline)) void tile_product(const char* a, int64_t a
   }
 }
 
-// The same, accumulated into c [rows][c_stride] in memory; rows of any number.
+// c[r] += the same, or = where fresh; rows of any number, c in memory. Steps are summed in blocks before they meet the
+// running sum, so the error grows with the number of blocks and not with that of terms.
 template <class Elem, int kVecs, class Acc, int kRows = kTileRows>
 inline void accumulate(const char* a, int64_t a_row_bytes, int64_t a_step_bytes, const Elem* b, int64_t b_stride,
-                       int64_t steps, Acc* c, int64_t c_stride, int64_t rows) {
-  using Vec = VecOf<Acc>;
+                       int64_t steps, Acc* c, int64_t c_stride, int64_t rows, bool fresh = false) {
   for (; rows >= kRows; rows -= kRows) {
-    Vec acc[kRows][kVecs];
+    for (int64_t step = 0; step < steps; step += kSumBlock) {
+      VecOf<Acc> acc[kRows][kVecs] = {};
+      const int64_t now = steps - step < kSumBlock ? steps - step : kSumBlock;
+      tile_product<Elem>(a + step * a_step_bytes, a_row_bytes, a_step_bytes, b + step * b_stride, b_stride, now, acc);
+      const bool store_only = fresh && step == 0;
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = load<Vec>(c + r * c_stride + v * kLanes<Acc>);
-    }
-    tile_product<Elem>(a, a_row_bytes, a_step_bytes, b, b_stride, steps, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) store(c + r * c_stride + v * kLanes<Acc>, acc[r][v]);
+        for (int v = 0; v < kVecs; ++v) {
+          Acc* to = c + r * c_stride + v * kLanes<Acc>;
+          store(to, store_only ? acc[r][v] : load<VecOf<Acc>>(to) + acc[r][v]);
+        }
+      }
     }
     a += kRows * a_row_bytes;
     c += kRows * c_stride;
   }
   if constexpr (kRows > 1) {
     if (rows) {
-      accumulate<Elem, kVecs, Acc, kRows / 2>(a, a_row_bytes, a_step_bytes, b, b_stride, steps, c, c_stride, rows);
+      accumulate<Elem, kVecs, Acc, kRows / 2>(a, a_row_bytes, a_step_bytes, b, b_stride, steps, c, c_stride, rows,
+                                              fresh);
     }
   }
 }

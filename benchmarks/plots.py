@@ -1,0 +1,97 @@
+"""One figure of a run: who is slower by how much, and how time and memory grow with the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = dict[str, Any]
+STYLE = {  # contender: (label, colour)
+    "dense_attn": ("dense_attn", "#0b6e4f"),
+    "sdpa": ("plain SDPA, no modulation", "#8d99ae"),
+    "sdpa-bias": ("SDPA + bias in memory", "#e0a030"),
+    "flex-smart": ("FlexAttention, two passes", "#5b8dd9"),
+    "flex-naive": ("FlexAttention, three passes", "#2f5597"),
+    "eager": ("official way, eager", "#c8553d"),
+}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Write the figure of a run's results as .png or .svg."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["rows"] if "seconds" in row]
+    figure = Figure(figsize=(11, 11.5), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.15))
+    ratios(figure.add_subplot(grid[0, :]), rows, "float32", "fwd")
+    ratios(figure.add_subplot(grid[1, :]), rows, "bfloat16", "fwd")
+    scaling(figure.add_subplot(grid[2, 0]), rows, _time_per_head, "time of one head (ms)")
+    scaling(figure.add_subplot(grid[2, 1]), rows, _megabytes, "memory of a call beyond inputs and output (MB)")
+    figure.suptitle(_caption(results["header"]), fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def ratios(axes: Axes, rows: list[Row], dtype: str, passes: str) -> None:
+    """Bars of (time of a baseline / time of the library) for each workload of a model; 1 is the library."""
+    rows = [row for row in rows if (row["dtype"], row["pass"]) == (dtype, passes) and "ratio" in row]
+    rows = [row for row in rows if not row["workload"].startswith("long")]
+    names = list(dict.fromkeys(row["workload"] for row in rows))
+    shown = [name for name in STYLE if any(row["contender"] == name for row in rows)]
+    width = 0.84 / max(1, len(shown))
+    for place, contender in enumerate(shown):
+        mine = [row for row in rows if row["contender"] == contender]
+        x = [names.index(row["workload"]) - 0.42 + (place + 0.5) * width for row in mine]
+        label, colour = STYLE[contender]
+        bars = axes.bar(x, [row["ratio"] for row in mine], width, label=label, color=colour)
+        axes.bar_label(bars, [f"{row['ratio']:.1f}" for row in mine], fontsize=7, padding=1)
+    axes.axhline(1, color=STYLE["dense_attn"][1], linewidth=2, label="dense_attn")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.margins(x=0.01)
+    axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_ylabel("time / time of dense_attn")
+    axes.set_title(f"Forward, {dtype}: how many times longer than dense_attn", fontsize=11)
+    axes.legend(fontsize=8, ncols=6, loc="upper center")
+
+
+def scaling(axes: Axes, rows: list[Row], value: Callable[[Row], float | None], label: str) -> None:
+    """A log-log line for each contender and dtype of the long self-attention."""
+    rows = [row for row in rows if row["workload"].startswith("long") and row["pass"] == "fwd"]
+    for contender, (name, colour) in STYLE.items():
+        for dtype, line in (("float32", "-o"), ("bfloat16", "--s")):
+            mine = [row for row in rows if (row["contender"], row["dtype"]) == (contender, dtype)]
+            points = [(row["seqlen_q"], value(row)) for row in mine if value(row)]
+            if points:
+                axes.plot(*zip(*points), line, color=colour, markersize=4, label=f"{name}, {dtype}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k")
+    for name_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        name_ticks(lambda number, _: f"{number:g}" if f"{number:e}"[0] in "125" else "")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.set_title("Long self-attention, forward (8 heads, fewer above 4k)", fontsize=11)
+    if axes.lines:
+        axes.legend(fontsize=7)
+
+
+def _time_per_head(row: Row) -> float:
+    return 1e3 * row["seconds"] / (row["batch"] * row["num_heads"])
+
+
+def _megabytes(row: Row) -> float | None:
+    return row["peak_extra_bytes"] and row["peak_extra_bytes"] / 1e6
+
+
+def _caption(header: dict[str, Any]) -> str:
+    versions = header["versions"]
+    return (
+        f"{header['device']}, {header['threads']} threads, {header['isa'] or header['torch_isa']}, "
+        f"torch {versions['torch']}, dense_attn {versions['dense_attn']}, {header['date'][:10]}"
+    )

@@ -1,0 +1,133 @@
+"""The rules of the design that a machine can hold: import arrows, no torch in kernels, one name an op, sizes, public names."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import dense_attn
+from dense_attn import _backends
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = sorted((ROOT / "dense_attn").rglob("*.py"))
+PYTHON = [*PACKAGE, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+PYTHON += sorted((ROOT / "examples").glob("*.py"))
+KERNELS = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+CPP = [*KERNELS, *sorted((ROOT / "bindings").iterdir())]
+TORCH_IN_KERNEL = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)')
+IMPORTS = {  # the only arrows inside the package; what is not listed is a program on top and may import any of these
+    "_checks": set(),
+    "reference": set(),
+    "_native": set(),
+    "layout": {"_checks"},
+    "_backends": {"_checks", "_native", "reference"},
+    "layout_attention": {"_backends", "_checks", "reference"},
+    "__init__": {"_backends", "layout", "layout_attention"},
+}
+PUBLIC = """layout_attention percentile_mask sega_guidance SemanticGuidance ddim_step ddim_step_inverse ReversibleSampler
+    optimize_latents spectral_residual_saliency Layout backends""".split()
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(source: str) -> set[str]:
+    """The modules of dense_attn that a module imports, by their last name."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "dense_attn":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dense_attn."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("dense_attn.")}
+    return names
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_import_arrows(module: str) -> None:
+    assert imported((ROOT / "dense_attn" / f"{module}.py").read_text()) <= IMPORTS[module]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=relative)
+def test_the_library_imports_torch_and_numpy_alone(path: Path) -> None:
+    """Extras are imported inside the function that needs them."""
+    modules = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    standard = __import__("sys").stdlib_module_names
+    assert {name for name in modules if name not in standard} <= {"torch", "numpy", "dense_attn"}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=relative)
+def test_kernels_know_no_torch(path: Path) -> None:
+    assert not TORCH_IN_KERNEL.search(path.read_text())
+
+
+def test_the_ban_on_torch_can_fail() -> None:
+    assert TORCH_IN_KERNEL.search("#include <torch/all.h>")
+    hook = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert TORCH_IN_KERNEL.pattern in hook
+
+
+@pytest.mark.parametrize("op", _backends.OPS)
+def test_an_op_has_one_name(op: str) -> None:
+    for path in (f"dense_attn/{op}.py", f"csrc/{op}.h", f"csrc/cpu/{op}.cpp", f"bindings/{op}.cpp"):
+        assert (ROOT / path).is_file(), path
+    for name in (f"{op}_fwd", f"{op}_bwd"):
+        assert f"{name}(" in (ROOT / "bindings" / "module.cpp").read_text()
+    signature = inspect.signature(getattr(dense_attn, op))
+    parameters = inspect.signature(getattr(_backends.reference, op)).parameters
+    assert [name for name in signature.parameters if name in parameters] == list(parameters)
+
+
+def test_public_names_are_those_of_the_api() -> None:
+    assert set(dense_attn.__all__) <= set(PUBLIC)
+    assert dense_attn.__all__ == sorted(dense_attn.__all__)
+    modules = [path.stem for path in PACKAGE if not path.stem.startswith("_")]
+    for name in PUBLIC:  # what is written is exported
+        defined = any(re.search(rf"^(def|class) {name}\b", (ROOT / f"dense_attn/{m}.py").read_text(), re.M) for m in modules)
+        assert not defined or hasattr(dense_attn, name), name
+
+
+def test_the_signature_is_that_of_the_api() -> None:
+    assert str(inspect.signature(dense_attn.layout_attention)).replace("'", "") == (
+        "(q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, strength: Tensor | float = 1.0, *, "
+        "modulation: str = range, scale: float | None = None, return_lse: bool = False, "
+        "q_order: Tensor | None = None, k_order: Tensor | None = None, backend: str = auto) "
+        "-> Tensor | tuple[Tensor, Tensor]"
+    )
+
+
+@pytest.mark.parametrize("path", [*PYTHON, *CPP], ids=relative)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= (330 if path.suffix == ".py" else 400)  # about 300
+
+
+def function_sizes(source: str) -> dict[str, int]:
+    """Lines of each function's body, its docstring left out."""
+    sizes = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            sizes[node.name] = node.end_lineno - body[0].lineno + 1 if body else 0
+    return sizes
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=relative)
+def test_functions_are_short(path: Path) -> None:
+    assert {name: size for name, size in function_sizes(path.read_text()).items() if size > 44} == {}  # about 40
+
+
+def test_the_version_stands_once() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", dense_attn.__version__)
+    assert f"## {dense_attn.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+    assert not re.search(r"^version\s*=\s*\"", (ROOT / "pyproject.toml").read_text(), re.M)

@@ -1,0 +1,182 @@
+"""The benchmark is honest: nothing wrong is timed, everything is timed beside its partner, memory is seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dense_attn.benchmarks import baselines, measure, plots, suite
+from dense_attn.benchmarks.bars import BARS, Bar
+from dense_attn.benchmarks.workloads import WORKLOADS, Inputs, make_inputs
+
+TINY = suite.Setting(WORKLOADS["sd15-self-8"], torch.float32, backward=False)
+TINY_TRAINED = suite.Setting(WORKLOADS["sd15-self-8"], torch.float32, backward=True)
+
+
+class Stopwatch:
+    """Stands in for pytest-benchmark: runs setup and target in turn and keeps the times it is told."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.seconds = seconds
+        self.stats: SimpleNamespace | None = None
+
+    def pedantic(self, target: Callable[[], object], setup: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            target()
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[self.seconds] * rounds))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_trials(one_thread: None) -> None:
+    measure.trial.cache_clear()
+
+
+@pytest.mark.parametrize("setting", [TINY, TINY_TRAINED], ids=["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("contender", ["dense_attn", "sdpa", "eager", "sdpa-bias"])
+def test_a_right_contender_is_timed(contender: str, setting: suite.Setting) -> None:
+    row = measure.measure(suite.Case(setting, contender), Stopwatch())
+    assert row["seconds"] == 1.0
+    assert row["rounds"] >= 3
+    assert ("ratio" in row) == (contender != "dense_attn")
+
+
+def test_wrong_maths_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(baselines.CONTENDERS, "eager", baselines.sdpa)
+    row = measure.measure(suite.Case(TINY, "eager"), Stopwatch())
+    assert row["wrong"]
+    assert "seconds" not in row
+
+
+@pytest.mark.parametrize("index", range(4), ids=["out", "dq", "dk", "dv"])
+def test_every_result_is_checked(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = measure.run
+
+    def spoiled(call: baselines.Call, inputs: Inputs, grad_out: torch.Tensor, backward: bool) -> list[torch.Tensor]:
+        results = run(call, inputs, grad_out, backward)
+        if inputs.q.dim() == 4 and inputs.q.shape[1] == 8:  # the contender's own call, not the reference's
+            results[index][-1, -1, -1] += 1e-2
+        return results
+
+    monkeypatch.setattr(measure, "run", spoiled)
+    assert measure.measure(suite.Case(TINY_TRAINED, "dense_attn"), Stopwatch())["wrong"]
+
+
+def test_partner_and_contender_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def logged(name: str) -> Callable[[Inputs], baselines.Call]:
+        prepare = baselines.CONTENDERS[name]
+
+        def prepared(inputs: Inputs) -> baselines.Call:
+            call = prepare(inputs)
+            return lambda q, k, v: (calls.append(name), call(q, k, v))[1]
+
+        return prepared
+
+    for name in ("dense_attn", "eager"):
+        monkeypatch.setitem(baselines.CONTENDERS, name, logged(name))
+    rounds = measure.measure(suite.Case(TINY, "eager"), Stopwatch())["rounds"]
+    assert calls[-2 * rounds :] == ["dense_attn", "eager"] * rounds
+
+
+def test_a_large_case_is_checked_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_CHECKED_PAIRS", 0)
+    monkeypatch.setattr(measure, "_CHECKED_ROWS", 5)
+    row = measure.measure(suite.Case(TINY_TRAINED, "dense_attn"), Stopwatch())
+    assert row["checked"] == "5 rows of 2 heads"
+    assert 0 < row["error"] <= row["allowed"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a high-water mark that can be reset")
+def test_memory_of_a_call_is_seen() -> None:
+    for _ in range(2):  # the first call also loads code
+        freed, _ = measure.peak_extra_memory(lambda: torch.ones(16 * 2**20).sum())
+    nothing, _ = measure.peak_extra_memory(lambda: None)
+    assert nothing < 2**20
+    assert 63 * 2**20 < freed < 66 * 2**20  # pages are counted in batches
+
+
+def test_what_is_left_out_has_a_reason() -> None:
+    def reason(name: str, contender: str, backward: bool) -> str | None:
+        return suite.why_not(suite.Case(suite.Setting(WORKLOADS[name], torch.float32, backward), contender))
+
+    assert reason("sd15-self-64", "eager", False) is None
+    assert "GiB" in reason("long-self-64k", "eager", False)
+    assert "GFLOP" in reason("long-self-64k", "dense_attn", True)
+    assert "no backward" in reason("sd15-self-64", "flex-smart", True)
+    assert "needs a GPU" in reason("flux-joint-1024", "dense_attn", False)
+
+
+def test_workloads_are_those_of_the_design() -> None:
+    shapes = {name: (w.num_heads, w.seqlen_q, w.seqlen_k, w.head_dim) for name, w in WORKLOADS.items()}
+    assert shapes["sd15-self-64"] == (8, 4096, 4096, 40)
+    assert shapes["sdxl-cross-32"] == (20, 1024, 77, 64)
+    assert shapes["flux-joint-2048"] == (24, 16384 + 512, 16384 + 512, 128)
+    assert shapes["long-self-64k"][1:] == (65536, 65536, 64)
+    for workload in WORKLOADS.values():
+        if workload.device == "cpu" and workload.pairs < 2**25:
+            inputs = make_inputs(workload, torch.bfloat16)
+            assert len(inputs.q_regions) == workload.seqlen_q
+            assert len(inputs.k_regions) == workload.seqlen_k
+            assert len(inputs.k_regions.unique()) > 1
+
+
+def test_bars_read_their_rows() -> None:
+    base = {"workload": "sd15-self-64", "pass": "fwd", "dtype": "float32"}
+    rows = [base | {"contender": name, "ratio": ratio} for name, ratio in (("flex-smart", 5.0), ("flex-naive", 3.0))]
+    rows.append(base | {"contender": "dense_attn", "peak_extra_bytes": 10**6})
+    bar = Bar("sd15-self-64", "fwd", "float32", ("flex-smart", "flex-naive"), 4)
+    assert (bar.verdict(rows)["measured"], bar.verdict(rows)["verdict"]) == (3.0, "miss")
+    assert bar.verdict(rows[:1])["verdict"] == "not measured"
+    assert Bar("sd15-self-64", "fwd", "float32", (), 16e6).verdict(rows)["verdict"] == "pass"
+    measured = {
+        (bar.workload, bar.passes, bar.dtype, name) for bar in BARS for name in bar.contenders or ("dense_attn",)
+    }
+    cases = [case for case in suite.cases() if suite.why_not(case) is None]
+    rows = {(c.setting.workload.name, c.setting.passes, c.setting.dtype_name, c.contender) for c in cases}
+    assert measured <= rows
+
+
+def test_the_command_writes_results_and_a_figure(tmp_path: Path) -> None:
+    for package in ("pytest_benchmark", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    files = {"--json": tmp_path / "results.json", "--plot": tmp_path / "figure.png"}
+    arguments = [str(text) for pair in files.items() for text in pair]
+    command = [sys.executable, "-m", "dense_attn.benchmarks.run", "--workload", "sd15-cross-8", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert [path.name for path in tmp_path.iterdir() if path not in files.values()] == []
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sd15-cross-8    fwd+bwd  bfloat16  sdpa-bias" in done.stdout
+    results = json.loads(files["--json"].read_text())
+    assert {row["contender"] for row in results["rows"]} == {"dense_attn", "sdpa", "eager", "sdpa-bias"}
+    assert all(row["error"] <= 4 * row["allowed"] and row["seconds"] > 0 for row in results["rows"])
+    assert results["limits"]["copy_gb_per_s"] > 0
+    assert files["--plot"].stat().st_size > 10_000
+    plots.draw(results, tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workload", "sd15-self-65"], "--workload must be one of sd15-self-64"),
+        (["--json", "no/such/folder/file.json"], "--json must be in a folder that exists, got no/such"),
+        (["--plot", "figure.gif"], "--plot must end in .png or .svg, got figure.gif"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pytest_benchmark")
+    from dense_attn.benchmarks.run import main
+
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,335 @@
+"""The command line: what it prints, its exit codes, and one clear sentence for what a user gets wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dense_attn import Layout, _backends, _picture, _step, _verify, layout_attention
+from dense_attn.__main__ import main
+from dense_attn._scene import UserError, load_scene
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Image = pytest.importorskip("PIL.Image")
+LABELS = np.zeros((48, 40), np.uint8)
+LABELS[4:30, 2:20], LABELS[20:44, 24:38] = 1, 9
+
+
+@pytest.fixture
+def label_map(tmp_path: Path) -> Path:
+    Image.fromarray(LABELS).save(tmp_path / "my.png")
+    return tmp_path / "my.png"
+
+
+def run(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    try:
+        code = main([str(argument) for argument in argv])
+    except SystemExit as exit_:
+        code = exit_.code
+    return code, *capsys.readouterr()
+
+
+def test_python_dash_m() -> None:
+    process = subprocess.run([sys.executable, "-m", "dense_attn", "info"], capture_output=True, text=True, check=True)
+    assert f"torch {torch.__version__}" in process.stdout
+
+
+def test_info_tells_backends_with_reasons_and_missing_extras(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dense_attn.__main__.EXTRAS", {"bench": ("pytest", "no-such-package")})
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for backend, ops in _backends.backends().items():
+        assert any(line.split()[0] == backend and ops["layout_attention"] in line for line in out.splitlines() if line)
+    assert "no-such-package   missing: pip install dense_attn[bench]" in out
+    assert f"pytest            {pytest.__version__}" in out
+
+
+@pytest.mark.parametrize("argv", [(), ("paint",), ("demo", "--grids", "12"), ("demo", "--threads", "0")])
+def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture, argv: tuple[str, ...]) -> None:
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert "usage: python -m dense_attn" in err
+
+
+def test_verify_passes_every_backend_here(capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = run(capsys, "verify")
+    available = [name for name in _backends.ORDER if _backends.missing(name, "layout_attention") is None]
+    rows = [line.split() for line in out.splitlines() if line.startswith(tuple(available))]
+    assert len(rows) == len(available) * len(_verify.DTYPES) * len(_verify.MODULATIONS)
+    assert code == 0, out
+    assert "every row passed" in out
+
+
+def _wrong_gradients(call: Callable, *tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    return tuple(x.detach() + 0.999 * (x - x.detach()) for x in call(*tensors, **options))
+
+
+def _wrong_scale(call: Callable, q: Tensor, *tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    return call(1.0001 * q, *tensors, **options)
+
+
+def _no_regions(
+    call: Callable, q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, *tensors: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
+    return call(q, k, v, torch.full_like(q_regions, -1), *tensors, **options)
+
+
+@pytest.fixture
+def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A "triton" backend that is the reference but for one fault, and one small case to find it with."""
+
+    def faulty(*tensors: Tensor, backend: str, **options: object) -> tuple[Tensor, Tensor]:
+        if backend != "triton":
+            return layout_attention(*tensors, backend=backend, **options)
+        return request.param(layout_attention, *tensors, backend="reference", **options)
+
+    cases = list(_verify.cases())[:1]
+    monkeypatch.setattr(_verify, "cases", lambda: iter(cases))
+    monkeypatch.setattr(_verify, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(_verify, "layout_attention", faulty)
+    monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace())
+    monkeypatch.setattr(_backends, "ORDER", ("triton", "reference"))
+
+
+@pytest.mark.parametrize(
+    ("wrong_backend", "results"),
+    [
+        (_wrong_gradients, {"dq", "dk", "dv"}),
+        (_wrong_scale, {"out", "lse", "dq", "dk", "dv"}),
+        (_no_regions, {"out", "lse", "dq", "dk", "dv"}),
+    ],
+    indirect=["wrong_backend"],
+)
+@pytest.mark.usefixtures("wrong_backend")
+def test_verify_fails_a_wrong_backend(results: set[str], capsys: pytest.CaptureFixture) -> None:
+    verdicts = [verdict for verdict in _verify.verify() if verdict.backend == "triton"]
+    assert len(verdicts) == 4
+    for verdict in verdicts:
+        assert {name for name, ratio in verdict.ratios.items() if ratio > 1} >= results
+    code, out, _ = run(capsys, "verify")
+    assert code == 1
+    assert sum(line.startswith("triton") and "FAILED (" in line for line in out.splitlines()) == 4
+    assert "rows FAILED" in out.splitlines()[-1]
+
+
+def test_verify_fails_where_its_negative_control_does() -> None:
+    right = dict.fromkeys(_verify.RESULTS, 0.5)
+    assert _verify.Verdict("cpu", "float32", "range", right, 1.5, "").passed
+    assert not _verify.Verdict("cpu", "float32", "range", right, 0.9, "").passed
+    assert not _verify.Verdict("cpu", "float32", "range", right | {"dk": 1.01}, 1.5, "").passed
+
+
+EXACT = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
+PLAIN = EXACT + torch.tensor([0.0, 1e-6, 0.0])
+
+
+def test_judge_allows_twice_the_plain_error_and_one_rounding() -> None:
+    error, allowed = _verify.judge(EXACT + 3e-6, EXACT, PLAIN, torch.float32)
+    assert error == pytest.approx(3e-6)
+    assert allowed == pytest.approx(2e-6 + 4 * 2**-23)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_judge_refuses_what_is_not_finite_where_it_should_be(wrong: float) -> None:
+    error, allowed = _verify.judge(torch.tensor([wrong, -2.0, 4.0]), EXACT, PLAIN, torch.float32)
+    assert error > allowed
+
+
+def test_judge_wants_the_same_infinities_and_nans() -> None:
+    exact = torch.tensor([float("nan"), -float("inf"), 1.0], dtype=torch.float64)
+    error, allowed = _verify.judge(exact, exact, exact, torch.float32)
+    assert error <= allowed
+    for other in (torch.tensor([0.0, -torch.inf, 1.0]), torch.tensor([torch.nan, torch.inf, 1.0])):
+        assert _verify.judge(other, exact, exact, torch.float32)[0] == float("inf")
+
+
+def test_judge_lets_an_overflowing_plain_run_allow_nothing() -> None:
+    plain = torch.tensor([float("inf"), -2.0, 4.0])
+    error, allowed = _verify.judge(EXACT + 1e-3, EXACT, plain, torch.float32)
+    assert error > allowed
+
+
+def test_bench_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    bench = pytest.importorskip("dense_attn.benchmarks.run")
+    seen: list[str] = []
+    monkeypatch.setattr(bench, "main", lambda argv: seen.extend(argv) or 1)
+    argv = ("--quick", "--workload", "sd15-self-64", "--json", "a.json", "--plot", "a.png")
+    assert run(capsys, "bench", *argv)[0] == 1
+    assert seen == list(argv)
+
+
+def test_bench_without_its_extra_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "dense_attn.benchmarks", None)
+    code, _, err = run(capsys, "bench")
+    assert code == 2
+    assert err == "dense_attn bench: the benchmarks need dense_attn.benchmarks: pip install dense_attn[bench]\n"
+
+
+def test_demo_end_to_end(label_map: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    output = label_map.with_name("picture.png")
+    argv = ("--layout", label_map, "--phrases", "a cat", "two dogs", "--grids", 8, 16, "--output", output)
+    code, out, _ = run(capsys, "demo", *argv)
+    assert code == 0
+    assert '"a photo of a cat, two dogs", 2 of at most 32 regions' in out
+    rows = [line for line in out.splitlines() if line.startswith(("self", "cross", "whole step"))]
+    assert [row.split("x ")[0].strip() for row in rows] == ["self 16", "cross 16", "self 8", "cross 8", "whole step"]
+    assert all(float(row.split()[-1]) < 1e-4 for row in rows)  # the largest difference
+    assert "random" in out
+    with Image.open(output) as picture:
+        assert picture.size == (1650, 1034)
+        assert len(picture.convert("RGB").getcolors(maxcolors=10**6)) > 100
+
+
+def test_demo_without_tqdm_prints_lines(
+    label_map: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    code, out, _ = run(capsys, "demo", "--layout", label_map, "--grids", 8, "--output", label_map.with_suffix(".svg"))
+    assert code == 0
+    assert "layer 2 of 2: cross-attention, 8 x 8" in out
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(path)
+
+
+WRONG_FILES = {
+    "{} does not exist": lambda path: None,
+    "{} is not an image that can be read": lambda path: path.write_text("a cat on a hill"),
+    "{} is not a usable layout: label_map must hold 1 to 32 distinct labels besides 0, the background, got 0":
+        lambda path: _save(path, 0 * LABELS),
+    "{} is not a usable layout: label_map must hold 1 to 32 distinct labels besides 0, the background, got 33":
+        lambda path: _save(path, np.arange(34, dtype=np.uint8)[None].repeat(34, 0)),
+    "{} has no region that covers a token of the 32 x 32 grid":
+        lambda path: _save(path, np.pad(np.ones((1, 1), np.uint8), ((1, 510), (1, 510)))),
+    "--phrases must name each of the 2 regions of {}, got ['a cat']": lambda path: _save(path, LABELS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", WRONG_FILES)
+def test_demo_refuses_a_wrong_file_in_one_sentence(
+    sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "my.png"
+    WRONG_FILES[sentence](path)
+    phrases = ("--phrases", "a cat") if "--phrases" in sentence else ()
+    code, out, err = run(capsys, "demo", "--layout", path, "--output", tmp_path / "out.png", *phrases)
+    assert (code, out, err) == (2, "", f"dense_attn demo: {sentence.format(path)}\n")
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "PIL"])
+def test_demo_without_its_extra_says_so(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _, err = run(capsys, "demo", "--output", tmp_path / "out.png")
+    assert code == 2
+    assert err.endswith("pip install dense_attn[bench]\n")
+    assert err.count("\n") == 1
+
+
+def test_demo_refuses_an_output_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, reason in (("no/such/folder.png", "in a folder that exists"), ("out.txt", "end in one of .png")):
+        code, out, err = run(capsys, "demo", "--output", tmp_path / name)
+        assert (code, out) == (2, "")
+        assert reason in err
+
+
+def test_demo_with_a_backend_that_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code, _, err = run(capsys, "demo", "--backend", "cuda", "--output", tmp_path / "out.png")
+    assert code == 2
+    assert _backends.missing("cuda", "layout_attention") in err
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB", "RGBA"])
+def test_scene_reads_every_kind_of_image(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(LABELS)
+    if mode == "P":
+        image.putpalette([channel for label in range(256) for channel in (255 - label, label, 7)])
+    elif mode == "I;16":
+        image = Image.fromarray(LABELS.astype(np.uint16) * 200)
+    elif mode in ("RGB", "RGBA"):
+        colours = np.zeros((10, 3), np.uint8)
+        colours[[1, 9]] = (10, 0, 0), (200, 30, 30)
+        colours[0] = 0 if mode == "RGB" else 250
+        image = Image.fromarray(colours[LABELS])
+    if mode == "RGBA":  # what is transparent is background, whatever its colour
+        image.putalpha(Image.fromarray(np.where(LABELS == 0, 0, 255).astype(np.uint8)))
+    image.save(tmp_path / "my.png")
+    expected = Layout.from_label_map(LABELS).masks
+    assert torch.equal(load_scene(tmp_path / "my.png").layout.masks, expected)
+
+
+def test_scene_puts_phrases_where_the_prompt_has_them(label_map: Path) -> None:
+    scene = load_scene(label_map, ["a cat", "two small dogs"])
+    assert scene.prompt == "a photo of a cat, two small dogs"
+    assert scene.layout.spans == ((4, 6), (6, 9))  # behind <start> a photo of
+    assert load_scene(label_map).phrases == ("region 1", "region 2")
+
+
+def test_scene_refuses_a_prompt_that_is_too_long(label_map: Path) -> None:
+    assert load_scene(label_map, ["a", "b " * 71]).layout.spans[-1] == (5, 76)
+    with pytest.raises(UserError, match="must fit into a prompt of 77 tokens, got 78"):
+        load_scene(label_map, ["a", "b " * 72])
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_official_attention_is_the_formula(kind: str, label_map: Path) -> None:
+    layer = _step.Layer(grid=16, head_dim=40, count=1, kind=kind)
+    q, k, v = _step.make_inputs(layer, seed=1)
+    words = _step.modulation_of(layer, load_scene(label_map).layout)
+    strength = words["strength"]
+    assert (strength[0] == 0).all()
+    assert strength[1].max() == pytest.approx(_step.WEIGHTS[kind] * 0.981**5)
+    dense_mask = ((words["q_regions"][:, None] & words["k_regions"]) != 0).float()[None]
+    assert 0 < dense_mask.mean() < 1
+    official = _step.official_attention(q, k, v, dense_mask, strength[1].T)
+    expected = layout_attention(q, k, v, **words, backend="reference")
+    torch.testing.assert_close(official, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_those_of_stable_diffusion() -> None:
+    assert sum(layer.count for layer in _step.SD15_LAYERS) == 32
+    assert {layer.head_dim * _step.NUM_HEADS for layer in _step.SD15_LAYERS} == {320, 640, 1280}
+
+
+def test_peak_memory_sees_what_is_freed_before_the_end() -> None:
+    def call() -> Tensor:
+        return torch.ones(64, 1024, 1024).sum().expand(4).clone()  # 256 MiB, gone when the call returns
+
+    call()
+    peak = _step.peak_extra_bytes(call)
+    if peak is None:
+        pytest.skip("this system does not tell the peak of resident memory")
+    assert peak == pytest.approx(2**28, rel=0.05)
+
+
+def test_deepest_token_is_in_the_middle() -> None:
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    mask[1:8, 2:7] = True
+    row, column = _picture.deepest_token(mask)
+    assert (row, column) in ((3, 4), (4, 4), (5, 4))
+    assert _picture.deepest_token(torch.eye(5, dtype=torch.bool)) == (0, 0)
+
+
+def test_shares_of_the_picture_add_up(label_map: Path) -> None:
+    scene = load_scene(label_map)
+    attended = _picture.attention(scene, "self")
+    torch.testing.assert_close(attended.after.sum(-1), torch.ones(1024))
+    rows = scene.layout.query_regions(32, 32) == 2
+    before, after = attended.share(rows)
+    assert before == pytest.approx(attended.before[rows][:, rows].sum(-1).mean().item())
+    assert 0 < before < after < 1
