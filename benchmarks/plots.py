@@ -56,7 +56,7 @@ def ratios(axes: Axes, rows: list[Row], dtype: str, passes: str) -> None:
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("time / time of dense_attn")
     axes.set_title(f"Forward, {dtype}: how many times longer than dense_attn", fontsize=11)
-    axes.legend(fontsize=8, ncols=6, loc="upper center")
+    axes.legend(fontsize=8, ncols=6, columnspacing=1, handlelength=1.2, loc="upper center")
 
 
 def scaling(axes: Axes, rows: list[Row], value: Callable[[Row], float | None], label: str) -> None:

@@ -86,7 +86,7 @@ struct Forward {
   void one_chunk(const StripRows<Acc>& rows) {
     prepare(rows, 0, chunk);
     for (KeyRun run = next_run(p, rows, 0, chunk); run.begin < chunk; run = next_run(p, rows, run.end, chunk)) {
-      score<kVecs>(rows, run.begin, run.begin, run.end);
+      score<kVecs>(rows, 0, run.begin, run.end);
     }
     Lanes<Acc> tau, offset_in, offset_out, shift;
     for (int v = 0; v < kVecs; ++v) {
