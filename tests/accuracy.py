@@ -36,14 +36,27 @@ def evaluate(attention: Callable, inputs: Inputs, through: str = "both", dtype: 
 def exact_and_plain(inputs: Inputs, through: str = "both", **options: object) -> tuple[Results, Results]:
     """The two measures of the rule: the reference in float64, and in the inputs' own dtype."""
     exact = evaluate(partial(reference.layout_attention, **options), inputs, through, torch.float64)
-    if inputs.q.dtype != torch.float64:
-        return exact, evaluate(partial(reference.layout_attention, **options), inputs, through)
+    plain = evaluate(partial(reference.layout_attention, **options), inputs, through)
+    # Any order of the sums is as plain: the one furthest off counts, so that luck does not. float64 has nothing else.
+    for seed in range(10 if inputs.q.dtype == torch.float64 else 3):
+        for name, other in evaluate(_reordered(inputs, seed, options), inputs, through).items():
+            further = (other - exact[name]).abs() > (plain[name] - exact[name]).abs()
+            plain[name] = torch.where(further, other, plain[name])
+    return exact, plain
 
-    def reordered(q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, c: Tensor) -> tuple:
-        tensors = q.flip(3), k.flip(2, 3), v.flip(2), q_regions, k_regions.flip(-1)
+
+def _reordered(inputs: Inputs, seed: int, options: dict[str, object]) -> Callable:
+    """The reference with keys and head dim in another order: equal in exact numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randperm(inputs.k.shape[2], generator=generator)
+    keys = keys.sort().values if inputs.tied else keys
+    dims = torch.randperm(inputs.k.shape[3], generator=generator)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, c: Tensor) -> tuple:
+        tensors = q[..., dims], k[:, :, keys][..., dims], v[:, :, keys], q_regions, k_regions[..., keys]
         return reference.layout_attention(*tensors, c, **options)
 
-    return exact, evaluate(reordered, inputs, through)  # nothing is wider than float64: another rounding of it
+    return attention
 
 
 def assert_accurate(name: str, result: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> None:

@@ -16,7 +16,9 @@ from dense_attn import Layout, _backends
 
 MODULATIONS = ("range", "max", "bias", "mask")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NARROW = DTYPES[:3]  # where the reference in float64 is exact; against itself it is not, nor are some sums reordered
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+TIED = ("equal", "zero", "ties")
 SIGN_BIT = -(2**31)
 REAL_LAYOUTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "layouts.npz"
 
@@ -35,6 +37,7 @@ class Case:
     ordered: bool = False  # pass q_order and k_order
     scale: float | None = None
     modulations: tuple[str, ...] = MODULATIONS
+    dtypes: tuple[torch.dtype, ...] = DTYPES
     core: bool = False  # every instruction set repeats it
 
 
@@ -51,6 +54,7 @@ class Inputs:
     grad_out: Tensor  # [B, H, M, D]
     grad_lse: Tensor  # [B, H, M]
     orders: dict[str, Tensor] = field(default_factory=dict)
+    tied: bool = False  # equal scores, whose first key must stay the first
 
 
 HEAD_DIMS = (1, 8, 40, 41, 64, 80, 96, 128, 160, 256)
@@ -58,8 +62,12 @@ CASES = (
     *(Case(f"head-dim-{d}", (1, 2, 50, 70, d), core=d in (40, 41, 64, 128)) for d in HEAD_DIMS),
     # Rows and keys around the kernels' tiles: 16, 32 and 48 rows, 8 keys, chunks of some thousand keys.
     Case("one-query", (2, 2, 1, 53, 40)),
-    Case("one-key", (2, 2, 37, 1, 40)),
-    Case("one-by-one", (1, 1, 1, 1, 1)),
+    # A single key weighs 1 whatever its score: gradients of the output are 0, nothing to measure a rounding by.
+    Case("one-key", (2, 2, 37, 1, 40), through="lse", modulations=MODULATIONS[1:], dtypes=NARROW),
+    Case("one-key-range", (2, 2, 37, 1, 40), through="none", modulations=("range",), dtypes=NARROW),
+    Case("one-by-one", (1, 1, 1, 1, 1), through="lse", modulations=MODULATIONS[1:], dtypes=NARROW),
+    Case("one-by-one-range", (1, 1, 1, 1, 1), through="none", modulations=("range",), dtypes=NARROW),
+    Case("two-keys", (2, 2, 37, 2, 40)),
     Case("full-tiles", (1, 2, 96, 64, 64)),
     *(Case(f"rows-{m}", (1, 1, m, 25, 8), modulations=("range",)) for m in (15, 16, 17, 31, 33, 47, 48, 49)),
     *(Case(f"keys-{n}", (1, 1, 20, n, 8), modulations=("range", "mask")) for n in (7, 8, 9, 47, 48, 49)),
@@ -80,7 +88,8 @@ CASES = (
     Case("negated", view="negated"),
     Case("broadcast-batch", view="broadcast-batch"),
     Case("broadcast-heads", view="broadcast-heads"),
-    Case("broadcast-tokens", view="broadcast-tokens"),
+    Case("broadcast-queries", view="broadcast-queries"),
+    Case("broadcast-tokens", view="broadcast-tokens", through="none"),  # gradients of equal keys and values are 0
     Case("words-per-sample", words="per-sample", core=True),
     Case("words-of-one-sample", words="one-sample"),
     Case("words-strided", words="strided"),
@@ -95,9 +104,9 @@ CASES = (
     Case("strength-full", strength="full", core=True),
     Case("strength-on-half-the-batch", strength="half-batch"),
     Case("equal-scores", values="equal"),
-    Case("zero-queries", values="zero"),
-    Case("ties", values="ties", scale=0.5),
-    Case("large-scores", values="large", core=True),
+    Case("zero-queries", values="zero", dtypes=NARROW),
+    Case("ties", values="ties", scale=0.5, dtypes=NARROW),
+    Case("large-scores", values="large", dtypes=NARROW, core=True),
     Case("nan-in-q", values="nan-in-q", through="none"),
     Case("nan-in-k", values="nan-in-k", through="none"),
     Case("nan-in-v", values="nan-in-v", through="none", modulations=("range", "max", "bias")),
@@ -145,16 +154,19 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     wide = torch.promote_types(dtype, torch.float32)
     strength = _strength(case.strength, (batch, num_heads, seqlen_q), generator).to(wide)
     grad_out, grad_lse = normal(*q.shape), normal(batch, num_heads, seqlen_q)
-    q, k, v, grad_out = (_view(case.view, x.to(dtype)) for x in (q, k, v, grad_out))
+    q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
+    if case.view == "broadcast-queries":
+        q, grad_out = q[:, :, :1].expand_as(q), grad_out[:, :, :1].expand_as(q)
+    q, k, v, grad_out = (_view(case.view, x) for x in (q, k, v, grad_out))
     if case.view == "expanded-gradient":  # as sum().backward() makes it
         grad_out = torch.tensor(0.7, dtype=dtype).expand(q.shape)
     orders = {"q_order": _order(q_regions), "k_order": _order(k_regions)} if case.ordered else {}
-    return Inputs(q, k, v, q_regions, k_regions, strength, grad_out, grad_lse.to(wide), orders)
+    return Inputs(q, k, v, q_regions, k_regions, strength, grad_out, grad_lse.to(wide), orders, case.values in TIED)
 
 
 def _values(values: str, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     if values == "equal":
-        k = k[:, :, :1].expand_as(k)
+        k[:, 0] = k[:, 0, :1]  # in one head; the other measures the rounding
     elif values == "zero":
         q = torch.zeros_like(q)
     elif values == "ties":  # small integers: every score is exact in every dtype

@@ -30,11 +30,11 @@ def calls() -> list:
         if why_skip(name):
             params.append(pytest.param(name, DTYPES[0], CASES[0], "range", marks=marks, id=name))
             continue
-        for dtype, case in itertools.product(DTYPES, CASES):
-            for modulation in case.modulations:
-                marks = (*backend.marks, *[pytest.mark.core] * case.core)
-                call = "-".join((name, _checks.name(dtype), case.name, modulation))
-                params.append(pytest.param(name, dtype, case, modulation, marks=marks, id=call))
+        for case in CASES:
+            for dtype, modulation in itertools.product(case.dtypes, case.modulations):
+                call = "-".join((name, case.name, _checks.name(dtype), modulation))
+                core = [pytest.mark.core] * case.core
+                params.append(pytest.param(name, dtype, case, modulation, marks=(*marks, *core), id=call))
     return params
 
 
@@ -50,7 +50,9 @@ def test_accuracy(backend: str, dtype: torch.dtype, case: Case, modulation: str)
     exact, plain = exact_and_plain(inputs, case.through, modulation=modulation, scale=case.scale)
     results = evaluate(kernel(backend, modulation, case, inputs), inputs, case.through)
     assert results.keys() == exact.keys()
-    if case.through == "none":  # how a row of no numbers is summed up is each kernel's own affair; that it is none is not
+    if (
+        case.through == "none"
+    ):  # how a row of no numbers is summed up is each kernel's own affair; that it is none is not
         results["lse"], exact["lse"] = (torch.where(x.isfinite(), x, torch.nan) for x in (results["lse"], exact["lse"]))
     for name, result in results.items():
         assert_accurate(name, result, exact[name], plain[name], dtype)
@@ -97,7 +99,9 @@ def test_every_instruction_set(isa: str) -> None:
         assert f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}" in probe.stderr
         pytest.skip(f"{isa}: not on this processor")
     assert probe.stdout.strip() == isa
-    tests = _run(isa, "-m", "pytest", "-q", "-m", "core", "-k", "test_accuracy and cpu", "-p", "no:cacheprovider", __file__)
+    tests = _run(
+        isa, "-m", "pytest", "-q", "-m", "core", "-k", "test_accuracy and cpu", "-p", "no:cacheprovider", __file__
+    )
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout
 

@@ -10,7 +10,7 @@ import pytest
 
 import dense_attn
 
-MODULES = sorted(file.stem for file in Path(dense_attn.__file__).parent.glob("[!_]*.py")) + ["_backends"]
+MODULES = [*sorted(file.stem for file in Path(dense_attn.__file__).parent.glob("[!_]*.py")), "_backends"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -48,9 +48,7 @@ def assert_equal_to_rounding(result: Tensor, expected: Tensor) -> None:
 
 
 def attend(problem: Problem, strength: float | Tensor, modulation: str, backend: str, **options: object) -> tuple:
-    return layout_attention(
-        *problem, strength, modulation=modulation, backend=backend, return_lse=True, **options
-    )
+    return layout_attention(*problem, strength, modulation=modulation, backend=backend, return_lse=True, **options)
 
 
 def test_the_reference_is_the_definition() -> None:

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
@@ -190,7 +191,7 @@ struct Operand<Pair> {
   using Vec = Simd<float>::Int;
 };
 
-// 2^x for x <= 0: relative error 1e-7 (float), 3e-16 (double); exactly 0 for -inf, NaN stays NaN.
+// 2^f for |f| <= 1/2: relative error 2e-9 (float), 3e-18 (double) before rounding.
 template <class Acc>
 inline VecOf<Acc> exp2_polynomial(VecOf<Acc> f);
 
@@ -216,33 +217,56 @@ inline VecOf<double> exp2_polynomial<double>(VecOf<double> f) {
   return p;
 }
 
+// The integer nearest to x, and 2^n times p: n at least kLowest<Acc>, where p * 2^n is 0 or rounds to it.
 #if defined(__AVX512F__)
-inline Simd<float>::Vec exp2(Simd<float>::Vec x) {
-  x = max_keep_nan(x, set1<float>(-151.0f));
-  const Simd<float>::Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_polynomial<float>(x - n), n);
-}
-inline Simd<double>::Vec exp2(Simd<double>::Vec x) {
-  x = max_keep_nan(x, set1<double>(-1080.0));
-  const Simd<double>::Vec n = _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_pd(exp2_polynomial<double>(x - n), n);
-}
-#else
-// Rounds by adding 1.5 * 2^mantissa, whose low bits then hold the exponent to add.
 template <class Acc>
-inline VecOf<Acc> exp2_by_bits(VecOf<Acc> x, Acc magic, int mantissa_bits, Acc lowest) {
-  const VecOf<Acc> clamped = max_keep_nan(x, set1<Acc>(lowest));
-  const VecOf<Acc> shifted = clamped + magic;
-  const VecOf<Acc> p = exp2_polynomial<Acc>(clamped - (shifted - magic));
-  const VecOf<Acc> result = (VecOf<Acc>)((IntOf<Acc>)p + ((IntOf<Acc>)shifted << mantissa_bits));
-  const VecOf<Acc> flushed = x <= lowest ? VecOf<Acc>{} : result;
-  return x == x ? flushed : x;
+constexpr Acc kLowest = sizeof(Acc) == 4 ? -160 : -1090;
+
+inline Simd<float>::Vec nearest(Simd<float>::Vec x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline Simd<float>::Vec exp2(Simd<float>::Vec x) { return exp2_by_bits<float>(x, 12582912.0f, 23, -125.5f); }
-inline Simd<double>::Vec exp2(Simd<double>::Vec x) {
-  return exp2_by_bits<double>(x, 6755399441055744.0, 52, -1021.5);
+inline Simd<double>::Vec nearest(Simd<double>::Vec x) {
+  return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Simd<float>::Vec times_exp2(Simd<float>::Vec p, Simd<float>::Vec n) { return _mm512_scalef_ps(p, n); }
+inline Simd<double>::Vec times_exp2(Simd<double>::Vec p, Simd<double>::Vec n) { return _mm512_scalef_pd(p, n); }
+#else
+template <class Acc>
+constexpr Acc kLowest = sizeof(Acc) == 4 ? -126 : -1022;
+template <class Acc>
+constexpr Acc kRounder = sizeof(Acc) == 4 ? 12582912.0 : 6755399441055744.0;  // 1.5 * 2^mantissa bits
+
+template <class V, class Acc = std::remove_reference_t<decltype(V{}[0])>>
+inline V nearest(V x) {
+  return (x + kRounder<Acc>) - kRounder<Acc>;
+}
+template <class V, class Acc = std::remove_reference_t<decltype(V{}[0])>>
+inline V times_exp2(V p, V n) {
+  constexpr int kMantissa = sizeof(Acc) == 4 ? 23 : 52;
+  const V scaled = (V)((IntOf<Acc>)p + ((IntOf<Acc>)(n + kRounder<Acc>) << kMantissa));
+  const V flushed = n <= kLowest<Acc> ? V{} : scaled;
+  return p == p ? flushed : p;
 }
 #endif
+
+// 2^(s * factor + offset), at most about 2: relative error 1e-7 (float), 3e-16 (double) of the rounded exponent;
+// exactly 0 for -inf, NaN stays NaN.
+template <class Acc>
+inline VecOf<Acc> exp2(VecOf<Acc> s, VecOf<Acc> factor, VecOf<Acc> offset) {
+  const VecOf<Acc> x = max_keep_nan(s * factor + offset, set1<Acc>(kLowest<Acc>));
+  const VecOf<Acc> n = nearest(x);
+  return times_exp2(exp2_polynomial<Acc>(x - n), n);
+}
+
+// The same with factor and offset in two parts, and without rounding the exponent: its integer part is taken off before
+// the product is added.
+template <class Acc>
+inline VecOf<Acc> exp2_exact(VecOf<Acc> s, VecOf<Acc> factor, VecOf<Acc> factor_low, VecOf<Acc> offset,
+                             VecOf<Acc> offset_low) {
+  const VecOf<Acc> n = nearest(max_keep_nan(s * factor + offset, set1<Acc>(kLowest<Acc>)));
+  const VecOf<Acc> f = (s * factor + (offset - n)) + (s * factor_low + offset_low);
+  return times_exp2(exp2_polynomial<Acc>(max_keep_nan(f, set1<Acc>(-1))), n);
+}
 
 // Full-width zip of two registers: (a0 b0 a1 b1 ...), lower and upper half.
 template <class V>

@@ -1,5 +1,8 @@
-// Backward: a strip of rows against blocks of keys, five products a block. dq belongs to the strip; dk and dv to the
-// item, which walks all strips of its part of a head in order, so nothing is shared and every sum has one order.
+// Backward: a strip of rows against blocks of keys, in two sweeps. The first finds the weights P and dP, and from them
+// delta to the last digit (<grad_out, out> alone loses what cancels in dP - delta when one key has all the weight); the
+// second makes dq, dk and dv. P and dP wait in between where the strip fits, else they are made again. dq belongs to
+// the strip; dk and dv to the item, which walks all strips of its part of a head in order: nothing is shared, and every
+// sum has one order.
 #pragma once
 
 #include "cpu/layout_attention_rows.h"
@@ -7,6 +10,7 @@
 namespace DENSE_ATTN_ISA {
 
 constexpr int64_t kBwdKeyBlock = 64;
+constexpr int64_t kBwdStripBytes = 4 << 20;  // P and dP of a strip that may wait between the sweeps
 
 template <class T>
 struct Backward {
@@ -18,10 +22,13 @@ struct Backward {
 
   const LayoutAttentionBwdParams& p;
   const int64_t depth;  // head_dim padded to registers
-  Acc *q_panel, *grad_panel, *q_rows, *grad_rows, *dq_panel, *dk_sum, *dv_sum, *k_packed, *v_packed, *weights, *dscores;
+  const bool waits;     // P and dP of all keys are kept between the sweeps
+  Acc *q_panel, *grad_panel, *q_rows, *grad_rows, *dq_panel, *dk_sum, *dv_sum, *k_packed, *v_packed, *weights, *dweights;
   size_t scratch_bytes;
-  Lanes<Acc> tau, offset_in, offset_out, delta, grad_lse, row_factor, grad_in, grad_sum, grad_strength;
-  Lanes<Acc> raw_max, raw_min, inverse, best_max, best_min;
+  Exponents<Acc, std::is_same_v<T, Acc>> exponents;
+  Lanes<Acc> inverse, row_factor, raw_max, raw_min, best_max, best_min, delta, grad_lse, matched_grad, distance_grad;
+  // Sums over keys of P and of P * (dP - delta), all, matched, and times (extreme - score).
+  RowSums<Acc> weight_in, weight_dot, grad_all, grad_in, grad_dot;
   alignas(kVecBytes) typename Simd<Acc>::IntLane argmax[kMaxRows], argmin[kMaxRows];
 
   static int64_t padded(int64_t head_dim) {
@@ -29,15 +36,15 @@ struct Backward {
   }
   static int64_t partial_size(const LayoutAttentionBwdParams& p) { return 2 * p.seqlen_k * padded(p.head_dim); }
 
-  Backward(const LayoutAttentionBwdParams& params, void* scratch) : p(params), depth(padded(p.head_dim)) {
+  Backward(const LayoutAttentionBwdParams& params, void* scratch) : p(params), depth(padded(p.head_dim)), waits(2 * p.seqlen_k * kMaxRows * sizeof(Acc) <= kBwdStripBytes) {
     Carver carver{static_cast<char*>(scratch)};
     q_panel = carver.take<Acc>(p.head_dim * kMaxRows);
     grad_panel = carver.take<Acc>(p.head_dim * kMaxRows);
     dq_panel = carver.take<Acc>(p.head_dim * kMaxRows);
     q_rows = carver.take<Acc>(depth * kMaxRows);
     grad_rows = carver.take<Acc>(depth * kMaxRows);
-    weights = carver.take<Acc>(kBwdKeyBlock * kMaxRows);
-    dscores = carver.take<Acc>(kBwdKeyBlock * kMaxRows);
+    weights = carver.take<Acc>((waits ? p.seqlen_k : kBwdKeyBlock) * kMaxRows);
+    dweights = carver.take<Acc>((waits ? p.seqlen_k : kBwdKeyBlock) * kMaxRows);
     k_packed = carver.take<Acc>(kPack ? kBwdKeyBlock * p.head_dim : 0);
     v_packed = carver.take<Acc>(kPack ? kBwdKeyBlock * p.head_dim : 0);
     dk_sum = carver.take<Acc>(p.parts == 1 ? p.seqlen_k * depth : 0);
@@ -88,14 +95,46 @@ struct Backward {
   template <int kVecs>
   void strip(const StripRows<Acc>& rows) {
     prepare_rows<kVecs>(rows);
+    for_blocks(rows, [&](const Block& block) { weigh<kVecs, true>(rows, block); });
+    for (int v = 0; v < kVecs; ++v) settle(v);
     std::memset(dq_panel, 0, p.head_dim * rows.stride * sizeof(Acc));
+    for_blocks(rows, [&](const Block& block) {
+      if (!waits) weigh<kVecs, false>(rows, block);
+      multiply<kVecs>(rows, block);
+    });
+    write_queries<kVecs>(rows);
+  }
+
+  struct Block {
+    int64_t begin, count;
+    const char *keys, *values;
+    int64_t k_bytes, v_bytes;  // from row to row
+    Acc *weights, *dweights;   // [count][rows]
+  };
+
+  template <class F>
+  void for_blocks(const StripRows<Acc>& rows, const F& f) {
     const int64_t keys = p.seqlen_k;
     for (KeyRun run = next_run(p, rows, 0, keys); run.begin < keys; run = next_run(p, rows, run.end, keys)) {
       for (int64_t j = run.begin; j < run.end; j += kBwdKeyBlock) {
-        block<kVecs>(rows, j, run.end - j < kBwdKeyBlock ? run.end - j : kBwdKeyBlock);
+        f(block_at(rows, j, run.end - j < kBwdKeyBlock ? run.end - j : kBwdKeyBlock));
       }
     }
-    write_queries<kVecs>(rows);
+  }
+
+  Block block_at(const StripRows<Acc>& rows, int64_t begin, int64_t count) {
+    const T* k = p.k.at<T>(rows.batch, rows.head, begin);
+    const T* v = p.v.at<T>(rows.batch, rows.head, begin);
+    const int64_t at = waits ? begin * rows.stride : 0;
+    Block block{begin, count, reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(v),
+                (int64_t)(p.k.strides[2] * sizeof(T)), (int64_t)(p.v.strides[2] * sizeof(T)), weights + at, dweights + at};
+    if constexpr (kPack) {
+      pack_rows<T>(k, p.k.strides[2], count, p.head_dim, k_packed, p.head_dim);
+      pack_rows<T>(v, p.v.strides[2], count, p.head_dim, v_packed, p.head_dim);
+      block.keys = reinterpret_cast<const char*>(k_packed), block.values = reinterpret_cast<const char*>(v_packed);
+      block.k_bytes = block.v_bytes = p.head_dim * sizeof(Acc);
+    }
+    return block;
   }
 
   template <int kVecs>
@@ -156,73 +195,85 @@ struct Backward {
     const Acc inf = __builtin_inf();
     for (int v = 0; v < kVecs; ++v) {
       const WideOf<Acc> c = widen<Acc>(rows.strength[v]), factor = temperature<Acc>(p.modulation, c) * p.scale;
-      row_factor.set(v, narrow<Acc>(factor)), tau.set(v, narrow<Acc>(factor * kLog2E));
+      row_factor.set(v, narrow<Acc>(factor)), exponents.set_tau(v, factor * kLog2E);
       const Additions<Acc> add(p, c, raw_max[v], raw_min[v]);
       const WideOf<Acc> reference = add.common(p.modulation) * kLog2E + widen<Acc>(shift[v]);
-      offset_in.set(v, narrow<Acc>(add.matched * kLog2E - reference));
-      offset_out.set(v, narrow<Acc>(add.others * kLog2E - reference));
-      grad_in.set(v, Vec{}), grad_sum.set(v, Vec{}), grad_strength.set(v, Vec{});
+      exponents.set_in(v, add.matched * kLog2E - reference);
+      exponents.set_out(v, add.others * kLog2E - reference);
       best_max.set(v, set1<Acc>(-inf)), best_min.set(v, set1<Acc>(inf));
+      weight_in.reset(v), weight_dot.reset(v), grad_all.reset(v), grad_in.reset(v), grad_dot.reset(v);
     }
   }
 
-  template <int kVecs>
-  void block(const StripRows<Acc>& rows, int64_t begin, int64_t count) {
-    const T* k = p.k.at<T>(rows.batch, rows.head, begin);
-    const T* v = p.v.at<T>(rows.batch, rows.head, begin);
-    if constexpr (kPack) {
-      pack_rows<T>(k, p.k.strides[2], count, p.head_dim, k_packed, p.head_dim);
-      pack_rows<T>(v, p.v.strides[2], count, p.head_dim, v_packed, p.head_dim);
-    }
-    constexpr int64_t kBytes = sizeof(Acc);
-    const char* keys = kPack ? reinterpret_cast<const char*>(k_packed) : reinterpret_cast<const char*>(k);
-    const char* values = kPack ? reinterpret_cast<const char*>(v_packed) : reinterpret_cast<const char*>(v);
-    const int64_t k_bytes = (kPack ? p.head_dim : p.k.strides[2]) * kBytes;
-    const int64_t v_bytes = (kPack ? p.head_dim : p.v.strides[2]) * kBytes;
-    accumulate<Acc, kVecs>(keys, k_bytes, kBytes, q_panel, rows.stride, p.head_dim, weights, rows.stride, count, true);
-    accumulate<Acc, kVecs>(values, v_bytes, kBytes, grad_panel, rows.stride, p.head_dim, dscores, rows.stride, count,
-                           true);
-    for (int lane_vec = 0; lane_vec < kVecs; ++lane_vec) differentiate(rows, begin, count, lane_vec);
-    const int64_t row_bytes = rows.stride * kBytes, vecs = depth / kLanes<Acc>;
-    accumulate_wide<Acc>(reinterpret_cast<const char*>(weights), row_bytes, kBytes, grad_rows, depth, rows.stride,
-                         dv_sum + begin * depth, depth, count, vecs);
-    accumulate_wide<Acc>(reinterpret_cast<const char*>(dscores), row_bytes, kBytes, q_rows, depth, rows.stride,
-                         dk_sum + begin * depth, depth, count, vecs);
-    accumulate<Acc, kVecs>(keys, kBytes, k_bytes, dscores, rows.stride, count, dq_panel, rows.stride, p.head_dim);
+  // P and dP of a block and, in the first sweep, what they add to the sums of their rows.
+  template <int kVecs, bool kFirst>
+  void weigh(const StripRows<Acc>& rows, const Block& block) {
+    accumulate<Acc, kVecs>(block.keys, block.k_bytes, sizeof(Acc), q_panel, rows.stride, p.head_dim, block.weights,
+                           rows.stride, block.count, true);
+    accumulate<Acc, kVecs>(block.values, block.v_bytes, sizeof(Acc), grad_panel, rows.stride, p.head_dim,
+                           block.dweights, rows.stride, block.count, true);
+    for (int v = 0; v < kVecs; ++v) to_weights<kFirst>(rows, block, v);
   }
 
-  // In place: weights from scores, ds' = P * (dP - delta) from dP; and the row sums that strength and extremes need.
-  void differentiate(const StripRows<Acc>& rows, int64_t begin, int64_t count, int v) {
-    const bool extremes = p.modulation == Modulation::kRange || p.modulation == Modulation::kMax;
+  // One register of rows: scores become weights in place.
+  template <bool kFirst>
+  void to_weights(const StripRows<Acc>& rows, const Block& block, int v) {
     const bool mask = p.modulation == Modulation::kMask;
     const auto row_words = rows.word_lanes(v);
     const Vec top_score = p.scale < 0 ? raw_min[v] : raw_max[v], bottom_score = p.scale < 0 ? raw_max[v] : raw_min[v];
-    Vec in{}, all{}, dot{}, top = best_max[v], bottom = best_min[v];
+    Vec w_in{}, w_dot{}, all{}, in{}, dot{}, top = best_max[v], bottom = best_min[v];
     Int top_key = load<Int>(argmax + v * kLanes<Acc>), bottom_key = load<Int>(argmin + v * kLanes<Acc>);
-    for (int64_t j = 0; j < count; ++j) {
-      const auto matched = meet(row_words, set1_int<Acc>(*p.k_regions.at<int32_t>(rows.batch, begin + j)));
-      Acc* score_at = weights + j * rows.stride + v * kLanes<Acc>;
-      Acc* grad_at = dscores + j * rows.stride + v * kLanes<Acc>;
-      const Vec raw = load<Vec>(score_at);
-      const Vec s = mask ? select(matched, raw, Vec{}) : raw;
-      const Vec weight = exp2(s * tau[v] + select(matched, offset_in[v], offset_out[v])) * inverse[v];
-      const Vec ds = weight * (load<Vec>(grad_at) - delta[v] + grad_lse[v]);
-      store(score_at, weight);
-      store(grad_at, ds);
-      in += select(matched, ds, Vec{});
-      all += ds;
-      dot += ds * (select(matched, top_score, bottom_score) - s);
-      if (extremes) {
-        const Int key = set1_int<Acc>(begin + j);
-        const auto higher = less(top, s), lower = less(s, bottom);
-        top = select(higher, s, top), top_key = select(higher, key, top_key);
-        bottom = select(lower, s, bottom), bottom_key = select(lower, key, bottom_key);
-      }
+    for (int64_t j = 0; j < block.count; ++j) {
+      const auto matched = meet(row_words, set1_int<Acc>(*p.k_regions.at<int32_t>(rows.batch, block.begin + j)));
+      Acc* at = block.weights + j * rows.stride + v * kLanes<Acc>;
+      const Vec raw = load<Vec>(at), s = mask ? select(matched, raw, Vec{}) : raw;
+      const Vec weight = exponents.weight(v, s, matched) * inverse[v];
+      store(at, weight);
+      if constexpr (!kFirst) continue;
+      const Vec grad = weight * (load<Vec>(block.dweights + j * rows.stride + v * kLanes<Acc>) - delta[v]);
+      const Vec distance = select(matched, top_score, bottom_score) - s;
+      w_in += select(matched, weight, Vec{}), in += select(matched, grad, Vec{});
+      w_dot += weight * distance, dot += grad * distance;
+      all += grad;
+      const Int key = set1_int<Acc>(block.begin + j);
+      const auto higher = less(top, s), lower = less(s, bottom);
+      top = select(higher, s, top), top_key = select(higher, key, top_key);
+      bottom = select(lower, s, bottom), bottom_key = select(lower, key, bottom_key);
     }
-    grad_in.set(v, grad_in[v] + in), grad_sum.set(v, grad_sum[v] + all), grad_strength.set(v, grad_strength[v] + dot);
+    if constexpr (!kFirst) return;
+    weight_in.add(v, w_in), weight_dot.add(v, w_dot);
+    grad_all.add(v, all), grad_in.add(v, in), grad_dot.add(v, dot);
     best_max.set(v, top), best_min.set(v, bottom);
     store(argmax + v * kLanes<Acc>, top_key);
     store(argmin + v * kLanes<Acc>, bottom_key);
+  }
+
+  // ds' sums to grad_lse over a row; what is left over is what delta missed, and is taken out of the sums.
+  void settle(int v) {
+    const Vec missed = grad_all[v], excess = missed - grad_lse[v];
+    delta.set(v, delta[v] + missed);
+    matched_grad.set(v, grad_in[v] - excess * weight_in[v]);
+    distance_grad.set(v, grad_dot[v] - excess * weight_dot[v]);
+  }
+
+  // ds' = P * (dP - delta + grad_lse) in place of dP, and the three products that it and P feed.
+  template <int kVecs>
+  void multiply(const StripRows<Acc>& rows, const Block& block) {
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t lane = v * kLanes<Acc>;
+      for (int64_t at = lane; at < block.count * rows.stride; at += rows.stride) {
+        const Vec grad = load<Vec>(block.dweights + at) - delta[v] + grad_lse[v];
+        store(block.dweights + at, load<Vec>(block.weights + at) * grad);
+      }
+    }
+    constexpr int64_t kBytes = sizeof(Acc);
+    const int64_t row_bytes = rows.stride * kBytes, vecs = depth / kLanes<Acc>;
+    accumulate_wide<Acc>(reinterpret_cast<const char*>(block.weights), row_bytes, kBytes, grad_rows, depth,
+                         rows.stride, dv_sum + block.begin * depth, depth, block.count, vecs);
+    accumulate_wide<Acc>(reinterpret_cast<const char*>(block.dweights), row_bytes, kBytes, q_rows, depth, rows.stride,
+                         dk_sum + block.begin * depth, depth, block.count, vecs);
+    accumulate<Acc, kVecs>(block.keys, kBytes, block.k_bytes, block.dweights, rows.stride, block.count, dq_panel,
+                           rows.stride, p.head_dim);
   }
 
   // dq and dstrength; what reaches q and k through the row's maximum and minimum is a rank-one term of its two keys.
@@ -237,16 +288,16 @@ struct Backward {
       }
     }
     for (int64_t r = 0; r < rows.count; ++r) {
-      const Acc grad_out_of = grad_sum.x[r] - grad_in.x[r], scale = p.scale;
+      const Acc grad_others = grad_lse.x[r] - matched_grad.x[r], scale = p.scale;
       Acc dstrength = 0;
-      if (p.modulation == Modulation::kBias) dstrength = grad_in.x[r];
+      if (p.modulation == Modulation::kBias) dstrength = matched_grad.x[r];
       if (p.modulation == Modulation::kMax || p.modulation == Modulation::kRange) {
-        dstrength = scale * (scale < 0 ? raw_min : raw_max).x[r] * grad_in.x[r];
-        through_extreme(rows, r, scale < 0 ? argmin[r] : argmax[r], scale * rows.strength.x[r] * grad_in.x[r]);
+        dstrength = scale * (scale < 0 ? raw_min : raw_max).x[r] * matched_grad.x[r];
+        through_extreme(rows, r, scale < 0 ? argmin[r] : argmax[r], scale * rows.strength.x[r] * matched_grad.x[r]);
       }
       if (p.modulation == Modulation::kRange) {
-        dstrength = scale * grad_strength.x[r];
-        through_extreme(rows, r, scale < 0 ? argmax[r] : argmin[r], scale * rows.strength.x[r] * grad_out_of);
+        dstrength = scale * distance_grad.x[r];
+        through_extreme(rows, r, scale < 0 ? argmax[r] : argmin[r], scale * rows.strength.x[r] * grad_others);
       }
       *p.dstrength.at<Acc>(rows.batch, rows.head, rows.token[r]) = dstrength;
     }

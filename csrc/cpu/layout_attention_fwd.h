@@ -17,6 +17,7 @@ struct Forward {
   using Vec = VecOf<Acc>;
   static constexpr int64_t kStep = kDot ? 2 : 1;
   static constexpr int64_t kMaxRows = kRowVecs * kLanes<Acc>;
+  using Exponents = DENSE_ATTN_ISA::Exponents<Acc, std::is_same_v<T, Acc>>;
   static constexpr bool kPackValues = kDot || !std::is_same_v<T, Acc>;
 
   const LayoutAttentionParams& p;
@@ -29,7 +30,8 @@ struct Forward {
   int64_t packed_head = -1, packed_begin = -1;
   const char *k_data, *v_data;  // key and value of the chunk's first key
   int64_t k_row_bytes, v_row_bytes, v_step_bytes;
-  Lanes<Acc> in_max, in_min, out_max, out_min, sum_in, sum_out;
+  Lanes<Acc> in_max, in_min, out_max, out_min;
+  RowSums<Acc> sum_in, sum_out;
 
   Forward(const LayoutAttentionParams& params, void* scratch)
       : p(params),
@@ -69,7 +71,7 @@ struct Forward {
     for (int v = 0; v < kVecs; ++v) {
       in_max.set(v, set1<Acc>(-inf)), out_max.set(v, set1<Acc>(-inf));
       in_min.set(v, set1<Acc>(inf)), out_min.set(v, set1<Acc>(inf));
-      sum_in.set(v, Vec{}), sum_out.set(v, Vec{});
+      sum_in.reset(v), sum_out.reset(v);
     }
     std::memset(acc_in, 0, p.head_dim * rows.stride * sizeof(Acc));
     pack_queries(rows);
@@ -88,15 +90,17 @@ struct Forward {
     for (KeyRun run = next_run(p, rows, 0, chunk); run.begin < chunk; run = next_run(p, rows, run.end, chunk)) {
       score<kVecs>(rows, 0, run.begin, run.end);
     }
-    Lanes<Acc> tau, offset_in, offset_out, shift;
+    Exponents exponents;
+    Lanes<Acc> shift;
     for (int v = 0; v < kVecs; ++v) {
       const State state = reference_points(rows, v);
-      tau.set(v, state.tau), shift.set(v, state.shift);
-      offset_in.set(v, narrow<Acc>(state.add_in - widen<Acc>(state.shift)));
-      offset_out.set(v, narrow<Acc>(state.add_out - widen<Acc>(state.shift)));
+      shift.set(v, state.shift);
+      exponents.set_tau(v, state.tau);
+      exponents.set_in(v, state.add_in - widen<Acc>(state.shift));
+      exponents.set_out(v, state.add_out - widen<Acc>(state.shift));
     }
     for (KeyRun run = next_run(p, rows, 0, chunk); run.begin < chunk; run = next_run(p, rows, run.end, chunk)) {
-      weigh_run<kVecs>(rows, 0, run, tau, offset_in, offset_out, sum_in, acc_in);
+      weigh_run<kVecs>(rows, 0, run, exponents, sum_in, acc_in);
     }
     finish<kVecs>(rows, shift);
   }
@@ -104,11 +108,10 @@ struct Forward {
   // Two online states, one a population, over chunks of keys; merged once the extremes of the row are known.
   template <int kVecs>
   void many_chunks(const StripRows<Acc>& rows) {
-    const Acc inf = __builtin_inf();
-    Lanes<Acc> tau, offset_in, offset_out, excluded, shift_in, shift_out, shift;
-    for (int v = 0; v < kVecs; ++v) {
-      shift_in.set(v, Vec{}), shift_out.set(v, Vec{}), excluded.set(v, set1<Acc>(-inf));
-    }
+    const WideOf<Acc> excluded = WideOf<Acc>{} - __builtin_inf();
+    Exponents matched, others;  // those of one population, the other excluded
+    Lanes<Acc> shift_in, shift_out, shift;
+    for (int v = 0; v < kVecs; ++v) shift_in.set(v, Vec{}), shift_out.set(v, Vec{});
     for (int64_t begin = 0; begin < p.seqlen_k; begin += chunk) {
       const int64_t end = begin + chunk < p.seqlen_k ? begin + chunk : p.seqlen_k;
       prepare(rows, begin, end);
@@ -117,17 +120,17 @@ struct Forward {
       }
       for (int v = 0; v < kVecs; ++v) {
         const State state = reference_points(rows, v);
-        tau.set(v, state.tau);
         rescale(acc_in, rows.stride, v, sum_in, shift_in, state.top_in);
         rescale(acc_out, rows.stride, v, sum_out, shift_out, state.top_out);
-        offset_in.set(v, -shift_in[v]), offset_out.set(v, -shift_out[v]);
+        matched.set_tau(v, state.tau), matched.set_in(v, -widen<Acc>(shift_in[v])), matched.set_out(v, excluded);
+        others.set_tau(v, state.tau), others.set_in(v, excluded), others.set_out(v, -widen<Acc>(shift_out[v]));
       }
       for (KeyRun run = next_run(p, rows, begin, end); run.begin < end; run = next_run(p, rows, run.end, end)) {
         for (int64_t j = run.begin; j < run.end; j += kKeyBlock) {
           const KeyRun block{j, j + kKeyBlock < run.end ? j + kKeyBlock : run.end};
           const Populations present = populations(rows, block);
-          if (present.matched) weigh_run<kVecs>(rows, begin, block, tau, offset_in, excluded, sum_in, acc_in);
-          if (present.others) weigh_run<kVecs>(rows, begin, block, tau, excluded, offset_out, sum_out, acc_out);
+          if (present.matched) weigh_run<kVecs>(rows, begin, block, matched, sum_in, acc_in);
+          if (present.others) weigh_run<kVecs>(rows, begin, block, others, sum_out, acc_out);
         }
       }
     }
@@ -136,7 +139,8 @@ struct Forward {
       shift.set(v, state.shift);
       const Vec weight_in = merge_weight(sum_in[v], shift_in[v], state.add_in, state.shift);
       const Vec weight_out = merge_weight(sum_out[v], shift_out[v], state.add_out, state.shift);
-      sum_in.set(v, sum_in[v] * weight_in + sum_out[v] * weight_out);
+      const Vec sum = sum_in[v] * weight_in + sum_out[v] * weight_out;
+      sum_in.reset(v), sum_in.add(v, sum);
       for (int64_t d = 0; d < p.head_dim; ++d) {
         Acc* to = acc_in + d * rows.stride + v * kLanes<Acc>;
         store(to, load<Vec>(to) * weight_in + load<Vec>(acc_out + d * rows.stride + v * kLanes<Acc>) * weight_out);
@@ -147,12 +151,12 @@ struct Forward {
 
   // What a state measured from shift counts beside others measured from total; nothing if it holds no key.
   static Vec merge_weight(Vec sum, Vec shift, WideOf<Acc> add, Vec total) {
-    const Vec weight = exp2(narrow<Acc>(widen<Acc>(shift) + add - widen<Acc>(total)));
+    const Vec weight = exp2<Acc>(Vec{}, Vec{}, narrow<Acc>(widen<Acc>(shift) + add - widen<Acc>(total)));
     return select(less(Vec{}, sum), weight, sum);
   }
 
   struct State {
-    Vec tau;                        // log2 units per raw score
+    WideOf<Acc> tau;                // log2 units per raw score
     WideOf<Acc> add_in, add_out;    // what the rule adds to each population, log2 units; common terms left out
     Vec top_in, top_out;            // largest tau * s of each population, -inf for one without keys
     Vec shift;                      // largest modulated score, 0 for a row without keys
@@ -163,12 +167,13 @@ struct Forward {
     const Acc inf = __builtin_inf();
     const WideOf<Acc> c = widen<Acc>(rows.strength[v]);
     State state;
-    state.tau = narrow<Acc>(temperature<Acc>(p.modulation, c) * (p.scale * kLog2E));
+    state.tau = temperature<Acc>(p.modulation, c) * (p.scale * kLog2E);
     const Additions<Acc> add(p, c, raw_max(v), raw_min(v));
     state.add_in = (add.matched - add.common(p.modulation)) * kLog2E;
     state.add_out = (add.others - add.common(p.modulation)) * kLog2E;
+    const Vec tau = narrow<Acc>(state.tau);
     const auto top = [&](Vec max, Vec min) {
-      const Vec extreme = select(less(state.tau, Vec{}), min, max) * state.tau;
+      const Vec extreme = select(less(tau, Vec{}), min, max) * tau;
       return select(less(max, min), set1<Acc>(-inf), extreme);
     };
     state.top_in = top(in_max[v], in_min[v]);
@@ -183,11 +188,11 @@ struct Forward {
   Vec raw_min(int v) const { return select(less(in_min[v], out_min[v]), in_min[v], out_min[v]); }
 
   // A state measured from a new maximum.
-  void rescale(Acc* acc, int64_t stride, int v, Lanes<Acc>& sum, Lanes<Acc>& shift, Vec top) {
+  void rescale(Acc* acc, int64_t stride, int v, RowSums<Acc>& sum, Lanes<Acc>& shift, Vec top) {
     const Vec next = select(less(set1<Acc>(-__builtin_inf()), top), top, shift[v]);
-    const Vec alpha = select(less(Vec{}, sum[v]), exp2(shift[v] - next), set1<Acc>(1));
+    const Vec alpha = select(less(Vec{}, sum[v]), exp2<Acc>(Vec{}, Vec{}, shift[v] - next), set1<Acc>(1));
     shift.set(v, next);
-    sum.set(v, sum[v] * alpha);
+    sum.value.set(v, sum.value[v] * alpha), sum.rounded_off.set(v, sum.rounded_off[v] * alpha);
     for (int64_t d = 0; d < p.head_dim; ++d) {
       Acc* to = acc + d * stride + v * kLanes<Acc>;
       store(to, load<Vec>(to) * alpha);
@@ -298,10 +303,10 @@ struct Forward {
     in_max.set(v, max_in), in_min.set(v, min_in), out_max.set(v, max_out), out_min.set(v, min_out);
   }
 
-  // Weights 2^(tau * s + offset of the key's population), their sum, and their product with the values.
+  // The weights of a run of keys, their sum, and their product with the values.
   template <int kVecs>
-  void weigh_run(const StripRows<Acc>& rows, int64_t chunk_begin, KeyRun run, const Lanes<Acc>& tau,
-                 const Lanes<Acc>& offset_in, const Lanes<Acc>& offset_out, Lanes<Acc>& sum, Acc* acc) {
+  void weigh_run(const StripRows<Acc>& rows, int64_t chunk_begin, KeyRun run, const Exponents& exponents,
+                 RowSums<Acc>& sum, Acc* acc) {
     for (int64_t begin = run.begin; begin < run.end; begin += kKeyBlock) {
       const int64_t count = run.end - begin < kKeyBlock ? run.end - begin : kKeyBlock;
       const Acc* from = scores + (begin - chunk_begin) * rows.stride;
@@ -309,11 +314,10 @@ struct Forward {
         const auto weight = [&](int64_t j) {
           const auto word = *p.k_regions.at<int32_t>(rows.batch, begin + j);
           const auto matched = meet(rows.word_lanes(v), set1_int<Acc>(word));
-          const Vec offset = select(matched, offset_in[v], offset_out[v]);
-          return exp2(load<Vec>(from + j * rows.stride + v * kLanes<Acc>) * tau[v] + offset);
+          return exponents.weight(v, load<Vec>(from + j * rows.stride + v * kLanes<Acc>), matched);
         };
         Elem* to = weights + v * kLanes<Acc>;
-        sum.set(v, sum[v] + weigh(weight, count, to, rows.stride));
+        sum.add(v, weigh(weight, count, to, rows.stride));
       }
       const char* values = v_data + (begin - chunk_begin) / kStep * v_step_bytes;
       accumulate<Elem, kVecs>(values, v_row_bytes, v_step_bytes, weights, rows.stride, (count + kStep - 1) / kStep,
@@ -345,10 +349,11 @@ struct Forward {
 
   template <int kVecs>
   void finish(const StripRows<Acc>& rows, const Lanes<Acc>& shift) {
-    Lanes<Acc> inverse;
+    Lanes<Acc> sums, inverse;
     double offset[kMaxRows];
     for (int v = 0; v < kVecs; ++v) {
       const Vec sum = sum_in[v];
+      sums.set(v, sum);
       inverse.set(v, select(less(Vec{}, sum), 1 / sum, sum));  // 0 stays 0, NaN stays NaN
       const Additions<Acc> add(p, widen<Acc>(rows.strength[v]), raw_max(v), raw_min(v));
       store(offset + v * kLanes<Acc>, add.common(p.modulation));
@@ -357,7 +362,7 @@ struct Forward {
     const auto row = [&](int64_t r) { return out + rows.token[r] * p.out.strides[2]; };
     unpack_columns<T>(acc_in, inverse.x, rows.count, rows.stride, p.head_dim, row);
     for (int64_t r = 0; r < rows.count; ++r) {
-      const Acc sum = sum_in.x[r], log_sum = sizeof(Acc) == 4 ? __builtin_logf(sum) : __builtin_log(sum);
+      const Acc sum = sums.x[r], log_sum = sizeof(Acc) == 4 ? __builtin_logf(sum) : __builtin_log(sum);
       const double lse = shift.x[r] * kLn2 + log_sum + offset[r];
       *p.lse.at<Acc>(rows.batch, rows.head, rows.token[r]) = sum == 0 ? log_sum : lse;
       Acc* stats = p.stats.at<Acc>(rows.batch, rows.head, rows.token[r]);

@@ -26,6 +26,20 @@ struct alignas(kVecBytes) Lanes {
   void set(int v, VecOf<Acc> value) { store(x + v * kLanes<Acc>, value); }
 };
 
+// A running sum over key blocks that keeps what each addition rounds off.
+template <class Acc>
+struct RowSums {
+  Lanes<Acc> value, rounded_off;
+
+  void reset(int v) { value.set(v, VecOf<Acc>{}), rounded_off.set(v, VecOf<Acc>{}); }
+  void add(int v, VecOf<Acc> x) {
+    const VecOf<Acc> before = value[v], after = before + x, added = after - before;
+    rounded_off.set(v, rounded_off[v] + ((before - (after - added)) + (x - added)));
+    value.set(v, after);
+  }
+  VecOf<Acc> operator[](int v) const { return value[v] + rounded_off[v]; }
+};
+
 template <class Acc>
 struct StripRows {
   using Vec = VecOf<Acc>;
@@ -106,6 +120,29 @@ inline KeyRun next_run(const LayoutAttentionParams& p, const StripRows<Acc>& row
   while (end < to && meets(end)) end += kTileRows;
   return {from < to ? from : to, end < to ? end : to};
 }
+
+// The exponents of a strip's weights: 2^(tau * score + the offset of the key's population).
+template <class Acc, bool kExact>
+struct Exponents {
+  Lanes<Acc> tau, in, out, tau_low, in_low, out_low;
+
+  void set_tau(int v, WideOf<Acc> exact) { set(v, exact, tau, tau_low); }
+  void set_in(int v, WideOf<Acc> exact) { set(v, exact, in, in_low); }
+  void set_out(int v, WideOf<Acc> exact) { set(v, exact, out, out_low); }
+
+  VecOf<Acc> weight(int v, VecOf<Acc> s, MaskOf<Acc> matched) const {
+    const VecOf<Acc> offset = select(matched, in[v], out[v]);
+    if constexpr (!kExact) return exp2<Acc>(s, tau[v], offset);
+    return exp2_exact<Acc>(s, tau[v], tau_low[v], offset, select(matched, in_low[v], out_low[v]));
+  }
+
+ private:
+  static void set(int v, WideOf<Acc> exact, Lanes<Acc>& high, Lanes<Acc>& low) {
+    const VecOf<Acc> rounded = narrow<Acc>(exact), rest = narrow<Acc>(exact - widen<Acc>(rounded));
+    high.set(v, rounded);
+    low.set(v, select(less(rest - rest, set1<Acc>(1)), rest, VecOf<Acc>{}));  // inf - inf has no rest
+  }
+};
 
 // Hands out aligned pieces of a thread's scratch; with a null base it only counts.
 struct Carver {
