@@ -28,10 +28,14 @@ std::string cpu_isa() { return kernels().isa; }
 
 DType dtype_of(const Tensor& q) {
   switch (q.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
     default:
       STD_TORCH_CHECK(false, "q must be float32, float64, float16 or bfloat16, got ",
                       torch::headeronly::toString(q.scalar_type()));
@@ -109,15 +113,23 @@ Tensor new_rows(const Tensor& q) {
   return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, std::make_optional(statistics_dtype(q)));
 }
 
-std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions, const Tensor& k_regions,
-    const Tensor& strength, const std::string& modulation, double scale, const std::optional<Tensor>& q_order) {
+// In q's memory order, unless that leaves the last axis apart (overlapping views); the fake kernel has the same rule.
+Tensor empty_rows_like(const Tensor& q) {
+  const Tensor like = torch::stable::empty_like(q);
+  if (q.size(3) == 1 || like.stride(3) == 1) return like;
+  return torch::stable::new_empty(q, q.sizes());
+}
+
+std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                        const Tensor& q_regions, const Tensor& k_regions,
+                                                        const Tensor& strength, const std::string& modulation,
+                                                        double scale, const std::optional<Tensor>& q_order) {
   LayoutAttentionParams p{};
   fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order);
-  const Tensor out = torch::stable::empty_like(q);
+  const Tensor out = empty_rows_like(q);
   const Tensor lse = new_rows(q);
-  const Tensor stats = torch::stable::new_empty(q, {p.batch, p.num_heads, p.seqlen_q, kStats},
-                                                std::make_optional(statistics_dtype(q)));
+  const Tensor stats =
+      torch::stable::new_empty(q, {p.batch, p.num_heads, p.seqlen_q, kStats}, std::make_optional(statistics_dtype(q)));
   p.out = view_rows("out", out, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
   p.lse = view("lse", lse, statistics_dtype(q), {p.batch, p.num_heads, p.seqlen_q});
   p.stats = view_rows("stats", stats, statistics_dtype(q), {p.batch, p.num_heads, p.seqlen_q, kStats});
@@ -154,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
   p.out = view_rows("out", out, q.scalar_type(), out_sizes);
   p.stats = view_rows("stats", stats, statistics_dtype(q), {p.batch, p.num_heads, p.seqlen_q, kStats});
   if (grad_lse) p.grad_lse = view("grad_lse", *grad_lse, statistics_dtype(q), rows);
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor dq = empty_rows_like(q), dk = empty_rows_like(k), dv = empty_rows_like(v);
   Tensor dstrength = new_rows(q);
   if (p.batch * p.num_heads * p.seqlen_q * p.seqlen_k == 0) {
     for (Tensor* grad : {&dq, &dk, &dv, &dstrength}) torch::stable::zero_(*grad);

@@ -18,7 +18,6 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
-
 inline void require_kind(const char* name, const Tensor& tensor, ScalarType dtype) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be a cpu tensor, got another device");
   STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name, " must be strided, got another layout");

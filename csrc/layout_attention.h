@@ -16,26 +16,27 @@ struct LayoutAttentionParams {
   Modulation modulation;
   double scale;
   int64_t batch, num_heads, seqlen_q, seqlen_k, head_dim;
-  TensorView<4> q, k, v;        // [B, H, M|N, D], last axis contiguous
-  TensorView<2> q_regions;      // int32 [B, M]
-  TensorView<2> k_regions;      // int32 [B, N]
-  TensorView<2> q_order;        // int32 [B, M] or no data: the order in which query rows are visited
-  TensorView<3> strength;       // [B, H, M], float or, with double inputs, double; so are the statistics
-  TensorView<4> out;            // [B, H, M, D]
-  TensorView<3> lse;            // [B, H, M]
-  TensorView<4> stats;          // [B, H, M, kStats], contiguous: what the backward pass needs of each row
+  TensorView<4> q, k, v;    // [B, H, M|N, D], last axis contiguous
+  TensorView<2> q_regions;  // int32 [B, M]
+  TensorView<2> k_regions;  // int32 [B, N]
+  TensorView<2> q_order;    // int32 [B, M] or no data: the order in which query rows are visited
+  TensorView<3> strength;   // [B, H, M], float or, with double inputs, double; so are the statistics
+  TensorView<4> out;        // [B, H, M, D]
+  TensorView<3> lse;        // [B, H, M]
+  TensorView<4> stats;      // [B, H, M, kStats], contiguous: what the backward pass needs of each row
 };
 
-// Largest and smallest <q, k>; the softmax's maximum in log2 units and its sum, both without the terms common to the row.
+// Largest and smallest <q, k>; the softmax's maximum in log2 units and its sum, both without the terms common to the
+// row.
 enum Stats { kRawMax, kRawMin, kShift, kSum, kStats };
 
 struct LayoutAttentionBwdParams : LayoutAttentionParams {
-  TensorView<4> grad_out;       // [B, H, M, D], last axis contiguous
-  TensorView<3> grad_lse;       // [B, H, M] or no data
-  TensorView<4> dq, dk, dv;     // like q, k, v
-  TensorView<3> dstrength;      // [B, H, M]
-  int64_t parts;                // query ranges of one head that are worked on at once, each with its own dk and dv
-  void* partials;               // [B * H, parts, 2, N, padded D] when parts > 1
+  TensorView<4> grad_out;    // [B, H, M, D], last axis contiguous
+  TensorView<3> grad_lse;    // [B, H, M] or no data
+  TensorView<4> dq, dk, dv;  // like q, k, v
+  TensorView<3> dstrength;   // [B, H, M]
+  int64_t parts;             // query ranges of one head that are worked on at once, each with its own dk and dv
+  void* partials;            // [B * H, parts, 2, N, padded D] when parts > 1
 };
 
 // CPU: work is a range of items, any of which may run on any thread with that thread's scratch.
@@ -51,5 +52,6 @@ struct LayoutAttentionCpu {
   void (*bwd_reduce)(const LayoutAttentionBwdParams&, int64_t begin, int64_t end);  // items: B * H, when parts > 1
 };
 
-// The kernels of the best instruction set that the processor has, or of the named one; null with a reason if it has not.
+// The kernels of the best instruction set that the processor has, or of the named one; null with a reason if it has
+// not.
 const LayoutAttentionCpu* layout_attention_cpu(const char* isa, const char** reason);

@@ -52,6 +52,8 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             refuse(argument, "have 4 dimensions [batch, heads, tokens, head_dim]", tuple(value.shape))
         if value.dtype != q.dtype:
             refuse(argument, f"have q's dtype {name(q.dtype)}", name(value.dtype), TypeError)
+        if value.shape[3] > 1 and value.stride(3) != 1:
+            refuse(argument, "have a contiguous last dimension", f"strides {value.stride()}")
         same_device(argument, value, q)
     batch, num_heads, _, head_dim = q.shape
     if head_dim == 0:

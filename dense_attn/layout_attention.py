@@ -39,7 +39,8 @@ def layout_attention(
     - `"mask"`: `s' = s` where R, `-inf` elsewhere (`strength` unused; a row without a matched key gives 0).
 
     Args:
-        q, k, v: `[B, H, M, D]`, `[B, H, N, D]`, `[B, H, N, D]`; float32, bfloat16, float16 or float64, any strides.
+        q, k, v: `[B, H, M, D]`, `[B, H, N, D]`, `[B, H, N, D]`; float32, bfloat16, float16 or float64; any
+            strides with a contiguous last dimension, so a transposed `[B, tokens, H, D]` is taken as it is.
         q_regions, k_regions: int32 words, bit r set when the token is in region r (32 regions; bit 31 is the sign).
         strength: a number, or float32 (float64 with float64 inputs) broadcastable to `[B, H, M]`; 0 is plain attention.
         modulation: the rule above.
@@ -79,7 +80,8 @@ def layout_attention(
         )
         lse = lse.to(strength.dtype)
     else:
-        out, lse, _ = _LayoutAttention.apply(q, k, v, strength, q_regions, k_regions, q_order, modulation, scale, name)
+        tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order)
+        out, lse, _ = _LayoutAttention.apply(*tensors, modulation, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -103,6 +105,8 @@ class _LayoutAttention(torch.autograd.Function):
         q, k, v, q_regions, k_regions, strength, q_order, out, stats = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        if grad_out.stride(-1) != 1:  # the gradient of a sum is one number under stride 0
+            grad_out = grad_out.contiguous()
         dq, dk, dv, dstrength = _backends.NAMESPACES[ctx.backend].layout_attention_bwd(
             grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats,
             ctx.modulation, ctx.scale, q_order,
@@ -112,6 +116,15 @@ class _LayoutAttention(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
         raise NotImplementedError("layout_attention must be called outside of vmap, got a vmapped input: use the batch")
+
+
+def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, each as an object of its own: torch.compile takes none twice into an autograd.Function."""
+    distinct: list[Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in distinct)
+        distinct.append(tensor.view_as(tensor) if again else tensor)
+    return distinct
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,7 @@ def exact_and_plain(inputs: Inputs, through: str = "both", **options: object) ->
     exact = evaluate(partial(reference.layout_attention, **options), inputs, through, torch.float64)
     plain = evaluate(partial(reference.layout_attention, **options), inputs, through)
     # Any order of the sums is as plain: the one furthest off counts, so that luck does not. float64 has nothing else.
-    for seed in range(10 if inputs.q.dtype == torch.float64 else 3):
+    for seed in range(3):
         for name, other in evaluate(_reordered(inputs, seed, options), inputs, through).items():
             further = (other - exact[name]).abs() > (plain[name] - exact[name]).abs()
             plain[name] = torch.where(further, other, plain[name])

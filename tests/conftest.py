@@ -17,6 +17,15 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small calls on one thread: handing them out would cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill every new tensor with NaN, those made in C++ too: deterministic mode does that."""
     assert torch.utils.deterministic.fill_uninitialized_memory

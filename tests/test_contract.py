@@ -41,6 +41,13 @@ BAD_CALLS = [  # argument, value, error, message
     ("q", torch.randn(H, M, D), ValueError, "q must have 4 dimensions [batch, heads, tokens, head_dim], got (3, 5, 8)"),
     ("q", torch.randn(B, H, M, 0), ValueError, "q must have a head dim of at least 1, got (2, 3, 5, 0)"),
     ("q", torch.randn(B, H, M, D + 1), ValueError, "k must have shape [2, 3, 7, 9] to go with q and k"),
+    (
+        "q",
+        torch.randn(B, H, D, M).mT,
+        ValueError,
+        "q must have a contiguous last dimension, got strides (120, 40, 1, 5)",
+    ),
+    ("v", torch.randn(B, H, D, N).mT, ValueError, "v must have a contiguous last dimension"),
     ("k", None, TypeError, "k must be a tensor, got NoneType"),
     ("k", torch.randn(B, H, N, D).double(), TypeError, "k must have q's dtype float32, got float64"),
     ("k", torch.randn(B, H, N, D, device="meta"), ValueError, "k must be on q's device cpu, got meta"),

@@ -137,7 +137,7 @@ inline VecOf<typename Dtype<T>::Acc> load_lanes(const T* pointer, int64_t count)
   using Acc = typename Dtype<T>::Acc;
   if (count >= kLanes<Acc>) return load_lanes(pointer);
   T lanes[kLanes<Acc>] = {};
-  for (int i = 0; i < count; ++i) lanes[i] = pointer[i];
+  std::memcpy(lanes, pointer, count * sizeof(T));
   return load_lanes(lanes);
 }
 
@@ -147,7 +147,7 @@ inline void store_lanes(T* pointer, VecOf<typename Dtype<T>::Acc> value, int64_t
   if (count >= kLanes<Acc>) return store_lanes(pointer, value);
   T lanes[kLanes<Acc>];
   store_lanes(lanes, value);
-  for (int i = 0; i < count; ++i) pointer[i] = lanes[i];
+  std::memcpy(pointer, lanes, count * sizeof(T));
 }
 
 }  // namespace DENSE_ATTN_ISA

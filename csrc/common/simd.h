@@ -207,9 +207,9 @@ inline VecOf<float> exp2_polynomial<float>(VecOf<float> f) {
 
 template <>
 inline VecOf<double> exp2_polynomial<double>(VecOf<double> f) {
-  constexpr double kCoefficients[] = {4.45581790833606449e-10, 7.07419429728852101e-9,  1.01780570877339411e-7,
-                                      1.32154325359123762e-6,  1.52527338415567726e-5,  1.54035304637243542e-4,
-                                      1.33335581464063707e-3,  9.61812910758725667e-3,  5.5504108664821627e-2,
+  constexpr double kCoefficients[] = {4.45581790833606449e-10, 7.07419429728852101e-9, 1.01780570877339411e-7,
+                                      1.32154325359123762e-6,  1.52527338415567726e-5, 1.54035304637243542e-4,
+                                      1.33335581464063707e-3,  9.61812910758725667e-3, 5.5504108664821627e-2,
                                       2.40226506959101596e-1,  6.93147180559945309e-1, 1.0};
   VecOf<double> p = set1<double>(kCoefficients[0]);
 #pragma GCC unroll 11
@@ -236,11 +236,11 @@ constexpr Acc kLowest = sizeof(Acc) == 4 ? -126 : -1022;
 template <class Acc>
 constexpr Acc kRounder = sizeof(Acc) == 4 ? 12582912.0 : 6755399441055744.0;  // 1.5 * 2^mantissa bits
 
-template <class V, class Acc = std::remove_reference_t<decltype(V{}[0])>>
+template <class V, class Acc = std::remove_reference_t<decltype(V{}[0])> >
 inline V nearest(V x) {
-  return (x + kRounder<Acc>) - kRounder<Acc>;
+  return (x + kRounder<Acc>)-kRounder<Acc>;
 }
-template <class V, class Acc = std::remove_reference_t<decltype(V{}[0])>>
+template <class V, class Acc = std::remove_reference_t<decltype(V{}[0])> >
 inline V times_exp2(V p, V n) {
   constexpr int kMantissa = sizeof(Acc) == 4 ? 23 : 52;
   const V scaled = (V)((IntOf<Acc>)p + ((IntOf<Acc>)(n + kRounder<Acc>) << kMantissa));

@@ -7,8 +7,8 @@
 #include <cpuid.h>
 #endif
 
-#define DENSE_ATTN_DECLARE(isa)                    \
-  namespace isa {                                  \
+#define DENSE_ATTN_DECLARE(isa)                     \
+  namespace isa {                                   \
   extern const LayoutAttentionCpu kLayoutAttention; \
   }
 #if defined(__x86_64__)
@@ -40,13 +40,13 @@ struct Entry {
   bool (*supported)();
 };
 
-const Entry kEntries[] = {  // best first
+const Entry kEntries[] = {// best first
 #if defined(__x86_64__)
-    {avx512_bf16::kLayoutAttention, has_avx512_bf16},
-    {avx512::kLayoutAttention, has_avx512},
-    {avx2::kLayoutAttention, has_avx2},
+                          {avx512_bf16::kLayoutAttention, has_avx512_bf16},
+                          {avx512::kLayoutAttention, has_avx512},
+                          {avx2::kLayoutAttention, has_avx2},
 #endif
-    {portable::kLayoutAttention, always}};
+                          {portable::kLayoutAttention, always}};
 
 }  // namespace
 

@@ -9,10 +9,14 @@ namespace {
 template <class F>
 auto with_dtype(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kFloat64: return f(double{});
-    case DType::kFloat16: return f(Half{});
-    case DType::kBFloat16: return f(BFloat16{});
-    default: return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat16:
+      return f(Half{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(float{});
   }
 }
 
@@ -75,7 +79,14 @@ void bwd_reduce(const LayoutAttentionBwdParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const LayoutAttentionCpu kLayoutAttention;
-const LayoutAttentionCpu kLayoutAttention = {DENSE_ATTN_STRING(DENSE_ATTN_ISA), fwd_items, fwd_scratch_bytes, fwd,
-                                             bwd_items, bwd_scratch_bytes, bwd_partial_bytes, bwd, bwd_reduce};
+const LayoutAttentionCpu kLayoutAttention = {DENSE_ATTN_STRING(DENSE_ATTN_ISA),
+                                             fwd_items,
+                                             fwd_scratch_bytes,
+                                             fwd,
+                                             bwd_items,
+                                             bwd_scratch_bytes,
+                                             bwd_partial_bytes,
+                                             bwd,
+                                             bwd_reduce};
 
 }  // namespace DENSE_ATTN_ISA

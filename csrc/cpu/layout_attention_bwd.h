@@ -23,7 +23,8 @@ struct Backward {
   const LayoutAttentionBwdParams& p;
   const int64_t depth;  // head_dim padded to registers
   const bool waits;     // P and dP of all keys are kept between the sweeps
-  Acc *q_panel, *grad_panel, *q_rows, *grad_rows, *dq_panel, *dk_sum, *dv_sum, *k_packed, *v_packed, *weights, *dweights;
+  Acc *q_panel, *grad_panel, *q_rows, *grad_rows, *dq_panel, *dk_sum, *dv_sum, *k_packed, *v_packed, *weights,
+      *dweights;
   size_t scratch_bytes;
   Exponents<Acc, std::is_same_v<T, Acc>> exponents;
   Lanes<Acc> inverse, row_factor, raw_max, raw_min, best_max, best_min, delta, grad_lse, matched_grad, distance_grad;
@@ -31,12 +32,11 @@ struct Backward {
   RowSums<Acc> weight_in, weight_dot, grad_all, grad_in, grad_dot;
   alignas(kVecBytes) typename Simd<Acc>::IntLane argmax[kMaxRows], argmin[kMaxRows];
 
-  static int64_t padded(int64_t head_dim) {
-    return (head_dim + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
-  }
+  static int64_t padded(int64_t head_dim) { return (head_dim + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>; }
   static int64_t partial_size(const LayoutAttentionBwdParams& p) { return 2 * p.seqlen_k * padded(p.head_dim); }
 
-  Backward(const LayoutAttentionBwdParams& params, void* scratch) : p(params), depth(padded(p.head_dim)), waits(2 * p.seqlen_k * kMaxRows * sizeof(Acc) <= kBwdStripBytes) {
+  Backward(const LayoutAttentionBwdParams& params, void* scratch)
+      : p(params), depth(padded(p.head_dim)), waits(2 * p.seqlen_k * kMaxRows * sizeof(Acc) <= kBwdStripBytes) {
     Carver carver{static_cast<char*>(scratch)};
     q_panel = carver.take<Acc>(p.head_dim * kMaxRows);
     grad_panel = carver.take<Acc>(p.head_dim * kMaxRows);
@@ -64,9 +64,14 @@ struct Backward {
     for (int64_t i = strips * part / p.parts; i < strips * (part + 1) / p.parts; ++i) {
       const StripRows<Acc> rows(p, head * strips + i);
       switch (rows.stride / kLanes<Acc>) {
-        case 1: strip<1>(rows); break;
-        case 2: strip<2>(rows); break;
-        default: strip<3>(rows);
+        case 1:
+          strip<1>(rows);
+          break;
+        case 2:
+          strip<2>(rows);
+          break;
+        default:
+          strip<3>(rows);
       }
     }
     if (p.parts == 1) write_keys(head, dk_sum, dv_sum);
@@ -126,8 +131,14 @@ struct Backward {
     const T* k = p.k.at<T>(rows.batch, rows.head, begin);
     const T* v = p.v.at<T>(rows.batch, rows.head, begin);
     const int64_t at = waits ? begin * rows.stride : 0;
-    Block block{begin, count, reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(v),
-                (int64_t)(p.k.strides[2] * sizeof(T)), (int64_t)(p.v.strides[2] * sizeof(T)), weights + at, dweights + at};
+    Block block{begin,
+                count,
+                reinterpret_cast<const char*>(k),
+                reinterpret_cast<const char*>(v),
+                (int64_t)(p.k.strides[2] * sizeof(T)),
+                (int64_t)(p.v.strides[2] * sizeof(T)),
+                weights + at,
+                dweights + at};
     if constexpr (kPack) {
       pack_rows<T>(k, p.k.strides[2], count, p.head_dim, k_packed, p.head_dim);
       pack_rows<T>(v, p.v.strides[2], count, p.head_dim, v_packed, p.head_dim);
@@ -195,11 +206,10 @@ struct Backward {
     const Acc inf = __builtin_inf();
     for (int v = 0; v < kVecs; ++v) {
       const WideOf<Acc> c = widen<Acc>(rows.strength[v]), factor = temperature<Acc>(p.modulation, c) * p.scale;
-      row_factor.set(v, narrow<Acc>(factor)), exponents.set_tau(v, factor * kLog2E);
+      row_factor.set(v, narrow<Acc>(factor)), exponents.set_tau(v, factor);
       const Additions<Acc> add(p, c, raw_max[v], raw_min[v]);
-      const WideOf<Acc> reference = add.common(p.modulation) * kLog2E + widen<Acc>(shift[v]);
-      exponents.set_in(v, add.matched * kLog2E - reference);
-      exponents.set_out(v, add.others * kLog2E - reference);
+      exponents.set_in(v, add.matched - add.common(p.modulation), shift[v]);
+      exponents.set_out(v, add.others - add.common(p.modulation), shift[v]);
       best_max.set(v, set1<Acc>(-inf)), best_min.set(v, set1<Acc>(inf));
       weight_in.reset(v), weight_dot.reset(v), grad_all.reset(v), grad_in.reset(v), grad_dot.reset(v);
     }
@@ -268,8 +278,8 @@ struct Backward {
     }
     constexpr int64_t kBytes = sizeof(Acc);
     const int64_t row_bytes = rows.stride * kBytes, vecs = depth / kLanes<Acc>;
-    accumulate_wide<Acc>(reinterpret_cast<const char*>(block.weights), row_bytes, kBytes, grad_rows, depth,
-                         rows.stride, dv_sum + block.begin * depth, depth, block.count, vecs);
+    accumulate_wide<Acc>(reinterpret_cast<const char*>(block.weights), row_bytes, kBytes, grad_rows, depth, rows.stride,
+                         dv_sum + block.begin * depth, depth, block.count, vecs);
     accumulate_wide<Acc>(reinterpret_cast<const char*>(block.dweights), row_bytes, kBytes, q_rows, depth, rows.stride,
                          dk_sum + block.begin * depth, depth, block.count, vecs);
     accumulate<Acc, kVecs>(block.keys, kBytes, block.k_bytes, block.dweights, rows.stride, block.count, dq_panel,

@@ -6,8 +6,8 @@
 
 namespace DENSE_ATTN_ISA {
 
-constexpr int64_t kKeyBlock = 64;               // keys weighed at once, so that their weights stay in L1
-constexpr int64_t kStripBytes = 4 << 20;        // scores and packed keys of a strip; more keys than fit go in chunks
+constexpr int64_t kKeyBlock = 64;         // keys weighed at once, so that their weights stay in L1
+constexpr int64_t kStripBytes = 4 << 20;  // scores and packed keys of a strip; more keys than fit go in chunks
 
 // kDot: products over bfloat16 pairs by the dot-product instruction.
 template <class T, bool kDot>
@@ -21,9 +21,9 @@ struct Forward {
   static constexpr bool kPackValues = kDot || !std::is_same_v<T, Acc>;
 
   const LayoutAttentionParams& p;
-  const int64_t depth;       // Elems per key
+  const int64_t depth;  // Elems per key
   const bool pack_keys;
-  const int64_t chunk;       // keys per pass; one chunk when the strip fits
+  const int64_t chunk;  // keys per pass; one chunk when the strip fits
   Elem *q_panel, *weights, *k_packed, *v_packed;
   Acc *scores, *acc_in, *acc_out;
   size_t scratch_bytes;
@@ -59,9 +59,12 @@ struct Forward {
   void run(int64_t item) {
     const StripRows<Acc> rows(p, item);
     switch (rows.stride / kLanes<Acc>) {
-      case 1: return strip<1>(rows);
-      case 2: return strip<2>(rows);
-      default: return strip<3>(rows);
+      case 1:
+        return strip<1>(rows);
+      case 2:
+        return strip<2>(rows);
+      default:
+        return strip<3>(rows);
     }
   }
 
@@ -96,8 +99,8 @@ struct Forward {
       const State state = reference_points(rows, v);
       shift.set(v, state.shift);
       exponents.set_tau(v, state.tau);
-      exponents.set_in(v, state.add_in - widen<Acc>(state.shift));
-      exponents.set_out(v, state.add_out - widen<Acc>(state.shift));
+      exponents.set_in(v, state.add_in, state.shift);
+      exponents.set_out(v, state.add_out, state.shift);
     }
     for (KeyRun run = next_run(p, rows, 0, chunk); run.begin < chunk; run = next_run(p, rows, run.end, chunk)) {
       weigh_run<kVecs>(rows, 0, run, exponents, sum_in, acc_in);
@@ -108,7 +111,7 @@ struct Forward {
   // Two online states, one a population, over chunks of keys; merged once the extremes of the row are known.
   template <int kVecs>
   void many_chunks(const StripRows<Acc>& rows) {
-    const WideOf<Acc> excluded = WideOf<Acc>{} - __builtin_inf();
+    const WideOf<Acc> nothing{}, excluded = nothing - __builtin_inf();
     Exponents matched, others;  // those of one population, the other excluded
     Lanes<Acc> shift_in, shift_out, shift;
     for (int v = 0; v < kVecs; ++v) shift_in.set(v, Vec{}), shift_out.set(v, Vec{});
@@ -122,8 +125,8 @@ struct Forward {
         const State state = reference_points(rows, v);
         rescale(acc_in, rows.stride, v, sum_in, shift_in, state.top_in);
         rescale(acc_out, rows.stride, v, sum_out, shift_out, state.top_out);
-        matched.set_tau(v, state.tau), matched.set_in(v, -widen<Acc>(shift_in[v])), matched.set_out(v, excluded);
-        others.set_tau(v, state.tau), others.set_in(v, excluded), others.set_out(v, -widen<Acc>(shift_out[v]));
+        matched.set_tau(v, state.tau), matched.set_in(v, nothing, shift_in[v]), matched.set_out(v, excluded, Vec{});
+        others.set_tau(v, state.tau), others.set_in(v, excluded, Vec{}), others.set_out(v, nothing, shift_out[v]);
       }
       for (KeyRun run = next_run(p, rows, begin, end); run.begin < end; run = next_run(p, rows, run.end, end)) {
         for (int64_t j = run.begin; j < run.end; j += kKeyBlock) {
@@ -151,15 +154,15 @@ struct Forward {
 
   // What a state measured from shift counts beside others measured from total; nothing if it holds no key.
   static Vec merge_weight(Vec sum, Vec shift, WideOf<Acc> add, Vec total) {
-    const Vec weight = exp2<Acc>(Vec{}, Vec{}, narrow<Acc>(widen<Acc>(shift) + add - widen<Acc>(total)));
+    const Vec weight = exp2<Acc>(Vec{}, Vec{}, narrow<Acc>(widen<Acc>(shift) + add * kLog2E - widen<Acc>(total)));
     return select(less(Vec{}, sum), weight, sum);
   }
 
   struct State {
-    WideOf<Acc> tau;                // log2 units per raw score
-    WideOf<Acc> add_in, add_out;    // what the rule adds to each population, log2 units; common terms left out
-    Vec top_in, top_out;            // largest tau * s of each population, -inf for one without keys
-    Vec shift;                      // largest modulated score, 0 for a row without keys
+    WideOf<Acc> tau;              // natural units per raw score
+    WideOf<Acc> add_in, add_out;  // what the rule adds to each population, natural units; common terms left out
+    Vec top_in, top_out;          // largest tau * s of each population, -inf for one without keys
+    Vec shift;                    // largest modulated score, 0 for a row without keys
   };
 
   // From the extremes met so far, those of the row: what the softmax is measured from.
@@ -167,18 +170,19 @@ struct Forward {
     const Acc inf = __builtin_inf();
     const WideOf<Acc> c = widen<Acc>(rows.strength[v]);
     State state;
-    state.tau = temperature<Acc>(p.modulation, c) * (p.scale * kLog2E);
+    state.tau = temperature<Acc>(p.modulation, c) * p.scale;
     const Additions<Acc> add(p, c, raw_max(v), raw_min(v));
-    state.add_in = (add.matched - add.common(p.modulation)) * kLog2E;
-    state.add_out = (add.others - add.common(p.modulation)) * kLog2E;
-    const Vec tau = narrow<Acc>(state.tau);
+    state.add_in = add.matched - add.common(p.modulation);
+    state.add_out = add.others - add.common(p.modulation);
+    const Vec tau = narrow<Acc>(state.tau * kLog2E);
     const auto top = [&](Vec max, Vec min) {
       const Vec extreme = select(less(tau, Vec{}), min, max) * tau;
       return select(less(max, min), set1<Acc>(-inf), extreme);
     };
     state.top_in = top(in_max[v], in_min[v]);
     state.top_out = top(out_max[v], out_min[v]);
-    const Vec top_in = state.top_in + narrow<Acc>(state.add_in), top_out = state.top_out + narrow<Acc>(state.add_out);
+    const Vec top_in = state.top_in + narrow<Acc>(state.add_in * kLog2E),
+              top_out = state.top_out + narrow<Acc>(state.add_out * kLog2E);
     const Vec largest = select(less(top_in, top_out), top_out, top_in);
     state.shift = select(less(set1<Acc>(-inf), largest), largest, Vec{});
     return state;
@@ -235,7 +239,8 @@ struct Forward {
     }
   }
 
-  // Points at the chunk's keys and values, packing what the products cannot read in place; a head's only chunk stays packed.
+  // Points at the chunk's keys and values, packing what the products cannot read in place; a head's only chunk stays
+  // packed.
   void prepare(const StripRows<Acc>& rows, int64_t begin, int64_t end) {
     const T* k = p.k.at<T>(rows.batch, rows.head, begin);
     const T* v = p.v.at<T>(rows.batch, rows.head, begin);
@@ -281,8 +286,8 @@ struct Forward {
     for (int64_t j = begin; j < end; j += kTileRows) {
       const int64_t count = end - j < kTileRows ? end - j : kTileRows;
       Acc* to = scores + (j - chunk_begin) * rows.stride;
-      accumulate<Elem, kVecs>(k_data + (j - chunk_begin) * k_row_bytes, k_row_bytes, sizeof(Elem), q_panel,
-                              rows.stride, depth, to, rows.stride, count, true);
+      accumulate<Elem, kVecs>(k_data + (j - chunk_begin) * k_row_bytes, k_row_bytes, sizeof(Elem), q_panel, rows.stride,
+                              depth, to, rows.stride, count, true);
       for (int v = 0; v < kVecs; ++v) meet_extremes(rows, j, count, v, to + v * kLanes<Acc>);
     }
   }
@@ -320,8 +325,8 @@ struct Forward {
         sum.add(v, weigh(weight, count, to, rows.stride));
       }
       const char* values = v_data + (begin - chunk_begin) / kStep * v_step_bytes;
-      accumulate<Elem, kVecs>(values, v_row_bytes, v_step_bytes, weights, rows.stride, (count + kStep - 1) / kStep,
-                              acc, rows.stride, p.head_dim);
+      accumulate<Elem, kVecs>(values, v_row_bytes, v_step_bytes, weights, rows.stride, (count + kStep - 1) / kStep, acc,
+                              rows.stride, p.head_dim);
     }
   }
 

@@ -97,12 +97,11 @@ struct Additions {
   }
 
   // What softmax does not see because both populations get it.
-  WideOf<Acc> common(Modulation modulation) const {
-    return modulation == Modulation::kRange ? others : WideOf<Acc>{};
-  }
+  WideOf<Acc> common(Modulation modulation) const { return modulation == Modulation::kRange ? others : WideOf<Acc>{}; }
 };
 
-// The next run of keys [begin, end) that has work for the strip: with `mask`, key groups that no row meets are passed by.
+// The next run of keys [begin, end) that has work for the strip: with `mask`, key groups that no row meets are passed
+// by.
 struct KeyRun {
   int64_t begin, end;
 };
@@ -121,14 +120,15 @@ inline KeyRun next_run(const LayoutAttentionParams& p, const StripRows<Acc>& row
   return {from < to ? from : to, end < to ? end : to};
 }
 
-// The exponents of a strip's weights: 2^(tau * score + the offset of the key's population).
+// The exponents of a strip's weights: 2^(tau * score + the offset of the key's population), where kExact in two parts.
 template <class Acc, bool kExact>
 struct Exponents {
   Lanes<Acc> tau, in, out, tau_low, in_low, out_low;
 
-  void set_tau(int v, WideOf<Acc> exact) { set(v, exact, tau, tau_low); }
-  void set_in(int v, WideOf<Acc> exact) { set(v, exact, in, in_low); }
-  void set_out(int v, WideOf<Acc> exact) { set(v, exact, out, out_low); }
+  // Factors and terms come in natural units, the shift that is taken off the terms in log2 units.
+  void set_tau(int v, WideOf<Acc> factor) { set(v, factor, VecOf<Acc>{}, tau, tau_low); }
+  void set_in(int v, WideOf<Acc> term, VecOf<Acc> shift) { set(v, term, shift, in, in_low); }
+  void set_out(int v, WideOf<Acc> term, VecOf<Acc> shift) { set(v, term, shift, out, out_low); }
 
   VecOf<Acc> weight(int v, VecOf<Acc> s, MaskOf<Acc> matched) const {
     const VecOf<Acc> offset = select(matched, in[v], out[v]);
@@ -137,10 +137,18 @@ struct Exponents {
   }
 
  private:
-  static void set(int v, WideOf<Acc> exact, Lanes<Acc>& high, Lanes<Acc>& low) {
-    const VecOf<Acc> rounded = narrow<Acc>(exact), rest = narrow<Acc>(exact - widen<Acc>(rounded));
-    high.set(v, rounded);
-    low.set(v, select(less(rest - rest, set1<Acc>(1)), rest, VecOf<Acc>{}));  // inf - inf has no rest
+  // high + low = x * log2(e) - shift to twice the digits: what each product and difference rounds off is kept.
+  static void set(int v, WideOf<Acc> x, VecOf<Acc> shift, Lanes<Acc>& high, Lanes<Acc>& low) {
+    constexpr double kLog2ERest = 2.0355273740931033e-17;
+    for (int i = 0; i < kLanes<Acc>; ++i) {
+      const double product = x[i] * kLog2E, product_rest = __builtin_fma(x[i], kLog2E, -product) + x[i] * kLog2ERest;
+      const double minus = -shift[i], sum = product + minus, added = sum - product;
+      const double sum_rest = (product - (sum - added)) + (minus - added);
+      const Acc rounded = sum;
+      const Acc rest = (sum - rounded) + (product_rest + sum_rest);
+      high.x[v * kLanes<Acc> + i] = rounded;
+      low.x[v * kLanes<Acc> + i] = rest - rest == 0 ? rest : 0;  // an infinity has no rest
+    }
   }
 };
 

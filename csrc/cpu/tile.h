@@ -8,7 +8,7 @@
 namespace DENSE_ATTN_ISA {
 
 constexpr int64_t kSumBlock = 64;  // products summed in one go
-constexpr int kRowVecs = 3;  // registers of query rows in a strip
+constexpr int kRowVecs = 3;        // registers of query rows in a strip
 
 // acc[r][v] += sum over steps of a(r, step) * b[step][v]: scalars of a are broadcast, registers of b are read in order.
 template <class Elem, int kRows, int kVecs, class Vec>
@@ -82,8 +82,7 @@ inline void accumulate_wide(const char* a, int64_t a_row_bytes, int64_t a_step_b
 
 // Transposes rows of T into columns of lanes: panel[d][r] = row(r)[d] for rows < count, 0 for the other lanes.
 template <class T, class Row>
-inline void pack_columns(const Row& row, int64_t count, int64_t rows, int64_t width,
-                         typename Dtype<T>::Acc* panel) {
+inline void pack_columns(const Row& row, int64_t count, int64_t rows, int64_t width, typename Dtype<T>::Acc* panel) {
   using Acc = typename Dtype<T>::Acc;
   constexpr int n = kLanes<Acc>;
   for (int64_t r0 = 0; r0 < rows; r0 += n) {
