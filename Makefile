@@ -45,7 +45,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	@echo "Building dense_attn"
-	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@$(PIP) install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(SANITIZED)/.built: $(VENV)/.installed $(NATIVE) $(wildcard dense_attn/*.py)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dense_attn import layout_attention
+from dense_attn._step import official_attention
 
 from .workloads import Inputs
 
@@ -32,25 +33,9 @@ def sdpa(inputs: Inputs) -> Call:
 
 def eager(inputs: Inputs) -> Call:
     """The modulation as DenseDiffusion's code does it: scores and masks in memory, half of the batch modulated."""
-    batch, num_heads, seqlen_q, _ = inputs.q.shape
-    guided = slice(batch // 2 * num_heads, None)
-    matched = _matched(inputs)
-    strength = inputs.strength[batch // 2 :, 0, :, None].to(inputs.q.dtype)  # [B/2, M, 1]
-    matched = matched.expand(len(strength), -1, -1)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B*H, tokens, D]
-        empty = q.new_empty(len(q), seqlen_q, k.shape[1])
-        scores = torch.baddbmm(empty, q, k.transpose(-1, -2), beta=0, alpha=q.shape[-1] ** -0.5)
-        row_max = scores[guided].max(-1, keepdim=True).values
-        row_min = scores[guided].min(-1, keepdim=True).values
-        mask = matched.repeat_interleave(num_heads, 0)  # [B/2*H, M, N]
-        size = strength.repeat_interleave(num_heads, 0)
-        scores[guided] += mask * size * (row_max - scores[guided])
-        scores[guided] -= ~mask * size * (scores[guided] - row_min)
-        return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, num_heads))
-
-    return call
+    dense_mask = _matched(inputs).to(inputs.q.dtype)[None]  # [1, M, N]
+    strength = inputs.strength[-1, 0, :, None].to(inputs.q.dtype)  # [M, 1]
+    return lambda q, k, v: official_attention(q, k, v, dense_mask, strength)
 
 
 def sdpa_bias(inputs: Inputs) -> Call:

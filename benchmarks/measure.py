@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import reference
+from dense_attn._memory import peak_extra_bytes
 from dense_attn._verify import judge
 
 from .baselines import CONTENDERS, Call
@@ -26,29 +26,6 @@ _BASELINE_SLACK = 4  # wrong maths is off by far more
 _SLOW = 8.0  # seconds of a pair of calls from which one round has to do
 _CHECKED_ROWS = 256  # of the first and the last head, where all are too many
 _CHECKED_PAIRS = 2**23  # elements of a score matrix that float64 can afford
-
-
-def peak_extra_memory(call: Callable[[], Result]) -> tuple[int | None, Result]:
-    """Bytes by which the process grows at most while call() runs, its result included, and the result.
-
-    The system's own high-water mark of resident memory, so whatever allocates counts; what was freed before is handed
-    back first. Call once before: the first call also loads code and starts threads. None where there is no such mark.
-    """
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets VmHWM
-        before = _status("VmRSS")
-    except (OSError, AttributeError):
-        return None, call()
-    result = call()
-    return max(0, _status("VmHWM") - before), result
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 @dataclass(frozen=True)
@@ -70,7 +47,7 @@ def trial(case: Case) -> Trial:
     heads, rows = _subset(setting.workload)
     grad_out = torch.zeros_like(inputs.grad_out)
     grad_out[:, :, rows] = inputs.grad_out[:, :, rows]  # so that the checked rows alone make dk and dv
-    (peak, got), seconds = _timed(lambda: peak_extra_memory(lambda: run(call, inputs, grad_out, setting.backward)))
+    (peak, got), seconds = _timed(lambda: peak_extra_bytes(lambda: run(call, inputs, grad_out, setting.backward)))
     picked = [_heads(x, heads) for x in got]
     picked[:2] = [x[:, :, rows] for x in picked[:2]]  # out and dq
     error, allowed = _worst(picked, *_expected(setting, case.contender != "sdpa"), setting.dtype)
@@ -79,7 +56,7 @@ def trial(case: Case) -> Trial:
     del got
     again = lambda: run(call, inputs, inputs.grad_out, setting.backward)  # noqa: E731
     if seconds < 2:  # a first call that short is mostly code loaded and threads started
-        (peak, _), seconds = _timed(lambda: peak_extra_memory(again))
+        (peak, _), seconds = _timed(lambda: peak_extra_bytes(again))
     return Trial(again, seconds, None if peak is None else max(0, peak - size), error, allowed)
 
 

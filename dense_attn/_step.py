@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
+from dense_attn._memory import peak_extra_bytes
 from dense_attn.layout import Layout
 from dense_attn.layout_attention import layout_attention
 
@@ -86,18 +84,19 @@ def modulation_of(layer: Layer, layout: Layout) -> dict[str, Tensor]:
 
 
 def official_attention(q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor, strength: Tensor) -> Tensor:
-    """Range modulation of the conditional half the way DenseDiffusion does it: every score and mask in memory.
+    """Range modulation the way DenseDiffusion does it: every score and mask in memory.
 
-    q, k, v [B, H, tokens, D]; dense_mask float [1, M, N], made beforehand; strength [M, 1].
+    q, k, v [B, H, tokens, D], of which the second, conditional half of the batch is modulated (all of a batch of one);
+    dense_mask float [1, M, N], made beforehand; strength [M, 1].
     """
     batch, num_heads, seqlen_q, head_dim = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B*H, tokens, D]
-    empty = torch.empty(len(q), seqlen_q, k.shape[1])
+    empty = q.new_empty(len(q), seqlen_q, k.shape[1])
     scores = torch.baddbmm(empty, q, k.transpose(1, 2), beta=0, alpha=head_dim**-0.5)
-    conditional = scores[len(scores) // 2 :]  # [H, M, N]
+    conditional = scores[batch // 2 * num_heads :]  # [B/2*H, M, N]
     row_min = conditional.min(-1, keepdim=True)[0]
     row_max = conditional.max(-1, keepdim=True)[0]
-    mask = dense_mask.repeat(num_heads, 1, 1)
+    mask = dense_mask.repeat(len(conditional), 1, 1)
     conditional += (mask > 0) * strength * (row_max - conditional)
     conditional -= ~(mask > 0) * strength * (conditional - row_min)
     return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, num_heads))
@@ -110,7 +109,7 @@ def measure(layout: Layout, layers: tuple[Layer, ...], backend: str = "auto") ->
         call()
     for layer in layers:
         calls = _both_ways(layer, layout, backend, seed=layer.grid)
-        measurement = Measurement(layer, tuple(peak_extra_bytes(call) for call in calls))
+        measurement = Measurement(layer, tuple(_beyond_output(call) for call in calls))
         for index in range(layer.count):
             calls = _both_ways(layer, layout, backend, seed=layer.grid + index)
             outs = []
@@ -143,23 +142,9 @@ def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return out, median(times)
 
 
-def peak_extra_bytes(call: Callable[[], Tensor]) -> int | None:
-    """Peak resident memory during a call beyond what the process held before and the output; None where not Linux.
-
-    The kernel's own high-water mark, so nothing that allocates can hide. Call once before: first calls load code.
-    """
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide new allocations
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = _status_bytes("VmRSS")
-    except (OSError, AttributeError):
-        return None
-    out = call()
-    return max(0, _status_bytes("VmHWM") - before - out.nbytes)
-
-
-def _status_bytes(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def _beyond_output(call: Callable[[], Tensor]) -> int | None:
+    peak, out = peak_extra_bytes(call)
+    return None if peak is None else max(0, peak - out.nbytes)
 
 
 def totals(measurements: list[Measurement]) -> tuple[float, float]:

@@ -19,9 +19,9 @@ def judge(got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> tupl
     """The one rule of accuracy: a kernel is right when error <= allowed, the two numbers returned.
 
     error = max|got - exact|, allowed = 2*max|plain - exact| + eps(dtype)*max|exact|, where exact is the reference in
-    float64 and plain the reference in the dtype under test. For float64 the reference is as rounded as plain, so its own
-    error counts once more: 3 for 2. Where exact is infinite or NaN, got must be the same, or
-    the error is infinite; where plain alone overflows it allows nothing.
+    float64 and plain the reference in the dtype under test. The reference in float64 is no more exact than plain is
+    there, so for float64 its own error counts once more: 3 for 2. Where exact is infinite or NaN, got must be the same,
+    or the error is infinite; where plain alone overflows it allows nothing.
     """
     got, exact, plain = got.double(), exact.double(), plain.double()
     finite = exact.isfinite()

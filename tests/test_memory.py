@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from cases import backends
+
+from dense_attn._memory import peak_extra_bytes
 
 PROGRAM = """
 import re, sys, torch
@@ -66,3 +69,12 @@ def test_memory_does_not_hold_the_scores(
 def test_the_measurement_sees_scores_that_are_held() -> None:
     """The negative control: the reference holds M*N."""
     assert extra_megabytes("reference", 4096, 4096, 8, "range", "no") > 2 * 4096 * 4096 * 4 / 2**20
+
+
+@needs_proc
+def test_the_peak_of_a_call_is_seen() -> None:
+    for _ in range(2):  # the first call also loads code
+        freed, _ = peak_extra_bytes(lambda: torch.ones(64 * 2**20).sum())  # 256 MiB, gone when the call returns
+    nothing, _ = peak_extra_bytes(lambda: None)
+    assert nothing < 2**20
+    assert freed == pytest.approx(2**28, rel=0.05)

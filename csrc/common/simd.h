@@ -249,23 +249,40 @@ inline V times_exp2(V p, V n) {
 }
 #endif
 
-// 2^(s * factor + offset), at most about 2: relative error 1e-7 (float), 3e-16 (double) of the rounded exponent;
-// exactly 0 for -inf, NaN stays NaN.
+// 2^(s * factor + offset), at most about 2, factor and offset in two parts: the exponent's integer part is taken off
+// before the product is added, so it is not rounded. Relative error 1e-7 (float), 3e-16 (double); exactly 0 for -inf,
+// NaN stays NaN.
 template <class Acc>
-inline VecOf<Acc> exp2(VecOf<Acc> s, VecOf<Acc> factor, VecOf<Acc> offset) {
-  const VecOf<Acc> x = max_keep_nan(s * factor + offset, set1<Acc>(kLowest<Acc>));
-  const VecOf<Acc> n = nearest(x);
-  return times_exp2(exp2_polynomial<Acc>(x - n), n);
-}
-
-// The same with factor and offset in two parts, and without rounding the exponent: its integer part is taken off before
-// the product is added.
-template <class Acc>
-inline VecOf<Acc> exp2_exact(VecOf<Acc> s, VecOf<Acc> factor, VecOf<Acc> factor_low, VecOf<Acc> offset,
-                             VecOf<Acc> offset_low) {
+inline VecOf<Acc> exp2(VecOf<Acc> s, VecOf<Acc> factor, VecOf<Acc> factor_low, VecOf<Acc> offset,
+                       VecOf<Acc> offset_low) {
   const VecOf<Acc> n = nearest(max_keep_nan(s * factor + offset, set1<Acc>(kLowest<Acc>)));
   const VecOf<Acc> f = (s * factor + (offset - n)) + (s * factor_low + offset_low);
   return times_exp2(exp2_polynomial<Acc>(max_keep_nan(f, set1<Acc>(-1))), n);
+}
+
+template <class Acc>
+inline VecOf<Acc> exp2(VecOf<Acc> x) {
+  const VecOf<Acc> zero{};
+  return exp2<Acc>(zero, zero, zero, x, zero);
+}
+
+// 2^x for weights of 16-bit values: relative error 4e-6, far below their rounding; exactly 0 for -inf, NaN stays NaN.
+inline Simd<float>::Vec exp2_coarse(Simd<float>::Vec x) {
+#if defined(__AVX512F__)
+  constexpr int kFloor = 1;
+  const Simd<float>::Vec f = _mm512_reduce_ps(x, kFloor);  // x - floor(x), 0 for -inf
+  Simd<float>::Vec p = 1.36703095e-2f * f + 5.17449978e-2f;
+  p = p * f + 2.41604357e-1f;
+  p = p * f + 6.92972922e-1f;
+  return _mm512_scalef_ps(p * f + 1.00000349f, x);  // times 2^floor(x)
+#else
+  x = max_keep_nan(x, set1<float>(kLowest<float>));
+  const Simd<float>::Vec n = nearest(x), f = x - n;
+  Simd<float>::Vec p = 9.66636852e-3f * f + 5.59219758e-2f;
+  p = p * f + 2.4022349e-1f;
+  p = p * f + 6.93121045e-1f;
+  return times_exp2(p * f + 1.0f, n);
+#endif
 }
 
 // Full-width zip of two registers: (a0 b0 a1 b1 ...), lower and upper half.

@@ -154,7 +154,7 @@ struct Forward {
 
   // What a state measured from shift counts beside others measured from total; nothing if it holds no key.
   static Vec merge_weight(Vec sum, Vec shift, WideOf<Acc> add, Vec total) {
-    const Vec weight = exp2<Acc>(Vec{}, Vec{}, narrow<Acc>(widen<Acc>(shift) + add * kLog2E - widen<Acc>(total)));
+    const Vec weight = exp2<Acc>(narrow<Acc>(widen<Acc>(shift) + add * kLog2E - widen<Acc>(total)));
     return select(less(Vec{}, sum), weight, sum);
   }
 
@@ -194,7 +194,7 @@ struct Forward {
   // A state measured from a new maximum.
   void rescale(Acc* acc, int64_t stride, int v, RowSums<Acc>& sum, Lanes<Acc>& shift, Vec top) {
     const Vec next = select(less(set1<Acc>(-__builtin_inf()), top), top, shift[v]);
-    const Vec alpha = select(less(Vec{}, sum[v]), exp2<Acc>(Vec{}, Vec{}, shift[v] - next), set1<Acc>(1));
+    const Vec alpha = select(less(Vec{}, sum[v]), exp2<Acc>(shift[v] - next), set1<Acc>(1));
     shift.set(v, next);
     sum.value.set(v, sum.value[v] * alpha), sum.rounded_off.set(v, sum.rounded_off[v] * alpha);
     for (int64_t d = 0; d < p.head_dim; ++d) {

@@ -132,8 +132,8 @@ struct Exponents {
 
   VecOf<Acc> weight(int v, VecOf<Acc> s, MaskOf<Acc> matched) const {
     const VecOf<Acc> offset = select(matched, in[v], out[v]);
-    if constexpr (!kExact) return exp2<Acc>(s, tau[v], offset);
-    return exp2_exact<Acc>(s, tau[v], tau_low[v], offset, select(matched, in_low[v], out_low[v]));
+    if constexpr (!kExact) return exp2_coarse(s * tau[v] + offset);
+    return exp2<Acc>(s, tau[v], tau_low[v], offset, select(matched, in_low[v], out_low[v]));
   }
 
  private:
@@ -159,7 +159,7 @@ struct Carver {
 
   template <class T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base + used);
+    T* piece = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used);
     used += (count * sizeof(T) + kVecBytes - 1) / kVecBytes * kVecBytes;
     return piece;
   }

@@ -1,0 +1,113 @@
+"""`verify`: the rule of accuracy can fail, and fails what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dense_attn import _backends, _verify, layout_attention
+from dense_attn.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_verify_passes_every_backend_here(capsys: pytest.CaptureFixture) -> None:
+    code, out = main(["verify"]), capsys.readouterr().out
+    available = [name for name in _backends.ORDER if _backends.missing(name, "layout_attention") is None]
+    rows = [line.split() for line in out.splitlines() if line.startswith(tuple(available))]
+    assert len(rows) == len(available) * len(_verify.DTYPES) * len(_verify.MODULATIONS)
+    assert code == 0, out
+    assert "every row passed" in out
+
+
+def _wrong_gradients(call: Callable, *tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    return tuple(x.detach() + 0.999 * (x - x.detach()) for x in call(*tensors, **options))
+
+
+def _wrong_scale(call: Callable, q: Tensor, *tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    return call(1.0001 * q, *tensors, **options)
+
+
+def _no_regions(
+    call: Callable, q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, *tensors: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
+    return call(q, k, v, torch.full_like(q_regions, -1), *tensors, **options)
+
+
+@pytest.fixture
+def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A "triton" backend that is the reference but for one fault, and one small case to find it with."""
+
+    def faulty(*tensors: Tensor, backend: str, **options: object) -> tuple[Tensor, Tensor]:
+        if backend != "triton":
+            return layout_attention(*tensors, backend=backend, **options)
+        return request.param(layout_attention, *tensors, backend="reference", **options)
+
+    cases = list(_verify.cases())[:1]
+    monkeypatch.setattr(_verify, "cases", lambda: iter(cases))
+    monkeypatch.setattr(_verify, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(_verify, "layout_attention", faulty)
+    monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace())
+    monkeypatch.setattr(_backends, "ORDER", ("triton", "reference"))
+
+
+@pytest.mark.parametrize(
+    ("wrong_backend", "results"),
+    [
+        (_wrong_gradients, {"dq", "dk", "dv"}),
+        (_wrong_scale, {"out", "lse", "dq", "dk", "dv"}),
+        (_no_regions, {"out", "lse", "dq", "dk", "dv"}),
+    ],
+    indirect=["wrong_backend"],
+)
+@pytest.mark.usefixtures("wrong_backend")
+def test_verify_fails_a_wrong_backend(results: set[str], capsys: pytest.CaptureFixture) -> None:
+    verdicts = [verdict for verdict in _verify.verify() if verdict.backend == "triton"]
+    assert len(verdicts) == 4
+    for verdict in verdicts:
+        assert {name for name, ratio in verdict.ratios.items() if ratio > 1} >= results
+    code, out = main(["verify"]), capsys.readouterr().out
+    assert code == 1
+    assert sum(line.startswith("triton") and "FAILED (" in line for line in out.splitlines()) == 4
+    assert "rows FAILED" in out.splitlines()[-1]
+
+
+def test_verify_fails_where_its_negative_control_does() -> None:
+    right = dict.fromkeys(_verify.RESULTS, 0.5)
+    assert _verify.Verdict("cpu", "float32", "range", right, 1.5, "").passed
+    assert not _verify.Verdict("cpu", "float32", "range", right, 0.9, "").passed
+    assert not _verify.Verdict("cpu", "float32", "range", right | {"dk": 1.01}, 1.5, "").passed
+
+
+EXACT = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
+PLAIN = EXACT + torch.tensor([0.0, 1e-6, 0.0])
+
+
+def test_judge_allows_twice_the_plain_error_and_one_rounding() -> None:
+    error, allowed = _verify.judge(EXACT + 3e-6, EXACT, PLAIN, torch.float32)
+    assert error == pytest.approx(3e-6)
+    assert allowed == pytest.approx(2e-6 + 4 * 2**-23)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_judge_refuses_what_is_not_finite_where_it_should_be(wrong: float) -> None:
+    error, allowed = _verify.judge(torch.tensor([wrong, -2.0, 4.0]), EXACT, PLAIN, torch.float32)
+    assert error > allowed
+
+
+def test_judge_wants_the_same_infinities_and_nans() -> None:
+    exact = torch.tensor([float("nan"), -float("inf"), 1.0], dtype=torch.float64)
+    error, allowed = _verify.judge(exact, exact, exact, torch.float32)
+    assert error <= allowed
+    for other in (torch.tensor([0.0, -torch.inf, 1.0]), torch.tensor([torch.nan, torch.inf, 1.0])):
+        assert _verify.judge(other, exact, exact, torch.float32)[0] == float("inf")
+
+
+def test_judge_lets_an_overflowing_plain_run_allow_nothing() -> None:
+    plain = torch.tensor([float("inf"), -2.0, 4.0])
+    error, allowed = _verify.judge(EXACT + 1e-3, EXACT, plain, torch.float32)
+    assert error > allowed
