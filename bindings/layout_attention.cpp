@@ -18,7 +18,7 @@ const LayoutAttentionCpu& kernels() {
     const char* isa = std::getenv("DENSE_ATTN_ISA");
     const char* reason = nullptr;
     const LayoutAttentionCpu* found = layout_attention_cpu(isa, &reason);
-    STD_TORCH_CHECK(found != nullptr, "DENSE_ATTN_ISA must ", reason, ", got ", isa);
+    REQUIRE(found != nullptr, "DENSE_ATTN_ISA must ", reason, ", got ", isa);
     return *found;
   }();
   return chosen;
@@ -37,8 +37,7 @@ DType dtype_of(const Tensor& q) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, "q must be float32, float64, float16 or bfloat16, got ",
-                      torch::headeronly::toString(q.scalar_type()));
+      refuse("q must be float32, float64, float16 or bfloat16, got ", torch::headeronly::toString(q.scalar_type()));
   }
 }
 
@@ -47,7 +46,7 @@ Modulation modulation_of(const std::string& name) {
   for (int i = 0; i < 4; ++i) {
     if (name == names[i]) return static_cast<Modulation>(i);
   }
-  STD_TORCH_CHECK(false, "modulation must be one of range, max, bias, mask, got ", name);
+  refuse("modulation must be one of range, max, bias, mask, got ", name);
 }
 
 ScalarType statistics_dtype(const Tensor& q) {
@@ -62,8 +61,8 @@ void require_permutation(const TensorView<2>& order) {
     std::fill(seen.begin(), seen.end(), false);
     for (int64_t i = 0; i < order.sizes[1]; ++i) {
       const int32_t token = *order.at<int32_t>(b, i);
-      STD_TORCH_CHECK(token >= 0 && token < order.sizes[1] && !seen[token],
-                      "q_order must be a permutation of the tokens, got ", token, " at ", i);
+      REQUIRE(token >= 0 && token < order.sizes[1] && !seen[token], "q_order must be a permutation of the tokens, got ",
+              token, " at ", i);
       seen[token] = true;
     }
   }
@@ -76,13 +75,13 @@ void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor& k, con
   p.dtype = dtype_of(q);
   p.modulation = modulation_of(modulation);
   p.scale = scale;
-  STD_TORCH_CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
-  STD_TORCH_CHECK(q.dim() == 4, "q must have 4 dimensions, got ", shape_of(q));
-  STD_TORCH_CHECK(k.dim() == 4, "k must have 4 dimensions, got ", shape_of(k));
+  REQUIRE(std::isfinite(scale), "scale must be finite, got ", scale);
+  REQUIRE(q.dim() == 4, "q must have 4 dimensions, got ", shape_of(q));
+  REQUIRE(k.dim() == 4, "k must have 4 dimensions, got ", shape_of(k));
   p.batch = q.size(0), p.num_heads = q.size(1), p.seqlen_q = q.size(2), p.head_dim = q.size(3);
   p.seqlen_k = k.size(2);
-  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= kMaxHeadDim, "q must have a head dim of 1 to ", kMaxHeadDim,
-                  ", got ", p.head_dim);
+  REQUIRE(p.head_dim >= 1 && p.head_dim <= kMaxHeadDim, "q must have a head dim of 1 to ", kMaxHeadDim, ", got ",
+          p.head_dim);
   p.q = view_rows("q", q, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
   p.k = view_rows("k", k, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
   p.v = view_rows("v", v, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});

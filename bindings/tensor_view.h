@@ -5,12 +5,25 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "common/tensor_view.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <class... Part>
+[[noreturn]] void refuse(const Part&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+// One sentence, `<argument> must <rule>, got <value>`, put together only when it is needed.
+#define REQUIRE(condition, ...) \
+  if (!(condition)) refuse(__VA_ARGS__)
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
@@ -19,10 +32,10 @@ inline std::string shape_of(const Tensor& tensor) {
 }
 
 inline void require_kind(const char* name, const Tensor& tensor, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be a cpu tensor, got another device");
-  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name, " must be strided, got another layout");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype),
-                  ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  REQUIRE(tensor.is_cpu(), name, " must be a cpu tensor, got another device");
+  REQUIRE(tensor.layout() == torch::headeronly::Layout::Strided, name, " must be strided, got another layout");
+  REQUIRE(tensor.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype), ", got ",
+          torch::headeronly::toString(tensor.scalar_type()));
 }
 
 // A view of exactly these sizes.
@@ -34,7 +47,7 @@ TensorView<kDims> view(const char* name, const Tensor& tensor, ScalarType dtype,
   if (!same) {
     std::string expected = "[";
     for (int i = 0; i < kDims; ++i) expected += (i ? ", " : "") + std::to_string(sizes[i]);
-    STD_TORCH_CHECK(false, name, " must have shape ", expected, "], got ", shape_of(tensor));
+    refuse(name, " must have shape ", expected, "], got ", shape_of(tensor));
   }
   TensorView<kDims> result;
   result.data = tensor.data_ptr();
@@ -45,8 +58,8 @@ TensorView<kDims> view(const char* name, const Tensor& tensor, ScalarType dtype,
 // The same, with the last axis contiguous.
 inline TensorView<4> view_rows(const char* name, const Tensor& tensor, ScalarType dtype, const int64_t (&sizes)[4]) {
   const TensorView<4> result = view(name, tensor, dtype, sizes);
-  STD_TORCH_CHECK(sizes[3] == 1 || result.strides[3] == 1, name, " must have a contiguous last dimension, got stride ",
-                  result.strides[3]);
+  REQUIRE(sizes[3] == 1 || result.strides[3] == 1, name, " must have a contiguous last dimension, got stride ",
+          result.strides[3]);
   return result;
 }
 
@@ -55,8 +68,8 @@ inline TensorView<2> view_words(const char* name, const Tensor& tensor, int64_t 
   require_kind(name, tensor, ScalarType::Int);
   const int64_t dims = tensor.dim();
   const bool rows = dims == 2 && (tensor.size(0) == 1 || tensor.size(0) == batch);
-  STD_TORCH_CHECK((dims == 1 || rows) && tensor.size(dims - 1) == tokens, name, " must have shape [", tokens,
-                  "] or [1 or ", batch, ", ", tokens, "], got ", shape_of(tensor));
+  REQUIRE((dims == 1 || rows) && tensor.size(dims - 1) == tokens, name, " must have shape [", tokens, "] or [1 or ",
+          batch, ", ", tokens, "], got ", shape_of(tensor));
   TensorView<2> result;
   result.data = tensor.data_ptr();
   result.sizes[0] = batch, result.sizes[1] = tokens;

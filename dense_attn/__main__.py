@@ -84,7 +84,10 @@ def _positive(text: str) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     print(f"dense_attn {dense_attn.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
           f"python {platform.python_version()}, {platform.system()} {platform.machine()}")  # fmt: skip
-    compiled = "not loaded" if _native.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()
+    try:
+        compiled = "not loaded" if _native.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()
+    except RuntimeError as error:  # DENSE_ATTN_ISA names none that this processor has
+        raise UserError(str(error).splitlines()[0]) from None
     print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch uses "
           f"{torch.backends.cpu.get_cpu_capability()}, dense_attn's kernels: {compiled}")  # fmt: skip
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

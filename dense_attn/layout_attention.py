@@ -168,6 +168,8 @@ def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:
     if isinstance(strength, bool) or not isinstance(strength, (int, float, Tensor)):
         _checks.refuse("strength", "be a number or a tensor", type(strength).__name__, TypeError)
     if not isinstance(strength, Tensor):
+        if not math.isfinite(strength):
+            _checks.refuse("strength", "be finite", strength)
         return q.new_full((), strength, dtype=dtype).expand(shape)
     if strength.dtype not in (torch.float32, dtype):
         _checks.refuse("strength", f"be float32 or {_checks.name(dtype)}", _checks.name(strength.dtype), TypeError)

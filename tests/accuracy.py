@@ -10,7 +10,7 @@ from cases import Inputs
 from torch import Tensor
 
 from dense_attn import reference
-from dense_attn._verify import judge
+from dense_attn._verify import further, judge
 
 Results = dict[str, Tensor]  # out, lse, dq, dk, dv, dstrength by name
 
@@ -40,8 +40,7 @@ def exact_and_plain(inputs: Inputs, through: str = "both", **options: object) ->
     # Any order of the sums is as plain: the one furthest off counts, so that luck does not. float64 has nothing else.
     for seed in range(3):
         for name, other in evaluate(_reordered(inputs, seed, options), inputs, through).items():
-            further = (other - exact[name]).abs() > (plain[name] - exact[name]).abs()
-            plain[name] = torch.where(further, other, plain[name])
+            plain[name] = further(plain[name], other, exact[name])
     return exact, plain
 
 

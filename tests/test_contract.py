@@ -76,6 +76,7 @@ BAD_CALLS = [  # argument, value, error, message
     ("k_regions", words(N).to("meta"), ValueError, "k_regions must be on q's device cpu, got meta"),
     ("strength", "1", TypeError, "strength must be a number or a tensor, got str"),
     ("strength", None, TypeError, "strength must be a number or a tensor, got NoneType"),
+    ("strength", float("nan"), ValueError, "strength must be finite, got nan"),
     ("strength", True, TypeError, "strength must be a number or a tensor, got bool"),
     ("strength", torch.rand(M).double(), TypeError, "strength must be float32"),
     ("strength", torch.rand(M).bfloat16(), TypeError, "got bfloat16"),

@@ -6,8 +6,10 @@
 
 namespace DENSE_ATTN_ISA {
 
-constexpr int64_t kKeyBlock = 64;         // keys weighed at once, so that their weights stay in L1
-constexpr int64_t kStripBytes = 4 << 20;  // scores and packed keys of a strip; more keys than fit go in chunks
+constexpr int64_t kKeyBlock = 64;          // keys weighed at once, so that their weights stay in L1
+constexpr int64_t kStripKeys = 16384;      // most keys whose scores are held at once: 3 MB, still in a cache
+constexpr int64_t kPackedBytes = 4 << 20;  // most of their packed copies
+constexpr int64_t kChunkKeys = 4096;       // keys of a chunk where there are more, whose scores stay in L2
 
 // kDot: products over bfloat16 pairs by the dot-product instruction.
 template <class T, bool kDot>
@@ -50,10 +52,9 @@ struct Forward {
   }
 
   int64_t keys_per_chunk() const {
-    const int64_t key_bytes = kMaxRows * sizeof(Acc) + (pack_keys ? depth * sizeof(Elem) : 0) +
-                              (kPackValues ? p.head_dim * sizeof(Elem) / kStep : 0);
-    const int64_t fitting = kStripBytes / key_bytes / kKeyBlock * kKeyBlock;
-    return p.seqlen_k < fitting ? p.seqlen_k : fitting;
+    const int64_t packed_bytes = ((pack_keys ? depth : 0) + (kPackValues ? p.head_dim / kStep : 0)) * sizeof(Elem);
+    const bool one_chunk = p.seqlen_k <= kStripKeys && p.seqlen_k * packed_bytes <= kPackedBytes;
+    return one_chunk || p.seqlen_k < kChunkKeys ? p.seqlen_k : kChunkKeys;
   }
 
   void run(int64_t item) {
