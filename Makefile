@@ -10,7 +10,7 @@ SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_TH
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench sanitize clean
+.PHONY: help demo test lint bench fuzz sanitize clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,9 +28,11 @@ lint: $(VENV)/.installed  ## ruff, clang-format and the rules of .pre-commit-con
 bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE")
 	@$(BIN)/python -m dense_attn bench $(ARGS)
 
-sanitize: $(SANITIZED)/.built  ## the case table and 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/test_backends.py
+fuzz: $(SANITIZED)/.built  ## 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(SANITIZER_ENV) $(BIN)/python tests/fuzz.py --calls 10000
+
+sanitize: fuzz  ## the same, and the whole table of cases
+	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/test_backends.py
 
 clean:  ## remove what was built and installed here
 	rm -rf $(VENV) build dist *.egg-info dense_attn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
