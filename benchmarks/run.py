@@ -66,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dense_attn bench: pytest ended with {code!r}", file=sys.stderr)
         return 2
 
+    if not report.rows:
+        print("dense_attn bench: none of these workloads has rows here", file=sys.stderr)
+        return 2
+
     header = describe_run(arguments.quick) | {"seconds": round(time.perf_counter() - start, 1)}
     bars = [bar.verdict(report.rows) for bar in BARS]
     results = {"header": header, "limits": report.limits, "bars": bars, "rows": report.rows}

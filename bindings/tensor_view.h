@@ -58,8 +58,8 @@ TensorView<kDims> view(const char* name, const Tensor& tensor, ScalarType dtype,
 // The same, with the last axis contiguous.
 inline TensorView<4> view_rows(const char* name, const Tensor& tensor, ScalarType dtype, const int64_t (&sizes)[4]) {
   const TensorView<4> result = view(name, tensor, dtype, sizes);
-  REQUIRE(sizes[3] == 1 || result.strides[3] == 1, name, " must have a contiguous last dimension, got stride ",
-          result.strides[3]);
+  REQUIRE(sizes[3] == 1 || result.strides[3] == 1 || tensor.numel() == 0, name,
+          " must have a contiguous last dimension, got stride ", result.strides[3]);
   return result;
 }
 

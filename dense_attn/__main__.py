@@ -30,10 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(arguments, "threads", None) is not None:
         torch.set_num_threads(arguments.threads)
     try:
+        _check_isa()
         return arguments.run(arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"dense_attn {arguments.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _check_isa() -> None:
+    """Refuse a DENSE_ATTN_ISA that names no instruction set of this processor."""
+    try:
+        _native.LOAD_ERROR is None and torch.ops.dense_attn.cpu_isa()
+    except RuntimeError as error:
+        raise UserError(str(error).splitlines()[0]) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,10 +93,7 @@ def _positive(text: str) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     print(f"dense_attn {dense_attn.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
           f"python {platform.python_version()}, {platform.system()} {platform.machine()}")  # fmt: skip
-    try:
-        compiled = "not loaded" if _native.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()
-    except RuntimeError as error:  # DENSE_ATTN_ISA names none that this processor has
-        raise UserError(str(error).splitlines()[0]) from None
+    compiled = "not loaded" if _native.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()
     print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch uses "
           f"{torch.backends.cpu.get_cpu_capability()}, dense_attn's kernels: {compiled}")  # fmt: skip
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,15 @@ def tensor(argument: str, value: object) -> Tensor:
     if value.layout != torch.strided:
         refuse(argument, "be a strided tensor", value.layout, TypeError)
     return value
+
+
+def number(argument: str, value: object, dtype: torch.dtype = torch.float64, rule: str = "be a number") -> float:
+    """Require a number that is finite in a dtype; comparisons alone, so that torch.compile need not know its value."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        refuse(argument, rule, type(value).__name__, TypeError)
+    if not abs(value) <= torch.finfo(dtype).max:
+        refuse(argument, "be finite" if dtype == torch.float64 else f"be finite in {name(dtype)}", value)
+    return float(value)
 
 
 def choice(argument: str, value: object, choices: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -68,8 +69,12 @@ def _check_output(output: Path) -> None:
         raise UserError("the demo's picture needs matplotlib: pip install dense_attn[bench]") from None
     if output.suffix.lower() not in PICTURE_FORMATS:
         raise UserError(f"--output must end in one of {', '.join(PICTURE_FORMATS)}, got {output}")
+    if output.is_dir():
+        raise UserError(f"--output must be a file, got the folder {output}")
     if not output.parent.is_dir():
         raise UserError(f"--output must be in a folder that exists, got {output}")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output must be in a folder that can be written, got {output}")
 
 
 def _progress(steps: Iterator[Measurement], total: int) -> Iterator[Measurement]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -187,7 +186,7 @@ class Layout:
             ("exponent", exponent),
             ("size_weight", size_weight),
         ):
-            _number(argument, value)
+            _checks.number(argument, value)
         if not 0 <= time <= 1:
             _checks.refuse("time", "be in 0..1 (the timestep divided by 1000)", time)
         if exponent < 0:
@@ -247,7 +246,7 @@ def _check_box(argument: str, box: object) -> None:
     if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
         _checks.refuse(argument, "be (x0, y0, x1, y1)", repr(box), TypeError)
     for value in box:
-        _number(argument, value)
+        _checks.number(argument, value)
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
         _checks.refuse(argument, "have 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1", tuple(box))
@@ -259,10 +258,3 @@ def _integer(argument: str, value: object, least: int) -> int:
     if value < least:
         _checks.refuse(argument, f"be at least {least}", value)
     return int(value)
-
-
-def _number(argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        _checks.refuse(argument, "be a number", repr(value), TypeError)
-    if not math.isfinite(value):
-        _checks.refuse(argument, "be finite", value)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dense_attn import _backends, _checks, reference
 
@@ -55,7 +52,8 @@ def layout_attention(
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
-        RuntimeError: the named backend cannot run this call, with every reason.
+        RuntimeError: the named backend cannot run this call, with every reason; q_order is no permutation (where the
+            backend uses it); a second derivative is asked for.
 
     Source: Kim et al., Dense Text-to-Image Generation with Attention Modulation, ICCV 2023;
     Balaji et al., eDiff-I, 2022 (paint-with-words).
@@ -71,7 +69,7 @@ def layout_attention(
     _checks.attention_inputs(q, k, v)
     _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
     _checks.choice("modulation", modulation, MODULATIONS)
-    scale = _check_scale(scale, q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale, rule="be a number or None")
     strength = _row_strength(strength, q)
     name = _backends.resolve(backend, "layout_attention", q)
     if name == "reference":
@@ -100,22 +98,42 @@ class _LayoutAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, q_regions, k_regions, strength, q_order, out, stats)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, grad_lse, *_):  # noqa: ANN001, ANN002, ANN205
         q, k, v, q_regions, k_regions, strength, q_order, out, stats = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_out.stride(-1) != 1:  # the gradient of a sum is one number under stride 0
             grad_out = grad_out.contiguous()
-        dq, dk, dv, dstrength = _backends.NAMESPACES[ctx.backend].layout_attention_bwd(
+        dq, dk, dv, dstrength = _Backward.apply(
             grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats,
-            ctx.modulation, ctx.scale, q_order,
+            ctx.modulation, ctx.scale, q_order, ctx.backend,
         )  # fmt: skip
         return dq, dk, dv, dstrength, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
         raise NotImplementedError("layout_attention must be called outside of vmap, got a vmapped input: use the batch")
+
+
+class _Backward(torch.autograd.Function):
+    """The backward pass as a function of q, k and v too, so that a second derivative is refused and not 0."""
+
+    @staticmethod
+    def forward(  # noqa: ANN205
+        grad_out, grad_lse, q, k, v, q_regions, k_regions, strength,  # noqa: ANN001
+        out, stats, modulation, scale, q_order, backend,  # noqa: ANN001
+    ):  # fmt: skip
+        return _backends.NAMESPACES[backend].layout_attention_bwd(
+            grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, q_order
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):  # noqa: ANN001, ANN002, ANN205
+        raise RuntimeError("layout_attention must be differentiated once, got a second derivative")
 
 
 def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -130,7 +148,7 @@ def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -151,28 +169,17 @@ def _check_tokens(
         _checks.token_words("k_order", k_order, batch, seqlen_k, q)
 
 
-def _check_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        _checks.refuse("scale", "be a number or None", type(scale).__name__, TypeError)
-    if not math.isfinite(scale):
-        _checks.refuse("scale", "be finite", scale)
-    return float(scale)
-
-
 def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:
     """strength as a [B, H, M] view in the accumulation dtype."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = q.shape[:3]
-    if isinstance(strength, bool) or not isinstance(strength, (int, float, Tensor)):
-        _checks.refuse("strength", "be a number or a tensor", type(strength).__name__, TypeError)
     if not isinstance(strength, Tensor):
-        if not math.isfinite(strength):
-            _checks.refuse("strength", "be finite", strength)
+        strength = _checks.number("strength", strength, dtype, "be a number or a tensor")
         return q.new_full((), strength, dtype=dtype).expand(shape)
+    _checks.tensor("strength", strength)
     if strength.dtype not in (torch.float32, dtype):
-        _checks.refuse("strength", f"be float32 or {_checks.name(dtype)}", _checks.name(strength.dtype), TypeError)
+        rule = "be float32" if dtype == torch.float32 else "be float32 or float64"
+        _checks.refuse("strength", rule, _checks.name(strength.dtype), TypeError)
     _checks.same_device("strength", strength, q)
     padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
     if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):

@@ -113,6 +113,8 @@ CASES = (
     Case("nan-in-k", values="nan-in-k", through="none"),
     Case("nan-in-v", values="nan-in-v", through="none", modulations=("range", "max", "bias")),
     Case("inf-in-q", values="inf-in-q", through="none"),
+    Case("inf-in-k", values="inf-in-k", through="none"),  # scores of -inf leave finite rows
+    Case("low-scores", (1, 2, 17, 23, 64), values="low"),  # so low that a score of 0 beside them would overflow
     Case("scale", scale=-0.7),
     Case("ordered", ordered=True, core=True),
     Case("ordered-in-runs", (1, 2, 200, 180, 40), words="runs", ordered=True),
@@ -175,6 +177,10 @@ def _values(values: str, q: Tensor, k: Tensor, v: Tensor, generator: torch.Gener
         q, k = (torch.randint(-1, 2, x.shape, generator=generator).double() for x in (q, k))
     elif values == "large":
         q = q * (1e4 * q.shape[-1] ** 0.5 / (q @ k.mT).abs().max())
+    elif values == "low":
+        q, k = 4 + 0.1 * q, -4 + 0.1 * k
+    elif values == "inf-in-k":
+        k[0, 1, 3, 5] = torch.inf
     elif values == "inf-in-q":
         q[0, 0, 3, 5] = torch.inf
     elif values != "normal":

@@ -72,6 +72,25 @@ def test_compile_forward_and_backward(backend: str, compiler: str, dynamic: bool
 
 
 @on_cpu
+def test_compile_with_numbers_that_change(backend: str) -> None:
+    """strength is another number at every denoising step."""
+
+    def call(q: Tensor, words: Tensor, strength: float, scale: float) -> Tensor:
+        return layout_attention(q, q, q, words, words, strength, scale=scale, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    q, words = torch.randn(2, 2, 24, 16), torch.arange(24, dtype=torch.int32) % 4
+    for number in (0.1, 0.2, 0.35, 0.9):
+        torch.testing.assert_close(compiled(q, words, number, number), call(q, words, number, number))
+
+
+def test_meta_tensors_give_shapes() -> None:
+    q, words = torch.empty(2, 3, 5, 8, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
+    assert layout_attention(q, q, q, words, words).shape == q.shape
+
+
+@on_cpu
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_export(backend: str, modulation: str) -> None:
     class Attention(torch.nn.Module):

@@ -212,11 +212,11 @@ WRONG_KIND = {
     "label_map must be of an integer dtype, got float64": lambda: from_labels(LABELS / 2),
     "boxes must be a list of (x0, y0, x1, y1), got int": lambda: from_boxes(3, (4, 4)),
     "boxes[0] must be (x0, y0, x1, y1), got (0, 0, 1)": lambda: from_boxes([(0, 0, 1)], (4, 4)),
-    "boxes[0] must be a number, got '1'": lambda: from_boxes([(0, 0, 1, "1")], (4, 4)),
+    "boxes[0] must be a number, got str": lambda: from_boxes([(0, 0, 1, "1")], (4, 4)),
     "width must be an integer, got 4.0": lambda: LAYOUT.query_regions(4, 4.0),
     "width must be an integer, got True": lambda: LAYOUT.order(4, True),
-    "weight must be a number, got '1'": lambda: LAYOUT.strength(4, 4, weight="1", time=0.5),
-    "size_weight must be a number, got None": lambda: LAYOUT.strength(4, 4, weight=1.0, time=0.5, size_weight=None),
+    "weight must be a number, got str": lambda: LAYOUT.strength(4, 4, weight="1", time=0.5),
+    "size_weight must be a number, got NoneType": lambda: LAYOUT.strength(4, 4, weight=1.0, time=0.5, size_weight=None),
 }
 WRONG_MEANING = {
     "masks must have 3 dimensions [regions, height, width], got (4, 4)": lambda: Layout(ONE[0]),

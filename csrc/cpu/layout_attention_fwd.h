@@ -236,7 +236,7 @@ struct Forward {
     pack_columns<float>(words, rows.count, rows.stride, p.head_dim / 2, panel);
     if (p.head_dim % 2 == 0) return;
     for (int64_t r = 0; r < rows.stride; ++r) {
-      q_panel[(depth - 1) * rows.stride + r].bits = r < rows.count ? row(r)[p.head_dim - 1].bits : 0;
+      q_panel[(depth - 1) * rows.stride + r].bits = row(r < rows.count ? r : 0)[p.head_dim - 1].bits;
     }
   }
 

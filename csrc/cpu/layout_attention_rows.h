@@ -96,8 +96,11 @@ struct Additions {
     if (p.modulation == Modulation::kMask) others -= __builtin_inf();
   }
 
-  // What softmax does not see because both populations get it.
-  WideOf<Acc> common(Modulation modulation) const { return modulation == Modulation::kRange ? others : WideOf<Acc>{}; }
+  // What softmax does not see because both populations get it; a minimum of -inf leaves the matched keys alone.
+  WideOf<Acc> common(Modulation modulation) const {
+    if (modulation != Modulation::kRange) return WideOf<Acc>{};
+    return others < -__DBL_MAX__ ? matched : others;
+  }
 };
 
 // The next run of keys [begin, end) that has work for the strip: with `mask`, key groups that no row meets are passed

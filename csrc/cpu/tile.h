@@ -80,7 +80,8 @@ inline void accumulate_wide(const char* a, int64_t a_row_bytes, int64_t a_step_b
   }
 }
 
-// Transposes rows of T into columns of lanes: panel[d][r] = row(r)[d] for rows < count, 0 for the other lanes.
+// Transposes rows of T into columns of lanes: panel[d][r] = row(r)[d]; lanes beyond count repeat row 0, so that nothing
+// in them is stranger than in a row.
 template <class T, class Row>
 inline void pack_columns(const Row& row, int64_t count, int64_t rows, int64_t width, typename Dtype<T>::Acc* panel) {
   using Acc = typename Dtype<T>::Acc;
@@ -89,7 +90,7 @@ inline void pack_columns(const Row& row, int64_t count, int64_t rows, int64_t wi
     for (int64_t d0 = 0; d0 < width; d0 += n) {
       VecOf<Acc> square[n];
       for (int i = 0; i < n; ++i) {
-        square[i] = r0 + i < count ? load_lanes<T>(row(r0 + i) + d0, width - d0) : VecOf<Acc>{};
+        square[i] = load_lanes<T>(row(r0 + i < count ? r0 + i : 0) + d0, width - d0);
       }
       transpose(square);
       const int64_t end = width - d0 < n ? width - d0 : n;
