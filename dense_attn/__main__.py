@@ -39,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check_isa() -> None:
     """Refuse a DENSE_ATTN_ISA that names no instruction set of this processor."""
+    if _native.LOAD_ERROR is not None:
+        return
     try:
-        _native.LOAD_ERROR is None and torch.ops.dense_attn.cpu_isa()
+        torch.ops.dense_attn.cpu_isa()
     except RuntimeError as error:
         raise UserError(str(error).splitlines()[0]) from None
 

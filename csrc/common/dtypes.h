@@ -19,13 +19,6 @@ inline float to_float(BFloat16 x) {
   return value;
 }
 
-inline BFloat16 to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return {(uint16_t)((bits >> 16) | 0x40)};
-  return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
-
 // Scales the half's bits by 2^112: a multiplication places the exponent and handles subnormals.
 inline float to_float(Half x) {
   const uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13;
@@ -68,22 +61,18 @@ struct Dtype;
 template <>
 struct Dtype<float> {
   using Acc = float;
-  static float from(float x) { return x; }
 };
 template <>
 struct Dtype<double> {
   using Acc = double;
-  static double from(double x) { return x; }
 };
 template <>
 struct Dtype<Half> {
   using Acc = float;
-  static Half from(float x) { return to_half(x); }
 };
 template <>
 struct Dtype<BFloat16> {
   using Acc = float;
-  static BFloat16 from(float x) { return to_bfloat16(x); }
 };
 
 // One register of converted values.
@@ -126,7 +115,7 @@ inline void store_lanes(T* pointer, VecOf<typename Dtype<T>::Acc> value) {
 #elif defined(__AVX2__)
     _mm_storeu_si128((__m128i*)pointer, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 #else
-    for (int i = 0; i < kLanes<Acc>; ++i) pointer[i] = Dtype<T>::from(value[i]);
+    for (int i = 0; i < kLanes<Acc>; ++i) pointer[i] = to_half(value[i]);
 #endif
   }
 }
