@@ -3,7 +3,7 @@
 from dense_attn._backends import backends
 from dense_attn.ddim import ddim_step, ddim_step_inverse
 from dense_attn.layout import Layout
-from dense_attn.layout_attention import layout_attention
+from dense_attn.layout_attention import layout_attention, tile_lists
 from dense_attn.optimize import optimize_latents
 from dense_attn.reversible import ReversibleSampler
 from dense_attn.saliency import spectral_residual_saliency
@@ -23,4 +23,5 @@ __all__ = [
     "percentile_mask",
     "sega_guidance",
     "spectral_residual_saliency",
+    "tile_lists",
 ]

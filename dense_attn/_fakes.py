@@ -69,6 +69,23 @@ def layout_attention_bwd(
     return *grads, q.new_empty(q.shape[:3], dtype=strength.dtype)
 
 
+def tile_lists(
+    q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None, block_m: int, block_n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tiles, counts, k_words)."""
+    check_devices(q_regions, k_regions=k_regions, q_order=q_order, k_order=k_order)
+    rows, columns = _samples(q_regions, q_order), _samples(k_regions, k_order)
+    query_tiles, key_tiles = -(-q_regions.shape[-1] // block_m), -(-k_regions.shape[-1] // block_n)
+    shape = (max(rows, columns), query_tiles)
+    tiles, counts = (q_regions.new_empty((*shape, *last)) for last in ((2, key_tiles), (3,)))
+    return tiles, counts, k_regions.new_empty((columns, key_tiles * block_n))
+
+
+def _samples(*tokens: Tensor | None) -> int:
+    """Of [tokens] or [B|1, tokens] tensors that go together."""
+    return max([x.shape[0] for x in tokens if x is not None and x.dim() == 2], default=1)
+
+
 def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """(masked, threshold)."""
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=reference.accumulation_dtype(x.dtype))

@@ -46,8 +46,7 @@ def _layout_attention_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _triton_checks.inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
     if lists is not None:
-        config = layout_attention.fwd_config(q, k)
-        _triton_checks.lists(lists, q, k, config.BLOCK_M, config.BLOCK_N)
+        _triton_checks.lists(lists, q, k, layout_attention.fwd_blocks(q, k))
         lists = layout_attention.TileLists(*lists)
     return layout_attention.layout_attention_fwd(
         q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, lists
@@ -64,6 +63,21 @@ def _layout_attention_bwd(
     return layout_attention.layout_attention_bwd(
         grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, q_order, k_order
     )
+
+
+def _tile_lists(
+    q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None, block_m: int, block_n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _triton_checks.tokens(q_regions, k_regions, q_order, k_order, block_m, block_n)
+    return tuple(layout_attention.tile_lists(q_regions, k_regions, q_order, k_order, block_m, block_n))
+
+
+def lists_of(
+    q: Tensor, k: Tensor, q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Tile lists of calls like this one, None for those that visit no tiles."""
+    blocks = layout_attention.fwd_blocks(q, k)
+    return None if blocks is None else tile_lists(q_regions, k_regions, q_order, k_order, *blocks)
 
 
 _EDICT = "(Tensor x, Tensor y, Tensor? eps, float a, float b, float mix, bool couple_x) -> (Tensor x_out, Tensor y_out)"
@@ -104,13 +118,20 @@ SCHEMAS = {  # those of the compiled ops, but for what has a default
     "exact_unmix": _EXACT_EDICT,
 }
 
+OWN_SCHEMAS = {  # those that no other backend has
+    "tile_lists": (
+        "(Tensor q_regions, Tensor k_regions, Tensor? q_order, Tensor? k_order, int block_m, int block_n) -> "
+        "(Tensor tiles, Tensor counts, Tensor k_words)"
+    ),
+}
+
 
 def _launchers() -> dict[str, Callable]:
     """What runs each op."""
     attention = {"layout_attention_fwd": _layout_attention_fwd, "layout_attention_bwd": _layout_attention_bwd}
     guidance = {"percentile_mask": sega.percentile_mask, "sega_guidance": sega.sega_guidance}
     steps = {name: getattr(reversible, name) for name in SCHEMAS.keys() - attention.keys() - guidance.keys()}
-    return attention | guidance | steps
+    return attention | guidance | steps | {"tile_lists": _tile_lists}
 
 
 LOAD_ERROR = _load()
@@ -119,11 +140,12 @@ DEVICE = "cuda"  # the kind of tensors that the ops take
 if LOAD_ERROR is None:
     DEVICE = "cpu" if layout_attention.configs.interpreted() else "cuda"
     _library = torch.library.Library("dense_attn_triton", "DEF")
+    _all_fakes = _fakes.OPS | {"tile_lists": _fakes.tile_lists}
     for _name, _launch in _launchers().items():
-        _library.define(_name + SCHEMAS[_name])
+        _library.define(_name + (SCHEMAS | OWN_SCHEMAS)[_name])
         _library.impl(_name, _on_its_device(_launch), DEVICE.upper())
-        torch.library.register_fake(f"dense_attn_triton::{_name}", _fakes.OPS[_name], lib=_library)
-    tile_lists = _on_its_device(layout_attention.tile_lists)
+        torch.library.register_fake(f"dense_attn_triton::{_name}", _all_fakes[_name], lib=_library)
+    tile_lists = torch.ops.dense_attn_triton.tile_lists.default
     layout_attention_fwd = torch.ops.dense_attn_triton.layout_attention_fwd.default
     layout_attention_bwd = torch.ops.dense_attn_triton.layout_attention_bwd.default
     percentile_mask = torch.ops.dense_attn_triton.percentile_mask.default

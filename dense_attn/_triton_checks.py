@@ -14,6 +14,7 @@ from dense_attn import _checks, _fakes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+BLOCKS = (16, 32, 64, 128, 256)  # tokens of a tile
 _Check = TypeVar("_Check", bound=Callable)
 
 
@@ -47,10 +48,8 @@ def inputs(
     _rows("strength", strength, q)
     _checks.token_words("q_regions", q_regions, q.shape[0], q.shape[2], q)
     _checks.token_words("k_regions", k_regions, q.shape[0], k.shape[2], q)
-    for name, order, like in (("q_order", q_order, q), ("k_order", k_order, k)):
-        if order is not None:
-            _checks.token_words(name, order, like.shape[0], like.shape[2], like)
-            _permutation(name, order)
+    _order("q_order", q_order, q.shape[0], q.shape[2], q)
+    _order("k_order", k_order, q.shape[0], k.shape[2], q)
 
 
 @_of_a_raw_call
@@ -67,18 +66,40 @@ def saved(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, out: Tensor, sta
 
 
 @_of_a_raw_call
-def lists(tensors: list[Tensor], q: Tensor, k: Tensor, block_m: int, block_n: int) -> None:
+def tokens(
+    q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None, block_m: int, block_n: int
+) -> None:
+    """What tile lists are made of."""
+    both = {"q_regions": q_regions, "k_regions": k_regions}
+    batch = max([1] + [x.shape[0] for x in (*both.values(), q_order, k_order) if x is not None and x.dim() == 2])
+    for name, words in both.items():
+        if words.dim() not in (1, 2):
+            _checks.refuse(name, "have 1 or 2 dimensions", tuple(words.shape))
+        _checks.token_words(name, words, batch, words.shape[-1], q_regions)
+    _order("q_order", q_order, batch, q_regions.shape[-1], q_regions)
+    _order("k_order", k_order, batch, k_regions.shape[-1], q_regions)
+    for name, block in (("block_m", block_m), ("block_n", block_n)):
+        if block not in BLOCKS:
+            _checks.refuse(name, f"be one of {', '.join(map(str, BLOCKS))}", block)
+
+
+@_of_a_raw_call
+def lists(tensors: list[Tensor], q: Tensor, k: Tensor, blocks: tuple[int, int] | None) -> None:
     """The shapes that `tile_lists` gives for these sizes; what the lists say is the caller's affair."""
+    if blocks is None:
+        _checks.refuse("tile_lists", "be None for so few keys", f"{len(tensors)} tensors for {k.shape[2]} keys")
+    block_m, block_n = blocks
     query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
     shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (key_tiles * block_n,))
     if len(tensors) != len(shapes):
-        _checks.refuse("lists", f"be {len(shapes)} tensors", len(tensors))
+        _checks.refuse("tile_lists", f"be {len(shapes)} tensors", len(tensors))
     for x, shape in zip(tensors, shapes):
         if x.dtype != torch.int32:
-            _checks.refuse("lists", "be int32", _checks.name(x.dtype), TypeError)
+            _checks.refuse("tile_lists", "be int32", _checks.name(x.dtype), TypeError)
         if tuple(x.shape) not in ((1, *shape), (q.shape[0], *shape)) or not x.is_contiguous():
-            _checks.refuse("lists", f"have contiguous tensors of shape [1 or B, {', '.join(map(str, shape))}]", x.shape)
-        _checks.same_device("lists", x, q)
+            rule = f"have contiguous tensors of shape [1 or B, {', '.join(map(str, shape))}]"
+            _checks.refuse("tile_lists", rule, tuple(x.shape))
+        _checks.same_device("tile_lists", x, q)
 
 
 def _rows(name: str, x: Tensor, q: Tensor, dtype: torch.dtype = torch.float32, last: tuple[int, ...] = ()) -> None:
@@ -92,6 +113,13 @@ def _rows(name: str, x: Tensor, q: Tensor, dtype: torch.dtype = torch.float32, l
     if last and last[0] > 1 and x.stride(3) != 1:
         _checks.refuse(name, "have a contiguous last dimension", f"strides {x.stride()}")
     _checks.same_device(name, x, q)
+
+
+def _order(name: str, order: Tensor | None, batch: int, num_tokens: int, like: Tensor) -> None:
+    """Require a permutation of the tokens, or None."""
+    if order is not None:
+        _checks.token_words(name, order, batch, num_tokens, like)
+        _permutation(name, order)
 
 
 def _permutation(name: str, order: Tensor) -> None:

@@ -23,6 +23,7 @@ def layout_attention(
     return_lse: bool = False,
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
+    tile_lists: tuple[Tensor, ...] | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention whose scores are pulled up inside a query's regions and down outside of them.
@@ -45,6 +46,7 @@ def layout_attention(
         return_lse: also return `logsumexp(s')`, float32 (float64 with float64 inputs), `[B, H, M]`.
         q_order, k_order: permutations of the tokens, the order in which a kernel visits them (`Layout.order`);
             they change speed, never the result.
+        tile_lists: what `tile_lists` has made of these regions and orders; without it a GPU makes it in every call.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
 
     Returns:
@@ -69,6 +71,7 @@ def layout_attention(
     _checks.attention_inputs(q, k, v)
     _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
     _checks.choice("modulation", modulation, MODULATIONS)
+    lists = _check_lists(tile_lists)
     scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale, rule="be a number or None")
     strength = _row_strength(strength, q)
     name = _backends.resolve(backend, "layout_attention", q)
@@ -78,23 +81,72 @@ def layout_attention(
         )
         lse = lse.to(strength.dtype)
     else:
-        k_order = k_order if name == "triton" else None  # other kernels have no use for it
-        tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order, k_order)
+        tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order, k_order, *lists)
         out, lse, _ = _LayoutAttention.apply(*tensors, modulation, scale, name)
     return (out, lse) if return_lse else out
 
 
+def tile_lists(
+    q: Tensor,  # [B, H, M, D]
+    k: Tensor,  # [B, H, N, D]
+    q_regions: Tensor,  # int32 [M] or [B|1, M]
+    k_regions: Tensor,  # int32 [N] or [B|1, N]
+    *,
+    q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
+    k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
+    backend: str = "auto",
+) -> tuple[Tensor, ...] | None:
+    """Which tiles of keys each tile of queries meets, made once for all layers and steps that share a layout.
+
+    For tiles I of queries and J of keys, in the given orders, `(and_I & and_J) != 0` finds those whose pairs all match
+    and `(or_I & or_J) == 0` those of which none does, where and_I, or_I combine the words of a tile bit by bit.
+
+    Args:
+        q, k: any tensors of the shapes, dtype and device of the calls to come; their values are not looked at.
+        q_regions, k_regions, q_order, k_order, backend: as in `layout_attention`, to which the result belongs.
+
+    Returns:
+        int32 tensors for the argument `tile_lists` of `layout_attention`, or None where a call needs none: few keys
+        (one tile), or a backend without lists.
+
+    Raises:
+        ValueError, TypeError: an argument breaks the rule that the message names.
+        RuntimeError: the named backend cannot run this call, with every reason.
+
+    Source: Dong et al., FlexAttention, 2024 (block masks).
+
+    Example:
+        >>> import torch, dense_attn
+        >>> q, k, v = torch.randn(3, 1, 8, 256, 40).unbind(0)
+        >>> words = (torch.arange(256) < 128).int() + 1
+        >>> lists = dense_attn.tile_lists(q, k, words, words)
+        >>> dense_attn.layout_attention(q, k, v, words, words, 0.5, tile_lists=lists).shape
+        torch.Size([1, 8, 256, 40])
+    """
+    q, k, _ = _autocast(q, k, k)
+    _checks.attention_inputs(q, k, k)
+    _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
+    name = _backends.resolve(backend, "layout_attention", q)
+    lists_of = getattr(_backends.NAMESPACES[name], "lists_of", None)
+    return None if lists_of is None else lists_of(q, k, q_regions, k_regions, q_order, k_order)
+
+
 class _LayoutAttention(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, v, strength, q_regions, k_regions, q_order, k_order, modulation, scale, backend):  # noqa: ANN001, ANN205
-        orders = (q_order,) if k_order is None else (q_order, k_order)
+    def forward(  # noqa: ANN205
+        q, k, v, strength, q_regions, k_regions, q_order, k_order, tiles, counts, k_words,  # noqa: ANN001
+        modulation, scale, backend,  # noqa: ANN001
+    ):  # fmt: skip
+        lists = None if tiles is None else [tiles, counts, k_words]
+        orders = (q_order, k_order, lists) if backend == "triton" else (q_order,)
         return _backends.NAMESPACES[backend].layout_attention_fwd(
             q, k, v, q_regions, k_regions, strength, modulation, scale, *orders
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-        q, k, v, strength, q_regions, k_regions, q_order, k_order, ctx.modulation, ctx.scale, ctx.backend = inputs
+        q, k, v, strength, q_regions, k_regions, q_order, k_order = inputs[:8]
+        ctx.modulation, ctx.scale, ctx.backend = inputs[-3:]
         out, _, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -111,7 +163,7 @@ class _LayoutAttention(torch.autograd.Function):
             grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats,
             ctx.modulation, ctx.scale, q_order, k_order, ctx.backend,
         )  # fmt: skip
-        return dq, dk, dv, dstrength, None, None, None, None, None, None, None
+        return dq, dk, dv, dstrength, *[None] * 10
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
@@ -126,7 +178,7 @@ class _Backward(torch.autograd.Function):
         grad_out, grad_lse, q, k, v, q_regions, k_regions, strength,  # noqa: ANN001
         out, stats, modulation, scale, q_order, k_order, backend,  # noqa: ANN001
     ):  # fmt: skip
-        orders = (q_order,) if k_order is None else (q_order, k_order)
+        orders = (q_order, k_order) if backend == "triton" else (q_order,)
         return _backends.NAMESPACES[backend].layout_attention_bwd(
             grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, *orders
         )
@@ -171,6 +223,15 @@ def _check_tokens(
         _checks.token_words("q_order", q_order, batch, seqlen_q, q)
     if k_order is not None:
         _checks.token_words("k_order", k_order, batch, seqlen_k, q)
+
+
+def _check_lists(lists: tuple[Tensor, ...] | None) -> tuple[Tensor | None, ...]:
+    """The three lists, None each where there are none."""
+    if lists is None:
+        return None, None, None
+    if not isinstance(lists, (tuple, list)) or len(lists) != 3:
+        _checks.refuse("tile_lists", "be the 3 tensors that tile_lists returns", type(lists).__name__, TypeError)
+    return tuple(_checks.tensor("tile_lists", x) for x in lists)
 
 
 def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:

@@ -117,8 +117,7 @@ def test_tile_lists(case: str) -> None:
     """Every pair of tiles is in the list that its pairs of tokens ask for, once."""
     inputs = make_inputs(CASE[case], torch.float32)
     orders = inputs.orders.get("q_order"), inputs.orders.get("k_order")
-    config = configs.Config(16, 16, 1, 1)
-    tiles, counts, _ = launchers.tile_lists(inputs.q_regions, inputs.k_regions, *orders, config)
+    tiles, counts, _ = launchers.tile_lists(inputs.q_regions, inputs.k_regions, *orders, 16, 16)
     q_words, k_words = (
         words if order is None else words.gather(-1, order.long())
         for words, order in zip((inputs.q_regions, inputs.k_regions), orders)
@@ -145,13 +144,13 @@ def test_lists_made_beforehand() -> None:
     q, k, strength = inputs.q, inputs.k, inputs.strength.expand(inputs.q.shape[:3])
     arguments = (q, k, inputs.v, inputs.q_regions, inputs.k_regions, strength, "range", 0.2)
     orders = tuple(inputs.orders.values())
-    lists = launchers.tile_lists(inputs.q_regions, inputs.k_regions, *orders, launchers.fwd_config(q, k))
+    lists = _triton.lists_of(q, k, inputs.q_regions, inputs.k_regions, *orders)
     plain = _triton.layout_attention_fwd(*arguments, *orders)
     for a, b in zip(plain, _triton.layout_attention_fwd(*arguments, *orders, list(lists))):
         assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="lists must be 3 tensors, got 2"):
+    with pytest.raises(RuntimeError, match="tile_lists must be 3 tensors, got 2"):
         _triton.layout_attention_fwd(*arguments, *orders, list(lists[:2]))
-    with pytest.raises(RuntimeError, match="lists must have contiguous tensors of shape"):
+    with pytest.raises(RuntimeError, match="tile_lists must have contiguous tensors of shape"):
         _triton.layout_attention_fwd(*arguments, *orders, [lists[0][:, 1:], *lists[1:]])
 
 

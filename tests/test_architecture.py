@@ -67,6 +67,7 @@ PUBLIC = {
     "layout_attention",
     "Layout",
     "sega_guidance",
+    "tile_lists",
 }
 
 
@@ -150,7 +151,8 @@ def test_the_signature_is_that_of_the_api() -> None:
     assert str(inspect.signature(dense_attn.layout_attention)).replace("'", "") == (
         "(q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, strength: Tensor | float = 1.0, *, "
         "modulation: str = range, scale: float | None = None, return_lse: bool = False, "
-        "q_order: Tensor | None = None, k_order: Tensor | None = None, backend: str = auto) "
+        "q_order: Tensor | None = None, k_order: Tensor | None = None, tile_lists: tuple[Tensor, ...] | None = None, "
+        "backend: str = auto) "
         "-> Tensor | tuple[Tensor, Tensor]"
     )
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import configs
@@ -13,6 +14,7 @@ from dense_attn.triton_kernels.layout_attention_bwd import layout_attention_bwd_
 from dense_attn.triton_kernels.layout_attention_fwd import layout_attention_fwd_kernel, layout_attention_row_fwd_kernel
 from dense_attn.triton_kernels.layout_attention_tiles import tile_lists_kernel, word_bounds_kernel
 
+GRAIN = 8  # elements: 16 bytes, the widest load, in the narrowest dtype
 STATS = 4  # numbers a row that the backward pass takes from the forward pass
 
 
@@ -29,18 +31,21 @@ def tile_lists(
     k_regions: Tensor,  # int32 [N] or [B|1, N]
     q_order: Tensor | None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None,  # int32 [N] or [B|1, N]
-    config: configs.Config,
+    block_m: int,
+    block_n: int,
 ) -> TileLists:
     """Lists of a layout, which depend on nothing else: made once, they serve every head, layer and step."""
-    _, q_bounds = _word_bounds(q_regions, q_order, config.BLOCK_M)
-    k_words, k_bounds = _word_bounds(k_regions, k_order, config.BLOCK_N)
+    _, q_bounds = _word_bounds(q_regions, q_order, block_m)
+    k_words, k_bounds = _word_bounds(k_regions, k_order, block_n)
     batch, query_tiles = max(len(q_bounds), len(k_bounds)), q_bounds.shape[1]
     key_tiles = k_bounds.shape[1]
     tiles = q_bounds.new_empty((batch, query_tiles, 2, key_tiles))
     counts = q_bounds.new_empty((batch, query_tiles, 3))
+    if batch * query_tiles * key_tiles == 0:
+        return TileLists(tiles, counts.zero_(), k_words)
     tile_lists_kernel[(batch * query_tiles,)](
         _tokens(q_bounds), _tokens(k_bounds), tiles, counts, query_tiles, key_tiles, k_regions.shape[-1],
-        BLOCK_N=config.BLOCK_N, KEY_TILES=triton.next_power_of_2(key_tiles),
+        BLOCK_N=block_n, KEY_TILES=triton.next_power_of_2(key_tiles),
     )  # fmt: skip
     return TileLists(tiles, counts, k_words)
 
@@ -56,7 +61,7 @@ def layout_attention_fwd(
     scale: float,
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
-    lists: TileLists | None = None,  # of these words and orders and of `fwd_config(q, k)`
+    lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks(q, k)`
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of each row."""
     batch, num_heads, seqlen_q, _ = q.shape
@@ -76,7 +81,8 @@ def layout_attention_fwd(
             *inputs, _tokens(k_regions), _rows(strength), *results, *numbers, **constants, **config.launch
         )  # fmt: skip
         return out, lse, stats
-    lists = lists if lists is not None else tile_lists(q_regions, k_regions, q_order, k_order, config)
+    if lists is None:
+        lists = tile_lists(q_regions, k_regions, q_order, k_order, config.BLOCK_M, config.BLOCK_N)
     parked = None
     if config.parks and modulation != "mask":
         parked = q.new_empty((*q.shape[:3], constants["PART_0"] + constants["PART_1"]), dtype=torch.float32)
@@ -121,13 +127,12 @@ def layout_attention_bwd(
     inputs = (_rows(q), _rows(k), _rows(v), *words, *orders, _rows(strength))
     constants = _constants(q, modulation, scale)
     by_query, by_key = configs.layout_attention_bwd(configs.architecture(q.device), q.dtype, head_dim)
-    lists = _mask_lists(modulation, q_regions, k_regions, q_order, k_order, by_query)
+    lists = _mask_lists(modulation, q_regions, k_regions, q_order, k_order, by_query.BLOCK_M, by_query.BLOCK_N)
     layout_attention_bwd_q_kernel[(batch * num_heads * triton.cdiv(seqlen_q, by_query.BLOCK_M),)](
         _rows(grad_out), None if grad_lse is None else _rows(grad_lse), *inputs, _rows(out), stats, *lists,
         _rows(dq), dstrength, *found, *sizes, **constants, **by_query.launch,
     )  # fmt: skip
-    swapped = configs.Config(by_key.BLOCK_N, by_key.BLOCK_M, by_key.num_warps, by_key.num_stages)
-    lists = _mask_lists(modulation, k_regions, q_regions, k_order, q_order, swapped)
+    lists = _mask_lists(modulation, k_regions, q_regions, k_order, q_order, by_key.BLOCK_N, by_key.BLOCK_M)
     layout_attention_bwd_kv_kernel[(batch * num_heads * triton.cdiv(seqlen_k, by_key.BLOCK_N),)](
         _rows(grad_out), *inputs, stats, *found, *lists,
         _rows(dk), _rows(dv), *sizes, **constants, **by_key.launch,
@@ -137,12 +142,12 @@ def layout_attention_bwd(
 
 def _mask_lists(
     modulation: str, rows: Tensor, columns: Tensor, row_order: Tensor | None, column_order: Tensor | None,
-    config: configs.Config,
+    block_rows: int, block_columns: int,
 ) -> tuple[tuple | None, tuple | None]:  # fmt: skip
     """Lists as the backward kernels take them, for the modulation that visits matched tiles alone."""
     if modulation != "mask":
         return None, None
-    lists = tile_lists(rows, columns, row_order, column_order, config)
+    lists = tile_lists(rows, columns, row_order, column_order, block_rows, block_columns)
     return _tokens(lists.tiles), _tokens(lists.counts)
 
 
@@ -152,8 +157,16 @@ def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
-    """The configuration of a forward call, which lists made beforehand must share."""
+    """The configuration of a forward call."""
     return configs.layout_attention_fwd(configs.architecture(q.device), q.dtype, q.shape[3], k.shape[2])
+
+
+def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
+    """Rows and keys of a forward call's tiles, which lists made beforehand must share; None where it has no tiles."""
+    if k.shape[2] == 0 or configs.row_at_once(configs.architecture(q.device), q.dtype, k.shape[2]):
+        return None
+    config = fwd_config(q, k)
+    return config.BLOCK_M, config.BLOCK_N
 
 
 def fwd_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,9 +207,11 @@ def _constants(q: Tensor, modulation: str, scale: float) -> dict[str, object]:
     }
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """[B, H, tokens, ...] as kernels take it: the tensor and its strides, the last axis's left out."""
-    return x, *x.stride()[:3]
+def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
+    """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's left out."""
+    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape)]
+    grain = GRAIN if all(stride % GRAIN == 0 for stride in strides) else 1
+    return x, *(stride // grain for stride in strides), tl.constexpr(grain)
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor, int, int] | None:

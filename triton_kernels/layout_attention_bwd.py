@@ -17,6 +17,7 @@ from dense_attn.triton_kernels.primitives import (
     head_of,
     load_rows,
     products,
+    row_stride,
     scale_rows,
     store_rows,
     temperature,
@@ -81,7 +82,7 @@ def _lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
     """What flows back into rows' lse; 0 where nothing does."""
     gradient = tl.zeros([ROWS], tl.float32)
     if grad_lse is not None:
-        gradient = tl.load(head_of(grad_lse, batch, head) + tokens * grad_lse[3], mask=exist, other=0.0)
+        gradient = tl.load(head_of(grad_lse, batch, head) + tokens * row_stride(grad_lse), mask=exist, other=0.0)
     return gradient
 
 
@@ -101,15 +102,15 @@ def layout_attention_bwd_q_kernel(
     tile = tl.program_id(0) % tiles_per_head
     batch, head = index // num_heads, index % num_heads
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    rows = load_rows(head_of(q, batch, head), q[3], tokens, exist, PART_0, PART_1, HEAD_DIM)
-    grads = load_rows(head_of(grad_out, batch, head), grad_out[3], tokens, exist, PART_0, PART_1, HEAD_DIM)
-    outs = load_rows(head_of(out, batch, head), out[3], tokens, exist, PART_0, PART_1, HEAD_DIM)
+    rows = load_rows(head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM)
+    grads = load_rows(head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist, PART_0, PART_1, HEAD_DIM)
+    outs = load_rows(head_of(out, batch, head), row_stride(out), tokens, exist, PART_0, PART_1, HEAD_DIM)
     shift = tl.sum(grads[0].to(tl.float32) * outs[0].to(tl.float32), 1)
     if PART_1 > 0:
         shift += tl.sum(grads[1].to(tl.float32) * outs[1].to(tl.float32), 1)
     shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     row_words = words_at(q_words, batch, tokens, exist)
-    c = tl.load(head_of(strength, batch, head) + tokens * strength[3], mask=exist, other=0.0)
+    c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
     tau = temperature(c, MODULATION) * sm_scale
     row = index * seqlen_q + tokens
     high, low, anchor, add_in, add_out = _row_numbers(stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT)
@@ -123,8 +124,8 @@ def layout_attention_bwd_q_kernel(
     for place in range(count):
         first = _first_tile(listed, tl.cdiv(seqlen_k, BLOCK_N), place, num_whole, tiles) * BLOCK_N
         keys, there = tokens_at(first, k_order, batch, seqlen_k, BLOCK_N)
-        columns = load_rows(k_base, k[3], keys, there, PART_0, PART_1, HEAD_DIM)
-        values = load_rows(v_base, v[3], keys, there, PART_0, PART_1, HEAD_DIM)
+        columns = load_rows(k_base, row_stride(k), keys, there, PART_0, PART_1, HEAD_DIM)
+        values = load_rows(v_base, row_stride(v), keys, there, PART_0, PART_1, HEAD_DIM)
         meets = (row_words[:, None] & words_at(k_words, batch, keys, there)[None, :]) != 0
         raw = products(rows, columns, PART_1, PRECISION)
         raw = -raw if NEGATE else raw
@@ -149,7 +150,7 @@ def layout_attention_bwd_q_kernel(
     # Read again, so that the loop need not carry them.
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     row = index * seqlen_q + tokens
-    c = tl.load(head_of(strength, batch, head) + tokens * strength[3], mask=exist, other=0.0)
+    c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
     through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     if EXACT:  # ds' sums to grad_lse over a row; what is left is what delta has missed, and is taken out of the sums
         missed = grad_all - through_lse
@@ -164,25 +165,24 @@ def layout_attention_bwd_q_kernel(
     if MODULATION == "max" or MODULATION == "range":
         grad_strength = sm_scale * tl.load(stats_ptr + row * 4, mask=exist, other=0.0) * grad_in
         through_max = c * grad_in
-        acc = _add_rows(acc, signed_scale * through_max, k_base, k[3], best_key, exist, PART_0, PART_1, HEAD_DIM)
+        extreme = load_rows(k_base, row_stride(k), best_key.to(tl.int64), exist, PART_0, PART_1, HEAD_DIM)
+        acc = _add_rows(acc, signed_scale * through_max, extreme, PART_1)
         tl.store(numbers[0] + numbers[1] + row, through_max, mask=exist)
         tl.store(places[0] + row, best_key, mask=exist)
     if MODULATION == "range":
         grad_strength = sm_scale * grad_distance
         through_min = c * (through_lse - grad_in)
-        acc = _add_rows(acc, signed_scale * through_min, k_base, k[3], least_key, exist, PART_0, PART_1, HEAD_DIM)
+        extreme = load_rows(k_base, row_stride(k), least_key.to(tl.int64), exist, PART_0, PART_1, HEAD_DIM)
+        acc = _add_rows(acc, signed_scale * through_min, extreme, PART_1)
         tl.store(numbers[0] + 2 * numbers[1] + row, through_min, mask=exist)
         tl.store(places[0] + places[1] + row, least_key, mask=exist)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
-    store_rows(head_of(dq, batch, head), dq[3], tokens, exist, acc, PART_0, PART_1, HEAD_DIM)
+    store_rows(head_of(dq, batch, head), row_stride(dq), tokens, exist, acc, PART_0, PART_1, HEAD_DIM)
 
 
 @triton.jit
-def _add_rows(
-    acc, factor, base, stride, tokens, exist, PART_0: tl.constexpr, PART_1: tl.constexpr, HEAD_DIM: tl.constexpr
-):  # fmt: skip
-    """Acc + factor * the rows at tokens, in parts."""
-    rows = load_rows(base, stride, tokens.to(tl.int64), exist, PART_0, PART_1, HEAD_DIM)
+def _add_rows(acc, factor, rows, PART_1: tl.constexpr):
+    """Acc + factor * rows, in parts."""
     first = acc[0] + factor[:, None] * rows[0].to(tl.float32)
     second = acc[1]
     if PART_1 > 0:
@@ -205,8 +205,8 @@ def layout_attention_bwd_kv_kernel(
     tile = tl.program_id(0) % tiles_per_head
     batch, head = index // num_heads, index % num_heads
     keys, there = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
-    columns = load_rows(head_of(k, batch, head), k[3], keys, there, PART_0, PART_1, HEAD_DIM)
-    values = load_rows(head_of(v, batch, head), v[3], keys, there, PART_0, PART_1, HEAD_DIM)
+    columns = load_rows(head_of(k, batch, head), row_stride(k), keys, there, PART_0, PART_1, HEAD_DIM)
+    values = load_rows(head_of(v, batch, head), row_stride(v), keys, there, PART_0, PART_1, HEAD_DIM)
     key_words, key_at = words_at(k_words, batch, keys, there), keys.to(tl.int32)[:, None]
     acc_k, acc_v = zero_rows(BLOCK_N, PART_0, PART_1), zero_rows(BLOCK_N, PART_0, PART_1)
     listed, num_whole, count = _listed(tiles, counts, batch, tile, tl.cdiv(seqlen_q, BLOCK_M))
@@ -214,9 +214,9 @@ def layout_attention_bwd_kv_kernel(
         first = _first_tile(listed, tl.cdiv(seqlen_q, BLOCK_M), place, num_whole, tiles) * BLOCK_M
         tokens, exist = tokens_at(first, q_order, batch, seqlen_q, BLOCK_M)
         row = index * seqlen_q + tokens
-        rows = load_rows(head_of(q, batch, head), q[3], tokens, exist, PART_0, PART_1, HEAD_DIM)
-        grads = load_rows(head_of(grad_out, batch, head), grad_out[3], tokens, exist, PART_0, PART_1, HEAD_DIM)
-        c = tl.load(head_of(strength, batch, head) + tokens * strength[3], mask=exist, other=0.0)
+        rows = load_rows(head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM)
+        grads = load_rows(head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist, PART_0, PART_1, HEAD_DIM)
+        c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
         tau = temperature(c, MODULATION) * sm_scale
         _, _, anchor, add_in, add_out = _row_numbers(stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT)
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
@@ -242,5 +242,5 @@ def layout_attention_bwd_kv_kernel(
         acc_k = add_product(acc_k, grad.to(rows[0].dtype), rows, PART_1, PRECISION)
     signed_scale = tl.zeros([BLOCK_N], tl.float32) + (-sm_scale if NEGATE else sm_scale)
     acc_k = scale_rows(acc_k, signed_scale, PART_1)
-    store_rows(head_of(dk, batch, head), dk[3], keys, there, acc_k, PART_0, PART_1, HEAD_DIM)
-    store_rows(head_of(dv, batch, head), dv[3], keys, there, acc_v, PART_0, PART_1, HEAD_DIM)
+    store_rows(head_of(dk, batch, head), row_stride(dk), keys, there, acc_k, PART_0, PART_1, HEAD_DIM)
+    store_rows(head_of(dv, batch, head), row_stride(dv), keys, there, acc_v, PART_0, PART_1, HEAD_DIM)

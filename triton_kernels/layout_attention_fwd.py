@@ -20,6 +20,7 @@ from dense_attn.triton_kernels.primitives import (
     load_part,
     load_rows,
     products,
+    row_stride,
     scale_rows,
     store_part,
     store_rows,
@@ -91,11 +92,11 @@ def layout_attention_fwd_kernel(
     tile = tl.program_id(0) % tiles_per_head
     batch, head = index // num_heads, index % num_heads
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    rows = load_rows(head_of(q, batch, head), q[3], tokens, exist, PART_0, PART_1, HEAD_DIM)
+    rows = load_rows(head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)
-    c = tl.load(head_of(strength, batch, head) + tokens * strength[3], mask=exist, other=0.0)
+    c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
     factor = temperature(c, MODULATION) * sm_scale * LOG2_E
-    keys, values = (head_of(k, batch, head), k[3]), (head_of(v, batch, head), v[3])
+    keys, values = (head_of(k, batch, head), row_stride(k)), (head_of(v, batch, head), row_stride(v))
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     listed = tiles[0] + batch * tiles[1] + tile * (2 * key_tiles).to(tl.int64)
     key_words = visited[0] + batch * visited[1]
@@ -129,7 +130,7 @@ def layout_attention_fwd_kernel(
         )  # fmt: skip
     # Read again, so that the loops need not carry them; one part after the other, so that one at a time is held.
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    c = tl.load(head_of(strength, batch, head) + tokens * strength[3], mask=exist, other=0.0)
+    c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
     share_in, share_out, lse, stats = _shares((in_max, in_min, in_sum), others, c, sm_scale, MODULATION)
     _store_numbers(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
     share_in, share_out = share_in[:, None], share_out[:, None]
@@ -138,12 +139,12 @@ def layout_attention_fwd_kernel(
         tl.debug_barrier()  # what one thread has parked another may fetch
         first = load_part(parked_ptr, PART_0 + PART_1, parked, exist, 0, PART_0, PART_0 + PART_1)
     first = first * share_in + others[3][0] * share_out
-    store_part(head_of(out, batch, head), out[3], tokens, exist, first, 0, PART_0, HEAD_DIM)
+    store_part(head_of(out, batch, head), row_stride(out), tokens, exist, first, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:
         if parked_ptr is not None:
             second = load_part(parked_ptr, PART_0 + PART_1, parked, exist, PART_0, PART_1, PART_0 + PART_1)
         second = second * share_in + others[3][1] * share_out
-        store_part(head_of(out, batch, head), out[3], tokens, exist, second, PART_0, PART_1, HEAD_DIM)
+        store_part(head_of(out, batch, head), row_stride(out), tokens, exist, second, PART_0, PART_1, HEAD_DIM)
 
 
 @triton.jit
@@ -198,9 +199,9 @@ def layout_attention_row_fwd_kernel(
     batch, head = index // num_heads, index % num_heads
     tokens, exist = tokens_at((tl.program_id(0) % tiles_per_head) * BLOCK_M, None, batch, seqlen_q, BLOCK_M)
     keys, there = tokens_at(0, None, batch, seqlen_k, BLOCK_N)
-    rows = load_rows(head_of(q, batch, head), q[3], tokens, exist, PART_0, PART_1, HEAD_DIM)
-    columns = load_rows(head_of(k, batch, head), k[3], keys, there, PART_0, PART_1, HEAD_DIM)
-    c = tl.load(head_of(strength, batch, head) + tokens * strength[3], mask=exist, other=0.0)
+    rows = load_rows(head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM)
+    columns = load_rows(head_of(k, batch, head), row_stride(k), keys, there, PART_0, PART_1, HEAD_DIM)
+    c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
     tau = temperature(c, MODULATION) * sm_scale
     row_words, key_words = words_at(q_words, batch, tokens, exist), words_at(k_words, batch, keys, there)
 
@@ -221,13 +222,13 @@ def layout_attention_row_fwd_kernel(
     weights = tl.where(inside, tl.exp2(exponents), 0.0)
     row_sum = tl.sum(weights, 1)
     inverse = tl.where(row_sum == 0, 0.0, 1 / row_sum)
-    values = load_rows(head_of(v, batch, head), v[3], keys, there, PART_0, PART_1, HEAD_DIM)
+    values = load_rows(head_of(v, batch, head), row_stride(v), keys, there, PART_0, PART_1, HEAD_DIM)
     acc = zero_rows(BLOCK_M, PART_0, PART_1)
     acc = add_product(acc, weights.to(values[0].dtype), values, PART_1, PRECISION)
     log_sum = tl.log2(row_sum)
     lse = tl.where(row_sum == 0, float("-inf"), (largest + log_sum) * LN_2 + anchor * tau + common)
     acc = scale_rows(acc, inverse, PART_1)
-    store_rows(head_of(out, batch, head), out[3], tokens, exist, acc, PART_0, PART_1, HEAD_DIM)
+    store_rows(head_of(out, batch, head), row_stride(out), tokens, exist, acc, PART_0, PART_1, HEAD_DIM)
     # A row without keys has offsets of -inf, so that it weighs nothing.
     shift = tl.where(row_sum == 0, float("inf"), log_sum)
     _store_numbers(

@@ -1,8 +1,10 @@
 """Jit helpers with two or more users.
 
 A tensor travels as one tuple, (pointer, stride, stride, ...), strides in elements, the last axis contiguous unless
-its stride is there too. Rows of a head dim that is no power of two come in two parts, each a power of two: 80 = 64 +
-16, the second padded to the 16 columns that a matrix instruction needs at least; PART_1 = 0 says that there is one.
+its stride is there too. That of a [B, H, tokens, ...] tensor ends in its grain, a constant that its strides count in:
+the compiler must know that they are multiples of 8, or it loads element by element. Rows of a head dim that is no power
+of two come in two parts, each a power of two: 80 = 64 + 16, the second padded to the 16 columns that a matrix
+instruction needs at least; PART_1 = 0 says that there is one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def head_of(tensor, batch, head):
     """Pointer to the rows of one head of a [B, H, tokens, ...] tensor."""
-    return tensor[0] + batch * tensor[1] + head * tensor[2]
+    return tensor[0] + (batch * tensor[1] + head * tensor[2]) * tensor[4]
+
+
+@triton.jit
+def row_stride(tensor):
+    """Elements from one row of a [B, H, tokens, ...] tensor to the next."""
+    return tensor[3] * tensor[4]
 
 
 @triton.jit
