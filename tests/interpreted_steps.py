@@ -26,12 +26,14 @@ OFF_GRID_TEXT = r"eps must be finite and keep the latents within the grid of 2\^
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's own
 
 
-@pytest.fixture(params=("whole", "several"))
+@pytest.fixture(params=("whole", "staged", "several"))
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A row in one program, or, however short, in several, each with several tiles."""
+    """A row in one program, there by way of memory or not, or, however short, in several, each with several tiles."""
+    if request.param == "staged":
+        monkeypatch.setattr(sega, "UNSTAGED", 0)
+        monkeypatch.setattr(sega, "TILE", 64)
     if request.param == "several":
         monkeypatch.setattr(sega, "LONGEST", 0)
-        monkeypatch.setattr(sega, "LONGEST_CHANNEL", 0)
         monkeypatch.setattr(sega, "TILE", 64)
         monkeypatch.setattr(selection, "TILE", 64)
         monkeypatch.setattr(selection, "SPAN", 128)

@@ -39,5 +39,5 @@ def test_wrong_arguments_are_refused(change: dict[str, object], message: str) ->
 
 @pytest.mark.parametrize("lists", [WORDS, (WORDS, WORDS), "lists", (WORDS, WORDS, None)])
 def test_what_are_no_lists_is_refused(lists: object) -> None:
-    with pytest.raises(TypeError, match="tile_lists must be (the 3 tensors that tile_lists returns|a tensor), got"):
+    with pytest.raises(TypeError, match=r"tile_lists must be (the 3 tensors that tile_lists returns|a tensor), got"):
         layout_attention(Q, Q, Q, WORDS, WORDS, tile_lists=lists)

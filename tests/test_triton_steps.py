@@ -78,11 +78,12 @@ def test_sega_kernels_compile(target: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(selection, "WARP_SIZE", aot.TARGETS[target].warp_size)
     with compiled(target) as launches:
         guide(4096)
-        guide(sega.LONGEST_CHANNEL)
-        guide(sega.LONGEST_CHANNEL // 2, sum_channels=True)
-        guide(sega.LONGEST_CHANNEL // 2, apart=True)
-        guide(sega.LONGEST_CHANNEL // 4, sum_channels=True, apart=True)
-        guide(sega.LONGEST_CHANNEL, dtype=torch.bfloat16)
+        for num_values in (sega.UNSTAGED, selection.LONGEST):
+            guide(num_values)
+            guide(num_values // 2, sum_channels=True)
+            guide(num_values // 2, apart=True)
+            guide(num_values // 4, sum_channels=True, apart=True)
+            guide(num_values, dtype=torch.bfloat16)
         sega.percentile_mask(torch.zeros(4, selection.LONGEST), 0.9)
         sega.percentile_mask(torch.zeros(4, selection.LONGEST, dtype=torch.bfloat16), 0.9)
     assert {launch.name for launch in launches} == {"sega_guidance_kernel", "percentile_mask_kernel"}

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 import triton
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -114,34 +115,42 @@ BACKWARD_KV: Table = {
         256: Config(16, 32, 4, 1),
     },
 }
-# float32 products run on the ordinary units, whose operands fill registers: small tiles for every architecture.
+# Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for every architecture.
 FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
 
 
-def layout_attention_fwd(architecture: str, dtype: torch.dtype, head_dim: int, seqlen_k: int) -> Config:
+def precision(q: Tensor) -> str:
+    """How products of q's dtype are made: in "half", as "tf32" where torch allows it for its own, or in "ieee"."""
+    if q.dtype != torch.float32:
+        return "half"
+    allowed = torch.version.cuda is not None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and q.is_cuda else "ieee"
+
+
+def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqlen_k: int) -> Config:
     """Of a forward call; few keys are one tile, whose size is theirs."""
-    if not row_at_once(architecture, dtype, seqlen_k):
-        return _pick(FORWARD, architecture, dtype, head_dim)
-    config = _pick(ROW_FORWARD, architecture, dtype, head_dim)
+    if not row_at_once(architecture, precision, seqlen_k):
+        return _pick(FORWARD, architecture, precision, head_dim)
+    config = _pick(ROW_FORWARD, architecture, precision, head_dim)
     return Config(config.BLOCK_M, max(16, triton.next_power_of_2(seqlen_k)), config.num_warps, config.num_stages)
 
 
-def row_at_once(architecture: str, dtype: torch.dtype, seqlen_k: int) -> bool:
+def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:
     """Whether a row of scores is one tile."""
-    narrow = dtype != torch.float32 or architecture == "interpreted"
+    narrow = precision != "ieee" or architecture == "interpreted"
     return seqlen_k <= (ROW_KEYS if narrow else FLOAT32_ROW_KEYS)
 
 
-def layout_attention_bwd(architecture: str, dtype: torch.dtype, head_dim: int) -> tuple[Config, Config]:
+def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tuple[Config, Config]:
     """Of a backward call: the pass over query tiles, the pass over key tiles."""
-    return _pick(BACKWARD_Q, architecture, dtype, head_dim), _pick(BACKWARD_KV, architecture, dtype, head_dim)
+    return tuple(_pick(table, architecture, precision, head_dim) for table in (BACKWARD_Q, BACKWARD_KV))
 
 
-def _pick(table: Table, architecture: str, dtype: torch.dtype, head_dim: int) -> Config:
+def _pick(table: Table, architecture: str, precision: str, head_dim: int) -> Config:
     if architecture == "interpreted":
         return INTERPRETED
-    rows = FLOAT32 if dtype == torch.float32 else table[architecture]
+    rows = FLOAT32 if precision == "ieee" else table[architecture]
     return next(config for largest, config in rows.items() if head_dim <= largest)
 
 

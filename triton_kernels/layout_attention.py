@@ -16,6 +16,7 @@ from dense_attn.triton_kernels.layout_attention_tiles import tile_lists_kernel, 
 
 GRAIN = 8  # elements: 16 bytes, the widest load, in the narrowest dtype
 STATS = 4  # numbers a row that the backward pass takes from the forward pass
+NUMBERS = 8  # numbers a row that its second pass takes from its first
 
 
 class TileLists(NamedTuple):
@@ -76,7 +77,7 @@ def layout_attention_fwd(
     constants = _constants(q, modulation, scale)
     grid = (batch * num_heads * triton.cdiv(seqlen_q, config.BLOCK_M),)
     inputs = _rows(q), _rows(k), _rows(v), _tokens(q_regions)
-    if configs.row_at_once(configs.architecture(q.device), q.dtype, seqlen_k):
+    if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
         layout_attention_row_fwd_kernel[grid](
             *inputs, _tokens(k_regions), _rows(strength), *results, *numbers, **constants, **config.launch
         )  # fmt: skip
@@ -118,23 +119,20 @@ def layout_attention_bwd(
     if modulation != "mask":
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
     words, orders = (_tokens(q_regions), _tokens(k_regions)), (_tokens(q_order), _tokens(k_order))
-    numbers = q.new_empty((3, *q.shape[:3]), dtype=torch.float32)
-    places = q.new_empty((2, *q.shape[:3]), dtype=torch.int32)
-    found, sizes = (
-        ((numbers, numbers.stride(0)), (places, places.stride(0))),
-        (num_heads, seqlen_q, seqlen_k, abs(scale)),
-    )
-    inputs = (_rows(q), _rows(k), _rows(v), *words, *orders, _rows(strength))
+    numbers = q.new_empty((*q.shape[:3], NUMBERS), dtype=torch.float32)
+    places = q.new_empty((*q.shape[:3], 2), dtype=torch.int32)
+    sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
+    inputs = _rows(q), _rows(k), _rows(v), *words, *orders
     constants = _constants(q, modulation, scale)
-    by_query, by_key = configs.layout_attention_bwd(configs.architecture(q.device), q.dtype, head_dim)
+    by_query, by_key = configs.layout_attention_bwd(configs.architecture(q.device), configs.precision(q), head_dim)
     lists = _mask_lists(modulation, q_regions, k_regions, q_order, k_order, by_query.BLOCK_M, by_query.BLOCK_N)
     layout_attention_bwd_q_kernel[(batch * num_heads * triton.cdiv(seqlen_q, by_query.BLOCK_M),)](
-        _rows(grad_out), None if grad_lse is None else _rows(grad_lse), *inputs, _rows(out), stats, *lists,
-        _rows(dq), dstrength, *found, *sizes, **constants, **by_query.launch,
+        _rows(grad_out), None if grad_lse is None else _rows(grad_lse), *inputs, _rows(strength), _rows(out), stats,
+        *lists, _rows(dq), dstrength, numbers, places, *sizes, **constants, **by_query.launch,
     )  # fmt: skip
     lists = _mask_lists(modulation, k_regions, q_regions, k_order, q_order, by_key.BLOCK_N, by_key.BLOCK_M)
     layout_attention_bwd_kv_kernel[(batch * num_heads * triton.cdiv(seqlen_k, by_key.BLOCK_N),)](
-        _rows(grad_out), *inputs, stats, *found, *lists,
+        _rows(grad_out), *inputs, numbers, places, *lists,
         _rows(dk), _rows(dv), *sizes, **constants, **by_key.launch,
     )  # fmt: skip
     return grads
@@ -158,12 +156,12 @@ def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
     """The configuration of a forward call."""
-    return configs.layout_attention_fwd(configs.architecture(q.device), q.dtype, q.shape[3], k.shape[2])
+    return configs.layout_attention_fwd(configs.architecture(q.device), configs.precision(q), q.shape[3], k.shape[2])
 
 
 def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
     """Rows and keys of a forward call's tiles, which lists made beforehand must share; None where it has no tiles."""
-    if k.shape[2] == 0 or configs.row_at_once(configs.architecture(q.device), q.dtype, k.shape[2]):
+    if k.shape[2] == 0 or configs.row_at_once(configs.architecture(q.device), configs.precision(q), k.shape[2]):
         return None
     config = fwd_config(q, k)
     return config.BLOCK_M, config.BLOCK_N
@@ -196,11 +194,10 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
 def _constants(q: Tensor, modulation: str, scale: float) -> dict[str, object]:
     """What the kernels are compiled for beside the tile."""
     first, second = configs.head_parts(q.shape[3])
-    tf32 = q.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return {
         "MODULATION": modulation,
         "NEGATE": scale < 0,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if configs.precision(q) == "tf32" else "ieee",
         "HEAD_DIM": q.shape[3],
         "PART_0": first,
         "PART_1": second,

@@ -15,10 +15,12 @@ from dense_attn.triton_kernels.primitives import (
     add_product,
     anchor_of,
     head_of,
+    load_part,
     load_rows,
     products,
     row_stride,
     scale_rows,
+    store_part,
     store_rows,
     temperature,
     tokens_at,
@@ -87,10 +89,24 @@ def _lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _inner_products(
+    a, b, batch, head, tokens, exist, PART_0: tl.constexpr, PART_1: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Of rows of two [B, H, tokens, D] tensors, one part after the other."""
+    a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
+    x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM)
+    total = tl.sum(x.to(tl.float32) * load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM), 1)
+    if PART_1 > 0:
+        x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM)
+        total += tl.sum(x.to(tl.float32) * load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM), 1)
+    return total
+
+
+@triton.jit
 def layout_attention_bwd_q_kernel(
     grad_out, grad_lse, q, k, v, q_words, k_words, q_order, k_order, strength, out, stats_ptr,  # as in the forward pass
     tiles, counts, dq, dstrength_ptr,
-    numbers, places,  # [3, rows] delta - grad_lse, gradients of the extremes; int32 [2, rows] their keys
+    numbers_ptr, places_ptr,  # [rows, 8] what the pass over keys needs, int32 [rows, 2] keys of the extremes
     num_heads, seqlen_q, seqlen_k, sm_scale,
     MODULATION: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -102,18 +118,21 @@ def layout_attention_bwd_q_kernel(
     tile = tl.program_id(0) % tiles_per_head
     batch, head = index // num_heads, index % num_heads
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
+    shift = _inner_products(grad_out, out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
+    shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     rows = load_rows(head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM)
     grads = load_rows(head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist, PART_0, PART_1, HEAD_DIM)
-    outs = load_rows(head_of(out, batch, head), row_stride(out), tokens, exist, PART_0, PART_1, HEAD_DIM)
-    shift = tl.sum(grads[0].to(tl.float32) * outs[0].to(tl.float32), 1)
-    if PART_1 > 0:
-        shift += tl.sum(grads[1].to(tl.float32) * outs[1].to(tl.float32), 1)
-    shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     row_words = words_at(q_words, batch, tokens, exist)
     c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
     tau = temperature(c, MODULATION) * sm_scale
     row = index * seqlen_q + tokens
     high, low, anchor, add_in, add_out = _row_numbers(stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT)
+    record = numbers_ptr + row * 8
+    tl.store(record, tau * LOG2_E, mask=exist)
+    tl.store(record + 1, add_in, mask=exist)
+    tl.store(record + 2, add_out, mask=exist)
+    tl.store(record + 3, anchor, mask=exist)
+    tl.store(record + 4, temperature(c, MODULATION), mask=exist)
 
     k_base, v_base, nothing = head_of(k, batch, head), head_of(v, batch, head), tl.zeros([BLOCK_M], tl.float32)
     best, best_key = nothing + float("-inf"), tl.zeros([BLOCK_M], tl.int32)
@@ -157,42 +176,55 @@ def layout_attention_bwd_q_kernel(
         grad_in, grad_distance = grad_in - missed * weight_in, grad_distance - missed * weight_distance
         shift += missed
     signed_scale = -sm_scale if NEGATE else sm_scale
-    acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
-    tl.store(numbers[0] + row, shift, mask=exist)
-    grad_strength = nothing
+    factor = temperature(c, MODULATION) * signed_scale
+    record = numbers_ptr + row * 8
+    tl.store(record + 5, shift, mask=exist)
+    grad_strength, through_max, through_min = nothing, nothing, nothing
     if MODULATION == "bias":
         grad_strength = grad_in
     if MODULATION == "max" or MODULATION == "range":
         grad_strength = sm_scale * tl.load(stats_ptr + row * 4, mask=exist, other=0.0) * grad_in
         through_max = c * grad_in
-        extreme = load_rows(k_base, row_stride(k), best_key.to(tl.int64), exist, PART_0, PART_1, HEAD_DIM)
-        acc = _add_rows(acc, signed_scale * through_max, extreme, PART_1)
-        tl.store(numbers[0] + numbers[1] + row, through_max, mask=exist)
-        tl.store(places[0] + row, best_key, mask=exist)
+        tl.store(record + 6, through_max, mask=exist)
+        tl.store(places_ptr + row * 2, best_key, mask=exist)
     if MODULATION == "range":
         grad_strength = sm_scale * grad_distance
         through_min = c * (through_lse - grad_in)
-        extreme = load_rows(k_base, row_stride(k), least_key.to(tl.int64), exist, PART_0, PART_1, HEAD_DIM)
-        acc = _add_rows(acc, signed_scale * through_min, extreme, PART_1)
-        tl.store(numbers[0] + 2 * numbers[1] + row, through_min, mask=exist)
-        tl.store(places[0] + places[1] + row, least_key, mask=exist)
+        tl.store(record + 7, through_min, mask=exist)
+        tl.store(places_ptr + row * 2 + 1, least_key, mask=exist)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
-    store_rows(head_of(dq, batch, head), row_stride(dq), tokens, exist, acc, PART_0, PART_1, HEAD_DIM)
+    dq_base, extremes = head_of(dq, batch, head), (best_key, least_key)
+    through = (signed_scale * through_max, signed_scale * through_min)
+    first = _with_extremes(
+        acc[0] * factor[:, None], through, k_base, row_stride(k), extremes, exist, MODULATION, 0, PART_0, HEAD_DIM
+    )
+    store_part(dq_base, row_stride(dq), tokens, exist, first, 0, PART_0, HEAD_DIM)
+    if PART_1 > 0:  # after the first, so that one at a time is held
+        second = _with_extremes(
+            acc[1] * factor[:, None], through, k_base, row_stride(k), extremes, exist, MODULATION,
+            PART_0, PART_1, HEAD_DIM,
+        )  # fmt: skip
+        store_part(dq_base, row_stride(dq), tokens, exist, second, PART_0, PART_1, HEAD_DIM)
 
 
 @triton.jit
-def _add_rows(acc, factor, rows, PART_1: tl.constexpr):
-    """Acc + factor * rows, in parts."""
-    first = acc[0] + factor[:, None] * rows[0].to(tl.float32)
-    second = acc[1]
-    if PART_1 > 0:
-        second = second + factor[:, None] * rows[1].to(tl.float32)
-    return first, second
+def _with_extremes(
+    part, through, base, stride, keys, exist,
+    MODULATION: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """A part of dq and the rank-one term of the keys of a row's extremes."""
+    if MODULATION == "max" or MODULATION == "range":
+        best = load_part(base, stride, keys[0].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
+        part += through[0][:, None] * best.to(tl.float32)
+    if MODULATION == "range":
+        least = load_part(base, stride, keys[1].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
+        part += through[1][:, None] * least.to(tl.float32)
+    return part
 
 
 @triton.jit
 def layout_attention_bwd_kv_kernel(
-    grad_out, q, k, v, q_words, k_words, q_order, k_order, strength, stats_ptr, numbers, places,  # as above
+    grad_out, q, k, v, q_words, k_words, q_order, k_order, numbers_ptr, places_ptr,  # as above
     tiles, counts,  # of key tiles, each with the query tiles that it meets
     dk, dv, num_heads, seqlen_q, seqlen_k, sm_scale,
     MODULATION: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -216,28 +248,29 @@ def layout_attention_bwd_kv_kernel(
         row = index * seqlen_q + tokens
         rows = load_rows(head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM)
         grads = load_rows(head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
-        tau = temperature(c, MODULATION) * sm_scale
-        _, _, anchor, add_in, add_out = _row_numbers(stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT)
+        record, pair = numbers_ptr + row * 8, places_ptr + row * 2
+        factor = tl.load(record, mask=exist, other=0.0)
+        add_in, add_out = tl.load(record + 1, mask=exist, other=0.0), tl.load(record + 2, mask=exist, other=0.0)
+        anchor = tl.load(record + 3, mask=exist, other=0.0) if EXACT else factor
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
         raw = -raw if NEGATE else raw
         meets = (key_words[:, None] & words_at(q_words, batch, tokens, exist)[None, :]) != 0
         offsets = tl.where(meets, add_in[None, :], add_out[None, :])
         # Rows that do not exist have zeros for gradients; keys that do not exist are not stored.
-        weights = _weights(raw, (tau * LOG2_E)[None, :], anchor[None, :], offsets, EXACT)
+        weights = _weights(raw, factor[None, :], anchor[None, :], offsets, EXACT)
         if MODULATION == "mask":
             weights = tl.where(meets, weights, 0.0)
         acc_v = add_product(acc_v, weights.to(grads[0].dtype), grads, PART_1, PRECISION)
-        shift = tl.load(numbers[0] + row, mask=exist, other=0.0)
+        shift = tl.load(record + 5, mask=exist, other=0.0)
         grad = weights * (products(values, grads, PART_1, PRECISION) - shift[None, :])  # ds'
         if MODULATION == "range":
-            grad = grad * temperature(c, MODULATION)[None, :]
-            through_min = tl.load(numbers[0] + 2 * numbers[1] + row, mask=exist, other=0.0)
-            least_key = tl.load(places[0] + places[1] + row, mask=exist, other=-1)
+            grad = grad * tl.load(record + 4, mask=exist, other=0.0)[None, :]
+            through_min = tl.load(record + 7, mask=exist, other=0.0)
+            least_key = tl.load(pair + 1, mask=exist, other=-1)
             grad += tl.where(key_at == least_key[None, :], through_min[None, :], 0.0)
         if MODULATION == "range" or MODULATION == "max":
-            through_max = tl.load(numbers[0] + numbers[1] + row, mask=exist, other=0.0)
-            best_key = tl.load(places[0] + row, mask=exist, other=-1)
+            through_max = tl.load(record + 6, mask=exist, other=0.0)
+            best_key = tl.load(pair, mask=exist, other=-1)
             grad += tl.where(key_at == best_key[None, :], through_max[None, :], 0.0)
         acc_k = add_product(acc_k, grad.to(rows[0].dtype), rows, PART_1, PRECISION)
     signed_scale = tl.zeros([BLOCK_N], tl.float32) + (-sm_scale if NEGATE else sm_scale)

@@ -26,7 +26,7 @@ from dense_attn.triton_kernels.selection import (
     row_at,
 )
 
-LONGEST_CHANNEL = 16384  # of which one program finds thresholds; twice as many spill 80 bytes a thread
+UNSTAGED = 16384  # differences that registers can make and hold; twice as many spill 80 bytes a thread
 LOW_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # that are 0 in float32, whose search is shorter
 
 
@@ -54,7 +54,7 @@ def percentile_mask_kernel(
 ):  # fmt: skip
     """A whole row."""
     row = tl.program_id(0).to(tl.int64)
-    candidates = load_candidates(x, None, 1.0, 0, 0, row, 1, num_values, False, BLOCK)
+    candidates = load_candidates(x, None, 1.0, 0, 0, row, 1, num_values, None, False, BLOCK, TILE)
     threshold = quantile_of(candidates, num_values, tl.full((), rank, tl.float32), LOW_BIT)
     tl.store(thresholds_ptr + row, threshold)
     for start in range(0, num_values, TILE):
@@ -110,8 +110,8 @@ def combine_tile(
 
 @triton.jit
 def sega_guidance_kernel(
-    uncond, text, edits, momentum, user_mask, eps, momentum_out, carry, thresholds, scales, ranks, weights, partials,
-    step, all_warm, num_edits, num_channels, num_values,
+    uncond, text, edits, momentum, user_mask, eps, momentum_out, carry, thresholds, staged_ptr, scales, ranks, weights,
+    partials, step, all_warm, num_edits, num_channels, num_values,
     FIRST: tl.constexpr, LAST: tl.constexpr, SUM_CHANNELS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -120,9 +120,14 @@ def sega_guidance_kernel(
     b, c = row // num_channels, row % num_channels
     concepts = tl.arange(0, GROUP).to(tl.int64)
     found = tl.zeros((GROUP,), tl.float32)
+    staged = staged_ptr
+    if staged_ptr is not None:
+        staged = staged_ptr + row * num_values
     for e in range(num_edits):
         scale = number_of(scales, e, GROUP)
-        candidates = load_candidates(edits, uncond, scale, e, b, c, num_channels, num_values, SUM_CHANNELS, BLOCK)
+        candidates = load_candidates(
+            edits, uncond, scale, e, b, c, num_channels, num_values, staged, SUM_CHANNELS, BLOCK, TILE
+        )
         threshold = quantile_of(candidates, num_values, number_of(ranks, e, GROUP), 0)
         found = tl.where(concepts == e, threshold, found)
     at = thresholds[0] + concepts * thresholds[1] + b * thresholds[2] + c * thresholds[3]
@@ -240,12 +245,18 @@ def _step(
     batch, channels, num_values = sizes
     scales, ranks, weights, partials = group
     sums = flags["SUM_CHANNELS"]
-    whole = selection.fits_one_program(_longest_channel(tensors, sums), num_values, *tensors)
+    apart = tensors[0][4] != 1 or tensors[2][4] != 1  # addresses of values that are not neighbours take registers
+    whole = selection.fits_one_program(LONGEST >> apart, num_values, *tensors)
     tensors = (*tensors, (thresholds, *thresholds.stride()[:2], 0 if sums else 1))
     last = (step, all_warm, thresholds.shape[0], channels, num_values)
     if whole:
         options = _whole_row(num_values)
-        sega_guidance_kernel[(batch * channels,)](*tensors, scales, ranks, weights, partials, *last, **flags, **options)
+        staged = None
+        if num_values > UNSTAGED >> sums >> apart:
+            staged = thresholds.new_empty((batch * channels, num_values), dtype=torch.int32)
+        sega_guidance_kernel[(batch * channels,)](
+            *tensors, staged, scales, ranks, weights, partials, *last, **flags, **options
+        )
         return
     if thresholds.numel() > 0:
         uncond, edits = tensors[0], tensors[2]
@@ -263,12 +274,6 @@ def _weights(
     total = sum(weight for weight, ready in zip(weights, warm) if ready)
     partly = not all(warm) and total > 0
     return weights, [weight / total if partly and ready else 0.0 for weight, ready in zip(weights, warm)]
-
-
-def _longest_channel(tensors: tuple, sum_channels: bool) -> int:
-    """Sums take registers of their own, and so do the addresses of values that are not neighbours."""
-    apart = tensors[0][4] != 1 or tensors[2][4] != 1
-    return LONGEST_CHANNEL >> sum_channels >> apart
 
 
 def _whole_row(num_values: int) -> dict[str, object]:

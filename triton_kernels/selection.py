@@ -94,13 +94,23 @@ def load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM
 
 @triton.jit
 def load_candidates(
-    edits, uncond, scale, e, b, c, num_channels, num_values, SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Bits of a whole row, MAX_BITS beyond its end."""
-    offs = tl.arange(0, BLOCK)
-    mask = offs < num_values
-    magnitudes = load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS)
-    return tl.where(mask, bits_of(magnitudes), MAX_BITS)
+    edits, uncond, scale, e, b, c, num_channels, num_values, staged,
+    SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Bits of a whole row, MAX_BITS beyond its end; by way of `staged`, if there is one, where registers are few."""
+    if staged is None:
+        offs = tl.arange(0, BLOCK)
+        magnitudes = load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, offs < num_values, SUM_CHANNELS)
+        return tl.where(offs < num_values, bits_of(magnitudes), MAX_BITS)
+    else:  # noqa: RET505  what follows a return is compiled all the same
+        for start in range(0, num_values, TILE):
+            offs = start + tl.arange(0, TILE)
+            mask = offs < num_values
+            magnitudes = load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS)
+            tl.store(staged + offs, bits_of(magnitudes), mask=mask)
+        tl.debug_barrier()  # what one thread has staged another may fetch
+        offs = tl.arange(0, BLOCK)
+        return tl.load(staged + offs, mask=offs < num_values, other=MAX_BITS)
 
 
 @triton.jit
