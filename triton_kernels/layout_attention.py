@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dense_attn.triton_kernels import configs
+from dense_attn.triton_kernels import autotune, configs
 from dense_attn.triton_kernels.layout_attention_bwd import layout_attention_bwd_kv_kernel, layout_attention_bwd_q_kernel
 from dense_attn.triton_kernels.layout_attention_fwd import layout_attention_fwd_kernel, layout_attention_row_fwd_kernel
 from dense_attn.triton_kernels.layout_attention_tiles import tile_lists_kernel, word_bounds_kernel
@@ -63,6 +64,7 @@ def layout_attention_fwd(
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
     lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks(q, k)`
+    config: configs.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of each row."""
     batch, num_heads, seqlen_q, _ = q.shape
@@ -72,7 +74,7 @@ def layout_attention_fwd(
         return out, lse, stats
     if seqlen_k == 0:
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
-    config = fwd_config(q, k)
+    config = config or fwd_config(q, k)
     results, numbers = (_rows(out), lse, stats), (num_heads, seqlen_q, seqlen_k, abs(scale))
     constants = _constants(q, modulation, scale)
     grid = (batch * num_heads * triton.cdiv(seqlen_q, config.BLOCK_M),)
@@ -109,9 +111,10 @@ def layout_attention_bwd(
     scale: float,
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
+    config: tuple[configs.Config, configs.Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength) of `reference.layout_attention`, the same bits on every run."""
-    batch, num_heads, seqlen_q, head_dim = q.shape
+    batch, num_heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
     dq, dk, dv, dstrength = grads = bwd_results(q, k, v)
     if batch * num_heads * seqlen_q * seqlen_k == 0:
@@ -124,7 +127,7 @@ def layout_attention_bwd(
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
     inputs = _rows(q), _rows(k), _rows(v), *words, *orders
     constants = _constants(q, modulation, scale)
-    by_query, by_key = configs.layout_attention_bwd(configs.architecture(q.device), configs.precision(q), head_dim)
+    by_query, by_key = config or bwd_config(q, k)
     lists = _mask_lists(modulation, q_regions, k_regions, q_order, k_order, by_query.BLOCK_M, by_query.BLOCK_N)
     layout_attention_bwd_q_kernel[(batch * num_heads * triton.cdiv(seqlen_q, by_query.BLOCK_M),)](
         _rows(grad_out), None if grad_lse is None else _rows(grad_lse), *inputs, _rows(strength), _rows(out), stats,
@@ -156,7 +159,50 @@ def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
     """The configuration of a forward call."""
-    return configs.layout_attention_fwd(configs.architecture(q.device), configs.precision(q), q.shape[3], k.shape[2])
+    kind = configs.architecture(q.device), configs.precision(q)
+    config = configs.layout_attention_fwd(*kind, q.shape[3], k.shape[2])
+    if not autotune.requested():
+        return config
+    row = configs.row_at_once(*kind, k.shape[2])
+    options = autotune.neighbours(config, same_keys=row)
+    return autotune.best("row_fwd" if row else "fwd", q, k, options, lambda: _fwd_launch(q, k))
+
+
+def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
+    """The configurations of a backward call: of the pass over query tiles, and of that over key tiles."""
+    by_query, by_key = configs.layout_attention_bwd(configs.architecture(q.device), configs.precision(q), q.shape[3])
+    if not autotune.requested():
+        return by_query, by_key
+
+    def tuned(kernel: str, table: configs.Config, pair: Callable[[configs.Config], tuple]) -> configs.Config:
+        return autotune.best(kernel, q, k, autotune.neighbours(table), lambda: _bwd_launch(q, k, pair))
+
+    by_query = tuned("bwd_q", by_query, lambda config: (config, by_key))
+    return by_query, tuned("bwd_kv", by_key, lambda config: (by_query, config))
+
+
+def _example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Random q, k, v like these, four regions in runs, and strengths, to measure a call by."""
+    words = [1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2]) for x in (q, k)]
+    rows = (torch.empty_like(x).normal_() for x in (q, k, k))
+    return *rows, *words, torch.full(q.shape[:3], 0.3, device=q.device)
+
+
+def _fwd_launch(q: Tensor, k: Tensor) -> autotune.Launch:
+    inputs, scale = _example(q, k), q.shape[3] ** -0.5
+
+    def launch(config: configs.Config) -> Callable[[], object]:
+        lists = tile_lists(*inputs[3:5], None, None, config.BLOCK_M, config.BLOCK_N)
+        return lambda: layout_attention_fwd(*inputs, "range", scale, lists=lists, config=config)
+
+    return launch
+
+
+def _bwd_launch(q: Tensor, k: Tensor, pair: Callable[[configs.Config], tuple]) -> autotune.Launch:
+    inputs, scale = _example(q, k), q.shape[3] ** -0.5
+    out, _, stats = layout_attention_fwd(*inputs, "range", scale)
+    arguments = (out, None, *inputs, out, stats, "range", scale)
+    return lambda config: lambda: layout_attention_bwd(*arguments, config=pair(config))
 
 
 def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:

@@ -120,9 +120,7 @@ def sega_guidance_kernel(
     b, c = row // num_channels, row % num_channels
     concepts = tl.arange(0, GROUP).to(tl.int64)
     found = tl.zeros((GROUP,), tl.float32)
-    staged = staged_ptr
-    if staged_ptr is not None:
-        staged = staged_ptr + row * num_values
+    staged = None if staged_ptr is None else staged_ptr + row * num_values
     for e in range(num_edits):
         scale = number_of(scales, e, GROUP)
         candidates = load_candidates(
