@@ -20,6 +20,7 @@ ORDER = ("cuda", "triton", "cpu", "reference")  # under TRITON_INTERPRET=1 "auto
 NAMESPACES: dict[str, ModuleType | None] = {"cuda": None, "triton": _triton, "cpu": _native, "reference": reference}
 _NOT_THERE = "no {} kernels in this version of dense_attn"
 _MAX_HEAD_DIM = 256
+_OLDEST_GPU = (8, 0)  # asynchronous copies and products of bfloat16
 
 
 def missing(backend: str, op: str) -> str | None:
@@ -38,6 +39,9 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
     reasons, device = [], "cpu" if backend == "cpu" else _triton.DEVICE
     if x.device.type != device:
         reasons.append(f"runs on {device} tensors, got {x.device}")
+    elif device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(x.device) < _OLDEST_GPU:
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
+        reasons.append(f"needs a GPU of compute capability {'{}.{}'.format(*_OLDEST_GPU)} or newer, got {capability}")
     if op == "layout_attention" and x.shape[-1] > _MAX_HEAD_DIM:
         reasons.append(f"head_dim is at most {_MAX_HEAD_DIM}, got {x.shape[-1]}")
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:

@@ -1,7 +1,7 @@
 """Every launch configuration, as data: per architecture and head dim, with its reason.
 
-No row has been timed: each is the largest tile that ahead-of-time compilation (Triton 3.9, bfloat16, `range`, tokens in
-an order, the most registers a call can need) gives without spilled registers within the device's shared memory.
+No row has been timed: each is the largest tile that ahead-of-time compilation (Triton 3.9 and 3.6, bfloat16, `range`,
+tokens in an order, the most registers a call can need) gives without spilled registers within the shared memory.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ INTERPRETED = Config(64, 32, 1, 1)  # small, so that small cases have several ti
 FORWARD: Table = {
     # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps within.
     "sm_80": {
-        80: Config(128, 64, 8, 2),  # three stages spill 48 bytes at 64 columns
-        96: Config(128, 32, 8, 2, parks=True),  # unparked, 8 bytes; 64 keys, 24
-        128: Config(128, 32, 8, 3, parks=True),  # 64 keys spill 136 bytes
-        160: Config(64, 16, 8, 2, parks=True),  # 32 keys spill 56 bytes
-        256: Config(64, 32, 8, 2, parks=True),
+        80: Config(128, 64, 8, 2, parks=True),  # unparked, 32 bytes at 64 columns
+        96: Config(128, 32, 8, 2, parks=True),  # 64 keys, 24
+        128: Config(64, 64, 8, 2, parks=True),  # 128 rows of 32 keys, 8 by Triton 3.6
+        160: Config(64, 16, 8, 2, parks=True),  # 32 keys, 56
+        256: Config(64, 16, 8, 2, parks=True),  # 32 keys, 8 by Triton 3.6
     },
     "sm_90": {
         96: Config(128, 64, 8, 3),  # four warps spill 336 bytes at 64 columns
@@ -71,49 +71,45 @@ ROW_FORWARD: Table = {  # BLOCK_N is the number of keys, rounded up to a power o
         80: Config(128, 128, 8, 1),
         96: Config(64, 128, 4, 1),  # eight warps spill 8 bytes
         128: Config(64, 128, 8, 1),  # 128 rows spill 64 bytes
-        160: Config(16, 128, 4, 1),  # the transposed keys are held in registers: 64 rows spill 400 bytes
+        192: Config(16, 128, 4, 1),  # the transposed keys are held in registers: 64 rows spill 400 bytes
         256: Config(64, 128, 8, 1),
     },
     "sm_90": {128: Config(128, 128, 8, 1), 256: Config(64, 128, 8, 1)},
     "sm_100": {128: Config(128, 128, 8, 1), 256: Config(64, 128, 8, 1)},
     "gfx942": {128: Config(64, 128, 4, 1), 160: Config(32, 128, 4, 1), 256: Config(16, 128, 4, 1)},
 }
-BACKWARD_Q: Table = {  # 64 keys spill 24 to 88 bytes on NVIDIA's before tensor memory
-    "sm_80": {64: Config(64, 32, 4, 3), 96: Config(64, 32, 8, 2), 160: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)},
-    "sm_90": {
-        64: Config(128, 32, 8, 2),
-        128: Config(64, 32, 8, 2),
-        160: Config(64, 16, 8, 2),
-        256: Config(32, 32, 8, 1),  # too few rows for the warp-group instruction, whose 64 spill 208 bytes
-    },
-    "sm_100": {
-        64: Config(128, 32, 8, 2),
-        128: Config(64, 64, 8, 2),
-        160: Config(64, 32, 8, 2),
-        256: Config(64, 32, 8, 1),
-    },
-    "gfx942": {64: Config(64, 64, 4, 1), 160: Config(64, 32, 4, 1), 256: Config(32, 32, 4, 1)},
-}
-BACKWARD_KV: Table = {
+BACKWARD_Q: Table = {  # up to 16 bytes may spill, outside of the loop; 64 keys spill more on NVIDIA's
     "sm_80": {
-        64: Config(32, 64, 4, 2),
-        128: Config(32, 64, 8, 2),
-        160: Config(16, 32, 8, 2),
-        256: Config(32, 32, 8, 1),
+        96: Config(128, 32, 8, 2),
+        128: Config(64, 32, 8, 2),
+        192: Config(64, 16, 8, 2),
+        256: Config(32, 32, 8, 2),
     },
     "sm_90": {
-        64: Config(64, 64, 8, 2),
-        128: Config(32, 64, 8, 2),
-        160: Config(16, 64, 8, 2),
-        256: Config(32, 32, 8, 1),  # too few keys for the warp-group instruction, whose 64 spill 424 bytes
+        64: Config(128, 32, 8, 3),
+        128: Config(128, 32, 8, 2),
+        192: Config(64, 16, 8, 2),  # 32 keys spill 96 bytes at 192 columns
+        256: Config(64, 16, 8, 2),  # one stage spills 128 bytes
     },
-    "sm_100": {128: Config(64, 64, 8, 2), 160: Config(32, 64, 8, 2), 256: Config(16, 64, 8, 1)},
-    "gfx942": {
-        64: Config(32, 64, 4, 1),
-        128: Config(32, 64, 4, 1),
-        160: Config(32, 32, 4, 1),
-        256: Config(16, 32, 4, 1),
+    "sm_100": {128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
+    "gfx942": {128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+}
+BACKWARD_KV: Table = {  # the same; a tile of keys stays, so many keys read queries less often
+    "sm_80": {
+        64: Config(64, 128, 8, 2),
+        96: Config(32, 128, 8, 2),  # 64 by 64 spill 16 bytes
+        128: Config(64, 64, 8, 2),  # 128 keys spill 32
+        192: Config(16, 32, 8, 2),  # 64 keys spill 40 by Triton 3.6
+        256: Config(16, 64, 8, 2),
     },
+    "sm_90": {
+        96: Config(64, 128, 8, 2),
+        128: Config(64, 64, 8, 2),  # 128 keys spill 80 bytes
+        192: Config(32, 64, 8, 2),
+        256: Config(16, 64, 8, 2),
+    },
+    "sm_100": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(16, 64, 8, 2)},
+    "gfx942": {64: Config(32, 128, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 64, 4, 1)},
 }
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for every architecture.
 FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}

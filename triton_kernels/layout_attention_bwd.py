@@ -69,6 +69,16 @@ def _row_numbers(stats_ptr, row, exist, factor, MODULATION: tl.constexpr, EXACT:
 
 
 @triton.jit
+def _store_record(record, exist, factor, add_in, add_out, anchor, tau):
+    """The first five of the eight numbers of a row that the pass over keys reads."""
+    tl.store(record, factor, mask=exist)
+    tl.store(record + 1, add_in, mask=exist)
+    tl.store(record + 2, add_out, mask=exist)
+    tl.store(record + 3, anchor, mask=exist)
+    tl.store(record + 4, tau, mask=exist)
+
+
+@triton.jit
 def _first_extreme(best, best_key, raw, there, keys, LARGEST: tl.constexpr):
     """Running extreme of raw scores [rows, keys] and the first key that has it."""
     sign = 1.0 if LARGEST else -1.0
@@ -127,12 +137,7 @@ def layout_attention_bwd_q_kernel(
     tau = temperature(c, MODULATION) * sm_scale
     row = index * seqlen_q + tokens
     high, low, anchor, add_in, add_out = _row_numbers(stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT)
-    record = numbers_ptr + row * 8
-    tl.store(record, tau * LOG2_E, mask=exist)
-    tl.store(record + 1, add_in, mask=exist)
-    tl.store(record + 2, add_out, mask=exist)
-    tl.store(record + 3, anchor, mask=exist)
-    tl.store(record + 4, temperature(c, MODULATION), mask=exist)
+    _store_record(numbers_ptr + row * 8, exist, tau * LOG2_E, add_in, add_out, anchor, temperature(c, MODULATION))
 
     k_base, v_base, nothing = head_of(k, batch, head), head_of(v, batch, head), tl.zeros([BLOCK_M], tl.float32)
     best, best_key = nothing + float("-inf"), tl.zeros([BLOCK_M], tl.int32)
