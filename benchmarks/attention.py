@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from dense_attn import reference
 
+from . import machine
 from .baselines import CONTENDERS, Call
-from .measure import Row, Trial, tried, worst
+from .gpu_baselines import GPU_CONTENDERS
+from .measure import OURS, Row, Trial, tried, worst
 from .measure import measure as measure_row
 from .suite import Case, Setting, backend, cases, why_not
 from .workloads import WORKLOADS, Inputs, Workload, make_inputs
@@ -26,7 +29,7 @@ _CHECKED_PAIRS = 2**23  # elements of a score matrix that float64 can afford
 def trial(case: Case) -> Trial:
     """Check a contender against the reference, then take its time and memory roughly."""
     setting, inputs = case.setting, _inputs(case.setting)
-    call = CONTENDERS[case.contender](inputs)
+    call = (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)[case.contender](inputs)
     heads, rows = _subset(setting.workload)
     grad_out = torch.zeros_like(inputs.grad_out)
     grad_out[:, :, rows] = inputs.grad_out[:, :, rows]  # so that the checked rows alone make dk and dv
@@ -34,12 +37,14 @@ def trial(case: Case) -> Trial:
     def check(got: list[Tensor]) -> tuple[float, float]:
         picked = [_heads(x, heads) for x in got]
         picked[:2] = [x[:, :, rows] for x in picked[:2]]  # out and dq
-        return worst(picked, *_expected(setting, case.contender != "sdpa"), setting.dtype)
+        return worst(picked, *_expected(setting, case.modulated), setting.dtype)
 
+    calls = backward_of(call, inputs) if setting.alone else partial(run, call, inputs, backward=setting.backward)
     return tried(
-        lambda: run(call, inputs, grad_out, setting.backward),
+        lambda: calls(grad_out),
         check,
-        lambda: run(call, inputs, inputs.grad_out, setting.backward),
+        lambda: calls(inputs.grad_out),
+        in_graph=not setting.backward,  # autograd stays on the stream of the forward pass
     )
 
 
@@ -48,9 +53,14 @@ def run(call: Call, inputs: Inputs, grad_out: Tensor, backward: bool) -> list[Te
     if not backward:
         with torch.no_grad():
             return [call(inputs.q, inputs.k, inputs.v)]
+    return backward_of(call, inputs, again=False)(grad_out)
+
+
+def backward_of(call: Call, inputs: Inputs, again: bool = True) -> Callable[[Tensor], list[Tensor]]:
+    """The backward pass of one forward pass, once or `again` and again: from grad_out to [out, dq, dk, dv]."""
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     out = call(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+    return lambda grad_out: [out.detach(), *torch.autograd.grad(out, leaves, grad_out, retain_graph=again)]
 
 
 @lru_cache(maxsize=1)
@@ -96,10 +106,14 @@ def measure(case: Case, benchmark: Any) -> Row:
         return row | {"reason": reason}
     heads, rows = _subset(case.setting.workload)
     row["checked"] = f"{len(rows)} rows of {len(heads)} heads"
-    partner = Case(case.setting, "sdpa" if case.contender == "dense_attn" else "dense_attn")
+    partner = Case(case.setting, "sdpa" if case.contender == OURS else OURS)
     row = measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
     if "seconds" in row:
-        row["gflop_per_s"] = case.setting.workload.gflop(case.setting.backward) / row["seconds"]
+        setting = case.setting
+        row["gflop_per_s"] = setting.workload.gflop(setting.backward, setting.alone) / row["seconds"]
+        if machine.on_gpu() and setting.workload.kind == "cross" and not setting.backward:
+            inputs = _inputs(setting)  # q, k and v are read, out, of q's size, is written
+            row["gb_per_s"] = 1e-9 * (2 * inputs.q.nbytes + inputs.k.nbytes + inputs.v.nbytes) / row["seconds"]
     return row
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 _AT_MOST = {"peak_extra_bytes": "peak extra bytes", "differing_bits": "differing bits of a round trip",
-            "share": "share of time outside the network", "share_idle": "time with an idle network / time"}  # fmt: skip
-_AT_LEAST = {"ratio": "{} / dense_attn", "of_copy": "dense_attn's bytes per second / {}'s"}
+            "share": "share of time outside the network", "share_idle": "time with an idle network / time",
+            "graph_seconds": "seconds in a CUDA graph"}  # fmt: skip
+_AT_LEAST = {"ratio": "{} / {way}", "of_copy": "dense_attn's bytes per second / {}'s",
+             "of_large_copy": "bytes per second / those of a large copy"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,9 @@ class Bar:
     """The fastest of some contenders takes at least `bound` times the library's time.
 
     Without contenders: the library needs at most `bound` bytes beyond inputs and output. `field` names another number
-    of the rows: `of_copy` is at least `bound`, the others are at most that.
+    of the rows: `of_copy` and `of_large_copy` are at least `bound`, the others are at most that. `way` is another of
+    the library's own ways, whose row has its ratio to the first. A contender that cannot run, its row having a reason,
+    is not among the fastest.
     """
 
     workload: str
@@ -24,20 +28,28 @@ class Bar:
     contenders: tuple[str, ...]
     bound: float
     field: str = ""
+    way: str = "dense_attn"
 
     def measured(self, rows: list[dict[str, Any]]) -> float | None:
         """The number that is compared with the bound, None when the run does not have it."""
         mine = [row for row in rows if (row["workload"], row["pass"], row["dtype"]) == self._setting]
-        wanted = self.contenders or ("dense_attn",)
-        values = [row.get(self._field) for row in mine if row["contender"] in wanted]
-        values = [value for value in values if value is not None]
-        return min(values) if len(values) == len(wanted) else None
+        wanted = self.contenders or (self.way,)
+        able = {row["contender"]: _number(row, self._field) for row in mine if "wrong" in row or "reason" not in row}
+        values = [able[name] for name in wanted if name in able]
+        known = len([row for row in mine if row["contender"] in wanted]) == len(wanted)
+        if not known or not values or None in values:
+            return None
+        if not self.contenders or self.way == "dense_attn":
+            return min(values)
+        own = able.get(self.way)
+        return min(values) / own if own else None
 
     def verdict(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The bar as a row of the results."""
         value, at_most = self.measured(rows), self._field in _AT_MOST
         kept = None if value is None else value <= self.bound if at_most else value >= self.bound
-        what = _AT_MOST[self._field] if at_most else _AT_LEAST[self._field].format(" or ".join(self.contenders))
+        form = (_AT_MOST if at_most else _AT_LEAST)[self._field]
+        what = form.format(" or ".join(self.contenders), way=self.way)
         return {
             "workload": self.workload, "pass": self.passes, "dtype": self.dtype,
             "what": what, "bound": self.bound, "measured": value,
@@ -51,6 +63,13 @@ class Bar:
     @property
     def _field(self) -> str:
         return self.field or ("ratio" if self.contenders else "peak_extra_bytes")
+
+
+def _number(row: dict[str, Any], field: str) -> float | None:
+    """A number of a row; the time in a graph is that of a row that was timed so."""
+    if field == "graph_seconds":
+        return row.get("seconds") if row.get("timing") == "graph" else None
+    return row.get(field)
 
 
 _STEPS = {"ddim-step": "float32", "ddim-step-cfg": "float32", "leapfrog": "float32", "edict-mix": "float32",
@@ -82,4 +101,19 @@ BARS = (
         for name in ("edict", "bdia")
         for steps in (10, 50, 200, 1000)
     ),
+)
+
+_SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+_SELF = ("sd15-self-64", "sdxl-self-64", "flux-joint-1024")
+_SORTED = "dense_attn-sorted"
+GPU_BARS = (
+    *(Bar(name, "fwd", "bfloat16", _SDPA, 0.67) for name in _SELF),
+    *(Bar(name, "fwd", "bfloat16", _SDPA, 0.9, way=_SORTED) for name in _SELF),
+    *(Bar(name, "bwd", "bfloat16", _SDPA, 0.85) for name in _SELF),
+    *(Bar(name, "fwd", "bfloat16", ("flex-smart",), 1.5) for name in _SELF),
+    *(Bar(name, "fwd", "bfloat16", ("eager",), 10) for name in _SELF),
+    *(Bar(name, "fwd", "bfloat16", (), 0.8, "of_large_copy") for name in ("sd15-cross-64", "sdxl-cross-64")),
+    Bar("sega-3-64", "fwd", "float32", (), 15e-6, "graph_seconds"),
+    *(Bar(f"{op}-256m", "fwd", dtype, ("copy",), 0.9, "of_copy") for op, dtype in _STEPS.items()),
+    *(Bar(f"round-trip-{name}-across", "loop", "exact", (), 0, "differing_bits") for name in ("edict", "bdia")),
 )

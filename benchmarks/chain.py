@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch import Tensor
 
 import dense_attn
 
+from . import machine
 from .chains import EpsFn, alphas_cumprod, ddim, edict, final_alpha_cumprod, timesteps
+from .machine import Mark
 from .measure import OURS, Case, Latest, Row, Setting, Trial, timed, tried, wanted, worst
 from .measure import measure as measure_row
 from .unet import SmallUNet
@@ -25,23 +26,30 @@ Chain = Callable[[EpsFn, Tensor], tuple[Tensor, Tensor]]
 
 
 class Clock:
-    """An eps_fn that adds up the time its network takes."""
+    """An eps_fn that knows the time its network takes."""
 
     def __init__(self, network: EpsFn) -> None:
         self._network = network
-        self.seconds = 0.0
+        self._spans: list[tuple[Mark, Mark]] = []
         self.shares: list[float] = []  # of the time of whole chains that was not the network's
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
-        eps, seconds = timed(lambda: self._network(x, t))
-        self.seconds += seconds
+        here = machine.current()
+        start = here.mark()
+        eps = self._network(x, t)
+        self._spans.append((start, here.mark()))
         return eps
 
     def walk(self, chain: Chain, x: Tensor) -> list[Tensor]:
         """The pair that a chain ends in."""
-        self.seconds, start = 0.0, time.perf_counter()
+        here = machine.current()
+        self._spans.clear()
+        start = here.mark()
         pair = list(chain(self, x))
-        self.shares.append(1 - self.seconds / (time.perf_counter() - start))
+        end = here.mark()
+        here.synchronize()
+        inside = sum(here.between(*span) for span in self._spans)
+        self.shares.append(1 - inside / here.between(start, end))
         return pair
 
 
@@ -70,8 +78,9 @@ def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]
 
 @Latest
 def _prepared(setting: Setting) -> tuple[SmallUNet, Tensor, dict[str, tuple[Trial, Clock]]]:
-    x = torch.randn(WORKLOADS[setting.workload], generator=torch.Generator().manual_seed(0))
-    return SmallUNet(), x, {}
+    device = machine.current().device
+    x = torch.randn(WORKLOADS[setting.workload], generator=torch.Generator().manual_seed(0)).to(device)
+    return SmallUNet().to(device), x, {}
 
 
 @Latest
@@ -91,7 +100,8 @@ def trial(case: Case) -> tuple[Trial, Clock]:
         start = x.double() if wide else x
         expected = _expected((case.setting, not case.contender.startswith("ddim")))
         check = lambda got: worst(got, *expected, torch.float32)  # noqa: E731
-        trials[case.contender] = tried(lambda: clock.walk(CONTENDERS[case.contender], start), check), clock
+        walk = lambda: clock.walk(CONTENDERS[case.contender], start)  # noqa: E731
+        trials[case.contender] = tried(walk, check, in_graph=False), clock
     return trials[case.contender]
 
 

@@ -1,10 +1,11 @@
-"""`pytest benchmarks/` takes the suite's own choices: --quick and --workload NAME."""
+"""`pytest benchmarks/` takes the suite's own choices."""
 
 from __future__ import annotations
 
 import pytest
 
-from .families import FAMILIES
+from . import dry_run, machine
+from .families import families
 from .measure import Latest
 
 
@@ -12,12 +13,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dense_attn")
     group.addoption("--quick", action="store_true", help="the suite of a minute")
     group.addoption("--workload", action="append", metavar="NAME", help="only this workload; may be repeated")
+    group.addoption("--family", action="append", metavar="NAME", help="only this family; may be repeated")
+    group.addoption("--device", choices=machine.SUITES, default="cpu", help="what is measured (%(default)s)")
+    group.addoption("--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if machine.use(config.getoption("--device"), config.getoption("--dry-run")).dry_run:
+        dry_run.shrink()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        family = FAMILIES[metafunc.function.__name__.removeprefix("test_")]
-        rows = family.cases(metafunc.config.getoption("--quick"), metafunc.config.getoption("--workload"))
+        name, option = metafunc.function.__name__.removeprefix("test_"), metafunc.config.getoption
+        here = name in families() and name in (option("--family") or families())
+        rows = families()[name].cases(option("--quick"), option("--workload")) if here else ()
+        if machine.current().dry_run:
+            rows = dry_run.chosen(rows)
         metafunc.parametrize("case", list(rows), ids=str)
 
 

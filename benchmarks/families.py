@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import attention, chain, gradient, percentile, round_trip, sega, steps
+from types import ModuleType
+
+from . import attention, chain, gradient, launch, machine, percentile, round_trip, sega, steps
 
 FAMILIES = {  # the test of a family is named after it; in the order in which they run
     "attention": attention,
@@ -13,4 +15,11 @@ FAMILIES = {  # the test of a family is named after it; in the order in which th
     "gradient": gradient,
     "round_trip": round_trip,
 }
+GPU_FAMILIES = FAMILIES | {"launch": launch}
 WORKLOADS = [str(name) for family in FAMILIES.values() for name in family.WORKLOADS]
+GPU_WORKLOADS = [*WORKLOADS, *steps.GPU_WORKLOADS, *round_trip.GPU_WORKLOADS, *launch.WORKLOADS]
+
+
+def families() -> dict[str, ModuleType]:
+    """Those that this machine measures."""
+    return GPU_FAMILIES if machine.on_gpu() else FAMILIES

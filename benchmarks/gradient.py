@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import machine
 from .chain import sampler
 from .chains import EpsFn, edict
 from .measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted
@@ -32,8 +33,9 @@ def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]
 def _prepared(setting: Setting) -> tuple[SmallUNet, list[Tensor], Tensor, dict[str, Trial]]:
     """The network, x_T and the weights of the loss, the gradient by autograd in float64, and the trials so far."""
     generator = torch.Generator().manual_seed(0)
-    network = SmallUNet(_WIDTH)
-    tensors = [torch.randn(_SHAPE, generator=generator) for _ in range(3)]
+    device = machine.current().device
+    network = SmallUNet(_WIDTH).to(device)
+    tensors = [torch.randn(_SHAPE, generator=generator).to(device) for _ in range(3)]
     exact = gradient("checkpoint", WORKLOADS[setting.workload], copy.deepcopy(network).double(),
                      *(x.double() for x in tensors))  # fmt: skip
     return network, tensors, exact, {}
@@ -56,7 +58,7 @@ def trial(case: Case) -> Trial:
     if case.contender not in trials:
         call = lambda: [gradient(case.contender, WORKLOADS[case.setting.workload], network, *tensors)]  # noqa: E731
         check = lambda got: ((got[0] - exact).abs().max().item(), _TOLERANCE * exact.abs().max().item())  # noqa: E731
-        trials[case.contender] = tried(call, check)
+        trials[case.contender] = tried(call, check, in_graph=False)
     return trials[case.contender]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from dense_attn import _backends
-from dense_attn._memory import peak_extra_bytes
 from dense_attn._verify import judge
+
+from . import machine
+from .clocks import Trial, clock, timed
 
 Row = dict[str, Any]
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 OURS = "dense_attn"
-_SECONDS = 0.5  # of rounds a row, beyond the three rounds that a median needs
 _BASELINE_SLACK = 4  # wrong maths is off by far more
-_SLOW = 8.0  # seconds of a pair of calls from which one round has to do
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,12 @@ class Case:
 
     def describe(self, family: str, shape: Iterable[int], op: str) -> Row:
         """What a row is about."""
-        setting, probe = self.setting, torch.empty(0)
+        setting, probe = self.setting, torch.empty(0, device=machine.current().device)
         return {
             "family": family, "workload": setting.workload, "contender": self.contender,
             "backend": _backends.resolve("auto", op, probe) if self.ours else None,
             "pass": setting.passes, "dtype": setting.dtype, "shape": list(shape),
         }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A contender ready to be timed, after its check and a first call."""
-
-    run: Callable[[], object]
-    seconds: float
-    peak_extra_bytes: int | None
-    error: float  # of the result where error/allowed is largest
-    allowed: float
 
 
 class Latest(Generic[Key, Result]):
@@ -109,16 +98,18 @@ def tried(
     first: Callable[[], list[Tensor]],
     check: Callable[[list[Tensor]], tuple[float, float]],
     again: Callable[[], list[Tensor]] | None = None,
+    in_graph: bool = True,
 ) -> Trial:
     """Check what the first call gives, then take time and memory roughly; `again`, if it differs, is what is timed."""
-    (peak, got), seconds = timed(lambda: peak_extra_bytes(first))
+    here = machine.current()
+    (peak, got), seconds = timed(lambda: here.peak_extra_bytes(first))
     error, allowed = check(got)
     size = sum(x.nbytes for x in got)
     del got
     again = again or first
-    if seconds < 2:  # a first call that short is mostly code loaded and threads started
-        (peak, _), seconds = timed(lambda: peak_extra_bytes(again))
-    return Trial(again, seconds, None if peak is None else max(0, peak - size), error, allowed)
+    if not here.dry_run and (seconds < 2 or machine.on_gpu()):  # a first call loads code, and on a GPU compiles it
+        (peak, _), seconds = timed(lambda: here.peak_extra_bytes(again))
+    return Trial(again, seconds, None if peak is None else max(0, peak - size), error, allowed, in_graph)
 
 
 def worst(
@@ -129,41 +120,54 @@ def worst(
     return max(verdicts, key=lambda verdict: verdict[0] / max(verdict[1], 1e-300))
 
 
-def timed(call: Callable[[], Result]) -> tuple[Result, float]:
-    start = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - start
-
-
 def measure(row: Row, contender: Callable[[], Trial], partner: Callable[[], Trial], benchmark: Any) -> Row:
-    """The row with its numbers: pytest-benchmark times the contender, whose partner runs before each round.
+    """The row with its numbers: the machine's clock times the contender, whose partner runs before each round.
 
     The partner is this library, or another contender for the library's own row, so `ratio`, the median over rounds of
-    (time of the contender / time of the library), compares neighbours in time.
+    (time of the contender / time of the library), compares neighbours in time. Who fails costs its own row alone.
     """
     ours = row["contender"].startswith(OURS)
-    other = partner()
-    try:
-        trial = contender()
-    except (RuntimeError, NotImplementedError) as error:
-        if ours:
-            raise
-        return row | {"reason": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    other = attempted(partner)
+    trial = attempted(contender)
+    if isinstance(trial, Failure):
+        return row | trial.told(ours)
     row = row | {"error": trial.error, "allowed": trial.allowed}
     if not right(trial, ours):
         return row | {"reason": f"error {trial.error:.2g} where {trial.allowed:.2g} is allowed", "wrong": True}
-
-    pair = trial.seconds + other.seconds
-    rounds = 1 if pair > _SLOW else max(3, min(100, round(_SECONDS / pair)))
-    beside: list[float] = []
-    benchmark.pedantic(trial.run, setup=lambda: beside.append(timed(other.run)[1]), rounds=rounds)
-    if benchmark.stats is None:  # --benchmark-disable
+    beside = other if isinstance(other, Trial) else None
+    rounds = attempted(lambda: clock(benchmark).compare(trial, beside))
+    if rounds is None:  # --benchmark-disable
         return row | {"reason": "timing is switched off"}
-    times = benchmark.stats.stats.data
-    row |= spread("seconds", times) | {"rounds": rounds, "peak_extra_bytes": trial.peak_extra_bytes}
-    if row["contender"] != OURS and right(other, True):
-        row |= spread("ratio", [mine / theirs for mine, theirs in zip(times, beside)])
-    return row
+    if isinstance(rounds, Failure):
+        return row | rounds.told(ours)
+    row |= spread("seconds", rounds.times) | {"rounds": len(rounds.times), "peak_extra_bytes": trial.peak_extra_bytes}
+    if row["contender"] != OURS and beside is not None and right(beside, True):
+        row |= spread("ratio", rounds.ratios)
+    return row | rounds.notes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a contender raised."""
+
+    reason: str
+    traceback: str
+
+    def told(self, ours: bool) -> Row:
+        """Its part of a row; what the library raises is a mistake, what a baseline raises a limit of its."""
+        return {"reason": self.reason} | ({"wrong": True, "traceback": self.traceback} if ours else {})
+
+
+def attempted(call: Callable[[], Result]) -> Result | Failure:
+    """The result of a call, or how it failed; memory that it ran out of is given back for the next row."""
+    try:
+        return call()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        failure = Failure(f"{type(error).__name__}: {lines[0]}", traceback.format_exc())
+    gc.collect()
+    machine.current().release()
+    return failure
 
 
 def right(trial: Trial, ours: bool) -> bool:

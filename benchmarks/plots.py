@@ -18,6 +18,16 @@ STYLE = {  # contender: (label, colour)
     "flex-smart": ("FlexAttention, two passes", "#5b8dd9"),
     "flex-naive": ("FlexAttention, three passes", "#2f5597"),
     "eager": ("official way, eager", "#c8553d"),
+    "dense_attn-sorted": ("dense_attn, in order of region", "#2ea47a"),
+    "dense_attn-no-lists": ("dense_attn, lists made in the call", "#78c9a9"),
+    "dense_attn-gather": ("dense_attn, tokens copied into order", "#b5e0cd"),
+    "sdpa-flash": ("SDPA, flash", "#6b7a90"),
+    "sdpa-cudnn": ("SDPA, cuDNN", "#4d5a6d"),
+    "sdpa-efficient": ("SDPA, memory-efficient", "#b8c2d0"),
+    "flash-attn": ("flash-attn", "#303a48"),
+    "efficient-bias": ("memory-efficient + bias", "#f0c777"),
+    "xformers": ("xformers + bias", "#b97a10"),
+    "flash-channels": ("flash, bias as channels", "#9467bd"),
 }
 
 
@@ -45,8 +55,9 @@ def attention(rows: list[Row]) -> Figure | None:
         return None
     figure = Figure(figsize=(11, 11.5), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.15))
-    ratios(figure.add_subplot(grid[0, :]), rows, "float32", "fwd")
-    ratios(figure.add_subplot(grid[1, :]), rows, "bfloat16", "fwd")
+    gpu = any(row["pass"] == "bwd" for row in rows)
+    ratios(figure.add_subplot(grid[0, :]), rows, *(("bfloat16", "fwd") if gpu else ("float32", "fwd")))
+    ratios(figure.add_subplot(grid[1, :]), rows, *(("bfloat16", "bwd") if gpu else ("bfloat16", "fwd")))
     scaling(figure.add_subplot(grid[2, 0]), rows, _time_per_head, "time of one head (ms)")
     scaling(figure.add_subplot(grid[2, 1]), rows, _megabytes, "memory of a call beyond inputs and output (MB)")
     return figure
@@ -72,7 +83,9 @@ def ratios(axes: Axes, rows: list[Row], dtype: str, passes: str) -> None:
     axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("time / time of dense_attn")
-    axes.set_title(f"Forward, {dtype}: how many times longer than dense_attn", fontsize=11)
+    axes.set_title(
+        f"{'Backward' if passes == 'bwd' else 'Forward'}, {dtype}: how many times longer than dense_attn", fontsize=11
+    )
     axes.legend(fontsize=8, ncols=6, columnspacing=1, handlelength=1.2, loc="upper center")
 
 
@@ -93,7 +106,9 @@ def scaling(axes: Axes, rows: list[Row], value: Callable[[Row], float | None], l
     axes.set_xlabel("tokens")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.set_title("Long self-attention, forward (8 heads, fewer above 4k)", fontsize=11)
+    heads = sorted({row["num_heads"] for row in rows}, reverse=True)
+    fewer = ", fewer above 4k" if len(heads) > 1 else ""
+    axes.set_title(f"Long self-attention, forward ({heads[0] if heads else 8} heads{fewer})", fontsize=11)
     if axes.lines:
         axes.legend(fontsize=7)
 
@@ -108,6 +123,8 @@ def _megabytes(row: Row) -> float | None:
 
 def _caption(header: dict[str, Any]) -> str:
     versions = header["versions"]
+    if "dry_run" in header:
+        return f"{header['device']}, torch {versions['torch']}, Triton {versions['triton']}, {header['date'][:10]}"
     return (
         f"{header['device']}, {header['threads']} threads, {header['isa'] or header['torch_isa']}, "
         f"torch {versions['torch']}, dense_attn {versions['dense_attn']}, {header['date'][:10]}"

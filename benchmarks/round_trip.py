@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dense_attn import _backends
+
+from . import machine
 from .chain import sampler
 from .chains import EpsFn, schedule
 from .measure import OURS, Case, Row, Setting, wanted
@@ -20,6 +23,7 @@ _EXACT = ("edict", "bdia")  # the others have no form on an integer grid
 _SHAPE = (1, 4, 16, 16)
 _COARSEST_GRID = 2.0**-20
 WORKLOADS = {f"round-trip-{name}-{steps}": (name, steps) for name in _SAMPLERS for steps in _STEPS}
+GPU_WORKLOADS = {f"round-trip-{name}-across": (name, 50) for name in _EXACT}  # sampled on a GPU, inverted on a CPU
 Pair = tuple[Tensor, Tensor]
 
 
@@ -36,7 +40,13 @@ def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]
         for precision in ("float16", "float32", "float64", "exact")
         if precision != "exact" or name in _EXACT
     )
-    return wanted(rows, (lambda case: WORKLOADS[case.setting.workload][1] <= 50) if quick else None, names)
+    across = (Case(Setting(workload, "loop", "exact"), OURS) for workload in GPU_WORKLOADS)
+    every = [*rows, *(across if machine.on_gpu() else ())]
+    return wanted(every, (lambda case: _sampler_and_steps(case)[1] <= 50) if quick else None, names)
+
+
+def _sampler_and_steps(case: Case) -> tuple[str, int]:
+    return (WORKLOADS | GPU_WORKLOADS)[case.setting.workload]
 
 
 def there_and_back(name: str, steps: int, network: EpsFn, start: Pair | tuple[Tensor, None], exact: bool) -> Pair:
@@ -46,6 +56,17 @@ def there_and_back(name: str, steps: int, network: EpsFn, start: Pair | tuple[Te
     dtype = torch.float64 if start[0].dtype == torch.float64 and not exact else torch.float32
     chain = sampler(steps, mix_of(steps), method=name, exact=exact, dtype=dtype)
     return chain.invert(network, *chain.sample(network, *start))
+
+
+def across(name: str, steps: int, network: EpsFn, start: Pair | tuple[Tensor, None]) -> Pair:
+    """The same, sampled on the GPU and inverted on the CPU, the network's prediction being the CPU's on both ways."""
+    predict = lambda x, t: network(x.cpu(), t).to(x.device)  # noqa: E731
+    chain = sampler(steps, mix_of(steps), method=name, exact=True)
+    here, there = machine.current().device, _backends.missing("cpu", "ReversibleSampler")
+    way_back = sampler(steps, mix_of(steps), method=name, exact=True, backend="reference" if there else "cpu")
+    moved = tuple(x if x is None else x.to(here) for x in start)
+    end = way_back.invert(predict, *(x.cpu() for x in chain.sample(predict, *moved)))
+    return tuple(x if x is None else x.to(here) for x in end)
 
 
 def _naive(network: EpsFn, x: Tensor, steps: int) -> Pair:
@@ -61,25 +82,32 @@ def _naive(network: EpsFn, x: Tensor, steps: int) -> Pair:
 
 def differing_bits(a: Tensor, b: Tensor) -> int:
     """Bits that differ between two tensors of one dtype."""
-    words = [x.contiguous().view(torch.uint8).numpy() for x in (a, b)]
+    words = [x.cpu().contiguous().view(torch.uint8).numpy() for x in (a, b)]
     return int(np.unpackbits(np.bitwise_xor(*words)).sum())
 
 
 def measure(case: Case) -> Row:
     """The row of a case, which has no time: the largest error, and the number of bits that differ."""
-    name, steps = WORKLOADS[case.setting.workload]
+    name, steps = _sampler_and_steps(case)
+    both = case.setting.workload in GPU_WORKLOADS
     exact = case.setting.dtype == "exact"
     dtype = torch.float32 if exact else getattr(torch, case.setting.dtype)
     row = case.describe("round_trip", _SHAPE, "ReversibleSampler")
-    row |= {"sampler": name, "steps": steps, "mix": mix_of(steps) if name == "edict" else None}
-    x = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    row |= {"sampler": f"{name} across devices" if both else name, "steps": steps}
+    row["mix"] = mix_of(steps) if name == "edict" else None
+    x = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0))
+    x = x.to(machine.current().device, dtype)
     network = TinyNet()
+
+    def loop(start: Pair | tuple[Tensor, None]) -> Pair:
+        return across(name, steps, network, start) if both else there_and_back(name, steps, network, start, exact)
+
     with torch.no_grad():
         start = (x, x) if name == "edict" else (x, None)
         if exact:  # float32 is not on the grid: a first round trip puts it there
-            start = there_and_back(name, steps, network, start, exact)
+            start = loop(start)
             row["grid_error"] = (start[0] - x).abs().max().item()
-        end = there_and_back(name, steps, network, start, exact)
+        end = loop(start)
     pairs = [(a, b) for a, b in zip(start, end) if a is not None]
     error = max((a.double() - b.double()).abs().max().item() for a, b in pairs)
     if not math.isfinite(error):

@@ -3,7 +3,10 @@
     python -m dense_attn bench                              all rows of this machine, a quarter of an hour on two cores
     python -m dense_attn bench --quick                      the rows of a minute
     python -m dense_attn bench --workload sd15-self-64      one workload; may be repeated
+    python -m dense_attn bench --family sega                one family; may be repeated
     python -m dense_attn bench --json FILE --plot FILE      write the results, draw them (.png or .svg)
+    python -m dense_attn bench --device cuda                a GPU's rows; --quick: those of three minutes
+    python -m dense_attn bench --dry-run                    a GPU's rows on the smallest sizes, without a GPU
     pytest benchmarks/ --quick --benchmark-json=FILE        the same rows, reported by pytest-benchmark
 
 Each row is a test of `test_attention.py`, `test_sega.py` or `test_reversible.py`, which pytest-benchmark times; this
@@ -18,8 +21,9 @@ the integer grid: no bit may differ. Gradients: 1e-4 of the largest element, aga
 large is left out, and says so.
 
 Inputs are random; regions come from a real label map. Times are wall-clock seconds of one call, memory is the growth
-of the process beyond inputs and results. A figure is drawn for each group of families that has rows: `--plot FILE.png`
-writes FILE.png (attention), FILE-sega.png and FILE-reversible.png.
+of the process beyond inputs and results; on a GPU both are the GPU's own (`clocks.py`, `machine.py`). A figure is drawn
+for each group of families that has rows: `--plot FILE.png` writes FILE.png (attention), FILE-sega.png and
+FILE-reversible.png.
 """
 
 from __future__ import annotations
@@ -27,40 +31,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
-import pytest_benchmark
 import torch
 from tqdm import tqdm
 
-from dense_attn import __version__
-
-from .bars import BARS
-from .families import WORKLOADS
+from . import machine
+from .bars import BARS, GPU_BARS
+from .families import FAMILIES, GPU_FAMILIES, GPU_WORKLOADS, WORKLOADS
+from .header import describe_run, state_of_gpu
 from .table import format_row, heading
-from .workloads import label_layout
 
 _FOLDER = Path(__file__).resolve().parent
-_TESTS = ("test_limits.py", "test_attention.py", "test_sega.py", "test_reversible.py")
+_TESTS = ("test_limits.py", "test_attention.py", "test_sega.py", "test_reversible.py", "test_launch.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite; 0 if every row that ran was right, 1 if not, 2 if pytest could not run it."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
-    start = time.perf_counter()
-    report = Report()
-    options = ["--quick"] * arguments.quick + [f"--workload={name}" for name in arguments.workload]
+    if arguments.dry_run and not os.environ.get("TRITON_INTERPRET"):  # which Triton reads when it is loaded
+        again = [sys.executable, "-m", f"{__package__}.run", *argv]
+        return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+    machine.use(arguments.device, arguments.dry_run)
+    report = Report(describe_run(arguments.quick), arguments.json)
+    options = [f"--device={arguments.device}", *["--quick"] * arguments.quick, *["--dry-run"] * arguments.dry_run]
+    options += [f"--workload={name}" for name in arguments.workload] + [f"--family={name}" for name in arguments.family]
     tests = [str(_FOLDER / name) for name in _TESTS]
     # Nothing of the folder the user stands in takes part, and nothing is left in it.
     storage = f"--benchmark-storage=file://{tempfile.gettempdir()}"
@@ -75,12 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("dense_attn bench: none of these workloads has rows here", file=sys.stderr)
         return 2
 
-    header = describe_run(arguments.quick) | {"seconds": round(time.perf_counter() - start, 1)}
-    bars = [bar.verdict(report.rows) for bar in BARS]
-    results = {"header": header, "limits": report.limits, "bars": bars, "rows": report.rows}
+    if arguments.device == "cuda":
+        report.header["state_at_end"] = state_of_gpu()
+    results = report.results()
     _print_end(results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    report.save()
     if arguments.plot:
         from .plots import draw
 
@@ -92,12 +95,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m dense_attn bench", description="Run the benchmark suite.")
     parser.add_argument("--quick", action="store_true", help="the rows of a minute")
     parser.add_argument("--workload", action="append", default=[], metavar="NAME", help="only this; may be repeated")
+    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this; may be repeated")
+    parser.add_argument("--device", choices=machine.SUITES, default="cpu", help="what is measured (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, .png or .svg")
     arguments = parser.parse_args(argv)
-    for name in arguments.workload:
-        if name not in WORKLOADS:
-            parser.error(f"--workload must be one of {', '.join(WORKLOADS)}, got {name!r}")
+    if arguments.dry_run:
+        arguments.device = "cuda"
+    if arguments.device == "cuda" and not arguments.dry_run and not torch.cuda.is_available():
+        parser.error("--device must be cpu where torch sees no GPU, got 'cuda' (--dry-run needs none)")
+    if arguments.dry_run and find_spec("triton") is None:
+        parser.error("--dry-run needs Triton, whose interpreter runs the kernels: pip install dense_attn[triton]")
+    gpu = arguments.device == "cuda"
+    allowed = {"workload": GPU_WORKLOADS if gpu else WORKLOADS, "family": list(GPU_FAMILIES if gpu else FAMILIES)}
+    for option, names in allowed.items():
+        for name in getattr(arguments, option):
+            if name not in names:
+                parser.error(f"--{option} must be one of {', '.join(names)}, got {name!r}")
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{option} must be in a folder that exists, got {path}")
@@ -109,9 +124,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Report:
-    """The pytest plugin that gathers the rows and prints each when it is measured, above a progress bar."""
+    """The pytest plugin that gathers the rows, and prints and writes each when it is measured, above a progress bar."""
 
-    def __init__(self) -> None:
+    def __init__(self, header: dict[str, Any], path: Path | None = None) -> None:
+        self.header, self._path, self._start = header, path, time.perf_counter()
         self.rows: list[dict[str, Any]] = []
         self.limits: dict[str, float] = {}
         self.failed = False
@@ -148,6 +164,21 @@ class Report:
             self._say(heading(row))
         self.rows.append(row)
         self._say(format_row(row))
+        self.save()
+
+    def results(self) -> dict[str, Any]:
+        """What is known by now."""
+        header = self.header | {"seconds": round(time.perf_counter() - self._start, 1)}
+        dry_run = machine.current().dry_run
+        bars = [bar.verdict([] if dry_run else self.rows) for bar in (GPU_BARS if machine.on_gpu() else BARS)]
+        return {"header": header, "limits": self.limits, "bars": bars, "rows": self.rows}
+
+    def save(self) -> None:
+        """Write what is known by now, in one stroke: a run that is ended keeps its rows."""
+        if self._path is not None:
+            started = self._path.with_name(self._path.name + ".part")
+            started.write_text(json.dumps(self.results(), indent=1) + "\n")
+            started.replace(self._path)
 
     def _say(self, line: str) -> None:
         self.bar.write(line, file=sys.stdout)
@@ -155,10 +186,14 @@ class Report:
 
 
 def finish(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
-    """The row with its share of the machine's best matrix product, once that is known."""
+    """The row with its share of the machine's best matrix product and of a large copy's speed, once those are known."""
     best = limits.get(f"matmul_{row['dtype']}_gflop_per_s")
     if best and "gflop_per_s" in row:
         row["of_matmul"] = row["gflop_per_s"] / best
+    if row["family"] == "attention" and "gb_per_s" in row and "copy_gb_per_s" in limits:
+        row["of_large_copy"] = row["gb_per_s"] / limits["copy_gb_per_s"]
+    if machine.current().dry_run:
+        row["dry_run"] = True  # so that no line of the results can be taken for a measurement
     return row
 
 
@@ -171,53 +206,9 @@ def _print_end(results: dict[str, Any]) -> None:
             name = f"{bar['workload']} {bar['pass']} {bar['dtype']}: {bar['what']}"
             print(f"{bar['verdict']:<5} {name:<78} {bar['measured']:>12.4g}  (bar {bar['bound']:g})")
     header = results["header"]
+    if header.get("dry_run"):
+        print("a dry run without a GPU: every time and ratio above means nothing")
     print(f"{len(results['rows'])} rows in {header['seconds']:.0f} s; regions: {header['regions']}")
-
-
-def describe_run(quick: bool) -> dict[str, Any]:
-    """Everything about this machine and this moment that a reader of the numbers needs."""
-    cpu = _cpu_info()
-    isa = getattr(torch.ops.dense_attn, "cpu_isa", None)
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "suite": "quick" if quick else "full",
-        "device": cpu.get("model name", platform.processor() or platform.machine()),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "clock_mhz": float(cpu["cpu MHz"]) if "cpu MHz" in cpu else None,
-        "isa": isa() if isa else None,
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {
-            "dense_attn": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "numpy": numpy.__version__, "pytest-benchmark": pytest_benchmark.__version__,
-        },
-        "git_revision": _git_revision(),
-        "regions": label_layout()[0],
-    }  # fmt: skip
-
-
-def _cpu_info() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo, empty where there is none."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _git_revision() -> str | None:
-    """The commit the code stands at, with "+changes" where files differ from it; None outside of a repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(_FOLDER), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from dense_attn import _backends, reference
 
+from . import machine
 from .measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
 from .measure import measure as measure_row
 
-SIZES = {"1m": 2**20, "16m": 2**24, "256m": 2**28}
+SIZES = {"1m": 2**20, "16m": 2**24, "256m": 2**28, "1g": 2**30}
 GIB = 2**30
 _A, _B, _GUIDANCE, _MIX = 1.01, -0.02, 7.5, 0.93
 _GRID = 2.0**26
@@ -53,18 +53,27 @@ OPS = {
     "exact-mix": Op(1, 2, 20, 48, lambda k, x, y, e: k.exact_mix(
         x, y, e, 0.02 * _GRID, _MIX, True, 1 / _GRID, False, torch.float32)),
 }  # fmt: skip
-WORKLOADS = {f"{op}-{size}": (op, size) for op in OPS for size in SIZES}
+WORKLOADS = {f"{op}-{size}": (op, size) for op in OPS for size in SIZES if size != "1g"}
+GPU_WORKLOADS = {f"{op}-1g": (op, "1g") for op in OPS}
 CONTENDERS = (OURS, "eager", "clone", "copy")
 
 
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
     """All rows of the workloads named, of all without names."""
-    rows = (Case(_setting(name), contender) for name in WORKLOADS for contender in CONTENDERS)
-    return wanted(rows, (lambda case: case.setting.workload.endswith("-1m")) if quick else None, names)
+    workloads = [*WORKLOADS, *(GPU_WORKLOADS if machine.on_gpu() else ())]
+    rows = (Case(_setting(name), contender) for name in workloads for contender in CONTENDERS)
+    few = "-256m" if machine.on_gpu() else "-1m"
+    return wanted(rows, (lambda case: case.setting.workload.endswith(few)) if quick else None, names)
 
 
 def _setting(name: str) -> Setting:
-    return Setting(name, "fwd", "int64" if OPS[WORKLOADS[name][0]].grids else "float32")
+    return Setting(name, "fwd", "int64" if _op_and_size(name)[0].grids else "float32")
+
+
+def _op_and_size(name: str) -> tuple[Op, int]:
+    """What a workload runs, on how many elements."""
+    op, size = (WORKLOADS | GPU_WORKLOADS)[name]
+    return OPS[op], SIZES[size]
 
 
 @dataclass(frozen=True)
@@ -78,16 +87,17 @@ class Inputs:
 
 @Latest
 def _prepared(setting: Setting) -> Inputs:
-    op, size = WORKLOADS[setting.workload]
+    op, size = _op_and_size(setting.workload)
     generator = torch.Generator().manual_seed(0)
+    device = machine.current().device
 
     def randn() -> Tensor:
-        tile = torch.randn(min(SIZES[size], 2**22), generator=generator)
-        return tile.repeat(SIZES[size] // len(tile))
+        tile = torch.randn(min(size, 2**22), generator=generator).to(device)
+        return tile.repeat(size // len(tile))
 
-    grids = [randn().mul_(_GRID).long() for _ in range(OPS[op].grids)]
-    tensors = grids + [randn() for _ in range(OPS[op].floats)]
-    return Inputs(tensors, torch.ones(SIZES[size] * OPS[op].moves // 8), {})
+    grids = [randn().mul_(_GRID).long() for _ in range(op.grids)]
+    tensors = grids + [randn() for _ in range(op.floats)]
+    return Inputs(tensors, torch.ones(size * op.moves // 8, device=device), {})
 
 
 def trial(case: Case) -> Trial:
@@ -107,7 +117,7 @@ def calls(case: Case, inputs: Inputs) -> Callable[[], list[Tensor]]:
         target = torch.empty_like(inputs.source)
         return lambda: [target.copy_(inputs.source)]
     kernels = reference if case.contender == "eager" else _kernels(inputs.tensors[0])
-    call = OPS[WORKLOADS[case.setting.workload][0]].call
+    call = _op_and_size(case.setting.workload)[0].call
     return lambda: _listed(call(kernels, *inputs.tensors))
 
 
@@ -120,7 +130,7 @@ def _judged(case: Case, inputs: Inputs, got: list[Tensor]) -> tuple[float, float
         return float(not torch.equal(got[0], inputs.source)), 0.0
     parts = [torch.cat([x[start : start + count] for start in starts]) for x in inputs.tensors]
     got = [torch.cat([x[start : start + count] for start in starts]) for x in got]
-    op = OPS[WORKLOADS[case.setting.workload][0]]
+    op, _ = _op_and_size(case.setting.workload)
     plain = _listed(op.call(reference, *parts))
     if op.grids:
         return max((a.double() - b.double()).abs().max().item() for a, b in zip(got, plain)), 0.0
@@ -137,12 +147,11 @@ def _kernels(x: Tensor) -> ModuleType:
 
 def why_not(case: Case) -> str | None:
     """The reason why a row is not measured, or None."""
-    name, size = WORKLOADS[case.setting.workload]
-    op = OPS[name]
+    op, size = _op_and_size(case.setting.workload)
     copied = op.moves // 2
     results = {OURS: op.writes, "eager": op.eager, "clone": copied, "copy": copied}
-    needed = SIZES[size] * (op.reads + copied + max(results[case.contender], results[_partner(case)]))
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = size * (op.reads + copied + max(results[case.contender], results[_partner(case)]))
+    physical = machine.current().memory_bytes()
     if needed > _SHARE_OF_MEMORY * physical:
         return f"about {needed / GIB:.0f} GiB, more than {_SHARE_OF_MEMORY:.0%} of this machine's {physical / GIB:.0f}"
     return None
@@ -157,17 +166,17 @@ def measure(case: Case, benchmark: Any) -> Row:
 
     `of_copy` of a copy's row: bytes a second of the library over bytes a second of that copy, which moves as many.
     """
-    name, size = WORKLOADS[case.setting.workload]
-    row = case.describe("steps", [SIZES[size]], "ReversibleSampler")
+    op, size = _op_and_size(case.setting.workload)
+    row = case.describe("steps", [size], "ReversibleSampler")
     reason = why_not(case)
     if reason is not None:
         return row | {"reason": reason}
     with torch.no_grad():
         partner = Case(case.setting, _partner(case))
         row = measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
-    row["checked"] = f"3 times {min(_SLICE, SIZES[size])} of {SIZES[size]} elements"
+    row["checked"] = f"3 times {min(_SLICE, size)} of {size} elements"
     if "seconds" in row:
-        row["gb_per_s"] = 1e-9 * OPS[name].moves * SIZES[size] / row["seconds"]
+        row["gb_per_s"] = 1e-9 * op.moves * size / row["seconds"]
         if case.contender in ("clone", "copy") and "ratio" in row:
             row["of_copy"] = row["ratio"]
     return row

@@ -9,13 +9,25 @@ import torch
 
 from dense_attn import _backends
 
-from .baselines import CONTENDERS
-from .workloads import WORKLOADS, Workload
+from . import machine
+from .baselines import CONTENDERS, PLAIN
+from .gpu_baselines import GPU_CONTENDERS, MATERIALISED, TRAINED
+from .measure import OURS
+from .workloads import Workload, workloads
 
 GIB = 2**30
-MAX_SCORES = 5 * GIB  # what the N x N matrices of one call may take together
+MAX_SCORES = 5 * GIB  # what the N x N matrices of one call may take together on a CPU
 MAX_GFLOP = {False: 1200, True: 320}  # forward, with backward: some seconds a call on two cores
+_GPU_SHARE = 0.6  # of a GPU's memory
 _QUICK = ("sd15-self-64", "sd15-cross-64", "long-self-1k", "long-self-2k")
+_GPU_QUICK = ("sd15-self-64", "sd15-cross-64", "flux-joint-1024")
+_ASKED = {
+    torch.bfloat16: tuple(GPU_CONTENDERS),
+    torch.float16: (*(name for name in GPU_CONTENDERS if name.startswith(OURS)), *PLAIN),
+    torch.float32: (OURS, "sdpa", "eager"),
+}
+_WIDE = ("sd15-self-64", "sd15-cross-64", "flux-joint-1024")  # in float32 too
+NEED_FLEX = ("flex-naive", "flex-smart", "flash-channels")  # a compilation for every shape
 _SCORES_ALIVE = {False: 4, True: 12}  # N x N matrices alive at once in eager PyTorch, forward and with backward
 
 
@@ -26,10 +38,11 @@ class Setting:
     workload: Workload
     dtype: torch.dtype
     backward: bool
+    alone: bool = False  # the backward pass without the forward pass that it follows
 
     @property
     def passes(self) -> str:
-        return "fwd+bwd" if self.backward else "fwd"
+        return "bwd" if self.alone else "fwd+bwd" if self.backward else "fwd"
 
     @property
     def dtype_name(self) -> str:
@@ -48,6 +61,16 @@ class Case:
         return f"{setting.workload.name}-{setting.passes}-{setting.dtype_name}-{self.contender}"
 
     @property
+    def ours(self) -> bool:
+        """One of the library's own ways."""
+        return self.contender.startswith(OURS)
+
+    @property
+    def modulated(self) -> bool:
+        """Not one of those that plain attention has to do for."""
+        return self.contender not in PLAIN
+
+    @property
     def quick(self) -> bool:
         """In the suite of a minute."""
         name = self.setting.workload.name
@@ -55,41 +78,76 @@ class Case:
             return name == "sd15-self-32" or (name in _QUICK and not self.setting.backward)
         return name in ("sd15-self-32", "sd15-cross-64") and not self.setting.backward
 
+    @property
+    def gpu_quick(self) -> bool:
+        """In a GPU's suite of three minutes: what the bars ask for, and how each of the library's ways does."""
+        setting = self.setting
+        if setting.workload.name not in _GPU_QUICK or setting.dtype != torch.bfloat16:
+            return False
+        return not (setting.backward and not setting.alone) and self.contender != "flex-naive"
+
 
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
-    """All rows of the workloads named, of the CPU's without names."""
-    for workload in WORKLOADS.values():
-        if (names and workload.name not in names) or (not names and workload.device != "cpu"):
+    """All rows of the workloads named, of the machine's without names."""
+    for workload in workloads():
+        if (names and workload.name not in names) or (not names and not _runs_here(workload)):
             continue
-        for backward in (False, True):
-            for dtype in (torch.float32, torch.bfloat16):
-                for contender in CONTENDERS:
-                    case = Case(Setting(workload, dtype, backward), contender)
-                    if (contender.startswith("flex") and not workload.flex) or (quick and not case.quick):
-                        continue
-                    yield case
+        for case in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
+            flex = case.contender in NEED_FLEX
+            if (workload.flex or not flex) and (not quick or (case.gpu_quick if machine.on_gpu() else case.quick)):
+                yield case
+
+
+def _cpu_rows(workload: Workload) -> Iterator[Case]:
+    for backward in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from (Case(Setting(workload, dtype, backward), contender) for contender in CONTENDERS)
+
+
+def _gpu_rows(workload: Workload) -> Iterator[Case]:
+    """Everything in bfloat16, the fastest of all ways in float16, a few in float32; few have a backward pass."""
+    for backward, alone in ((False, False), (True, False), (True, True)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for contender in GPU_CONTENDERS:
+                asked = contender in _ASKED[dtype] and (dtype != torch.float32 or workload.name in _WIDE)
+                if asked and (contender in TRAINED or not backward):
+                    yield Case(Setting(workload, dtype, backward, alone), contender)
+
+
+def _runs_here(workload: Workload) -> bool:
+    return workload.device == "cpu" or machine.on_gpu()
 
 
 def why_not(case: Case) -> str | None:
     """The reason why a row is not measured, or None."""
     setting, workload = case.setting, case.setting.workload
-    if workload.device != "cpu":
+    if not _runs_here(workload):
         return "needs a GPU, and this suite times CPUs alone"
+    if machine.on_gpu():
+        return _too_much_memory(case, _GPU_SHARE * machine.current().memory_bytes())
     if case.contender.startswith("flex") and setting.backward:
         return "FlexAttention has no backward on a CPU"
     gflop = workload.gflop(setting.backward)
     if gflop > MAX_GFLOP[setting.backward]:
         return f"one call is {gflop:,.0f} GFLOP, more than the suite's {MAX_GFLOP[setting.backward]:,}"
-    if case.contender in ("eager", "sdpa-bias") or backend(case) == "reference":
-        scores = workload.pairs * setting.dtype.itemsize * _SCORES_ALIVE[setting.backward]
-        if scores > MAX_SCORES:
-            return f"about {scores / GIB:.0f} GiB of scores, more than the suite's {MAX_SCORES / GIB:.0f} GiB"
-    return None
+    return _too_much_memory(case, MAX_SCORES)
+
+
+def _too_much_memory(case: Case, most: float) -> str | None:
+    """The reason why the matrices of scores of a row do not fit, or None."""
+    setting = case.setting
+    if case.contender not in MATERIALISED and backend(case) != "reference":
+        return None
+    scores = setting.workload.pairs * setting.dtype.itemsize * _SCORES_ALIVE[setting.backward]
+    if scores <= most:
+        return None
+    return f"about {scores / GIB:.0f} GiB of scores, more than the suite's {most / GIB:.0f} GiB"
 
 
 def backend(case: Case) -> str | None:
     """Which of the library's backends runs a row, None for a baseline."""
-    if case.contender != "dense_attn":
+    if not case.ours:
         return None
-    probe = torch.empty(0, 1, 1, case.setting.workload.head_dim, dtype=case.setting.dtype)
+    head_dim, device = case.setting.workload.head_dim, machine.current().device
+    probe = torch.empty(0, 1, 1, head_dim, dtype=case.setting.dtype, device=device)
     return _backends.resolve("auto", "layout_attention", probe)

@@ -34,6 +34,7 @@ _COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
         *_MEDIAN, ("not network", _number("share", ".2%")), ("idle network", _number("share_idle", ".2%")), *_MEMORY,
     ],
     "gradient": [*_MEDIAN, *_MEMORY],
+    "launch": [("host us a call", _number("seconds", ".2f", 1e6)), ("x public op", _number("ratio", ".2f"))],
     "round_trip": [
         ("mix", _number("mix", "g")), ("largest error", _number("error", ".1e")),
         ("differing bits", _number("differing_bits", "d")), ("of bits", _number("bits", "d")),

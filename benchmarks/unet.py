@@ -81,5 +81,5 @@ class TinyNet:
 
     def __call__(self, x: Tensor, t: Tensor | int) -> Tensor:
         """The noise predicted in x [B, C, H, W] at timestep t."""
-        change = functional.conv2d(x, self._weight.to(x.dtype), padding=1).tanh()
+        change = functional.conv2d(x, self._weight.to(x), padding=1).tanh()
         return self._noise_level[int(t)] * x + 0.1 * change

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout
+
+from . import machine
 
 _ROOT = Path(__file__).resolve().parent.parent
 _REAL_LAYOUTS = _ROOT.parent / "shared" / "data" / "layouts.npz"
@@ -30,7 +32,7 @@ class Workload:
     head_dim: int
     batch: int = 2  # classifier-free guidance: the unconditional sample, not modulated, and the conditional one
     text_tokens: int = _PROMPT_TOKENS
-    device: str = "cpu"
+    device: str = "cpu"  # the least that it takes
     flex: bool = False  # FlexAttention compiles anew for every shape, so it runs where a bar asks for it
 
     @property
@@ -46,9 +48,9 @@ class Workload:
         """Elements of the matrix of scores over batch and heads."""
         return self.batch * self.num_heads * self.seqlen_q * self.seqlen_k
 
-    def gflop(self, backward: bool) -> float:
-        """Work of plain attention: two products forward, and five more backward."""
-        return (14 if backward else 4) * self.pairs * self.head_dim / 1e9
+    def gflop(self, backward: bool, alone: bool = False) -> float:
+        """Work of plain attention: two products forward, and five more backward (alone: those five)."""
+        return (4 * (not alone) + 10 * backward) * self.pairs * self.head_dim / 1e9
 
 
 def _stable_diffusion() -> list[Workload]:
@@ -84,6 +86,15 @@ def _flux() -> list[Workload]:
 
 
 WORKLOADS = {workload.name: workload for workload in (*_stable_diffusion(), *_long(), *_flux())}
+_GPU_FLEX = ("sd15-self-64", "sdxl-self-64", "flux-joint-1024", "long-self-16k")
+
+
+def workloads() -> list[Workload]:
+    """Those of this machine, as it runs them: a GPU has all, with every head."""
+    if not machine.on_gpu():
+        return list(WORKLOADS.values())
+    every = (replace(x, num_heads=8) if x.name.startswith("long") else x for x in WORKLOADS.values())
+    return [replace(workload, flex=workload.name in _GPU_FLEX) for workload in every]
 
 
 @dataclass(frozen=True)
@@ -101,11 +112,12 @@ class Inputs:
 
 def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs:
     """Random q, k, v and gradient; words and strengths of the layout by the rules of DenseDiffusion."""
-    generator = torch.Generator().manual_seed(seed)
+    device = machine.current().device
+    generator = torch.Generator(device).manual_seed(seed)
 
     def randn(tokens: int) -> Tensor:
         shape = (workload.batch, workload.num_heads, tokens, workload.head_dim)
-        return torch.randn(shape, generator=generator).to(workload.device, dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     _, layout = label_layout()
     text = layout.token_regions(workload.text_tokens)
@@ -118,7 +130,7 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
     strength[workload.batch // 2 :, :, -len(rows) :] = rows  # text rows of a joint sequence are left alone
     return Inputs(
         randn(workload.seqlen_q), randn(workload.seqlen_k), randn(workload.seqlen_k), randn(workload.seqlen_q),
-        q_regions.to(workload.device), k_regions.to(workload.device), strength.to(workload.device),
+        q_regions.to(device), k_regions.to(device), strength.to(device),
     )  # fmt: skip
 
 

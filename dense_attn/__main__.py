@@ -60,8 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="run the benchmark suite")
-    bench.add_argument("--quick", action="store_true", help="the rows of a minute")
-    bench.add_argument("--workload", action="append", default=[], metavar="NAME", help="only this; may be repeated")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured (%(default)s)")
+    bench.add_argument("--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU")
+    bench.add_argument("--quick", action="store_true", help="the rows of a minute, of a GPU those of three")
+    for option in ("--workload", "--family"):
+        bench.add_argument(option, action="append", default=[], metavar="NAME", help="only this; may be repeated")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
     bench.set_defaults(run=_bench)
@@ -136,8 +139,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise UserError(f"the benchmarks need {error.name}: pip install dense_attn[bench]") from None
     options = [("--workload", name) for name in arguments.workload]
+    options += [("--family", name) for name in arguments.family]
+    options += [("--device", arguments.device)] * (arguments.device != "cpu")
     options += [(option, path) for option, path in (("--json", arguments.json), ("--plot", arguments.plot)) if path]
-    return run.main([*["--quick"] * arguments.quick, *(str(text) for pair in options for text in pair)])
+    flags = ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
+    return run.main([*flags, *(str(text) for pair in options for text in pair)])
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,102 @@
+"""A dry run: every row's way through a GPU's suite on the smallest sizes, kernels interpreted. Times mean nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from . import machine
+
+Result = TypeVar("Result")
+
+
+class DryGpu(machine.Gpu):
+    """The processor in a GPU's place: tensors lie in its memory, and nothing is captured or flushed."""
+
+    device = torch.device("cpu")
+    dry_run = True
+
+    def memory_bytes(self) -> int:
+        """What the machine has."""
+        return machine.Cpu().memory_bytes()
+
+    def synchronize(self) -> None:
+        """Calls end before they return."""
+
+    def peak_extra_bytes(self, call: Callable[[], Result]) -> tuple[None, Result]:
+        """Memory is a GPU's affair."""
+        return None, call()
+
+    def mark(self) -> float:
+        """This moment."""
+        return time.perf_counter()
+
+    def between(self, start: float, end: float) -> float:
+        """Seconds from one moment to another."""
+        return end - start
+
+    def flush(self) -> None:
+        """There is no L2 cache that matters."""
+
+    def capture(self, call: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """The call itself, and its results."""
+        return lambda: (call(), None)[1], call()
+
+    def release(self) -> None:
+        """Nothing is cached."""
+
+
+def shrink() -> None:
+    """Give every family its smallest sizes and torch one thread, in this process, which measures nothing."""
+    from . import chain, gradient, launch, percentile, round_trip, sega, steps, test_limits, workloads
+
+    torch.set_num_threads(1)
+    for name, workload in workloads.WORKLOADS.items():
+        small = {"batch": 1, "num_heads": 1, "grid": (4, 8), "text_tokens": min(workload.text_tokens, 77)}
+        workloads.WORKLOADS[name] = replace(workload, **small)
+    for name, (rows, values) in percentile.WORKLOADS.items():
+        percentile.WORKLOADS[name] = min(rows, 2), min(values, 500)
+    for name, (concepts, batch, channels, *_) in sega.WORKLOADS.items():
+        sega.WORKLOADS[name] = min(concepts, 2), batch, min(channels, 2), 4, 4
+    steps.SIZES.update(dict.fromkeys(steps.SIZES, 512))
+    chain.WORKLOADS.update(dict.fromkeys(chain.WORKLOADS, (1, 4, 8, 8)))
+    gradient.WORKLOADS.update(dict.fromkeys(gradient.WORKLOADS, 2))
+    chain._STEPS, chain._IDLE_ROUNDS, gradient._SHAPE, round_trip._SHAPE = 2, 1, (1, 4, 8, 8), (1, 4, 3, 4)
+    launch._CALLS, launch._ROUNDS, launch._SHAPE = 1, 1, (2, 100)
+    for name, (sampler, _) in round_trip.GPU_WORKLOADS.items():
+        round_trip.GPU_WORKLOADS[name] = sampler, 4
+    test_limits._SIDE["cuda"], test_limits._COPIED["cuda"] = 64, 2**10
+
+
+def chosen(cases: Iterable[Any]) -> Iterator[Any]:
+    """The first case of each kind: a contender with a pass and dtype, less in attention.
+
+    The interpreter has no bfloat16: float16 stands in its place.
+    """
+    seen = set()
+    for case in cases:
+        setting = case.setting
+        if str(setting.dtype).endswith("bfloat16"):
+            setting = replace(setting, dtype="float16" if isinstance(setting.dtype, str) else torch.float16)
+        name = str(getattr(setting.workload, "name", setting.workload))
+        kind = getattr(setting.workload, "kind", "-".join(word for word in name.split("-") if word.isalpha()))
+        key = kind, setting.passes, setting.dtype, case.contender
+        if key not in seen and _short(name) and _enough(kind, setting.passes, setting.dtype):
+            seen.add(key)
+            yield replace(case, setting=setting)
+
+
+def _enough(kind: str, passes: str, dtype: str | torch.dtype) -> bool:
+    """Of attention: an image's tokens forward in both dtypes, in one of them backward and other tokens forward."""
+    if kind not in ("self", "cross", "joint") or (kind, passes) == ("self", "fwd"):
+        return True
+    return dtype == torch.float16 and (kind == "self" or passes == "fwd")
+
+
+def _short(name: str) -> bool:
+    """Not a chain of many steps there and back."""
+    return not name.startswith("round-trip") or name.endswith(("-10", "across"))

@@ -1,0 +1,171 @@
+"""What a GPU adds to `baselines.py`: the library's ways of calling it, SDPA's backends, attention that takes a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import dense_attn
+from dense_attn import layout_attention
+
+from .baselines import (
+    Call,
+    bias_after_statistics,
+    compiled_flex,
+    eager,
+    extent,
+    flex_naive,
+    flex_smart,
+    sdpa,
+    sdpa_bias,
+    temperature_and_strength,
+)  # fmt: skip
+from .workloads import Inputs
+
+_ALIGN = 8  # elements: where rows of a bias start, what a head dim of flash attention is a multiple of
+_BITS = 32
+
+
+def raster(inputs: Inputs) -> Call:
+    """This library, tokens as they come, tile lists made once for the layout."""
+    return _ours(inputs, None, None, listed=True)
+
+
+def by_region(inputs: Inputs) -> Call:
+    """The same, visiting the tokens region by region in the order that `Layout.order` gives."""
+    return _ours(inputs, _order(inputs.q_regions), _order(inputs.k_regions), listed=True)
+
+
+def no_lists(inputs: Inputs) -> Call:
+    """The same with tokens as they come, the lists made in the call."""
+    return _ours(inputs, None, None, listed=False)
+
+
+def gathered(inputs: Inputs) -> Call:
+    """The library on copies of the tokens in order of region, made and undone in the call: what an order must beat."""
+    by_query, by_key = _order(inputs.q_regions).long(), _order(inputs.k_regions).long()
+    back = by_query.argsort()
+    strength = inputs.strength[..., by_query]
+    words = inputs.q_regions[by_query], inputs.k_regions[by_key]
+    lists = dense_attn.tile_lists(inputs.q, inputs.k, *words)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q[:, :, by_query], k[:, :, by_key], v[:, :, by_key]
+        return layout_attention(q, k, v, *words, strength, tile_lists=lists)[:, :, back]
+
+    return call
+
+
+def _ours(inputs: Inputs, q_order: Tensor | None, k_order: Tensor | None, listed: bool) -> Call:
+    words, orders = (inputs.q_regions, inputs.k_regions), {"q_order": q_order, "k_order": k_order}
+    lists = dense_attn.tile_lists(inputs.q, inputs.k, *words, **orders) if listed else None
+    return lambda q, k, v: layout_attention(q, k, v, *words, inputs.strength, tile_lists=lists, **orders)
+
+
+def _order(words: Tensor) -> Tensor:
+    return words.argsort(stable=True).to(torch.int32)
+
+
+def pinned(backend: SDPBackend) -> Callable[[Inputs], Call]:
+    """Plain SDPA by one of its backends, which runs or raises."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v)
+
+    return lambda inputs: call
+
+
+def efficient_bias(inputs: Inputs) -> Call:
+    """The memory-efficient kernel with a bias in memory, after a pass over the scores for their row extremes."""
+    biased = bias_after_statistics(inputs, _ALIGN)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, bias = biased(q, k)
+        by_token = (x.transpose(1, 2) for x in (q, k, v))  # [B, tokens, H, D]
+        out = torch.ops.aten._efficient_attention_forward(*by_token, bias, None, None, None, None, 0.0, 0)[0]
+        return out.transpose(1, 2)
+
+    return call
+
+
+def xformers(inputs: Inputs) -> Call:
+    """xformers with the same bias."""
+    from xformers.ops import memory_efficient_attention
+
+    biased = bias_after_statistics(inputs, _ALIGN)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, bias = biased(q, k)
+        by_token = (x.transpose(1, 2) for x in (q, k, v))  # [B, tokens, H, D]
+        return memory_efficient_attention(*by_token, attn_bias=bias).transpose(1, 2)
+
+    return call
+
+
+def flash_channels(inputs: Inputs) -> Call:
+    """Plain flash attention with the bias as one more channel of q and k a region, after a statistics pass."""
+    q_channels, k_channels = _one_hot(inputs.q_regions, inputs.k_regions, inputs.q.dtype)
+    head_dim, regions = inputs.q.shape[3], q_channels.shape[1]
+    room = -(head_dim + regions) % _ALIGN
+    flex, _ = compiled_flex(inputs)
+    temperature, strength = temperature_and_strength(inputs)
+    keys = k_channels.expand(*inputs.k.shape[:2], -1, -1)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gap = strength * (extent(flex, q, k) * head_dim**0.5)[..., None]  # what a matched score gains, unscaled
+        q = functional.pad(torch.cat((q * temperature, gap.to(q.dtype) * q_channels), -1), (0, room))
+        k = functional.pad(torch.cat((k, keys), -1), (0, room))
+        v = functional.pad(v, (0, regions + room))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5)[..., :head_dim]
+
+    return call
+
+
+def _one_hot(q_words: Tensor, k_words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Channels [M, R] and [N, R] whose product is 1 where words meet; a token of two regions would count twice."""
+    bits = torch.arange(_BITS, dtype=torch.int32, device=q_words.device)
+    q_hot, k_hot = ((words[:, None] >> bits) & 1 for words in (q_words, k_words))
+    if (q_hot.sum(1) > 1).any():
+        raise NotImplementedError("the bias is channels of q and k only where no regions overlap")
+    met = (q_hot.any(0) & k_hot.any(0)).nonzero()[:, 0]
+    return q_hot[:, met].to(dtype), k_hot[:, met].to(dtype)
+
+
+def flash_attn(inputs: Inputs) -> Call:
+    """Plain attention by the flash-attn package."""
+    from flash_attn import flash_attn_func
+
+    return lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+GPU_CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
+    "dense_attn": raster,
+    "dense_attn-sorted": by_region,
+    "dense_attn-no-lists": no_lists,
+    "dense_attn-gather": gathered,
+    "sdpa": sdpa,
+    "sdpa-flash": pinned(SDPBackend.FLASH_ATTENTION),
+    "sdpa-cudnn": pinned(SDPBackend.CUDNN_ATTENTION),
+    "sdpa-efficient": pinned(SDPBackend.EFFICIENT_ATTENTION),
+    "flash-attn": flash_attn,
+    "eager": eager,
+    "sdpa-bias": sdpa_bias,
+    "efficient-bias": efficient_bias,
+    "xformers": xformers,
+    "flash-channels": flash_channels,
+    "flex-naive": flex_naive,
+    "flex-smart": flex_smart,
+}
+# Those with a backward pass that is asked for: the library, the lines to reach, the best of the others.
+TRAINED = (
+    "dense_attn", "dense_attn-sorted", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn", "eager",
+    "flex-smart",
+)  # fmt: skip
+MATERIALISED = ("eager", "sdpa-bias", "efficient-bias", "xformers")  # matrices of scores in memory

@@ -1,0 +1,15 @@
+"""What stands in the kernels' source files, as short as it can be named: results of a run belong to these."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+
+_DIGITS = 16
+
+
+def kernel_hashes() -> dict[str, str]:
+    """The first digits of the sha256 of each file of `dense_attn.triton_kernels`; Triton need not be there."""
+    folder = Path(find_spec("dense_attn.triton_kernels").origin).parent
+    return {path.name: sha256(path.read_bytes()).hexdigest()[:_DIGITS] for path in sorted(folder.glob("*.py"))}
