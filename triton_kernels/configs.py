@@ -6,7 +6,7 @@ tokens in an order, the most registers a call can need) gives without spilled re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -81,7 +81,6 @@ ROW_FORWARD: Table = {  # BLOCK_N is the number of keys, rounded up to a power o
 BACKWARD_Q: Table = {  # up to 16 bytes may spill, outside of the loop; 64 keys spill more on NVIDIA's
     "sm_80": {
         96: Config(128, 32, 8, 2),
-        128: Config(64, 32, 8, 2),
         192: Config(64, 16, 8, 2),
         256: Config(32, 32, 8, 2),
     },
@@ -108,9 +107,21 @@ BACKWARD_KV: Table = {  # the same; a tile of keys stays, so many keys read quer
         192: Config(32, 64, 8, 2),
         256: Config(16, 64, 8, 2),
     },
-    "sm_100": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(16, 64, 8, 2)},
+    "sm_100": {128: Config(32, 128, 8, 2), 256: Config(16, 64, 8, 2)},
     "gfx942": {64: Config(32, 128, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 64, 4, 1)},
 }
+# tf32 for NVIDIA's: operands of 4 bytes, so half of the tile; backward passes have the same on each.
+TF32_FORWARD: Table = {
+    "sm_80": {64: Config(128, 32, 8, 2), 128: Config(64, 32, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)},
+    "sm_90": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2, parks=True), 256: Config(64, 16, 8, 2, parks=True)},
+    "sm_100": {
+        64: Config(128, 64, 8, 2),
+        128: Config(128, 32, 8, 2, parks=True),
+        256: Config(64, 16, 8, 2, parks=True),
+    },
+}
+TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
+TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for every architecture.
 FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
@@ -126,27 +137,35 @@ def precision(q: Tensor) -> str:
 
 def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqlen_k: int) -> Config:
     """Of a forward call; few keys are one tile, whose size is theirs."""
-    if not row_at_once(architecture, precision, seqlen_k):
-        return _pick(FORWARD, architecture, precision, head_dim)
-    config = _pick(ROW_FORWARD, architecture, precision, head_dim)
-    return Config(config.BLOCK_M, max(16, triton.next_power_of_2(seqlen_k)), config.num_warps, config.num_stages)
+    row = row_at_once(architecture, precision, seqlen_k)
+    if architecture == "interpreted":
+        config = INTERPRETED
+    elif precision == "half":
+        config = _pick((ROW_FORWARD if row else FORWARD)[architecture], head_dim)
+    else:
+        config = _pick(TF32_FORWARD[architecture] if precision == "tf32" and not row else FLOAT32, head_dim)
+    if not row:
+        return config
+    return replace(config, BLOCK_N=max(16, triton.next_power_of_2(seqlen_k)), parks=False)
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:
     """Whether a row of scores is one tile."""
-    narrow = precision != "ieee" or architecture == "interpreted"
+    narrow = precision == "half" or architecture == "interpreted"
     return seqlen_k <= (ROW_KEYS if narrow else FLOAT32_ROW_KEYS)
 
 
 def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tuple[Config, Config]:
     """Of a backward call: the pass over query tiles, the pass over key tiles."""
-    return tuple(_pick(table, architecture, precision, head_dim) for table in (BACKWARD_Q, BACKWARD_KV))
-
-
-def _pick(table: Table, architecture: str, precision: str, head_dim: int) -> Config:
     if architecture == "interpreted":
-        return INTERPRETED
-    rows = FLOAT32 if precision == "ieee" else table[architecture]
+        return INTERPRETED, INTERPRETED
+    tables = {"half": (BACKWARD_Q.get(architecture), BACKWARD_KV.get(architecture)),
+              "tf32": (TF32_BACKWARD_Q, TF32_BACKWARD_KV), "ieee": (FLOAT32, FLOAT32)}  # fmt: skip
+    by_query, by_key = tables[precision]
+    return _pick(by_query, head_dim), _pick(by_key, head_dim)
+
+
+def _pick(rows: dict[int, Config], head_dim: int) -> Config:
     return next(config for largest, config in rows.items() if head_dim <= largest)
 
 

@@ -181,7 +181,7 @@ def layout_attention_bwd_q_kernel(
         grad_in, grad_distance = grad_in - missed * weight_in, grad_distance - missed * weight_distance
         shift += missed
     signed_scale = -sm_scale if NEGATE else sm_scale
-    factor = temperature(c, MODULATION) * signed_scale
+    acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
     record = numbers_ptr + row * 8
     tl.store(record + 5, shift, mask=exist)
     grad_strength, through_max, through_min = nothing, nothing, nothing
@@ -198,33 +198,26 @@ def layout_attention_bwd_q_kernel(
         tl.store(record + 7, through_min, mask=exist)
         tl.store(places_ptr + row * 2 + 1, least_key, mask=exist)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
-    dq_base, extremes = head_of(dq, batch, head), (best_key, least_key)
-    through = (signed_scale * through_max, signed_scale * through_min)
-    first = _with_extremes(
-        acc[0] * factor[:, None], through, k_base, row_stride(k), extremes, exist, MODULATION, 0, PART_0, HEAD_DIM
-    )
-    store_part(dq_base, row_stride(dq), tokens, exist, first, 0, PART_0, HEAD_DIM)
-    if PART_1 > 0:  # after the first, so that one at a time is held
-        second = _with_extremes(
-            acc[1] * factor[:, None], through, k_base, row_stride(k), extremes, exist, MODULATION,
-            PART_0, PART_1, HEAD_DIM,
-        )  # fmt: skip
-        store_part(dq_base, row_stride(dq), tokens, exist, second, PART_0, PART_1, HEAD_DIM)
+    through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
+    at, source = (head_of(dq, batch, head), row_stride(dq), tokens, exist), (k_base, row_stride(k))
+    _store_dq(at, acc[0], through, source, MODULATION, 0, PART_0, HEAD_DIM)
+    if PART_1 > 0:  # after the first, so that the rows of one part at a time are held
+        _store_dq(at, acc[1], through, source, MODULATION, PART_0, PART_1, HEAD_DIM)
 
 
 @triton.jit
-def _with_extremes(
-    part, through, base, stride, keys, exist,
-    MODULATION: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _store_dq(
+    at, part, through, k, MODULATION: tl.constexpr, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """A part of dq and the rank-one term of the keys of a row's extremes."""
+    """Columns of dq, with the rank-one term of the keys of a row's extremes."""
+    base, stride, tokens, exist = at
     if MODULATION == "max" or MODULATION == "range":
-        best = load_part(base, stride, keys[0].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
+        best = load_part(k[0], k[1], through[1].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
         part += through[0][:, None] * best.to(tl.float32)
     if MODULATION == "range":
-        least = load_part(base, stride, keys[1].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
-        part += through[1][:, None] * least.to(tl.float32)
-    return part
+        least = load_part(k[0], k[1], through[3].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
+        part += through[2][:, None] * least.to(tl.float32)
+    store_part(base, stride, tokens, exist, part, FIRST, PART, HEAD_DIM)
 
 
 @triton.jit
