@@ -81,6 +81,7 @@ ROW_FORWARD: Table = {  # BLOCK_N is the number of keys, rounded up to a power o
 BACKWARD_Q: Table = {  # up to 16 bytes may spill, outside of the loop; 64 keys spill more on NVIDIA's
     "sm_80": {
         96: Config(128, 32, 8, 2),
+        128: Config(32, 32, 8, 2),  # 64 rows spill 88 bytes by Triton 3.6
         192: Config(64, 16, 8, 2),
         256: Config(32, 32, 8, 2),
     },
