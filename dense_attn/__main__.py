@@ -125,7 +125,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from dense_attn import _verify, _verify_families
 
     for backend in _backends.ORDER:
-        reasons = _backends.why_not(backend, "layout_attention", torch.empty(1, 1, 1, 1))
+        reasons = _verify.why_not(backend, "layout_attention")
         if reasons and _backends.missing(backend, "layout_attention") is None:
             print(f"{backend}: not checked, {'; '.join(reasons)}")
     failed = _verify.main() + _verify_families.main()

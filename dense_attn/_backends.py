@@ -29,6 +29,11 @@ def missing(backend: str, op: str) -> str | None:
     return _NOT_THERE.format(backend) if kernels is None else getattr(kernels, "LOAD_ERROR", None)
 
 
+def device_of(backend: str) -> str:
+    """The kind of tensors that a backend takes; the reference takes any."""
+    return {"cuda": "cuda", "triton": _triton.DEVICE}.get(backend, "cpu")
+
+
 def why_not(backend: str, op: str, x: Tensor) -> list[str]:
     """Every reason why a backend cannot run an op on inputs like x; empty if it can."""
     reason = missing(backend, op)
@@ -36,7 +41,7 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
         return [reason]
     if backend == "reference":
         return []
-    reasons, device = [], "cpu" if backend == "cpu" else _triton.DEVICE
+    reasons, device = [], device_of(backend)
     if x.device.type != device:
         reasons.append(f"runs on {device} tensors, got {x.device}")
     elif device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(x.device) < _OLDEST_GPU:
@@ -46,6 +51,8 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
         reasons.append(f"head_dim is at most {_MAX_HEAD_DIM}, got {x.shape[-1]}")
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:
         reasons.append("has no float64 kernels")
+    if backend == "triton" and device == "cpu" and x.dtype == torch.bfloat16:
+        reasons.append("computes bfloat16 wrongly in Triton's interpreter")
     return reasons
 
 

@@ -36,6 +36,15 @@ class Verdict:
         return max(self.numbers.values()) <= self.limit < self.control
 
 
+def _call(backend: str, op: str, *arguments: object, **named: object) -> tuple[Tensor, ...]:
+    """Results of a backend's kernel on tensors of its device, on the CPU."""
+    device = _backends.device_of(backend)
+    there = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
+    named = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in named.items()}
+    results = getattr(_backends.NAMESPACES[backend], op)(*there, **named)
+    return tuple(x.cpu() for x in ((results,) if isinstance(results, Tensor) else results))
+
+
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -66,7 +75,7 @@ def _thresholds(backend: str, dtype: torch.dtype) -> Verdict:
         magnitudes = x.to(reference.accumulation_dtype(dtype)).abs()
         for level in (0.0, 0.5, 0.9, 0.999, 1.0):
             expected = torch.quantile(magnitudes, level, dim=-1)
-            masked, threshold = _backends.NAMESPACES[backend].percentile_mask(x, level)
+            masked, threshold = _call(backend, "percentile_mask", x, level)
             kept = torch.where(magnitudes >= expected[:, None], x, 0)
             differing += _differing(threshold, expected) + _differing(masked, kept)
             control += _differing(threshold, magnitudes.nan_to_num(nan=torch.inf).sort(-1).values[:, count // 3])
@@ -97,7 +106,7 @@ def _guidance_verdict(
     narrow = [*(x.to(dtype) for x in tensors[:3]), tensors[3].to(wide)]
     if options["user_mask"] is not None:
         options = {**options, "user_mask": options["user_mask"].to(wide)}
-    step = partial(_backends.NAMESPACES[backend].sega_guidance, *narrow)
+    step = partial(_call, backend, "sega_guidance", *narrow)
     eps, momentum, _ = step(**options)
     exact, plain = exact_and_plain(narrow, options)
     results = zip(("eps", "momentum"), (eps, momentum), exact, plain)
@@ -152,10 +161,8 @@ def _float_step(backend: str, dtype: torch.dtype) -> Verdict:
         ("edict_unmix", (0.99, 0.13, 0.93, False)),
         ("leapfrog_step", (0.97, 0.05, -0.2)),
     ):
-        call, exact_call = (getattr(_backends.NAMESPACES[name], op) for name in (backend, "reference"))
-        got, plain = call(*tensors, *arguments), exact_call(*tensors, *arguments)
-        exact = exact_call(*(x.double() for x in tensors), *arguments)
-        got, plain, exact = ((x,) if isinstance(x, Tensor) else x for x in (got, plain, exact))
+        got, plain = (_call(name, op, *tensors, *arguments) for name in (backend, "reference"))
+        exact = _call("reference", op, *(x.double() for x in tensors), *arguments)
         numbers[op] = max(ratio_of(*judge(*results, dtype)) for results in zip(got, exact, plain))
         control = max(control, ratio_of(*judge(1.02 * got[0], exact[0], plain[0], dtype)))
     return Verdict(backend, _checks.name(dtype), "float steps", numbers, 1, control)
@@ -166,7 +173,7 @@ def _round_trip(backend: str, dtype: torch.dtype, method: str) -> Verdict:
     timesteps = range(981, 0, -20)
     make = partial(ReversibleSampler, _ALPHAS_CUMPROD, timesteps, method=method, dtype=dtype, **_CHAINS[method])
     sampler = make(backend=backend)
-    noise = _randn(torch.Generator().manual_seed(3), 1, 4, 9, 7).float()
+    noise = _randn(torch.Generator().manual_seed(3), 1, 4, 9, 7).float().to(_backends.device_of(backend))
     image = sampler.sample(_network, noise)
     found = sampler.invert(_network, *image)
     back = sampler.invert(_network, *sampler.sample(_network, *found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_attn import Layout, _backends
+from dense_attn import Layout, _backends, _triton
 
 MODULATIONS = ("range", "max", "bias", "mask")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NARROW = DTYPES[:3]  # where the reference in float64 is exact; against itself it is not, nor are some sums reordered
-DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+DEVICES = {backend: _backends.device_of(backend) for backend in ("reference", "cpu", "triton", "cuda")}
+INTERPRETED = _triton.LOAD_ERROR is None and _triton.DEVICE == "cpu"
 TIED = ("equal", "zero", "ties")
 SIGN_BIT = -(2**31)
 REAL_LAYOUTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "layouts.npz"
@@ -126,12 +127,14 @@ CASES = (
 )
 
 
-def why_skip(backend: str) -> str | None:
-    """The table's own reason why this machine cannot test a backend, or None."""
-    reason = _backends.missing(backend, "layout_attention")
+def why_skip(backend: str, op: str = "layout_attention", dtype: torch.dtype = torch.float32) -> str | None:
+    """The table's own reason why this machine cannot test a backend in a dtype, or None."""
+    reason = _backends.missing(backend, op)
     if reason is None and DEVICES[backend] == "cuda" and not torch.cuda.is_available():
         reason = "no GPU on this machine"
-    return reason and f"{backend}: {reason}"
+    if reason is None:
+        reason = "; ".join(_backends.why_not(backend, op, torch.empty(1, 1, dtype=dtype, device=DEVICES[backend])))
+    return f"{backend}: {reason}" if reason else None
 
 
 def backends(*names: str) -> list:
@@ -142,6 +145,24 @@ def backends(*names: str) -> list:
         gpu = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
         params.append(pytest.param(backend, marks=[*gpu, *([pytest.mark.skip(reason)] if reason else [])]))
     return params
+
+
+def moved(inputs: Inputs, device: str) -> Inputs:
+    """The same inputs on a device, with their strides, overlaps, offsets and lazy minus."""
+    values = {one.name: getattr(inputs, one.name) for one in fields(inputs)}
+    there = {name: copied(x, device) for name, x in values.items() if isinstance(x, Tensor)}
+    return replace(inputs, **there, orders={name: copied(x, device) for name, x in inputs.orders.items()})
+
+
+def copied(x: Tensor, device: str) -> Tensor:
+    """All the memory of x on a device, under x's view of it."""
+    if x.device.type == device:
+        return x
+    if x.is_neg():
+        return torch._neg_view(copied(torch._neg_view(x), device))
+    storage = x.untyped_storage()
+    memory = torch.empty(0, dtype=x.dtype).set_(storage, 0, (storage.nbytes() // x.itemsize,), (1,))
+    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # small calls on shared cores: threads that spin cost 3x the time
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic mode refuses products on a GPU
+
 import pytest
 import torch
+from cases import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def interpreted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As fast as the interpreter goes."""
+    import interpreter
+
+    interpreter.install(monkeypatch)
 
 
 @pytest.fixture

@@ -17,13 +17,20 @@ CALLS = [("fwd", 64), ("row_fwd", 64), ("bwd_q", 64), ("bwd_kv", 64)]
 
 
 def test_through_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    file = Path(__file__).with_name("interpreted_attention.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
+    """The shared test and what is Triton's own, side by side in processes of their own, where Triton interprets."""
+    here = Path(__file__).parent
+    shared = [str(here / "test_backends.py"), "-k"]
+    own = str(here / "interpreted_attention.py")
+    parts = ([*shared, "test_accuracy and triton and phases"], [own, *shared, "interpreted or triton and not phases"])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rN", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    tests = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert tests.returncode == 0, tests.stdout[-4000:]
-    assert " passed" in tests.stdout
+    processes = [
+        subprocess.Popen([*command, *part], env=environment, stdout=subprocess.PIPE, text=True) for part in parts
+    ]
+    for process in processes:
+        output = process.communicate()[0]
+        assert process.returncode == 0, output[-4000:]
+        assert " passed" in output
 
 
 @pytest.mark.parametrize(("kind", "head_dim"), CALLS)

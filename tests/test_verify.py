@@ -55,6 +55,7 @@ def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace())
     monkeypatch.setattr(_verify_families, "verify", lambda: iter(()))
     monkeypatch.setattr(_backends, "ORDER", ("triton", "reference"))
+    monkeypatch.setattr(_backends, "device_of", lambda backend: "cpu")
     monkeypatch.setattr(_backends, "why_not", lambda backend, op, x: [])
 
 
@@ -83,11 +84,12 @@ def test_verify_names_a_backend_for_other_tensors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(_backends, "missing", lambda backend, op: None if backend == "triton" else "not here")
-    monkeypatch.setattr(_backends, "why_not", lambda backend, op, x: ["runs on cuda tensors, got cpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_backends, "device_of", lambda backend: "cuda")
     for module in (_verify, _verify_families):
         monkeypatch.setattr(module, "verify", lambda: iter(()))
     assert main(["verify"]) == 0
-    assert "triton: not checked, runs on cuda tensors, got cpu\n" in capsys.readouterr().out
+    assert "triton: not checked, no GPU on this machine\n" in capsys.readouterr().out
 
 
 def test_verify_fails_where_its_negative_control_does() -> None:

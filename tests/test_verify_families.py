@@ -47,6 +47,7 @@ def test_a_wrong_backend_fails(op: str, wrong: Callable, rows: set[str], monkeyp
     monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace(**functions))
     monkeypatch.setattr(_verify_families, "DTYPES", (torch.float32,))
     monkeypatch.setattr(_backends, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(_backends, "device_of", lambda backend: "cpu")
     monkeypatch.setattr(_verify_families, "usable", lambda op, dtype: ["triton"])
     verdicts = list(_verify_families.verify())
     assert {verdict.what for verdict in verdicts if not verdict.passed} == rows
