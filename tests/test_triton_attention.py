@@ -20,7 +20,7 @@ def test_through_the_interpreter() -> None:
     """The shared test and what is Triton's own, side by side in processes of their own, where Triton interprets."""
     here = Path(__file__).parent
     shared = [str(here / "test_backends.py"), "-k"]
-    own = str(here / "interpreted_attention.py")
+    own = str(here / "triton_attention.py")
     parts = ([*shared, "test_accuracy and triton and phases"], [own, *shared, "interpreted or triton and not phases"])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-rN", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

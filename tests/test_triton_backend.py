@@ -24,8 +24,9 @@ RULE = r"eps_fn's result must be finite and keep the latents within the grid of 
 def test_interpreted() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton")
-    file = Path(__file__).with_name("interpreted_backend.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    file = Path(__file__).with_name("triton_backend.py")
+    files = [str(file), str(file.with_name("test_gpu.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]

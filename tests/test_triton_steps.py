@@ -28,7 +28,7 @@ INTERPOLATION = 2  # the fused multiply-adds of torch.lerp, either side of weigh
 
 def test_interpreted() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    file = Path(__file__).with_name("interpreted_steps.py")
+    file = Path(__file__).with_name("triton_steps.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]

@@ -1,7 +1,7 @@
-"""Triton kernels of semantic guidance and of reversible steps against the reference, through Triton's interpreter.
+"""Triton kernels of semantic guidance and of reversible steps against the reference, on a GPU or interpreted.
 
-Collected by test_triton_steps alone, in a process with TRITON_INTERPRET=1. All results have the reference's very bits;
-bfloat16 is an input only, because the interpreter cuts a float32 down to it where a GPU rounds.
+Run by test_triton_steps in a process with TRITON_INTERPRET=1, and by `make gpu`. All results have the reference's very
+bits; bfloat16 is an input only, because the interpreter cuts a float32 down to it where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -10,10 +10,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import INTERPRETED
+from placed import Placed
 from torch import Tensor
 
 from dense_attn import reference
-from dense_attn.triton_kernels import reversible, sega, selection
+from dense_attn.triton_kernels import reversible as _reversible
+from dense_attn.triton_kernels import sega as _sega
+from dense_attn.triton_kernels import selection
+
+reversible, sega = Placed(_reversible), Placed(_sega)
 
 DTYPES = (torch.float32, torch.float16, torch.float64)  # of results
 INPUTS = (*DTYPES, torch.bfloat16)
@@ -254,8 +260,9 @@ def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None, monkeypa
     if expected is not None:
         same(reversible.exact_couple(*arguments), reference.exact_couple(*arguments))
         return
-    with pytest.raises(RuntimeError, match=OFF_GRID_TEXT):
-        reversible.exact_couple(*arguments)
+    if INTERPRETED:  # a GPU's caller waits for no kernel
+        with pytest.raises(RuntimeError, match=OFF_GRID_TEXT):
+            reversible.exact_couple(*arguments)
     monkeypatch.setattr(reversible, "_refuse_off_grid", lambda *_: None)  # as on a GPU
     moved, latent = reversible.exact_couple(*arguments)
     assert moved.tolist() == [5, reversible.OFF_GRID]

@@ -1,4 +1,4 @@
-"""The Triton backend behind the public ops, interpreted: test_triton_backend.py runs it with TRITON_INTERPRET=1."""
+"""The Triton backend behind the public ops: on a GPU (`make gpu`), or interpreted (test_triton_backend.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import raw
 import torch
 from accuracy import assert_accurate, evaluate, exact_and_plain
-from cases import Case, make_inputs, why_skip
+from cases import DEVICES, INTERPRETED, Case, make_inputs, moved, why_skip
 from chains import Network, sampler
 from sega_cases import LISTS, NUMBERS
 from torch import Tensor
@@ -18,13 +18,14 @@ from dense_attn import _backends, _triton, ddim_step, layout_attention, percenti
 from dense_attn.triton_kernels import reversible
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),  # numpy's own
 ]
+DEVICE = DEVICES["triton"]
 GUIDANCE = {**{name: list(values[:2]) for name, values in LISTS.items()}, **NUMBERS}
 ATTENTION = Case("public", (1, 2, 20, 150, 16), words="runs", ordered=True)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="says what the interpreter can do")
 def test_the_table() -> None:
     assert set(_backends.backends()["triton"].values()) == {"available"}
     x = torch.zeros(1, 1, 2, 257)
@@ -32,6 +33,8 @@ def test_the_table() -> None:
         "head_dim is at most 256, got 257",
         "has no float64 kernels",
     ]
+    bfloat16 = ["computes bfloat16 wrongly in Triton's interpreter"]
+    assert _backends.why_not("triton", "ddim_step", x.bfloat16()) == bfloat16
     assert _backends.why_not("triton", "sega_guidance", x.double()) == ["has no float64 kernels"]
     assert _backends.why_not("triton", "ddim_step", x.double()) == []
     assert _backends.why_not("triton", "ddim_step", x.to("meta")) == ["runs on cpu tensors, got meta"]
@@ -64,23 +67,26 @@ def test_layout_attention(modulation: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(_triton.layout_attention, name, partial(spying, q_at=8 if "fwd" in name else 12))
     inputs = make_inputs(ATTENTION, torch.float32)
     exact, plain = exact_and_plain(inputs, modulation=modulation)
-    call = partial(layout_attention, modulation=modulation, return_lse=True, backend="triton", **inputs.orders)
-    for name, result in evaluate(call, inputs).items():
-        assert_accurate(name, result, exact[name], plain[name], torch.float32)
+    there = moved(inputs, DEVICE)
+    call = partial(layout_attention, modulation=modulation, return_lse=True, backend="triton", **there.orders)
+    for name, result in evaluate(call, there).items():
+        assert_accurate(name, result.cpu(), exact[name], plain[name], torch.float32)
     assert len(orders) == 2
     for q_order, k_order in orders:
-        assert torch.equal(q_order, inputs.orders["q_order"])
-        assert torch.equal(k_order, inputs.orders["k_order"])
+        assert torch.equal(q_order.cpu(), inputs.orders["q_order"])
+        assert torch.equal(k_order.cpu(), inputs.orders["k_order"])
 
 
 def compare(call: Callable, *tensors: Tensor) -> None:
     """Results and gradients of call(*tensors, backend=...) against the reference's, to float32's last digits."""
-    leaves = [x.detach().requires_grad_() for x in tensors]
+    leaves = [x.detach().to(DEVICE).requires_grad_() for x in tensors]
     found = []
     for backend in ("triton", "reference"):
         results = call(*leaves, backend=backend)
         results = (results,) if isinstance(results, Tensor) else results
-        loss = sum((x * torch.arange(x.numel()).view(x.shape).cos()).sum() for x in results if x.requires_grad)
+        loss = sum(
+            (x * torch.arange(x.numel(), device=DEVICE).view(x.shape).cos()).sum() for x in results if x.requires_grad
+        )
         found.append([*results, *torch.autograd.grad(loss, leaves)])
     for got, expected in zip(*found):
         torch.testing.assert_close(got, expected)
@@ -116,7 +122,7 @@ def test_ddim_step() -> None:
 )
 def test_reversible_sampler(options: dict[str, object]) -> None:
     """The reference's bits there and back, and the gradients of the whole chain."""
-    noise, network, found = torch.randn(1, 4, 3, 5), Network(), []
+    noise, network, found = torch.randn(1, 4, 3, 5).to(DEVICE), Network().to(DEVICE), []
     for backend in ("triton", "reference"):
         chain, x = sampler(3, backend=backend, **options), noise.clone().requires_grad_()
         image = chain.sample(network, x)
@@ -134,17 +140,18 @@ def test_what_left_the_grid_is_seen_at_the_end(monkeypatch: pytest.MonkeyPatch) 
     def huge(x: Tensor, t: int) -> Tensor:
         return x * (9e6 if t < 500 else 1)
 
-    chain, x = sampler(3, backend="triton"), torch.ones(1, 1, 2, 2)
+    chain, x = sampler(3, backend="triton"), torch.ones(1, 1, 2, 2, device=DEVICE)
     rule = r"eps_fn's result must be finite and keep the latents within the grid of 2\^50 steps, got "
-    with pytest.raises(RuntimeError, match=rule + r"4.6\S+ grid steps at step 1"):
-        chain.sample(huge, x)
+    if INTERPRETED:
+        with pytest.raises(RuntimeError, match=rule + r"4.6\S+ grid steps at step 1"):
+            chain.sample(huge, x)
     monkeypatch.setattr(reversible, "_refuse_off_grid", lambda *_: None)  # as on a GPU
     with pytest.raises(RuntimeError, match=rule + "latents that left it on the way"):
         chain.sample(huge, x)
 
 
 def test_torch_compile_has_no_graph_breaks() -> None:
-    inputs = make_inputs(ATTENTION, torch.float32)
+    inputs = moved(make_inputs(ATTENTION, torch.float32), DEVICE)
 
     def attention(*tensors: Tensor) -> tuple:
         return layout_attention(*tensors, return_lse=True, backend="triton", **inputs.orders)
@@ -157,13 +164,13 @@ def test_torch_compile_has_no_graph_breaks() -> None:
         masked, threshold = percentile_mask(ddim_step(x, eps, 0.5, 0.6, backend="triton"), 0.7, backend="triton")
         return masked, threshold, *sega_guidance(x, eps, torch.stack([x, -eps]), x, **GUIDANCE, backend="triton")
 
-    x, eps = torch.randn(2, 1, 2, 5, 7)
+    x, eps = torch.randn(2, 1, 2, 5, 7, device=DEVICE)
     for got, expected in zip(torch.compile(steps, fullgraph=True, backend="aot_eager")(x, eps), steps(x, eps)):
         assert torch.equal(got, expected)
 
 
 def raw_calls() -> dict[str, tuple[tuple, dict]]:
-    """Positional and named arguments of every op but layout attention's, which interpreted_attention.py checks."""
+    """Positional and named arguments of every op but layout attention's, which triton_attention.py checks."""
     x, y, eps = torch.randn(3, 2, 7)
     z, w = (torch.randint(-(2**40), 2**40, (2, 7)) for _ in range(2))
     narrow = torch.float16
@@ -187,6 +194,7 @@ def test_every_op_has_a_raw_call() -> None:
 @pytest.mark.parametrize("name", raw_calls())
 def test_opcheck(name: str) -> None:
     arguments, named = raw_calls()[name]
+    arguments = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments]
     torch.library.opcheck(getattr(_triton, name), arguments, named)
 
 

@@ -1,0 +1,37 @@
+"""Kernels of a module on tensors of Triton's device, the CPU's where it interprets, their results on the CPU."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from cases import copied
+from torch import Tensor
+
+from dense_attn import _fakes, _triton
+
+
+class Placed:
+    """A module whose ops take and give tensors of the CPU; all else of it is as it is, also when it is set."""
+
+    def __init__(self, module: ModuleType) -> None:
+        object.__setattr__(self, "_module", module)
+
+    def __getattr__(self, name: str) -> object:
+        value = getattr(self._module, name)
+        return _placed(value) if name in _fakes.OPS else value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._module, name, value)
+
+
+def _placed(op: object) -> object:
+    def call(*arguments: object, **named: object) -> Tensor | tuple[Tensor, ...]:
+        named = {name: _there(value) for name, value in named.items()}
+        results = op(*map(_there, arguments), **named)
+        return results.cpu() if isinstance(results, Tensor) else tuple(x.cpu() for x in results)
+
+    return call
+
+
+def _there(x: object) -> object:
+    return copied(x, _triton.DEVICE) if isinstance(x, Tensor) else x
