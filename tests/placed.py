@@ -11,17 +11,14 @@ from dense_attn import _fakes, _triton
 
 
 class Placed:
-    """A module whose ops take and give tensors of the CPU; all else of it is as it is, also when it is set."""
+    """A module whose ops take and give tensors of the CPU; all else of it is as it is."""
 
     def __init__(self, module: ModuleType) -> None:
-        object.__setattr__(self, "_module", module)
+        self._module = module
 
     def __getattr__(self, name: str) -> object:
         value = getattr(self._module, name)
         return _placed(value) if name in _fakes.OPS else value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._module, name, value)
 
 
 def _placed(op: object) -> object:

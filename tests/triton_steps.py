@@ -36,11 +36,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encount
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A row in one program, there by way of memory or not, or, however short, in several, each with several tiles."""
     if request.param == "staged":
-        monkeypatch.setattr(sega, "UNSTAGED", 0)
-        monkeypatch.setattr(sega, "TILE", 64)
+        monkeypatch.setattr(_sega, "UNSTAGED", 0)
+        monkeypatch.setattr(_sega, "TILE", 64)
     if request.param == "several":
-        monkeypatch.setattr(sega, "LONGEST", 0)
-        monkeypatch.setattr(sega, "TILE", 64)
+        monkeypatch.setattr(_sega, "LONGEST", 0)
+        monkeypatch.setattr(_sega, "TILE", 64)
         monkeypatch.setattr(selection, "TILE", 64)
         monkeypatch.setattr(selection, "SPAN", 128)
         monkeypatch.setattr(selection, "MAX_PROGRAMS", 20)
@@ -93,7 +93,7 @@ def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than one program adds up at a time, 16 of their counts and 256 of their extremes."""
     for name, value in (("TILE", 16), ("SPAN", 16), ("MAX_PROGRAMS", 300)):
         monkeypatch.setattr(selection, name, value)
-    monkeypatch.setattr(sega, "LONGEST", 0)
+    monkeypatch.setattr(_sega, "LONGEST", 0)
     x = torch.randn(1, 16 * 270 + 3)
     same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
 
@@ -263,7 +263,7 @@ def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None, monkeypa
     if INTERPRETED:  # a GPU's caller waits for no kernel
         with pytest.raises(RuntimeError, match=OFF_GRID_TEXT):
             reversible.exact_couple(*arguments)
-    monkeypatch.setattr(reversible, "_refuse_off_grid", lambda *_: None)  # as on a GPU
+    monkeypatch.setattr(_reversible, "_refuse_off_grid", lambda *_: None)  # as on a GPU
     moved, latent = reversible.exact_couple(*arguments)
     assert moved.tolist() == [5, reversible.OFF_GRID]
     assert latent.isnan().tolist() == [False, True]
@@ -272,7 +272,7 @@ def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None, monkeypa
 @pytest.mark.parametrize("op", ["exact_mix", "exact_unmix"])
 def test_what_left_the_grid_stays_off_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its partner follows, whatever the mix: the shear of a lost coordinate is no number."""
-    monkeypatch.setattr(reversible, "_refuse_off_grid", lambda *_: None)
+    monkeypatch.setattr(_reversible, "_refuse_off_grid", lambda *_: None)
     lost, good = torch.tensor([reversible.OFF_GRID, 3]), torch.tensor([7, 4])
     x, y, latent = getattr(reversible, op)(lost, good, None, 0.0, 0.999999, True, 1.0, False, torch.float32)
     assert x[0] == y[0] == reversible.OFF_GRID
