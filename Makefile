@@ -10,7 +10,7 @@ SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_TH
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz sanitize clean
+.PHONY: help demo test lint bench gpu fuzz sanitize clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,6 +27,9 @@ lint: $(VENV)/.installed  ## ruff, clang-format and the rules of .pre-commit-con
 
 bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE")
 	@$(BIN)/python -m dense_attn bench $(ARGS)
+
+gpu:  ## on a machine with a GPU: build, test and measure, no network needed (ARGS="--quick", "--dry-run")
+	@$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 fuzz: $(SANITIZED)/.built  ## 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(SANITIZER_ENV) $(BIN)/python tests/fuzz.py --calls 10000

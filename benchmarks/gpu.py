@@ -1,0 +1,248 @@
+"""`make gpu`: on a machine with a GPU and no network, build the library, test it, and measure it, in one go.
+
+Runs from the checkout with the Python that has torch, on the standard library alone. Every step is a process of its own
+with a log; one that fails is reported, and the others still run. Wheels in `.whl/` are installed for the run first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "gpu"
+LIBRARY, WHEELS = BUILD / "lib", BUILD / "site"
+TOOLS = ("memcheck", "racecheck", "initcheck")
+TESTS = {  # of each family of the benchmark, what of the tests is its own
+    "attention": "accuracy or flipped or attention or list or parked or graph or waits or stream or inductor",
+    "sega": "sega or percentile or guidance or interpolation",
+    "steps": "step or grid or sampler or chain or latents",
+}
+QUICK_MINUTES = 9.5
+GRACE = 5  # seconds from the request to end to the end
+DEVICE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, why it cannot run here, and the least and the most seconds that it is given."""
+
+    name: str
+    command: list[str]
+    missing: str = ""
+    least: float = 5
+    most: float = 3600
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    step: str
+    verdict: str  # "passed", "not here: ...", or what is wrong
+    seconds: float
+    log: str
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict != "passed" and not self.verdict.startswith("not here")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 if every step that can run here passed, 1 if not, 2 if the arguments cannot be used or there is no GPU."""
+    arguments = _parse(argv)
+    device = "dry run" if arguments.dry_run else _device()
+    if not device:
+        print("make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one", file=sys.stderr)
+        return 2
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    steps = [step for step in _steps(arguments, device, output) if _wanted(step.name, arguments.only)]
+    outcomes = run(steps, output, 60 * arguments.minutes)
+    _print_table(outcomes)
+    summary = {"device": device, "dry_run": arguments.dry_run, "steps": [asdict(outcome) for outcome in outcomes]}
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return 1 if any(outcome.failed for outcome in outcomes) else 0
+
+
+def run(steps: list[Step], output: Path, seconds: float = 0) -> list[Outcome]:
+    """Each step in turn, whatever became of those before; of `seconds`, if not 0, later ones keep their least."""
+    end = time.monotonic() + seconds if seconds else None
+    outcomes = []
+    for index, step in enumerate(steps):
+        left = step.most
+        if end is not None:
+            kept = [later.least for later in steps[index + 1 :]]
+            left = min(left, end - time.monotonic() - sum(kept) - GRACE * bool(kept))  # a step may be slow to end
+        outcomes.append(_outcome(step, output, left))
+        print(f"{step.name}: {outcomes[-1].verdict} ({outcomes[-1].seconds:.0f} s)", flush=True)
+    return outcomes
+
+
+def _outcome(step: Step, output: Path, seconds: float) -> Outcome:
+    log, start = output / f"{step.name}.log", time.monotonic()
+    if step.missing:
+        return Outcome(step.name, f"not here: {step.missing}", 0, "")
+    if seconds < step.least:
+        return Outcome(step.name, "no time left", 0, "")
+    with log.open("w") as file:
+        file.write(" ".join(step.command) + "\n")
+        file.flush()
+        code = _call(step, file, seconds)
+    verdict = "passed" if code == 0 else f"ran past {seconds:.0f} s" if code is None else f"exit code {code}"
+    if code != 0:
+        print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-15:]), end="")
+    return Outcome(step.name, verdict, round(time.monotonic() - start, 1), log.name)
+
+
+def _call(step: Step, file: object, seconds: float) -> int | None:
+    """The exit code, None past the time; what the step has started ends with it, also when this process is asked to."""
+    environment = os.environ | step.environment
+    process = subprocess.Popen(
+        step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        for ending in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, ending)
+                process.wait(GRACE)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+
+def _steps(arguments: argparse.Namespace, device: str, output: Path) -> list[Step]:
+    dry, quick = arguments.dry_run, ["--quick"] * arguments.quick
+    environment = {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{WHEELS}", "PYTHONUNBUFFERED": "1"}
+    interpreted = environment | {"TRITON_INTERPRET": "1"} if dry else environment
+    python = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
+    name = re.sub(r"\W+", "-", device.lower()).strip("-")
+    results = ["--json", str(output / f"{name}.json"), "--plot", str(output / f"{name}.png")]
+    families = [word for family in arguments.family for word in ("--family", family)]
+    bench = ["bench", "--device", "cuda", *results, *families, *(["--dry-run", "--quick"] if dry else quick)]
+    wheels = sorted(str(wheel) for wheel in (ROOT / ".whl").glob("*.whl"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target"]
+    return [
+        Step("environment", [sys.executable, "-c", _ENVIRONMENT], most=120),
+        Step("wheels", [*pip, str(WHEELS), *wheels], "" if wheels else "no wheels in .whl/", most=300),
+        Step("build", _build(), most=900, least=20),
+        Step("tests", [*python, "-m", "pytest", *_tests(arguments)], environment=interpreted, least=60),
+        *(_sanitize(tool, python, interpreted, dry) for tool in TOOLS),
+        Step("verify", [*python, "-m", "dense_attn", "verify"], environment=environment, least=15),
+        Step("bench", [*python, "-m", "dense_attn", *bench], environment=environment, least=60),
+    ]
+
+
+def _build() -> list[str]:
+    """The library with its compiled part, where a compiler is there: the Triton kernels need none."""
+    command = [sys.executable, "setup.py", "--quiet"]
+    folders = ["--build-lib", str(LIBRARY)]
+    if shutil.which(os.environ.get("CXX", "c++")):
+        return [*command, "build", "--build-base", str(BUILD), *folders]
+    return [*command, "build_py", *folders]
+
+
+def _tests(arguments: argparse.Namespace) -> list[str]:
+    """The tests whose kernels run on the GPU; without one, a few of them through the interpreter."""
+    options = ["-q", "-p", "no:cacheprovider", "-rs", "--import-mode=importlib"]
+    own = ["tests/triton_backend.py"]
+    if arguments.dry_run:
+        return [*options, *own, "-k", "test_the_table or test_ddim_step"]
+    if not arguments.quick:
+        own += ["tests/triton_attention.py", "tests/triton_steps.py"]
+    chosen = " or ".join(TESTS[family] for family in arguments.family if family in TESTS)
+    selection = f"triton and ({chosen})" if chosen else "triton or test_gpu"
+    return [*options, "tests/test_backends.py", "tests/test_gpu.py", *own, "-k", selection]
+
+
+def _sanitize(tool: str, python: list[str], environment: dict[str, str], dry: bool) -> Step:
+    """Small launches of every kernel under a checker of the toolkit's; in a dry run, the launches alone."""
+    program = [*python, "-m", "dense_attn.benchmarks.launches"]
+    if dry:
+        missing = "" if tool == TOOLS[0] else "the launches have run"
+        return Step(f"sanitize-{tool}", program, missing, environment=environment)
+    checker = shutil.which("compute-sanitizer")
+    command = [checker or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
+    uncached = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    missing = "" if checker else "compute-sanitizer"
+    return Step(f"sanitize-{tool}", command, missing, least=20, most=300, environment=uncached)
+
+
+_ENVIRONMENT = """
+import platform, shutil, subprocess, sys
+print("python", sys.version)
+for name in ("torch", "triton", "numpy", "pytest"):
+    try:
+        print(name, __import__(name).__version__)
+    except ImportError as error:
+        print(name, "is missing:", error)
+for command in (["nvidia-smi"], ["nvcc", "--version"], ["c++", "--version"], ["compute-sanitizer", "--version"]):
+    if shutil.which(command[0]):
+        print(subprocess.run(command, capture_output=True, text=True).stdout)
+    else:
+        print(command[0], "is missing")
+"""
+
+
+def _device() -> str:
+    """The GPU's name, "" where torch sees none."""
+    found = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _wanted(name: str, only: list[str]) -> bool:
+    return not only or any(name == one or name.startswith(f"{one}-") for one in only)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("make gpu", description="Build, test and measure on a machine with a GPU.")
+    names = ("environment", "wheels", "build", "tests", "sanitize", "verify", "bench")
+    parser.add_argument("--quick", action="store_true", help="a part of the tests and rows, within ten minutes")
+    parser.add_argument("--minutes", type=_minutes, metavar="N", help=f"end by then ({QUICK_MINUTES} with --quick)")
+    parser.add_argument("--only", action="append", default=[], choices=names, metavar="STEP", help=", ".join(names))
+    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="of the benchmark and its tests")
+    parser.add_argument("--output", type=Path, default=BUILD / "results", metavar="DIR", help="logs and results")
+    parser.add_argument("--dry-run", action="store_true", help="every step without a GPU, through the interpreter")
+    arguments = parser.parse_args(argv)
+    if arguments.minutes is None:
+        arguments.minutes = QUICK_MINUTES if arguments.quick else 0
+    return arguments
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0
+    if not 0 < minutes < 10**6:
+        raise argparse.ArgumentTypeError(f"must be a positive number of minutes, got {text!r}")
+    return minutes
+
+
+def _print_table(outcomes: list[Outcome]) -> None:
+    print(f"\n{'step':<20} {'seconds':>8}  {'verdict':<40} log")
+    for outcome in outcomes:
+        print(f"{outcome.step:<20} {outcome.seconds:8.1f}  {outcome.verdict:<40} {outcome.log}")
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupted)
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""`make gpu`: a dry run of its steps, and what it makes of steps that fail, hang or come too late."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+DRIVER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+spec = importlib.util.spec_from_file_location("gpu_driver", DRIVER)
+gpu = importlib.util.module_from_spec(spec)
+sys.modules["gpu_driver"] = gpu  # dataclasses look their module up
+spec.loader.exec_module(gpu)
+
+
+def step(name: str, program: str, **options: object) -> object:
+    return gpu.Step(name, [sys.executable, "-c", program], **options)
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    """All steps but verify, which has tests of its own; without a compiler, and the benchmark's smallest family."""
+    pytest.importorskip("triton")
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, str(DRIVER), "--dry-run", "--output", str(tmp_path), "--family", "launch"]
+    for name in ("environment", "wheels", "build", "tests", "sanitize", "bench"):
+        command += ["--only", name]
+    result = subprocess.run(command, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    verdicts = {outcome["step"]: outcome["verdict"] for outcome in summary["steps"]}
+    passed = [name for name, verdict in verdicts.items() if verdict == "passed"]
+    assert passed == ["environment", "build", "tests", "sanitize-memcheck", "bench"]
+    assert all(name in passed or verdict.startswith("not here: ") for name, verdict in verdicts.items())
+    assert " passed" in (tmp_path / "tests.log").read_text()
+    assert "every kernel was launched" in (tmp_path / "sanitize-memcheck.log").read_text()
+    results = json.loads((tmp_path / "dry-run.json").read_text())
+    assert results["header"]["dry_run"] is True
+    assert {row["family"] for row in results["rows"]} == {"launch"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    result = subprocess.run([sys.executable, str(DRIVER)], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one\n"
+
+
+def test_a_failing_step_is_told_and_the_others_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    steps = [
+        step("one", "print('why'); raise SystemExit(3)"),
+        step("two", "print('fine')"),
+        step("three", "", missing="x"),
+    ]
+    outcomes = gpu.run(steps, tmp_path)
+    assert [outcome.verdict for outcome in outcomes] == ["exit code 3", "passed", "not here: x"]
+    assert [outcome.failed for outcome in outcomes] == [True, False, False]
+    assert "  why\n" in capsys.readouterr().out
+    assert (tmp_path / "two.log").read_text().endswith("fine\n")
+
+
+def test_a_step_that_hangs_ends_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    sleep = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    program = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleep!r}]); print(p.pid); "
+    program = f"{program} sys.stdout.flush(); p.wait()"
+    (outcome,) = gpu.run([step("hangs", program, most=2, least=0)], tmp_path)
+    assert outcome.verdict == "ran past 2 s"
+    child = int((tmp_path / "hangs.log").read_text().split()[-1])
+    for _ in range(50):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child is still there")
+
+
+def test_later_steps_keep_their_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    wait = "import time; time.sleep(60)"
+    steps = [step("long", wait, least=0), step("last", "", least=2), step("late", "", least=90)]
+    verdicts = [outcome.verdict for outcome in gpu.run(steps[:2], tmp_path, seconds=5)]
+    assert verdicts == ["ran past 2 s", "passed"]
+    assert [outcome.verdict for outcome in gpu.run(steps[1:], tmp_path, seconds=5)] == ["no time left"] * 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--only", "paint"], "argument --only: invalid choice: 'paint'"),
+        (["--minutes", "0"], "argument --minutes: must be a positive number of minutes, got '0'"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_wrong_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(argv)
+    assert message in capsys.readouterr().err
