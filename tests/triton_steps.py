@@ -32,19 +32,27 @@ OFF_GRID_TEXT = r"eps must be finite and keep the latents within the grid of 2\^
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's own
 
 
-@pytest.fixture(params=("whole", "staged", "several"))
-def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row in one program, there by way of memory or not, or, however short, in several, each with several tiles."""
-    if request.param == "staged":
+    if form == "staged":
         monkeypatch.setattr(_sega, "UNSTAGED", 0)
         monkeypatch.setattr(_sega, "TILE", 64)
-    if request.param == "several":
+    if form == "several":
         monkeypatch.setattr(_sega, "LONGEST", 0)
         monkeypatch.setattr(_sega, "TILE", 64)
         monkeypatch.setattr(selection, "TILE", 64)
         monkeypatch.setattr(selection, "SPAN", 128)
         monkeypatch.setattr(selection, "MAX_PROGRAMS", 20)
-    return request.param
+
+
+@pytest.fixture(params=("whole", "several"))
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=("whole", "staged", "several"))
+def programs_of_guidance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(request.param, monkeypatch)
 
 
 def same(got: object, expected: object) -> None:
@@ -72,14 +80,14 @@ def rows(values: str, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("values", ["normal", "ties", "equal", "denormal", "not finite", "transposed", "one"])
-def test_percentile_mask(values: str, dtype: torch.dtype, programs: str) -> None:
+def test_percentile_mask(values: str, dtype: torch.dtype, programs: None) -> None:
     x = rows(values, dtype)
     for level in LEVELS:
         same(sega.percentile_mask(x, level), reference.percentile_mask(x, level))
 
 
 @pytest.mark.parametrize("level", [0.1, 0.3, 0.71])
-def test_interpolation(level: float, programs: str) -> None:
+def test_interpolation(level: float, programs: None) -> None:
     """Between neighbours on either side of the middle, torch's fused multiply-adds to the last bit."""
     x = torch.randn(40, 7)
     same(sega.percentile_mask(x, level), reference.percentile_mask(x, level))
@@ -155,13 +163,13 @@ SEGA_CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SEGA_CASES)
-def test_sega_guidance(name: str, dtype: torch.dtype, programs: str) -> None:
+def test_sega_guidance(name: str, dtype: torch.dtype, programs_of_guidance: None) -> None:
     num_edits, change = SEGA_CASES[name]
     arguments, options = guidance(num_edits, dtype, **change)
     same(sega.sega_guidance(*arguments, **options), reference.sega_guidance(*arguments, **options))
 
 
-def test_sega_guidance_of_what_is_not_finite(programs: str) -> None:
+def test_sega_guidance_of_what_is_not_finite(programs_of_guidance: None) -> None:
     """NaN keeps nothing of its row; an infinity times a weight of 0 is not added."""
     arguments, options = guidance(3, torch.float32, edit_weights=[1.0, 0.0, 1.0])
     arguments[2][0, 0, 0, 3, 4], arguments[2][1, 0, 1, 2, 2] = torch.nan, torch.inf
