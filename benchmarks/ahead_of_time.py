@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -140,9 +139,3 @@ def _cuda_usage(cubin: bytes, name: str) -> tuple[int, int]:
     usage = inspect(cubin, "--dump-resource-usage")
     usage = usage[usage.index(name) :]
     return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
-
-
-class OnGpu(torch.Tensor):
-    """A tensor without memory that says it is on a GPU."""
-
-    is_cuda = True

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from dense_attn.triton_kernels import configs, layout_attention, reversible, sega, selection
 
-from .ahead_of_time import TARGETS, OnGpu
+from .ahead_of_time import TARGETS
 
 BATCH, HEADS = 2, 8
 HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160, 192, 256)
@@ -40,21 +42,21 @@ class Attention:
         q, k, v = self._rows(self.seqlen), self._rows(seqlen_k), self._rows(seqlen_k)
         words = empty(self.seqlen, dtype=torch.int32), empty(seqlen_k, dtype=torch.int32)
         numbers = empty(BATCH, HEADS, self.seqlen)
-        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        narrow = patch.object(configs, "precision", return_value="tf32") if self.tf32 else nullcontext()
         last = (self.modulation, -1.0 if self.negative else 1.0, *(words if self.ordered else ()))
-        if self.which == "bwd":
-            stats = empty(*q.shape[:3], layout_attention.STATS)
-            layout_attention.layout_attention_bwd(q, numbers, q, k, v, *words, numbers, q, stats, *last)
-        else:
-            layout_attention.layout_attention_fwd(q, k, v, *words, numbers, *last)
+        with narrow:
+            if self.which == "bwd":
+                stats = empty(*q.shape[:3], layout_attention.STATS)
+                layout_attention.layout_attention_bwd(q, numbers, q, k, v, *words, numbers, q, stats, *last)
+            else:
+                layout_attention.layout_attention_fwd(q, k, v, *words, numbers, *last)
 
     def _rows(self, seqlen: int) -> Tensor:
         shape = (BATCH, HEADS, seqlen, self.head_dim)
         if self.layout == "[B,N,H,D]":
             shape = (BATCH, seqlen, HEADS, self.head_dim)
         rows = empty(shape, dtype=getattr(torch, self.dtype))
-        rows = rows.transpose(1, 2) if self.layout == "[B,N,H,D]" else rows
-        return rows.as_subclass(OnGpu) if self.tf32 else rows
+        return rows.transpose(1, 2) if self.layout == "[B,N,H,D]" else rows
 
     @property
     def facts(self) -> dict[str, object]:
@@ -94,12 +96,12 @@ def _guide(
 
 def _sega() -> None:
     """Channels and rows that one program holds."""
-    _guide(4096)
-    _guide(sega.LONGEST_CHANNEL)
-    _guide(sega.LONGEST_CHANNEL // 2, sum_channels=True)
-    _guide(sega.LONGEST_CHANNEL // 2, apart=True)
-    _guide(sega.LONGEST_CHANNEL // 4, sum_channels=True, apart=True)
-    _guide(sega.LONGEST_CHANNEL, dtype=torch.bfloat16)
+    for longest in (sega.UNSTAGED, selection.LONGEST):
+        _guide(longest)
+        _guide(longest // 2, sum_channels=True)
+        _guide(longest // 2, apart=True)
+        _guide(longest // 4, sum_channels=True, apart=True)
+        _guide(longest, dtype=torch.bfloat16)
     sega.percentile_mask(empty(4, selection.LONGEST), 0.9)
     sega.percentile_mask(empty(4, selection.LONGEST, dtype=torch.bfloat16), 0.9)
 

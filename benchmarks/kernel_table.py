@@ -72,7 +72,7 @@ def compile_rows(calls: Iterable[Attention | Other]) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _use_cache, (cache,))
         with pool:
-            return [row for rows in pool.map(_compile, ordered) for row in rows]
+            return [row for rows in pool.map(compile_call, ordered) for row in rows]
 
 
 def _use_cache(folder: str) -> None:
@@ -80,7 +80,8 @@ def _use_cache(folder: str) -> None:
     torch.set_num_threads(1)
 
 
-def _compile(call: Attention | Other) -> list[Row]:
+def compile_call(call: Attention | Other) -> list[Row]:
+    """Rows of the kernels that one call launches."""
     with compiled(call.target) as launches:
         call()
     return [row_of(call, launch) for launch in launches]
@@ -99,7 +100,12 @@ def compile_elsewhere(folder: Path | None = None) -> dict[str, Any]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not file.exists():
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-        return json.loads(file.read_text())
+        return read(file)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A table: its header and rows."""
+    return json.loads(file.read_text())
 
 
 def row_of(call: Attention | Other, launch: Launch) -> Row:
