@@ -84,7 +84,10 @@ def compile_call(call: Attention | Other) -> list[Row]:
     """Rows of the kernels that one call launches."""
     with compiled(call.target) as launches:
         call()
-    return [row_of(call, launch) for launch in launches]
+    rows = [row_of(call, launch) for launch in launches]
+    for index, row in enumerate(rows):  # kernels that differ in what Triton knows of their arguments alone
+        row["variant"] = sum(key(row) == key(before | {"variant": 0}) for before in rows[:index])
+    return rows
 
 
 def compile_elsewhere(folder: Path | None = None) -> dict[str, Any]:
@@ -111,13 +114,15 @@ def read(file: Path) -> dict[str, Any]:
 def row_of(call: Attention | Other, launch: Launch) -> Row:
     """A line of the table."""
     constants = launch.constants
-    tile = [constants[side] for side in ("BLOCK_M", "BLOCK_N", "BLOCK", "TILE", "PROGRAMS") if side in constants]
+    sides = [constants[side] for side in ("BLOCK_M", "BLOCK_N", "BLOCK", "TILE", "PROGRAMS") if side in constants]
+    others = {} if "HEAD_DIM" in constants else {name: str(value) for name, value in constants.items()}
     return {
         "kernel": launch.kernel,
         "triton": triton.__version__,
         **call.facts,
-        "constants": {name: value for name, value in constants.items() if isinstance(value, (str, int))},
-        "tile": "x".join(map(str, tile[:2])),
+        "constants": others,
+        "variant": 0,
+        "tile": "x".join(map(str, sides[:2])),
         "warps": launch.warps,
         "stages": launch.stages,
         **{name: getattr(launch, name) for name in MEASURED},
@@ -142,13 +147,16 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, of {SHARED_LIMITS[row['target']]}")
     if row["spills"] > (SPILLS if "bwd" in row["kernel"] else 0):
         found.append(f"{row['spills']} bytes spilled")
-    return found + (_attention_faults(row) if "dtype" in row else _exactness_faults(row))
+    return found + (_attention_faults(row) if row["kernel"].startswith("layout_attention") else _exactness_faults(row))
 
 
 def _attention_faults(row: Row) -> list[str]:
     """Half floats go through the matrix units."""
-    runs_products = row["kernel"].startswith("layout_attention") and row["dtype"] != "float32"
-    return [f"no {MATRIX[row['target']]}"] if runs_products and MATRIX[row["target"]] not in row["matrix"] else []
+    return (
+        [f"no {MATRIX[row['target']]}"]
+        if row["dtype"] != "float32" and MATRIX[row["target"]] not in row["matrix"]
+        else []
+    )
 
 
 def _exactness_faults(row: Row) -> list[str]:

@@ -1,9 +1,9 @@
 """Every Triton kernel under every launch configuration, compiled ahead of time for devices that are not here.
 
 Compiled twice: with the Triton of this environment and with the oldest that the kernels work with, which `make test`
-installs beside it. Both compile every configuration at its largest head dim, every branch of the layout attention
-kernels on one device, and head dim 40 on all; `make kernels` compiles the other head dims and branches too, which take
-three times as long.
+installs beside it. Both compile every configuration at its largest head dim, and on one device every branch of the
+layout attention kernels; `make kernels` compiles more head dims, and the branches on all devices, which takes three
+times as long.
 """
 
 from __future__ import annotations
@@ -71,14 +71,24 @@ def reached(row: dict[str, Any]) -> tuple:
     exact = row["dtype"] == "float32" and not row["tf32"]
     by_head_dim = configs.FLOAT32 if exact else TABLES[row["kernel"]][row["target"]]
     largest, config = next(item for item in by_head_dim.items() if row["head_dim"] <= item[0])
-    row_keys = row["kernel"] == "layout_attention_row_fwd_kernel"
-    block_n = config.BLOCK_N if row_keys else row["constants"]["BLOCK_N"]  # the number of keys, whatever the table says
-    launched = configs.Config(row["constants"]["BLOCK_M"], block_n, row["warps"], row["stages"], config.parks)
+    block_m, block_n = map(int, row["tile"].split("x"))
+    if row["kernel"] == "layout_attention_row_fwd_kernel":
+        block_n = config.BLOCK_N  # the number of keys, whatever the table says
+    launched = configs.Config(block_m, block_n, row["warps"], row["stages"], config.parks)
     return row["kernel"], "float32" if exact else row["target"], largest, launched
 
 
 def test_every_configuration_is_compiled(table: Table) -> None:
-    assert {reached(row) for row in table["rows"] if row["kernel"] in TABLES} == wanted()
+    """But those that the newer Triton takes up to a minute for, which the older compiles."""
+    older = table["header"]["versions"]["triton"].startswith("3.6.")
+    slow = {row for row in wanted() if row[:2] == ("layout_attention_row_fwd_kernel", "gfx942")}
+    assert {reached(row) for row in table["rows"] if row["kernel"] in TABLES} == wanted() - (set() if older else slow)
+
+
+def test_the_committed_table_has_every_configuration(committed: Table) -> None:
+    for version in {row["triton"] for row in committed["rows"]}:
+        rows = [row for row in committed["rows"] if row["triton"] == version and row["kernel"] in TABLES]
+        assert {reached(row) for row in rows} == wanted()
 
 
 def test_every_kernel_is_compiled(table: Table) -> None:
