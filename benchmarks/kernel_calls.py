@@ -34,7 +34,7 @@ class Attention:
     layout: str = "[B,H,N,D]"  # the order of the axes in memory
     ordered: bool = True
     negative: bool = False  # the scale
-    tf32: bool = False
+    tf32: bool = False  # products of float32 that torch lets NVIDIA's round
     seqlen: int = 4096
 
     def __call__(self) -> None:
@@ -147,25 +147,37 @@ OTHERS = {"tile_lists": _tile_lists, "sega": _sega, "sega_long": _sega_long, "re
 BRANCHES = (  # each branch of every kernel that the defaults do not take
     {"dtype": "float16", "modulation": "mask", "ordered": False, "seqlen": 4095},
     {"dtype": "bfloat16", "modulation": "bias", "negative": True, "layout": "[B,N,H,D]"},
-    {"dtype": "float32", "modulation": "max", "tf32": True},
+    {"dtype": "float32", "modulation": "max"},
 )
 
 
-def each_configuration() -> Iterator[Attention | Other]:
-    """Calls that reach every row of `configs` at its largest head dim."""
-    tables = {"fwd": (configs.FORWARD,), "row_fwd": (configs.ROW_FORWARD,)}
-    tables["bwd"] = (configs.BACKWARD_Q, configs.BACKWARD_KV)
+def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
+    """The rows of `configs` by kernel, target and precision, each a largest head dim and its configuration."""
+    by_kernel = {"fwd": configs.FORWARD, "row_fwd": configs.ROW_FORWARD}
+    by_kernel |= {"bwd_q": configs.BACKWARD_Q, "bwd_kv": configs.BACKWARD_KV}
+    found = {}
     for target in TARGETS:
-        for which in PASSES:
-            largest = set().union(*(table[target] for table in tables[which]))
-            yield from (Attention(target, which, head_dim) for head_dim in sorted(largest))
-        yield from (Other(target, which) for which in OTHERS)
-    yield from _float32("gfx942")  # these rows are of no architecture; this one has the least shared memory
+        for kernel, by_target in by_kernel.items():
+            found[kernel, target, "half"], found[kernel, target, "ieee"] = by_target[target], configs.FLOAT32
+        if target in configs.TF32_FORWARD:
+            found["fwd", target, "tf32"], found["row_fwd", target, "tf32"] = (
+                configs.TF32_FORWARD[target], configs.FLOAT32,
+            )  # fmt: skip
+            found["bwd_q", target, "tf32"] = configs.TF32_BACKWARD_Q
+            found["bwd_kv", target, "tf32"] = configs.TF32_BACKWARD_KV
+    return found
 
 
-def _float32(target: str) -> Iterator[Attention]:
-    for which in PASSES:
-        yield from (Attention(target, which, head_dim, "float32") for head_dim in configs.FLOAT32)
+def each_configuration() -> Iterator[Attention | Other]:
+    """Calls that reach every row of `configs` at its largest head dim; a table of several targets, on one."""
+    known: set[tuple[str, int]] = set()
+    # The device with the least shared memory comes first.
+    for (kernel, target, precision), rows in sorted(tables().items(), key=lambda item: item[0][1] != "gfx942"):
+        if (kernel, id(rows)) not in known:
+            known.add((kernel, id(rows)))
+            kind = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}[precision]
+            yield from (Attention(target, kernel.partition("_q")[0].partition("_kv")[0], d, **kind) for d in rows)
+    yield from (Other(target, which) for target in TARGETS for which in OTHERS)
 
 
 def each_branch(target: str) -> Iterator[Attention]:
@@ -182,8 +194,9 @@ def too_slow(call: Attention | Other) -> bool:
 
 def tested() -> list[Attention | Other]:
     """What the tests compile: every configuration, and on one target every branch and the smallest head dim."""
-    smallest = (Attention("sm_90", which, 40) for which in PASSES)
-    return [call for call in (*each_configuration(), *each_branch("sm_90"), *smallest) if not too_slow(call)]
+    smallest = [Attention("sm_90", which, 40) for which in PASSES]
+    calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest])
+    return [call for call in calls if not too_slow(call)]
 
 
 def everything() -> list[Attention | Other]:
@@ -192,6 +205,6 @@ def everything() -> list[Attention | Other]:
     for target in TARGETS:
         more = [Attention(target, which, head_dim) for which in PASSES for head_dim in HEAD_DIMS[target]]
         more += [Attention(target, which, 40, layout="[B,N,H,D]") for which in PASSES]
-        more += [*each_branch(target), *_float32(target)]
+        more += each_branch(target)
         calls |= dict.fromkeys(call for call in more if not too_slow(call))
     return list(calls)

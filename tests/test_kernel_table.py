@@ -26,12 +26,6 @@ from dense_attn.triton_kernels import configs, layout_attention, reversible
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = sorted((ROOT / ".venv").glob("triton-*"))
 COMMITTED = ROOT / "benchmarks" / "results" / "kernels.json"
-TABLES = {
-    "layout_attention_fwd_kernel": configs.FORWARD,
-    "layout_attention_row_fwd_kernel": configs.ROW_FORWARD,
-    "layout_attention_bwd_q_kernel": configs.BACKWARD_Q,
-    "layout_attention_bwd_kv_kernel": configs.BACKWARD_KV,
-}
 Table = dict[str, Any]
 
 
@@ -55,40 +49,51 @@ def committed() -> Table:
     return kernel_table.read(COMMITTED)
 
 
-def wanted() -> set[tuple]:
-    """Every row of every table."""
-    rows = {
-        (kernel, target, largest, config)
-        for kernel, table in TABLES.items()
-        for target, by_head_dim in table.items()
-        for largest, config in by_head_dim.items()
-    }
-    return rows | {(kernel, "float32", *row) for kernel in TABLES for row in configs.FLOAT32.items()}
+def rows_of_configs() -> set[tuple]:
+    """(kernel, table, largest head dim) of every row; a table that several targets share is one."""
+    return {(kernel, id(rows), d) for (kernel, _, _), rows in kernel_calls.tables().items() for d in rows}
 
 
 def reached(row: dict[str, Any]) -> tuple:
-    """The row of a table that a kernel was launched with; the launcher's tile tells, not its call."""
-    exact = row["dtype"] == "float32" and not row["tf32"]
-    by_head_dim = configs.FLOAT32 if exact else TABLES[row["kernel"]][row["target"]]
-    largest, config = next(item for item in by_head_dim.items() if row["head_dim"] <= item[0])
+    """The row of `configs` that a kernel was launched under, which must have its tile."""
+    kernel = row["kernel"].removeprefix("layout_attention_").removesuffix("_kernel")
+    precision = "half" if row["dtype"] != "float32" else "tf32" if row["tf32"] else "ieee"
+    rows = kernel_calls.tables()[kernel, row["target"], precision]
+    largest, config = next(item for item in rows.items() if row["head_dim"] <= item[0])
     block_m, block_n = map(int, row["tile"].split("x"))
-    if row["kernel"] == "layout_attention_row_fwd_kernel":
-        block_n = config.BLOCK_N  # the number of keys, whatever the table says
-    launched = configs.Config(block_m, block_n, row["warps"], row["stages"], config.parks)
-    return row["kernel"], "float32" if exact else row["target"], largest, launched
+    assert block_m == config.BLOCK_M
+    assert block_n == config.BLOCK_N or kernel == "row_fwd"  # the number of keys, whatever the table says
+    assert (row["warps"], row["stages"]) == (config.num_warps, config.num_stages)
+    return kernel, id(rows), largest
+
+
+def attention(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["kernel"].startswith("layout_attention")]
+
+
+def test_every_table_is_known() -> None:
+    """Every dictionary of configurations in `configs` is among those that must be reached."""
+
+    def leaves(table: dict) -> list[int]:
+        first = next(iter(table.values()))
+        return [id(table)] if isinstance(first, configs.Config) else [id(rows) for rows in table.values()]
+
+    tables = [value for name, value in vars(configs).items() if name.isupper() and isinstance(value, dict)]
+    assert {leaf for table in tables for leaf in leaves(table)} == {table for _, table, _ in rows_of_configs()}
 
 
 def test_every_configuration_is_compiled(table: Table) -> None:
     """But those that the newer Triton takes up to a minute for, which the older compiles."""
-    older = table["header"]["versions"]["triton"].startswith("3.6.")
-    slow = {row for row in wanted() if row[:2] == ("layout_attention_row_fwd_kernel", "gfx942")}
-    assert {reached(row) for row in table["rows"] if row["kernel"] in TABLES} == wanted() - (set() if older else slow)
+    wanted = rows_of_configs()
+    if not table["header"]["versions"]["triton"].startswith("3.6."):
+        wanted -= {("row_fwd", id(configs.ROW_FORWARD["gfx942"]), d) for d in configs.ROW_FORWARD["gfx942"]}
+    assert {reached(row) for row in attention(table["rows"])} == wanted
 
 
 def test_the_committed_table_has_every_configuration(committed: Table) -> None:
     for version in {row["triton"] for row in committed["rows"]}:
-        rows = [row for row in committed["rows"] if row["triton"] == version and row["kernel"] in TABLES]
-        assert {reached(row) for row in rows} == wanted()
+        rows = [row for row in attention(committed["rows"]) if row["triton"] == version]
+        assert {reached(row) for row in rows} == rows_of_configs()
 
 
 def test_every_kernel_is_compiled(table: Table) -> None:
