@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+OLDEST := 3.6.0
+OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp bindings/*.h bindings/*.cpp)
 SANITIZED := build/sanitize
 SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=2 \
@@ -10,7 +12,7 @@ SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_TH
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu fuzz sanitize clean
+.PHONY: help demo test lint bench kernels gpu fuzz sanitize clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,7 +20,7 @@ help:  ## this list
 demo: $(VENV)/.built  ## layout attention on a real layout: a table and a picture
 	@$(BIN)/python -m dense_attn demo $(ARGS)
 
-test: $(VENV)/.built  ## the test suite (ARGS="-k name" for a part)
+test: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## the test suite (ARGS="-k name" for a part)
 	@$(BIN)/pytest $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, clang-format and the rules of .pre-commit-config.yaml, over all files
@@ -30,6 +32,9 @@ bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE")
 
 gpu:  ## on a machine with a GPU: build, test and measure, no network needed (ARGS="--quick", "--dry-run")
 	@$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton kernels for GPUs that are not here: a table
+	@$(BIN)/python -m dense_attn.benchmarks.kernel_table --triton $(OLDEST_TRITON) --json benchmarks/results/kernels.json
 
 fuzz: $(SANITIZED)/.built  ## 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(SANITIZER_ENV) $(BIN)/python tests/fuzz.py --calls 10000
@@ -51,6 +56,13 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	@echo "Building dense_attn"
 	@$(PIP) install -qq --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# The oldest Triton that the kernels work with, beside the development environment's.
+$(OLDEST_TRITON)/.installed: $(VENV)/.installed
+	@echo "Installing Triton $(OLDEST)"
+	@rm -rf $(OLDEST_TRITON)
+	@$(PIP) install --quiet --no-deps --target $(OLDEST_TRITON) triton==$(OLDEST)
 	@touch $@
 
 $(SANITIZED)/.built: $(VENV)/.installed $(NATIVE) $(wildcard dense_attn/*.py)

@@ -84,7 +84,11 @@ setup(
         "dense_attn.examples": "examples",
         "dense_attn.triton_kernels": "triton_kernels",
     },
-    package_data={"dense_attn": ["py.typed"], "dense_attn.examples": ["*.png"]},
+    package_data={
+        "dense_attn": ["py.typed"],
+        "dense_attn.benchmarks": ["results/*.json"],
+        "dense_attn.examples": ["*.png"],
+    },
     ext_modules=[
         Extension(
             "dense_attn._C",

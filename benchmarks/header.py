@@ -18,6 +18,7 @@ from dense_attn import __version__
 from dense_attn._kernel_hashes import kernel_hashes
 
 from . import machine
+from .revision import git_revision
 from .workloads import label_layout
 
 _FOLDER = Path(__file__).resolve().parent
@@ -50,7 +51,7 @@ def _processor() -> dict[str, Any]:
             "dense_attn": __version__, "torch": torch.__version__, "python": platform.python_version(),
             "numpy": numpy.__version__, "pytest-benchmark": pytest_benchmark.__version__,
         } | (_gpu_versions() if machine.on_gpu() else {}),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "regions": label_layout()[0],
     }  # fmt: skip
 
@@ -102,16 +103,3 @@ def _cpu_info() -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _git_revision() -> str | None:
-    """The commit the code stands at, with "+changes" where files differ from it; None outside of a repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(_FOLDER), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

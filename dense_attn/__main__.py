@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import dense_attn
-from dense_attn import _backends, _demo, _native
+from dense_attn import _backends, _demo, _kernel_report, _native
 from dense_attn._scene import UserError
 
 EXTRAS = {
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info", help="versions, CPU features, backends and the reasons of those that are missing"
     )
+    info.add_argument("--kernels", action="store_true", help="the Triton kernels as compiled, and where they have run")
     info.set_defaults(run=_info)
 
     verify = commands.add_parser("verify", help="check every available backend against the reference on this machine")
@@ -96,6 +97,9 @@ def _positive(text: str) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    if arguments.kernels:
+        print("\n".join(_kernel_report.report()))
+        return 0
     print(f"dense_attn {dense_attn.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
           f"python {platform.python_version()}, {platform.system()} {platform.machine()}")  # fmt: skip
     compiled = "not loaded" if _native.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()

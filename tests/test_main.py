@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dense_attn import Layout, _backends, _picture, _step, layout_attention
+from dense_attn import Layout, _backends, _kernel_report, _picture, _step, layout_attention
 from dense_attn.__main__ import main
+from dense_attn._kernel_hashes import kernel_hashes
 from dense_attn._scene import UserError, load_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +51,33 @@ def test_info_tells_backends_with_reasons_and_missing_extras(
         assert any(line.split()[0] == backend and ops["layout_attention"] in line for line in out.splitlines() if line)
     assert "no-such-package   missing: pip install dense_attn[bench]" in out
     assert f"pytest            {pytest.__version__}" in out
+
+
+def test_info_of_kernels(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(capsys, "info", "--kernels")
+    assert code == 0
+    kernels, sources = (part.splitlines() for part in out.split("\n\n"))
+    table = _kernel_report.results()["kernels.json"]
+    assert len(kernels) == 2 + len(table["rows"])
+    assert kernels[1].split() == list(_kernel_report.COLUMNS)
+    assert [line.split()[0] for line in sources[1:]] == list(kernel_hashes())
+
+    monkeypatch.setattr(_kernel_report, "results", dict)
+    code, _, err = run(capsys, "info", "--kernels")
+    assert code == 2
+    assert "make kernels writes it" in err
+
+
+def test_info_of_kernels_knows_other_sources() -> None:
+    now = kernel_hashes()
+    file = next(iter(now))
+    gpu = {"device": "Some GPU", "kernels": now}
+    others = {"a.json": gpu, "b.json": gpu | {"device": "Another", "kernels": now | {file: "0" * 16}}}
+    first, second = _kernel_report.sources(now | {file: "0" * 16}, others)[1:3]
+    assert first.split("  ")[-1] == "Some GPU, Another (other sources)"
+    assert "table is of other sources" in first
+    assert "of these sources" in second
+    assert all(line.endswith("not run on a GPU") for line in _kernel_report.sources(now, {})[1:])
 
 
 @pytest.mark.parametrize("argv", [(), ("paint",), ("demo", "--grids", "12"), ("demo", "--threads", "0")])

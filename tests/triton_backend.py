@@ -1,4 +1,4 @@
-"""The Triton backend behind the public ops: on a GPU (`make gpu`), or interpreted (test_triton_backend.py)."""
+"""The Triton backend behind the public ops: on a GPU (`make gpu`), or interpreted (test_interpreted.py)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Triton kernels of semantic guidance and of reversible steps against the reference, on a GPU or interpreted.
 
-Run by test_triton_steps in a process with TRITON_INTERPRET=1, and by `make gpu`. All results have the reference's very
+Run by test_interpreted, and by `make gpu`. All results have the reference's very
 bits; bfloat16 is an input only, because the interpreter cuts a float32 down to it where a GPU rounds.
 """
 

@@ -1,0 +1,210 @@
+"""The calls whose kernels are compiled ahead of time: every launch configuration, and every branch of every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+
+from dense_attn.triton_kernels import configs, layout_attention, reversible, sega, selection
+
+from .ahead_of_time import TARGETS
+
+BATCH, HEADS = 2, 8
+HEAD_DIMS = dict.fromkeys(TARGETS, (40, 64)) | {"sm_90": (40, 64, 72, 80, 96, 128, 160, 192, 256)}
+PASSES = ("fwd", "row_fwd", "bwd")
+empty = partial(torch.empty, device="meta")  # tensors of any size that take no memory: nothing runs
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A layout attention call; its defaults are those that need the most registers."""
+
+    target: str
+    which: str  # of PASSES
+    head_dim: int
+    dtype: str = "bfloat16"
+    modulation: str = "range"
+    layout: str = "[B,H,N,D]"  # the order of the axes in memory
+    ordered: bool = True
+    negative: bool = False  # the scale
+    tf32: bool = False  # products of float32 that torch lets NVIDIA's round
+    seqlen: int = 4096
+
+    def __call__(self) -> None:
+        """Launch the kernels of one pass."""
+        seqlen_k = self.seqlen if self.which != "row_fwd" else 77 if self.dtype != "float32" else 32
+        q, k, v = self._rows(self.seqlen), self._rows(seqlen_k), self._rows(seqlen_k)
+        words = empty(self.seqlen, dtype=torch.int32), empty(seqlen_k, dtype=torch.int32)
+        numbers = empty(BATCH, HEADS, self.seqlen)
+        narrow = patch.object(configs, "precision", return_value="tf32") if self.tf32 else nullcontext()
+        orders = words if self.ordered else (None, None)
+        last = (self.modulation, -1.0 if self.negative else 1.0, *orders)
+        with narrow:
+            if self.which == "bwd":
+                stats = empty(*q.shape[:3], layout_attention.STATS)
+                layout_attention.layout_attention_bwd(q, numbers, q, k, v, *words, numbers, q, stats, *last)
+            else:
+                layout_attention.layout_attention_fwd(q, k, v, *words, numbers, *last, lists=_lists(q, k))
+
+    def _rows(self, seqlen: int) -> Tensor:
+        shape = (BATCH, HEADS, seqlen, self.head_dim)
+        if self.layout == "[B,N,H,D]":
+            shape = (BATCH, seqlen, HEADS, self.head_dim)
+        rows = empty(shape, dtype=getattr(torch, self.dtype))
+        return rows.transpose(1, 2) if self.layout == "[B,N,H,D]" else rows
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a row of the table says of its call."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Other:
+    """The calls of another family."""
+
+    target: str
+    which: str  # of OTHERS
+
+    def __call__(self) -> None:
+        """Launch its kernels."""
+        OTHERS[self.which]()
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a row of the table says of its call."""
+        return asdict(self)
+
+
+def _lists(q: Tensor, k: Tensor) -> layout_attention.TileLists | None:
+    """As made beforehand, so that a forward call launches one kernel."""
+    blocks = layout_attention.fwd_blocks(q, k)
+    if blocks is None:
+        return None
+    query_tiles, key_tiles = (-(-x.shape[2] // block) for x, block in zip((q, k), blocks))
+    shapes = (1, query_tiles, 2, key_tiles), (1, query_tiles, 3), (1, key_tiles * blocks[1])
+    return layout_attention.TileLists(*(empty(shape, dtype=torch.int32) for shape in shapes))
+
+
+def _tile_lists() -> None:
+    """Of one layout for all samples, and of one a sample in an order of its own."""
+    one, each = empty(4096, dtype=torch.int32), empty(BATCH, 4095, dtype=torch.int32)
+    layout_attention.tile_lists(one, one, None, None, 128, 64)
+    layout_attention.tile_lists(each, each, each, each, 64, 32)
+
+
+def _guide(
+    num_values: int, sum_channels: bool = False, dtype: torch.dtype = torch.float32, apart: bool = False
+) -> None:
+    """A step of three concepts; apart: the channels of a pixel are neighbours, the pixels of a channel are not."""
+    uncond, edits = empty((1, 4, num_values), dtype=dtype), empty((3, 1, 4, num_values), dtype=dtype)
+    if apart:
+        uncond, edits = (x.mT.contiguous().mT for x in (uncond, edits))
+    lists = {"edit_guidance_scale": [5.0] * 3, "edit_threshold": [0.9] * 3, "edit_weights": [1.0] * 3}
+    lists |= {"warm": [True] * 3, "enabled": [True] * 3, "reverse": [False] * 3}
+    numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.3, "edit_mom_beta": 0.4, "sum_channels": sum_channels}
+    sega.sega_guidance(uncond, uncond, edits, uncond.float(), **lists, **numbers, user_mask=None)
+
+
+def _sega() -> None:
+    """Channels and rows that one program holds."""
+    for longest in (sega.UNSTAGED, selection.LONGEST):
+        _guide(longest)
+        _guide(longest // 2, sum_channels=True)
+        _guide(longest // 2, apart=True)
+        _guide(longest // 4, sum_channels=True, apart=True)
+        _guide(longest, dtype=torch.bfloat16)
+    sega.percentile_mask(empty(4, selection.LONGEST), 0.9)
+    sega.percentile_mask(empty(4, selection.LONGEST, dtype=torch.bfloat16), 0.9)
+
+
+def _sega_long() -> None:
+    """Channels and rows that several programs share."""
+    _guide(2 * selection.LONGEST)
+    sega.percentile_mask(empty(4, 2 * selection.LONGEST), 0.9)
+
+
+def _reversible() -> None:
+    x, z = empty(4096), empty(4096, dtype=torch.int64)
+    reversible.ddim_step(x, x.half(), x.half(), 0.9, 0.3, 7.5)
+    reversible.leapfrog_step(x, x, x, 0.9, 0.3, 7.5)
+    reversible.edict_mix(x, x, x, 0.9, 0.3, 0.93, True)
+    reversible.edict_unmix(x, x, x, 0.9, 0.3, 0.93, True)
+    reversible.exact_couple(z, x, 0.9, 0.3, torch.float16)
+    reversible.exact_leapfrog(z, z, x, 0.9, 0.3, 0.1, torch.bfloat16)
+    reversible.exact_mix(z, z, x, 0.9, 0.93, True, 0.1, False, torch.float32)
+    reversible.exact_unmix(z, z, x, 0.9, 0.93, False, 0.1, True, torch.float32)
+
+
+OTHERS = {"tile_lists": _tile_lists, "sega": _sega, "sega_long": _sega_long, "reversible": _reversible}
+BRANCHES = (  # each branch of every kernel that the defaults do not take
+    {"dtype": "float16", "modulation": "mask", "ordered": False, "seqlen": 4095},
+    {"dtype": "bfloat16", "modulation": "bias", "negative": True, "layout": "[B,N,H,D]"},
+    {"dtype": "float32", "modulation": "max"},
+)
+
+
+def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
+    """The rows of `configs` by kernel, target and precision, each a largest head dim and its configuration."""
+    by_kernel = {"fwd": configs.FORWARD, "row_fwd": configs.ROW_FORWARD}
+    by_kernel |= {"bwd_q": configs.BACKWARD_Q, "bwd_kv": configs.BACKWARD_KV}
+    found = {}
+    for target in TARGETS:
+        for kernel, by_target in by_kernel.items():
+            found[kernel, target, "half"], found[kernel, target, "ieee"] = by_target[target], configs.FLOAT32
+        if target in configs.TF32_FORWARD:
+            found["fwd", target, "tf32"], found["row_fwd", target, "tf32"] = (
+                configs.TF32_FORWARD[target], configs.FLOAT32,
+            )  # fmt: skip
+            found["bwd_q", target, "tf32"] = configs.TF32_BACKWARD_Q
+            found["bwd_kv", target, "tf32"] = configs.TF32_BACKWARD_KV
+    return found
+
+
+def each_configuration() -> Iterator[Attention | Other]:
+    """Calls that reach every row of `configs` at its largest head dim; a table of several targets, on one."""
+    known: set[tuple[str, int]] = set()
+    # The device with the least shared memory comes first.
+    for (kernel, target, precision), rows in sorted(tables().items(), key=lambda item: item[0][1] != "gfx942"):
+        if (kernel, id(rows)) not in known:
+            known.add((kernel, id(rows)))
+            kind = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}[precision]
+            yield from (Attention(target, kernel.removesuffix("_q").removesuffix("_kv"), d, **kind) for d in rows)
+    yield from (Other(target, which) for target in TARGETS for which in OTHERS)
+
+
+def each_branch(target: str) -> Iterator[Attention]:
+    """Calls that together take every branch of the layout attention kernels."""
+    for branch in BRANCHES:
+        yield from (Attention(target, which, 64, **branch) for which in PASSES)
+
+
+def too_slow(call: Attention | Other) -> bool:
+    """Whether this Triton takes up to a minute for the call, and 3.6 three seconds: tests leave it to that one."""
+    newer = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+    return newer and (call.target, call.which) == ("gfx942", "row_fwd") and call.dtype != "float32"
+
+
+def tested() -> list[Attention | Other]:
+    """What the tests compile: every configuration, and on one target every branch and the smallest head dim."""
+    smallest = [Attention("sm_90", which, 40) for which in PASSES]
+    calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest])
+    return [call for call in calls if not too_slow(call)]
+
+
+def everything() -> list[Attention | Other]:
+    """What the table lists: more head dims, and branches and orders of memory on all targets."""
+    calls = dict.fromkeys([*tested(), *each_configuration()])
+    for target in TARGETS:
+        more = [Attention(target, which, head_dim) for which in PASSES for head_dim in HEAD_DIMS[target]]
+        more += [Attention(target, which, 40, layout="[B,N,H,D]") for which in PASSES]
+        more += each_branch(target)
+        calls |= dict.fromkeys(call for call in more if not too_slow(call))
+    return list(calls)

@@ -1,0 +1,192 @@
+"""The table of Triton kernels: `python -m dense_attn.benchmarks.kernel_table --json FILE`, or `make kernels`.
+
+Every kernel under every launch configuration, compiled ahead of time; no GPU is needed and nothing is run. A row says
+which call launched the kernel and what the compiler made of it.
+
+    --json FILE      write the table
+    --tested         only the calls that the test suite compiles
+    --triton FOLDER  those calls also with the Triton in this folder; may be repeated
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from dense_attn import __version__
+from dense_attn._kernel_hashes import kernel_hashes
+
+from .ahead_of_time import SHARED_LIMITS, Launch, compiled
+from .kernel_calls import Attention, Other, everything, tested
+from .revision import git_revision
+
+Row = dict[str, Any]
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+SPILLS = 16  # bytes that a backward kernel may spill
+INTERPOLATION = 2  # the fused multiply-adds of torch.lerp, either side of weight 0.5
+SLOWEST = ("gfx942", "sm_100")  # to compile for, which therefore comes first
+NUMBERS = ("registers", "spills", "shared")
+MEASURED = (*NUMBERS, "matrix", "fused", "divisions")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print what breaks a rule, write; 1 if a rule is broken."""
+    parser = argparse.ArgumentParser("python -m dense_attn.benchmarks.kernel_table", description="Compile all kernels.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the table")
+    parser.add_argument("--tested", action="store_true", help="only the calls that the test suite compiles")
+    beside = {"action": "append", "default": [], "type": Path, "metavar": "FOLDER"}
+    parser.add_argument("--triton", **beside, help="those calls also with the Triton in this folder; may be repeated")
+    arguments = parser.parse_args(argv)
+    rows = compile_rows(tested() if arguments.tested else everything())
+    for folder in arguments.triton:
+        rows += compile_elsewhere(folder)["rows"]
+    header = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"dense_attn": __version__, "torch": torch.__version__, "triton": triton.__version__},
+        "git_revision": git_revision(),
+        "kernels": kernel_hashes(),
+    }
+    text = ",\n  ".join(map(json.dumps, rows))
+    arguments.json.write_text(f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n')
+    broken = [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
+    print("\n".join([*broken, f"{len(rows)} kernels, {len(broken)} faults"]))
+    return 1 if broken else 0
+
+
+def compile_rows(calls: Iterable[Attention | Other]) -> list[Row]:
+    """Rows of all calls, compiled side by side, nothing taken from a cache."""
+    ordered = sorted(calls, key=lambda call: call.target not in SLOWEST)
+    with tempfile.TemporaryDirectory() as cache:
+        pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _use_cache, (cache,))
+        with pool:
+            return [row for rows in pool.map(compile_call, ordered) for row in rows]
+
+
+def _use_cache(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
+    torch.set_num_threads(1)
+
+
+def compile_call(call: Attention | Other) -> list[Row]:
+    """Rows of the kernels that one call launches."""
+    with compiled(call.target) as launches:
+        call()
+    rows = [row_of(call, launch) for launch in launches]
+    for index, row in enumerate(rows):  # kernels that differ in what Triton knows of their arguments alone
+        row["variant"] = sum(key(row) == key(before | {"variant": 0}) for before in rows[:index])
+    return rows
+
+
+def compile_elsewhere(folder: Path | None = None) -> dict[str, Any]:
+    """The table of the tested calls, made by a process of its own with the Triton in a folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if folder is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(folder.resolve()), environment.get("PYTHONPATH")))
+        )
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "kernels.json")
+        command = [sys.executable, "-m", "dense_attn.benchmarks.kernel_table", "--tested", "--json", str(file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if not file.exists():
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+        return read(file)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A table: its header and rows."""
+    return json.loads(file.read_text())
+
+
+def row_of(call: Attention | Other, launch: Launch) -> Row:
+    """A line of the table."""
+    constants = launch.constants
+    sides = [constants[side] for side in ("BLOCK_M", "BLOCK_N", "BLOCK", "TILE", "PROGRAMS") if side in constants]
+    others = {} if "HEAD_DIM" in constants else {name: str(value) for name, value in constants.items()}
+    return {
+        "kernel": launch.kernel,
+        "triton": triton.__version__,
+        **call.facts,
+        "constants": others,
+        "variant": 0,
+        "tile": "x".join(map(str, sides[:2])),
+        "warps": launch.warps,
+        "stages": launch.stages,
+        **{name: getattr(launch, name) for name in MEASURED},
+    }
+
+
+def key(row: Row) -> str:
+    """What tells a row from the others: all that was not measured."""
+    return json.dumps({name: value for name, value in row.items() if name not in MEASURED}, sort_keys=True)
+
+
+def name(row: Row) -> str:
+    """A row in a few words."""
+    call = [str(row[field]) for field in ("head_dim", "dtype", "modulation", "layout") if field in row]
+    return " ".join([row["kernel"], row["target"], f"Triton {row['triton']}", *call, row["tile"]])
+
+
+def faults(row: Row) -> list[str]:
+    """The rules that a row breaks."""
+    found = []
+    if row["shared"] > SHARED_LIMITS[row["target"]]:
+        found.append(f"{row['shared']} bytes of shared memory, of {SHARED_LIMITS[row['target']]}")
+    if row["spills"] > (SPILLS if "bwd" in row["kernel"] else 0):
+        found.append(f"{row['spills']} bytes spilled")
+    return found + (_attention_faults(row) if row["kernel"].startswith("layout_attention") else _exactness_faults(row))
+
+
+def _attention_faults(row: Row) -> list[str]:
+    """Half floats go through the matrix units."""
+    return (
+        [f"no {MATRIX[row['target']]}"]
+        if row["dtype"] != "float32" and MATRIX[row["target"]] not in row["matrix"]
+        else []
+    )
+
+
+def _exactness_faults(row: Row) -> list[str]:
+    """Thresholds and steps are the same bits everywhere: no product melts into a sum, quotients round to nearest."""
+    found, fused = [], row["fused"]
+    if "div.full" in row["divisions"]:
+        found.append("a quotient that is not rounded to nearest")
+    if row["kernel"] in ("sega_guidance_kernel", "percentile_mask_kernel") and fused != INTERPOLATION:
+        found.append(f"{fused} fused multiply-adds, of {INTERPOLATION}")
+    # gfx942 makes exact quotients of fused steps; ranks are made integers by them.
+    free = {"sega_guidance_kernel", "percentile_mask_kernel", "digit_kernel", "thresholds_kernel"}
+    if row["kernel"] not in free and fused and "v_div_fmas" not in row["divisions"]:
+        found.append(f"{fused} fused multiply-adds")
+    return found
+
+
+def differences(committed: Iterable[Row], now: Iterable[Row]) -> list[str]:
+    """Where the committed table does not say what is compiled now, under the same Triton."""
+    known = {key(row): row for row in committed}
+    found = []
+    for row in now:
+        before = known.get(key(row))
+        if before is None:
+            found.append(f"{name(row)}: not in the table")
+        else:
+            found += [
+                f"{name(row)}: {what} {before[what]}, now {row[what]}" for what in NUMBERS if before[what] != row[what]
+            ]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""`info --kernels`: what the kernels became when they were compiled ahead of time, and the GPUs they ran on."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from dense_attn._kernel_hashes import kernel_hashes
+from dense_attn._scene import UserError
+
+_CALL = ("kernel", "target", "triton", "head_dim", "dtype", "modulation", "layout")
+COLUMNS = (*_CALL, "tile", "warps", "stages", "registers", "spills", "shared", "matrix")
+
+
+def report() -> list[str]:
+    """The lines to print."""
+    found = results()
+    if "kernels.json" not in found:
+        raise UserError("the table of kernels is not installed: make kernels writes it")
+    table = found["kernels.json"]
+    header = table["header"]
+    lines = [f"compiled ahead of time, not run, at {(header['git_revision'] or 'an unknown revision')[:12]}"]
+    lines += [*_grid([COLUMNS, *([_cell(row, name) for name in COLUMNS] for row in table["rows"])]), ""]
+    return lines + sources(header["kernels"], {name: result["header"] for name, result in found.items()})
+
+
+def stale(headers: dict[str, dict[str, Any]]) -> list[str]:
+    """Results from GPUs whose kernels are no longer the sources'."""
+    now = kernel_hashes()
+    gpus = {name: header for name, header in headers.items() if _ran_on_gpu(header)}
+    return [
+        f"{name}: {header['device']} ran other sources of {', '.join(changed)}"
+        for name, header in gpus.items()
+        if (changed := [file for file, value in now.items() if header["kernels"].get(file) != value])
+    ]
+
+
+def sources(table: dict[str, str], headers: dict[str, dict[str, Any]]) -> list[str]:
+    """Of each kernel file: whether the table is its own, and the GPUs that ran it as it is."""
+    lines = [["source", "table", "ran on"]]
+    for file, value in kernel_hashes().items():
+        ran = {
+            header["device"]: header["kernels"].get(file) == value
+            for header in headers.values()
+            if _ran_on_gpu(header) and file in header["kernels"]
+        }
+        gpus = [device if same else f"{device} (other sources)" for device, same in ran.items()]
+        of_these = "of these sources" if table.get(file) == value else "table is of other sources"
+        lines.append([file, of_these, ", ".join(gpus) or "not run on a GPU"])
+    return _grid(lines)
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """All results that are installed, by their file's name."""
+    folder = files("dense_attn.benchmarks") / "results"
+    if not folder.is_dir():
+        return {}
+    return {path.name: json.loads(path.read_text()) for path in folder.iterdir() if path.name.endswith(".json")}
+
+
+def _ran_on_gpu(header: dict[str, Any]) -> bool:
+    """Whether a result is one of kernels that ran: the table of compiled ones names no device, a dry run no GPU."""
+    return "kernels" in header and "device" in header and not header.get("dry_run", False)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name == "matrix":
+        return " ".join(f"{count} {kind}" for kind, count in row[name].items()) or "-"
+    return str(row.get(name, "-"))
+
+
+def _grid(lines: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]

@@ -1,0 +1,189 @@
+"""Every Triton kernel under every launch configuration, compiled ahead of time for devices that are not here.
+
+Compiled twice: with the Triton of this environment and with the oldest that the kernels work with, which `make test`
+installs beside it. Both compile every configuration at its largest head dim, and on one device every branch of the
+layout attention kernels; `make kernels` compiles more head dims, and the branches on all devices, which takes three
+times as long.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dense_attn import _kernel_report
+from dense_attn._kernel_hashes import kernel_hashes
+from dense_attn.benchmarks import ahead_of_time, kernel_calls, kernel_table
+from dense_attn.triton_kernels import configs, layout_attention, reversible
+
+ROOT = Path(__file__).resolve().parents[1]
+BESIDE = sorted((ROOT / ".venv").glob("triton-*"))
+COMMITTED = ROOT / "benchmarks" / "results" / "kernels.json"
+Table = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is compiled, not found."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture(scope="module", params=["this", "oldest"])
+def table(request: pytest.FixtureRequest) -> Table:
+    if request.param == "this":
+        return kernel_table.compile_elsewhere()
+    if not BESIDE:
+        pytest.skip("no other Triton is installed beside this one: make test does that")
+    return kernel_table.compile_elsewhere(BESIDE[0])
+
+
+@pytest.fixture(scope="module")
+def committed() -> Table:
+    return kernel_table.read(COMMITTED)
+
+
+def rows_of_configs() -> set[tuple]:
+    """(kernel, table, largest head dim) of every row; a table that several targets share is one."""
+    return {(kernel, id(rows), d) for (kernel, _, _), rows in kernel_calls.tables().items() for d in rows}
+
+
+def reached(row: dict[str, Any]) -> tuple:
+    """The row of `configs` that a kernel was launched under, which must have its tile."""
+    kernel = row["kernel"].removeprefix("layout_attention_").removesuffix("_kernel")
+    precision = "half" if row["dtype"] != "float32" else "tf32" if row["tf32"] else "ieee"
+    rows = kernel_calls.tables()[kernel, row["target"], precision]
+    largest, config = next(item for item in rows.items() if row["head_dim"] <= item[0])
+    block_m, block_n = map(int, row["tile"].split("x"))
+    assert block_m == config.BLOCK_M
+    assert block_n == config.BLOCK_N or kernel == "row_fwd"  # the number of keys, whatever the table says
+    assert (row["warps"], row["stages"]) == (config.num_warps, config.num_stages)
+    return kernel, id(rows), largest
+
+
+def attention(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["kernel"].startswith("layout_attention")]
+
+
+def test_every_table_is_known() -> None:
+    """Every dictionary of configurations in `configs` is among those that must be reached."""
+
+    def leaves(table: dict) -> list[int]:
+        first = next(iter(table.values()))
+        return [id(table)] if isinstance(first, configs.Config) else [id(rows) for rows in table.values()]
+
+    tables = [value for name, value in vars(configs).items() if name.isupper() and isinstance(value, dict)]
+    assert {leaf for table in tables for leaf in leaves(table)} == {table for _, table, _ in rows_of_configs()}
+
+
+def test_every_configuration_is_compiled(table: Table) -> None:
+    """But those that the newer Triton takes up to a minute for, which the older compiles."""
+    wanted = rows_of_configs()
+    if not table["header"]["versions"]["triton"].startswith("3.6."):
+        wanted -= {("row_fwd", id(configs.ROW_FORWARD["gfx942"]), d) for d in configs.ROW_FORWARD["gfx942"]}
+    assert {reached(row) for row in attention(table["rows"])} == wanted
+
+
+def test_the_committed_table_has_every_configuration(committed: Table) -> None:
+    for version in {row["triton"] for row in committed["rows"]}:
+        rows = [row for row in attention(committed["rows"]) if row["triton"] == version]
+        assert {reached(row) for row in rows} == rows_of_configs()
+
+
+def test_every_kernel_is_compiled(table: Table) -> None:
+    """For each device."""
+    sources = "".join(path.read_text() for path in (ROOT / "triton_kernels").glob("*.py"))
+    kernels = re.findall(r"^def (\w+_kernel)\(", sources, re.M)
+    compiled = {(row["kernel"], row["target"]) for row in table["rows"]}
+    assert compiled == {(kernel, target) for kernel in kernels for target in ahead_of_time.TARGETS}
+
+
+@pytest.mark.parametrize("target", ahead_of_time.TARGETS)
+def test_no_rule_is_broken(table: Table, target: str) -> None:
+    rows = [row for row in table["rows"] if row["target"] == target]
+    assert rows
+    assert [f"{kernel_table.name(row)}: {fault}" for row in rows for fault in kernel_table.faults(row)] == []
+
+
+def test_the_committed_table_is_of_now(table: Table, committed: Table) -> None:
+    """`make kernels` renews it."""
+    assert kernel_table.differences(committed["rows"], table["rows"]) == []
+
+
+def test_the_committed_table_is_of_these_sources(committed: Table) -> None:
+    assert committed["header"]["kernels"] == kernel_hashes(), "make kernels renews the table"
+    assert [kernel_table.name(row) for row in committed["rows"] if kernel_table.faults(row)] == []
+
+
+def test_results_of_other_sources_are_told() -> None:
+    """Not a failure: nobody can run a GPU at will."""
+    headers = {name: result["header"] for name, result in _kernel_report.results().items()}
+    for line in _kernel_report.stale(headers):
+        warnings.warn(line, stacklevel=1)
+
+
+def test_the_stale_are_told_from_the_fresh() -> None:
+    fresh = {"device": "Some GPU", "kernels": kernel_hashes()}
+    old = fresh | {"kernels": fresh["kernels"] | {"sega.py": "0" * 16}}
+    headers = {"new.json": fresh, "old.json": old, "dry.json": old | {"dry_run": True}, "cpu.json": {"device": "CPU"}}
+    assert _kernel_report.stale(headers) == ["old.json: Some GPU ran other sources of sega.py"]
+
+
+def test_a_changed_number_is_noticed(committed: Table) -> None:
+    row = committed["rows"][0]
+    for number in kernel_table.NUMBERS:
+        changed = row | {number: row[number] + 1}
+        assert kernel_table.differences([row], [changed]) != []
+    assert kernel_table.differences([row], [row | {"target": "sm_70"}]) != []
+    assert kernel_table.differences([row], [row]) == []
+
+
+def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: a tile too large for four warps."""
+    monkeypatch.setitem(configs.FORWARD["sm_90"], 96, configs.Config(128, 64, 4, 3))
+    rows = kernel_table.compile_call(kernel_calls.Attention("sm_90", "fwd", 64))
+    assert any("spilled" in fault for row in rows for fault in kernel_table.faults(row))
+
+
+def test_too_much_shared_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ahead_of_time.SHARED_LIMITS, "sm_90", 1024)
+    rows = kernel_table.compile_call(kernel_calls.Attention("sm_90", "row_fwd", 40))
+    assert any("shared memory" in fault for row in rows for fault in kernel_table.faults(row))
+
+
+def test_fusion_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(reversible.LAUNCH, "enable_fp_fusion", True)
+    rows = kernel_table.compile_call(kernel_calls.Other("sm_90", "reversible"))
+    assert any("fused multiply-adds" in fault for row in rows for fault in kernel_table.faults(row))
+
+
+def test_missing_matrix_instructions_are_seen(committed: Table) -> None:
+    for target, kind in kernel_table.MATRIX.items():
+        row = next(row for row in committed["rows"] if row["target"] == target and kind in row["matrix"])
+        assert kernel_table.faults(row | {"matrix": {"mma.other": 4}}) == [f"no {kind}"]
+
+
+def test_warp_groups_are_in_the_machine_code() -> None:
+    """What the PTX calls wgmma, the binary for sm_90 calls HGMMA."""
+    with ahead_of_time.compiled("sm_90") as launches:
+        kernel_calls.Attention("sm_90", "row_fwd", 64)()
+    (launch,) = launches
+    assert launch.matrix["wgmma.mma_async"] > 0
+    assert ahead_of_time.inspect(launch.binary, "--dump-sass").count("HGMMA") > 0
+
+
+def test_what_is_compiled_is_what_is_launched() -> None:
+    """Layouts of memory that differ in the strides' divisors are kernels of their own; sizes alike are not."""
+    q, words, numbers = (torch.empty(1, 2, 512, 64, device="meta", dtype=torch.bfloat16) for _ in range(3))
+    words, numbers = words.new_empty(512, dtype=torch.int32), numbers.new_empty(1, 2, 512, dtype=torch.float32)
+    keys = q[:, :, :32]
+    with ahead_of_time.compiled("sm_90") as launches:
+        for rows in (q, q.clone(), q.new_empty(1, 2, 512, 65)[..., :64]):
+            layout_attention.layout_attention_fwd(rows, keys, keys, words, words[:32], numbers, "max", 1.0)
+    assert [launch.kernel for launch in launches] == ["layout_attention_row_fwd_kernel"] * 2
