@@ -158,7 +158,8 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
     found = {}
     for target in TARGETS:
         for kernel, by_target in by_kernel.items():
-            found[kernel, target, "half"], found[kernel, target, "ieee"] = by_target[target], configs.FLOAT32
+            exact = configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32
+            found[kernel, target, "half"], found[kernel, target, "ieee"] = by_target[target], exact
         if target in configs.TF32_FORWARD:
             found["fwd", target, "tf32"], found["row_fwd", target, "tf32"] = (
                 configs.TF32_FORWARD[target], configs.FLOAT32,

@@ -5,6 +5,7 @@ which call launched the kernel and what the compiler made of it.
 
     --json FILE      write the table
     --tested         only the calls that the test suite compiles
+    --target NAME    only the calls for this device; may be repeated
     --triton FOLDER  those calls also with the Triton in this folder; may be repeated
 """
 
@@ -47,12 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m dense_attn.benchmarks.kernel_table", description="Compile all kernels.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the table")
     parser.add_argument("--tested", action="store_true", help="only the calls that the test suite compiles")
+    parser.add_argument("--target", action="append", default=[], choices=MATRIX, help="only for this device")
     beside = {"action": "append", "default": [], "type": Path, "metavar": "FOLDER"}
     parser.add_argument("--triton", **beside, help="those calls also with the Triton in this folder; may be repeated")
     arguments = parser.parse_args(argv)
-    rows = compile_rows(tested() if arguments.tested else everything())
+    calls = tested() if arguments.tested else everything()
+    targets = arguments.target or MATRIX
+    rows = compile_rows(call for call in calls if call.target in targets)
     for folder in arguments.triton:
-        rows += compile_elsewhere(folder)["rows"]
+        rows += compile_elsewhere(folder, targets)["rows"]
     header = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"dense_attn": __version__, "torch": torch.__version__, "triton": triton.__version__},
@@ -90,7 +94,7 @@ def compile_call(call: Attention | Other) -> list[Row]:
     return rows
 
 
-def compile_elsewhere(folder: Path | None = None) -> dict[str, Any]:
+def compile_elsewhere(folder: Path | None = None, targets: Iterable[str] = MATRIX) -> dict[str, Any]:
     """The table of the tested calls, made by a process of its own with the Triton in a folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if folder is not None:
@@ -100,6 +104,7 @@ def compile_elsewhere(folder: Path | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "kernels.json")
         command = [sys.executable, "-m", "dense_attn.benchmarks.kernel_table", "--tested", "--json", str(file)]
+        command += [word for target in targets for word in ("--target", target)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not file.exists():
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")

@@ -113,8 +113,8 @@ BACKWARD_KV: Table = {  # the same; a tile of keys stays, so many keys read quer
 }
 # tf32 for NVIDIA's: operands of 4 bytes, so half of the tile; backward passes have the same on each.
 TF32_FORWARD: Table = {
-    "sm_80": {64: Config(128, 32, 8, 2), 128: Config(64, 32, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)},
-    "sm_90": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2, parks=True), 256: Config(64, 16, 8, 2, parks=True)},
+    "sm_80": {64: Config(128, 32, 8, 2), 128: Config(64, 32, 8, 1, parks=True), 256: Config(32, 16, 8, 1, parks=True)},
+    "sm_90": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2, parks=True), 256: Config(32, 16, 8, 1, parks=True)},
     "sm_100": {
         64: Config(128, 64, 8, 2),
         128: Config(128, 32, 8, 2, parks=True),
@@ -125,6 +125,7 @@ TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Con
 TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for every architecture.
 FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
+FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 4, 1)}  # eight warps spill 420 bytes on gfx942
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
 
 
@@ -161,7 +162,7 @@ def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tu
     if architecture == "interpreted":
         return INTERPRETED, INTERPRETED
     tables = {"half": (BACKWARD_Q.get(architecture), BACKWARD_KV.get(architecture)),
-              "tf32": (TF32_BACKWARD_Q, TF32_BACKWARD_KV), "ieee": (FLOAT32, FLOAT32)}  # fmt: skip
+              "tf32": (TF32_BACKWARD_Q, TF32_BACKWARD_KV), "ieee": (FLOAT32_BACKWARD, FLOAT32_BACKWARD)}  # fmt: skip
     by_query, by_key = tables[precision]
     return _pick(by_query, head_dim), _pick(by_key, head_dim)
 
