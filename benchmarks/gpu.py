@@ -10,23 +10,28 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 LIBRARY, WHEELS = BUILD / "lib", BUILD / "site"
 TOOLS = ("memcheck", "racecheck", "initcheck")
+_SEGA, _STEPS = "sega or percentile or guidance or interpolation", "step or grid or sampler or chain or latents"
 TESTS = {  # of each family of the benchmark, what of the tests is its own
-    "attention": "accuracy or flipped or attention or list or parked or graph or waits or stream or inductor",
-    "sega": "sega or percentile or guidance or interpolation",
-    "steps": "step or grid or sampler or chain or latents",
+    "attention": f"not ({_SEGA} or {_STEPS})",
+    **dict.fromkeys(("percentile", "sega"), _SEGA),
+    **dict.fromkeys(("steps", "chain", "gradient", "round_trip"), _STEPS),
+    "launch": "",
 }
 QUICK_MINUTES = 9.5
 GRACE = 5  # seconds from the request to end to the end
@@ -43,6 +48,9 @@ class Step:
     least: float = 5
     most: float = 3600
     environment: dict[str, str] = field(default_factory=dict)
+    folder: Path = BUILD  # where nothing of the checkout can be imported by chance
+    fresh: Path | None = None  # emptied first
+    note: str = ""  # what a reader of "passed" must know
 
 
 @dataclass
@@ -56,12 +64,12 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        return self.verdict != "passed" and not self.verdict.startswith("not here")
+        return not self.verdict.startswith(("passed", "not here"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if every step that can run here passed, 1 if not, 2 if the arguments cannot be used or there is no GPU."""
-    arguments = _parse(argv)
+    arguments, date = _parse(argv), datetime.now(timezone.utc).isoformat(timespec="seconds")
     device = "dry run" if arguments.dry_run else _device()
     if not device:
         print("make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one", file=sys.stderr)
@@ -71,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = [step for step in _steps(arguments, device, output) if _wanted(step.name, arguments.only)]
     outcomes = run(steps, output, 60 * arguments.minutes)
     _print_table(outcomes)
-    summary = {"device": device, "dry_run": arguments.dry_run, "steps": [asdict(outcome) for outcome in outcomes]}
+    steps = [asdict(outcome) for outcome in outcomes]
+    summary = {"device": device, "dry_run": arguments.dry_run, "quick": arguments.quick, "date": date, "steps": steps}
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 
@@ -83,9 +92,13 @@ def run(steps: list[Step], output: Path, seconds: float = 0) -> list[Outcome]:
     for index, step in enumerate(steps):
         left = step.most
         if end is not None:
-            kept = [later.least for later in steps[index + 1 :]]
+            kept = [later.least for later in steps[index + 1 :] if not later.missing]
             left = min(left, end - time.monotonic() - sum(kept) - GRACE * bool(kept))  # a step may be slow to end
-        outcomes.append(_outcome(step, output, left))
+        try:
+            outcomes.append(_outcome(step, output, left))
+        except KeyboardInterrupt:
+            outcomes += [Outcome(ended.name, "interrupted", 0, "") for ended in steps[index:]]
+            break
         print(f"{step.name}: {outcomes[-1].verdict} ({outcomes[-1].seconds:.0f} s)", flush=True)
     return outcomes
 
@@ -96,11 +109,15 @@ def _outcome(step: Step, output: Path, seconds: float) -> Outcome:
         return Outcome(step.name, f"not here: {step.missing}", 0, "")
     if seconds < step.least:
         return Outcome(step.name, "no time left", 0, "")
+    if step.fresh is not None:
+        shutil.rmtree(step.fresh, ignore_errors=True)
+    step.folder.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        file.write(" ".join(step.command) + "\n")
+        file.write(shlex.join(step.command) + "\n")
         file.flush()
         code = _call(step, file, seconds)
-    verdict = "passed" if code == 0 else f"ran past {seconds:.0f} s" if code is None else f"exit code {code}"
+    passed = f"passed, {step.note}" if step.note else "passed"
+    verdict = passed if code == 0 else f"ran past {seconds:.0f} s" if code is None else f"exit code {code}"
     if code != 0:
         print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-15:]), end="")
     return Outcome(step.name, verdict, round(time.monotonic() - start, 1), log.name)
@@ -108,9 +125,9 @@ def _outcome(step: Step, output: Path, seconds: float) -> Outcome:
 
 def _call(step: Step, file: object, seconds: float) -> int | None:
     """The exit code, None past the time; what the step has started ends with it, also when this process is asked to."""
-    environment = os.environ | step.environment
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"} | step.environment
     process = subprocess.Popen(
-        step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        step.command, cwd=step.folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         return process.wait(seconds)
@@ -127,9 +144,8 @@ def _call(step: Step, file: object, seconds: float) -> int | None:
 
 def _steps(arguments: argparse.Namespace, device: str, output: Path) -> list[Step]:
     dry, quick = arguments.dry_run, ["--quick"] * arguments.quick
-    environment = {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{WHEELS}", "PYTHONUNBUFFERED": "1"}
+    environment = {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{WHEELS}"}
     interpreted = environment | {"TRITON_INTERPRET": "1"} if dry else environment
-    python = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
     name = re.sub(r"\W+", "-", device.lower()).strip("-")
     results = ["--json", str(output / f"{name}.json"), "--plot", str(output / f"{name}.png")]
     families = [word for family in arguments.family for word in ("--family", family)]
@@ -138,43 +154,53 @@ def _steps(arguments: argparse.Namespace, device: str, output: Path) -> list[Ste
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target"]
     return [
         Step("environment", [sys.executable, "-c", _ENVIRONMENT], most=120),
-        Step("wheels", [*pip, str(WHEELS), *wheels], "" if wheels else "no wheels in .whl/", most=300),
-        Step("build", _build(), most=900, least=20),
-        Step("tests", [*python, "-m", "pytest", *_tests(arguments)], environment=interpreted, least=60),
-        *(_sanitize(tool, python, interpreted, dry) for tool in TOOLS),
-        Step("verify", [*python, "-m", "dense_attn", "verify"], environment=environment, least=15),
-        Step("bench", [*python, "-m", "dense_attn", *bench], environment=environment, least=60),
+        Step("wheels", [*pip, str(WHEELS), *wheels], "" if wheels else "no wheels in .whl/", most=300, fresh=WHEELS),
+        _build(),
+        _tests(arguments, interpreted),
+        *(_sanitize(tool, interpreted, dry) for tool in TOOLS),
+        Step("verify", _built("dense_attn", "verify"), environment=environment, least=15),
+        Step("bench", _built("dense_attn", *bench), environment=environment, least=200 if quick and not dry else 60),
     ]
 
 
-def _build() -> list[str]:
+def _built(module: str, *arguments: str) -> list[str]:
+    """The command of a module, which fails if the dense_attn that it used is not the one that was built."""
+    return [sys.executable, "-c", _RUN, str(LIBRARY), module, *arguments]
+
+
+def _build() -> Step:
     """The library with its compiled part, where a compiler is there: the Triton kernels need none."""
-    command = [sys.executable, "setup.py", "--quiet"]
-    folders = ["--build-lib", str(LIBRARY)]
-    if shutil.which(os.environ.get("CXX", "c++")):
-        return [*command, "build", "--build-base", str(BUILD), *folders]
-    return [*command, "build_py", *folders]
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    there = shutil.which(compiler.split()[0]) is not None
+    how = ["build", "--build-base", str(BUILD)] if there else ["build_py"]
+    command = [sys.executable, "setup.py", "--quiet", *how, "--build-lib", str(LIBRARY)]
+    path = {"PYTHONPATH": str(WHEELS)}
+    note = "" if there else "without the CPU kernels: no C++ compiler"
+    return Step("build", command, most=900, least=20, environment=path, folder=ROOT, fresh=LIBRARY, note=note)
 
 
-def _tests(arguments: argparse.Namespace) -> list[str]:
+def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
     """The tests whose kernels run on the GPU; without one, a few of them through the interpreter."""
-    options = ["-q", "-p", "no:cacheprovider", "-rs", "--import-mode=importlib"]
-    own = ["tests/triton_backend.py"]
+    options = ["-q", "-p", "no:cacheprovider", "-rs", "--import-mode=importlib", "--rootdir", str(ROOT)]
+    chosen = " or ".join(f"({TESTS[family]})" for family in arguments.family if TESTS[family])
+    files, selection = ["test_backends", "test_gpu", "triton_backend"], "(triton or test_gpu)"
+    selection += f" and ({chosen})" if chosen else ""
     if arguments.dry_run:
-        return [*options, *own, "-k", "test_the_table or test_ddim_step"]
-    if not arguments.quick:
-        own += ["tests/triton_attention.py", "tests/triton_steps.py"]
-    chosen = " or ".join(TESTS[family] for family in arguments.family if family in TESTS)
-    selection = f"triton and ({chosen})" if chosen else "triton or test_gpu"
-    return [*options, "tests/test_backends.py", "tests/test_gpu.py", *own, "-k", selection]
+        files, selection = ["triton_backend"], "test_the_table or test_ddim_step"
+    elif not arguments.quick:
+        files += ["triton_attention", "triton_steps"]
+    paths = [str(ROOT / "tests" / f"{file}.py") for file in files]
+    missing = "tests of these families" if arguments.family and not chosen and not arguments.dry_run else ""
+    command = _built("pytest", *options, *paths, "-k", selection)
+    return Step("tests", command, missing, environment=environment, least=60)
 
 
-def _sanitize(tool: str, python: list[str], environment: dict[str, str], dry: bool) -> Step:
+def _sanitize(tool: str, environment: dict[str, str], dry: bool) -> Step:
     """Small launches of every kernel under a checker of the toolkit's; in a dry run, the launches alone."""
-    program = [*python, "-m", "dense_attn.benchmarks.launches"]
+    program = _built("dense_attn.benchmarks.launches")
     if dry:
-        missing = "" if tool == TOOLS[0] else "the launches have run"
-        return Step(f"sanitize-{tool}", program, missing, environment=environment)
+        missing, note = ("", "the launches without the tool") if tool == TOOLS[0] else ("a GPU", "")
+        return Step(f"sanitize-{tool}", program, missing, environment=environment, note=note)
     checker = shutil.which("compute-sanitizer")
     command = [checker or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
     uncached = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -182,6 +208,18 @@ def _sanitize(tool: str, python: list[str], environment: dict[str, str], dry: bo
     return Step(f"sanitize-{tool}", command, missing, least=20, most=300, environment=uncached)
 
 
+_RUN = """
+import os, runpy, sys
+library, module = sys.argv[1:3]
+sys.argv[:] = sys.argv[2:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+finally:
+    used = getattr(sys.modules.get("dense_attn"), "__file__", None)
+    print("dense_attn:", used)
+    if used is None or not os.path.realpath(used).startswith(os.path.realpath(library) + os.sep):
+        sys.exit(f"dense_attn must be the one in {library}, got {used}")
+"""
 _ENVIRONMENT = """
 import platform, shutil, subprocess, sys
 print("python", sys.version)
@@ -190,6 +228,11 @@ for name in ("torch", "triton", "numpy", "pytest"):
         print(name, __import__(name).__version__)
     except ImportError as error:
         print(name, "is missing:", error)
+torch = sys.modules.get("torch")
+if torch is not None:
+    print("cuda", torch.version.cuda, "compiled for", torch.cuda.get_arch_list())
+    for index in range(torch.cuda.device_count()):
+        print("GPU", index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 for command in (["nvidia-smi"], ["nvcc", "--version"], ["c++", "--version"], ["compute-sanitizer", "--version"]):
     if shutil.which(command[0]):
         print(subprocess.run(command, capture_output=True, text=True).stdout)
@@ -199,9 +242,13 @@ for command in (["nvidia-smi"], ["nvcc", "--version"], ["c++", "--version"], ["c
 
 
 def _device() -> str:
-    """The GPU's name, "" where torch sees none."""
-    found = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else ""
+    """The GPU's name, "" where torch sees none or gives no answer."""
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", DEVICE], capture_output=True, text=True, timeout=120
+        ).stdout.strip()
+    except subprocess.TimeoutExpired:
+        return ""
 
 
 def _wanted(name: str, only: list[str]) -> bool:
@@ -214,10 +261,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a part of the tests and rows, within ten minutes")
     parser.add_argument("--minutes", type=_minutes, metavar="N", help=f"end by then ({QUICK_MINUTES} with --quick)")
     parser.add_argument("--only", action="append", default=[], choices=names, metavar="STEP", help=", ".join(names))
-    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="of the benchmark and its tests")
+    parser.add_argument("--family", action="append", default=[], choices=tuple(TESTS), metavar="NAME",
+                        help=f"of the benchmark and its tests: {', '.join(TESTS)}")  # fmt: skip
     parser.add_argument("--output", type=Path, default=BUILD / "results", metavar="DIR", help="logs and results")
     parser.add_argument("--dry-run", action="store_true", help="every step without a GPU, through the interpreter")
     arguments = parser.parse_args(argv)
+    if arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"--output must be a folder, got {arguments.output}")
     if arguments.minutes is None:
         arguments.minutes = QUICK_MINUTES if arguments.quick else 0
     return arguments
@@ -239,10 +289,18 @@ def _print_table(outcomes: list[Outcome]) -> None:
         print(f"{outcome.step:<20} {outcome.seconds:8.1f}  {outcome.verdict:<40} {outcome.log}")
 
 
-def _interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
+def heed_requests_to_end() -> None:
+    """The first one ends the running step; a second does not disturb that."""
+
+    def interrupted(*_: object) -> None:
+        for request in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(request, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for request in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(request, interrupted)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupted)
+    heed_requests_to_end()
     sys.exit(main())

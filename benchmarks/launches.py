@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import sys
+
 import torch
 
-from dense_attn import ReversibleSampler, _triton, layout_attention, percentile_mask, sega_guidance
+from dense_attn import (
+    ReversibleSampler,
+    _triton,
+    ddim_step,
+    layout_attention,
+    percentile_mask,
+    sega_guidance,
+    triton_kernels,
+)
 
 DEVICE = _triton.DEVICE
+
+
+class Watched:
+    """A kernel that notes in `idle` that it is launched."""
+
+    def __init__(self, kernel: object, name: str, idle: set[str]) -> None:
+        self._kernel, self._name, self._idle = kernel, name, idle
+
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        self._idle.discard(self._name)
+        return self._kernel[grid]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._kernel, name)
+
+
+def watch() -> set[str]:
+    """The names of all kernels, which leave the set when they are launched."""
+    idle, watched = set(), {}
+    for found in pkgutil.iter_modules(triton_kernels.__path__):
+        module = importlib.import_module(f"{triton_kernels.__name__}.{found.name}")
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                idle.add(name)
+                setattr(module, name, watched.setdefault(name, Watched(kernel, name, idle)))
+    return idle
 
 
 def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -22,22 +60,29 @@ def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype)
 
 
 def guidance(size: int) -> None:
-    """A step of three concepts and a mask, of channels that fit one program or do not."""
+    """A step of two concepts and a mask, of channels that fit one program or do not."""
     uncond, text, momentum = torch.randn(3, 1, 2, size, device=DEVICE)
-    lists = {"edit_guidance_scale": [5.0] * 3, "edit_threshold": [0.9] * 3, "edit_weights": [1.0] * 3}
-    lists |= {"warm": [True] * 3, "enabled": [True] * 3, "reverse": [False] * 3}
     numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
-    edits = torch.randn(3, 1, 2, size, device=DEVICE)
-    eps, _ = sega_guidance(uncond, text, edits, momentum, **numbers, **lists, backend="triton")
+    numbers |= {"edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0}
+    flags = {"warm": True, "enabled": True, "reverse": False, "backend": "triton"}
+    edits = torch.randn(2, 1, 2, size, device=DEVICE)
+    for sum_channels in (False, True):
+        eps, _ = sega_guidance(uncond, text, edits, momentum, **numbers, **flags, sum_channels=sum_channels)
+        assert eps.isfinite().all()
     masked, _ = percentile_mask(edits.flatten(0, 2), 0.9, dim=-1, backend="triton")
-    assert eps.isfinite().all()
     assert masked.isfinite().all()
 
 
-def chain(exact: bool) -> None:
-    """Two steps of EDICT there and back."""
+def step() -> None:
+    """One of DDIM, with guidance."""
+    x, eps, uncond = torch.randn(3, 1, 4, 9, 7, device=DEVICE)
+    assert ddim_step(x, eps, 0.5, 0.6, eps_uncond=uncond, guidance_scale=7.5, backend="triton").isfinite().all()
+
+
+def chain(method: str, exact: bool) -> None:
+    """Three steps there and back."""
     alphas = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
-    sampler = ReversibleSampler(alphas, [700, 300], exact=exact, backend="triton")
+    sampler = ReversibleSampler(alphas, [900, 600, 300], method=method, exact=exact, backend="triton")
     noise = torch.randn(1, 4, 9, 7, device=DEVICE)
     found = sampler.invert(_network, *sampler.sample(_network, noise))
     assert all(x.isfinite().all() for x in found)
@@ -47,20 +92,24 @@ def _network(x: torch.Tensor, t: int) -> torch.Tensor:
     return torch.tanh(x)
 
 
-def main() -> None:
-    """Every kernel once or twice."""
+def main() -> int:
+    """Every kernel once or twice; 1 if one was left out."""
+    idle = watch()
     for modulation in ("range", "mask"):
         for seqlen_k, head_dim in ((77, 40), (200, 80)):
             attention(modulation, seqlen_k, head_dim, torch.float16)
     attention("max", 200, 128, torch.float32)
-    for size in (1000, 40_000):
+    for size in (1000, 33_000):
         guidance(size)
-    for exact in (True, False):
-        chain(exact)
+    step()
+    for method in ("edict", "bdia"):
+        for exact in (True, False):
+            chain(method, exact)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    print("every kernel was launched")
+    print(f"never launched: {', '.join(sorted(idle))}" if idle else "every kernel was launched")
+    return 1 if idle else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

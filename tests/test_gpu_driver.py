@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from dense_attn.benchmarks.families import GPU_FAMILIES
 
 DRIVER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
 spec = importlib.util.spec_from_file_location("gpu_driver", DRIVER)
@@ -35,9 +38,12 @@ def test_dry_run(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
     verdicts = {outcome["step"]: outcome["verdict"] for outcome in summary["steps"]}
-    passed = [name for name, verdict in verdicts.items() if verdict == "passed"]
+    passed = [name for name, verdict in verdicts.items() if verdict.startswith("passed")]
     assert passed == ["environment", "build", "tests", "sanitize-memcheck", "bench"]
     assert all(name in passed or verdict.startswith("not here: ") for name, verdict in verdicts.items())
+    assert verdicts["build"] == "passed, without the CPU kernels: no C++ compiler"
+    for name in ("tests", "sanitize-memcheck", "bench"):
+        assert f"dense_attn: {gpu.LIBRARY / 'dense_attn'}" in (tmp_path / f"{name}.log").read_text()
     assert " passed" in (tmp_path / "tests.log").read_text()
     assert "every kernel was launched" in (tmp_path / "sanitize-memcheck.log").read_text()
     results = json.loads((tmp_path / "dry-run.json").read_text())
@@ -50,6 +56,79 @@ def test_without_a_gpu_it_says_so() -> None:
     result = subprocess.run([sys.executable, str(DRIVER)], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == "make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one\n"
+
+
+def test_a_step_with_another_dense_attn_fails(tmp_path: Path) -> None:
+    for name, text in (("dense_attn", ""), ("module", "import dense_attn"), ("idle", "")):
+        (tmp_path / f"{name}.py").write_text(text)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    steps = [gpu.Step(name, gpu._built(name), environment=environment) for name in ("module", "idle")]
+    assert [outcome.verdict for outcome in gpu.run(steps, tmp_path)] == ["exit code 1"] * 2
+    rule = f"dense_attn must be the one in {gpu.LIBRARY}, got"
+    assert (tmp_path / "module.log").read_text().endswith(f"{rule} {tmp_path / 'dense_attn.py'}\n")
+    assert (tmp_path / "idle.log").read_text().endswith(f"{rule} None\n")
+
+
+def test_the_families_are_those_of_the_benchmark() -> None:
+    assert list(gpu.TESTS) == list(GPU_FAMILIES)
+
+
+def selected(tmp_path: Path, *argv: str) -> set[str]:
+    """The files of which the tests step takes something."""
+    step = gpu._tests(gpu._parse(argv), {})
+    assert not step.missing
+    options = step.command[step.command.index("pytest") + 1 :]
+    command = [sys.executable, "-m", "pytest", "--collect-only", *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    return {Path(line.split("::")[0]).name for line in result.stdout.splitlines() if "::" in line}
+
+
+@pytest.mark.parametrize("family", ["attention", "sega"])
+def test_a_family_has_its_tests_on_a_gpu(family: str, tmp_path: Path) -> None:
+    files = selected(tmp_path, "--family", family, "--quick")
+    assert files >= {"test_gpu.py", "triton_backend.py"}
+    assert ("test_backends.py" in files) == (family == "attention")
+
+
+def test_a_family_without_tests_says_so() -> None:
+    assert gpu._tests(gpu._parse(["--family", "launch"]), {}).missing == "tests of these families"
+
+
+def test_what_is_ended_leaves_no_step_and_a_summary(tmp_path: Path) -> None:
+    """The request comes while the first step, put in another's place, sleeps."""
+    argv = ["--dry-run", "--only", "environment", "--only", "build", "--output", str(tmp_path)]
+    program = f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+from test_gpu_driver import gpu
+gpu._ENVIRONMENT = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+gpu.heed_requests_to_end()
+sys.exit(gpu.main({argv!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    log = tmp_path / "environment.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 1):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 1
+    assert ends(int(log.read_text().split()[-1]))
+    steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    assert {outcome["step"]: outcome["verdict"] for outcome in steps} == dict.fromkeys(
+        ("environment", "build"), "interrupted"
+    )
+
+
+def ends(process: int) -> bool:
+    """Whether a process is gone, now or soon."""
+    state = Path(f"/proc/{process}/stat")
+    for _ in range(50):
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_a_failing_step_is_told_and_the_others_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -72,13 +151,7 @@ def test_a_step_that_hangs_ends_with_its_children(tmp_path: Path, monkeypatch: p
     program = f"{program} sys.stdout.flush(); p.wait()"
     (outcome,) = gpu.run([step("hangs", program, most=2, least=0)], tmp_path)
     assert outcome.verdict == "ran past 2 s"
-    child = int((tmp_path / "hangs.log").read_text().split()[-1])
-    for _ in range(50):
-        state = Path(f"/proc/{child}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.1)
-    pytest.fail("the child is still there")
+    assert ends(int((tmp_path / "hangs.log").read_text().split()[-1]))
 
 
 def test_later_steps_keep_their_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +168,8 @@ def test_later_steps_keep_their_share_of_the_time(tmp_path: Path, monkeypatch: p
     [
         (["--only", "paint"], "argument --only: invalid choice: 'paint'"),
         (["--minutes", "0"], "argument --minutes: must be a positive number of minutes, got '0'"),
+        (["--output", __file__], f"--output must be a folder, got {__file__}"),
+        (["--family", "paint"], "argument --family: invalid choice: 'paint'"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
