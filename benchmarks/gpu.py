@@ -33,6 +33,9 @@ TESTS = {  # of each family of the benchmark, what of the tests is its own
     **dict.fromkeys(("steps", "chain", "gradient", "round_trip"), _STEPS),
     "launch": "",
 }
+# Every row compiles kernels of its own: of the table of cases, those that users meet most.
+_CASES = "head-dim-40 or head-dim-128 or ordered-in-runs or cross-attention or flipped"
+QUICK_TESTS = f"(not test_backends or bfloat16 and ({_CASES}))"
 QUICK_MINUTES = 9.5
 GRACE = 5  # seconds from the request to end to the end
 DEVICE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -187,7 +190,9 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
     selection += f" and ({chosen})" if chosen else ""
     if arguments.dry_run:
         files, selection = ["triton_backend"], "test_the_table or test_ddim_step"
-    elif not arguments.quick:
+    elif arguments.quick:
+        selection += f" and {QUICK_TESTS}"
+    else:
         files += ["triton_attention", "triton_steps"]
     paths = [str(ROOT / "tests" / f"{file}.py") for file in files]
     missing = "tests of these families" if arguments.family and not chosen and not arguments.dry_run else ""

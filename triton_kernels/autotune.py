@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.configs import Config
 
 Launch = Callable[[Config], Callable[[], object]]
@@ -85,8 +86,7 @@ def _key(kernel: str, q: Tensor, k: Tensor) -> str:
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else "interpreted"
     tokens = (triton.next_power_of_2(max(x.shape[2], 1)) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
-    precision = torch.backends.cuda.matmul.fp32_precision if q.dtype == torch.float32 else "half"
-    return " ".join(map(str, (device, triton.__version__, kernel, q.dtype, precision, *sizes)))
+    return " ".join(map(str, (device, triton.__version__, kernel, q.dtype, configs.precision(q), *sizes)))
 
 
 def _read(file: Path) -> dict[str, Config]:

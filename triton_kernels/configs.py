@@ -1,7 +1,7 @@
 """Every launch configuration, as data: per architecture and head dim, with its reason.
 
-No row has been timed: each is the largest tile that ahead-of-time compilation (Triton 3.9 and 3.6, bfloat16, `range`,
-tokens in an order, the most registers a call can need) gives without spilled registers within the shared memory.
+No row has been timed: each is the largest of the tiles tried that ahead-of-time compilation (Triton 3.9, 3.6, `range`,
+tokens in an order, the most registers a call can need) keeps within the registers and the shared memory.
 """
 
 from __future__ import annotations
