@@ -178,6 +178,11 @@ def each_configuration() -> Iterator[Attention | Other]:
             known.add((kernel, id(rows)))
             kind = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}[precision]
             yield from (Attention(target, kernel.removesuffix("_q").removesuffix("_kv"), d, **kind) for d in rows)
+    yield from each_other()
+
+
+def each_other() -> Iterator[Other]:
+    """The calls of the other families."""
     yield from (Other(target, which) for target in TARGETS for which in OTHERS)
 
 
@@ -209,3 +214,15 @@ def everything() -> list[Attention | Other]:
         more += each_branch(target)
         calls |= dict.fromkeys(call for call in more if not too_slow(call))
     return list(calls)
+
+
+def few() -> list[Attention | Other]:
+    """What the tests compile with the oldest Triton: every kernel, of attention the common calls up to head dim 128."""
+
+    def common(call: Attention) -> bool:
+        return call == Attention(call.target, call.which, call.head_dim) and call.head_dim <= 128
+
+    return [call for call in tested() if isinstance(call, Other) or common(call)]
+
+
+CALLS = {"everything": everything, "tested": tested, "few": few}

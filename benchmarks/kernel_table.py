@@ -4,7 +4,7 @@ Every kernel under every launch configuration, compiled ahead of time; no GPU is
 which call launched the kernel and what the compiler made of it.
 
     --json FILE      write the table
-    --tested         only the calls that the test suite compiles
+    --calls NAME     everything; tested, what the test suite compiles; few, the common ones of these
     --target NAME    only the calls for this device; may be repeated
     --triton FOLDER  those calls also with the Triton in this folder; may be repeated
 """
@@ -30,8 +30,9 @@ import triton
 from dense_attn import __version__
 from dense_attn._kernel_hashes import kernel_hashes
 
+from . import kernel_calls
 from .ahead_of_time import SHARED_LIMITS, Launch, compiled
-from .kernel_calls import Attention, Other, everything, tested
+from .kernel_calls import Attention, Other
 from .revision import git_revision
 
 Row = dict[str, Any]
@@ -47,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print what breaks a rule, write; 1 if a rule is broken."""
     parser = argparse.ArgumentParser("python -m dense_attn.benchmarks.kernel_table", description="Compile all kernels.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the table")
-    parser.add_argument("--tested", action="store_true", help="only the calls that the test suite compiles")
+    parser.add_argument("--calls", choices=kernel_calls.CALLS, default="everything", help="all, or those of the tests")
     parser.add_argument("--target", action="append", default=[], choices=MATRIX, help="only for this device")
     beside = {"action": "append", "default": [], "type": Path, "metavar": "FOLDER"}
     parser.add_argument("--triton", **beside, help="those calls also with the Triton in this folder; may be repeated")
     arguments = parser.parse_args(argv)
-    calls = tested() if arguments.tested else everything()
+    calls = kernel_calls.CALLS[arguments.calls]()
     targets = arguments.target or MATRIX
     rows = compile_rows(call for call in calls if call.target in targets)
     for folder in arguments.triton:
@@ -94,8 +95,10 @@ def compile_call(call: Attention | Other) -> list[Row]:
     return rows
 
 
-def compile_elsewhere(folder: Path | None = None, targets: Iterable[str] = MATRIX) -> dict[str, Any]:
-    """The table of the tested calls, made by a process of its own with the Triton in a folder."""
+def compile_elsewhere(
+    folder: Path | None = None, targets: Iterable[str] = MATRIX, calls: str = "tested"
+) -> dict[str, Any]:
+    """The table of some calls, made by a process of its own with the Triton in a folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if folder is not None:
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -103,7 +106,7 @@ def compile_elsewhere(folder: Path | None = None, targets: Iterable[str] = MATRI
         )
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "kernels.json")
-        command = [sys.executable, "-m", "dense_attn.benchmarks.kernel_table", "--tested", "--json", str(file)]
+        command = [sys.executable, "-m", "dense_attn.benchmarks.kernel_table", "--calls", calls, "--json", str(file)]
         command += [word for target in targets for word in ("--target", target)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not file.exists():

@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # small calls on shared cor
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic mode refuses products on a GPU
 
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # beside it no benchmark that a test starts would be timed
+
 import pytest
 import torch
 from cases import INTERPRETED

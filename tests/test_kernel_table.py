@@ -2,8 +2,9 @@
 
 The Triton of this environment compiles every configuration at its largest head dim, and on one device every branch of
 the layout attention kernels. The oldest that the kernels work with, which `make test` installs beside it, compiles
-those for the device that it will meet, sm_90, since all four take it five minutes. `make kernels` compiles every
-configuration with both, more head dims, and branches on all devices; the test of the sources' hashes says when it must.
+every kernel at the common head dims for the device that it will meet, sm_90: all would take it five minutes.
+`make kernels` compiles every configuration with both, more head dims, and branches on all devices; the test of the
+sources' hashes says when it must.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def table(request: pytest.FixtureRequest) -> Table:
         return kernel_table.compile_elsewhere()
     if not BESIDE:
         pytest.skip("no other Triton is installed beside this one: make test does that")
-    return kernel_table.compile_elsewhere(BESIDE[0], OLDEST_TARGETS)
+    return kernel_table.compile_elsewhere(BESIDE[0], OLDEST_TARGETS, "few")
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,8 @@ def test_every_configuration_is_compiled(table: Table) -> None:
     """But those that the newer Triton takes up to a minute for, which the older compiles."""
     wanted = rows_of_configs()
     if targets_of(table) == OLDEST_TARGETS:
-        own = {kind: rows for kind, rows in kernel_calls.tables().items() if kind[1] in OLDEST_TARGETS}
-        half = {
-            (kernel, id(rows), d) for (kernel, _, precision), rows in own.items() for d in rows if precision == "half"
-        }
-        assert half
-        assert {reached(row) for row in attention(table["rows"])} >= half
+        assert {row["head_dim"] for row in attention(table["rows"])} >= {40, 128}
+        assert {reached(row) for row in attention(table["rows"])} < wanted
         return
     wanted -= {("row_fwd", id(configs.ROW_FORWARD["gfx942"]), d) for d in configs.ROW_FORWARD["gfx942"]}
     assert {reached(row) for row in attention(table["rows"])} == wanted
