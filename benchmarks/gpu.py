@@ -78,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one", file=sys.stderr)
         return 2
     output = arguments.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"make gpu: --output must be a folder that can be written: {error}", file=sys.stderr)
+        return 2
     steps = [step for step in _steps(arguments, device, output) if _wanted(step.name, arguments.only)]
     outcomes = run(steps, output, 60 * arguments.minutes)
     _print_table(outcomes)

@@ -89,7 +89,7 @@ def _lists(q: Tensor, k: Tensor) -> layout_attention.TileLists | None:
     if blocks is None:
         return None
     query_tiles, key_tiles = (-(-x.shape[2] // block) for x, block in zip((q, k), blocks))
-    shapes = (1, query_tiles, 2, key_tiles), (1, query_tiles, 3), (1, key_tiles * blocks[1])
+    shapes = (1, query_tiles, 2, key_tiles), (1, query_tiles, 3), (1, k.shape[2])
     return layout_attention.TileLists(*(empty(shape, dtype=torch.int32) for shape in shapes))
 
 
@@ -148,6 +148,8 @@ BRANCHES = (  # each branch of every kernel that the defaults do not take
     {"dtype": "float16", "modulation": "mask", "ordered": False, "seqlen": 4095},
     {"dtype": "bfloat16", "modulation": "bias", "negative": True, "layout": "[B,N,H,D]"},
     {"dtype": "float32", "modulation": "max"},
+    {"dtype": "float16", "modulation": "mask", "seqlen": 1},  # Triton takes a size of 1 as a constant
+    {"dtype": "float16", "head_dim": 100},  # rows that are not aligned
 )
 
 
@@ -158,11 +160,11 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
     found = {}
     for target in TARGETS:
         for kernel, by_target in by_kernel.items():
-            exact = configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32
+            exact = (configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32)[target]
             found[kernel, target, "half"], found[kernel, target, "ieee"] = by_target[target], exact
         if target in configs.TF32_FORWARD:
             found["fwd", target, "tf32"], found["row_fwd", target, "tf32"] = (
-                configs.TF32_FORWARD[target], configs.FLOAT32,
+                configs.TF32_FORWARD[target], configs.FLOAT32[target],
             )  # fmt: skip
             found["bwd_q", target, "tf32"] = configs.TF32_BACKWARD_Q
             found["bwd_kv", target, "tf32"] = configs.TF32_BACKWARD_KV
@@ -170,14 +172,11 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
 
 
 def each_configuration() -> Iterator[Attention | Other]:
-    """Calls that reach every row of `configs` at its largest head dim; a table of several targets, on one."""
-    known: set[tuple[str, int]] = set()
-    # The device with the least shared memory comes first.
-    for (kernel, target, precision), rows in sorted(tables().items(), key=lambda item: item[0][1] != "gfx942"):
-        if (kernel, id(rows)) not in known:
-            known.add((kernel, id(rows)))
-            kind = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}[precision]
-            yield from (Attention(target, kernel.removesuffix("_q").removesuffix("_kv"), d, **kind) for d in rows)
+    """Calls that reach every row of `configs` on every target at its largest head dim."""
+    kinds = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}
+    for (kernel, target, precision), rows in tables().items():
+        which = kernel.removesuffix("_q").removesuffix("_kv")
+        yield from (Attention(target, which, d, **kinds[precision]) for d in rows)
     yield from each_other()
 
 
@@ -189,7 +188,7 @@ def each_other() -> Iterator[Other]:
 def each_branch(target: str) -> Iterator[Attention]:
     """Calls that together take every branch of the layout attention kernels."""
     for branch in BRANCHES:
-        yield from (Attention(target, which, 64, **branch) for which in PASSES)
+        yield from (Attention(target, which, **({"head_dim": 64} | branch)) for which in PASSES)
 
 
 def too_slow(call: Attention | Other) -> bool:
@@ -198,16 +197,26 @@ def too_slow(call: Attention | Other) -> bool:
     return newer and (call.target, call.which) == ("gfx942", "row_fwd") and call.dtype != "float32"
 
 
-def tested() -> list[Attention | Other]:
-    """What the tests compile: every configuration, and on one target every branch and the smallest head dim."""
+def configurations() -> list[Attention | Other]:
+    """Every configuration, and on one target every branch and the smallest head dim."""
     smallest = [Attention("sm_90", which, 40) for which in PASSES]
     calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest])
     return [call for call in calls if not too_slow(call)]
 
 
+def tested() -> list[Attention | Other]:
+    """What the tests compile of these: on sm_90 all, elsewhere all but the slowest, of large head dims."""
+
+    def slow(call: Attention | Other) -> bool:
+        large = isinstance(call, Attention) and call.target != "sm_90" and call.head_dim > 128
+        return large and (call.dtype != "float32" or (call.tf32 and call.which == "fwd"))
+
+    return [call for call in configurations() if not slow(call)]
+
+
 def everything() -> list[Attention | Other]:
     """What the table lists: more head dims, and branches and orders of memory on all targets."""
-    calls = dict.fromkeys([*tested(), *each_configuration()])
+    calls = dict.fromkeys([*configurations(), *each_configuration()])
     for target in TARGETS:
         more = [Attention(target, which, head_dim) for which in PASSES for head_dim in HEAD_DIMS[target]]
         more += [Attention(target, which, 40, layout="[B,N,H,D]") for which in PASSES]
@@ -225,4 +234,4 @@ def few() -> list[Attention | Other]:
     return [call for call in tested() if isinstance(call, Other) or common(call)]
 
 
-CALLS = {"everything": everything, "tested": tested, "few": few}
+CALLS = {"everything": everything, "configurations": configurations, "tested": tested, "few": few}

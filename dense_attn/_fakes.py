@@ -78,7 +78,7 @@ def tile_lists(
     query_tiles, key_tiles = -(-q_regions.shape[-1] // block_m), -(-k_regions.shape[-1] // block_n)
     shape = (max(rows, columns), query_tiles)
     tiles, counts = (q_regions.new_empty((*shape, *last)) for last in ((2, key_tiles), (3,)))
-    return tiles, counts, k_regions.new_empty((columns, key_tiles * block_n))
+    return tiles, counts, k_regions.new_empty((columns, k_regions.shape[-1]))
 
 
 def _samples(*tokens: Tensor | None) -> int:

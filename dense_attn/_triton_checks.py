@@ -90,7 +90,7 @@ def lists(tensors: list[Tensor], q: Tensor, k: Tensor, blocks: tuple[int, int] |
         _checks.refuse("tile_lists", "be None for so few keys", f"{len(tensors)} tensors for {k.shape[2]} keys")
     block_m, block_n = blocks
     query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
-    shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (key_tiles * block_n,))
+    shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (k.shape[2],))
     if len(tensors) != len(shapes):
         _checks.refuse("tile_lists", f"be {len(shapes)} tensors", len(tensors))
     for x, shape in zip(tensors, shapes):

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # In the interpreter a case costs seconds: those that reach a branch of the kernels, most with the most general rule.
 INTERPRETED_IN_FULL = ("ordered", "cross-attention", "ordered-in-runs")
+HALF_TOO = ("head-dim", "ordered-in-runs", "cross-attention")
 INTERPRETED_ONCE = (
     *(f"head-dim-{d}" for d in (1, 8, 40, 41, 80, 96, 128, 160, 256)),
     *("one-query", "one-by-one-range", "one-key", "full-tiles", "two-keys", "no-keys", "no-queries", "no-batch"),
@@ -71,11 +72,11 @@ def calls() -> list:
 
 
 def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
-    if backend != "triton" or not INTERPRETED or case.name in INTERPRETED_IN_FULL:
+    half = dtype != torch.float32
+    if backend != "triton" or not INTERPRETED or case.name in INTERPRETED_IN_FULL[: 1 if half else None]:
         return case.modulations
-    if case.name not in INTERPRETED_ONCE or (dtype != torch.float32 and not case.name.startswith("head-dim")):
-        return ()
-    return case.modulations[:1]
+    once = (*INTERPRETED_ONCE, *INTERPRETED_IN_FULL)
+    return case.modulations[:1] if case.name in once and (not half or case.name.startswith(HALF_TOO)) else ()
 
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:

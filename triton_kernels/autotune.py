@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -50,7 +50,8 @@ def best(kernel: str, q: Tensor, k: Tensor, options: list[Config], prepare: Call
     if key not in _found[file]:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return options[0]
-        _found[file][key] = _fastest(options, prepare())
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            _found[file][key] = _fastest(options, prepare())
         _write(file)
     return _found[file][key]
 
@@ -91,12 +92,20 @@ def _key(kernel: str, q: Tensor, k: Tensor) -> str:
 
 def _read(file: Path) -> dict[str, Config]:
     try:
-        return {key: Config(**values) for key, values in json.loads(file.read_text()).items()}
+        found = {key: Config(**values) for key, values in json.loads(file.read_text()).items()}
+        return {key: config for key, config in found.items() if _can_be(config)}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         warnings.warn(f"dense_attn measures anew: {file} cannot be read: {error}", stacklevel=2)
         return {}
+
+
+def _can_be(config: Config) -> bool:
+    """Whether a tile could have been measured; a file may hold anything."""
+    numbers = (config.BLOCK_M, config.BLOCK_N, config.num_warps, config.num_stages)
+    whole = all(type(number) is int for number in numbers) and type(config.parks) is bool
+    return whole and {config.BLOCK_M, config.BLOCK_N} <= {16, 32, 64, 128} and {*numbers[2:]} <= {1, 2, 3, 4, 8}
 
 
 def _write(file: Path) -> None:
@@ -110,4 +119,6 @@ def _write(file: Path) -> None:
         new.write_text(json.dumps({key: asdict(config) for key, config in found.items()}, indent=1) + "\n")
         new.replace(file)
     except OSError as error:
+        with suppress(OSError):
+            file.with_suffix(f".{os.getpid()}").unlink()
         warnings.warn(f"dense_attn keeps its measurements for this process alone: {error}", stacklevel=2)

@@ -37,6 +37,7 @@ class Config:
 
 Table = dict[str, dict[int, Config]]  # architecture -> largest head dim -> configuration
 
+GRAIN = 8  # elements: 16 bytes, the widest load, in the narrowest dtype
 ROW_KEYS = 128  # up to here a row of scores is one tile; more would not leave room for the accumulator
 INTERPRETED = Config(64, 32, 1, 1)  # small, so that small cases have several tiles of every kind
 
@@ -124,9 +125,20 @@ TF32_FORWARD: Table = {
 TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for every architecture.
-FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
-FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 4, 1)}  # eight warps spill 420 bytes on gfx942
+_FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
+_FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}  # four warps spill 32 bytes on sm_90
+FLOAT32: Table = {
+    **dict.fromkeys(("sm_80", "sm_90", "gfx942"), _FLOAT32),
+    "sm_100": {256: Config(16, 16, 8, 1, parks=True)},  # 32 rows spill 16 bytes by Triton 3.6
+}
+FLOAT32_BACKWARD: Table = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _FLOAT32_BACKWARD),
+    "gfx942": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 4, 1)},  # eight warps spill 420 bytes
+}
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
+# Half floats in rows that are not aligned have an address an element: small tiles, backward those of float32.
+UNALIGNED = Config(32, 16, 4, 1, parks=True)
+UNALIGNED_ROW = {"sm_80": Config(16, 128, 8, 1), "gfx942": Config(16, 128, 4, 1)}  # eight warps spill 12 bytes there
 
 
 def precision(q: Tensor) -> str:
@@ -142,10 +154,12 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
     row = row_at_once(architecture, precision, seqlen_k)
     if architecture == "interpreted":
         config = INTERPRETED
+    elif precision == "half" and head_dim % GRAIN:
+        config = UNALIGNED_ROW.get(architecture, UNALIGNED_ROW["sm_80"]) if row else UNALIGNED
     elif precision == "half":
         config = _pick((ROW_FORWARD if row else FORWARD)[architecture], head_dim)
     else:
-        config = _pick(TF32_FORWARD[architecture] if precision == "tf32" and not row else FLOAT32, head_dim)
+        config = _pick((TF32_FORWARD if precision == "tf32" and not row else FLOAT32)[architecture], head_dim)
     if not row:
         return config
     return replace(config, BLOCK_N=max(16, triton.next_power_of_2(seqlen_k)), parks=False)
@@ -161,16 +175,19 @@ def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tu
     """Of a backward call: the pass over query tiles, the pass over key tiles."""
     if architecture == "interpreted":
         return INTERPRETED, INTERPRETED
-    tables = {"half": (BACKWARD_Q.get(architecture), BACKWARD_KV.get(architecture)),
-              "tf32": (TF32_BACKWARD_Q, TF32_BACKWARD_KV), "ieee": (FLOAT32_BACKWARD, FLOAT32_BACKWARD)}  # fmt: skip
-    by_query, by_key = tables[precision]
-    return _pick(by_query, head_dim), _pick(by_key, head_dim)
+    exact = FLOAT32_BACKWARD[architecture]
+    if precision == "half" and head_dim % GRAIN:
+        return exact[256], exact[256]
+    tables = {"half": (BACKWARD_Q[architecture], BACKWARD_KV[architecture]),
+              "tf32": (TF32_BACKWARD_Q, TF32_BACKWARD_KV), "ieee": (exact, exact)}  # fmt: skip
+    return tuple(_pick(rows, head_dim) for rows in tables[precision])
 
 
 def _pick(rows: dict[int, Config], head_dim: int) -> Config:
     return next(config for largest, config in rows.items() if head_dim <= largest)
 
 
+@torch.compiler.assume_constant_result
 @cache
 def architecture(device: torch.device) -> str:
     """The row of the tables for a device."""
@@ -182,6 +199,7 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether kernels run through Triton's interpreter, on tensors of the CPU."""
     return triton.knobs.runtime.interpret

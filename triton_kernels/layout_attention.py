@@ -15,7 +15,6 @@ from dense_attn.triton_kernels.layout_attention_bwd import layout_attention_bwd_
 from dense_attn.triton_kernels.layout_attention_fwd import layout_attention_fwd_kernel, layout_attention_row_fwd_kernel
 from dense_attn.triton_kernels.layout_attention_tiles import tile_lists_kernel, word_bounds_kernel
 
-GRAIN = 8  # elements: 16 bytes, the widest load, in the narrowest dtype
 STATS = 4  # numbers a row that the backward pass takes from the forward pass
 NUMBERS = 8  # numbers a row that its second pass takes from its first
 
@@ -25,7 +24,7 @@ class TileLists(NamedTuple):
 
     tiles: Tensor  # int32 [B|1, query tiles, 2, key tiles]: matched from the left, unmatched from the right; in doubt
     counts: Tensor  # int32 [B|1, query tiles, 3]: matched, in doubt, unmatched
-    k_words: Tensor  # int32 [B|1, key tiles * BLOCK_N]: words of the keys as they are visited, 0 beyond them
+    k_words: Tensor  # int32 [B|1, keys]: their words as they are visited
 
 
 def tile_lists(
@@ -184,7 +183,8 @@ def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
 def _example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """Random q, k, v like these, four regions in runs, and strengths, to measure a call by."""
     words = [1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2]) for x in (q, k)]
-    rows = (torch.empty_like(x).normal_() for x in (q, k, k))
+    generator = torch.Generator(q.device).manual_seed(0)  # of its own: the caller's random numbers stay what they are
+    rows = (torch.empty_like(x).normal_(generator=generator) for x in (q, k, k))
     return *rows, *words, torch.full(q.shape[:3], 0.3, device=q.device)
 
 
@@ -227,10 +227,10 @@ def empty_rows_like(q: Tensor) -> Tensor:
 
 
 def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    """Int32: words as visited [B|1, tiles * block], and the or and the and of each tile's [B|1, tiles, 2]."""
+    """Int32: words as visited [B|1, tokens], and the or and the and of each tile's [B|1, tiles, 2]."""
     samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
     tiles = triton.cdiv(words.shape[-1], block)
-    visited, bounds = words.new_empty((samples, tiles * block)), words.new_empty((samples, tiles, 2))
+    visited, bounds = words.new_empty((samples, words.shape[-1])), words.new_empty((samples, tiles, 2))
     word_bounds_kernel[(samples * tiles,)](
         _tokens(words), _tokens(order), visited, bounds, words.shape[-1], BLOCK=block
     )
@@ -253,7 +253,7 @@ def _constants(q: Tensor, modulation: str, scale: float) -> dict[str, object]:
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
     """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's left out."""
     strides = [stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape)]
-    grain = GRAIN if all(stride % GRAIN == 0 for stride in strides) else 1
+    grain = configs.GRAIN if all(stride % configs.GRAIN == 0 for stride in strides) else 1
     return x, *(stride // grain for stride in strides), tl.constexpr(grain)
 
 

@@ -43,7 +43,7 @@ def _listed(tiles, counts, batch, tile, num_tiles):
     """(list, its wholly matched tiles, all tiles to visit) of one tile; every tile where there is no list."""
     listed, num_whole, count = tile, 0, num_tiles
     if tiles is not None:
-        listed = tiles[0] + batch * tiles[1] + tile * (2 * num_tiles).to(tl.int64)
+        listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * num_tiles, tl.int64)  # a size of 1 is no tensor
         at = counts[0] + batch * counts[1] + tile * 3
         num_whole = tl.load(at)
         count = num_whole + tl.load(at + 1)

@@ -42,7 +42,7 @@ def _attend(
     for place in range(count):
         first = tl.load(tiles + place) * BLOCK_N
         tokens, exist = tokens_at(first, k_order, batch, seqlen_k, BLOCK_N)
-        words = tl.load(k_words + first + tl.arange(0, BLOCK_N)) if TESTED else None
+        words = tl.load(k_words + first + tl.arange(0, BLOCK_N), mask=exist, other=0) if TESTED else None
         exist = exist if TESTED else tl.full([BLOCK_N], True, tl.int1)  # a tile that the keys end in is tested
         raw = products(q, load_rows(k[0], k[1], tokens, exist, PART_0, PART_1, HEAD_DIM), PART_1, PRECISION)
         raw = -raw if NEGATE else raw
@@ -98,7 +98,7 @@ def layout_attention_fwd_kernel(
     factor = temperature(c, MODULATION) * sm_scale * LOG2_E
     keys, values = (head_of(k, batch, head), row_stride(k)), (head_of(v, batch, head), row_stride(v))
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
-    listed = tiles[0] + batch * tiles[1] + tile * (2 * key_tiles).to(tl.int64)
+    listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
     key_words = visited[0] + batch * visited[1]
     count_at = counts[0] + batch * counts[1] + tile * 3
     num_in, num_mixed, num_out = tl.load(count_at), tl.load(count_at + 1), tl.load(count_at + 2)

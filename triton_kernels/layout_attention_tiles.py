@@ -10,14 +10,15 @@ from dense_attn.triton_kernels.primitives import tokens_at, words_at
 
 @triton.jit
 def word_bounds_kernel(words, order, visited_ptr, bounds_ptr, seqlen, BLOCK: tl.constexpr):
-    """Of one tile of tokens: its words as visited [B|1, tiles * BLOCK], and their or and and [B|1, tiles, 2]."""
+    """Of one tile of tokens: its words as visited [B|1, tokens], and their or and and [B|1, tiles, 2]."""
     tiles = tl.cdiv(seqlen, BLOCK)
     index = tl.program_id(0).to(tl.int64)
     batch, tile = index // tiles, (index % tiles).to(tl.int32)
     tokens, exist = tokens_at(tile * BLOCK, order, batch, seqlen, BLOCK)
     bits = tl.arange(0, 32)
     visited = words_at(words, batch, tokens, exist)
-    tl.store(visited_ptr + index * BLOCK + tl.arange(0, BLOCK), visited)
+    place = tile * BLOCK + tl.arange(0, BLOCK)
+    tl.store(visited_ptr + batch * seqlen + place, visited, mask=exist)
     held = (visited[:, None] >> bits[None, :]) & 1  # [tokens, 32]
     some = tl.max(held, 0)
     every = tl.min(tl.where(exist[:, None], held, 1), 0)

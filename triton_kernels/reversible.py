@@ -254,6 +254,8 @@ def _exact_edict(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_grid("x", x, dtype, y=y, eps=eps)
     x_out, y_out, latent = torch.empty_like(x), torch.empty_like(y), torch.empty_like(x, dtype=dtype)
+    if mix == 0:
+        _refuse("mix", "not be 0", mix)
     numbers = (step, (1 - mix) / mix, 1 - mix, to_latent)
     flags = {"COUPLE_X": couple_x, "LATENT_X": latent_x, "INVERSE": inverse}
     _launch(exact_edict_kernel, (x, y, eps, x_out, y_out, latent), numbers, **flags)

@@ -64,8 +64,8 @@ def percentile_mask_kernel(
 @triton.jit
 def mask_kernel(x, masked_ptr, thresholds_ptr, num_values, TILE: tl.constexpr):
     """One tile of a row whose threshold is known."""
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1).to(tl.int64) * TILE
+    tiles = tl.cdiv(num_values, TILE)
+    row, start = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * TILE
     mask_tile(x, masked_ptr, tl.load(thresholds_ptr + row), row, num_values, start, TILE)
 
 
@@ -146,12 +146,13 @@ def sega_combine_kernel(
     FIRST: tl.constexpr, LAST: tl.constexpr, SUM_CHANNELS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of a channel whose thresholds are known."""
-    row = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(num_values, TILE)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
     b, c = row // num_channels, row % num_channels
     concepts = tl.arange(0, GROUP).to(tl.int64)
     at = thresholds[0] + concepts * thresholds[1] + b * thresholds[2] + c * thresholds[3]
     found = tl.load(at, mask=concepts < num_edits, other=0.0)
-    offs = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    offs = (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
     combine_tile(
         uncond, text, edits, momentum, user_mask, eps, momentum_out, carry, found, scales, weights, partials, step,
         all_warm, num_edits, num_channels, b, c, offs, offs < num_values, FIRST, LAST, SUM_CHANNELS, GROUP,
@@ -179,7 +180,7 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
         selection.long_thresholds(
             threshold.view(1, 1, -1), rows, None, *numbers, num_rows, num_values, LOW_BITS[x.dtype]
         )
-        grid = (num_rows, triton.cdiv(num_values, TILE))
+        grid = (num_rows * triton.cdiv(num_values, TILE),)  # a second axis holds 65,535 programs
         mask_kernel[grid](rows, masked, threshold, num_values, TILE=TILE, num_warps=selection.warps(TILE), **EXACT)
     return masked, threshold
 
@@ -259,7 +260,7 @@ def _step(
     if thresholds.numel() > 0:
         uncond, edits = tensors[0], tensors[2]
         selection.long_thresholds(thresholds, edits, uncond, scales, ranks, channels, num_values, 0, sums)
-    grid = (batch * channels, triton.cdiv(num_values, TILE))
+    grid = (batch * channels * triton.cdiv(num_values, TILE),)
     options = {"TILE": TILE, "num_warps": selection.warps(TILE), **EXACT}
     sega_combine_kernel[grid](*tensors, scales, weights, partials, *last, **flags, **options)
 
