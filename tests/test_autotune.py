@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from dense_attn.triton_kernels import autotune, configs
+from dense_attn.triton_kernels import autotune, configs, layout_attention
 
 TABLE = configs.Config(64, 32, 4, 2)
 FAST = configs.Config(64, 64, 4, 2)
@@ -108,6 +108,33 @@ def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not autotune.requested()
     monkeypatch.setenv("DENSE_ATTN_AUTOTUNE", "1")
     assert autotune.requested()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"BLOCK_M": 48}, {"BLOCK_N": "64"}, {"num_warps": 5}, {"num_stages": 2.0}, {"parks": 1}, {"BLOCK_M": True}],
+)
+def test_what_cannot_be_is_measured_anew(entry: dict, tmp_path: Path) -> None:
+    file, right = tmp_path / "f.json", {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "parks": False}
+    file.write_text(json.dumps({"good": right, "bad": right | entry}))
+    assert autotune._read(file).keys() == {"good"}
+
+
+def test_a_measurement_leaves_the_random_numbers_alone() -> None:
+    q = torch.zeros(1, 1, 4, 16)
+    before = torch.get_rng_state()
+    first, second = layout_attention._example(q, q), layout_attention._example(q, q)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first[0], second[0])
+    assert first[0].abs().max() > 0
+
+
+def test_a_folder_in_the_place_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left beside it."""
+    monkeypatch.setattr(autotune, "_found", {tmp_path: {}})
+    with pytest.warns(UserWarning, match="for this process alone"):
+        autotune._write(tmp_path)
+    assert [path for path in tmp_path.parent.iterdir() if path.suffix == f".{os.getpid()}"] == []
 
 
 def test_the_default_file_is_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

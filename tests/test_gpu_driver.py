@@ -51,6 +51,14 @@ def test_dry_run(tmp_path: Path) -> None:
     assert {row["family"] for row in results["rows"]} == {"launch"}
 
 
+def test_a_folder_that_cannot_be_is_refused() -> None:
+    command = [sys.executable, str(DRIVER), "--dry-run", "--only", "environment", "--output", "/dev/null/x"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("make gpu: --output must be a folder that can be written: ")
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     result = subprocess.run([sys.executable, str(DRIVER)], capture_output=True, text=True)

@@ -11,7 +11,7 @@ from accuracy import evaluate
 from cases import CASES, DEVICES, INTERPRETED, Case, Inputs, moved
 from cases import make_inputs as make_on_the_cpu
 
-from dense_attn import _triton, layout_attention
+from dense_attn import _triton, layout_attention, tile_lists
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
 
@@ -83,6 +83,18 @@ def test_lists_made_beforehand() -> None:
         _triton.layout_attention_fwd(*arguments, *orders, [lists[0][:, 1:], *lists[1:]])
 
 
+def test_lists_of_another_length_are_refused() -> None:
+    """Also where the number of tiles is the same: whole tiles are read without a look at where the keys end."""
+    q, k = torch.randn(1, 1, 20, 16, device=DEVICE), torch.randn(1, 1, 160, 16, device=DEVICE)
+    words, strength = torch.ones(160, dtype=torch.int32, device=DEVICE), torch.ones(1, 1, 20, device=DEVICE)
+    lists = _triton.lists_of(q, k, words[:20], words, None, None)
+    block = _triton.layout_attention.fwd_blocks(q, k)[1]
+    fewer = 160 - block + 1
+    short = (q, k[:, :, :fewer], k[:, :, :fewer], words[:20], words[:fewer], strength, "range", 0.2, None, None)
+    with pytest.raises(RuntimeError, match=rf"tile_lists must have contiguous tensors of shape \[1 or B, {fewer}\]"):
+        _triton.layout_attention_fwd(*short, list(lists))
+
+
 @pytest.mark.parametrize(
     ("argument", "bad", "message"),
     [
@@ -109,6 +121,18 @@ def test_raw_calls_are_refused(argument: str, bad: object, message: str) -> None
     arguments[argument] = bad(arguments[argument])
     with pytest.raises(RuntimeError, match=message):
         _triton.layout_attention_fwd(*arguments.values())
+
+
+def test_tile_lists_inside_of_a_compiled_function() -> None:
+    inputs = make_inputs(Case("compiled", (1, 1, 20, 150, 16)), torch.float32)
+    tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *words: torch.Tensor) -> torch.Tensor:
+        lists = tile_lists(q, k, *words, backend="triton")
+        return layout_attention(q, k, v, *words, tile_lists=lists, backend="triton")
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), attention(*tensors))
 
 
 def test_torch_compile_sees_one_op() -> None:

@@ -187,8 +187,8 @@ def _pick(rows: dict[int, Config], head_dim: int) -> Config:
     return next(config for largest, config in rows.items() if head_dim <= largest)
 
 
-@torch.compiler.assume_constant_result
 @cache
+@torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> str:
     """The row of the tables for a device."""
     if interpreted():
