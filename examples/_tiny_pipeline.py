@@ -1,44 +1,133 @@
-"""A Stable-Diffusion-shaped pipeline of random weights: 80,000 parameters, no download."""
+"""Pipelines of random weights, shaped like the real ones: from 80,000 parameters, no download, pictures of noise."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOKENS = 16  # of a prompt
+WIDTH = 16  # of a text encoder
 
-def tiny_pipeline(kind: type[DiffusionPipeline], seed: int = 0) -> DiffusionPipeline:
-    """A pipeline of a class built like StableDiffusionPipeline: latents [B, 4, 8, 8], images [B, 3, 16, 16]."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPTextConfig(vocab_size=len(tokens), max_position_embeddings=16, bos_token_id=0, eos_token_id=1, **sizes)
+def tiny_pipeline(kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2) -> DiffusionPipeline:
+    """A pipeline built like StableDiffusionPipeline, its XL and 3, or FluxPipeline; a latent is 2 x 2 pixels.
+
+    Args:
+        kind: the class, of which the constructor's arguments say what it is made of.
+        seed: of the weights.
+        blocks: resolutions of a U-Net; 4 have Stable Diffusion 1.5's 32 attention layers.
+    """
+    from inspect import signature
+
+    parts = signature(kind.__init__).parameters
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipe = kind(
-            text_encoder=CLIPTextModel(config),
-            unet=UNet2DConditionModel(
-                sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-                cross_attention_dim=16, attention_head_dim=4,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            ),
-            vae=AutoencoderKL(
-                block_out_channels=(8, 8), norm_num_groups=4,
-                down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-            ),
-            tokenizer=CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=16),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-            ),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+        if "transformer" not in parts:
+            made = _stable_diffusion_xl(blocks) if "text_encoder_2" in parts else _stable_diffusion(blocks)
+        else:
+            made = _stable_diffusion_3() if "tokenizer_3" in parts else _flux()
+        pipe = kind(**{name: part for name, part in made.items() if name in parts})
+    for part in made.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # as from_pretrained does
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _stable_diffusion(blocks: int) -> dict[str, Any]:
+    return {
+        **_clip(""), "unet": _unet(blocks), "vae": _vae(4), "scheduler": _ddim(),
+        "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+    }  # fmt: skip
+
+
+def _stable_diffusion_xl(blocks: int) -> dict[str, Any]:
+    embedding = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    sizes = {"projection_class_embeddings_input_dim": 6 * 8 + WIDTH, "cross_attention_dim": 2 * WIDTH}
+    unet = _unet(blocks, **embedding, **sizes)
+    return {**_clip(""), **_clip("_2", projection=True), "unet": unet, "vae": _vae(4), "scheduler": _ddim()}
+
+
+def _stable_diffusion_3() -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH, out_channels=16,
+        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    encoders = {**_clip("", projection=True), **_clip("_2", projection=True), **_t5("_3", 32)}
+    return {**encoders, "transformer": transformer, "vae": _vae(16), "scheduler": FlowMatchEulerDiscreteScheduler()}
+
+
+def _flux() -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return {**_clip(""), **_t5("_2", 32), "transformer": transformer, "vae": _vae(4), "scheduler": scheduler}
+
+
+def _clip(suffix: str, projection: bool = False) -> dict[str, Any]:
+    """A text encoder that reads letters, and its tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(
+        vocab_size=len(tokens), max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, projection_dim=WIDTH,
+        **sizes,
+    )  # fmt: skip
+    encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=TOKENS)
+    return {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
+
+
+def _t5(suffix: str, width: int) -> dict[str, Any]:
+    """The same of the other kind."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")] + [(token, -2.0) for token in ("▁", *LETTERS)]
+    config = T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=2 * TOKENS)
+    return {f"text_encoder{suffix}": T5EncoderModel(config), f"tokenizer{suffix}": tokenizer}
+
+
+def _unet(blocks: int, cross_attention_dim: int = WIDTH, **options: Any) -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    down = ["CrossAttnDownBlock2D"] * (blocks - 1) + ["DownBlock2D"]
+    up = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (blocks - 1)
+    if blocks == 2:  # attention in the middle of the depth alone
+        down, up = down[::-1], up[::-1]
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 16, 16)[:blocks], layers_per_block=1 if blocks == 2 else 2,
+        norm_num_groups=4, cross_attention_dim=cross_attention_dim, attention_head_dim=4,
+        down_block_types=down, up_block_types=up, **options,
+    )  # fmt: skip
+
+
+def _vae(channels: int) -> torch.nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=channels, shift_factor=0.0,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+
+
+def _ddim() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
