@@ -205,13 +205,8 @@ def configurations() -> list[Attention | Other]:
 
 
 def tested() -> list[Attention | Other]:
-    """What the tests compile of these: on sm_90 all, elsewhere all but the slowest, of large head dims."""
-
-    def slow(call: Attention | Other) -> bool:
-        large = isinstance(call, Attention) and call.target != "sm_90" and call.head_dim > 128
-        return large and (call.dtype != "float32" or (call.tf32 and call.which == "fwd"))
-
-    return [call for call in configurations() if not slow(call)]
+    """What the tests compile of these: on sm_90 all, elsewhere the common ones."""
+    return [call for call in configurations() if call.target == "sm_90" or _is_common(call)]
 
 
 def everything() -> list[Attention | Other]:
@@ -226,12 +221,15 @@ def everything() -> list[Attention | Other]:
 
 
 def few() -> list[Attention | Other]:
-    """What the tests compile with the oldest Triton: every kernel, of attention the common calls up to head dim 128."""
+    """What the tests compile with the oldest Triton: the common calls."""
+    return [call for call in configurations() if _is_common(call)]
 
-    def common(call: Attention) -> bool:
-        return call == Attention(call.target, call.which, call.head_dim) and call.head_dim <= 128
 
-    return [call for call in tested() if isinstance(call, Other) or common(call)]
+def _is_common(call: Attention | Other) -> bool:
+    """Other families, and of attention plain calls up to head dim 128."""
+    return isinstance(call, Other) or (
+        call == Attention(call.target, call.which, call.head_dim) and call.head_dim <= 128
+    )
 
 
 CALLS = {"everything": everything, "configurations": configurations, "tested": tested, "few": few}

@@ -37,9 +37,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # In the interpreter a case costs seconds: those that reach a branch of the kernels, most with the most general rule.
 INTERPRETED_IN_FULL = ("ordered", "cross-attention", "ordered-in-runs")
-HALF_TOO = ("head-dim", "ordered-in-runs", "cross-attention")
+HALF_TOO = ("head-dim-40", "head-dim-80", "head-dim-160", "ordered-in-runs", "cross-attention")
 INTERPRETED_ONCE = (
-    *(f"head-dim-{d}" for d in (1, 8, 40, 41, 80, 96, 128, 160, 256)),
+    *(f"head-dim-{d}" for d in (1, 40, 41, 80, 128, 160, 256)),
     *("one-query", "one-by-one-range", "one-key", "full-tiles", "two-keys", "no-keys", "no-queries", "no-batch"),
     *("transposed", "every-other-token", "unaligned", "sliding-windows", "negated", "broadcast-heads"),
     *("words-per-sample", "words-strided", "all-matched", "none-matched", "some-rows-in-no-region", "32-regions"),
@@ -175,6 +175,8 @@ def test_every_instruction_set(isa: str) -> None:
         assert f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}" in probe.stderr
         pytest.skip(f"{isa}: not on this processor")
     assert probe.stdout.strip() == isa
+    if isa == torch.ops.dense_attn.cpu_isa():
+        return  # this file has it all
     tests = _run(
         isa, "-m", "pytest", "-q", "-m", "core", "-k", "test_accuracy and cpu", "-p", "no:cacheprovider", __file__
     )

@@ -100,29 +100,6 @@ def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
 
 
-def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others hold 65,535 programs."""
-    grids = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple) -> Callable:
-            return lambda *_, **__: grids.append(grid)
-
-    monkeypatch.setattr(selection, "long_thresholds", lambda *_: None)
-    for kernel in ("mask_kernel", "sega_combine_kernel"):
-        monkeypatch.setattr(_sega, kernel, Recorder())
-    x = torch.empty(1, 2**27, device="meta")
-    _sega.percentile_mask(x, 0.9)
-    each = {"edit_guidance_scale": [5.0], "edit_threshold": [0.9], "edit_weights": [1.0], "warm": [True]}
-    each |= {"enabled": [True], "reverse": [False], "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
-    eps = x[None]
-    _sega.sega_guidance(
-        eps, eps, eps[None], eps, guidance_scale=7.5, user_mask=None, sum_channels=False, **each
-    )  # fmt: skip
-    assert len(grids) == 2
-    assert all(len(grid) == 1 and grid[0] >= 2**27 // _sega.TILE for grid in grids)
-
-
 @pytest.mark.parametrize("num_values", [2**24 + 1, 2**24 + 2, 2**25 + 5, 2**31 + 7])
 def test_ranks_beyond_float32(num_values: int) -> None:
     """The rank of torch.quantile, which float32 no longer holds exactly."""

@@ -12,7 +12,6 @@ from dense_attn import _checks
 BLOCK = 1024  # 8 elements a thread: loads of 16 bytes in every dtype, at most 64 registers
 # No product melts into a sum: every step rounds as on the CPU, so that either device undoes the other's.
 LAUNCH = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
-
 LIMIT = tl.constexpr(2.0**50)  # the grid's: float64 latents give its coordinates back
 ROUNDER = tl.constexpr(1.5 * 2.0**52)  # what is added to it loses its fraction, half to even ...
 ROUNDER_BITS = tl.constexpr(0x4338000000000000)  # ... and stands in the lowest bits
@@ -256,9 +255,8 @@ def _exact_edict(
     x_out, y_out, latent = torch.empty_like(x), torch.empty_like(y), torch.empty_like(x, dtype=dtype)
     if mix == 0:
         _refuse("mix", "not be 0", mix)
-    numbers = (step, (1 - mix) / mix, 1 - mix, to_latent)
-    flags = {"COUPLE_X": couple_x, "LATENT_X": latent_x, "INVERSE": inverse}
-    _launch(exact_edict_kernel, (x, y, eps, x_out, y_out, latent), numbers, **flags)
+    tensors, numbers = (x, y, eps, x_out, y_out, latent), (step, (1 - mix) / mix, 1 - mix, to_latent)
+    _launch(exact_edict_kernel, tensors, numbers, COUPLE_X=couple_x, LATENT_X=latent_x, INVERSE=inverse)
     _refuse_off_grid(x_out, y_out)
     return x_out, y_out, latent
 

@@ -172,9 +172,8 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
         return masked, threshold
     rows, ranks = (x, 0, 0, *x.stride()), selection.ranks_of([level], num_values)
     if selection.fits_one_program(LONGEST, num_values, rows):
-        options = _whole_row(num_values)
-        low_bit = LOW_BITS[x.dtype]
-        percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, *ranks, LOW_BIT=low_bit, **options)
+        options = {"LOW_BIT": LOW_BITS[x.dtype], **_whole_row(num_values)}
+        percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, *ranks, **options)
     else:
         numbers = selection.group_of(()), selection.group_of(ranks)
         selection.long_thresholds(
