@@ -78,7 +78,14 @@ class BuildExt(build_ext):
 
 
 setup(
-    packages=["dense_attn", "dense_attn.benchmarks", "dense_attn.examples", "dense_attn.triton_kernels"],
+    packages=[
+        "dense_attn",
+        "dense_attn.benchmarks",
+        "dense_attn.examples",
+        "dense_attn.integrations",
+        "dense_attn.integrations.diffusers",
+        "dense_attn.triton_kernels",
+    ],
     package_dir={
         "dense_attn.benchmarks": "benchmarks",
         "dense_attn.examples": "examples",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = 16  # of a prompt
@@ -37,6 +39,39 @@ def tiny_pipeline(kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2)
             part.eval()  # as from_pretrained does
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def command_line(description: str, model: str) -> tuple[str | None, int]:
+    """The --model and --steps of an example."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", metavar="PATH_OR_ID", help=f"such as {model}; none: random weights, noise")
+    parser.add_argument("--steps", type=int, default=20, help="of denoising (20)")
+    arguments = parser.parse_args()
+    if arguments.model is None:
+        print(f"no --model, such as {model}: random weights, so the picture is noise")
+    return arguments.model, arguments.steps
+
+
+def load(kind: str, model: str | None) -> DiffusionPipeline:
+    """A pipeline of a model, or of random weights, on the GPU where there is one."""
+    import diffusers
+
+    if model is None:
+        return tiny_pipeline(getattr(diffusers, kind))
+    gpu = torch.cuda.is_available()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if gpu else torch.float32)
+    return pipe.to("cuda" if gpu else "cpu")
+
+
+def side_by_side(images: list[Image.Image], path: str) -> None:
+    """Write images into one file."""
+    from PIL import Image
+
+    whole = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for i, image in enumerate(images):
+        whole.paste(image, (i * image.width, 0))
+    whole.save(path)
+    print(f"wrote {path}")
 
 
 def _stable_diffusion(blocks: int) -> dict[str, Any]:
@@ -81,7 +116,7 @@ def _clip(suffix: str, projection: bool = False) -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPTextConfig(
         vocab_size=len(tokens), max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, projection_dim=WIDTH,
         **sizes,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,13 @@ import torch
 from dense_attn import examples
 from dense_attn.examples import (
     compare_with_sdpa,
+    flux_regional_prompt,
     inversion_round_trip,
     latent_optimisation,
+    layout_to_image,
     optimise_queries,
+    pipeline_edit,
+    pipeline_inversion,
     semantic_edit,
 )
 from dense_attn.examples import layout_attention as ten_lines
@@ -60,6 +66,41 @@ def test_latent_optimisation() -> None:
     losses = latent_optimisation.main(steps=10, sampling_steps=4)
     assert len(losses) == 10
     assert losses[-1] < 0.95 * losses[0]
+
+
+def of_noise(images: list, count: int) -> None:
+    """Pictures of one size, no two alike."""
+    assert len(images) == count
+    assert len({image.size for image in images}) == 1
+    assert len({image.tobytes() for image in images}) == count
+
+
+def test_layout_to_image() -> None:
+    pytest.importorskip("diffusers")
+    of_noise(layout_to_image.main(steps=4), 2)
+
+
+def test_flux_regional_prompt() -> None:
+    pytest.importorskip("diffusers")
+    of_noise(flux_regional_prompt.main(steps=4), 2)
+
+
+def test_pipeline_edit() -> None:
+    pytest.importorskip("diffusers")
+    of_noise(pipeline_edit.main(steps=5), 2)
+
+
+def test_pipeline_inversion() -> None:
+    pytest.importorskip("diffusers")
+    of_noise(pipeline_inversion.main(steps=4)[::2], 2)
+
+
+def test_the_command_line_of_an_example(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    command = [sys.executable, "-m", "dense_attn.examples.layout_to_image", "--steps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "no --model, such as stable-diffusion-v1-5/stable-diffusion-v1-5: random weights" in done.stdout
+    assert (tmp_path / "layout_to_image.png").stat().st_size > 100
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("[!_]*.py")))

@@ -1,0 +1,1 @@
+"""Other libraries' objects, taken as they are."""

@@ -1,0 +1,16 @@
+"""One line on a diffusers pipeline: layouts, semantic guidance, inversion and latent optimisation."""
+
+from .guidance import Edit, semantic_guidance
+from .inversion import Inversion, Optimized, invert, optimize, reconstruct
+from .layouts import apply_layout
+
+__all__ = [
+    "Edit",
+    "Inversion",
+    "Optimized",
+    "apply_layout",
+    "invert",
+    "optimize",
+    "reconstruct",
+    "semantic_guidance",
+]

@@ -1,0 +1,67 @@
+"""Hooks around the calls of a module, outside of what torch.compile has compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+def unwrapped(module: Any) -> Any:
+    """A module without torch.compile around it."""
+    return getattr(module, "_orig_mod", module)
+
+
+@contextmanager
+def watched(
+    module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """`before` changes the arguments of every call, ahead of others if there is no `after`, its output."""
+    with ExitStack() as stack:
+        if module._compiled_call_impl is None:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=after is None).remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        else:
+            stack.enter_context(_around_compiled(module, before, after))
+        yield
+
+
+@contextmanager
+def _around_compiled(
+    module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None
+) -> Iterator[None]:
+    """The same for a module compiled in place, whose own hooks are compiled with the rest."""
+    inner = module._compiled_call_impl
+    calls = inner if isinstance(inner, _Watched) else _Watched(module, inner)
+    calls.before.insert(0 if after is None else len(calls.before), before)
+    calls.after += [] if after is None else [after]
+    module._compiled_call_impl = calls
+    try:
+        yield
+    finally:
+        calls.before.remove(before)
+        if after is not None:
+            calls.after.remove(after)
+        if not calls.before:
+            module._compiled_call_impl = calls.compiled
+
+
+class _Watched:
+    """A compiled call with hooks around it."""
+
+    def __init__(self, module: torch.nn.Module, compiled: Callable[..., Any]) -> None:
+        self.module, self.compiled = module, compiled
+        self.before: list[Callable[..., Any]] = []
+        self.after: list[Callable[..., Any]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for hook in self.before:
+            changed = hook(self.module, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
+        output = self.compiled(*args, **kwargs)
+        for hook in self.after:
+            output = hook(self.module, args, kwargs, output)
+        return output

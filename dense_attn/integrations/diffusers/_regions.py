@@ -1,0 +1,85 @@
+"""What a user gives as regions, phrases with masks of several kinds, as phrases and one tensor of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dense_attn import Layout, _checks
+from dense_attn.layout import MAX_REGIONS
+
+BOXES = (512, 512)  # the grid on which boxes are drawn where no mask gives one
+
+
+class Regions(NamedTuple):
+    """The regions of one image."""
+
+    phrases: list[str | None]
+    masks: Tensor  # bool [R, H, W]
+
+
+def parse(regions: object, num_prompts: int) -> list[Regions]:
+    """One entry for all prompts, or one for each."""
+    if not isinstance(regions, Sequence) or isinstance(regions, str) or not regions:
+        _checks.refuse("regions", "be a list of (phrase, mask)", _kind(regions), TypeError)
+    if not _is_region(regions[0]):
+        if len(regions) != num_prompts:
+            _checks.refuse("regions", f"hold one list for each of the {num_prompts} prompts", len(regions))
+        return [_one_image(f"regions[{b}]", image) for b, image in enumerate(regions)]
+    return [_one_image("regions", regions)]
+
+
+def _is_region(region: object) -> bool:
+    return isinstance(region, Sequence) and len(region) == 2 and (region[0] is None or isinstance(region[0], str))
+
+
+def _one_image(argument: str, regions: object) -> Regions:
+    if not isinstance(regions, Sequence) or not 1 <= len(regions) <= MAX_REGIONS:
+        got = len(regions) if isinstance(regions, Sequence) else type(regions).__name__
+        _checks.refuse(argument, f"hold 1 to {MAX_REGIONS} regions", got)
+    for r, region in enumerate(regions):
+        if not _is_region(region):
+            _checks.refuse(f"{argument}[{r}]", "be a pair (phrase, mask)", _kind(region), TypeError)
+    drawn = [None if _is_box(mask) else _mask(f"{argument}[{r}]", mask) for r, (_, mask) in enumerate(regions)]
+    size = next((tuple(mask.shape) for mask in drawn if mask is not None), BOXES)
+    for r, (_, box) in enumerate(regions):
+        if drawn[r] is None:
+            drawn[r] = _box(f"{argument}[{r}]", box, size)
+        if tuple(drawn[r].shape) != size:
+            _checks.refuse(f"{argument}[{r}]", f"have a mask of the size {size} of the others", tuple(drawn[r].shape))
+        if not drawn[r].any():
+            _checks.refuse(f"{argument}[{r}]", "have a mask of at least one pixel", "none")
+    return Regions([phrase for phrase, _ in regions], torch.stack(drawn))
+
+
+def _is_box(mask: object) -> bool:
+    return isinstance(mask, (tuple, list))
+
+
+def _box(argument: str, box: Any, size: tuple[int, int]) -> Tensor:
+    try:
+        return Layout.from_boxes([tuple(box)], size).masks[0]
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("boxes[0]", f"the box of {argument}")) from None
+
+
+def _mask(argument: str, mask: Any) -> Tensor:
+    """A bool tensor [H, W] on the CPU."""
+    if hasattr(mask, "convert"):  # a PIL image, whose lighter half is the region
+        mask = np.asarray(mask.convert("L")) >= 128
+    if isinstance(mask, np.ndarray):
+        mask = torch.from_numpy(np.array(mask)) if mask.dtype == bool else mask
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        _checks.refuse(argument, "have a bool mask, a PIL image or a box (x0, y0, x1, y1)", _kind(mask), TypeError)
+    if mask.dim() != 2:
+        _checks.refuse(argument, "have a mask of 2 dimensions [height, width]", tuple(mask.shape))
+    return mask.detach().cpu().clone()
+
+
+def _kind(value: object) -> str:
+    kind, dtype = type(value).__name__, getattr(value, "dtype", None)
+    return kind if dtype is None else f"{kind} of {str(dtype).removeprefix('torch.')}"

@@ -1,0 +1,204 @@
+"""What the attention layers of a denoiser read while a layout is on: rows, region words and strengths of this step."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dense_attn import Layout, _checks, layout_attention, tile_lists
+
+from ._hooks import unwrapped
+from ._steps import Steps
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ._families import Call, Family
+
+
+@dataclass(frozen=True)
+class Options:
+    """The numbers of `apply_layout`."""
+
+    cross_weight: float
+    self_weight: float
+    active: float
+    exponent: float
+    size_weight: float
+    modulation: str
+    backend: str
+
+
+class Image(NamedTuple):
+    """The regions of one prompt: masks, the tokens of each phrase, and those tokens' embeddings on their own."""
+
+    masks: Tensor  # bool [R, H, W]
+    spans: list[list[tuple[int, int]]]  # of each region, none without a phrase
+    alone: list[tuple[tuple[int, int], Tensor]]  # in the order in which they are put in
+
+
+class Side(NamedTuple):
+    """The queries or keys of attention: region words, and strengths at time 1."""
+
+    words: Tensor  # int32 [P, N]
+    strength: Tensor  # float32 [P, N]
+
+
+@dataclass(eq=False)
+class Layer:
+    """Attention layers of one kind and size: what `layout_attention` takes beside q, k and v."""
+
+    q_words: Tensor  # int32 [B|1, M]
+    k_words: Tensor  # int32 [B|1, N]
+    strength: Tensor  # float32 [B|1, 1, M], at time 1
+    order: Tensor | None  # int32 [B|1, M], of queries and keys where they are the same tokens
+    lists: dict[tuple, Any] = field(default_factory=dict)
+
+    def tile_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
+        """Made once for all layers and steps of a shape."""
+        orders = {"q_order": self.order, "k_order": self.order if q.shape == k.shape else None}
+        key = q.shape, k.shape, q.dtype
+        if torch.compiler.is_compiling():
+            return tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
+        if key not in self.lists:
+            self.lists[key] = tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
+        return self.lists[key]
+
+
+class LayoutState:
+    """One `apply_layout` block."""
+
+    def __init__(self, pipe: DiffusionPipeline, family: Family, images: list[Image], options: Options) -> None:
+        self.family, self.images, self.options = family, images, options
+        self.steps = Steps(pipe)
+        self.pipe = pipe
+        self.paused = 0  # blocks inside of this one
+        self.layers: dict[tuple[str, int], Layer] = {}
+        self.first, self.last = 0, 0  # the rows of the batch that this call modulates
+        self.factor: Tensor | None = None  # time**exponent
+        self._made_for: object = None
+        self._call: Call | None = None  # kept so that its key stays its own
+        self._texts: tuple[Tensor, Tensor] | None = None
+
+    def layer(self, kind: str, hidden_states: Tensor, num_tokens: int) -> Layer | None:
+        """The layer that a call of a processor belongs to, None where nothing is to be modulated."""
+        if self.first == self.last or hidden_states.dim() != 3:
+            return None
+        return self.layers.get((kind, num_tokens))
+
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Modulated attention of q, k, v [B, H, tokens, D]."""
+        orders = {"q_order": layer.order, "k_order": layer.order if q.shape == k.shape else None}
+        options = {"modulation": self.options.modulation, "backend": self.options.backend}
+        lists = layer.tile_lists(q, k, self.options.backend)
+        strength = layer.strength * self.factor
+        return layout_attention(q, k, v, layer.q_words, layer.k_words, strength, tile_lists=lists, **orders, **options)
+
+    def before_call(self, denoiser: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A hook before each call of the denoiser: where in the run it is, and its phrases' own embeddings."""
+        self.first = self.last = 0
+        if self.paused or not (self.options.cross_weight or self.options.self_weight):
+            return None
+        bound = inspect.signature(type(unwrapped(denoiser)).forward).bind(denoiser, *args, **kwargs)
+        call = self.family.read(bound.arguments)
+        self.steps.follow(call.timestep, self.family.unit)
+        rows = self._conditional_rows(call)
+        if rows is None:
+            return None
+        bound.arguments["encoder_hidden_states"] = self._with_phrases(call.text, *rows)
+        if self.steps.index < self.options.active * self.steps.total:
+            self._make_layers(call, rows[1] - rows[0])
+            self.factor = torch.full((), self.steps.time**self.options.exponent, device=call.text.device)
+            self.first, self.last = rows
+        return bound.args[1:], bound.kwargs
+
+    def _conditional_rows(self, call: Call) -> tuple[int, int] | None:
+        """The rows of the batch that see the prompt, None if none does."""
+        batch = call.text.shape[0]
+        if self.family.guidance_apart:  # the unconditional estimate is a second call of the same step
+            return None if self.steps.repeated else (0, batch)
+        halves = getattr(self.pipe, "do_classifier_free_guidance", False) and not self.steps.repeated
+        first = batch // 2 if halves else 0
+        if (batch - first) % len(self.images):
+            _checks.refuse(
+                "prompt",
+                "have one entry or one for each prompt of the call",
+                f"{len(self.images)} for {batch - first} images",
+            )
+        return first, batch
+
+    def _with_phrases(self, text: Tensor, first: int, last: int) -> Tensor:
+        """The text tokens with each phrase's embeddings as it has them alone, in the rows that see the prompt."""
+        if not any(image.alone for image in self.images):
+            return text
+        if self._texts is None or self._texts[0] is not text:  # pipelines hand in the same tensor in every step
+            replaced, each = text.clone(), (last - first) // len(self.images)
+            for i, image in enumerate(self.images):
+                for (start, stop), alone in image.alone:
+                    if stop > text.shape[1]:
+                        _checks.refuse(
+                            "prompt", f"have its phrases within the {text.shape[1]} tokens of the call", stop
+                        )
+                    replaced[first + i * each : first + (i + 1) * each, start:stop] = alone.to(text)
+            self._texts = text, replaced
+        return self._texts[1]
+
+    def _make_layers(self, call: Call, rows: int) -> None:
+        """The layers of a latent grid and a number of text tokens, once a run."""
+        made_for = call.key, call.text.shape[1], call.text.device, rows
+        if made_for == self._made_for:
+            return
+        grid = self.family.grid(call)
+        layouts = [Layout(_resized(image.masks, grid).to(call.text.device)) for image in self.images]
+        text = self._text_side(layouts, call.text)
+        each, self.layers = rows // len(self.images), {}
+        for kind, q, k, order in self.family.layers(self, layouts, text, call):
+            spread = (lambda x: x) if len(self.images) == 1 else (lambda x: x.repeat_interleave(each, 0))
+            self.layers[kind, q.words.shape[1]] = Layer(
+                spread(self._words(q)), spread(self._words(k)), spread(q.strength)[:, None],
+                None if order is None else spread(order),
+            )  # fmt: skip
+        self._made_for, self._call = made_for, call
+
+    def _words(self, side: Side) -> Tensor:
+        """Under a mask, tokens of no region take part in all: a row that sees nothing would be 0."""
+        if self.options.modulation != "mask":
+            return side.words
+        return torch.where(side.words == 0, -1, side.words)
+
+    def image_side(self, layouts: list[Layout], grid: tuple[int, int], weight: float, others: int = 0) -> Side:
+        """The tokens of an image, and others after them that belong to no region."""
+        options = {"weight": weight, "time": 1.0, "size_weight": self.options.size_weight}
+        words = torch.stack([layout.query_regions(*grid) for layout in layouts])
+        strength = torch.stack([layout.strength(*grid, **options) for layout in layouts])
+        return Side(*(torch.nn.functional.pad(x, (0, others)) for x in (words, strength)))
+
+    def _text_side(self, layouts: list[Layout], text: Tensor) -> Side:
+        """The tokens of a prompt; as queries, which only joint attention has, those of a phrase are modulated."""
+        words = torch.zeros(len(layouts), text.shape[1], dtype=torch.int32)
+        strength = torch.zeros(len(layouts), text.shape[1])
+        for i, (image, layout) in enumerate(zip(self.images, layouts)):
+            for r, places in enumerate(image.spans):
+                share = layout.masks[r].float().mean().item()
+                for start, stop in places:
+                    words[i, start:stop] = -(2**31) if r == 31 else 1 << r
+                    strength[i, start:stop] = self.options.cross_weight * (1 - self.options.size_weight * share)
+        return Side(words.to(text.device), strength.to(text.device))
+
+
+def joined(*sides: Side) -> Side:
+    """The tokens of several sides, one after the other."""
+    return Side(*(torch.cat(tensors, 1) for tensors in zip(*sides)))
+
+
+def order_of(side: Side) -> Tensor:
+    """The order in which tokens of one region word stand together."""
+    return side.words.argsort(dim=1, stable=True).to(torch.int32)
+
+
+def _resized(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.interpolate(masks[None].to(torch.uint8), grid, mode="nearest")[0].bool()

@@ -1,0 +1,165 @@
+"""semantic_guidance: concepts turned up or down in the images of a Stable Diffusion pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dense_attn import SemanticGuidance, _checks
+
+from . import _phrases
+from ._hooks import unwrapped, watched
+from ._steps import Steps
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A concept that an image gets more of, or less.
+
+    Args:
+        prompt: the concept in words.
+        scale: how strongly it pulls.
+        threshold: 0 to 1, the share of entries that it leaves alone.
+        warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end.
+        weight: against other concepts; a negative one counts as 0.
+        reverse: away from the concept, not towards it.
+    """
+
+    prompt: str
+    scale: float = 5.0
+    threshold: float = 0.9
+    warmup: float = 10
+    cooldown: float | None = None
+    weight: float = 1.0
+    reverse: bool = False
+
+
+@contextmanager
+def semantic_guidance(
+    pipe: DiffusionPipeline,
+    edits: Sequence[Edit],
+    *,
+    momentum_scale: float = 0.1,
+    momentum_beta: float = 0.4,
+    backend: str = "auto",
+) -> Iterator[None]:
+    """Calls of the pipeline inside the block are guided by concepts too, evaluated in the same batch of the U-Net.
+
+    The estimate that the scheduler gets is `SemanticGuidance`'s,
+    `eps_u + g*(eps_t - eps_u) + sum_e w_e * d_e where |d_e| >= quantile(|d_e|, threshold_e)` with
+    `d_e = scale_e*(eps_e - eps_u)`, warm-up and momentum, and g the guidance scale of the pipeline's call.
+
+    Args:
+        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), called with a guidance scale above 1.
+        edits: the concepts.
+        momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is kept.
+        backend: as in `sega_guidance`.
+
+    Raises:
+        ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is as it was.
+
+    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS 2023.
+
+    Example:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
+        >>> from dense_attn.integrations.diffusers import Edit, semantic_guidance
+        >>> pipe = tiny_pipeline(StableDiffusionPipeline)
+        >>> with semantic_guidance(pipe, [Edit("smiling", scale=4, warmup=1), Edit("hat", reverse=True)]):
+        ...     image = pipe("a face", num_inference_steps=4).images[0]
+    """
+    unet = getattr(pipe, "unet", None)
+    if type(unwrapped(unet)).__name__ != "UNet2DConditionModel":
+        _checks.refuse("pipe", "have a UNet2DConditionModel", type(pipe).__name__)
+    if isinstance(edits, Edit) or not isinstance(edits, Sequence) or not edits:
+        _checks.refuse("edits", "be a list of Edit", repr(edits), TypeError)
+    for i, edit in enumerate(edits):
+        if not isinstance(edit, Edit):
+            _checks.refuse(f"edits[{i}]", "be an Edit", type(edit).__name__, TypeError)
+        if not isinstance(edit.prompt, str):
+            _checks.refuse(f"edits[{i}].prompt", "be a string", type(edit.prompt).__name__, TypeError)
+    options = {
+        "edit_guidance_scale": [edit.scale for edit in edits],
+        "edit_threshold": [edit.threshold for edit in edits],
+        "edit_warmup_steps": [edit.warmup for edit in edits],
+        "edit_cooldown_steps": [edit.cooldown for edit in edits],
+        "edit_weights": [edit.weight for edit in edits],
+        "reverse_editing_direction": [edit.reverse for edit in edits],
+        "edit_momentum_scale": momentum_scale,
+        "edit_mom_beta": momentum_beta,
+        "backend": backend,
+    }
+    SemanticGuidance(**options)  # refuses what is wrong before anything is encoded
+    with torch.no_grad():
+        encoded = _phrases.encode(pipe, [edit.prompt for edit in edits])
+    guided = _Guided(pipe, options, encoded[0], encoded[2] if len(encoded) > 2 else None)
+    with watched(unet, guided.before_call, guided.after_call):
+        yield
+
+
+class _Guided:
+    """One block: concepts join the batch of each call, and leave it as guidance."""
+
+    def __init__(self, pipe: DiffusionPipeline, options: dict[str, Any], text: Tensor, pooled: Tensor | None) -> None:
+        self.pipe, self.options, self.text, self.pooled = pipe, options, text, pooled
+        self.steps = Steps(pipe)
+        self.guidance: SemanticGuidance | None = None
+
+    def before_call(self, unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The same call with the concepts' rows after those of the prompt."""
+        bound = inspect.signature(type(unwrapped(unet)).forward).bind(unet, *args, **kwargs)
+        given = bound.arguments
+        self._check(given)
+        if self.steps.follow(given["timestep"]):
+            self.guidance = SemanticGuidance(guidance_scale=self.pipe.guidance_scale, **self.options)
+        rows, edits = len(given["sample"]) // 2, len(self.text)
+
+        def with_edits(tensor: Tensor | None, concepts: Tensor | None = None) -> Tensor | None:
+            if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != 2 * rows:
+                return tensor  # a number for all
+            if concepts is None:  # what the prompt's rows have
+                more = tensor[rows:].repeat(edits, *[1] * (tensor.dim() - 1))
+            else:
+                more = concepts.to(tensor).repeat_interleave(rows, 0)
+            return torch.cat([tensor, more])
+
+        for name in ("sample", "timestep", "timestep_cond", "class_labels"):
+            if name in given:
+                given[name] = with_edits(given[name])
+        given["encoder_hidden_states"] = with_edits(given["encoder_hidden_states"], self.text)
+        added = given.get("added_cond_kwargs") or {}
+        if added:
+            pooled = {name: self.pooled if name == "text_embeds" else None for name in added}
+            given["added_cond_kwargs"] = {name: with_edits(value, pooled[name]) for name, value in added.items()}
+        return bound.args[1:], bound.kwargs
+
+    def after_call(self, unet: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Two equal halves: the pipeline's own guidance leaves them as they are."""
+        estimates = output[0]
+        eps = estimates.unflatten(0, (2 + len(self.text), -1))
+        guided = self.guidance(self.steps.index, eps[0], eps[1], eps[2:])
+        both = torch.cat([guided, guided])
+        return (both, *output[1:]) if isinstance(output, tuple) else type(output)(sample=both)
+
+    def _check(self, given: dict[str, Any]) -> None:
+        if not getattr(self.pipe, "do_classifier_free_guidance", False) or len(given["sample"]) % 2:
+            got = getattr(self.pipe, "guidance_scale", "a pipeline without one")
+            _checks.refuse("guidance_scale", "be above 1 for semantic guidance", got)
+        if getattr(self.pipe, "guidance_rescale", 0):
+            _checks.refuse("guidance_rescale", "be 0 with semantic guidance", self.pipe.guidance_rescale)
+        for name in RESIDUALS:
+            if given.get(name) is not None:
+                _checks.refuse("pipe", "have no ControlNet or adapter with semantic guidance", name)
+        if "image_embeds" in (given.get("added_cond_kwargs") or {}):
+            _checks.refuse("pipe", "have no IP-Adapter with semantic guidance", "image_embeds")

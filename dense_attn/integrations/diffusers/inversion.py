@@ -1,0 +1,298 @@
+"""invert, reconstruct and optimize: reversible sampling of a Stable Diffusion pipeline's images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dense_attn import ReversibleSampler, _checks, _memory, optimize_latents
+from dense_attn.optimize import OptimizeResult
+
+from ._hooks import unwrapped
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are sampled; the way back takes the same."""
+
+    prompt: str | list[str]
+    negative_prompt: str | list[str]
+    guidance_scale: float
+    num_inference_steps: int
+    sampler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The noise of an image, and what it took to find it.
+
+    Attributes:
+        latents: the pair of latents at the noise end, in float64 where the chain is exact.
+        settings: those of the way back.
+        seconds: wall time.
+        peak_bytes: what was added to the memory in use at the peak; None where the system does not tell.
+    """
+
+    latents: tuple[Tensor, Tensor]
+    settings: Settings
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """Images of optimised noise.
+
+    Attributes:
+        images: a list of PIL images, or what `output_type` says.
+        result: of `optimize_latents`: latents, losses, and the state to go on from.
+        seconds: wall time.
+        peak_bytes: as in `Inversion`.
+    """
+
+    images: Any
+    result: OptimizeResult
+    seconds: float
+    peak_bytes: int | None
+
+
+def invert(
+    pipe: DiffusionPipeline,
+    image: Any,
+    prompt: str | list[str],
+    *,
+    negative_prompt: str | list[str] = "",
+    num_inference_steps: int = 50,
+    guidance_scale: float = 3.0,
+    progress: bool = False,
+    **sampler: Any,
+) -> Inversion:
+    """The noise from which a reversible sampler makes an image: `reconstruct` gives it back, or edits it.
+
+    The image is encoded, `z = scaling * vae(image)`, and `ReversibleSampler.invert` takes z to the noise; with exact
+    chains, the default, the way back ends in the very bits of z.
+
+    Args:
+        pipe: a Stable Diffusion 1 or 2 pipeline with any scheduler of its noise schedule.
+        image: a PIL image, a list of them, or a tensor [B, 3, H, W] in 0..1.
+        prompt, negative_prompt: what the image shows, and what it does not; one for all images or one for each.
+        num_inference_steps: of the chain.
+        guidance_scale: classifier-free guidance; 1 for none. Large ones drive EDICT's pair apart.
+        progress: show a bar.
+        sampler: further arguments of `ReversibleSampler`: method, mix, gamma, alternate, exact, backend.
+
+    Raises:
+        ValueError, TypeError: an argument breaks the rule that the message names; a chain whose integers would not fit.
+
+    Source: Wallace et al., EDICT: Exact Diffusion Inversion via Coupled Transformations, CVPR 2023.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
+        >>> from dense_attn.integrations.diffusers import invert, reconstruct
+        >>> pipe = tiny_pipeline(StableDiffusionPipeline)
+        >>> inversion = invert(pipe, torch.rand(1, 3, 16, 16), "a cat", num_inference_steps=4)
+        >>> edited = reconstruct(pipe, inversion, prompt="a dog")[0]
+    """
+    _check_pipe(pipe)
+    settings = Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler)
+    with torch.no_grad():
+        pixels = pipe.image_processor.preprocess(image).to(pipe._execution_device, unwrapped(pipe.vae).dtype)
+        chain = _Chain(pipe, settings, len(pixels))
+        x = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+        call = lambda: chain.sampler.invert(chain.eps, x, progress=progress)  # noqa: E731
+        latents, seconds, peak = _measured(call, x.device)
+    return Inversion(latents, settings, seconds, peak)
+
+
+@torch.no_grad()
+def reconstruct(
+    pipe: DiffusionPipeline,
+    inversion: Inversion,
+    prompt: str | list[str] | None = None,
+    *,
+    output_type: str = "pil",
+    progress: bool = False,
+) -> Any:
+    """The image of an inversion, or, with another prompt, an edit of it.
+
+    Args:
+        pipe: the pipeline of the inversion.
+        inversion: what `invert` returned.
+        prompt: None for that of the inversion.
+        output_type: "pil", "pt", "np" or "latent", as pipelines have it.
+        progress: show a bar.
+
+    Raises:
+        ValueError, TypeError: an argument breaks the rule that the message names.
+
+    Source: Wallace et al., EDICT: Exact Diffusion Inversion via Coupled Transformations, CVPR 2023.
+
+    Example: see `invert`.
+    """
+    _check_pipe(pipe)
+    if not isinstance(inversion, Inversion):
+        _checks.refuse("inversion", "be what invert returns", type(inversion).__name__, TypeError)
+    settings = inversion.settings if prompt is None else replace(inversion.settings, prompt=prompt)
+    chain = _Chain(pipe, settings, len(inversion.latents[0]))
+    x, _ = chain.sampler.sample(chain.eps, *inversion.latents, progress=progress)
+    return _images(pipe, x, output_type)
+
+
+def optimize(
+    pipe: DiffusionPipeline,
+    prompt: str | list[str],
+    loss_fn: Callable[[Tensor], Tensor],
+    saliency_fn: Callable[[Tensor], Tensor] | None = None,
+    *,
+    negative_prompt: str | list[str] = "",
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    latents: Tensor | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    generator: torch.Generator | None = None,
+    output_type: str = "pil",
+    sampler: dict[str, Any] | None = None,
+    **options: Any,
+) -> Optimized:
+    """The image of a prompt whose noise was changed until a loss fell: DOODL, or SGOOL with a saliency function.
+
+    `optimize_latents` on the pipeline's U-Net and VAE: gradients of `loss_fn(image) + w*loss_fn(salient crop)` go
+    through the decoder and all steps of the chain, in memory that does not grow with them.
+
+    Args:
+        pipe: a Stable Diffusion 1 or 2 pipeline.
+        prompt, negative_prompt: one for all images or one for each.
+        loss_fn: images [B, 3, H, W] in -1..1 to a scalar tensor.
+        saliency_fn: None, or images in 0..1 to maps [B, H, W] in 0..1 (`spectral_residual_saliency`).
+        num_inference_steps, guidance_scale: of the chain.
+        latents: the noise to begin with; drawn when None, for images of height x width.
+        height, width: in pixels; the U-Net's own size when None.
+        generator: of the noise.
+        output_type: as in `reconstruct`.
+        sampler: further arguments of `ReversibleSampler`.
+        options: further arguments of `optimize_latents`: steps, salient_weight, clip, momentum, noise, progress, state.
+
+    Raises:
+        ValueError, TypeError: an argument breaks the rule that the message names.
+
+    Source: Wallace et al., DOODL, ICCV 2023; Wang et al., SGOOL, 2024.
+
+    Example:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
+        >>> from dense_attn.integrations.diffusers import optimize
+        >>> pipe = tiny_pipeline(StableDiffusionPipeline)
+        >>> darker = optimize(pipe, "a cat", lambda x: x.mean(), num_inference_steps=2, steps=2, progress=False)
+        >>> darker.images[0].size, len(darker.result.losses)
+        ((16, 16), 2)
+    """
+    _check_pipe(pipe)
+    count = 1 if isinstance(prompt, str) else len(prompt)
+    chain = _Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler or {}), count)
+    if latents is None:
+        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        shape = count, pipe.unet.config.in_channels, height or side, width or side
+        latents = pipe.prepare_latents(
+            *shape, torch.float32, pipe._execution_device, generator
+        ) / pipe.scheduler.init_noise_sigma  # fmt: skip
+
+    def decode(x: Tensor) -> Tensor:
+        return pipe.vae.decode(x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor).sample.float()
+
+    def call() -> OptimizeResult:
+        return optimize_latents(
+            chain.sampler, chain.eps, decode, loss_fn, latents, saliency_fn=saliency_fn, generator=generator, **options
+        )
+
+    result, seconds, peak = _measured(call, latents.device)
+    pair = result.latents if isinstance(result.latents, tuple) else (result.latents,)
+    with torch.no_grad():
+        images = _images(pipe, chain.sampler.sample(chain.eps, *pair)[0], output_type)
+    return Optimized(images, result, seconds, peak)
+
+
+class _Chain:
+    """A reversible sampler on a pipeline's schedule, and its U-Net as the function of latents that it takes."""
+
+    def __init__(self, pipe: DiffusionPipeline, settings: Settings, count: int) -> None:
+        from diffusers import DDIMScheduler
+
+        scale = _checks.number("guidance_scale", settings.guidance_scale)
+        self.pipe, self.scale = pipe, scale
+        self.text = self._encoded(settings, count, scale != 1)
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            _checks.refuse("pipe", "predict epsilon or v", scheduler.config.prediction_type)
+        scheduler.set_timesteps(settings.num_inference_steps)
+        self.alphas = scheduler.alphas_cumprod if scheduler.config.prediction_type == "v_prediction" else None
+        self.sampler = ReversibleSampler(
+            scheduler.alphas_cumprod, scheduler.timesteps, final_alpha_cumprod=scheduler.final_alpha_cumprod,
+            dtype=unwrapped(pipe.unet).dtype, **settings.sampler,
+        )  # fmt: skip
+
+    def eps(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided estimate of the noise in x."""
+        batch = x if self.scale == 1 else torch.cat([x, x])
+        out = self.pipe.unet(batch, t, encoder_hidden_states=self.text, return_dict=False)[0]
+        if self.alphas is not None:
+            alpha = self.alphas[int(t)].to(out)
+            out = alpha.sqrt() * out + (1 - alpha).sqrt() * batch
+        if self.scale == 1:
+            return out
+        uncond, text = out.chunk(2)
+        return uncond + self.scale * (text - uncond)
+
+    @torch.no_grad()
+    def _encoded(self, settings: Settings, count: int, guided: bool) -> Tensor:
+        """Text tokens of the batch, those of the negative prompt first."""
+        texts = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
+        for argument, text in texts.items():
+            texts[argument] = [text] * count if isinstance(text, str) else text
+            if not isinstance(texts[argument], list) or not all(isinstance(one, str) for one in texts[argument]):
+                _checks.refuse(argument, "be a string or a list of strings", repr(text), TypeError)
+            if len(texts[argument]) != count:
+                _checks.refuse(argument, f"hold one entry for each of the {count} images", len(text))
+        options = {"device": self.pipe._execution_device, "num_images_per_prompt": 1}
+        text, negative = self.pipe.encode_prompt(**texts, do_classifier_free_guidance=guided, **options)
+        return torch.cat([negative, text]) if guided else text
+
+
+def _check_pipe(pipe: DiffusionPipeline) -> None:
+    unet = unwrapped(getattr(pipe, "unet", None))
+    parts = [name for name in ("vae", "tokenizer", "text_encoder") if getattr(pipe, name, None) is None]
+    if type(unet).__name__ != "UNet2DConditionModel" or unet.config.addition_embed_type or parts:
+        _checks.refuse("pipe", "be of Stable Diffusion 1 or 2", type(pipe).__name__)
+
+
+def _images(pipe: DiffusionPipeline, x: Tensor, output_type: str) -> Any:
+    if output_type == "latent":
+        return x
+    x = x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor
+    return pipe.image_processor.postprocess(pipe.vae.decode(x).sample.float(), output_type=output_type)
+
+
+def _measured(call: Callable[[], Result], device: torch.device) -> tuple[Result, float, int | None]:
+    """A call's result, its wall time and the memory that it adds at its peak."""
+    start = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        peak, result = _memory.peak_extra_bytes(call)
+    return result, time.perf_counter() - start, peak

@@ -1,0 +1,99 @@
+"""Tiny pipelines of every family, made once, and DenseDiffusion's attention written out from its formula."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from dense_attn.examples._tiny_pipeline import tiny_pipeline  # noqa: E402
+
+diffusers.utils.logging.set_verbosity_error()
+
+FAMILIES = {
+    "sd": (diffusers.StableDiffusionPipeline, {}),
+    "sdxl": (diffusers.StableDiffusionXLPipeline, {}),
+    "sd3": (diffusers.StableDiffusion3Pipeline, {"max_sequence_length": 24}),
+    "flux": (diffusers.FluxPipeline, {"max_sequence_length": 24}),
+}
+PROMPT = "a cat dog"
+REGIONS = [("cat", (0.0, 0.0, 0.5, 1.0)), ("dog", (0.5, 0.2, 1.0, 1.0))]
+
+
+@cache
+def pipeline(family: str, blocks: int = 2) -> diffusers.DiffusionPipeline:
+    return tiny_pipeline(FAMILIES[family][0], blocks=blocks)
+
+
+def latents(
+    pipe: diffusers.DiffusionPipeline, prompt: object = PROMPT, *, steps: int = 10, seed: int = 0, **options: object
+) -> Tensor:
+    """Of a whole run at 16 x 24 pixels, unless options say otherwise."""
+    family = next(options for kind, options in FAMILIES.values() if type(pipe) is kind)
+    if prompt is not None:
+        options["prompt"] = prompt
+    options = {"height": 16, "width": 24, "generator": torch.Generator().manual_seed(seed)} | family | options
+    return pipe(num_inference_steps=steps, output_type="latent", **options).images
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """To 1e-4 of the largest."""
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+class Official:
+    """An attention processor of the formula alone: a loop over samples, dense masks and scores in memory.
+
+    Args:
+        pipe: whose U-Net's calls say the time.
+        masks: of each prompt, float [R, h, w] on the grid of latents.
+        spans: of each prompt, the tokens of each region.
+        steps: of a run.
+        guided: whether the first half of the batch is unconditional.
+    """
+
+    def __init__(self, pipe: object, masks: list[Tensor], spans: list, steps: int, guided: bool) -> None:
+        self.masks, self.spans, self.steps, self.guided = masks, spans, steps, guided
+        self.calls, self.time = -1, 0.0
+        self.handle = pipe.unet.register_forward_pre_hook(self.count)
+
+    def count(self, unet: object, args: tuple) -> None:
+        self.calls, self.time = self.calls + 1, float(args[1]) / 1000
+
+    def __call__(
+        self, attn: object, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
+    ) -> Tensor:
+        x, context = hidden_states, encoder_hidden_states
+        keys = x if context is None else context
+        outs = []
+        for i, (rows, columns) in enumerate(zip(x, keys)):
+            q, k, v = (f(t).unflatten(-1, (attn.heads, -1)).transpose(0, 1) for f, t in (
+                (attn.to_q, rows), (attn.to_k, columns), (attn.to_v, columns)))  # [H, tokens, D]  # fmt: skip
+            s = q @ k.mT * q.shape[-1] ** -0.5
+            conditional = i - len(x) // 2 if self.guided else i
+            if conditional >= 0 and self.calls < 0.3 * self.steps:
+                image = conditional * len(self.masks) // (len(x) // 2 if self.guided else len(x))
+                s = self.modulated(s, self.masks[image], self.spans[image], context is not None)
+            outs.append((s.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        return attn.to_out[0](torch.stack(outs))
+
+    def modulated(self, s: Tensor, masks: Tensor, spans: list, cross: bool) -> Tensor:
+        ratio = (masks.shape[1] * masks.shape[2] / s.shape[1]) ** 0.5
+        size = tuple(-(-side // round(ratio)) for side in masks.shape[1:])
+        inside = torch.nn.functional.interpolate(masks[None], size, mode="nearest")[0].flatten(1)  # [R, M]
+        area = (inside * inside.mean(1, keepdim=True)).sum(0)  # [M]
+        keys = inside
+        if cross:
+            keys = torch.zeros(len(masks), s.shape[2])
+            for r, (start, stop) in enumerate(spans):
+                keys[:, start:stop] = 0.0
+                keys[r, start:stop] = 1.0
+        matched = (inside.T @ keys > 0).float()  # [M, N]
+        c = ((1.0 if cross else 0.3) * self.time**5 * (1 - area))[:, None]
+        top, bottom = s.amax(-1, keepdim=True), s.amin(-1, keepdim=True)
+        return s + c * matched * (top - s) - c * (1 - matched) * (s - bottom)

@@ -1,0 +1,195 @@
+"""apply_layout on whole runs: against the reference, against the official formula, and against the plain pipeline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import REAL_LAYOUTS
+from pipelines import FAMILIES, PROMPT, REGIONS, Official, close, diffusers, latents, pipeline
+from torch import Tensor
+
+from dense_attn.examples._tiny_pipeline import tiny_pipeline
+from dense_attn.integrations.diffusers import _state, apply_layout
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The strengths of all calls of layout_attention."""
+    seen, original = [], _state.layout_attention
+
+    def counted(q: Tensor, *args: Tensor, **options: object) -> Tensor:
+        seen.append(args[4])
+        return original(q, *args, **options)
+
+    monkeypatch.setattr(_state, "layout_attention", counted)
+    return seen
+
+
+@every_family
+@pytest.mark.parametrize("modulation", ["range", "max", "bias", "mask"])
+def test_whole_runs_equal_the_reference(family: str, modulation: str) -> None:
+    pipe = pipeline(family)
+    plain = latents(pipe)
+    with apply_layout(pipe, PROMPT, REGIONS, modulation=modulation):
+        fused = latents(pipe)
+    with apply_layout(pipe, PROMPT, REGIONS, modulation=modulation, backend="reference"):
+        exact = latents(pipe)
+    assert close(fused, exact)
+    assert not close(fused, plain)
+    assert torch.equal(latents(pipe), plain)
+
+
+def real_masks(index: int) -> list[tuple[str, np.ndarray]]:
+    """Two regions of a real label map, or two ellipses where the data is not here."""
+    if REAL_LAYOUTS.exists():
+        labels = np.load(REAL_LAYOUTS)["label_maps"][index]
+        return [("cat", labels == 1), ("dog", (labels == 2) if (labels == 2).any() else labels == 0)]
+    y, x = np.mgrid[:128, :128] / 128
+    return [("cat", (x - 0.3) ** 2 + (y - 0.5) ** 2 < 0.04), ("dog", (x - 0.7) ** 2 + (y - 0.4) ** 2 < 0.05)]
+
+
+@torch.no_grad()
+def with_phrases(pipe: object, prompts: list[str], regions: list[list], spans: list) -> tuple[Tensor, Tensor]:
+    """Embeddings of prompts whose phrases are encoded alone, and of as many empty ones."""
+    text, empty = pipe.encode_prompt(prompts, "cpu", 1, True, [""] * len(prompts))
+    for embeddings, image, places in zip(text, regions, spans):
+        for (phrase, _), (start, stop) in zip(image, places):
+            alone = pipe.encode_prompt(phrase, "cpu", 1, False)[0][0]
+            embeddings[start:stop] = alone[1 : 1 + stop - start]
+    return text, empty
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0], ids=["guided", "unguided"])
+@pytest.mark.parametrize(("prompts", "images"), [(1, 1), (2, 2)])
+def test_whole_runs_equal_the_official_formula(guidance_scale: float, prompts: int, images: int) -> None:
+    pipe = pipeline("sd", blocks=4)
+    assert len(pipe.unet.attn_processors) == 32
+    texts, spans = ["a cat dog", "dog of cat"][:prompts], [[(2, 5), (5, 8)], [(6, 9), (1, 4)]]
+    regions = [real_masks(3), real_masks(7)][:prompts]
+    shape = {"height": 32, "width": 32, "num_images_per_prompt": images, "guidance_scale": guidance_scale, "steps": 12}
+    with apply_layout(pipe, texts, regions):
+        ours = latents(pipe, texts, **shape)
+
+    masks = [torch.stack([torch.from_numpy(mask) for _, mask in image]) for image in regions]
+    masks = [torch.nn.functional.interpolate(mask[None].float(), (16, 16))[0] for mask in masks]
+    text, empty = with_phrases(pipe, texts, regions, spans)
+    official = Official(pipe, masks, spans, steps=12, guided=guidance_scale > 1)
+    before = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(official)
+    try:
+        theirs = latents(pipe, None, prompt_embeds=text, negative_prompt_embeds=empty, **shape)
+    finally:
+        pipe.unet.set_attn_processor(before)
+        official.handle.remove()
+    assert close(ours, theirs)
+    assert not close(ours, latents(pipe, texts, **shape))
+
+
+@every_family
+def test_without_weights_it_is_the_plain_pipeline(family: str, calls: list) -> None:
+    pipe = pipeline(family)
+    with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
+        assert torch.equal(latents(pipe), latents(pipe))
+        ours = latents(pipe)
+    assert torch.equal(ours, latents(pipe))
+    assert calls == []
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_the_unconditional_half_is_the_plain_pipeline(family: str) -> None:
+    pipe, halves = pipeline(family), []
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    handle = denoiser.register_forward_hook(lambda _module, _args, out: halves.append(out[0].chunk(2)))
+    try:
+        latents(pipe, steps=1)
+        with apply_layout(pipe, PROMPT, REGIONS):
+            latents(pipe, steps=1)
+    finally:
+        handle.remove()
+    (plain, plain_text), (uncond, text) = halves
+    torch.testing.assert_close(uncond, plain, rtol=1e-5, atol=1e-6)
+    assert not close(text, plain_text)
+
+
+def test_flux_leaves_the_negative_prompt_alone(calls: list) -> None:
+    pipe = pipeline("flux")
+    layers = len(pipe.transformer.attn_processors)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        latents(pipe, negative_prompt="fog", true_cfg_scale=3.0)
+    assert len(calls) == 3 * layers
+
+
+@pytest.mark.parametrize("image", range(2))
+def test_a_batch_of_layouts_is_each_image_by_itself(image: int) -> None:
+    """Rows of a batch see their own prompt's layout."""
+    pipe, noise = pipeline("sd"), torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(3))
+    prompts, regions = ["a cat", "dog cat"], [[REGIONS[0]], [REGIONS[1], ("cat", (0.0, 0.0, 1.0, 0.3))]]
+    with apply_layout(pipe, prompts, regions):
+        both = latents(pipe, prompts, latents=noise)
+    with apply_layout(pipe, prompts[image], regions[image]):
+        alone = latents(pipe, prompts[image], latents=noise[image : image + 1])
+    assert close(both[image : image + 1], alone)
+
+
+SCHEDULERS = ("DDIM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
+              "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DDPM", "LCM")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_any_scheduler(name: str, calls: list) -> None:
+    """The layout acts in the first 30 % of the network's calls, twice in a row alike."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        for _ in range(2):
+            calls.clear()
+            latents(pipe, steps=10)
+            acting = -(-3 * pipe.num_timesteps // 10)  # rounded up: those before 30 %
+            assert len(calls) == acting * len(pipe.unet.attn_processors)
+            times = pipe.scheduler.timesteps[:acting].double() / 1000
+            widest = torch.tensor([strength.max() for strength in calls]).view(acting, -1).amax(1)
+            torch.testing.assert_close(widest / widest[0], ((times / times[0]) ** 5).float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_a_start_from_an_image(kind: str, calls: list) -> None:
+    """The steps that run count, and time is that of the schedule."""
+    pipe = getattr(diffusers, kind)(**pipeline("sd").components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    image = {"image": torch.rand(1, 3, 16, 16), "strength": 0.5}
+    if "Inpaint" in kind:
+        image |= {"mask_image": torch.ones(1, 1, 16, 16), "height": 16, "width": 16}
+    with apply_layout(pipe, PROMPT, REGIONS, active=0.4, size_weight=0):
+        pipe(PROMPT, num_inference_steps=20, output_type="latent", **image)
+    assert len(calls) == 4 * len(pipe.unet.attn_processors)
+    first = float(pipe.scheduler.timesteps[10]) / 1000
+    assert max(strength.max() for strength in calls[: len(pipe.unet.attn_processors)]) == pytest.approx(first**5)
+
+
+def test_masks_of_every_kind() -> None:
+    from PIL import Image
+
+    pipe, mask = pipeline("sd"), np.zeros((64, 64), bool)
+    mask[:, :32] = True
+    results = []
+    for kind in (mask, torch.from_numpy(mask), Image.fromarray(mask), Image.fromarray(mask.astype(np.uint8) * 255),
+                 (0.0, 0.0, 0.5, 1.0), [0, 0, 0.5, 1]):  # fmt: skip
+        with apply_layout(pipe, PROMPT, [("cat", kind)]):
+            results.append(latents(pipe))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_region_without_a_phrase_and_phrases_as_they_are() -> None:
+    pipe = pipeline("sd")
+    results = []
+    for regions, options in (
+        (REGIONS, {}), (REGIONS, {"encode_phrases": False}), ([(None, REGIONS[0][1])], {}), (REGIONS, {"exponent": 0}),
+        (REGIONS, {"size_weight": 0.0}), (REGIONS, {"active": 1.0}), (REGIONS, {"cross_weight": 0}),
+    ):  # fmt: skip
+        with apply_layout(pipe, PROMPT, regions, **options):
+            results.append(latents(pipe))
+    assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
