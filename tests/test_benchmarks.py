@@ -173,3 +173,15 @@ def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_of_what_a_layout_costs_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("diffusers")
+    from dense_attn.benchmarks import pipeline
+
+    assert pipeline.main(["--dry-run", "--rounds", "1", "--json", str(tmp_path / "cost.json")]) == 0
+    results = json.loads((tmp_path / "cost.json").read_text())
+    assert results["header"]["dry_run"] is True
+    assert list(results["rows"]) == ["plain", "dense_attn", "official"]
+    assert all(row["seconds"] > row["attention_seconds"] > 0 for row in results["rows"].values())
+    assert len(capsys.readouterr().out.splitlines()) == 4

@@ -76,6 +76,7 @@ class LayoutState:
         self.family, self.images, self.options = family, images, options
         self.steps = Steps(pipe)
         self.pipe = pipe
+        self.longest = max([span[1] for image in images for spans in image.spans for span in spans], default=0)
         self.paused = 0  # blocks inside of this one
         self.layers: dict[tuple[str, int], Layer] = {}
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
@@ -105,6 +106,8 @@ class LayoutState:
             return None
         bound = inspect.signature(type(unwrapped(denoiser)).forward).bind(denoiser, *args, **kwargs)
         call = self.family.read(bound.arguments)
+        if self.longest > call.text.shape[1]:
+            _checks.refuse("prompt", f"have its phrases in the {call.text.shape[1]} tokens of the call", self.longest)
         self.steps.follow(call.timestep, self.family.unit)
         rows = self._conditional_rows(call)
         if rows is None:
@@ -124,11 +127,8 @@ class LayoutState:
         halves = getattr(self.pipe, "do_classifier_free_guidance", False) and not self.steps.repeated
         first = batch // 2 if halves else 0
         if (batch - first) % len(self.images):
-            _checks.refuse(
-                "prompt",
-                "have one entry or one for each prompt of the call",
-                f"{len(self.images)} for {batch - first} images",
-            )
+            got = f"{len(self.images)} for {batch - first} images"
+            _checks.refuse("prompt", "have one entry or one for each prompt of the call", got)
         return first, batch
 
     def _with_phrases(self, text: Tensor, first: int, last: int) -> Tensor:
@@ -139,10 +139,6 @@ class LayoutState:
             replaced, each = text.clone(), (last - first) // len(self.images)
             for i, image in enumerate(self.images):
                 for (start, stop), alone in image.alone:
-                    if stop > text.shape[1]:
-                        _checks.refuse(
-                            "prompt", f"have its phrases within the {text.shape[1]} tokens of the call", stop
-                        )
                     replaced[first + i * each : first + (i + 1) * each, start:stop] = alone.to(text)
             self._texts = text, replaced
         return self._texts[1]
