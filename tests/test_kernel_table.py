@@ -101,7 +101,9 @@ def test_every_configuration_is_compiled(table: Table) -> None:
         return
     for kernel, target, precision, d in rows_of_configs():
         rare = target != "sm_90" and (precision != "half" or d > 128)
-        if rare or (kernel, target, precision) == ("row_fwd", "gfx942", "half"):
+        if (kernel, target) == ("row_fwd", "gfx942"):
+            rare = precision == "half"
+        if rare:
             wanted.remove((kernel, target, precision, d))
     assert {reached(row) for row in attention(table["rows"])} == wanted
 

@@ -243,7 +243,9 @@ inline V nearest(V x) {
 template <class V, class Acc = std::remove_reference_t<decltype(V{}[0])> >
 inline V times_exp2(V p, V n) {
   constexpr int kMantissa = sizeof(Acc) == 4 ? 23 : 52;
-  const V scaled = (V)((IntOf<Acc>)p + ((IntOf<Acc>)(n + kRounder<Acc>) << kMantissa));
+  using Lane = std::conditional_t<sizeof(Acc) == 4, uint32_t, uint64_t>;  // sums that wrap are flushed
+  typedef Lane Bits __attribute__((vector_size(sizeof(V))));
+  const V scaled = (V)((Bits)p + ((Bits)(n + kRounder<Acc>) << kMantissa));
   const V flushed = n <= kLowest<Acc> ? V{} : scaled;
   return p == p ? flushed : p;
 }
