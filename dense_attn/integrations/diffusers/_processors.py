@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,26 +14,14 @@ Result = Tensor | tuple[Tensor, ...]
 
 
 class LayoutProcessor:
-    """What families share: rows without a layout go to the processor that was there, each in a call of its own."""
+    """What families share: the processor that was there, for calls without a layout."""
 
     def __init__(self, original: Any, state: LayoutState) -> None:
         self.original, self.state = original, state
 
-    def by_rows(self, batch: int, plain: Callable[[slice], Result], modulated: Callable[[slice], Result]) -> Result:
-        """Results of all rows of the batch, in order."""
-        first, last = self.state.first, self.state.last
-        before = [plain(slice(0, first))] if first else []
-        after = [plain(slice(last, batch))] if last < batch else []
-        parts = [*before, modulated(slice(first, last)), *after]
-        if len(parts) == 1:
-            return parts[0]
-        if isinstance(parts[0], tuple):
-            return tuple(torch.cat(tensors) for tensors in zip(*parts))
-        return torch.cat(parts)
 
-
-class UNetProcessor(LayoutProcessor):
-    """For the self- and cross-attention of a U-Net."""
+class RowsProcessor(LayoutProcessor):
+    """Rows of the batch without a layout go to the processor that was there, in calls of their own."""
 
     def __call__(
         self,
@@ -43,21 +30,31 @@ class UNetProcessor(LayoutProcessor):
         encoder_hidden_states: Tensor | None = None,  # [B, N, C]
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """The layer's output, [B, M, C]."""
-        kind = "self" if encoder_hidden_states is None else "cross"
-        layer = self.state.layer(kind, hidden_states, hidden_states.shape[1])
+    ) -> Result:
+        """The layer's output [B, M, C]; of joint attention also that of the text tokens [B, N, C]."""
+        layer = self._layer(hidden_states, encoder_hidden_states)
         if layer is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         _refuse_mask(attention_mask)
+        parts, (first, last) = [], (self.state.first, self.state.last)
+        for rows in (slice(0, first), slice(first, last), slice(last, hidden_states.shape[0])):
+            if rows.start == rows.stop:
+                continue
+            x, context = (None if y is None else y[rows] for y in (hidden_states, encoder_hidden_states))
+            if rows.start == first:
+                parts.append(self._modulated(attn, layer, x, context))
+            else:
+                parts.append(self.original(attn, x, context, None, **kwargs))
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(tensors) for tensors in zip(*parts))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        def plain(rows: slice) -> Tensor:
-            return self.original(attn, *_rows(rows, hidden_states, encoder_hidden_states), None, **kwargs)
 
-        def modulated(rows: slice) -> Tensor:
-            return self._modulated(attn, layer, *_rows(rows, hidden_states, encoder_hidden_states))
+class UNetProcessor(RowsProcessor):
+    """For the self- and cross-attention of a U-Net."""
 
-        return self.by_rows(hidden_states.shape[0], plain, modulated)
+    def _layer(self, x: Tensor, context: Tensor | None) -> Layer | None:
+        return self.state.layer("self" if context is None else "cross", x, x.shape[1])
 
     def _modulated(self, attn: Any, layer: Layer, x: Tensor, context: Tensor | None) -> Tensor:
         if context is not None and attn.norm_cross:
@@ -69,33 +66,13 @@ class UNetProcessor(LayoutProcessor):
         return (out + x if attn.residual_connection else out) / attn.rescale_output_factor
 
 
-class JointProcessor(LayoutProcessor):
+class JointProcessor(RowsProcessor):
     """For the blocks of Stable Diffusion 3: image tokens, then text tokens."""
 
-    def __call__(
-        self,
-        attn: torch.nn.Module,
-        hidden_states: Tensor,  # [B, M, C]
-        encoder_hidden_states: Tensor | None = None,  # [B, N, C]
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Result:
-        """The image's output [B, M, C], with text tokens also theirs [B, N, C]."""
-        text = encoder_hidden_states
-        tokens = hidden_states.shape[1] + (0 if text is None else text.shape[1])
-        layer = self.state.layer("self" if text is None else "joint", hidden_states, tokens)
-        if layer is None:
-            return self.original(attn, hidden_states, text, attention_mask, *args, **kwargs)
-        _refuse_mask(attention_mask)
-
-        def plain(rows: slice) -> Result:
-            return self.original(attn, *_rows(rows, hidden_states, text), None, *args, **kwargs)
-
-        def modulated(rows: slice) -> Result:
-            return self._modulated(attn, layer, *_rows(rows, hidden_states, text))
-
-        return self.by_rows(hidden_states.shape[0], plain, modulated)
+    def _layer(self, x: Tensor, text: Tensor | None) -> Layer | None:
+        if text is None:
+            return self.state.layer("self", x, x.shape[1])
+        return self.state.layer("joint", x, x.shape[1] + text.shape[1])
 
     def _modulated(self, attn: Any, layer: Layer, x: Tensor, text: Tensor | None) -> Result:
         q, k, v = (_heads(tokens, attn.heads) for tokens in _project(attn, x, None))
@@ -159,10 +136,6 @@ class FluxProcessor(LayoutProcessor):
             return out
         text_out, image_out = out.split((text.shape[1], x.shape[1]), 1)
         return attn.to_out[1](attn.to_out[0](image_out.contiguous())), attn.to_add_out(text_out.contiguous())
-
-
-def _rows(rows: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor[rows] for tensor in tensors]
 
 
 def _project(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:

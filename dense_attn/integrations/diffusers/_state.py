@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
+from dense_attn.layout import _BITS
 
 from ._hooks import unwrapped
 from ._steps import Steps
@@ -181,7 +182,7 @@ class LayoutState:
             for r, places in enumerate(image.spans):
                 share = layout.masks[r].float().mean().item()
                 for start, stop in places:
-                    words[i, start:stop] = -(2**31) if r == 31 else 1 << r
+                    words[i, start:stop] = _BITS[r]
                     strength[i, start:stop] = self.options.cross_weight * (1 - self.options.size_weight * share)
         return Side(words.to(text.device), strength.to(text.device))
 
