@@ -1,8 +1,9 @@
 """What a layout costs a pipeline: `python -m dense_attn.benchmarks.pipeline --json FILE`.
 
 One call of a U-Net of Stable Diffusion 1.5's shape and random weights on two 64 x 64 latents, as classifier-free
-guidance makes it: plain, inside of `apply_layout`, and with DenseDiffusion's formula in eager PyTorch in every
-attention layer. The three take turns; medians are compared, and the time in attention layers (projections included).
+guidance makes it: plain, inside of `apply_layout` with its kernels and with its reference, and with DenseDiffusion's
+formula in eager PyTorch in every attention layer. They take turns; medians are compared, and the time in attention
+layers (projections included).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,12 @@ def _network(dry: bool) -> tuple[Any, Tensor, Tensor]:
 @torch.no_grad()
 def measure(pipe: Any, latents: Tensor, text: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
     """Medians of each way."""
-    ways = {"plain": _plain, "dense_attn": _with_layout, "official": _official}
+    ways = {
+        "plain": _plain,
+        "dense_attn": partial(_with_layout, backend="auto"),
+        "reference": partial(_with_layout, backend="reference"),
+        "official": _official,
+    }
     found: dict[str, dict[str, Any]] = {name: {"all": [], "attention": []} for name in ways}
     for turn in range(rounds + 1):  # the first is to warm up, and tells the memory
         for name, way in ways.items():
@@ -93,9 +100,9 @@ def _plain(pipe: Any, latents: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _with_layout(pipe: Any, latents: Tensor) -> Iterator[None]:
+def _with_layout(pipe: Any, latents: Tensor, backend: str) -> Iterator[None]:
     masks = Layout.from_boxes(BOXES, tuple(latents.shape[2:])).masks
-    with apply_layout(pipe, PROMPT, list(zip(PHRASES, masks)), encode_phrases=False):
+    with apply_layout(pipe, PROMPT, list(zip(PHRASES, masks)), encode_phrases=False, backend=backend):
         yield
 
 

@@ -41,6 +41,19 @@ def tiny_pipeline(kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2)
     return pipe
 
 
+def tiny_modular_pipeline(seed: int = 0) -> Any:
+    """Stable Diffusion XL's modular pipeline, of the parts of `tiny_pipeline`."""
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+
+    parts = tiny_pipeline(StableDiffusionXLPipeline, seed).components
+    pipe = StableDiffusionXLAutoBlocks().init_pipeline()
+    needed = pipe.components.keys()
+    pipe.update_components(**{name: part for name, part in parts.items() if part is not None and name in needed})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def command_line(description: str, model: str) -> tuple[str | None, int]:
     """The --model and --steps of an example."""
     parser = argparse.ArgumentParser(description=description)

@@ -13,7 +13,6 @@ from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipe
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import (
     Edit,
-    _state,
     apply_layout,
     invert,
     optimize,
@@ -138,45 +137,6 @@ def test_torch_compile(way: str) -> None:
     assert close(latents(pipe), plain)
     with semantic_guidance(pipe, [Edit("fog", warmup=1)]), apply_layout(pipe, PROMPT, REGIONS):
         assert close(latents(pipe), guided)
-
-
-def test_fused_projections_and_sliced_attention() -> None:
-    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
-    with apply_layout(pipe, PROMPT, REGIONS):
-        right = latents(pipe)
-    pipe.fuse_qkv_projections()
-    with apply_layout(pipe, PROMPT, REGIONS):
-        assert close(latents(pipe), right)
-    pipe.unfuse_qkv_projections()
-    pipe.enable_attention_slicing(1)
-    with apply_layout(pipe, PROMPT, REGIONS):
-        assert close(latents(pipe), right)
-
-
-def test_set_attention_backend_reaches_the_layers_below() -> None:
-    pipe = tiny_pipeline(diffusers.FluxPipeline)
-    with apply_layout(pipe, PROMPT, REGIONS):
-        right = latents(pipe)
-        pipe.transformer.set_attention_backend("_native_math")
-        assert close(latents(pipe), right)
-    backends = {str(processor._attention_backend) for processor in pipe.transformer.attn_processors.values()}
-    assert len(backends) == 1
-    assert "None" not in backends
-
-
-def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """q, k and v reach the op as the transposed [B, tokens, heads, head dim] that the projections have made."""
-    seen, original = [], _state.layout_attention
-
-    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        seen.extend(x._base is not None and x.stride(1) == x.shape[3] for x in (q, k, v))
-        return original(q, k, v, *args, **options)
-
-    monkeypatch.setattr(_state, "layout_attention", watched)
-    with apply_layout(pipeline("sd"), PROMPT, REGIONS):
-        latents(pipeline("sd"))
-    assert seen
-    assert all(seen)
 
 
 MASK = np.ones((8, 8), bool)

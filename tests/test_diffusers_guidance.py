@@ -8,8 +8,16 @@ import torch
 from pipelines import PROMPT, REGIONS, close, diffusers, latents, pipeline
 
 from dense_attn import spectral_residual_saliency
-from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import Edit, apply_layout, invert, optimize, reconstruct, semantic_guidance
+from dense_attn.examples._tiny_pipeline import tiny_modular_pipeline, tiny_pipeline
+from dense_attn.integrations.diffusers import (
+    Edit,
+    apply_layout,
+    invert,
+    optimize,
+    reconstruct,
+    semantic_guidance,
+    semantic_guider,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -72,6 +80,40 @@ def test_it_composes_with_a_layout(family: str) -> None:
         assert close(with_nothing, latents(pipe))
 
 
+def test_a_modular_pipeline_has_the_same_latents() -> None:
+    """Each run from a momentum of its own, each image of a prompt under each concept."""
+    pipe, modular = tiny_pipeline(diffusers.StableDiffusionXLPipeline), tiny_modular_pipeline()
+    modular.update_components(scheduler=pipe.scheduler)
+    edits, noise = EDITS["away"], torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    given = {"prompt": "a castle", "num_inference_steps": 8, "height": 16, "width": 16, "latents": noise}
+    given["num_images_per_prompt"] = 2
+    plain = modular(**given, output="latents")
+    guider = semantic_guider(modular, edits, 6.0, momentum_scale=0.3, momentum_beta=0.6)
+    with semantic_guidance(pipe, edits, momentum_scale=0.3, momentum_beta=0.6):
+        expected = pipe(**given, guidance_scale=6.0, output_type="latent").images
+    for each in (guider, guider, guider.new()):
+        modular.update_components(guider=each)
+        assert close(modular(**given, output="latents"), expected)
+    assert not close(plain, expected)
+    modular.update_components(guider=guider.new(edit_threshold=0.5))
+    assert not close(modular(**given, output="latents"), expected)
+    assert "edit_threshold" in repr(guider)
+
+
+def test_wrong_guiders_are_refused() -> None:
+    modular = tiny_modular_pipeline()
+    for call, sentence in (
+        (lambda: semantic_guider(pipeline("sdxl"), EDITS["one"]), "pipe must be a StableDiffusionXLModularPipeline"),
+        (lambda: semantic_guider(modular, []), "edits must be a list of Edit"),
+        (lambda: semantic_guider(modular, EDITS["one"], "7"), "guidance_scale must be a number"),
+        (lambda: semantic_guider(modular, [Edit("a", threshold=2.0)]), "threshold"),
+        (lambda: semantic_guidance(modular, EDITS["one"]).__enter__(), "a modular one takes semantic_guider, got"),
+        (lambda: apply_layout(modular, PROMPT, REGIONS).__enter__(), "pipe must encode prompts itself, got"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            call()
+
+
 @pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete", "DPMSolverMultistep"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_images_come_back(scheduler: str, prediction: str) -> None:
@@ -109,7 +151,7 @@ def test_optimisation_lowers_a_loss(saliency: object) -> None:
     )  # fmt: skip
     assert result.images.shape == (1, 3, 16, 16)
     assert len(result.result.losses) == 8
-    assert saliency is not None or result.result.losses[-1] < result.result.losses[0]
+    assert result.result.losses[-1] < result.result.losses[0]
     assert all(parameter.grad is None for parameter in pipe.unet.parameters())
 
 

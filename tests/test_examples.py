@@ -18,8 +18,6 @@ from dense_attn.examples import (
     latent_optimisation,
     layout_to_image,
     optimise_queries,
-    pipeline_edit,
-    pipeline_inversion,
     semantic_edit,
 )
 from dense_attn.examples import layout_attention as ten_lines
@@ -44,30 +42,6 @@ def test_optimise_queries() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_semantic_edit() -> None:
-    pytest.importorskip("diffusers")
-    images = semantic_edit.main(steps=5)
-    assert images.shape == (2, 3, 16, 16)
-    assert images.isfinite().all()
-    assert (images[0] - images[1]).abs().mean() > 1e-4
-
-
-def test_inversion_round_trip() -> None:
-    pytest.importorskip("diffusers")
-    bits, error = inversion_round_trip.main(steps=4)
-    assert bits == 0
-    assert 0 < error < 1e-3
-    one = torch.ones(1, dtype=torch.float64)
-    assert inversion_round_trip.differing_bits(one, one + 2**-52) == 1
-
-
-def test_latent_optimisation() -> None:
-    pytest.importorskip("diffusers")
-    losses = latent_optimisation.main(steps=10, sampling_steps=4)
-    assert len(losses) == 10
-    assert losses[-1] < 0.95 * losses[0]
-
-
 def of_noise(images: list, count: int) -> None:
     """Pictures of one size, no two alike."""
     assert len(images) == count
@@ -85,14 +59,24 @@ def test_flux_regional_prompt() -> None:
     of_noise(flux_regional_prompt.main(steps=4), 2)
 
 
-def test_pipeline_edit() -> None:
+def test_semantic_edit() -> None:
     pytest.importorskip("diffusers")
-    of_noise(pipeline_edit.main(steps=5), 2)
+    of_noise(semantic_edit.main(steps=5), 2)
 
 
-def test_pipeline_inversion() -> None:
+def test_inversion_round_trip() -> None:
     pytest.importorskip("diffusers")
-    of_noise(pipeline_inversion.main(steps=4)[::2], 2)
+    images, errors = inversion_round_trip.main(steps=10)
+    of_noise(images[::2], 2)
+    assert errors["exact"] < 1e-7 < errors["floats"] < 1e-1
+
+
+def test_latent_optimisation(capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("diffusers")
+    images, losses = latent_optimisation.main(steps=6)
+    of_noise(images, 3)
+    assert all(each[-1] < each[0] for each in losses)
+    assert "SGOOL: loss" in capsys.readouterr().out
 
 
 def test_the_command_line_of_an_example(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import backends
 
+from dense_attn import layout_attention
 from dense_attn._memory import peak_extra_bytes
 
 PROGRAM = """
@@ -63,6 +64,23 @@ def test_memory_does_not_hold_the_scores(
     allowed = 16 + tensors * (3 if gradients == "yes" else 1)
     assert allowed < scores / 8
     assert extra_megabytes(backend, seqlen_q, seqlen_k, head_dim, modulation, gradients) <= allowed
+
+
+@needs_proc
+@pytest.mark.parametrize("backend", backends("cpu"))
+def test_views_are_taken_as_they_are(backend: str) -> None:
+    """[B, M, H, K], as projections make and xformers takes it, seen as [B, H, M, K]."""
+    q, k, v = (torch.randn(1, seqlen, 4, 32).transpose(1, 2) for seqlen in (1024, 65_536, 65_536))
+    words = [torch.arange(x.shape[2], dtype=torch.int32) * 5 // x.shape[2] + 1 for x in (q, k)]
+    layout_attention(*(x[:, :, :9] for x in (q, k, v)), *(x[:9] for x in words), 0.5, backend=backend)
+    viewed, out = peak_extra_bytes(lambda: layout_attention(q, k, v, *words, 0.5, backend=backend))
+    copied, same = peak_extra_bytes(
+        lambda: layout_attention(q, k.contiguous(), v.contiguous(), *words, 0.5, backend=backend)
+    )
+    assert torch.equal(out, same)
+    one = k.numel() * k.element_size()
+    assert viewed < one / 4
+    assert copied > 2 * one  # the negative control
 
 
 @needs_proc

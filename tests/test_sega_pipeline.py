@@ -7,6 +7,7 @@ between two magnitudes that differ by less than rounding; such near ties, seen i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -23,7 +24,6 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline  # noqa: E402
-from dense_attn.examples.semantic_edit import denoise  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
@@ -49,6 +49,30 @@ def theirs(options: Options, count: int, batch: int = 1, dtype: torch.dtype = to
     return pipe(
         prompts, num_inference_steps=STEPS, editing_prompt=concepts, latents=latents, output_type="latent", **options
     ).images
+
+
+@torch.no_grad()
+def denoise(
+    pipe: diffusers.DiffusionPipeline,
+    prompts: list[str],
+    concepts: list[str],
+    guidance: Callable,
+    noise: Tensor,
+    steps: int,
+) -> Tensor:
+    """Latents [B, C, H, W] of B prompts under E concepts, all 2 + E estimates of a step from one call of the U-Net."""
+    texts = [""] * len(prompts) + prompts + [concept for concept in concepts for _ in prompts]
+    tokens = pipe.tokenizer(
+        texts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    embeddings = pipe.text_encoder(tokens.input_ids.to(noise.device))[0]
+    pipe.scheduler.set_timesteps(steps, device=noise.device)
+    latents = noise * pipe.scheduler.init_noise_sigma
+    for step, t in enumerate(pipe.scheduler.timesteps):
+        inputs = pipe.scheduler.scale_model_input(torch.cat([latents] * (2 + len(concepts))), t)
+        eps = pipe.unet(inputs, t, encoder_hidden_states=embeddings).sample.unflatten(0, (-1, len(prompts)))
+        latents = pipe.scheduler.step(guidance(step, eps[0], eps[1], eps[2:]), t, latents).prev_sample
+    return latents
 
 
 class Watched(SemanticGuidance):

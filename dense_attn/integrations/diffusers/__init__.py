@@ -1,6 +1,7 @@
 """One line on a diffusers pipeline: layouts, semantic guidance, inversion and latent optimisation."""
 
 from .guidance import Edit, semantic_guidance
+from .guider import semantic_guider
 from .inversion import Inversion, Optimized, invert, optimize, reconstruct
 from .layouts import apply_layout
 
@@ -13,4 +14,5 @@ __all__ = [
     "optimize",
     "reconstruct",
     "semantic_guidance",
+    "semantic_guider",
 ]

@@ -82,6 +82,18 @@ def semantic_guidance(
     unet = getattr(pipe, "unet", None)
     if type(unwrapped(unet)).__name__ != "UNet2DConditionModel":
         _checks.refuse("pipe", "have a UNet2DConditionModel", type(pipe).__name__)
+    if not hasattr(pipe, "encode_prompt"):
+        _checks.refuse("pipe", "encode prompts itself; a modular one takes semantic_guider", type(pipe).__name__)
+    options = settings(edits, momentum_scale, momentum_beta, backend)
+    with torch.no_grad():
+        encoded = _phrases.encode(pipe, [edit.prompt for edit in edits])
+    guided = _Guided(pipe, options, encoded[0], encoded[2] if len(encoded) > 2 else None)
+    with watched(unet, guided.before_call, guided.after_call):
+        yield
+
+
+def settings(edits: Sequence[Edit], momentum_scale: float, momentum_beta: float, backend: str) -> dict[str, Any]:
+    """The arguments of `SemanticGuidance` that concepts stand for, all of them good."""
     if isinstance(edits, Edit) or not isinstance(edits, Sequence) or not edits:
         _checks.refuse("edits", "be a list of Edit", repr(edits), TypeError)
     for i, edit in enumerate(edits):
@@ -100,12 +112,8 @@ def semantic_guidance(
         "edit_mom_beta": momentum_beta,
         "backend": backend,
     }
-    SemanticGuidance(**options)  # refuses what is wrong before anything is encoded
-    with torch.no_grad():
-        encoded = _phrases.encode(pipe, [edit.prompt for edit in edits])
-    guided = _Guided(pipe, options, encoded[0], encoded[2] if len(encoded) > 2 else None)
-    with watched(unet, guided.before_call, guided.after_call):
-        yield
+    SemanticGuidance(**options)
+    return options
 
 
 class _Guided:

@@ -139,7 +139,15 @@ def reconstruct(
 
     Source: Wallace et al., EDICT: Exact Diffusion Inversion via Coupled Transformations, CVPR 2023.
 
-    Example: see `invert`.
+    Example:
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
+        >>> from dense_attn.integrations.diffusers import invert, reconstruct
+        >>> pipe = tiny_pipeline(StableDiffusionPipeline)
+        >>> inversion = invert(pipe, torch.rand(1, 3, 16, 16), "a cat", num_inference_steps=4)
+        >>> reconstruct(pipe, inversion)[0].size
+        (16, 16)
     """
     _check_pipe(pipe)
     if not isinstance(inversion, Inversion):

@@ -70,6 +70,8 @@ def apply_layout(
         ...     image = pipe("a cat", num_inference_steps=4).images[0]
     """
     family = family_of(pipe)
+    if not hasattr(pipe, "encode_prompt"):
+        _checks.refuse("pipe", "encode prompts itself", f"{type(pipe).__name__}, whose blocks do")
     options = Options(
         cross_weight=_checks.number("cross_weight", cross_weight),
         self_weight=_checks.number("self_weight", self_weight),

@@ -1,0 +1,66 @@
+"""The guider of `semantic_guider`, apart because its base class is diffusers'."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from diffusers.guiders import BaseGuidance
+from diffusers.guiders.guider_utils import GuiderOutput
+from torch import Tensor
+
+from dense_attn import SemanticGuidance, _checks
+
+
+class SemanticGuider(BaseGuidance):
+    """Predictions of the prompt, the negative prompt and each concept, as one estimate.
+
+    Args:
+        concepts: what the denoiser is given for each concept in the place of the prompt's, [E, ...] by its name.
+        options: the arguments of `SemanticGuidance`.
+    """
+
+    _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
+
+    def __init__(self, concepts: dict[str, Tensor], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.concepts, self.options = concepts, options
+        self.guidance_scale = options["guidance_scale"]
+        self.register_to_config(**options)
+        self._names = [f"pred_edit_{e}" for e in range(len(options["edit_guidance_scale"]))]
+        self._guidance: SemanticGuidance | None = None
+        self._last = -1
+
+    def new(self, **changes: Any) -> SemanticGuider:
+        """A copy, with other options where they are given."""
+        return SemanticGuider(self.concepts, self.options | changes)
+
+    def prepare_inputs(self, data: dict[str, tuple[Tensor | None, Tensor | None]]) -> list[Any]:
+        """The inputs of each call of the denoiser, from the prompt's and the negative prompt's."""
+        if any(value is not None for value in data.get("image_embeds", ())):
+            _checks.refuse("pipe", "have no IP-Adapter with semantic guidance", "image_embeds")
+        batches = [self._prepare_batch(data, i, name) for i, name in enumerate(self._input_predictions)]
+        for e, name in enumerate(self._names):
+            inputs = {key: value[0] for key, value in data.items()}
+            for key, concepts in self.concepts.items():
+                prompt = inputs[key]
+                inputs[key] = concepts[e].to(prompt).expand(len(prompt), *concepts.shape[1:])
+            batches.append(self._prepare_batch({key: (value,) for key, value in inputs.items()}, 0, name))
+        return batches
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor, **edits: Tensor) -> GuiderOutput:
+        """The estimate; momentum begins anew with a run."""
+        if self._guidance is None or self._step <= self._last:
+            self._guidance = SemanticGuidance(**self.options)
+        self._last = self._step
+        pred = self._guidance(self._step, pred_uncond, pred_cond, [edits[name] for name in self._names])
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the call being prepared is the prompt's."""
+        return self._count_prepared == 1
+
+    @property
+    def num_conditions(self) -> int:
+        """Calls of the denoiser in a step."""
+        return 2 + len(self._names)

@@ -1,0 +1,118 @@
+"""What else a pipeline may carry beside a layout: LoRA, offloading, attention of another kind or library."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipeline
+
+from dense_attn.examples._tiny_pipeline import tiny_pipeline
+from dense_attn.integrations.diffusers import Edit, _state, apply_layout, semantic_guidance
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def with_layout(pipe: object, **options: object) -> torch.Tensor:
+    with apply_layout(pipe, PROMPT, REGIONS, **options):
+        return latents(pipe)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora(family: str) -> None:
+    """Its weights count in modulated attention too, by the scale that the pipeline has set."""
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipeline(FAMILIES[family][0])
+    denoiser, without = getattr(pipe, "unet", None) or pipe.transformer, with_layout(pipe)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    denoiser.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets), "style")
+    full = with_layout(pipe)
+    assert close(full, with_layout(pipe, backend="reference"))
+    assert not close(full, without)
+    pipe.set_adapters("style", 0.5)
+    half = with_layout(pipe)
+    assert not close(half, full)
+    assert not close(half, without)
+    denoiser.disable_adapters()
+    assert torch.equal(with_layout(pipe), without)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["model", "sequential"])
+def test_offloading(family: str, way: str) -> None:
+    """The weights come for each call; without a GPU they come from one place of memory to another."""
+    accelerate = pytest.importorskip("accelerate")
+    pipe = tiny_pipeline(FAMILIES[family][0])
+    right = with_layout(pipe)
+    if way == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        accelerate.cpu_offload(getattr(pipe, "unet", None) or pipe.transformer, "cpu")
+    assert torch.equal(with_layout(pipe), right)
+    if family == "sd":
+        with semantic_guidance(pipe, [Edit("fog", warmup=1)]):
+            assert not close(with_layout(pipe), right)
+
+
+def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers without a layout go through its processor; xformers itself runs on GPUs alone, so its sum stands here."""
+    from diffusers.models import attention_processor
+
+    pipe, calls = tiny_pipeline(diffusers.StableDiffusionPipeline), []
+    right, plain = with_layout(pipe), latents(pipe)
+
+    def memory_efficient_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> object:
+        calls.append(q.shape)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, options["attn_bias"], scale=options["scale"])
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(attention_processor, "xformers", types.SimpleNamespace(ops=ops), raising=False)
+    pipe.unet.set_attn_processor(attention_processor.XFormersAttnProcessor())
+    through = latents(pipe)
+    assert close(through, plain)
+    of_a_run = len(calls)
+    assert close(with_layout(pipe), right)
+    assert len(calls) == 2 * of_a_run  # of the first steps, the unconditional half
+    with apply_layout(pipe, PROMPT, REGIONS, active=0.0, encode_phrases=False):
+        assert torch.equal(latents(pipe), through)
+    assert len(calls) == 3 * of_a_run
+
+
+def test_fused_projections_and_sliced_attention() -> None:
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        right = latents(pipe)
+    pipe.fuse_qkv_projections()
+    with apply_layout(pipe, PROMPT, REGIONS):
+        assert close(latents(pipe), right)
+    pipe.unfuse_qkv_projections()
+    pipe.enable_attention_slicing(1)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        assert close(latents(pipe), right)
+
+
+def test_set_attention_backend_reaches_the_layers_below() -> None:
+    pipe = tiny_pipeline(diffusers.FluxPipeline)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        right = latents(pipe)
+        pipe.transformer.set_attention_backend("_native_math")
+        assert close(latents(pipe), right)
+    backends = {str(processor._attention_backend) for processor in pipe.transformer.attn_processors.values()}
+    assert len(backends) == 1
+    assert "None" not in backends
+
+
+def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v reach the op as the transposed [B, tokens, heads, head dim] that the projections have made."""
+    seen, original = [], _state.layout_attention
+
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        seen.extend(x._base is not None and x.stride(1) == x.shape[3] for x in (q, k, v))
+        return original(q, k, v, *args, **options)
+
+    monkeypatch.setattr(_state, "layout_attention", watched)
+    with apply_layout(pipeline("sd"), PROMPT, REGIONS):
+        latents(pipeline("sd"))
+    assert seen
+    assert all(seen)
