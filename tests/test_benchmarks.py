@@ -182,6 +182,6 @@ def test_a_dry_run_of_what_a_layout_costs_a_pipeline(tmp_path: Path, capsys: pyt
     assert pipeline.main(["--dry-run", "--rounds", "1", "--json", str(tmp_path / "cost.json")]) == 0
     results = json.loads((tmp_path / "cost.json").read_text())
     assert results["header"]["dry_run"] is True
-    assert list(results["rows"]) == ["plain", "dense_attn", "official"]
+    assert list(results["rows"]) == ["plain", "dense_attn", "reference", "official"]
     assert all(row["seconds"] > row["attention_seconds"] > 0 for row in results["rows"].values())
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 5
