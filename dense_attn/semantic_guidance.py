@@ -69,8 +69,8 @@ class SemanticGuidance:
             "reverse_editing_direction": (reverse_editing_direction, _checks.flag),
         }
         self._each = {name: sega.values(name, value, check) for name, (value, check) in each.items()}
+        self.guidance_scale = _checks.number("guidance_scale", guidance_scale)
         self._options = {
-            "guidance_scale": _checks.number("guidance_scale", guidance_scale),
             "edit_momentum_scale": _checks.number("edit_momentum_scale", edit_momentum_scale),
             "edit_mom_beta": _checks.number("edit_mom_beta", edit_mom_beta),
             "sum_channels": _checks.flag("sum_channels", sum_channels),
@@ -105,6 +105,7 @@ class SemanticGuidance:
             reverse=each.pop("reverse_editing_direction"),
             user_mask=user_mask,
             **each,
+            guidance_scale=self.guidance_scale,
             **self._options,
         )
         return eps

@@ -216,6 +216,54 @@ def test_ip_adapter_is_refused_with_the_reason() -> None:
     refused_layout(pipe, "IPAdapterAttnProcessor2_0 in .*: IP-Adapter's image attention has no layout")
 
 
+def test_pipelines_of_other_batches_are_refused() -> None:
+    """What guides by more than two halves, or does not say whether it guides."""
+    parts = tiny_pipeline(diffusers.StableDiffusionPipeline).components
+    wrong = {
+        "StableDiffusionPAGPipeline": "make no estimates beside the prompt's .* .do_perturbed_attention_guidance.",
+        "StableDiffusionInstructPix2PixPipeline": "pipe must (have an encode_prompt|make no estimates|tell whether)",
+        "SemanticStableDiffusionPipeline": "pipe must have an encode_prompt of a prompt",
+        "StableDiffusionUpscalePipeline": "tell whether it guides .do_classifier_free_guidance., got StableDiffusionUp",
+    }
+    for name, sentence in wrong.items():
+        pipe = getattr(diffusers, name).__new__(getattr(diffusers, name))
+        pipe.__dict__.update(parts)
+        before = state_of(pipe)
+        refused_layout(pipe, sentence)
+        with pytest.raises(ValueError, match=sentence):
+            semantic_guidance(pipe, [Edit("fog")]).__enter__()
+        assert state_of(pipe) == before
+
+
+def test_processors_replaced_inside_of_a_block() -> None:
+    """The next call says so; afterwards they stay, and those of the block have no effect."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    plain, kept = latents(pipe), None
+    with apply_layout(pipe, PROMPT, REGIONS, active=1.0):
+        latents(pipe)
+        kept = pipe.unet.attn_processors
+        pipe.enable_attention_slicing(1)
+        with pytest.raises(ValueError, match="keep the layout's attention processors inside of the block, got Sliced"):
+            latents(pipe)
+    assert {type(processor).__name__ for processor in pipe.unet.attn_processors.values()} == {"SlicedAttnProcessor"}
+    pipe.unet.set_attn_processor(kept)
+    assert torch.equal(latents(pipe), plain)
+
+
+def test_blocks_that_end_in_another_order() -> None:
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    before, plain = state_of(pipe), latents(pipe)
+    outer, inner = (apply_layout(pipe, PROMPT, REGIONS, active=1.0) for _ in range(2))
+    outer.__enter__()
+    inner.__enter__()
+    latents(pipe)
+    outer.__exit__(None, None, None)
+    assert not close(latents(pipe), plain)
+    inner.__exit__(None, None, None)
+    assert state_of(pipe) == before
+    assert torch.equal(latents(pipe), plain)
+
+
 def test_calls_that_do_not_fit_the_layout() -> None:
     """Refused inside of the call, and the pipeline is whole afterwards."""
     pipe, pixel = pipeline("sd"), np.zeros((512, 512), bool)

@@ -98,6 +98,11 @@ def test_a_modular_pipeline_has_the_same_latents() -> None:
     modular.update_components(guider=guider.new(edit_threshold=0.5))
     assert not close(modular(**given, output="latents"), expected)
     assert "edit_threshold" in repr(guider)
+    guider.disable()
+    data = {"prompt_embeds": (torch.ones(1), torch.zeros(1)), "text_embeds": (torch.ones(1), torch.zeros(1))}
+    (batch,) = guider.prepare_inputs(data)
+    batch.noise_pred = torch.ones(2)
+    assert guider([batch]).pred is batch.noise_pred
 
 
 def test_wrong_guiders_are_refused() -> None:
@@ -107,8 +112,14 @@ def test_wrong_guiders_are_refused() -> None:
         (lambda: semantic_guider(modular, []), "edits must be a list of Edit"),
         (lambda: semantic_guider(modular, EDITS["one"], "7"), "guidance_scale must be a number"),
         (lambda: semantic_guider(modular, [Edit("a", threshold=2.0)]), "threshold"),
-        (lambda: semantic_guidance(modular, EDITS["one"]).__enter__(), "a modular one takes semantic_guider, got"),
-        (lambda: apply_layout(modular, PROMPT, REGIONS).__enter__(), "pipe must encode prompts itself, got"),
+        (
+            lambda: semantic_guidance(modular, EDITS["one"]).__enter__(),
+            "pipe must have an encode_prompt of a prompt, got",
+        ),
+        (
+            lambda: apply_layout(modular, PROMPT, REGIONS).__enter__(),
+            "pipe must have an encode_prompt of a prompt, got",
+        ),
     ):
         with pytest.raises((TypeError, ValueError), match=sentence):
             call()
@@ -140,6 +151,8 @@ def test_pictures_in_and_out() -> None:
     picture = Image.fromarray(np.full((16, 16, 3), 128, np.uint8))
     images = reconstruct(pipe, invert(pipe, picture, "a cat", num_inference_steps=2, method="bdia"))
     assert [image.size for image in images] == [(16, 16)]
+    grey = invert(pipe, picture.convert("L"), "a cat", num_inference_steps=2, method="bdia")
+    assert reconstruct(pipe, grey)[0].tobytes() == images[0].tobytes()
 
 
 @pytest.mark.parametrize("saliency", [None, spectral_residual_saliency])
@@ -163,8 +176,66 @@ def test_optimisation_lowers_a_loss(saliency: object) -> None:
         ({"negative_prompt": None}, TypeError, "negative_prompt must be a string or a list of strings"),
         ({"guidance_scale": "3"}, TypeError, "guidance_scale must be a number"),
         ({"mix": 2.0}, ValueError, "mix must be"),
+        ({"dtype": torch.float32}, ValueError, "sampler must be one of method, mix"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be a whole number of at least 1, got 0"),
+        ({"num_inference_steps": "4"}, ValueError, "num_inference_steps must be a whole number"),
+        ({"image": torch.rand(1, 1, 16, 16)}, ValueError, r"image must have shape \(B, 3, H, W\)"),
+        ({"image": 255 * torch.rand(1, 3, 16, 16)}, ValueError, "image must be a tensor of floats in 0..1, got values"),
+        ({"image": torch.ones(1, 3, 16, 16, dtype=torch.uint8)}, TypeError, "image must be a tensor of floats"),
+        ({"image": []}, TypeError, "image must be a PIL image, a list of them or a tensor"),
     ],
 )
 def test_wrong_inversions_are_refused(options: dict, kind: type, sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
-        invert(pipeline("sd"), torch.rand(1, 3, 16, 16), **{"prompt": "a cat", "num_inference_steps": 2} | options)
+        invert(
+            pipeline("sd"), **{"image": torch.rand(1, 3, 16, 16), "prompt": "a cat", "num_inference_steps": 2} | options
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sentence"),
+    [
+        ({"prompt": 3}, TypeError, "prompt must be a string or a list of strings"),
+        ({"prompt": []}, ValueError, "prompt must hold at least one, got none"),
+        ({"height": 17}, ValueError, "height must be a positive multiple of 2, got 17"),
+        ({"width": "16"}, ValueError, "width must be a positive multiple of 2"),
+        (
+            {"latents": torch.randn(2, 4, 8, 8)},
+            ValueError,
+            r"latents must be a tensor of shape \(1, 4, hei",
+        ),
+        ({"latents": "x"}, ValueError, "latents must be a tensor of shape"),
+    ],
+)
+def test_wrong_optimisations_are_refused(options: dict, kind: type, sentence: str) -> None:
+    with pytest.raises(kind, match=sentence):
+        optimize(pipeline("sd"), **{"prompt": "a cat", "loss_fn": torch.mean, "num_inference_steps": 2} | options)
+
+
+def test_chains_are_refused_inside_of_blocks_and_on_other_schedules() -> None:
+    pipe, image = tiny_pipeline(diffusers.StableDiffusionPipeline), torch.rand(1, 3, 16, 16)
+    for block in (apply_layout(pipe, PROMPT, REGIONS), semantic_guidance(pipe, [Edit("fog")])):
+        with block, pytest.raises(ValueError, match="pipe must be outside of apply_layout and semantic_guidance"):
+            invert(pipe, image, "a cat", num_inference_steps=2)
+    invert(pipe, image, "a cat", num_inference_steps=2)
+    pipe.scheduler = diffusers.EDMEulerScheduler()
+    with pytest.raises(ValueError, match=r"noise schedule .betas., got EDMEulerScheduler"):
+        invert(pipe, image, "a cat", num_inference_steps=2)
+
+
+def test_concepts_inside_of_concepts() -> None:
+    """The innermost block counts; a guidance scale that a callback changes is heard."""
+    pipe = pipeline("sd")
+    with semantic_guidance(pipe, EDITS["one"]):
+        alone = latents(pipe)
+        with semantic_guidance(pipe, EDITS["away"]):
+            inner = latents(pipe)
+        assert torch.equal(latents(pipe), alone)
+    with semantic_guidance(pipe, EDITS["away"]):
+        assert torch.equal(latents(pipe), inner)
+
+        def weaker(pipe: object, step: int, time: object, tensors: dict) -> dict:
+            pipe._guidance_scale = 2.0
+            return tensors
+
+        assert not close(latents(pipe, callback_on_step_end=weaker), inner)

@@ -93,7 +93,6 @@ def test_whole_runs_equal_the_official_formula(guidance_scale: float, prompts: i
 def test_without_weights_it_is_the_plain_pipeline(family: str, calls: list) -> None:
     pipe = pipeline(family)
     with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
-        assert torch.equal(latents(pipe), latents(pipe))
         ours = latents(pipe)
     assert torch.equal(ours, latents(pipe))
     assert calls == []
@@ -120,7 +119,10 @@ def test_flux_leaves_the_negative_prompt_alone(calls: list) -> None:
     layers = len(pipe.transformer.attn_processors)
     with apply_layout(pipe, PROMPT, REGIONS):
         latents(pipe, negative_prompt="fog", true_cfg_scale=3.0)
-    assert len(calls) == 3 * layers
+        assert len(calls) == 3 * layers
+        calls.clear()
+        latents(pipe, negative_prompt="fog", true_cfg_scale=3.0, steps=1)
+        assert len(calls) == layers
 
 
 @pytest.mark.parametrize("image", range(2))
@@ -153,6 +155,17 @@ def test_any_scheduler(name: str, calls: list) -> None:
             times = pipe.scheduler.timesteps[:acting].double() / 1000
             widest = torch.tensor([strength.max() for strength in calls]).view(acting, -1).amax(1)
             torch.testing.assert_close(widest / widest[0], ((times / times[0]) ** 5).float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["EDMEuler", "IPNDM"])
+def test_schedulers_that_count_in_something_else(name: str, calls: list) -> None:
+    """Their times are no timesteps: the steps fall evenly from 1."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionXLPipeline)
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler")()
+    with apply_layout(pipe, PROMPT, REGIONS, self_weight=0, size_weight=0, exponent=1.0):
+        latents(pipe)
+    acting = torch.tensor([strength.max() for strength in calls]).view(3, -1).amax(1)
+    torch.testing.assert_close(acting, torch.tensor([1.0, 0.9, 0.8]))
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])

@@ -70,7 +70,8 @@ def test_compile_forward_and_backward(backend: str, compiler: str, dynamic: bool
         leaves = [torch.randn(2, 2, tokens, 16, requires_grad=True) for _ in range(3)]
         leaves.append(torch.rand(tokens, requires_grad=True))
         for result, expected in zip(loss_of(compiled, leaves), loss_of(call, leaves)):
-            torch.testing.assert_close(result, expected)
+            largest = expected.abs().max().item()  # Inductor sums in another order: what cancels leaves its rounding
+            torch.testing.assert_close(result, expected, rtol=1.3e-6, atol=1e-5 * max(1.0, largest))
 
 
 @on_cpu

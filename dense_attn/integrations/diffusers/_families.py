@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,7 +81,7 @@ class Joint:
     unit = 1.0
     guidance_apart = False
     processor: type[LayoutProcessor] = JointProcessor
-    replaces = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0", "XFormersJointAttnProcessor")
+    replaces = ("JointAttnProcessor2_0", "XFormersJointAttnProcessor")  # diffusers' fused one leaves out the norms
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
@@ -137,6 +138,8 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     unet = getattr(pipe, "unet", None)
     denoiser = unwrapped(getattr(pipe, "transformer", None) if unet is None else unet)
     kind = type(denoiser).__name__
+    if kind in ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"):
+        _check_kind(pipe, own_calls=kind == "FluxTransformer2DModel")
     if kind == "UNet2DConditionModel":
         return UNet()
     if kind == "SD3Transformer2DModel":
@@ -145,6 +148,19 @@ def family_of(pipe: DiffusionPipeline) -> Family:
         return Flux()
     rule = "have a UNet2DConditionModel, SD3Transformer2DModel or FluxTransformer2DModel"
     return _checks.refuse("pipe", rule, type(pipe).__name__ + ("" if denoiser is None else f" with {kind}"))
+
+
+def _check_kind(pipe: DiffusionPipeline, own_calls: bool) -> None:
+    """Refuse a pipeline whose batches are not known: halves where it guides, or the prompt alone."""
+    encode = getattr(type(pipe), "encode_prompt", None)
+    if encode is None or "prompt" not in inspect.signature(encode).parameters:
+        _checks.refuse("pipe", "have an encode_prompt of a prompt", type(pipe).__name__)
+    if not own_calls and not hasattr(type(pipe), "do_classifier_free_guidance"):
+        _checks.refuse("pipe", "tell whether it guides (do_classifier_free_guidance)", type(pipe).__name__)
+    for feature in ("do_perturbed_attention_guidance", "image_guidance_scale"):
+        if hasattr(type(pipe), feature):
+            _checks.refuse("pipe", f"make no estimates beside the prompt's and the negative one's ({feature})",
+                           type(pipe).__name__)  # fmt: skip
 
 
 def attention_layers(denoiser: torch.nn.Module, family: Family) -> dict[str, Any]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+
+_watchers: WeakKeyDictionary[torch.nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 def unwrapped(module: Any) -> Any:
@@ -14,12 +17,20 @@ def unwrapped(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def watchers(module: Any) -> tuple[Any, ...]:
+    """The blocks that watch a module now, outermost first."""
+    return tuple(_watchers.get(unwrapped(module), ()))
+
+
 @contextmanager
 def watched(
-    module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None = None
+    module: torch.nn.Module, block: Any, before: Callable[..., Any], after: Callable[..., Any] | None = None
 ) -> Iterator[None]:
     """`before` changes the arguments of every call, ahead of others if there is no `after`, its output."""
     with ExitStack() as stack:
+        blocks = _watchers.setdefault(unwrapped(module), [])
+        blocks.append(block)
+        stack.callback(blocks.remove, block)
         if module._compiled_call_impl is None:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=after is None).remove)
             if after is not None:
@@ -63,5 +74,6 @@ class _Watched:
             args, kwargs = (args, kwargs) if changed is None else changed
         output = self.compiled(*args, **kwargs)
         for hook in self.after:
-            output = hook(self.module, args, kwargs, output)
+            changed = hook(self.module, args, kwargs, output)
+            output = output if changed is None else changed
         return output

@@ -34,22 +34,29 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
     return [Segment(_there(tokenizer, second))]
 
 
-def spans(pipe: DiffusionPipeline, prompt: str, phrase: str, argument: str) -> list[tuple[int, int]]:
-    """The first place of a phrase in each segment, in the denoiser's text tokens."""
-    found = []
+def spans(pipe: DiffusionPipeline, prompt: str, phrase: str, argument: str) -> list[tuple[int, int] | None]:
+    """The first place of a phrase in each segment, in the denoiser's text tokens; None where a segment ends before."""
+    found: list[tuple[int, int] | None] = []
     for segment in segments(pipe):
         places = {_find(pipe, tokenizer, prompt, phrase, argument) for tokenizer in segment.tokenizers}
         if len(places) > 1:
             _checks.refuse(argument, "have a phrase that both tokenizers find in one place", f"{phrase!r} at {places}")
-        found += [(segment.start + first, segment.start + last) for first, last in places]
+        found += [place and (segment.start + place[0], segment.start + place[1]) for place in places]
+    if not found:
+        _checks.refuse("pipe", "have the tokenizer of its prompt", "none")
+    if not any(found):
+        _checks.refuse(argument, f"have a phrase that its tokenizer keeps of the prompt {prompt!r}", repr(phrase))
     return found
 
 
 @torch.no_grad()
-def alone(pipe: DiffusionPipeline, phrase: str, argument: str) -> list[Tensor]:
+def alone(pipe: DiffusionPipeline, phrase: str, argument: str) -> list[Tensor | None]:
     """The embeddings of a phrase's tokens when nothing stands around it, [length, channels] for each segment."""
+    for suffix in ("", "_2", "_3"):
+        if getattr(pipe, f"tokenizer{suffix}", None) is not None and getattr(pipe, f"text_encoder{suffix}") is None:
+            _checks.refuse("encode_phrases", f"be False for a pipeline without its text_encoder{suffix}", True)
     embeddings = encode(pipe, phrase)[0][0]
-    return [embeddings[slice(*span)] for span in spans(pipe, phrase, phrase, argument)]
+    return [span and embeddings[slice(*span)] for span in spans(pipe, phrase, phrase, argument)]
 
 
 def encode(pipe: DiffusionPipeline, prompt: str | Sequence[str]) -> tuple[Tensor | None, ...]:
@@ -67,16 +74,18 @@ def _there(*tokenizers: object) -> tuple[Any, ...]:
     return tuple(tokenizer for tokenizer in tokenizers if tokenizer is not None)
 
 
-def _find(pipe: DiffusionPipeline, tokenizer: Any, prompt: str, phrase: str, argument: str) -> tuple[int, int]:
-    """The tokens (start, stop) of a phrase in a prompt, at the first exact match."""
+def _find(pipe: DiffusionPipeline, tokenizer: Any, prompt: str, phrase: str, argument: str) -> tuple[int, int] | None:
+    """The tokens (start, stop) of a phrase in a prompt at the first exact match, None past what the tokenizer keeps."""
     if hasattr(pipe, "maybe_convert_prompt"):  # a learned word may be several tokens
         prompt, phrase = (pipe.maybe_convert_prompt(text, tokenizer) for text in (prompt, phrase))
     longest = min(tokenizer.model_max_length, LONGEST)
-    tokens = tokenizer(prompt, truncation=True, max_length=longest).input_ids
+    kept = tokenizer(prompt, truncation=True, max_length=longest).input_ids
+    whole = tokenizer(prompt, truncation=True, max_length=2**20).input_ids  # a limit of its own would warn
     wanted = tokenizer(phrase, add_special_tokens=False, truncation=True, max_length=longest).input_ids
     if not wanted:
         _checks.refuse(argument, "have a phrase of at least one token", repr(phrase))
-    for start in range(len(tokens) - len(wanted) + 1):
-        if tokens[start : start + len(wanted)] == wanted:
-            return start, start + len(wanted)
+    for start in range(len(whole) - len(wanted) + 1):
+        if whole[start : start + len(wanted)] == wanted:
+            end = start + len(wanted)
+            return (start, end) if kept[:end] == whole[:end] else None
     return _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", repr(phrase))

@@ -38,8 +38,9 @@ class SemanticGuider(BaseGuidance):
         """The inputs of each call of the denoiser, from the prompt's and the negative prompt's."""
         if any(value is not None for value in data.get("image_embeds", ())):
             _checks.refuse("pipe", "have no IP-Adapter with semantic guidance", "image_embeds")
-        batches = [self._prepare_batch(data, i, name) for i, name in enumerate(self._input_predictions)]
-        for e, name in enumerate(self._names):
+        predictions = self._input_predictions if self._enabled else self._input_predictions[:1]
+        batches = [self._prepare_batch(data, i, name) for i, name in enumerate(predictions)]
+        for e, name in enumerate(self._names if self._enabled else ()):
             inputs = {key: value[0] for key, value in data.items()}
             for key, concepts in self.concepts.items():
                 prompt = inputs[key]
@@ -47,8 +48,10 @@ class SemanticGuider(BaseGuidance):
             batches.append(self._prepare_batch({key: (value,) for key, value in inputs.items()}, 0, name))
         return batches
 
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor, **edits: Tensor) -> GuiderOutput:
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None, **edits: Tensor) -> GuiderOutput:
         """The estimate; momentum begins anew with a run."""
+        if not self._enabled:
+            return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
         if self._guidance is None or self._step <= self._last:
             self._guidance = SemanticGuidance(**self.options)
         self._last = self._step
@@ -63,4 +66,4 @@ class SemanticGuider(BaseGuidance):
     @property
     def num_conditions(self) -> int:
         """Calls of the denoiser in a step."""
-        return 2 + len(self._names)
+        return 2 + len(self._names) if self._enabled else 1

@@ -79,12 +79,18 @@ class LayoutState:
         self.pipe = pipe
         self.longest = max([span[1] for image in images for spans in image.spans for span in spans], default=0)
         self.paused = 0  # blocks inside of this one
+        self.ended = False
+        self.installed: dict[str, tuple[Any, Any]] = {}  # attention modules and the processors that they were given
         self.layers: dict[tuple[str, int], Layer] = {}
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
         self.factor: Tensor | None = None  # time**exponent
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
         self._texts: tuple[Tensor, Tensor] | None = None
+
+    def end(self) -> None:
+        """Leave processors that outlive the block without effect."""
+        self.ended, self.first, self.last = True, 0, 0
 
     def layer(self, kind: str, hidden_states: Tensor, num_tokens: int) -> Layer | None:
         """The layer that a call of a processor belongs to, None where nothing is to be modulated."""
@@ -105,6 +111,10 @@ class LayoutState:
         self.first = self.last = 0
         if self.paused or not (self.options.cross_weight or self.options.self_weight):
             return None
+        for name, (layer, processor) in self.installed.items():
+            if layer.processor is not processor:
+                _checks.refuse("pipe", "keep the layout's attention processors inside of the block",
+                               f"{type(layer.processor).__name__} in {name}")  # fmt: skip
         bound = inspect.signature(type(unwrapped(denoiser)).forward).bind(denoiser, *args, **kwargs)
         call = self.family.read(bound.arguments)
         if self.longest > call.text.shape[1]:
@@ -127,6 +137,8 @@ class LayoutState:
             return None if self.steps.repeated else (0, batch)
         halves = getattr(self.pipe, "do_classifier_free_guidance", False) and not self.steps.repeated
         first = batch // 2 if halves else 0
+        if halves and batch % 2:
+            _checks.refuse("pipe", "call its denoiser with two halves when it guides", f"a batch of {batch}")
         if (batch - first) % len(self.images):
             got = f"{len(self.images)} for {batch - first} images"
             _checks.refuse("prompt", "have one entry or one for each prompt of the call", got)

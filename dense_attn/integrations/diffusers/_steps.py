@@ -30,9 +30,10 @@ class Steps:
         """Take one call's timestep, which counts in units of the scheduler's; whether a run begins."""
         scheduler = self.pipe.scheduler
         index = getattr(scheduler, "step_index", None)
-        begins = scheduler.timesteps is not self._timesteps or self._past_the_end(index)
         # Schedulers that count their steps tell the calls of one step; with the others every call is a step.
-        self.repeated = not begins and hasattr(scheduler, "step_index") and index == self._scheduler_index
+        same = hasattr(scheduler, "step_index") and index == self._scheduler_index
+        begins = scheduler.timesteps is not self._timesteps or (self.index + 1 >= len(self.times) and not same)
+        self.repeated = same and not begins
         self._scheduler_index = index
         if begins:
             self._begin(timestep, unit)
@@ -45,14 +46,13 @@ class Steps:
         """1 at pure noise, 0 at the image: the timestep's part of the training's, or a flow model's sigma."""
         return self.times[self.index]
 
-    def _past_the_end(self, index: int | None) -> bool:
-        return self.index + 1 >= len(self.times) and (index is None or index != self._scheduler_index)
-
     def _begin(self, timestep: Tensor | float, unit: float) -> None:
         self._timesteps = self.pipe.scheduler.timesteps
         schedule = self._timesteps.to("cpu", torch.float64)
         given = torch.as_tensor(timestep).flatten()[0].to("cpu", torch.float64) / unit
         first = int((schedule - given).abs().argmin())  # images to start from skip the first steps
         span = self.pipe.scheduler.config.num_train_timesteps
+        if schedule.max() <= 2:  # what this scheduler counts in is no timestep: its steps are taken as even
+            schedule = torch.linspace(span, 0, len(schedule) + 1, dtype=torch.float64)[:-1]
         self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[first:].tolist()]
         self.index, self.total = 0, min(getattr(self.pipe, "num_timesteps", None) or len(self.times), len(self.times))

@@ -14,7 +14,8 @@ from torch import Tensor
 from dense_attn import SemanticGuidance, _checks
 
 from . import _phrases
-from ._hooks import unwrapped, watched
+from ._families import family_of
+from ._hooks import unwrapped, watched, watchers
 from ._steps import Steps
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Edit:
         prompt: the concept in words.
         scale: how strongly it pulls.
         threshold: 0 to 1, the share of entries that it leaves alone.
-        warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end.
+        warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end. Schedulers of two calls of the
+            network a step (Heun, PNDM's first) count both.
         weight: against other concepts; a negative one counts as 0.
         reverse: away from the concept, not towards it.
     """
@@ -59,6 +61,7 @@ def semantic_guidance(
     The estimate that the scheduler gets is `SemanticGuidance`'s,
     `eps_u + g*(eps_t - eps_u) + sum_e w_e * d_e where |d_e| >= quantile(|d_e|, threshold_e)` with
     `d_e = scale_e*(eps_e - eps_u)`, warm-up and momentum, and g the guidance scale of the pipeline's call.
+    Blocks inside of a block: the innermost counts. Call `pipe` itself, not another pipeline around the same model.
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), called with a guidance scale above 1.
@@ -82,14 +85,20 @@ def semantic_guidance(
     unet = getattr(pipe, "unet", None)
     if type(unwrapped(unet)).__name__ != "UNet2DConditionModel":
         _checks.refuse("pipe", "have a UNet2DConditionModel", type(pipe).__name__)
-    if not hasattr(pipe, "encode_prompt"):
-        _checks.refuse("pipe", "encode prompts itself; a modular one takes semantic_guider", type(pipe).__name__)
+    family_of(pipe)
     options = settings(edits, momentum_scale, momentum_beta, backend)
     with torch.no_grad():
         encoded = _phrases.encode(pipe, [edit.prompt for edit in edits])
     guided = _Guided(pipe, options, encoded[0], encoded[2] if len(encoded) > 2 else None)
-    with watched(unet, guided.before_call, guided.after_call):
-        yield
+    outer = [block for block in watchers(unet) if isinstance(block, _Guided)]
+    for other in outer:
+        other.paused += 1
+    try:
+        with watched(unet, guided, guided.before_call, guided.after_call):
+            yield
+    finally:
+        for other in outer:
+            other.paused -= 1
 
 
 def settings(edits: Sequence[Edit], momentum_scale: float, momentum_beta: float, backend: str) -> dict[str, Any]:
@@ -123,14 +132,18 @@ class _Guided:
         self.pipe, self.options, self.text, self.pooled = pipe, options, text, pooled
         self.steps = Steps(pipe)
         self.guidance: SemanticGuidance | None = None
+        self.paused = 0  # blocks inside of this one
 
-    def before_call(self, unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before_call(self, unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The same call with the concepts' rows after those of the prompt."""
+        if self.paused:
+            return None
         bound = inspect.signature(type(unwrapped(unet)).forward).bind(unet, *args, **kwargs)
         given = bound.arguments
         self._check(given)
         if self.steps.follow(given["timestep"]):
-            self.guidance = SemanticGuidance(guidance_scale=self.pipe.guidance_scale, **self.options)
+            self.guidance = SemanticGuidance(**self.options)
+        self.guidance.guidance_scale = self.pipe.guidance_scale  # a callback may change it
         rows, edits = len(given["sample"]) // 2, len(self.text)
 
         def with_edits(tensor: Tensor | None, concepts: Tensor | None = None) -> Tensor | None:
@@ -154,6 +167,8 @@ class _Guided:
 
     def after_call(self, unet: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Two equal halves: the pipeline's own guidance leaves them as they are."""
+        if self.paused:
+            return None
         estimates = output[0]
         eps = estimates.unflatten(0, (2 + len(self.text), -1))
         guided = self.guidance(self.steps.index, eps[0], eps[1], eps[2:])
@@ -161,9 +176,11 @@ class _Guided:
         return (both, *output[1:]) if isinstance(output, tuple) else type(output)(sample=both)
 
     def _check(self, given: dict[str, Any]) -> None:
-        if not getattr(self.pipe, "do_classifier_free_guidance", False) or len(given["sample"]) % 2:
-            got = getattr(self.pipe, "guidance_scale", "a pipeline without one")
-            _checks.refuse("guidance_scale", "be above 1 for semantic guidance", got)
+        if not self.pipe.do_classifier_free_guidance:
+            _checks.refuse("guidance_scale", "be above 1 for semantic guidance", self.pipe.guidance_scale)
+        if len(given["sample"]) % 2:
+            got = f"a batch of {len(given['sample'])}"
+            _checks.refuse("pipe", "call its denoiser with two halves when it guides", got)
         if getattr(self.pipe, "guidance_rescale", 0):
             _checks.refuse("guidance_rescale", "be 0 with semantic guidance", self.pipe.guidance_rescale)
         for name in RESIDUALS:

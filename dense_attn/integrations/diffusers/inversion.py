@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from dense_attn import ReversibleSampler, _checks, _memory, optimize_latents
+from dense_attn import _checks, _memory, optimize_latents
 from dense_attn.optimize import OptimizeResult
 
+from ._chain import Chain, Settings, check_images, check_pipe, check_size
 from ._hooks import unwrapped
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How images are sampled; the way back takes the same."""
-
-    prompt: str | list[str]
-    negative_prompt: str | list[str]
-    guidance_scale: float
-    num_inference_steps: int
-    sampler: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,11 +95,12 @@ def invert(
         >>> inversion = invert(pipe, torch.rand(1, 3, 16, 16), "a cat", num_inference_steps=4)
         >>> edited = reconstruct(pipe, inversion, prompt="a dog")[0]
     """
-    _check_pipe(pipe)
+    check_pipe(pipe)
     settings = Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler)
+    image = check_images(image)
     with torch.no_grad():
         pixels = pipe.image_processor.preprocess(image).to(pipe._execution_device, unwrapped(pipe.vae).dtype)
-        chain = _Chain(pipe, settings, len(pixels))
+        chain = Chain(pipe, settings, len(pixels))
         x = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
         call = lambda: chain.sampler.invert(chain.eps, x, progress=progress)  # noqa: E731
         latents, seconds, peak = _measured(call, x.device)
@@ -149,11 +140,11 @@ def reconstruct(
         >>> reconstruct(pipe, inversion)[0].size
         (16, 16)
     """
-    _check_pipe(pipe)
+    check_pipe(pipe)
     if not isinstance(inversion, Inversion):
         _checks.refuse("inversion", "be what invert returns", type(inversion).__name__, TypeError)
     settings = inversion.settings if prompt is None else replace(inversion.settings, prompt=prompt)
-    chain = _Chain(pipe, settings, len(inversion.latents[0]))
+    chain = Chain(pipe, settings, len(inversion.latents[0]))
     x, _ = chain.sampler.sample(chain.eps, *inversion.latents, progress=progress)
     return _images(pipe, x, output_type)
 
@@ -207,15 +198,18 @@ def optimize(
         >>> darker.images[0].size, len(darker.result.losses)
         ((16, 16), 2)
     """
-    _check_pipe(pipe)
-    count = 1 if isinstance(prompt, str) else len(prompt)
-    chain = _Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler or {}), count)
+    check_pipe(pipe)
+    count = 1 if isinstance(prompt, str) or not isinstance(prompt, list) else len(prompt)
+    chain = Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler or {}), count)
+    shape = (count, *check_size(pipe, height, width))
     if latents is None:
-        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        shape = count, pipe.unet.config.in_channels, height or side, width or side
+        shape = *shape[:2], shape[2] * pipe.vae_scale_factor, shape[3] * pipe.vae_scale_factor
         latents = pipe.prepare_latents(
             *shape, torch.float32, pipe._execution_device, generator
         ) / pipe.scheduler.init_noise_sigma  # fmt: skip
+    elif not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[:2] != shape[:2]:
+        got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        _checks.refuse("latents", f"be a tensor of shape ({shape[0]}, {shape[1]}, height, width)", got)
 
     def decode(x: Tensor) -> Tensor:
         return pipe.vae.decode(x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor).sample.float()
@@ -230,59 +224,6 @@ def optimize(
     with torch.no_grad():
         images = _images(pipe, chain.sampler.sample(chain.eps, *pair)[0], output_type)
     return Optimized(images, result, seconds, peak)
-
-
-class _Chain:
-    """A reversible sampler on a pipeline's schedule, and its U-Net as the function of latents that it takes."""
-
-    def __init__(self, pipe: DiffusionPipeline, settings: Settings, count: int) -> None:
-        from diffusers import DDIMScheduler
-
-        scale = _checks.number("guidance_scale", settings.guidance_scale)
-        self.pipe, self.scale = pipe, scale
-        self.text = self._encoded(settings, count, scale != 1)
-        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-            _checks.refuse("pipe", "predict epsilon or v", scheduler.config.prediction_type)
-        scheduler.set_timesteps(settings.num_inference_steps)
-        self.alphas = scheduler.alphas_cumprod if scheduler.config.prediction_type == "v_prediction" else None
-        self.sampler = ReversibleSampler(
-            scheduler.alphas_cumprod, scheduler.timesteps, final_alpha_cumprod=scheduler.final_alpha_cumprod,
-            dtype=unwrapped(pipe.unet).dtype, **settings.sampler,
-        )  # fmt: skip
-
-    def eps(self, x: Tensor, t: Tensor) -> Tensor:
-        """The guided estimate of the noise in x."""
-        batch = x if self.scale == 1 else torch.cat([x, x])
-        out = self.pipe.unet(batch, t, encoder_hidden_states=self.text, return_dict=False)[0]
-        if self.alphas is not None:
-            alpha = self.alphas[int(t)].to(out)
-            out = alpha.sqrt() * out + (1 - alpha).sqrt() * batch
-        if self.scale == 1:
-            return out
-        uncond, text = out.chunk(2)
-        return uncond + self.scale * (text - uncond)
-
-    @torch.no_grad()
-    def _encoded(self, settings: Settings, count: int, guided: bool) -> Tensor:
-        """Text tokens of the batch, those of the negative prompt first."""
-        texts = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
-        for argument, text in texts.items():
-            texts[argument] = [text] * count if isinstance(text, str) else text
-            if not isinstance(texts[argument], list) or not all(isinstance(one, str) for one in texts[argument]):
-                _checks.refuse(argument, "be a string or a list of strings", repr(text), TypeError)
-            if len(texts[argument]) != count:
-                _checks.refuse(argument, f"hold one entry for each of the {count} images", len(text))
-        options = {"device": self.pipe._execution_device, "num_images_per_prompt": 1}
-        text, negative = self.pipe.encode_prompt(**texts, do_classifier_free_guidance=guided, **options)
-        return torch.cat([negative, text]) if guided else text
-
-
-def _check_pipe(pipe: DiffusionPipeline) -> None:
-    unet = unwrapped(getattr(pipe, "unet", None))
-    parts = [name for name in ("vae", "tokenizer", "text_encoder") if getattr(pipe, name, None) is None]
-    if type(unet).__name__ != "UNet2DConditionModel" or unet.config.addition_embed_type or parts:
-        _checks.refuse("pipe", "be of Stable Diffusion 1 or 2", type(pipe).__name__)
 
 
 def _images(pipe: DiffusionPipeline, x: Tensor, output_type: str) -> Any:

@@ -13,7 +13,7 @@ from dense_attn.layout_attention import MODULATIONS
 
 from . import _phrases, _regions
 from ._families import Family, attention_layers, family_of
-from ._hooks import unwrapped, watched
+from ._hooks import unwrapped, watched, watchers
 from ._processors import LayoutProcessor
 from ._state import Image, LayoutState, Options
 
@@ -41,19 +41,22 @@ def apply_layout(
     In the first steps every attention layer of the conditional half is `layout_attention` with the strength
     `c = weight * time^exponent * (1 - size_weight*area)` of an image token, where time falls from 1 to 0 and area is
     the image's share of the token's regions. All other attention is that of the pipeline, in the backend that it has.
+    Blocks inside of a block: the innermost counts. Call `pipe` itself, not another pipeline around the same model.
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), SD3Transformer2DModel or FluxTransformer2DModel.
-        prompt: what the pipeline will be called with, or one prompt for each image.
+        prompt: what the pipeline will be called with, or one prompt for each image; all its tokenizers read it.
         regions: a list of `(phrase, mask)`, or one such list for each prompt. A phrase is a part of the prompt, or None
             for a region without one; its mask a bool array [H, W], a PIL image whose lighter half it is, or a box
             (x0, y0, x1, y1) in 0..1. A phrase stands where its tokens first match; where two overlap the later counts
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it alone. In joint
-            attention (SD3, FLUX) image tokens' rows take self_weight, rows of a phrase's tokens cross_weight.
+            attention (SD3, FLUX) image tokens' rows take self_weight, rows of a phrase's tokens cross_weight; under
+            "mask", which has no strength, only both at 0 count there.
         active: the part of the steps in which the layout acts, from the first.
         exponent, size_weight: how fast strength falls with time, and how much less a large region gets.
         modulation: as in `layout_attention`; under "mask" tokens of no region take part everywhere.
-        encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own.
+        encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own, as `encode_prompt`
+            makes them without further options (`clip_skip`, `max_sequence_length`).
         backend: as in `layout_attention`.
 
     Raises:
@@ -70,8 +73,6 @@ def apply_layout(
         ...     image = pipe("a cat", num_inference_steps=4).images[0]
     """
     family = family_of(pipe)
-    if not hasattr(pipe, "encode_prompt"):
-        _checks.refuse("pipe", "encode prompts itself", f"{type(pipe).__name__}, whose blocks do")
     options = Options(
         cross_weight=_checks.number("cross_weight", cross_weight),
         self_weight=_checks.number("self_weight", self_weight),
@@ -119,8 +120,8 @@ def _images(
             places = [] if phrase is None else _phrases.spans(pipe, text, phrase, argument)
             if encode and phrase is not None and phrase not in alone:
                 alone[phrase] = _phrases.alone(pipe, phrase, argument)
-            embedded += zip(places, alone.get(phrase, ()))
-            spans.append(places)
+            embedded += [(place, own) for place, own in zip(places, alone.get(phrase, ())) if place and own is not None]
+            spans.append([place for place in places if place])
         images.append(Image(masks, spans, embedded))
     return images
 
@@ -131,18 +132,26 @@ def _installed(
 ) -> Iterator[None]:
     """The layout's processors and hook, and afterwards whatever was there before."""
     before = {name: layer.processor for name, layer in layers.items()}
-    outer = {processor.state for processor in before.values() if isinstance(processor, LayoutProcessor)}
+    outer = [block for block in watchers(component) if isinstance(block, LayoutState)]
     try:
         for other in outer:
             other.paused += 1
         for name, layer in layers.items():
-            original = before[name]
-            original = original.original if isinstance(original, LayoutProcessor) else original
-            layer.set_processor(family.processor(original, state))
-        with watched(component, state.before_call):
+            layer.set_processor(family.processor(_below(before[name]), state))
+            state.installed[name] = layer, layer.processor
+        with watched(component, state, state.before_call):
             yield
     finally:
-        for name, layer in layers.items():
-            layer.set_processor(before[name])
+        state.end()
+        for name, (layer, processor) in state.installed.items():
+            if layer.processor is processor:
+                inner = before[name]
+                ended = isinstance(inner, LayoutProcessor) and inner.state.ended
+                layer.set_processor(_below(inner) if ended else inner)
         for other in outer:
             other.paused -= 1
+
+
+def _below(processor: Any) -> Any:
+    """The processor under those of layouts."""
+    return processor.original if isinstance(processor, LayoutProcessor) else processor
