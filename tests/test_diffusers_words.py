@@ -82,7 +82,7 @@ def test_a_strength_of_nothing_is_the_plain_layer(family: str) -> None:
         for layer in pipe.unet.modules():
             if getattr(layer, "is_cross_attention", False):
                 layer.norm_cross = torch.nn.LayerNorm(16, elementwise_affine=False)
-                layer.norm_encoder_hidden_states = lambda text, norm=layer.norm_cross: norm(text)
+                layer.norm_encoder_hidden_states = lambda text, norm=layer.norm_cross: 2 * norm(text)
     options = {"cross_weight": 1e-30, "self_weight": 1e-30, "active": 1.0, "encode_phrases": False}
     with apply_layout(pipe, PROMPT, REGIONS, **options):
         ours = latents(pipe)
