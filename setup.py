@@ -82,6 +82,7 @@ setup(
         "dense_attn",
         "dense_attn.benchmarks",
         "dense_attn.examples",
+        "dense_attn.examples.tiny_scenes",
         "dense_attn.integrations",
         "dense_attn.integrations.diffusers",
         "dense_attn.triton_kernels",
@@ -95,6 +96,7 @@ setup(
         "dense_attn": ["py.typed"],
         "dense_attn.benchmarks": ["results/*.json"],
         "dense_attn.examples": ["*.png"],
+        "dense_attn.examples.tiny_scenes": ["*.safetensors"],
     },
     ext_modules=[
         Extension(

@@ -74,11 +74,13 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="the attention layers of a Stable Diffusion 1.5 step under a layout, measured and drawn",
         description="Runs the 32 attention layers of a Stable Diffusion 1.5 denoising step at 512 x 512 with a layout, "
-        "once as the official code of DenseDiffusion does it and once with this library, and draws what happened.",
+        "once as the official code of DenseDiffusion does it and once with this library, and draws what happened; then "
+        "lets a small trained model paint under layouts, into a second picture.",
     )
     label_map = "label map: one grey value, palette entry or colour per region, 0 or black = background"
     demo.add_argument("--layout", type=Path, metavar="IMAGE", help=f"{label_map} (default: a scene of four regions)")
-    demo.add_argument("--phrases", nargs="+", metavar="PHRASE", help="what each region shows, by rising label")
+    shows = "what each region shows, by rising label; commas may part them"
+    demo.add_argument("--phrases", nargs="+", metavar="PHRASE", help=shows)
     demo.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="the picture (%(default)s)")
     grids = "token grids to run, of %(choices)s (default: all; the official code needs 4 GB for 64)"
     demo.add_argument("--grids", type=int, nargs="+", choices=_demo.GRIDS, metavar="N", help=grids)
@@ -151,7 +153,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
-    _demo.main(arguments.layout, arguments.output, arguments.phrases, arguments.grids, arguments.backend)
+    phrases = arguments.phrases and [part.strip() for text in arguments.phrases for part in text.split(",")]
+    _demo.main(arguments.layout, arguments.output, phrases, arguments.grids, arguments.backend)
     return 0
 
 

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from dense_attn import _backends, _picture
-from dense_attn._scene import UserError, load_scene
+from dense_attn._scene import Scene, UserError, load_scene
 from dense_attn._step import NUM_HEADS, SD15_LAYERS, Measurement, measure, megabytes, peaks, totals
 from dense_attn.layout import MAX_REGIONS
 
@@ -59,6 +59,28 @@ def main(
     print("\n" + table(measurements))
     _picture.draw(scene, measurements, output)
     print(f"\nwrote {output}")
+    _generate(scene if layout else None, output.with_name(f"{output.stem}-scenes{output.suffix}"), backend)
+
+
+def _generate(users: Scene | None, output: Path, backend: str) -> None:
+    """Images of a small trained model, under the user's layout or those of six prompts."""
+    try:
+        from dense_attn.examples.tiny_scenes import sheet
+    except ImportError as error:
+        print(f"no generated images: they need {error.name} (pip install dense_attn[diffusers] transformers)")
+        return
+    if users is not None and (unknown := sheet.unknown_words(users.phrases)):
+        print(f"no generated images: the small model knows {', '.join(sheet.WORDS)}; not {', '.join(unknown)}")
+        return
+    rows = sheet.shipped_rows() if users is None else [sheet.users_row(users.layout.masks, users.phrases)]
+    print(f"{len(rows)} prompts to a model of 4 million parameters, each image in 20 steps")
+    images = sheet.make(rows, backend)
+    for name in sheet.COLUMNS[1:]:
+        overlaps = [sheet.overlap(image, row) for image, row in zip(images[name], rows)]
+        shown = [f"{value:.2f}" for value in overlaps if value is not None]
+        print(f"  {name:24} overlap with the layout: {', '.join(shown) or 'no colour is named'}")
+    sheet.draw(rows, images, output)
+    print(f"wrote {output}")
 
 
 def _check_output(output: Path) -> None:

@@ -17,7 +17,7 @@ from dense_attn import _backends
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "dense_attn").rglob("*.py"))
 PYTHON = [*PACKAGE, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
-PYTHON += [*sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "triton_kernels").glob("*.py"))]
+PYTHON += [*sorted((ROOT / "examples").rglob("*.py")), *sorted((ROOT / "triton_kernels").glob("*.py"))]
 KERNELS = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 CPP = [*KERNELS, *sorted((ROOT / "bindings").iterdir())]
 TORCH_IN_KERNEL = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,24 @@ def test_demo_end_to_end(label_map: Path, capsys: pytest.CaptureFixture) -> None
     with Image.open(output) as picture:
         assert picture.size == (1650, 1034)
         assert len(picture.convert("RGB").getcolors(maxcolors=10**6)) > 100
+
+
+def test_demo_paints_with_words_that_the_small_model_knows(label_map: Path, capsys: pytest.CaptureFixture) -> None:
+    """Phrases in one argument, with commas; two regions make one prompt."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    argv = ("--layout", label_map, "--phrases", "a red circle, a blue square", "--grids", 8)
+    code, out, _ = run(capsys, "demo", *argv, "--output", label_map.with_name("mine.png"))
+    assert code == 0
+    assert re.search(r"DenseDiffusion +overlap with the layout: 0\.\d\d", out)
+    with Image.open(label_map.with_name("mine-scenes.png")) as picture:
+        assert picture.width == 1210
+    code, out, _ = run(capsys, "demo", "--layout", label_map, "--phrases", "a red fox", "a blue square", "--grids", 8,
+                       "--output", label_map.with_name("fox.png"))  # fmt: skip
+    assert code == 0
+    assert "no generated images: the small model knows a, and, on" in out
+    assert out.rstrip().endswith("; not fox")
+    assert not label_map.with_name("fox-scenes.png").exists()
 
 
 def test_demo_without_tqdm_prints_lines(

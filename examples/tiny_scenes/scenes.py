@@ -1,0 +1,151 @@
+"""Scenes of one to three coloured shapes on a plain background: drawn, put into words, and found again in images."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+SIDE = 32  # pixels
+COLOURS = {
+    "red": (1.0, 0.0, 0.0), "orange": (1.0, 0.5, 0.0), "yellow": (1.0, 1.0, 0.0), "green": (0.0, 1.0, 0.0),
+    "cyan": (0.0, 1.0, 1.0), "blue": (0.0, 0.0, 1.0), "magenta": (1.0, 0.0, 1.0),
+}  # fmt: skip
+BACKGROUNDS = {"gray": (0.5, 0.5, 0.5), "white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
+SHAPES = ("circle", "square", "triangle")
+SOLID = {"circle": (3.14, 0.0), "square": (3.03, 0.0), "triangle": (1.62, 0.2)}  # area and centre of mass of radius 1
+RADII = {"small": (3.5, 5.0), "": (5.0, 8.0), "large": (7.5, 9.5)}
+WORDS = ("a", "and", "on", "small", "large", *COLOURS, *SHAPES, *BACKGROUNDS)
+NEAR = 0.24  # a pixel this close to a colour of the palette is of that colour; the closest two are 0.5 apart
+PRESENT = 10  # pixels of an object that is there; the smallest that is drawn has about 16
+HELD_OUT = 4  # one in so many pairs of objects is in no training scene
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A coloured shape: centre and radius in pixels."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    size: str = ""  # "small", "large" or not said
+
+    @property
+    def phrase(self) -> str:
+        """As a caption names it."""
+        return " ".join(word for word in ("a", self.size, self.colour, self.shape) if word)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things and what they lie on."""
+
+    things: tuple[Thing, ...]
+    background: str = "gray"
+
+    @property
+    def phrases(self) -> list[str]:
+        """Of the things, in the caption's order."""
+        return [thing.phrase for thing in self.things]
+
+    @property
+    def caption(self) -> str:
+        """A gray background is not mentioned."""
+        return " and ".join(self.phrases) + ("" if self.background == "gray" else f" on {self.background}")
+
+
+def held_out(first: Thing, second: Thing) -> bool:
+    """Whether a pair of coloured shapes is kept out of training, in either order."""
+    names = sorted(f"{thing.colour} {thing.shape}" for thing in (first, second))
+    return zlib.crc32(", ".join(names).encode()) % HELD_OUT == 0
+
+
+def draw_scene(rng: random.Random, count: int, unseen: bool | None = None, colours: Sequence[str] = ()) -> Scene:
+    """A scene of things of different colours that do not touch.
+
+    Args:
+        rng: where it is drawn from.
+        count: of its things, 1 to 3.
+        unseen: whether pairs of it were kept out of training; None: either.
+        colours: what its things are painted with; none: any.
+    """
+    while True:
+        palette = rng.sample(list(colours) or list(COLOURS), count)
+        things = [_draw_thing(rng, colour, count) for colour in palette]
+        if any(_touch(*pair) for pair in combinations(things, 2)):
+            continue
+        if unseen is None or any(held_out(*pair) for pair in combinations(things, 2)) == unseen:
+            background = rng.choices(list(BACKGROUNDS), (2, 1, 1))[0]
+            return Scene(tuple(things), background)
+
+
+def _draw_thing(rng: random.Random, colour: str, count: int) -> Thing:
+    size = rng.choices(list(RADII), (1, 4, 1))[0]
+    low, high = RADII[size]
+    room = 11 - 1.5 * count  # larger things of a crowd would touch
+    radius = rng.uniform(min(low, room - 1), min(high, room))
+    x, y = (rng.uniform(radius, SIDE - radius) for _ in range(2))
+    return Thing(colour, rng.choice(SHAPES), x, y, radius, size)
+
+
+def _touch(a: Thing, b: Thing) -> bool:
+    return (a.x - b.x) ** 2 + (a.y - b.y) ** 2 < (a.radius + b.radius + 1) ** 2
+
+
+def render(scenes: Sequence[Scene]) -> Tensor:
+    """Images [B, 3, 32, 32] in 0..1, edges smooth."""
+    images = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes])[:, :, None, None]
+    images = images.expand(-1, -1, SIDE, SIDE).clone()
+    for layer in range(max(len(scene.things) for scene in scenes)):
+        rows = [b for b, scene in enumerate(scenes) if layer < len(scene.things)]
+        things = [scenes[b].things[layer] for b in rows]
+        cover = _cover(things)[:, None]
+        colour = torch.tensor([COLOURS[thing.colour] for thing in things])[:, :, None, None]
+        images[rows] = images[rows] * (1 - cover) + colour * cover
+    return images
+
+
+def masks(scene: Scene) -> Tensor:
+    """The pixels of each thing, bool [R, 32, 32]."""
+    return _cover(scene.things) > 0.5
+
+
+def _cover(things: Sequence[Thing]) -> Tensor:
+    """How much of each pixel a thing covers, [R, 32, 32]."""
+    centres = torch.arange(SIDE) + 0.5
+    x, y, radius = (torch.tensor([getattr(t, name) for t in things])[:, None, None] for name in ("x", "y", "radius"))
+    dx, dy = centres[None, None, :] - x, centres[None, :, None] - y
+    outside = {
+        "circle": (dx.square() + dy.square()).sqrt() - radius,
+        "square": torch.maximum(dx.abs(), dy.abs()) - 0.87 * radius,
+        "triangle": torch.maximum(dy - 0.8 * radius, 0.894 * dx.abs() - 0.447 * dy - 0.447 * radius),
+    }
+    signed = torch.stack([outside[thing.shape][i] for i, thing in enumerate(things)])
+    return (0.5 - signed).clamp(0, 1)
+
+
+def colour_masks(images: Tensor) -> dict[str, Tensor]:
+    """The pixels [B, H, W] of images [B, 3, H, W] in 0..1 that are of each colour of the palette, to `NEAR`."""
+    palette = torch.tensor(list((COLOURS | BACKGROUNDS).values()))
+    distance = (images[:, None] - palette[None, :, :, None, None]).square().sum(2).sqrt()  # [B, P, H, W]
+    nearest, near = distance.argmin(1), distance.amin(1) < NEAR
+    return {name: near & (nearest == p) for p, name in enumerate(COLOURS | BACKGROUNDS)}
+
+
+def shape_of(mask: Tensor) -> str:
+    """The shape that overlaps most with a mask [H, W] when it has the mask's area and centre of mass."""
+    area = mask.sum()
+    y, x = (float(places.float().mean() + 0.5) for places in mask.nonzero(as_tuple=True))
+    overlaps = {}
+    for shape, (full, below) in SOLID.items():
+        radius = float((area / full).sqrt())
+        (ideal,) = _cover([Thing("", shape, x, y - below * radius, radius)]) > 0.5
+        overlaps[shape] = (mask & ideal).sum() / (mask | ideal).sum()
+    return max(overlaps, key=overlaps.get)

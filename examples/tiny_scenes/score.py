@@ -1,0 +1,97 @@
+"""Images of prompts and layouts, and what is in them: counted, with standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from dense_attn.integrations.diffusers import apply_layout
+
+from .scenes import COLOURS, PRESENT, Scene, colour_masks, masks
+
+STEPS, GUIDANCE = 20, 3.0
+BATCH = 25
+# log(1 + sigma) of paint-with-words falls about as fast as time; its 0.4 is for sigma at the start.
+LAYOUTS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "paint-with-words": {
+        "modulation": "max", "cross_weight": 1.1, "self_weight": 0.0, "exponent": 1.0, "size_weight": 0.0,
+        "active": 1.0, "encode_phrases": False,
+    },
+    "DenseDiffusion": {},
+    "without cross-modulation": {"cross_weight": 0.0},
+    "without self-modulation": {"self_weight": 0.0},
+}  # fmt: skip
+
+
+def generate(
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], inside: Any = None, **options: Any
+) -> Tensor:
+    """Images [B, 3, 32, 32] in 0..1, each from the noise of its own seed."""
+    block: AbstractContextManager = nullcontext() if inside is None else inside
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | options
+    with block:
+        images = pipe(list(prompts), generator=generators, output_type="pt", **options).images
+    return images.cpu()
+
+
+def laid_out(
+    pipe: StableDiffusionPipeline, scenes: Sequence[Scene], seeds: Sequence[int], setting: dict | None, backend: str
+) -> Tensor:
+    """An image of each scene's caption under its layout, with the options of `apply_layout`, or without one."""
+    prompts = [scene.caption for scene in scenes]
+    if setting is None:
+        return generate(pipe, prompts, seeds)
+    regions = [list(zip(scene.phrases, masks(scene).numpy())) for scene in scenes]
+    return generate(pipe, prompts, seeds, apply_layout(pipe, prompts, regions, backend=backend, **setting))
+
+
+def batches(items: Sequence[Any], size: int = BATCH) -> Iterator[Sequence[Any]]:
+    """One after the other."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def score(images: Tensor, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """Of each image: all things there, overlap with the target, with swapped targets, and what has no colour."""
+    found = colour_masks(images)
+    rows: dict[str, list[float]] = {"present": [], "iou": [], "swapped": [], "off_palette": []}
+    for b, scene in enumerate(scenes):
+        targets, seen = masks(scene), [found[thing.colour][b] for thing in scene.things]
+        rows["present"].append(float(all(mask.sum() >= PRESENT for mask in seen)))
+        rows["iou"].append(_mean(_iou(mask, target) for mask, target in zip(seen, targets)))
+        rows["swapped"].append(_mean(_iou(mask, target) for mask, target in zip(seen, targets.roll(1, 0))))
+        rows["off_palette"].append(1 - float(sum(mask[b].float().mean() for mask in found.values())))
+    return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def has(images: Tensor, colour: str) -> Tensor:
+    """Pixels of a colour in each image."""
+    return colour_masks(images)[colour].flatten(1).sum(1)
+
+
+def only_palette(images: Tensor, colours: Sequence[str]) -> Tensor:
+    """Whether each image has the colours and no other one of a thing."""
+    there = {name: mask.flatten(1).sum(1) >= PRESENT for name, mask in colour_masks(images).items()}
+    right = torch.stack([there[name] if name in colours else ~there[name] for name in COLOURS])
+    return right.all(0)
+
+
+def summary(values: Tensor, groups: int) -> dict[str, float]:
+    """The mean of values in groups (the seeds of a layout), and the standard error over groups."""
+    means = values.view(groups, -1).mean(1)
+    return {"mean": means.mean().item(), "error": (means.std() / groups**0.5).item() if groups > 1 else float("nan")}
+
+
+def _iou(a: Tensor, b: Tensor) -> float:
+    return float((a & b).sum() / (a | b).sum().clamp(min=1))
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -1,0 +1,129 @@
+"""The demo's contact sheet: layouts, plain images, paint-with-words, DenseDiffusion, and a semantic edit on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
+
+from .model import load_pipeline
+from .scenes import BACKGROUNDS, COLOURS, SIDE, WORDS, Scene, Thing, colour_masks, masks, render
+from .score import LAYOUTS, generate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = ("layout", "plain", "paint-with-words", "DenseDiffusion", "and on another ground")
+EDIT_SCALE, AFTER_LAYOUT = 8.0, 6  # the edit begins when the layout, whose steps are the first 30 %, has ended
+SCENES = tuple(
+    Scene(tuple(Thing(*thing) for thing in things))
+    for things in (
+        (("red", "circle", 9, 9, 7), ("blue", "square", 23, 23, 7)),
+        (("blue", "square", 9, 23, 7), ("red", "circle", 23, 9, 7)),
+        (("yellow", "triangle", 23, 10, 8), ("green", "circle", 9, 23, 7)),
+        (("magenta", "circle", 16, 8, 6), ("cyan", "triangle", 16, 24, 7)),
+        (("orange", "square", 7, 7, 5), ("green", "triangle", 25, 9, 6), ("blue", "circle", 16, 24, 6)),
+        (("red", "triangle", 6, 16, 5.5), ("orange", "circle", 17, 16, 5), ("yellow", "square", 27, 16, 5)),
+    )
+)
+
+
+class Row(NamedTuple):
+    """A prompt, its regions, and what the layout's picture shows."""
+
+    prompt: str
+    phrases: list[str]
+    masks: Tensor  # bool [R, 32, 32]
+    picture: Tensor  # [3, 32, 32]
+    ground: str  # of the edit
+
+
+def shipped_rows() -> list[Row]:
+    """Six scenes; a gray ground becomes white and black in turn."""
+    grounds = [name for name in BACKGROUNDS if name != "gray"]
+    return [
+        Row(scene.caption, scene.phrases, masks(scene), render([scene])[0], grounds[i % 2])
+        for i, scene in enumerate(SCENES)
+    ]
+
+
+def users_row(regions: Tensor, phrases: Sequence[str]) -> Row:
+    """A layout of one's own: masks bool [R, H, W] and what each shows, in words that the model knows."""
+    small = torch.nn.functional.interpolate(regions[None].float(), (SIDE, SIDE), mode="area")[0] > 0.5
+    picture = torch.full((3, SIDE, SIDE), 0.5)
+    for mask, phrase in zip(small, phrases):
+        colour = next((COLOURS[word] for word in phrase.split() if word in COLOURS), (0.75, 0.75, 0.75))
+        picture = torch.where(mask, torch.tensor(colour)[:, None, None], picture)
+    return Row(" and ".join(phrases), list(phrases), small, picture, "white")
+
+
+def unknown_words(phrases: Sequence[str]) -> list[str]:
+    """Those that the model was not trained on."""
+    return [word for phrase in phrases for word in phrase.split() if word not in WORDS]
+
+
+def make(rows: Sequence[Row], backend: str = "auto", seed: int = 0) -> dict[str, Tensor]:
+    """Images [rows, 3, 32, 32] of each column."""
+    pipe = load_pipeline()
+    found = {"layout": torch.stack([row.picture for row in rows])}
+    for name in COLUMNS[1:]:
+        found[name] = torch.cat([_image(pipe, row, name, backend, seed + i) for i, row in enumerate(rows)])
+    return found
+
+
+def _image(pipe: StableDiffusionPipeline, row: Row, column: str, backend: str, seed: int) -> Tensor:
+    setting = LAYOUTS.get(column, LAYOUTS["DenseDiffusion"])
+    with ExitStack() as blocks:
+        if setting is not None:
+            regions = list(zip(row.phrases, row.masks.numpy()))
+            blocks.enter_context(apply_layout(pipe, row.prompt, regions, backend=backend, **setting))
+        if column == COLUMNS[-1]:
+            concept = f"{row.prompt} on {row.ground}"
+            edit = Edit(concept, scale=EDIT_SCALE, threshold=0.0, warmup=AFTER_LAYOUT)
+            blocks.enter_context(semantic_guidance(pipe, [edit], backend=backend))
+        return generate(pipe, [row.prompt], [seed])
+
+
+def overlap(image: Tensor, row: Row) -> float | None:
+    """How well the pixels of each phrase's colour lie in its region, a mean over phrases; None without colours."""
+    found, values = colour_masks(image[None]), []
+    for phrase, mask in zip(row.phrases, row.masks):
+        seen = [found[word][0] for word in phrase.split() if word in COLOURS]
+        values += [float((pixels & mask).sum() / (pixels | mask).sum().clamp(min=1)) for pixels in seen]
+    return sum(values) / len(values) if values else None
+
+
+def draw(rows: Sequence[Row], images: dict[str, Tensor], output: Path) -> None:
+    """Write the sheet to a file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.6 + 2.25 * len(rows)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
+    for line, row in zip(range(len(rows)), rows):
+        for place, name in zip(axes[line], COLUMNS):
+            _draw_one(place, images[name][line], row, name)
+        axes[line][0].set_ylabel(row.prompt.replace(" and ", "\nand "), fontsize=9)
+    for place, name in zip(axes[0], COLUMNS):
+        place.set_title(name, fontsize=11, fontweight="bold")
+    figure.supxlabel(
+        "Numbers: overlap (IoU) of each phrase's colour with its region. A model of 4 million parameters.",
+        fontsize=9, color="#666666",
+    )  # fmt: skip
+    figure.savefig(output)
+
+
+def _draw_one(place: Axes, image: Tensor, row: Row, name: str) -> None:
+    place.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    place.set(xticks=[], yticks=[])
+    for mask in row.masks:
+        place.contour(mask.float().numpy(), levels=[0.5], colors="#888888", linewidths=0.8)
+    value = None if name == "layout" else overlap(image, row)
+    if value is not None:
+        place.set_xlabel(f"{value:.2f}" + (f", ground: {row.ground}" if name == COLUMNS[-1] else ""), fontsize=9)

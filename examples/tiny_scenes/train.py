@@ -1,0 +1,188 @@
+"""Trains the model: `python -m dense_attn.examples.tiny_scenes.train --steps 3600 --output run`, again to go on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+
+from .model import TOKENS, untrained, weights_of
+from .scenes import Scene, draw_scene, render
+
+RATE, WARM_UP, DECAY = 1.5e-3, 100, 0.997  # of learning, its first steps, of the average of weights
+ALONE = 0.3  # captions whose phrases are encoded alone and put in, as DenseDiffusion does
+EMPTY = 0.1  # captions left out, for classifier-free guidance
+NOISY = 0.5  # times from the noisiest 40 %, where a scene is decided
+KEPT_EVERY = 250  # steps
+
+
+@dataclass
+class Run:
+    """What the processes of a training are told."""
+
+    output: Path
+    steps: int
+    batch: int  # of one process
+    processes: int
+    device: str
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, or go on where the last run ended, and write weights, losses and their plot."""
+    parser = argparse.ArgumentParser("python -m dense_attn.examples.tiny_scenes.train", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("tiny_scenes_run"), help="folder (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3600, help="of both together with what is done (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="scenes a process and step (%(default)s)")
+    parser.add_argument("--processes", type=int, default=None, help="default: one a core, one on a GPU")
+    arguments = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = arguments.processes or (1 if device == "cuda" else os.cpu_count())
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    run = Run(arguments.output, arguments.steps, arguments.batch, processes, device)
+    if processes == 1:
+        _work(0, run)
+    else:
+        (run.output / "meeting").unlink(missing_ok=True)
+        torch.multiprocessing.spawn(_work, (run,), processes)
+    _plot(run.output)
+    print(f"wrote {run.output / 'weights.safetensors'} and {run.output / 'loss.png'}")
+
+
+def _work(rank: int, run: Run) -> None:
+    """One process: its own scenes, gradients shared with the others."""
+    if run.processes > 1:
+        torch.set_num_threads(1)
+        meeting = f"file://{(run.output / 'meeting').absolute()}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=run.processes)
+    torch.manual_seed(0)  # the same weights everywhere
+    pipe = untrained().to(run.device)
+    pipe.unet.set_attn_processor(AttnProcessor())  # the backward pass of torch's fused one is slow on a CPU
+    parameters = [p for part in (pipe.unet, pipe.text_encoder) for p in part.train().parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    average = {name: value.detach().clone() for name, value in weights_of(pipe).items()}
+    step, losses = _resume(run, pipe, optimiser, average)
+    seed = 1_000_003 * step + rank
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    from tqdm import tqdm
+
+    for now in tqdm(range(step, run.steps), initial=step, total=run.steps, disable=rank > 0, mininterval=10):
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * min(1, (now + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * now / run.steps))
+        loss = _loss(pipe, [_draw(rng) for _ in range(run.batch)], rng)
+        optimiser.zero_grad()
+        loss.backward()
+        _share(parameters, run.processes)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+        keep = min(DECAY, (now + 1) / (now + 10))
+        for name, value in weights_of(pipe).items():
+            average[name].lerp_(value.detach(), 1 - keep) if value.is_floating_point() else average[name].copy_(value)
+        if rank == 0 and ((now + 1) % KEPT_EVERY == 0 or now + 1 == run.steps):
+            _keep(run, pipe, optimiser, average, losses)
+
+
+def _draw(rng: random.Random) -> Scene:
+    return draw_scene(rng, rng.choices((1, 2, 3), (1, 3, 2))[0], unseen=False)
+
+
+def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random) -> Tensor:
+    """The mean squared error of velocities."""
+    device = pipe.device
+    latents = pipe.vae.encode(render(scenes).to(device) * 2 - 1).latent_dist.sample()
+    times = [rng.randrange(600, 1000) if rng.random() < NOISY else rng.randrange(1000) for _ in scenes]
+    times, noise = torch.tensor(times, device=device), torch.randn_like(latents)
+    noisy = pipe.scheduler.add_noise(latents, noise, times)
+    with torch.autocast(device.type, torch.bfloat16):
+        text = encode(pipe, scenes, rng)
+        velocity = pipe.unet(noisy, times, encoder_hidden_states=text).sample
+    wanted = pipe.scheduler.get_velocity(latents, noise, times)
+    return (velocity.float() - wanted).square().mean()
+
+
+def encode(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random) -> Tensor:
+    """Captions [B, L, C]; some are empty, in some the phrases are encoded alone."""
+    captions = ["" if rng.random() < EMPTY else scene.caption for scene in scenes]
+    apart = [b for b, caption in enumerate(captions) if caption and rng.random() < ALONE]
+    phrases = [phrase for b in apart for phrase in scenes[b].phrases]
+    options = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}
+    tokens = pipe.tokenizer(captions + phrases, **options).input_ids.to(pipe.device)
+    states = pipe.text_encoder(tokens)[0]
+    text, alone = states[: len(scenes)].clone(), iter(states[len(scenes) :])
+    for b in apart:
+        start = 1
+        for phrase in scenes[b].phrases:
+            length = len(phrase.split())
+            text[b, start : start + length] = next(alone)[1 : 1 + length]
+            start += length + 1  # and the "and" after it
+    return text
+
+
+def _share(parameters: list[Tensor], processes: int) -> None:
+    """The mean of all processes' gradients."""
+    if processes == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, grad in zip(parameters, flat.div_(processes).split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view_as(p))
+
+
+def _keep(
+    run: Run, pipe: StableDiffusionPipeline, optimiser: torch.optim.Optimizer, average: dict[str, Tensor], losses: list
+) -> None:
+    """A checkpoint to go on from and the average's weights; a file is whole or is not there."""
+    from safetensors.torch import save_file
+
+    state = {"weights": weights_of(pipe), "average": average, "optimiser": optimiser.state_dict(), "losses": losses}
+    torch.save(state, run.output / "checkpoint.new")
+    os.replace(run.output / "checkpoint.new", run.output / "checkpoint.pt")
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in average.items()}
+    save_file(halves, run.output / "weights.new")
+    os.replace(run.output / "weights.new", run.output / "weights.safetensors")
+    (run.output / "losses.json").write_text(json.dumps([round(loss, 5) for loss in losses]))
+
+
+def _resume(
+    run: Run, pipe: StableDiffusionPipeline, optimiser: torch.optim.Optimizer, average: dict[str, Tensor]
+) -> tuple[int, list[float]]:
+    """Steps that a checkpoint has done, and its losses."""
+    path = run.output / "checkpoint.pt"
+    if not path.exists():
+        return 0, []
+    state = torch.load(path, map_location=run.device)
+    for part in ("unet", "text_encoder"):
+        own = {name.removeprefix(f"{part}."): v for name, v in state["weights"].items() if name.startswith(f"{part}.")}
+        getattr(pipe, part).load_state_dict(own)
+    optimiser.load_state_dict(state["optimiser"])
+    for name, value in state["average"].items():
+        average[name].copy_(value)
+    return len(state["losses"]), state["losses"]
+
+
+def _plot(output: Path) -> None:
+    from matplotlib.figure import Figure
+
+    losses = torch.tensor(json.loads((output / "losses.json").read_text()))
+    window = max(1, len(losses) // 100)
+    smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
+    figure = Figure((6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(torch.arange(len(smooth)) * window, smooth)
+    axes.set(xlabel="step", ylabel="mean squared error of velocities", yscale="log")
+    figure.savefig(output / "loss.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

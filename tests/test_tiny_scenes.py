@@ -1,0 +1,134 @@
+"""The small trained model: its scenes and scores, and that layouts, edits and chains do on it what they should."""
+
+from __future__ import annotations
+
+import json
+import random
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from dense_attn.examples.tiny_scenes import chains, edits, evaluate, layouts, model, scenes, score, sheet, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> object:
+    return model.load_pipeline()
+
+
+def test_scenes_are_found_in_their_pictures() -> None:
+    rng = random.Random(0)
+    drawn = [scenes.draw_scene(rng, count) for count in (1, 2, 3) * 20]
+    images = scenes.render(drawn)
+    scores = score.score(images, drawn)
+    assert scores["present"].all()
+    assert scores["iou"].mean() > 0.85
+    assert scores["swapped"][1::3].max() < 0.01  # pairs: the things of a scene do not overlap
+    assert scores["off_palette"].max() < 0.1
+    found = scenes.colour_masks(images)
+    for b, scene in enumerate(drawn):
+        for thing in scene.things:
+            assert scenes.shape_of(found[thing.colour][b]) == thing.shape
+    wrong = score.score(images.roll(1, 1), drawn)  # the negative control: other colours
+    assert wrong["present"].mean() < 0.5
+
+
+def test_pairs_are_kept_out_of_training() -> None:
+    rng = random.Random(1)
+    for unseen in (True, False):
+        for _ in range(50):
+            first, second = scenes.draw_scene(rng, 2, unseen=unseen).things
+            assert scenes.held_out(first, second) == scenes.held_out(second, first) == unseen
+
+
+def test_captions_are_one_token_a_word() -> None:
+    words, tokenizer = model.SPECIAL + scenes.WORDS, model.tokenizer()
+    scene = scenes.Scene((scenes.Thing("red", "circle", 9, 9, 4, "small"), scenes.Thing("blue", "square", 22, 22, 6)))
+    tokens = tokenizer(scene.caption).input_ids
+    assert [words[token] for token in tokens[1:-1]] == ["a", "small", "red", "circle", "and", "a", "blue", "square"]
+    assert words[tokenizer("a pony").input_ids[2]] == "<unknown>"
+
+
+def test_nothing_is_lost_in_latents() -> None:
+    images = torch.rand(2, 3, 32, 32)
+    latents = model.PixelLatents().encode(images).latent_dist.sample()
+    assert latents.shape == (2, 12, 16, 16)
+    assert torch.equal(model.PixelLatents().decode(latents).sample, images)
+
+
+def test_weights_are_small() -> None:
+    weights = resources.files("dense_attn.examples.tiny_scenes") / model.WEIGHTS
+    assert Path(str(weights)).stat().st_size <= 12e6
+
+
+def test_the_gate_and_layouts(pipe: object) -> None:
+    """On few scenes: both things there without a layout, and where the layout says with one."""
+    assert layouts.gate(pipe, 8)["both present"] >= 0.8
+    rng = random.Random(29)
+    drawn = [scenes.draw_scene(rng, 2) for _ in range(6)]
+    plain, ours = (
+        score.score(score.laid_out(pipe, drawn, range(6), setting, "auto"), drawn)
+        for setting in (None, score.LAYOUTS["DenseDiffusion"])
+    )
+    assert ours["iou"].mean() > plain["iou"].mean() + 0.1
+    assert ours["swapped"].mean() < 0.05
+
+
+def test_kernels_and_reference_have_the_same_scores(pipe: object) -> None:
+    assert layouts.same_tables(pipe, 2)["difference"] < 0.01
+
+
+def test_matched_strengths(pipe: object) -> None:
+    rng = random.Random(31)
+    drawn = [scenes.draw_scene(rng, 2) for _ in range(2)]
+    found = layouts.matched(pipe, drawn, "auto")
+    assert found["without value-range adaptivity"]["cross_weight"] in layouts.TUNED
+    assert 0 < found["without area adaptivity"]["cross_weight"] < 1
+
+
+def test_an_edit_changes_the_ground(pipe: object) -> None:
+    own = [case for case in edits.cases(4) if case.name == "background"]
+    effect = edits._effect(pipe, own, scale=8.0, threshold=0.0)
+    assert effect["gain"] > 100
+    assert edits._effect(pipe, own, scale=0.0)["changed"] < 0.01
+
+
+def test_chains(pipe: object) -> None:
+    errors = chains.inversion(pipe, 1, (4,))["rows"]
+    assert errors["exact EDICT"]["4"] < 1e-6 < errors["float16 EDICT"]["4"]
+    found = chains.optimisation(pipe, 1, 3, ())["ways"]
+    assert found["DOODL"]["loss"][1] < found["DOODL"]["loss"][0]
+
+
+def test_the_sheet(pipe: object, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = sheet.shipped_rows()[:1]
+    images = sheet.make(rows)
+    assert sheet.overlap(images["DenseDiffusion"][0], rows[0]) > sheet.overlap(images["plain"][0], rows[0])
+    sheet.draw(rows, images, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def test_training_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """One step and then one more: the losses of both, and weights that load."""
+    pytest.importorskip("matplotlib")
+    for steps in (1, 2):
+        train.main(["--output", str(tmp_path), "--steps", str(steps), "--batch", "2", "--processes", "1"])
+        assert len(json.loads((tmp_path / "losses.json").read_text())) == steps
+    model.load_pipeline(tmp_path / "weights.safetensors")
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_parts_of_an_evaluation_add_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for part in ("gate", "same"):
+        assert evaluate.main(["--quick", "--only", part, "--json", str(tmp_path / "found.json")]) == 0
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert results.keys() == {"gate", "same", "header"}
+    assert "largest difference of a score" in capsys.readouterr().out
