@@ -79,7 +79,7 @@ def test_views_are_taken_as_they_are(backend: str) -> None:
     )
     assert torch.equal(out, same)
     one = k.numel() * k.element_size()
-    assert viewed < one / 4
+    assert viewed < one / 2  # a copy of keys or values alone would take one
     assert copied > 2 * one  # the negative control
 
 
