@@ -95,9 +95,10 @@ def test_matched_strengths(pipe: object) -> None:
 
 def test_an_edit_changes_the_ground(pipe: object) -> None:
     own = [case for case in edits.cases(4) if case.name == "background"]
-    effect = edits._effect(pipe, own, scale=8.0, threshold=0.0)
+    plain = edits._plain(pipe, own)
+    effect = edits._effect(pipe, own, plain, scale=8.0, threshold=0.0)
     assert effect["gain"] > 100
-    assert edits._effect(pipe, own, scale=0.0)["changed"] < 0.01
+    assert edits._effect(pipe, own, plain, scale=0.0)["changed"] < 0.01
 
 
 def test_chains(pipe: object) -> None:

@@ -20,9 +20,6 @@ WARMUPS = (0, 2, 5, 10, 15)
 USUAL = {"scale": 6.0, "threshold": 0.9, "warmup": 2}
 
 
-_plain_images: dict[tuple, Tensor] = {}  # of cases
-
-
 class Case(NamedTuple):
     """A prompt, the concept that is added, and the colour whose pixels tell how much of it there is."""
 
@@ -54,14 +51,16 @@ def study(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
     result: dict[str, Any] = {"prompts": count, "usual": USUAL, "kinds": {}}
     for kind in ("background", "presence", "size", "colour"):
         own = [case for case in everything if case.name == kind]
+        plain = _plain(pipe, own)
         result["kinds"][kind] = {
-            "control": _control(pipe, own),
-            "scales": {str(scale): _effect(pipe, own, scale=scale) for scale in SCALES},
+            "control": _control(pipe, own, plain),
+            "scales": {str(scale): _effect(pipe, own, plain, scale=scale) for scale in SCALES},
         }
     own = [case for case in everything if case.name == "background"]
-    result["thresholds"] = {str(level): _effect(pipe, own, threshold=level) for level in THRESHOLDS}
-    result["warmups"] = {str(step): _effect(pipe, own, warmup=step) for step in WARMUPS}
-    result["isolation"] = _isolation(pipe, own)
+    plain = _plain(pipe, own)
+    result["thresholds"] = {str(level): _effect(pipe, own, plain, threshold=level) for level in THRESHOLDS}
+    result["warmups"] = {str(step): _effect(pipe, own, plain, warmup=step) for step in WARMUPS}
+    result["isolation"] = _isolation(pipe, own, plain)
     return result
 
 
@@ -78,10 +77,7 @@ def _edited(pipe: StableDiffusionPipeline, own: list[Case], options: dict[str, A
 
 
 def _plain(pipe: StableDiffusionPipeline, own: list[Case]) -> Tensor:
-    key = tuple(own)
-    if key not in _plain_images:
-        _plain_images[key] = generate(pipe, [case.prompt for case in own], range(len(own)))
-    return _plain_images[key]
+    return generate(pipe, [case.prompt for case in own], range(len(own)))
 
 
 def _counts(images: Tensor, own: list[Case]) -> Tensor:
@@ -89,14 +85,12 @@ def _counts(images: Tensor, own: list[Case]) -> Tensor:
     return torch.stack([has(images[b : b + 1], case.counted)[0] for b, case in enumerate(own)]).float()
 
 
-def _effect(pipe: StableDiffusionPipeline, own: list[Case], **options: Any) -> dict[str, float]:
+def _effect(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **options: Any) -> dict[str, float]:
     """More of the concept in pixels, and how much changed where the thing was and elsewhere."""
-    plain, edited = _plain(pipe, own), _edited(pipe, own, options)
+    edited = _edited(pipe, own, options)
     change = (edited - plain).abs().mean(1)  # [B, H, W]
     things = [colour_masks(plain[b : b + 1])[case.prompt.split()[1]][0] for b, case in enumerate(own)]
-    inside = torch.stack(
-        [change[b][thing].mean() if thing.any() else change[b].mean() * 0 for b, thing in enumerate(things)]
-    )
+    inside = torch.stack([change[b][thing].sum() / thing.sum().clamp(min=1) for b, thing in enumerate(things)])
     outside = torch.stack([change[b][~thing].mean() for b, thing in enumerate(things)])
     gain = _counts(edited, own) - _counts(plain, own)
     return {
@@ -106,15 +100,15 @@ def _effect(pipe: StableDiffusionPipeline, own: list[Case], **options: Any) -> d
     }  # fmt: skip
 
 
-def _control(pipe: StableDiffusionPipeline, own: list[Case]) -> float:
+def _control(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor) -> float:
     """The gain when the concept is the whole prompt from the first step on: what the model can express."""
     asked = generate(pipe, [case.concept for case in own], range(len(own)))
-    return (_counts(asked, own) - _counts(_plain(pipe, own), own)).mean().item()
+    return (_counts(asked, own) - _counts(plain, own)).mean().item()
 
 
-def _isolation(pipe: StableDiffusionPipeline, own: list[Case]) -> dict[str, float]:
+def _isolation(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor) -> dict[str, float]:
     """The gain of a concept alone, and beside a second one."""
-    before, beside = _counts(_plain(pipe, own), own), "a large triangle"
+    before, beside = _counts(plain, own), "a large triangle"
     return {
         "alone": (_counts(_edited(pipe, own, {}), own) - before).mean().item(),
         "beside another": (_counts(_edited(pipe, own, {}, beside), own) - before).mean().item(),

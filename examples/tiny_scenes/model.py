@@ -93,15 +93,21 @@ def weights_of(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
 
+def set_weights(pipe: StableDiffusionPipeline, weights: dict[str, Tensor]) -> None:
+    """The inverse of `weights_of`."""
+    for part in ("unet", "text_encoder"):
+        prefix = f"{part}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        getattr(pipe, part).load_state_dict(own)
+
+
 def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline:
     """The pipeline with trained weights, by default those that are shipped."""
     from safetensors.torch import load_file
 
     path = path or str(resources.files(__package__) / WEIGHTS)
-    pipe, found = untrained(), {name: value.float() for name, value in load_file(path).items()}
-    for part in ("unet", "text_encoder"):
-        prefix = f"{part}."
-        own = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
-        getattr(pipe, part).load_state_dict(own)
-        getattr(pipe, part).eval().requires_grad_(False)
+    pipe = untrained()
+    set_weights(pipe, {name: value.float() for name, value in load_file(path).items()})
+    for part in (pipe.unet, pipe.text_encoder):
+        part.eval().requires_grad_(False)
     return pipe

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from .model import TOKENS, untrained, weights_of
+from .model import TOKENS, set_weights, untrained, weights_of
 from .scenes import Scene, draw_scene, render
 
 RATE, WARM_UP, DECAY = 1.5e-3, 100, 0.997  # of learning, its first steps, of the average of weights
@@ -162,9 +162,7 @@ def _resume(
     if not path.exists():
         return 0, []
     state = torch.load(path, map_location=run.device)
-    for part in ("unet", "text_encoder"):
-        own = {name.removeprefix(f"{part}."): v for name, v in state["weights"].items() if name.startswith(f"{part}.")}
-        getattr(pipe, part).load_state_dict(own)
+    set_weights(pipe, state["weights"])
     optimiser.load_state_dict(state["optimiser"])
     for name, value in state["average"].items():
         average[name].copy_(value)

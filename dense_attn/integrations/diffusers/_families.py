@@ -138,24 +138,26 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     unet = getattr(pipe, "unet", None)
     denoiser = unwrapped(getattr(pipe, "transformer", None) if unet is None else unet)
     kind = type(denoiser).__name__
-    if kind in ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"):
-        _check_kind(pipe, own_calls=kind == "FluxTransformer2DModel")
+    family: Family
     if kind == "UNet2DConditionModel":
-        return UNet()
-    if kind == "SD3Transformer2DModel":
-        return Joint(denoiser.config.patch_size)
-    if kind == "FluxTransformer2DModel":
-        return Flux()
-    rule = "have a UNet2DConditionModel, SD3Transformer2DModel or FluxTransformer2DModel"
-    return _checks.refuse("pipe", rule, type(pipe).__name__ + ("" if denoiser is None else f" with {kind}"))
+        family = UNet()
+    elif kind == "SD3Transformer2DModel":
+        family = Joint(denoiser.config.patch_size)
+    elif kind == "FluxTransformer2DModel":
+        family = Flux()
+    else:
+        rule = "have a UNet2DConditionModel, SD3Transformer2DModel or FluxTransformer2DModel"
+        _checks.refuse("pipe", rule, type(pipe).__name__ + ("" if denoiser is None else f" with {kind}"))
+    _check_kind(pipe, family)
+    return family
 
 
-def _check_kind(pipe: DiffusionPipeline, own_calls: bool) -> None:
+def _check_kind(pipe: DiffusionPipeline, family: Family) -> None:
     """Refuse a pipeline whose batches are not known: halves where it guides, or the prompt alone."""
     encode = getattr(type(pipe), "encode_prompt", None)
     if encode is None or "prompt" not in inspect.signature(encode).parameters:
         _checks.refuse("pipe", "have an encode_prompt of a prompt", type(pipe).__name__)
-    if not own_calls and not hasattr(type(pipe), "do_classifier_free_guidance"):
+    if not family.guidance_apart and not hasattr(type(pipe), "do_classifier_free_guidance"):
         _checks.refuse("pipe", "tell whether it guides (do_classifier_free_guidance)", type(pipe).__name__)
     for feature in ("do_perturbed_attention_guidance", "image_guidance_scale"):
         if hasattr(type(pipe), feature):

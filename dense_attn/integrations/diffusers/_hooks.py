@@ -26,9 +26,16 @@ def watchers(module: Any) -> tuple[Any, ...]:
 def watched(
     module: torch.nn.Module, block: Any, before: Callable[..., Any], after: Callable[..., Any] | None = None
 ) -> Iterator[None]:
-    """`before` changes the arguments of every call, ahead of others if there is no `after`, its output."""
+    """`before` changes the arguments of every call, ahead of others if there is no `after`, its output.
+
+    Blocks of the same kind around this one are paused.
+    """
     with ExitStack() as stack:
         blocks = _watchers.setdefault(unwrapped(module), [])
+        for outer in blocks:
+            if type(outer) is type(block):
+                outer.paused += 1
+                stack.callback(_resume, outer)
         blocks.append(block)
         stack.callback(blocks.remove, block)
         if module._compiled_call_impl is None:
@@ -38,6 +45,10 @@ def watched(
         else:
             stack.enter_context(_around_compiled(module, before, after))
         yield
+
+
+def _resume(block: Any) -> None:
+    block.paused -= 1
 
 
 @contextmanager

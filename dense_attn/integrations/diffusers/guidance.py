@@ -15,7 +15,7 @@ from dense_attn import SemanticGuidance, _checks
 
 from . import _phrases
 from ._families import family_of
-from ._hooks import unwrapped, watched, watchers
+from ._hooks import unwrapped, watched
 from ._steps import Steps
 
 if TYPE_CHECKING:
@@ -90,15 +90,8 @@ def semantic_guidance(
     with torch.no_grad():
         encoded = _phrases.encode(pipe, [edit.prompt for edit in edits])
     guided = _Guided(pipe, options, encoded[0], encoded[2] if len(encoded) > 2 else None)
-    outer = [block for block in watchers(unet) if isinstance(block, _Guided)]
-    for other in outer:
-        other.paused += 1
-    try:
-        with watched(unet, guided, guided.before_call, guided.after_call):
-            yield
-    finally:
-        for other in outer:
-            other.paused -= 1
+    with watched(unet, guided, guided.before_call, guided.after_call):
+        yield
 
 
 def settings(edits: Sequence[Edit], momentum_scale: float, momentum_beta: float, backend: str) -> dict[str, Any]:

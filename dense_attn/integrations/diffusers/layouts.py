@@ -13,7 +13,7 @@ from dense_attn.layout_attention import MODULATIONS
 
 from . import _phrases, _regions
 from ._families import Family, attention_layers, family_of
-from ._hooks import unwrapped, watched, watchers
+from ._hooks import unwrapped, watched
 from ._processors import LayoutProcessor
 from ._state import Image, LayoutState, Options
 
@@ -132,10 +132,7 @@ def _installed(
 ) -> Iterator[None]:
     """The layout's processors and hook, and afterwards whatever was there before."""
     before = {name: layer.processor for name, layer in layers.items()}
-    outer = [block for block in watchers(component) if isinstance(block, LayoutState)]
     try:
-        for other in outer:
-            other.paused += 1
         for name, layer in layers.items():
             layer.set_processor(family.processor(_below(before[name]), state))
             state.installed[name] = layer, layer.processor
@@ -148,8 +145,6 @@ def _installed(
                 inner = before[name]
                 ended = isinstance(inner, LayoutProcessor) and inner.state.ended
                 layer.set_processor(_below(inner) if ended else inner)
-        for other in outer:
-            other.paused -= 1
 
 
 def _below(processor: Any) -> Any:
