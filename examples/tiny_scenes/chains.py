@@ -1,4 +1,4 @@
-"""What exact chains do: scenes inverted and made again, and noise optimised until a thing lies where it should."""
+"""What exact chains do: scenes inverted and made again, and noise optimised until a thing has the colour it should."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from dense_attn import _memory, ddim_step, ddim_step_inverse, spectral_residual_saliency
 from dense_attn.integrations.diffusers import invert, optimize, reconstruct
 
-from .scenes import COLOURS, Scene, draw_scene, masks, render
+from .scenes import COLOURS, SHAPES, Scene, draw_scene, render
+from .score import only_palette, summary
 
 WAYS = {
     "exact EDICT": (torch.float32, {}),
@@ -23,6 +24,7 @@ WAYS = {
     "float32 EDICT": (torch.float32, {"exact": False}),
     "float16 EDICT": (torch.float16, {"exact": False}),
 }
+WEIGHT, CLIP = 100.0, 3e-2  # of the colour's loss, and of an element of its gradient
 
 
 def inversion(pipe: StableDiffusionPipeline, count: int, lengths: tuple[int, ...]) -> dict[str, Any]:
@@ -92,52 +94,43 @@ def _eps(pipe: StableDiffusionPipeline, captions: list[str], steps: int) -> tupl
 def optimisation(
     pipe: StableDiffusionPipeline, count: int, updates: int, lengths: tuple[int, ...] = (10, 40)
 ) -> dict[str, Any]:
-    """DOODL and SGOOL at equal updates, a thing at a place that the prompt does not say; costs of chains of lengths."""
+    """DOODL and SGOOL at equal updates, towards colours that the prompts leave open; costs of chains of lengths."""
     rng = random.Random(23)
-    scenes = [draw_scene(rng, 1) for _ in range(count)]
-    result: dict[str, Any] = {"scenes": count, "updates": updates, "ways": {}}
+    prompts, names = [f"a {rng.choice(SHAPES)} on gray" for _ in range(count)], list(COLOURS)
+    wanted = [names[i % len(names)] for i in range(count)]
+    loss = _colour_loss(torch.tensor([COLOURS[name] for name in wanted]) * 2 - 1)
+    result: dict[str, Any] = {"prompts": count, "updates": updates, "ways": {}}
     for name, saliency in (("DOODL", None), ("SGOOL", spectral_residual_saliency)):
-        losses, pixels, seconds, peaks = [], [], [], []
-        for i, scene in enumerate(scenes):
-            wanted = render([scene]) * 2 - 1
-            before = optimize(pipe, scene.caption, _to(wanted), steps=0, **_options(i)).images
-            found = optimize(pipe, scene.caption, _to(wanted), saliency, steps=updates, **_options(i))
-            losses.append([_to(wanted)(image * 2 - 1).item() for image in (before, found.images)])
-            target = masks(scene)[0]
-            pixels.append(
-                [(image[0][:, target] - _colour(scene)).abs().mean().item() for image in (before, found.images)]
-            )
-            seconds.append(found.seconds)
-            peaks.append(found.peak_bytes or 0)
-        result["ways"][name] = {
-            "loss": torch.tensor(losses).mean(0).tolist(), "at the place": torch.tensor(pixels).mean(0).tolist(),
-            "seconds": sum(seconds) / count, "peak_bytes": max(peaks),
-        }  # fmt: skip
-    result["gradient"] = {str(steps): _cost(pipe, scenes[0], steps) for steps in lengths}
+        row: dict[str, Any] = {"loss": [], "right": []}
+        for steps in (0, updates):
+            found = optimize(
+                pipe, prompts, lambda images: WEIGHT * loss(images).sum(), saliency, num_inference_steps=10,
+                generator=torch.Generator().manual_seed(0), output_type="pt", progress=False, steps=steps, clip=CLIP,
+            )  # fmt: skip
+            row["loss"].append(summary(loss(found.images * 2 - 1), count))
+            right = torch.stack([only_palette(found.images[b : b + 1], [c])[0] for b, c in enumerate(wanted)])
+            row["right"].append(summary(right.float(), count))
+        result["ways"][name] = row | {"seconds": found.seconds, "peak_bytes": found.peak_bytes or 0}
+    result["gradient"] = {str(steps): _cost(pipe, steps) for steps in lengths}
     return result
 
 
-def _options(seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    return {"num_inference_steps": 10, "clip": 3e-2, "generator": generator, "output_type": "pt", "progress": False}
+def _colour_loss(wanted: Tensor) -> Callable[[Tensor], Tensor]:
+    """How far the mean colour of what is not gray is from wanted [B, 3]: the same for a picture and a crop of it."""
 
-
-def _to(wanted: Tensor) -> Callable[[Tensor], Tensor]:
-    def loss(images: Tensor) -> Tensor:
-        resized = torch.nn.functional.interpolate(wanted, images.shape[2:], mode="area")
-        return (images - resized).square().mean()
+    def loss(images: Tensor) -> Tensor:  # [B, 3, H, W] in -1..1 to [B]
+        chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
+        mean = (chroma * images).sum((2, 3)) / chroma.sum((2, 3)).clamp(min=1e-6)
+        return (mean - wanted).square().mean(1)
 
     return loss
 
 
-def _colour(scene: Scene) -> Tensor:
-    return torch.tensor(COLOURS[scene.things[0].colour])[:, None]
-
-
-def _cost(pipe: StableDiffusionPipeline, scene: Scene, steps: int) -> dict[str, dict[str, float]]:
+def _cost(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, float]]:
     """Seconds and memory of one gradient: reversible, and plain DDIM with a checkpoint a step."""
-    wanted, options = render([scene]) * 2 - 1, {"num_inference_steps": steps, "output_type": "pt", "progress": False}
-    eps, times, alphas = _eps(pipe, [scene.caption], steps)
+    prompt, options = "a circle on gray", {"num_inference_steps": steps, "output_type": "pt", "progress": False}
+    eps, times, alphas = _eps(pipe, [prompt], steps)
+    loss = _colour_loss(torch.tensor([COLOURS["red"]]) * 2 - 1)
 
     def checkpointed() -> None:
         x = torch.randn(1, 12, 16, 16, requires_grad=True)
@@ -146,10 +139,10 @@ def _cost(pipe: StableDiffusionPipeline, scene: Scene, steps: int) -> dict[str, 
             y = checkpoint(
                 lambda z, i=i: ddim_step(z, eps(z, times[i]), alphas[i], alphas[i + 1]), y, use_reentrant=False
             )
-        _to(wanted)(pipe.vae.decode(y).sample).backward()
+        loss(pipe.vae.decode(y).sample).sum().backward()
 
     ways = {
-        "exact EDICT": lambda: optimize(pipe, scene.caption, _to(wanted), steps=1, **options),
+        "exact EDICT": lambda: optimize(pipe, prompt, lambda images: loss(images).sum(), steps=1, **options),
         "DDIM, a checkpoint a step": checkpointed,
     }
     found = {}
@@ -172,10 +165,12 @@ def inversion_table(result: dict[str, Any]) -> str:
 
 def optimisation_table(result: dict[str, Any]) -> str:
     """Losses and costs as text."""
-    lines = [f"{result['updates']} updates of the noise of {result['scenes']} scenes, before and after"]
+    lines = [f"{result['updates']} updates of the noise of {result['prompts']} prompts, before and after"]
     for name, row in result["ways"].items():
-        (loss, after), (off, still) = row["loss"], row["at the place"]
-        lines.append(f"{name}: loss {loss:.4f} to {after:.4f}, colour at the place off by {off:.3f} to {still:.3f}, "
+        loss, right = (
+            " to ".join(f"{v['mean']:.3f} +- {v['error']:.3f}" for v in row[key]) for key in ("loss", "right")
+        )
+        lines.append(f"{name}: loss {loss}; right colour alone {right}; "
                      f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e6:.0f} MB")  # fmt: skip
     for steps, ways in result["gradient"].items():
         cells = (f"{name} {way['seconds']:.2f} s, {way['peak_bytes'] / 1e6:.0f} MB" for name, way in ways.items())

@@ -3,131 +3,187 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from dense_attn import _progress
 from dense_attn.integrations.diffusers import Edit, semantic_guidance
 
-from .scenes import BACKGROUNDS, COLOURS, SHAPES, colour_masks
-from .score import generate, has
+from .scenes import COLOURS, SHAPES, colour_masks
+from .score import generate, has, summary
 
-SCALES = (-8.0, -4.0, 0.0, 2.0, 4.0, 8.0, 12.0)
-THRESHOLDS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
-WARMUPS = (0, 2, 5, 10, 15)
-USUAL = {"scale": 6.0, "threshold": 0.9, "warmup": 2}
+SCALES = (-12.0, -6.0, -3.0, 3.0, 6.0, 12.0, 18.0)
+THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+WARMUPS = (0, 2, 4, 6, 8, 10)
+USUAL = {"scale": 6.0, "threshold": 0.8, "warmup": 2}
+CURVES = ("colour", "ground")  # whose thresholds and warm-ups are tried
+CHANGED = 0.1  # of a pixel's mean difference, from which on it counts as changed
 
 
 class Case(NamedTuple):
-    """A prompt, the concept that is added, and the colour whose pixels tell how much of it there is."""
+    """A prompt that leaves something open, the concept that decides it, and the colour whose pixels tell."""
 
-    name: str
     prompt: str
     concept: str
+    asked: str  # the prompt that says it all
     counted: str
 
 
-def cases(count: int) -> list[Case]:
-    """Backgrounds, presence, size and colour in turn."""
+def cases(kind: str, count: int) -> list[Case]:
+    """Prompts of a kind; few concepts, so that those of one make a batch."""
     rng, found = random.Random(17), []
     for i in range(count):
-        first, second = rng.sample(list(COLOURS), 2)
-        shape, other = rng.choice(SHAPES), rng.choice(SHAPES)
-        prompt, ground = f"a {first} {shape}", rng.choice([name for name in BACKGROUNDS if name != "gray"])
-        found.append((
-            Case("background", prompt, f"{prompt} on {ground}", ground),
-            Case("presence", prompt, f"a {second} {other}", second),
-            Case("size", prompt, f"a large {first} {shape}", first),
-            Case("colour", prompt, f"a {second} {shape}", second),
-        )[i % 4])  # fmt: skip
+        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        target = ("blue", "yellow")[i % 2]
+        other = rng.choice([name for name in COLOURS if name != target])
+        ground = ("white", "black")[i % 2]
+        thing, more = f"a {other} {shape} on gray", f"a {target} square"
+        found.append({
+            "colour": Case(f"a {shape} on gray", f"a {target} thing", f"a {target} {shape} on gray", target),
+            "ground": Case(f"a {colour} {shape}", f"on {ground}", f"a {colour} {shape} on {ground}", ground),
+            "presence": Case(thing, more, f"a {other} {shape} and {more} on gray", target),
+            "size": Case(f"a {colour} {shape} on gray", "a large thing", f"a large {colour} {shape} on gray", colour),
+            "contradiction": Case(thing, f"a {target} {shape} on gray", f"a {target} {shape} on gray", target),
+        }[kind])  # fmt: skip
     return found
 
 
-def study(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
+KINDS = ("colour", "ground", "presence", "size", "contradiction")
+
+
+def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
     """All curves on `count` prompts of each kind."""
-    everything = cases(4 * count)
-    result: dict[str, Any] = {"prompts": count, "usual": USUAL, "kinds": {}}
-    for kind in ("background", "presence", "size", "colour"):
-        own = [case for case in everything if case.name == kind]
-        plain = _plain(pipe, own)
-        result["kinds"][kind] = {
-            "control": _control(pipe, own, plain),
-            "scales": {str(scale): _effect(pipe, own, plain, scale=scale) for scale in SCALES},
-        }
-    own = [case for case in everything if case.name == "background"]
-    plain = _plain(pipe, own)
-    result["thresholds"] = {str(level): _effect(pipe, own, plain, threshold=level) for level in THRESHOLDS}
-    result["warmups"] = {str(step): _effect(pipe, own, plain, warmup=step) for step in WARMUPS}
-    result["isolation"] = _isolation(pipe, own, plain)
+    result: dict[str, Any] = {"prompts": count, "usual": USUAL, "kinds": {}, "thresholds": {}, "warmups": {}}
+    total = len(KINDS) * (len(SCALES) + 1) + len(CURVES) * (len(THRESHOLDS) + len(WARMUPS)) + 1
+    with _progress.bar(total, "edits", shown=True, unit="setting") as advance:
+        for kind in KINDS:
+            own = cases(kind, count)
+            plain = generate(pipe, [case.prompt for case in own], range(count))
+            found = result["kinds"][kind] = {"control": _gain(_control(pipe, own), plain, own)}
+            advance()
+
+            def curve(name: str, values: Sequence[float]) -> dict[str, Any]:
+                row = {}
+                for value in values:
+                    row[str(value)] = effect(pipe, own, plain, **{name: value})  # noqa: B023
+                    advance()
+                return row
+
+            found["scales"] = curve("scale", SCALES)
+            if kind in CURVES:
+                result["thresholds"][kind] = curve("threshold", THRESHOLDS)
+                result["warmups"][kind] = curve("warmup", WARMUPS)
+        result["isolation"] = isolation(pipe, count)
+        advance()
     return result
 
 
-def _edited(pipe: StableDiffusionPipeline, own: list[Case], options: dict[str, Any], more: str = "") -> Tensor:
-    """One prompt at a time: each has a concept of its own."""
-    options = USUAL | options
-    reverse, scale = options["scale"] < 0, abs(options["scale"])
-    edits = options | {"scale": scale, "reverse": reverse}
-    images = []
-    for seed, case in enumerate(own):
-        concepts = [Edit(case.concept, **edits)] + [Edit(more, **edits)] * bool(more)
-        images.append(generate(pipe, [case.prompt], [seed], semantic_guidance(pipe, concepts)))
-    return torch.cat(images)
-
-
-def _plain(pipe: StableDiffusionPipeline, own: list[Case]) -> Tensor:
-    return generate(pipe, [case.prompt for case in own], range(len(own)))
-
-
-def _counts(images: Tensor, own: list[Case]) -> Tensor:
-    """Pixels of each case's colour."""
-    return torch.stack([has(images[b : b + 1], case.counted)[0] for b, case in enumerate(own)]).float()
-
-
-def _effect(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **options: Any) -> dict[str, float]:
-    """More of the concept in pixels, and how much changed where the thing was and elsewhere."""
-    edited = _edited(pipe, own, options)
+def effect(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **options: Any) -> dict[str, Any]:
+    """More pixels of the concept; the mean change where things were and elsewhere, and what changed."""
+    edited = _edited(pipe, own, [[case.concept] for case in own], **options)
     change = (edited - plain).abs().mean(1)  # [B, H, W]
-    things = [colour_masks(plain[b : b + 1])[case.prompt.split()[1]][0] for b, case in enumerate(own)]
-    inside = torch.stack([change[b][thing].sum() / thing.sum().clamp(min=1) for b, thing in enumerate(things)])
-    outside = torch.stack([change[b][~thing].mean() for b, thing in enumerate(things)])
-    gain = _counts(edited, own) - _counts(plain, own)
-    return {
-        "gain": gain.mean().item(), "error": (gain.std() / len(own) ** 0.5).item() if len(own) > 1 else 0.0,
-        "inside": inside.mean().item(), "outside": outside.mean().item(),
-        "changed": (change > 0.1).float().mean().item(),
+    thing = torch.stack([mask for name, mask in colour_masks(plain).items() if name in COLOURS]).any(0)
+    changed = change > CHANGED
+    inside, outside = ((change * part).sum((1, 2)) / part.sum((1, 2)).clamp(min=1) for part in (thing, ~thing))
+    return _gain(edited, plain, own) | {
+        "inside": summary(inside, len(own)), "outside": summary(outside, len(own)),
+        "changed": changed.float().mean().item(),
+        "changed outside": ((changed & ~thing).sum() / changed.sum().clamp(min=1)).item(),
     }  # fmt: skip
 
 
-def _control(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor) -> float:
-    """The gain when the concept is the whole prompt from the first step on: what the model can express."""
-    asked = generate(pipe, [case.concept for case in own], range(len(own)))
-    return (_counts(asked, own) - _counts(plain, own)).mean().item()
-
-
-def _isolation(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor) -> dict[str, float]:
-    """The gain of a concept alone, and beside a second one."""
-    before, beside = _counts(plain, own), "a large triangle"
+def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
+    """The gain of a ground and of a colour, each alone and both at once."""
+    own = cases("colour", count)
+    own = [case._replace(prompt=case.prompt.removesuffix(" on gray")) for case in own]
+    grounds = [case._replace(concept="on white", counted="white") for case in own]
+    plain = generate(pipe, [case.prompt for case in own], range(count))
+    both = _edited(pipe, own, [[case.concept, "on white"] for case in own])
     return {
-        "alone": (_counts(_edited(pipe, own, {}), own) - before).mean().item(),
-        "beside another": (_counts(_edited(pipe, own, {}, beside), own) - before).mean().item(),
+        "colour": {"alone": effect(pipe, own, plain), "together": _gain(both, plain, own)},
+        "ground": {"alone": effect(pipe, grounds, plain), "together": _gain(both, plain, grounds)},
     }
+
+
+def _edited(
+    pipe: StableDiffusionPipeline, own: list[Case], concepts: list[list[str]], **options: Any
+) -> Tensor:  # [B, 3, H, W]
+    """Images of prompts under their concepts; a scale below 0 is the other direction."""
+    options = USUAL | options
+    chosen = options | {"scale": abs(options["scale"]), "reverse": options["scale"] < 0}
+    images: dict[int, Tensor] = {}
+    for concept in {tuple(names): None for names in concepts}:
+        rows = [b for b, names in enumerate(concepts) if tuple(names) == concept]
+        edits = [Edit(name, **chosen) for name in concept]
+        made = generate(pipe, [own[b].prompt for b in rows], rows, semantic_guidance(pipe, edits))
+        images |= dict(zip(rows, made))
+    return torch.stack([images[b] for b in range(len(own))])
+
+
+def _control(pipe: StableDiffusionPipeline, own: list[Case]) -> Tensor:
+    """Images whose prompt becomes the one that says it all where an edit would begin: what the model can express."""
+    first, then = (
+        pipe.encode_prompt([getattr(case, name) for case in own], pipe.device, 1, True, [""] * len(own))
+        for name in ("prompt", "asked")
+    )
+    swapped = torch.cat(then[::-1])  # unconditional, then conditional
+
+    def swap(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | ({"prompt_embeds": swapped} if step + 1 == USUAL["warmup"] else {})
+
+    return generate(
+        pipe, None, range(len(own)), prompt_embeds=first[0], negative_prompt_embeds=first[1], callback_on_step_end=swap,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )  # fmt: skip
+
+
+def _gain(images: Tensor, plain: Tensor, own: list[Case]) -> dict[str, Any]:
+    """Pixels of each case's colour that are more than before."""
+    more = [has(images[b : b + 1], case.counted) - has(plain[b : b + 1], case.counted) for b, case in enumerate(own)]
+    return {"gain": summary(torch.cat(more).float(), len(own))}
 
 
 def table(result: dict[str, Any]) -> str:
     """The curves as text."""
-    lines = [
-        f"semantic guidance, {result['prompts']} prompts of a kind; more pixels of the concept (change inside/outside)"
-    ]
-    lines.append(f"{'scale':12}" + "".join(f"{scale:>17}" for scale in SCALES) + f"{'whole prompt':>14}")
+    lines = [f"semantic guidance, {result['prompts']} prompts a kind: pixels gained (mean change inside/outside)"]
+    lines.append(f"{'scale':14}" + "".join(f"{scale:>21}" for scale in SCALES) + f"{'prompt swapped':>18}")
     for kind, found in result["kinds"].items():
         cells = (found["scales"][str(scale)] for scale in SCALES)
-        row = "".join(f"{c['gain']:>+7.0f} ({c['inside']:.2f}/{c['outside']:.2f})" for c in cells)
-        lines.append(f"{kind:12}{row}{found['control']:>+14.0f}")
+        row = "".join(f"{_said(c):>9} ({c['inside']['mean']:.2f}/{c['outside']['mean']:.2f})" for c in cells)
+        lines.append(f"{kind:14}{row}{_said(found['control']):>18}")
     for name in ("thresholds", "warmups"):
-        cells = "   ".join(f"{key}: {c['gain']:+.0f} ({c['changed']:.0%} changed)" for key, c in result[name].items())
-        lines.append(f"background, {name}: {cells}")
-    alone, beside = result["isolation"]["alone"], result["isolation"]["beside another"]
-    lines.append(f"background alone {alone:+.0f}, beside a second concept {beside:+.0f}")
+        for kind, curve in result[name].items():
+            cells = "  ".join(f"{key}: {_said(c)} ({c['changed']:.0%} changed)" for key, c in curve.items())
+            lines.append(f"{kind}, {name}: {cells}")
+    for name, found in result["isolation"].items():
+        lines.append(f"{name} alone {_said(found['alone'])}, beside the other {_said(found['together'])}")
     return "\n".join(lines)
+
+
+def _said(found: dict[str, Any]) -> str:
+    return f"{found['gain']['mean']:+.0f}±{found['gain']['error']:.0f}"
+
+
+def plot(result: dict[str, Any], output: Path) -> None:
+    """The three curves as a picture: pixels gained over scale, threshold and warm-up."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((11, 3.4), dpi=110, layout="constrained")
+    curves = {"scale": {kind: found["scales"] for kind, found in result["kinds"].items()}}
+    curves |= {"threshold": result["thresholds"], "warm-up steps": result["warmups"]}
+    for axes, (name, rows) in zip(figure.subplots(1, 3), curves.items()):
+        for kind, row in rows.items():
+            gains = [cell["gain"] for cell in row.values()]
+            errors = [gain["error"] for gain in gains]
+            axes.errorbar([float(key) for key in row], [gain["mean"] for gain in gains], errors,
+                          color=f"C{KINDS.index(kind)}", marker="o", markersize=3, capsize=2, label=kind)  # fmt: skip
+        axes.axhline(0, color="#888888", linewidth=0.6)
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set(xlabel=name, ylabel="pixels gained" if name == "scale" else "")
+        axes.legend(fontsize=8)
+    figure.savefig(output)

@@ -17,14 +17,18 @@ from .model import load_pipeline
 from .score import GUIDANCE, STEPS
 
 QUICK = {"count": 4, "seeds": 1}
-PARTS: dict[str, Callable[[Any, bool], Any]] = {
-    "gate": lambda pipe, quick: layouts.gate(pipe, 4 if quick else 200),
-    "layouts": lambda pipe, quick: layouts.study(pipe, **(QUICK if quick else {})),
-    "similar": lambda pipe, quick: layouts.study(pipe, similar=True, **(QUICK if quick else {"count": 40})),
-    "same": lambda pipe, quick: layouts.same_tables(pipe, 2 if quick else 20),
-    "edits": lambda pipe, quick: edits.study(pipe, 1 if quick else 10),
-    "inversion": lambda pipe, quick: chains.inversion(pipe, 1 if quick else 4, (4,) if quick else (25, 50, 100, 200)),
-    "optimisation": lambda pipe, quick: chains.optimisation(pipe, 1 if quick else 3, 2 if quick else 8),
+PARTS: dict[str, Callable[[Any, bool, int], Any]] = {
+    "gate": lambda pipe, quick, _: layouts.gate(pipe, 4 if quick else 200),
+    "layouts": lambda pipe, quick, seeds: layouts.study(pipe, **(QUICK if quick else {"seeds": seeds})),
+    "similar": lambda pipe, quick, seeds: layouts.study(
+        pipe, **(QUICK if quick else {"count": 40, "seeds": seeds}), similar=True
+    ),
+    "same": lambda pipe, quick, _: layouts.same_tables(pipe, 2 if quick else 50),
+    "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 12),
+    "inversion": lambda pipe, quick, _: chains.inversion(
+        pipe, 1 if quick else 4, (4,) if quick else (25, 50, 100, 200)
+    ),
+    "optimisation": lambda pipe, quick, _: chains.optimisation(pipe, 2 if quick else 14, 2 if quick else 10),
 }
 
 
@@ -34,15 +38,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=PARTS, default=[], help="this part; may be repeated")
     parser.add_argument("--json", type=Path, default=Path("tiny_scenes.json"), help="results, added to (%(default)s)")
     parser.add_argument("--weights", type=Path, help="of train.py (default: those that are shipped)")
+    parser.add_argument("--seeds", type=int, default=3, help="noises of a layout (%(default)s; --quick: 1)")
     parser.add_argument("--quick", action="store_true", help="a few of everything: numbers mean nothing")
     arguments = parser.parse_args(argv)
+    if arguments.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
     pipe = load_pipeline(arguments.weights)
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     for name in arguments.only or PARTS:
-        results[name] = PARTS[name](pipe, arguments.quick)
+        results[name] = PARTS[name](pipe, arguments.quick, arguments.seeds)
         run = {"steps": STEPS, "guidance": GUIDANCE, "quick": arguments.quick, "threads": torch.get_num_threads()}
         results["header"] = describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if "edits" in results:
+        edits.plot(results["edits"], arguments.json.with_name(f"{arguments.json.stem}-edits.png"))
     print("\n\n".join(tables(results)))
     return 0
 
@@ -58,7 +67,8 @@ def tables(results: dict[str, Any]) -> list[str]:
         if name in results:
             shown.append(layouts.table(results[name]))
     if "same" in results:
-        shown.append(f"kernels and reference, largest difference of a score: {results['same']['difference']:.1e}")
+        image, mean = (results["same"][key] for key in ("of an image", "of a mean"))
+        shown.append(f"kernels and reference, largest difference of a score: {image:.1e}, of a mean: {mean:.1e}")
     if "edits" in results:
         shown.append(edits.table(results["edits"]))
     if "inversion" in results:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ BACKGROUNDS = {"gray": (0.5, 0.5, 0.5), "white": (1.0, 1.0, 1.0), "black": (0.0,
 SHAPES = ("circle", "square", "triangle")
 SOLID = {"circle": (3.14, 0.0), "square": (3.03, 0.0), "triangle": (1.62, 0.2)}  # area and centre of mass of radius 1
 RADII = {"small": (3.5, 5.0), "": (5.0, 8.0), "large": (7.5, 9.5)}
-WORDS = ("a", "and", "on", "small", "large", *COLOURS, *SHAPES, *BACKGROUNDS)
+WORDS = ("a", "and", "on", "small", "large", *COLOURS, *SHAPES, *BACKGROUNDS, "thing")
 NEAR = 0.24  # a pixel this close to a colour of the palette is of that colour; the closest two are 0.5 apart
 PRESENT = 10  # pixels of an object that is there; the smallest that is drawn has about 16
-HELD_OUT = 4  # one in so many pairs of objects is in no training scene
+HELD_OUT = 4  # of the hashes of pairs of objects, one in so many is in no training scene
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,27 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """A gray background is not mentioned."""
-        return " and ".join(self.phrases) + ("" if self.background == "gray" else f" on {self.background}")
+        """All that there is."""
+        return caption(self.phrases, self.background)
+
+
+def caption(phrases: Sequence[str], background: str = "") -> str:
+    """Phrases and ground in words; either may be left unsaid."""
+    ground = [f"on {background}"] if background else []
+    return " ".join([" and ".join(phrases), *ground]).strip()
+
+
+def left_out(rng: random.Random, scene: Scene) -> tuple[list[str], str]:
+    """Phrases and ground of a caption that does not say all: what it leaves open, an edit may decide."""
+    if rng.random() < 0.1:
+        return [], scene.background
+    phrases = []
+    for thing in scene.things:
+        size, colour, shape = (rng.random() < share for share in (0.5, 0.2, 0.2))
+        if rng.random() < 0.7:
+            said = replace(thing, size="" if size else thing.size, shape="thing" if shape else thing.shape)
+            phrases.append(replace(said, colour="" if colour else thing.colour).phrase)
+    return phrases, scene.background if rng.random() < 0.5 else ""
 
 
 def held_out(first: Thing, second: Thing) -> bool:
@@ -67,19 +86,24 @@ def held_out(first: Thing, second: Thing) -> bool:
     return zlib.crc32(", ".join(names).encode()) % HELD_OUT == 0
 
 
-def draw_scene(rng: random.Random, count: int, unseen: bool | None = None, colours: Sequence[str] = ()) -> Scene:
-    """A scene of things of different colours that do not touch.
+def draw_scene(
+    rng: random.Random, count: int, unseen: bool | None = None, colours: Sequence[str] = (), touching: bool = False
+) -> Scene:
+    """A scene of things of different colours.
 
     Args:
         rng: where it is drawn from.
         count: of its things, 1 to 3.
         unseen: whether pairs of it were kept out of training; None: either.
         colours: what its things are painted with; none: any.
+        touching: the circle around each overlaps that of the one before by 1 or 2 pixels; otherwise there is room.
     """
     while True:
         palette = rng.sample(list(colours) or list(COLOURS), count)
         things = [_draw_thing(rng, colour, count) for colour in palette]
-        if any(_touch(*pair) for pair in combinations(things, 2)):
+        gaps = [_gap(*pair) for pair in combinations(things, 2)]
+        neighbours = [_gap(*pair) for pair in pairwise(things)]
+        if min(gaps, default=1.0) < (-2 if touching else 1) or (touching and max(neighbours, default=-1.0) > -1):
             continue
         if unseen is None or any(held_out(*pair) for pair in combinations(things, 2)) == unseen:
             background = rng.choices(list(BACKGROUNDS), (2, 1, 1))[0]
@@ -95,8 +119,9 @@ def _draw_thing(rng: random.Random, colour: str, count: int) -> Thing:
     return Thing(colour, rng.choice(SHAPES), x, y, radius, size)
 
 
-def _touch(a: Thing, b: Thing) -> bool:
-    return (a.x - b.x) ** 2 + (a.y - b.y) ** 2 < (a.radius + b.radius + 1) ** 2
+def _gap(a: Thing, b: Thing) -> float:
+    """Pixels between the circles around them."""
+    return ((a.x - b.x) ** 2 + (a.y - b.y) ** 2) ** 0.5 - a.radius - b.radius
 
 
 def render(scenes: Sequence[Scene]) -> Tensor:
@@ -113,8 +138,10 @@ def render(scenes: Sequence[Scene]) -> Tensor:
 
 
 def masks(scene: Scene) -> Tensor:
-    """The pixels of each thing, bool [R, 32, 32]."""
-    return _cover(scene.things) > 0.5
+    """The pixels of each thing that no later one hides, bool [R, 32, 32]."""
+    cover = _cover(scene.things) > 0.5
+    hidden = cover.flip(0).cumsum(0).flip(0) - cover.long() > 0
+    return cover & ~hidden
 
 
 def _cover(things: Sequence[Thing]) -> Tensor:

@@ -14,7 +14,7 @@ from dense_attn.integrations.diffusers import apply_layout
 
 from .scenes import COLOURS, PRESENT, Scene, colour_masks, masks
 
-STEPS, GUIDANCE = 20, 3.0
+STEPS, GUIDANCE = 20, 7.5
 BATCH = 25
 # log(1 + sigma) of paint-with-words falls about as fast as time; its 0.4 is for sigma at the start.
 LAYOUTS: dict[str, dict[str, Any] | None] = {
@@ -30,14 +30,15 @@ LAYOUTS: dict[str, dict[str, Any] | None] = {
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], inside: Any = None, **options: Any
-) -> Tensor:
+    pipe: StableDiffusionPipeline, prompts: Sequence[str] | None, seeds: Sequence[int], inside: Any = None,
+    **options: Any,
+) -> Tensor:  # fmt: skip
     """Images [B, 3, 32, 32] in 0..1, each from the noise of its own seed."""
     block: AbstractContextManager = nullcontext() if inside is None else inside
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | options
     with block:
-        images = pipe(list(prompts), generator=generators, output_type="pt", **options).images
+        images = pipe(prompts and list(prompts), generator=generators, output_type="pt", **options).images
     return images.cpu()
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
 
 from .model import load_pipeline
-from .scenes import BACKGROUNDS, COLOURS, SIDE, WORDS, Scene, Thing, colour_masks, masks, render
+from .scenes import BACKGROUNDS, COLOURS, SIDE, WORDS, Scene, Thing, caption, colour_masks, masks, render
 from .score import LAYOUTS, generate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = ("layout", "plain", "paint-with-words", "DenseDiffusion", "and on another ground")
-EDIT_SCALE, AFTER_LAYOUT = 8.0, 6  # the edit begins when the layout, whose steps are the first 30 %, has ended
+EDIT = {"scale": 12.0, "threshold": 0.5, "warmup": 2}  # a ground is half of the picture and more
 SCENES = tuple(
     Scene(tuple(Thing(*thing) for thing in things))
     for things in (
@@ -42,16 +42,11 @@ class Row(NamedTuple):
     phrases: list[str]
     masks: Tensor  # bool [R, 32, 32]
     picture: Tensor  # [3, 32, 32]
-    ground: str  # of the edit
 
 
 def shipped_rows() -> list[Row]:
-    """Six scenes; a gray ground becomes white and black in turn."""
-    grounds = [name for name in BACKGROUNDS if name != "gray"]
-    return [
-        Row(scene.caption, scene.phrases, masks(scene), render([scene])[0], grounds[i % 2])
-        for i, scene in enumerate(SCENES)
-    ]
+    """Six scenes, whose prompts leave the ground open."""
+    return [Row(caption(scene.phrases), scene.phrases, masks(scene), render([scene])[0]) for scene in SCENES]
 
 
 def users_row(regions: Tensor, phrases: Sequence[str]) -> Row:
@@ -61,7 +56,7 @@ def users_row(regions: Tensor, phrases: Sequence[str]) -> Row:
     for mask, phrase in zip(small, phrases):
         colour = next((COLOURS[word] for word in phrase.split() if word in COLOURS), (0.75, 0.75, 0.75))
         picture = torch.where(mask, torch.tensor(colour)[:, None, None], picture)
-    return Row(" and ".join(phrases), list(phrases), small, picture, "white")
+    return Row(caption(phrases), list(phrases), small, picture)
 
 
 def unknown_words(phrases: Sequence[str]) -> list[str]:
@@ -73,20 +68,30 @@ def make(rows: Sequence[Row], backend: str = "auto", seed: int = 0) -> dict[str,
     """Images [rows, 3, 32, 32] of each column."""
     pipe = load_pipeline()
     found = {"layout": torch.stack([row.picture for row in rows])}
-    for name in COLUMNS[1:]:
-        found[name] = torch.cat([_image(pipe, row, name, backend, seed + i) for i, row in enumerate(rows)])
-    return found
+    for name in COLUMNS[1:-1]:
+        setting = LAYOUTS[name]
+        found[name] = torch.cat([_image(pipe, row, setting, backend, seed + i) for i, row in enumerate(rows)])
+    laid_out, setting = found["DenseDiffusion"], LAYOUTS["DenseDiffusion"]
+    grounds = [other_ground(image) for image in laid_out]
+    edited = [_image(pipe, row, setting, backend, seed + i, grounds[i]) for i, row in enumerate(rows)]
+    return found | {COLUMNS[-1]: torch.cat(edited)}
 
 
-def _image(pipe: StableDiffusionPipeline, row: Row, column: str, backend: str, seed: int) -> Tensor:
-    setting = LAYOUTS.get(column, LAYOUTS["DenseDiffusion"])
+def other_ground(image: Tensor) -> str:
+    """White, or black for an image [3, H, W] on white."""
+    found = {name: mask.sum() for name, mask in colour_masks(image[None]).items() if name in BACKGROUNDS}
+    return "black" if max(found, key=found.get) == "white" else "white"
+
+
+def _image(
+    pipe: StableDiffusionPipeline, row: Row, setting: dict | None, backend: str, seed: int, ground: str = ""
+) -> Tensor:
     with ExitStack() as blocks:
         if setting is not None:
             regions = list(zip(row.phrases, row.masks.numpy()))
             blocks.enter_context(apply_layout(pipe, row.prompt, regions, backend=backend, **setting))
-        if column == COLUMNS[-1]:
-            concept = f"{row.prompt} on {row.ground}"
-            edit = Edit(concept, scale=EDIT_SCALE, threshold=0.0, warmup=AFTER_LAYOUT)
+        if ground:
+            edit = Edit(f"on {ground}", **EDIT)
             blocks.enter_context(semantic_guidance(pipe, [edit], backend=backend))
         return generate(pipe, [row.prompt], [seed])
 
@@ -109,6 +114,7 @@ def draw(rows: Sequence[Row], images: dict[str, Tensor], output: Path) -> None:
     for line, row in zip(range(len(rows)), rows):
         for place, name in zip(axes[line], COLUMNS):
             _draw_one(place, images[name][line], row, name)
+        axes[line][-1].set_xlabel(f"{axes[line][-1].get_xlabel()}, on {other_ground(images['DenseDiffusion'][line])}")
         axes[line][0].set_ylabel(row.prompt.replace(" and ", "\nand "), fontsize=9)
     for place, name in zip(axes[0], COLUMNS):
         place.set_title(name, fontsize=11, fontweight="bold")
@@ -126,4 +132,4 @@ def _draw_one(place: Axes, image: Tensor, row: Row, name: str) -> None:
         place.contour(mask.float().numpy(), levels=[0.5], colors="#888888", linewidths=0.8)
     value = None if name == "layout" else overlap(image, row)
     if value is not None:
-        place.set_xlabel(f"{value:.2f}" + (f", ground: {row.ground}" if name == COLUMNS[-1] else ""), fontsize=9)
+        place.set_xlabel(f"{value:.2f}", fontsize=9)

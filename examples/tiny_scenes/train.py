@@ -16,12 +16,14 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from .model import TOKENS, set_weights, untrained, weights_of
-from .scenes import Scene, draw_scene, render
+from .model import TOKENS, load_pipeline, set_weights, untrained, weights_of
+from .scenes import Scene, caption, draw_scene, left_out, render
 
 RATE, WARM_UP, DECAY = 1.5e-3, 100, 0.997  # of learning, its first steps, of the average of weights
 ALONE = 0.3  # captions whose phrases are encoded alone and put in, as DenseDiffusion does
 EMPTY = 0.1  # captions left out, for classifier-free guidance
+PARTLY = 0.5  # captions that leave something open, as those of photographs do
+TOUCHING = 0.3  # scenes whose things touch
 NOISY = 0.5  # times from the noisiest 40 %, where a scene is decided
 KEPT_EVERY = 250  # steps
 
@@ -35,6 +37,7 @@ class Run:
     batch: int  # of one process
     processes: int
     device: str
+    start: Path | None  # weights of an earlier training
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,12 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("tiny_scenes_run"), help="folder (%(default)s)")
     parser.add_argument("--steps", type=int, default=3600, help="of both together with what is done (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="scenes a process and step (%(default)s)")
+    parser.add_argument("--start", type=Path, help="weights to begin with (default: random ones)")
     parser.add_argument("--processes", type=int, default=None, help="default: one a core, one on a GPU")
     arguments = parser.parse_args(argv)
+    if arguments.start and (arguments.output / "checkpoint.pt").exists():
+        parser.error(f"--start must begin in an empty folder, got the checkpoint of {arguments.output}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processes = arguments.processes or (1 if device == "cuda" else os.cpu_count())
     arguments.output.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.output, arguments.steps, arguments.batch, processes, device)
+    run = Run(arguments.output, arguments.steps, arguments.batch, processes, device, arguments.start)
     if processes == 1:
         _work(0, run)
     else:
@@ -65,9 +71,9 @@ def _work(rank: int, run: Run) -> None:
         meeting = f"file://{(run.output / 'meeting').absolute()}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=run.processes)
     torch.manual_seed(0)  # the same weights everywhere
-    pipe = untrained().to(run.device)
+    pipe = (load_pipeline(run.start) if run.start else untrained()).to(run.device)
     pipe.unet.set_attn_processor(AttnProcessor())  # the backward pass of torch's fused one is slow on a CPU
-    parameters = [p for part in (pipe.unet, pipe.text_encoder) for p in part.train().parameters()]
+    parameters = [p for part in (pipe.unet, pipe.text_encoder) for p in part.train().requires_grad_(True).parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)
     average = {name: value.detach().clone() for name, value in weights_of(pipe).items()}
     step, losses = _resume(run, pipe, optimiser, average)
@@ -94,7 +100,8 @@ def _work(rank: int, run: Run) -> None:
 
 
 def _draw(rng: random.Random) -> Scene:
-    return draw_scene(rng, rng.choices((1, 2, 3), (1, 3, 2))[0], unseen=False)
+    count = rng.choices((1, 2, 3), (1, 3, 2))[0]
+    return draw_scene(rng, count, unseen=False, touching=rng.random() < TOUCHING)
 
 
 def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random) -> Tensor:
@@ -112,21 +119,25 @@ def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random
 
 
 def encode(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random) -> Tensor:
-    """Captions [B, L, C]; some are empty, in some the phrases are encoded alone."""
-    captions = ["" if rng.random() < EMPTY else scene.caption for scene in scenes]
-    apart = [b for b, caption in enumerate(captions) if caption and rng.random() < ALONE]
-    phrases = [phrase for b in apart for phrase in scenes[b].phrases]
+    """Captions [B, L, C]; some are empty, some do not say all, in some the phrases are encoded alone."""
+    said = [([], "") if rng.random() < EMPTY else _say(rng, scene) for scene in scenes]
+    apart = [b for b in range(len(scenes)) if rng.random() < ALONE]
+    alone = [phrase for b in apart for phrase in said[b][0]]
     options = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}
-    tokens = pipe.tokenizer(captions + phrases, **options).input_ids.to(pipe.device)
+    tokens = pipe.tokenizer([caption(*words) for words in said] + alone, **options).input_ids.to(pipe.device)
     states = pipe.text_encoder(tokens)[0]
-    text, alone = states[: len(scenes)].clone(), iter(states[len(scenes) :])
+    text, encoded = states[: len(scenes)].clone(), iter(states[len(scenes) :])
     for b in apart:
         start = 1
-        for phrase in scenes[b].phrases:
+        for phrase in said[b][0]:
             length = len(phrase.split())
-            text[b, start : start + length] = next(alone)[1 : 1 + length]
+            text[b, start : start + length] = next(encoded)[1 : 1 + length]
             start += length + 1  # and the "and" after it
     return text
+
+
+def _say(rng: random.Random, scene: Scene) -> tuple[list[str], str]:
+    return left_out(rng, scene) if rng.random() < PARTLY else (scene.phrases, scene.background)
 
 
 def _share(parameters: list[Tensor], processes: int) -> None:
