@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         run = {"steps": STEPS, "guidance": GUIDANCE, "quick": arguments.quick, "threads": torch.get_num_threads()}
         results["header"] = describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    if "edits" in results:
+    if "edits" in (arguments.only or PARTS):
         edits.plot(results["edits"], arguments.json.with_name(f"{arguments.json.stem}-edits.png"))
     print("\n\n".join(tables(results)))
     return 0
