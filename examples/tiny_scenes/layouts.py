@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,12 +60,7 @@ def study(
     parts_of_all = len(settings) * len(list(batches(work)))
     with _progress.bar(parts_of_all, "layouts", shown=True, unit="batch") as advance:
         for name, setting in settings.items():
-            parts = []
-            for part in batches(work):
-                chosen, noises = zip(*part)
-                parts.append(score(laid_out(pipe, chosen, noises, setting, backend), chosen))
-                advance()
-            rows[name] = {metric: torch.cat([part[metric] for part in parts]) for metric in METRICS}
+            rows[name] = _scores(pipe, work, setting, backend, advance)
     return {
         "layouts": count, "seeds": seeds, "things": 3 if similar else 2, "backend": backend,
         "settings": {name: setting for name, setting in settings.items() if setting is not None},
@@ -98,24 +94,30 @@ def _row(values: dict[str, Tensor], plain: dict[str, Tensor], groups: int) -> di
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
     """Scores of the kernels and of the reference on the same layouts: of an image, and the mean that a table shows."""
     rng = random.Random(13)
-    scenes = [draw_scene(rng, 2) for _ in range(count)]
+    work = [(draw_scene(rng, 2), seed) for seed in range(count)]
     settings = {name: LAYOUTS[name] for name in ("paint-with-words", "DenseDiffusion")} | {
         "bias": {"modulation": "bias"}
     }
     image = mean = 0.0
     for setting in settings.values():
-        ours, theirs = (_scores(pipe, scenes, setting, backend) for backend in ("auto", "reference"))
+        ours, theirs = (_scores(pipe, work, setting, backend) for backend in ("auto", "reference"))
         for metric in METRICS:
             away = ours[metric] - theirs[metric]
             image, mean = max(image, away.abs().max().item()), max(mean, away.mean().abs().item())
     return {"layouts": count, "settings": list(settings), "of an image": image, "of a mean": mean}
 
 
-def _scores(pipe: StableDiffusionPipeline, scenes: list[Scene], setting: dict, backend: str) -> dict[str, Tensor]:
-    work = batches(list(enumerate(scenes)))
-    parts = [([scene for _, scene in part], [seed for seed, _ in part]) for part in work]
-    scored = [score(laid_out(pipe, some, seeds, setting, backend), some) for some, seeds in parts]
-    return {metric: torch.cat([found[metric] for found in scored]) for metric in METRICS}
+def _scores(
+    pipe: StableDiffusionPipeline, work: list[tuple[Scene, int]], setting: dict | None, backend: str,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Of an image of each scene and seed."""
+    parts = []
+    for part in batches(work):
+        scenes, seeds = zip(*part)
+        parts.append(score(laid_out(pipe, scenes, seeds, setting, backend), scenes))
+        advance()
+    return {metric: torch.cat([part[metric] for part in parts]) for metric in METRICS}
 
 
 def table(study: dict[str, Any]) -> str:
