@@ -184,8 +184,26 @@ def test_things_that_touch_hide_each_other() -> None:
 def test_chains(pipe: object) -> None:
     errors = chains.inversion(pipe, 1, (4,))["rows"]
     assert errors["exact EDICT"]["4"] < 1e-6 < errors["float16 EDICT"]["4"]
-    for name, row in chains.optimisation(pipe, 2, 3, ())["ways"].items():
-        assert row["loss"][1]["mean"] < row["loss"][0]["mean"], name
+    for goal, ways in chains.optimisation(pipe, 2, 3, ())["goals"].items():
+        for way, row in ways.items():
+            assert row["loss"][1]["mean"] < row["loss"][0]["mean"], (goal, way)
+
+
+def test_goals_of_optimisation() -> None:
+    """Losses of drawn scenes are what they say, and goals are reached by the right scenes alone."""
+    drawn = [scenes.Scene((scenes.Thing(name, "circle", 12, 20, 6),)) for name in ("red", "orange")]
+    right = scenes.render(drawn)
+    wrong = right.flip(0)
+    colour = chains.colour_goal(2)
+    assert colour.loss(right * 2 - 1).max() < 0.01 < 0.1 < colour.loss(wrong * 2 - 1).min()
+    assert colour.reached(right).all()
+    assert not colour.reached(wrong).any()
+    away = chains.place_loss(torch.tensor([[20.0, 12.0], [16.0, 9.0]]))(right * 2 - 1)
+    assert away.tolist() == pytest.approx([0.0, 5.0], abs=0.01)
+    place = chains.place_goal(2)
+    near = [torch.roll(right, (y, x), (2, 3)) for y in range(-12, 4, 2) for x in range(-4, 12, 2)]
+    assert torch.stack([place.reached(images) for images in near]).any(0).all()
+    assert not torch.stack([place.reached(images.flip(1)) for images in near]).any()
 
 
 def test_the_sheet(pipe: object, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""What exact chains do: scenes inverted and made again, and noise optimised until a thing has the colour it should."""
+"""What exact chains do: scenes inverted and made again, and noise optimised for a thing's colour or its place."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dense_attn import _memory, ddim_step, ddim_step_inverse, spectral_residual_saliency
 from dense_attn.integrations.diffusers import invert, optimize, reconstruct
 
-from .scenes import COLOURS, SHAPES, Scene, draw_scene, render
+from .scenes import COLOURS, PRESENT, SHAPES, SIDE, Scene, colour_masks, draw_scene, render
 from .score import only_palette, summary
 
 WAYS = {
@@ -24,7 +24,8 @@ WAYS = {
     "float32 EDICT": (torch.float32, {"exact": False}),
     "float16 EDICT": (torch.float16, {"exact": False}),
 }
-WEIGHT, CLIP = 100.0, 3e-2  # of the colour's loss, and of an element of its gradient
+CLIP = 3e-2  # of an element of the gradient
+CLOSE = 3.0  # pixels from where a thing should be
 
 
 def inversion(pipe: StableDiffusionPipeline, count: int, lengths: tuple[int, ...]) -> dict[str, Any]:
@@ -91,46 +92,100 @@ def _eps(pipe: StableDiffusionPipeline, captions: list[str], steps: int) -> tupl
     return eps, times, alphas
 
 
+class Goal(NamedTuple):
+    """Prompts that leave something open, and what decides it."""
+
+    prompts: list[str]
+    loss: Callable[[Tensor], Tensor]  # of images [B, 3, H, W] in -1..1, or of crops, to [B]
+    weight: float  # of the loss
+    reached: Callable[[Tensor], Tensor]  # images in 0..1 to bool [B]
+
+
 def optimisation(
     pipe: StableDiffusionPipeline, count: int, updates: int, lengths: tuple[int, ...] = (10, 40)
 ) -> dict[str, Any]:
-    """DOODL and SGOOL at equal updates, towards colours that the prompts leave open; costs of chains of lengths."""
-    rng = random.Random(23)
-    prompts, names = [f"a {rng.choice(SHAPES)} on gray" for _ in range(count)], list(COLOURS)
-    wanted = [names[i % len(names)] for i in range(count)]
-    loss = _colour_loss(torch.tensor([COLOURS[name] for name in wanted]) * 2 - 1)
-    result: dict[str, Any] = {"prompts": count, "updates": updates, "ways": {}}
-    for name, saliency in (("DOODL", None), ("SGOOL", spectral_residual_saliency)):
-        row: dict[str, Any] = {"loss": [], "right": []}
-        for steps in (0, updates):
-            found = optimize(
-                pipe, prompts, lambda images: WEIGHT * loss(images).sum(), saliency, num_inference_steps=10,
-                generator=torch.Generator().manual_seed(0), output_type="pt", progress=False, steps=steps, clip=CLIP,
-            )  # fmt: skip
-            row["loss"].append(summary(loss(found.images * 2 - 1), count))
-            right = torch.stack([only_palette(found.images[b : b + 1], [c])[0] for b, c in enumerate(wanted)])
-            row["right"].append(summary(right.float(), count))
-        result["ways"][name] = row | {"seconds": found.seconds, "peak_bytes": found.peak_bytes or 0}
+    """DOODL and SGOOL at equal updates, towards colours and places; costs of chains of lengths."""
+    result: dict[str, Any] = {"prompts": count, "updates": updates, "goals": {}}
+    for name, goal in {"colour": colour_goal(count), "place": place_goal(count)}.items():
+        ways = {"DOODL": None, "SGOOL": spectral_residual_saliency}
+        result["goals"][name] = {way: _before_and_after(pipe, goal, updates, fn) for way, fn in ways.items()}
     result["gradient"] = {str(steps): _cost(pipe, steps) for steps in lengths}
     return result
 
 
-def _colour_loss(wanted: Tensor) -> Callable[[Tensor], Tensor]:
+def _before_and_after(
+    pipe: StableDiffusionPipeline, goal: Goal, updates: int, saliency: Callable[[Tensor], Tensor] | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"loss": [], "reached": []}
+    for steps in (0, updates):
+        found = optimize(
+            pipe, goal.prompts, lambda images: goal.weight * goal.loss(images).sum(), saliency, num_inference_steps=10,
+            generator=torch.Generator().manual_seed(0), output_type="pt", progress=False, steps=steps, clip=CLIP,
+        )  # fmt: skip
+        row["loss"].append(summary(goal.loss(found.images * 2 - 1), len(goal.prompts)))
+        row["reached"].append(summary(goal.reached(found.images).float(), len(goal.prompts)))
+    return row | {"seconds": found.seconds, "peak_bytes": found.peak_bytes or 0}
+
+
+def colour_goal(count: int) -> Goal:
+    """Things of no said colour; reached: the wanted colour and no other."""
+    rng, names = random.Random(23), list(COLOURS)
+    wanted = [names[i % len(names)] for i in range(count)]
+
+    def reached(images: Tensor) -> Tensor:
+        return torch.stack([only_palette(images[b : b + 1], [name])[0] for b, name in enumerate(wanted)])
+
+    loss = colour_loss(torch.tensor([COLOURS[name] for name in wanted]) * 2 - 1)
+    return Goal([f"a {rng.choice(SHAPES)} on gray" for _ in wanted], loss, 100.0, reached)
+
+
+def place_goal(count: int) -> Goal:
+    """Things of which no prompt says where; reached: the thing is there, and nearer than `CLOSE`."""
+    rng, names = random.Random(29), list(COLOURS)
+    own = [names[i % len(names)] for i in range(count)]
+    loss = place_loss(torch.tensor([[rng.uniform(0.25 * SIDE, 0.75 * SIDE) for _ in "yx"] for _ in own]))
+
+    def reached(images: Tensor) -> Tensor:
+        found = colour_masks(images)
+        there = torch.stack([found[name][b].sum() >= PRESENT for b, name in enumerate(own)])
+        return there & (loss(images * 2 - 1) < CLOSE)
+
+    return Goal([f"a {name} {rng.choice(SHAPES)} on gray" for name in own], loss, 10.0, reached)
+
+
+def colour_loss(wanted: Tensor) -> Callable[[Tensor], Tensor]:
     """How far the mean colour of what is not gray is from wanted [B, 3]: the same for a picture and a crop of it."""
 
-    def loss(images: Tensor) -> Tensor:  # [B, 3, H, W] in -1..1 to [B]
-        chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
+    def loss(images: Tensor) -> Tensor:
+        chroma = _chroma(images)
         mean = (chroma * images).sum((2, 3)) / chroma.sum((2, 3)).clamp(min=1e-6)
         return (mean - wanted).square().mean(1)
 
     return loss
 
 
+def place_loss(wanted: Tensor) -> Callable[[Tensor], Tensor]:
+    """How many pixels the centre of what is not gray is from wanted [B, 2], y and x: in a crop, another place."""
+
+    def loss(images: Tensor) -> Tensor:
+        chroma, axis = _chroma(images), torch.arange(SIDE) + 0.5
+        total = chroma.sum((1, 2, 3)).clamp(min=1e-6)
+        centre = torch.stack([(chroma.sum((1, dim)) * axis).sum(1) / total for dim in (3, 2)], 1)
+        return ((centre - wanted).square().sum(1) + 1e-6).sqrt()  # has a gradient at 0
+
+    return loss
+
+
+def _chroma(images: Tensor) -> Tensor:
+    """How far each pixel is from gray, [B, 1, H, W]."""
+    return images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
+
+
 def _cost(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, float]]:
     """Seconds and memory of one gradient: reversible, and plain DDIM with a checkpoint a step."""
     prompt, options = "a circle on gray", {"num_inference_steps": steps, "output_type": "pt", "progress": False}
     eps, times, alphas = _eps(pipe, [prompt], steps)
-    loss = _colour_loss(torch.tensor([COLOURS["red"]]) * 2 - 1)
+    loss = colour_loss(torch.tensor([COLOURS["red"]]) * 2 - 1)
 
     def checkpointed() -> None:
         x = torch.randn(1, 12, 16, 16, requires_grad=True)
@@ -166,12 +221,13 @@ def inversion_table(result: dict[str, Any]) -> str:
 def optimisation_table(result: dict[str, Any]) -> str:
     """Losses and costs as text."""
     lines = [f"{result['updates']} updates of the noise of {result['prompts']} prompts, before and after"]
-    for name, row in result["ways"].items():
-        loss, right = (
-            " to ".join(f"{v['mean']:.3f} +- {v['error']:.3f}" for v in row[key]) for key in ("loss", "right")
-        )
-        lines.append(f"{name}: loss {loss}; right colour alone {right}; "
-                     f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e6:.0f} MB")  # fmt: skip
+    for goal, ways in result["goals"].items():
+        for name, row in ways.items():
+            loss, reached = (
+                " to ".join(f"{v['mean']:.3f} +- {v['error']:.3f}" for v in row[key]) for key in ("loss", "reached")
+            )
+            lines.append(f"{goal}, {name}: loss {loss}; reached {reached}; "
+                         f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e6:.0f} MB")  # fmt: skip
     for steps, ways in result["gradient"].items():
         cells = (f"{name} {way['seconds']:.2f} s, {way['peak_bytes'] / 1e6:.0f} MB" for name, way in ways.items())
         lines.append(f"one gradient through {steps} steps: {'; '.join(cells)}")

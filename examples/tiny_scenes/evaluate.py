@@ -21,10 +21,10 @@ PARTS: dict[str, Callable[[Any, bool, int], Any]] = {
     "gate": lambda pipe, quick, _: layouts.gate(pipe, 4 if quick else 200),
     "layouts": lambda pipe, quick, seeds: layouts.study(pipe, **(QUICK if quick else {"seeds": seeds})),
     "similar": lambda pipe, quick, seeds: layouts.study(
-        pipe, **(QUICK if quick else {"count": 40, "seeds": seeds}), similar=True
+        pipe, **(QUICK if quick else {"count": 60, "seeds": seeds}), similar=True
     ),
-    "same": lambda pipe, quick, _: layouts.same_tables(pipe, 2 if quick else 50),
-    "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 12),
+    "same": lambda pipe, quick, _: layouts.same_tables(pipe, 2 if quick else 200),
+    "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 24),
     "inversion": lambda pipe, quick, _: chains.inversion(
         pipe, 1 if quick else 4, (4,) if quick else (25, 50, 100, 200)
     ),
