@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -27,3 +30,12 @@ def bar(total: int, description: str, *, shown: bool, unit: str = "step") -> Ite
             shown_bar.update()
 
         yield advance
+
+
+def track(items: Iterable[T], description: str, unit: str = "batch") -> Iterator[T]:
+    """The items behind a bar."""
+    listed = list(items)
+    with bar(len(listed), description, shown=True, unit=unit) as advance:
+        for item in listed:
+            yield item
+            advance()

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in arguments.only or PARTS:
         results[name] = PARTS[name](pipe, arguments.quick, arguments.seeds)
         run = {"steps": STEPS, "guidance": GUIDANCE, "quick": arguments.quick, "threads": torch.get_num_threads()}
-        results["header"] = describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
+        results["header"] = header = describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
+        results[name]["run"] = {key: header[key] for key in ("date", "git_revision", "device", "threads", "quick")}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if "edits" in (arguments.only or PARTS):
         edits.plot(results["edits"], arguments.json.with_name(f"{arguments.json.stem}-edits.png"))
@@ -61,7 +62,7 @@ def tables(results: dict[str, Any]) -> list[str]:
     shown = []
     if "gate" in results:
         gate = results["gate"]
-        line = ", ".join(f"{name} {gate[name]:.3f}" for name in ("both present", "no other colour", "shape right"))
+        line = ", ".join(f"{name} {gate[name]:.3f}" for name in layouts.GATE)
         shown.append(f"held-out prompts of two things, no layout, {gate['prompts']} images: {line}")
     for name in ("layouts", "similar"):
         if name in results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,30 +13,36 @@ from torch import Tensor
 
 from dense_attn import _progress
 
-from .scenes import Scene, colour_masks, draw_scene, masks, shape_of
-from .score import LAYOUTS, batches, generate, laid_out, only_palette, score, summary
+from .scenes import Scene, colour_masks, draw_scene, shape_of
+from .score import LAYOUTS, batches, generate, kernels, laid_out, only_palette, score, summary
 
 SIMILAR = ("red", "orange", "yellow")
-TUNED = (0.5, 1.0, 2.0, 4.0, 8.0)  # of the constant in the place of the range of scores
+TUNED: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # cross_weights that are tried; self_weight is 0.3 of it
+    "DenseDiffusion": ({}, (0.5, 0.75, 1.0)),
+    "without value-range adaptivity": ({"modulation": "bias"}, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+    "without area adaptivity": ({"size_weight": 0.0}, (0.5, 0.75, 0.9, 1.0)),
+}
+GATE = ("both present", "no other colour", "shape right", "both present in their shapes")
 METRICS = ("present", "iou", "swapped", "off_palette")
 
 
-def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, float]:
+def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, Any]:
     """Without layouts: the part of held-out two-thing prompts that show both in the right colour, and right shapes."""
     rng = random.Random(7)
     scenes = [draw_scene(rng, 2, unseen=True) for _ in range(count)]
     both, clean, shapes = [], [], []
-    for part in batches(list(enumerate(scenes))):
+    for part in _progress.track(batches(list(enumerate(scenes))), "gate"):
         images = generate(pipe, [scene.caption for _, scene in part], [10_000 + i for i, _ in part])
         found = colour_masks(images)
-        both.append(score(images, [scene for _, scene in part])["present"])
+        both += score(images, [scene for _, scene in part])["present"].tolist()
         for b, (_, scene) in enumerate(part):
             clean.append(float(only_palette(images[b : b + 1], [thing.colour for thing in scene.things])))
             seen = [(thing, found[thing.colour][b]) for thing in scene.things]
-            shapes += [float(shape_of(mask) == thing.shape) for thing, mask in seen if mask.any()]
+            shapes.append([float(mask.any() and shape_of(mask) == thing.shape) for thing, mask in seen])
     return {
-        "prompts": count, "both present": torch.cat(both).mean().item(), "no other colour": sum(clean) / count,
-        "shape right": sum(shapes) / max(1, len(shapes)),
+        "prompts": count, "both present": sum(both) / count, "no other colour": sum(clean) / count,
+        "shape right": sum(map(sum, shapes)) / (2 * count),
+        "both present in their shapes": sum(there * min(pair) for there, pair in zip(both, shapes)) / count,
     }  # fmt: skip
 
 
@@ -54,7 +61,7 @@ def study(
     rng = random.Random(11 + similar)
     draw = (lambda: draw_scene(rng, 3, colours=SIMILAR, touching=True)) if similar else (lambda: draw_scene(rng, 2))
     tuning, scenes = [draw() for _ in range(max(4, count // 5))], [draw() for _ in range(count)]
-    settings = LAYOUTS | matched(pipe, tuning, backend)
+    settings, weights = matched(pipe, tuning, backend)
     rows: dict[str, dict[str, Tensor]] = {}
     work = [(scene, seeds * i + seed) for i, scene in enumerate(scenes) for seed in range(seeds)]
     parts_of_all = len(settings) * len(list(batches(work)))
@@ -64,47 +71,58 @@ def study(
     return {
         "layouts": count, "seeds": seeds, "things": 3 if similar else 2, "backend": backend,
         "settings": {name: setting for name, setting in settings.items() if setting is not None},
-        "rows": {name: _row(values, rows["plain"], count) for name, values in rows.items()},
+        "tuned": weights, "rows": {name: _row(values, rows, count) for name, values in rows.items()},
     }  # fmt: skip
 
 
-def matched(pipe: StableDiffusionPipeline, tuning: list[Scene], backend: str) -> dict[str, dict[str, Any]]:
-    """The ablations whose strengths need a match: the constant that does best on layouts of their own, and the mean."""
-    best, at = -1.0, TUNED[0]
-    seeds = [5000 + i for i in range(len(tuning))]
-    for constant in TUNED:
-        setting = {"modulation": "bias", "cross_weight": constant, "self_weight": 0.3 * constant}
-        images = [(laid_out(pipe, part, seeds[: len(part)], setting, backend), part) for part in batches(tuning)]
-        if (iou := torch.cat([score(*pair)["iou"] for pair in images]).mean().item()) > best:
-            best, at = iou, constant
-    shares = torch.cat([masks(scene).flatten(1).float().mean(1) for scene in tuning])
-    mean = (1 - shares).mul(shares).sum().div(shares.sum()).item()  # over the pixels of regions
-    return {
-        "without value-range adaptivity": {"modulation": "bias", "cross_weight": at, "self_weight": 0.3 * at},
-        "without area adaptivity": {"size_weight": 0.0, "cross_weight": mean, "self_weight": 0.3 * mean},
-    }
+def matched(
+    pipe: StableDiffusionPipeline, tuning: list[Scene], backend: str
+) -> tuple[dict[str, dict[str, Any] | None], dict[str, dict[str, float]]]:
+    """All settings, and the IoU of every weight tried on layouts of their own.
+
+    The two ablations whose weights need a match take the best of theirs; DenseDiffusion keeps its paper's.
+    """
+    settings, found = dict(LAYOUTS), {}
+    work = [(scene, 5000 + i) for i, scene in enumerate(tuning)]
+    for name, (options, weights) in TUNED.items():
+        tried = {weight: options | {"cross_weight": weight, "self_weight": 0.3 * weight} for weight in weights}
+        ious = {weight: _scores(pipe, work, tried[weight], backend)["iou"].mean().item() for weight in weights}
+        found[name] = {str(weight): iou for weight, iou in ious.items()}
+        if name not in settings:
+            settings[name] = tried[max(ious, key=ious.get)]
+    return settings, found
 
 
-def _row(values: dict[str, Tensor], plain: dict[str, Tensor], groups: int) -> dict[str, Any]:
-    """Means, and differences to the plain images of the same layouts and noises."""
+def _row(values: dict[str, Tensor], rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str, Any]:
+    """Means, and differences to other settings on the same layouts and noises."""
     row = {metric: summary(values[metric], groups) for metric in METRICS}
-    return row | {"iou - plain": summary(values["iou"] - plain["iou"], groups)}
+    paired = {
+        f"{metric} - {other}": summary(values[metric] - rows[other][metric], groups)
+        for metric in ("present", "iou") for other in ("plain", "DenseDiffusion")
+    }  # fmt: skip
+    return row | paired
 
 
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
-    """Scores of the kernels and of the reference on the same layouts: of an image, and the mean that a table shows."""
+    """How far kernels and reference are apart: in a pixel, a score of an image, and a mean that a table shows."""
     rng = random.Random(13)
     work = [(draw_scene(rng, 2), seed) for seed in range(count)]
     settings = {name: LAYOUTS[name] for name in ("paint-with-words", "DenseDiffusion")} | {
         "bias": {"modulation": "bias"}
     }
-    image = mean = 0.0
-    for setting in settings.values():
-        ours, theirs = (_scores(pipe, work, setting, backend) for backend in ("auto", "reference"))
+    pixel, scores = 0.0, {metric: [] for metric in METRICS}
+    for part, setting in _progress.track([*product(batches(work), settings.values())], "layouts, both backends"):
+        scenes, seeds = zip(*part)
+        ours, theirs = (laid_out(pipe, scenes, seeds, setting, backend) for backend in ("auto", "reference"))
+        pixel = max(pixel, (ours - theirs).abs().max().item())
+        pair = score(ours, scenes), score(theirs, scenes)
         for metric in METRICS:
-            away = ours[metric] - theirs[metric]
-            image, mean = max(image, away.abs().max().item()), max(mean, away.mean().abs().item())
-    return {"layouts": count, "settings": list(settings), "of an image": image, "of a mean": mean}
+            scores[metric].append(pair[0][metric] - pair[1][metric])
+    apart = torch.stack([torch.cat(values).view(-1) for values in scores.values()])
+    return {
+        "layouts": count, "settings": list(settings), "backend": kernels("layout_attention"), "of a pixel": pixel,
+        "of an image": apart.abs().max().item(), "of a mean": apart.mean(1).abs().max().item(),
+    }  # fmt: skip
 
 
 def _scores(
@@ -122,13 +140,17 @@ def _scores(
 
 def table(study: dict[str, Any]) -> str:
     """A study's rows as text."""
+    columns = (("present", 17), ("IoU with target", 17), ("swapped", 8), ("- plain", 17), ("- DenseDiffusion", 17),
+               ("off palette", 12))  # fmt: skip
     lines = [
         f"{study['layouts']} layouts of {study['things']} things, {study['seeds']} seeds (+- standard errors)",
-        f"{'':32} {'present':>8} {'IoU with target':>17} {'swapped':>8} {'IoU - plain':>17} {'off palette':>12}",
+        " ".join([" " * 32, *(f"{name:>{width}}" for name, width in columns)]),
     ]
     for name, row in study["rows"].items():
-        iou, gain = (f"{row[key]['mean']:.3f} +- {row[key]['error']:.3f}" for key in ("iou", "iou - plain"))
-        rest = {key: row[key]["mean"] for key in ("present", "swapped", "off_palette")}
-        lines.append(f"{name:32} {rest['present']:8.3f} {iou:>17} {rest['swapped']:8.3f} {gain:>17} "
-                     f"{rest['off_palette']:12.3f}")  # fmt: skip
+        present, iou, plain, dense = (
+            f"{row[key]['mean']:.3f} +- {row[key]['error']:.3f}"
+            for key in ("present", "iou", "iou - plain", "iou - DenseDiffusion")
+        )
+        lines.append(f"{name:32} {present:>17} {iou:>17} {row['swapped']['mean']:8.3f} {plain:>17} {dense:>17} "
+                     f"{row['off_palette']['mean']:12.3f}")  # fmt: skip
     return "\n".join(lines)
