@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import pytest_benchmark
 import torch
 
 from dense_attn import __version__
@@ -49,7 +48,7 @@ def _processor() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "dense_attn": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "numpy": numpy.__version__, "pytest-benchmark": pytest_benchmark.__version__,
+            "numpy": numpy.__version__, "pytest-benchmark": _version("pytest-benchmark"),
         } | (_gpu_versions() if machine.on_gpu() else {}),
         "git_revision": git_revision(),
         "regions": label_layout()[0],

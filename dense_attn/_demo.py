@@ -69,12 +69,12 @@ def _generate(users: Scene | None, output: Path, backend: str) -> None:
     except ImportError as error:
         print(f"no generated images: they need {error.name} (pip install dense_attn[diffusers] transformers)")
         return
-    if users is not None and (unknown := sheet.unknown_words(users.phrases)):
-        print(f"no generated images: the small model knows {', '.join(sheet.WORDS)}; not {', '.join(unknown)}")
-        return
     rows = sheet.shipped_rows() if users is None else [sheet.users_row(users.layout.masks, users.phrases)]
+    if reasons := [reason for row in rows for reason in sheet.why_not(row)]:
+        print(f"no generated images: {'; '.join(reasons)}")
+        return
     print(f"{len(rows)} prompts to a model of 4 million parameters, each image in 20 steps")
-    images = sheet.make(rows, backend)
+    images = sheet.make(rows, backend=backend)
     for name in sheet.COLUMNS[1:]:
         overlaps = [sheet.overlap(image, row) for image, row in zip(images[name], rows)]
         shown = [f"{value:.2f}" for value in overlaps if value is not None]

@@ -12,11 +12,11 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dense_attn import _memory, ddim_step, ddim_step_inverse, spectral_residual_saliency
+from dense_attn import ReversibleSampler, _memory, _progress, ddim_step, ddim_step_inverse, spectral_residual_saliency
 from dense_attn.integrations.diffusers import invert, optimize, reconstruct
 
 from .scenes import COLOURS, PRESENT, SHAPES, SIDE, Scene, colour_masks, draw_scene, render
-from .score import only_palette, summary
+from .score import kernels, only_palette, summary
 
 WAYS = {
     "exact EDICT": (torch.float32, {}),
@@ -24,6 +24,7 @@ WAYS = {
     "float32 EDICT": (torch.float32, {"exact": False}),
     "float16 EDICT": (torch.float16, {"exact": False}),
 }
+SALIENCY = {"DOODL": None, "SGOOL": spectral_residual_saliency}
 CLIP = 3e-2  # of an element of the gradient
 CLOSE = 3.0  # pixels from where a thing should be
 
@@ -32,32 +33,40 @@ def inversion(pipe: StableDiffusionPipeline, count: int, lengths: tuple[int, ...
     """The error of scenes that were inverted and made again, root mean square over the latents' own."""
     rng = random.Random(19)
     scenes = [draw_scene(rng, 2) for _ in range(count)]
-    rows: dict[str, dict[str, float | None]] = {"DDIM": {}} | {name: {} for name in WAYS}
-    for steps in lengths:
-        rows["DDIM"][str(steps)] = _ddim_error(pipe, scenes, steps)
-        for name, (dtype, options) in WAYS.items():
-            pipe.to(dtype)
-            try:
-                rows[name][str(steps)] = _edict_error(pipe, scenes, steps, dtype, options)
-            except (ValueError, RuntimeError) as error:  # an exact chain too long for its grid says so
-                rows[name][str(steps)] = None
-                print(f"{name}, {steps} steps: {error}")
-            finally:
-                pipe.to(torch.float32)
+    rows: dict[str, dict[str, Any]] = {"DDIM": {}} | {name: {} for name in WAYS}
+    with _progress.bar(len(rows) * len(lengths), "inversion", shown=True, unit="chain") as advance:
+        for steps in lengths:
+            rows["DDIM"][str(steps)] = _found(_ddim_errors(pipe, scenes, steps))
+            advance()
+            for name, (dtype, options) in WAYS.items():
+                pipe.to(dtype)
+                try:
+                    rows[name][str(steps)] = _found(_edict_errors(pipe, scenes, steps, options))
+                except (ValueError, RuntimeError) as error:
+                    if options:
+                        raise
+                    rows[name][str(steps)] = {"refused": str(error)}  # an exact chain too long for its grid says so
+                finally:
+                    pipe.to(torch.float32)
+                advance()
     return {"scenes": count, "lengths": list(lengths), "rows": rows}
 
 
-def _edict_error(
-    pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, dtype: torch.dtype, options: dict
-) -> float:
+def _found(errors: Tensor) -> dict[str, Any]:
+    """Of all scenes, and of the best and the worst; None for what is not a number any more."""
+    together = {"all": errors.square().mean().sqrt(), "best": errors.min(), "worst": errors.max()}
+    return {name: value.item() if value.isfinite() else None for name, value in together.items()}
+
+
+def _edict_errors(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, options: dict) -> Tensor:
     images, captions = render(scenes), [scene.caption for scene in scenes]
     found = invert(pipe, images, captions, num_inference_steps=steps, guidance_scale=1.0, **options)
     back = reconstruct(pipe, found, output_type="latent").double()
-    return _error(back, _latents(pipe, images))
+    return _errors(back, _latents(pipe, images))
 
 
 @torch.no_grad()
-def _ddim_error(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int) -> float:
+def _ddim_errors(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int) -> Tensor:
     """The usual inversion: the estimate of a step taken at the latents before it."""
     start = _latents(pipe, render(scenes)).float()
     eps, times, alphas = _eps(pipe, [scene.caption for scene in scenes], steps)
@@ -66,15 +75,16 @@ def _ddim_error(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int) 
         x = ddim_step_inverse(x, eps(x, times[i]), alphas[i], alphas[i + 1])
     for i in range(steps):
         x = ddim_step(x, eps(x, times[i]), alphas[i], alphas[i + 1])
-    return _error(x.double(), start.double())
+    return _errors(x.double(), start.double())
 
 
 def _latents(pipe: StableDiffusionPipeline, images: Tensor) -> Tensor:
     return pipe.vae.encode(images.double() * 2 - 1).latent_dist.mode()
 
 
-def _error(x: Tensor, y: Tensor) -> float:
-    return ((x - y).square().mean() / y.square().mean()).sqrt().item()
+def _errors(x: Tensor, y: Tensor) -> Tensor:
+    """Of each scene."""
+    return ((x - y).flatten(1).square().mean(1) / y.flatten(1).square().mean(1)).sqrt()
 
 
 def _eps(pipe: StableDiffusionPipeline, captions: list[str], steps: int) -> tuple[Callable, list[int], list[float]]:
@@ -102,29 +112,44 @@ class Goal(NamedTuple):
 
 
 def optimisation(
-    pipe: StableDiffusionPipeline, count: int, updates: int, lengths: tuple[int, ...] = (10, 40)
+    pipe: StableDiffusionPipeline, count: int, updates: int, lengths: tuple[int, ...] = (10, 20, 40)
 ) -> dict[str, Any]:
     """DOODL and SGOOL at equal updates, towards colours and places; costs of chains of lengths."""
-    result: dict[str, Any] = {"prompts": count, "updates": updates, "goals": {}}
-    for name, goal in {"colour": colour_goal(count), "place": place_goal(count)}.items():
-        ways = {"DOODL": None, "SGOOL": spectral_residual_saliency}
-        result["goals"][name] = {way: _before_and_after(pipe, goal, updates, fn) for way, fn in ways.items()}
-    result["gradient"] = {str(steps): _cost(pipe, steps) for steps in lengths}
-    return result
+    goals: dict[str, Any] = {}
+    with _progress.bar(len(GOALS) * len(SALIENCY), "optimisation", shown=True, unit="run") as advance:
+        for name, goal_of in GOALS.items():
+            goal, losses, goals[name] = goal_of(count), {}, {}
+            for way in SALIENCY:
+                goals[name][way], losses[way] = _before_and_after(pipe, goal, way, updates)
+                advance()
+            goals[name]["SGOOL - DOODL"] = summary(losses["SGOOL"] - losses["DOODL"], count)
+    gradient = {str(steps): _costs(pipe, steps) for steps in _progress.track(lengths, "gradients", "length")}
+    return {"prompts": count, "updates": updates, "goals": goals, "gradient": gradient}
 
 
 def _before_and_after(
-    pipe: StableDiffusionPipeline, goal: Goal, updates: int, saliency: Callable[[Tensor], Tensor] | None
-) -> dict[str, Any]:
+    pipe: StableDiffusionPipeline, goal: Goal, way: str, updates: int, backend: str = "auto"
+) -> tuple[dict[str, Any], Tensor]:
+    """Losses [B] at the end, too."""
     row: dict[str, Any] = {"loss": [], "reached": []}
     for steps in (0, updates):
         found = optimize(
-            pipe, goal.prompts, lambda images: goal.weight * goal.loss(images).sum(), saliency, num_inference_steps=10,
-            generator=torch.Generator().manual_seed(0), output_type="pt", progress=False, steps=steps, clip=CLIP,
+            pipe, goal.prompts, lambda images: goal.weight * goal.loss(images).sum(), SALIENCY[way],
+            num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="pt", progress=False,
+            steps=steps, clip=CLIP, sampler={"backend": backend},
         )  # fmt: skip
-        row["loss"].append(summary(goal.loss(found.images * 2 - 1), len(goal.prompts)))
-        row["reached"].append(summary(goal.reached(found.images).float(), len(goal.prompts)))
-    return row | {"seconds": found.seconds, "peak_bytes": found.peak_bytes or 0}
+        losses = goal.loss(found.images * 2 - 1)
+        row["loss"].append(summary(losses, len(losses)))
+        row["reached"].append(summary(goal.reached(found.images).float(), len(losses)))
+    return row | {"seconds": found.seconds, "peak_bytes": found.peak_bytes or 0}, losses
+
+
+def same_tables(pipe: StableDiffusionPipeline, count: int, updates: int) -> dict[str, Any]:
+    """How far the losses of kernels and reference are apart after an optimisation."""
+    name, goal = kernels("ReversibleSampler"), colour_goal(count)
+    ours, theirs = (_before_and_after(pipe, goal, "DOODL", updates, backend)[1] for backend in ("auto", "reference"))
+    apart = (ours - theirs).abs().max().item()
+    return {"prompts": count, "updates": updates, "backend": name, "of a loss": apart}
 
 
 def colour_goal(count: int) -> Goal:
@@ -151,6 +176,9 @@ def place_goal(count: int) -> Goal:
         return there & (loss(images * 2 - 1) < CLOSE)
 
     return Goal([f"a {name} {rng.choice(SHAPES)} on gray" for name in own], loss, 10.0, reached)
+
+
+GOALS = {"colour": colour_goal, "place": place_goal}
 
 
 def colour_loss(wanted: Tensor) -> Callable[[Tensor], Tensor]:
@@ -181,31 +209,44 @@ def _chroma(images: Tensor) -> Tensor:
     return images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
 
 
-def _cost(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, float]]:
-    """Seconds and memory of one gradient: reversible, and plain DDIM with a checkpoint a step."""
-    prompt, options = "a circle on gray", {"num_inference_steps": steps, "output_type": "pt", "progress": False}
-    eps, times, alphas = _eps(pipe, [prompt], steps)
+def chains_of(pipe: StableDiffusionPipeline, steps: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Noise to latents, differentiable: reversible, and DDIM with a checkpoint a step or with none."""
+    eps, times, alphas = _eps(pipe, ["a circle on gray"], steps)
+    bars, last = pipe.scheduler.alphas_cumprod, pipe.scheduler.final_alpha_cumprod
+
+    def sampled(x: Tensor, method: str = "edict") -> Tensor:
+        return ReversibleSampler(bars, times, method=method, final_alpha_cumprod=last).sample(eps, x)[0].float()
+
+    def checkpointed(x: Tensor) -> Tensor:
+        def step(z: Tensor, i: int) -> Tensor:
+            return ddim_step(z, eps(z, times[i]), alphas[i], alphas[i + 1])
+
+        for i in range(steps):  # the other kind of checkpoint grows by 2 MB a step, where a latent has 12 kB
+            x = checkpoint(step, x, i, use_reentrant=True)
+        return x
+
+    return {
+        "exact EDICT": sampled, "DDIM, a checkpoint a step": checkpointed,
+        "DDIM, everything kept": lambda x: sampled(x, "ddim"),
+    }  # fmt: skip
+
+
+def _costs(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, float]]:
+    """Seconds and memory of one gradient of the noise."""
     loss = colour_loss(torch.tensor([COLOURS["red"]]) * 2 - 1)
 
-    def checkpointed() -> None:
-        x = torch.randn(1, 12, 16, 16, requires_grad=True)
-        y = x
-        for i in range(steps):
-            y = checkpoint(
-                lambda z, i=i: ddim_step(z, eps(z, times[i]), alphas[i], alphas[i + 1]), y, use_reentrant=False
-            )
-        loss(pipe.vae.decode(y).sample).sum().backward()
+    def gradient(chain: Callable[[Tensor], Tensor]) -> None:
+        noise = torch.randn(1, 12, 16, 16, requires_grad=True)
+        loss(pipe.vae.decode(chain(noise)).sample).sum().backward()
 
-    ways = {
-        "exact EDICT": lambda: optimize(pipe, prompt, lambda images: loss(images).sum(), steps=1, **options),
-        "DDIM, a checkpoint a step": checkpointed,
-    }
     found = {}
-    for name, way in ways.items():
-        way()
+    pipe.unet.requires_grad_(False)
+    for name, chain in chains_of(pipe, steps).items():
+        gradient(chain)
         start = time.perf_counter()
-        peak, _ = _memory.peak_extra_bytes(way)
+        peak, _ = _memory.peak_extra_bytes(lambda: gradient(chain))  # noqa: B023
         found[name] = {"seconds": time.perf_counter() - start, "peak_bytes": peak or 0}
+    pipe.unet.requires_grad_(True)
     return found
 
 
@@ -214,20 +255,29 @@ def inversion_table(result: dict[str, Any]) -> str:
     lines = [f"relative error of {result['scenes']} scenes after inversion and sampling"]
     lines.append(f"{'steps':16}" + "".join(f"{steps:>10}" for steps in result["lengths"]))
     for name, row in result["rows"].items():
-        lines.append(f"{name:16}" + "".join(f"{'refused' if e is None else f'{e:.1e}':>10}" for e in row.values()))
+        lines.append(f"{name:16}" + "".join(f"{_shown(found):>10}" for found in row.values()))
     return "\n".join(lines)
+
+
+def _shown(found: dict[str, Any]) -> str:
+    if "refused" in found:
+        return "refused"
+    return "NaN" if found["all"] is None else f"{found['all']:.1e}"
 
 
 def optimisation_table(result: dict[str, Any]) -> str:
     """Losses and costs as text."""
     lines = [f"{result['updates']} updates of the noise of {result['prompts']} prompts, before and after"]
     for goal, ways in result["goals"].items():
-        for name, row in ways.items():
+        for name in SALIENCY:
+            row = ways[name]
             loss, reached = (
                 " to ".join(f"{v['mean']:.3f} +- {v['error']:.3f}" for v in row[key]) for key in ("loss", "reached")
             )
             lines.append(f"{goal}, {name}: loss {loss}; reached {reached}; "
                          f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e6:.0f} MB")  # fmt: skip
+        paired = ways["SGOOL - DOODL"]
+        lines.append(f"{goal}, SGOOL - DOODL: loss {paired['mean']:+.3f} +- {paired['error']:.3f}")
     for steps, ways in result["gradient"].items():
         cells = (f"{name} {way['seconds']:.2f} s, {way['peak_bytes'] / 1e6:.0f} MB" for name, way in ways.items())
         lines.append(f"one gradient through {steps} steps: {'; '.join(cells)}")

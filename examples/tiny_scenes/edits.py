@@ -15,7 +15,7 @@ from dense_attn import _progress
 from dense_attn.integrations.diffusers import Edit, semantic_guidance
 
 from .scenes import COLOURS, SHAPES, colour_masks
-from .score import generate, has, summary
+from .score import generate, has, kernels, summary
 
 SCALES = (-12.0, -6.0, -3.0, 3.0, 6.0, 12.0, 18.0)
 THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -84,17 +84,34 @@ def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
 
 
 def effect(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **options: Any) -> dict[str, Any]:
-    """More pixels of the concept; the mean change where things were and elsewhere, and what changed."""
+    """How many pixels of which colours are more; how much changes where things were and elsewhere."""
     edited = _edited(pipe, own, [[case.concept] for case in own], **options)
     change = (edited - plain).abs().mean(1)  # [B, H, W]
     thing = torch.stack([mask for name, mask in colour_masks(plain).items() if name in COLOURS]).any(0)
     changed = change > CHANGED
-    inside, outside = ((change * part).sum((1, 2)) / part.sum((1, 2)).clamp(min=1) for part in (thing, ~thing))
+    there = thing.flatten(1).any(1)  # not every plain image has one
+    inside, outside = (
+        (change * part).sum((1, 2))[there] / part.sum((1, 2))[there] for part in (thing, ~thing)
+    )  # fmt: skip
     return _gain(edited, plain, own) | {
-        "inside": summary(inside, len(own)), "outside": summary(outside, len(own)),
-        "changed": changed.float().mean().item(),
-        "changed outside": ((changed & ~thing).sum() / changed.sum().clamp(min=1)).item(),
+        "inside": summary(inside, len(inside)), "outside": summary(outside, len(outside)),
+        "changed": changed.float().mean().item(), "elsewhere": (~thing).float().mean().item(),
+        "changed elsewhere": ((changed & ~thing).sum() / changed.sum().clamp(min=1)).item(),
     }  # fmt: skip
+
+
+def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
+    """How far kernels and reference are apart under edits: in a pixel, and in the pixels that an image gains."""
+    name, pixel, gained = kernels("sega_guidance"), 0.0, 0
+    for kind in _progress.track(KINDS, "edits, both backends", "kind"):
+        own = cases(kind, count)
+        concepts = [[case.concept] for case in own]
+        ours, theirs = (_edited(pipe, own, concepts, backend) for backend in ("auto", "reference"))
+        pixel = max(pixel, (ours - theirs).abs().max().item())
+        for b, case in enumerate(own):
+            gained = max(gained, abs(int(has(ours[b : b + 1], case.counted) - has(theirs[b : b + 1], case.counted))))
+    return {"prompts": count, "kinds": list(KINDS), "backend": name, "of a pixel": pixel,
+            "of pixels gained": gained}  # fmt: skip
 
 
 def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
@@ -111,7 +128,7 @@ def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
 
 
 def _edited(
-    pipe: StableDiffusionPipeline, own: list[Case], concepts: list[list[str]], **options: Any
+    pipe: StableDiffusionPipeline, own: list[Case], concepts: list[list[str]], backend: str = "auto", **options: Any
 ) -> Tensor:  # [B, 3, H, W]
     """Images of prompts under their concepts; a scale below 0 is the other direction."""
     options = USUAL | options
@@ -120,7 +137,7 @@ def _edited(
     for concept in {tuple(names): None for names in concepts}:
         rows = [b for b, names in enumerate(concepts) if tuple(names) == concept]
         edits = [Edit(name, **chosen) for name in concept]
-        made = generate(pipe, [own[b].prompt for b in rows], rows, semantic_guidance(pipe, edits))
+        made = generate(pipe, [own[b].prompt for b in rows], rows, semantic_guidance(pipe, edits, backend=backend))
         images |= dict(zip(rows, made))
     return torch.stack([images[b] for b in range(len(own))])
 
@@ -143,9 +160,12 @@ def _control(pipe: StableDiffusionPipeline, own: list[Case]) -> Tensor:
 
 
 def _gain(images: Tensor, plain: Tensor, own: list[Case]) -> dict[str, Any]:
-    """Pixels of each case's colour that are more than before."""
-    more = [has(images[b : b + 1], case.counted) - has(plain[b : b + 1], case.counted) for b, case in enumerate(own)]
-    return {"gain": summary(torch.cat(more).float(), len(own))}
+    """Pixels of each case's colour that are more than before, and of all other things' colours."""
+    before, after = colour_masks(plain), colour_masks(images)
+    more = {name: (after[name].sum((1, 2)) - before[name].sum((1, 2))).float() for name in after}
+    gain = torch.stack([more[case.counted][b] for b, case in enumerate(own)])
+    others = torch.stack([sum(more[name][b] for name in COLOURS if name != case.counted) for b, case in enumerate(own)])
+    return {"gain": summary(gain, len(own)), "others": summary(others, len(own))}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -153,9 +173,11 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"semantic guidance, {result['prompts']} prompts a kind: pixels gained (mean change inside/outside)"]
     lines.append(f"{'scale':14}" + "".join(f"{scale:>21}" for scale in SCALES) + f"{'prompt swapped':>18}")
     for kind, found in result["kinds"].items():
-        cells = (found["scales"][str(scale)] for scale in SCALES)
+        cells = [found["scales"][str(scale)] for scale in SCALES]
         row = "".join(f"{_said(c):>9} ({c['inside']['mean']:.2f}/{c['outside']['mean']:.2f})" for c in cells)
         lines.append(f"{kind:14}{row}{_said(found['control']):>18}")
+        others = "".join(f"{_said(c, 'others'):>9} ({c['changed elsewhere']:>3.0%} outside)" for c in cells)
+        lines.append(f"  other things{others}{_said(found['control'], 'others'):>18}")
     for name in ("thresholds", "warmups"):
         for kind, curve in result[name].items():
             cells = "  ".join(f"{key}: {_said(c)} ({c['changed']:.0%} changed)" for key, c in curve.items())
@@ -165,8 +187,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _said(found: dict[str, Any]) -> str:
-    return f"{found['gain']['mean']:+.0f}±{found['gain']['error']:.0f}"
+def _said(found: dict[str, Any], which: str = "gain") -> str:
+    return f"{found[which]['mean']:+.0f}±{found[which]['error']:.0f}"
 
 
 def plot(result: dict[str, Any], output: Path) -> None:

@@ -12,21 +12,25 @@ import torch
 
 from dense_attn.benchmarks.header import describe_run
 
-from . import chains, edits, layouts
+from . import chains, edits, layouts, sheet
 from .model import load_pipeline
 from .score import GUIDANCE, STEPS
 
 QUICK = {"count": 4, "seeds": 1}
-PARTS: dict[str, Callable[[Any, bool, int], Any]] = {
+PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
     "gate": lambda pipe, quick, _: layouts.gate(pipe, 4 if quick else 200),
     "layouts": lambda pipe, quick, seeds: layouts.study(pipe, **(QUICK if quick else {"seeds": seeds})),
     "similar": lambda pipe, quick, seeds: layouts.study(
         pipe, **(QUICK if quick else {"count": 60, "seeds": seeds}), similar=True
     ),
-    "same": lambda pipe, quick, _: layouts.same_tables(pipe, 2 if quick else 200),
+    "same": lambda pipe, quick, _: {
+        "layouts": layouts.same_tables(pipe, 2 if quick else 200),
+        "edits": edits.same_tables(pipe, 2 if quick else 24),
+        "optimisation": chains.same_tables(pipe, 2 if quick else 7, 2 if quick else 10),
+    },
     "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 24),
     "inversion": lambda pipe, quick, _: chains.inversion(
-        pipe, 1 if quick else 4, (4,) if quick else (25, 50, 100, 200)
+        pipe, 1 if quick else 8, (4,) if quick else (25, 50, 100, 200)
     ),
     "optimisation": lambda pipe, quick, _: chains.optimisation(pipe, 2 if quick else 14, 2 if quick else 10),
 }
@@ -53,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if "edits" in (arguments.only or PARTS):
         edits.plot(results["edits"], arguments.json.with_name(f"{arguments.json.stem}-edits.png"))
+    if "layouts" in (arguments.only or PARTS):
+        rows = sheet.shipped_rows()
+        sheet.draw(rows, sheet.make(rows, pipe), arguments.json.with_suffix(".png"))
     print("\n\n".join(tables(results)))
     return 0
 
@@ -68,8 +75,10 @@ def tables(results: dict[str, Any]) -> list[str]:
         if name in results:
             shown.append(layouts.table(results[name]))
     if "same" in results:
-        image, mean = (results["same"][key] for key in ("of an image", "of a mean"))
-        shown.append(f"kernels and reference, largest difference of a score: {image:.1e}, of a mean: {mean:.1e}")
+        shown.append("kernels and reference, largest differences")
+        for name in ("layouts", "edits", "optimisation"):
+            found = results["same"][name]
+            shown[-1] += "".join(f"\n{name}, {key}: {found[key]:.1e}" for key in found if key.startswith("of "))
     if "edits" in results:
         shown.append(edits.table(results["edits"]))
     if "inversion" in results:

@@ -74,8 +74,8 @@ def score(images: Tensor, scenes: Sequence[Scene]) -> dict[str, Tensor]:
     for b, scene in enumerate(scenes):
         targets, seen = masks(scene), [found[thing.colour][b] for thing in scene.things]
         rows["present"].append(float(all(mask.sum() >= PRESENT for mask in seen)))
-        rows["iou"].append(_mean(_iou(mask, target) for mask, target in zip(seen, targets)))
-        rows["swapped"].append(_mean(_iou(mask, target) for mask, target in zip(seen, targets.roll(1, 0))))
+        rows["iou"].append(_mean(iou(mask, target) for mask, target in zip(seen, targets)))
+        rows["swapped"].append(_mean(iou(mask, target) for mask, target in zip(seen, targets.roll(1, 0))))
         rows["off_palette"].append(1 - float(sum(mask[b].float().mean() for mask in found.values())))
     return {name: torch.tensor(values) for name, values in rows.items()}
 
@@ -98,7 +98,8 @@ def summary(values: Tensor, groups: int) -> dict[str, float]:
     return {"mean": means.mean().item(), "error": (means.std() / groups**0.5).item() if groups > 1 else float("nan")}
 
 
-def _iou(a: Tensor, b: Tensor) -> float:
+def iou(a: Tensor, b: Tensor) -> float:
+    """Overlap of two masks: their intersection over their union."""
     return float((a & b).sum() / (a | b).sum().clamp(min=1))
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
 
-from .model import load_pipeline
+from .model import TOKENS, load_pipeline
 from .scenes import BACKGROUNDS, COLOURS, SIDE, WORDS, Scene, Thing, caption, colour_masks, masks, render
-from .score import LAYOUTS, generate
+from .score import LAYOUTS, generate, iou
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,14 +59,24 @@ def users_row(regions: Tensor, phrases: Sequence[str]) -> Row:
     return Row(caption(phrases), list(phrases), small, picture)
 
 
-def unknown_words(phrases: Sequence[str]) -> list[str]:
-    """Those that the model was not trained on."""
-    return [word for phrase in phrases for word in phrase.split() if word not in WORDS]
+def why_not(row: Row) -> list[str]:
+    """Reasons why the model cannot paint a row."""
+    reasons, words = [], row.prompt.split()
+    if unknown := dict.fromkeys(word for word in words if word not in WORDS):
+        reasons.append(f"the small model knows {', '.join(WORDS)}; not {', '.join(unknown)}")
+    if len(words) > TOKENS - 2:
+        reasons.append(f"it reads {TOKENS - 2} words, got {len(words)} in {row.prompt!r}")
+    hidden = [phrase for phrase, mask in zip(row.phrases, row.masks) if not mask.any()]
+    if hidden:
+        reasons.append(f"no pixel of {SIDE} x {SIDE} is left of {', '.join(hidden)}")
+    return reasons
 
 
-def make(rows: Sequence[Row], backend: str = "auto", seed: int = 0) -> dict[str, Tensor]:
+def make(
+    rows: Sequence[Row], pipe: StableDiffusionPipeline | None = None, backend: str = "auto", seed: int = 0
+) -> dict[str, Tensor]:
     """Images [rows, 3, 32, 32] of each column."""
-    pipe = load_pipeline()
+    pipe = pipe or load_pipeline()
     found = {"layout": torch.stack([row.picture for row in rows])}
     for name in COLUMNS[1:-1]:
         setting = LAYOUTS[name]
@@ -97,11 +107,12 @@ def _image(
 
 
 def overlap(image: Tensor, row: Row) -> float | None:
-    """How well the pixels of each phrase's colour lie in its region, a mean over phrases; None without colours."""
-    found, values = colour_masks(image[None]), []
+    """How well the pixels of each colour lie in the regions of its phrases, a mean over colours; None without any."""
+    targets: dict[str, Tensor] = {}
     for phrase, mask in zip(row.phrases, row.masks):
-        seen = [found[word][0] for word in phrase.split() if word in COLOURS]
-        values += [float((pixels & mask).sum() / (pixels | mask).sum().clamp(min=1)) for pixels in seen]
+        targets |= {word: targets.get(word, mask) | mask for word in phrase.split() if word in COLOURS}
+    found = colour_masks(image[None])
+    values = [iou(found[colour][0], target) for colour, target in targets.items()]
     return sum(values) / len(values) if values else None
 
 

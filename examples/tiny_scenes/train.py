@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, help="weights to begin with (default: random ones)")
     parser.add_argument("--processes", type=int, default=None, help="default: one a core, one on a GPU")
     arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.start and (arguments.output / "checkpoint.pt").exists():
         parser.error(f"--start must begin in an empty folder, got the checkpoint of {arguments.output}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,7 +164,8 @@ def _keep(
     halves = {name: value.half() if value.is_floating_point() else value for name, value in average.items()}
     save_file(halves, run.output / "weights.new")
     os.replace(run.output / "weights.new", run.output / "weights.safetensors")
-    (run.output / "losses.json").write_text(json.dumps([round(loss, 5) for loss in losses]))
+    (run.output / "losses.new").write_text(json.dumps([round(loss, 5) for loss in losses]))
+    os.replace(run.output / "losses.new", run.output / "losses.json")
 
 
 def _resume(

@@ -1,0 +1,123 @@
+"""The small trained model under edits, in exact chains and on both backends, and its evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from dense_attn import _backends
+from dense_attn.examples.tiny_scenes import chains, edits, evaluate, layouts, model, scenes, score
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> object:
+    return model.load_pipeline()
+
+
+def test_kernels_and_reference_have_the_same_scores(pipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images agree to rounding; each of these refuses where "auto" would be the reference itself."""
+    monkeypatch.setattr(edits, "KINDS", ("colour", "ground"))
+    for found in (layouts.same_tables(pipe, 2), edits.same_tables(pipe, 2), chains.same_tables(pipe, 2, 2)):
+        assert found["backend"] != "reference"
+        assert max(value for name, value in found.items() if name.startswith("of ")) < 1e-3, found
+
+
+def test_without_kernels_nothing_is_compared(pipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "resolve", lambda *_: "reference")
+    for compare in (lambda: layouts.same_tables(pipe, 2), lambda: chains.same_tables(pipe, 2, 2)):
+        with pytest.raises(RuntimeError, match="must have a backend that is not the reference"):
+            compare()
+
+
+def test_edits_decide_what_the_prompt_leaves_open(pipe: object) -> None:
+    for kind, enough in (("ground", 100), ("colour", 20)):
+        own = edits.cases(kind, 4)
+        plain = score.generate(pipe, [case.prompt for case in own], range(4))
+        assert edits.effect(pipe, own, plain, scale=12.0)["gain"]["mean"] > enough
+        assert edits.effect(pipe, own, plain, scale=0.0)["changed"] < 0.01
+
+
+def test_edits_turn_around(pipe: object) -> None:
+    own = edits.cases("size", 4)
+    plain = score.generate(pipe, [case.prompt for case in own], range(4))
+    assert edits.effect(pipe, own, plain, scale=-12.0)["gain"]["mean"] < -10
+
+
+def test_the_control_of_edits_begins_with_the_same_image(pipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = edits.cases("ground", 2)
+    plain = score.generate(pipe, [case.prompt for case in own], range(2))
+    monkeypatch.setitem(edits.USUAL, "warmup", score.STEPS + 1)
+    torch.testing.assert_close(edits._control(pipe, own), plain, atol=1e-4, rtol=0)
+    monkeypatch.setitem(edits.USUAL, "warmup", 2)
+    assert edits._gain(edits._control(pipe, own), plain, own)["gain"]["mean"] > 100
+
+
+def test_the_table_and_plot_of_edits(pipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    for name, values in (("SCALES", (-6.0, 6.0)), ("THRESHOLDS", (0.5,)), ("WARMUPS", (2,)),
+                         ("KINDS", ("colour", "size"))):  # fmt: skip
+        monkeypatch.setattr(edits, name, values)
+    found = edits.study(pipe, 2)
+    assert all(kind in edits.table(found) for kind in edits.KINDS)
+    edits.plot(found, tmp_path / "edits.png")
+    assert (tmp_path / "edits.png").stat().st_size > 10_000
+
+
+def test_chains(pipe: object) -> None:
+    errors = chains.inversion(pipe, 1, (4,))["rows"]
+    assert errors["exact EDICT"]["4"]["all"] < 1e-6 < errors["float16 EDICT"]["4"]["all"]
+    for goal, ways in chains.optimisation(pipe, 2, 3, ())["goals"].items():
+        for way in ("DOODL", "SGOOL"):
+            assert ways[way]["loss"][1]["mean"] < ways[way]["loss"][0]["mean"], (goal, way)
+        gap = ways["SGOOL"]["loss"][1]["mean"] - ways["DOODL"]["loss"][1]["mean"]
+        assert ways["SGOOL - DOODL"]["mean"] == pytest.approx(gap, abs=1e-5)
+
+
+def test_gradients_of_all_three_ways_agree(pipe: object) -> None:
+    """DDIM with checkpoints and without have one gradient; all cost something."""
+    costs = chains._costs(pipe, 3)
+    assert all(way["seconds"] > 0 for way in costs.values())
+    noise, gradients = torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(0)), {}
+    pipe.unet.requires_grad_(False)
+    for name, chain in chains.chains_of(pipe, 3).items():
+        x = noise.clone().requires_grad_()
+        chain(x).square().sum().backward()
+        gradients[name] = x.grad
+    pipe.unet.requires_grad_(True)
+    kept = gradients["DDIM, everything kept"]
+    torch.testing.assert_close(gradients["DDIM, a checkpoint a step"], kept, atol=1e-4, rtol=1e-3)
+    assert gradients["exact EDICT"].abs().max() > 0
+
+
+def test_goals_of_optimisation() -> None:
+    """Losses of drawn scenes are what they say, and goals are reached by the right scenes alone."""
+    drawn = [scenes.Scene((scenes.Thing(name, "circle", 12, 20, 6),)) for name in ("red", "orange")]
+    right = scenes.render(drawn)
+    wrong = right.flip(0)
+    colour = chains.colour_goal(2)
+    assert colour.loss(right * 2 - 1).max() < 0.01 < 0.1 < colour.loss(wrong * 2 - 1).min()
+    assert colour.reached(right).all()
+    assert not colour.reached(wrong).any()
+    away = chains.place_loss(torch.tensor([[20.0, 12.0], [16.0, 9.0]]))(right * 2 - 1)
+    assert away.tolist() == pytest.approx([0.0, 5.0], abs=0.01)
+    place = chains.place_goal(2)
+    near = [torch.roll(right, (y, x), (2, 3)) for y in range(-12, 4, 2) for x in range(-4, 12, 2)]
+    assert torch.stack([place.reached(images) for images in near]).any(0).all()
+    assert not torch.stack([place.reached(images.flip(1)) for images in near]).any()
+
+
+def test_parts_of_an_evaluation_add_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for part in ("gate", "inversion"):
+        assert evaluate.main(["--quick", "--only", part, "--json", str(tmp_path / "found.json")]) == 0
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert results.keys() == {"gate", "inversion", "header"}
+    assert all(results[part]["run"]["quick"] for part in ("gate", "inversion"))
+    assert "relative error of 1 scenes" in capsys.readouterr().out
