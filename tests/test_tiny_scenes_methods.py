@@ -67,6 +67,7 @@ def test_the_table_and_plot_of_edits(pipe: object, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(edits, name, values)
     found = edits.study(pipe, 2)
     assert all(kind in edits.table(found) for kind in edits.KINDS)
+    assert "colour, thresholds: 0.5: " in edits.curves(found)
     edits.plot(found, tmp_path / "edits.png")
     assert (tmp_path / "edits.png").stat().st_size > 10_000
 
@@ -120,4 +121,21 @@ def test_parts_of_an_evaluation_add_up(tmp_path: Path, capsys: pytest.CaptureFix
     results = json.loads((tmp_path / "found.json").read_text())
     assert results.keys() == {"gate", "inversion", "header"}
     assert all(results[part]["run"]["quick"] for part in ("gate", "inversion"))
-    assert "relative error of 1 scenes" in capsys.readouterr().out
+    assert "| error of 1 scenes, steps | 4 |" in capsys.readouterr().out
+
+
+def test_the_readmes_tables_are_those_of_the_results() -> None:
+    """Not a number of them is typed by hand."""
+    root = Path(__file__).resolve().parents[1]
+    results = json.loads((root / "benchmarks/results/tiny-scenes.json").read_text())
+    readme = (root / "README.md").read_text()
+    shown = {
+        "layouts": layouts.table, "similar": layouts.table, "edits": edits.table,
+        "inversion": chains.inversion_table, "optimisation": chains.optimisation_table,
+    }  # fmt: skip
+    for part, table in shown.items():
+        for text in table(results[part]).split("\n\n"):
+            assert text in readme, f"{part}:\n{text}"
+    gate = results["gate"]
+    for name in ("both present", "shape right", "both present in their shapes"):
+        assert f"{gate[name]:.1%}" in readme

@@ -16,7 +16,7 @@ from dense_attn import ReversibleSampler, _memory, _progress, ddim_step, ddim_st
 from dense_attn.integrations.diffusers import invert, optimize, reconstruct
 
 from .scenes import COLOURS, PRESENT, SHAPES, SIDE, Scene, colour_masks, draw_scene, render
-from .score import kernels, only_palette, summary
+from .score import kernels, markdown, only_palette, said, summary
 
 WAYS = {
     "exact EDICT": (torch.float32, {}),
@@ -251,12 +251,9 @@ def _costs(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, flo
 
 
 def inversion_table(result: dict[str, Any]) -> str:
-    """The errors as text."""
-    lines = [f"relative error of {result['scenes']} scenes after inversion and sampling"]
-    lines.append(f"{'steps':16}" + "".join(f"{steps:>10}" for steps in result["lengths"]))
-    for name, row in result["rows"].items():
-        lines.append(f"{name:16}" + "".join(f"{_shown(found):>10}" for found in row.values()))
-    return "\n".join(lines)
+    """The errors as Markdown."""
+    head = [f"error of {result['scenes']} scenes, steps", *(str(steps) for steps in result["lengths"])]
+    return markdown(head, [[name, *map(_shown, row.values())] for name, row in result["rows"].items()])
 
 
 def _shown(found: dict[str, Any]) -> str:
@@ -266,19 +263,21 @@ def _shown(found: dict[str, Any]) -> str:
 
 
 def optimisation_table(result: dict[str, Any]) -> str:
-    """Losses and costs as text."""
-    lines = [f"{result['updates']} updates of the noise of {result['prompts']} prompts, before and after"]
+    """Losses, and the costs of a gradient, as Markdown."""
+    rows = []
     for goal, ways in result["goals"].items():
-        for name in SALIENCY:
-            row = ways[name]
-            loss, reached = (
-                " to ".join(f"{v['mean']:.3f} +- {v['error']:.3f}" for v in row[key]) for key in ("loss", "reached")
-            )
-            lines.append(f"{goal}, {name}: loss {loss}; reached {reached}; "
-                         f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e6:.0f} MB")  # fmt: skip
-        paired = ways["SGOOL - DOODL"]
-        lines.append(f"{goal}, SGOOL - DOODL: loss {paired['mean']:+.3f} +- {paired['error']:.3f}")
-    for steps, ways in result["gradient"].items():
-        cells = (f"{name} {way['seconds']:.2f} s, {way['peak_bytes'] / 1e6:.0f} MB" for name, way in ways.items())
-        lines.append(f"one gradient through {steps} steps: {'; '.join(cells)}")
-    return "\n".join(lines)
+        for way in SALIENCY:
+            losses, shares = map(said, ways[way]["loss"]), (said(share, ".0%") for share in ways[way]["reached"])
+            paired = "-" if way == "DOODL" else said(ways["SGOOL - DOODL"], "+.3f")
+            rows.append([f"{goal}, {way}", *losses, paired, *shares])
+    head = [f"{result['prompts']} prompts, {result['updates']} updates", "loss before", "after", "over DOODL"]
+    costs = result["gradient"]
+    return "\n\n".join((
+        markdown([*head, "reached before", "after"], rows),
+        markdown(["one gradient through", *(f"{steps} steps" for steps in costs)],
+                 [[way, *(_cost_of(found[way]) for found in costs.values())] for way in next(iter(costs.values()))]),
+    ))  # fmt: skip
+
+
+def _cost_of(found: dict[str, float]) -> str:
+    return f"{found['seconds']:.2f} s, {found['peak_bytes'] / 1e6:.0f} MB"

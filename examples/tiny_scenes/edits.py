@@ -15,7 +15,7 @@ from dense_attn import _progress
 from dense_attn.integrations.diffusers import Edit, semantic_guidance
 
 from .scenes import COLOURS, SHAPES, colour_masks
-from .score import generate, has, kernels, summary
+from .score import generate, has, kernels, markdown, said, summary
 
 SCALES = (-12.0, -6.0, -3.0, 3.0, 6.0, 12.0, 18.0)
 THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -169,26 +169,38 @@ def _gain(images: Tensor, plain: Tensor, own: list[Case]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The curves as text."""
-    lines = [f"semantic guidance, {result['prompts']} prompts a kind: pixels gained (mean change inside/outside)"]
-    lines.append(f"{'scale':14}" + "".join(f"{scale:>21}" for scale in SCALES) + f"{'prompt swapped':>18}")
+    """Pixels gained over scales, and what else happens at the usual one, as Markdown."""
+    gains, more = [], []
     for kind, found in result["kinds"].items():
         cells = [found["scales"][str(scale)] for scale in SCALES]
-        row = "".join(f"{_said(c):>9} ({c['inside']['mean']:.2f}/{c['outside']['mean']:.2f})" for c in cells)
-        lines.append(f"{kind:14}{row}{_said(found['control']):>18}")
-        others = "".join(f"{_said(c, 'others'):>9} ({c['changed elsewhere']:>3.0%} outside)" for c in cells)
-        lines.append(f"  other things{others}{_said(found['control'], 'others'):>18}")
+        gains.append([kind, *(said(cell["gain"], "+.0f") for cell in cells), said(found["control"]["gain"], "+.0f")])
+        usual = found["scales"][str(result["usual"]["scale"])]
+        others = (said(of["others"], "+.0f") for of in (usual, cells[-2], found["control"]))
+        changes = (said(usual[where], ".2f") for where in ("inside", "outside"))
+        more.append([kind, *others, *changes, f"{usual['changed elsewhere']:.0%}", f"{usual['elsewhere']:.0%}"])
+    scales = [f"{scale:g}" for scale in SCALES]
+    scale = f"scale {result['usual']['scale']:g}"
+    title = f"{result['prompts']} prompts a kind, pixels gained at scale"
+    return "\n\n".join((
+        markdown([title, *scales, "prompt swapped"], gains),
+        markdown(["pixels of other things gained", scale, scales[-2], "swapped",
+                  f"change inside, {scale}", "outside", "changed pixels outside", "of all pixels"], more),
+    ))  # fmt: skip
+
+
+def curves(result: dict[str, Any]) -> str:
+    """Pixels gained, and pixels changed, over thresholds and warm-ups, and two edits at once."""
+    lines = []
     for name in ("thresholds", "warmups"):
         for kind, curve in result[name].items():
-            cells = "  ".join(f"{key}: {_said(c)} ({c['changed']:.0%} changed)" for key, c in curve.items())
-            lines.append(f"{kind}, {name}: {cells}")
+            cells = (
+                f"{key}: {said(cell['gain'], '+.0f')} ({cell['changed']:.0%} changed)" for key, cell in curve.items()
+            )
+            lines.append(f"{kind}, {name}: {'  '.join(cells)}")
     for name, found in result["isolation"].items():
-        lines.append(f"{name} alone {_said(found['alone'])}, beside the other {_said(found['together'])}")
+        alone, beside = (said(found[key]["gain"], "+.0f") for key in ("alone", "together"))
+        lines.append(f"{name} alone {alone}, beside the other {beside}")
     return "\n".join(lines)
-
-
-def _said(found: dict[str, Any], which: str = "gain") -> str:
-    return f"{found[which]['mean']:+.0f}±{found[which]['error']:.0f}"
 
 
 def plot(result: dict[str, Any], output: Path) -> None:

@@ -80,7 +80,7 @@ def tables(results: dict[str, Any]) -> list[str]:
             found = results["same"][name]
             shown[-1] += "".join(f"\n{name}, {key}: {found[key]:.1e}" for key in found if key.startswith("of "))
     if "edits" in results:
-        shown.append(edits.table(results["edits"]))
+        shown += [edits.table(results["edits"]), edits.curves(results["edits"])]
     if "inversion" in results:
         shown.append(chains.inversion_table(results["inversion"]))
     if "optimisation" in results:

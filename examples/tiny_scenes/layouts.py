@@ -14,7 +14,7 @@ from torch import Tensor
 from dense_attn import _progress
 
 from .scenes import Scene, colour_masks, draw_scene, shape_of
-from .score import LAYOUTS, batches, generate, kernels, laid_out, only_palette, score, summary
+from .score import LAYOUTS, batches, generate, kernels, laid_out, markdown, only_palette, said, score, summary
 
 SIMILAR = ("red", "orange", "yellow")
 TUNED: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # cross_weights that are tried; self_weight is 0.3 of it
@@ -139,18 +139,13 @@ def _scores(
 
 
 def table(study: dict[str, Any]) -> str:
-    """A study's rows as text."""
-    columns = (("present", 17), ("IoU with target", 17), ("swapped", 8), ("- plain", 17), ("- DenseDiffusion", 17),
-               ("off palette", 12))  # fmt: skip
-    lines = [
-        f"{study['layouts']} layouts of {study['things']} things, {study['seeds']} seeds (+- standard errors)",
-        " ".join([" " * 32, *(f"{name:>{width}}" for name, width in columns)]),
-    ]
+    """A study's rows as Markdown."""
+    title = f"{study['layouts']} layouts of {study['things']} things, {study['seeds']} seeds each"
+    differences = ("iou - plain", "iou - DenseDiffusion")
+    rows = []
     for name, row in study["rows"].items():
-        present, iou, plain, dense = (
-            f"{row[key]['mean']:.3f} +- {row[key]['error']:.3f}"
-            for key in ("present", "iou", "iou - plain", "iou - DenseDiffusion")
-        )
-        lines.append(f"{name:32} {present:>17} {iou:>17} {row['swapped']['mean']:8.3f} {plain:>17} {dense:>17} "
-                     f"{row['off_palette']['mean']:12.3f}")  # fmt: skip
-    return "\n".join(lines)
+        means = (said(row["present"]), said(row["iou"]), f"{row['swapped']['mean']:.3f}")
+        paired = ("-" if key == f"iou - {name}" else said(row[key], "+.3f") for key in differences)
+        rows.append([name, *means, *paired, f"{row['off_palette']['mean']:.3f}"])
+    return markdown([title, "all things there", "IoU with the layout", "swapped layout", "IoU over plain",
+                     "IoU over DenseDiffusion", "off palette"], rows)  # fmt: skip

@@ -98,6 +98,16 @@ def summary(values: Tensor, groups: int) -> dict[str, float]:
     return {"mean": means.mean().item(), "error": (means.std() / groups**0.5).item() if groups > 1 else float("nan")}
 
 
+def said(found: dict[str, float], form: str = ".3f") -> str:
+    """A mean and its standard error."""
+    return f"{found['mean']:{form}} ± {found['error']:{form.lstrip('+')}}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
 def iou(a: Tensor, b: Tensor) -> float:
     """Overlap of two masks: their intersection over their union."""
     return float((a & b).sum() / (a | b).sum().clamp(min=1))
