@@ -107,8 +107,9 @@ def test_matched_strengths(monkeypatch: pytest.MonkeyPatch) -> None:
         "modulation": "bias", "cross_weight": 16.0, "self_weight": pytest.approx(4.8)
     }  # fmt: skip
     assert settings["without area adaptivity"]["cross_weight"] == 0.75
+    assert settings[layouts.CHOSEN]["cross_weight"] == 0.75
     assert settings["DenseDiffusion"] == {}
-    assert tried["DenseDiffusion"]["0.75"] > 0.8 > tried["DenseDiffusion"]["1.0"]
+    assert tried[layouts.CHOSEN]["0.75"] > 0.8 > tried[layouts.CHOSEN]["1.0"]
 
 
 def test_differences_are_paired() -> None:
@@ -116,7 +117,7 @@ def test_differences_are_paired() -> None:
     rows = {name: dict.fromkeys(layouts.METRICS, torch.tensor(values)) for name, values in {
         "plain": [0.0, 0.5, 1.0], "DenseDiffusion": [0.1, 0.6, 1.1],
     }.items()}  # fmt: skip
-    row = layouts._row(rows["DenseDiffusion"], rows, 3)
+    row = layouts._row("DenseDiffusion", rows, 3)
     assert row["iou"]["error"] == pytest.approx(0.5 / 3**0.5)
     assert row["iou - plain"] == pytest.approx({"mean": 0.1, "error": 0.0}, abs=1e-6)
     assert row["iou - DenseDiffusion"] == {"mean": 0.0, "error": 0.0}

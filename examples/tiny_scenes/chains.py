@@ -240,13 +240,11 @@ def _costs(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, flo
         loss(pipe.vae.decode(chain(noise)).sample).sum().backward()
 
     found = {}
-    pipe.unet.requires_grad_(False)
     for name, chain in chains_of(pipe, steps).items():
         gradient(chain)
         start = time.perf_counter()
         peak, _ = _memory.peak_extra_bytes(lambda: gradient(chain))  # noqa: B023
         found[name] = {"seconds": time.perf_counter() - start, "peak_bytes": peak or 0}
-    pipe.unet.requires_grad_(True)
     return found
 
 

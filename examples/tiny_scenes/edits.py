@@ -213,7 +213,7 @@ def plot(result: dict[str, Any], output: Path) -> None:
     for axes, (name, rows) in zip(figure.subplots(1, 3), curves.items()):
         for kind, row in rows.items():
             gains = [cell["gain"] for cell in row.values()]
-            errors = [gain["error"] for gain in gains]
+            errors = [gain["error"] or 0.0 for gain in gains]
             axes.errorbar([float(key) for key in row], [gain["mean"] for gain in gains], errors,
                           color=f"C{KINDS.index(kind)}", marker="o", markersize=3, capsize=2, label=kind)  # fmt: skip
         axes.axhline(0, color="#888888", linewidth=0.6)

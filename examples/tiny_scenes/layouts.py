@@ -17,10 +17,12 @@ from .scenes import Scene, colour_masks, draw_scene, shape_of
 from .score import LAYOUTS, batches, generate, kernels, laid_out, markdown, only_palette, said, score, summary
 
 SIMILAR = ("red", "orange", "yellow")
+CHOSEN = "DenseDiffusion, chosen weight"
+WEIGHTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 TUNED: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # cross_weights that are tried; self_weight is 0.3 of it
-    "DenseDiffusion": ({}, (0.5, 0.75, 1.0)),
+    CHOSEN: ({}, WEIGHTS),
     "without value-range adaptivity": ({"modulation": "bias"}, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
-    "without area adaptivity": ({"size_weight": 0.0}, (0.5, 0.75, 0.9, 1.0)),
+    "without area adaptivity": ({"size_weight": 0.0}, WEIGHTS),
 }
 GATE = ("both present", "no other colour", "shape right", "both present in their shapes")
 METRICS = ("present", "iou", "swapped", "off_palette")
@@ -71,7 +73,7 @@ def study(
     return {
         "layouts": count, "seeds": seeds, "things": 3 if similar else 2, "backend": backend,
         "settings": {name: setting for name, setting in settings.items() if setting is not None},
-        "tuned": weights, "rows": {name: _row(values, rows, count) for name, values in rows.items()},
+        "tuned": weights, "rows": {name: _row(name, rows, count) for name in rows},
     }  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def matched(
 ) -> tuple[dict[str, dict[str, Any] | None], dict[str, dict[str, float]]]:
     """All settings, and the IoU of every weight tried on layouts of their own.
 
-    The two ablations whose weights need a match take the best of theirs; DenseDiffusion keeps its paper's.
+    The two ablations whose weights need a match, and the whole method beside them, take the best of theirs.
     """
     settings, found = dict(LAYOUTS), {}
     work = [(scene, 5000 + i) for i, scene in enumerate(tuning)]
@@ -88,17 +90,18 @@ def matched(
         tried = {weight: options | {"cross_weight": weight, "self_weight": 0.3 * weight} for weight in weights}
         ious = {weight: _scores(pipe, work, tried[weight], backend)["iou"].mean().item() for weight in weights}
         found[name] = {str(weight): iou for weight, iou in ious.items()}
-        if name not in settings:
-            settings[name] = tried[max(ious, key=ious.get)]
+        settings[name] = tried[max(ious, key=ious.get)]
     return settings, found
 
 
-def _row(values: dict[str, Tensor], rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str, Any]:
-    """Means, and differences to other settings on the same layouts and noises."""
+def _row(name: str, rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str, Any]:
+    """Means, and differences to other settings on the same layouts and noises; chosen weights to chosen ones too."""
+    values = rows[name]
+    others = ("plain", "DenseDiffusion", *([CHOSEN] if name in TUNED else []))
     row = {metric: summary(values[metric], groups) for metric in METRICS}
     paired = {
         f"{metric} - {other}": summary(values[metric] - rows[other][metric], groups)
-        for metric in ("present", "iou") for other in ("plain", "DenseDiffusion")
+        for metric in ("present", "iou") for other in others
     }  # fmt: skip
     return row | paired
 
@@ -141,11 +144,12 @@ def _scores(
 def table(study: dict[str, Any]) -> str:
     """A study's rows as Markdown."""
     title = f"{study['layouts']} layouts of {study['things']} things, {study['seeds']} seeds each"
-    differences = ("iou - plain", "iou - DenseDiffusion")
+    others = ("plain", "DenseDiffusion", CHOSEN)
     rows = []
     for name, row in study["rows"].items():
         means = (said(row["present"]), said(row["iou"]), f"{row['swapped']['mean']:.3f}")
-        paired = ("-" if key == f"iou - {name}" else said(row[key], "+.3f") for key in differences)
+        differences = [row.get(f"iou - {other}") if other != name else None for other in others]
+        paired = ("-" if found is None else said(found, "+.3f") for found in differences)
         rows.append([name, *means, *paired, f"{row['off_palette']['mean']:.3f}"])
     return markdown([title, "all things there", "IoU with the layout", "swapped layout", "IoU over plain",
-                     "IoU over DenseDiffusion", "off palette"], rows)  # fmt: skip
+                     "IoU over DenseDiffusion", "IoU over chosen weight", "off palette"], rows)  # fmt: skip

@@ -92,15 +92,18 @@ def only_palette(images: Tensor, colours: Sequence[str]) -> Tensor:
     return right.all(0)
 
 
-def summary(values: Tensor, groups: int) -> dict[str, float]:
-    """The mean of values in groups (the seeds of a layout), and the standard error over groups."""
+def summary(values: Tensor, groups: int) -> dict[str, float | None]:
+    """The mean of values in groups (the seeds of a layout), and the standard error over groups; None without any."""
+    if not groups:
+        return {"mean": None, "error": None}
     means = values.view(groups, -1).mean(1)
-    return {"mean": means.mean().item(), "error": (means.std() / groups**0.5).item() if groups > 1 else float("nan")}
+    return {"mean": means.mean().item(), "error": (means.std() / groups**0.5).item() if groups > 1 else None}
 
 
-def said(found: dict[str, float], form: str = ".3f") -> str:
-    """A mean and its standard error."""
-    return f"{found['mean']:{form}} ± {found['error']:{form.lstrip('+')}}"
+def said(found: dict[str, float | None], form: str = ".3f") -> str:
+    """A mean and its standard error, as far as there are any."""
+    numbers = ((found["mean"], form), (found["error"], form.lstrip("+")))
+    return " ± ".join(f"{number:{how}}" for number, how in numbers if number is not None) or "-"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
