@@ -38,6 +38,14 @@ def interpreted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter.install(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def pipe() -> object:
+    """The small trained model."""
+    from dense_attn.examples.tiny_scenes import model
+
+    return model.load_pipeline()
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill every new tensor with NaN, those made in C++ too: deterministic mode does that."""

@@ -19,11 +19,6 @@ from dense_attn.examples.tiny_scenes import layouts, model, scenes, score, sheet
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def pipe() -> object:
-    return model.load_pipeline()
-
-
 def test_scenes_are_found_in_their_pictures() -> None:
     rng = random.Random(0)
     drawn = [scenes.draw_scene(rng, count) for count in (1, 2, 3) * 20]
@@ -185,7 +180,7 @@ def test_the_sheet(pipe: object, tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
 
 
-def test_rows_that_the_model_cannot_paint(pipe: object) -> None:
+def test_rows_that_the_model_cannot_paint() -> None:
     """Each reason is said instead of an error from the depths."""
     half = torch.zeros(2, 64, 64, dtype=torch.bool)
     half[0, :32], half[1, 32:] = True, True

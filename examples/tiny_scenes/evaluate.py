@@ -49,15 +49,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
     pipe = load_pipeline(arguments.weights)
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    for name in arguments.only or PARTS:
+    parts = arguments.only or list(PARTS)
+    for name in parts:
         results[name] = PARTS[name](pipe, arguments.quick, arguments.seeds)
         run = {"steps": STEPS, "guidance": GUIDANCE, "quick": arguments.quick, "threads": torch.get_num_threads()}
         results["header"] = header = describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
         results[name]["run"] = {key: header[key] for key in ("date", "git_revision", "device", "threads", "quick")}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    if "edits" in (arguments.only or PARTS):
+    if "edits" in parts:
         edits.plot(results["edits"], arguments.json.with_name(f"{arguments.json.stem}-edits.png"))
-    if "layouts" in (arguments.only or PARTS):
+    if "layouts" in parts:
         rows = sheet.shipped_rows()
         sheet.draw(rows, sheet.make(rows, pipe), arguments.json.with_suffix(".png"))
     print("\n\n".join(tables(results)))

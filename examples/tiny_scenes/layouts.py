@@ -86,7 +86,7 @@ def matched(
     """
     settings, found = dict(LAYOUTS), {}
     work = [(scene, 5000 + i) for i, scene in enumerate(tuning)]
-    for name, (options, weights) in TUNED.items():
+    for name, (options, weights) in _progress.track(TUNED.items(), "weights", "setting"):
         tried = {weight: options | {"cross_weight": weight, "self_weight": 0.3 * weight} for weight in weights}
         ious = {weight: _scores(pipe, work, tried[weight], backend)["iou"].mean().item() for weight in weights}
         found[name] = {str(weight): iou for weight, iou in ious.items()}
