@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,12 +45,12 @@ class Step:
 
 def make_step(shape: tuple[int, ...], seed: int = 0) -> Step:
     """Predictions that differ a little, as those of a network for several prompts do."""
-    generator = torch.Generator().manual_seed(seed)
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
     num_concepts = shape[0]
     device = machine.current().device
-    shared = torch.randn(shape[1:], generator=generator)
-    text, momentum = (shared + 0.1 * torch.randn(shape[1:], generator=generator) for _ in range(2))
-    edits = shared + 0.1 * torch.randn(shape, generator=generator)
+    shared = randn(shape[1:])
+    text, momentum = (shared + 0.1 * randn(shape[1:]) for _ in range(2))
+    edits = shared + 0.1 * randn(shape)
     return Step(
         *(x.to(device) for x in (shared, text, edits, 0.1 * momentum)),
         [5.0 + concept for concept in range(num_concepts)], [0.9 + 0.01 * concept for concept in range(num_concepts)],

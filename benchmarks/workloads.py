@@ -117,7 +117,7 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
 
     def randn(tokens: int) -> Tensor:
         shape = (workload.batch, workload.num_heads, tokens, workload.head_dim)
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
 
     _, layout = label_layout()
     text = layout.token_regions(workload.text_tokens)
@@ -126,7 +126,7 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
     q_regions = both if workload.kind == "joint" else image
     k_regions = {"self": image, "cross": text, "joint": both}[workload.kind]
     rows = layout.strength(*workload.grid, weight=1.0 if workload.kind == "cross" else 0.3, time=_TIME)
-    strength = torch.zeros(workload.batch, 1, workload.seqlen_q)
+    strength = rows.new_zeros(workload.batch, 1, workload.seqlen_q)
     strength[workload.batch // 2 :, :, -len(rows) :] = rows  # text rows of a joint sequence are left alone
     return Inputs(
         randn(workload.seqlen_q), randn(workload.seqlen_k), randn(workload.seqlen_k), randn(workload.seqlen_q),

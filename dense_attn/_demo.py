@@ -47,7 +47,8 @@ def main(
     scene = load_scene(layout, phrases)
     layers = tuple(layer for layer in SD15_LAYERS if layer.grid in (grids or GRIDS))
     try:
-        name = _backends.resolve(backend, "layout_attention", torch.empty(1, 1, 1, 1))
+        probe = torch.empty(1, 1, 1, 1, dtype=torch.float32, device="cpu")
+        name = _backends.resolve(backend, "layout_attention", probe)
     except RuntimeError as error:
         raise UserError(str(error)) from None
     print(f'"{scene.prompt}", {len(scene.layout)} of at most {MAX_REGIONS} regions')

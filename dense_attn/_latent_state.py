@@ -27,7 +27,7 @@ State = dict[str, object]
 def first(x: Tensor, count: int, generator: torch.Generator | None) -> tuple[State, torch.Generator]:
     """The state before the first step on a number of latents that start as x, and the generator of the noise."""
     if generator is None:
-        generator = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, ())))
+        generator = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, (), device="cpu")))
     latent = x.detach().to(_working(x.dtype)).clone()
     return {
         "step": 0,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Attention:
     after: Tensor  # [M, N]
     matched: Tensor  # bool [M, N]
 
-    def share(self, rows: Tensor) -> tuple[float, float]:
+    def share(self, rows: Tensor | slice) -> tuple[float, float]:
         """How much of the attention of some query tokens goes to the keys of their own regions, before and after."""
         return tuple((p[rows] * self.matched[rows]).sum(-1).mean().item() for p in (self.before, self.after))
 
@@ -107,10 +108,10 @@ def _draw_layout(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, in
     from matplotlib.patches import Patch
 
     axes = figure.subplots()
-    pixels = torch.tensor(to_rgb(SKY)).repeat(*scene.layout.masks.shape[1:], 1)
+    pixels = np.tile(to_rgb(SKY), (*scene.layout.masks.shape[1:], 1))  # [H, W, 3]
     for r, mask in enumerate(scene.layout.masks):
-        pixels[mask] = torch.tensor(to_rgb(_colour(r)))
-    axes.imshow(pixels.numpy(), extent=(-0.5, PICTURE_GRID - 0.5, PICTURE_GRID - 0.5, -0.5), interpolation="nearest")
+        pixels[mask.numpy()] = to_rgb(_colour(r))
+    axes.imshow(pixels, extent=(-0.5, PICTURE_GRID - 0.5, PICTURE_GRID - 0.5, -0.5), interpolation="nearest")
     for letter, (row, column) in zip("ABC", marks.values()):
         axes.text(
             column, row, letter, ha="center", va="center", fontsize=13, weight="bold",
@@ -145,7 +146,7 @@ def _draw_marks(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, int
     words = scene.layout.query_regions(PICTURE_GRID, PICTURE_GRID)
     for column, (letter, (region, (row, col))) in enumerate(zip("ABC", marks.items())):
         token = row * PICTURE_GRID + col
-        shares = attended.share(torch.tensor([token]))
+        shares = attended.share(slice(token, token + 1))
         # the root shows weak attention too; one scale for both, so that brighter means more
         ceiling = max(p[token].quantile(0.995).sqrt().item() for p in (attended.before, attended.after))
         for line, (when, probabilities) in enumerate((("before", attended.before), ("after", attended.after))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
@@ -52,19 +53,20 @@ def make_inputs(layer: Layer, seed: int, batch: int = 2) -> tuple[Tensor, Tensor
     The keys of words resemble random places of the image. The layout plays no part: the model does not know it.
     """
     generator = torch.Generator().manual_seed(seed)
+    randn = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     shape = (batch, NUM_HEADS, layer.grid**2, layer.head_dim)
 
     def noise(num_tokens: int) -> Tensor:
-        return torch.randn((*shape[:2], num_tokens, layer.head_dim), generator=generator)
+        return randn((*shape[:2], num_tokens, layer.head_dim))
 
-    coarse = torch.randn((batch * NUM_HEADS, 6, 6, 6), generator=generator)  # 6 "meanings" on a 6 x 6 grid
+    coarse = randn((batch * NUM_HEADS, 6, 6, 6))  # 6 "meanings" on a 6 x 6 grid
     meanings = torch.nn.functional.interpolate(coarse, (layer.grid, layer.grid), mode="bicubic", align_corners=True)
-    mixing = torch.randn((6, layer.head_dim), generator=generator) / 6**0.5
+    mixing = randn((6, layer.head_dim)) / 6**0.5
     smooth = (meanings.flatten(2).transpose(1, 2) @ mixing).reshape(shape)
     q = 0.8 * smooth + 0.6 * noise(shape[2])
     if layer.kind == "self":
         return q, 0.8 * smooth + 0.6 * noise(shape[2]), noise(shape[2])
-    places = torch.randint(shape[2], (NUM_TOKENS,), generator=generator)
+    places = torch.randint(shape[2], (NUM_TOKENS,), generator=generator, device="cpu")
     return q, 0.8 * smooth[:, :, places] + 0.6 * noise(NUM_TOKENS), noise(NUM_TOKENS)
 
 

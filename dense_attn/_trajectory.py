@@ -41,7 +41,7 @@ def dense_strides(x: Tensor) -> tuple[int, ...]:
 
 def contiguous_strides(x: Tensor) -> tuple[int, ...]:
     """Those of a contiguous tensor of x's shape, axes of one included."""
-    return torch.empty(x.shape, device="meta").stride()
+    return torch.empty(x.shape, dtype=x.dtype, device="meta").stride()
 
 
 def refuse_transforms(**tensors: Tensor | None) -> None:

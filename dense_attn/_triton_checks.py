@@ -126,7 +126,7 @@ def _permutation(name: str, order: Tensor) -> None:
     """On the CPU alone: kernels never leave the tokens, but a row that no place names would stay unwritten."""
     if order.device.type != "cpu":
         return
-    tokens = torch.arange(order.shape[-1], dtype=order.dtype).expand_as(order)
+    tokens = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device).expand_as(order)
     wrong = order.sort(-1).values != tokens
     if wrong.any():
         _checks.refuse(name, "be a permutation of the tokens", order.tolist())

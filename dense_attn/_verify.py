@@ -84,8 +84,8 @@ def exact_and_plain(case: Case, modulation: str) -> tuple[dict[str, Tensor], dic
     plain = exact  # nothing is wider than float64: what other orders of its sums make of it, at their worst
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        keys = torch.randperm(case.k.shape[2], generator=generator)
-        dims = torch.randperm(case.k.shape[3], generator=generator)
+        keys = torch.randperm(case.k.shape[2], generator=generator, device="cpu")
+        dims = torch.randperm(case.k.shape[3], generator=generator, device="cpu")
         other = case.reordered(keys, dims).run(modulation, "reference")
         other["dq"], other["dv"] = other["dq"][..., dims.argsort()], other["dv"][:, :, keys.argsort()]
         other["dk"] = other["dk"][:, :, keys.argsort()][..., dims.argsort()]
@@ -102,16 +102,16 @@ def cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def words(num_words: int, num_tokens: int, choices: tuple[int, ...]) -> Tensor:
-        picks = torch.randint(len(choices), (num_words, num_tokens), generator=generator)
-        return torch.tensor(choices, dtype=torch.int32)[picks]
+        picks = torch.randint(len(choices), (num_words, num_tokens), generator=generator, device="cpu")
+        return torch.tensor(choices, dtype=torch.int32, device="cpu")[picks]
 
     def case(name: str, shape: tuple[int, ...], q_words: tuple[int, ...], k_words: tuple[int, ...]) -> Case:
         batch, heads, seqlen_q, seqlen_k, head_dim = shape
-        strengths = torch.tensor((1.0, 0.3, 0.0, 1.8, -0.5), dtype=torch.float64)
-        rows = torch.randint(5, (batch, heads, seqlen_q), generator=generator)
+        strengths = torch.tensor((1.0, 0.3, 0.0, 1.8, -0.5), dtype=torch.float64, device="cpu")
+        rows = torch.randint(5, (batch, heads, seqlen_q), generator=generator, device="cpu")
         rows[:, :, 0] = 0  # the row of the negative control has strength 1
         q_regions = words(batch, seqlen_q, q_words)
         q_regions[:, 0] = q_words[0]

@@ -16,7 +16,8 @@ from dense_attn.reversible import ReversibleSampler
 DTYPES = _checks.DTYPES
 CONCEPTS = 3
 _SHAPE = (2, 4, 33, 31)
-_ALPHAS_CUMPROD = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().neg().add(1).cumprod(0)
+_ROOTS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu")  # of the betas
+_ALPHAS_CUMPROD = (1 - _ROOTS.square()).cumprod(0)
 _CHAINS = {"edict": {"mix": 0.93}, "bdia": {}}
 
 
@@ -46,7 +47,7 @@ def _call(backend: str, op: str, *arguments: object, **named: object) -> tuple[T
 
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _differing(a: Tensor, b: Tensor) -> int:

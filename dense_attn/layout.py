@@ -109,9 +109,10 @@ class Layout:
             _checks.refuse("boxes", f"hold 1 to {MAX_REGIONS} boxes", len(boxes))
         for r, box in enumerate(boxes):
             _check_box(f"boxes[{r}]", box)
-        x0, y0, x1, y1 = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4, 1).unbind(1)  # [R, 1] each
-        x = (torch.arange(width) + 0.5) / width
-        y = (torch.arange(height) + 0.5) / height
+        corners = torch.tensor(boxes, dtype=torch.float64, device="cpu")  # [R, 4]
+        x0, y0, x1, y1 = corners.reshape(-1, 4, 1).unbind(1)  # [R, 1] each
+        x = (torch.arange(width, dtype=torch.float64, device="cpu") + 0.5) / width
+        y = (torch.arange(height, dtype=torch.float64, device="cpu") + 0.5) / height
         inside_x, inside_y = (x0 <= x) & (x < x1), (y0 <= y) & (y < y1)  # [R, W], [R, H]
         empty = ~(inside_x.any(1) & inside_y.any(1))
         if empty.any():
@@ -141,7 +142,7 @@ class Layout:
         num_tokens = _integer("num_tokens", num_tokens, 1)
         if self.spans is None:
             _checks.refuse("spans", "be given to the Layout for its token words", None)
-        words = torch.zeros(num_tokens, dtype=torch.int32)
+        words = torch.zeros(num_tokens, dtype=torch.int32, device="cpu")
         for r, span in enumerate(self.spans):
             if span is None:
                 continue
@@ -160,7 +161,7 @@ class Layout:
     def area(self, height: int, width: int) -> Tensor:
         """For each image token the summed share of the image of the regions it is in, float32 `[height*width]`."""
         masks = self._resized(height, width)  # [R, height*width]
-        share = masks.sum(1, keepdim=True) / masks.shape[1]  # [R, 1]
+        share = masks.sum(1, keepdim=True).float() / masks.shape[1]  # [R, 1]
         return (masks * share).sum(0)
 
     def strength(

@@ -185,7 +185,7 @@ def _example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     words = [1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2]) for x in (q, k)]
     generator = torch.Generator(q.device).manual_seed(0)  # of its own: the caller's random numbers stay what they are
     rows = (torch.empty_like(x).normal_(generator=generator) for x in (q, k, k))
-    return *rows, *words, torch.full(q.shape[:3], 0.3, device=q.device)
+    return *rows, *words, torch.full(q.shape[:3], 0.3, dtype=torch.float32, device=q.device)
 
 
 def _fwd_launch(q: Tensor, k: Tensor) -> autotune.Launch:

@@ -96,7 +96,7 @@ def effect(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **opti
     return _gain(edited, plain, own) | {
         "inside": summary(inside, len(inside)), "outside": summary(outside, len(outside)),
         "changed": changed.float().mean().item(), "elsewhere": (~thing).float().mean().item(),
-        "changed elsewhere": ((changed & ~thing).sum() / changed.sum().clamp(min=1)).item(),
+        "changed elsewhere": ((changed & ~thing).sum().float() / changed.sum().clamp(min=1)).item(),
     }  # fmt: skip
 
 

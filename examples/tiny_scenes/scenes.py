@@ -126,13 +126,13 @@ def _gap(a: Thing, b: Thing) -> float:
 
 def render(scenes: Sequence[Scene]) -> Tensor:
     """Images [B, 3, 32, 32] in 0..1, edges smooth."""
-    images = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes])[:, :, None, None]
+    images = _floats([BACKGROUNDS[scene.background] for scene in scenes])[:, :, None, None]
     images = images.expand(-1, -1, SIDE, SIDE).clone()
     for layer in range(max(len(scene.things) for scene in scenes)):
         rows = [b for b, scene in enumerate(scenes) if layer < len(scene.things)]
         things = [scenes[b].things[layer] for b in rows]
         cover = _cover(things)[:, None]
-        colour = torch.tensor([COLOURS[thing.colour] for thing in things])[:, :, None, None]
+        colour = _floats([COLOURS[thing.colour] for thing in things])[:, :, None, None]
         images[rows] = images[rows] * (1 - cover) + colour * cover
     return images
 
@@ -146,8 +146,8 @@ def masks(scene: Scene) -> Tensor:
 
 def _cover(things: Sequence[Thing]) -> Tensor:
     """How much of each pixel a thing covers, [R, 32, 32]."""
-    centres = torch.arange(SIDE) + 0.5
-    x, y, radius = (torch.tensor([getattr(t, name) for t in things])[:, None, None] for name in ("x", "y", "radius"))
+    centres = _floats(range(SIDE)) + 0.5
+    x, y, radius = (_floats([getattr(t, name) for t in things])[:, None, None] for name in ("x", "y", "radius"))
     dx, dy = centres[None, None, :] - x, centres[None, :, None] - y
     outside = {
         "circle": (dx.square() + dy.square()).sqrt() - radius,
@@ -158,9 +158,13 @@ def _cover(things: Sequence[Thing]) -> Tensor:
     return (0.5 - signed).clamp(0, 1)
 
 
+def _floats(values: Sequence) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 def colour_masks(images: Tensor) -> dict[str, Tensor]:
     """The pixels [B, H, W] of images [B, 3, H, W] in 0..1 that are of each colour of the palette, to `NEAR`."""
-    palette = torch.tensor(list((COLOURS | BACKGROUNDS).values()))
+    palette = _floats(list((COLOURS | BACKGROUNDS).values()))
     distance = (images[:, None] - palette[None, :, :, None, None]).square().sum(2).sqrt()  # [B, P, H, W]
     nearest, near = distance.argmin(1), distance.amin(1) < NEAR
     return {name: near & (nearest == p) for p, name in enumerate(COLOURS | BACKGROUNDS)}
@@ -168,11 +172,11 @@ def colour_masks(images: Tensor) -> dict[str, Tensor]:
 
 def shape_of(mask: Tensor) -> str:
     """The shape that overlaps most with a mask [H, W] when it has the mask's area and centre of mass."""
-    area = mask.sum()
+    area = mask.sum().float()
     y, x = (float(places.float().mean() + 0.5) for places in mask.nonzero(as_tuple=True))
     overlaps = {}
     for shape, (full, below) in SOLID.items():
         radius = float((area / full).sqrt())
         (ideal,) = _cover([Thing("", shape, x, y - below * radius, radius)]) > 0.5
-        overlaps[shape] = (mask & ideal).sum() / (mask | ideal).sum()
+        overlaps[shape] = (mask & ideal).sum().float() / (mask | ideal).sum()
     return max(overlaps, key=overlaps.get)

@@ -56,7 +56,7 @@ def laid_out(
 
 def kernels(op: str) -> str:
     """The backend of an op here, that is not the reference; without one there is nothing to compare."""
-    name = _backends.resolve("auto", op, torch.empty(1, 1, 1, 1))
+    name = _backends.resolve("auto", op, torch.empty(1, 1, 1, 1, dtype=torch.float32, device="cpu"))
     if name == "reference":
         raise RuntimeError(f"{op} must have a backend that is not the reference, got {name}")
     return name
@@ -77,7 +77,7 @@ def score(images: Tensor, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         rows["iou"].append(_mean(iou(mask, target) for mask, target in zip(seen, targets)))
         rows["swapped"].append(_mean(iou(mask, target) for mask, target in zip(seen, targets.roll(1, 0))))
         rows["off_palette"].append(1 - float(sum(mask[b].float().mean() for mask in found.values())))
-    return {name: torch.tensor(values) for name, values in rows.items()}
+    return {name: torch.tensor(values, dtype=torch.float32, device="cpu") for name, values in rows.items()}
 
 
 def has(images: Tensor, colour: str) -> Tensor:
@@ -113,7 +113,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def iou(a: Tensor, b: Tensor) -> float:
     """Overlap of two masks: their intersection over their union."""
-    return float((a & b).sum() / (a | b).sum().clamp(min=1))
+    return float((a & b).sum().float() / (a | b).sum().clamp(min=1))
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -52,10 +52,10 @@ def shipped_rows() -> list[Row]:
 def users_row(regions: Tensor, phrases: Sequence[str]) -> Row:
     """A layout of one's own: masks bool [R, H, W] and what each shows, in words that the model knows."""
     small = torch.nn.functional.interpolate(regions[None].float(), (SIDE, SIDE), mode="area")[0] > 0.5
-    picture = torch.full((3, SIDE, SIDE), 0.5)
+    picture = torch.full((3, SIDE, SIDE), 0.5, dtype=torch.float32, device="cpu")
     for mask, phrase in zip(small, phrases):
         colour = next((COLOURS[word] for word in phrase.split() if word in COLOURS), (0.75, 0.75, 0.75))
-        picture = torch.where(mask, torch.tensor(colour)[:, None, None], picture)
+        picture[:, mask] = picture.new_tensor(colour)[:, None]
     return Row(caption(phrases), list(phrases), small, picture)
 
 

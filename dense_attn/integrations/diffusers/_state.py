@@ -126,7 +126,8 @@ class LayoutState:
         bound.arguments["encoder_hidden_states"] = self._with_phrases(call.text, *rows)
         if self.steps.index < self.options.active * self.steps.total:
             self._make_layers(call, rows[1] - rows[0])
-            self.factor = torch.full((), self.steps.time**self.options.exponent, device=call.text.device)
+            factor = self.steps.time**self.options.exponent
+            self.factor = torch.full((), factor, dtype=torch.float32, device=call.text.device)
             self.first, self.last = rows
         return bound.args[1:], bound.kwargs
 
@@ -188,8 +189,8 @@ class LayoutState:
 
     def _text_side(self, layouts: list[Layout], text: Tensor) -> Side:
         """The tokens of a prompt; as queries, which only joint attention has, those of a phrase are modulated."""
-        words = torch.zeros(len(layouts), text.shape[1], dtype=torch.int32)
-        strength = torch.zeros(len(layouts), text.shape[1])
+        words = torch.zeros(len(layouts), text.shape[1], dtype=torch.int32, device="cpu")
+        strength = torch.zeros(len(layouts), text.shape[1], dtype=torch.float32, device="cpu")
         for i, (image, layout) in enumerate(zip(self.images, layouts)):
             for r, places in enumerate(image.spans):
                 share = layout.masks[r].float().mean().item()

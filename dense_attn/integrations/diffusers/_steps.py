@@ -49,10 +49,10 @@ class Steps:
     def _begin(self, timestep: Tensor | float, unit: float) -> None:
         self._timesteps = self.pipe.scheduler.timesteps
         schedule = self._timesteps.to("cpu", torch.float64)
-        given = torch.as_tensor(timestep).flatten()[0].to("cpu", torch.float64) / unit
+        given = torch.as_tensor(timestep, dtype=torch.float64, device="cpu").flatten()[0] / unit
         first = int((schedule - given).abs().argmin())  # images to start from skip the first steps
         span = self.pipe.scheduler.config.num_train_timesteps
         if schedule.max() <= 2:  # what this scheduler counts in is no timestep: its steps are taken as even
-            schedule = torch.linspace(span, 0, len(schedule) + 1, dtype=torch.float64)[:-1]
+            schedule = torch.linspace(span, 0, len(schedule) + 1, dtype=torch.float64, device="cpu")[:-1]
         self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[first:].tolist()]
         self.index, self.total = 0, min(getattr(self.pipe, "num_timesteps", None) or len(self.times), len(self.times))
