@@ -11,12 +11,16 @@ from dense_attn import _backends, _checks, reference, sega
 
 
 class SemanticGuidance:
-    """Semantic guidance over a whole sampling loop: keeps the momentum, and knows who is warm at which step.
+    """Semantic guidance over whole sampling loops: keeps the momentum, and knows who is warm at which step.
 
     Every call is one step of `sega_guidance` with `warm = step >= edit_warmup_steps`,
     `enabled = step < edit_cooldown_steps` and the momentum of the call before (0 at first): the rules and the names of
     diffusers' SemanticStableDiffusionPipeline. Where that divides 0 by 0 (all warm concepts are without weight while
     another warms up) nothing is added.
+
+    A run begins at step 0, or at a step below that of the call before, as the next image's of img2img: its momentum is
+    0 at first. A step may be called twice, as by schedulers that call the network twice a step; the momentum goes on.
+    Where steps do not tell, as after a run that broke off, `reset()` does.
 
     Args:
         guidance_scale: classifier-free guidance.
@@ -30,7 +34,8 @@ class SemanticGuidance:
         backend: as in `sega_guidance`.
 
     All from edit_guidance_scale to reverse_editing_direction are one value for all concepts, or a sequence of one for
-    each. The attribute `momentum` is None before the first step; it carries gradients from step to step.
+    each. The attribute `momentum` is None before the first step; it carries gradients from step to step, and may be set
+    to that of another object to go on where it stopped.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
@@ -76,7 +81,7 @@ class SemanticGuidance:
             "sum_channels": _checks.flag("sum_channels", sum_channels),
             "backend": _checks.choice("backend", backend, ("auto", *_backends.ORDER)),
         }
-        self.momentum: Tensor | None = None
+        self.reset()
 
     def __call__(
         self,
@@ -87,19 +92,20 @@ class SemanticGuidance:
         *,
         user_mask: Tensor | None = None,  # broadcastable to [E, B, C, ...]
     ) -> Tensor:
-        """The guided noise estimate of step 0, 1, ... of a loop, [B, C, ...]; the momentum moves on."""
+        """The guided noise estimate of step 0, 1, ... of a run, [B, C, ...]; the momentum moves on."""
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
             _checks.refuse("step", "be an int", type(step).__name__, TypeError)
         _steps("step", step)
         edits = sega.check_eps(eps_uncond, eps_text, eps_edits)
-        self._check_momentum(eps_uncond)
+        momentum = None if step == 0 or step < self._last else self.momentum
+        _check_momentum(momentum, eps_uncond)
         each = {name: sega.spread(name, values, edits.shape[0]) for name, values in self._each.items()}
         warmups, cooldowns = each.pop("edit_warmup_steps"), each.pop("edit_cooldown_steps")
         eps, self.momentum = sega.sega_guidance(
             eps_uncond,
             eps_text,
             edits,
-            self.momentum,
+            momentum,
             warm=[step >= first for first in warmups],
             enabled=[end is None or step < end for end in cooldowns],
             reverse=each.pop("reverse_editing_direction"),
@@ -108,19 +114,22 @@ class SemanticGuidance:
             guidance_scale=self.guidance_scale,
             **self._options,
         )
+        self._last = int(step)
         return eps
 
     def reset(self) -> None:
-        """Forget the momentum: the next call begins another loop."""
-        self.momentum = None
+        """Forget the momentum: the next call begins another run, whatever its step."""
+        self.momentum: Tensor | None = None
+        self._last = 0  # the step of the last call
 
-    def _check_momentum(self, eps: Tensor) -> None:
-        if self.momentum is None:
-            return
-        was, now = ((tuple(x.shape), reference.accumulation_dtype(x.dtype), x.device) for x in (self.momentum, eps))
-        if was != now:
-            was, now = (f"{shape} in {_checks.name(dtype)} on {device}" for shape, dtype, device in (was, now))
-            _checks.refuse("eps_uncond", f"go with the momentum of the steps before, {was}, or reset() come first", now)
+
+def _check_momentum(momentum: Tensor | None, eps: Tensor) -> None:
+    if momentum is None:
+        return
+    was, now = ((tuple(x.shape), reference.accumulation_dtype(x.dtype), x.device) for x in (momentum, eps))
+    if was != now:
+        was, now = (f"{shape} in {_checks.name(dtype)} on {device}" for shape, dtype, device in (was, now))
+        _checks.refuse("eps_uncond", f"go with the momentum of the steps before, {was}, or reset() come first", now)
 
 
 def _steps(argument: str, value: object) -> float:
