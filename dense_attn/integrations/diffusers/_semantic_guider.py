@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
+from .guidance import warn_of_late
+
 
 class SemanticGuider(BaseGuidance):
     """Predictions of the prompt, the negative prompt and each concept, as one estimate.
@@ -52,6 +54,8 @@ class SemanticGuider(BaseGuidance):
         """The estimate; momentum begins anew with a run."""
         if not self._enabled:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
+        if self._guidance is None:  # once a guider
+            warn_of_late(self.options, self._num_inference_steps)
         if self._guidance is None or self._step <= self._last:
             self._guidance = SemanticGuidance(**self.options)
         self._last = self._step

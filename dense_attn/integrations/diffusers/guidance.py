@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +34,9 @@ class Edit:
         scale: how strongly it pulls.
         threshold: 0 to 1, the share of entries that it leaves alone.
         warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end. Schedulers of two calls of the
-            network a step (Heun, PNDM's first) count both.
-        weight: against other concepts; a negative one counts as 0.
+            network a step (Heun, PNDM's first) count both. A warning names a concept that ends before it begins, or
+            begins after the last step of a run.
+        weight: against other concepts; a negative one counts as 0, with a warning.
         reverse: away from the concept, not towards it.
     """
 
@@ -87,6 +89,8 @@ def semantic_guidance(
         _checks.refuse("pipe", "have a UNet2DConditionModel", type(pipe).__name__)
     family_of(pipe)
     options = settings(edits, momentum_scale, momentum_beta, backend)
+    for sentence in idle(edits):
+        warnings.warn(sentence, stacklevel=3)  # at the user's `with`
     with torch.no_grad():
         encoded = _phrases.encode(pipe, [edit.prompt for edit in edits])
     guided = _Guided(pipe, options, encoded[0], encoded[2] if len(encoded) > 2 else None)
@@ -118,6 +122,25 @@ def settings(edits: Sequence[Edit], momentum_scale: float, momentum_beta: float,
     return options
 
 
+def idle(edits: Sequence[Edit]) -> Iterator[str]:
+    """A sentence for each concept that can act in no run."""
+    for i, edit in enumerate(edits):
+        if edit.cooldown is not None and edit.cooldown <= edit.warmup:
+            rule = f"be above its warmup of {edit.warmup} for the concept to act"
+            yield f"edits[{i}].cooldown must {rule}, got {edit.cooldown}"
+        if edit.weight < 0:
+            rule = "be above 0 for the concept to act (reverse=True turns away from it)"
+            yield f"edits[{i}].weight must {rule}, got {edit.weight}"
+
+
+def warn_of_late(options: dict[str, Any], steps: int) -> None:
+    """Name the concepts that a run of so many steps ends before."""
+    for i, warmup in enumerate(options["edit_warmup_steps"]):
+        if warmup > steps - 1:
+            rule = f"be at most {steps - 1}, the last of the run's {steps} steps, for the concept to act"
+            warnings.warn(f"edits[{i}].warmup must {rule}, got {warmup}", stacklevel=3)
+
+
 class _Guided:
     """One block: concepts join the batch of each call, and leave it as guidance."""
 
@@ -135,6 +158,8 @@ class _Guided:
         given = bound.arguments
         self._check(given)
         if self.steps.follow(given["timestep"]):
+            if self.guidance is None:  # once a block
+                warn_of_late(self.options, self.steps.total)
             self.guidance = SemanticGuidance(**self.options)
         self.guidance.guidance_scale = self.pipe.guidance_scale  # a callback may change it
         rows, edits = len(given["sample"]) // 2, len(self.text)

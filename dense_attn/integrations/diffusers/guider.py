@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 
 from dense_attn import _checks
 
-from .guidance import Edit, settings
+from .guidance import Edit, idle, settings
 
 if TYPE_CHECKING:
     from diffusers.guiders import BaseGuidance
@@ -55,6 +56,8 @@ def semantic_guider(
     if type(pipe).__name__ != "StableDiffusionXLModularPipeline":
         _checks.refuse("pipe", "be a StableDiffusionXLModularPipeline", type(pipe).__name__)
     options = settings(edits, momentum_scale, momentum_beta, backend)
+    for sentence in idle(edits):
+        warnings.warn(sentence, stacklevel=2)
     options["guidance_scale"] = _checks.number("guidance_scale", guidance_scale)
     from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
 
