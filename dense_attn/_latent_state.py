@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from dense_attn import _checks
+from dense_attn.reversible import ReversibleSampler
 
 KINDS = {
     "step": int,
@@ -17,14 +19,25 @@ KINDS = {
     "losses": (list, tuple),
     "generator": Tensor,
     "generator_device": str,
+    "sampler": dict,
 }
+READ = {"edict": ("mix", "alternate"), "bdia": ("gamma",)}  # what these methods alone depend on
 KEYS = {*KINDS, "previous"}
 RULE = "be the state of an OptimizeResult"
 
 State = dict[str, object]
 
 
-def first(x: Tensor, count: int, generator: torch.Generator | None) -> tuple[State, torch.Generator]:
+def identity(sampler: ReversibleSampler) -> dict[str, object]:
+    """The numbers that make a sampler's chain what it is: not its backend, nor the dtype of the network."""
+    names = ("method", "exact", *READ.get(sampler.method, ()))
+    steps = {"timesteps": [int(t) for t in sampler.timesteps], "alpha_bars": list(sampler.alpha_bars)}
+    return {name: getattr(sampler, name) for name in names} | steps
+
+
+def first(
+    x: Tensor, sampler: ReversibleSampler, count: int, generator: torch.Generator | None
+) -> tuple[State, torch.Generator]:
     """The state before the first step on a number of latents that start as x, and the generator of the noise."""
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, (), device="cpu")))
@@ -37,12 +50,17 @@ def first(x: Tensor, count: int, generator: torch.Generator | None) -> tuple[Sta
         "losses": [],
         "generator": generator.get_state(),
         "generator_device": str(generator.device),
+        "sampler": identity(sampler),
         "previous": None,
     }, generator
 
 
-def resumed(state: State, x: Tensor, count: int, generator: torch.Generator | None) -> tuple[State, torch.Generator]:
+def resumed(
+    state: State, x: Tensor, sampler: ReversibleSampler, count: int, generator: torch.Generator | None
+) -> tuple[State, torch.Generator]:
     """A state that was given, on x's device, and the generator set to where it stopped."""
+    _check_kinds(state)
+    _check_sampler(state["sampler"], identity(sampler))
     _check(state, x, count)
     return _moved(state, x.device), _generator_of(state, generator)
 
@@ -103,8 +121,8 @@ def _generator_of(state: State, generator: torch.Generator | None) -> torch.Gene
         _refuse(f"{state['generator'].numel()} bytes that no generator of {named} has", "generator")
 
 
-def _check(state: State, x: Tensor, count: int, of: str = "") -> None:
-    """Require a state that fits x and the number of free latents; `of` is the key that it stands under."""
+def _check_kinds(state: State, of: str = "") -> None:
+    """Require a dict with the keys of a state; `of` is the key that it stands under."""
     if not isinstance(state, dict):
         _refuse(type(state).__name__, of, kind=TypeError)
     if set(state) != KEYS:
@@ -112,6 +130,30 @@ def _check(state: State, x: Tensor, count: int, of: str = "") -> None:
     for key, kinds in KINDS.items():
         if not isinstance(state[key], kinds) or isinstance(state[key], bool):
             _refuse(type(state[key]).__name__, of, key, kind=TypeError)
+
+
+def _check_sampler(was: dict[str, object], now: dict[str, object]) -> None:
+    """Require the chain that the state was reached with; a schedule may be rounded to float32."""
+    rule = "be that of state, with {} {}"
+    for key, value in now.items():
+        before = was.get(key)
+        if not isinstance(value, list) or not isinstance(before, list):
+            if not _alike(before, value):
+                _checks.refuse("sampler", rule.format(key, before), value)
+            continue
+        if len(before) != len(value):
+            _checks.refuse("sampler", rule.format(len(before), key), len(value))
+        for i, pair in enumerate(zip(before, value)):
+            if not _alike(*pair):
+                _checks.refuse("sampler", rule.format(f"{key}[{i}]", pair[0]), pair[1])
+
+
+def _alike(a: object, b: object) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
+
+
+def _check(state: State, x: Tensor, count: int, of: str = "") -> None:
+    """Require numbers that fit x and the number of free latents, in a state that stands under the key `of`."""
     step, losses, previous = state["step"], state["losses"], state["previous"]
     if step < 0:
         _refuse(step, of, "step")
@@ -125,6 +167,7 @@ def _check(state: State, x: Tensor, count: int, of: str = "") -> None:
     if previous is not None:
         if of:
             _refuse("a state", of, "previous")
+        _check_kinds(previous, "previous")
         _check(previous, x, count, "previous")
         if previous["step"] != step - 1:
             _refuse(previous["step"], "previous", "step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +17,46 @@ from dense_attn._latent_state import State
 from dense_attn.reversible import ReversibleSampler
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimizeResult:
-    """What `optimize_latents` found: `loss = losses[i]` is that of the latents before update i.
+    """The latents that `optimize_latents` found: `loss = losses[i]` is that of the latents before update i.
 
     Attributes:
         latents: the latents to sample from, as x; a pair where `tie=False` lets the two part.
         losses: the loss of each step, all steps of a resumed run included.
         state: give it back as `state=` to go on exactly from `latents`; a dict of tensors and numbers, which
-            `torch.save` writes and `torch.load(..., weights_only=True)` reads.
+            `torch.save` writes and `torch.load(..., weights_only=True)` reads, on this machine or another.
         message: why the run stopped early; empty when it did not.
+
+    Example:
+        >>> import tempfile, torch, dense_attn
+        >>> sampler = dense_attn.ReversibleSampler(torch.linspace(0.999, 0.01, 1000), [750, 500, 250])
+        >>> def loss_fn(image): return (image - 0.5).square().mean()
+        >>> arguments = sampler, lambda x, t: 0.1 * x, torch.tanh, loss_fn, torch.zeros(1, 3, 8, 8)
+        >>> result = dense_attn.optimize_latents(*arguments, steps=2, progress=False)
+        >>> result
+        OptimizeResult(2 steps, loss 0.25 to 0.25, latents (1, 3, 8, 8) in float32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(result.state, f"{folder}/state.pt")
+        ...     state = torch.load(f"{folder}/state.pt", weights_only=True)
+        >>> dense_attn.optimize_latents(*arguments, steps=1, state=state, progress=False)
+        OptimizeResult(3 steps, loss 0.25 to 0.25, latents (1, 3, 8, 8) in float32)
     """
 
     latents: Tensor | tuple[Tensor, Tensor]
     losses: list[float]
     state: State
     message: str = ""
+
+    def __repr__(self) -> str:
+        pair = self.latents if isinstance(self.latents, tuple) else (self.latents,)
+        parts = [f"{self.state['step']} step{'s' * (self.state['step'] != 1)}"]
+        if self.losses:
+            ends = dict.fromkeys((0, len(self.losses) - 1))  # one where they are the same
+            parts.append("loss " + " to ".join(f"{self.losses[i]:.4g}" for i in ends))
+        count = "" if len(pair) == 1 else f"{len(pair)} "
+        parts.append(f"{count}latents {tuple(pair[0].shape)} in {_checks.name(pair[0].dtype)}")
+        return f"OptimizeResult({', '.join(parts + [repr(self.message)] * bool(self.message))})"
 
 
 def optimize_latents(
@@ -81,8 +106,10 @@ def optimize_latents(
         tie: keep x and y equal.
         generator: of the noise, on any device; None takes a seed from torch's own.
         progress: show a bar with the loss.
-        state: of the result to go on from; x then gives the shape, dtype and device alone, and the noise goes on
-            where it stopped. `steps=3` and then `steps=2` are `steps=5` bit for bit, if loss_fn is deterministic.
+        state: of the result to go on from, which may come from a file (`OptimizeResult`); the sampler's chain and x's
+            shape must be those that it was reached with. x then gives the shape, dtype and device alone, and the noise
+            goes on where it stopped. `steps=3` and then `steps=2` are `steps=5` bit for bit, if loss_fn is
+            deterministic.
 
     Returns:
         An `OptimizeResult`. When a loss, image, gradient or updated latent is not finite it holds the last latents
@@ -91,6 +118,8 @@ def optimize_latents(
 
     Raises:
         ValueError, TypeError: an argument, or what a function returns, breaks the rule that the message names.
+        Exception: what eps_fn, decode_fn, loss_fn or saliency_fn raises. From the second step on the exception's
+            attribute `result` is the `OptimizeResult` of the steps done: `except MyError as error: error.result`.
 
     Source: Wallace et al., End-to-End Diffusion Latent Optimization Improves Classifier Guidance, ICCV 2023 (DOODL);
     Wang et al., Saliency Guided Optimization of Diffusion Latents, 2024 (SGOOL).
@@ -157,6 +186,7 @@ class _Update:
             "losses": [*state["losses"], loss],
             "generator": generator.get_state(),
             "generator_device": state["generator_device"],
+            "sampler": state["sampler"],
             "previous": {**state, "previous": None},
         }
 
@@ -185,11 +215,29 @@ def _run(
                 state = state["previous"]
         except KeyboardInterrupt:
             problem, losses = f"optimize_latents was interrupted in step {state['step']}", state["losses"]
+        except Exception as error:
+            if state["step"]:
+                _keep(error, state)
+            raise
     if problem:
         problem += f"; returned the latents of step {state['step']}"
         warnings.warn(problem, stacklevel=3)
+    return _result(state, losses, problem)
+
+
+def _result(state: State, losses: list[float], message: str) -> OptimizeResult:
     latents = tuple(x.clone() for x in state["latents"])
-    return OptimizeResult(latents if len(latents) > 1 else latents[0], list(losses), state, problem)
+    return OptimizeResult(latents if len(latents) > 1 else latents[0], list(losses), state, message)
+
+
+def _keep(error: Exception, state: State) -> None:
+    """Hand out what the finished steps have reached with the exception that ends the run."""
+    step = state["step"]
+    message = f"optimize_latents was stopped by {type(error).__name__} in step {step}"
+    with suppress(AttributeError):  # an exception may take no attributes
+        error.result = _result(state, state["losses"], f"{message}; these are the latents of step {step}")
+        if hasattr(error, "add_note"):  # from Python 3.11
+            error.add_note(f"{message}; the steps before are this exception's `result`: `state=result.state` goes on")
 
 
 def _start(
@@ -199,8 +247,8 @@ def _start(
     if generator is not None and not isinstance(generator, torch.Generator):
         _checks.refuse("generator", "be a torch.Generator or None", type(generator).__name__, TypeError)
     if state is not None:
-        return _latent_state.resumed(state, x, loss.count, generator)
-    return _latent_state.first(x, loss.count, generator)
+        return _latent_state.resumed(state, x, loss.sampler, loss.count, generator)
+    return _latent_state.first(x, loss.sampler, loss.count, generator)
 
 
 def _check_latents(x: Tensor) -> None:

@@ -41,7 +41,7 @@ IMPORTS = {  # the only arrows inside the package; what is not listed is a progr
     "reversible": {"_backends", "_chains", "_checks", "_progress", "_trajectory", "_way_back", "ddim"},
     "saliency": {"_checks"},
     "_image_loss": {"_checks", "reversible", "saliency"},
-    "_latent_state": {"_checks"},
+    "_latent_state": {"_checks", "reversible"},
     "optimize": {"_checks", "_image_loss", "_latent_state", "_progress", "reversible"},
     "__init__": {
         "_backends",
@@ -63,6 +63,7 @@ PUBLIC = {
     "ddim_step_inverse",
     "backends",
     "optimize_latents",
+    "OptimizeResult",
     "percentile_mask",
     "layout_attention",
     "Layout",
