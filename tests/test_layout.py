@@ -165,6 +165,13 @@ def test_boxes_hold_the_pixels_whose_centres_they_hold() -> None:
     assert layout.query_regions(4, 4).view(4, 4).tolist() == expected
 
 
+@pytest.mark.parametrize("column", range(5))
+def test_a_box_that_begins_at_a_centre_holds_it(column: int) -> None:
+    """Centres are as exact as the boxes they are compared with: float32 would put 0.7 below 0.7."""
+    layout = Layout.from_boxes([((column + 0.5) / 5, 0.0, 1.0, 1.0)], size=(1, 5))
+    assert layout.query_regions(1, 5).tolist() == [0] * column + [1] * (5 - column)
+
+
 def test_boxes_that_touch_share_no_pixel() -> None:
     layout = Layout.from_boxes([(0.0, 0.0, 0.3, 1.0), (0.3, 0.0, 1.0, 1.0)], size=(7, 5))
     assert set(layout.query_regions(7, 5).tolist()) == {1, 2}

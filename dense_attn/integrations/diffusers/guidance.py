@@ -81,7 +81,7 @@ def semantic_guidance(
         >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
         >>> from dense_attn.integrations.diffusers import Edit, semantic_guidance
         >>> pipe = tiny_pipeline(StableDiffusionPipeline)
-        >>> with semantic_guidance(pipe, [Edit("smiling", scale=4, warmup=1), Edit("hat", reverse=True)]):
+        >>> with semantic_guidance(pipe, [Edit("smiling", scale=4, warmup=1), Edit("hat", warmup=2, reverse=True)]):
         ...     image = pipe("a face", num_inference_steps=4).images[0]
     """
     unet = getattr(pipe, "unet", None)
