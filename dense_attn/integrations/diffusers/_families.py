@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dense_attn import Layout
 
-Entry = tuple[str, Side, Side, Tensor]  # kind, queries, keys, order
+Entry = tuple[tuple[str, int], Side, Side, Tensor]  # kind and halvings of the grid, queries, keys, order
 
 
 class Call(NamedTuple):
@@ -29,18 +29,20 @@ class Call(NamedTuple):
 
     timestep: Tensor | float
     text: Tensor  # [B, L, C]
-    image: Tensor  # latents [B, C, H, W], or the places [N, 3] of packed ones
+    latents: Tensor  # [B, C, H, W], or packed [B, N, C]
+    places: Tensor | None = None  # of packed ones, [N, 3]: image, row and column
 
     @property
     def key(self) -> object:
         """Equal where the grid of latents is."""
-        return tuple(self.image.shape) if self.image.dim() == 4 else id(self.image)
+        return tuple(self.latents.shape), id(self.places)
 
 
 @dataclass(frozen=True)
 class UNet:
     """Stable Diffusion 1, 2 and XL: self- and cross-attention at several resolutions."""
 
+    deepest: int = 0  # halvings of the grid in the middle
     component = "unet"
     unit = 1.0
     guidance_apart = False
@@ -54,22 +56,30 @@ class UNet:
         return Call(arguments["timestep"], arguments["encoder_hidden_states"], arguments["sample"])
 
     def grid(self, call: Call) -> tuple[int, int]:
-        """Of the latents."""
-        return tuple(call.image.shape[2:])
+        """The latents' height and width."""
+        return tuple(call.latents.shape[2:])
 
     def layers(self, state: LayoutState, layouts: list[Layout], text: Side, call: Call) -> Iterator[Entry]:
         """Each halving of the latents has layers of both kinds."""
         options, (height, width) = state.options, self.grid(call)
-        while True:
+        for depth in range(self.deepest + 1):
             image = state.image_side(layouts, (height, width), options.self_weight)
             order = order_of(image)
             if options.self_weight:
-                yield "self", image, image, order
+                yield ("self", depth), image, image, order
             if options.cross_weight:
-                yield "cross", state.image_side(layouts, (height, width), options.cross_weight), text, order
-            if height == width == 1:
-                return
+                cross = state.image_side(layouts, (height, width), options.cross_weight)
+                yield ("cross", depth), cross, text, order
             height, width = (height + 1) // 2, (width + 1) // 2
+
+    def depth(self, unet: torch.nn.Module, name: str) -> int:
+        """How often the grid is halved where a layer is."""
+        part, *rest = name.split(".")
+        if part == "down_blocks":
+            return _resized(unet.down_blocks[: int(rest[0])], "downsamplers")
+        if part == "up_blocks":
+            return self.deepest - _resized(unet.up_blocks[: int(rest[0])], "upsamplers")
+        return self.deepest
 
 
 @dataclass(frozen=True)
@@ -88,17 +98,21 @@ class Joint:
         return Call(arguments["timestep"], arguments["encoder_hidden_states"], arguments["hidden_states"])
 
     def grid(self, call: Call) -> tuple[int, int]:
-        """Of the latents."""
-        return tuple(call.image.shape[2:])
+        """The latents' height and width."""
+        return tuple(call.latents.shape[2:])
 
     def layers(self, state: LayoutState, layouts: list[Layout], text: Side, call: Call) -> Iterator[Entry]:
         """One of each kind."""
         height, width = self.grid(call)
         image = state.image_side(layouts, (height // self.patch, width // self.patch), state.options.self_weight)
         tokens = joined(image, text)
-        yield "joint", tokens, tokens, order_of(tokens)
+        yield ("joint", 0), tokens, tokens, order_of(tokens)
         if state.options.self_weight:
-            yield "self", image, image, order_of(image)
+            yield ("self", 0), image, image, order_of(image)
+
+    def depth(self, transformer: torch.nn.Module, name: str) -> int:
+        """All layers have one grid."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -113,21 +127,31 @@ class Flux:
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
-        return Call(arguments["timestep"], arguments["encoder_hidden_states"], arguments["img_ids"])
+        latents, places = arguments["hidden_states"], arguments["img_ids"]
+        places = places[0] if places.dim() == 3 else places  # as the transformer reads them
+        return Call(arguments["timestep"], arguments["encoder_hidden_states"], latents, places)
 
     def grid(self, call: Call) -> tuple[int, int]:
-        """Of the latents, of which a token packs 2 x 2."""
-        places = call.image.reshape(-1, 3)
-        height, width = (places[places[:, 0] == 0][:, 1:].amax(0) + 1).long().tolist()
+        """The latents' height and width, of which a token packs 2 x 2: counted, for bfloat16 rounds places past 256."""
+        own = call.places[call.places[:, 0] == 0]
+        width = int((own[:, 1] == 0).sum())
+        height = len(own) // max(width, 1)
+        expected = torch.arange(height, device=own.device).repeat_interleave(width).to(own.dtype)
+        if len(own) != height * width or not torch.equal(own[:, 1], expected):
+            _checks.refuse("pipe", "number its image tokens row by row (img_ids)", f"{len(own)} in rows of {width}")
         return 2 * height, 2 * width
 
     def layers(self, state: LayoutState, layouts: list[Layout], text: Side, call: Call) -> Iterator[Entry]:
         """One kind; the tokens of an image to edit come after the others and belong to no region."""
         height, width = (side // 2 for side in self.grid(call))
-        others = call.image.shape[-2] - height * width
+        others = call.latents.shape[1] - height * width
         image = state.image_side(layouts, (height, width), state.options.self_weight, others)
         tokens = joined(text, image)
-        yield "joint", tokens, tokens, order_of(tokens)
+        yield ("joint", 0), tokens, tokens, order_of(tokens)
+
+    def depth(self, transformer: torch.nn.Module, name: str) -> int:
+        """All layers have one grid."""
+        return 0
 
 
 Family = UNet | Joint | Flux
@@ -140,7 +164,7 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     kind = type(denoiser).__name__
     family: Family
     if kind == "UNet2DConditionModel":
-        family = UNet()
+        family = UNet(_resized(denoiser.down_blocks, "downsamplers"))
     elif kind == "SD3Transformer2DModel":
         family = Joint(denoiser.config.patch_size)
     elif kind == "FluxTransformer2DModel":
@@ -163,6 +187,13 @@ def _check_kind(pipe: DiffusionPipeline, family: Family) -> None:
         if hasattr(type(pipe), feature):
             _checks.refuse("pipe", f"make no estimates beside the prompt's and the negative one's ({feature})",
                            type(pipe).__name__)  # fmt: skip
+    if hasattr(type(pipe), "get_views"):
+        _checks.refuse("pipe", "denoise the whole image in each call, not views of it (get_views)", type(pipe).__name__)
+
+
+def _resized(blocks: Any, samplers: str) -> int:
+    """How many blocks halve the grid, or double it."""
+    return sum(bool(getattr(block, samplers, None)) for block in blocks)
 
 
 def attention_layers(denoiser: torch.nn.Module, family: Family) -> dict[str, Any]:

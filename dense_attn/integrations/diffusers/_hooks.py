@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+OWN = ("diffusers", "torch", "accelerate", "peft")  # whose code around a layer leaves its tokens as they are
+
 _watchers: WeakKeyDictionary[torch.nn.Module, list[Any]] = WeakKeyDictionary()
 
 
@@ -20,6 +22,19 @@ def unwrapped(module: Any) -> Any:
 def watchers(module: Any) -> tuple[Any, ...]:
     """The blocks that watch a module now, outermost first."""
     return tuple(_watchers.get(unwrapped(module), ()))
+
+
+def foreign(root: torch.nn.Module, name: str) -> str | None:
+    """The function of another extension that stands around a module inside of another, None where there is none."""
+    path = name.split(".")
+    for length in range(len(path), 0, -1):
+        module = root.get_submodule(".".join(path[:length]))
+        calls = [module.forward, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        for call in calls:
+            function = getattr(getattr(call, "func", call), "__func__", getattr(call, "func", call))
+            if getattr(function, "__globals__", {}).get("__name__", "").split(".")[0] not in OWN:
+                return getattr(function, "__qualname__", type(function).__qualname__)
+    return None
 
 
 @contextmanager

@@ -16,8 +16,9 @@ Result = Tensor | tuple[Tensor, ...]
 class LayoutProcessor:
     """What families share: the processor that was there, for calls without a layout."""
 
-    def __init__(self, original: Any, state: LayoutState) -> None:
+    def __init__(self, original: Any, state: LayoutState, depth: int = 0) -> None:
         self.original, self.state = original, state
+        self.depth = depth  # how often the grid of latents is halved where its layer is
 
 
 class RowsProcessor(LayoutProcessor):
@@ -54,7 +55,7 @@ class UNetProcessor(RowsProcessor):
     """For the self- and cross-attention of a U-Net."""
 
     def _layer(self, x: Tensor, context: Tensor | None) -> Layer | None:
-        return self.state.layer("self" if context is None else "cross", x, x.shape[1])
+        return self.state.layer(self, "self" if context is None else "cross", x, x.shape[1])
 
     def _modulated(self, attn: Any, layer: Layer, x: Tensor, context: Tensor | None) -> Tensor:
         if context is not None and attn.norm_cross:
@@ -71,8 +72,8 @@ class JointProcessor(RowsProcessor):
 
     def _layer(self, x: Tensor, text: Tensor | None) -> Layer | None:
         if text is None:
-            return self.state.layer("self", x, x.shape[1])
-        return self.state.layer("joint", x, x.shape[1] + text.shape[1])
+            return self.state.layer(self, "self", x, x.shape[1])
+        return self.state.layer(self, "joint", x, x.shape[1] + text.shape[1])
 
     def _modulated(self, attn: Any, layer: Layer, x: Tensor, text: Tensor | None) -> Result:
         q, k, v = (_heads(tokens, attn.heads) for tokens in _project(attn, x, None))
@@ -112,7 +113,7 @@ class FluxProcessor(LayoutProcessor):
         """The image's output, with text tokens of their own also theirs."""
         text = encoder_hidden_states
         tokens = hidden_states.shape[1] + (0 if text is None else text.shape[1])
-        layer = self.state.layer("joint", hidden_states, tokens)
+        layer = self.state.layer(self, "joint", hidden_states, tokens)
         if layer is None:
             return self.original(attn, hidden_states, text, attention_mask, image_rotary_emb, **kwargs)
         _refuse_mask(attention_mask)

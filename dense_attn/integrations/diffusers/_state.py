@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,13 +13,15 @@ from torch import Tensor
 from dense_attn import Layout, _checks, layout_attention, tile_lists
 from dense_attn.layout import _BITS
 
-from ._hooks import unwrapped
+from ._hooks import foreign, unwrapped
+from ._rows import Rows
 from ._steps import Steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ._families import Call, Family
+    from ._processors import LayoutProcessor
 
 
 @dataclass(frozen=True)
@@ -81,22 +84,42 @@ class LayoutState:
         self.paused = 0  # blocks inside of this one
         self.ended = False
         self.installed: dict[str, tuple[Any, Any]] = {}  # attention modules and the processors that they were given
-        self.layers: dict[tuple[str, int], Layer] = {}
+        self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
         self.factor: Tensor | None = None  # time**exponent
+        self._rows = Rows(pipe, len(images), family.guidance_apart)
+        self._told = False  # of layers left alone
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
-        self._texts: tuple[Tensor, Tensor] | None = None
 
     def end(self) -> None:
         """Leave processors that outlive the block without effect."""
         self.ended, self.first, self.last = True, 0, 0
 
-    def layer(self, kind: str, hidden_states: Tensor, num_tokens: int) -> Layer | None:
+    def layer(self, processor: LayoutProcessor, kind: str, hidden_states: Tensor, num_tokens: int) -> Layer | None:
         """The layer that a call of a processor belongs to, None where nothing is to be modulated."""
-        if self.first == self.last or hidden_states.dim() != 3:
+        if self.first == self.last:
             return None
-        return self.layers.get((kind, num_tokens))
+        layer = self.layers.get((kind, processor.depth))
+        if layer is None:
+            return None
+        expected = layer.q_words.shape[1]
+        if num_tokens != expected or hidden_states.dim() != 3 or len(hidden_states) < self.last:
+            self._tell(processor, tuple(hidden_states.shape), num_tokens, expected)
+            return None
+        return layer
+
+    def _tell(self, processor: LayoutProcessor, shape: tuple[int, ...], num_tokens: int, expected: int) -> None:
+        """Refuse tokens of a layer's own that no layout is for; once a block, warn of those that an extension makes."""
+        name = next(name for name, (_, own) in self.installed.items() if own is processor)
+        other = foreign(unwrapped(getattr(self.pipe, self.family.component)), name)
+        if other is None and len(shape) == 3:
+            _checks.refuse("pipe", f"give {name} the {expected} tokens of its latents' grid", num_tokens)
+        if not self._told:
+            self._told = True
+            why = f"{other} gives it" if other else "it has"
+            text = f"a layout leaves {name}, and layers like it, alone: {why} {shape} where {expected} tokens have a place"
+            warnings.warn(text, stacklevel=2)
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Modulated attention of q, k, v [B, H, tokens, D]."""
@@ -120,7 +143,7 @@ class LayoutState:
         if self.longest > call.text.shape[1]:
             _checks.refuse("prompt", f"have its phrases in the {call.text.shape[1]} tokens of the call", self.longest)
         self.steps.follow(call.timestep, self.family.unit)
-        rows = self._conditional_rows(call)
+        rows = self._rows.of(call.latents, call.text, self.steps.repeated)
         if rows is None:
             return None
         bound.arguments["encoder_hidden_states"] = self._with_phrases(call.text, *rows)
@@ -131,31 +154,15 @@ class LayoutState:
             self.first, self.last = rows
         return bound.args[1:], bound.kwargs
 
-    def _conditional_rows(self, call: Call) -> tuple[int, int] | None:
-        """The rows of the batch that see the prompt, None if none does."""
-        batch = call.text.shape[0]
-        if self.family.guidance_apart:  # the unconditional estimate is a second call of the same step
-            return None if self.steps.repeated else (0, batch)
-        halves = getattr(self.pipe, "do_classifier_free_guidance", False) and not self.steps.repeated
-        first = batch // 2 if halves else 0
-        if halves and batch % 2:
-            _checks.refuse("pipe", "call its denoiser with two halves when it guides", f"a batch of {batch}")
-        if (batch - first) % len(self.images):
-            got = f"{len(self.images)} for {batch - first} images"
-            _checks.refuse("prompt", "have one entry or one for each prompt of the call", got)
-        return first, batch
-
     def _with_phrases(self, text: Tensor, first: int, last: int) -> Tensor:
         """The text tokens with each phrase's embeddings as it has them alone, in the rows that see the prompt."""
         if not any(image.alone for image in self.images):
             return text
-        if self._texts is None or self._texts[0] is not text:  # pipelines hand in the same tensor in every step
-            replaced, each = text.clone(), (last - first) // len(self.images)
-            for i, image in enumerate(self.images):
-                for (start, stop), alone in image.alone:
-                    replaced[first + i * each : first + (i + 1) * each, start:stop] = alone.to(text)
-            self._texts = text, replaced
-        return self._texts[1]
+        replaced, each = text.clone(), (last - first) // len(self.images)  # anew: callbacks change text in place
+        for i, image in enumerate(self.images):
+            for (start, stop), alone in image.alone:
+                replaced[first + i * each : first + (i + 1) * each, start:stop] = alone.to(text)
+        return replaced
 
     def _make_layers(self, call: Call, rows: int) -> None:
         """The layers of a latent grid and a number of text tokens, once a run."""
@@ -166,9 +173,9 @@ class LayoutState:
         layouts = [Layout(_resized(image.masks, grid).to(call.text.device)) for image in self.images]
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
-        for kind, q, k, order in self.family.layers(self, layouts, text, call):
+        for key, q, k, order in self.family.layers(self, layouts, text, call):
             spread = (lambda x: x) if len(self.images) == 1 else (lambda x: x.repeat_interleave(each, 0))
-            self.layers[kind, q.words.shape[1]] = Layer(
+            self.layers[key] = Layer(
                 spread(self._words(q)), spread(self._words(k)), spread(q.strength)[:, None],
                 None if order is None else spread(order),
             )  # fmt: skip

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """Follows a pipeline by its scheduler: any scheduler, any number of steps, from any start.
+    """Follows a pipeline by its scheduler: any scheduler, any number of steps and of calls in a step, from any start.
 
-    The scheduler's timesteps are read once a run, which is the one wait for a GPU; then calls are counted.
+    Timesteps are read once a run, which is the one wait for a GPU, and again only where they come in other memory.
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
@@ -23,18 +23,21 @@ class Steps:
         self.total = 0  # steps of this run
         self.repeated = False  # whether a call of the same step came before
         self.times: list[float] = []  # of all steps, 1 at pure noise
-        self._timesteps: Tensor | None = None
-        self._scheduler_index: int | None = None
+        self._timesteps: Tensor | None = None  # as the scheduler had them at the last call
+        self._schedule: list[float] = []  # their values
+        self._first = 0  # the run's first in it
+        self._last: Tensor | float = 0.0  # the last call's
+        self._count: int | None = None  # the scheduler's, where it counts, at the last call
 
     def follow(self, timestep: Tensor | float, unit: float = 1.0) -> bool:
         """Take one call's timestep, which counts in units of the scheduler's; whether a run begins."""
         scheduler = self.pipe.scheduler
-        index = getattr(scheduler, "step_index", None)
-        # Schedulers that count their steps tell the calls of one step; with the others every call is a step.
-        same = hasattr(scheduler, "step_index") and index == self._scheduler_index
-        begins = scheduler.timesteps is not self._timesteps or (self.index + 1 >= len(self.times) and not same)
+        count = getattr(scheduler, "step_index", None)
+        # Schedulers that count their steps tell the calls of one step; with the others the timestep does.
+        same = bool(self.times) and (_equal(timestep, self._last) if count is None else count == self._count)
+        begins = self._is_new(timestep, unit, count) or (self.index + 1 >= len(self.times) and not same)
         self.repeated = same and not begins
-        self._scheduler_index = index
+        self._timesteps, self._last, self._count = scheduler.timesteps, timestep, count
         if begins:
             self._begin(timestep, unit)
         elif not self.repeated:
@@ -46,13 +49,37 @@ class Steps:
         """1 at pure noise, 0 at the image: the timestep's part of the training's, or a flow model's sigma."""
         return self.times[self.index]
 
+    def _is_new(self, timestep: Tensor | float, unit: float, count: int | None) -> bool:
+        """Whether the scheduler's timesteps were set for another run, and not copied in the middle of this one."""
+        timesteps = self.pipe.scheduler.timesteps
+        if timesteps is self._timesteps:
+            return False
+        if not self.times or timesteps.tolist() != self._schedule:
+            return True
+        ahead = 1 if self.index == 0 else 0  # a first step that comes again is another run's
+        if hasattr(self.pipe.scheduler, "step_index"):
+            return count is None or (self._count is not None and count - self._count not in range(ahead, 2))
+        at = self._first + self.index
+        return _value(timestep) / unit not in self._schedule[at + ahead : at + 2]
+
     def _begin(self, timestep: Tensor | float, unit: float) -> None:
-        self._timesteps = self.pipe.scheduler.timesteps
-        schedule = self._timesteps.to("cpu", torch.float64)
-        given = torch.as_tensor(timestep, dtype=torch.float64, device="cpu").flatten()[0] / unit
-        first = int((schedule - given).abs().argmin())  # images to start from skip the first steps
+        schedule = self.pipe.scheduler.timesteps.to("cpu", torch.float64)
+        self._schedule = self.pipe.scheduler.timesteps.tolist()
+        self._first = int((schedule - _value(timestep) / unit).abs().argmin())  # images skip the first steps
         span = self.pipe.scheduler.config.num_train_timesteps
         if schedule.max() <= 2:  # what this scheduler counts in is no timestep: its steps are taken as even
             schedule = torch.linspace(span, 0, len(schedule) + 1, dtype=torch.float64, device="cpu")[:-1]
-        self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[first:].tolist()]
+        self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[self._first :].tolist()]
         self.index, self.total = 0, min(getattr(self.pipe, "num_timesteps", None) or len(self.times), len(self.times))
+
+
+def _value(timestep: Tensor | float) -> float:
+    return float(torch.as_tensor(timestep, dtype=torch.float64, device="cpu").flatten()[0])
+
+
+def _equal(a: Tensor | float, b: Tensor | float) -> bool:
+    """Elements of one tensor of timesteps are told apart by their place: no wait, and some schedules repeat values."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():
+            return a.data_ptr() == b.data_ptr()
+    return _value(a) == _value(b)

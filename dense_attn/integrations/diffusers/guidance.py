@@ -17,6 +17,7 @@ from dense_attn import SemanticGuidance, _checks
 from . import _phrases
 from ._families import family_of
 from ._hooks import unwrapped, watched
+from ._rows import check_halves
 from ._steps import Steps
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ class _Guided:
             if self.guidance is None:  # once a block
                 warn_of_late(self.options, self.steps.total)
             self.guidance = SemanticGuidance(**self.options)
+        if self.steps.repeated:
+            _checks.refuse("pipe", "call its U-Net once a step with semantic guidance", "a second call of a step")
         self.guidance.guidance_scale = self.pipe.guidance_scale  # a callback may change it
         rows, edits = len(given["sample"]) // 2, len(self.text)
 
@@ -196,9 +199,7 @@ class _Guided:
     def _check(self, given: dict[str, Any]) -> None:
         if not self.pipe.do_classifier_free_guidance:
             _checks.refuse("guidance_scale", "be above 1 for semantic guidance", self.pipe.guidance_scale)
-        if len(given["sample"]) % 2:
-            got = f"a batch of {len(given['sample'])}"
-            _checks.refuse("pipe", "call its denoiser with two halves when it guides", got)
+        check_halves(given["sample"])
         if getattr(self.pipe, "guidance_rescale", 0):
             _checks.refuse("guidance_rescale", "be 0 with semantic guidance", self.pipe.guidance_rescale)
         for name in RESIDUALS:

@@ -134,7 +134,8 @@ def _installed(
     before = {name: layer.processor for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.set_processor(family.processor(_below(before[name]), state))
+            depth = family.depth(unwrapped(component), name)
+            layer.set_processor(family.processor(_below(before[name]), state, depth))
             state.installed[name] = layer, layer.processor
         with watched(component, state, state.before_call):
             yield

@@ -1,0 +1,78 @@
+"""Which rows of a denoiser's batch see the prompt: what the pipeline says, checked against the tensors of the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dense_attn import _checks
+
+
+class Rows:
+    """Follows the batches of one block; tensors that were looked at once are not looked at again."""
+
+    def __init__(self, pipe: Any, num_layouts: int, apart: bool) -> None:
+        self.pipe, self.num_layouts, self.apart = pipe, num_layouts, apart
+        self._step_text: Tensor | None = None  # of the first call of this step
+        self._seen: tuple[object, ...] | None = None
+
+    def of(self, latents: Tensor, text: Tensor, repeated: bool) -> tuple[int, int] | None:
+        """The first and last row that see the prompt, None if none does."""
+        batch, before = len(text), self._step_text
+        if len(latents) != batch:
+            _checks.refuse("pipe", "give each row of latents its text", f"{batch} texts for {len(latents)} rows")
+        if not repeated:
+            self._step_text = text
+        if self.apart:  # the unconditional estimate is a second call of the same step
+            guides = False
+            if repeated and text is not before:
+                return None
+        else:
+            guides = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
+            if guides and repeated and before is not None and 2 * batch == len(before):
+                negative, prompt = before.chunk(2)  # one of them again
+                return None if torch.equal(text, negative) and not torch.equal(text, prompt) else self._whole(0, batch)
+        first, last = self._whole(batch // 2 if guides else 0, batch)
+        seen = text, version(text), guides
+        if self._seen is None or seen[1] is None or any(a is not b for a, b in zip(seen, self._seen)):
+            check_halves(latents) if guides else self._check_texts(latents, text)
+            self._seen = seen
+        return first, last
+
+    def _whole(self, first: int, last: int) -> tuple[int, int]:
+        if (last - first) % self.num_layouts:
+            got = f"{self.num_layouts} for {last - first} images"
+            _checks.refuse("prompt", "have one entry or one for each prompt of the call", got)
+        return first, last
+
+    def _check_texts(self, latents: Tensor, text: Tensor) -> None:
+        """Refuse a negative half where the pipeline tells of none: the same latents, and texts that are no prompts'."""
+        batch = len(text)
+        if batch == 1:
+            return
+        owner = torch.arange(batch, device=text.device) // (batch // self.num_layouts)
+        others = ~_twins(text)
+        if bool((others & (owner[:, None] == owner)).any() and (others & _twins(latents)).any()):
+            rule = "tell that it guides (do_classifier_free_guidance)"
+            _checks.refuse("pipe", rule, "rows of the same latents with two texts")
+
+
+def check_halves(latents: Tensor) -> None:
+    """Refuse a batch that is not the same latents twice."""
+    rule = "call its denoiser with two halves of the same latents when it guides"
+    if len(latents) % 2:
+        _checks.refuse("pipe", rule, f"a batch of {len(latents)}")
+    if not torch.equal(*latents.chunk(2)):
+        _checks.refuse("pipe", rule, "other latents")
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; tensors of inference mode do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _twins(rows: Tensor) -> Tensor:
+    """Which rows [B, ...] are equal, bool [B, B]."""
+    return torch.stack([(rows == row).flatten(1).all(1) for row in rows])

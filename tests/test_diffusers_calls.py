@@ -1,0 +1,323 @@
+"""How a network is really called: rows of its batch, calls of a step, tokens of its layers, tensors changed in place."""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from pipelines import PROMPT, REGIONS, close, diffusers, latents, pipeline
+from torch import Tensor
+
+from dense_attn import Layout
+from dense_attn.examples._tiny_pipeline import tiny_pipeline
+from dense_attn.integrations.diffusers import Edit, _state, apply_layout, semantic_guidance
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
+    """q, k, v, words of queries and keys, and strength of all calls of layout_attention."""
+    seen: list[tuple[Tensor, ...]] = []
+    original: Callable = _state.layout_attention
+
+    def watched(*args: Tensor, **options: object) -> Tensor:
+        seen.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(_state, "layout_attention", watched)
+    return seen
+
+
+@torch.no_grad()
+def own_loop(pipe: object, texts: Tensor, rows: int, *, times: int = 1, copies: int = 1, steps: int = 10) -> Tensor:
+    """A sampler that a user wrote: `copies` of `rows` latents in a batch, `times` calls in a step."""
+    pipe.scheduler.set_timesteps(steps)
+    x = torch.randn(rows, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    for t in pipe.scheduler.timesteps:
+        for _ in range(times):
+            eps = pipe.unet(torch.cat([x] * copies), t, encoder_hidden_states=texts).sample
+        x = pipe.scheduler.step(eps[:rows], t, x).prev_sample
+    return x
+
+
+def fresh(scheduler: str = "DDIM") -> object:
+    """A pipeline of its own, which has not been called."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(pipe.scheduler.config)
+    return pipe
+
+
+def test_a_negative_half_that_the_pipeline_does_not_tell_of(calls: list) -> None:
+    """Rows of the same latents with other texts, from a user's loop or another pipeline around the model."""
+    pipe = fresh()
+    text, empty = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    sentence = "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same latents with two texts"
+    with apply_layout(pipe, PROMPT, REGIONS):
+        own_loop(pipe, text, 1)
+    assert len(calls) == 3 * len(pipe.unet.attn_processors)
+    calls.clear()
+    for order in ([empty, text], [empty, text, empty, text]):
+        with apply_layout(pipe, PROMPT, REGIONS), pytest.raises(ValueError, match=sentence):
+            own_loop(pipe, torch.cat(order), 1, copies=len(order))
+    other = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    with apply_layout(other, PROMPT, REGIONS), pytest.raises(ValueError, match=sentence):
+        latents(pipe)
+    assert calls == []
+
+
+def test_two_negative_halves_of_two_layouts() -> None:
+    pipe, prompts = fresh(), ["a cat", "dog cat"]
+    text, empty = pipe.encode_prompt(prompts, "cpu", 1, True)
+    with apply_layout(pipe, prompts, [[REGIONS[0]], [REGIONS[1]]]), pytest.raises(ValueError, match="tell that it gui"):
+        own_loop(pipe, torch.cat([empty, text]), 2, copies=2)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_prompts_of_one_seed_are_no_halves(images: int) -> None:
+    """Without guidance each has a row and a layout of its own, though the latents are the same."""
+    pipe, prompts = pipeline("sd"), ["a cat", "dog cat"]
+    regions = [[REGIONS[0]], [REGIONS[1]]]
+    noise = torch.randn(images, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    options = {"guidance_scale": 1.0, "num_images_per_prompt": images}
+    with apply_layout(pipe, prompts, regions):
+        both = latents(pipe, prompts, latents=noise.repeat(2, 1, 1, 1), **options)
+    for i, prompt in enumerate(prompts):
+        with apply_layout(pipe, prompt, regions[i]):
+            assert close(both[i * images :][:images], latents(pipe, prompt, latents=noise, **options))
+
+
+def test_guidance_that_is_no_two_halves(calls: list) -> None:
+    """The pipeline says that it guides, and gives the prompt's rows alone."""
+    pipe = fresh()
+    latents(pipe, steps=1)
+    assert pipe.do_classifier_free_guidance
+    text = pipe.encode_prompt(PROMPT, "cpu", 2, False)[0]
+    sentence = "pipe must call its denoiser with two halves of the same latents when it guides, got other latents"
+    with apply_layout(pipe, PROMPT, REGIONS), pytest.raises(ValueError, match=sentence):
+        own_loop(pipe, text, 2)
+    with semantic_guidance(pipe, [Edit("fog")]), pytest.raises(ValueError, match=sentence):
+        own_loop(pipe, text, 2)
+    assert calls == []
+
+
+def test_guidance_may_end_within_a_run(calls: list) -> None:
+    """A callback that turns it off hands in the prompt's half alone."""
+    pipe = pipeline("sd")
+
+    def alone(pipe: object, step: int, _t: object, given: dict) -> dict:
+        if step == 0:
+            pipe._guidance_scale = 1.0
+            given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[1]
+        return given
+
+    with apply_layout(pipe, PROMPT, REGIONS):
+        latents(pipe, callback_on_step_end=alone, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert len(calls) == 3 * len(pipe.unet.attn_processors)
+    assert {call[0].shape[0] for call in calls} == {1}
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete", "PNDM", "HeunDiscrete"])
+def test_a_scheduler_that_is_copied_goes_on(scheduler: str, calls: list) -> None:
+    """Timesteps are compared by value; a second run with the same ones begins anew, after a broken one too."""
+    pipe = fresh(scheduler)
+
+    def replaced(pipe: object, _step: int, _t: object, given: dict) -> dict:
+        pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        return given
+
+    def broken(pipe: object, step: int, _t: object, given: dict) -> dict:
+        if step == 1:
+            raise ZeroDivisionError
+        return replaced(pipe, step, _t, given)
+
+    with apply_layout(pipe, PROMPT, REGIONS):
+        right = latents(pipe)
+        expected = len(calls)
+        for _ in range(2):
+            calls.clear()
+            assert torch.equal(latents(pipe, callback_on_step_end=replaced), right)
+            assert len(calls) == expected
+            with pytest.raises(ZeroDivisionError):
+                latents(pipe, callback_on_step_end=broken)
+        for _ in range(2):
+            calls.clear()
+            latents(pipe, steps=4, guidance_scale=1.0)
+            assert len(calls) == -(-3 * pipe.num_timesteps // 10) * len(pipe.unet.attn_processors)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete"])
+def test_several_calls_of_a_step(scheduler: str, calls: list) -> None:
+    """They are one step: the layout acts in all of the first 30 %."""
+    pipe = fresh(scheduler)
+    text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    with apply_layout(pipe, PROMPT, REGIONS):
+        own_loop(pipe, text, 1, times=3)
+    layers = len(pipe.unet.attn_processors)
+    assert len(calls) == 3 * 3 * layers
+    strengths = [float(call[5].max()) for call in calls[::layers]]
+    assert strengths == sorted(strengths, reverse=True)
+    assert [strengths.count(strength) for strength in strengths] == [3] * 9
+    pipe = fresh(scheduler)
+    latents(pipe)
+    both = torch.cat(pipe.encode_prompt(PROMPT, "cpu", 1, True)[::-1])
+    calls.clear()
+    with apply_layout(pipe, PROMPT, REGIONS):
+        own_loop(pipe, both, 1, copies=2, times=2)
+    assert len(calls) == 3 * 2 * layers
+    assert {call[0].shape[0] for call in calls} == {1}
+    with semantic_guidance(pipe, [Edit("fog")]), pytest.raises(ValueError, match="must call its U-Net once a step"):
+        own_loop(pipe, both, 1, copies=2, times=2)
+
+
+def merging(share: int, kind: type) -> type:
+    """A block of a U-Net whose self-attention gets one of `share` tokens, as token merging does."""
+
+    class Merged(kind):
+        def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+            inner = self.attn1.forward
+
+            def fewer(x: Tensor, *rest: object, **options: object) -> Tensor:
+                return inner(x[:, ::share], *rest, **options).repeat_interleave(share, 1)
+
+            self.attn1.forward = fewer
+            try:
+                return super().forward(hidden_states, *args, **kwargs)
+            finally:
+                del self.attn1.forward
+
+    return Merged
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_merged_tokens_are_told_of_once(share: int, calls: list) -> None:
+    """A quarter of the tokens is as many as the next resolution has, and no layout of that is taken."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline, blocks=4)
+    blocks = [m for m in pipe.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    for block in blocks:
+        block.__class__ = merging(share, type(block))
+    with apply_layout(pipe, PROMPT, REGIONS), pytest.warns(UserWarning, match="leaves .*attn1, .*alone") as told:
+        latents(pipe, height=32, width=32)
+        latents(pipe, height=32, width=32)
+    assert len(told) == 1
+    assert "Merged" in str(told[0].message)
+    assert len(calls) == 2 * 3 * len(blocks)
+    assert all(call[1].shape[2] == 16 for call in calls)  # cross-attention alone
+
+
+def test_merged_tokens_by_a_replaced_method_or_a_hook(calls: list) -> None:
+    for way in ("method", "hook"):
+        pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+        layer = next(m for name, m in pipe.unet.named_modules() if name.endswith("attn1"))
+        if way == "method":
+            layer.forward = lambda x, *args, inner=layer.forward, **kwargs: inner(
+                x[:, ::2], *args, **kwargs
+            ).repeat_interleave(2, 1)
+        else:
+            layer.register_forward_pre_hook(lambda _, args: (args[0][:, ::2], *args[1:]))
+            layer.register_forward_hook(lambda _, __, out: out.repeat_interleave(2, 1))
+        with apply_layout(pipe, PROMPT, REGIONS), pytest.warns(UserWarning, match="a layout leaves .* alone"):
+            latents(pipe, steps=1)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_tokens_of_a_layers_own_that_no_layout_has(offloaded: bool) -> None:
+    """A U-Net that rounds odd sizes down; of even ones it has what a layout is for."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline, blocks=4)
+    for block in pipe.unet.down_blocks:
+        for sampler in block.downsamplers or ():
+            sampler.padding, sampler.conv.padding = 0, (0, 0)
+    if offloaded:
+        pytest.importorskip("accelerate").cpu_offload(pipe.unet, "cpu")
+    with apply_layout(pipe, PROMPT, REGIONS):
+        latents(pipe, height=32, width=32, steps=1)
+        with pytest.raises(ValueError, match=r"pipe must give mid_block.* 6 tokens .*, got 2"):
+            latents(pipe, height=24, width=40, steps=1)
+    latents(pipe, height=24, width=40, steps=1)
+
+
+def test_without_weights_of_a_kind_nothing_is_told() -> None:
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    for block in (m for m in pipe.unet.modules() if type(m).__name__ == "BasicTransformerBlock"):
+        block.__class__ = merging(2, type(block))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with apply_layout(pipe, PROMPT, REGIONS, self_weight=0):
+            latents(pipe, steps=1)
+
+
+@pytest.mark.parametrize("mode", ["plain", "inference"])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_embeddings_that_a_callback_changes_in_place(family: str, mode: str) -> None:
+    pipe = pipeline(family)
+
+    def in_place(_pipe: object, _step: int, _t: object, given: dict) -> dict:
+        given["prompt_embeds"].mul_(1.5)
+        return {}
+
+    def anew(_pipe: object, _step: int, _t: object, given: dict) -> dict:
+        return {"prompt_embeds": given["prompt_embeds"] * 1.5}
+
+    results = []
+    for callback in (in_place, anew):
+        with torch.inference_mode(mode == "inference"), apply_layout(pipe, PROMPT, REGIONS):
+            found = latents(
+                pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"], steps=4
+            )
+            results.append(found.clone())
+    assert torch.equal(*results)
+
+
+def test_a_wide_grid_of_flux_in_bfloat16(calls: list) -> None:
+    """Past 256 its places are rounded; the tokens are counted."""
+    pipe = tiny_pipeline(diffusers.FluxPipeline).to(torch.bfloat16)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        latents(pipe, steps=1, height=16, width=1204)
+    masks = Layout.from_boxes([box for _, box in REGIONS], (512, 512)).masks
+    masks = torch.nn.functional.interpolate(masks[None].to(torch.uint8), (8, 602), mode="nearest")[0].bool()
+    expected = Layout(masks).query_regions(4, 301)
+    for call in calls:
+        assert torch.equal(call[3][0, 24:], expected)
+    assert calls
+
+
+def test_places_that_are_no_grid() -> None:
+    pipe = fresh()
+    pipe = tiny_pipeline(diffusers.FluxPipeline)
+    ids = pipe._prepare_latent_image_ids
+
+    def shuffled(*args: object) -> Tensor:
+        places = ids(*args)
+        return places[torch.randperm(len(places), generator=torch.Generator().manual_seed(0))]
+
+    pipe._prepare_latent_image_ids = shuffled
+    with apply_layout(pipe, PROMPT, REGIONS), pytest.raises(ValueError, match="pipe must number its image tokens row"):
+        latents(pipe, steps=1)
+
+
+def test_a_repeated_call_for_the_negative_prompt(calls: list) -> None:
+    """A second call of a step with half of the rows is the prompt's, or the negative one's."""
+    pipe = fresh("EulerDiscrete")
+    latents(pipe)
+    text, empty = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    both, again = torch.cat([empty, text]), types.SimpleNamespace(text=text)
+
+    def loop() -> None:
+        pipe.scheduler.set_timesteps(10)
+        x = torch.randn(1, 4, 8, 12)
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                eps = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=both).sample[:1]
+                pipe.unet(x, t, encoder_hidden_states=again.text)
+                x = pipe.scheduler.step(eps, t, x).prev_sample
+
+    layers = len(pipe.unet.attn_processors)
+    for again.text, expected in ((text, 2), (empty, 1)):
+        calls.clear()
+        with apply_layout(pipe, PROMPT, REGIONS):
+            loop()
+        assert len(calls) == 3 * layers * expected
