@@ -56,7 +56,9 @@ def test_a_negative_half_that_the_pipeline_does_not_tell_of(calls: list) -> None
     """Rows of the same latents with other texts, from a user's loop or another pipeline around the model."""
     pipe = fresh()
     text, empty = pipe.encode_prompt(PROMPT, "cpu", 1, True)
-    sentence = "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same latents with two texts"
+    sentence = (
+        "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same latents with two texts"
+    )
     with apply_layout(pipe, PROMPT, REGIONS):
         own_loop(pipe, text, 1)
     assert len(calls) == 3 * len(pipe.unet.attn_processors)

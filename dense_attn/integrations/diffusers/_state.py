@@ -118,7 +118,9 @@ class LayoutState:
         if not self._told:
             self._told = True
             why = f"{other} gives it" if other else "it has"
-            text = f"a layout leaves {name}, and layers like it, alone: {why} {shape} where {expected} tokens have a place"
+            text = (
+                f"a layout leaves {name}, and layers like it, alone: {why} {shape} where {expected} tokens have a place"
+            )
             warnings.warn(text, stacklevel=2)
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,184 @@
+"""Tiny pipelines of every class of diffusers' that a layout works with, and what each class is called with."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from pipelines import PROMPT, diffusers, pipeline
+
+DENOISERS = re.compile(r"\b(UNet2DConditionModel|SD3Transformer2DModel|FluxTransformer2DModel)\b")
+PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+MASK = torch.zeros(1, 1, 16, 16)
+MASK[..., :8] = 1.0
+OWN = {  # arguments of calls by class, in the place of those below
+    "StableDiffusionLDM3DPipeline": {"output_type": "np"},
+    "FluxKontextPipeline": {"max_area": 256, "_auto_resize": False},
+    "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
+    "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": {"control_image": [PICTURE], "control_mode": [0]},
+    "StableDiffusionXLControlNetUnionInpaintPipeline": {"control_image": [PICTURE], "control_mode": [0]},
+}
+ARGUMENTS = {
+    "prompt": PROMPT, "height": 16, "width": 16, "num_inference_steps": 4, "output_type": "latent", "image": PICTURE,
+    "control_image": PICTURE, "mask_image": MASK, "control_mask": MASK, "depth_map": torch.rand(1, 16, 16),
+    "max_sequence_length": 24, "strength": 0.75, "true_cfg_scale": 2.0,
+}  # fmt: skip
+
+
+@cache
+def kinds() -> dict[str, type]:
+    """All classes of pipelines that take a denoiser of an accepted kind, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in pkgutil.walk_packages(diffusers.pipelines.__path__, "diffusers.pipelines."):
+            try:
+                importlib.import_module(module.name)
+            except (ImportError, RuntimeError):  # utilities of packages that are not there
+                continue
+    found, waiting = {}, [diffusers.DiffusionPipeline]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if kind.__module__.startswith("diffusers.") and denoisers(kind):
+            found[kind.__name__] = kind
+    return dict(sorted(found.items()))
+
+
+def denoisers(kind: type) -> dict[str, str]:
+    """The components of an accepted kind that a class is made of."""
+    parameters = inspect.signature(kind.__init__).parameters.items()
+    found = {name: DENOISERS.search(str(parameter.annotation)) for name, parameter in parameters}
+    return {name: match[1] for name, match in found.items() if match}
+
+
+def family_name(kind: type) -> str:
+    parts = inspect.signature(kind.__init__).parameters
+    if "transformer" in parts:
+        return "sd3" if "tokenizer_3" in parts else "flux"
+    if kind.__name__.startswith("Kolors"):
+        return "kolors"
+    return "sdxl" if "text_encoder_2" in parts else "sd"
+
+
+def made(kind: type) -> Any:
+    """A pipeline of a class, of the parts of a tiny one of its family and of what it needs beside them."""
+    parts = inspect.signature(kind.__init__).parameters
+    given = parts_of(family_name(kind)) | {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    given |= {"requires_safety_checker": False, "add_watermarker": False, "depth_estimator": None}
+    given |= extras(kind.__name__, family_name(kind), given)
+    pipe = kind(**{name: part for name, part in given.items() if name in parts})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe: Any) -> None:
+    """A run with what the class takes."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    given = {name: value for name, value in ARGUMENTS.items() if name in takes} | OWN.get(type(pipe).__name__, {})
+    if "true_cfg_scale" in given:
+        given["negative_prompt"] = "fog"
+    pipe(**given, generator=torch.Generator().manual_seed(0))
+
+
+def parts_of(family: str) -> dict[str, Any]:
+    if family == "kolors":
+        return pipeline("sd").components | kolors()
+    return dict(pipeline(family).components)
+
+
+def extras(name: str, family: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """What a class has in the place of a part, or beside the parts."""
+    from diffusers import (
+        ControlNetModel,
+        ControlNetUnionModel,
+        ControlNetXSAdapter,
+        FluxControlNetModel,
+        LCMScheduler,
+        MotionAdapter,
+        SD3ControlNetModel,
+        T2IAdapter,
+    )
+
+    embedding = {"conditioning_embedding_out_channels": (8, 8)}
+    if name.startswith(("AnimateDiff", "PIA")):
+        net = ControlNetModel.from_unet(parts["unet"], **embedding)
+        sizes = {"motion_layers_per_block": 1, "motion_num_attention_heads": 2, "motion_norm_num_groups": 4}
+        return {"motion_adapter": MotionAdapter((8, 16), **sizes), "controlnet": net}
+    if "ControlNetXS" in name:
+        unet = pipeline(family, blocks=4).unet
+        return {"unet": unet, "controlnet": ControlNetXSAdapter.from_unet(unet, 1.0, **embedding)}
+    if "Union" in name:
+        net = ControlNetUnionModel.from_unet(parts["unet"], **embedding)
+        return {
+            "controlnet": changed(net, num_trans_channel=8, num_proj_channel=8, num_trans_head=2, num_trans_layer=1)
+        }
+    if name.startswith("StableDiffusion3ControlNet"):
+        extra = 1 if "Inpaint" in name else 0
+        net = SD3ControlNetModel.from_transformer(parts["transformer"], 1, num_extra_conditioning_channels=extra)
+        return {"controlnet": net.eval()}
+    if name.startswith("FluxControlNet"):
+        net = FluxControlNetModel.from_transformer(
+            parts["transformer"], 1, 1, attention_head_dim=16, num_attention_heads=2
+        )
+        return {"controlnet": net.eval()}
+    if "ControlNet" in name:
+        return {"controlnet": ControlNetModel.from_unet(parts["unet"], **embedding).eval()}
+    if "Adapter" in name:
+        return {"adapter": T2IAdapter(3, [8, 16, 16, 16], 1, 4, "full_adapter_xl").eval()}
+    if name.startswith("LatentConsistency"):
+        scheduler = LCMScheduler.from_config(parts["scheduler"].config)
+        return {"unet": changed(parts["unet"], time_cond_proj_dim=8), "scheduler": scheduler}
+    if "LDM3D" in name:
+        return {"vae": changed(parts["vae"], out_channels=6)}
+    if "Depth2Img" in name:
+        return {"unet": changed(parts["unet"], in_channels=5)}
+    if name.startswith("FluxControl"):
+        return {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
+    if name == "FluxFillPipeline":
+        return {"transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)}
+    return {}
+
+
+def changed(model: torch.nn.Module, **config: object) -> torch.nn.Module:
+    """A model like another, but for some of its sizes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return type(model).from_config(model.config, **config).eval()
+
+
+@cache
+def kolors() -> dict[str, Any]:
+    """A ChatGLM and a U-Net of its width; the tokenizer is CLIP's, which numbers its tokens as ChatGLM's does."""
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+
+    own = pipeline("sd").tokenizer
+
+    class Tokenizer(type(own)):
+        def __call__(self, *args: object, **kwargs: object) -> Any:
+            found = super().__call__(*args, **kwargs)
+            if isinstance(found.input_ids, torch.Tensor):
+                found["position_ids"] = torch.arange(found.input_ids.shape[1]).expand_as(found.input_ids)
+            return found
+
+    tokenizer = Tokenizer(own.get_vocab(), [], model_max_length=own.model_max_length)
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=len(own), hidden_size=16, ffn_hidden_size=16, kv_channels=8,
+        num_attention_heads=2, seq_length=512, original_rope=True, rmsnorm=True, add_qkv_bias=True, multi_query_attention=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = ChatGLMModel(config).eval()
+        for parameter in encoder.parameters():  # its constructor leaves them as memory was
+            torch.nn.init.normal_(parameter, std=0.5)
+    unet = changed(
+        pipeline("sd").unet, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16, cross_attention_dim=16,
+    )  # fmt: skip
+    return {"tokenizer": tokenizer, "text_encoder": encoder, "unet": unet}

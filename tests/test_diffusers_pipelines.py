@@ -1,0 +1,142 @@
+"""Every class of diffusers' pipelines that holds a denoiser of a known kind: it runs right under a layout, or is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from pipeline_kinds import call, denoisers, family_name, kinds, made
+from pipelines import PROMPT, REGIONS, close, pipeline
+from torch import Tensor
+
+from dense_attn.integrations.diffusers import _state, apply_layout
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RUNS = """
+    AltDiffusion AltDiffusionImg2Img Kolors KolorsImg2Img LatentConsistencyModel LatentConsistencyModelImg2Img
+    StableDiffusion StableDiffusionImg2Img StableDiffusionInpaint StableDiffusionDepth2Img StableDiffusionLDM3D
+    StableDiffusionAdapter StableDiffusionControlNet StableDiffusionControlNetImg2Img StableDiffusionControlNetInpaint
+    StableDiffusionXL StableDiffusionXLImg2Img StableDiffusionXLInpaint StableDiffusionXLAdapter
+    StableDiffusionXLControlNet StableDiffusionXLControlNetImg2Img StableDiffusionXLControlNetInpaint
+    StableDiffusionXLControlNetUnion StableDiffusionXLControlNetUnionImg2Img StableDiffusionXLControlNetUnionInpaint
+    StableDiffusion3 StableDiffusion3Img2Img StableDiffusion3Inpaint StableDiffusion3ControlNet
+    StableDiffusion3ControlNetInpainting Flux FluxImg2Img FluxInpaint FluxFill FluxKontext FluxKontextInpaint
+    FluxControl FluxControlImg2Img FluxControlInpaint FluxControlNet FluxControlNetImg2Img FluxControlNetInpaint
+"""
+REFUSED = {
+    r"tell whether it guides \(do_classifier_free_guidance\)": """
+        BlipDiffusion BlipDiffusionControlNet CycleDiffusion IF IFImg2Img IFImg2ImgSuperResolution IFInpainting
+        IFInpaintingSuperResolution IFSuperResolution StableDiffusionAttendAndExcite StableDiffusionDiffEdit
+        StableDiffusionGLIGEN StableDiffusionGLIGENTextImage StableDiffusionInpaintPipelineLegacy
+        StableDiffusionLatentUpscale StableDiffusionModelEditing StableDiffusionParadigms StableDiffusionPix2PixZero
+        StableDiffusionSAG StableDiffusionUpscale StableDiffusionXLInstructPix2Pix StableUnCLIP StableUnCLIPImg2Img
+        TextToVideoZero TextToVideoZeroSDXL
+    """,
+    "have an encode_prompt of a prompt": """
+        AudioDiffusion AudioLDM KandinskyCombined KandinskyImg2ImgCombined KandinskyImg2Img KandinskyInpaintCombined
+        KandinskyInpaint Kandinsky KandinskyV22Combined KandinskyV22ControlnetImg2Img KandinskyV22Controlnet
+        KandinskyV22Img2ImgCombined KandinskyV22Img2Img KandinskyV22InpaintCombined KandinskyV22Inpaint KandinskyV22
+        LDMTextToImage LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL MarigoldDepth
+        MarigoldIntrinsics MarigoldNormals MusicLDM PaintByExample SemanticStableDiffusion
+        StableDiffusionImageVariation StableDiffusionInstructPix2Pix StableDiffusionPipelineSafe VisualCloze
+        VisualClozeGeneration
+    """,
+    "make no estimates beside the prompt's and the negative one's": """
+        AnimateDiffPAG KolorsPAG StableDiffusion3PAG StableDiffusion3PAGImg2Img StableDiffusionControlNetPAG
+        StableDiffusionControlNetPAGInpaint StableDiffusionPAG StableDiffusionPAGImg2Img StableDiffusionPAGInpaint
+        StableDiffusionXLControlNetPAG StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG
+        StableDiffusionXLPAGImg2Img StableDiffusionXLPAGInpaint
+    """,
+    "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
+    # held as another component, or for several models
+    "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
+        UnCLIP UnCLIPImageVariation VersatileDiffusion VersatileDiffusionDualGuided VersatileDiffusionImageVariation
+        VersatileDiffusionTextToImage
+    """,
+    # which the constructor makes out of the U-Net
+    "have a UNet2DConditionModel, .* with (UNetMotionModel|UNetControlNetXSModel)": """
+        AnimateDiff AnimateDiffControlNet AnimateDiffSDXL AnimateDiffSparseControlNet AnimateDiffVideoToVideo
+        AnimateDiffVideoToVideoControlNet PIA StableDiffusionControlNetXS StableDiffusionXLControlNetXS
+    """,
+}
+
+
+def names(listed: str) -> list[str]:
+    return [name if "Pipeline" in name else f"{name}Pipeline" for name in listed.split()]
+
+
+REASONS = {name: reason for reason, listed in REFUSED.items() for name in names(listed)}
+
+
+def test_every_class_of_this_diffusers_is_here() -> None:
+    """A class that comes with a new one runs, or has its reason; older ones lack some."""
+    known = {*names(RUNS), *REASONS}
+    assert len(known) == len(names(RUNS)) + len(REASONS)
+    assert set(kinds()) - known == set()
+    assert len(kinds()) > 80
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_refused_with_the_reason(name: str) -> None:
+    kind = kinds().get(name)
+    if kind is None:
+        pytest.skip(f"this diffusers has no {name}")
+    if " with " in REASONS[name]:
+        pipe = made(kind)
+    else:  # its other parts are never reached
+        pipe = kind.__new__(kind)
+        models = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
+        for part, model in denoisers(kind).items():
+            parts = pipeline(models.get(model, "sd")).components
+            pipe.__dict__[part] = parts.get("transformer", parts.get("unet"))
+    with pytest.raises(ValueError, match=f"^pipe must {REASONS[name]}"), apply_layout(pipe, PROMPT, REGIONS):
+        pytest.fail("the block must not run")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The queries of all calls of layout_attention."""
+    seen: list[Tensor] = []
+    original: Callable = _state.layout_attention
+
+    def watched(q: Tensor, *args: Tensor, **options: object) -> Tensor:
+        seen.append(q)
+        return original(q, *args, **options)
+
+    monkeypatch.setattr(_state, "layout_attention", watched)
+    return seen
+
+
+@pytest.mark.parametrize("name", names(RUNS))
+def test_a_run(name: str, calls: list[Tensor]) -> None:
+    """The prompt's estimates alone are modulated, in every layer of the first steps; the rest is the plain pipeline."""
+    kind = kinds().get(name)
+    if kind is None:
+        pytest.skip(f"this diffusers has no {name}")
+    pipe, estimates = made(kind), []
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    handle = denoiser.register_forward_hook(lambda _module, _args, out: estimates.append(out[0]))
+    try:
+        call(pipe)
+        plain, steps = estimates.copy(), len(estimates)
+        estimates.clear()
+        with apply_layout(pipe, PROMPT, REGIONS):
+            call(pipe)
+    finally:
+        handle.remove()
+    apart = "true_cfg_scale" in inspect.signature(kind.__call__).parameters
+    steps //= 2 if apart else 1
+    assert len(estimates) == len(plain)
+    assert all(bool(estimate.isfinite().all()) for estimate in estimates)
+    assert len(calls) == -(-3 * steps // 10) * len(denoiser.attn_processors)
+    assert {len(q) for q in calls} == {1}
+    if apart:  # the second call of a step is the negative prompt's
+        assert not close(estimates[0], plain[0])
+        assert torch.equal(estimates[1], plain[1])
+    else:
+        assert not close(estimates[0][-1:], plain[0][-1:])
+        torch.testing.assert_close(estimates[0][:-1], plain[0][:-1], rtol=1e-5, atol=1e-6)
+        assert len(estimates[0]) == (1 if "Consistency" in name or family_name(kind) == "flux" else 2)
