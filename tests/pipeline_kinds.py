@@ -95,41 +95,18 @@ def parts_of(family: str) -> dict[str, Any]:
 
 def extras(name: str, family: str, parts: dict[str, Any]) -> dict[str, Any]:
     """What a class has in the place of a part, or beside the parts."""
-    from diffusers import (
-        ControlNetModel,
-        ControlNetUnionModel,
-        ControlNetXSAdapter,
-        FluxControlNetModel,
-        LCMScheduler,
-        MotionAdapter,
-        SD3ControlNetModel,
-        T2IAdapter,
-    )
+    from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, T2IAdapter
 
-    embedding = {"conditioning_embedding_out_channels": (8, 8)}
     if name.startswith(("AnimateDiff", "PIA")):
-        net = ControlNetModel.from_unet(parts["unet"], **embedding)
+        net = controlnet(name, parts)
         sizes = {"motion_layers_per_block": 1, "motion_num_attention_heads": 2, "motion_norm_num_groups": 4}
         return {"motion_adapter": MotionAdapter((8, 16), **sizes), "controlnet": net}
     if "ControlNetXS" in name:
         unet = pipeline(family, blocks=4).unet
-        return {"unet": unet, "controlnet": ControlNetXSAdapter.from_unet(unet, 1.0, **embedding)}
-    if "Union" in name:
-        net = ControlNetUnionModel.from_unet(parts["unet"], **embedding)
-        return {
-            "controlnet": changed(net, num_trans_channel=8, num_proj_channel=8, num_trans_head=2, num_trans_layer=1)
-        }
-    if name.startswith("StableDiffusion3ControlNet"):
-        extra = 1 if "Inpaint" in name else 0
-        net = SD3ControlNetModel.from_transformer(parts["transformer"], 1, num_extra_conditioning_channels=extra)
-        return {"controlnet": net.eval()}
-    if name.startswith("FluxControlNet"):
-        net = FluxControlNetModel.from_transformer(
-            parts["transformer"], 1, 1, attention_head_dim=16, num_attention_heads=2
-        )
-        return {"controlnet": net.eval()}
+        net = ControlNetXSAdapter.from_unet(unet, 1.0, conditioning_embedding_out_channels=(8, 8))
+        return {"unet": unet, "controlnet": net}
     if "ControlNet" in name:
-        return {"controlnet": ControlNetModel.from_unet(parts["unet"], **embedding).eval()}
+        return {"controlnet": controlnet(name, parts).eval()}
     if "Adapter" in name:
         return {"adapter": T2IAdapter(3, [8, 16, 16, 16], 1, 4, "full_adapter_xl").eval()}
     if name.startswith("LatentConsistency"):
@@ -144,6 +121,23 @@ def extras(name: str, family: str, parts: dict[str, Any]) -> dict[str, Any]:
     if name == "FluxFillPipeline":
         return {"transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)}
     return {}
+
+
+def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
+    """The second network of a class, of the first one's sizes."""
+    from diffusers import ControlNetModel, ControlNetUnionModel, FluxControlNetModel, SD3ControlNetModel
+
+    if "Union" in name:
+        net = ControlNetUnionModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 8))
+        return changed(net, num_trans_channel=8, num_proj_channel=8, num_trans_head=2, num_trans_layer=1)
+    if name.startswith("StableDiffusion3"):
+        extra = 1 if "Inpaint" in name else 0
+        return SD3ControlNetModel.from_transformer(parts["transformer"], 1, num_extra_conditioning_channels=extra)
+    if name.startswith("Flux"):
+        return FluxControlNetModel.from_transformer(
+            parts["transformer"], 1, 1, attention_head_dim=16, num_attention_heads=2
+        )
+    return ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 8))
 
 
 def changed(model: torch.nn.Module, **config: object) -> torch.nn.Module:
@@ -170,7 +164,8 @@ def kolors() -> dict[str, Any]:
     tokenizer = Tokenizer(own.get_vocab(), [], model_max_length=own.model_max_length)
     config = ChatGLMConfig(
         num_layers=2, padded_vocab_size=len(own), hidden_size=16, ffn_hidden_size=16, kv_channels=8,
-        num_attention_heads=2, seq_length=512, original_rope=True, rmsnorm=True, add_qkv_bias=True, multi_query_attention=False,
+        num_attention_heads=2, seq_length=512, original_rope=True, rmsnorm=True, add_qkv_bias=True,
+        multi_query_attention=False,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

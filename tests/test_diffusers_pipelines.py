@@ -1,4 +1,4 @@
-"""Every class of diffusers' pipelines that holds a denoiser of a known kind: it runs right under a layout, or is refused."""
+"""Every class of diffusers' pipelines around a known denoiser: it runs right under a layout, or is refused."""
 
 from __future__ import annotations
 

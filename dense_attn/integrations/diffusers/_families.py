@@ -30,7 +30,7 @@ class Call(NamedTuple):
     timestep: Tensor | float
     text: Tensor  # [B, L, C]
     latents: Tensor  # [B, C, H, W], or packed [B, N, C]
-    places: Tensor | None = None  # of packed ones, [N, 3]: image, row and column
+    places: Tensor | None = None  # of packed ones, [N, 3] or [B, N, 3]: image, row, column
 
     @property
     def key(self) -> object:
@@ -73,8 +73,10 @@ class UNet:
             height, width = (height + 1) // 2, (width + 1) // 2
 
     def depth(self, unet: torch.nn.Module, name: str) -> int:
-        """How often the grid is halved where a layer is."""
+        """How often the grid is halved where a layer is; -1 for layers of no grid, as GLIGEN's are."""
         part, *rest = name.split(".")
+        if "fuser" in rest or part not in ("down_blocks", "mid_block", "up_blocks"):
+            return -1
         if part == "down_blocks":
             return _resized(unet.down_blocks[: int(rest[0])], "downsamplers")
         if part == "up_blocks":
@@ -128,12 +130,12 @@ class Flux:
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
         latents, places = arguments["hidden_states"], arguments["img_ids"]
-        places = places[0] if places.dim() == 3 else places  # as the transformer reads them
         return Call(arguments["timestep"], arguments["encoder_hidden_states"], latents, places)
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width, of which a token packs 2 x 2: counted, for bfloat16 rounds places past 256."""
-        own = call.places[call.places[:, 0] == 0]
+        places = call.places[0] if call.places.dim() == 3 else call.places  # as the transformer reads them
+        own = places[places[:, 0] == 0]
         width = int((own[:, 1] == 0).sum())
         height = len(own) // max(width, 1)
         expected = torch.arange(height, device=own.device).repeat_interleave(width).to(own.dtype)

@@ -16,7 +16,8 @@ class Rows:
     def __init__(self, pipe: Any, num_layouts: int, apart: bool) -> None:
         self.pipe, self.num_layouts, self.apart = pipe, num_layouts, apart
         self._step_text: Tensor | None = None  # of the first call of this step
-        self._seen: tuple[object, ...] | None = None
+        self._seen: Tensor | None = None  # the texts that were looked at
+        self._state: tuple[int | None, bool] = None, False  # their version, and whether the pipeline guided
 
     def of(self, latents: Tensor, text: Tensor, repeated: bool) -> tuple[int, int] | None:
         """The first and last row that see the prompt, None if none does."""
@@ -35,10 +36,13 @@ class Rows:
                 negative, prompt = before.chunk(2)  # one of them again
                 return None if torch.equal(text, negative) and not torch.equal(text, prompt) else self._whole(0, batch)
         first, last = self._whole(batch // 2 if guides else 0, batch)
-        seen = text, version(text), guides
-        if self._seen is None or seen[1] is None or any(a is not b for a, b in zip(seen, self._seen)):
-            check_halves(latents) if guides else self._check_texts(latents, text)
-            self._seen = seen
+        state = version(text), guides
+        new = text is not self._seen or state[0] is None or state != self._state
+        if guides:
+            check_halves(latents, by_value=new)
+        elif new:
+            self._check_texts(latents, text)
+        self._seen, self._state = text, state
         return first, last
 
     def _whole(self, first: int, last: int) -> tuple[int, int]:
@@ -59,12 +63,12 @@ class Rows:
             _checks.refuse("pipe", rule, "rows of the same latents with two texts")
 
 
-def check_halves(latents: Tensor) -> None:
-    """Refuse a batch that is not the same latents twice."""
+def check_halves(latents: Tensor, by_value: bool) -> None:
+    """Refuse a batch that is not the same latents twice; a GPU is waited for where values count."""
     rule = "call its denoiser with two halves of the same latents when it guides"
     if len(latents) % 2:
         _checks.refuse("pipe", rule, f"a batch of {len(latents)}")
-    if not torch.equal(*latents.chunk(2)):
+    if by_value and not torch.equal(*latents.chunk(2)):
         _checks.refuse("pipe", rule, "other latents")
 
 

@@ -79,7 +79,7 @@ def _value(timestep: Tensor | float) -> float:
 
 def _equal(a: Tensor | float, b: Tensor | float) -> bool:
     """Elements of one tensor of timesteps are told apart by their place: no wait, and some schedules repeat values."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():
-            return a.data_ptr() == b.data_ptr()
+    tensors = [x for x in (a, b) if isinstance(x, Tensor)]
+    if len(tensors) == 2 and len({x.untyped_storage().data_ptr() for x in tensors}) == 1:
+        return a.data_ptr() == b.data_ptr()
     return _value(a) == _value(b)

@@ -158,7 +158,9 @@ class _Guided:
         bound = inspect.signature(type(unwrapped(unet)).forward).bind(unet, *args, **kwargs)
         given = bound.arguments
         self._check(given)
-        if self.steps.follow(given["timestep"]):
+        begins = self.steps.follow(given["timestep"])
+        check_halves(given["sample"], by_value=begins)
+        if begins:
             if self.guidance is None:  # once a block
                 warn_of_late(self.options, self.steps.total)
             self.guidance = SemanticGuidance(**self.options)
@@ -199,7 +201,6 @@ class _Guided:
     def _check(self, given: dict[str, Any]) -> None:
         if not self.pipe.do_classifier_free_guidance:
             _checks.refuse("guidance_scale", "be above 1 for semantic guidance", self.pipe.guidance_scale)
-        check_halves(given["sample"])
         if getattr(self.pipe, "guidance_rescale", 0):
             _checks.refuse("guidance_rescale", "be 0 with semantic guidance", self.pipe.guidance_rescale)
         for name in RESIDUALS:

@@ -60,7 +60,8 @@ def apply_layout(
         backend: as in `layout_attention`.
 
     Raises:
-        ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is as it was.
+        ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is as it was. So does
+            a call whose rows, steps or tokens are no layout's; those that another extension has merged are warned of.
 
     Source: Kim et al., Dense Text-to-Image Generation with Attention Modulation, ICCV 2023.
 
