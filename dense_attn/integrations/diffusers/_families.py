@@ -138,7 +138,7 @@ class Flux:
         own = places[places[:, 0] == 0]
         width = int((own[:, 1] == 0).sum())
         height = len(own) // max(width, 1)
-        expected = torch.arange(height, device=own.device).repeat_interleave(width).to(own.dtype)
+        expected = torch.arange(height, dtype=torch.int64, device=own.device).repeat_interleave(width).to(own.dtype)
         if len(own) != height * width or not torch.equal(own[:, 1], expected):
             _checks.refuse("pipe", "number its image tokens row by row (img_ids)", f"{len(own)} in rows of {width}")
         return 2 * height, 2 * width

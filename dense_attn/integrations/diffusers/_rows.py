@@ -56,7 +56,7 @@ class Rows:
         batch = len(text)
         if batch == 1:
             return
-        owner = torch.arange(batch, device=text.device) // (batch // self.num_layouts)
+        owner = torch.arange(batch, dtype=torch.int64, device=text.device) // (batch // self.num_layouts)
         others = ~_twins(text)
         if bool((others & (owner[:, None] == owner)).any() and (others & _twins(latents)).any()):
             rule = "tell that it guides (do_classifier_free_guidance)"
