@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dense_attn import _pixels
 from dense_attn._step import NUM_TOKENS
 from dense_attn.layout import Layout
 
@@ -34,8 +35,9 @@ class Scene:
 def load_scene(path: Path | None = None, phrases: list[str] | None = None) -> Scene:
     """The scene of a label map image, the shipped one by default; raises UserError with the reason why it is none.
 
-    Palette and greyscale values are the labels; in a colour image every distinct colour is a label, and black and
-    transparent are 0. Label 0 is the background. A word of a phrase stands for one token of the prompt.
+    Palette and greyscale values are the labels, of any depth; in a colour image every distinct colour is a label, and
+    black is 0. What is transparent is 0, too. Label 0 is the background. A word of a phrase stands for one token of the
+    prompt.
     """
     if path is None:
         path = Path(str(resources.files("dense_attn.examples") / "scene.png"))
@@ -50,8 +52,6 @@ def load_scene(path: Path | None = None, phrases: list[str] | None = None) -> Sc
     layout = Layout.from_label_map(labels, _spans(phrases))
     if layout.spans[-1][1] >= NUM_TOKENS:
         raise UserError(f"--phrases must fit into a prompt of {NUM_TOKENS} tokens, got {layout.spans[-1][1] + 1}")
-    if not layout.query_regions(PICTURE_GRID, PICTURE_GRID).any():
-        raise UserError(f"{path} has no region that covers a token of the {PICTURE_GRID} x {PICTURE_GRID} grid")
     return Scene(layout, tuple(phrases))
 
 
@@ -77,7 +77,4 @@ def _read_labels(path: Path) -> np.ndarray:
         raise UserError(f"{path} does not exist") from None
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
         raise UserError(f"{path} is not an image that can be read") from None
-    if image.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
-        return np.asarray(image).astype(np.int64)
-    red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int64), -1, 0)
-    return ((red << 16) | (green << 8) | blue) * (alpha > 0)
+    return _pixels.labels("label_map", image)

@@ -20,7 +20,8 @@ class Layout:
     """Regions of an image and, for each, the prompt tokens that describe it.
 
     With m_r the mask of region r resized to (height, width) by the nearest rule of `torch.nn.functional.interpolate`
-    from the masks' own grid, and n = height*width, token i of an image (raster order) has
+    from the masks' own grid (a region of which that keeps no pixel takes every token whose cell holds a part of it, so
+    that no region is lost), and n = height*width, token i of an image (raster order) has
 
     - the region word `sum_r m_r[i] * 2^r`,
     - the area `S[i] = sum_r m_r[i] * sum(m_r)/n`, 0 in no region,
@@ -195,10 +196,25 @@ class Layout:
         return weight * time**exponent * (1 - size_weight * self.area(height, width))
 
     def _resized(self, height: int, width: int) -> Tensor:
-        """The masks at another resolution by nearest neighbour, bool [R, height*width]."""
+        """The masks at another resolution, bool [R, height*width]."""
         size = (_integer("height", height, 1), _integer("width", width, 1))
-        resized = torch.nn.functional.interpolate(self.masks[None].to(torch.uint8), size, mode="nearest")
-        return resized[0].flatten(1).bool()
+        return resized(self.masks, size).flatten(1)
+
+
+def nearest(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks [R, H, W] on the grid of a size by nearest pixels, bool [R, height, width]; small regions may be lost."""
+    return torch.nn.functional.interpolate(masks[None].to(torch.uint8), size, mode="nearest")[0].bool()
+
+
+def resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks [R, H, W] on the grid of a size, bool [R, height, width]; a region of at least one pixel keeps one.
+
+    Nearest pixels; a region that has none of them takes every cell of the grid that holds a part of it.
+    """
+    sampled = nearest(masks, size)
+    cells = torch.nn.functional.adaptive_max_pool2d(masks.to(torch.float32), size).bool()
+    kept = sampled.flatten(1).any(1)  # no branch on it: that would wait for a GPU and break a compiled graph
+    return torch.where(kept[:, None, None], sampled, cells)
 
 
 def _as_tensor(argument: str, value: object) -> Tensor:

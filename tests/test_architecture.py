@@ -29,6 +29,7 @@ IMPORTS = {  # the only arrows inside the package; what is not listed is a progr
     "_triton_checks": {"_checks", "_fakes"},
     "_triton": {"_fakes", "_triton_checks", "triton_kernels"},
     "layout": {"_checks"},
+    "_pixels": {"_checks"},
     "_backends": {"_checks", "_native", "_triton", "reference"},
     "layout_attention": {"_backends", "_checks", "reference"},
     "sega": {"_backends", "_checks", "reference"},

@@ -82,7 +82,7 @@ def test_area_counts_pixels_at_the_resolution_asked_for() -> None:
     assert Layout(masks).area(4, 4)[0] == 1 / 16
     assert Layout(masks).area(2, 2).tolist() == [0.25, 0, 0, 0]
     masks[0, 0, 0], masks[0, 1, 1] = False, True
-    assert Layout(masks).area(2, 2).tolist() == [0, 0, 0, 0]  # the nearest pixels are those of even row and column
+    assert Layout(masks).area(2, 2).tolist() == [0.25, 0, 0, 0]  # no nearest pixel, but one in the cell
 
 
 def test_strength_is_the_formula() -> None:

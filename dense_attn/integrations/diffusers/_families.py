@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ from dense_attn import _checks
 
 from ._hooks import unwrapped
 from ._processors import FluxProcessor, JointProcessor, LayoutProcessor, UNetProcessor
-from ._state import LayoutState, Side, joined, order_of
+from ._state import LayoutState, NearestLayout, Side, joined, order_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -60,9 +61,11 @@ class UNet:
         return tuple(call.latents.shape[2:])
 
     def layers(self, state: LayoutState, layouts: list[Layout], text: Side, call: Call) -> Iterator[Entry]:
-        """Each halving of the latents has layers of both kinds."""
+        """Each halving of the latents has layers of both kinds; the finest with attention has tokens of all regions."""
         options, (height, width) = state.options, self.grid(call)
         for depth in range(self.deepest + 1):
+            if depth == _first_attention(state.pipe.unet) + 1:
+                layouts = [NearestLayout(layout.masks) for layout in layouts]
             image = state.image_side(layouts, (height, width), options.self_weight)
             order = order_of(image)
             if options.self_weight:
@@ -82,6 +85,12 @@ class UNet:
         if part == "up_blocks":
             return self.deepest - _resized(unet.up_blocks[: int(rest[0])], "upsamplers")
         return self.deepest
+
+
+def _first_attention(unet: torch.nn.Module) -> int:
+    """How often a U-Net halves its latents before its first attention layers."""
+    kinds = unwrapped(unet).config.down_block_types
+    return next((level for level, kind in enumerate(kinds) if "Attn" in kind), len(kinds) - 1)
 
 
 @dataclass(frozen=True)

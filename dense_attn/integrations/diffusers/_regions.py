@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dense_attn import Layout, _checks
+from dense_attn import Layout, _checks, _pixels
 from dense_attn.layout import MAX_REGIONS
 
 BOXES = (512, 512)  # the grid on which boxes are drawn where no mask gives one
@@ -51,8 +51,6 @@ def _one_image(argument: str, regions: object) -> Regions:
             drawn[r] = _box(f"{argument}[{r}]", box, size)
         if tuple(drawn[r].shape) != size:
             _checks.refuse(f"{argument}[{r}]", f"have a mask of the size {size} of the others", tuple(drawn[r].shape))
-        if not drawn[r].any():
-            _checks.refuse(f"{argument}[{r}]", "have a mask of at least one pixel", "none")
     return Regions([phrase for phrase, _ in regions], torch.stack(drawn))
 
 
@@ -69,14 +67,18 @@ def _box(argument: str, box: Any, size: tuple[int, int]) -> Tensor:
 
 def _mask(argument: str, mask: Any) -> Tensor:
     """A bool tensor [H, W] on the CPU."""
-    if hasattr(mask, "convert"):  # a PIL image, whose lighter half is the region
-        mask = np.asarray(mask.convert("L")) >= 128
+    light, none = "", "none"
+    if hasattr(mask, "convert"):  # a PIL image
+        light, none = " that is light and opaque", f"none in an image of mode {mask.mode}"
+        mask = _pixels.mask(argument, mask)
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.array(mask)) if mask.dtype == bool else mask
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         _checks.refuse(argument, "have a bool mask, a PIL image or a box (x0, y0, x1, y1)", _kind(mask), TypeError)
     if mask.dim() != 2:
         _checks.refuse(argument, "have a mask of 2 dimensions [height, width]", tuple(mask.shape))
+    if not mask.any():
+        _checks.refuse(argument, f"have a mask of at least one pixel{light}", none)
     return mask.detach().cpu().clone()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
-from dense_attn.layout import _BITS
+from dense_attn.layout import _BITS, nearest, resized
 
 from ._hooks import foreign, unwrapped
 from ._rows import Rows
@@ -43,6 +43,13 @@ class Image(NamedTuple):
     masks: Tensor  # bool [R, H, W]
     spans: list[list[tuple[int, int]]]  # of each region, none without a phrase
     alone: list[tuple[tuple[int, int], Tensor]]  # in the order in which they are put in
+
+
+class NearestLayout(Layout):
+    """A layout by nearest pixels alone, as DenseDiffusion's code has it: a grid may have no token of a region."""
+
+    def _resized(self, height: int, width: int) -> Tensor:
+        return nearest(self.masks, (height, width)).flatten(1)
 
 
 class Side(NamedTuple):
@@ -172,7 +179,7 @@ class LayoutState:
         if made_for == self._made_for:
             return
         grid = self.family.grid(call)
-        layouts = [Layout(_resized(image.masks, grid).to(call.text.device)) for image in self.images]
+        layouts = [Layout(resized(image.masks, grid).to(call.text.device)) for image in self.images]
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
         for key, q, k, order in self.family.layers(self, layouts, text, call):
@@ -217,7 +224,3 @@ def joined(*sides: Side) -> Side:
 def order_of(side: Side) -> Tensor:
     """The order in which tokens of one region word stand together."""
     return side.words.argsort(dim=1, stable=True).to(torch.int32)
-
-
-def _resized(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    return torch.nn.functional.interpolate(masks[None].to(torch.uint8), grid, mode="nearest")[0].bool()

@@ -47,7 +47,7 @@ def apply_layout(
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), SD3Transformer2DModel or FluxTransformer2DModel.
         prompt: what the pipeline will be called with, or one prompt for each image; all its tokenizers read it.
         regions: a list of `(phrase, mask)`, or one such list for each prompt. A phrase is a part of the prompt, or None
-            for a region without one; its mask a bool array [H, W], a PIL image whose lighter half it is, or a box
+            for a region without one; its mask a bool array [H, W], a PIL image, light and opaque there, or a box
             (x0, y0, x1, y1) in 0..1. A phrase stands where its tokens first match; where two overlap the later counts
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it alone. In joint
             attention (SD3, FLUX) image tokens' rows take self_weight, rows of a phrase's tokens cross_weight; under
