@@ -214,3 +214,18 @@ def test_a_row_depends_on_itself_alone(
     alone = attend((q[:, :, row : row + 1], k, v, q_regions[row : row + 1], k_regions), strength, modulation, backend)
     for result, other in zip(alone, whole):
         assert_equal_to_rounding(result, other[:, :, row : row + 1])
+
+
+@every_backend
+@properties
+@given(problems(), st.integers(1, 8))
+def test_numbers_that_are_none_stay_behind_the_mask(backend: str, problem: Problem, last: int) -> None:
+    """NaN and infinity in keys that a row does not see: the row is the same to the bit, others of its tile too."""
+    q, k, v, q_regions, k_regions = problem
+    clean = attend(problem, 1.0, "mask", backend)
+    dirty = k.clone()
+    dirty[:, :, -last:] = torch.tensor((torch.nan, torch.inf)).repeat(4)[: dirty[0, 0, -last:].shape[0], None]
+    got = attend((q, dirty, v, q_regions, k_regions), 1.0, "mask", backend)
+    unseen = ~((q_regions[:, None] & k_regions[-last:]) != 0).any(1)
+    for result, expected in zip(got, clean):
+        assert torch.equal(result[:, :, unseen], expected[:, :, unseen])
