@@ -15,6 +15,7 @@ from dense_attn import _checks
 
 MOST_BITS, FEWEST_BITS = 26, 20  # of the grid, behind the binary point
 _LIMIT_BITS, _LATENT_BITS = 50, 6  # |grid| <= 2^50 holds |latent| <= 64
+_ROUNDING = 2.0**-8  # bfloat16's: by this part an entry may rise above its neighbour
 _UNDO = {"": "", "mix": "unmix", "unmix": "mix"}
 
 
@@ -77,18 +78,19 @@ def _undone(link: Link, then: str) -> Link:
     )
 
 
-def alpha_bar(argument: str, value: float | Tensor) -> float:
+def alpha_bar(argument: str, value: float | Tensor, where: str = "") -> float:
     """Require a number or a 0-d tensor in (0, 1]."""
     if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
         value = readable(argument, value).item()
-    return above_0(argument, _checks.number(argument, value, rule="be a number or a 0-d tensor"))
+    return above_0(argument, value, where, "be a number or a 0-d tensor")
 
 
-def above_0(argument: str, value: float) -> float:
+def above_0(argument: str, value: float, where: str = "", rule: str = "be a number") -> float:
     """Require a number in (0, 1]."""
-    if not 0 < _checks.number(argument, value) <= 1:
-        _checks.refuse(argument, "be in (0, 1]", value)
-    return float(value)
+    number = _checks.number(argument, value, rule=rule, where=where)
+    if not 0 < number <= 1:
+        _checks.refuse(argument, "be in (0, 1]", f"{value}{where}")
+    return number
 
 
 def readable(argument: str, value: Tensor) -> Tensor:
@@ -99,20 +101,35 @@ def readable(argument: str, value: Tensor) -> Tensor:
 
 
 def schedule(alphas_cumprod: Tensor | Sequence[float], timesteps: Sequence[int], final: object) -> list[float]:
-    """alpha_bar at each timestep, and where the last step goes."""
+    """alpha_bar at each timestep, and where the last step goes; entries that no step uses may be anything."""
     if isinstance(alphas_cumprod, Tensor):
         if readable("alphas_cumprod", alphas_cumprod).dim() != 1 or not alphas_cumprod.is_floating_point():
             got = f"{_checks.name(alphas_cumprod.dtype)} {tuple(alphas_cumprod.shape)}"
             _checks.refuse("alphas_cumprod", "be one-dimensional, of floats", got)
         alphas_cumprod = alphas_cumprod.double().tolist()
     _iterable("alphas_cumprod", alphas_cumprod)
-    alphas_cumprod = [alpha_bar("alphas_cumprod", value) for value in alphas_cumprod]
+    alphas_cumprod = list(alphas_cumprod)
     if not alphas_cumprod:
         _checks.refuse("alphas_cumprod", "have at least one element", "none")
     if timesteps[0] >= len(alphas_cumprod):
         _checks.refuse("timesteps", f"be below the {len(alphas_cumprod)} of alphas_cumprod", timesteps[0])
-    final = alphas_cumprod[0] if final is None else alpha_bar("final_alpha_cumprod", final)
-    return [*(alphas_cumprod[t] for t in timesteps), final]
+    if final is None:
+        timesteps = [*timesteps, 0]
+    bars = [alpha_bar("alphas_cumprod", alphas_cumprod[t], f" at timestep {t}") for t in timesteps]
+    for step, highest in enumerate(accumulate(bars[:-1], max), 1):
+        if bars[step] < highest * (1 - _ROUNDING):
+            at = timesteps[bars.index(highest)]
+            got = f"{highest:.6g} at timestep {at} and {bars[step]:.6g} at timestep {timesteps[step]}"
+            _checks.refuse("alphas_cumprod", "not rise with the timesteps used", got)
+    return bars if final is None else [*bars, _end(final, bars[-1])]
+
+
+def _end(final: object, last: float) -> float:
+    """Where the last step goes: to no more noise than there is at the last timestep."""
+    end = alpha_bar("final_alpha_cumprod", final)
+    if end < last * (1 - _ROUNDING):
+        _checks.refuse("final_alpha_cumprod", f"be at least alphas_cumprod at the last timestep, {last:.6g}", end)
+    return end
 
 
 def descending(timesteps: Tensor | Sequence[int]) -> tuple[list[object], list[int]]:

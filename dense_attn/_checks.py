@@ -30,14 +30,16 @@ def tensor(argument: str, value: object) -> Tensor:
     return value
 
 
-def number(argument: str, value: object, dtype: torch.dtype = torch.float64, rule: str = "be a number") -> float:
+def number(
+    argument: str, value: object, dtype: torch.dtype = torch.float64, rule: str = "be a number", where: str = ""
+) -> float:
     """Require a number that is finite in a dtype; math.isfinite would make torch.compile break its graph."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        refuse(argument, rule, type(value).__name__, TypeError)
+        refuse(argument, rule, f"{type(value).__name__}{where}", TypeError)
     if isinstance(value, (np.integer, np.floating)):
         value = float(value)  # numpy would bring the bound to its own dtype
     if not abs(value) <= torch.finfo(dtype).max:
-        refuse(argument, "be finite" if dtype == torch.float64 else f"be finite in {name(dtype)}", value)
+        refuse(argument, "be finite" if dtype == torch.float64 else f"be finite in {name(dtype)}", f"{value}{where}")
     return float(value)
 
 

@@ -61,14 +61,16 @@ class ReversibleSampler:
     torch.func's transforms and forward-mode differentiation are refused, for `"ddim"` where `ddim_step` refuses them.
 
     Args:
-        alphas_cumprod: 1-D tensor or sequence in (0, 1], indexed by timestep.
+        alphas_cumprod: 1-D tensor or sequence, indexed by timestep; the entries used are in (0, 1] and do not rise with
+            the timesteps, the others may be anything.
         timesteps: descending integers, a tensor or a sequence; eps_fn is handed its elements.
         method: one of the rules above.
         mix: EDICT's p, in (0, 1].
         gamma: BDIA's gamma, in (0, 1]; 1 for exact=True.
         alternate: whether the order of EDICT's couplings alternates.
         exact: inversion to the last bit, for `"edict"` and `"bdia"`; `"ddim"` has no use for it.
-        final_alpha_cumprod: where the last step goes, alphas_cumprod[0] when None.
+        final_alpha_cumprod: where the last step goes, alphas_cumprod[0] when None; to no more noise than the last
+            timestep has.
         dtype: of what eps_fn receives.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
 
