@@ -128,7 +128,7 @@ def _end(final: object, last: float) -> float:
     """Where the last step goes: to no more noise than there is at the last timestep."""
     end = alpha_bar("final_alpha_cumprod", final)
     if end < last * (1 - _ROUNDING):
-        _checks.refuse("final_alpha_cumprod", f"be at least alphas_cumprod at the last timestep, {last:.6g}", end)
+        _checks.refuse("final_alpha_cumprod", f"be at least the last timestep's alpha_bar, {last:.6g}", end)
     return end
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 import numpy as np
@@ -13,7 +15,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def refuse(argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
     """Raise the library's one kind of error message."""
-    raise kind(f"{argument} must {rule}, got {got}")
+    error = kind(f"{argument} must {rule}, got {got}")
+    error.argument, error.rest = argument, f"must {rule}, got {got}"  # for `renamed`
+    raise error
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """What is refused inside, in the words of an outer function, whose caller gave other arguments."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        name_outside = names.get(getattr(error, "argument", ""))
+        if name_outside is not None:
+            error.args = (f"{name_outside} {error.rest}",)
+        raise
 
 
 def name(dtype: torch.dtype) -> str:

@@ -41,14 +41,14 @@ def test_the_first_entry_is_used_where_no_other_end_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "got"),
-    [(0.0, "0.0"), (-0.5, "-0.5"), (1.5, "1.5"), (float("nan"), "nan"), (float("inf"), "inf"), ("a", "str")],
+    [(0.0, "0.0"), (-0.5, "-0.5"), (1.5, "1.5"), (float("nan"), "nan"), (float("inf"), "inf")],
 )
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
-def test_entries_that_are_used_are_refused_by_their_timestep(wrong: object, got: str, kind: Callable) -> None:
-    if isinstance(wrong, str) and kind not in (list, tuple):
-        return  # no table of numbers at all
-    with pytest.raises((ValueError, TypeError), match=f"^alphas_cumprod must .*, got {got} at timestep 2$"):
+def test_entries_that_are_used_are_refused_by_their_timestep(wrong: float, got: str, kind: Callable) -> None:
+    with pytest.raises(ValueError, match=f"^alphas_cumprod must .*, got {got} at timestep 2$"):
         ReversibleSampler(kind([0.9, 0.8, wrong, 0.6]), [3, 2, 1])
+    with pytest.raises(TypeError, match=r"^alphas_cumprod must be a number .*, got str at timestep 2$"):
+        ReversibleSampler([0.9, 0.8, "0.7", 0.6], [3, 2, 1])
 
 
 @each_method
@@ -69,7 +69,7 @@ def test_tables_that_rise_are_refused(table: object, steps: list[int], sentence:
 
 
 def test_an_end_with_more_noise_than_the_last_timestep_is_refused() -> None:
-    rule = "final_alpha_cumprod must be at least alphas_cumprod at the last timestep, 0.9, got 0.5"
+    rule = "final_alpha_cumprod must be at least the last timestep's alpha_bar, 0.9, got 0.5"
     with pytest.raises(ValueError, match=rule):
         ReversibleSampler([0.95, 0.9, 0.8], [2, 1], final_alpha_cumprod=0.5)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,22 @@ from torch import Tensor
 
 from dense_attn import ReversibleSampler, _checks
 
-from ._hooks import unwrapped, watchers
+from ._hooks import unwrapped
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
 
 SAMPLER = ("method", "mix", "gamma", "alternate", "exact", "backend")
+NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")  # also where by default
+WORDS = {  # what the sampler is given here, as a caller knows it
+    "timesteps": "num_inference_steps",
+    "alphas_cumprod": "the noise schedule of pipe",
+    "final_alpha_cumprod": "the end of pipe's noise schedule",
+    "dtype": "the dtype of pipe's U-Net",
+    "eps_fn": "the U-Net of pipe",
+    "eps_fn's result": "the estimate of pipe's U-Net",
+    "decode_fn": "the VAE of pipe",
+}
 
 
 @dataclass(frozen=True)
@@ -33,28 +45,21 @@ class Chain:
     """A reversible sampler on a pipeline's schedule, and its U-Net as the function of latents that it takes."""
 
     def __init__(self, pipe: DiffusionPipeline, settings: Settings, count: int) -> None:
-        from diffusers import DDIMScheduler
-
-        scale = _checks.number("guidance_scale", settings.guidance_scale)
-        steps = settings.num_inference_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            _checks.refuse("num_inference_steps", "be a whole number of at least 1", repr(steps))
+        self.pipe, self.settings = pipe, settings
+        self.scale = _checks.number("guidance_scale", settings.guidance_scale)
+        texts = _texts(settings, count)
+        if not isinstance(settings.sampler, dict):
+            _checks.refuse("sampler", "be a dict", type(settings.sampler).__name__, TypeError)
         for name in settings.sampler:
             _checks.choice("sampler", name, SAMPLER)
-        self.pipe, self.scale = pipe, scale
-        self.text = self._encoded(settings, count, scale != 1)
-        if "beta_start" not in pipe.scheduler.config:
-            rule = "have a scheduler of Stable Diffusion's noise schedule (betas)"
-            _checks.refuse("pipe", rule, type(pipe.scheduler).__name__)
-        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-            _checks.refuse("pipe", "predict epsilon or v", scheduler.config.prediction_type)
-        scheduler.set_timesteps(settings.num_inference_steps)
+        scheduler = _schedule(pipe, settings.num_inference_steps)
         self.alphas = scheduler.alphas_cumprod if scheduler.config.prediction_type == "v_prediction" else None
-        self.sampler = ReversibleSampler(
-            scheduler.alphas_cumprod, scheduler.timesteps, final_alpha_cumprod=scheduler.final_alpha_cumprod,
-            dtype=unwrapped(pipe.unet).dtype, **settings.sampler,
-        )  # fmt: skip
+        with in_words():
+            self.sampler = ReversibleSampler(
+                scheduler.alphas_cumprod, scheduler.timesteps, final_alpha_cumprod=scheduler.final_alpha_cumprod,
+                dtype=unwrapped(pipe.unet).dtype, **settings.sampler,
+            )  # fmt: skip
+        self.text = self._encoded(texts)
 
     def eps(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided estimate of the noise in x."""
@@ -69,54 +74,67 @@ class Chain:
         return uncond + self.scale * (text - uncond)
 
     @torch.no_grad()
-    def _encoded(self, settings: Settings, count: int, guided: bool) -> Tensor:
+    def _encoded(self, texts: dict[str, list[str]]) -> Tensor:
         """Text tokens of the batch, those of the negative prompt first."""
-        if not count:
-            _checks.refuse("prompt", "hold at least one", "none")
-        texts = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
-        for argument, text in texts.items():
-            texts[argument] = [text] * count if isinstance(text, str) else text
-            if not isinstance(texts[argument], list) or not all(isinstance(one, str) for one in texts[argument]):
-                _checks.refuse(argument, "be a string or a list of strings", repr(text), TypeError)
-            if len(texts[argument]) != count:
-                _checks.refuse(argument, f"hold one entry for each of the {count} images", len(text))
+        guided = self.scale != 1
         options = {"device": self.pipe._execution_device, "num_images_per_prompt": 1}
-        text, negative = self.pipe.encode_prompt(**texts, do_classifier_free_guidance=guided, **options)
+        text, negative = self.pipe.encode_prompt(**texts, do_classifier_free_guidance=guided, **options)[:2]
+        config = unwrapped(self.pipe.unet).config
+        wanted = config.encoder_hid_dim or config.cross_attention_dim
+        widths = {wanted} if isinstance(wanted, int) else set(wanted)
+        if widths != {text.shape[-1]}:
+            rule = f"have a text encoder of the width that its U-Net takes, {', '.join(map(str, sorted(widths)))}"
+            _checks.refuse("pipe", rule, text.shape[-1])
         return torch.cat([negative, text]) if guided else text
 
 
-def check_pipe(pipe: DiffusionPipeline) -> None:
-    """Refuse what is no plain Stable Diffusion 1 or 2."""
-    unet = unwrapped(getattr(pipe, "unet", None))
-    parts = [name for name in ("vae", "tokenizer", "text_encoder") if getattr(pipe, name, None) is None]
-    if type(unet).__name__ != "UNet2DConditionModel" or unet.config.addition_embed_type or parts:
-        _checks.refuse("pipe", "be of Stable Diffusion 1 or 2", type(pipe).__name__)
-    if watchers(unet):
-        _checks.refuse("pipe", "be outside of apply_layout and semantic_guidance", "a pipeline inside of such a block")
+@contextmanager
+def in_words(**more: str) -> Iterator[None]:
+    """What a sampler refuses inside, in the words of who called invert, reconstruct or optimize."""
+    with _checks.renamed(WORDS | more):
+        yield
 
 
-def check_images(images: Any) -> Any:
-    """PIL images in colour, or a tensor [B, 3, H, W] in 0..1."""
-    if isinstance(images, Tensor):
-        if images.dim() != 4 or images.shape[1] != 3 or not len(images):
-            _checks.refuse("image", "have shape (B, 3, H, W)", tuple(images.shape))
-        if not images.is_floating_point():
-            _checks.refuse("image", "be a tensor of floats in 0..1", _checks.name(images.dtype), TypeError)
-        if not bool(((images >= 0) & (images <= 1)).all()):
-            low, high = (bound.item() for bound in images.aminmax())
-            _checks.refuse("image", "be a tensor of floats in 0..1", f"values from {low:g} to {high:g}")
-        return images
-    listed = images if isinstance(images, (list, tuple)) else [images]
-    if not listed or not all(hasattr(image, "convert") for image in listed):
-        _checks.refuse("image", "be a PIL image, a list of them or a tensor", repr(images)[:80], TypeError)
-    return [image.convert("RGB") for image in listed]
+def _texts(settings: Settings, count: int) -> dict[str, list[str]]:
+    """A prompt and a negative prompt for each image."""
+    if not count:
+        _checks.refuse("prompt", "hold at least one", "none")
+    texts = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
+    for argument, text in texts.items():
+        texts[argument] = [text] * count if isinstance(text, str) else text
+        if not isinstance(texts[argument], list) or not all(isinstance(one, str) for one in texts[argument]):
+            _checks.refuse(argument, "be a string or a list of strings", repr(text), TypeError)
+        if len(texts[argument]) != count:
+            _checks.refuse(argument, f"hold one entry for each of the {count} images", len(text))
+    return texts
 
 
-def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """The channels, rows and columns of latents of images of a size, by default the U-Net's own."""
-    unit = pipe.vae_scale_factor
-    own = unwrapped(pipe.unet).config.sample_size * unit
-    for name, side in (("height", height), ("width", width)):
-        if side is not None and (not isinstance(side, int) or side <= 0 or side % unit):
-            _checks.refuse(name, f"be a positive multiple of {unit}", repr(side))
-    return unwrapped(pipe.unet).config.in_channels, (height or own) // unit, (width or own) // unit
+def _schedule(pipe: DiffusionPipeline, steps: int) -> DDIMScheduler:
+    """The pipeline's noise schedule, with the timesteps of a chain."""
+    from diffusers import DDIMScheduler
+
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        _checks.refuse("num_inference_steps", "be a whole number of at least 1", repr(steps))
+    config = pipe.scheduler.config
+    if "beta_start" not in config:
+        rule = "have a scheduler of Stable Diffusion's noise schedule (betas)"
+        _checks.refuse("pipe", rule, type(pipe.scheduler).__name__)
+    try:
+        scheduler = DDIMScheduler.from_config(config, **{name: config[name] for name in NOISE if name in config})
+    except NotImplementedError:
+        _checks.refuse("pipe", "have a scheduler of a beta_schedule that DDIM knows", repr(config["beta_schedule"]))
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        _checks.refuse("pipe", "predict epsilon or v", scheduler.config.prediction_type)
+    alphas, most = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+    if steps > most:
+        _checks.refuse("num_inference_steps", f"be at most {most}, the timesteps of pipe's schedule", steps)
+    scheduler.set_timesteps(steps)
+    scheduler.timesteps = scheduler.timesteps[:steps]  # "trailing" may round to one more, -1
+    first = int(scheduler.timesteps[0])
+    if first >= len(alphas):
+        rule = f"keep the timesteps of pipe's schedule below {len(alphas)}"
+        _checks.refuse("num_inference_steps", rule, f"{steps}, which begin at {first}")
+    if alphas[first] == 0:
+        rule = "have a scheduler that leaves signal at the first timestep, as timestep_spacing='leading' does"
+        _checks.refuse("pipe", rule, f"alpha_bar 0 at timestep {first}")
+    return scheduler

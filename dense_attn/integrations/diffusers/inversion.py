@@ -13,12 +13,15 @@ from torch import Tensor
 from dense_attn import _checks, _memory, optimize_latents
 from dense_attn.optimize import OptimizeResult
 
-from ._chain import Chain, Settings, check_images, check_pipe, check_size
+from ._chain import Chain, Settings, in_words
 from ._hooks import unwrapped
+from ._images import check_images, pixels_of
+from ._pipes import check_noise, check_pipe, noise_shape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+OUTPUTS = ("pil", "pt", "np", "latent")
 Result = TypeVar("Result")
 
 
@@ -96,15 +99,13 @@ def invert(
         >>> edited = reconstruct(pipe, inversion, prompt="a dog")[0]
     """
     check_pipe(pipe)
-    settings = Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler)
-    image = check_images(image)
-    with torch.no_grad():
-        pixels = pipe.image_processor.preprocess(image).to(pipe._execution_device, unwrapped(pipe.vae).dtype)
-        chain = Chain(pipe, settings, len(pixels))
-        x = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    image = check_images(pipe, image)
+    chain = Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler), len(image))
+    with torch.no_grad(), in_words(x="the latents of image"):
+        x = _encoded(pipe, pixels_of(pipe, image))
         call = lambda: chain.sampler.invert(chain.eps, x, progress=progress)  # noqa: E731
         latents, seconds, peak = _measured(call, x.device)
-    return Inversion(latents, settings, seconds, peak)
+    return Inversion(latents, chain.settings, seconds, peak)
 
 
 @torch.no_grad()
@@ -143,9 +144,13 @@ def reconstruct(
     check_pipe(pipe)
     if not isinstance(inversion, Inversion):
         _checks.refuse("inversion", "be what invert returns", type(inversion).__name__, TypeError)
+    _checks.choice("output_type", output_type, OUTPUTS)
+    for latents in inversion.latents:
+        check_noise(pipe, "the latents of inversion", latents)
     settings = inversion.settings if prompt is None else replace(inversion.settings, prompt=prompt)
     chain = Chain(pipe, settings, len(inversion.latents[0]))
-    x, _ = chain.sampler.sample(chain.eps, *inversion.latents, progress=progress)
+    with in_words(x="the latents of inversion", y="the latents of inversion"):
+        x, _ = chain.sampler.sample(chain.eps, *inversion.latents, progress=progress)
     return _images(pipe, x, output_type)
 
 
@@ -198,18 +203,18 @@ def optimize(
         >>> darker.images[0].size, len(darker.result.losses)
         ((16, 16), 2)
     """
+    from diffusers.utils.torch_utils import randn_tensor
+
     check_pipe(pipe)
+    _checks.choice("output_type", output_type, OUTPUTS)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        _checks.refuse("generator", "be a torch.Generator or None", type(generator).__name__, TypeError)
     count = 1 if isinstance(prompt, str) or not isinstance(prompt, list) else len(prompt)
-    chain = Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler or {}), count)
-    shape = (count, *check_size(pipe, height, width))
+    shape = noise_shape(pipe, count, height, width, latents)
+    sampler = {} if sampler is None else sampler
+    chain = Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler), count)
     if latents is None:
-        shape = *shape[:2], shape[2] * pipe.vae_scale_factor, shape[3] * pipe.vae_scale_factor
-        latents = pipe.prepare_latents(
-            *shape, torch.float32, pipe._execution_device, generator
-        ) / pipe.scheduler.init_noise_sigma  # fmt: skip
-    elif not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[:2] != shape[:2]:
-        got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        _checks.refuse("latents", f"be a tensor of shape ({shape[0]}, {shape[1]}, height, width)", got)
+        latents = randn_tensor(shape, generator, pipe._execution_device, torch.float32)
 
     def decode(x: Tensor) -> Tensor:
         return pipe.vae.decode(x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor).sample.float()
@@ -219,11 +224,23 @@ def optimize(
             chain.sampler, chain.eps, decode, loss_fn, latents, saliency_fn=saliency_fn, generator=generator, **options
         )
 
-    result, seconds, peak = _measured(call, latents.device)
-    pair = result.latents if isinstance(result.latents, tuple) else (result.latents,)
-    with torch.no_grad():
-        images = _images(pipe, chain.sampler.sample(chain.eps, *pair)[0], output_type)
+    with in_words(x="latents"):
+        result, seconds, peak = _measured(call, latents.device)
+        pair = result.latents if isinstance(result.latents, tuple) else (result.latents,)
+        with torch.no_grad():
+            images = _images(pipe, chain.sampler.sample(chain.eps, *pair)[0], output_type)
     return Optimized(images, result, seconds, peak)
+
+
+def _encoded(pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+    """The latents of pixels, without noise."""
+    dtype = unwrapped(pipe.vae).dtype
+    encoded = pipe.vae.encode(pixels.to(dtype))
+    x = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents  # AutoencoderTiny's
+    x = x * pipe.vae.config.scaling_factor
+    if not x.isfinite().all():
+        _checks.refuse("pipe", "have a VAE that makes finite latents of image", f"nan or inf in {_checks.name(dtype)}")
+    return x
 
 
 def _images(pipe: DiffusionPipeline, x: Tensor, output_type: str) -> Any:
