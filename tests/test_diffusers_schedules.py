@@ -86,11 +86,11 @@ def test_refusals_of_the_sampler_speak_of_what_the_caller_gave() -> None:
     with pytest.raises(ValueError, match=r"^the noise schedule of pipe must grow at every step, .* for method='belm'"):
         invert(same, IMAGE, "a cat", **given, method="belm", exact=False)
     handle = pipe.unet.register_forward_hook(lambda _module, _args, out: (out[0] + torch.rand(1),))
-    with pytest.raises(ValueError, match=r"^the U-Net of pipe must be deterministic for exact inversion"):
+    with pytest.raises(ValueError, match=r"^pipe.unet must be deterministic for exact inversion"):
         invert(pipe, IMAGE, "a cat", **given)
     handle.remove()
     handle = pipe.unet.register_forward_hook(lambda _module, _args, out: (out[0] * torch.nan,))
-    with pytest.raises(RuntimeError, match=r"^the estimate of pipe's U-Net must be finite and keep"):
+    with pytest.raises(RuntimeError, match=r"^pipe.unet's result must be finite and keep"):
         invert(pipe, IMAGE, "a cat", **given)
     handle.remove()
     found = invert(pipe, IMAGE, "a cat", **given)

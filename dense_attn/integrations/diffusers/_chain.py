@@ -23,10 +23,10 @@ WORDS = {  # what the sampler is given here, as a caller knows it
     "timesteps": "num_inference_steps",
     "alphas_cumprod": "the noise schedule of pipe",
     "final_alpha_cumprod": "the end of pipe's noise schedule",
-    "dtype": "the dtype of pipe's U-Net",
-    "eps_fn": "the U-Net of pipe",
-    "eps_fn's result": "the estimate of pipe's U-Net",
-    "decode_fn": "the VAE of pipe",
+    "dtype": "pipe.unet's dtype",
+    "eps_fn": "pipe.unet",
+    "eps_fn's result": "pipe.unet's result",
+    "decode_fn": "pipe.vae",
 }
 
 

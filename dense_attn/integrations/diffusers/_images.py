@@ -18,7 +18,7 @@ DEEP = ("I", "F")  # how the modes begin of whose values PIL cuts off what 8 bit
 
 def check_images(pipe: DiffusionPipeline, images: Any) -> list[Any] | Tensor:
     """PIL images in colour and of one size, or a tensor [B, 3, H, W] in 0..1."""
-    channels = pipe.vae.config.in_channels
+    channels = getattr(pipe.vae.config, "in_channels", 3)  # ConsistencyDecoderVAE has another name for it
     if channels != 3:
         _checks.refuse("pipe", "have a VAE of images of 3 channels", f"{type(pipe).__name__} with {channels}")
     images = _tensor(images) if isinstance(images, Tensor) else _pictures(images)

@@ -14,7 +14,7 @@ from ._hooks import unwrapped, watchers
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PARTS = ("vae", "tokenizer", "text_encoder", "scheduler", "image_processor")
+PARTS = ("vae", "tokenizer", "text_encoder", "scheduler")
 ENCODED = ("prompt", "negative_prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance")
 WANTED = {  # what a U-Net's config says that it wants beside latents, timestep and text
     "class_embed_type": "class labels",
@@ -23,19 +23,25 @@ WANTED = {  # what a U-Net's config says that it wants beside latents, timestep 
 }
 
 
-def check_pipe(pipe: DiffusionPipeline) -> None:
-    """Refuse what is no Stable Diffusion 1 or 2 whose U-Net takes latents, a timestep and a text alone."""
+def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> None:
+    """Refuse what is no Stable Diffusion 1 or 2 whose U-Net takes latents, a timestep and a text alone.
+
+    Args:
+        pipe: any.
+        pictures: whether images are to be made tensors or tensors images.
+    """
     unet, kind = unwrapped(getattr(pipe, "unet", None)), type(pipe).__name__
     if type(unet).__name__ != "UNet2DConditionModel" or unet.config.addition_embed_type:
         _checks.refuse("pipe", "be of Stable Diffusion 1 or 2", kind)
-    missing = [name for name in PARTS if getattr(pipe, name, None) is None]
+    parts = (*PARTS, "image_processor") if pictures else PARTS
+    missing = [name for name in parts if getattr(pipe, name, None) is None]
     if missing:
         _checks.refuse("pipe", "be of Stable Diffusion 1 or 2", f"{kind} without {', '.join(missing)}")
     try:
         inspect.signature(pipe.encode_prompt).bind(**dict.fromkeys(ENCODED))
     except (AttributeError, TypeError):
         _checks.refuse("pipe", "have an encode_prompt of a prompt", kind)
-    _check_inputs(kind, unet.config, pipe.vae.config.latent_channels)
+    _check_inputs(kind, unet.config, getattr(pipe.vae.config, "latent_channels", unet.config.in_channels))
     if watchers(unet):
         _checks.refuse("pipe", "be outside of apply_layout and semantic_guidance", "a pipeline inside of such a block")
 

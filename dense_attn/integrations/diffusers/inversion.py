@@ -76,8 +76,11 @@ def invert(
     chains, the default, the way back ends in the very bits of z.
 
     Args:
-        pipe: a Stable Diffusion 1 or 2 pipeline with any scheduler of its noise schedule.
-        image: a PIL image, a list of them, or a tensor [B, 3, H, W] in 0..1.
+        pipe: a Stable Diffusion 1 or 2 pipeline with any scheduler of its noise schedule that leaves signal at the
+            first timestep. Its U-Net takes latents, a timestep and a text alone: no channels of a mask or depth, no
+            class labels, no embedding of the guidance scale (LCM). A ControlNet or adapter beside it is not called.
+        image: a PIL image, a list of them of one size, or a tensor [B, 3, H, W] in 0..1. A warning says where it is
+            resized, to multiples of the VAE's factor, and where transparent pixels are taken as opaque.
         prompt, negative_prompt: what the image shows, and what it does not; one for all images or one for each.
         num_inference_steps: of the chain.
         guidance_scale: classifier-free guidance; 1 for none. Large ones drive EDICT's pair apart.
@@ -141,7 +144,7 @@ def reconstruct(
         >>> reconstruct(pipe, inversion)[0].size
         (16, 16)
     """
-    check_pipe(pipe)
+    check_pipe(pipe, pictures=output_type != "latent")
     if not isinstance(inversion, Inversion):
         _checks.refuse("inversion", "be what invert returns", type(inversion).__name__, TypeError)
     _checks.choice("output_type", output_type, OUTPUTS)
@@ -177,13 +180,13 @@ def optimize(
     through the decoder and all steps of the chain, in memory that does not grow with them.
 
     Args:
-        pipe: a Stable Diffusion 1 or 2 pipeline.
+        pipe: a Stable Diffusion 1 or 2 pipeline, as `invert` takes it.
         prompt, negative_prompt: one for all images or one for each.
         loss_fn: images [B, 3, H, W] in -1..1 to a scalar tensor.
         saliency_fn: None, or images in 0..1 to maps [B, H, W] in 0..1 (`spectral_residual_saliency`).
         num_inference_steps, guidance_scale: of the chain.
-        latents: the noise to begin with; drawn when None, for images of height x width.
-        height, width: in pixels; the U-Net's own size when None.
+        latents: the noise to begin with, of variance 1; drawn when None, for images of height x width.
+        height, width: in pixels; the size of latents, or the U-Net's own, when None.
         generator: of the noise.
         output_type: as in `reconstruct`.
         sampler: further arguments of `ReversibleSampler`.
@@ -205,7 +208,7 @@ def optimize(
     """
     from diffusers.utils.torch_utils import randn_tensor
 
-    check_pipe(pipe)
+    check_pipe(pipe, pictures=output_type != "latent")
     _checks.choice("output_type", output_type, OUTPUTS)
     if generator is not None and not isinstance(generator, torch.Generator):
         _checks.refuse("generator", "be a torch.Generator or None", type(generator).__name__, TypeError)
