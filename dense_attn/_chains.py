@@ -121,15 +121,7 @@ def schedule(alphas_cumprod: Tensor | Sequence[float], timesteps: Sequence[int],
             at = timesteps[bars.index(highest)]
             got = f"{highest:.6g} at timestep {at} and {bars[step]:.6g} at timestep {timesteps[step]}"
             _checks.refuse("alphas_cumprod", "not rise with the timesteps used", got)
-    return bars if final is None else [*bars, _end(final, bars[-1])]
-
-
-def _end(final: object, last: float) -> float:
-    """Where the last step goes: to no more noise than there is at the last timestep."""
-    end = alpha_bar("final_alpha_cumprod", final)
-    if end < last * (1 - _ROUNDING):
-        _checks.refuse("final_alpha_cumprod", f"be at least the last timestep's alpha_bar, {last:.6g}", end)
-    return end
+    return bars if final is None else [*bars, alpha_bar("final_alpha_cumprod", final)]
 
 
 def descending(timesteps: Tensor | Sequence[int]) -> tuple[list[object], list[int]]:

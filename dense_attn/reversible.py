@@ -69,8 +69,7 @@ class ReversibleSampler:
         gamma: BDIA's gamma, in (0, 1]; 1 for exact=True.
         alternate: whether the order of EDICT's couplings alternates.
         exact: inversion to the last bit, for `"edict"` and `"bdia"`; `"ddim"` has no use for it.
-        final_alpha_cumprod: where the last step goes, alphas_cumprod[0] when None; to no more noise than the last
-            timestep has.
+        final_alpha_cumprod: where the last step goes, alphas_cumprod[0] when None.
         dtype: of what eps_fn receives.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
 

@@ -22,7 +22,6 @@ NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "pred
 WORDS = {  # what the sampler is given here, as a caller knows it
     "timesteps": "num_inference_steps",
     "alphas_cumprod": "the noise schedule of pipe",
-    "final_alpha_cumprod": "the end of pipe's noise schedule",
     "dtype": "pipe.unet's dtype",
     "eps_fn": "pipe.unet",
     "eps_fn's result": "pipe.unet's result",
@@ -54,9 +53,10 @@ class Chain:
             _checks.choice("sampler", name, SAMPLER)
         scheduler = _schedule(pipe, settings.num_inference_steps)
         self.alphas = scheduler.alphas_cumprod if scheduler.config.prediction_type == "v_prediction" else None
+        final = 1.0 if scheduler.config.set_alpha_to_one else None
         with in_words():
             self.sampler = ReversibleSampler(
-                scheduler.alphas_cumprod, scheduler.timesteps, final_alpha_cumprod=scheduler.final_alpha_cumprod,
+                scheduler.alphas_cumprod, scheduler.timesteps, final_alpha_cumprod=final,
                 dtype=unwrapped(pipe.unet).dtype, **settings.sampler,
             )  # fmt: skip
         self.text = self._encoded(texts)
