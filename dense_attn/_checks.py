@@ -16,7 +16,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def refuse(argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
     """Raise the library's one kind of error message."""
     error = kind(f"{argument} must {rule}, got {got}")
-    error.argument, error.rest = argument, f"must {rule}, got {got}"  # for `renamed`
+    if not torch.compiler.is_compiling():  # which knows no attributes of errors
+        error.argument, error.rest = argument, f"must {rule}, got {got}"  # for `renamed`
     raise error
 
 

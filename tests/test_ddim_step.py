@@ -180,3 +180,9 @@ def test_a_bad_argument_is_named(
     assert type(refusal.value) is error
     assert GRAMMAR.fullmatch(str(refusal.value))
     assert message in str(refusal.value)
+
+
+def test_a_whole_compiled_graph_still_says_what_is_refused() -> None:
+    call = torch.compile(lambda x: ddim_step(x, x[:, :1], 0.5, 0.6), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="eps must have x's shape"):
+        call(torch.randn(1, 2, 4))

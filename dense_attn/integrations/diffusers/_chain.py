@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +87,9 @@ class Chain:
         return torch.cat([negative, text]) if guided else text
 
 
-@contextmanager
-def in_words(**more: str) -> Iterator[None]:
+def in_words(**more: str) -> AbstractContextManager[None]:
     """What a sampler refuses inside, in the words of who called invert, reconstruct or optimize."""
-    with _checks.renamed(WORDS | more):
-        yield
+    return _checks.renamed(WORDS | more)
 
 
 def _texts(settings: Settings, count: int) -> dict[str, list[str]]:
