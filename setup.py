@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -41,6 +42,8 @@ BINDINGS = [
     "bindings/reversible.cpp",
 ]
 
+SANITIZED = runpy.run_path("dense_attn/_environment.py")["flag"]("DENSE_ATTN_SANITIZE")
+
 
 class BuildExt(build_ext):
     """Compiles every kernel for every instruction set, side by side, and links one library that knows no Python."""
@@ -73,7 +76,7 @@ class BuildExt(build_ext):
         return str(target)
 
     def _compiler(self, flags: list[str] = ()) -> list[str]:
-        sanitize = SANITIZE_FLAGS if os.environ.get("DENSE_ATTN_SANITIZE") == "1" else []
+        sanitize = SANITIZE_FLAGS if SANITIZED else []
         return [self.compiler.compiler_cxx[0], *CXX_FLAGS, *flags, *sanitize]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -11,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dense_attn import _fakes, _triton_checks
+from dense_attn import _environment, _fakes, _triton_checks, _tuned
 
 
 def _load() -> str | None:
@@ -19,12 +18,15 @@ def _load() -> str | None:
     global layout_attention, reversible, sega
     if find_spec("triton") is None:
         return "Triton is not installed: pip install dense_attn[triton]"
-    if torch.version.cuda is None and torch.version.hip is None and not os.environ.get("TRITON_INTERPRET"):
-        return "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
     try:
-        from dense_attn.triton_kernels import layout_attention, reversible, sega
+        if torch.version.cuda is None and torch.version.hip is None and not _environment.flag("TRITON_INTERPRET"):
+            return "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
+        from dense_attn.triton_kernels import autotune, layout_attention, reversible, sega
+    except _environment.VariableError as error:
+        return str(error)
     except ImportError as error:
         return f"Triton does not load: {error}"
+    autotune.store = _tuned
     return None
 
 

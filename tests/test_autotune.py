@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
+from dense_attn import _tuned
 from dense_attn.triton_kernels import autotune, configs, layout_attention
 
 TABLE = configs.Config(64, 32, 4, 2)
@@ -28,6 +30,7 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[configs.Confi
     """A file of its own, a clock that likes one configuration, and what it has timed."""
     timed: list[configs.Config] = []
     monkeypatch.setenv("DENSE_ATTN_AUTOTUNE_CACHE", str(tmp_path / "kept" / "found.json"))
+    monkeypatch.setattr(autotune, "store", _tuned)
     monkeypatch.setattr(autotune, "_found", {})
 
     def seconds(call: Callable[[], configs.Config]) -> float:
@@ -50,12 +53,12 @@ def test_the_fastest_is_found_once_and_kept(times: list, monkeypatch: pytest.Mon
     monkeypatch.setattr(autotune, "_found", {})  # as in another process
     assert best() == FAST
     assert times == []
-    (kept,) = json.loads(autotune.cache_file().read_text()).values()
+    (kept,) = json.loads(_tuned.cache_file().read_text()).values()
     assert configs.Config(**kept) == FAST
     best("bwd_q")
     best(q=Q[:1])
     assert len(times) == 2 * len(autotune.neighbours(TABLE))
-    assert len(json.loads(autotune.cache_file().read_text())) == 3
+    assert len(json.loads(_tuned.cache_file().read_text())) == 3
 
 
 def test_what_another_process_found_stays(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +68,7 @@ def test_what_another_process_found_stays(times: list, monkeypatch: pytest.Monke
     best("bwd_q")
     monkeypatch.setattr(autotune, "_found", mine)
     best("bwd_kv")
-    assert len(json.loads(autotune.cache_file().read_text())) == 3
+    assert len(json.loads(_tuned.cache_file().read_text())) == 3
 
 
 def test_what_does_not_fit_the_device_is_left_out(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,16 +81,22 @@ def test_what_does_not_fit_the_device_is_left_out(times: list, monkeypatch: pyte
     assert best().BLOCK_M == 32
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": {"BLOCK_M": 1}}', '{"a": 3}'])
-def test_a_damaged_file_costs_a_warning(times: list, text: str) -> None:
-    autotune.cache_file().parent.mkdir()
-    autotune.cache_file().write_text(text)
+def test_a_damaged_file_is_measured_anew_and_mended(times: list) -> None:
+    _tuned.cache_file().parent.mkdir()
+    _tuned.cache_file().write_text("{")
     with pytest.warns(UserWarning, match=r"dense_attn measures anew: \S+found.json cannot be read"):
         assert best() == FAST
+    assert len(json.loads(_tuned.cache_file().read_text())) == 1
+
+
+def test_nothing_fails_where_nothing_can_be_kept(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tuned, "cache_file", lambda: None)
+    assert best() == best() == FAST
+    assert times == autotune.neighbours(TABLE)
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(times: list) -> None:
-    autotune.cache_file().parent.write_text("a file")
+    _tuned.cache_file().parent.write_text("a file")
     with pytest.warns(UserWarning, match="dense_attn keeps its measurements for this process alone"):
         assert best() == FAST
     assert best() == FAST
@@ -104,20 +113,28 @@ def test_neighbours_are_configurations_of_a_kernel() -> None:
 
 
 def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "store", _tuned)
     monkeypatch.delenv("DENSE_ATTN_AUTOTUNE", raising=False)
     assert not autotune.requested()
     monkeypatch.setenv("DENSE_ATTN_AUTOTUNE", "1")
     assert autotune.requested()
+    monkeypatch.setattr(autotune, "store", None)
+    assert not autotune.requested()
 
 
 @pytest.mark.parametrize(
     "entry",
-    [{"BLOCK_M": 48}, {"BLOCK_N": "64"}, {"num_warps": 5}, {"num_stages": 2.0}, {"parks": 1}, {"BLOCK_M": True}],
+    [{"BLOCK_M": 48}, {"BLOCK_N": "64"}, {"num_warps": 5}, {"num_stages": 8}, {"parks": None}, {"more": 1}],
 )
-def test_what_cannot_be_is_measured_anew(entry: dict, tmp_path: Path) -> None:
-    file, right = tmp_path / "f.json", {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "parks": False}
-    file.write_text(json.dumps({"good": right, "bad": right | entry}))
-    assert autotune._read(file).keys() == {"good"}
+def test_what_cannot_be_is_measured_anew(entry: dict, times: list) -> None:
+    """A file may name what no kernel takes, or what does not fit the device."""
+    best()
+    (key,) = json.loads(_tuned.cache_file().read_text())
+    _tuned.cache_file().write_text(json.dumps({key: asdict(FAST) | entry}))
+    autotune._found.clear()
+    times.clear()
+    assert best() == FAST
+    assert times == autotune.neighbours(TABLE)
 
 
 def test_a_measurement_leaves_the_random_numbers_alone() -> None:
@@ -127,20 +144,6 @@ def test_a_measurement_leaves_the_random_numbers_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first[0], second[0])
     assert first[0].abs().max() > 0
-
-
-def test_a_folder_in_the_place_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is left beside it."""
-    monkeypatch.setattr(autotune, "_found", {tmp_path: {}})
-    with pytest.warns(UserWarning, match="for this process alone"):
-        autotune._write(tmp_path)
-    assert [path for path in tmp_path.parent.iterdir() if path.suffix == f".{os.getpid()}"] == []
-
-
-def test_the_default_file_is_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("DENSE_ATTN_AUTOTUNE_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert autotune.cache_file() == tmp_path / "dense_attn" / "autotune.json"
 
 
 PROGRAM = """

@@ -1,18 +1,16 @@
 """Launch configurations by measurement, on request alone: `DENSE_ATTN_AUTOTUNE=1`.
 
 Another tile sums in another order, so results may differ in their last bits from those of the tables. What was found is
-kept in `DENSE_ATTN_AUTOTUNE_CACHE`, or in dense_attn/autotune.json of the user's cache folder, and serves later runs.
+kept in a file by the `store` that the library hands in, and serves later runs.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import triton
@@ -23,19 +21,13 @@ from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.configs import Config
 
 Launch = Callable[[Config], Callable[[], object]]
-_found: dict[Path, dict[str, Config]] = {}  # by file, as it was when it was first asked for, and what came since
+store: ModuleType | None = None  # requested, cache_file, read and keep; without it tables serve
+_found: dict[Path | None, dict[str, dict]] = {}  # by file, as it was when it was first asked for, and what came since
 
 
 def requested() -> bool:
     """Whether configurations are measured."""
-    return os.environ.get("DENSE_ATTN_AUTOTUNE") == "1"
-
-
-def cache_file() -> Path:
-    """Where what was found is kept."""
-    named = os.environ.get("DENSE_ATTN_AUTOTUNE_CACHE")
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(folder) / "dense_attn" / "autotune.json"
+    return store is not None and store.requested()
 
 
 def best(kernel: str, q: Tensor, k: Tensor, options: list[Config], prepare: Callable[[], Launch]) -> Config:
@@ -44,16 +36,21 @@ def best(kernel: str, q: Tensor, k: Tensor, options: list[Config], prepare: Call
     prepare() makes inputs, and returns what makes a call of a configuration. No measurement may enter the capture of
     a CUDA graph: what is not known there is the first option.
     """
-    file, key = cache_file(), _key(kernel, q, k)
+    file, key = store.cache_file(), _key(kernel, q, k)
     if file not in _found:
-        _found[file] = _read(file)
-    if key not in _found[file]:
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return options[0]
-        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            _found[file][key] = _fastest(options, prepare())
-        _write(file)
-    return _found[file][key]
+        _found[file] = {}
+        _found[file] = store.read(file)
+    kept = _found[file].get(key)
+    for option in options:
+        if asdict(option) == kept:
+            return option
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return options[0]
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        fastest = _fastest(options, prepare())
+    _found[file][key] = asdict(fastest)
+    store.keep(file, _found[file])
+    return fastest
 
 
 def neighbours(table: Config, same_keys: bool = False) -> list[Config]:
@@ -74,12 +71,12 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def _fastest(options: list[Config], launch: Launch) -> Config:
-    """Those that do not fit the device are left out."""
+    """Those that do not fit the device are left out; where none does, a call says so itself."""
     times = {}
     for config in options:
         with suppress(OutOfResources):
             times[config] = seconds(launch(config))
-    return min(times, key=times.get)
+    return min(times, key=times.get, default=options[0])
 
 
 def _key(kernel: str, q: Tensor, k: Tensor) -> str:
@@ -88,37 +85,3 @@ def _key(kernel: str, q: Tensor, k: Tensor) -> str:
     tokens = (triton.next_power_of_2(max(x.shape[2], 1)) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
     return " ".join(map(str, (device, triton.__version__, kernel, q.dtype, configs.precision(q), *sizes)))
-
-
-def _read(file: Path) -> dict[str, Config]:
-    try:
-        found = {key: Config(**values) for key, values in json.loads(file.read_text()).items()}
-        return {key: config for key, config in found.items() if _can_be(config)}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(f"dense_attn measures anew: {file} cannot be read: {error}", stacklevel=2)
-        return {}
-
-
-def _can_be(config: Config) -> bool:
-    """Whether a tile could have been measured; a file may hold anything."""
-    numbers = (config.BLOCK_M, config.BLOCK_N, config.num_warps, config.num_stages)
-    whole = all(type(number) is int for number in numbers) and type(config.parks) is bool
-    return whole and {config.BLOCK_M, config.BLOCK_N} <= {16, 32, 64, 128} and {*numbers[2:]} <= {1, 2, 3, 4, 8}
-
-
-def _write(file: Path) -> None:
-    """Whole or not at all; what another process has found since stays."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = _read(file) | _found[file]
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps({key: asdict(config) for key, config in found.items()}, indent=1) + "\n")
-        new.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            file.with_suffix(f".{os.getpid()}").unlink()
-        warnings.warn(f"dense_attn keeps its measurements for this process alone: {error}", stacklevel=2)

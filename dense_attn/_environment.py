@@ -1,0 +1,36 @@
+"""Environment variables have one reader: a value that means nothing is refused in the variable's name.
+
+Knows the standard library alone, so that setup.py can run it before anything is installed.
+"""
+
+from __future__ import annotations
+
+import os
+
+ON, OFF = ("1", "true", "yes", "on", "y"), ("0", "false", "no", "off", "n")  # as Triton reads TRITON_INTERPRET
+FLAGS = ("DENSE_ATTN_AUTOTUNE",)  # those that a call may read
+
+
+class VariableError(ValueError):
+    """An environment variable with a value that means nothing; the message is one sentence that names it."""
+
+
+def flag(name: str) -> bool:
+    """Whether a variable is switched on; one that is not set, or empty, is off."""
+    value = os.environ.get(name, "")
+    if value.lower() in ON:
+        return True
+    if value and value.lower() not in OFF:
+        raise VariableError(f"{name} must be 1 or 0, got {value!r}")
+    return False
+
+
+def text(name: str) -> str | None:
+    """What a variable says, None where it is not set or empty."""
+    return os.environ.get(name) or None
+
+
+def check() -> None:
+    """Refuse now what a later call would refuse."""
+    for name in FLAGS:
+        flag(name)

@@ -1,0 +1,73 @@
+"""Measured launch configurations in a file: what kernels, which know nothing of files, are handed to keep them in.
+
+A file that is of no use is as if it were not there: nothing here fails.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from dense_attn import _environment, _files
+
+Found = dict[str, dict[str, Any]]  # the fields of a configuration, by what it was measured for
+
+
+def requested() -> bool:
+    """Whether configurations are measured."""
+    return _environment.flag("DENSE_ATTN_AUTOTUNE")
+
+
+def cache_file() -> Path | None:
+    """Where what was found is kept, None where there is no home to keep it in."""
+    named, folder = _environment.text("DENSE_ATTN_AUTOTUNE_CACHE"), _environment.text("XDG_CACHE_HOME")
+    if named is not None:
+        return Path(named)
+    try:
+        return Path(folder or Path.home() / ".cache") / "dense_attn" / "autotune.json"
+    except RuntimeError:
+        return None
+
+
+def read(path: Path | None) -> Found:
+    """What was found before."""
+    try:
+        return _entries(path)
+    except Exception as error:  # a file may hold anything
+        warnings.warn(f"dense_attn measures anew: {path} cannot be read: {error}", stacklevel=2)
+        return {}
+
+
+def keep(path: Path | None, found: Found) -> None:
+    """Write what was found; what another process has found since stays."""
+    if path is None or _is_special(path):
+        return
+    try:
+        before = _entries(path)
+    except Exception:
+        before = {}  # what means nothing makes room
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _files.write(path, json.dumps(before | found, indent=1) + "\n")
+    except Exception as error:
+        warnings.warn(f"dense_attn keeps its measurements for this process alone: {error}", stacklevel=2)
+
+
+def _entries(path: Path | None) -> Found:
+    if path is None or _is_special(path):
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return {}
+    return {str(key): dict(values) for key, values in json.loads(text).items()}
+
+
+def _is_special(path: Path) -> bool:
+    """A device or a pipe, which keeps nothing; whoever reads one may wait forever."""
+    try:
+        return path.exists() and not (path.is_file() or path.is_dir())
+    except OSError:
+        return False
