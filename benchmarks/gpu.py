@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -88,7 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_table(outcomes)
     steps = [asdict(outcome) for outcome in outcomes]
     summary = {"device": device, "dry_run": arguments.dry_run, "quick": arguments.quick, "date": date, "steps": steps}
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write = runpy.run_path(str(ROOT / "dense_attn" / "_files.py"))["write"]  # without torch, which the package imports
+    try:
+        write(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return 2
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 
 
@@ -119,14 +125,15 @@ def _outcome(step: Step, output: Path, seconds: float) -> Outcome:
     if step.fresh is not None:
         shutil.rmtree(step.fresh, ignore_errors=True)
     step.folder.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(shlex.join(step.command) + "\n")
         file.flush()
         code = _call(step, file, seconds)
     passed = f"passed, {step.note}" if step.note else "passed"
     verdict = passed if code == 0 else f"ran past {seconds:.0f} s" if code is None else f"exit code {code}"
     if code != 0:
-        print("".join(f"  {line}\n" for line in log.read_text(errors="replace").splitlines()[-15:]), end="")
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("".join(f"  {line}\n" for line in lines[-15:]), end="")
     return Outcome(step.name, verdict, round(time.monotonic() - start, 1), log.name)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 
-from dense_attn import __version__
+from dense_attn import __version__, _command, _files
 from dense_attn._kernel_hashes import kernel_hashes
 
 from . import kernel_calls
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     beside = {"action": "append", "default": [], "type": Path, "metavar": "FOLDER"}
     parser.add_argument("--triton", **beside, help="each configuration also with this Triton; may be repeated")
     arguments = parser.parse_args(argv)
+    _files.check(arguments.json)
     calls = kernel_calls.CALLS[arguments.calls]()
     targets = arguments.target or MATRIX
     rows = compile_rows(call for call in calls if call.target in targets)
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kernels": kernel_hashes(),
     }
     text = ",\n  ".join(map(json.dumps, rows))
-    arguments.json.write_text(f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n')
+    _files.write(arguments.json, f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n')
     broken = [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
     print("\n".join([*broken, f"{len(rows)} kernels, {len(broken)} faults"]))
     return 1 if broken else 0
@@ -108,7 +109,7 @@ def compile_elsewhere(
         file = Path(place, "kernels.json")
         command = [sys.executable, "-m", "dense_attn.benchmarks.kernel_table", "--calls", calls, "--json", str(file)]
         command += [word for target in targets for word in ("--target", target)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
         if not file.exists():
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
         return read(file)
@@ -116,7 +117,7 @@ def compile_elsewhere(
 
 def read(file: Path) -> dict[str, Any]:
     """A table: its header and rows."""
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def row_of(call: Attention | Other, launch: Launch) -> Row:
@@ -194,4 +195,4 @@ def differences(committed: Iterable[Row], now: Iterable[Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command.run("kernel_table", main))

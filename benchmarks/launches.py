@@ -10,6 +10,7 @@ import torch
 
 from dense_attn import (
     ReversibleSampler,
+    _command,
     _triton,
     ddim_step,
     layout_attention,
@@ -112,4 +113,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command.run("launches", main))

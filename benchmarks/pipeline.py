@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dense_attn import Layout, _memory
+from dense_attn import Layout, _command, _files, _memory
 from dense_attn._step import official_attention
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="calls of each way (5)")
     parser.add_argument("--dry-run", action="store_true", help="a small U-Net, whose times mean nothing")
     arguments = parser.parse_args(argv)
+    if arguments.json is not None:
+        _files.check(arguments.json)
     rows = measure(*_network(arguments.dry_run), arguments.rounds)
     plain, official = rows["plain"], rows["official"]
     print(f"{'':10} {'seconds':>8} {'of plain':>9} {'in attention':>13} {'official/this':>14} {'extra MB':>9}")
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:10} {row['seconds']:8.3f} {ratios[0]:>9} {attention:13.3f} {ratios[1]:>14} {megabytes:>9}")
     if arguments.json is not None:
         header = describe_run(quick=False) | {"dry_run": arguments.dry_run, "regions": "two boxes"}
-        arguments.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+        _files.write(arguments.json, json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
     return 0
 
 
@@ -164,4 +166,4 @@ def _timed_attention(unet: torch.nn.Module) -> Iterator[list[float]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(_command.run("pipeline", main))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dense_attn._files import write_by
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,18 +34,22 @@ STYLE = {  # contender: (label, colour)
 }
 
 
+def files(path: Path) -> list[Path]:
+    """The figures that `draw` may write."""
+    return [path.with_stem(path.stem + suffix) for suffix in ("", "-sega", "-reversible")]
+
+
 def draw(results: dict[str, Any], path: Path) -> list[Path]:
     """Write the figures of a run's results as .png or .svg: `path`, and beside it those of the other families."""
     from . import plots_reversible, plots_sega
 
-    drawings = {"": attention, "-sega": plots_sega.figure, "-reversible": plots_reversible.figure}
     written = []
-    for suffix, drawing in drawings.items():
+    for file, drawing in zip(files(path), (attention, plots_sega.figure, plots_reversible.figure)):
         figure = drawing([row for row in results["rows"] if "reason" not in row])
         if figure is not None:
             figure.suptitle(_caption(results["header"]), fontsize=11)
-            written.append(path.with_stem(path.stem + suffix))
-            figure.savefig(written[-1], dpi=110)
+            written.append(file)
+            write_by(file, partial(figure.savefig, format=path.suffix[1:], dpi=110))
     return written
 
 

@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from . import machine
+from dense_attn import _command, _environment, _files
+
+from . import machine, plots
 from .bars import BARS, GPU_BARS
 from .families import FAMILIES, GPU_FAMILIES, GPU_WORKLOADS, WORKLOADS
 from .header import describe_run, state_of_gpu
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite; 0 if every row that ran was right, 1 if not, 2 if pytest could not run it."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
-    if arguments.dry_run and not os.environ.get("TRITON_INTERPRET"):  # which Triton reads when it is loaded
+    if arguments.dry_run and not _environment.flag("TRITON_INTERPRET"):  # which Triton reads when it is loaded
         again = [sys.executable, "-m", f"{__package__}.run", *argv]
         return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
     machine.use(arguments.device, arguments.dry_run)
@@ -71,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     alone = [f"-c{os.devnull}", f"--rootdir={_FOLDER}", "-pno:terminal", "-pno:cacheprovider", storage]
     code = pytest.main([*tests, *alone, *options], plugins=[report])
     report.bar.close()
+    if report.interrupted:
+        raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         print(f"dense_attn bench: pytest ended with {code!r}", file=sys.stderr)
         return 2
@@ -85,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_end(results)
     report.save()
     if arguments.plot:
-        from .plots import draw
-
-        draw(results, arguments.plot)
+        plots.draw(results, arguments.plot)
     return 1 if report.failed else 0
 
 
@@ -120,6 +123,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--plot needs matplotlib: pip install dense_attn[bench]")
     if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
         parser.error(f"--plot must end in .png or .svg, got {arguments.plot}")
+    written = [arguments.json] * (arguments.json is not None)
+    for file in written + (plots.files(arguments.plot) if arguments.plot is not None else []):
+        _files.check(file)
     return arguments
 
 
@@ -130,7 +136,7 @@ class Report:
         self.header, self._path, self._start = header, path, time.perf_counter()
         self.rows: list[dict[str, Any]] = []
         self.limits: dict[str, float] = {}
-        self.failed = False
+        self.failed = self.interrupted = False
         self.bar = tqdm(unit="row", dynamic_ncols=True, leave=False)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -142,6 +148,9 @@ class Report:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self._say(str(report.longrepr))
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo) -> None:
+        self.interrupted = excinfo.type is KeyboardInterrupt  # errors of collection come here too
 
     def pytest_internalerror(self, excrepr: object) -> None:
         self._say(str(excrepr))
@@ -163,8 +172,10 @@ class Report:
         if not self.rows or self.rows[-1]["family"] != row["family"]:
             self._say(heading(row))
         self.rows.append(row)
+        with suppress(_files.FileError):  # the end says so; until then there may be room again
+            if self._path is not None and _files.is_kept(self._path):
+                self.save()
         self._say(format_row(row))
-        self.save()
 
     def results(self) -> dict[str, Any]:
         """What is known by now."""
@@ -174,11 +185,9 @@ class Report:
         return {"header": header, "limits": self.limits, "bars": bars, "rows": self.rows}
 
     def save(self) -> None:
-        """Write what is known by now, in one stroke: a run that is ended keeps its rows."""
+        """Write what is known by now: a run that is ended keeps its rows."""
         if self._path is not None:
-            started = self._path.with_name(self._path.name + ".part")
-            started.write_text(json.dumps(self.results(), indent=1) + "\n")
-            started.replace(self._path)
+            _files.write(self._path, json.dumps(self.results(), indent=1) + "\n")
 
     def _say(self, line: str) -> None:
         self.bar.write(line, file=sys.stdout)
@@ -212,4 +221,4 @@ def _print_end(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command.run("dense_attn bench", main))

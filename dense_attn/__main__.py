@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import dense_attn
-from dense_attn import _backends, _demo, _kernel_report, _native
+from dense_attn import _backends, _command, _demo, _kernel_report, _native
 from dense_attn._scene import UserError
 
 EXTRAS = {
@@ -25,26 +25,16 @@ EXTRAS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; its exit code (0 well, 1 a check failed, 2 the arguments cannot be used)."""
+    """Run one command; its exit code (0 well, 1 a check failed, 2 it cannot be done, 130 Ctrl-C, 141 nobody reads)."""
+    argv = sys.argv[1:] if argv is None else argv
+    return _command.run(" ".join(["dense_attn", *argv[:1]]), lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "threads", None) is not None:
         torch.set_num_threads(arguments.threads)
-    try:
-        _check_isa()
-        return arguments.run(arguments)
-    except (UserError, OSError) as error:
-        print(f"dense_attn {arguments.command}: {error}", file=sys.stderr)
-        return 2
-
-
-def _check_isa() -> None:
-    """Refuse a DENSE_ATTN_ISA that names no instruction set of this processor."""
-    if _native.LOAD_ERROR is not None:
-        return
-    try:
-        torch.ops.dense_attn.cpu_isa()
-    except RuntimeError as error:
-        raise UserError(str(error).splitlines()[0]) from None
+    return arguments.run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     label_map = "label map: one grey value, palette entry or colour per region, 0 or black = background"
     demo.add_argument("--layout", type=Path, metavar="IMAGE", help=f"{label_map} (default: a scene of four regions)")
     shows = "what each region shows, by rising label; commas may part them"
-    demo.add_argument("--phrases", nargs="+", metavar="PHRASE", help=shows)
+    demo.add_argument("--phrases", nargs="+", type=_command.said, metavar="PHRASE", help=shows)
     demo.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="the picture (%(default)s)")
     grids = "token grids to run, of %(choices)s (default: all; the official code needs 4 GB for 64)"
     demo.add_argument("--grids", type=int, nargs="+", choices=_demo.GRIDS, metavar="N", help=grids)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from dense_attn import _backends, _picture
+from dense_attn import _backends, _files, _picture
 from dense_attn._scene import Scene, UserError, load_scene
 from dense_attn._step import NUM_HEADS, SD15_LAYERS, Measurement, measure, megabytes, peaks, totals
 from dense_attn.layout import MAX_REGIONS
@@ -60,7 +59,12 @@ def main(
     print("\n" + table(measurements))
     _picture.draw(scene, measurements, output)
     print(f"\nwrote {output}")
-    _generate(scene if layout else None, output.with_name(f"{output.stem}-scenes{output.suffix}"), backend)
+    _generate(scene if layout else None, _second(output), backend)
+
+
+def _second(output: Path) -> Path:
+    """Where the generated images go."""
+    return output.with_name(f"{output.stem}-scenes{output.suffix}")
 
 
 def _generate(users: Scene | None, output: Path, backend: str) -> None:
@@ -92,12 +96,10 @@ def _check_output(output: Path) -> None:
         raise UserError("the demo's picture needs matplotlib: pip install dense_attn[bench]") from None
     if output.suffix.lower() not in PICTURE_FORMATS:
         raise UserError(f"--output must end in one of {', '.join(PICTURE_FORMATS)}, got {output}")
-    if output.is_dir():
-        raise UserError(f"--output must be a file, got the folder {output}")
     if not output.parent.is_dir():
         raise UserError(f"--output must be in a folder that exists, got {output}")
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output must be in a folder that can be written, got {output}")
+    for picture in (output, _second(output)):
+        _files.check(picture)
 
 
 def _progress(steps: Iterator[Measurement], total: int) -> Iterator[Measurement]:

@@ -56,7 +56,11 @@ def results() -> dict[str, dict[str, Any]]:
     folder = files("dense_attn.benchmarks") / "results"
     if not folder.is_dir():
         return {}
-    return {path.name: json.loads(path.read_text()) for path in folder.iterdir() if path.name.endswith(".json")}
+    return {
+        path.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in folder.iterdir()
+        if path.name.endswith(".json")
+    }
 
 
 def _ran_on_gpu(header: dict[str, Any]) -> bool:

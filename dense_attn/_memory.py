@@ -28,4 +28,4 @@ def peak_extra_bytes(call: Callable[[], Result]) -> tuple[int | None, Result]:
 
 
 def _status_bytes(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(errors="replace"))[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dense_attn import reference
+from dense_attn import _files, reference
 from dense_attn._scene import PICTURE_GRID, Scene
 from dense_attn._step import Layer, Measurement, make_inputs, megabytes, modulation_of, peaks, totals
 
@@ -85,7 +86,7 @@ def draw(scene: Scene, measurements: list[Measurement], output: Path) -> None:
         "Official code: its formula in plain PyTorch, every score and mask in memory.",
         fontsize=9.5, color="#57606a",
     )  # fmt: skip
-    figure.savefig(output)
+    _files.write_by(output, partial(figure.savefig, format=output.suffix[1:]))
 
 
 def _in_region(words: Tensor, region: int) -> Tensor:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from dense_attn import _command, _files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -83,8 +89,13 @@ def side_by_side(images: list[Image.Image], path: str) -> None:
     whole = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):
         whole.paste(image, (i * image.width, 0))
-    whole.save(path)
+    _files.write_by(path, partial(whole.save, format="PNG"))
     print(f"wrote {path}")
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run an example to its end, as the library's own commands run."""
+    sys.exit(_command.run(Path(sys.argv[0]).stem, main))
 
 
 def _stable_diffusion(blocks: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dense_attn.examples._tiny_pipeline import command_line, load, side_by_side
+from dense_attn.examples._tiny_pipeline import command, command_line, load, side_by_side
 from dense_attn.integrations.diffusers import apply_layout
 
 if TYPE_CHECKING:
@@ -32,4 +32,4 @@ def main(model: str | None = None, steps: int = 28) -> list[Image.Image]:
 
 
 if __name__ == "__main__":
-    side_by_side(main(*command_line(__doc__, MODEL)), "flux_regional_prompt.png")
+    command(lambda: side_by_side(main(*command_line(__doc__, MODEL)), "flux_regional_prompt.png"))

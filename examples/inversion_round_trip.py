@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dense_attn.examples._tiny_pipeline import command_line, load, side_by_side
+from dense_attn.examples._tiny_pipeline import command, command_line, load, side_by_side
 from dense_attn.integrations.diffusers import invert, reconstruct
 
 if TYPE_CHECKING:
@@ -31,7 +31,12 @@ def main(model: str | None = None, steps: int = 50) -> tuple[list[Image.Image], 
     return [picture, reconstruct(pipe, inversion)[0], reconstruct(pipe, inversion, "a dog")[0]], errors
 
 
-if __name__ == "__main__":
+def show() -> None:
+    """Print the errors, draw the images."""
     images, errors = main(*command_line(__doc__, MODEL))
     print(f"latents after the round trip are off by {errors['exact']:.1e}, in floats by {errors['floats']:.1e}")
     side_by_side(images, "inversion_round_trip.png")
+
+
+if __name__ == "__main__":
+    command(show)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dense_attn import spectral_residual_saliency
-from dense_attn.examples._tiny_pipeline import command_line, load, side_by_side
+from dense_attn.examples._tiny_pipeline import command, command_line, load, side_by_side
 from dense_attn.integrations.diffusers import optimize
 
 if TYPE_CHECKING:
@@ -45,4 +45,4 @@ def main(model: str | None = None, steps: int = 20) -> tuple[list[Image.Image], 
 
 
 if __name__ == "__main__":
-    side_by_side(main(*command_line(__doc__, MODEL))[0], "latent_optimisation.png")
+    command(lambda: side_by_side(main(*command_line(__doc__, MODEL))[0], "latent_optimisation.png"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dense_attn.examples._tiny_pipeline import command_line, load, side_by_side
+from dense_attn.examples._tiny_pipeline import command, command_line, load, side_by_side
 from dense_attn.integrations.diffusers import Edit, semantic_guidance
 
 if TYPE_CHECKING:
@@ -31,4 +31,4 @@ def main(model: str | None = None, steps: int = 50) -> list[Image.Image]:
 
 
 if __name__ == "__main__":
-    side_by_side(main(*command_line(__doc__, MODEL)), "semantic_edit.png")
+    command(lambda: side_by_side(main(*command_line(__doc__, MODEL)), "semantic_edit.png"))

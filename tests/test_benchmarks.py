@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 import torch
 from stopwatch import Stopwatch
 
+from dense_attn.__main__ import main as command_line
+from dense_attn._files import FileError
 from dense_attn.benchmarks import attention, baselines, plots, suite
 from dense_attn.benchmarks.bars import BARS, Bar
 from dense_attn.benchmarks.families import FAMILIES
@@ -173,6 +176,48 @@ def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "name"), [("--json", "."), ("--plot", "a.svg"), ("--plot", "b.svg")])
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_row(
+    option: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of a figure's three files too; nothing is left."""
+    run = pytest.importorskip("dense_attn.benchmarks.run")
+    for folder in ("a-sega.svg", "b-reversible.svg"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(pytest, "main", lambda *_, **__: pytest.fail("a row is measured"))
+    assert command_line(["bench", option, str(tmp_path / name)]) == 2
+    assert re.fullmatch(r"dense_attn bench: \S+ cannot be written: it is a folder\n", capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-sega.svg", "b-reversible.svg"]
+    with pytest.raises(FileError):
+        run.main([option, str(tmp_path / name)])
+
+
+def test_results_go_where_a_link_points(tmp_path: Path) -> None:
+    run = pytest.importorskip("dense_attn.benchmarks.run")
+    (tmp_path / "link").symlink_to("results.json")
+    run.Report({"name": "a run"}, tmp_path / "link").save()
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "results.json").read_text())["header"]["name"] == "a run"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_fills_up_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are measured and printed; the end says that they could not be written."""
+    run = pytest.importorskip("dense_attn.benchmarks.run")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    report = run.Report({}, tmp_path / "rows.json")
+    row = {"workload": "x", "pass": "fwd", "dtype": "float32", "contender": "dense_attn", "backend": "", "reason": "-"}
+    report._add(row | {"family": "sega"})
+    assert len(report.rows) == 1
+    with pytest.raises(FileError, match=r"rows.json cannot be written: No space left on device"):
+        report.save()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_of_what_a_layout_costs_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

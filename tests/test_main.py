@@ -188,10 +188,18 @@ def test_demo_without_its_extra_says_so(
 
 
 def test_demo_refuses_an_output_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for name, reason in (("no/such/folder.png", "in a folder that exists"), ("out.txt", "end in one of .png")):
+    (tmp_path / "there-scenes.png").mkdir()
+    for name, reason in (
+        ("no/such/folder.png", "in a folder that exists"),
+        ("out.txt", "end in one of .png"),
+        ("there-scenes.png", "there-scenes.png cannot be written: it is a folder"),
+        ("there.png", "there-scenes.png cannot be written: it is a folder"),
+    ):
         code, out, err = run(capsys, "demo", "--output", tmp_path / name)
         assert (code, out) == (2, "")
         assert reason in err
+        assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there-scenes.png"]
 
 
 def test_demo_with_a_backend_that_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from dense_attn import _progress
+from dense_attn import _files, _progress
 from dense_attn.integrations.diffusers import Edit, semantic_guidance
 
 from .scenes import COLOURS, SHAPES, colour_masks
@@ -220,4 +221,4 @@ def plot(result: dict[str, Any], output: Path) -> None:
         axes.set_yscale("symlog", linthresh=10)
         axes.set(xlabel=name, ylabel="pixels gained" if name == "scale" else "")
         axes.legend(fontsize=8)
-    figure.savefig(output)
+    _files.write_by(output, partial(figure.savefig, format=output.suffix[1:]))

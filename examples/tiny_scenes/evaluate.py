@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dense_attn import _command, _files
 from dense_attn.benchmarks.header import describe_run
 
 from . import chains, edits, layouts, sheet
@@ -47,20 +48,23 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
+    pictures = arguments.json.with_name(f"{arguments.json.stem}-edits.png"), arguments.json.with_suffix(".png")
+    for file in (arguments.json, *pictures):
+        _files.check(file)
     pipe = load_pipeline(arguments.weights)
-    results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    results = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
     parts = arguments.only or list(PARTS)
     for name in parts:
         results[name] = PARTS[name](pipe, arguments.quick, arguments.seeds)
         run = {"steps": STEPS, "guidance": GUIDANCE, "quick": arguments.quick, "threads": torch.get_num_threads()}
         results["header"] = header = describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
         results[name]["run"] = {key: header[key] for key in ("date", "git_revision", "device", "threads", "quick")}
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        _files.write(arguments.json, json.dumps(results, indent=1) + "\n")
     if "edits" in parts:
-        edits.plot(results["edits"], arguments.json.with_name(f"{arguments.json.stem}-edits.png"))
+        edits.plot(results["edits"], pictures[0])
     if "layouts" in parts:
         rows = sheet.shipped_rows()
-        sheet.draw(rows, sheet.make(rows, pipe), arguments.json.with_suffix(".png"))
+        sheet.draw(rows, sheet.make(rows, pipe), pictures[1])
     print("\n\n".join(tables(results)))
     return 0
 
@@ -90,4 +94,4 @@ def tables(results: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(_command.run("evaluate", main))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from dense_attn import _files
 from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
 
 from .model import TOKENS, load_pipeline
@@ -133,7 +135,7 @@ def draw(rows: Sequence[Row], images: dict[str, Tensor], output: Path) -> None:
         "Numbers: overlap (IoU) of each phrase's colour with its region. A model of 4 million parameters.",
         fontsize=9, color="#666666",
     )  # fmt: skip
-    figure.savefig(output)
+    _files.write_by(output, partial(figure.savefig, format=output.suffix[1:]))
 
 
 def _draw_one(place: Axes, image: Tensor, row: Row, name: str) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
+
+from dense_attn import _command, _files
 
 from .model import TOKENS, load_pipeline, set_weights, untrained, weights_of
 from .scenes import Scene, caption, draw_scene, left_out, render
@@ -156,16 +159,13 @@ def _keep(
     run: Run, pipe: StableDiffusionPipeline, optimiser: torch.optim.Optimizer, average: dict[str, Tensor], losses: list
 ) -> None:
     """A checkpoint to go on from and the average's weights; a file is whole or is not there."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {"weights": weights_of(pipe), "average": average, "optimiser": optimiser.state_dict(), "losses": losses}
-    torch.save(state, run.output / "checkpoint.new")
-    os.replace(run.output / "checkpoint.new", run.output / "checkpoint.pt")
+    _files.write_by(run.output / "checkpoint.pt", partial(torch.save, state))
     halves = {name: value.half() if value.is_floating_point() else value for name, value in average.items()}
-    save_file(halves, run.output / "weights.new")
-    os.replace(run.output / "weights.new", run.output / "weights.safetensors")
-    (run.output / "losses.new").write_text(json.dumps([round(loss, 5) for loss in losses]))
-    os.replace(run.output / "losses.new", run.output / "losses.json")
+    _files.write(run.output / "weights.safetensors", save(halves))
+    _files.write(run.output / "losses.json", json.dumps([round(loss, 5) for loss in losses]))
 
 
 def _resume(
@@ -186,15 +186,15 @@ def _resume(
 def _plot(output: Path) -> None:
     from matplotlib.figure import Figure
 
-    losses = torch.tensor(json.loads((output / "losses.json").read_text()))
+    losses = torch.tensor(json.loads((output / "losses.json").read_text(encoding="utf-8")))
     window = max(1, len(losses) // 100)
     smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
     figure = Figure((6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(torch.arange(len(smooth)) * window, smooth)
     axes.set(xlabel="step", ylabel="mean squared error of velocities", yscale="log")
-    figure.savefig(output / "loss.png", dpi=120)
+    _files.write_by(output / "loss.png", partial(figure.savefig, format="png", dpi=120))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(_command.run("train", main))
