@@ -5,7 +5,7 @@
 #include <atomic>
 
 #include "cpu/kernels.h"
-#include "tensor_view.h"
+#include "memory.h"
 
 // Those of the best instruction set, or of the one that DENSE_ATTN_ISA names; chosen once.
 const CpuKernels& kernels();
@@ -16,8 +16,7 @@ void parallel(int64_t items, size_t scratch_bytes, const Tensor& like, const F& 
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
   constexpr size_t kAlign = 64;
   const size_t stride = (scratch_bytes + kAlign - 1) / kAlign * kAlign;
-  const Tensor memory = torch::stable::new_empty(like, {static_cast<int64_t>(stride * threads + kAlign)},
-                                                 std::make_optional(ScalarType::Byte));
+  const Tensor memory = allocate(like, {static_cast<int64_t>(stride * threads + kAlign)}, ScalarType::Byte);
   char* base = static_cast<char*>(memory.data_ptr());
   base += (kAlign - reinterpret_cast<uintptr_t>(base) % kAlign) % kAlign;
   std::atomic<int64_t> next{0};

@@ -61,15 +61,13 @@ void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor& k, con
   }
 }
 
-Tensor new_rows(const Tensor& q) {
-  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, std::make_optional(accumulation_dtype(q)));
-}
+Tensor new_rows(const Tensor& q) { return allocate(q, {q.size(0), q.size(1), q.size(2)}, accumulation_dtype(q)); }
 
 // In q's memory order, unless that leaves the last axis apart (overlapping views); the fake kernel has the same rule.
 Tensor empty_rows_like(const Tensor& q) {
-  const Tensor like = torch::stable::empty_like(q);
+  const Tensor like = allocate_like(q);
   if (q.size(3) == 1 || like.stride(3) == 1) return like;
-  return torch::stable::new_empty(q, q.sizes());
+  return allocate(q, q.sizes(), q.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -80,8 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(const Tensor& q, const T
   fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order);
   const Tensor out = empty_rows_like(q);
   const Tensor lse = new_rows(q);
-  const Tensor stats = torch::stable::new_empty(q, {p.batch, p.num_heads, p.seqlen_q, kStats},
-                                                std::make_optional(accumulation_dtype(q)));
+  const Tensor stats = allocate(q, {p.batch, p.num_heads, p.seqlen_q, kStats}, accumulation_dtype(q));
   p.out = view_rows("out", out, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
   p.lse = view("lse", lse, accumulation_dtype(q), {p.batch, p.num_heads, p.seqlen_q});
   p.stats = view_rows("stats", stats, accumulation_dtype(q), {p.batch, p.num_heads, p.seqlen_q, kStats});
@@ -131,8 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
   const int64_t heads = p.batch * p.num_heads;
   p.parts = parts_per_head(heads, p.seqlen_q);
   const LayoutAttentionCpu& cpu = kernels().layout_attention;
-  const Tensor partials = torch::stable::new_empty(q, {static_cast<int64_t>(cpu.bwd_partial_bytes(p))},
-                                                   std::make_optional(ScalarType::Byte));
+  const Tensor partials = allocate(q, {static_cast<int64_t>(cpu.bwd_partial_bytes(p))}, ScalarType::Byte);
   p.partials = partials.data_ptr();
   parallel(cpu.bwd_items(p), cpu.bwd_scratch_bytes(p), q,
            [&](int64_t begin, int64_t end, void* scratch) { cpu.bwd(p, begin, end, scratch); });

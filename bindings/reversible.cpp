@@ -2,7 +2,6 @@
 #include "reversible.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
 #include <numeric>
@@ -63,15 +62,8 @@ class Operands {
   FlatView grid(const char* name, const Tensor& tensor) const { return {memory(name, tensor, ScalarType::Long), {}}; }
 
   // New memory in the first operand's order.
-  Tensor empty() const { return torch::stable::empty_like(first_); }
-  Tensor empty(ScalarType dtype) const {
-    std::array<StableIValue, 6> stack;  // self, dtype, layout, device, pin_memory, memory_format
-    stack.fill(torch::stable::detail::from(std::nullopt));
-    stack[0] = torch::stable::detail::from(first_);
-    stack[1] = torch::stable::detail::from(std::make_optional(dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  }
+  Tensor empty() const { return allocate_like(first_); }
+  Tensor empty(ScalarType dtype) const { return allocate_like(first_, dtype); }
 
  private:
   void* memory(const char* name, const Tensor& tensor, ScalarType dtype) const {

@@ -27,8 +27,7 @@ void require_level(const char* name, double level) {
 // Every part of every pass on a thread of its own.
 void percentile_of_long_rows(const SegaCpu& cpu, PercentileParams& p, const Tensor& x) {
   p.parts = torch::stable::get_num_threads();
-  const Tensor memory = torch::stable::new_empty(x, {static_cast<int64_t>(cpu.percentile_scratch_bytes(p))},
-                                                 std::make_optional(ScalarType::Byte));
+  const Tensor memory = allocate(x, {static_cast<int64_t>(cpu.percentile_scratch_bytes(p))}, ScalarType::Byte);
   void* scratch = memory.data_ptr();
   for (int64_t row = 0; row < p.rows; ++row) {
     cpu.start(p, scratch);
@@ -48,8 +47,8 @@ std::tuple<Tensor, Tensor> percentile_mask(const Tensor& x, double level) {
   p.x = view("x", x, x.scalar_type(), {p.rows, p.count});
   require_level("level", level);
   REQUIRE(p.rows == 0 || p.count > 0, "x must have values in each row, got ", shape_of(x));
-  const Tensor masked = torch::stable::new_empty(x, {p.rows, p.count});
-  const Tensor threshold = torch::stable::new_empty(x, {p.rows}, std::make_optional(accumulation_dtype(x)));
+  const Tensor masked = allocate(x, {p.rows, p.count}, x.scalar_type());
+  const Tensor threshold = allocate(x, {p.rows}, accumulation_dtype(x));
   p.masked = view("masked", masked, x.scalar_type(), {p.rows, p.count});
   p.threshold = view("threshold", threshold, accumulation_dtype(x), {p.rows});
   const SegaCpu& cpu = kernels().sega;
@@ -169,10 +168,9 @@ std::tuple<Tensor, Tensor, Tensor> sega_guidance(const Tensor& eps_uncond, const
   p.weights = weights.momentum.data(), p.partial_weights = weights.partial.data(), p.all_warm = weights.all_warm;
   p.guidance_scale = guidance_scale, p.momentum_scale = edit_momentum_scale, p.momentum_beta = edit_mom_beta;
   const ScalarType dtype = eps_uncond.scalar_type(), wide = accumulation_dtype(eps_uncond);
-  const Tensor eps = torch::stable::new_empty(eps_uncond, shape);
-  const Tensor momentum_out = torch::stable::new_empty(eps_uncond, shape, std::make_optional(wide));
-  const Tensor thresholds = torch::stable::new_empty(eps_uncond, {p.concepts, p.batch, sum_channels ? 1 : p.channels},
-                                                     std::make_optional(wide));
+  const Tensor eps = allocate(eps_uncond, shape, dtype);
+  const Tensor momentum_out = allocate(eps_uncond, shape, wide);
+  const Tensor thresholds = allocate(eps_uncond, {p.concepts, p.batch, sum_channels ? 1 : p.channels}, wide);
   p.eps = view_channels<3>("eps", eps, dtype, shape);
   p.momentum_out = view_channels<3>("momentum_out", momentum_out, wide, shape);
   p.thresholds = view("thresholds", thresholds, wide, {p.concepts, p.batch, sum_channels ? 1 : p.channels});

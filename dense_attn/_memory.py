@@ -1,4 +1,4 @@
-"""What a call adds to the memory of the process at its peak, as the operating system saw it."""
+"""Memory: what a call adds to the process at its peak, and what to say when there is too little."""
 
 from __future__ import annotations
 
@@ -8,7 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 Result = TypeVar("Result")
+_TOO_LITTLE = ("DefaultCPUAllocator", "Storage size calculation overflowed")  # torch has no type for those of a CPU
+
+
+def explain(error: RuntimeError, op: str, least: int, **tensors: Tensor) -> None:
+    """Raise an error of too little memory again with what asked for it and the bytes that it takes at least.
+
+    torch's words stay in it, since programs that try again with less look for them. Any other error is left alone.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _TOO_LITTLE):
+        return
+    first = next(iter(tensors.values()))
+    shapes = " and ".join(f"{name} of shape {tuple(x.shape)}" for name, x in tensors.items())
+    of = f"{str(first.dtype).removeprefix('torch.')} on {first.device}"
+    text = f"{op} must fit into memory, got {shapes} in {of}, which takes at least {least} bytes"
+    raise torch.OutOfMemoryError(f"{text}: {str(error).splitlines()[0]}") from error
 
 
 def peak_extra_bytes(call: Callable[[], Result]) -> tuple[int | None, Result]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _chains, _checks, reference
+from dense_attn import _backends, _chains, _checks, _memory, reference
 from dense_attn._trajectory import dense_strides, laid_out
 
 
@@ -115,11 +115,15 @@ def step(
         _checks.like("eps_uncond", eps_uncond, eps, "eps")
     guidance_scale = _checks.number("guidance_scale", guidance_scale, reference.accumulation_dtype(x.dtype))
     name = _backends.resolve(backend, "ddim_step", x)
-    if name == "reference":
-        return reference.ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
     eps = eps.view_as(eps) if eps is x else eps  # torch.compile takes no tensor twice into an autograd.Function
     eps_uncond = eps_uncond.view_as(eps) if eps_uncond is x or eps_uncond is eps else eps_uncond
-    return _DdimStep.apply(x, eps, eps_uncond, a, b, guidance_scale, name)
+    try:
+        if name == "reference":
+            return reference.ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
+        return _DdimStep.apply(x, eps, eps_uncond, a, b, guidance_scale, name)
+    except RuntimeError as error:
+        _memory.explain(error, "ddim_step", x.numel() * x.element_size(), x=x)
+        raise
 
 
 def _shaped_like(argument: str, value: Tensor, x: Tensor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _checks, reference
+from dense_attn import _backends, _checks, _memory, reference
 
 MODULATIONS = ("range", "max", "bias", "mask")
 
@@ -75,14 +77,19 @@ def layout_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale, rule="be a number or None")
     strength = _row_strength(strength, q)
     name = _backends.resolve(backend, "layout_attention", q)
-    if name == "reference":
-        out, lse = reference.layout_attention(
-            q, k, v, q_regions, k_regions, strength, modulation=modulation, scale=scale
-        )
-        lse = lse.to(strength.dtype)
-    else:
-        tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order, k_order, *lists)
-        out, lse, _ = _LayoutAttention.apply(*tensors, modulation, scale, name)
+    try:
+        if name == "reference":
+            out, lse = reference.layout_attention(
+                q, k, v, q_regions, k_regions, strength, modulation=modulation, scale=scale
+            )
+            lse = lse.to(strength.dtype)
+        else:
+            tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order, k_order, *lists)
+            out, lse, _ = _LayoutAttention.apply(*tensors, modulation, scale, name)
+    except RuntimeError as error:
+        row = k.shape[2] if name == "reference" else q.shape[3]  # all scores in memory, or the result alone
+        _memory.explain(error, "layout_attention", prod((*q.shape[:3], row)) * q.element_size(), q=q, k=k)
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -179,9 +186,14 @@ class _Backward(torch.autograd.Function):
         out, stats, modulation, scale, q_order, k_order, backend,  # noqa: ANN001
     ):  # fmt: skip
         orders = (q_order, k_order) if backend == "triton" else (q_order,)
-        return _backends.NAMESPACES[backend].layout_attention_bwd(
-            grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, *orders
-        )
+        try:
+            return _backends.NAMESPACES[backend].layout_attention_bwd(
+                grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, *orders
+            )
+        except RuntimeError as error:
+            least = (q.numel() + 2 * k.numel()) * q.element_size()
+            _memory.explain(error, "layout_attention's backward pass", least, q=q, k=k)
+            raise
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001

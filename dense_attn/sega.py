@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dense_attn import _backends, _checks, reference
+from dense_attn import _backends, _checks, _memory, reference
 
 
 def percentile_mask(
@@ -52,10 +52,14 @@ def percentile_mask(
     order = [axis for axis in range(x.dim()) if axis not in reduced] + reduced
     moved = x.permute(order)
     lead = moved.shape[: x.dim() - len(reduced)]
-    rows = moved.reshape(prod(lead), prod(moved.shape[len(lead) :]))  # [R, N]
-    if rows.shape[1] == 0:
+    if 0 in moved.shape[len(lead) :]:
         _checks.refuse("x", "have at least one entry along dim", tuple(x.shape))
-    masked, threshold = _run(_PercentileMask, "percentile_mask", [rows], (level,), backend)
+    try:
+        rows = moved.reshape(prod(lead), prod(moved.shape[len(lead) :]))  # [R, N]
+        masked, threshold = _run(_PercentileMask, "percentile_mask", [rows], (level,), backend)
+    except RuntimeError as error:
+        _memory.explain(error, "percentile_mask", x.numel() * x.element_size(), x=x)
+        raise
     back = sorted(range(x.dim()), key=order.__getitem__)
     return masked.reshape(moved.shape).permute(back), threshold.reshape(lead)
 
@@ -145,14 +149,19 @@ def sega_guidance(
         _checks.flag("sum_channels", sum_channels),
     )
     user_mask = _wide_mask(user_mask, eps_uncond, edits.shape)
-    tensors = [
-        _rows(eps_uncond, 2),  # [B, C, N]
-        _rows(eps_text, 2),
-        _rows(edits, 3),
-        _rows(_wide_momentum(momentum, eps_uncond), 2),
-        None if user_mask is None else _rows(user_mask, 3),
-    ]
-    eps, momentum, _ = _run(_SegaGuidance, "sega_guidance", tensors, options, backend)
+    try:
+        tensors = [
+            _rows(eps_uncond, 2),  # [B, C, N]
+            _rows(eps_text, 2),
+            _rows(edits, 3),
+            _rows(_wide_momentum(momentum, eps_uncond), 2),
+            None if user_mask is None else _rows(user_mask, 3),
+        ]
+        eps, momentum, _ = _run(_SegaGuidance, "sega_guidance", tensors, options, backend)
+    except RuntimeError as error:
+        least = eps_uncond.numel() * eps_uncond.element_size()
+        _memory.explain(error, "sega_guidance", least, eps_uncond=eps_uncond, eps_edits=edits)
+        raise
     return eps.reshape(eps_uncond.shape), momentum.reshape(eps_uncond.shape)
 
 
