@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,7 @@ def compile_rows(calls: Iterable[Attention | Other]) -> list[Row]:
 
 
 def _use_cache(folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
     os.environ["TRITON_CACHE_DIR"] = folder
     torch.set_num_threads(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -16,6 +17,10 @@ import pytest
 from dense_attn import _files
 
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
+SOURCES = Path(__file__).resolve().parents[1]
+WRITES = re.compile(
+    r"""write_(text|bytes)\(|savefig\(\w|\.save\([\w"']|save_file\(|os\.replace|\.rename\(|open\([^()]*["'][wax]b?["']"""
+)
 
 
 @pytest.fixture
@@ -204,3 +209,20 @@ def test_an_unwritable_folder_or_file() -> None:
         assert lines == expected
         assert (folder / "locked").read_text() == (closed / "open").read_text() == "1"
         assert [path.name for path in closed.iterdir()] == ["open"]
+
+
+@pytest.mark.parametrize("folder", ["dense_attn", "benchmarks", "examples", "triton_kernels"])
+def test_nothing_else_writes_a_file(folder: str) -> None:
+    """But for the logs of `make gpu`, which grow, and a switch of the operating system."""
+    others = {"_files.py", "gpu.py", "_memory.py"}
+    for path in (SOURCES / folder).rglob("*.py"):
+        assert path.name in others or not WRITES.search(path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["path.write_text(x)", "figure.savefig(output)", "image.save('x.png')", "os.replace(a, b)", "open(path, 'w')",
+     "torch.save(state, path)", 'log.open("w")', 'open(name, "wb")'],
+)  # fmt: skip
+def test_what_writes_a_file_is_seen(line: str) -> None:
+    assert WRITES.search(line)
