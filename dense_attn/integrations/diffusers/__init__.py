@@ -1,5 +1,6 @@
 """One line on a diffusers pipeline: layouts, semantic guidance, inversion and latent optimisation."""
 
+from ._phrases import Phrase
 from .guidance import Edit, semantic_guidance
 from .guider import semantic_guider
 from .inversion import Inversion, Optimized, invert, optimize, reconstruct
@@ -9,6 +10,7 @@ __all__ = [
     "Edit",
     "Inversion",
     "Optimized",
+    "Phrase",
     "apply_layout",
     "invert",
     "optimize",

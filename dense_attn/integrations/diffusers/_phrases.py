@@ -1,91 +1,225 @@
-"""Where the phrases of a prompt stand among the text tokens of a pipeline, and their embeddings on their own."""
+"""Where the phrases of a prompt stand: in its characters, and from there among the text tokens of a pipeline."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from dense_attn import _checks
+
+from ._encoding import takes
+from ._tokens import Span, Tokens, folded, tokens_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LONGEST = 512  # tokens that a T5 encoder of any pipeline is given
+WITHOUT_SPACES = (  # the scripts, by their letters' names, in which words stand beside each other or take endings
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER",
+    "MYANMAR", "TIBETAN", "YI",
+)  # fmt: skip
+JOINER = "\u200d"  # makes one sign of several
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A part of a prompt that a string alone does not name: one of several places, or a stretch of characters.
+
+    Args:
+        text: the phrase's words, as they stand in the prompt.
+        occurrence: which of the places where the text stands, counted from 1.
+        span: the first character, from 0, and the one after the last, (start, stop), in the place of a text.
+
+    Raises:
+        ValueError, TypeError: an argument breaks the rule that the message names.
+
+    Example:
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
+        >>> from dense_attn.integrations.diffusers import Phrase, apply_layout
+        >>> pipe, prompt = tiny_pipeline(StableDiffusionPipeline), "a cat on a cat"
+        >>> upper = (Phrase(span=(2, 5)), (0.0, 0.0, 1.0, 0.5))
+        >>> lower = (Phrase("cat", occurrence=2), (0.0, 0.5, 1.0, 1.0))
+        >>> with apply_layout(pipe, prompt, [upper, lower]):
+        ...     image = pipe(prompt, num_inference_steps=4).images[0]
+    """
+
+    text: str | None = None
+    occurrence: int = 1
+    span: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) and (self.text is not None or self.span is None):
+            _checks.refuse("text", "be a string where no span is given", type(self.text).__name__, TypeError)
+        if not _is_whole(self.occurrence):
+            _checks.refuse("occurrence", "be a whole number", type(self.occurrence).__name__, TypeError)
+        if self.occurrence < 1:
+            _checks.refuse("occurrence", "be at least 1", self.occurrence)
+        if self.span is None:
+            return
+        if self.text is not None or self.occurrence != 1:
+            _checks.refuse("span", "stand in the place of a text and its occurrence", self.span)
+        if not isinstance(self.span, (tuple, list)) or [_is_whole(end) for end in self.span] != [True, True]:
+            _checks.refuse("span", "be two whole numbers (start, stop)", repr(self.span), TypeError)
+        if not 0 <= self.span[0] < self.span[1]:
+            _checks.refuse("span", "have 0 <= start < stop", self.span)
+        object.__setattr__(self, "span", tuple(self.span))
 
 
 class Segment(NamedTuple):
     """A stretch of the denoiser's text tokens; tokenizers that share it number its tokens alike."""
 
     tokenizers: tuple[Any, ...]
+    prompts: tuple[str, ...]  # the arguments of encode_prompt that they read
     start: int = 0
+    longest: int | None = None  # tokens of every call; None: a call says it
+
+    def tokens(self, num_tokens: int | None) -> int:
+        """The segment's tokens where the denoiser's are num_tokens, or the most that it can have."""
+        if self.longest is not None:
+            return self.longest
+        most = min(*(tokenizer.model_max_length for tokenizer in self.tokenizers), LONGEST)
+        return most if num_tokens is None else num_tokens - self.start
+
+
+class Place(NamedTuple):
+    """The tokens of a phrase in one segment."""
+
+    start: int  # in the denoiser's text tokens, as the other
+    stop: int
+    tokens: Tokens  # of the segment, which say what each is
+    chars: Span  # in the text of the tokens
+    needed: int  # tokens of the denoiser that hold the phrase
 
 
 def segments(pipe: DiffusionPipeline) -> list[Segment]:
     """The segments of a pipeline's text tokens; FLUX takes those of its second tokenizer alone, SD3 appends T5's."""
-    tokenizer, second, third = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
-    if _takes(pipe, "prompt_3"):
-        return [Segment(_there(tokenizer, second)), Segment(_there(third), pipe.tokenizer_max_length)]
-    if getattr(pipe, "unet", None) is None:
-        return [Segment(_there(second))]
-    return [Segment(_there(tokenizer, second))]
+    first, second, third = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
+    if takes(pipe, "prompt_3"):
+        size = pipe.tokenizer_max_length
+        found = [_segment((first, second), 0, size), _segment((None, None, third), size, None)]
+    elif getattr(pipe, "unet", None) is None:
+        found = [_segment((None, second), 0, None)]
+    else:
+        size = getattr(first or second, "model_max_length", None)
+        if takes(pipe, "max_sequence_length"):  # Kolors
+            size = None
+        found = [_segment((first, second), 0, size)]
+    return [segment for segment in found if segment.tokenizers]
 
 
-def spans(pipe: DiffusionPipeline, prompt: str, phrase: str, argument: str) -> list[tuple[int, int] | None]:
-    """The first place of a phrase in each segment, in the denoiser's text tokens; None where a segment ends before."""
-    found: list[tuple[int, int] | None] = []
-    for segment in segments(pipe):
-        places = {_find(pipe, tokenizer, prompt, phrase, argument) for tokenizer in segment.tokenizers}
-        if len(places) > 1:
-            _checks.refuse(argument, "have a phrase that both tokenizers find in one place", f"{phrase!r} at {places}")
-        found += [place and (segment.start + place[0], segment.start + place[1]) for place in places]
-    if not found:
-        _checks.refuse("pipe", "have the tokenizer of its prompt", "none")
-    if not any(found):
-        _checks.refuse(argument, f"have a phrase that its tokenizer keeps of the prompt {prompt!r}", repr(phrase))
-    return found
+def _segment(tokenizers: tuple[Any, ...], start: int, longest: int | None) -> Segment:
+    there = [(tokenizer, name) for tokenizer, name in zip(tokenizers, ("prompt", "prompt_2", "prompt_3")) if tokenizer]
+    return Segment(tuple(tokenizer for tokenizer, _ in there), tuple(name for _, name in there), start, longest)
 
 
-@torch.no_grad()
-def alone(pipe: DiffusionPipeline, phrase: str, argument: str) -> list[Tensor | None]:
-    """The embeddings of a phrase's tokens when nothing stands around it, [length, channels] for each segment."""
-    for suffix in ("", "_2", "_3"):
-        if getattr(pipe, f"tokenizer{suffix}", None) is not None and getattr(pipe, f"text_encoder{suffix}") is None:
-            _checks.refuse("encode_phrases", f"be False for a pipeline without its text_encoder{suffix}", True)
-    embeddings = encode(pipe, phrase)[0][0]
-    return [span and embeddings[slice(*span)] for span in spans(pipe, phrase, phrase, argument)]
+def characters(found: list[Segment], prompt: str, phrase: Phrase, argument: str) -> Span:
+    """The stretch of a prompt that a phrase names: whole words, whatever stands beside them."""
+    if phrase.span is not None:
+        if phrase.span[1] > len(prompt):
+            _checks.refuse(argument, f"have a span in the {len(prompt)} characters of its prompt", phrase.span)
+        return phrase.span
+    if not phrase.text.strip():
+        _checks.refuse(argument, "have a phrase of at least one token", repr(phrase.text))
+    tokenizers = [tokenizer for segment in found for tokenizer in segment.tokenizers]
+    caseless = all(_reads_small(tokenizer, text) for tokenizer in tokenizers for text in (prompt, phrase.text))
+    places = list(_places(prompt, phrase.text, caseless))
+    if not places:
+        _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", repr(phrase.text))
+    if phrase.occurrence > len(places):
+        got = f"occurrence {phrase.occurrence} of {phrase.text!r}, which stands there {len(places)} times"
+        _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", got)
+    return places[phrase.occurrence - 1]
 
 
-def encode(pipe: DiffusionPipeline, prompt: str | Sequence[str]) -> tuple[Tensor | None, ...]:
-    """What a pipeline's encode_prompt returns for a prompt without guidance; first come the text tokens."""
-    options = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    options |= {"prompt_2": None, "prompt_3": None}
-    return pipe.encode_prompt(prompt, **{name: value for name, value in options.items() if _takes(pipe, name)})
+def place_of(
+    pipe: DiffusionPipeline, segment: Segment, prompt: str, chars: Span, num_tokens: int | None, argument: str
+) -> Place | None:
+    """The tokens of a stretch of characters where the denoiser's are num_tokens; None past what a tokenizer keeps."""
+    length, found = segment.tokens(num_tokens), []
+    for tokenizer in segment.tokenizers:
+        text, inner = _converted(pipe, tokenizer, prompt, chars, argument)
+        whole = tokens_of(tokenizer, text).of(inner)
+        if whole is None:
+            _checks.refuse(argument, "have a phrase of at least one token", repr(prompt[slice(*chars)]))
+        kept = tokens_of(tokenizer, text, length) if length > 0 else Tokens(text, [], [])
+        place = kept.of(inner)
+        cut = place is None or place[1] - place[0] != whole[1] - whole[0]
+        start, stop = (0, 0) if cut else place
+        ends = segment.start + start, segment.start + stop
+        found.append(None if cut else Place(*ends, kept, inner, segment.start + whole[1]))
+    if len({place and place[:2] for place in found}) > 1:
+        places = {place and place[:2] for place in found}
+        got = f"{prompt[slice(*chars)]!r} at {places}"
+        _checks.refuse(argument, "have a phrase that both tokenizers find in one place", got)
+    return found[0]
 
 
-def _takes(pipe: DiffusionPipeline, argument: str) -> bool:
-    return argument in inspect.signature(pipe.encode_prompt).parameters
+def matched(place: Place, alone: Place) -> list[int]:
+    """For each token of a phrase in its prompt, the token of the phrase alone that stands for the same characters."""
+    ours, theirs = (range(*one.tokens.of(one.chars)) for one in (place, alone))
+    if len(ours) == len(theirs):
+        return list(range(alone.start, alone.stop))
+    shift, offset = alone.chars[0] - place.chars[0], alone.start - theirs[0]
+
+    def likeness(i: int, j: int) -> tuple[int, bool]:
+        (start, stop), (first, last) = place.tokens.chars[i], alone.tokens.chars[j]
+        return min(stop + shift, last) - max(start + shift, first), place.tokens.ids[i] == alone.tokens.ids[j]
+
+    return [offset + max(theirs, key=lambda j: likeness(i, j)) for i in ours]
 
 
-def _there(*tokenizers: object) -> tuple[Any, ...]:
-    return tuple(tokenizer for tokenizer in tokenizers if tokenizer is not None)
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _find(pipe: DiffusionPipeline, tokenizer: Any, prompt: str, phrase: str, argument: str) -> tuple[int, int] | None:
-    """The tokens (start, stop) of a phrase in a prompt at the first exact match, None past what the tokenizer keeps."""
-    if hasattr(pipe, "maybe_convert_prompt"):  # a learned word may be several tokens
-        prompt, phrase = (pipe.maybe_convert_prompt(text, tokenizer) for text in (prompt, phrase))
-    longest = min(tokenizer.model_max_length, LONGEST)
-    kept = tokenizer(prompt, truncation=True, max_length=longest).input_ids
-    whole = tokenizer(prompt, truncation=True, max_length=2**20).input_ids  # a limit of its own would warn
-    wanted = tokenizer(phrase, add_special_tokens=False, truncation=True, max_length=longest).input_ids
-    if not wanted:
-        _checks.refuse(argument, "have a phrase of at least one token", repr(phrase))
-    for start in range(len(whole) - len(wanted) + 1):
-        if whole[start : start + len(wanted)] == wanted:
-            end = start + len(wanted)
-            return (start, end) if kept[:end] == whole[:end] else None
-    return _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", repr(phrase))
+def _reads_small(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer reads a text as if it had small letters alone."""
+    small = text.lower()
+    return small == text or tokens_of(tokenizer, small).ids == tokens_of(tokenizer, text).ids
+
+
+def _places(prompt: str, phrase: str, caseless: bool) -> Iterator[Span]:
+    """The places of a phrase in a prompt, one after the other."""
+    text, wanted = folded(prompt, caseless), folded(phrase, caseless).letters.strip()
+    begin = 0
+    while (begin := text.letters.find(wanted, begin)) >= 0:
+        end = begin + len(wanted)
+        start, stop = text.places[begin], text.places[end - 1] + 1
+        cut = (begin > 0 and text.places[begin - 1] == start) or text.places[end : end + 1] == [stop - 1]
+        if cut or _in_a_word(prompt, start) or _in_a_word(prompt, stop):
+            begin += 1
+        else:
+            yield start, stop
+            begin = end
+
+
+def _in_a_word(text: str, place: int) -> bool:
+    """Whether what stands before a place and after it are of one word, one number or one sign."""
+    if not 0 < place < len(text):
+        return False
+    left, right = text[place - 1], text[place]
+    if unicodedata.combining(right) or unicodedata.category(right)[0] == "M" or JOINER in (left, right):
+        return True
+    kinds = unicodedata.category(left)[0], unicodedata.category(right)[0]
+    if kinds == ("N", "N"):
+        return True
+    if kinds[0] not in "LM" or kinds[1] != "L":
+        return False
+    return not any(unicodedata.name(letter, "").startswith(WITHOUT_SPACES) for letter in (left, right))
+
+
+def _converted(pipe: DiffusionPipeline, tokenizer: Any, prompt: str, chars: Span, argument: str) -> tuple[str, Span]:
+    """The prompt with learned words as the tokens that they are, and the place of the same characters there."""
+    if not hasattr(pipe, "maybe_convert_prompt"):
+        return prompt, chars
+    parts = prompt[: chars[0]], prompt[slice(*chars)], prompt[chars[1] :]
+    before, inner, after = (pipe.maybe_convert_prompt(part, tokenizer) for part in parts)
+    text = pipe.maybe_convert_prompt(prompt, tokenizer)
+    if before + inner + after != text:
+        _checks.refuse(argument, "have a phrase that cuts no learned word", repr(prompt[slice(*chars)]))
+    return text, (len(before), len(before) + len(inner))

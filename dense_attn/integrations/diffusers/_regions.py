@@ -12,13 +12,15 @@ from torch import Tensor
 from dense_attn import Layout, _checks, _pixels
 from dense_attn.layout import MAX_REGIONS
 
+from ._phrases import Phrase
+
 BOXES = (512, 512)  # the grid on which boxes are drawn where no mask gives one
 
 
 class Regions(NamedTuple):
     """The regions of one image."""
 
-    phrases: list[str | None]
+    phrases: list[Phrase | None]
     masks: Tensor  # bool [R, H, W]
 
 
@@ -34,7 +36,7 @@ def parse(regions: object, num_prompts: int) -> list[Regions]:
 
 
 def _is_region(region: object) -> bool:
-    return isinstance(region, Sequence) and len(region) == 2 and (region[0] is None or isinstance(region[0], str))
+    return isinstance(region, Sequence) and len(region) == 2 and isinstance(region[0], (str, Phrase, type(None)))
 
 
 def _one_image(argument: str, regions: object) -> Regions:
@@ -51,7 +53,8 @@ def _one_image(argument: str, regions: object) -> Regions:
             drawn[r] = _box(f"{argument}[{r}]", box, size)
         if tuple(drawn[r].shape) != size:
             _checks.refuse(f"{argument}[{r}]", f"have a mask of the size {size} of the others", tuple(drawn[r].shape))
-    return Regions([phrase for phrase, _ in regions], torch.stack(drawn))
+    phrases = [Phrase(phrase) if isinstance(phrase, str) else phrase for phrase, _ in regions]
+    return Regions(phrases, torch.stack(drawn))
 
 
 def _is_box(mask: object) -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ._families import Call, Family
     from ._processors import LayoutProcessor
+    from ._reading import Reading
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ class Layer:
 class LayoutState:
     """One `apply_layout` block."""
 
-    def __init__(self, pipe: DiffusionPipeline, family: Family, images: list[Image], options: Options) -> None:
-        self.family, self.images, self.options = family, images, options
+    def __init__(self, pipe: DiffusionPipeline, family: Family, reading: Reading, options: Options) -> None:
+        self.family, self.reading, self.images, self.options = family, reading, reading.images(), options
         self.steps = Steps(pipe)
         self.pipe = pipe
-        self.longest = max([span[1] for image in images for spans in image.spans for span in spans], default=0)
+        self.longest = reading.needed
         self.paused = 0  # blocks inside of this one
         self.ended = False
         self.installed: dict[str, tuple[Any, Any]] = {}  # attention modules and the processors that they were given
@@ -151,6 +152,7 @@ class LayoutState:
         call = self.family.read(bound.arguments)
         if self.longest > call.text.shape[1]:
             _checks.refuse("prompt", f"have its phrases in the {call.text.shape[1]} tokens of the call", self.longest)
+        self._read(call.text.shape[1])
         self.steps.follow(call.timestep, self.family.unit)
         rows = self._rows.of(call.latents, call.text, self.steps.repeated)
         if rows is None:
@@ -162,6 +164,13 @@ class LayoutState:
             self.factor = torch.full((), factor, dtype=torch.float32, device=call.text.device)
             self.first, self.last = rows
         return bound.args[1:], bound.kwargs
+
+    def _read(self, num_tokens: int) -> None:
+        """Take the phrases as they are in this call."""
+        self.reading.check()
+        images = self.reading.images(num_tokens)
+        if images is not self.images:
+            self.images, self._made_for = images, None
 
     def _with_phrases(self, text: Tensor, first: int, last: int) -> Tensor:
         """The text tokens with each phrase's embeddings as it has them alone, in the rows that see the prompt."""

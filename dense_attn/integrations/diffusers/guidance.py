@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
-from . import _phrases
+from ._encoding import encode, heard, missing, options_of
 from ._families import family_of
 from ._hooks import unwrapped, watched
 from ._rows import check_halves
@@ -92,10 +92,8 @@ def semantic_guidance(
     options = settings(edits, momentum_scale, momentum_beta, backend)
     for sentence in idle(edits):
         warnings.warn(sentence, stacklevel=3)  # at the user's `with`
-    with torch.no_grad():
-        encoded = _phrases.encode(pipe, [edit.prompt for edit in edits])
-    guided = _Guided(pipe, options, encoded[0], encoded[2] if len(encoded) > 2 else None)
-    with watched(unet, guided, guided.before_call, guided.after_call):
+    guided = _Guided(pipe, options, [edit.prompt for edit in edits])
+    with heard(pipe, guided.hear), watched(unet, guided, guided.before_call, guided.after_call):
         yield
 
 
@@ -145,11 +143,25 @@ def warn_of_late(options: dict[str, Any], steps: int) -> None:
 class _Guided:
     """One block: concepts join the batch of each call, and leave it as guidance."""
 
-    def __init__(self, pipe: DiffusionPipeline, options: dict[str, Any], text: Tensor, pooled: Tensor | None) -> None:
-        self.pipe, self.options, self.text, self.pooled = pipe, options, text, pooled
+    def __init__(self, pipe: DiffusionPipeline, options: dict[str, Any], concepts: list[str]) -> None:
+        self.pipe, self.options, self.concepts = pipe, options, concepts
+        self.encoded: dict[tuple, tuple[Tensor | None, ...]] = {}  # the concepts under the options of encode_prompt
+        self._encode({})
         self.steps = Steps(pipe)
         self.guidance: SemanticGuidance | None = None
         self.paused = 0  # blocks inside of this one
+
+    def hear(self, given: dict[str, Any]) -> None:
+        """Take the arguments of a call of encode_prompt: concepts are encoded as its prompt is."""
+        if missing(self.pipe) is None:
+            self._encode(options_of(self.pipe, given))
+
+    def _encode(self, options: dict[str, Any]) -> None:
+        key = tuple(options.items())
+        if key not in self.encoded:
+            self.encoded[key] = encode(self.pipe, self.concepts, **options)
+        text, _, *pooled = self.encoded[key]
+        self.text, self.pooled = text, pooled[0] if pooled else None
 
     def before_call(self, unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The same call with the concepts' rows after those of the prompt."""

@@ -11,11 +11,13 @@ import torch
 from dense_attn import _backends, _checks
 from dense_attn.layout_attention import MODULATIONS
 
-from . import _phrases, _regions
+from . import _regions
+from ._encoding import heard
 from ._families import Family, attention_layers, family_of
 from ._hooks import unwrapped, watched
 from ._processors import LayoutProcessor
-from ._state import Image, LayoutState, Options
+from ._reading import Reading
+from ._state import LayoutState, Options
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -88,8 +90,8 @@ def apply_layout(
     _checks.flag("encode_phrases", encode_phrases)
     component = getattr(pipe, family.component)
     layers = attention_layers(unwrapped(component), family)
-    images = _images(pipe, prompts, parsed, isinstance(prompt, str), encode_phrases)
-    with _installed(component, layers, LayoutState(pipe, family, images, options), family):
+    reading = Reading(pipe, prompts, parsed, encode_phrases)
+    with heard(pipe, reading.hear), _installed(component, layers, LayoutState(pipe, family, reading, options), family):
         yield
 
 
@@ -104,27 +106,6 @@ def _prompts(prompt: object) -> list[str]:
     if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(text, str) for text in prompts):
         _checks.refuse("prompt", "be a string or a list of strings", repr(prompt), TypeError)
     return list(prompts)
-
-
-def _images(
-    pipe: DiffusionPipeline, prompts: list[str], parsed: list[_regions.Regions], single: bool, encode: bool
-) -> list[Image]:
-    """The regions of each prompt, with the places of their phrases in it."""
-    alone: dict[str, list[torch.Tensor]] = {}
-    images = []
-    for b, text in enumerate(prompts):
-        shared = len(parsed) == 1
-        phrases, masks = parsed[0 if shared else b]
-        spans, embedded = [], []
-        for r, phrase in enumerate(phrases):
-            argument = f"regions[{r}]" if shared else f"regions[{b}][{r}]"
-            places = [] if phrase is None else _phrases.spans(pipe, text, phrase, argument)
-            if encode and phrase is not None and phrase not in alone:
-                alone[phrase] = _phrases.alone(pipe, phrase, argument)
-            embedded += [(place, own) for place, own in zip(places, alone.get(phrase, ())) if place and own is not None]
-            spans.append([place for place in places if place])
-        images.append(Image(masks, spans, embedded))
-    return images
 
 
 @contextmanager

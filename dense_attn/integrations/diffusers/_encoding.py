@@ -1,0 +1,91 @@
+"""A pipeline's encode_prompt: called for texts of the library's own, and heard when a call of the pipeline uses it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+OPTIONS = ("lora_scale", "clip_skip", "max_sequence_length")  # of a call that its phrases and concepts share
+
+
+def takes(pipe: DiffusionPipeline, argument: str) -> bool:
+    """Whether a pipeline's encode_prompt has an argument of that name."""
+    return argument in inspect.signature(pipe.encode_prompt).parameters
+
+
+@torch.no_grad()
+def encode(pipe: DiffusionPipeline, prompt: str | Sequence[str], **options: Any) -> tuple[Tensor | None, ...]:
+    """The output of a pipeline's encode_prompt for a prompt without guidance; first come the text tokens."""
+    given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    given |= {"prompt_2": None, "prompt_3": None, **options}
+    return pipe.encode_prompt(prompt, **{name: value for name, value in given.items() if takes(pipe, name)})
+
+
+def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call of encode_prompt that are not its defaults."""
+    parameters = inspect.signature(pipe.encode_prompt).parameters
+    return {
+        name: given[name] for name in OPTIONS
+        if given.get(name) is not None and given[name] != parameters[name].default
+    }  # fmt: skip
+
+
+def missing(pipe: DiffusionPipeline) -> str | None:
+    """The name of a text encoder that a pipeline with its tokenizer lacks."""
+    for suffix in ("", "_2", "_3"):
+        if getattr(pipe, f"tokenizer{suffix}", None) is not None and getattr(pipe, f"text_encoder{suffix}") is None:
+            return f"text_encoder{suffix}"
+    return None
+
+
+@contextmanager
+def heard(pipe: DiffusionPipeline, tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """`tell` gets the arguments of every call of the pipeline's encode_prompt inside the block, after the call."""
+    ears = vars(pipe).get("encode_prompt")
+    if not isinstance(ears, _Heard):
+        ears = _Heard(pipe, ears)
+        pipe.encode_prompt = ears
+    ears.listeners.append(tell)
+    try:
+        yield
+    finally:
+        ears.listeners.remove(tell)
+        if not ears.listeners and vars(pipe).get("encode_prompt") is ears:
+            ears.leave(pipe)
+
+
+class _Heard:
+    """An encode_prompt that tells what it was called with."""
+
+    def __init__(self, pipe: DiffusionPipeline, own: Callable[..., Any] | None) -> None:
+        functools.update_wrapper(self, pipe.encode_prompt)
+        self.own, self.encode_prompt = own, pipe.encode_prompt
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        self.telling = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encoded = self.encode_prompt(*args, **kwargs)
+        if not self.telling:  # what listeners encode themselves is no call of the pipeline's
+            self.telling = True
+            try:
+                for tell in self.listeners:
+                    tell(inspect.signature(self).bind(*args, **kwargs).arguments)
+            finally:
+                self.telling = False
+        return encoded
+
+    def leave(self, pipe: DiffusionPipeline) -> None:
+        """Put back what was there."""
+        if self.own is None:
+            del pipe.encode_prompt
+        else:
+            pipe.encode_prompt = self.own

@@ -1,0 +1,137 @@
+"""What a layout reads in its prompts: the tokens of each region's phrase in a call, and their embeddings alone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dense_attn import _checks
+
+from . import _encoding, _phrases
+from ._same_prompt import other_prompt
+from ._state import Image
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ._phrases import Place
+    from ._regions import Regions
+    from ._tokens import Span
+
+
+class Reading:
+    """The prompts and regions of one `apply_layout` block.
+
+    Args:
+        pipe: the pipeline.
+        prompts: one for each image.
+        regions: one for each prompt, or one for all of them.
+        encode: whether phrases get the embeddings that they have alone.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, prompts: list[str], regions: list[Regions], encode: bool) -> None:
+        self.pipe, self.prompts, self.encode = pipe, prompts, encode
+        self.regions = regions * len(prompts) if len(regions) == 1 else regions
+        self.shared = len(regions) == 1
+        self.segments = _phrases.segments(pipe)
+        self.chars = [self._characters(b) for b in range(len(prompts))]
+        self.options: dict[str, Any] = {}  # of encode_prompt, as the last call had them
+        self._embeddings: dict[tuple, Tensor] = {}  # of a text under options
+        self._images: dict[tuple, list[Image]] = {}  # of a number of tokens under options
+        self._heard: list[str | None] = []  # what there is to say of each prompt since the denoiser's last call
+        self._said = False
+        if encode and any(phrase for image in self.regions for phrase in image.phrases):
+            lacking = _encoding.missing(pipe)
+            if lacking is not None:
+                _checks.refuse("encode_phrases", f"be False for a pipeline without its {lacking}", True)
+        self._warn_of_lost()
+        self.images()
+
+    def images(self, num_tokens: int | None = None) -> list[Image]:
+        """The regions of each prompt where the denoiser has num_tokens text tokens, None before it is known."""
+        key = num_tokens, *self.options.items()
+        if key not in self._images:
+            self._images[key] = [self._image(b, num_tokens) for b in range(len(self.prompts))]
+        return self._images[key]
+
+    @property
+    def needed(self) -> int:
+        """The text tokens that hold all phrases."""
+        images = range(len(self.prompts))
+        return max((place.needed for b in images for places in self.places(b) for place in places if place), default=0)
+
+    def hear(self, given: dict[str, Any]) -> None:
+        """Take the arguments of a call of encode_prompt: phrases are encoded as its prompt is, which must be theirs."""
+        if _encoding.missing(self.pipe) is None:
+            self.options = _encoding.options_of(self.pipe, given)
+        self._heard.append(other_prompt(self, given))
+
+    def check(self) -> None:
+        """Say once if the prompt of the call at hand is another than the layout's."""
+        if self._heard and all(self._heard) and not self._said:  # one of several is the prompt, others are negative
+            self._said = True
+            warnings.warn(self._heard[0], stacklevel=2)
+        self._heard.clear()
+
+    def places(self, b: int, num_tokens: int | None = None) -> list[list[Place | None]]:
+        """The places of each region's phrase, in each segment of one prompt."""
+        return [
+            [] if chars is None else self._of(self.prompts[b], chars, num_tokens, self.argument(b, r))
+            for r, chars in enumerate(self.chars[b])
+        ]
+
+    def embeddings(self, text: str, **more: Any) -> Tensor:
+        """The embeddings [L, C] of a text, under the options of the last call and more."""
+        options = self.options | {name: value for name, value in more.items() if value is not None}
+        key = text, *sorted(options.items())
+        if key not in self._embeddings:
+            self._embeddings[key] = _encoding.encode(self.pipe, text, **options)[0][0]
+        return self._embeddings[key]
+
+    def argument(self, b: int, r: int) -> str:
+        """The name of a region in messages."""
+        return f"regions[{r}]" if self.shared else f"regions[{b}][{r}]"
+
+    def _characters(self, b: int) -> list[Span | None]:
+        prompt, found = self.prompts[b], []
+        for r, phrase in enumerate(self.regions[b].phrases):
+            if phrase is not None and not self.segments:
+                _checks.refuse("pipe", "have the tokenizer of its prompt", "none")
+            named = phrase and _phrases.characters(self.segments, prompt, phrase, self.argument(b, r))
+            found.append(named)
+        return found
+
+    def _of(self, prompt: str, chars: Span, num_tokens: int | None, argument: str) -> list[Place | None]:
+        found = [_phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
+                 for segment in self.segments]  # fmt: skip
+        if not any(found):
+            rule = f"have a phrase that its tokenizer keeps of the prompt {prompt!r}"
+            _checks.refuse(argument, rule, repr(prompt[slice(*chars)]))
+        return found
+
+    def _image(self, b: int, num_tokens: int | None) -> Image:
+        spans, embedded = [], []
+        for r, places in enumerate(self.places(b, num_tokens)):
+            there = [place for place in places if place]
+            spans.append([(place.start, place.stop) for place in there])
+            if self.encode and there:
+                phrase = self.prompts[b][slice(*self.chars[b][r])]
+                alone = self.embeddings(phrase)
+                own = self._of(phrase, (0, len(phrase)), len(alone), self.argument(b, r))
+                embedded += [
+                    ((place.start, place.stop), alone[_phrases.matched(place, one)])
+                    for place, one in zip(places, own) if place and one
+                ]  # fmt: skip
+        return Image(self.regions[b].masks, spans, embedded)
+
+    def _warn_of_lost(self) -> None:
+        """Where phrases overlap the later region counts, which may leave an earlier one nothing."""
+        for b in range(len(self.prompts)):
+            tokens = [{token for place in places if place for token in range(*place[:2])} for places in self.places(b)]
+            for r, own in enumerate(tokens):
+                if own and not own - set().union(*tokens[r + 1 :]):
+                    phrase = self.prompts[b][slice(*self.chars[b][r])]
+                    said = f"{self.argument(b, r)} has no token of its own: later regions take all of {phrase!r}"
+                    warnings.warn(said, stacklevel=5)

@@ -1,0 +1,95 @@
+"""Whether what a pipeline's encode_prompt is called with is the prompt that a layout has read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import _encoding
+from ._tokens import tokens_of
+
+if TYPE_CHECKING:
+    from ._phrases import Segment
+    from ._reading import Reading
+
+NEAR = 0.1  # of a token's distance from the empty prompt's: far above rounding, far below another word
+SKIPS = (None, 1, 2)  # the values of clip_skip with which embeddings of the caller's own are made
+
+
+def other_prompt(reading: Reading, given: dict[str, Any]) -> str | None:
+    """The words for a call whose prompt is not the layout's, None where it is or cannot be told."""
+    embeddings = given.get("prompt_embeds")
+    if embeddings is not None:
+        return _other_embeddings(reading, embeddings)
+    for segment in reading.segments:
+        texts = [given.get(name) or given.get("prompt") for name in segment.prompts]
+        others = [_other_text(reading, segment, i, text) for i, text in enumerate(texts)]
+        if all(others):
+            return others[0]
+    return None
+
+
+def _other_text(reading: Reading, segment: Segment, i: int, given: Any) -> str | None:
+    """The words for a text that is another prompt to a segment's tokenizer."""
+    texts = [given] if isinstance(given, str) else given or []
+    for b, text in _pairs(len(reading.prompts), texts):
+        ours = reading.prompts[b]
+        if isinstance(text, str) and text != ours:
+            read = [tokens_of(segment.tokenizers[i], one, segment.tokens(None)).ids for one in (text, ours)]
+            if read[0] != read[1]:
+                return f"the call's prompt {text!r} is not the layout's {ours!r}: phrases are where that has them"
+    return None
+
+
+def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
+    """The words for embeddings in which a region's phrase is not what the layout's prompt has there."""
+    known = reading.segments and _encoding.missing(reading.pipe) is None
+    if not known or given.dim() != 3 or given.shape[1] < reading.needed:
+        return None
+    options: dict[str, Any] = {}
+    if _encoding.takes(reading.pipe, "max_sequence_length"):
+        options["max_sequence_length"] = reading.segments[-1].tokens(given.shape[1])
+    skips = SKIPS if _encoding.takes(reading.pipe, "clip_skip") else (None,)
+    for b, embeddings in _pairs(len(reading.prompts), given):
+        if not any(_holds_phrases(reading, b, embeddings, **options, clip_skip=skip) for skip in skips):
+            ours = reading.prompts[b]
+            return f"the call's prompt_embeds are not of the layout's {ours!r}: phrases are where that has them"
+    return None
+
+
+def _holds_phrases(reading: Reading, b: int, given: Tensor, **options: Any) -> bool:
+    """Whether each phrase has a token that is the prompt's own, or the prompt's own with another weight."""
+    right, empty = (reading.embeddings(text, **options) for text in (reading.prompts[b], ""))
+    if right.shape[1] != given.shape[1]:
+        return True  # of another kind: nothing to compare
+    for r, places in enumerate(reading.places(b, len(right))):
+        there = reading.places(b, len(given))[r]
+        both = [pair for pair in zip(places, there) if all(pair)]
+        if both and not any(
+            _weighted(given[theirs.start : theirs.stop], *(side[ours.start : ours.stop] for side in (right, empty)))
+            for ours, theirs in both
+        ):
+            return False
+    return True
+
+
+def _weighted(given: Tensor, right: Tensor, empty: Tensor) -> bool:
+    """Whether a token [n, C] is a multiple of the right one, as it is or as it differs from the empty prompt's."""
+    given, right, empty = (side.to(right.device).float() for side in (given, right, empty))
+    far = NEAR * (given - empty).norm(dim=1)
+    for base in (0, empty):
+        ours, theirs = right - base, given - base
+        weight = (ours * theirs).sum(1) / (ours * ours).sum(1)
+        if bool(((theirs - weight[:, None] * ours).norm(dim=1) <= far).logical_and(weight > 0).any()):
+            return True
+    return False
+
+
+def _pairs(images: int, given: Sequence[Any] | Tensor) -> Iterator[tuple[int, Any]]:
+    """Which image's prompt each entry of a call stands beside; none where they do not go together."""
+    longer, shorter = max(images, len(given)), min(images, len(given))
+    if shorter and longer % shorter == 0:
+        for row in range(longer):
+            yield row * images // longer, given[row * len(given) // longer]

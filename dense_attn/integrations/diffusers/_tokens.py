@@ -1,0 +1,116 @@
+"""Which characters of a text each of a tokenizer's tokens stands for, in the ids that a network is given."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
+
+WHOLE = 2**20  # more tokens than any prompt has; a tokenizer's own limit would warn
+
+Span = tuple[int, int]  # the first, and the one after the last
+
+
+class Tokens(NamedTuple):
+    """The ids of a text, and the characters that each of them stands for."""
+
+    text: str
+    ids: list[int]
+    chars: list[Span | None]  # None: special tokens and padding
+
+    def of(self, chars: Span) -> Span | None:
+        """The tokens that have a part in a stretch of characters; a space's own before them counts too."""
+        inside = [i for i, place in enumerate(self.chars) if place and _meet(_trimmed(self.text, place), chars)]
+        if not inside:
+            return None
+        start = inside[0]
+        while start and (before := self.chars[start - 1]) and not self.text[slice(*before)].strip():
+            start -= 1
+        return start, inside[-1] + 1
+
+
+class Folded(NamedTuple):
+    """A text in the form in which texts are compared, and the place in the text that each of its letters is from."""
+
+    letters: str
+    places: list[int]
+
+
+def folded(text: str, lower: bool) -> Folded:
+    """Unicode's compatible decomposition, white space as one space, and small letters if those are asked for."""
+    letters: list[str] = []
+    places: list[int] = []
+    for i, character in enumerate(text):
+        for letter in unicodedata.normalize("NFKD", character.lower() if lower else character):
+            if letter.isspace() and letters and letters[-1] == " ":
+                continue
+            letters.append(" " if letter.isspace() else letter)
+            places.append(i)
+    return Folded("".join(letters), places)
+
+
+def tokens_of(tokenizer: Any, text: str, num_tokens: int | None = None) -> Tokens:
+    """The tokens of a whole text, or the ids that a network of num_tokens gets: cut and padded as the tokenizer is set.
+
+    Fast tokenizers say which characters a token is of; slow ones' tokens are aligned with the text.
+    """
+    size: dict[str, Any] = {"max_length": WHOLE}
+    if num_tokens is not None:
+        size = {"max_length": num_tokens, "padding": "max_length"}
+    if getattr(tokenizer, "is_fast", False):
+        read = tokenizer(text, truncation=True, return_offsets_mapping=True, return_special_tokens_mask=True, **size)
+        places = zip(read.offset_mapping, read.special_tokens_mask)
+        return Tokens(text, read.input_ids, [None if special else tuple(place) for place, special in places])
+    ids = list(tokenizer(text, truncation=True, **size).input_ids)
+    plain = list(tokenizer(text, add_special_tokens=False, truncation=True, max_length=WHOLE).input_ids)
+    aligned, kept = _aligned(tokenizer, text, plain), SequenceMatcher(None, plain, ids, autojunk=False)
+    first, at, length = kept.find_longest_match(0, len(plain), 0, len(ids))
+    after = len(ids) - at - length
+    return Tokens(text, ids, [None] * at + aligned[first : first + length] + [None] * after)
+
+
+def _aligned(tokenizer: Any, text: str, ids: list[int]) -> list[Span | None]:
+    """The characters of each id, by what a token decodes to; those that decode to nothing known share what is left."""
+    owners: list[int] = []
+    letters: list[str] = []
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids)):
+        known = ids[i] != tokenizer.unk_token_id
+        surface = folded(tokenizer.convert_tokens_to_string([token]), True).letters.replace(" ", "") if known else ""
+        owners += [i] * len(surface)
+        letters.append(surface)
+    whole = folded(text, True)
+    places = [place for letter, place in zip(*whole) if letter != " "]
+    matcher = SequenceMatcher(None, "".join(letters), whole.letters.replace(" ", ""), autojunk=False)
+    found: list[Span | None] = [None] * len(ids)
+    for a, b, size in matcher.get_matching_blocks():
+        for k in range(size):
+            owner, place = owners[a + k], places[b + k]
+            start, stop = found[owner] or (place, place)
+            found[owner] = min(start, place), max(stop, place + 1)
+    return _filled(text, found)
+
+
+def _filled(text: str, found: list[Span | None]) -> list[Span | None]:
+    """Tokens of unknown characters get those between their neighbours': a word each, or else all of them."""
+    filled, i = list(found), 0
+    while i < len(found):
+        stop = next((j for j in range(i, len(found)) if found[j]), len(found))
+        if stop > i:
+            before = filled[i - 1][1] if i else 0
+            after = found[stop][0] if stop < len(found) else len(text)
+            words = [match.span() for match in re.finditer(r"\S+", text[before:after])]
+            each = words if len(words) == stop - i else [(0, max(after - before, 0))] * (stop - i)
+            filled[i:stop] = [(before + first, before + last) for first, last in each]
+        i = stop + 1
+    return filled
+
+
+def _trimmed(text: str, chars: Span) -> Span:
+    """The characters without white space around them, which some tokenizers count to a token."""
+    inner = text[slice(*chars)]
+    return chars[0] + len(inner) - len(inner.lstrip()), chars[1] - len(inner) + len(inner.rstrip())
+
+
+def _meet(a: Span, b: Span) -> bool:
+    return max(a[0], b[0]) < min(a[1], b[1])
