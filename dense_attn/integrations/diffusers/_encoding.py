@@ -27,14 +27,15 @@ def encode(pipe: DiffusionPipeline, prompt: str | Sequence[str], **options: Any)
     """The output of a pipeline's encode_prompt for a prompt without guidance; first come the text tokens."""
     given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     given |= {"prompt_2": None, "prompt_3": None, **options}
-    return pipe.encode_prompt(prompt, **{name: value for name, value in given.items() if takes(pipe, name)})
+    unheard = getattr(pipe.encode_prompt, "encode_prompt", pipe.encode_prompt)
+    return unheard(prompt, **{name: value for name, value in given.items() if takes(pipe, name)})
 
 
 def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a call of encode_prompt that are not its defaults."""
+    """The options of a call of encode_prompt that are not its defaults and had an effect."""
     parameters = inspect.signature(pipe.encode_prompt).parameters
     return {
-        name: given[name] for name in OPTIONS
+        name: given[name] for name in (OPTIONS if given.get("prompt_embeds") is None else OPTIONS[:1])
         if given.get(name) is not None and given[name] != parameters[name].default
     }  # fmt: skip
 
@@ -70,17 +71,11 @@ class _Heard:
         functools.update_wrapper(self, pipe.encode_prompt)
         self.own, self.encode_prompt = own, pipe.encode_prompt
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self.telling = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         encoded = self.encode_prompt(*args, **kwargs)
-        if not self.telling:  # what listeners encode themselves is no call of the pipeline's
-            self.telling = True
-            try:
-                for tell in self.listeners:
-                    tell(inspect.signature(self).bind(*args, **kwargs).arguments)
-            finally:
-                self.telling = False
+        for tell in self.listeners:
+            tell(inspect.signature(self).bind(*args, **kwargs).arguments)
         return encoded
 
     def leave(self, pipe: DiffusionPipeline) -> None:

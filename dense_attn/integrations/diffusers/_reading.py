@@ -66,6 +66,7 @@ class Reading:
         """Take the arguments of a call of encode_prompt: phrases are encoded as its prompt is, which must be theirs."""
         if _encoding.missing(self.pipe) is None:
             self.options = _encoding.options_of(self.pipe, given)
+            self.images()  # encodes phrases while the pipeline's text encoders are at hand
         self._heard.append(other_prompt(self, given))
 
     def check(self) -> None:

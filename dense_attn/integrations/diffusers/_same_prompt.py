@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ._reading import Reading
 
 NEAR = 0.1  # of a token's distance from the empty prompt's: far above rounding, far below another word
-SKIPS = (None, 1, 2)  # the values of clip_skip with which embeddings of the caller's own are made
 
 
 def other_prompt(reading: Reading, given: dict[str, Any]) -> str | None:
@@ -39,7 +38,7 @@ def _other_text(reading: Reading, segment: Segment, i: int, given: Any) -> str |
         if isinstance(text, str) and text != ours:
             read = [tokens_of(segment.tokenizers[i], one, segment.tokens(None)).ids for one in (text, ours)]
             if read[0] != read[1]:
-                return f"the call's prompt {text!r} is not the layout's {ours!r}: phrases are where that has them"
+                return f"the call's prompt {text!r} is not the layout's {ours!r}, by which phrases are placed"
     return None
 
 
@@ -51,16 +50,15 @@ def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
     options: dict[str, Any] = {}
     if _encoding.takes(reading.pipe, "max_sequence_length"):
         options["max_sequence_length"] = reading.segments[-1].tokens(given.shape[1])
-    skips = SKIPS if _encoding.takes(reading.pipe, "clip_skip") else (None,)
     for b, embeddings in _pairs(len(reading.prompts), given):
-        if not any(_holds_phrases(reading, b, embeddings, **options, clip_skip=skip) for skip in skips):
-            ours = reading.prompts[b]
-            return f"the call's prompt_embeds are not of the layout's {ours!r}: phrases are where that has them"
+        if not _holds_phrases(reading, b, embeddings, **options):
+            ours = repr(reading.prompts[b])
+            return f"the call's prompt_embeds are not what the layout's {ours} encodes to, by which phrases are placed"
     return None
 
 
 def _holds_phrases(reading: Reading, b: int, given: Tensor, **options: Any) -> bool:
-    """Whether each phrase has a token that is the prompt's own, or the prompt's own with another weight."""
+    """Whether each phrase's tokens are the prompt's own, or the prompt's own in another weight."""
     right, empty = (reading.embeddings(text, **options) for text in (reading.prompts[b], ""))
     if right.shape[1] != given.shape[1]:
         return True  # of another kind: nothing to compare
@@ -76,15 +74,15 @@ def _holds_phrases(reading: Reading, b: int, given: Tensor, **options: Any) -> b
 
 
 def _weighted(given: Tensor, right: Tensor, empty: Tensor) -> bool:
-    """Whether a token [n, C] is a multiple of the right one, as it is or as it differs from the empty prompt's."""
+    """Whether tokens [n, C] are multiples of the right ones, as they are or as they differ from the empty prompt's."""
     given, right, empty = (side.to(right.device).float() for side in (given, right, empty))
     far = NEAR * (given - empty).norm(dim=1)
+    near = []
     for base in (0, empty):
         ours, theirs = right - base, given - base
         weight = (ours * theirs).sum(1) / (ours * ours).sum(1)
-        if bool(((theirs - weight[:, None] * ours).norm(dim=1) <= far).logical_and(weight > 0).any()):
-            return True
-    return False
+        near.append(((theirs - weight[:, None] * ours).norm(dim=1) <= far) & (weight > 0))
+    return bool((near[0] | near[1]).all())
 
 
 def _pairs(images: int, given: Sequence[Any] | Tensor) -> Iterator[tuple[int, Any]]:

@@ -47,10 +47,12 @@ def apply_layout(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), SD3Transformer2DModel or FluxTransformer2DModel.
-        prompt: what the pipeline will be called with, or one prompt for each image; all its tokenizers read it.
+        prompt: what the pipeline will be called with, or one prompt for each image; all its tokenizers read it. A call
+            with another one is warned of, also of `prompt_embeds` that are not the prompt's in any weight.
         regions: a list of `(phrase, mask)`, or one such list for each prompt. A phrase is a part of the prompt, or None
             for a region without one; its mask a bool array [H, W], a PIL image, light and opaque there, or a box
-            (x0, y0, x1, y1) in 0..1. A phrase stands where its tokens first match; where two overlap the later counts
+            (x0, y0, x1, y1) in 0..1. A phrase is whole words, where they first stand in the prompt; a `Phrase` names
+            another place. Where two overlap the later counts; a region left without a token is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it alone. In joint
             attention (SD3, FLUX) image tokens' rows take self_weight, rows of a phrase's tokens cross_weight; under
             "mask", which has no strength, only both at 0 count there.
@@ -58,7 +60,7 @@ def apply_layout(
         exponent, size_weight: how fast strength falls with time, and how much less a large region gets.
         modulation: as in `layout_attention`; under "mask" tokens of no region take part everywhere.
         encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own, as `encode_prompt`
-            makes them without further options (`clip_skip`, `max_sequence_length`).
+            makes them with the options of the call (LoRA scale, `clip_skip`, `max_sequence_length`).
         backend: as in `layout_attention`.
 
     Raises:

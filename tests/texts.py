@@ -1,0 +1,90 @@
+"""Tokenizers made of a few sentences: CLIP's, T5's, and one like ChatGLM's, slow and padded on the left."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+SENTENCES = [
+    "a catfish and a cat", "a red cat on the left of two dogs", 'a "cat" (dog, mat), the sky', "Katzen und Katze",
+    "une café au lait", "一只红猫在左边", "red cats, blue cats", "a dog's cat-house",
+]  # fmt: skip
+TOKENS = 32
+
+
+def clip(padding_side: str = "right") -> Any:
+    """Pairs of bytes, words of small letters that end with </w>."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
+    blank = transformers.CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
+    trained.normalizer, trained.pre_tokenizer = blank._tokenizer.normalizer, blank._tokenizer.pre_tokenizer
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>",
+        initial_alphabet=alphabet, show_progress=False,
+    )  # fmt: skip
+    trained.train_from_iterator(SENTENCES * 3, trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocabulary = model["vocab"]
+    for letter in alphabet:
+        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    merges = [tuple(merge) for merge in model["merges"]]
+    return transformers.CLIPTokenizer(vocabulary, merges, model_max_length=TOKENS, padding_side=padding_side)
+
+
+def t5() -> Any:
+    """Pieces of words, of which the first is marked and the last is not."""
+    trained = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=160, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    trained.train_from_iterator(SENTENCES * 3, trainer)
+    pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
+    pieces += [("▁cat", -1.0)] * ("▁cat" not in dict(pieces))
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+
+
+class Glm(transformers.PreTrainedTokenizer):
+    """Slow: it tells no characters; two tokens of its own stand before the text, and padding before them."""
+
+    def __init__(self, **options: Any) -> None:
+        pieces = ["<unk>", "</s>", "[gMASK]", "sop", "▁", "▁a", "▁red", "▁cat", "cat", "▁dog", "fish", "▁on", "▁the"]
+        pieces += ["一只", "红", "猫在", "猫", *"abcdefghijklmnopqrstuvwxyz(),.2"]
+        self.pieces = {piece: i for i, piece in enumerate(pieces)}
+        super().__init__(pad_token="<unk>", unk_token="<unk>", eos_token="</s>", padding_side="left",
+                         model_max_length=TOKENS, **options)  # fmt: skip
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.pieces)
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        text, found = "▁" + text.replace(" ", "▁"), []
+        while text:
+            sizes = [size for size in range(1, 6) if text[:size] in self.pieces]
+            found.append(text[: max(sizes, default=1)])
+            text = text[len(found[-1]) :]
+        return found
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.pieces.get(token, 0)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return list(self.pieces)[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens).replace("▁", " ").strip()
+
+    def build_inputs_with_special_tokens(self, ids: list[int], _second: list[int] | None = None) -> list[int]:
+        return [self.pieces["[gMASK]"], self.pieces["sop"], *ids]
+
+
+KINDS = {"clip": clip, "clip, left": lambda: clip("left"), "t5": t5, "glm": Glm}
