@@ -15,6 +15,7 @@ from torch import Tensor
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations import diffusers as integration
 from dense_attn.integrations.diffusers import Phrase, _state, apply_layout
+from dense_attn.integrations.diffusers._tokens import tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOX = (0.0, 0.0, 0.5, 1.0)
@@ -131,9 +132,20 @@ def test_scripts_without_spaces(kind: str, tokens: str, seen: list) -> None:
     assert found[0].replace(" ", "") == tokens.replace(" ", "")
 
 
+def test_characters_of_a_slow_tokenizer() -> None:
+    """What decodes to nothing known gets what lies between its neighbours, a space's own token nothing."""
+    text = "a ü é, cat"
+    tokens = tokens_of(KINDS["glm"](), text)
+    read = [place and text[slice(*place)] for place in tokens.chars]
+    assert read == [None, None, "a", "", "ü", "", "é", ",", "cat"]
+    assert tokens_of(KINDS["glm"](), text, 6).chars == tokens.chars[:6]
+    assert tokens_of(KINDS["glm"](), text, 12).chars == [None] * 3 + tokens.chars
+
+
 def test_phrases_of_signs(seen: list) -> None:
     pipe = with_tokenizer(KINDS["clip"]())
     assert painted(pipe, 'a "cat" (dog)', [('"cat"', BOX), ("(", OTHER)], seen) == ['" cat "', "("]
+    assert painted(pipe, "a \u00a8 cat", [("\u00a8", BOX)], seen) == ["\u00a8"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -105,15 +105,15 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
     elif getattr(pipe, "unet", None) is None:
         found = [_segment((None, second), 0, None)]
     else:
-        size = getattr(first or second, "model_max_length", None)
-        if takes(pipe, "max_sequence_length"):  # Kolors
-            size = None
-        found = [_segment((first, second), 0, size)]
+        length = getattr(second if first is None else first, "model_max_length", LONGEST)
+        told = takes(pipe, "max_sequence_length")  # by Kolors' calls
+        found = [_segment((first, second), 0, None if told or length > LONGEST else length)]
     return [segment for segment in found if segment.tokenizers]
 
 
 def _segment(tokenizers: tuple[Any, ...], start: int, longest: int | None) -> Segment:
-    there = [(tokenizer, name) for tokenizer, name in zip(tokenizers, ("prompt", "prompt_2", "prompt_3")) if tokenizer]
+    names = ("prompt", "prompt_2", "prompt_3")
+    there = [(tokenizer, name) for tokenizer, name in zip(tokenizers, names) if tokenizer is not None]
     return Segment(tuple(tokenizer for tokenizer, _ in there), tuple(name for _, name in there), start, longest)
 
 

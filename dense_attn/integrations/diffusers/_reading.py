@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -46,6 +47,7 @@ class Reading:
             lacking = _encoding.missing(pipe)
             if lacking is not None:
                 _checks.refuse("encode_phrases", f"be False for a pipeline without its {lacking}", True)
+        self.needed = self._needed()
         self._warn_of_lost()
         self.images()
 
@@ -56,17 +58,13 @@ class Reading:
             self._images[key] = [self._image(b, num_tokens) for b in range(len(self.prompts))]
         return self._images[key]
 
-    @property
-    def needed(self) -> int:
-        """The text tokens that hold all phrases."""
-        images = range(len(self.prompts))
-        return max((place.needed for b in images for places in self.places(b) for place in places if place), default=0)
-
     def hear(self, given: dict[str, Any]) -> None:
         """Take the arguments of a call of encode_prompt: phrases are encoded as its prompt is, which must be theirs."""
-        if _encoding.missing(self.pipe) is None:
+        negative = self._heard and given.get("prompt_embeds") is not None  # after the prompt, with no options to tell
+        if not negative and _encoding.missing(self.pipe) is None:
             self.options = _encoding.options_of(self.pipe, given)
-            self.images()  # encodes phrases while the pipeline's text encoders are at hand
+            for phrase in self._phrases() if self.encode else ():
+                self.embeddings(phrase)  # now, while the text encoders are at hand
         self._heard.append(other_prompt(self, given))
 
     def check(self) -> None:
@@ -118,7 +116,7 @@ class Reading:
             there = [place for place in places if place]
             spans.append([(place.start, place.stop) for place in there])
             if self.encode and there:
-                phrase = self.prompts[b][slice(*self.chars[b][r])]
+                phrase = self._phrase(b, r)
                 alone = self.embeddings(phrase)
                 own = self._of(phrase, (0, len(phrase)), len(alone), self.argument(b, r))
                 embedded += [
@@ -127,12 +125,25 @@ class Reading:
                 ]  # fmt: skip
         return Image(self.regions[b].masks, spans, embedded)
 
+    def _phrase(self, b: int, r: int) -> str:
+        return self.prompts[b][slice(*self.chars[b][r])]
+
+    def _phrases(self) -> Iterator[str]:
+        for b, regions in enumerate(self.chars):
+            yield from (self._phrase(b, r) for r, chars in enumerate(regions) if chars is not None)
+
+    def _needed(self) -> int:
+        """The text tokens that hold all phrases."""
+        images = range(len(self.prompts))
+        return max((place.needed for b in images for places in self.places(b) for place in places if place), default=0)
+
     def _warn_of_lost(self) -> None:
         """Where phrases overlap the later region counts, which may leave an earlier one nothing."""
+        lost: dict[str, str] = {}
         for b in range(len(self.prompts)):
             tokens = [{token for place in places if place for token in range(*place[:2])} for places in self.places(b)]
             for r, own in enumerate(tokens):
                 if own and not own - set().union(*tokens[r + 1 :]):
-                    phrase = self.prompts[b][slice(*self.chars[b][r])]
-                    said = f"{self.argument(b, r)} has no token of its own: later regions take all of {phrase!r}"
-                    warnings.warn(said, stacklevel=5)
+                    lost[self.argument(b, r)] = self._phrase(b, r)
+        for argument, phrase in lost.items():
+            warnings.warn(f"{argument} has no token of its own: later regions take all of {phrase!r}", stacklevel=5)

@@ -42,7 +42,8 @@ def folded(text: str, lower: bool) -> Folded:
     letters: list[str] = []
     places: list[int] = []
     for i, character in enumerate(text):
-        for letter in unicodedata.normalize("NFKD", character.lower() if lower else character):
+        parts = unicodedata.normalize("NFKD", character.lower() if lower else character)
+        for letter in parts if parts[:1] != " " else " " if character.isspace() else character:  # ¨ is no space
             if letter.isspace() and letters and letters[-1] == " ":
                 continue
             letters.append(" " if letter.isspace() else letter)
@@ -74,11 +75,13 @@ def _aligned(tokenizer: Any, text: str, ids: list[int]) -> list[Span | None]:
     """The characters of each id, by what a token decodes to; those that decode to nothing known share what is left."""
     owners: list[int] = []
     letters: list[str] = []
+    spaces: set[int] = set()
     for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids)):
         known = ids[i] != tokenizer.unk_token_id
         surface = folded(tokenizer.convert_tokens_to_string([token]), True).letters.replace(" ", "") if known else ""
         owners += [i] * len(surface)
         letters.append(surface)
+        spaces |= {i} if known and not surface else set()
     whole = folded(text, True)
     places = [place for letter, place in zip(*whole) if letter != " "]
     matcher = SequenceMatcher(None, "".join(letters), whole.letters.replace(" ", ""), autojunk=False)
@@ -88,10 +91,10 @@ def _aligned(tokenizer: Any, text: str, ids: list[int]) -> list[Span | None]:
             owner, place = owners[a + k], places[b + k]
             start, stop = found[owner] or (place, place)
             found[owner] = min(start, place), max(stop, place + 1)
-    return _filled(text, found)
+    return _filled(text, found, spaces)
 
 
-def _filled(text: str, found: list[Span | None]) -> list[Span | None]:
+def _filled(text: str, found: list[Span | None], spaces: set[int]) -> list[Span | None]:
     """Tokens of unknown characters get those between their neighbours': a word each, or else all of them."""
     filled, i = list(found), 0
     while i < len(found):
@@ -100,8 +103,11 @@ def _filled(text: str, found: list[Span | None]) -> list[Span | None]:
             before = filled[i - 1][1] if i else 0
             after = found[stop][0] if stop < len(found) else len(text)
             words = [match.span() for match in re.finditer(r"\S+", text[before:after])]
-            each = words if len(words) == stop - i else [(0, max(after - before, 0))] * (stop - i)
-            filled[i:stop] = [(before + first, before + last) for first, last in each]
+            unknown = [j for j in range(i, stop) if j not in spaces]
+            each = words if len(words) == len(unknown) else [(0, after - before)] * len(unknown)
+            filled[i:stop] = [(before, before)] * (stop - i)  # a space's own
+            for j, (first, last) in zip(unknown, each):
+                filled[j] = before + first, before + last
         i = stop + 1
     return filled
 

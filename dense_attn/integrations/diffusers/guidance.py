@@ -68,7 +68,7 @@ def semantic_guidance(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), called with a guidance scale above 1.
-        edits: the concepts.
+        edits: the concepts, encoded with the options of the call (LoRA scale, `clip_skip`).
         momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is kept.
         backend: as in `sega_guidance`.
 

@@ -33,7 +33,7 @@ def semantic_guider(
 
     Args:
         pipe: a modular pipeline of Stable Diffusion XL, whose text encoders encode the concepts.
-        edits: the concepts.
+        edits: the concepts, encoded now: a LoRA scale of the call does not reach them.
         guidance_scale: g, as of the ClassifierFreeGuidance whose place this takes.
         momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is kept.
         backend: as in `sega_guidance`.
