@@ -158,6 +158,7 @@ def test_another_prompt_is_told_once_a_block(family: str) -> None:
     assert said == f"the call's prompt 'a dog cat' is not the layout's {PROMPT!r}, by which phrases are placed"
     assert len(told(pipe, [PROMPT, "cat dog"], lambda: latents(pipe, [PROMPT, "dog cat"], steps=1))) == 1
     assert told(pipe, PROMPT, lambda: latents(pipe, steps=2)) == []
+    assert len(told(pipe, PROMPT, lambda: [latents(pipe, text, steps=1) for text in (PROMPT, "a dog cat")])) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,7 +209,7 @@ def test_embeddings_of_the_callers_own_are_compared(family: str) -> None:
             told(pipe, PROMPT, lambda given=embeddings: latents(pipe, None, steps=1, **given_as(family, given, pipe)))
             == []
         )
-    for embeddings in (other, torch.cat([right, other])):
+    for embeddings in (other, empty, torch.cat([right, other])):
         run = lambda given=embeddings: latents(pipe, None, steps=2, **given_as(family, given, pipe))  # noqa: E731
         (said,) = told(pipe, [PROMPT] * len(embeddings), run, [REGIONS] * len(embeddings))
         assert (

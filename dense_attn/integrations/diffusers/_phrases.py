@@ -203,7 +203,7 @@ def _in_a_word(text: str, place: int) -> bool:
     if not 0 < place < len(text):
         return False
     left, right = text[place - 1], text[place]
-    if unicodedata.combining(right) or unicodedata.category(right)[0] == "M" or JOINER in (left, right):
+    if unicodedata.category(right)[0] == "M" or JOINER in (left, right):
         return True
     kinds = unicodedata.category(left)[0], unicodedata.category(right)[0]
     if kinds == ("N", "N"):
