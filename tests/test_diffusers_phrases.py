@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import types
 import warnings
 from collections.abc import Callable
 
 import pytest
+import texts
 import torch
 from pipelines import PROMPT, REGIONS, diffusers, latents, pipeline
 from texts import KINDS, TOKENS
@@ -274,3 +276,42 @@ def test_the_example_of_a_phrase() -> None:
     (example,) = doctest.DocTestFinder(recurse=False).find(integration.Phrase, "Phrase")
     assert example.examples
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+class Kolors(torch.nn.Module):
+    """A text encoder with ChatGLM's way of being called: hidden states [L, B, C], of which the last but one counts."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(num_tokens, 32)
+
+    def forward(self, input_ids: Tensor, **_: object) -> object:
+        states = self.embedding(input_ids).transpose(0, 1)
+        return types.SimpleNamespace(hidden_states=[states, states])
+
+
+def test_kolors_pads_on_the_left_to_the_length_of_its_own(seen: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 tokens, whatever the tokenizer's own limit is."""
+    from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline  # diffusers' own name asks for sentencepiece
+
+    from dense_attn.examples import _tiny_pipeline as tiny
+
+    tokenizer, original = KINDS["glm"](), texts.Glm.__call__
+    monkeypatch.setattr(texts.Glm, "__call__", lambda *args, **options: with_positions(original(*args, **options)))
+    unet = tiny._unet(
+        2, 32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80
+    )
+    pipe = KolorsPipeline(tiny._vae(4), Kolors(len(tokenizer)), tokenizer, unet, tiny._ddim())
+    pipe.set_progress_bar_config(disable=True)
+    prompt = "a catfish on the cat"
+    with apply_layout(pipe, prompt, [("cat", BOX)], self_weight=0):
+        pipe(prompt, height=16, width=16, num_inference_steps=2, output_type="latent")
+    assert seen[0].shape == (1, 256)
+    assert seen[0][0].nonzero().flatten().tolist() == [255]
+
+
+def with_positions(read: dict) -> dict:
+    read["position_ids"] = read["attention_mask"]
+    return read
