@@ -95,7 +95,7 @@ class LayoutState:
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
         self.factor: Tensor | None = None  # time**exponent
-        self._rows = Rows(pipe, len(images), family.guidance_apart)
+        self._rows = Rows(pipe, len(self.images), family.guidance_apart)
         self._told = False  # of layers left alone
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
