@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
@@ -80,26 +80,18 @@ class BuildExt(build_ext):
         return [self.compiler.compiler_cxx[0], *CXX_FLAGS, *flags, *sanitize]
 
 
+BESIDE = ("benchmarks", "examples", "triton_kernels")  # folders that are installed inside of the package
+
 setup(
     packages=[
-        "dense_attn",
-        "dense_attn.benchmarks",
-        "dense_attn.examples",
-        "dense_attn.examples.tiny_scenes",
-        "dense_attn.integrations",
-        "dense_attn.integrations.diffusers",
-        "dense_attn.triton_kernels",
+        *find_packages(include=["dense_attn", "dense_attn.*"]),
+        *(f"dense_attn.{name}" for folder in BESIDE for name in find_packages(include=[folder, f"{folder}.*"])),
     ],
-    package_dir={
-        "dense_attn.benchmarks": "benchmarks",
-        "dense_attn.examples": "examples",
-        "dense_attn.triton_kernels": "triton_kernels",
-    },
+    package_dir={f"dense_attn.{folder}": folder for folder in BESIDE},
+    include_package_data=False,  # MANIFEST.in names what a source distribution holds, pictures for the README too
     package_data={
-        "dense_attn": ["py.typed"],
+        "": ["*.md", "*.png", "*.safetensors", "py.typed"],
         "dense_attn.benchmarks": ["results/*.json"],
-        "dense_attn.examples": ["*.png"],
-        "dense_attn.examples.tiny_scenes": ["*.safetensors"],
     },
     ext_modules=[
         Extension(
