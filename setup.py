@@ -1,18 +1,33 @@
-"""Builds `dense_attn/_C.so`: each CPU kernel once per instruction set, and the stable-ABI binding."""
+"""Builds `dense_attn/_C.so`: each CPU kernel once per instruction set, and the stable-ABI binding.
+
+`DENSE_ATTN_CPU_KERNELS=0` builds the package without it, `DENSE_ATTN_SANITIZE=1` with sanitizers.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
+import shlex
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, PlatformError
 
-STABLE_ABI = "0x020b000000000000"  # torch 2.11
+OLDEST_SETUPTOOLS = 77  # the first that reads pyproject.toml's licence
+OLDEST_TORCH = (2, 11)
+STABLE_ABI = "0x020b000000000000"  # of this torch
+WITHOUT = (
+    "without CPU kernels the library still runs, on its PyTorch reference and, on GPUs, on Triton: "
+    "DENSE_ATTN_CPU_KERNELS=0 pip install --no-build-isolation ."
+)
 WARNINGS = [
     "-Wall",
     "-Wextra",
@@ -21,6 +36,7 @@ WARNINGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
+CXX20 = "#include <type_traits>\ntemplate <typename T> requires std::is_integral_v<T> T f(T x);\n"
 CXX_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 SANITIZE_FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -42,7 +58,21 @@ BINDINGS = [
     "bindings/reversible.cpp",
 ]
 
-SANITIZED = runpy.run_path("dense_attn/_environment.py")["flag"]("DENSE_ATTN_SANITIZE")
+
+
+def switch(name: str, default: bool) -> bool:
+    """Whether an environment variable is switched on, as the library reads it."""
+    try:
+        return runpy.run_path("dense_attn/_environment.py")["flag"](name, default)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def check_setuptools() -> None:
+    """End with a sentence where setuptools is older than pyproject.toml, which it would refuse at length."""
+    if int(re.match(r"\d*", setuptools.__version__)[0] or OLDEST_SETUPTOOLS) < OLDEST_SETUPTOOLS:
+        needed = f"setuptools {OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}"
+        sys.exit(f"dense_attn must be built with {needed}: pip install 'setuptools>={OLDEST_SETUPTOOLS}'")
 
 
 class BuildExt(build_ext):
@@ -52,21 +82,57 @@ class BuildExt(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        stable_abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-Ibindings", *(f"-isystem{p}" for p in include_paths())]
+        self._check_compiler()
+        include_paths, library_paths = self._torch_folders()
+        stable_abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-Ibindings", *(f"-isystem{p}" for p in include_paths)]
         jobs = [(source, "host", stable_abi) for source in BINDINGS] + [(source, "host", []) for source in DISPATCH]
         for isa, flags in ISAS.items():
             defines = [f"-DDENSE_ATTN_ISA={isa}"]
             jobs += [
                 (source, isa, [*KERNEL_FLAGS, *flags, *defines, *SOURCE_FLAGS.get(source, ())]) for source in KERNELS
             ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda job: self._compile(*job), jobs))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        folders = [f"-L{folder}" for folder in library_paths()]
-        self.spawn([*self._compiler(), "-shared", *objects, *folders, "-ltorch_cpu", "-o", str(library)])
+        folders = [f"-L{folder}" for folder in library_paths]
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            objects = list(pool.map(lambda job: self._compile(*job), jobs))
+            self.spawn([*self._compiler(), "-shared", *objects, *folders, "-ltorch_cpu", "-o", str(library)])
+        except BaseError as error:
+            pool.shutdown(cancel_futures=True)  # so that what is said last stands last
+            raise PlatformError(
+                f"the CPU kernels did not compile, as the compiler says above ({error}); {WITHOUT}"
+            ) from None
+        finally:
+            pool.shutdown()
+
+    def _torch_folders(self) -> tuple[list[str], list[str]]:
+        """Where torch's headers and its libraries are."""
+        needed = f"the CPU kernels must be built where torch {'.'.join(map(str, OLDEST_TORCH))} or newer is"
+        try:
+            import torch
+            from torch.utils.cpp_extension import include_paths, library_paths
+        except ImportError as error:
+            raise PlatformError(f"{needed}, got {error}: pip install torch; {WITHOUT}") from None
+        if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
+            raise PlatformError(f"{needed}, got {torch.__version__}: pip install --upgrade torch; {WITHOUT}")
+        if not any(Path(folder, "torch/csrc/stable").is_dir() for folder in include_paths()):
+            where = ", ".join(include_paths())
+            raise PlatformError(f"{needed} with its headers, got none in {where}: pip install torch; {WITHOUT}")
+        return include_paths(), library_paths()
+
+    def _check_compiler(self) -> None:
+        """Refuse what is no C++20 compiler, of which every source would complain."""
+        command = [*self._compiler(), "-x", "c++", "-fsyntax-only", "-"]
+        try:
+            done = subprocess.run(command, input=CXX20, capture_output=True, text=True, check=False)
+            said = done.stderr.strip() or f"exit code {done.returncode}"
+        except OSError as error:
+            done, said = None, str(error.strerror)
+        if done is None or done.returncode:
+            got = f"got {command[0]!r} ({said.splitlines()[0]})"
+            advice = "install g++ 11 or newer, or name a compiler in CXX"
+            raise PlatformError(f"the CPU kernels must have a C++20 compiler, {got}: {advice}; {WITHOUT}")
 
     def _compile(self, source: str, folder: str, flags: list[str]) -> str:
         target = Path(self.build_temp, folder, source).with_suffix(".o")
@@ -76,12 +142,13 @@ class BuildExt(build_ext):
         return str(target)
 
     def _compiler(self, flags: list[str] = ()) -> list[str]:
-        sanitize = SANITIZE_FLAGS if SANITIZED else []
-        return [self.compiler.compiler_cxx[0], *CXX_FLAGS, *flags, *sanitize]
+        named = shlex.split(os.environ.get("CXX", "")) or self.compiler.compiler_cxx[:1]
+        return [*named, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if switch("DENSE_ATTN_SANITIZE", False) else [])]
 
 
 BESIDE = ("benchmarks", "examples", "triton_kernels")  # folders that are installed inside of the package
 
+check_setuptools()
 setup(
     packages=[
         *find_packages(include=["dense_attn", "dense_attn.*"]),
@@ -99,6 +166,8 @@ setup(
             [*KERNELS, *DISPATCH, *BINDINGS],
             depends=[*glob("csrc/**/*.h", recursive=True), *glob("bindings/*.h")],
         )
-    ],
+    ]
+    if switch("DENSE_ATTN_CPU_KERNELS", True)
+    else [],
     cmdclass={"build_ext": BuildExt},
 )

@@ -15,14 +15,12 @@ class VariableError(ValueError):
     """An environment variable with a value that means nothing; the message is one sentence that names it."""
 
 
-def flag(name: str) -> bool:
-    """Whether a variable is switched on; one that is not set, or empty, is off."""
+def flag(name: str, default: bool = False) -> bool:
+    """Whether a variable is switched on; `default` where it is not set or empty."""
     value = os.environ.get(name, "")
-    if value.lower() in ON:
-        return True
-    if value and value.lower() not in OFF:
+    if value and value.lower() not in (*ON, *OFF):
         raise VariableError(f"{name} must be 1 or 0, got {value!r}")
-    return False
+    return value.lower() in ON if value else default
 
 
 def text(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -86,3 +87,84 @@ def test_an_installation_holds_what_git_tracks(tmp_path: Path) -> None:
     assert {"dense_attn/py.typed", "dense_attn/examples/tiny_scenes/tiny_scenes.safetensors"} <= tracked
     assert tracked - shipped == set()
     assert shipped - tracked - installed(git_files("--others", "--exclude-standard")) == set()
+
+
+def refusal(tmp_path: Path, script: str = "", **environment: str) -> str:
+    """The last line of a build that ends with an error, after a script that changes what setup.py finds."""
+    program = f"import runpy, sys\n{script}\nrunpy.run_path('setup.py')"
+    egg, out = ["egg_info", "--egg-base", str(tmp_path)], ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    command = [sys.executable, "-c", program, "--quiet", *egg, "build_ext", *out]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def compiler(tmp_path: Path, text: str) -> str:
+    """A compiler of its own kind."""
+    path = tmp_path / "cxx"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+WITHOUT = (
+    "; without CPU kernels the library still runs, on its PyTorch reference and, on GPUs, on Triton: "
+    "DENSE_ATTN_CPU_KERNELS=0 pip install --no-build-isolation ."
+)
+
+
+def test_an_old_setuptools_is_named(tmp_path: Path) -> None:
+    for version in ("68.2.2", "75.0.0.post1"):
+        said = refusal(tmp_path, f"import setuptools; setuptools.__version__ = {version!r}")
+        needed = "dense_attn must be built with setuptools 77 or newer"
+        assert said == f"{needed}, got {version}: pip install 'setuptools>=77'"
+
+
+def test_a_build_without_a_compiler_ends_with_what_to_install(tmp_path: Path) -> None:
+    needed = "error: the CPU kernels must have a C++20 compiler, got '/no/compiler' (No such file or directory)"
+    advice = "install g++ 11 or newer, or name a compiler in CXX"
+    assert refusal(tmp_path, CXX="/no/compiler") == f"{needed}: {advice}{WITHOUT}"
+
+
+def test_a_build_with_an_old_compiler_ends_with_what_to_install(tmp_path: Path) -> None:
+    old = compiler(tmp_path, "echo \"g++: error: unrecognized command-line option '-std=c++20'\" >&2; exit 1")
+    said = refusal(tmp_path, CXX=old)
+    assert (
+        f"must have a C++20 compiler, got {old!r} (g++: error: unrecognized command-line option '-std=c++20'): " in said
+    )
+    assert said.endswith(WITHOUT)
+
+
+def test_a_build_that_does_not_compile_ends_with_what_works_without(tmp_path: Path) -> None:
+    """A compiler of several words is called with all of them."""
+    odd = compiler(tmp_path, 'case "$*" in "-first "*-fsyntax-only*) exit 0;; esac; echo no >&2; exit 1')
+    said = refusal(tmp_path, CXX=f"{odd} -first")
+    assert said.startswith("error: the CPU kernels did not compile, as the compiler says above (command ")
+    assert said.endswith(WITHOUT)
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    {
+        "sys.modules['torch'] = None": "is, got import of torch halted; None in sys.modules: pip install torch",
+        "import torch; torch.__version__ = '2.9.1+cpu'": "is, got 2.9.1+cpu: pip install --upgrade torch",
+        "import torch.utils.cpp_extension as c; c.include_paths = lambda: ['/nowhere']":
+            "is with its headers, got none in /nowhere: pip install torch",
+    }.items(),
+    ids=["no torch", "an old torch", "no headers"],
+)  # fmt: skip
+def test_a_build_without_a_usable_torch_ends_with_what_to_install(script: str, sentence: str, tmp_path: Path) -> None:
+    assert (
+        refusal(tmp_path, script)
+        == f"error: the CPU kernels must be built where torch 2.11 or newer {sentence}{WITHOUT}"
+    )
+
+
+def test_a_build_without_cpu_kernels_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(tmp_path, DENSE_ATTN_CPU_KERNELS="2") == "DENSE_ATTN_CPU_KERNELS must be 1 or 0, got '2'"
+    monkeypatch.setenv("DENSE_ATTN_CPU_KERNELS", "0")
+    monkeypatch.setenv("CXX", "/no/compiler")
+    setup(ROOT, tmp_path / "egg", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib"))
+    assert (tmp_path / "lib/dense_attn/__init__.py").is_file()
+    assert list((tmp_path / "lib").rglob("*.so")) == []
