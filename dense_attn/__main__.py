@@ -16,11 +16,11 @@ import dense_attn
 from dense_attn import _backends, _command, _demo, _kernel_report, _native
 from dense_attn._scene import UserError
 
-EXTRAS = {
+EXTRAS = {  # pyproject.toml's, which an installation need not have beside it
     "triton": ("triton",),
-    "diffusers": ("diffusers",),
-    "bench": ("matplotlib", "pillow", "tqdm", "pytest-benchmark", "xformers"),
-    "test": ("pytest", "hypothesis", "transformers"),
+    "diffusers": ("accelerate", "diffusers", "transformers"),
+    "bench": ("matplotlib", "pillow", "pytest", "pytest-benchmark", "tqdm", "xformers"),
+    "test": ("diffusers", "expecttest", "hypothesis", "pillow", "pytest", "transformers"),
 }
 
 
@@ -104,9 +104,12 @@ def _info(arguments: argparse.Namespace) -> int:
         for op, state in ops.items():
             print(f"  {backend:<10} {op:<18} {state}")
     print("\noptional packages")
+    brought: dict[str, str] = {}  # by the first extra that names it
     for extra, packages in EXTRAS.items():
         for package in packages:
-            print(f"  {package:<17} {_version(package) or f'missing: pip install dense_attn[{extra}]'}")
+            brought.setdefault(package, extra)
+    for package, extra in brought.items():
+        print(f"  {package:<17} {_version(package) or f'missing: pip install dense_attn[{extra}]'}")
     return 0
 
 

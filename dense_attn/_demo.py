@@ -72,7 +72,7 @@ def _generate(users: Scene | None, output: Path, backend: str) -> None:
     try:
         from dense_attn.examples.tiny_scenes import sheet
     except ImportError as error:
-        print(f"no generated images: they need {error.name} (pip install dense_attn[diffusers] transformers)")
+        print(f"no generated images: they need {error.name} (pip install dense_attn[diffusers])")
         return
     rows = sheet.shipped_rows() if users is None else [sheet.users_row(users.layout.masks, users.phrases)]
     if reasons := [reason for row in rows for reason in sheet.why_not(row)]:

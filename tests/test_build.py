@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+from dense_attn.__main__ import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 CROSS = shutil.which("aarch64-linux-gnu-g++")
@@ -87,6 +90,14 @@ def test_an_installation_holds_what_git_tracks(tmp_path: Path) -> None:
     assert {"dense_attn/py.typed", "dense_attn/examples/tiny_scenes/tiny_scenes.safetensors"} <= tracked
     assert tracked - shipped == set()
     assert shipped - tracked - installed(git_files("--others", "--exclude-standard")) == set()
+
+
+def test_info_lists_the_extras() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {extra: tuple(re.match(r"[\w.-]+", package)[0] for package in extras[extra]) for extra in extras}
+    assert names == EXTRAS
+    assert set(names["diffusers"]) >= {"diffusers", "transformers"}  # which diffusers does not bring
 
 
 def refusal(tmp_path: Path, script: str = "", **environment: str) -> str:
