@@ -16,7 +16,7 @@ from .baselines import CONTENDERS, Call
 from .gpu_baselines import GPU_CONTENDERS
 from .measure import OURS, Row, Trial, tried, worst
 from .measure import measure as measure_row
-from .suite import Case, Setting, backend, cases, why_not
+from .suite import Case, Setting, backend, cases, why_not, why_reference
 from .workloads import WORKLOADS, Inputs, Workload, make_inputs
 
 __all__ = ["WORKLOADS", "cases", "measure"]
@@ -91,8 +91,9 @@ def _expected(setting: Setting, modulated: bool) -> tuple[list[Tensor], list[Ten
 
     def results(dtype: torch.dtype) -> list[Tensor]:
         part = Inputs(q[:, :, rows].to(dtype), k.to(dtype), v.to(dtype), grad_out[:, :, rows].to(dtype), *words,
-                      strength[:, :, rows] * modulated)  # fmt: skip
-        call = lambda q, k, v: reference.layout_attention(q, k, v, *words, part.strength)[0]  # noqa: E731
+                      strength[:, :, rows] * modulated, inputs.modulation if modulated else "range")  # fmt: skip
+        how = {"modulation": part.modulation}
+        call = lambda q, k, v: reference.layout_attention(q, k, v, *words, part.strength, **how)[0]  # noqa: E731
         return run(call, part, part.grad_out, setting.backward)
 
     return results(torch.float64), results(setting.dtype)
@@ -126,4 +127,5 @@ def describe(case: Case) -> Row:
         "pass": setting.passes, "dtype": setting.dtype_name,
         "batch": workload.batch, "num_heads": workload.num_heads,
         "seqlen_q": workload.seqlen_q, "seqlen_k": workload.seqlen_k, "head_dim": workload.head_dim,
-    }  # fmt: skip
+        "modulation": workload.modulation,
+    } | ({"note": note} if (note := why_reference(case)) else {})  # fmt: skip

@@ -1,6 +1,6 @@
 """What a user would pick instead of `layout_attention`, each exact, each `prepare(inputs) -> call(q, k, v) -> out`.
 
-What depends on the layout alone (masks, words, compilation) is prepared once and not timed. The modulation is `range`.
+What depends on the layout alone (masks, words, compilation) is prepared once and not timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HARD = 2.0**20  # softmax of the scores times this is 1 at the largest score an
 def dense_attn(inputs: Inputs, backend: str = "auto") -> Call:
     """This library."""
     words = inputs.q_regions, inputs.k_regions, inputs.strength
-    return lambda q, k, v: layout_attention(q, k, v, *words, backend=backend)
+    return lambda q, k, v: layout_attention(q, k, v, *words, modulation=inputs.modulation, backend=backend)
 
 
 def sdpa(inputs: Inputs) -> Call:
@@ -37,13 +37,31 @@ def sdpa(inputs: Inputs) -> Call:
 
 def eager(inputs: Inputs) -> Call:
     """The modulation as DenseDiffusion's code does it: scores and masks in memory, half of the batch modulated."""
+    if inputs.modulation != "range":
+        return _eager(inputs)
     dense_mask = matched(inputs).to(inputs.q.dtype)[None]  # [1, M, N]
     strength = inputs.strength[-1, 0, :, None].to(inputs.q.dtype)  # [M, 1]
     return lambda q, k, v: official_attention(q, k, v, dense_mask, strength)
 
 
+def _eager(inputs: Inputs) -> Call:
+    """The other modulations, by their formulas."""
+    inside, (_, strength) = matched(inputs), temperature_and_strength(inputs)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, M, N]
+        if inputs.modulation == "mask":
+            scores = scores.masked_fill(~inside, -torch.inf)
+        else:
+            gap = strength * (scores.amax(-1, keepdim=True) if inputs.modulation == "max" else 1)
+            scores = scores + gap * inside
+        return scores.softmax(-1) @ v
+
+    return call
+
+
 def sdpa_bias(inputs: Inputs) -> Call:
-    """SDPA with an additive bias in memory, after a pass over the scores for their row extremes."""
+    """SDPA with an additive bias in memory, where it needs them after a pass over the scores for their row extremes."""
     biased = bias_after_statistics(inputs)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,15 +73,20 @@ def sdpa_bias(inputs: Inputs) -> Call:
 
 def bias_after_statistics(inputs: Inputs, align: int = 1) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """From q and k the tempered q and the bias in memory, whose rows start at multiples of `align` elements."""
-    inside = matched(inputs)
+    num_keys = inputs.k.shape[2]
+    room = functional.pad(matched(inputs), (0, -num_keys % align))
     temperature, strength = temperature_and_strength(inputs)
+    if inputs.modulation in ("bias", "mask"):  # the layout's alone
+        fixed = strength * room if inputs.modulation == "bias" else torch.zeros_like(strength).where(room, -torch.inf)
+        fixed = fixed.to(inputs.q.dtype).expand(*inputs.q.shape[:2], -1, -1)[..., :num_keys]
+        return lambda q, k: (q, fixed)
 
     def biased(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ k.transpose(-1, -2)  # [B, H, M, N]
-        gap = strength * (scores.amax(-1, keepdim=True) - scores.amin(-1, keepdim=True)) * q.shape[-1] ** -0.5
-        num_keys = k.shape[2]
-        room = functional.pad(inside, (0, -num_keys % align))
-        return q * temperature, (gap * room).to(q.dtype)[..., :num_keys]
+        extent = scores.amax(-1, keepdim=True)
+        if inputs.modulation == "range":
+            q, extent = q * temperature, extent - scores.amin(-1, keepdim=True)
+        return q, (strength * extent * q.shape[-1] ** -0.5 * room).to(q.dtype)[..., :num_keys]
 
     return biased
 
@@ -79,8 +102,15 @@ def flex_naive(inputs: Inputs) -> Call:
 
 
 def flex_smart(inputs: Inputs) -> Call:
-    """FlexAttention in two passes: one for both extremes on q and -q stacked, then modulated attention."""
+    """FlexAttention in two passes: one for both extremes on q and -q stacked, then modulated attention.
+
+    The first pass of `max` has q alone; `bias` and `mask` need none.
+    """
     flex, modulated = compiled_flex(inputs)
+    if inputs.modulation == "max":
+        return lambda q, k, v: modulated(q, k, v, _row_max(flex, q, k))
+    if inputs.modulation in ("bias", "mask"):
+        return lambda q, k, v: modulated(q, k, v, inputs.strength.new_ones(()))
     return lambda q, k, v: modulated(q, k, v, extent(flex, q, k))
 
 
@@ -98,6 +128,7 @@ CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "flex-naive": flex_naive,
     "flex-smart": flex_smart,
 }
+RANGE_ALONE = ("flex-naive", "flash-channels")  # other modulations have one way of FlexAttention, or no channels
 PLAIN = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn")  # without modulation: the line to reach
 
 
@@ -113,20 +144,27 @@ def temperature_and_strength(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def compiled_flex(inputs: Inputs) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """The compiled FlexAttention, and the modulated pass that follows when max - min is known."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch.compiler.reset()  # every workload is a shape of its own, and the compiler stops after a few of them
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     flex = flex_attention if machine.current().dry_run else compiled  # a compilation takes longer than a dry run
-    temperature, _ = temperature_and_strength(inputs)
-    strength = inputs.strength
+    temperature = temperature_and_strength(inputs)[0] if inputs.modulation == "range" else 1
+    strength, heads = inputs.strength, inputs.q.shape[1]
     q_regions, k_regions = inputs.q_regions, inputs.k_regions
 
+    def meet(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (q_regions[i] & k_regions[j]) != 0
+
+    if inputs.modulation == "mask":
+        blocks = create_block_mask(meet, None, None, len(q_regions), len(k_regions), q_regions.device)
+        return flex, lambda q, k, v, extent: flex(q, k, v, block_mask=blocks)
+
     def modulated(q: Tensor, k: Tensor, v: Tensor, extent: Tensor) -> Tensor:
-        gap = strength * extent  # [B, H, M]
+        gap = (strength * extent).expand(-1, heads, -1)  # [B, H, M]
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score + torch.where((q_regions[i] & k_regions[j]) != 0, gap[b, h, i], 0.0)
+            return score + torch.where(meet(b, h, i, j), gap[b, h, i], 0.0)
 
         return flex(q * temperature, k, v, score_mod=score_mod)
 

@@ -73,7 +73,7 @@ def shrink() -> None:
 
 
 def chosen(cases: Iterable[Any]) -> Iterator[Any]:
-    """The first case of each kind: a contender with a pass and dtype, less in attention.
+    """The first case of each kind: a contender with a pass and dtype, less in attention; all of a user's own shapes.
 
     The interpreter has no bfloat16: float16 stands in its place.
     """
@@ -84,8 +84,9 @@ def chosen(cases: Iterable[Any]) -> Iterator[Any]:
             setting = replace(setting, dtype="float16" if isinstance(setting.dtype, str) else torch.float16)
         name = str(getattr(setting.workload, "name", setting.workload))
         kind = getattr(setting.workload, "kind", "-".join(word for word in name.split("-") if word.isalpha()))
-        key = kind, setting.passes, setting.dtype, case.contender
-        if key not in seen and _short(name) and _enough(kind, setting.passes, setting.dtype):
+        own = getattr(setting.workload, "own", False)
+        key = name if own else kind, setting.passes, setting.dtype, case.contender
+        if key not in seen and (own or (_short(name) and _enough(kind, setting.passes, setting.dtype))):
             seen.add(key)
             yield replace(case, setting=setting)
 

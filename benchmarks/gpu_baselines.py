@@ -52,11 +52,11 @@ def gathered(inputs: Inputs) -> Call:
     back = by_query.argsort()
     strength = inputs.strength[..., by_query]
     words = inputs.q_regions[by_query], inputs.k_regions[by_key]
-    lists = dense_attn.tile_lists(inputs.q, inputs.k, *words)
+    how = {"modulation": inputs.modulation, "tile_lists": dense_attn.tile_lists(inputs.q, inputs.k, *words)}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q[:, :, by_query], k[:, :, by_key], v[:, :, by_key]
-        return layout_attention(q, k, v, *words, strength, tile_lists=lists)[:, :, back]
+        return layout_attention(q, k, v, *words, strength, **how)[:, :, back]
 
     return call
 
@@ -64,7 +64,8 @@ def gathered(inputs: Inputs) -> Call:
 def _ours(inputs: Inputs, q_order: Tensor | None, k_order: Tensor | None, listed: bool) -> Call:
     words, orders = (inputs.q_regions, inputs.k_regions), {"q_order": q_order, "k_order": k_order}
     lists = dense_attn.tile_lists(inputs.q, inputs.k, *words, **orders) if listed else None
-    return lambda q, k, v: layout_attention(q, k, v, *words, inputs.strength, tile_lists=lists, **orders)
+    how = orders | {"modulation": inputs.modulation, "tile_lists": lists}
+    return lambda q, k, v: layout_attention(q, k, v, *words, inputs.strength, **how)
 
 
 def _order(words: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ STYLE = {  # contender: (label, colour)
     "flash-channels": ("flash, bias as channels", "#9467bd"),
 }
 
+_PASSES = {"fwd": "Forward", "bwd": "Backward", "fwd+bwd": "Forward and backward"}
+
 
 def files(path: Path) -> list[Path]:
     """The figures that `draw` may write."""
@@ -60,13 +62,19 @@ def attention(rows: list[Row]) -> Figure | None:
     rows = [row for row in rows if row["family"] == "attention"]
     if not rows:
         return None
-    figure = Figure(figsize=(11, 11.5), layout="constrained")
-    grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.15))
     gpu = any(row["pass"] == "bwd" for row in rows)
-    ratios(figure.add_subplot(grid[0, :]), rows, *(("bfloat16", "fwd") if gpu else ("float32", "fwd")))
-    ratios(figure.add_subplot(grid[1, :]), rows, *(("bfloat16", "bwd") if gpu else ("bfloat16", "fwd")))
-    scaling(figure.add_subplot(grid[2, 0]), rows, _time_per_head, "time of one head (ms)")
-    scaling(figure.add_subplot(grid[2, 1]), rows, _megabytes, "memory of a call beyond inputs and output (MB)")
+    usual = [("bfloat16", "fwd"), ("bfloat16", "bwd")] if gpu else [("float32", "fwd"), ("bfloat16", "fwd")]
+    there = dict.fromkeys((row["dtype"], row["pass"]) for row in rows if "ratio" in row)
+    panels = usual if there.keys() & set(usual) else list(there)[:2]
+    lines = any(row["workload"].startswith("long") for row in rows) or not panels
+    heights = [1] * len(panels) + [1.15] * lines
+    figure = Figure(figsize=(11, 3.65 * sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    for place, (dtype, passes) in enumerate(panels):
+        ratios(figure.add_subplot(grid[place, :]), rows, dtype, passes)
+    if lines:
+        scaling(figure.add_subplot(grid[-1, 0]), rows, _time_per_head, "time of one head (ms)")
+        scaling(figure.add_subplot(grid[-1, 1]), rows, _megabytes, "memory of a call beyond inputs and output (MB)")
     return figure
 
 
@@ -90,9 +98,7 @@ def ratios(axes: Axes, rows: list[Row], dtype: str, passes: str) -> None:
     axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("time / time of dense_attn")
-    axes.set_title(
-        f"{'Backward' if passes == 'bwd' else 'Forward'}, {dtype}: how many times longer than dense_attn", fontsize=11
-    )
+    axes.set_title(f"{_PASSES[passes]}, {dtype}: how many times longer than dense_attn", fontsize=11)
     axes.legend(fontsize=8, ncols=6, columnspacing=1, handlelength=1.2, loc="upper center")
 
 

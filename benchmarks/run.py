@@ -4,6 +4,8 @@
     python -m dense_attn bench --quick                      the rows of a minute
     python -m dense_attn bench --workload sd15-self-64      one workload; may be repeated
     python -m dense_attn bench --family sega                one family; may be repeated
+    python -m dense_attn bench --shape 2,8,4096,77,40       layout attention on B,H,M,N,D[,dtype]; may be repeated
+    ... --shape 1,24,4096,4096,128,bfloat16 --modulation mask --regions 8      another modulation, a layout of 8 stripes
     python -m dense_attn bench --json FILE --plot FILE      write the results, draw them (.png or .svg)
     python -m dense_attn bench --device cuda                a GPU's rows; --quick: those of three minutes
     python -m dense_attn bench --dry-run                    a GPU's rows on the smallest sizes, without a GPU
@@ -46,8 +48,9 @@ import torch
 from tqdm import tqdm
 
 from dense_attn import _command, _environment, _files
+from dense_attn.layout_attention import MODULATIONS
 
-from . import machine, plots
+from . import machine, plots, shapes
 from .bars import BARS, GPU_BARS
 from .families import FAMILIES, GPU_FAMILIES, GPU_WORKLOADS, WORKLOADS
 from .header import describe_run, state_of_gpu
@@ -66,8 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
     machine.use(arguments.device, arguments.dry_run)
     report = Report(describe_run(arguments.quick), arguments.json)
+    if arguments.regions:
+        report.header["regions"] = f"{arguments.regions} stripes"
     options = [f"--device={arguments.device}", *["--quick"] * arguments.quick, *["--dry-run"] * arguments.dry_run]
     options += [f"--workload={name}" for name in arguments.workload] + [f"--family={name}" for name in arguments.family]
+    options += [f"--shape={text}" for text in arguments.shape]
+    options += [f"--{name}={value}" for name in ("modulation", "regions") if (value := getattr(arguments, name))]
     tests = [str(_FOLDER / name) for name in _TESTS]
     # Nothing of the folder the user stands in takes part, and nothing is left in it.
     storage = f"--benchmark-storage=file://{tempfile.gettempdir()}"
@@ -99,6 +106,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the rows of a minute")
     parser.add_argument("--workload", action="append", default=[], metavar="NAME", help="only this; may be repeated")
     parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this; may be repeated")
+    parser.add_argument("--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help="a shape of your own")
+    parser.add_argument("--modulation", metavar="NAME", help=f"of the shapes: {', '.join(MODULATIONS)} (range)")
+    parser.add_argument("--regions", metavar="N", help="stripes of the shapes' layout (default: a real label map)")
     parser.add_argument("--device", choices=machine.SUITES, default="cpu", help="what is measured (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
@@ -116,6 +126,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in getattr(arguments, option):
             if name not in names:
                 parser.error(f"--{option} must be one of {', '.join(names)}, got {name!r}")
+    try:
+        shapes.parse(arguments.shape, arguments.modulation, arguments.regions)
+    except ValueError as error:
+        parser.error(str(error))
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{option} must be in a folder that exists, got {path}")

@@ -10,7 +10,7 @@ import torch
 from dense_attn import _backends
 
 from . import machine
-from .baselines import CONTENDERS, PLAIN
+from .baselines import CONTENDERS, PLAIN, RANGE_ALONE
 from .gpu_baselines import GPU_CONTENDERS, MATERIALISED, TRAINED
 from .measure import OURS
 from .workloads import Workload, workloads
@@ -18,7 +18,7 @@ from .workloads import Workload, workloads
 GIB = 2**30
 MAX_SCORES = 5 * GIB  # what the N x N matrices of one call may take together on a CPU
 MAX_GFLOP = {False: 1200, True: 320}  # forward, with backward: some seconds a call on two cores
-_GPU_SHARE = 0.6  # of a GPU's memory
+_SHARE = 0.6  # of the memory of a GPU, and of a CPU for a user's own shapes
 _QUICK = ("sd15-self-64", "sd15-cross-64", "long-self-1k", "long-self-2k")
 _GPU_QUICK = ("sd15-self-64", "sd15-cross-64", "flux-joint-1024")
 _ASKED = {
@@ -74,6 +74,8 @@ class Case:
     def quick(self) -> bool:
         """In the suite of a minute."""
         name = self.setting.workload.name
+        if self.setting.workload.own:
+            return self._own_quick
         if self.contender in ("dense_attn", "sdpa"):
             return name == "sd15-self-32" or (name in _QUICK and not self.setting.backward)
         return name in ("sd15-self-32", "sd15-cross-64") and not self.setting.backward
@@ -82,9 +84,15 @@ class Case:
     def gpu_quick(self) -> bool:
         """In a GPU's suite of three minutes: what the bars ask for, and how each of the library's ways does."""
         setting = self.setting
+        if setting.workload.own:
+            return self._own_quick
         if setting.workload.name not in _GPU_QUICK or setting.dtype != torch.bfloat16:
             return False
         return not (setting.backward and not setting.alone) and self.contender != "flex-naive"
+
+    @property
+    def _own_quick(self) -> bool:
+        return not self.setting.backward and self.contender not in NEED_FLEX
 
 
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
@@ -93,24 +101,32 @@ def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]
         if (names and workload.name not in names) or (not names and not _runs_here(workload)):
             continue
         for case in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
-            flex = case.contender in NEED_FLEX
-            if (workload.flex or not flex) and (not quick or (case.gpu_quick if machine.on_gpu() else case.quick)):
+            left_out = NEED_FLEX if not workload.flex else RANGE_ALONE if workload.modulation != "range" else ()
+            if case.contender not in left_out and (not quick or (case.gpu_quick if machine.on_gpu() else case.quick)):
                 yield case
+
+
+def _dtypes(workload: Workload, usual: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
+    """Those that a user's own shape names, else the usual."""
+    return tuple(getattr(torch, name) for name in workload.dtypes) or usual
 
 
 def _cpu_rows(workload: Workload) -> Iterator[Case]:
     for backward in (False, True):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in _dtypes(workload, (torch.float32, torch.bfloat16)):
             yield from (Case(Setting(workload, dtype, backward), contender) for contender in CONTENDERS)
 
 
 def _gpu_rows(workload: Workload) -> Iterator[Case]:
-    """Everything in bfloat16, the fastest of all ways in float16, a few in float32; few have a backward pass."""
+    """Everything in bfloat16, the fastest of all ways in float16, a few in float32; few have a backward pass.
+
+    A shape of the user's own has everything in every dtype.
+    """
     for backward, alone in ((False, False), (True, False), (True, True)):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in _dtypes(workload, (torch.bfloat16, torch.float16, torch.float32)):
             for contender in GPU_CONTENDERS:
                 asked = contender in _ASKED[dtype] and (dtype != torch.float32 or workload.name in _WIDE)
-                if asked and (contender in TRAINED or not backward):
+                if (asked or workload.own) and (contender in TRAINED or not backward):
                     yield Case(Setting(workload, dtype, backward, alone), contender)
 
 
@@ -123,10 +139,10 @@ def why_not(case: Case) -> str | None:
     setting, workload = case.setting, case.setting.workload
     if not _runs_here(workload):
         return "needs a GPU, and this suite times CPUs alone"
-    if machine.on_gpu():
-        return _too_much_memory(case, _GPU_SHARE * machine.current().memory_bytes())
-    if case.contender.startswith("flex") and setting.backward:
+    if case.contender.startswith("flex") and setting.backward and not machine.on_gpu():
         return "FlexAttention has no backward on a CPU"
+    if machine.on_gpu() or workload.own:
+        return _too_much_memory(case, _SHARE * machine.current().memory_bytes())
     gflop = workload.gflop(setting.backward)
     if gflop > MAX_GFLOP[setting.backward]:
         return f"one call is {gflop:,.0f} GFLOP, more than the suite's {MAX_GFLOP[setting.backward]:,}"
@@ -134,20 +150,35 @@ def why_not(case: Case) -> str | None:
 
 
 def _too_much_memory(case: Case, most: float) -> str | None:
-    """The reason why the matrices of scores of a row do not fit, or None."""
-    setting = case.setting
+    """The reason why a row does not fit, or None: its inputs and results, its matrices of scores."""
+    setting, workload = case.setting, case.setting.workload
+    tokens = 4 * workload.batch * workload.num_heads * (workload.seqlen_q + workload.seqlen_k)
+    tensors = tokens * workload.head_dim * torch.float32.itemsize  # in which random numbers come
+    if tensors > most:
+        return f"about {tensors / GIB:,.1f} GiB of inputs and results, more than the suite's {most / GIB:,.1f} GiB"
     if case.contender not in MATERIALISED and backend(case) != "reference":
         return None
-    scores = setting.workload.pairs * setting.dtype.itemsize * _SCORES_ALIVE[setting.backward]
+    scores = workload.pairs * setting.dtype.itemsize * _SCORES_ALIVE[setting.backward]
     if scores <= most:
         return None
-    return f"about {scores / GIB:.0f} GiB of scores, more than the suite's {most / GIB:.0f} GiB"
+    return f"about {scores / GIB:,.1f} GiB of scores, more than the suite's {most / GIB:,.1f} GiB"
 
 
 def backend(case: Case) -> str | None:
     """Which of the library's backends runs a row, None for a baseline."""
     if not case.ours:
         return None
+    return _backends.resolve("auto", "layout_attention", _probe(case))
+
+
+def why_reference(case: Case) -> str | None:
+    """The reason why the library's kernels do not run a row that the reference runs, or None."""
+    if backend(case) != "reference":
+        return None
+    kernels = "triton" if machine.on_gpu() else "cpu"
+    return "; ".join(f"{kernels} {reason}" for reason in _backends.why_not(kernels, "layout_attention", _probe(case)))
+
+
+def _probe(case: Case) -> torch.Tensor:
     head_dim, device = case.setting.workload.head_dim, machine.current().device
-    probe = torch.empty(0, 1, 1, head_dim, dtype=case.setting.dtype, device=device)
-    return _backends.resolve("auto", "layout_attention", probe)
+    return torch.empty(0, 1, 1, head_dim, dtype=case.setting.dtype, device=device)

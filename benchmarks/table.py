@@ -54,4 +54,5 @@ def format_row(row: Row) -> str:
     if "reason" in row:
         return f"{name}{backend}: {row['reason']}"
     cells = (cell(row) for _, cell in _COLUMNS[row["family"]])
-    return f"{name + backend:<{_NAME}}" + "".join(f"{cell:>15}" for cell in cells)
+    note = f"  ({row['note']})" if "note" in row else ""
+    return f"{name + backend:<{_NAME}}" + "".join(f"{cell:>15}" for cell in cells) + note

@@ -34,6 +34,14 @@ class Workload:
     text_tokens: int = _PROMPT_TOKENS
     device: str = "cpu"  # the least that it takes
     flex: bool = False  # FlexAttention compiles anew for every shape, so it runs where a bar asks for it
+    modulation: str = "range"
+    stripes: int = 0  # regions side by side; 0: those of the label map
+    dtypes: tuple[str, ...] = ()  # of a shape of the user's own; none: the suite's
+
+    @property
+    def own(self) -> bool:
+        """A shape that the user asks for."""
+        return bool(self.dtypes)
 
     @property
     def seqlen_q(self) -> int:
@@ -108,6 +116,7 @@ class Inputs:
     q_regions: Tensor  # int32 [M]
     k_regions: Tensor  # int32 [N]
     strength: Tensor  # [B, 1, M], 0 for the unconditional sample
+    modulation: str = "range"
 
 
 def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs:
@@ -119,7 +128,7 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
         shape = (workload.batch, workload.num_heads, tokens, workload.head_dim)
         return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
 
-    _, layout = label_layout()
+    layout = own_layout(workload) if workload.own else label_layout()[1]
     text = layout.token_regions(workload.text_tokens)
     image = layout.query_regions(*workload.grid)
     both = torch.cat((text, image))
@@ -130,7 +139,7 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
     strength[workload.batch // 2 :, :, -len(rows) :] = rows  # text rows of a joint sequence are left alone
     return Inputs(
         randn(workload.seqlen_q), randn(workload.seqlen_k), randn(workload.seqlen_k), randn(workload.seqlen_q),
-        q_regions.to(device), k_regions.to(device), strength.to(device),
+        q_regions.to(device), k_regions.to(device), strength.to(device), workload.modulation,
     )  # fmt: skip
 
 
@@ -138,9 +147,26 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
 def label_layout() -> tuple[str, Layout]:
     """Where the label map comes from, and its layout: a real one if there is any, with the background as a region."""
     source, labels = _label_map()
+    return source, _with_phrases(labels, _PROMPT_TOKENS)
+
+
+def own_layout(workload: Workload) -> Layout:
+    """The layout of a shape of the user's own: stripes, or what its grid of tokens shows of the label map."""
+    height, width = workload.grid
+    if workload.stripes:
+        return _with_phrases(np.arange(width)[None].repeat(height, 0) * workload.stripes // width, workload.text_tokens)
+    labels = _label_map()[1]
+    rows, columns = (np.arange(n) * size // n for n, size in zip(workload.grid, labels.shape))
+    return _with_phrases(labels[rows][:, columns], workload.text_tokens)
+
+
+def _with_phrases(labels: np.ndarray, num_tokens: int) -> Layout:
+    """The regions of a label map with phrases of three tokens, behind the BOS token, or an equal part of few tokens."""
     num_regions = len(np.unique(labels))
-    spans = [(3 * r + 1, 3 * r + 4) for r in range(num_regions)]  # phrases of three tokens, behind the BOS token
-    return source, Layout.from_label_map(labels, spans, background=True)
+    spans = [(3 * r + 1, 3 * r + 4) for r in range(num_regions)]
+    if spans[-1][1] > num_tokens:
+        spans = [(r * num_tokens // num_regions, (r + 1) * num_tokens // num_regions) for r in range(num_regions)]
+    return Layout.from_label_map(labels, spans, background=True)
 
 
 def _label_map() -> tuple[str, np.ndarray]:

@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="the rows of a minute, of a GPU those of three")
     for option in ("--workload", "--family"):
         bench.add_argument(option, action="append", default=[], metavar="NAME", help="only this; may be repeated")
+    shape = "layout attention on a shape of your own; may be repeated"
+    bench.add_argument("--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help=shape)
+    bench.add_argument("--modulation", metavar="NAME", help="of these shapes: range (default), max, bias or mask")
+    bench.add_argument("--regions", metavar="N", help="stripes of their layout (default: a real label map)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
     bench.set_defaults(run=_bench)
@@ -139,6 +143,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise UserError(f"the benchmarks need {error.name}: pip install dense_attn[bench]") from None
     options = [("--workload", name) for name in arguments.workload]
     options += [("--family", name) for name in arguments.family]
+    options += [("--shape", text) for text in arguments.shape]
+    options += [(f"--{name}", text) for name in ("modulation", "regions") if (text := getattr(arguments, name))]
     options += [("--device", arguments.device)] * (arguments.device != "cpu")
     options += [(option, path) for option, path in (("--json", arguments.json), ("--plot", arguments.plot)) if path]
     flags = ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
