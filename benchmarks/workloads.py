@@ -102,7 +102,7 @@ def workloads() -> list[Workload]:
     if not machine.on_gpu():
         return list(WORKLOADS.values())
     every = (replace(x, num_heads=8) if x.name.startswith("long") else x for x in WORKLOADS.values())
-    return [replace(workload, flex=workload.name in _GPU_FLEX) for workload in every]
+    return [replace(workload, flex=workload.own or workload.name in _GPU_FLEX) for workload in every]
 
 
 @dataclass(frozen=True)

@@ -143,11 +143,11 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise UserError(f"the benchmarks need {error.name}: pip install dense_attn[bench]") from None
     options = [("--workload", name) for name in arguments.workload]
     options += [("--family", name) for name in arguments.family]
-    options += [("--shape", text) for text in arguments.shape]
-    options += [(f"--{name}", text) for name in ("modulation", "regions") if (text := getattr(arguments, name))]
     options += [("--device", arguments.device)] * (arguments.device != "cpu")
     options += [(option, path) for option, path in (("--json", arguments.json), ("--plot", arguments.plot)) if path]
     flags = ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
+    flags += [f"--shape={text}" for text in arguments.shape]  # a minus sign would be taken for an option
+    flags += [f"--{name}={text}" for name in ("modulation", "regions") if (text := getattr(arguments, name))]
     return run.main([*flags, *(str(text) for pair in options for text in pair)])
 
 
