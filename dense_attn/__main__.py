@@ -56,10 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="the rows of a minute, of a GPU those of three")
     for option in ("--workload", "--family"):
         bench.add_argument(option, action="append", default=[], metavar="NAME", help="only this; may be repeated")
-    shape = "layout attention on a shape of your own; may be repeated"
-    bench.add_argument("--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help=shape)
-    bench.add_argument("--modulation", metavar="NAME", help="of these shapes: range (default), max, bias or mask")
-    bench.add_argument("--regions", metavar="N", help="stripes of their layout (default: a real label map)")
+    _add_shape(bench)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
     bench.set_defaults(run=_bench)
@@ -84,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (verify, demo):
         command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's own choice)")
     return parser
+
+
+def _add_shape(bench: argparse.ArgumentParser) -> None:
+    """The options of a user's own shapes, which the benchmark reads and checks."""
+    shape = "layout attention on a shape of your own; may be repeated"
+    bench.add_argument("--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help=shape)
+    bench.add_argument("--modulation", metavar="NAME", help="of these shapes: range (default), max, bias or mask")
+    bench.add_argument("--regions", metavar="N", help="stripes of their layout (default: a real label map)")
 
 
 def _positive(text: str) -> int:
