@@ -128,4 +128,4 @@ def describe(case: Case) -> Row:
         "batch": workload.batch, "num_heads": workload.num_heads,
         "seqlen_q": workload.seqlen_q, "seqlen_k": workload.seqlen_k, "head_dim": workload.head_dim,
         "modulation": workload.modulation,
-    } | ({"note": note} if (note := why_reference(case)) else {})  # fmt: skip
+    } | ({"own": True} if workload.own else {}) | ({"note": note} if (note := why_reference(case)) else {})  # fmt: skip

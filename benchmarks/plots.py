@@ -56,7 +56,7 @@ def draw(results: dict[str, Any], path: Path) -> list[Path]:
 
 
 def attention(rows: list[Row]) -> Figure | None:
-    """Who is slower by how much, and how time and memory grow with the tokens."""
+    """Who is slower by how much, and how time and memory grow with the tokens; every pass and dtype of own shapes."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["family"] == "attention"]
@@ -64,9 +64,11 @@ def attention(rows: list[Row]) -> Figure | None:
         return None
     gpu = any(row["pass"] == "bwd" for row in rows)
     usual = [("bfloat16", "fwd"), ("bfloat16", "bwd")] if gpu else [("float32", "fwd"), ("bfloat16", "fwd")]
-    there = dict.fromkeys((row["dtype"], row["pass"]) for row in rows if "ratio" in row)
-    panels = usual if there.keys() & set(usual) else list(there)[:2]
-    lines = any(row["workload"].startswith("long") for row in rows) or not panels
+    own = any("own" in row for row in rows)
+    panels = list(dict.fromkeys((row["dtype"], row["pass"]) for row in rows if "ratio" in row)) if own else usual
+    lines = not own or any(row["workload"].startswith("long") for row in rows)
+    if not panels and not lines:
+        return None
     heights = [1] * len(panels) + [1.15] * lines
     figure = Figure(figsize=(11, 3.65 * sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)

@@ -177,15 +177,16 @@ def test_a_dry_run_of_shapes(tmp_path: Path) -> None:
     assert (tmp_path / "own.png").stat().st_size > 10_000
 
 
-def test_a_figure_shows_what_was_measured() -> None:
+def test_a_figure_shows_every_dtype_and_pass_of_a_shape() -> None:
     pytest.importorskip("matplotlib")
-    row = {
-        "family": "attention",
-        "workload": SELF,
-        "pass": "fwd",
-        "dtype": "float16",
-        "ratio": 2.0,
-        "contender": "sdpa",
-    }
-    figure = plots.attention([row])
-    assert [axes.get_title() for axes in figure.axes] == ["Forward, float16: how many times longer than dense_attn"]
+    cases = [case for case in cases_of(f"{SELF},float16") + cases_of(CROSS) if case.contender == "eager"]
+    rows = [attention.describe(case) | {"ratio": 2.0, "seconds": 1.0, "peak_extra_bytes": 1} for case in cases]
+    assert [axes.get_title().partition(":")[0] for axes in plots.attention(rows).figure.axes] == [
+        "Forward, float16", "Forward and backward, float16", "Forward, float32", "Forward, bfloat16",
+        "Forward and backward, float32", "Forward and backward, bfloat16",
+    ]  # fmt: skip
+    assert plots.attention([attention.describe(case) for case in cases]) is None
+    assert len(plots.attention([row | {"workload": "long-self-1k"} for row in rows]).axes) == 6 + 2
+    for row in rows:
+        del row["own"]
+    assert len(plots.attention(rows).axes) == 4
