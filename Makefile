@@ -27,7 +27,7 @@ lint: $(VENV)/.installed  ## ruff, clang-format and the rules of .pre-commit-con
 	@git ls-files -z --cached --others --exclude-standard --deduplicate | \
 		PRE_COMMIT_HOME=$(CURDIR)/$(VENV)/pre-commit xargs -0 $(BIN)/pre-commit run --files
 
-bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE")
+bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE"; "--shape B,H,M,N,D")
 	@$(BIN)/python -m dense_attn bench $(ARGS)
 
 gpu:  ## on a machine with a GPU: build, test and measure, no network needed (ARGS="--quick", "--dry-run")
@@ -65,7 +65,7 @@ $(OLDEST_TRITON)/.installed: $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(OLDEST_TRITON) triton==$(OLDEST)
 	@touch $@
 
-$(SANITIZED)/.built: $(VENV)/.installed $(NATIVE) $(wildcard dense_attn/*.py)
+$(SANITIZED)/.built: $(VENV)/.installed $(NATIVE) $(wildcard dense_attn/*.py dense_attn/*/*.py dense_attn/*/*/*.py)
 	@echo "Building dense_attn with sanitizers"
 	@rm -rf $(SANITIZED)
 	@DENSE_ATTN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -36,7 +36,13 @@ WARNINGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
-CXX20 = "#include <type_traits>\ntemplate <typename T> requires std::is_integral_v<T> T f(T x);\n"
+PROBE = """
+#include <type_traits>
+template <typename T> requires std::is_integral_v<T> T f(T x);
+#if !__has_builtin(__builtin_shufflevector)
+#error no __builtin_shufflevector, which g++ has from 12 on
+#endif
+"""
 CXX_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 SANITIZE_FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -122,16 +128,17 @@ class BuildExt(build_ext):
         return include_paths(), library_paths()
 
     def _check_compiler(self) -> None:
-        """Refuse what is no C++20 compiler, of which every source would complain."""
+        """Refuse a compiler of which every source would complain, before it sees them."""
         command = [*self._compiler(), "-x", "c++", "-fsyntax-only", "-"]
         try:
-            done = subprocess.run(command, input=CXX20, capture_output=True, text=True, check=False)
-            said = done.stderr.strip() or f"exit code {done.returncode}"
+            done = subprocess.run(command, input=PROBE, capture_output=True, text=True, check=False)
+            lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
         except OSError as error:
-            done, said = None, str(error.strerror)
+            done, lines = None, [str(error.strerror)]
         if done is None or done.returncode:
-            got = f"got {command[0]!r} ({said.splitlines()[0]})"
-            advice = "install g++ 11 or newer, or name a compiler in CXX"
+            said = next((line for line in lines if "error" in line), lines[0])  # warnings may stand before it
+            got = f"got {command[0]!r} ({said})"
+            advice = "install g++ 12 or newer, or name a compiler in CXX"
             raise PlatformError(f"the CPU kernels must have a C++20 compiler, {got}: {advice}; {WITHOUT}")
 
     def _compile(self, source: str, folder: str, flags: list[str]) -> str:

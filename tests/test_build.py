@@ -134,7 +134,7 @@ def test_an_old_setuptools_is_named(tmp_path: Path) -> None:
 
 def test_a_build_without_a_compiler_ends_with_what_to_install(tmp_path: Path) -> None:
     needed = "error: the CPU kernels must have a C++20 compiler, got '/no/compiler' (No such file or directory)"
-    advice = "install g++ 11 or newer, or name a compiler in CXX"
+    advice = "install g++ 12 or newer, or name a compiler in CXX"
     assert refusal(tmp_path, CXX="/no/compiler") == f"{needed}: {advice}{WITHOUT}"
 
 
@@ -145,6 +145,14 @@ def test_a_build_with_an_old_compiler_ends_with_what_to_install(tmp_path: Path) 
         f"must have a C++20 compiler, got {old!r} (g++: error: unrecognized command-line option '-std=c++20'): " in said
     )
     assert said.endswith(WITHOUT)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+def test_a_compiler_without_vector_shuffles_is_named(tmp_path: Path) -> None:
+    said = refusal(tmp_path, CXX="g++ -D__has_builtin(x)=0")
+    assert (
+        "got 'g++' (<stdin>:5:2: error: #error no __builtin_shufflevector, which g++ has from 12 on): install " in said
+    )
 
 
 def test_a_build_that_does_not_compile_ends_with_what_works_without(tmp_path: Path) -> None:
