@@ -65,13 +65,15 @@ BINDINGS = [
 ]
 
 
-
 def switch(name: str, default: bool) -> bool:
     """Whether an environment variable is switched on, as the library reads it."""
     try:
         return runpy.run_path("dense_attn/_environment.py")["flag"](name, default)
     except ValueError as error:
         sys.exit(str(error))
+
+
+SANITIZED = switch("DENSE_ATTN_SANITIZE", False)
 
 
 def check_setuptools() -> None:
@@ -150,7 +152,7 @@ class BuildExt(build_ext):
 
     def _compiler(self, flags: list[str] = ()) -> list[str]:
         named = shlex.split(os.environ.get("CXX", "")) or self.compiler.compiler_cxx[:1]
-        return [*named, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if switch("DENSE_ATTN_SANITIZE", False) else [])]
+        return [*named, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if SANITIZED else [])]
 
 
 BESIDE = ("benchmarks", "examples", "triton_kernels")  # folders that are installed inside of the package
