@@ -12,7 +12,7 @@ SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_TH
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench kernels gpu fuzz sanitize clean
+.PHONY: help demo test lint docs bench kernels gpu fuzz sanitize clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,10 @@ test: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## the test suite (ARGS="-k na
 lint: $(VENV)/.installed  ## ruff, clang-format and the rules of .pre-commit-config.yaml, over all files
 	@git ls-files -z --cached --others --exclude-standard --deduplicate | \
 		PRE_COMMIT_HOME=$(CURDIR)/$(VENV)/pre-commit xargs -0 $(BIN)/pre-commit run --files
+
+docs: $(VENV)/.docs  ## the documentation as a site, in build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --strict --config-file .mkdocs.yml
+	@echo "wrote build/docs/index.html"
 
 bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE"; "--shape B,H,M,N,D")
 	@$(BIN)/python -m dense_attn bench $(ARGS)
@@ -51,6 +55,11 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --quiet pip==26.3
 	@$(PIP) install --quiet --group dev
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.built
+	@echo "Installing what the documentation needs"
+	@$(PIP) install --quiet --group docs
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

@@ -1,0 +1,29 @@
+"""The site's first page and pictures, which lie outside of docs/: README.md, and what the benchmarks draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = "benchmarks/results/"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """The files of docs/, with README.md as the first page and the pictures beside it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "index.md", content=readme))
+    for picture in sorted((ROOT / RESULTS).glob("*.png")):
+        files.append(File.generated(config, RESULTS + picture.name, abs_src_path=str(picture)))
+    card = ROOT / "examples/tiny_scenes/README.md"
+    files.append(File.generated(config, "tiny_scenes.md", content=card.read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """A page's text with its links to those files as they lie in the site."""
+    return markdown.replace(f"](../{RESULTS}", f"]({RESULTS}").replace(
+        "](../examples/tiny_scenes/README.md", "](tiny_scenes.md"
+    )
