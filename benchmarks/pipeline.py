@@ -66,7 +66,8 @@ def _network(dry: bool) -> tuple[Any, Tensor, Tensor]:
         pipe.unet = UNet2DConditionModel(sample_size=64, **STABLE_DIFFUSION).eval()
     pipe._guidance_scale = 7.5  # what a call of the pipeline sets
     side = 16 if dry else 64
-    return pipe, torch.randn(1, 4, side, side).repeat(2, 1, 1, 1), torch.randn(2, 77, pipe.unet.config.cross_attention_dim)
+    latents = torch.randn(1, 4, side, side).repeat(2, 1, 1, 1)
+    return pipe, latents, torch.randn(2, 77, pipe.unet.config.cross_attention_dim)
 
 
 @torch.no_grad()
