@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from pipelines import PROMPT, REGIONS, diffusers, latents, pipeline
-from surroundings import DTYPES, assert_same, surrounded
+from surroundings import DTYPES, SURROUNDINGS, assert_same, surrounded
 
 from dense_attn import spectral_residual_saliency
 from dense_attn.benchmarks import workloads
 from dense_attn.examples._tiny_pipeline import tiny_modular_pipeline
-from dense_attn.examples.tiny_scenes import scenes, score, sheet
+from dense_attn.examples.tiny_scenes import model, scenes, score, sheet
 from dense_attn.integrations.diffusers import (
     Edit,
     apply_layout,
@@ -121,6 +121,18 @@ def test_latents_are_those_of_float32(case: str, dtype: torch.dtype) -> None:
     expected = run()
     with surrounded(dtype):
         got = run()
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("by", SURROUNDINGS, ids=str)
+def test_the_small_model_is_in_float32(by: torch.dtype | torch.device) -> None:
+    def weights() -> list[object]:
+        pipe = model.load_pipeline()
+        return [dict(pipe.unet.state_dict()), dict(pipe.text_encoder.state_dict()), pipe.vae.dtype, pipe.vae.device]
+
+    expected = weights()
+    with surrounded(by):
+        got = weights()
     assert_same(got, expected)
 
 

@@ -102,11 +102,14 @@ def set_weights(pipe: StableDiffusionPipeline, weights: dict[str, Tensor]) -> No
 
 
 def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline:
-    """The pipeline with trained weights, by default those that are shipped."""
+    """The pipeline with trained weights, by default those that are shipped: in float32, whatever torch's default is."""
     from safetensors.torch import load_file
 
     path = path or str(resources.files(__package__) / WEIGHTS)
-    pipe = untrained()
+    with torch.device("cpu"):
+        pipe = untrained()
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.float()
     set_weights(pipe, {name: value.float() for name, value in load_file(path).items()})
     for part in (pipe.unet, pipe.text_encoder):
         part.eval().requires_grad_(False)
