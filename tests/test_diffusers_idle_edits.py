@@ -34,6 +34,23 @@ def test_a_concept_that_begins_after_the_run_is_told_once(warmup: float, steps: 
     assert warned(runs) == ([LATE.format(steps - 1, steps, warmup)] if late else [])
 
 
+@pytest.mark.parametrize("guider", [False, True])
+def test_a_shorter_run_after_a_long_one_is_told_of_too(guider: bool) -> None:
+    pipe, edits = tiny_modular_pipeline() if guider else pipeline("sd"), [Edit("fog", warmup=3), Edit("snow", warmup=4)]
+
+    def runs() -> None:
+        if guider:
+            pipe.update_components(guider=semantic_guider(pipe, edits))
+            for steps in (5, 4, 3, 2):
+                pipe(prompt="a face", num_inference_steps=steps, height=16, width=16, output="latents")
+            return
+        with semantic_guidance(pipe, edits):
+            for steps in (5, 4, 3, 2):
+                latents(pipe, steps=steps)
+
+    assert warned(runs) == [LATE.format(3, 4, 4), LATE.format(2, 3, 3).replace("[1]", "[0]")]
+
+
 def test_a_late_concept_does_nothing_indeed() -> None:
     pipe, given = pipeline("sd"), {"height": 16, "width": 16, "steps": 4}
     plain = latents(pipe, "a castle", **given)

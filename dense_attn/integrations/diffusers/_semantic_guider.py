@@ -31,6 +31,7 @@ class SemanticGuider(BaseGuidance):
         self._names = [f"pred_edit_{e}" for e in range(len(options["edit_guidance_scale"]))]
         self._guidance: SemanticGuidance | None = None
         self._last = -1
+        self._told: set[int] = set()  # concepts that a run was too short for
 
     def new(self, **changes: Any) -> SemanticGuider:
         """A copy, with other options where they are given."""
@@ -54,9 +55,8 @@ class SemanticGuider(BaseGuidance):
         """The estimate; momentum begins anew with a run."""
         if not self._enabled:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
-        if self._guidance is None:  # once a guider
-            warn_of_late(self.options, self._num_inference_steps)
         if self._guidance is None or self._step <= self._last:
+            warn_of_late(self.options, self._num_inference_steps, self._told)
             self._guidance = SemanticGuidance(**self.options)
         self._last = self._step
         pred = self._guidance(self._step, pred_uncond, pred_cond, [edits[name] for name in self._names])

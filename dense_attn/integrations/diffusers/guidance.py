@@ -132,10 +132,11 @@ def idle(edits: Sequence[Edit]) -> Iterator[str]:
             yield f"edits[{i}].weight must {rule}, got {edit.weight}"
 
 
-def warn_of_late(options: dict[str, Any], steps: int) -> None:
-    """Name the concepts that a run of so many steps ends before."""
+def warn_of_late(options: dict[str, Any], steps: int, told: set[int]) -> None:
+    """Name the concepts that a run of so many steps ends before, each once."""
     for i, warmup in enumerate(options["edit_warmup_steps"]):
-        if warmup > steps - 1:
+        if warmup > steps - 1 and i not in told:
+            told.add(i)
             rule = f"be at most {steps - 1}, the last of the run's {steps} steps, for the concept to act"
             warnings.warn(f"edits[{i}].warmup must {rule}, got {warmup}", stacklevel=3)
 
@@ -149,6 +150,7 @@ class _Guided:
         self._encode({})
         self.steps = Steps(pipe)
         self.guidance: SemanticGuidance | None = None
+        self.told: set[int] = set()  # concepts that a run was too short for
         self.paused = 0  # blocks inside of this one
 
     def hear(self, given: dict[str, Any]) -> None:
@@ -173,8 +175,7 @@ class _Guided:
         begins = self.steps.follow(given["timestep"])
         check_halves(given["sample"], by_value=begins)
         if begins:
-            if self.guidance is None:  # once a block
-                warn_of_late(self.options, self.steps.total)
+            warn_of_late(self.options, self.steps.total, self.told)
             self.guidance = SemanticGuidance(**self.options)
         if self.steps.repeated:
             _checks.refuse("pipe", "call its U-Net once a step with semantic guidance", "a second call of a step")
