@@ -120,8 +120,9 @@ def test_wrong_images_are_refused(image: object, kind: type, sentence: str) -> N
         (picture(),),
         torch.rand(2, 3, 16, 24),
         torch.rand(1, 3, 16, 24).half(),
+        Image.new("LAB", (24, 16)),
     ],
-    ids=["picture", "list", "tuple", "tensor", "half"],
+    ids=["picture", "list", "tuple", "tensor", "half", "lab"],
 )
 def test_right_images_are_taken_in_silence(image: object) -> None:
     assert inverted(image) == (24, 16)

@@ -73,8 +73,8 @@ def _pictures(images: Any) -> list[Any]:
 
 
 def _transparent(image: Any) -> bool:
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return False
+    if image.mode == "LAB" or ("A" not in image.getbands() and "transparency" not in image.info):
+        return False  # of LAB A is a colour
     return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
