@@ -19,7 +19,8 @@ class SemanticGuidance:
     another warms up) nothing is added.
 
     A run begins at step 0, or at a step below that of the call before, as the next image's of img2img: its momentum is
-    0 at first. A step may be called twice, as by schedulers that call the network twice a step; the momentum goes on.
+    0 at first. Later steps may be called twice, as by schedulers that call the network twice a step; the momentum goes
+    on.
     Where steps do not tell, as after a run that broke off, `reset()` does.
 
     Args:
@@ -35,7 +36,7 @@ class SemanticGuidance:
 
     All from edit_guidance_scale to reverse_editing_direction are one value for all concepts, or a sequence of one for
     each. The attribute `momentum` is None before the first step; it carries gradients from step to step, and may be set
-    to that of another object to go on where it stopped.
+    to that of another object to go on where that stopped, on a new object or after `reset()`.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.

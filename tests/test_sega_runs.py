@@ -87,8 +87,12 @@ def test_a_momentum_that_was_kept_goes_on() -> None:
     whole, part, rest = (SemanticGuidance(**RULES) for _ in range(3))
     expected = loop(whole, range(5))
     loop(part, range(3))
-    rest.momentum = part.momentum
-    assert same([rest(step, *eps(step)) for step in (3, 4)], expected[3:])
+    for used in (False, True):
+        if used:
+            loop(rest, range(7, 9), image=1)
+            rest.reset()
+        rest.momentum = part.momentum
+        assert same([rest(step, *eps(step)) for step in (3, 4)], expected[3:])
 
 
 def test_reset_forgets_in_the_middle() -> None:
