@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import numpy as np
@@ -17,7 +17,7 @@ def refuse(argument: str, rule: str, got: object, kind: type[Exception] = ValueE
     """Raise the library's one kind of error message."""
     error = kind(f"{argument} must {rule}, got {got}")
     if not torch.compiler.is_compiling():  # which knows no attributes of errors
-        error.argument, error.rest = argument, f"must {rule}, got {got}"  # for `renamed`
+        error._refused = argument, f"must {rule}, got {got}"  # for `renamed`
     raise error
 
 
@@ -27,9 +27,20 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
-        name_outside = names.get(getattr(error, "argument", ""))
-        if name_outside is not None:
-            error.args = (f"{name_outside} {error.rest}",)
+        argument, rest = getattr(error, "_refused", ("", ""))
+        if argument in names:
+            error.args = (f"{names[argument]} {rest}",)
+        raise
+
+
+@contextmanager
+def not_renamed() -> Iterator[None]:
+    """What is refused inside, in a user's function, speaks of arguments that the user gave."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(AttributeError):
+            del error._refused
         raise
 
 

@@ -62,8 +62,8 @@ class ImageLoss:
             leaves.append(latents[-1].detach().clone().requires_grad_())
         with _of_the_grid():
             sampled = self.sampler.sample(self.eps_fn, *leaves)[: len(leaves)]
-        # Image by image: one decoder's activations at a time.
-        losses, gradients = zip(*(self._of_image(one, leaves[0].dtype) for one in sampled))
+        # Image by image: one decoder's activations at a time; no generator, which would lose a StopIteration.
+        losses, gradients = zip(*[self._of_image(one, leaves[0].dtype) for one in sampled])
         with _of_the_grid(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "eps_fn must be an nn.Module")  # parameters are to get no gradient
             at_noise = torch.autograd.grad(sampled, leaves, gradients)

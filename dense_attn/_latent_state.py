@@ -149,7 +149,9 @@ def _check_sampler(was: dict[str, object], now: dict[str, object]) -> None:
 
 
 def _alike(a: object, b: object) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return isinstance(a, type(b)) and a == b
 
 
 def _check(state: State, x: Tensor, count: int, of: str = "") -> None:
@@ -181,7 +183,7 @@ def _check_tensors(state: State, x: Tensor, of: str) -> None:
             if not isinstance(value, Tensor):
                 _refuse(f"a list of {type(value).__name__}", of, key, kind=TypeError)
             if (value.shape, value.dtype) != (x.shape, working):
-                rule = f"hold {_checks.name(working)} latents of x's shape {tuple(x.shape)}"
+                rule = f"hold {_checks.name(working)} latents of shape {tuple(x.shape)}"
                 _checks.refuse("state", rule, f"{_checks.name(value.dtype)} {tuple(value.shape)}")
             if not _holds_numbers(value) or not value.isfinite().all():
                 _refuse("what is not finite", of, key)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ class OptimizeResult:
         latents: the latents to sample from, as x; a pair where `tie=False` lets the two part.
         losses: the loss of each step, all steps of a resumed run included.
         state: give it back as `state=` to go on exactly from `latents`; a dict of tensors and numbers, which
-            `torch.save` writes and `torch.load(..., weights_only=True)` reads, on this machine or another.
+            `torch.save` writes and `torch.load(..., weights_only=True)` reads, on this machine or another that has
+            the generator's kind of device.
         message: why the run stopped early; empty when it did not.
 
     Example:
@@ -119,7 +121,8 @@ def optimize_latents(
     Raises:
         ValueError, TypeError: an argument, or what a function returns, breaks the rule that the message names.
         Exception: what eps_fn, decode_fn, loss_fn or saliency_fn raises. From the second step on the exception's
-            attribute `result` is the `OptimizeResult` of the steps done: `except MyError as error: error.result`.
+            attribute `result`, where it has none of its own, is the `OptimizeResult` of the steps done:
+            `except MyError as error: error.result`.
 
     Source: Wallace et al., End-to-End Diffusion Latent Optimization Improves Classifier Guidance, ICCV 2023 (DOODL);
     Wang et al., Saliency Guided Optimization of Diffusion Latents, 2024 (SGOOL).
@@ -215,7 +218,7 @@ def _run(
                 state = state["previous"]
         except KeyboardInterrupt:
             problem, losses = f"optimize_latents was interrupted in step {state['step']}", state["losses"]
-        except Exception as error:
+        except BaseException as error:  # SystemExit as well: how jobs are ended
             if state["step"]:
                 _keep(error, state)
             raise
@@ -230,11 +233,13 @@ def _result(state: State, losses: list[float], message: str) -> OptimizeResult:
     return OptimizeResult(latents if len(latents) > 1 else latents[0], list(losses), state, message)
 
 
-def _keep(error: Exception, state: State) -> None:
+def _keep(error: BaseException, state: State) -> None:
     """Hand out what the finished steps have reached with the exception that ends the run."""
     step = state["step"]
     message = f"optimize_latents was stopped by {type(error).__name__} in step {step}"
-    with suppress(AttributeError, RuntimeError):  # it may take no attributes; a device may be lost
+    with suppress(Exception):  # it may take no attributes, in any way; a device may be lost
+        if not isinstance(getattr(error, "result", None), (OptimizeResult, NoneType)):
+            return  # its own
         error.result = _result(state, state["losses"], f"{message}; these are the latents of step {step}")
         if hasattr(error, "add_note"):  # from Python 3.11
             error.add_note(f"{message}; the steps before are this exception's `result`: `state=result.state` goes on")

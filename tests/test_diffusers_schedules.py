@@ -6,7 +6,9 @@ import pytest
 import torch
 from chained import IMAGE, encoded, on_schedule, refused
 from pipelines import close, diffusers
+from torch import Tensor
 
+from dense_attn import ReversibleSampler, percentile_mask
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import invert, optimize, reconstruct
 
@@ -99,3 +101,54 @@ def test_refusals_of_the_sampler_speak_of_what_the_caller_gave() -> None:
         reconstruct(pipe, far)
     with pytest.raises(ValueError, match=r"^latents must be finite and at most"):
         optimize(pipe, "a", torch.mean, latents=torch.full((1, 4, 8, 8), 1e9), num_inference_steps=2, progress=False)
+
+
+def test_further_arguments_of_invert_are_no_sampler_that_was_given() -> None:
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    with pytest.raises(ValueError, match=r"^a further argument must be one of method, .*, got 'strength'"):
+        invert(pipe, IMAGE, "a cat", num_inference_steps=2, strength=0.5)
+
+
+def test_a_state_of_another_chain_is_refused_in_the_callers_words() -> None:
+    pipe, given = tiny_pipeline(diffusers.StableDiffusionPipeline), {"steps": 1, "progress": False}
+    state = optimize(pipe, "a cat", torch.mean, num_inference_steps=2, **given).result.state
+    rule = "the chain of pipe, num_inference_steps and sampler must be that of state, with 2 timesteps, got 3"
+    with pytest.raises(ValueError, match=f"^{rule}"):
+        optimize(pipe, "a cat", torch.mean, num_inference_steps=3, state=state, **given)
+    with pytest.raises(ValueError, match=r"^state must hold float32 latents of shape \(1, 4, 8, 10\), got float32 \(1"):
+        optimize(pipe, "a cat", torch.mean, num_inference_steps=2, width=20, state=state, **given)
+
+
+class UsersError(ValueError):
+    """Of a user's function, with an attribute that means something to the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.argument = ["x"]
+
+
+def test_refusals_in_a_users_function_keep_their_words() -> None:
+    """Their arguments are those that the user's function gave."""
+
+    def wrong_table(image: Tensor) -> Tensor:
+        ReversibleSampler([0.9, 0.8], [5])
+        return image.mean()
+
+    def wrong_dtype(image: Tensor) -> Tensor:
+        return percentile_mask(image.long(), 0.5)[0].mean()
+
+    def of_the_user(image: Tensor) -> Tensor:
+        raise UsersError("too bright")
+
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    for function, kind, sentence in (
+        (wrong_table, ValueError, "timesteps must be below the 2 of alphas_cumprod"),
+        (wrong_dtype, TypeError, "x must be one of float32"),
+        (of_the_user, UsersError, "too bright$"),
+    ):
+        for functions in ((function,), (torch.mean, function)):
+            with pytest.raises(kind, match=f"^{sentence}"):
+                optimize(pipe, "a cat", *functions, num_inference_steps=2, steps=1, progress=False)
+    for functions, argument in (((None,), "loss_fn"), ((torch.mean, 3), "saliency_fn")):
+        with pytest.raises(TypeError, match=f"^{argument} must be callable"):
+            optimize(pipe, "a cat", *functions, num_inference_steps=2, steps=1, progress=False)

@@ -276,10 +276,10 @@ WRONG_MEANING: dict[str, Callable[[], dict[str, object]]] = {
         "saliency_fn": lambda image: image[:, 0],
     },
     "state must hold 2 latents for this sampler and tie, got 1": lambda: {"state": state(), "tie": False},
-    "state must hold float64 latents of x's shape (1, 3, 8, 8), got float64 (2, 3, 8, 8)": lambda: {
+    "state must hold float64 latents of shape (1, 3, 8, 8), got float64 (2, 3, 8, 8)": lambda: {
         "state": state(), "x": latents(1)
     },
-    "state must hold float32 latents of x's shape (2, 3, 8, 8), got float64 (2, 3, 8, 8)": lambda: {
+    "state must hold float32 latents of shape (2, 3, 8, 8), got float64 (2, 3, 8, 8)": lambda: {
         "state": state(), "x": latents().half()
     },
 }  # fmt: skip

@@ -28,6 +28,18 @@ class OwnResultError(Exception):
         return "own"
 
 
+class OtherResultError(Exception):
+    """Has a result of its own, which anybody may set."""
+
+    result = "own"
+
+
+class NotedError(Exception):
+    """Takes no notes, with an error that is no AttributeError."""
+
+    __notes__ = ()
+
+
 def raising(function: Callable, last: int, error: BaseException) -> Callable:
     """The function, which raises in its call after so many."""
     calls: list[int] = []
@@ -91,12 +103,45 @@ def test_a_refusal_later_on_keeps_it_too() -> None:
     assert len(caught.value.result.losses) == 1
 
 
-def test_an_exception_that_takes_no_attribute_is_raised_as_it_is() -> None:
-    error = OwnResultError()
-    with pytest.raises(OwnResultError) as caught:
+@pytest.mark.parametrize("kind", [OwnResultError, OtherResultError])
+def test_an_exception_with_a_result_of_its_own_is_raised_as_it_is(kind: type[Exception]) -> None:
+    error = kind()
+    with pytest.raises(kind) as caught:
         optimize_latents(sampler(), Network(), decode, raising(loss, 3, error), latents(), **OPTIONS)
     assert caught.value is error
     assert error.result == "own"
+    assert not hasattr(error, "__notes__")
+
+
+@pytest.mark.parametrize("error", [StopIteration(), SystemExit(3), NotedError()], ids=repr)
+def test_exceptions_of_any_kind_keep_what_is_done(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught:
+        optimize_latents(sampler(), Network(), decode, raising(loss, 3, error), latents(), **OPTIONS)
+    assert caught.value is error
+    assert len(error.result.losses) == 1
+
+
+def test_a_run_inside_of_a_run_leaves_the_outer_ones_result() -> None:
+    def loss_fn(image: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 5:
+            optimize_latents(*arguments, raising(loss, 3, error), latents(), **OPTIONS)
+        return loss(image)
+
+    calls: list[int] = []
+    arguments, error = (sampler(), Network(), decode), UsersError()
+    with pytest.raises(UsersError):
+        optimize_latents(*arguments, loss_fn, latents(), **OPTIONS)
+    assert len(error.result.losses) == 2
+
+
+def test_tensors_in_the_place_of_a_samplers_numbers_are_refused() -> None:
+    arguments = (sampler(), Network(), decode, loss, latents())
+    state = optimize_latents(*arguments, steps=1, **OPTIONS).state
+    for wrong in ({"mix": torch.ones(2)}, {"timesteps": [torch.ones(2)] * 3}, {"alpha_bars": torch.ones(4)}):
+        given = {**state, "sampler": {**state["sampler"], **wrong}}
+        with pytest.raises(ValueError, match="sampler must be that of state, with"):
+            optimize_latents(*arguments, steps=1, state=given, **OPTIONS)
 
 
 def test_an_exception_while_resumed_keeps_all_steps() -> None:

@@ -103,7 +103,8 @@ def invert(
     """
     check_pipe(pipe)
     image = check_images(pipe, image)
-    chain = Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler), len(image))
+    with in_words(sampler="a further argument"):
+        chain = Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler), len(image))
     with torch.no_grad(), in_words(x="the latents of image"):
         x = _encoded(pipe, pixels_of(pipe, image))
         call = lambda: chain.sampler.invert(chain.eps, x, progress=progress)  # noqa: E731
@@ -224,15 +225,26 @@ def optimize(
 
     def call() -> OptimizeResult:
         return optimize_latents(
-            chain.sampler, chain.eps, decode, loss_fn, latents, saliency_fn=saliency_fn, generator=generator, **options
-        )
+            chain.sampler, chain.eps, decode, _users(loss_fn), latents, saliency_fn=_users(saliency_fn),
+            generator=generator, **options,
+        )  # fmt: skip
 
-    with in_words(x="latents"):
+    with in_words(x="latents", sampler="the chain of pipe, num_inference_steps and sampler"):
         result, seconds, peak = _measured(call, latents.device)
         pair = result.latents if isinstance(result.latents, tuple) else (result.latents,)
         with torch.no_grad():
             images = _images(pipe, chain.sampler.sample(chain.eps, *pair)[0], output_type)
     return Optimized(images, result, seconds, peak)
+
+
+def _users(function: Any) -> Any:
+    """A user's function, whose refusals are in the words of whom it calls."""
+
+    def called(image: Tensor) -> Tensor:
+        with _checks.not_renamed():
+            return function(image)
+
+    return called if callable(function) else function
 
 
 def _encoded(pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
