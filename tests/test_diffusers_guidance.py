@@ -176,7 +176,7 @@ def test_optimisation_lowers_a_loss(saliency: object) -> None:
         ({"negative_prompt": None}, TypeError, "negative_prompt must be a string or a list of strings"),
         ({"guidance_scale": "3"}, TypeError, "guidance_scale must be a number"),
         ({"mix": 2.0}, ValueError, "mix must be"),
-        ({"dtype": torch.float32}, ValueError, "sampler must be one of method, mix"),
+        ({"dtype": torch.float32}, ValueError, "a further argument must be one of method, mix"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be a whole number of at least 1, got 0"),
         ({"num_inference_steps": "4"}, ValueError, "num_inference_steps must be a whole number"),
         ({"image": torch.rand(1, 1, 16, 16)}, ValueError, r"image must have shape \(B, 3, H, W\)"),
