@@ -39,7 +39,6 @@ from .revision import git_revision
 Row = dict[str, Any]
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 SPILLS = 16  # bytes that a backward kernel may spill
-INTERPOLATION = 2  # the fused multiply-adds of torch.lerp, either side of weight 0.5
 SLOWEST = ("gfx942", "sm_100")  # to compile for, which therefore comes first
 NUMBERS = ("registers", "spills", "shared")
 MEASURED = (*NUMBERS, "matrix", "fused", "divisions")
@@ -169,15 +168,13 @@ def _attention_faults(row: Row) -> list[str]:
 
 def _exactness_faults(row: Row) -> list[str]:
     """Thresholds and steps are the same bits everywhere: no product melts into a sum, quotients round to nearest."""
-    found, fused = [], row["fused"]
+    found = []
     if "div.full" in row["divisions"]:
         found.append("a quotient that is not rounded to nearest")
-    if row["kernel"] in ("sega_guidance_kernel", "percentile_mask_kernel") and fused != INTERPOLATION:
-        found.append(f"{fused} fused multiply-adds, of {INTERPOLATION}")
-    # gfx942 makes exact quotients of fused steps; ranks are made integers by them.
-    free = {"sega_guidance_kernel", "percentile_mask_kernel", "digit_kernel", "thresholds_kernel"}
-    if row["kernel"] not in free and fused and "v_div_fmas" not in row["divisions"]:
-        found.append(f"{fused} fused multiply-adds")
+    # gfx942 makes exact quotients, and integers of ranks, by fused steps.
+    exact = row["kernel"] in ("digit_kernel", "thresholds_kernel") or "v_div_fmas" in row["divisions"]
+    if row["fused"] and not (exact and row["target"] == "gfx942"):
+        found.append(f"{row['fused']} fused multiply-adds")
     return found
 
 

@@ -24,7 +24,7 @@ def figure(rows: list[Row]) -> Figure | None:
     from matplotlib.figure import Figure
 
     titles = {
-        "percentile": "Threshold and mask of the 90th percentile, every bit that of torch.quantile",
+        "percentile": "Threshold and mask of the 90th percentile, exact in rows of any length",
         "sega": "One step of semantic guidance, all concepts warm, float32",
     }
     panels = {family: [row for row in rows if row["family"] == family] for family in titles}

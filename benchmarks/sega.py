@@ -127,7 +127,7 @@ def expected(step: Step) -> tuple[list[Tensor], list[Tensor]]:
     on = [True] * len(step.eps_edits)
     steered = reference.sega_differences(step.eps_uncond, step.eps_edits, step.scales, step.reverse)
     rows = steered.abs().flatten(3)  # [E, B, C, values]
-    thresholds = torch.stack([torch.quantile(x, level, dim=-1) for x, level in zip(rows, step.thresholds)])
+    thresholds = torch.stack([reference.quantile(x, level) for x, level in zip(rows, step.thresholds)])
     dropped = (rows < thresholds.unsqueeze(-1)).reshape(steered.shape)
 
     def results(dtype: torch.dtype) -> list[Tensor]:

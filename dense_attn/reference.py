@@ -56,13 +56,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def quantile(values: Tensor, level: float) -> Tensor:
-    """`torch.quantile(values, level, dim=-1)`, of rows of any length: values [..., N], the result [...]."""
+    """Quantiles of rows of any length, linear between two values, NaN where there is one: [..., N] -> [...].
+
+    Rank `level*(N - 1)` and interpolation `lower + (upper - lower)*fraction` in float64, rounded once.
+    """
     ordered, last = values.sort(-1).values, values.shape[-1] - 1  # NaN comes last
-    rank = values.new_full((), level) * last  # in the dtype of values, as torch has it
-    rank = torch.where(values.isnan().any(-1), last, rank.clamp(max=last)).to(values.dtype)
-    below, above = rank.long().clamp(max=last), rank.ceil().long().clamp(max=last)
-    lower, upper = (ordered.gather(-1, index.unsqueeze(-1)).squeeze(-1) for index in (below, above))
-    return torch.lerp(lower, upper, rank - below)
+    where = "cpu" if values.device.type == "mps" else values.device  # which has no float64
+    rank = torch.full((), level, dtype=torch.float64, device=where) * last
+    rank = torch.where(values.isnan().any(-1).to(where), last, rank)
+    ends = (ordered.gather(-1, index.long().to(values.device).unsqueeze(-1)) for index in (rank.floor(), rank.ceil()))
+    lower, upper = (end.squeeze(-1).to(where) for end in ends)
+    between = lower.double() + (upper.double() - lower.double()) * (rank - rank.floor())
+    # Between equals there is nothing, and inf - inf is no number.
+    return torch.where(lower == upper, lower, between.to(values.dtype)).to(values.device)
 
 
 def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ def percentile_mask(
 ) -> tuple[Tensor, Tensor]:
     """The entries of x that are largest in magnitude, the others set to 0, and the threshold between them.
 
-    `threshold = quantile(|x|, level)` over the axes `dim`, linear between two order statistics, the very bits of
-    `torch.quantile(|x|.float(), level)`, for rows of any length; `masked = x where |x| >= threshold, else 0`.
+    `threshold = quantile(|x|, level)` over the axes `dim`, for rows of any length: with the rank `level*(n - 1)`, its
+    fraction f and the two order statistics beside it, `lower + (upper - lower)*f` in float64, rounded once, the same
+    bits on every backend; `masked = x where |x| >= threshold, else 0`.
 
     Args:
         x: of any shape and strides; float32, bfloat16, float16 or float64.

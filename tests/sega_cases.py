@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dense_attn import reference
 from dense_attn._verify import further
+from dense_attn._verify_families import exact_quantile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDE_RANGE = (torch.float32, torch.bfloat16, torch.float64)
@@ -183,7 +184,7 @@ def _view(view: str, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kept_entries(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """The entries that stay, and the thresholds, by torch.quantile in the dtype that kernels accumulate in."""
+    """The entries that stay, and the thresholds by their definition, of the dtype that kernels accumulate in."""
     wide = reference.accumulation_dtype(inputs.eps_uncond.dtype)
     uncond, edits = inputs.eps_uncond.to(wide), inputs.eps_edits.to(wide)
     count, trailing = len(edits), uncond.dim() - 2
@@ -200,7 +201,7 @@ def kept_entries(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     thresholds = rows.new_empty(rows.shape[:3])
     for concept, level in enumerate(levels):
         if thresholds.numel():
-            thresholds[concept] = torch.quantile(rows[concept], level, dim=-1)
+            thresholds[concept] = exact_quantile(rows[concept], level)
     kept = magnitudes >= thresholds.reshape(*thresholds.shape, *[1] * trailing)
     return kept.expand(edits.shape), thresholds
 

@@ -24,7 +24,7 @@ reversible, sega = Placed(_reversible), Placed(_sega)
 DTYPES = (torch.float32, torch.float16, torch.float64)  # of results
 INPUTS = (*DTYPES, torch.bfloat16)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-LEVELS = (0.0, 0.123456, 0.5, 0.9, 1.0)
+LEVELS = (0.0, 1e-42, 0.123456, 0.5, 0.9, 1 - 2**-53, 1.0)
 SHAPES = ((), (1,), (2, 3, 17, 33), (0, 3))
 OFF_GRID_TEXT = r"eps must be finite and keep the latents within the grid of 2\^50 steps, got \S+ steps"
 
@@ -86,7 +86,7 @@ def test_percentile_mask(values: str, dtype: torch.dtype, programs: None) -> Non
 @pytest.mark.parametrize("level", [0.1, 0.3, 0.71])
 @pytest.mark.parametrize("num_rows", [0, 40])
 def test_interpolation(num_rows: int, level: float, programs: None) -> None:
-    """Between neighbours on either side of the middle, torch's fused multiply-adds to the last bit."""
+    """Between neighbours on either side of the middle, to the last bit."""
     x = torch.randn(num_rows, 7)
     same(sega.percentile_mask(x, level), reference.percentile_mask(x, level))
 
@@ -100,12 +100,15 @@ def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
 
 
-@pytest.mark.parametrize("num_values", [2**24 + 1, 2**24 + 2, 2**25 + 5, 2**31 + 7])
-def test_ranks_beyond_float32(num_values: int) -> None:
-    """The rank of torch.quantile, which float32 no longer holds exactly."""
-    levels = (0.0, 0.3, 0.9, 1.0)
-    expected = [torch.full((), level) * (num_values - 1) for level in levels]
-    assert selection.ranks_of(levels, num_values) == tuple(rank.item() for rank in expected)
+@pytest.mark.parametrize("num_values", [1, 2, 4096, 2**24 + 2, 2**31 + 7])
+def test_ranks_of_float64_travel_in_float32(num_values: int) -> None:
+    """In pieces that it holds exactly, which together are the bits."""
+    levels = (0.0, 5e-324, 1e-42, 0.3, 0.9, 1 - 2**-53, 1.0)
+    pieces = selection.ranks_of(levels, num_values)
+    assert all(piece == torch.tensor(piece).item() for group in pieces for piece in group)
+    bits = [int(high) << 44 | int(middle) << 22 | int(low) for high, middle, low in zip(*pieces)]
+    ranks = torch.tensor(bits).view(torch.float64).tolist()
+    assert ranks == [level * (num_values - 1) for level in levels] + [0.0]
 
 
 def test_offsets_beyond_int32_go_to_the_programs_that_have_int64() -> None:

@@ -23,6 +23,7 @@ from dense_attn.triton_kernels.selection import (
     load_row,
     number_of,
     quantile_of,
+    rank_of,
     row_at,
 )
 
@@ -49,13 +50,13 @@ def mask_tile(x, masked_ptr, threshold, row, num_values, start, BLOCK: tl.conste
 
 @triton.jit
 def percentile_mask_kernel(
-    x, masked_ptr, thresholds_ptr, num_values, rank: tl.float32,
+    x, masked_ptr, thresholds_ptr, num_values, rank: tl.float64,
     LOW_BIT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A whole row."""
     row = tl.program_id(0).to(tl.int64)
     candidates = load_candidates(x, None, 1.0, 0, 0, row, 1, num_values, None, False, BLOCK, TILE)
-    threshold = quantile_of(candidates, num_values, tl.full((), rank, tl.float32), LOW_BIT)
+    threshold = quantile_of(candidates, num_values, tl.full((), rank, tl.float64), LOW_BIT)
     tl.store(thresholds_ptr + row, threshold)
     for start in range(0, num_values, TILE):
         mask_tile(x, masked_ptr, threshold, row, num_values, start, TILE)
@@ -126,7 +127,7 @@ def sega_guidance_kernel(
         candidates = load_candidates(
             edits, uncond, scale, e, b, c, num_channels, num_values, staged, SUM_CHANNELS, BLOCK, TILE
         )
-        threshold = quantile_of(candidates, num_values, number_of(ranks, e, GROUP), 0)
+        threshold = quantile_of(candidates, num_values, rank_of(ranks, e, GROUP), 0)
         found = tl.where(concepts == e, threshold, found)
     at = thresholds[0] + concepts * thresholds[1] + b * thresholds[2] + c * thresholds[3]
     tl.store(at, found, mask=concepts < num_edits)  # every channel of a sum stores the same
@@ -170,12 +171,13 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
     threshold = x.new_empty((num_rows,), dtype=torch.float32)
     if num_rows == 0:
         return masked, threshold
-    rows, ranks = (x, 0, 0, *x.stride()), selection.ranks_of([level], num_values)
+    rows = (x, 0, 0, *x.stride())
     if selection.fits_one_program(LONGEST, num_values, rows):
         options = {"LOW_BIT": LOW_BITS[x.dtype], **_whole_row(num_values)}
-        percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, *ranks, **options)
+        rank = selection.rank(level, num_values)
+        percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, rank, **options)
     else:
-        numbers = selection.group_of(()), selection.group_of(ranks)
+        numbers = selection.group_of(()), selection.ranks_of([level], num_values)
         selection.long_thresholds(
             threshold.view(1, 1, -1), rows, None, *numbers, num_rows, num_values, LOW_BITS[x.dtype]
         )
@@ -219,7 +221,7 @@ def sega_guidance(
     carry = momentum_out.new_empty((2, *eps.shape)) if num_edits > GROUP else momentum_out.new_empty((0, *eps.shape))
     weights, partials = _weights(edit_weights, warm, enabled)
     signed = [-scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)]
-    numbers = (signed, selection.ranks_of(edit_threshold, num_values), weights, partials)
+    numbers = (signed, weights, partials)
     whole = {"eps_uncond": eps_uncond, "eps_text": eps_text, "momentum": momentum}
     uncond, text, nu = (_view(name, x, 2) for name, x in whole.items())
     results = (_view("eps", eps, 2), _view("momentum_out", momentum_out, 2), _view("carry", carry, 3))
@@ -230,18 +232,19 @@ def sega_guidance(
         masks = None if user_mask is None else _view("user_mask", user_mask[part], 3)
         flags = {"FIRST": first == 0, "LAST": first + GROUP >= num_edits, "SUM_CHANNELS": sum_channels, "GROUP": GROUP}
         group = [selection.group_of(tuple(values[part])) for values in numbers]
+        group.append(selection.ranks_of(edit_threshold[part], num_values))
         tensors = (uncond, text, edits, nu, masks, *results)
         _step(tensors, thresholds[part], group, step, all(warm), (batch, channels, num_values), flags)
     return eps, momentum_out, thresholds
 
 
 def _step(
-    tensors: tuple, thresholds: Tensor, group: list[tuple[float, ...]], step: tuple[float, ...], all_warm: bool,
+    tensors: tuple, thresholds: Tensor, group: list[tuple], step: tuple[float, ...], all_warm: bool,
     sizes: tuple[int, int, int], flags: dict[str, object],
 ) -> None:  # fmt: skip
     """One group of concepts."""
     batch, channels, num_values = sizes
-    scales, ranks, weights, partials = group
+    scales, weights, partials, ranks = group
     sums = flags["SUM_CHANNELS"]
     apart = tensors[0][4] != 1 or tensors[2][4] != 1  # addresses of values that are not neighbours take registers
     whole = selection.fits_one_program(LONGEST >> apart, num_values, *tensors)

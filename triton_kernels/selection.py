@@ -6,7 +6,8 @@ channels. Tensors travel as (pointer, stride, stride, ...), strides in elements.
 
 from __future__ import annotations
 
-import numpy as np
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +24,7 @@ EXACT = {"enable_fp_fusion": False}  # thresholds have the very bits of the refe
 INF_BITS = tl.constexpr(0x7F800000)
 MAX_BITS = tl.constexpr(0x7FFFFFFF)
 BINS = tl.constexpr(256)  # of a digit: 8 bits
+PIECE = tl.constexpr(22)  # bits of a float64 that one float32 carries
 
 
 @triton.jit
@@ -32,17 +34,16 @@ def bits_of(magnitudes):
 
 
 @triton.jit
-def interpolate(lower_bits, upper_bits, weight):
-    """Between two order statistics as torch.lerp does, its fused multiply-adds included."""
+def interpolate(lower_bits, upper_bits, fraction):
+    """Between two order statistics, in float64, rounded once; between equals there is nothing, and inf - inf is NaN."""
     lower, upper = lower_bits.to(tl.float32, bitcast=True), upper_bits.to(tl.float32, bitcast=True)
-    near_lower = tl.fma(weight, upper - lower, lower)
-    near_upper = tl.fma(weight - 1.0, upper - lower, upper)
-    return tl.where(weight < 0.5, near_lower, near_upper)
+    between = lower.to(tl.float64) + (upper.to(tl.float64) - lower.to(tl.float64)) * fraction
+    return tl.where(lower_bits == upper_bits, lower, between.to(tl.float32))
 
 
 @triton.jit
 def quantile_of(candidates, num_values, rank, LOW_BIT: tl.constexpr):
-    """Quantile of a block of bits at a rank with a fraction; bits below LOW_BIT are 0 in every value."""
+    """Quantile of a block of bits at a float64 rank with a fraction; bits below LOW_BIT are 0 in every value."""
     below = rank.to(tl.int32)
     numbers = tl.sum((candidates <= INF_BITS).to(tl.int32))
     lower = below * 0
@@ -53,9 +54,9 @@ def quantile_of(candidates, num_values, rank, LOW_BIT: tl.constexpr):
         lower = tl.where(smaller <= below, higher, lower)
     not_above = tl.sum((candidates <= lower).to(tl.int32))
     upper = tl.min(tl.where(candidates > lower, candidates, MAX_BITS))
-    weight = rank - below.to(tl.float32)
-    upper = tl.where((weight == 0.0) | (not_above > below + 1), lower, upper)
-    return tl.where(numbers < num_values, float("nan"), interpolate(lower, upper, weight))
+    fraction = rank - below.to(tl.float64)
+    upper = tl.where((fraction == 0.0) | (not_above > below + 1), lower, upper)
+    return tl.where(numbers < num_values, float("nan"), interpolate(lower, upper, fraction))
 
 
 @triton.jit
@@ -123,6 +124,15 @@ def number_of(numbers, e, GROUP: tl.constexpr):
 
 
 @triton.jit
+def rank_of(ranks, e, GROUP: tl.constexpr):
+    """The e-th rank of what `ranks_of` made, float64."""
+    bits = number_of(ranks[0], e, GROUP).to(tl.int32).to(tl.int64) << (2 * PIECE)
+    bits |= number_of(ranks[1], e, GROUP).to(tl.int32).to(tl.int64) << PIECE
+    bits |= number_of(ranks[2], e, GROUP).to(tl.int32).to(tl.int64)
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def row_of(sizes):
     """(e, b, c) of this program's row, int64; sizes is (rows of a concept's sample, samples)."""
     row = tl.program_id(0).to(tl.int64)
@@ -159,7 +169,7 @@ def digit_counts_kernel(
 
 @triton.jit
 def digit_kernel(
-    counts_ptr, found_ptr, ranks, sizes, num_values, num_programs, FIRST: tl.constexpr, GROUP: tl.constexpr,
+    counts_ptr, found_ptr, ranks, sizes, num_programs, FIRST: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """The next digit of a row's order statistic; found is (its bits so far, its rank and their number among those)."""
@@ -176,7 +186,7 @@ def digit_kernel(
     if FIRST:
         e, _, _ = row_of(sizes)
         found = row * 0
-        rank = tl.minimum(number_of(ranks, e, GROUP).to(tl.int64), num_values - 1)
+        rank = rank_of(ranks, e, GROUP).to(tl.int64)
     else:
         found = tl.load(found_ptr + row * 3)
         rank = tl.load(found_ptr + row * 3 + 1)
@@ -212,13 +222,13 @@ def extremes_kernel(
 
 @triton.jit
 def thresholds_kernel(
-    extremes_ptr, found_ptr, thresholds_ptr, ranks, sizes, num_values, num_programs, low_bit,
+    extremes_ptr, found_ptr, thresholds_ptr, ranks, sizes, num_programs, low_bit,
     GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Of each row: between the two order statistics, or NaN where it has one."""
     row = tl.program_id(0).to(tl.int64)
     e, _, _ = row_of(sizes)
-    rank = number_of(ranks, e, GROUP)
+    rank = rank_of(ranks, e, GROUP)
     upper = tl.full((PROGRAMS,), MAX_BITS, tl.int32)
     largest = tl.zeros((PROGRAMS,), tl.int32)
     for first in range(0, num_programs, PROGRAMS):
@@ -229,9 +239,9 @@ def thresholds_kernel(
 
     lower = (tl.load(found_ptr + row * 3) << low_bit).to(tl.int32)
     equal = tl.load(found_ptr + row * 3 + 2) - tl.load(found_ptr + row * 3 + 1)  # values of this bits from its rank on
-    weight = rank - tl.minimum(rank.to(tl.int64), num_values - 1).to(tl.float32)
-    next_bits = tl.where((weight == 0.0) | (equal > 1), lower, tl.min(upper, axis=0))
-    threshold = interpolate(lower, next_bits, weight)
+    fraction = rank - rank.to(tl.int64).to(tl.float64)
+    next_bits = tl.where((fraction == 0.0) | (equal > 1), lower, tl.min(upper, axis=0))
+    threshold = interpolate(lower, next_bits, fraction)
     tl.store(thresholds_ptr + row, tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold))
 
 
@@ -241,10 +251,16 @@ def fits_one_program(longest: int, num_values: int, *tensors: tuple | None) -> b
     return num_values <= longest and num_values * largest < 2**31
 
 
-def ranks_of(levels: list[float], num_values: int) -> tuple[float, ...]:
-    """Rank of each level's quantile, with its fraction, in float32 as torch has it."""
-    last = np.float32(num_values - 1)
-    return tuple(float(min(np.float32(level) * last, last)) for level in levels)
+def rank(level: float, num_values: int) -> float:
+    """Rank of a level's quantile, with its fraction."""
+    return level * (num_values - 1)
+
+
+def ranks_of(levels: list[float], num_values: int) -> tuple[tuple[float, ...], ...]:
+    """Ranks of the quantiles of one launch: three groups of numbers, for a float in a tuple arrives as a float32."""
+    bits = [int.from_bytes(struct.pack(">d", rank(level, num_values)), "big") for level in levels]
+    shifts = (2 * PIECE.value, PIECE.value, 0)
+    return tuple(group_of(tuple(float(one >> shift & 2**PIECE.value - 1) for one in bits)) for shift in shifts)
 
 
 def group_of(numbers: tuple[float, ...]) -> tuple[float, ...]:
@@ -258,7 +274,7 @@ def warps(num_values: int) -> int:
 
 
 def long_thresholds(
-    thresholds: Tensor, edits: tuple, uncond: tuple | None, scales: tuple[float, ...], ranks: tuple[float, ...],
+    thresholds: Tensor, edits: tuple, uncond: tuple | None, scales: tuple[float, ...], ranks: tuple[tuple, ...],
     num_channels: int, num_values: int, low_bit: int = 0, sum_channels: bool = False,
 ) -> None:  # fmt: skip
     """Quantiles of rows of any length, into thresholds [E, B, C or 1]: a digit of 8 bits at a time."""
@@ -277,13 +293,13 @@ def long_thresholds(
             edits, uncond, scales, counts, found, sizes, num_channels, num_values, span, shift, **source
         )
         digit_kernel[(num_rows,)](
-            counts, found, ranks, sizes, num_values, programs,
+            counts, found, ranks, sizes, programs,
             FIRST=shift == 24, GROUP=GROUP, PROGRAMS=16, num_warps=8, **EXACT,
         )  # fmt: skip
     extremes_kernel[grid](
         edits, uncond, scales, extremes, found, sizes, num_channels, num_values, span, shifts[-1], **source
     )
     thresholds_kernel[(num_rows,)](
-        extremes, found, thresholds, ranks, sizes, num_values, programs, shifts[-1],
+        extremes, found, thresholds, ranks, sizes, programs, shifts[-1],
         GROUP=GROUP, PROGRAMS=256, num_warps=4, **EXACT,
     )  # fmt: skip

@@ -220,25 +220,23 @@ Neighbours<Acc> select(KeyOf<Acc>* keys, int64_t count, int64_t rank, KeyRange<A
   return {keys[rank], rank + 1 < count ? keys[rank + 1] : next};
 }
 
-// torch.quantile's rank in the accumulation dtype, and its interpolation.
-template <class Acc>
+// A quantile's rank, and what lies between two neighbours: in double, rounded once, whatever is searched.
 struct Rank {
   int64_t below;
-  Acc weight;
+  double fraction;
 
   Rank(double level, int64_t count) {
-    const int64_t last = count - 1;
-    const Acc rank = static_cast<Acc>(level) * static_cast<Acc>(last);
-    below = rank < static_cast<Acc>(last) ? static_cast<int64_t>(rank) : last;
-    weight = below == last ? 0 : rank - static_cast<Acc>(below);
+    const double rank = level * static_cast<double>(count - 1);
+    below = static_cast<int64_t>(rank);
+    fraction = rank - static_cast<double>(below);
   }
 
+  template <class Acc>
   Acc interpolate(Neighbours<Acc> keys) const {
     const Acc low = __builtin_bit_cast(Acc, keys.at_rank);
-    const Acc high = weight == 0 ? low : __builtin_bit_cast(Acc, keys.after);
-    const Acc factor = weight < Acc{0.5} ? weight : weight - 1, from = weight < Acc{0.5} ? low : high;
-    if constexpr (sizeof(Acc) == 4) return __builtin_fmaf(factor, high - low, from);
-    return __builtin_fma(factor, high - low, from);
+    if (fraction == 0 || keys.at_rank == keys.after) return low;  // inf - inf is no number
+    const double from = low, to = __builtin_bit_cast(Acc, keys.after);
+    return static_cast<Acc>(from + (to - from) * fraction);
   }
 };
 
@@ -259,7 +257,7 @@ class Search {
   }
 
   void start(double level, int64_t count, int64_t parts) {
-    rank_ = Rank<Acc>(level, count);
+    rank_ = Rank(level, count);
     rank_within_ = rank_.below, count_ = population_ = count, parts_ = parts;
     range_ = {0, kNoKey<Acc>}, next_ = kNoKey<Acc>, first_ = true;
     part(0).offset = 0;
@@ -342,7 +340,7 @@ class Search {
     range_ = range_.bucket(bucket), population_ = offset, first_ = false;
   }
 
-  Rank<Acc> rank_;
+  Rank rank_;
   int64_t rank_within_, count_, population_, parts_;  // population_: how many keys lie within range_
   KeyRange<Acc> range_;
   Key next_;
