@@ -29,6 +29,36 @@ def missing(backend: str, op: str) -> str | None:
     return _NOT_THERE.format(backend) if kernels is None else getattr(kernels, "LOAD_ERROR", None)
 
 
+def unavailable(backend: str, op: str) -> str | None:
+    """The reason why a backend could run no call of an op on this machine; None if it could.
+
+    Asks for GPUs, for which a call on tensors need not wait: theirs is there.
+    """
+    reason = missing(backend, op)
+    if reason is None and device_of(backend) == "cuda":
+        reason = _no_gpu()
+    return _native.isa_error() if reason is None and backend == "cpu" else reason
+
+
+def _no_gpu() -> str | None:
+    """The reason why no GPU can be used; None if one can."""
+    if not torch.cuda.is_available():
+        return "no GPU on this machine"
+    try:
+        reasons = [_too_old(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # in a forked process, for one
+        return f"the GPU cannot be used: {str(error).splitlines()[0]}"
+    return None if None in reasons else reasons[0]
+
+
+def _too_old(device: torch.device) -> str | None:
+    """The reason why a GPU cannot run the kernels; None if it can."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) >= _OLDEST_GPU:
+        return None
+    oldest, got = ("{}.{}".format(*pair) for pair in (_OLDEST_GPU, torch.cuda.get_device_capability(device)))
+    return f"needs a GPU of compute capability {oldest} or newer, got {got}"
+
+
 def device_of(backend: str) -> str:
     """The kind of tensors that a backend takes; the reference takes any."""
     return {"cuda": "cuda", "triton": _triton.DEVICE}.get(backend, "cpu")
@@ -44,9 +74,8 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
     reasons, device = [], device_of(backend)
     if x.device.type != device:
         reasons.append(f"runs on {device} tensors, got {x.device}")
-    elif device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(x.device) < _OLDEST_GPU:
-        capability = "{}.{}".format(*torch.cuda.get_device_capability(x.device))
-        reasons.append(f"needs a GPU of compute capability {'{}.{}'.format(*_OLDEST_GPU)} or newer, got {capability}")
+    elif device == "cuda" and (reason := _too_old(x.device)):
+        reasons.append(reason)
     if op == "layout_attention" and x.shape[-1] > _MAX_HEAD_DIM:
         reasons.append(f"head_dim is at most {_MAX_HEAD_DIM}, got {x.shape[-1]}")
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:
@@ -68,7 +97,7 @@ def resolve(backend: str, op: str, x: Tensor) -> str:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """For each backend and op: "available", or the reason why not.
+    """For each backend and op on this machine: "available", or the reason why a call would be refused.
 
     Returns:
         A dict of backend name to a dict of op name to text.
@@ -79,4 +108,4 @@ def backends() -> dict[str, dict[str, str]]:
         >>> table["reference"]["layout_attention"]
         'available'
     """
-    return {backend: {op: missing(backend, op) or "available" for op in OPS} for backend in ORDER}
+    return {backend: {op: unavailable(backend, op) or "available" for op in OPS} for backend in ORDER}

@@ -17,7 +17,19 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:
-        return f"the compiled library does not load: {error}"
+        return f"the compiled library does not load: {str(error).splitlines()[0]}"
+    absent = [name for name in _fakes.OPS if not hasattr(torch.ops.dense_attn, name)]
+    if absent:
+        return f"the compiled library is of another version, without {', '.join(absent)}: install it again"
+    return None
+
+
+def isa_error() -> str | None:
+    """The reason why DENSE_ATTN_ISA lets no kernel run; None if it lets one."""
+    try:
+        torch.ops.dense_attn.cpu_isa()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -12,20 +13,29 @@ from torch import Tensor
 
 from dense_attn import _environment, _fakes, _triton_checks, _tuned
 
+_OLDEST = (3, 6)
+_NO_GPU = "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
+
 
 def _load() -> str | None:
     """Load Triton and the launchers; the reason why not, or None."""
     global layout_attention, reversible, sega
     if find_spec("triton") is None:
         return "Triton is not installed: pip install dense_attn[triton]"
+    knows_gpu = torch.version.cuda is not None or torch.version.hip is not None
     try:
-        if torch.version.cuda is None and torch.version.hip is None and not _environment.flag("TRITON_INTERPRET"):
-            return "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
+        if not knows_gpu and not _environment.flag("TRITON_INTERPRET"):
+            return _NO_GPU
+        import triton
+
+        if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < _OLDEST:
+            oldest = ".".join(map(str, _OLDEST))
+            return f"needs Triton {oldest} or newer, got {triton.__version__}: pip install dense_attn[triton]"
         from dense_attn.triton_kernels import autotune, layout_attention, reversible, sega
     except _environment.VariableError as error:
         return str(error)
-    except ImportError as error:
-        return f"Triton does not load: {error}"
+    except Exception as error:  # another package's, of any kind, and not to take this one along
+        return f"Triton does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
     autotune.store = _tuned
     return None
 

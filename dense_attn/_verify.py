@@ -153,9 +153,7 @@ class Verdict:
 
 def why_not(backend: str, op: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Why a backend cannot be checked here on tensors of its own device."""
-    device, reason = _backends.device_of(backend), _backends.missing(backend, op)
-    if reason is None and device == "cuda" and not torch.cuda.is_available():
-        reason = "no GPU on this machine"
+    device, reason = _backends.device_of(backend), _backends.unavailable(backend, op)
     return [reason] if reason else _backends.why_not(backend, op, torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
 
 

@@ -129,9 +129,7 @@ CASES = (
 
 def why_skip(backend: str, op: str = "layout_attention", dtype: torch.dtype = torch.float32) -> str | None:
     """The table's own reason why this machine cannot test a backend in a dtype, or None."""
-    reason = _backends.missing(backend, op)
-    if reason is None and DEVICES[backend] == "cuda" and not torch.cuda.is_available():
-        reason = "no GPU on this machine"
+    reason = _backends.unavailable(backend, op)
     if reason is None:
         reason = "; ".join(_backends.why_not(backend, op, torch.empty(1, 1, dtype=dtype, device=DEVICES[backend])))
     return f"{backend}: {reason}" if reason else None

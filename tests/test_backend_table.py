@@ -1,21 +1,179 @@
-"""Reasons of the table of backends that no machine of ours can give by itself."""
+"""The table of backends: reasons no machine of ours can give by itself, and nothing available that a call refuses."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import why_skip
 
-from dense_attn import _backends, _triton
+import dense_attn
+from dense_attn import _backends, _fakes, _native, _triton
+
+ALPHAS_CUMPROD = torch.linspace(0.999, 0.01, 20, dtype=torch.float64)
+CALLS: dict[str, Callable[[torch.Tensor, str], object]] = {
+    "layout_attention": lambda x, backend: dense_attn.layout_attention(
+        x[None, None], x[None, None], x[None, None], *2 * (x.new_ones(4, dtype=torch.int32),), backend=backend
+    ),
+    "percentile_mask": lambda x, backend: dense_attn.percentile_mask(x, 0.5, backend=backend),
+    "sega_guidance": lambda x, backend: dense_attn.SemanticGuidance(backend=backend)(0, x[None], x[None], [x[None]]),
+    "ddim_step": lambda x, backend: dense_attn.ddim_step(x, x, 0.5, 0.6, backend=backend),
+    "ReversibleSampler": lambda x, backend: dense_attn.ReversibleSampler(
+        ALPHAS_CUMPROD, [10, 5], backend=backend
+    ).sample(lambda y, t: 0.1 * y, x),
+}
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes a build of torch for GPUs, with Triton, and these capabilities on the machine."""
+
+    def make(*capabilities: tuple[int, int]) -> None:
+        monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace(LOAD_ERROR=None))
+        monkeypatch.setattr(_triton, "DEVICE", "cuda")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: len(capabilities) > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device: capabilities[torch.device(device).index]
+        )
+
+    return make
+
+
+OLD = "needs a GPU of compute capability 8.0 or newer, got {}"
 
 
 @pytest.mark.parametrize(("capability", "reasons"), [((8, 0), []), ((12, 0), []), ((7, 5), ["7.5"])])
-def test_old_gpus_are_named(capability: tuple[int, int], reasons: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace(LOAD_ERROR=None))
-    monkeypatch.setattr(_triton, "DEVICE", "cuda")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+def test_old_gpus_are_named(capability: tuple[int, int], reasons: list[str], gpus: Callable) -> None:
+    gpus(capability)
     x = SimpleNamespace(device=torch.device("cuda:0"), shape=(1, 1, 1, 64), dtype=torch.float32)
-    expected = [f"needs a GPU of compute capability 8.0 or newer, got {number}" for number in reasons]
-    assert _backends.why_not("triton", "layout_attention", x) == expected
+    assert _backends.why_not("triton", "layout_attention", x) == [OLD.format(number) for number in reasons]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "state"),
+    [
+        ((), "no GPU on this machine"),
+        (((7, 5),), OLD.format("7.5")),
+        (((7, 0), (7, 5)), OLD.format("7.0")),
+        (((7, 5), (9, 0)), "available"),
+        (((9, 0),), "available"),
+    ],
+)
+def test_the_table_looks_for_a_gpu(capabilities: tuple[tuple[int, int], ...], state: str, gpus: Callable) -> None:
+    gpus(*capabilities)
+    assert dense_attn.backends()["triton"] == dict.fromkeys(_backends.OPS, state)
+    assert dense_attn.backends()["reference"] == dict.fromkeys(_backends.OPS, "available")
+
+
+def test_the_table_names_a_gpu_that_cannot_be_asked(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that was forked from one that had used it."""
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess\nand more")
+
+    gpus((9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    reason = "the GPU cannot be used: Cannot re-initialize CUDA in forked subprocess"
+    assert dense_attn.backends()["triton"]["ddim_step"] == reason
+
+
+def test_a_call_on_the_cpu_asks_no_gpu(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for the driver, and processes that are forked later could not use it."""
+    gpus((9, 0))
+    for name in ("is_available", "device_count", "get_device_capability"):
+        monkeypatch.delattr(torch.cuda, name)
+    assert _backends.resolve("auto", "percentile_mask", torch.zeros(2)) != "triton"
+
+
+def test_the_import_asks_no_gpu() -> None:
+    asked = "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch.cuda._lazy_init = None"
+    assert run(f"import torch; {asked}; import dense_attn; print('imported')") == "imported"
+
+
+@pytest.mark.parametrize("op", _backends.OPS)
+@pytest.mark.parametrize("backend", _backends.ORDER)
+def test_what_is_available_runs(backend: str, op: str) -> None:
+    if dense_attn.backends()[backend][op] == "available":
+        CALLS[op](torch.rand(4, 8, device=_backends.device_of(backend)), backend)
+    else:
+        with pytest.raises(RuntimeError, match="backend must be able to run"):
+            CALLS[op](torch.rand(4, 8), backend)
+
+
+def run(program: str, **environment: str) -> str:
+    """What a program prints in a process of its own."""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+STATE = "import dense_attn; print(*set(dense_attn.backends()['{}'].values()), sep='; ')"
+
+
+@pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
+def test_an_unknown_instruction_set_is_named() -> None:
+    """In the words of the call, which refuses it too."""
+    state = run(STATE.format("cpu"), DENSE_ATTN_ISA="sse9")
+    assert state.startswith("DENSE_ATTN_ISA must be one of ")
+    assert state.endswith(", got sse9")
+    program = "import torch, dense_attn\ntry: dense_attn.percentile_mask(torch.ones(1), 0.5, dim=0)"
+    assert (
+        run(f"{program}\nexcept RuntimeError as error: print(str(error).splitlines()[0])", DENSE_ATTN_ISA="sse9")
+        == state
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "interprets"), [("1", True), ("True", True), ("0", False), ("2", False), ("", False)]
+)
+def test_the_interpreter_is_on_where_triton_says_so(value: str, interprets: bool) -> None:
+    pytest.importorskip("triton")
+    state = run(STATE.format("triton"), TRITON_INTERPRET=value, CUDA_VISIBLE_DEVICES="")
+    on_cpu = torch.version.cuda is None and torch.version.hip is None
+    reason = (
+        "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set" if on_cpu else "no GPU on this machine"
+    )
+    assert state == ("available" if interprets else reason)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("__version__ = '3.5.1'", "needs Triton 3.6 or newer, got 3.5.1: pip install dense_attn[triton]"),
+        ("__version__ = '2.1'", "needs Triton 3.6 or newer, got 2.1: pip install dense_attn[triton]"),
+        ("__version__ = '3.10.0+git1'", "Triton does not load: "),
+        ("raise OSError('libfoo.so: cannot open\\nand more')", "Triton does not load: libfoo.so: cannot open"),
+        ("", "Triton does not load: "),
+    ],
+)
+def test_another_triton_does_not_take_the_library_along(source: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(source)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    state = run(STATE.format("triton"), PYTHONPATH=path, TRITON_INTERPRET="1")
+    assert state.startswith(reason)
+    assert "\n" not in state
+
+
+def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    assert _native._load().startswith("the compiled library is missing: ")
+    (tmp_path / "_C.so").write_bytes(b"no library")
+    reason = _native._load()
+    assert reason.startswith("the compiled library does not load: ")
+    assert "\n" not in reason
+
+
+@pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
+def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_fakes.OPS, "an_op_of_tomorrow", None)
+    assert _native._load() == "the compiled library is of another version, without an_op_of_tomorrow: install it again"
