@@ -12,7 +12,7 @@ SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_TH
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench kernels gpu fuzz sanitize clean
+.PHONY: help demo test lint docs bench kernels compat gpu fuzz sanitize clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,9 @@ gpu:  ## on a machine with a GPU: build, test and measure, no network needed (AR
 
 kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton kernels for GPUs that are not here: a table
 	@$(BIN)/python -m dense_attn.benchmarks.kernel_table --triton $(OLDEST_TRITON) --json benchmarks/results/kernels.json
+
+compat: $(VENV)/.built  ## one wheel beside torch 2.11, 2.13 and the newest: core tests, verify, docs/compatibility.md
+	@$(BIN)/python tests/compat.py
 
 fuzz: $(SANITIZED)/.built  ## 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(SANITIZER_ENV) $(BIN)/python tests/fuzz.py --calls 10000

@@ -1,0 +1,176 @@
+"""`make compat`: one wheel in an environment of its own beside each torch, the core tests and `verify`, and the table.
+
+Environments stay in .venv/compat; a version that cannot be installed, a test or a row that fails, fails the run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "compat"
+TABLE = ROOT / "docs" / "compatibility.md"
+VERSIONS = ("2.11.0", "2.13.0", "newest")
+TOOLS = ("numpy", "pytest", "hypothesis", "expecttest")
+CORE = (
+    ("test_backends.py", "-m", "core"),
+    (
+        *("test_backend_table.py", "test_quantile.py", "test_sega_framework.py"),
+        *("test_framework.py", "test_reversible_kernels.py", "test_reversible_framework.py", "test_ddim_step.py"),
+    ),
+)
+SEEN = """
+import json, torch, dense_attn
+from importlib.metadata import PackageNotFoundError, version
+try: triton = version("triton")
+except PackageNotFoundError: triton = "none"
+states = {backend: sorted(set(ops.values())) for backend, ops in dense_attn.backends().items()}
+print(dense_attn.__file__, torch.__version__, triton, "; ".join(states["cpu"]), "; ".join(states["triton"]), sep="\\n")
+"""
+TEXT = """# Compatibility
+
+One wheel, `{wheel}`, built with torch {built} against the stable ABI of torch 2.11, in an environment of its own beside
+each torch: the core tests (every backend of layout attention, semantic guidance and reversible steps) and
+`python -m dense_attn verify`. `make compat` writes this page; {date}, Python {python}, no GPU.
+
+| torch | Triton | core tests | verify | CPU kernels | Triton kernels |
+|---|---|---|---|---|---|
+{rows}
+"""
+
+
+class Failure(RuntimeError):
+    """What went wrong, in a few words."""
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    torch: str
+    triton: str = "-"
+    tests: str = "-"
+    verify: str = "-"
+    cpu: str = "-"
+    gpu: str = "-"
+    failed: bool = False
+
+
+def main() -> int:
+    """Build, run, write the table; 1 if anything failed."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    wheel = build()
+    rows = []
+    for version in VERSIONS:
+        print(f"torch {version}", flush=True)
+        rows.append(row_of(version, wheel))
+        print(f"  {'FAILED' if rows[-1].failed else 'passed'}: {rows[-1]}", flush=True)
+    write(wheel, rows)
+    return int(any(row.failed for row in rows))
+
+
+def build() -> Path:
+    """The wheel, built with the development environment's torch."""
+    for old in WORK.glob("*.whl"):
+        old.unlink()
+    pip(Path(sys.executable), "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(WORK), str(ROOT))
+    (wheel,) = WORK.glob("*.whl")
+    return wheel
+
+
+def row_of(version: str, wheel: Path) -> Row:
+    """What one torch makes of the wheel."""
+    row = Row(version)
+    try:
+        python = install(version, wheel)
+        place, row.torch, row.triton, row.cpu, row.gpu = run(python, "-c", SEEN).stdout.splitlines()
+        if not Path(place).is_relative_to(python.parents[1]):
+            raise Failure(f"dense_attn is not the wheel's: {place}")
+        row.verify = verify(python)
+        row.tests = core_tests(python)
+    except Failure as failure:
+        print(failure, flush=True)
+        row.failed = True
+    row.failed |= "FAILED" in row.verify + row.tests or row.cpu != "available"
+    return row
+
+
+def install(version: str, wheel: Path) -> Path:
+    """The Python of the environment that has this torch, the tools of the tests and the wheel."""
+    folder = ROOT / ".venv" / "compat" / f"torch-{version}"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        run(Path(sys.executable), "-m", "venv", str(folder))
+    torch = ("--upgrade", "torch") if version == "newest" else (f"torch=={version}",)
+    pip(python, "install", *torch, *TOOLS)
+    pip(python, "install", "--no-deps", "--force-reinstall", str(wheel))
+    return python
+
+
+def verify(python: Path) -> str:
+    """The last line of `verify`, with the rows that failed."""
+    done = run(python, "-m", "dense_attn", "verify", check=False)
+    lines = done.stdout.splitlines()
+    failed = [line for line in lines if "FAILED" in line]
+    if failed or done.returncode or not lines:
+        print("\n".join(failed or [done.stderr[-2000:]]), flush=True)
+        return "FAILED"
+    return lines[-1]
+
+
+def core_tests(python: Path) -> str:
+    """How many tests passed and were skipped."""
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    for number, selection in enumerate(CORE):
+        report = WORK / f"{python.parents[1].name}-{number}.xml"
+        report.unlink(missing_ok=True)
+        files = [str(ROOT / "tests" / word) if word.endswith(".py") else word for word in selection]
+        options = ("-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
+        done = run(python.with_name("pytest"), *options, "--junitxml", str(report), *files, check=False)
+        if done.returncode or not report.exists():
+            print(done.stdout[-3000:], done.stderr[-2000:], flush=True)
+            counts["errors"] += 1
+        if report.exists():
+            suite = ElementTree.parse(report).getroot().find("testsuite")
+            counts = {name: total + int(suite.get(name)) for name, total in counts.items()}
+    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    broken = counts["failures"] + counts["errors"]
+    return f"{passed} passed, {counts['skipped']} skipped" + (f", {broken} FAILED" if broken else "")
+
+
+def pip(python: Path, *arguments: str) -> None:
+    """Run pip quietly."""
+    run(python, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "-qq", *arguments)
+
+
+def run(program: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a program away from the sources, so that it finds the wheel's package alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(program), *arguments], cwd=WORK, env=environment, capture_output=True, text=True, check=False
+    )
+    if check and done.returncode:
+        raise Failure(f"{' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
+    return done
+
+
+def write(wheel: Path, rows: list[Row]) -> None:
+    """The page."""
+    import torch
+
+    cells = [(row.torch, row.triton, row.tests, row.verify, row.cpu, row.gpu) for row in rows]
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    date = f"{datetime.now(timezone.utc):%-d %B %Y}"
+    python = ".".join(map(str, sys.version_info[:2]))
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(TEXT.format(wheel=wheel.name, built=torch.__version__, date=date, python=python, rows=lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
