@@ -59,7 +59,10 @@ class Row:
     verify: str = "-"
     cpu: str = "-"
     gpu: str = "-"
-    failed: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return "FAILED" in self.tests + self.verify or self.cpu != "available"
 
 
 def main() -> int:
@@ -96,8 +99,7 @@ def row_of(version: str, wheel: Path) -> Row:
         row.tests = core_tests(python)
     except Failure as failure:
         print(failure, flush=True)
-        row.failed = True
-    row.failed |= "FAILED" in row.verify + row.tests or row.cpu != "available"
+        row.verify = row.tests = "FAILED"
     return row
 
 
@@ -126,22 +128,28 @@ def verify(python: Path) -> str:
 
 def core_tests(python: Path) -> str:
     """How many tests passed and were skipped."""
-    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    passed = skipped = broken = 0
     for number, selection in enumerate(CORE):
         report = WORK / f"{python.parents[1].name}-{number}.xml"
         report.unlink(missing_ok=True)
         files = [str(ROOT / "tests" / word) if word.endswith(".py") else word for word in selection]
         options = ("-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
         done = run(python.with_name("pytest"), *options, "--junitxml", str(report), *files, check=False)
-        if done.returncode or not report.exists():
+        found = counted(report)
+        if done.returncode or sum(found) == 0:
             print(done.stdout[-3000:], done.stderr[-2000:], flush=True)
-            counts["errors"] += 1
-        if report.exists():
-            suite = ElementTree.parse(report).getroot().find("testsuite")
-            counts = {name: total + int(suite.get(name)) for name, total in counts.items()}
-    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    broken = counts["failures"] + counts["errors"]
-    return f"{passed} passed, {counts['skipped']} skipped" + (f", {broken} FAILED" if broken else "")
+            found = (*found[:2], max(found[2], 1))
+        passed, skipped, broken = passed + found[0], skipped + found[1], broken + found[2]
+    return f"{passed} passed, {skipped} skipped" + (f", {broken} FAILED" if broken else "")
+
+
+def counted(report: Path) -> tuple[int, int, int]:
+    """How many tests of a report passed, were skipped and failed; none without a report."""
+    if not report.exists():
+        return 0, 0, 0
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    total, skipped, *broken = (int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors"))
+    return total - skipped - sum(broken), skipped, sum(broken)
 
 
 def pip(python: Path, *arguments: str) -> None:

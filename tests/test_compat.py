@@ -1,0 +1,46 @@
+"""`make compat` fails when anything in it does, and says so in its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import compat
+import pytest
+
+FAULTS = ("none", "pip", "place", "library", "verify", "tests", "no report")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "WORK", tmp_path)
+    monkeypatch.setattr(compat, "TABLE", tmp_path / "docs" / "table.md")
+    monkeypatch.setattr(compat, "build", lambda: tmp_path / "a.whl")
+
+    def run(program: Path, *arguments: str, check: bool = True) -> CompletedProcess:
+        folder = program.parents[1]
+        wrong = fault if folder.name == "torch-2.13.0" else "none"
+        code, out = 0, ""
+        if "pip" in arguments and wrong == "pip":
+            raise compat.Failure("no such version")
+        if compat.SEEN in arguments:
+            place = Path("/elsewhere") if wrong == "place" else folder
+            state = "the compiled library does not load" if wrong == "library" else "available"
+            out = "\n".join((str(place / "dense_attn"), folder.name.removeprefix("torch-"), "3.6", state, "no GPU"))
+        elif "verify" in arguments:
+            code, out = (1, "cpu FAILED\n1 rows FAILED") if wrong == "verify" else (0, "every row passed")
+        elif program.name == "pytest" and wrong != "no report":
+            failures = int(wrong == "tests")
+            counts = f'tests="5" failures="{failures}" errors="0" skipped="1"'
+            Path(arguments[arguments.index("--junitxml") + 1]).write_text(f"<all><testsuite {counts}/></all>")
+            code = failures
+        return CompletedProcess(arguments, code, out, "")
+
+    monkeypatch.setattr(compat, "run", run)
+    assert compat.main() == int(fault != "none")
+    lines = compat.TABLE.read_text().splitlines()[-3:]
+    right = [f"| {v} | 3.6 | 8 passed, 2 skipped | every row passed | available | no GPU |" for v in compat.VERSIONS]
+    assert lines[::2] == right[::2]
+    assert (lines[1] == right[1]) == (fault == "none")
+    assert lines[1].startswith("| 2.13.0 | ")
+    assert ("FAILED" in lines[1]) == (fault not in ("none", "library"))
