@@ -111,7 +111,8 @@ def sega_guidance(
     eps, momentum = sega_combine(
         uncond, text, steered, momentum, guidance_scale, edit_weights, warm, enabled, edit_momentum_scale, edit_mom_beta
     )
-    return eps.to(eps_uncond.dtype), momentum, thresholds
+    # Compiled, torch 2.11 would lose the gradient of what a conversion hands through.
+    return eps if eps.dtype == eps_uncond.dtype else eps.to(eps_uncond.dtype), momentum, thresholds
 
 
 def sega_differences(
