@@ -216,19 +216,15 @@ def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    # torch 2.11 cannot trace the question; what code is compiled for has autocast, but for meta.
+    known = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in (q, k, v)
     )
-
-
-@torch.compiler.assume_constant_result
-def _has_autocast(device: str) -> bool:
-    """Whether a kind of device knows autocast, which torch 2.11 cannot trace."""
-    return torch.amp.is_autocast_available(device)
 
 
 def _check_tokens(

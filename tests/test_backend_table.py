@@ -93,6 +93,11 @@ def test_a_call_on_the_cpu_asks_no_gpu(gpus: Callable, monkeypatch: pytest.Monke
     assert _backends.resolve("auto", "percentile_mask", torch.zeros(2)) != "triton"
 
 
+def test_the_import_loads_no_compiler() -> None:
+    """It takes seconds, and fails beside a Triton that is none."""
+    assert run("import sys, dense_attn; print('torch._dynamo' in sys.modules)", TRITON_INTERPRET="") == "False"
+
+
 def test_the_import_asks_no_gpu() -> None:
     asked = "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch.cuda._lazy_init = None"
     assert run(f"import torch; {asked}; import dense_attn; print('imported')") == "imported"
