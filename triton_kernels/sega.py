@@ -177,10 +177,8 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
         rank = selection.rank(level, num_values)
         percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, rank, **options)
     else:
-        numbers = selection.group_of(()), selection.ranks_of([level], num_values)
-        selection.long_thresholds(
-            threshold.view(1, 1, -1), rows, None, *numbers, num_rows, num_values, LOW_BITS[x.dtype]
-        )
+        numbers = selection.group_of(()), selection.ranks_of([level], num_values), num_rows, num_values
+        selection.long_thresholds(threshold.view(1, 1, -1), rows, None, *numbers, LOW_BITS[x.dtype])
         grid = (num_rows * triton.cdiv(num_values, TILE),)  # a second axis holds 65,535 programs
         mask_kernel[grid](rows, masked, threshold, num_values, TILE=TILE, num_warps=selection.warps(TILE), **EXACT)
     return masked, threshold
@@ -221,7 +219,6 @@ def sega_guidance(
     carry = momentum_out.new_empty((2, *eps.shape)) if num_edits > GROUP else momentum_out.new_empty((0, *eps.shape))
     weights, partials = _weights(edit_weights, warm, enabled)
     signed = [-scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)]
-    numbers = (signed, weights, partials)
     whole = {"eps_uncond": eps_uncond, "eps_text": eps_text, "momentum": momentum}
     uncond, text, nu = (_view(name, x, 2) for name, x in whole.items())
     results = (_view("eps", eps, 2), _view("momentum_out", momentum_out, 2), _view("carry", carry, 3))
@@ -231,7 +228,7 @@ def sega_guidance(
         edits = _view("eps_edits", eps_edits[part], 3)
         masks = None if user_mask is None else _view("user_mask", user_mask[part], 3)
         flags = {"FIRST": first == 0, "LAST": first + GROUP >= num_edits, "SUM_CHANNELS": sum_channels, "GROUP": GROUP}
-        group = [selection.group_of(tuple(values[part])) for values in numbers]
+        group = [selection.group_of(tuple(values[part])) for values in (signed, weights, partials)]
         group.append(selection.ranks_of(edit_threshold[part], num_values))
         tensors = (uncond, text, edits, nu, masks, *results)
         _step(tensors, thresholds[part], group, step, all(warm), (batch, channels, num_values), flags)
