@@ -218,6 +218,34 @@ def test_embeddings_of_the_callers_own_are_compared(family: str) -> None:
         )
 
 
+def test_one_text_for_all_images_of_flux() -> None:
+    """FLUX repeats no embeddings of the caller's own; its network takes one row for all latents."""
+    pipe = deep("flux")
+    given = given_as("flux", encoded(pipe, PROMPT, max_sequence_length=24), pipe)
+    runs = []
+    for times in (1, 2):
+        texts = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in given.items() if times > 1
+                 and isinstance(value, Tensor)}  # fmt: skip
+        with apply_layout(pipe, PROMPT, REGIONS):
+            runs.append(latents(pipe, None, steps=4, num_images_per_prompt=2 // times, **given | texts))
+    assert close(*runs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_one_seed_whose_embeddings_are_nearly_the_prompts(family: str) -> None:
+    """As many texts as the pipeline was given hold no negative half; other texts in the same rows may."""
+    pipe, own = pipeline(family), FAMILIES[family][1]
+    right, empty = (encoded(pipe, text, **own) for text in (PROMPT, ""))
+    noise = [torch.Generator().manual_seed(0) for _ in range(2)]
+    with apply_layout(pipe, PROMPT, REGIONS):
+        given = given_as(family, torch.cat([right, 1.02 * right]), pipe)
+        assert latents(pipe, None, steps=1, generator=noise, **given).isfinite().all()
+        given = given_as(family, torch.cat([empty, right]), pipe)
+        noise = [torch.Generator().manual_seed(0) for _ in range(2)]
+        with pytest.warns(UserWarning, match="prompt_embeds are not"), pytest.raises(ValueError, match="tell that it"):
+            latents(pipe, None, steps=1, generator=noise, **given)
+
+
 def test_embeddings_that_cannot_be_compared() -> None:
     """Without the text encoder nothing is known of them."""
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)

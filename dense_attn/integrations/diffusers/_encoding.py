@@ -40,6 +40,13 @@ def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]
     }  # fmt: skip
 
 
+def rows_of(given: dict[str, Any]) -> int:
+    """How many texts a call of encode_prompt makes of its prompts."""
+    embeddings, prompt = given.get("prompt_embeds"), given.get("prompt")
+    texts = ([prompt] if isinstance(prompt, str) else prompt or []) if embeddings is None else embeddings
+    return len(texts) * given.get("num_images_per_prompt", 1)
+
+
 def missing(pipe: DiffusionPipeline) -> str | None:
     """The name of a text encoder that a pipeline with its tokenizer lacks."""
     for suffix in ("", "_2", "_3"):

@@ -43,6 +43,7 @@ class Reading:
         self._images: dict[tuple, list[Image]] = {}  # of a number of tokens under options
         self._heard: list[str | None] = []  # what there is to say of each prompt since the denoiser's last call
         self._said = False
+        self.rows: int | None = None  # texts of the call at hand, None where they are no prompt of the layout's
         if encode and any(phrase for image in self.regions for phrase in image.phrases):
             lacking = _encoding.missing(pipe)
             if lacking is not None:
@@ -65,7 +66,9 @@ class Reading:
             self.options = _encoding.options_of(self.pipe, given)
             for phrase in self._phrases() if self.encode else ():
                 self.embeddings(phrase)  # now, while the text encoders are at hand
-        self._heard.append(other_prompt(self, given))
+        said, earlier = other_prompt(self, given), self.rows if self._heard else None
+        self.rows = earlier if said else _encoding.rows_of(given)
+        self._heard.append(said)
 
     def check(self) -> None:
         """Say once if the prompt of the call at hand is another than the layout's."""

@@ -19,11 +19,11 @@ class Rows:
         self._seen: Tensor | None = None  # the texts that were looked at
         self._state: tuple[int | None, bool] = None, False  # their version, and whether the pipeline guided
 
-    def of(self, latents: Tensor, text: Tensor, repeated: bool) -> tuple[int, int] | None:
-        """The first and last row that see the prompt, None if none does."""
-        batch, before = len(text), self._step_text
-        if len(latents) != batch:
-            _checks.refuse("pipe", "give each row of latents its text", f"{batch} texts for {len(latents)} rows")
+    def of(self, latents: Tensor, text: Tensor, repeated: bool, known: int | None = None) -> tuple[int, int] | None:
+        """The first and last row that see the prompt, None if none does; `known`: how many the pipeline encoded."""
+        batch, before = len(latents), self._step_text
+        if len(text) != batch and not (self.apart and len(text) == 1):  # FLUX takes one text for all rows
+            _checks.refuse("pipe", "give each row of latents its text", f"{len(text)} texts for {batch} rows")
         if not repeated:
             self._step_text = text
         if self.apart:  # the unconditional estimate is a second call of the same step
@@ -40,7 +40,7 @@ class Rows:
         new = text is not self._seen or state[0] is None or state != self._state
         if guides:
             check_halves(latents, by_value=new)
-        elif new:
+        elif new and batch != known:
             self._check_texts(latents, text)
         self._seen, self._state = text, state
         return first, last

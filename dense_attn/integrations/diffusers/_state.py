@@ -154,7 +154,7 @@ class LayoutState:
             _checks.refuse("prompt", f"have its phrases in the {call.text.shape[1]} tokens of the call", self.longest)
         self._read(call.text.shape[1])
         self.steps.follow(call.timestep, self.family.unit)
-        rows = self._rows.of(call.latents, call.text, self.steps.repeated)
+        rows = self._rows.of(call.latents, call.text, self.steps.repeated, self.reading.rows)
         if rows is None:
             return None
         bound.arguments["encoder_hidden_states"] = self._with_phrases(call.text, *rows)
@@ -176,7 +176,8 @@ class LayoutState:
         """The text tokens with each phrase's embeddings as it has them alone, in the rows that see the prompt."""
         if not any(image.alone for image in self.images):
             return text
-        replaced, each = text.clone(), (last - first) // len(self.images)  # anew: callbacks change text in place
+        replaced = text.expand(last, -1, -1).clone()  # anew: callbacks change text in place
+        each = (last - first) // len(self.images)
         for i, image in enumerate(self.images):
             for (start, stop), alone in image.alone:
                 replaced[first + i * each : first + (i + 1) * each, start:stop] = alone.to(text)
