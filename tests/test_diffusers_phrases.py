@@ -107,7 +107,7 @@ def test_the_right_place_of_a_phrase_that_begins_another_word(kind: str, seen: l
 @pytest.mark.parametrize(
     ("prompt", "phrase"),
     [("a catfish", "cat"), ("dogs", "dog"), ("35 dogs", "3"), ("une cafe\u0301", "cafe"), ("a café", "caf"),
-     ("a café", "cafe"), ("Katzen", "Katze")],
+     ("a café", "cafe"), ("Katzen", "Katze"), ("a 👍🏽", "👍"), ("a catfish", "cat fish")],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 def test_a_part_of_a_word_is_no_phrase(kind: str, prompt: str, phrase: str) -> None:
@@ -125,6 +125,16 @@ def test_letters_that_a_tokenizer_does_not_tell_apart(seen: list) -> None:
     assert painted(pipe, "une cafe\u0301 au lait", [("café", BOX)], seen) == ["café"]
     with pytest.raises(ValueError, match="have a phrase of the prompt 'a Dog'"):
         apply_layout(with_tokenizer(KINDS["t5"]()), "a Dog", [("dog", BOX)]).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase"), [("a cat , dog", "cat, dog"), ("a (cat)", "( cat )"), ("2dogs", "2 dogs")]
+)
+def test_spaces_that_a_tokenizer_does_not_tell(prompt: str, phrase: str, seen: list) -> None:
+    found = painted(with_tokenizer(KINDS["clip"]()), prompt, [(phrase, BOX)], seen)
+    assert found[0].replace(" ", "") == phrase.replace(" ", "")
+    with pytest.raises(ValueError, match="have a phrase of the prompt"):
+        apply_layout(with_tokenizer(KINDS["t5"]()), prompt, [(phrase, BOX)]).__enter__()
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("t5", "红猫"), ("glm", "红 猫在"), ("clip", "一只红猫在左边")])

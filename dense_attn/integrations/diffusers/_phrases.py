@@ -23,6 +23,7 @@ WITHOUT_SPACES = (  # the scripts, by their letters' names, in which words stand
     "MYANMAR", "TIBETAN", "YI",
 )  # fmt: skip
 JOINER = "\u200d"  # makes one sign of several
+TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"  # of the skin of the sign before
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ def characters(found: list[Segment], prompt: str, phrase: Phrase, argument: str)
     tokenizers = [tokenizer for segment in found for tokenizer in segment.tokenizers]
     caseless = all(_reads_small(tokenizer, text) for tokenizer in tokenizers for text in (prompt, phrase.text))
     places = list(_places(prompt, phrase.text, caseless))
+    if not places:  # spaces that tokenizers do not tell, as CLIP's of those beside a comma
+        ids = [tokens_of(tokenizer, phrase.text).ids for tokenizer in tokenizers]
+        places = [place for place in _places(prompt, phrase.text, caseless, spaces=False)
+                  if [tokens_of(tokenizer, prompt[slice(*place)]).ids for tokenizer in tokenizers] == ids]  # fmt: skip
     if not places:
         _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", repr(phrase.text))
     if phrase.occurrence > len(places):
@@ -183,9 +188,11 @@ def _reads_small(tokenizer: Any, text: str) -> bool:
     return small == text or tokens_of(tokenizer, small).ids == tokens_of(tokenizer, text).ids
 
 
-def _places(prompt: str, phrase: str, caseless: bool) -> Iterator[Span]:
-    """The places of a phrase in a prompt, one after the other."""
+def _places(prompt: str, phrase: str, caseless: bool, spaces: bool = True) -> Iterator[Span]:
+    """The places of a phrase in a prompt, one after the other, compared with their spaces or without them."""
     text, wanted = folded(prompt, caseless), folded(phrase, caseless).letters.strip()
+    if not spaces:
+        text, wanted = text.joined(), wanted.replace(" ", "")
     begin = 0
     while (begin := text.letters.find(wanted, begin)) >= 0:
         end = begin + len(wanted)
@@ -203,7 +210,7 @@ def _in_a_word(text: str, place: int) -> bool:
     if not 0 < place < len(text):
         return False
     left, right = text[place - 1], text[place]
-    if unicodedata.category(right)[0] == "M" or JOINER in (left, right):
+    if unicodedata.category(right)[0] == "M" or JOINER in (left, right) or right in TONES:
         return True
     kinds = unicodedata.category(left)[0], unicodedata.category(right)[0]
     if kinds == ("N", "N"):

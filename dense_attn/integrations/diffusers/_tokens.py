@@ -36,6 +36,11 @@ class Folded(NamedTuple):
     letters: str
     places: list[int]
 
+    def joined(self) -> Folded:
+        """The text without its spaces."""
+        kept = [(letter, place) for letter, place in zip(*self) if letter != " "]
+        return Folded("".join(letter for letter, _ in kept), [place for _, place in kept])
+
 
 def folded(text: str, lower: bool) -> Folded:
     """Unicode's compatible decomposition, white space as one space, and small letters if those are asked for."""
@@ -82,13 +87,12 @@ def _aligned(tokenizer: Any, text: str, ids: list[int]) -> list[Span | None]:
         owners += [i] * len(surface)
         letters.append(surface)
         spaces |= {i} if known and not surface else set()
-    whole = folded(text, True)
-    places = [place for letter, place in zip(*whole) if letter != " "]
-    matcher = SequenceMatcher(None, "".join(letters), whole.letters.replace(" ", ""), autojunk=False)
+    whole = folded(text, True).joined()
+    matcher = SequenceMatcher(None, "".join(letters), whole.letters, autojunk=False)
     found: list[Span | None] = [None] * len(ids)
     for a, b, size in matcher.get_matching_blocks():
         for k in range(size):
-            owner, place = owners[a + k], places[b + k]
+            owner, place = owners[a + k], whole.places[b + k]
             start, stop = found[owner] or (place, place)
             found[owner] = min(start, place), max(stop, place + 1)
     return _filled(text, found, spaces)
