@@ -258,6 +258,21 @@ def test_embeddings_that_cannot_be_compared() -> None:
     assert told(pipe, PROMPT, run) == []
 
 
+def test_embeddings_beside_an_encoder_that_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text encoders that were moved out of the way of the pipeline's device cannot be called any more."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    other = encoded(pipe, "a dog cat")
+
+    def elsewhere(*_: object, **__: object) -> None:
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    def run() -> None:
+        monkeypatch.setattr(pipe.text_encoder, "forward", elsewhere)
+        latents(pipe, None, steps=1, prompt_embeds=other, negative_prompt_embeds=other)
+
+    assert told(pipe, PROMPT, run) == []
+
+
 def test_texts_of_the_library_and_of_the_user_beside_the_call() -> None:
     """Concepts, inner layouts and the user's own texts are no prompt of a call."""
     pipe = pipeline("sd")

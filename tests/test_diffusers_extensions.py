@@ -55,6 +55,23 @@ def test_offloading(family: str, way: str) -> None:
             assert not close(with_layout(pipe), right)
 
 
+def test_latents_made_smaller_on_their_way(recwarn: pytest.WarningsRecorder) -> None:
+    """An extension that stands around none of the layers gives all of them fewer tokens: told, and left alone."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+
+    def scaled(factor: float, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(tokens, scale_factor=factor)
+
+    pipe.unet.conv_in.register_forward_hook(lambda _module, _args, out: scaled(0.5, out))
+    pipe.unet.conv_out.register_forward_pre_hook(lambda _module, args: (scaled(2.0, args[0]),))
+    plain = latents(pipe, height=32, width=32, steps=1)
+    with apply_layout(pipe, PROMPT, REGIONS, encode_phrases=False):
+        assert torch.equal(latents(pipe, height=32, width=32, steps=1), plain)
+    told = [str(warning.message) for warning in recwarn if warning.category is UserWarning]
+    assert len(told) == 1
+    assert "alone: test_latents_made_smaller_on_their_way.<locals>.<lambda> gives it" in told[0]
+
+
 def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers without a layout go through its processor; xformers itself runs on GPUs alone, so its sum stands here."""
     from diffusers.models import attention_processor

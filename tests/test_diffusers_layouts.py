@@ -157,6 +157,29 @@ def test_any_scheduler(name: str, calls: list) -> None:
             torch.testing.assert_close(widest / widest[0], ((times / times[0]) ** 5).float(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_steps_of_a_loop_of_the_users_own(family: str, calls: list) -> None:
+    """The number of steps that the pipeline's last call had says nothing of them."""
+    pipe = tiny_pipeline(FAMILIES[family][0])
+    latents(pipe, steps=2, guidance_scale=1.0)
+    text, _, *pooled = pipe.encode_prompt(
+        PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    added = {"text_embeds": pooled[0], "time_ids": torch.zeros(1, 6)} if pooled else {}
+    pipe.scheduler.set_timesteps(10)
+    with torch.no_grad(), apply_layout(pipe, PROMPT, REGIONS):
+        for t in pipe.scheduler.timesteps:
+            pipe.unet(torch.zeros(1, 4, 8, 12), t, encoder_hidden_states=text, added_cond_kwargs=added)
+    assert len(calls) == 3 * len(pipe.unet.attn_processors)
+
+
+def test_a_run_that_ends_before_its_schedule(calls: list) -> None:
+    pipe = pipeline("sdxl")
+    with apply_layout(pipe, PROMPT, REGIONS):
+        latents(pipe, steps=20, denoising_end=0.5)
+    assert len(calls) == 3 * len(pipe.unet.attn_processors)
+
+
 @pytest.mark.parametrize("name", ["EDMEuler", "IPNDM"])
 def test_schedulers_that_count_in_something_else(name: str, calls: list) -> None:
     """Their times are no timesteps: the steps fall evenly from 1."""

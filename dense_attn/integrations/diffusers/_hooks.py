@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-OWN = ("diffusers", "torch", "accelerate", "peft")  # whose code around a layer leaves its tokens as they are
+OWN = ("diffusers", "torch", "accelerate", "peft", "dense_attn")  # whose code leaves tokens as they are
 
 _watchers: WeakKeyDictionary[torch.nn.Module, list[Any]] = WeakKeyDictionary()
 
@@ -25,10 +25,10 @@ def watchers(module: Any) -> tuple[Any, ...]:
 
 
 def foreign(root: torch.nn.Module, name: str) -> str | None:
-    """The function of another extension that stands around a module inside of another, None where there is none."""
+    """The function of another extension around a module inside of another, or elsewhere there; None without one."""
     path = name.split(".")
-    for length in range(len(path), 0, -1):
-        module = root.get_submodule(".".join(path[:length]))
+    around = [root.get_submodule(".".join(path[:length])) for length in range(len(path), 0, -1)]
+    for module in [*around, *root.modules()]:  # latents made smaller in one place are so in the layers behind it
         calls = [module.forward, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for call in calls:
             function = getattr(getattr(call, "func", call), "__func__", getattr(call, "func", call))

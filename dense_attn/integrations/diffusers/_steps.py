@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,7 +71,14 @@ class Steps:
         if schedule.max() <= 2:  # what this scheduler counts in is no timestep: its steps are taken as even
             schedule = torch.linspace(span, 0, len(schedule) + 1, dtype=torch.float64, device="cpu")[:-1]
         self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[self._first :].tolist()]
-        self.index, self.total = 0, min(getattr(self.pipe, "num_timesteps", None) or len(self.times), len(self.times))
+        self.index, self.total = 0, len(self.times)
+        if getattr(self.pipe, "denoising_end", 0) is not None and _takes_end(self.pipe):
+            self.total = min(getattr(self.pipe, "num_timesteps", None) or self.total, self.total)
+
+
+def _takes_end(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline's call may end before its schedule does; with others its number of steps may be an old one."""
+    return "denoising_end" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _value(timestep: Tensor | float) -> float:
