@@ -206,6 +206,17 @@ def test_a_start_from_an_image(kind: str, calls: list) -> None:
     assert max(strength.max() for strength in calls[: len(pipe.unet.attn_processors)]) == pytest.approx(first**5)
 
 
+def test_a_start_at_the_second_of_two_equal_timesteps(calls: list) -> None:
+    """Heun's scheduler repeats them: 3 of 13 steps are left, of which the first acts."""
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**pipeline("sd").components, requires_safety_checker=False)
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        pipe(PROMPT, torch.rand(1, 3, 16, 16), strength=0.3, num_inference_steps=7, output_type="latent")
+    assert pipe.scheduler.timesteps[9] == pipe.scheduler.timesteps[10]
+    assert len(calls) == len(pipe.unet.attn_processors)
+
+
 def test_masks_of_every_kind() -> None:
     from PIL import Image
 

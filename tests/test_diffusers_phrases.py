@@ -107,7 +107,8 @@ def test_the_right_place_of_a_phrase_that_begins_another_word(kind: str, seen: l
 @pytest.mark.parametrize(
     ("prompt", "phrase"),
     [("a catfish", "cat"), ("dogs", "dog"), ("35 dogs", "3"), ("une cafe\u0301", "cafe"), ("a café", "caf"),
-     ("a café", "cafe"), ("Katzen", "Katze"), ("a 👍🏽", "👍"), ("a catfish", "cat fish")],
+     ("a café", "cafe"), ("Katzen", "Katze"), ("a 👍🏽", "👍"), ("a catfish", "cat fish"),
+     ("a \ufb01re", "ire")],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 def test_a_part_of_a_word_is_no_phrase(kind: str, prompt: str, phrase: str) -> None:

@@ -66,7 +66,10 @@ class Steps:
     def _begin(self, timestep: Tensor | float, unit: float) -> None:
         schedule = self.pipe.scheduler.timesteps.to("cpu", torch.float64)
         self._schedule = self.pipe.scheduler.timesteps.tolist()
-        self._first = int((schedule - _value(timestep) / unit).abs().argmin())  # images skip the first steps
+        far = (schedule - _value(timestep) / unit).abs()
+        self._first, told = int(far.argmin()), getattr(self.pipe.scheduler, "begin_index", None)
+        if told is not None and told < len(far) and far[told] == far[self._first]:
+            self._first = told  # images skip the first steps, and some schedules repeat values
         span = self.pipe.scheduler.config.num_train_timesteps
         if schedule.max() <= 2:  # what this scheduler counts in is no timestep: its steps are taken as even
             schedule = torch.linspace(span, 0, len(schedule) + 1, dtype=torch.float64, device="cpu")[:-1]
