@@ -20,12 +20,36 @@ def explain(error: RuntimeError, op: str, least: int, **tensors: Tensor) -> None
 
     torch's words stay in it, since programs that try again with less look for them. Any other error is left alone.
     """
-    if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _TOO_LITTLE):
-        return
+    if _is_too_little(error):
+        _raise(_text(op, least, tensors), error)
+
+
+class Explained:
+    """`explain` around blocks, any number of them; holds no tensor."""
+
+    def __init__(self, op: str, least: int, **tensors: Tensor) -> None:
+        self._text = _text(op, least, tensors)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and _is_too_little(error):
+            _raise(self._text, error)
+
+
+def _is_too_little(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _TOO_LITTLE)
+
+
+def _text(op: str, least: int, tensors: dict[str, Tensor]) -> str:
     first = next(iter(tensors.values()))
     shapes = " and ".join(f"{name} of shape {tuple(x.shape)}" for name, x in tensors.items())
     of = f"{str(first.dtype).removeprefix('torch.')} on {first.device}"
-    text = f"{op} must fit into memory, got {shapes} in {of}, which takes at least {least} bytes"
+    return f"{op} must fit into memory, got {shapes} in {of}, which takes at least {least} bytes"
+
+
+def _raise(text: str, error: RuntimeError) -> None:
     raise torch.OutOfMemoryError(f"{text}: {str(error).splitlines()[0]}") from error
 
 

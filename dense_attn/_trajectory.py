@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dense_attn import _checks, _progress, reference
+from dense_attn import _checks, _memory, _progress, reference
 from dense_attn._chains import Chain, End, Link
 
 EpsFn = Callable[[Tensor, object], Tensor]
@@ -88,6 +88,7 @@ class Plan:
     timesteps: Sequence[object]
     dtype: torch.dtype  # of what the network is fed
     exact: bool
+    memory: _memory.Explained  # around all but eps_fn, whose own errors are the caller's
     progress: str = ""  # what the bar says
 
 
@@ -211,7 +212,8 @@ def off_grid_of(argument: str, chain: Chain, where: str, kind: type[Exception]) 
 
 def start(plan: Plan, chain: Chain, x: Tensor, y: Tensor) -> FloatPair | ExactPair:
     """The pair at the start of the plan's chain, or of its inverse."""
-    return (ExactPair if plan.exact else FloatPair)(plan, chain, x, y)
+    with plan.memory:
+        return (ExactPair if plan.exact else FloatPair)(plan, chain, x, y)
 
 
 def slots(end: End, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,13 +241,16 @@ class Network:
                     stack.enter_context(torch.autocast(kind, *state))
             if forward_ad._current_level >= 0:  # an autograd.Function hides tangents from what it calls
                 stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
-            eps = self.plan.eps_fn(fed.clone(), self.plan.timesteps[step])  # its own tensor, which it may write to
+            with self.plan.memory:
+                own = fed.clone()  # which it may write to
+            eps = self.plan.eps_fn(own, self.plan.timesteps[step])
         _checks.floats("eps_fn's result", eps)
         if eps.shape != self.shape:
             _checks.refuse("eps_fn's result", f"have x's shape {tuple(self.shape)}", tuple(eps.shape))
         if eps.device != self.device:
             _checks.refuse("eps_fn's result", f"be on x's device {self.device}", eps.device)
-        return laid_out(eps, self.strides)
+        with self.plan.memory:
+            return laid_out(eps, self.strides)
 
     def repeated(self, fed: Tensor, step: int) -> Tensor:
         """The result of two calls, refused where they differ."""
@@ -259,7 +264,7 @@ class Network:
         """pair.update(eps), an overflow of the grid named by its step."""
         _no_tangent("eps_fn's result", eps)
         where = f" at step {step} (timestep {self.plan.timesteps[step]})"
-        with off_grid_of("eps_fn's result", pair.chain, where, RuntimeError):
+        with self.plan.memory, off_grid_of("eps_fn's result", pair.chain, where, RuntimeError):
             pair.update(eps)
 
 
@@ -272,7 +277,10 @@ def run(plan: Plan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     with _progress.bar(steps, plan.progress, shown=bool(plan.progress)) as advance:
         for at, link in enumerate(plan.chain.links):
             call = network.repeated if plan.exact and at == 0 else network
-            network.update(pair, call(pair.fed, link.step), link.step)
+            with plan.memory:
+                fed = pair.fed
+            network.update(pair, call(fed, link.step), link.step)
             if at % per_step == per_step - 1:
                 advance()
-    return pair.latents()
+    with plan.memory:
+        return pair.latents()

@@ -75,8 +75,9 @@ class _WayBack:
 
     def walk(self) -> None:
         for at, link in enumerate(reversed(self.plan.chain.links)):
-            self._through_mix(link.then)
-            fed = self.pair.fed.detach()
+            with self.plan.memory:
+                self._through_mix(link.then)
+                fed = self.pair.fed.detach()
             quiet = None
             if self.plan.exact and (at == 0 or not self.same_bits):
                 quiet = (self.network.repeated if at == 0 else self.network)(fed, link.step)
@@ -84,7 +85,8 @@ class _WayBack:
             if quiet is not None:
                 self.same_bits = torch.equal(quiet, eps)
                 eps = quiet
-            self._through_link(link, grad_fed)
+            with self.plan.memory:
+                self._through_link(link, grad_fed)
             self.network.update(self.pair, eps, link.step)
         self._through_mix(self.plan.chain.first)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _chains, _checks, _progress, _trajectory, _way_back, ddim
+from dense_attn import _backends, _chains, _checks, _memory, _progress, _trajectory, _way_back, ddim
 from dense_attn._trajectory import dense_strides, laid_out
 
 METHODS = ("edict", "bdia", "belm", "ddim")
@@ -173,13 +173,16 @@ class ReversibleSampler:
             _trajectory.refuse_transforms(x=_checks.floats("x", x), y=y if isinstance(y, Tensor) else None)
         _chains.readable("x", _checks.floats("x", x))
         strides = _trajectory.contiguous_strides(x) if self.exact else dense_strides(x)
-        x = laid_out(x, strides)
-        if y is not None:
-            y = laid_out(_checks.like("y", y, x, "x"), strides)
+        each = torch.int64.itemsize if self.exact else x.element_size()
+        memory = _memory.Explained("ReversibleSampler", (1 if self.method == "ddim" else 2) * x.numel() * each, x=x)
+        with memory:
+            x = laid_out(x, strides)
+            if y is not None:
+                y = laid_out(_checks.like("y", y, x, "x"), strides)
         kernels = _backends.NAMESPACES[_backends.resolve(self.backend, "ReversibleSampler", x)]
         description = f"{self.method} {'sample' if forward else 'invert'}" if shown else ""
         chain = self._way(forward, lone=y is None)
-        plan = _trajectory.Plan(kernels, chain, eps_fn, self.timesteps, self.dtype, self.exact, description)
+        plan = _trajectory.Plan(kernels, chain, eps_fn, self.timesteps, self.dtype, self.exact, memory, description)
         if self.method == "ddim":
             return self._ddim(plan, x, y)
         self._check_growth(plan, x, y, forward)

@@ -149,8 +149,8 @@ def sega_guidance(
         number("edit_mom_beta", edit_mom_beta),
         _checks.flag("sum_channels", sum_channels),
     )
-    user_mask = _wide_mask(user_mask, eps_uncond, edits.shape)
     try:
+        user_mask = _wide_mask(user_mask, eps_uncond, edits.shape)
         tensors = [
             _rows(eps_uncond, 2),  # [B, C, N]
             _rows(eps_text, 2),
@@ -266,12 +266,20 @@ def check_eps(eps_uncond: Tensor, eps_text: Tensor, eps_edits: Tensor | Sequence
     if isinstance(eps_edits, (list, tuple)):
         for edit in eps_edits:
             _checks.like("eps_edits", edit, eps_uncond, "eps_uncond")
-        return torch.stack(tuple(eps_edits)) if eps_edits else eps_uncond.new_empty((0, *eps_uncond.shape))
+        return _stacked(eps_edits, eps_uncond)
     shape = tuple(eps_uncond.shape)
     if _checks.tensor("eps_edits", eps_edits).dim() != len(shape) + 1 or tuple(eps_edits.shape[1:]) != shape:
         _checks.refuse("eps_edits", f"have shape [concepts, *eps_uncond.shape = {shape}]", tuple(eps_edits.shape))
     _checks.like("eps_edits", eps_edits, eps_uncond.expand(eps_edits.shape), "eps_uncond")
     return eps_edits
+
+
+def _stacked(edits: Sequence[Tensor], like: Tensor) -> Tensor:
+    try:
+        return torch.stack(tuple(edits)) if edits else like.new_empty((0, *like.shape))
+    except RuntimeError as error:
+        _memory.explain(error, "sega_guidance", len(edits) * like.nbytes, **{f"{len(edits)} eps_edits, each": like})
+        raise
 
 
 def _wide_momentum(momentum: Tensor | None, eps: Tensor) -> Tensor:

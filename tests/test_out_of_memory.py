@@ -11,7 +11,15 @@ from cases import DEVICES, backends
 from sega_cases import NUMBERS
 from torch import Tensor
 
-from dense_attn import _backends, ddim_step, layout_attention, percentile_mask, sega_guidance
+from dense_attn import (
+    ReversibleSampler,
+    SemanticGuidance,
+    _backends,
+    ddim_step,
+    layout_attention,
+    percentile_mask,
+    sega_guidance,
+)
 
 GUIDANCE = {"edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0, "warm": True, "enabled": True}
 GUIDANCE |= {"reverse": False, **NUMBERS}
@@ -77,6 +85,58 @@ def test_too_little_memory_is_one_sentence(call: Callable, op: str, size: int, b
 def test_more_bytes_than_an_integer_holds(backend: str) -> None:
     with pytest.raises(torch.OutOfMemoryError, match=f"layout_attention must fit .* least {2**64} bytes"):
         attention(backend, heads=2**26, keys=64)
+
+
+@pytest.mark.parametrize("backend", backends("triton", "cpu", "reference"))
+def test_a_list_of_estimates(backend: str) -> None:
+    x = huge(backend, 2**12, 2**12, 2**12, 2**9)
+    shape = r"2 eps_edits, each of shape \(4096, 4096, 4096, 512\) in float32"
+    with pytest.raises(
+        torch.OutOfMemoryError, match=f"sega_guidance must fit into memory, got {shape} .* {2**48} bytes"
+    ):
+        SemanticGuidance(backend=backend)(0, x, x, [x, x])
+
+
+def sampler(backend: str, method: str, exact: bool) -> ReversibleSampler:
+    bars = torch.linspace(0.999, 0.01, 20, dtype=torch.float64)
+    return ReversibleSampler(bars, [15, 10, 5], method=method, exact=exact, backend=backend)
+
+
+CHAINS = [("ddim", False), ("edict", False), ("edict", True), ("bdia", False), ("bdia", True), ("belm", False)]
+CHAIN = r"ReversibleSampler must fit into memory, got x of shape \({}\) in float32 on {}, .* least {} bytes: "
+
+
+@pytest.mark.parametrize("backend", backends("triton", "cpu", "reference"))
+@pytest.mark.parametrize(("method", "exact"), CHAINS)
+def test_a_chain_says_so(method: str, exact: bool, backend: str) -> None:
+    least = {True: 2**48, False: 2**46 if method == "ddim" else 2**47}[exact]  # integers, one latent, or two
+    text = CHAIN.format("4194304, 4194304", torch.empty(0, device=DEVICES[backend]).device, least)
+    with pytest.raises(torch.OutOfMemoryError, match=text):
+        sampler(backend, method, exact).sample(lambda x, t: x, huge(backend, 2**22, 2**22))
+
+
+@pytest.mark.parametrize("part", ["its steps", "its way back"])
+@pytest.mark.parametrize(("method", "exact"), CHAINS[1:])
+def test_so_does_each_part_of_a_chain(method: str, exact: bool, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmuch more")
+
+    chain, x = sampler("reference", method, exact), torch.ones(1, 2, requires_grad=part == "its way back")
+    found = chain.sample(lambda x, t: 0.1 * x, x) if x.requires_grad else None
+    for name in ("ddim_step", "leapfrog_step", "edict_mix", "edict_unmix", "exact_couple", "exact_leapfrog",
+                 "exact_mix", "exact_unmix"):  # fmt: skip
+        monkeypatch.setattr(_backends.NAMESPACES["reference"], name, fails)
+    with pytest.raises(torch.OutOfMemoryError, match=f"^{CHAIN.format('1, 2', 'cpu', 32 if exact else 16)}CUDA out of"):
+        chain.sample(lambda x, t: 0.1 * x, x) if found is None else sum(found).sum().backward()
+
+
+@pytest.mark.parametrize(("method", "exact"), CHAINS)
+def test_too_little_memory_of_the_callers_network_is_its_own(method: str, exact: bool) -> None:
+    def network(x: Tensor, t: int) -> Tensor:
+        raise torch.OutOfMemoryError("the network's")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^the network's$"):
+        sampler("reference", method, exact).sample(network, torch.ones(1, 2))
 
 
 def test_the_raw_op_says_what_it_wanted() -> None:
