@@ -130,6 +130,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         shapes.parse(arguments.shape, arguments.modulation, arguments.regions)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.shape and arguments.family and "attention" not in arguments.family:
+        parser.error(f"--family must name attention beside --shape, got {', '.join(arguments.family)}")
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{option} must be in a folder that exists, got {path}")

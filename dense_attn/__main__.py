@@ -152,7 +152,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     options += [(option, path) for option, path in (("--json", arguments.json), ("--plot", arguments.plot)) if path]
     flags = ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
     flags += [f"--shape={text}" for text in arguments.shape]  # a minus sign would be taken for an option
-    flags += [f"--{name}={text}" for name in ("modulation", "regions") if (text := getattr(arguments, name))]
+    flags += [
+        f"--{name}={text}" for name in ("modulation", "regions") if (text := getattr(arguments, name)) is not None
+    ]
     return run.main([*flags, *(str(text) for pair in options for text in pair)])
 
 
