@@ -12,6 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -27,6 +28,10 @@ STABLE_ABI = "0x020b000000000000"  # of this torch
 WITHOUT = (
     "without CPU kernels the library still runs, on its PyTorch reference and, on GPUs, on Triton: "
     "DENSE_ATTN_CPU_KERNELS=0 pip install --no-build-isolation ."
+)
+NEEDED, ADVICE = (
+    "the CPU kernels must have a C++20 compiler",
+    "install g++ 12 or newer, or name a compiler in CXX",
 )
 WARNINGS = [
     "-Wall",
@@ -86,6 +91,10 @@ def check_setuptools() -> None:
 class BuildExt(build_ext):
     """Compiles every kernel for every instruction set, side by side, and links one library that knows no Python."""
 
+    def run(self) -> None:
+        self._compiler()  # refuses a name that setuptools would fall over
+        super().run()
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
@@ -113,6 +122,8 @@ class BuildExt(build_ext):
             ) from None
         finally:
             pool.shutdown()
+        if not library.is_file():
+            raise PlatformError(f"{NEEDED}, got one that writes no file: {ADVICE}; {WITHOUT}")
 
     def _torch_folders(self) -> tuple[list[str], list[str]]:
         """Where torch's headers and its libraries are."""
@@ -140,8 +151,7 @@ class BuildExt(build_ext):
         if done is None or done.returncode:
             said = next((line for line in lines if "error" in line), lines[0])  # warnings may stand before it
             got = f"got {command[0]!r} ({said})"
-            advice = "install g++ 12 or newer, or name a compiler in CXX"
-            raise PlatformError(f"the CPU kernels must have a C++20 compiler, {got}: {advice}; {WITHOUT}")
+            raise PlatformError(f"{NEEDED}, {got}: {ADVICE}; {WITHOUT}")
 
     def _compile(self, source: str, folder: str, flags: list[str]) -> str:
         target = Path(self.build_temp, folder, source).with_suffix(".o")
@@ -151,8 +161,12 @@ class BuildExt(build_ext):
         return str(target)
 
     def _compiler(self, flags: list[str] = ()) -> list[str]:
-        named = shlex.split(os.environ.get("CXX", "")) or self.compiler.compiler_cxx[:1]
-        return [*named, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if SANITIZED else [])]
+        named = os.environ.get("CXX", "")
+        try:
+            command = shlex.split(named) or shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1]
+        except ValueError as error:
+            raise PlatformError(f"CXX must name a compiler, got {named!r}: {error}") from None
+        return [*command, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if SANITIZED else [])]
 
 
 BESIDE = ("benchmarks", "examples", "triton_kernels")  # folders that are installed inside of the package

@@ -138,6 +138,22 @@ def test_a_build_without_a_compiler_ends_with_what_to_install(tmp_path: Path) ->
     assert refusal(tmp_path, CXX="/no/compiler") == f"{needed}: {advice}{WITHOUT}"
 
 
+def test_a_compiler_that_writes_nothing_is_no_compiler(tmp_path: Path) -> None:
+    said = refusal(tmp_path, CXX=compiler(tmp_path, "exit 0"))
+    assert said.startswith("error: the CPU kernels must have a C++20 compiler, got one that writes no file: install ")
+
+
+def test_a_name_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, CXX="g++ '") == 'error: CXX must name a compiler, got "g++ \'": No closing quotation'
+
+
+@pytest.mark.parametrize("named", ["", " "])
+def test_an_empty_name_is_as_if_it_were_not_there(named: str, tmp_path: Path) -> None:
+    usual = "import sysconfig; found = sysconfig.get_config_var\n"
+    usual += "sysconfig.get_config_var = lambda name: '/the/usual -x' if name == 'CXX' else found(name)"
+    assert "got '/the/usual' (No such file or directory): " in refusal(tmp_path, usual, CXX=named)
+
+
 def test_a_build_with_an_old_compiler_ends_with_what_to_install(tmp_path: Path) -> None:
     old = compiler(tmp_path, "echo \"g++: error: unrecognized command-line option '-std=c++20'\" >&2; exit 1")
     said = refusal(tmp_path, CXX=old)
