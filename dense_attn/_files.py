@@ -22,7 +22,8 @@ def write(path: str | Path, content: str | bytes) -> None:
     """Write a file whole, in the place of what was there, or leave everything as it was.
 
     Links are followed. A file that was there keeps its mode and owner, a new one has what the umask leaves. Devices and
-    pipes are never replaced: the bytes go into them.
+    pipes are never replaced: the bytes go into them. So they go into a file whose name cannot be given to another, one
+    that is mounted by itself or another user's in a folder such as /tmp, once there is room for all of them.
 
     Raises:
         FileError: it cannot be written.
@@ -38,7 +39,12 @@ def write(path: str | Path, content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # what a full disk keeps back shows here, not after the file has its name
-            os.replace(part, target)
+            try:
+                os.replace(part, target)
+            except OSError as error:
+                if found is None or error.errno not in (errno.EBUSY, errno.EPERM):
+                    raise
+                _overwrite(target, found, data)
 
 
 def write_by(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
@@ -112,6 +118,19 @@ def _pour(path: str | Path, found: os.stat_result, data: bytes) -> None:
             printed.flush()
     with open(stream, "wb", closefd=False) as file:
         file.write(data)
+
+
+def _overwrite(target: Path, found: os.stat_result, data: bytes) -> None:
+    with open(os.open(target, os.O_WRONLY), "wb") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(1, len(data)))
+        except OSError:
+            file.truncate(found.st_size)
+            raise
+        file.write(data)
+        file.truncate()
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -148,6 +149,32 @@ def test_what_ends_in_the_middle_leaves_what_was_there(
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there").read_text() == "1"
+
+
+@pytest.mark.parametrize("content", ["2", "", "2" * 100])
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM], ids=["mounted", "another user's in a sticky folder"])
+def test_a_name_that_cannot_be_replaced_keeps_its_file(
+    number: int, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "there").write_text("1" * 10)
+    before = (tmp_path / "there").stat().st_ino
+    monkeypatch.setattr(os, "replace", refuses)
+    _files.write(tmp_path / "there", content)
+    assert ((tmp_path / "there").read_text(), (tmp_path / "there").stat().st_ino) == (content, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    with pytest.raises(_files.FileError):
+        _files.write(tmp_path / "new", "1")
+
+
+def test_such_a_file_is_left_alone_where_there_is_no_room(full_disk: Path) -> None:
+    _files._overwrite(full_disk / "there", (full_disk / "there").stat(), b"y" * 60 * 1024)
+    (full_disk / "there").write_bytes(b"x" * 56 * 1024)
+    with pytest.raises(OSError, match="No space left"):
+        _files._overwrite(full_disk / "there", (full_disk / "there").stat(), b"y" * 80 * 1024)
+    assert (full_disk / "there").read_bytes() == b"x" * 56 * 1024
 
 
 @pytest.mark.parametrize("ask", [_files.check, lambda path: _files.write(path, "1")], ids=["check", "write"])
