@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dense_attn import _checks, _native, _triton, reference
+from dense_attn import _checks, _environment, _native, _triton, reference
 
 OPS = {  # each op and the file that holds it, of the same name in every folder
     "layout_attention": "layout_attention",
@@ -37,6 +37,8 @@ def unavailable(backend: str, op: str) -> str | None:
     reason = missing(backend, op)
     if reason is None and device_of(backend) == "cuda":
         reason = _no_gpu()
+    if reason is None and (backend, op) == ("triton", "layout_attention"):  # which reads DENSE_ATTN_AUTOTUNE
+        reason = _environment.error()
     return _native.isa_error() if reason is None and backend == "cpu" else reason
 
 

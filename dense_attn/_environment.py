@@ -28,6 +28,15 @@ def text(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
+def error() -> str | None:
+    """The sentence with which a later call would refuse; None where it would not."""
+    try:
+        check()
+    except VariableError as refused:
+        return str(refused)
+    return None
+
+
 def check() -> None:
     """Refuse now what a later call would refuse."""
     for name in FLAGS:

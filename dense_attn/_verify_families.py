@@ -62,7 +62,8 @@ def exact_quantile(magnitudes: Tensor, level: float) -> Tensor:
     below = math.floor(rank)
     pairs = zip(*(ordered[..., index].flatten().tolist() for index in (below, math.ceil(rank))))
     found = [lower if lower == upper else lower + (upper - lower) * (rank - below) for lower, upper in pairs]
-    rounded = torch.tensor(found, dtype=torch.float64).to(magnitudes.dtype).reshape(magnitudes.shape[:-1])
+    wide = torch.tensor(found, dtype=torch.float64, device=magnitudes.device)
+    rounded = wide.to(magnitudes.dtype).reshape(magnitudes.shape[:-1])
     return rounded.masked_fill(magnitudes.isnan().any(-1), torch.nan)
 
 

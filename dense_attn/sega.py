@@ -160,8 +160,7 @@ def sega_guidance(
         ]
         eps, momentum, _ = _run(_SegaGuidance, "sega_guidance", tensors, options, backend)
     except RuntimeError as error:
-        least = eps_uncond.numel() * eps_uncond.element_size()
-        _memory.explain(error, "sega_guidance", least, eps_uncond=eps_uncond, eps_edits=edits)
+        _memory.explain(error, "sega_guidance", eps_uncond.nbytes, eps_uncond=eps_uncond, eps_edits=edits)
         raise
     return eps.reshape(eps_uncond.shape), momentum.reshape(eps_uncond.shape)
 

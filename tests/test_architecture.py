@@ -33,7 +33,7 @@ IMPORTS = {  # the only arrows inside the package; what is not listed is a progr
     "_triton": {"_environment", "_fakes", "_triton_checks", "_tuned", "triton_kernels"},
     "layout": {"_checks"},
     "_pixels": {"_checks"},
-    "_backends": {"_checks", "_native", "_triton", "reference"},
+    "_backends": {"_checks", "_environment", "_native", "_triton", "reference"},
     "_memory": set(),
     "layout_attention": {"_backends", "_checks", "_memory", "reference"},
     "sega": {"_backends", "_checks", "_memory", "reference"},

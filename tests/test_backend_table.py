@@ -138,9 +138,14 @@ def test_an_unknown_instruction_set_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("value", "interprets"), [("1", True), ("True", True), ("0", False), ("2", False), ("", False)]
-)
+def test_a_flag_that_a_call_would_refuse_is_named() -> None:
+    pytest.importorskip("triton")
+    call = "dense_attn.backends()['triton']['layout_attention']"
+    found = run(f"import dense_attn; print({call})", TRITON_INTERPRET="1", DENSE_ATTN_AUTOTUNE="ja")
+    assert found == "DENSE_ATTN_AUTOTUNE must be 1 or 0, got 'ja'"
+
+
+@pytest.mark.parametrize(("value", "interprets"), [("1", True), ("True", True), ("0", False), ("", False)])
 def test_the_interpreter_is_on_where_triton_says_so(value: str, interprets: bool) -> None:
     pytest.importorskip("triton")
     state = run(STATE.format("triton"), TRITON_INTERPRET=value, CUDA_VISIBLE_DEVICES="")
