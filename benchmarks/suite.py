@@ -107,7 +107,7 @@ def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]
 
 
 def _dtypes(workload: Workload, usual: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
-    """Those that a user's own shape names, else the usual."""
+    """The dtypes that a user's own shape names, else the usual ones."""
     return tuple(getattr(torch, name) for name in workload.dtypes) or usual
 
 

@@ -23,7 +23,7 @@ def refuse(argument: str, rule: str, got: object, kind: type[Exception] = ValueE
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """What is refused inside, in the words of an outer function, whose caller gave other arguments."""
+    """Refusals raised inside name the arguments of an outer function, whose caller gave no others."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
@@ -35,7 +35,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def not_renamed() -> Iterator[None]:
-    """What is refused inside, in a user's function, speaks of arguments that the user gave."""
+    """Refusals raised inside, in a user's function, keep their words: they name arguments that the user gave."""
     try:
         yield
     except Exception as error:

@@ -59,7 +59,7 @@ def _streams() -> list:
 
 
 def _take_any_letter() -> None:
-    """What the locale's encoding has no letter for is printed as an escape."""
+    """Output whose letters the locale's encoding lacks is printed with escapes."""
     for stream in _streams():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -24,7 +24,7 @@ def flag(name: str, default: bool = False) -> bool:
 
 
 def text(name: str) -> str | None:
-    """What a variable says, None where it is not set or empty."""
+    """The text of a variable, None where it is not set or empty."""
     return os.environ.get(name) or None
 
 

@@ -83,7 +83,7 @@ def _sentence(path: str | Path) -> Iterator[None]:
 
 
 def _status(path: str | Path) -> os.stat_result | None:
-    """What a path leads to, None where nothing is."""
+    """The status of the file that a path leads to, None where nothing is."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

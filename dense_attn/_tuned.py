@@ -32,7 +32,7 @@ def cache_file() -> Path | None:
 
 
 def read(path: Path | None) -> Found:
-    """What was found before."""
+    """The configurations that were found before."""
     try:
         return _entries(path)
     except Exception as error:  # a file may hold anything

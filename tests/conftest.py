@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # small calls on shared cores: threads that spin cost 3x the time
 
@@ -44,6 +44,22 @@ def pipe() -> object:
     from dense_attn.examples.tiny_scenes import model
 
     return model.load_pipeline()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
+    """q, k, v, words of queries and keys, and strength of all calls of layout_attention inside of pipelines."""
+    from dense_attn.integrations.diffusers import _state
+
+    seen: list[tuple[torch.Tensor, ...]] = []
+    original: Callable = _state.layout_attention
+
+    def watched(*args: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(_state, "layout_attention", watched)
+    return seen
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import types
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,23 +13,9 @@ from torch import Tensor
 
 from dense_attn import Layout
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import Edit, _state, apply_layout, semantic_guidance
+from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
-    """q, k, v, words of queries and keys, and strength of all calls of layout_attention."""
-    seen: list[tuple[Tensor, ...]] = []
-    original: Callable = _state.layout_attention
-
-    def watched(*args: Tensor, **options: object) -> Tensor:
-        seen.append(args)
-        return original(*args, **options)
-
-    monkeypatch.setattr(_state, "layout_attention", watched)
-    return seen
 
 
 @torch.no_grad()

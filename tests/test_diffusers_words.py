@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipeline
-from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import _state, apply_layout
+from dense_attn.integrations.diffusers import apply_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
-    """q, k, v, words of queries and keys, and strength of all calls of layout_attention."""
-    seen: list[tuple[Tensor, ...]] = []
-    original: Callable = _state.layout_attention
-
-    def watched(*args: Tensor, **options: object) -> Tensor:
-        seen.append(args)
-        return original(*args, **options)
-
-    monkeypatch.setattr(_state, "layout_attention", watched)
-    return seen
 
 
 def refused(pipe: object, sentence: str, prompt: str = PROMPT, phrase: str = "dog") -> None:
