@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from dense_attn import layout_attention
-from dense_attn._step import official_attention
+from dense_attn.demo.step import official_attention
 
 from . import machine
 from .workloads import Inputs

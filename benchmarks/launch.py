@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import dense_attn
-from dense_attn import _chains, _triton
+from dense_attn._backends import triton
+from dense_attn.reversible import links
 
 from . import machine
 from .clocks import Rounds
@@ -58,16 +59,16 @@ def _ways(workload: str) -> Ways:
     if WORKLOADS[workload] == "percentile_mask":
         return Ways(
             lambda: dense_attn.percentile_mask(x, _LEVEL, dim=-1),
-            lambda: _triton.percentile_mask(x, _LEVEL),
-            lambda: _triton.sega.percentile_mask(x, _LEVEL),
-            _triton.sega,
+            lambda: triton.percentile_mask(x, _LEVEL),
+            lambda: triton.sega.percentile_mask(x, _LEVEL),
+            triton.sega,
         )
-    numbers = x, eps, None, *_chains.ddim(*_ALPHA_BARS), 1.0
+    numbers = x, eps, None, *links.ddim(*_ALPHA_BARS), 1.0
     return Ways(
         lambda: dense_attn.ddim_step(x, eps, *_ALPHA_BARS),
-        lambda: _triton.ddim_step(*numbers),
-        lambda: _triton.reversible.ddim_step(*numbers),
-        _triton.reversible,
+        lambda: triton.ddim_step(*numbers),
+        lambda: triton.reversible.ddim_step(*numbers),
+        triton.reversible,
     )
 
 
@@ -77,12 +78,12 @@ def _attention_ways(workload: str) -> Ways:
     lists = dense_attn.tile_lists(q, k, *words)
     strength = inputs.strength.expand(q.shape[:3])
     raw = q, k, v, *words, strength, "range", q.shape[3] ** -0.5, None, None
-    kept = _triton.layout_attention.TileLists(*lists) if lists else None
+    kept = triton.layout_attention.TileLists(*lists) if lists else None
     return Ways(
         lambda: dense_attn.layout_attention(q, k, v, *words, strength, tile_lists=lists),
-        lambda: _triton.layout_attention_fwd(*raw, lists)[0],
-        lambda: _triton.layout_attention.layout_attention_fwd(*raw, kept)[0],
-        _triton.layout_attention,
+        lambda: triton.layout_attention_fwd(*raw, lists)[0],
+        lambda: triton.layout_attention.layout_attention_fwd(*raw, kept)[0],
+        triton.layout_attention,
     )
 
 

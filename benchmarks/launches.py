@@ -11,15 +11,15 @@ import torch
 from dense_attn import (
     ReversibleSampler,
     _command,
-    _triton,
     ddim_step,
     layout_attention,
     percentile_mask,
     sega_guidance,
     triton_kernels,
 )
+from dense_attn._backends import triton
 
-DEVICE = _triton.DEVICE
+DEVICE = triton.DEVICE
 
 
 class Watched:

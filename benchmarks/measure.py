@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_attn import _backends
-from dense_attn._verify import judge
+from dense_attn._backends import table
+from dense_attn.verify.attention import judge
 
 from . import machine
 from .clocks import Trial, clock, timed
@@ -58,7 +58,7 @@ class Case:
         setting, probe = self.setting, torch.empty(0, device=machine.current().device)
         return {
             "family": family, "workload": setting.workload, "contender": self.contender,
-            "backend": _backends.resolve("auto", op, probe) if self.ours else None,
+            "backend": table.resolve("auto", op, probe) if self.ours else None,
             "pass": setting.passes, "dtype": setting.dtype, "shape": list(shape),
         }  # fmt: skip
 

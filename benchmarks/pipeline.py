@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout, _command, _files, _memory
-from dense_attn._step import official_attention
+from dense_attn.demo.step import official_attention
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dense_attn import _backends
+from dense_attn._backends import table
 
 from . import machine
 from .chain import sampler
@@ -62,7 +62,7 @@ def across(name: str, steps: int, network: EpsFn, start: Pair | tuple[Tensor, No
     """The same, sampled on the GPU and inverted on the CPU, the network's prediction being the CPU's on both ways."""
     predict = lambda x, t: network(x.cpu(), t).to(x.device)  # noqa: E731
     chain = sampler(steps, mix_of(steps), method=name, exact=True)
-    here, there = machine.current().device, _backends.missing("cpu", "ReversibleSampler")
+    here, there = machine.current().device, table.missing("cpu", "ReversibleSampler")
     way_back = sampler(steps, mix_of(steps), method=name, exact=True, backend="reference" if there else "cpu")
     moved = tuple(x if x is None else x.to(here) for x in start)
     end = way_back.invert(predict, *(x.cpu() for x in chain.sample(predict, *moved)))

@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 from dense_attn import _command, _environment, _files
-from dense_attn.layout_attention import MODULATIONS
+from dense_attn.layout_attention.op import MODULATIONS
 
 from . import machine, plots, shapes
 from .bars import BARS, GPU_BARS

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import isqrt
 
-from dense_attn.layout import MAX_REGIONS
-from dense_attn.layout_attention import MODULATIONS
+from dense_attn.layout_attention.layout import MAX_REGIONS
+from dense_attn.layout_attention.op import MODULATIONS
 
 from . import machine, workloads
 from .workloads import Workload

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, reference
+from dense_attn import reference
+from dense_attn._backends import table
 
 from . import machine
 from .measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
@@ -142,7 +143,7 @@ def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _kernels(x: Tensor) -> ModuleType:
-    return _backends.NAMESPACES[_backends.resolve("auto", "ReversibleSampler", x)]
+    return table.NAMESPACES[table.resolve("auto", "ReversibleSampler", x)]
 
 
 def why_not(case: Case) -> str | None:

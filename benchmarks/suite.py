@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dense_attn import _backends
+from dense_attn._backends import table
 
 from . import machine
 from .baselines import CONTENDERS, PLAIN, RANGE_ALONE
@@ -168,7 +168,7 @@ def backend(case: Case) -> str | None:
     """Which of the library's backends runs a row, None for a baseline."""
     if not case.ours:
         return None
-    return _backends.resolve("auto", "layout_attention", _probe(case))
+    return table.resolve("auto", "layout_attention", _probe(case))
 
 
 def why_reference(case: Case) -> str | None:
@@ -176,7 +176,7 @@ def why_reference(case: Case) -> str | None:
     if backend(case) != "reference":
         return None
     kernels = "triton" if machine.on_gpu() else "cpu"
-    return "; ".join(f"{kernels} {reason}" for reason in _backends.why_not(kernels, "layout_attention", _probe(case)))
+    return "; ".join(f"{kernels} {reason}" for reason in table.why_not(kernels, "layout_attention", _probe(case)))
 
 
 def _probe(case: Case) -> torch.Tensor:

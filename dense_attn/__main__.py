@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 import dense_attn
-from dense_attn import _backends, _command, _demo, _kernel_report, _native
-from dense_attn._scene import UserError
+from dense_attn import _command, _kernel_report
+from dense_attn._backends import cpu, table
+from dense_attn.demo import run
+from dense_attn.demo.scene import UserError
 
 EXTRAS = {  # pyproject.toml's, which an installation need not have beside it
     "triton": ("triton",),
@@ -74,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--phrases", nargs="+", type=_command.said, metavar="PHRASE", help=shows)
     demo.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="the picture (%(default)s)")
     grids = "token grids to run, of %(choices)s (default: all; the official code needs 4 GB for 64)"
-    demo.add_argument("--grids", type=int, nargs="+", choices=_demo.GRIDS, metavar="N", help=grids)
-    demo.add_argument("--backend", choices=("auto", *_backends.ORDER), default="auto", help="(%(default)s)")
+    demo.add_argument("--grids", type=int, nargs="+", choices=run.GRIDS, metavar="N", help=grids)
+    demo.add_argument("--backend", choices=("auto", *table.ORDER), default="auto", help="(%(default)s)")
     demo.set_defaults(run=_run_demo)
 
     for command in (verify, demo):
@@ -103,13 +105,13 @@ def _info(arguments: argparse.Namespace) -> int:
         return 0
     print(f"dense_attn {dense_attn.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
           f"python {platform.python_version()}, {platform.system()} {platform.machine()}")  # fmt: skip
-    compiled = "not loaded" if _native.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()
+    compiled = "not loaded" if cpu.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()
     print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch uses "
           f"{torch.backends.cpu.get_cpu_capability()}, dense_attn's kernels: {compiled}")  # fmt: skip
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     print(f"GPU: {', '.join(devices) or 'none'}")
     print('\nbackends, in the order in which "auto" tries them')
-    for backend, ops in _backends.backends().items():
+    for backend, ops in table.backends().items():
         for op, state in ops.items():
             print(f"  {backend:<10} {op:<18} {state}")
     print("\noptional packages")
@@ -130,13 +132,13 @@ def _version(package: str) -> str | None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from dense_attn import _verify, _verify_families
+    from dense_attn.verify import attention, families
 
-    for backend in _backends.ORDER:
-        reasons = _verify.why_not(backend, "layout_attention")
-        if reasons and _backends.missing(backend, "layout_attention") is None:
+    for backend in table.ORDER:
+        reasons = attention.why_not(backend, "layout_attention")
+        if reasons and table.missing(backend, "layout_attention") is None:
             print(f"{backend}: not checked, {'; '.join(reasons)}")
-    failed = _verify.main() + _verify_families.main()
+    failed = attention.main() + families.main()
     print("\n" + (f"{failed} rows FAILED" if failed else "every row passed"))
     return 1 if failed else 0
 
@@ -160,7 +162,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     phrases = arguments.phrases and [part.strip() for text in arguments.phrases for part in text.split(",")]
-    _demo.main(arguments.layout, arguments.output, phrases, arguments.grids, arguments.backend)
+    run.main(arguments.layout, arguments.output, phrases, arguments.grids, arguments.backend)
     return 0
 
 

@@ -9,8 +9,9 @@ from contextlib import suppress
 
 import torch
 
-from dense_attn import _environment, _native
-from dense_attn._scene import UserError
+from dense_attn import _environment
+from dense_attn._backends import cpu
+from dense_attn.demo.scene import UserError
 
 REFUSED, INTERRUPTED, UNREAD = 2, 130, 141  # the last two as shells count SIGINT and SIGPIPE
 
@@ -46,7 +47,7 @@ def said(text: str) -> str:
 def _check_environment() -> None:
     """Refuse a variable that a call would refuse, such as a DENSE_ATTN_ISA that this processor does not have."""
     _environment.check()
-    if _native.LOAD_ERROR is not None:
+    if cpu.LOAD_ERROR is not None:
         return
     try:
         torch.ops.dense_attn.cpu_isa()

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from dense_attn._kernel_hashes import kernel_hashes
-from dense_attn._scene import UserError
+from dense_attn.demo.scene import UserError
 
 _CALL = ("kernel", "target", "triton", "head_dim", "dtype", "modulation", "layout")
 COLUMNS = (*_CALL, "tile", "warps", "stages", "registers", "spills", "shared", "matrix")

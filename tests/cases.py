@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_attn import Layout, _backends, _triton
+from dense_attn import Layout
+from dense_attn._backends import table, triton
 
 MODULATIONS = ("range", "max", "bias", "mask")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NARROW = DTYPES[:3]  # where the reference in float64 is exact; against itself it is not, nor are some sums reordered
-DEVICES = {backend: _backends.device_of(backend) for backend in ("reference", "cpu", "triton", "cuda")}
-INTERPRETED = _triton.LOAD_ERROR is None and _triton.DEVICE == "cpu"
+DEVICES = {backend: table.device_of(backend) for backend in ("reference", "cpu", "triton", "cuda")}
+INTERPRETED = triton.LOAD_ERROR is None and triton.DEVICE == "cpu"
 TIED = ("equal", "zero", "ties")
 SIGN_BIT = -(2**31)
 REAL_LAYOUTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "layouts.npz"
@@ -129,9 +130,9 @@ CASES = (
 
 def why_skip(backend: str, op: str = "layout_attention", dtype: torch.dtype = torch.float32) -> str | None:
     """The table's own reason why this machine cannot test a backend in a dtype, or None."""
-    reason = _backends.unavailable(backend, op)
+    reason = table.unavailable(backend, op)
     if reason is None:
-        reason = "; ".join(_backends.why_not(backend, op, torch.empty(1, 1, dtype=dtype, device=DEVICES[backend])))
+        reason = "; ".join(table.why_not(backend, op, torch.empty(1, 1, dtype=dtype, device=DEVICES[backend])))
     return f"{backend}: {reason}" if reason else None
 
 

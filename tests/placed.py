@@ -7,7 +7,7 @@ from types import ModuleType
 from cases import copied
 from torch import Tensor
 
-from dense_attn import _fakes, _triton
+from dense_attn._backends import ops, triton
 
 
 class Placed:
@@ -18,7 +18,7 @@ class Placed:
 
     def __getattr__(self, name: str) -> object:
         value = getattr(self._module, name)
-        return _placed(value) if name in _fakes.OPS else value
+        return _placed(value) if name in ops.OPS else value
 
 
 def _placed(op: object) -> object:
@@ -31,4 +31,4 @@ def _placed(op: object) -> object:
 
 
 def _there(x: object) -> object:
-    return copied(x, _triton.DEVICE) if isinstance(x, Tensor) else x
+    return copied(x, triton.DEVICE) if isinstance(x, Tensor) else x

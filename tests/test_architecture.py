@@ -12,7 +12,7 @@ import raw
 from cases import why_skip
 
 import dense_attn
-from dense_attn import _backends
+from dense_attn._backends import table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "dense_attn").rglob("*.py"))
@@ -126,7 +126,7 @@ def test_the_ban_on_torch_can_fail() -> None:
     assert TORCH_IN_KERNEL.pattern in hook
 
 
-@pytest.mark.parametrize("file", sorted(set(_backends.OPS.values())))
+@pytest.mark.parametrize("file", sorted(set(table.OPS.values())))
 def test_a_family_has_one_name(file: str) -> None:
     for path in (f"dense_attn/{file}.py", f"csrc/{file}.h", f"csrc/cpu/{file}.cpp", f"bindings/{file}.cpp"):
         assert (ROOT / path).is_file(), path
@@ -135,14 +135,14 @@ def test_a_family_has_one_name(file: str) -> None:
 @pytest.mark.parametrize("op", ["layout_attention", "percentile_mask", "sega_guidance"])
 def test_the_reference_has_the_public_parameters(op: str) -> None:
     signature = inspect.signature(getattr(dense_attn, op))
-    parameters = inspect.signature(getattr(_backends.reference, op)).parameters
+    parameters = inspect.signature(getattr(table.reference, op)).parameters
     assert [name for name in signature.parameters if name in parameters] == list(parameters)
 
 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 @pytest.mark.parametrize("op", sorted(raw.registered() - {raw.FWD, raw.BWD}))
 def test_a_kernel_has_the_name_and_parameters_of_its_reference(op: str) -> None:
-    assert raw.argument_names(op) == list(inspect.signature(getattr(_backends.reference, op)).parameters)
+    assert raw.argument_names(op) == list(inspect.signature(getattr(table.reference, op)).parameters)
 
 
 def test_public_names_are_those_of_the_api() -> None:

@@ -14,7 +14,7 @@ import torch
 from cases import why_skip
 
 import dense_attn
-from dense_attn import _backends, _fakes, _native, _triton
+from dense_attn._backends import cpu, ops, table, triton
 
 ALPHAS_CUMPROD = torch.linspace(0.999, 0.01, 20, dtype=torch.float64)
 CALLS: dict[str, Callable[[torch.Tensor, str], object]] = {
@@ -35,8 +35,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes a build of torch for GPUs, with Triton, and these capabilities on the machine."""
 
     def make(*capabilities: tuple[int, int]) -> None:
-        monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace(LOAD_ERROR=None))
-        monkeypatch.setattr(_triton, "DEVICE", "cuda")
+        monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace(LOAD_ERROR=None))
+        monkeypatch.setattr(triton, "DEVICE", "cuda")
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: len(capabilities) > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -54,7 +54,7 @@ OLD = "needs a GPU of compute capability 8.0 or newer, got {}"
 def test_old_gpus_are_named(capability: tuple[int, int], reasons: list[str], gpus: Callable) -> None:
     gpus(capability)
     x = SimpleNamespace(device=torch.device("cuda:0"), shape=(1, 1, 1, 64), dtype=torch.float32)
-    assert _backends.why_not("triton", "layout_attention", x) == [OLD.format(number) for number in reasons]
+    assert table.why_not("triton", "layout_attention", x) == [OLD.format(number) for number in reasons]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_old_gpus_are_named(capability: tuple[int, int], reasons: list[str], gpu
 )
 def test_the_table_looks_for_a_gpu(capabilities: tuple[tuple[int, int], ...], state: str, gpus: Callable) -> None:
     gpus(*capabilities)
-    assert dense_attn.backends()["triton"] == dict.fromkeys(_backends.OPS, state)
-    assert dense_attn.backends()["reference"] == dict.fromkeys(_backends.OPS, "available")
+    assert dense_attn.backends()["triton"] == dict.fromkeys(table.OPS, state)
+    assert dense_attn.backends()["reference"] == dict.fromkeys(table.OPS, "available")
 
 
 def test_the_table_names_a_gpu_that_cannot_be_asked(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_call_on_the_cpu_asks_no_gpu(gpus: Callable, monkeypatch: pytest.Monke
     gpus((9, 0))
     for name in ("is_available", "device_count", "get_device_capability"):
         monkeypatch.delattr(torch.cuda, name)
-    assert _backends.resolve("auto", "percentile_mask", torch.zeros(2)) != "triton"
+    assert table.resolve("auto", "percentile_mask", torch.zeros(2)) != "triton"
 
 
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="Triton's launchers load it")
@@ -104,11 +104,11 @@ def test_the_import_asks_no_gpu() -> None:
     assert run(f"import torch; {asked}; import dense_attn; print('imported')") == "imported"
 
 
-@pytest.mark.parametrize("op", _backends.OPS)
-@pytest.mark.parametrize("backend", _backends.ORDER)
+@pytest.mark.parametrize("op", table.OPS)
+@pytest.mark.parametrize("backend", table.ORDER)
 def test_what_is_available_runs(backend: str, op: str) -> None:
     if dense_attn.backends()[backend][op] == "available":
-        CALLS[op](torch.rand(4, 8, device=_backends.device_of(backend)), backend)
+        CALLS[op](torch.rand(4, 8, device=table.device_of(backend)), backend)
     else:
         with pytest.raises(RuntimeError, match="backend must be able to run"):
             CALLS[op](torch.rand(4, 8), backend)
@@ -176,15 +176,15 @@ def test_another_triton_does_not_take_the_library_along(source: str, reason: str
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
-    assert _native._load().startswith("the compiled library is missing: ")
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "_native.py"))
+    assert cpu._load().startswith("the compiled library is missing: ")
     (tmp_path / "_C.so").write_bytes(b"no library")
-    reason = _native._load()
+    reason = cpu._load()
     assert reason.startswith("the compiled library does not load: ")
     assert "\n" not in reason
 
 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_fakes.OPS, "an_op_of_tomorrow", None)
-    assert _native._load() == "the compiled library is of another version, without an_op_of_tomorrow: install it again"
+    monkeypatch.setitem(ops.OPS, "an_op_of_tomorrow", None)
+    assert cpu._load() == "the compiled library is of another version, without an_op_of_tomorrow: install it again"

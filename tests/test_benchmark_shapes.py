@@ -15,7 +15,7 @@ from stopwatch import Stopwatch
 
 from dense_attn.__main__ import main
 from dense_attn.benchmarks import attention, baselines, dry_run, machine, plots, shapes, suite, table, workloads
-from dense_attn.layout_attention import MODULATIONS
+from dense_attn.layout_attention.op import MODULATIONS
 
 SELF, CROSS = "2,2,24,24,16", "2,2,24,9,16"
 

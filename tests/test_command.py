@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dense_attn import _command
-from dense_attn._scene import UserError
+from dense_attn.demo.scene import UserError
 
 COMMAND = [sys.executable, "-m", "dense_attn"]
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}

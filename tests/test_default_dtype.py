@@ -17,7 +17,12 @@ from surroundings import SURROUNDINGS, assert_same, surrounded
 from torch import Tensor
 
 import dense_attn
-from dense_attn import Layout, ReversibleSampler, _picture, _scene, _step, _verify, _verify_families
+from dense_attn import Layout, ReversibleSampler
+from dense_attn.demo import picture
+from dense_attn.demo import scene as scenes
+from dense_attn.demo import step as layers_of
+from dense_attn.verify import attention as verified
+from dense_attn.verify import families
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMED = ("tensor", "as_tensor", "asarray", "scalar_tensor", "full", "zeros", "ones", "empty", "rand", "randn", "eye")
@@ -172,18 +177,18 @@ def saliency(backend: str) -> Thunk:
 
 def programs(backend: str) -> Thunk:
     """The demo's numbers and a part of the table of `verify`."""
-    layers = tuple(layer for layer in _step.SD15_LAYERS if layer.grid == 8)
+    layers = tuple(layer for layer in layers_of.SD15_LAYERS if layer.grid == 8)
 
     def run() -> object:
-        scene = _scene.load_scene()
-        measured = [run.difference for run in _step.measure(scene.layout, layers, backend)]
-        inputs = [_step.make_inputs(layer, seed=1, batch=1) for layer in layers]
-        attended = _picture.attention(scene, "cross")
-        case = next(islice(_verify.cases(), 3, None)).cast(torch.float64)
-        expected = _verify.exact_and_plain(case, "range")
-        rows = [case.run("range", backend), *expected, *_verify_families._guidance(backend, torch.float32)]
-        rows += [_verify_families._float_step(backend, torch.bfloat16)]
-        return measured, inputs, attended, rows, dense_attn.backends(), _verify.usable("ddim_step", torch.float16)
+        scene = scenes.load_scene()
+        measured = [run.difference for run in layers_of.measure(scene.layout, layers, backend)]
+        inputs = [layers_of.make_inputs(layer, seed=1, batch=1) for layer in layers]
+        attended = picture.attention(scene, "cross")
+        case = next(islice(verified.cases(), 3, None)).cast(torch.float64)
+        expected = verified.exact_and_plain(case, "range")
+        rows = [case.run("range", backend), *expected, *families._guidance(backend, torch.float32)]
+        rows += [families._float_step(backend, torch.bfloat16)]
+        return measured, inputs, attended, rows, dense_attn.backends(), verified.usable("ddim_step", torch.float16)
 
     return run
 
@@ -246,4 +251,4 @@ def test_it_is_imported_under_them(by: torch.dtype | torch.device) -> None:
     which = f"torch.set_default_device('{by}')" if isinstance(by, torch.device) else f"torch.set_default_dtype({by})"
     code = f"import torch; {which}; from dense_attn import _verify_families as v; print(v._ALPHAS_CUMPROD[-1].item())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == _verify_families._ALPHAS_CUMPROD[-1].item()
+    assert float(done.stdout) == families._ALPHAS_CUMPROD[-1].item()

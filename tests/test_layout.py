@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dense_attn import Layout
-from dense_attn._scene import load_scene
+from dense_attn.demo.scene import load_scene
 
 HALVES = torch.zeros(2, 4, 4, dtype=torch.bool)
 HALVES[0, :, :2] = True

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dense_attn import _backends, _kernel_report, _picture, _step, layout_attention
+from dense_attn import _kernel_report, layout_attention
 from dense_attn.__main__ import main
+from dense_attn._backends import table
 from dense_attn._kernel_hashes import kernel_hashes
-from dense_attn._scene import UserError, load_scene
+from dense_attn.demo import picture, step
+from dense_attn.demo.scene import UserError, load_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Image = pytest.importorskip("PIL.Image")
@@ -48,7 +50,7 @@ def test_info_tells_backends_with_reasons_and_missing_extras(
     monkeypatch.setattr("dense_attn.__main__.EXTRAS", {"bench": ("pytest", "no-such-package")})
     code, out, _ = run(capsys, "info")
     assert code == 0
-    for backend, ops in _backends.backends().items():
+    for backend, ops in table.backends().items():
         assert any(line.split()[0] == backend and ops["layout_attention"] in line for line in out.splitlines() if line)
     assert "no-such-package   missing: pip install dense_attn[bench]" in out
     assert f"pytest            {pytest.__version__}" in out
@@ -205,7 +207,7 @@ def test_demo_refuses_an_output_before_the_work(tmp_path: Path, capsys: pytest.C
 def test_demo_with_a_backend_that_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code, _, err = run(capsys, "demo", "--backend", "cuda", "--output", tmp_path / "out.png")
     assert code == 2
-    assert _backends.missing("cuda", "layout_attention") in err
+    assert table.missing("cuda", "layout_attention") in err
 
 
 def test_scene_puts_phrases_where_the_prompt_has_them(label_map: Path) -> None:
@@ -223,35 +225,35 @@ def test_scene_refuses_a_prompt_that_is_too_long(label_map: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_official_attention_is_the_formula(kind: str, label_map: Path) -> None:
-    layer = _step.Layer(grid=16, head_dim=40, count=1, kind=kind)
-    q, k, v = _step.make_inputs(layer, seed=1)
-    words = _step.modulation_of(layer, load_scene(label_map).layout)
+    layer = step.Layer(grid=16, head_dim=40, count=1, kind=kind)
+    q, k, v = step.make_inputs(layer, seed=1)
+    words = step.modulation_of(layer, load_scene(label_map).layout)
     strength = words["strength"]
     assert (strength[0] == 0).all()
-    assert strength[1].max() == pytest.approx(_step.WEIGHTS[kind] * 0.981**5)
+    assert strength[1].max() == pytest.approx(step.WEIGHTS[kind] * 0.981**5)
     dense_mask = ((words["q_regions"][:, None] & words["k_regions"]) != 0).float()[None]
     assert 0 < dense_mask.mean() < 1
-    official = _step.official_attention(q, k, v, dense_mask, strength[1].T)
+    official = step.official_attention(q, k, v, dense_mask, strength[1].T)
     expected = layout_attention(q, k, v, **words, backend="reference")
     torch.testing.assert_close(official, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_are_those_of_stable_diffusion() -> None:
-    assert sum(layer.count for layer in _step.SD15_LAYERS) == 32
-    assert {layer.head_dim * _step.NUM_HEADS for layer in _step.SD15_LAYERS} == {320, 640, 1280}
+    assert sum(layer.count for layer in step.SD15_LAYERS) == 32
+    assert {layer.head_dim * step.NUM_HEADS for layer in step.SD15_LAYERS} == {320, 640, 1280}
 
 
 def test_deepest_token_is_in_the_middle() -> None:
     mask = torch.zeros(9, 9, dtype=torch.bool)
     mask[1:8, 2:7] = True
-    row, column = _picture.deepest_token(mask)
+    row, column = picture.deepest_token(mask)
     assert (row, column) in ((3, 4), (4, 4), (5, 4))
-    assert _picture.deepest_token(torch.eye(5, dtype=torch.bool)) == (0, 0)
+    assert picture.deepest_token(torch.eye(5, dtype=torch.bool)) == (0, 0)
 
 
 def test_shares_of_the_picture_add_up(label_map: Path) -> None:
     scene = load_scene(label_map)
-    attended = _picture.attention(scene, "self")
+    attended = picture.attention(scene, "self")
     torch.testing.assert_close(attended.after.sum(-1), torch.ones(1024))
     rows = scene.layout.query_regions(32, 32) == 2
     before, after = attended.share(rows)

@@ -11,15 +11,8 @@ from cases import DEVICES, backends
 from sega_cases import NUMBERS
 from torch import Tensor
 
-from dense_attn import (
-    ReversibleSampler,
-    SemanticGuidance,
-    _backends,
-    ddim_step,
-    layout_attention,
-    percentile_mask,
-    sega_guidance,
-)
+from dense_attn import ReversibleSampler, SemanticGuidance, ddim_step, layout_attention, percentile_mask, sega_guidance
+from dense_attn._backends import table
 
 GUIDANCE = {"edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0, "warm": True, "enabled": True}
 GUIDANCE |= {"reverse": False, **NUMBERS}
@@ -125,7 +118,7 @@ def test_so_does_each_part_of_a_chain(method: str, exact: bool, part: str, monke
     found = chain.sample(lambda x, t: 0.1 * x, x) if x.requires_grad else None
     for name in ("ddim_step", "leapfrog_step", "edict_mix", "edict_unmix", "exact_couple", "exact_leapfrog",
                  "exact_mix", "exact_unmix"):  # fmt: skip
-        monkeypatch.setattr(_backends.NAMESPACES["reference"], name, fails)
+        monkeypatch.setattr(table.NAMESPACES["reference"], name, fails)
     with pytest.raises(torch.OutOfMemoryError, match=f"^{CHAIN.format('1, 2', 'cpu', 32 if exact else 16)}CUDA out of"):
         chain.sample(lambda x, t: 0.1 * x, x) if found is None else sum(found).sum().backward()
 
@@ -142,8 +135,8 @@ def test_too_little_memory_of_the_callers_network_is_its_own(method: str, exact:
 def test_the_raw_op_says_what_it_wanted() -> None:
     """Compiled code calls it so."""
     x = huge("cpu", 2**22, 2**22)
-    if _backends.missing("cpu", "percentile_mask") is not None:
-        pytest.skip(_backends.missing("cpu", "percentile_mask"))
+    if table.missing("cpu", "percentile_mask") is not None:
+        pytest.skip(table.missing("cpu", "percentile_mask"))
     with pytest.raises(RuntimeError, match=r"allocate 70368744177664 bytes for a tensor \[4194304, 4194304\] of Float"):
         torch.ops.dense_attn.percentile_mask(x, 0.5)
 
@@ -161,7 +154,7 @@ def failing(error: Exception) -> SimpleNamespace:
 
 
 def backward(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_backends.NAMESPACES, "cpu", failing(error))
+    monkeypatch.setitem(table.NAMESPACES, "cpu", failing(error))
     q, words = torch.zeros(1, 2, 3, 4, requires_grad=True), torch.zeros(3, dtype=torch.int32)
     layout_attention(q, q, q, words, words, backend="cpu").sum().backward()
 

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 from PIL import Image, ImageOps
 
 from dense_attn import Layout
-from dense_attn._scene import load_scene
+from dense_attn.demo.scene import load_scene
 from dense_attn.integrations.diffusers import _regions
 
 REGION = np.zeros((6, 8), bool)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dense_attn import ReversibleSampler
-from dense_attn._trajectory import from_grid, to_grid
+from dense_attn.reversible.trajectory import from_grid, to_grid
 
 on_cpu = pytest.mark.parametrize("backend", backends("reference", "cpu"))
 CHAINS = [  # method, steps, mix

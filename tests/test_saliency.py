@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dense_attn import spectral_residual_saliency
-from dense_attn.saliency import salient_boxes, salient_crop
+from dense_attn.optimize.saliency import salient_boxes, salient_crop
 
 
 def odd_patch(size: int, top: int, left: int, seed: int) -> tuple[Tensor, int]:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from sega_cases import CASES, LISTS, NUMBERS, Case, evaluate, exact_and_plain, kept_entries, make_inputs
 from torch import Tensor
 
-from dense_attn import SemanticGuidance, _backends, _checks, percentile_mask, reference, sega_guidance
-from dense_attn._verify import judge
-from dense_attn._verify_families import exact_quantile
+from dense_attn import SemanticGuidance, _checks, percentile_mask, reference, sega_guidance
+from dense_attn._backends import table
+from dense_attn.verify.attention import judge
+from dense_attn.verify.families import exact_quantile
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
@@ -57,7 +58,7 @@ def test_thresholds_are_their_definition(backend: str, case: Case, dtype: torch.
     count, batch, channels = case.size[:3]
     uncond, text = (x.reshape(batch, channels, -1 if x.numel() else 1) for x in (inputs.eps_uncond, inputs.eps_text))
     lists = {name: options[name] if isinstance(options[name], list) else [options[name]] * count for name in LISTS}
-    *_, thresholds = _backends.NAMESPACES[backend].sega_guidance(
+    *_, thresholds = table.NAMESPACES[backend].sega_guidance(
         uncond, text, inputs.eps_edits.reshape(count, *uncond.shape), uncond.to(reference.accumulation_dtype(dtype)),
         **{**NUMBERS, **lists}, user_mask=None, sum_channels=options.get("sum_channels", False),
     )  # fmt: skip

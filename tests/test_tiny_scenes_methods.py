@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from dense_attn import _backends
+from dense_attn._backends import table
 from dense_attn.examples.tiny_scenes import chains, edits, evaluate, layouts, scenes, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +26,7 @@ def test_kernels_and_reference_have_the_same_scores(pipe: object, monkeypatch: p
 
 
 def test_without_kernels_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "resolve", lambda *_: "reference")
+    monkeypatch.setattr(table, "resolve", lambda *_: "reference")
     for compare, counts in ((layouts.same_tables, (2,)), (edits.same_tables, (2,)), (chains.same_tables, (2, 2))):
         with pytest.raises(RuntimeError, match="must have a backend that is not the reference"):
             compare(None, *counts)
@@ -143,8 +143,8 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
         "layouts": layouts.table, "similar": layouts.table, "edits": edits.table,
         "inversion": chains.inversion_table, "optimisation": chains.optimisation_table,
     }  # fmt: skip
-    for part, table in shown.items():
-        for text in table(results[part]).split("\n\n"):
+    for part, shown_as in shown.items():
+        for text in shown_as(results[part]).split("\n\n"):
             assert text in page, f"{part}:\n{text}"
     gate = results["gate"]
     for name in ("both present", "shape right", "both present in their shapes"):

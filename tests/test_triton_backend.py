@@ -11,25 +11,26 @@ import torch
 from chains import Network, sampler
 from torch import Tensor
 
-from dense_attn import _backends, _triton, backends, layout_attention, reference
+from dense_attn import backends, layout_attention, reference
+from dense_attn._backends import table, triton
 
 OFF_GRID = 2**62
 RULE = r"eps_fn's result must be finite and keep the latents within the grid of 2\^50 steps, got "
 
 
-@pytest.mark.skipif(_triton.LOAD_ERROR is None, reason="Triton's kernels are here")
+@pytest.mark.skipif(triton.LOAD_ERROR is None, reason="Triton's kernels are here")
 def test_the_table_says_why_there_are_no_kernels() -> None:
-    assert set(backends()["triton"].values()) == {_triton.LOAD_ERROR}
+    assert set(backends()["triton"].values()) == {triton.LOAD_ERROR}
     x, words = torch.zeros(1, 1, 2, 8), torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=f"'triton': {_triton.LOAD_ERROR}"):
+    with pytest.raises(RuntimeError, match=f"'triton': {triton.LOAD_ERROR}"):
         layout_attention(x, x, x, words, words, backend="triton")
 
 
 def test_tensors_of_another_device_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace(LOAD_ERROR=None))
-    monkeypatch.setattr(_triton, "DEVICE", "cuda")
-    assert _backends.why_not("triton", "ddim_step", torch.zeros(2)) == ["runs on cuda tensors, got cpu"]
-    assert _backends.resolve("auto", "ddim_step", torch.zeros(2)) != "triton"
+    monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace(LOAD_ERROR=None))
+    monkeypatch.setattr(triton, "DEVICE", "cuda")
+    assert table.why_not("triton", "ddim_step", torch.zeros(2)) == ["runs on cuda tensors, got cpu"]
+    assert table.resolve("auto", "ddim_step", torch.zeros(2)) != "triton"
 
 
 def test_a_launch_goes_to_the_device_of_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +43,7 @@ def test_a_launch_goes_to_the_device_of_its_first_tensor(monkeypatch: pytest.Mon
         events.append("back")
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    launch = _triton._on_its_device(lambda x, *, y: events.append(y))
+    launch = triton._on_its_device(lambda x, *, y: events.append(y))
     launch(SimpleNamespace(is_cuda=True, device="cuda:1"), y="launched")
     assert events == ["cuda:1", "launched", "back"]
     launch(torch.zeros(2), y="on the CPU")
@@ -77,15 +78,15 @@ def _on_grid(x: Tensor) -> Tensor:
 def test_latents_off_the_grid_are_refused_when_the_chain_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = Network(), torch.randn(1, 4, 3, 3)
     kernels = poisons(after=10**6)
-    monkeypatch.setitem(_backends.NAMESPACES, "reference", kernels)
+    monkeypatch.setitem(table.NAMESPACES, "reference", kernels)
     chain = sampler(4, backend="reference")
     chain.sample(network, x)[0].sum().backward()
     total = len(kernels.calls)
-    monkeypatch.setitem(_backends.NAMESPACES, "reference", poisons(after=3))
+    monkeypatch.setitem(table.NAMESPACES, "reference", poisons(after=3))
     for call in (chain.sample, chain.invert):
         with pytest.raises(RuntimeError, match=RULE + "latents that left it on the way"):
             call(network, x, x)
-    monkeypatch.setitem(_backends.NAMESPACES, "reference", poisons(after=total - 3))
+    monkeypatch.setitem(table.NAMESPACES, "reference", poisons(after=total - 3))
     image = chain.sample(network, x)
     with pytest.raises(RuntimeError, match=RULE + "latents that left it on the way"):
         image[0].sum().backward()

@@ -9,18 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _verify, _verify_families, layout_attention
+from dense_attn import layout_attention
 from dense_attn.__main__ import main
+from dense_attn._backends import table
+from dense_attn.verify import attention, families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_verify_passes_every_backend_here(capsys: pytest.CaptureFixture) -> None:
     code, out = main(["verify"]), capsys.readouterr().out
-    available = [name for name in _backends.ORDER if _backends.missing(name, "layout_attention") is None]
+    available = [name for name in table.ORDER if table.missing(name, "layout_attention") is None]
     rows = [line.split() for line in out.splitlines() if line.startswith(tuple(available))]
     families = len(("thresholds", "guidance", "mixed", "steps", "edict", "bdia"))
-    assert len(rows) == len(available) * len(_verify.DTYPES) * (len(_verify.MODULATIONS) + families)
+    assert len(rows) == len(available) * len(attention.DTYPES) * (len(attention.MODULATIONS) + families)
     assert code == 0, out
     assert "every row passed" in out
 
@@ -48,15 +50,15 @@ def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
             return layout_attention(*tensors, backend=backend, **options)
         return request.param(layout_attention, *tensors, backend="reference", **options)
 
-    cases = list(_verify.cases())[:1]
-    monkeypatch.setattr(_verify, "cases", lambda: iter(cases))
-    monkeypatch.setattr(_verify, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(_verify, "layout_attention", faulty)
-    monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace())
-    monkeypatch.setattr(_verify_families, "verify", lambda: iter(()))
-    monkeypatch.setattr(_backends, "ORDER", ("triton", "reference"))
-    monkeypatch.setattr(_backends, "device_of", lambda backend: "cpu")
-    monkeypatch.setattr(_backends, "why_not", lambda backend, op, x: [])
+    cases = list(attention.cases())[:1]
+    monkeypatch.setattr(attention, "cases", lambda: iter(cases))
+    monkeypatch.setattr(attention, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(attention, "layout_attention", faulty)
+    monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace())
+    monkeypatch.setattr(families, "verify", lambda: iter(()))
+    monkeypatch.setattr(table, "ORDER", ("triton", "reference"))
+    monkeypatch.setattr(table, "device_of", lambda backend: "cpu")
+    monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 )
 @pytest.mark.usefixtures("wrong_backend")
 def test_verify_fails_a_wrong_backend(results: set[str], capsys: pytest.CaptureFixture) -> None:
-    verdicts = [verdict for verdict in _verify.verify() if verdict.backend == "triton"]
+    verdicts = [verdict for verdict in attention.verify() if verdict.backend == "triton"]
     assert len(verdicts) == 4
     for verdict in verdicts:
         assert {name for name, ratio in verdict.ratios.items() if ratio > 1} >= results
@@ -83,20 +85,20 @@ def test_verify_fails_a_wrong_backend(results: set[str], capsys: pytest.CaptureF
 def test_verify_names_a_backend_for_other_tensors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(_backends, "missing", lambda backend, op: None if backend == "triton" else "not here")
+    monkeypatch.setattr(table, "missing", lambda backend, op: None if backend == "triton" else "not here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(_backends, "device_of", lambda backend: "cuda")
-    for module in (_verify, _verify_families):
+    monkeypatch.setattr(table, "device_of", lambda backend: "cuda")
+    for module in (attention, families):
         monkeypatch.setattr(module, "verify", lambda: iter(()))
     assert main(["verify"]) == 0
     assert "triton: not checked, no GPU on this machine\n" in capsys.readouterr().out
 
 
 def test_verify_fails_where_its_negative_control_does() -> None:
-    right = dict.fromkeys(_verify.RESULTS, 0.5)
-    assert _verify.Verdict("cpu", "float32", "range", right, 1.5, "").passed
-    assert not _verify.Verdict("cpu", "float32", "range", right, 0.9, "").passed
-    assert not _verify.Verdict("cpu", "float32", "range", right | {"dk": 1.01}, 1.5, "").passed
+    right = dict.fromkeys(attention.RESULTS, 0.5)
+    assert attention.Verdict("cpu", "float32", "range", right, 1.5, "").passed
+    assert not attention.Verdict("cpu", "float32", "range", right, 0.9, "").passed
+    assert not attention.Verdict("cpu", "float32", "range", right | {"dk": 1.01}, 1.5, "").passed
 
 
 EXACT = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
@@ -104,26 +106,26 @@ PLAIN = EXACT + torch.tensor([0.0, 1e-6, 0.0])
 
 
 def test_judge_allows_twice_the_plain_error_and_one_rounding() -> None:
-    error, allowed = _verify.judge(EXACT + 3e-6, EXACT, PLAIN, torch.float32)
+    error, allowed = attention.judge(EXACT + 3e-6, EXACT, PLAIN, torch.float32)
     assert error == pytest.approx(3e-6)
     assert allowed == pytest.approx(2e-6 + 4 * 2**-23)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_judge_refuses_what_is_not_finite_where_it_should_be(wrong: float) -> None:
-    error, allowed = _verify.judge(torch.tensor([wrong, -2.0, 4.0]), EXACT, PLAIN, torch.float32)
+    error, allowed = attention.judge(torch.tensor([wrong, -2.0, 4.0]), EXACT, PLAIN, torch.float32)
     assert error > allowed
 
 
 def test_judge_wants_the_same_infinities_and_nans() -> None:
     exact = torch.tensor([float("nan"), -float("inf"), 1.0], dtype=torch.float64)
-    error, allowed = _verify.judge(exact, exact, exact, torch.float32)
+    error, allowed = attention.judge(exact, exact, exact, torch.float32)
     assert error <= allowed
     for other in (torch.tensor([0.0, -torch.inf, 1.0]), torch.tensor([torch.nan, torch.inf, 1.0])):
-        assert _verify.judge(other, exact, exact, torch.float32)[0] == float("inf")
+        assert attention.judge(other, exact, exact, torch.float32)[0] == float("inf")
 
 
 def test_judge_lets_an_overflowing_plain_run_allow_nothing() -> None:
     plain = torch.tensor([float("inf"), -2.0, 4.0])
-    error, allowed = _verify.judge(EXACT + 1e-3, EXACT, plain, torch.float32)
+    error, allowed = attention.judge(EXACT + 1e-3, EXACT, plain, torch.float32)
     assert error > allowed

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dense_attn import _backends, _verify_families, reference
+from dense_attn import reference
+from dense_attn._backends import table
+from dense_attn.verify import families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = [name for name in vars(reference) if callable(getattr(reference, name)) and not name.startswith("_")]
@@ -44,18 +46,18 @@ def _wrong_grid(*arguments: object) -> tuple:
 )
 def test_a_wrong_backend_fails(op: str, wrong: Callable, rows: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     functions = {name: getattr(reference, name) for name in OPS} | {op: wrong}
-    monkeypatch.setitem(_backends.NAMESPACES, "triton", SimpleNamespace(**functions))
-    monkeypatch.setattr(_verify_families, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(_backends, "why_not", lambda backend, op, x: [])
-    monkeypatch.setattr(_backends, "device_of", lambda backend: "cpu")
-    monkeypatch.setattr(_verify_families, "usable", lambda op, dtype: ["triton"])
-    verdicts = list(_verify_families.verify())
+    monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace(**functions))
+    monkeypatch.setattr(families, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(table, "device_of", lambda backend: "cpu")
+    monkeypatch.setattr(families, "usable", lambda op, dtype: ["triton"])
+    verdicts = list(families.verify())
     assert {verdict.what for verdict in verdicts if not verdict.passed} == rows
     assert len(verdicts) == 6
 
 
 def test_a_row_fails_where_its_control_does() -> None:
-    make = _verify_families.Verdict
+    make = families.Verdict
     assert make("cpu", "float32", "bits", {"bits": 0}, 0, 1).passed
     assert not make("cpu", "float32", "bits", {"bits": 0}, 0, 0).passed
     assert not make("cpu", "float32", "guidance", {"eps": 1.01}, 1, 5).passed

@@ -11,7 +11,8 @@ from accuracy import evaluate
 from cases import CASES, DEVICES, INTERPRETED, Case, Inputs, moved
 from cases import make_inputs as make_on_the_cpu
 
-from dense_attn import _triton, layout_attention, tile_lists
+from dense_attn import layout_attention, tile_lists
+from dense_attn._backends import triton
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
 
@@ -73,26 +74,26 @@ def test_lists_made_beforehand() -> None:
     q, k, strength = inputs.q, inputs.k, inputs.strength.expand(inputs.q.shape[:3])
     arguments = (q, k, inputs.v, inputs.q_regions, inputs.k_regions, strength, "range", 0.2)
     orders = tuple(inputs.orders.values())
-    lists = _triton.lists_of(q, k, inputs.q_regions, inputs.k_regions, *orders)
-    plain = _triton.layout_attention_fwd(*arguments, *orders)
-    for a, b in zip(plain, _triton.layout_attention_fwd(*arguments, *orders, list(lists))):
+    lists = triton.lists_of(q, k, inputs.q_regions, inputs.k_regions, *orders)
+    plain = triton.layout_attention_fwd(*arguments, *orders)
+    for a, b in zip(plain, triton.layout_attention_fwd(*arguments, *orders, list(lists))):
         assert torch.equal(a, b)
     with pytest.raises(RuntimeError, match="tile_lists must be 3 tensors, got 2"):
-        _triton.layout_attention_fwd(*arguments, *orders, list(lists[:2]))
+        triton.layout_attention_fwd(*arguments, *orders, list(lists[:2]))
     with pytest.raises(RuntimeError, match="tile_lists must have contiguous tensors of shape"):
-        _triton.layout_attention_fwd(*arguments, *orders, [lists[0][:, 1:], *lists[1:]])
+        triton.layout_attention_fwd(*arguments, *orders, [lists[0][:, 1:], *lists[1:]])
 
 
 def test_lists_of_another_length_are_refused() -> None:
     """Also where the number of tiles is the same: whole tiles are read without a look at where the keys end."""
     q, k = torch.randn(1, 1, 20, 16, device=DEVICE), torch.randn(1, 1, 160, 16, device=DEVICE)
     words, strength = torch.ones(160, dtype=torch.int32, device=DEVICE), torch.ones(1, 1, 20, device=DEVICE)
-    lists = _triton.lists_of(q, k, words[:20], words, None, None)
-    block = _triton.layout_attention.fwd_blocks(q, k)[1]
+    lists = triton.lists_of(q, k, words[:20], words, None, None)
+    block = triton.layout_attention.fwd_blocks(q, k)[1]
     fewer = 160 - block + 1
     short = (q, k[:, :, :fewer], k[:, :, :fewer], words[:20], words[:fewer], strength, "range", 0.2, None, None)
     with pytest.raises(RuntimeError, match=rf"tile_lists must have contiguous tensors of shape \[1 or B, {fewer}\]"):
-        _triton.layout_attention_fwd(*short, list(lists))
+        triton.layout_attention_fwd(*short, list(lists))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_raw_calls_are_refused(argument: str, bad: object, message: str) -> None
     }
     arguments[argument] = bad(arguments[argument])
     with pytest.raises(RuntimeError, match=message):
-        _triton.layout_attention_fwd(*arguments.values())
+        triton.layout_attention_fwd(*arguments.values())
 
 
 def test_tile_lists_inside_of_a_compiled_function() -> None:
@@ -153,7 +154,7 @@ def test_opcheck() -> None:
     tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions
     arguments = (*tensors, inputs.strength.expand(1, 1, 5).contiguous())
     rest = ("range", 0.25, None)
-    out, _, stats = _triton.layout_attention_fwd(*arguments, *rest)
-    torch.library.opcheck(_triton.layout_attention_fwd, (*arguments, *rest))
+    out, _, stats = triton.layout_attention_fwd(*arguments, *rest)
+    torch.library.opcheck(triton.layout_attention_fwd, (*arguments, *rest))
     backward = (inputs.grad_out, inputs.grad_lse, *arguments, out, stats, *rest)
-    torch.library.opcheck(_triton.layout_attention_bwd, backward)
+    torch.library.opcheck(triton.layout_attention_bwd, backward)

@@ -14,7 +14,8 @@ from chains import Network, sampler
 from sega_cases import LISTS, NUMBERS
 from torch import Tensor
 
-from dense_attn import _backends, _triton, ddim_step, layout_attention, percentile_mask, sega_guidance
+from dense_attn import ddim_step, layout_attention, percentile_mask, sega_guidance
+from dense_attn._backends import table, triton
 from dense_attn.triton_kernels import reversible
 
 pytestmark = [
@@ -27,27 +28,27 @@ ATTENTION = Case("public", (1, 2, 20, 150, 16), words="runs", ordered=True)
 
 @pytest.mark.skipif(not INTERPRETED, reason="says what the interpreter can do")
 def test_the_table() -> None:
-    assert set(_backends.backends()["triton"].values()) == {"available"}
+    assert set(table.backends()["triton"].values()) == {"available"}
     x = torch.zeros(1, 1, 2, 257)
-    assert _backends.why_not("triton", "layout_attention", x.double()) == [
+    assert table.why_not("triton", "layout_attention", x.double()) == [
         "head_dim is at most 256, got 257",
         "has no float64 kernels",
     ]
     bfloat16 = ["computes bfloat16 wrongly in Triton's interpreter"]
-    assert _backends.why_not("triton", "ddim_step", x.bfloat16()) == bfloat16
-    assert _backends.why_not("triton", "sega_guidance", x.double()) == ["has no float64 kernels"]
-    assert _backends.why_not("triton", "ddim_step", x.double()) == []
-    assert _backends.why_not("triton", "ddim_step", x.to("meta")) == ["runs on cpu tensors, got meta"]
-    assert _backends.resolve("auto", "percentile_mask", x) == "triton"
-    assert _backends.resolve("auto", "percentile_mask", x.double()) == "cpu" if why_skip("cpu") is None else "reference"
+    assert table.why_not("triton", "ddim_step", x.bfloat16()) == bfloat16
+    assert table.why_not("triton", "sega_guidance", x.double()) == ["has no float64 kernels"]
+    assert table.why_not("triton", "ddim_step", x.double()) == []
+    assert table.why_not("triton", "ddim_step", x.to("meta")) == ["runs on cpu tensors, got meta"]
+    assert table.resolve("auto", "percentile_mask", x) == "triton"
+    assert table.resolve("auto", "percentile_mask", x.double()) == "cpu" if why_skip("cpu") is None else "reference"
     with pytest.raises(RuntimeError, match="backend must be able to run percentile_mask, got 'triton': has no float64"):
         percentile_mask(x.double(), 0.5, backend="triton")
 
 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_schemas_are_those_of_the_compiled_ops() -> None:
-    assert _triton.SCHEMAS.keys() == raw.registered()
-    for name, schema in _triton.SCHEMAS.items():
+    assert triton.SCHEMAS.keys() == raw.registered()
+    for name, schema in triton.SCHEMAS.items():
         compiled = str(getattr(torch.ops.dense_attn, name).default._schema)
         own = schema.replace(", Tensor? k_order=None", "").replace(", Tensor[]? lists=None", "")
         assert f"dense_attn::{name}{own}" == compiled
@@ -58,13 +59,13 @@ def test_layout_attention(modulation: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Both orders reach both launchers."""
     orders = []
     for name in ("layout_attention_fwd", "layout_attention_bwd"):
-        launch = getattr(_triton.layout_attention, name)
+        launch = getattr(triton.layout_attention, name)
 
         def spying(*arguments: object, launch: Callable = launch, q_at: int) -> object:
             orders.append(arguments[q_at : q_at + 2])
             return launch(*arguments)
 
-        monkeypatch.setattr(_triton.layout_attention, name, partial(spying, q_at=8 if "fwd" in name else 12))
+        monkeypatch.setattr(triton.layout_attention, name, partial(spying, q_at=8 if "fwd" in name else 12))
     inputs = make_inputs(ATTENTION, torch.float32)
     exact, plain = exact_and_plain(inputs, modulation=modulation)
     there = moved(inputs, DEVICE)
@@ -188,14 +189,14 @@ def raw_calls() -> dict[str, tuple[tuple, dict]]:
 
 
 def test_every_op_has_a_raw_call() -> None:
-    assert raw_calls().keys() == _triton.SCHEMAS.keys() - {raw.FWD, raw.BWD}
+    assert raw_calls().keys() == triton.SCHEMAS.keys() - {raw.FWD, raw.BWD}
 
 
 @pytest.mark.parametrize("name", raw_calls())
 def test_opcheck(name: str) -> None:
     arguments, named = raw_calls()[name]
     arguments = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments]
-    torch.library.opcheck(getattr(_triton, name), arguments, named)
+    torch.library.opcheck(getattr(triton, name), arguments, named)
 
 
 @pytest.mark.parametrize("name", raw_calls())
@@ -204,4 +205,4 @@ def test_a_raw_call_refuses_a_meta_tensor(name: str) -> None:
     (first, second, *others), named = raw_calls()[name]
     if isinstance(second, Tensor):
         with pytest.raises(RuntimeError, match=r"must be on \w+ like the first tensor, got"):
-            getattr(_triton, name)(first, second.to("meta"), *others, **named)
+            getattr(triton, name)(first, second.to("meta"), *others, **named)

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from dense_attn import _backends
+from dense_attn._backends import table
 from dense_attn.integrations.diffusers import apply_layout
 
 from .scenes import COLOURS, PRESENT, Scene, colour_masks, masks
@@ -56,7 +56,7 @@ def laid_out(
 
 def kernels(op: str) -> str:
     """The backend of an op here, that is not the reference; without one there is nothing to compare."""
-    name = _backends.resolve("auto", op, torch.empty(1, 1, 1, 1, dtype=torch.float32, device="cpu"))
+    name = table.resolve("auto", op, torch.empty(1, 1, 1, 1, dtype=torch.float32, device="cpu"))
     if name == "reference":
         raise RuntimeError(f"{op} must have a backend that is not the reference, got {name}")
     return name

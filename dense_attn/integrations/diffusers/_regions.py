@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout, _checks, _pixels
-from dense_attn.layout import MAX_REGIONS
+from dense_attn.layout_attention.layout import MAX_REGIONS
 
 from ._phrases import Phrase
 

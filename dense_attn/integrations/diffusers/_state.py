@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
-from dense_attn.layout import _BITS, nearest, resized
+from dense_attn.layout_attention.layout import _BITS, nearest, resized
 
 from ._hooks import foreign, unwrapped
 from ._rows import Rows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks, _memory, optimize_latents
-from dense_attn.optimize import OptimizeResult
+from dense_attn.optimize.loop import OptimizeResult
 
 from ._chain import Chain, Settings, in_words
 from ._hooks import unwrapped

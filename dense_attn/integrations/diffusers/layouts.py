@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dense_attn import _backends, _checks
-from dense_attn.layout_attention import MODULATIONS
+from dense_attn import _checks
+from dense_attn._backends import table
+from dense_attn.layout_attention.op import MODULATIONS
 
 from . import _regions
 from ._encoding import heard
@@ -85,7 +86,7 @@ def apply_layout(
         exponent=_not_negative("exponent", exponent),
         size_weight=_checks.number("size_weight", size_weight),
         modulation=_checks.choice("modulation", modulation, MODULATIONS),
-        backend=_checks.choice("backend", backend, ("auto", *_backends.ORDER)),
+        backend=_checks.choice("backend", backend, ("auto", *table.ORDER)),
     )
     prompts = _prompts(prompt)
     parsed = _regions.parse(regions, len(prompts))

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dense_attn import _pixels
-from dense_attn._step import NUM_TOKENS
-from dense_attn.layout import Layout
+from dense_attn.demo.step import NUM_TOKENS
+from dense_attn.layout_attention.layout import Layout
 
 SHIPPED_PHRASES = ("a green hill", "an oak tree", "a red balloon", "a grey cat")  # of examples/scene.png
 PICTURE_GRID = 32
@@ -29,6 +29,7 @@ class Scene:
 
     @property
     def prompt(self) -> str:
+        """The phrases in one sentence."""
         return "a photo of " + ", ".join(self.phrases)
 
 

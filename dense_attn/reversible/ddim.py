@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _chains, _checks, _memory, reference
-from dense_attn._trajectory import dense_strides, laid_out
+from dense_attn import _checks, _memory, reference
+from dense_attn._backends import table
+from dense_attn.reversible import links
+from dense_attn.reversible.trajectory import dense_strides, laid_out
 
 
 def ddim_step(
@@ -94,8 +96,8 @@ def _coefficients(
     x: Tensor, alpha_bar_t: float | Tensor, alpha_bar_prev: float | Tensor, *, inverse: bool = False
 ) -> tuple[float, float]:
     """(a, b) of the step or of its inverse, finite in the dtype that kernels compute in."""
-    now, prev = _chains.alpha_bar("alpha_bar_t", alpha_bar_t), _chains.alpha_bar("alpha_bar_prev", alpha_bar_prev)
-    a, b = _chains.ddim(now, prev)
+    now, prev = links.alpha_bar("alpha_bar_t", alpha_bar_t), links.alpha_bar("alpha_bar_prev", alpha_bar_prev)
+    a, b = links.ddim(now, prev)
     argument, divisor = "alpha_bar_t", now
     if inverse:
         a, b, argument, divisor = 1 / a, -b / a, "alpha_bar_prev", prev
@@ -114,7 +116,7 @@ def step(
     if eps_uncond is not None:
         _checks.like("eps_uncond", eps_uncond, eps, "eps")
     guidance_scale = _checks.number("guidance_scale", guidance_scale, reference.accumulation_dtype(x.dtype))
-    name = _backends.resolve(backend, "ddim_step", x)
+    name = table.resolve(backend, "ddim_step", x)
     eps = eps.view_as(eps) if eps is x else eps  # torch.compile takes no tensor twice into an autograd.Function
     eps_uncond = eps_uncond.view_as(eps) if eps_uncond is x or eps_uncond is eps else eps_uncond
     try:
@@ -141,7 +143,7 @@ class _DdimStep(torch.autograd.Function):
         strides = dense_strides(x)
         x, eps = laid_out(x, strides), laid_out(eps, strides)
         eps_uncond = None if eps_uncond is None else laid_out(eps_uncond, strides)
-        return _backends.NAMESPACES[backend].ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
+        return table.NAMESPACES[backend].ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001

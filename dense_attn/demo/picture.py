@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dense_attn import _files, reference
-from dense_attn._scene import PICTURE_GRID, Scene
-from dense_attn._step import Layer, Measurement, make_inputs, megabytes, modulation_of, peaks, totals
+from dense_attn.demo.scene import PICTURE_GRID, Scene
+from dense_attn.demo.step import Layer, Measurement, make_inputs, megabytes, modulation_of, peaks, totals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

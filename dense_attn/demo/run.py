@@ -8,10 +8,12 @@ from statistics import median
 
 import torch
 
-from dense_attn import _backends, _files, _picture
-from dense_attn._scene import Scene, UserError, load_scene
-from dense_attn._step import NUM_HEADS, SD15_LAYERS, Measurement, measure, megabytes, peaks, totals
-from dense_attn.layout import MAX_REGIONS
+from dense_attn import _files
+from dense_attn._backends import table as backends
+from dense_attn.demo import picture
+from dense_attn.demo.scene import Scene, UserError, load_scene
+from dense_attn.demo.step import NUM_HEADS, SD15_LAYERS, Measurement, measure, megabytes, peaks, totals
+from dense_attn.layout_attention.layout import MAX_REGIONS
 
 GRIDS = tuple(dict.fromkeys(layer.grid for layer in SD15_LAYERS))
 PICTURE_FORMATS = (".png", ".svg", ".pdf", ".jpg")
@@ -47,7 +49,7 @@ def main(
     layers = tuple(layer for layer in SD15_LAYERS if layer.grid in (grids or GRIDS))
     try:
         probe = torch.empty(1, 1, 1, 1, dtype=torch.float32, device="cpu")
-        name = _backends.resolve(backend, "layout_attention", probe)
+        name = backends.resolve(backend, "layout_attention", probe)
     except RuntimeError as error:
         raise UserError(str(error)) from None
     print(f'"{scene.prompt}", {len(scene.layout)} of at most {MAX_REGIONS} regions')
@@ -57,7 +59,7 @@ def main(
     runs = _progress(measure(scene.layout, layers, backend), sum(layer.count for layer in layers))
     measurements = list({run.layer: run for run in runs}.values())
     print("\n" + table(measurements))
-    _picture.draw(scene, measurements, output)
+    picture.draw(scene, measurements, output)
     print(f"\nwrote {output}")
     _generate(scene if layout else None, _second(output), backend)
 
@@ -98,8 +100,8 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output must end in one of {', '.join(PICTURE_FORMATS)}, got {output}")
     if not output.parent.is_dir():
         raise UserError(f"--output must be in a folder that exists, got {output}")
-    for picture in (output, _second(output)):
-        _files.check(picture)
+    for file in (output, _second(output)):
+        _files.check(file)
 
 
 def _progress(steps: Iterator[Measurement], total: int) -> Iterator[Measurement]:

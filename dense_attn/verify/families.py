@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _checks, reference
-from dense_attn._verify import further, judge, ratio_of, usable
-from dense_attn.reversible import ReversibleSampler
+from dense_attn import _checks, reference
+from dense_attn._backends import table
+from dense_attn.reversible.sampler import ReversibleSampler
+from dense_attn.verify.attention import further, judge, ratio_of, usable
 
 DTYPES = _checks.DTYPES
 CONCEPTS = 3
@@ -35,15 +36,16 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Whether the backend is right, and its control wrong."""
         return max(self.numbers.values()) <= self.limit < self.control
 
 
 def _call(backend: str, op: str, *arguments: object, **named: object) -> tuple[Tensor, ...]:
     """Results of a backend's kernel on tensors of its device, on the CPU."""
-    device = _backends.device_of(backend)
+    device = table.device_of(backend)
     there = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
     named = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in named.items()}
-    results = getattr(_backends.NAMESPACES[backend], op)(*there, **named)
+    results = getattr(table.NAMESPACES[backend], op)(*there, **named)
     return tuple(x.cpu() for x in ((results,) if isinstance(results, Tensor) else results))
 
 
@@ -186,7 +188,7 @@ def _round_trip(backend: str, dtype: torch.dtype, method: str) -> Verdict:
     timesteps = range(981, 0, -20)
     make = partial(ReversibleSampler, _ALPHAS_CUMPROD, timesteps, method=method, dtype=dtype, **_CHAINS[method])
     sampler = make(backend=backend)
-    noise = _randn(torch.Generator().manual_seed(3), 1, 4, 9, 7).float().to(_backends.device_of(backend))
+    noise = _randn(torch.Generator().manual_seed(3), 1, 4, 9, 7).float().to(table.device_of(backend))
     image = sampler.sample(_network, noise)
     found = sampler.invert(_network, *image)
     back = sampler.invert(_network, *sampler.sample(_network, *found))

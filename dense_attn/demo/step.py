@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dense_attn._memory import peak_extra_bytes
-from dense_attn.layout import Layout
-from dense_attn.layout_attention import layout_attention
+from dense_attn.layout_attention.layout import Layout
+from dense_attn.layout_attention.op import layout_attention
 
 NUM_HEADS, NUM_TOKENS = 8, 77
 TIME = 0.981  # the first of 50 steps: t = 981 of 1000

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dense_attn import _backends, _checks, _memory, reference
+from dense_attn import _checks, _memory, reference
+from dense_attn._backends import table
 
 
 def percentile_mask(
@@ -170,7 +171,7 @@ class _PercentileMask(torch.autograd.Function):
 
     @staticmethod
     def forward(x, level, backend):  # noqa: ANN001, ANN205
-        return _backends.NAMESPACES[backend].percentile_mask(x, level)
+        return table.NAMESPACES[backend].percentile_mask(x, level)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -193,7 +194,7 @@ class _SegaGuidance(torch.autograd.Function):
         guidance_scale, edit_guidance_scale, edit_threshold, edit_weights, warm, enabled, reverse,  # noqa: ANN001
         edit_momentum_scale, edit_mom_beta, sum_channels, backend,  # noqa: ANN001
     ):  # fmt: skip
-        return _backends.NAMESPACES[backend].sega_guidance(
+        return table.NAMESPACES[backend].sega_guidance(
             eps_uncond, eps_text, eps_edits, momentum,
             guidance_scale=guidance_scale, edit_guidance_scale=edit_guidance_scale, edit_threshold=edit_threshold,
             edit_weights=edit_weights, warm=warm, enabled=enabled, reverse=reverse,
@@ -234,7 +235,7 @@ def _run(
     function: type[torch.autograd.Function], op: str, tensors: list[Tensor | None], options: tuple, backend: str
 ) -> tuple[Tensor, ...]:
     """Dispatch; without the autograd.Function, which takes longer than a small call, where nothing needs it."""
-    name = _backends.resolve(backend, op, tensors[0])
+    name = table.resolve(backend, op, tensors[0])
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     recorded = recorded or forward_ad._current_level >= 0  # which the Function refuses; a kernel would answer 0
     return (function.apply if recorded else function.forward)(*tensors, *options, name)

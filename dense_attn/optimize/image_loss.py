@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
-from dense_attn.reversible import ReversibleSampler
-from dense_attn.saliency import salient_crop
+from dense_attn.optimize.saliency import salient_crop
+from dense_attn.reversible.sampler import ReversibleSampler
 
 X_OFF_THE_GRID = "x must be finite"
 OFF_THE_GRID = (X_OFF_THE_GRID, "y must be finite", "eps_fn's result must be finite")

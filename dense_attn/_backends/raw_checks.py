@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dense_attn import _checks, _fakes
+from dense_attn import _checks
+from dense_attn._backends import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -58,7 +59,7 @@ def saved(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, out: Tensor, sta
     head_dim = (q.shape[3],)
     _rows("grad_out", grad_out, q, q.dtype, head_dim)
     _rows("out", out, q, q.dtype, head_dim)
-    _rows("stats", stats, q, last=(_fakes.STATS,))
+    _rows("stats", stats, q, last=(ops.STATS,))
     if not stats.is_contiguous():
         _checks.refuse("stats", "be contiguous", f"strides {stats.stride()}")
     if grad_lse is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dense_attn import _checks, _memory, _progress, reference
-from dense_attn._chains import Chain, End, Link
+from dense_attn.reversible.links import Chain, End, Link
 
 EpsFn = Callable[[Tensor, object], Tensor]
 _OFF_GRID = re.compile(r"within the grid of 2\^50 steps, got (\S+) steps")
@@ -106,9 +106,11 @@ class FloatPair:
 
     @property
     def fed(self) -> Tensor:
+        """The latent that the network is given, in its dtype."""
         return (self.y if self.chain.links[self.at].update_x else self.x).to(self.dtype)
 
     def update(self, eps: Tensor) -> None:
+        """Take one link of the chain."""
         link = self.chain.links[self.at]
         if link.then:
             arguments = (eps, link.keep, link.eps, self.chain.mix, link.update_x)
@@ -123,6 +125,7 @@ class FloatPair:
         self.at += 1
 
     def latents(self) -> tuple[Tensor, Tensor]:
+        """The pair as the caller has it."""
         return slots(self.chain.end, self.x, self.y)
 
     def missed(self, x: Tensor, y: Tensor) -> None:
@@ -156,6 +159,7 @@ class ExactPair:
         self.x, self.y, self.fed = getattr(self.kernels, f"exact_{direction}")(self.x, self.y, *arguments)
 
     def update(self, eps: Tensor) -> None:
+        """Take one link of the chain."""
         links = self.chain.links
         link, then = links[self.at], links[min(self.at + 1, len(links) - 1)]
         if link.then:
@@ -171,6 +175,7 @@ class ExactPair:
         self.at += 1
 
     def latents(self) -> tuple[Tensor, Tensor]:
+        """The pair as the caller has it, float64."""
         self._refuse_off_grid()
         end = self.chain.end
         return slots(end, from_grid(self.x, end.scale), from_grid(self.y, end.scale))
@@ -235,6 +240,7 @@ class Network:
         self.autocast = [(kind, _autocast(kind)) for kind in kinds]
 
     def __call__(self, fed: Tensor, step: int) -> Tensor:
+        """The network's estimate at a step of the chain."""
         with ExitStack() as stack:
             for kind, state in self.autocast:
                 if state != _autocast(kind):

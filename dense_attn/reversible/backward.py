@@ -7,9 +7,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from dense_attn import _trajectory, reference
-from dense_attn._chains import Link
-from dense_attn._trajectory import Network, Plan, laid_out, slots
+from dense_attn import reference
+from dense_attn.reversible import trajectory
+from dense_attn.reversible.links import Link
+from dense_attn.reversible.trajectory import Network, Plan, laid_out, slots
 
 _ONE_DERIVATIVE = "ReversibleSampler must be differentiated once, got a second derivative"
 
@@ -26,7 +27,7 @@ def run(plan: Plan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return slots(plan.chain.end, *slots(plan.chain.start, x, y))
     if not differentiable(plan, x, y):
         with torch.no_grad():
-            return _trajectory.run(plan, x, y)
+            return trajectory.run(plan, x, y)
     return _Run.apply(plan, x, y, *_parameters(plan))
 
 
@@ -40,7 +41,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: Plan, x: Tensor, y: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
         ctx.plan, ctx.network = plan, Network(plan, x)
-        latents = _trajectory.run(plan, x, y)
+        latents = trajectory.run(plan, x, y)
         ctx.save_for_backward(x, y, *latents, *params)
         return latents
 
@@ -67,7 +68,7 @@ class _WayBack:
         self.plan, self.network, self.params = plan, network, params
         self.of_params: list[Tensor | None] = [None] * len(params)
         self.inverse = plan.chain.inverse()
-        self.pair = _trajectory.start(plan, self.inverse, x, y)
+        self.pair = trajectory.start(plan, self.inverse, x, y)
         wide = reference.accumulation_dtype(x.dtype)
         grads = (laid_out(grad.to(wide), network.strides) for grad in (grad_x, grad_y))
         self.x, self.y = slots(plan.chain.end, *grads)

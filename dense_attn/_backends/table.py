@@ -7,7 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dense_attn import _checks, _environment, _native, _triton, reference
+from dense_attn import _checks, _environment, reference
+from dense_attn._backends import cpu, triton
 
 OPS = {  # each op and the file that holds it, of the same name in every folder
     "layout_attention": "layout_attention",
@@ -17,7 +18,7 @@ OPS = {  # each op and the file that holds it, of the same name in every folder
     "ReversibleSampler": "reversible",
 }
 ORDER = ("cuda", "triton", "cpu", "reference")  # under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU
-NAMESPACES: dict[str, ModuleType | None] = {"cuda": None, "triton": _triton, "cpu": _native, "reference": reference}
+NAMESPACES: dict[str, ModuleType | None] = {"cuda": None, "triton": triton, "cpu": cpu, "reference": reference}
 _NOT_THERE = "no {} kernels in this version of dense_attn"
 _MAX_HEAD_DIM = 256
 _OLDEST_GPU = (8, 0)  # asynchronous copies and products of bfloat16
@@ -39,7 +40,7 @@ def unavailable(backend: str, op: str) -> str | None:
         reason = _no_gpu()
     if reason is None and (backend, op) == ("triton", "layout_attention"):  # which reads DENSE_ATTN_AUTOTUNE
         reason = _environment.error()
-    return _native.isa_error() if reason is None and backend == "cpu" else reason
+    return cpu.isa_error() if reason is None and backend == "cpu" else reason
 
 
 def _no_gpu() -> str | None:
@@ -63,7 +64,7 @@ def _too_old(device: torch.device) -> str | None:
 
 def device_of(backend: str) -> str:
     """The kind of tensors that a backend takes; the reference takes any."""
-    return {"cuda": "cuda", "triton": _triton.DEVICE}.get(backend, "cpu")
+    return {"cuda": "cuda", "triton": triton.DEVICE}.get(backend, "cpu")
 
 
 def why_not(backend: str, op: str, x: Tensor) -> list[str]:

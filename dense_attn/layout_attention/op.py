@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _checks, _memory, reference
+from dense_attn import _checks, _memory, reference
+from dense_attn._backends import table
 
 MODULATIONS = ("range", "max", "bias", "mask")
 
@@ -76,7 +77,7 @@ def layout_attention(
     lists = _check_lists(tile_lists)
     scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale, rule="be a number or None")
     strength = _row_strength(strength, q)
-    name = _backends.resolve(backend, "layout_attention", q)
+    name = table.resolve(backend, "layout_attention", q)
     try:
         if name == "reference":
             out, lse = reference.layout_attention(
@@ -133,8 +134,8 @@ def tile_lists(
     q, k, _ = _autocast(q, k, k)
     _checks.attention_inputs(q, k, k)
     _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
-    name = _backends.resolve(backend, "layout_attention", q)
-    lists_of = getattr(_backends.NAMESPACES[name], "lists_of", None)
+    name = table.resolve(backend, "layout_attention", q)
+    lists_of = getattr(table.NAMESPACES[name], "lists_of", None)
     return None if lists_of is None else lists_of(q, k, q_regions, k_regions, q_order, k_order)
 
 
@@ -146,7 +147,7 @@ class _LayoutAttention(torch.autograd.Function):
     ):  # fmt: skip
         lists = None if tiles is None else [tiles, counts, k_words]
         orders = (q_order, k_order, lists) if backend == "triton" else (q_order,)
-        return _backends.NAMESPACES[backend].layout_attention_fwd(
+        return table.NAMESPACES[backend].layout_attention_fwd(
             q, k, v, q_regions, k_regions, strength, modulation, scale, *orders
         )
 
@@ -187,7 +188,7 @@ class _Backward(torch.autograd.Function):
     ):  # fmt: skip
         orders = (q_order, k_order) if backend == "triton" else (q_order,)
         try:
-            return _backends.NAMESPACES[backend].layout_attention_bwd(
+            return table.NAMESPACES[backend].layout_attention_bwd(
                 grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, *orders
             )
         except RuntimeError as error:

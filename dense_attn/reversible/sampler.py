@@ -11,8 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _chains, _checks, _memory, _progress, _trajectory, _way_back, ddim
-from dense_attn._trajectory import dense_strides, laid_out
+from dense_attn import _checks, _memory, _progress
+from dense_attn._backends import table
+from dense_attn.reversible import backward, ddim, links, trajectory
+from dense_attn.reversible.trajectory import dense_strides, laid_out
 
 METHODS = ("edict", "bdia", "belm", "ddim")
 _MOST_AMPLIFIED = 100.0
@@ -102,19 +104,19 @@ class ReversibleSampler:
         backend: str = "auto",
     ) -> None:
         self.method = _checks.choice("method", method, METHODS)
-        self.mix, self.gamma = _chains.above_0("mix", mix), _chains.above_0("gamma", gamma)
+        self.mix, self.gamma = links.above_0("mix", mix), links.above_0("gamma", gamma)
         self.alternate = _checks.flag("alternate", alternate)
         self.exact = _checks.flag("exact", exact) and method != "ddim"
         if dtype not in _checks.DTYPES:
             _checks.refuse("dtype", f"be one of {', '.join(map(_checks.name, _checks.DTYPES))}", dtype, TypeError)
-        self.dtype, self.backend = dtype, _checks.choice("backend", backend, ("auto", *_backends.ORDER))
-        self.timesteps, numbers = _chains.descending(timesteps)
-        self.alpha_bars = _chains.schedule(alphas_cumprod, numbers, final_alpha_cumprod)
-        self._chain = _chains.build(self.method, self.alpha_bars, self.mix, self.gamma, self.alternate, self.exact)
+        self.dtype, self.backend = dtype, _checks.choice("backend", backend, ("auto", *table.ORDER))
+        self.timesteps, numbers = links.descending(timesteps)
+        self.alpha_bars = links.schedule(alphas_cumprod, numbers, final_alpha_cumprod)
+        self._chain = links.build(self.method, self.alpha_bars, self.mix, self.gamma, self.alternate, self.exact)
 
     @_eager
     def sample(
-        self, eps_fn: _trajectory.EpsFn, x: Tensor, y: Tensor | None = None, *, progress: bool = False
+        self, eps_fn: trajectory.EpsFn, x: Tensor, y: Tensor | None = None, *, progress: bool = False
     ) -> tuple[Tensor, Tensor]:
         """From noise to image latents.
 
@@ -141,7 +143,7 @@ class ReversibleSampler:
 
     @_eager
     def invert(
-        self, eps_fn: _trajectory.EpsFn, x: Tensor, y: Tensor | None = None, *, progress: bool = False
+        self, eps_fn: trajectory.EpsFn, x: Tensor, y: Tensor | None = None, *, progress: bool = False
     ) -> tuple[Tensor, Tensor]:
         """From image latents to noise: what `sample` undoes, and undoes what `sample` did.
 
@@ -164,31 +166,31 @@ class ReversibleSampler:
         return self._run(eps_fn, x, y, progress, forward=False)
 
     def _run(
-        self, eps_fn: _trajectory.EpsFn, x: Tensor, y: Tensor | None, progress: bool, *, forward: bool
+        self, eps_fn: trajectory.EpsFn, x: Tensor, y: Tensor | None, progress: bool, *, forward: bool
     ) -> tuple[Tensor, Tensor]:
         if not callable(eps_fn):
             _checks.refuse("eps_fn", "be callable", type(eps_fn).__name__, TypeError)
         shown = _checks.flag("progress", progress)
         if self.method != "ddim":
-            _trajectory.refuse_transforms(x=_checks.floats("x", x), y=y if isinstance(y, Tensor) else None)
-        _chains.readable("x", _checks.floats("x", x))
-        strides = _trajectory.contiguous_strides(x) if self.exact else dense_strides(x)
+            trajectory.refuse_transforms(x=_checks.floats("x", x), y=y if isinstance(y, Tensor) else None)
+        links.readable("x", _checks.floats("x", x))
+        strides = trajectory.contiguous_strides(x) if self.exact else dense_strides(x)
         each = torch.int64.itemsize if self.exact else x.element_size()
         memory = _memory.Explained("ReversibleSampler", (1 if self.method == "ddim" else 2) * x.numel() * each, x=x)
         with memory:
             x = laid_out(x, strides)
             if y is not None:
                 y = laid_out(_checks.like("y", y, x, "x"), strides)
-        kernels = _backends.NAMESPACES[_backends.resolve(self.backend, "ReversibleSampler", x)]
+        kernels = table.NAMESPACES[table.resolve(self.backend, "ReversibleSampler", x)]
         description = f"{self.method} {'sample' if forward else 'invert'}" if shown else ""
         chain = self._way(forward, lone=y is None)
-        plan = _trajectory.Plan(kernels, chain, eps_fn, self.timesteps, self.dtype, self.exact, memory, description)
+        plan = trajectory.Plan(kernels, chain, eps_fn, self.timesteps, self.dtype, self.exact, memory, description)
         if self.method == "ddim":
             return self._ddim(plan, x, y)
         self._check_growth(plan, x, y, forward)
-        return _way_back.run(plan, x, x if y is None else y)
+        return backward.run(plan, x, x if y is None else y)
 
-    def _way(self, forward: bool, *, lone: bool) -> _chains.Chain | None:
+    def _way(self, forward: bool, *, lone: bool) -> links.Chain | None:
         """The chain in one direction, from a pair or from one latent in the place of both."""
         if self._chain is None:
             return None
@@ -197,25 +199,25 @@ class ReversibleSampler:
             return chain
         bars, step = self.alpha_bars, 0 if forward else len(self.timesteps) - 1
         now, then = bars[step : step + 2] if forward else bars[step : step + 2][::-1]
-        return chain.from_one(step, *_chains.ddim(now, then))
+        return chain.from_one(step, *links.ddim(now, then))
 
-    def _ddim(self, plan: _trajectory.Plan, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _ddim(self, plan: trajectory.Plan, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         if y is not None:
             _checks.refuse("y", "be None for method='ddim'", "a tensor")
-        network, bars = _trajectory.Network(plan, x), self.alpha_bars
+        network, bars = trajectory.Network(plan, x), self.alpha_bars
         with _progress.bar(len(self.timesteps), plan.progress, shown=bool(plan.progress)) as advance:
             for step, (now, prev) in enumerate(pairwise(bars)):
                 eps = network(x.to(self.dtype), step)
-                x = ddim.step(x, eps, None, *_chains.ddim(now, prev), 1.0, self.backend)
+                x = ddim.step(x, eps, None, *links.ddim(now, prev), 1.0, self.backend)
                 advance()
         return x, x
 
-    def _check_growth(self, plan: _trajectory.Plan, x: Tensor, y: Tensor | None, forward: bool) -> None:
+    def _check_growth(self, plan: trajectory.Plan, x: Tensor, y: Tensor | None, forward: bool) -> None:
         """Refuse to invert a BDIA chain, also for a gradient, whose errors would grow too far."""
         growth = self.gamma ** (1 - len(self.timesteps))
         if self.method != "bdia" or growth <= _MOST_AMPLIFIED:
             return
-        if not forward or _way_back.differentiable(plan, x, y):
+        if not forward or backward.differentiable(plan, x, y):
             what = "a gradient" if forward else "invert"
             rule = f"be large enough for {what} that errors grow at most {_MOST_AMPLIFIED:g} times, gamma^(1 - steps)"
             _checks.refuse("gamma", rule, f"{self.gamma:g}, {growth:.3g} times")

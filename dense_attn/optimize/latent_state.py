@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
-from dense_attn.reversible import ReversibleSampler
+from dense_attn.reversible.sampler import ReversibleSampler
 
 KINDS = {
     "step": int,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from dense_attn import _backends, _checks, reference, sega
+from dense_attn import _checks, reference
+from dense_attn._backends import table
+from dense_attn.sega import op
 
 
 class SemanticGuidance:
@@ -74,13 +76,13 @@ class SemanticGuidance:
             "edit_weights": (1.0 if edit_weights is None else edit_weights, _checks.number),
             "reverse_editing_direction": (reverse_editing_direction, _checks.flag),
         }
-        self._each = {name: sega.values(name, value, check) for name, (value, check) in each.items()}
+        self._each = {name: op.values(name, value, check) for name, (value, check) in each.items()}
         self.guidance_scale = _checks.number("guidance_scale", guidance_scale)
         self._options = {
             "edit_momentum_scale": _checks.number("edit_momentum_scale", edit_momentum_scale),
             "edit_mom_beta": _checks.number("edit_mom_beta", edit_mom_beta),
             "sum_channels": _checks.flag("sum_channels", sum_channels),
-            "backend": _checks.choice("backend", backend, ("auto", *_backends.ORDER)),
+            "backend": _checks.choice("backend", backend, ("auto", *table.ORDER)),
         }
         self.reset()
 
@@ -97,12 +99,12 @@ class SemanticGuidance:
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
             _checks.refuse("step", "be an int", type(step).__name__, TypeError)
         _steps("step", step)
-        edits = sega.check_eps(eps_uncond, eps_text, eps_edits)
+        edits = op.check_eps(eps_uncond, eps_text, eps_edits)
         momentum = None if step == 0 or step < self._last else self.momentum
         _check_momentum(momentum, eps_uncond)
-        each = {name: sega.spread(name, values, edits.shape[0]) for name, values in self._each.items()}
+        each = {name: op.spread(name, values, edits.shape[0]) for name, values in self._each.items()}
         warmups, cooldowns = each.pop("edit_warmup_steps"), each.pop("edit_cooldown_steps")
-        eps, self.momentum = sega.sega_guidance(
+        eps, self.momentum = op.sega_guidance(
             eps_uncond,
             eps_text,
             edits,

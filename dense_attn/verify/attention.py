@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dense_attn import _backends, _checks
-from dense_attn.layout_attention import MODULATIONS, layout_attention
+from dense_attn import _checks
+from dense_attn._backends import table
+from dense_attn.layout_attention.op import MODULATIONS, layout_attention
 
 DTYPES = _checks.DTYPES
 RESULTS = ("out", "lse", "dq", "dk", "dv", "dstrength")
@@ -64,7 +65,7 @@ class Case:
 
     def run(self, modulation: str, backend: str) -> dict[str, Tensor]:
         """out, lse and the gradients of (out*grad_out).sum() + (lse*grad_lse).sum(), rows of lse = -inf left out."""
-        device = _backends.device_of(backend)
+        device = table.device_of(backend)
         leaves = [x.detach().to(device).requires_grad_() for x in (self.q, self.k, self.v, self.strength)]
         q, k, v, strength = leaves
         words = self.q_regions.to(device), self.k_regions.to(device)
@@ -94,6 +95,7 @@ def exact_and_plain(case: Case, modulation: str) -> tuple[dict[str, Tensor], dic
 
 
 def further(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
+    """Of two tensors, element by element, what lies further from the exact one."""
     return torch.where((b - exact).abs() > (a - exact).abs(), b, a)
 
 
@@ -131,7 +133,7 @@ def cases() -> Iterator[Case]:
     yield case("self-attention", (2, 2, 144, 144, 80), (1, 2, 3), (1, 2, 3))
     yield case("32 regions", (1, 2, 65, 130, 160), (-(2**31), 2**30, 0), (-(2**31), 1))
     yield case("odd sizes", (1, 3, 33, 19, 7), (1, 2), (1, 2, 0))
-    seqlen_k = 2000 if _backends.device_of("triton") == "cpu" else 20000  # the interpreter takes minutes for more
+    seqlen_k = 2000 if table.device_of("triton") == "cpu" else 20000  # the interpreter takes minutes for more
     yield case("long rows", (1, 1, 40, seqlen_k, 16), (1, 2, 0), (1, 2, 0))
 
 
@@ -148,18 +150,19 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Whether the backend is right, and its control wrong."""
         return max(self.ratios.values()) <= 1 < self.control
 
 
 def why_not(backend: str, op: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Why a backend cannot be checked here on tensors of its own device."""
-    device, reason = _backends.device_of(backend), _backends.unavailable(backend, op)
-    return [reason] if reason else _backends.why_not(backend, op, torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
+    device, reason = table.device_of(backend), table.unavailable(backend, op)
+    return [reason] if reason else table.why_not(backend, op, torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
 
 
 def usable(op: str, dtype: torch.dtype) -> list[str]:
     """The backends that run an op in a dtype on this machine."""
-    return [name for name in _backends.ORDER if not why_not(name, op, dtype)]
+    return [name for name in table.ORDER if not why_not(name, op, dtype)]
 
 
 def verify() -> Iterator[Verdict]:

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import torch
 
-from dense_attn import _fakes
+from dense_attn._backends import ops
 
 
 def _load() -> str | None:
     """Load the compiled library; the reason why not, or None."""
-    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    libraries = sorted(Path(__file__).parents[1].glob("_C*.so"))
     if not libraries:
         return "the compiled library is missing: install dense_attn from a wheel or with a C++ compiler"
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:
         return f"the compiled library does not load: {str(error).splitlines()[0]}"
-    absent = [name for name in _fakes.OPS if not hasattr(torch.ops.dense_attn, name)]
+    absent = [name for name in ops.OPS if not hasattr(torch.ops.dense_attn, name)]
     if absent:
         return f"the compiled library is of another version, without {', '.join(absent)}: install it again"
     return None
@@ -49,5 +49,5 @@ if LOAD_ERROR is None:
     exact_mix = torch.ops.dense_attn.exact_mix.default
     exact_unmix = torch.ops.dense_attn.exact_unmix.default
 
-    for _name, _fake in _fakes.OPS.items():
+    for _name, _fake in ops.OPS.items():
         torch.library.register_fake(f"dense_attn::{_name}", _fake)

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dense_attn import _environment, _fakes, _triton_checks, _tuned
+from dense_attn import _environment, _tuned
+from dense_attn._backends import ops, raw_checks
 
 _OLDEST = (3, 6)
 _NO_GPU = "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
@@ -56,9 +57,9 @@ def _layout_attention_fwd(
     scale: float, q_order: Tensor | None, k_order: Tensor | None = None,
     lists: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _triton_checks.inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
+    raw_checks.inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
     if lists is not None:
-        _triton_checks.lists(lists, q, k, layout_attention.fwd_blocks(q, k))
+        raw_checks.lists(lists, q, k, layout_attention.fwd_blocks(q, k))
         lists = layout_attention.TileLists(*lists)
     return layout_attention.layout_attention_fwd(
         q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, lists
@@ -70,8 +71,8 @@ def _layout_attention_bwd(
     strength: Tensor, out: Tensor, stats: Tensor, modulation: str, scale: float, q_order: Tensor | None,
     k_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _triton_checks.inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
-    _triton_checks.saved(grad_out, grad_lse, q, out, stats)
+    raw_checks.inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
+    raw_checks.saved(grad_out, grad_lse, q, out, stats)
     return layout_attention.layout_attention_bwd(
         grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, q_order, k_order
     )
@@ -80,7 +81,7 @@ def _layout_attention_bwd(
 def _tile_lists(
     q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None, block_m: int, block_n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _triton_checks.tokens(q_regions, k_regions, q_order, k_order, block_m, block_n)
+    raw_checks.tokens(q_regions, k_regions, q_order, k_order, block_m, block_n)
     return tuple(layout_attention.tile_lists(q_regions, k_regions, q_order, k_order, block_m, block_n))
 
 
@@ -152,7 +153,7 @@ DEVICE = "cuda"  # the kind of tensors that the ops take
 if LOAD_ERROR is None:
     DEVICE = "cpu" if layout_attention.configs.interpreted() else "cuda"
     _library = torch.library.Library("dense_attn_triton", "DEF")
-    _all_fakes = _fakes.OPS | {"tile_lists": _fakes.tile_lists}
+    _all_fakes = ops.OPS | {"tile_lists": ops.tile_lists}
     for _name, _launch in _launchers().items():
         _library.define(_name + (SCHEMAS | OWN_SCHEMAS)[_name])
         _library.impl(_name, _on_its_device(_launch), DEVICE.upper())

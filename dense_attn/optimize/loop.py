@@ -12,10 +12,11 @@ from types import NoneType
 import torch
 from torch import Tensor
 
-from dense_attn import _checks, _latent_state, _progress
-from dense_attn._image_loss import X_OFF_THE_GRID, ImageLoss, NotFiniteError, require_finite
-from dense_attn._latent_state import State
-from dense_attn.reversible import ReversibleSampler
+from dense_attn import _checks, _progress
+from dense_attn.optimize import latent_state
+from dense_attn.optimize.image_loss import X_OFF_THE_GRID, ImageLoss, NotFiniteError, require_finite
+from dense_attn.optimize.latent_state import State
+from dense_attn.reversible.sampler import ReversibleSampler
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,7 +180,7 @@ class _Update:
             if state["momentum"]:
                 buffer = self.momentum * state["momentum"][index] + buffer
             x = x + buffer + shift
-            latents.append(_latent_state.normalized(x, state["norms"]) if self.renormalize else x)
+            latents.append(latent_state.normalized(x, state["norms"]) if self.renormalize else x)
             buffers.append(buffer)
         return {
             "step": state["step"] + 1,
@@ -252,8 +253,8 @@ def _start(
     if generator is not None and not isinstance(generator, torch.Generator):
         _checks.refuse("generator", "be a torch.Generator or None", type(generator).__name__, TypeError)
     if state is not None:
-        return _latent_state.resumed(state, x, loss.sampler, loss.count, generator)
-    return _latent_state.first(x, loss.sampler, loss.count, generator)
+        return latent_state.resumed(state, x, loss.sampler, loss.count, generator)
+    return latent_state.first(x, loss.sampler, loss.count, generator)
 
 
 def _check_latents(x: Tensor) -> None:

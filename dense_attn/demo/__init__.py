@@ -1,0 +1,1 @@
+"""`python -m dense_attn demo`: layout attention on a real layout, a table and a picture."""
