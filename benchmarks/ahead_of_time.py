@@ -23,7 +23,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from dense_attn.triton_kernels import configs, selection
+from dense_attn.triton_kernels import configs
+from dense_attn.triton_kernels.sega import selection
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

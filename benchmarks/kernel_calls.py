@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from dense_attn.triton_kernels import configs, layout_attention, reversible, sega, selection
+from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
+from dense_attn.triton_kernels.sega import selection
 
 from .ahead_of_time import TARGETS
 

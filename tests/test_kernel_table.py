@@ -22,7 +22,8 @@ pytest.importorskip("triton")
 from dense_attn import _kernel_report
 from dense_attn._kernel_hashes import kernel_hashes
 from dense_attn.benchmarks import ahead_of_time, kernel_calls, kernel_table
-from dense_attn.triton_kernels import configs, layout_attention, reversible, sega, selection
+from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
+from dense_attn.triton_kernels.sega import selection
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = sorted((ROOT / ".venv").glob("triton-*"))

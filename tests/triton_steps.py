@@ -17,7 +17,7 @@ from torch import Tensor
 from dense_attn import reference
 from dense_attn.triton_kernels import reversible as _reversible
 from dense_attn.triton_kernels import sega as _sega
-from dense_attn.triton_kernels import selection
+from dense_attn.triton_kernels.sega import selection
 
 reversible, sega = Placed(_reversible), Placed(_sega)
 

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
-from dense_attn.triton_kernels.layout_attention_bwd import layout_attention_bwd_kv_kernel, layout_attention_bwd_q_kernel
-from dense_attn.triton_kernels.layout_attention_fwd import layout_attention_fwd_kernel, layout_attention_row_fwd_kernel
-from dense_attn.triton_kernels.layout_attention_tiles import tile_lists_kernel, word_bounds_kernel
+from dense_attn.triton_kernels.layout_attention.bwd import layout_attention_bwd_kv_kernel, layout_attention_bwd_q_kernel
+from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel, layout_attention_row_fwd_kernel
+from dense_attn.triton_kernels.layout_attention.tiles import tile_lists_kernel, word_bounds_kernel
 
 STATS = 4  # numbers a row that the backward pass takes from the forward pass
 NUMBERS = 8  # numbers a row that its second pass takes from its first

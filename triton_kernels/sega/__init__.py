@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dense_attn import _checks
-from dense_attn.triton_kernels import selection
-from dense_attn.triton_kernels.selection import (
+from dense_attn.triton_kernels.sega import selection
+from dense_attn.triton_kernels.sega.selection import (
     EXACT,
     GROUP,
     LONGEST,
