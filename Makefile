@@ -35,10 +35,10 @@ bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE"; "
 	@$(BIN)/python -m dense_attn bench $(ARGS)
 
 gpu:  ## on a machine with a GPU: build, test and measure, no network needed (ARGS="--quick", "--dry-run")
-	@$(PYTHON) benchmarks/gpu.py $(ARGS)
+	@$(PYTHON) .ci/gpu.py $(ARGS)
 
 kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton kernels for GPUs that are not here: a table
-	@$(BIN)/python -m dense_attn.benchmarks.kernel_table --triton $(OLDEST_TRITON) --json benchmarks/results/kernels.json
+	@$(BIN)/python -m dense_attn.benchmarks.compiled.kernel_table --triton $(OLDEST_TRITON) --json benchmarks/results/kernels.json
 
 compat: $(VENV)/.built  ## one wheel beside torch 2.11, 2.13 and the newest: core tests, verify, docs/compatibility.md
 	@$(BIN)/python tests/compat.py

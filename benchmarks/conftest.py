@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from . import dry_run, machine, shapes
 from .families import families
-from .measure import Latest
+from .harness import dry_run, machine
+from .harness.measure import Latest
+from .layout_attention import shapes
 
 _OWN = pytest.StashKey[list[str]]()  # the names of the user's own shapes
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import attention, chain, gradient, launch, machine, percentile, round_trip, sega, steps
+from .harness import machine
+from .host_cost import launch
+from .layout_attention import attention
+from .reversible import chain, gradient, round_trip, steps
+from .sega import guidance, percentile
 
 FAMILIES = {  # the test of a family is named after it; in the order in which they run
     "attention": attention,
     "percentile": percentile,
-    "sega": sega,
+    "sega": guidance,
     "steps": steps,
     "chain": chain,
     "gradient": gradient,

@@ -43,10 +43,11 @@ def files(path: Path) -> list[Path]:
 
 def draw(results: dict[str, Any], path: Path) -> list[Path]:
     """Write the figures of a run's results as .png or .svg: `path`, and beside it those of the other families."""
-    from . import plots_reversible, plots_sega
+    from .reversible import plots as reversible
+    from .sega import plots as sega
 
     written = []
-    for file, drawing in zip(files(path), (attention, plots_sega.figure, plots_reversible.figure)):
+    for file, drawing in zip(files(path), (attention, sega.figure, reversible.figure)):
         figure = drawing([row for row in results["rows"] if "reason" not in row])
         if figure is not None:
             figure.suptitle(_caption(results["header"]), fontsize=11)

@@ -50,14 +50,22 @@ from tqdm import tqdm
 from dense_attn import _command, _environment, _files
 from dense_attn.layout_attention.op import MODULATIONS
 
-from . import machine, plots, shapes
-from .bars import BARS, GPU_BARS
+from . import plots
 from .families import FAMILIES, GPU_FAMILIES, GPU_WORKLOADS, WORKLOADS
-from .header import describe_run, state_of_gpu
-from .table import format_row, heading
+from .harness import machine
+from .harness.bars import BARS, GPU_BARS
+from .harness.header import describe_run, state_of_gpu
+from .harness.table import format_row, heading
+from .layout_attention import shapes
 
 _FOLDER = Path(__file__).resolve().parent
-_TESTS = ("test_limits.py", "test_attention.py", "test_sega.py", "test_reversible.py", "test_launch.py")
+_TESTS = (
+    "harness/test_limits.py",
+    "layout_attention/test_attention.py",
+    "sega/test_sega.py",
+    "reversible/test_reversible.py",
+    "host_cost/test_launch.py",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

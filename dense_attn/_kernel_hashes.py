@@ -10,6 +10,9 @@ _DIGITS = 16
 
 
 def kernel_hashes() -> dict[str, str]:
-    """The first digits of the sha256 of each file of `dense_attn.triton_kernels`; Triton need not be there."""
+    """The first digits of each kernel file's sha256, by its path; Triton need not be there."""
     folder = Path(find_spec("dense_attn.triton_kernels").origin).parent
-    return {path.name: sha256(path.read_bytes()).hexdigest()[:_DIGITS] for path in sorted(folder.glob("*.py"))}
+    return {
+        path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()[:_DIGITS]
+        for path in sorted(folder.rglob("*.py"))
+    }

@@ -10,10 +10,12 @@ import pytest
 import torch
 from stopwatch import Stopwatch
 
-from dense_attn.benchmarks import chain, chains, families, gradient, percentile, plots, round_trip, sega, steps, unet
-from dense_attn.benchmarks.bars import Bar
+from dense_attn.benchmarks import families, plots
 from dense_attn.benchmarks.families import FAMILIES
-from dense_attn.benchmarks.measure import Case, Latest, Row, Setting
+from dense_attn.benchmarks.harness.bars import Bar
+from dense_attn.benchmarks.harness.measure import Case, Latest, Row, Setting
+from dense_attn.benchmarks.reversible import chain, chains, gradient, round_trip, steps, unet
+from dense_attn.benchmarks.sega import guidance, percentile
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TINY_FAMILIES = {  # one workload of each family that is timed
     "percentile": ("percentile-4x4096", "fwd", "bfloat16", percentile.CONTENDERS),
-    "sega": ("sega-1-64", "fwd", "float32", sega.CONTENDERS),
+    "sega": ("sega-1-64", "fwd", "float32", guidance.CONTENDERS),
     "steps": ("edict-mix-1m", "fwd", "float32", steps.CONTENDERS),
     "steps on the grid": ("exact-mix-1m", "fwd", "int64", steps.CONTENDERS),
     "chain": ("edict-50", "fwd", "float32", chain.CONTENDERS),
@@ -66,8 +68,8 @@ def spoil(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setitem(percentile.CONTENDERS, "torch.kthvalue", nearest)
         return "torch.kthvalue"
     if family == "sega":
-        dropped = lambda step: [x.masked_fill(x == x.max(), x.mean()) for x in sega.public_pipeline(step)]  # noqa: E731
-        monkeypatch.setitem(sega.CONTENDERS, "diffusers", dropped)
+        dropped = lambda step: [x.masked_fill(x == x.max(), x.mean()) for x in guidance.public_pipeline(step)]  # noqa: E731
+        monkeypatch.setitem(guidance.CONTENDERS, "diffusers", dropped)
         return "diffusers"
     if family == "chain":
         monkeypatch.setitem(chain.CONTENDERS, "edict-float64", chain.CONTENDERS["ddim-float32"])
@@ -161,8 +163,8 @@ def test_what_memory_does_not_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_workloads_of_the_families_are_those_of_the_design() -> None:
     assert set(percentile.WORKLOADS.values()) == {(4, 4096), (64, 4096), (1, 2**20), (1, 2**24)}
-    assert {shape[0] for shape in sega.WORKLOADS.values()} == {1, 3, 8}
-    assert {(3, 1, 16, 21, 60, 104), (3, 2, 4, 64, 64)} <= set(sega.WORKLOADS.values())
+    assert {shape[0] for shape in guidance.WORKLOADS.values()} == {1, 3, 8}
+    assert {(3, 1, 16, 21, 60, 104), (3, 2, 4, 64, 64)} <= set(guidance.WORKLOADS.values())
     assert len(steps.WORKLOADS) == 15
     assert set(gradient.WORKLOADS.values()) == {10, 50, 200}
     assert len(round_trip.WORKLOADS) == 16

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from dense_attn.__main__ import main
 from dense_attn._kernel_hashes import kernel_hashes
-from dense_attn.benchmarks import attention, baselines, dry_run, families, gpu_baselines, launch, machine, suite
-from dense_attn.benchmarks.bars import GPU_BARS, Bar
-from dense_attn.benchmarks.clocks import EventClock, Trial
-from dense_attn.benchmarks.measure import measure
-from dense_attn.benchmarks.workloads import WORKLOADS, make_inputs
+from dense_attn.benchmarks import families
+from dense_attn.benchmarks.harness import dry_run, machine
+from dense_attn.benchmarks.harness.bars import GPU_BARS, Bar
+from dense_attn.benchmarks.harness.clocks import EventClock, Trial
+from dense_attn.benchmarks.harness.measure import measure
+from dense_attn.benchmarks.host_cost import launch
+from dense_attn.benchmarks.layout_attention import attention, baselines, gpu_baselines, suite
+from dense_attn.benchmarks.layout_attention.workloads import WORKLOADS, make_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,8 +84,10 @@ def test_a_dry_run_gives_no_number_of_a_gpu(dry: tuple) -> None:
 
 
 def test_hashes_are_those_of_the_sources() -> None:
-    sources = {path.name: path.read_bytes() for path in (ROOT / "triton_kernels").glob("*.py")}
+    folder = ROOT / "triton_kernels"
+    sources = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
     assert kernel_hashes() == {name: sha256(text).hexdigest()[:16] for name, text in sources.items()}
+    assert len(sources) == 11
 
 
 class ScriptedGpu(dry_run.DryGpu):

@@ -14,7 +14,9 @@ from cases import why_skip
 from stopwatch import Stopwatch
 
 from dense_attn.__main__ import main
-from dense_attn.benchmarks import attention, baselines, dry_run, machine, plots, shapes, suite, table, workloads
+from dense_attn.benchmarks import plots
+from dense_attn.benchmarks.harness import dry_run, machine, table
+from dense_attn.benchmarks.layout_attention import attention, baselines, shapes, suite, workloads
 from dense_attn.layout_attention.op import MODULATIONS
 
 SELF, CROSS = "2,2,24,24,16", "2,2,24,9,16"

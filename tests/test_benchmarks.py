@@ -16,10 +16,11 @@ from stopwatch import Stopwatch
 
 from dense_attn.__main__ import main as command_line
 from dense_attn._files import FileError
-from dense_attn.benchmarks import attention, baselines, plots, suite
-from dense_attn.benchmarks.bars import BARS, Bar
+from dense_attn.benchmarks import plots
 from dense_attn.benchmarks.families import FAMILIES
-from dense_attn.benchmarks.workloads import WORKLOADS, Inputs, make_inputs
+from dense_attn.benchmarks.harness.bars import BARS, Bar
+from dense_attn.benchmarks.layout_attention import attention, baselines, suite
+from dense_attn.benchmarks.layout_attention.workloads import WORKLOADS, Inputs, make_inputs
 
 TINY = suite.Setting(WORKLOADS["sd15-self-8"], torch.float32, backward=False)
 TINY_TRAINED = suite.Setting(WORKLOADS["sd15-self-8"], torch.float32, backward=True)
@@ -222,7 +223,7 @@ def test_a_disk_that_fills_up_ends_no_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_dry_run_of_what_a_layout_costs_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("diffusers")
-    from dense_attn.benchmarks import pipeline
+    from dense_attn.benchmarks.layout_attention import pipeline
 
     assert pipeline.main(["--dry-run", "--rounds", "1", "--json", str(tmp_path / "cost.json")]) == 0
     results = json.loads((tmp_path / "cost.json").read_text())

@@ -11,7 +11,7 @@ from pipelines import PROMPT, REGIONS, diffusers, latents, pipeline
 from surroundings import DTYPES, SURROUNDINGS, assert_same, surrounded
 
 from dense_attn import spectral_residual_saliency
-from dense_attn.benchmarks import workloads
+from dense_attn.benchmarks.layout_attention import workloads
 from dense_attn.examples._tiny_pipeline import tiny_modular_pipeline
 from dense_attn.examples.tiny_scenes import model, scenes, score, sheet
 from dense_attn.integrations.diffusers import (

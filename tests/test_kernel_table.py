@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 from dense_attn import _kernel_report
 from dense_attn._kernel_hashes import kernel_hashes
-from dense_attn.benchmarks import ahead_of_time, kernel_calls, kernel_table
+from dense_attn.benchmarks.compiled import ahead_of_time, kernel_calls, kernel_table
 from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
 from dense_attn.triton_kernels.sega import selection
 
@@ -117,7 +117,7 @@ def test_the_committed_table_has_every_configuration(committed: Table) -> None:
 
 def test_every_kernel_is_compiled(table: Table) -> None:
     """For each device."""
-    sources = "".join(path.read_text() for path in (ROOT / "triton_kernels").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "triton_kernels").rglob("*.py"))
     kernels = re.findall(r"^def (\w+_kernel)\(", sources, re.M)
     compiled = {(row["kernel"], row["target"]) for row in table["rows"]}
     assert compiled == {(kernel, target) for kernel in kernels for target in targets_of(table)}

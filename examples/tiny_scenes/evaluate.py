@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dense_attn import _command, _files
-from dense_attn.benchmarks.header import describe_run
+from dense_attn.benchmarks.harness.header import describe_run
 
 from . import chains, edits, layouts, sheet
 from .model import load_pipeline

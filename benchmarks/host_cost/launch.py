@@ -17,11 +17,11 @@ import dense_attn
 from dense_attn._backends import triton
 from dense_attn.reversible import links
 
-from . import machine
-from .clocks import Rounds
-from .measure import OURS, Case, Failure, Latest, Row, Setting, attempted, spread, wanted
-from .workloads import WORKLOADS as ATTENTION
-from .workloads import make_inputs
+from ..harness import machine
+from ..harness.clocks import Rounds
+from ..harness.measure import OURS, Case, Failure, Latest, Row, Setting, attempted, spread, wanted
+from ..layout_attention.workloads import WORKLOADS as ATTENTION
+from ..layout_attention.workloads import make_inputs
 
 _CALLS, _ROUNDS = 100, 21  # calls a round: fewer than a GPU's queue holds
 _ATTENTION = {"launch-self": "sd15-self-16", "launch-cross": "sd15-cross-8"}  # so small that the GPU keeps up

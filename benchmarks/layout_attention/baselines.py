@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dense_attn import layout_attention
 from dense_attn.demo.step import official_attention
 
-from . import machine
+from ..harness import machine
 from .workloads import Inputs
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -9,10 +9,10 @@ import torch
 
 from dense_attn._backends import table
 
-from . import machine
+from ..harness import machine
+from ..harness.measure import OURS
 from .baselines import CONTENDERS, PLAIN, RANGE_ALONE
 from .gpu_baselines import GPU_CONTENDERS, MATERIALISED, TRAINED
-from .measure import OURS
 from .workloads import Workload, workloads
 
 GIB = 2**30

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import dense_attn
 
-from . import machine
+from ..harness import machine
+from ..harness.machine import Mark
+from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, timed, tried, wanted, worst
+from ..harness.measure import measure as measure_row
 from .chains import EpsFn, alphas_cumprod, ddim, edict, final_alpha_cumprod, timesteps
-from .machine import Mark
-from .measure import OURS, Case, Latest, Row, Setting, Trial, timed, tried, wanted, worst
-from .measure import measure as measure_row
 from .unet import SmallUNet
 
 WORKLOADS = {"edict-50": (1, 4, 64, 64)}  # name: shape of the latents

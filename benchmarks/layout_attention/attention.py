@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dense_attn import reference
 
-from . import machine
+from ..harness import machine
+from ..harness.measure import OURS, Row, Trial, tried, worst
+from ..harness.measure import measure as measure_row
 from .baselines import CONTENDERS, Call
 from .gpu_baselines import GPU_CONTENDERS
-from .measure import OURS, Row, Trial, tried, worst
-from .measure import measure as measure_row
 from .suite import Case, Setting, backend, cases, why_not, why_reference
 from .workloads import WORKLOADS, Inputs, Workload, make_inputs
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dense_attn import Layout
 
-from . import machine
+from ..harness import machine
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _REAL_LAYOUTS = _ROOT.parent / "shared" / "data" / "layouts.npz"
 _SHIPPED_LAYOUT = _ROOT / "examples" / "scene.png"
 _TIME = 0.981  # the first of 50 steps, where DenseDiffusion is strongest

@@ -52,7 +52,11 @@ class DryGpu(machine.Gpu):
 
 def shrink() -> None:
     """Give every family its smallest sizes and torch one thread, in this process, which measures nothing."""
-    from . import chain, gradient, launch, percentile, round_trip, sega, steps, test_limits, workloads
+    from ..host_cost import launch
+    from ..layout_attention import workloads
+    from ..reversible import chain, gradient, round_trip, steps
+    from ..sega import guidance, percentile
+    from . import test_limits
 
     torch.set_num_threads(1)
     for name, workload in workloads.WORKLOADS.items():
@@ -60,8 +64,8 @@ def shrink() -> None:
         workloads.WORKLOADS[name] = replace(workload, **small)
     for name, (rows, values) in percentile.WORKLOADS.items():
         percentile.WORKLOADS[name] = min(rows, 2), min(values, 500)
-    for name, (concepts, batch, channels, *_) in sega.WORKLOADS.items():
-        sega.WORKLOADS[name] = min(concepts, 2), batch, min(channels, 2), 4, 4
+    for name, (concepts, batch, channels, *_) in guidance.WORKLOADS.items():
+        guidance.WORKLOADS[name] = min(concepts, 2), batch, min(channels, 2), 4, 4
     steps.SIZES.update(dict.fromkeys(steps.SIZES, 512))
     chain.WORKLOADS.update(dict.fromkeys(chain.WORKLOADS, (1, 4, 8, 8)))
     gradient.WORKLOADS.update(dict.fromkeys(gradient.WORKLOADS, 2))

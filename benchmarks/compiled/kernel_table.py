@@ -1,4 +1,4 @@
-"""The table of Triton kernels: `python -m dense_attn.benchmarks.kernel_table --json FILE`, or `make kernels`.
+"""The table of Triton kernels: `python -m dense_attn.benchmarks.compiled.kernel_table --json FILE`, or `make kernels`.
 
 Every kernel under every launch configuration, compiled ahead of time; no GPU is needed and nothing is run. A row says
 which call launched the kernel and what the compiler made of it.
@@ -31,11 +31,12 @@ import triton
 from dense_attn import __version__, _command, _files
 from dense_attn._kernel_hashes import kernel_hashes
 
+from ..harness.revision import git_revision
 from . import kernel_calls
 from .ahead_of_time import SHARED_LIMITS, Launch, compiled
 from .kernel_calls import Attention, Other
-from .revision import git_revision
 
+MODULE = "dense_attn.benchmarks.compiled.kernel_table"
 Row = dict[str, Any]
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 SPILLS = 16  # bytes that a backward kernel may spill
@@ -46,7 +47,7 @@ MEASURED = (*NUMBERS, "matrix", "fused", "divisions")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print what breaks a rule, write; 1 if a rule is broken."""
-    parser = argparse.ArgumentParser("python -m dense_attn.benchmarks.kernel_table", description="Compile all kernels.")
+    parser = argparse.ArgumentParser(f"python -m {MODULE}", description="Compile all kernels.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the table")
     parser.add_argument("--calls", choices=kernel_calls.CALLS, default="everything", help="all, or those of the tests")
     parser.add_argument("--target", action="append", default=[], choices=MATRIX, help="only for this device")
@@ -108,7 +109,7 @@ def compile_elsewhere(
         )
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "kernels.json")
-        command = [sys.executable, "-m", "dense_attn.benchmarks.kernel_table", "--calls", calls, "--json", str(file)]
+        command = [sys.executable, "-m", MODULE, "--calls", calls, "--json", str(file)]
         command += [word for target in targets for word in ("--target", target)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
         if not file.exists():

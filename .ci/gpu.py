@@ -68,6 +68,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
+        """Whether something is wrong."""
         return not self.verdict.startswith(("passed", "not here"))
 
 
@@ -213,7 +214,7 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
 
 def _sanitize(tool: str, environment: dict[str, str], dry: bool) -> Step:
     """Small launches of every kernel under a checker of the toolkit's; in a dry run, the launches alone."""
-    program = _built("dense_attn.benchmarks.launches")
+    program = _built("dense_attn.benchmarks.host_cost.launches")
     if dry:
         missing, note = ("", "the launches without the tool") if tool == TOOLS[0] else ("a GPU", "")
         return Step(f"sanitize-{tool}", program, missing, environment=environment, note=note)

@@ -24,7 +24,7 @@ from .baselines import (
     sdpa,
     sdpa_bias,
     temperature_and_strength,
-)  # fmt: skip
+)
 from .workloads import Inputs
 
 _ALIGN = 8  # elements: where rows of a bias start, what a head dim of flash attention is a multiple of

@@ -16,9 +16,9 @@ import torch
 from dense_attn import __version__
 from dense_attn._kernel_hashes import kernel_hashes
 
+from ..layout_attention.workloads import label_layout
 from . import machine
 from .revision import git_revision
-from .workloads import label_layout
 
 _FOLDER = Path(__file__).resolve().parent
 _STATE = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")

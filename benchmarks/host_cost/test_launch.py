@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from ..harness.measure import Case, report
 from .launch import measure
-from .measure import Case, report
 
 
 def test_launch(case: Case, benchmark: BenchmarkFixture, record_property: Callable[[str, object], None]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import percentile, sega
-from .measure import Case, report
+from ..harness.measure import Case, report
+from . import guidance, percentile
 
 Record = Callable[[str, object], None]
 
@@ -17,4 +17,4 @@ def test_percentile(case: Case, benchmark: BenchmarkFixture, record_property: Re
 
 
 def test_sega(case: Case, benchmark: BenchmarkFixture, record_property: Record) -> None:
-    report(case, sega.measure(case, benchmark), record_property, benchmark)
+    report(case, guidance.measure(case, benchmark), record_property, benchmark)

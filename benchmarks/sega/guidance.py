@@ -13,9 +13,9 @@ from torch import Tensor
 import dense_attn
 from dense_attn import reference
 
-from . import machine
-from .measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
-from .measure import measure as measure_row
+from ..harness import machine
+from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
+from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: shape of eps_edits
     "sega-1-64": (1, 1, 4, 64, 64),

@@ -12,9 +12,9 @@ from torch import Tensor
 import dense_attn
 from dense_attn import reference
 
-from . import machine
-from .measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted
-from .measure import measure as measure_row
+from ..harness import machine
+from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted
+from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: rows and values a row
     "percentile-4x4096": (4, 4096),

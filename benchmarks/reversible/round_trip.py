@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dense_attn._backends import table
 
-from . import machine
+from ..harness import machine
+from ..harness.measure import OURS, Case, Row, Setting, wanted
 from .chain import sampler
 from .chains import EpsFn, schedule
-from .measure import OURS, Case, Row, Setting, wanted
 from .unet import TinyNet
 
 _STEPS = (10, 50, 200, 1000)

@@ -1,4 +1,4 @@
-"""What a layout costs a pipeline: `python -m dense_attn.benchmarks.pipeline --json FILE`.
+"""What a layout costs a pipeline: `python -m dense_attn.benchmarks.layout_attention.pipeline --json FILE`.
 
 One call of a U-Net of Stable Diffusion 1.5's shape and random weights on two 64 x 64 latents, as classifier-free
 guidance makes it: plain, inside of `apply_layout` with its kernels and with its reference, and with DenseDiffusion's
@@ -26,7 +26,7 @@ from dense_attn.demo.step import official_attention
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout
 
-from .header import describe_run
+from ..harness.header import describe_run
 
 PROMPT = "a cat dog"
 PHRASES, SPANS = ("cat", "dog"), [(2, 5), (5, 8)]  # as the small pipeline's tokenizer reads letters
@@ -36,7 +36,8 @@ STABLE_DIFFUSION = {"block_out_channels": (320, 640, 1280, 1280), "attention_hea
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a table, write."""
-    parser = argparse.ArgumentParser("python -m dense_attn.benchmarks.pipeline", description="Cost of a layout.")
+    program = "python -m dense_attn.benchmarks.layout_attention.pipeline"
+    parser = argparse.ArgumentParser(program, description="Cost of a layout.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--rounds", type=int, default=5, help="calls of each way (5)")
     parser.add_argument("--dry-run", action="store_true", help="a small U-Net, whose times mean nothing")

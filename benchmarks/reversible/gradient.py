@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine
+from ..harness import machine
+from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted
+from ..harness.measure import measure as measure_row
 from .chain import sampler
 from .chains import EpsFn, edict
-from .measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted
-from .measure import measure as measure_row
 from .unet import SmallUNet
 
 WORKLOADS = {"gradient-10": 10, "gradient-50": 50, "gradient-200": 200}  # name: steps

@@ -13,9 +13,9 @@ from torch import Tensor
 from dense_attn import reference
 from dense_attn._backends import table
 
-from . import machine
-from .measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
-from .measure import measure as measure_row
+from ..harness import machine
+from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
+from ..harness.measure import measure as measure_row
 
 SIZES = {"1m": 2**20, "16m": 2**24, "256m": 2**28, "1g": 2**30}
 GIB = 2**30

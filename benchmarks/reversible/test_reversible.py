@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from ..harness.measure import Case, report
 from . import chain, gradient, round_trip, steps
-from .measure import Case, report
 
 Record = Callable[[str, object], None]
 

@@ -39,8 +39,8 @@ class Watched:
 def watch() -> set[str]:
     """The names of all kernels, which leave the set when they are launched."""
     idle, watched = set(), {}
-    for found in pkgutil.iter_modules(triton_kernels.__path__):
-        module = importlib.import_module(f"{triton_kernels.__name__}.{found.name}")
+    for found in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}."):
+        module = importlib.import_module(found.name)
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 idle.add(name)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from ..harness.measure import report
 from .attention import measure
-from .measure import report
 from .suite import Case
 
 

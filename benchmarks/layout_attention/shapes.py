@@ -9,7 +9,8 @@ from math import isqrt
 from dense_attn.layout_attention.layout import MAX_REGIONS
 from dense_attn.layout_attention.op import MODULATIONS
 
-from . import machine, workloads
+from ..harness import machine
+from . import workloads
 from .workloads import Workload
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,0 +1,1 @@
+"""Layout attention beside what a user would pick instead."""

@@ -1,0 +1,1 @@
+"""Reversible DDIM: steps, chains, gradients and round trips."""

@@ -1,0 +1,1 @@
+"""Percentiles and steps of semantic guidance beside their alternatives."""
