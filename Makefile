@@ -41,13 +41,13 @@ kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton kerne
 	@$(BIN)/python -m dense_attn.benchmarks.compiled.kernel_table --triton $(OLDEST_TRITON) --json benchmarks/results/kernels.json
 
 compat: $(VENV)/.built  ## one wheel beside torch 2.11, 2.13 and the newest: core tests, verify, docs/compatibility.md
-	@$(BIN)/python tests/compat.py
+	@$(BIN)/python .ci/compat.py
 
 fuzz: $(SANITIZED)/.built  ## 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(SANITIZER_ENV) $(BIN)/python tests/fuzz.py --calls 10000
+	@$(SANITIZER_ENV) $(BIN)/python tests/support/fuzz.py --calls 10000
 
 sanitize: fuzz  ## the same, and the whole table of cases
-	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/test_backends.py
+	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/backends/test_backends.py
 
 clean:  ## remove what was built and installed here
 	rm -rf $(VENV) build dist *.egg-info dense_attn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -206,7 +206,7 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
         selection += f" and {QUICK_TESTS}"
     else:
         files += ["triton_attention", "triton_steps"]
-    paths = [str(ROOT / "tests" / f"{file}.py") for file in files]
+    paths = [str(ROOT / "tests" / "backends" / f"{file}.py") for file in files]
     missing = "tests of these families" if arguments.family and not chosen and not arguments.dry_run else ""
     command = _built("pytest", *options, *paths, "-k", selection)
     return Step("tests", command, missing, environment=environment, least=60)

@@ -5,61 +5,24 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import raw
+import tree
 from cases import why_skip
+from tree import ROOT
 
 import dense_attn
 from dense_attn._backends import table
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = sorted((ROOT / "dense_attn").rglob("*.py"))
-PYTHON = [*PACKAGE, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
-PYTHON += [*sorted((ROOT / "examples").rglob("*.py")), *sorted((ROOT / "triton_kernels").glob("*.py"))]
+MODULES = tree.modules()
+PYTHON = tree.python_files("dense_attn", "triton_kernels", "benchmarks", "tests", "examples", ".ci")
 KERNELS = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 CPP = [*KERNELS, *sorted((ROOT / "bindings").iterdir())]
 TORCH_IN_KERNEL = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)')
-IMPORTS = {  # the only arrows inside the package; what is not listed is a program on top and may import any of these
-    "_checks": set(),
-    "reference": set(),
-    "_fakes": {"reference"},
-    "_native": {"_fakes"},
-    "_triton_checks": {"_checks", "_fakes"},
-    "_environment": set(),
-    "_files": set(),
-    "_tuned": {"_environment", "_files"},
-    "_triton": {"_environment", "_fakes", "_triton_checks", "_tuned", "triton_kernels"},
-    "layout": {"_checks"},
-    "_pixels": {"_checks"},
-    "_backends": {"_checks", "_environment", "_native", "_triton", "reference"},
-    "_memory": set(),
-    "layout_attention": {"_backends", "_checks", "_memory", "reference"},
-    "sega": {"_backends", "_checks", "_memory", "reference"},
-    "semantic_guidance": {"_backends", "_checks", "reference", "sega"},
-    "_progress": set(),
-    "_chains": {"_checks"},
-    "_trajectory": {"_chains", "_checks", "_memory", "_progress", "reference"},
-    "_way_back": {"_chains", "_trajectory", "reference"},
-    "ddim": {"_backends", "_chains", "_checks", "_memory", "_trajectory", "reference"},
-    "reversible": {"_backends", "_chains", "_checks", "_memory", "_progress", "_trajectory", "_way_back", "ddim"},
-    "saliency": {"_checks"},
-    "_image_loss": {"_checks", "reversible", "saliency"},
-    "_latent_state": {"_checks", "reversible"},
-    "optimize": {"_checks", "_image_loss", "_latent_state", "_progress", "reversible"},
-    "__init__": {
-        "_backends",
-        "ddim",
-        "layout",
-        "layout_attention",
-        "optimize",
-        "reversible",
-        "saliency",
-        "sega",
-        "semantic_guidance",
-    },
-}
+MOST_FILES = 15  # in one folder
 PUBLIC = {
     "SemanticGuidance",
     "spectral_residual_saliency",
@@ -81,25 +44,57 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imported(source: str) -> set[str]:
-    """The modules of dense_attn that a module imports, by their last name."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "dense_attn":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dense_attn."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("dense_attn.")}
-    return names
+def test_every_file_is_looked_at() -> None:
+    """A search that finds nothing would hold every rule."""
+    folders = Counter(path.relative_to(ROOT).parts[0] for path in PYTHON)
+    assert folders["dense_attn"] >= 60
+    assert folders["tests"] >= 80
+    assert folders["benchmarks"] >= 35
+    assert folders["examples"] >= 12
+    assert folders["triton_kernels"] >= 10
+    assert folders[".ci"] == 2
+    assert len(MODULES) >= 130
+    assert len(CPP) >= 20
 
 
-@pytest.mark.parametrize("module", IMPORTS)
+@pytest.mark.parametrize("module", MODULES)
 def test_import_arrows(module: str) -> None:
-    assert imported((ROOT / "dense_attn" / f"{module}.py").read_text()) <= IMPORTS[module]
+    family = tree.family_of(module)
+    imported = {tree.family_of(name) for name in tree.imports(MODULES[module], MODULES)} - {family}
+    if family not in tree.ON_TOP:
+        assert imported <= tree.ARROWS[family]
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=relative)
+def test_no_import_goes_in_a_circle() -> None:
+    assert tree.cycles({name: tree.imports(path, MODULES, top=True) for name, path in MODULES.items()}) == []
+
+
+def test_backends_do_not_import_each_other() -> None:
+    """Nor the table of them; what they share is the contract, and the maths under it."""
+    for backend in ("cpu", "triton"):
+        imported = tree.imports(MODULES[f"dense_attn._backends.{backend}"], MODULES)
+        inside = {name for name in imported if tree.family_of(name) == "_backends"}
+        assert inside <= {"dense_attn._backends.ops", "dense_attn._backends.raw_checks"}
+
+
+def test_a_wrong_arrow_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absolute and relative ones, at the top and inside of functions."""
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
+    (tmp_path / "dense_attn" / "sega").mkdir(parents=True)
+    path = tmp_path / "dense_attn" / "sega" / "op.py"
+    path.write_text("from ..verify import attention\ndef f():\n    from dense_attn import demo\n    import os\n")
+    known = dict.fromkeys(("dense_attn.verify", "dense_attn.verify.attention", "dense_attn.demo"), path)
+    assert tree.imports(path, known) == {"dense_attn.verify.attention", "dense_attn.demo"}
+    assert tree.imports(path, known, top=True) == {"dense_attn.verify.attention"}
+    assert tree.cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_no_folder_is_crowded() -> None:
+    files = Counter(path.parent for path in [*PYTHON, *CPP] if path.name != "__init__.py")
+    assert {relative(folder): count for folder, count in files.items() if count > MOST_FILES} == {}
+
+
+@pytest.mark.parametrize("path", tree.python_files("dense_attn"), ids=relative)
 def test_the_library_imports_torch_and_numpy_alone(path: Path) -> None:
     """Extras are imported inside the function that needs them."""
     modules = set()

@@ -16,7 +16,7 @@ from dense_attn import layout_attention
 
 needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 on_cpu = pytest.mark.parametrize("backend", backends("reference", "cpu"))
-CHECKED_ELSEWHERE = ("test_sega_framework.py", "test_reversible_kernels.py")
+CHECKED_ELSEWHERE = ("sega/test_framework.py", "reversible/test_kernels.py")
 CALLS = {  # what a raw call may look like
     "plain": Case("raw", (2, 2, 37, 53, 40)),
     "strided": Case("raw", (2, 2, 37, 53, 40), view="transposed", words="per-sample"),
@@ -46,7 +46,7 @@ def test_opcheck(name: str, dtype: torch.dtype, modulation: str) -> None:
 
 
 def test_every_registered_op_is_checked() -> None:
-    here, folder = {raw.FWD, raw.BWD}, Path(__file__).parent
+    here, folder = {raw.FWD, raw.BWD}, Path(__file__).parents[1]
     others = {op for file in CHECKED_ELSEWHERE for op in raw.registered() if op in (folder / file).read_text()}
     assert all("opcheck" in (folder / file).read_text() for file in CHECKED_ELSEWHERE)
     assert raw.registered() == (here | others if why_skip("cpu") is None else set())

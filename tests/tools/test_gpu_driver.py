@@ -16,7 +16,7 @@ import torch
 
 from dense_attn.benchmarks.families import GPU_FAMILIES
 
-DRIVER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
+DRIVER = Path(__file__).resolve().parents[2] / ".ci" / "gpu.py"
 spec = importlib.util.spec_from_file_location("gpu_driver", DRIVER)
 gpu = importlib.util.module_from_spec(spec)
 sys.modules["gpu_driver"] = gpu  # dataclasses look their module up

@@ -19,10 +19,11 @@ TABLE = ROOT / "docs" / "compatibility.md"
 VERSIONS = ("2.11.0", "2.13.0", "newest")
 TOOLS = ("numpy", "pytest", "hypothesis", "expecttest")
 CORE = (
-    ("test_backends.py", "-m", "core"),
+    ("backends/test_backends.py", "-m", "core"),
     (
-        *("test_backend_table.py", "test_quantile.py", "test_sega_framework.py"),
-        *("test_framework.py", "test_reversible_kernels.py", "test_reversible_framework.py", "test_ddim_step.py"),
+        *("backends/test_backend_table.py", "layout_attention/test_framework.py"),
+        *("sega/test_quantile.py", "sega/test_framework.py"),
+        *("reversible/test_kernels.py", "reversible/test_framework.py", "reversible/test_ddim_step.py"),
     ),
 )
 SEEN = """
@@ -62,6 +63,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
+        """Whether anything of the line is wrong."""
         return "FAILED" in self.tests + self.verify or self.cpu != "available"
 
 

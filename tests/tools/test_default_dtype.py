@@ -24,7 +24,7 @@ from dense_attn.demo import step as layers_of
 from dense_attn.verify import attention as verified
 from dense_attn.verify import families
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMED = ("tensor", "as_tensor", "asarray", "scalar_tensor", "full", "zeros", "ones", "empty", "rand", "randn", "eye")
 NAMED += ("arange", "linspace", "logspace")  # of floats, whatever their arguments are today
 PLACED = ("randint", "randperm")  # integers by themselves

@@ -11,7 +11,7 @@ import pytest
 
 from dense_attn import _environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VALUES = {"1": True, "true": True, "YES": True, "on": True, "0": False, "false": False, "No": False, "off": False}
 
 

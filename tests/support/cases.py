@@ -22,7 +22,7 @@ DEVICES = {backend: table.device_of(backend) for backend in ("reference", "cpu",
 INTERPRETED = triton.LOAD_ERROR is None and triton.DEVICE == "cpu"
 TIED = ("equal", "zero", "ties")
 SIGN_BIT = -(2**31)
-REAL_LAYOUTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "layouts.npz"
+REAL_LAYOUTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "layouts.npz"
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_parts_of_an_evaluation_add_up(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     """Not a number of them is typed by hand."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     results = json.loads((root / "benchmarks/results/tiny-scenes.json").read_text())
     page = (root / "docs/does_it_work.md").read_text("utf-8")
     shown = {

@@ -1,6 +1,6 @@
 """Random calls, most of them wrong: each either runs or raises a clear error, and changes no argument.
 
-python tests/fuzz.py --calls 10000 [--seed 0]
+python tests/support/fuzz.py --calls 10000 [--seed 0]
 """
 
 from __future__ import annotations

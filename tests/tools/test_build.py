@@ -14,7 +14,7 @@ import pytest
 
 from dense_attn.__main__ import EXTRAS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CROSS = shutil.which("aarch64-linux-gnu-g++")
 BESIDE = ("benchmarks/", "examples/", "triton_kernels/")  # installed inside of the package
 MADE = {"PKG-INFO", "setup.cfg"}  # by setuptools, in every source distribution

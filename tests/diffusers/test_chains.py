@@ -7,8 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from chained import ALL, IMAGE, other_unet, refused
-from pipelines import diffusers, pipeline
+from pipelines import ALL, IMAGE, diffusers, other_unet, pipeline, refused
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import invert, optimize, reconstruct

@@ -27,7 +27,7 @@ from dense_attn.benchmarks.layout_attention import attention, baselines, gpu_bas
 from dense_attn.benchmarks.layout_attention.workloads import WORKLOADS, make_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BASE = {"workload": "sd15-self-64", "pass": "fwd", "dtype": "bfloat16"}
 # What the interpreter's machine cannot run: kernels of GPUs alone, packages that are not installed.
 ABSENT = {"sdpa-cudnn", "sdpa-efficient", "flash-attn", "efficient-bias", "xformers"}

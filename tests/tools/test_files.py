@@ -18,7 +18,7 @@ import pytest
 from dense_attn import _files
 
 ROOT = os.geteuid() == 0 if hasattr(os, "geteuid") else False
-SOURCES = Path(__file__).resolve().parents[1]
+SOURCES = Path(__file__).resolve().parents[2]
 WRITES = re.compile(
     r"""write_(text|bytes)\(|savefig\(\w|\.save\([\w"']|save_file\(|os\.replace|\.rename\(|open\([^()]*["'][wax]b?["']"""
 )

@@ -1,4 +1,4 @@
-"""Tiny pipelines of every family, made once, and DenseDiffusion's attention written out from its formula."""
+"""Tiny pipelines of every family, how a chain refuses others, and DenseDiffusion's attention from its formula."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline  # noqa: E402
+from dense_attn.integrations.diffusers import invert, optimize  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 
@@ -22,6 +23,8 @@ FAMILIES = {
     "flux": (diffusers.FluxPipeline, {"max_sequence_length": 24}),
 }
 PROMPT = "a cat dog"
+IMAGE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+ALL = {"_use_default_values": []}  # a config's values, also those that are a class's defaults
 REGIONS = [("cat", (0.0, 0.0, 0.5, 1.0)), ("dog", (0.5, 0.2, 1.0, 1.0))]
 
 
@@ -44,6 +47,40 @@ def latents(
 def close(a: Tensor, b: Tensor) -> bool:
     """To 1e-4 of the largest."""
     return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+def other_unet(**config: object) -> diffusers.DiffusionPipeline:
+    """The tiny pipeline with a U-Net of another config."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    pipe.unet = diffusers.UNet2DConditionModel.from_config({**pipe.unet.config, **ALL, **config}).eval()
+    return pipe
+
+
+def on_schedule(scheduler: str = "DDIM", **config: object) -> diffusers.DiffusionPipeline:
+    """The tiny pipeline with a scheduler of another class or config."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    kind = getattr(diffusers, f"{scheduler}Scheduler")
+    pipe.scheduler = kind.from_config({**pipe.scheduler.config, **ALL, **config})
+    return pipe
+
+
+@torch.no_grad()
+def encoded(pipe: diffusers.DiffusionPipeline) -> Tensor:
+    """The latents of IMAGE, in which an exact way back ends."""
+    return (pipe.vae.encode(2 * IMAGE - 1).latent_dist.mode() * pipe.vae.config.scaling_factor).double()
+
+
+def refused(pipe: diffusers.DiffusionPipeline, sentence: str, **options: object) -> None:
+    """By both ways into a chain, before the text encoder or the VAE is called."""
+    calls = []
+    for part in (pipe.text_encoder, pipe.vae.encoder):
+        part.register_forward_pre_hook(lambda *_: calls.append(1))
+    given = {"num_inference_steps": 2} | options
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        invert(pipe, IMAGE, "a cat", **given)
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        optimize(pipe, "a cat", torch.mean, steps=1, progress=False, **given)
+    assert not calls
 
 
 class Official:

@@ -25,7 +25,7 @@ from dense_attn.benchmarks.compiled import ahead_of_time, kernel_calls, kernel_t
 from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
 from dense_attn.triton_kernels.sega import selection
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BESIDE = sorted((ROOT / ".venv").glob("triton-*"))
 COMMITTED = ROOT / "benchmarks" / "results" / "kernels.json"
 OLDEST_TARGETS = ("sm_90",)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chained import IMAGE, encoded, on_schedule, refused
-from pipelines import close, diffusers
+from pipelines import IMAGE, close, diffusers, encoded, on_schedule, refused
 from torch import Tensor
 
 from dense_attn import ReversibleSampler, percentile_mask
