@@ -17,7 +17,7 @@ from torch import Tensor
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations import diffusers as integration
 from dense_attn.integrations.diffusers import Phrase, _state, apply_layout
-from dense_attn.integrations.diffusers._tokens import tokens_of
+from dense_attn.integrations.diffusers.text.tokens import tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOX = (0.0, 0.0, 0.5, 1.0)

@@ -249,6 +249,6 @@ def test_a_tensor_without_a_name_is_found() -> None:
 @pytest.mark.parametrize("by", [torch.bfloat16, torch.device("meta")], ids=str)
 def test_it_is_imported_under_them(by: torch.dtype | torch.device) -> None:
     which = f"torch.set_default_device('{by}')" if isinstance(by, torch.device) else f"torch.set_default_dtype({by})"
-    code = f"import torch; {which}; from dense_attn import _verify_families as v; print(v._ALPHAS_CUMPROD[-1].item())"
+    code = f"import torch; {which}; from dense_attn.verify import families as v; print(v._ALPHAS_CUMPROD[-1].item())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == families._ALPHAS_CUMPROD[-1].item()

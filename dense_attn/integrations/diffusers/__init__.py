@@ -1,10 +1,10 @@
 """One line on a diffusers pipeline: layouts, semantic guidance, inversion and latent optimisation."""
 
-from ._phrases import Phrase
 from .guidance import Edit, semantic_guidance
 from .guider import semantic_guider
 from .inversion import Inversion, Optimized, invert, optimize, reconstruct
 from .layouts import apply_layout
+from .text.phrases import Phrase
 
 __all__ = [
     "Edit",

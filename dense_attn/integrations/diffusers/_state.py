@@ -20,9 +20,9 @@ from ._steps import Steps
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ._families import Call, Family
-    from ._processors import LayoutProcessor
-    from ._reading import Reading
+    from .models.families import Call, Family
+    from .models.processors import LayoutProcessor
+    from .text.reading import Reading
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
-from ._encoding import encode, heard, missing, options_of
-from ._families import family_of
 from ._hooks import unwrapped, watched
 from ._rows import check_halves
 from ._steps import Steps
+from .models.families import family_of
+from .text.encoding import encode, heard, missing, options_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -13,12 +13,12 @@ from dense_attn._backends import table
 from dense_attn.layout_attention.op import MODULATIONS
 
 from . import _regions
-from ._encoding import heard
-from ._families import Family, attention_layers, family_of
 from ._hooks import unwrapped, watched
-from ._processors import LayoutProcessor
-from ._reading import Reading
 from ._state import LayoutState, Options
+from .models.families import Family, attention_layers, family_of
+from .models.processors import LayoutProcessor
+from .text.encoding import heard
+from .text.reading import Reading
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from ._hooks import unwrapped
-from ._processors import FluxProcessor, JointProcessor, LayoutProcessor, UNetProcessor
-from ._state import LayoutState, NearestLayout, Side, joined, order_of
+from .._hooks import unwrapped
+from .._state import LayoutState, NearestLayout, Side, joined, order_of
+from .processors import FluxProcessor, JointProcessor, LayoutProcessor, UNetProcessor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ._state import Layer, LayoutState
+    from .._state import Layer, LayoutState
 
 Result = Tensor | tuple[Tensor, ...]
 

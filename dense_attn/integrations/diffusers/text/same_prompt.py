@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import _encoding
-from ._tokens import tokens_of
+from . import encoding
+from .tokens import tokens_of
 
 if TYPE_CHECKING:
-    from ._phrases import Segment
-    from ._reading import Reading
+    from .phrases import Segment
+    from .reading import Reading
 
 NEAR = 0.1  # of a token's distance from the empty prompt's: far above rounding, far below another word
 
@@ -44,11 +44,11 @@ def _other_text(reading: Reading, segment: Segment, i: int, given: Any) -> str |
 
 def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
     """The words for embeddings in which a region's phrase is not what the layout's prompt has there."""
-    known = reading.segments and _encoding.missing(reading.pipe) is None
+    known = reading.segments and encoding.missing(reading.pipe) is None
     if not known or given.dim() != 3 or given.shape[1] < reading.needed:
         return None
     options: dict[str, Any] = {}
-    if _encoding.takes(reading.pipe, "max_sequence_length"):
+    if encoding.takes(reading.pipe, "max_sequence_length"):
         options["max_sequence_length"] = reading.segments[-1].tokens(given.shape[1])
     for b, embeddings in _pairs(len(reading.prompts), given):
         try:

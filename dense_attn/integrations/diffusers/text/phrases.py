@@ -11,8 +11,8 @@ import numpy as np
 
 from dense_attn import _checks
 
-from ._encoding import takes
-from ._tokens import Span, Tokens, folded, tokens_of
+from .encoding import takes
+from .tokens import Span, Tokens, folded, tokens_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from . import _encoding, _phrases
-from ._same_prompt import other_prompt
-from ._state import Image
+from .._state import Image
+from . import encoding, phrases
+from .same_prompt import other_prompt
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ._phrases import Place
-    from ._regions import Regions
-    from ._tokens import Span
+    from .._regions import Regions
+    from .phrases import Place
+    from .tokens import Span
 
 
 class Reading:
@@ -36,7 +36,7 @@ class Reading:
         self.pipe, self.prompts, self.encode = pipe, prompts, encode
         self.regions = regions * len(prompts) if len(regions) == 1 else regions
         self.shared = len(regions) == 1
-        self.segments = _phrases.segments(pipe)
+        self.segments = phrases.segments(pipe)
         self.chars = [self._characters(b) for b in range(len(prompts))]
         self.options: dict[str, Any] = {}  # of encode_prompt, as the last call had them
         self._embeddings: dict[tuple, Tensor] = {}  # of a text under options
@@ -45,7 +45,7 @@ class Reading:
         self._said = False
         self.rows: int | None = None  # texts of the call at hand, None where they are no prompt of the layout's
         if encode and any(phrase for image in self.regions for phrase in image.phrases):
-            lacking = _encoding.missing(pipe)
+            lacking = encoding.missing(pipe)
             if lacking is not None:
                 _checks.refuse("encode_phrases", f"be False for a pipeline without its {lacking}", True)
         self.needed = self._needed()
@@ -62,12 +62,12 @@ class Reading:
     def hear(self, given: dict[str, Any]) -> None:
         """Take the arguments of a call of encode_prompt: phrases are encoded as its prompt is, which must be theirs."""
         negative = self._heard and given.get("prompt_embeds") is not None  # after the prompt, with no options to tell
-        if not negative and _encoding.missing(self.pipe) is None:
-            self.options = _encoding.options_of(self.pipe, given)
+        if not negative and encoding.missing(self.pipe) is None:
+            self.options = encoding.options_of(self.pipe, given)
             for phrase in self._phrases() if self.encode else ():
                 self.embeddings(phrase)  # now, while the text encoders are at hand
         said, earlier = other_prompt(self, given), self.rows if self._heard else None
-        self.rows = earlier if said else _encoding.rows_of(given)
+        self.rows = earlier if said else encoding.rows_of(given)
         self._heard.append(said)
 
     def check(self) -> None:
@@ -89,7 +89,7 @@ class Reading:
         options = self.options | {name: value for name, value in more.items() if value is not None}
         key = text, *sorted(options.items())
         if key not in self._embeddings:
-            self._embeddings[key] = _encoding.encode(self.pipe, text, **options)[0][0]
+            self._embeddings[key] = encoding.encode(self.pipe, text, **options)[0][0]
         return self._embeddings[key]
 
     def argument(self, b: int, r: int) -> str:
@@ -101,12 +101,12 @@ class Reading:
         for r, phrase in enumerate(self.regions[b].phrases):
             if phrase is not None and not self.segments:
                 _checks.refuse("pipe", "have the tokenizer of its prompt", "none")
-            named = phrase and _phrases.characters(self.segments, prompt, phrase, self.argument(b, r))
+            named = phrase and phrases.characters(self.segments, prompt, phrase, self.argument(b, r))
             found.append(named)
         return found
 
     def _of(self, prompt: str, chars: Span, num_tokens: int | None, argument: str) -> list[Place | None]:
-        found = [_phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
+        found = [phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
                  for segment in self.segments]  # fmt: skip
         if not any(found):
             rule = f"have a phrase that its tokenizer keeps of the prompt {prompt!r}"
@@ -123,7 +123,7 @@ class Reading:
                 alone = self.embeddings(phrase)
                 own = self._of(phrase, (0, len(phrase)), len(alone), self.argument(b, r))
                 embedded += [
-                    ((place.start, place.stop), alone[_phrases.matched(place, one)])
+                    ((place.start, place.stop), alone[phrases.matched(place, one)])
                     for place, one in zip(places, own) if place and one
                 ]  # fmt: skip
         return Image(self.regions[b].masks, spans, embedded)

@@ -1,0 +1,1 @@
+"""Where the phrases of a prompt stand among its tokens, and their embeddings on their own."""
