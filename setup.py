@@ -49,7 +49,14 @@ template <typename T> requires std::is_integral_v<T> T f(T x);
 #endif
 """
 CXX_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
-KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
+KERNEL_FLAGS = [
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-fno-rtti",
+]
 SANITIZE_FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -60,7 +67,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 KERNELS = ["csrc/cpu/layout_attention.cpp", "csrc/cpu/sega.cpp", "csrc/cpu/reversible.cpp"]
 # Thresholds and grid steps must be the same bits on every device, so no product melts into a sum.
-SOURCE_FLAGS = {source: ["-ffp-contract=off"] for source in ("csrc/cpu/sega.cpp", "csrc/cpu/reversible.cpp")}
+SOURCE_FLAGS = {
+    source: ["-ffp-contract=off"] for source in ("csrc/cpu/sega.cpp", "csrc/cpu/reversible.cpp")
+}
 DISPATCH = ["csrc/cpu/dispatch.cpp"]
 BINDINGS = [
     "bindings/module.cpp",
@@ -82,14 +91,20 @@ SANITIZED = switch("DENSE_ATTN_SANITIZE", False)
 
 
 def check_setuptools() -> None:
-    """End with a sentence where setuptools is older than pyproject.toml, which it would refuse at length."""
+    """End with a sentence where setuptools is older than pyproject.toml, which it would refuse at
+    length.
+    """
     if int(re.match(r"\d*", setuptools.__version__)[0] or OLDEST_SETUPTOOLS) < OLDEST_SETUPTOOLS:
         needed = f"setuptools {OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}"
-        sys.exit(f"dense_attn must be built with {needed}: pip install 'setuptools>={OLDEST_SETUPTOOLS}'")
+        sys.exit(
+            f"dense_attn must be built with {needed}: pip install 'setuptools>={OLDEST_SETUPTOOLS}'"
+        )
 
 
 class BuildExt(build_ext):
-    """Compiles every kernel for every instruction set, side by side, and links one library that knows no Python."""
+    """Compiles every kernel for every instruction set, side by side, and links one library that
+    knows no Python.
+    """
 
     def run(self) -> None:
         self._compiler()  # refuses a name that setuptools would fall over
@@ -101,12 +116,19 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         self._check_compiler()
         include_paths, library_paths = self._torch_folders()
-        stable_abi = [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-Ibindings", *(f"-isystem{p}" for p in include_paths)]
-        jobs = [(source, "host", stable_abi) for source in BINDINGS] + [(source, "host", []) for source in DISPATCH]
+        stable_abi = [
+            f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+            "-Ibindings",
+            *(f"-isystem{p}" for p in include_paths),
+        ]
+        jobs = [(source, "host", stable_abi) for source in BINDINGS] + [
+            (source, "host", []) for source in DISPATCH
+        ]
         for isa, flags in ISAS.items():
             defines = [f"-DDENSE_ATTN_ISA={isa}"]
             jobs += [
-                (source, isa, [*KERNEL_FLAGS, *flags, *defines, *SOURCE_FLAGS.get(source, ())]) for source in KERNELS
+                (source, isa, [*KERNEL_FLAGS, *flags, *defines, *SOURCE_FLAGS.get(source, ())])
+                for source in KERNELS
             ]
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +136,17 @@ class BuildExt(build_ext):
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             objects = list(pool.map(lambda job: self._compile(*job), jobs))
-            self.spawn([*self._compiler(), "-shared", *objects, *folders, "-ltorch_cpu", "-o", str(library)])
+            self.spawn(
+                [
+                    *self._compiler(),
+                    "-shared",
+                    *objects,
+                    *folders,
+                    "-ltorch_cpu",
+                    "-o",
+                    str(library),
+                ]
+            )
         except BaseError as error:
             pool.shutdown(cancel_futures=True)  # so that what is said last stands last
             raise PlatformError(
@@ -134,10 +166,14 @@ class BuildExt(build_ext):
         except ImportError as error:
             raise PlatformError(f"{needed}, got {error}: pip install torch; {WITHOUT}") from None
         if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
-            raise PlatformError(f"{needed}, got {torch.__version__}: pip install --upgrade torch; {WITHOUT}")
+            raise PlatformError(
+                f"{needed}, got {torch.__version__}: pip install --upgrade torch; {WITHOUT}"
+            )
         if not any(Path(folder, "torch/csrc/stable").is_dir() for folder in include_paths()):
             where = ", ".join(include_paths())
-            raise PlatformError(f"{needed} with its headers, got none in {where}: pip install torch; {WITHOUT}")
+            raise PlatformError(
+                f"{needed} with its headers, got none in {where}: pip install torch; {WITHOUT}"
+            )
         return include_paths(), library_paths()
 
     def _check_compiler(self) -> None:
@@ -149,7 +185,9 @@ class BuildExt(build_ext):
         except OSError as error:
             done, lines = None, [str(error.strerror)]
         if done is None or done.returncode:
-            said = next((line for line in lines if "error" in line), lines[0])  # warnings may stand before it
+            said = next(
+                (line for line in lines if "error" in line), lines[0]
+            )  # warnings may stand before it
             got = f"got {command[0]!r} ({said})"
             raise PlatformError(f"{NEEDED}, {got}: {ADVICE}; {WITHOUT}")
 
@@ -163,22 +201,33 @@ class BuildExt(build_ext):
     def _compiler(self, flags: list[str] = ()) -> list[str]:
         named = os.environ.get("CXX", "")
         try:
-            command = shlex.split(named) or shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1]
+            command = (
+                shlex.split(named) or shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1]
+            )
         except ValueError as error:
             raise PlatformError(f"CXX must name a compiler, got {named!r}: {error}") from None
         return [*command, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if SANITIZED else [])]
 
 
-BESIDE = ("benchmarks", "examples", "triton_kernels")  # folders that are installed inside of the package
+BESIDE = (
+    "benchmarks",
+    "examples",
+    "triton_kernels",
+)  # folders that are installed inside of the package
 
 check_setuptools()
 setup(
     packages=[
         *find_packages(include=["dense_attn", "dense_attn.*"]),
-        *(f"dense_attn.{name}" for folder in BESIDE for name in find_packages(include=[folder, f"{folder}.*"])),
+        *(
+            f"dense_attn.{name}"
+            for folder in BESIDE
+            for name in find_packages(include=[folder, f"{folder}.*"])
+        ),
     ],
     package_dir={f"dense_attn.{folder}": folder for folder in BESIDE},
-    include_package_data=False,  # MANIFEST.in names what a source distribution holds, pictures for the README too
+    # MANIFEST.in names what a source distribution holds, pictures for the README too
+    include_package_data=False,
     package_data={
         "": ["*.md", "*.png", "*.safetensors", "py.typed"],
         "dense_attn.benchmarks": ["results/*.json"],

@@ -1,6 +1,8 @@
-"""`make compat`: one wheel in an environment of its own beside each torch, the core tests and `verify`, and the table.
+"""`make compat`: one wheel in an environment of its own beside each torch, the core tests and
+`verify`, and the table.
 
-Environments stay in .venv/compat; a version that cannot be installed, a test or a row that fails, fails the run.
+Environments stay in .venv/compat; a version that cannot be installed, a test or a row that fails,
+fails the run.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ CORE = (
     (
         *("backends/test_backend_table.py", "layout_attention/test_framework.py"),
         *("sega/test_quantile.py", "sega/test_framework.py"),
-        *("reversible/test_kernels.py", "reversible/test_framework.py", "reversible/test_ddim_step.py"),
+        *(
+            "reversible/test_kernels.py",
+            "reversible/test_framework.py",
+            "reversible/test_ddim_step.py",
+        ),
     ),
 )
 SEEN = """
@@ -84,7 +90,15 @@ def build() -> Path:
     """The wheel, built with the development environment's torch."""
     for old in WORK.glob("*.whl"):
         old.unlink()
-    pip(Path(sys.executable), "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(WORK), str(ROOT))
+    pip(
+        Path(sys.executable),
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(WORK),
+        str(ROOT),
+    )
     (wheel,) = WORK.glob("*.whl")
     return wheel
 
@@ -135,8 +149,18 @@ def core_tests(python: Path) -> str:
         report = WORK / f"{python.parents[1].name}-{number}.xml"
         report.unlink(missing_ok=True)
         files = [str(ROOT / "tests" / word) if word.endswith(".py") else word for word in selection]
-        options = ("-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
-        done = run(python.with_name("pytest"), *options, "--junitxml", str(report), *files, check=False)
+        options = (
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            "--rootdir",
+            str(ROOT),
+        )
+        done = run(
+            python.with_name("pytest"), *options, "--junitxml", str(report), *files, check=False
+        )
         found = counted(report)
         if done.returncode or sum(found) == 0:
             print(done.stdout[-3000:], done.stderr[-2000:], flush=True)
@@ -150,7 +174,9 @@ def counted(report: Path) -> tuple[int, int, int]:
     if not report.exists():
         return 0, 0, 0
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    total, skipped, *broken = (int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors"))
+    total, skipped, *broken = (
+        int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors")
+    )
     return total - skipped - sum(broken), skipped, sum(broken)
 
 
@@ -163,7 +189,12 @@ def run(program: Path, *arguments: str, check: bool = True) -> subprocess.Comple
     """Run a program away from the sources, so that it finds the wheel's package alone."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [str(program), *arguments], cwd=WORK, env=environment, capture_output=True, text=True, check=False
+        [str(program), *arguments],
+        cwd=WORK,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if check and done.returncode:
         raise Failure(f"{' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
@@ -179,7 +210,9 @@ def write(wheel: Path, rows: list[Row]) -> None:
     date = f"{datetime.now(timezone.utc):%-d %B %Y}"
     python = ".".join(map(str, sys.version_info[:2]))
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(TEXT.format(wheel=wheel.name, built=torch.__version__, date=date, python=python, rows=lines))
+    TABLE.write_text(
+        TEXT.format(wheel=wheel.name, built=torch.__version__, date=date, python=python, rows=lines)
+    )
 
 
 if __name__ == "__main__":

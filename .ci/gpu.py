@@ -1,7 +1,9 @@
-"""`make gpu`: on a machine with a GPU and no network, build the library, test it, and measure it, in one go.
+"""`make gpu`: on a machine with a GPU and no network, build the library, test it, and measure it,
+in one go.
 
-Runs from the checkout with the Python that has torch, on the standard library alone. Every step is a process of its own
-with a log; one that fails is reported, and the others still run. Wheels in `.whl/` are installed for the run first.
+Runs from the checkout with the Python that has torch, on the standard library alone. Every step is
+a process of its own with a log; one that fails is reported, and the others still run. Wheels in
+`.whl/` are installed for the run first.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 LIBRARY, WHEELS = BUILD / "lib", BUILD / "site"
 TOOLS = ("memcheck", "racecheck", "initcheck")
-_SEGA, _STEPS = "sega or percentile or guidance or interpolation", "step or grid or sampler or chain or latents"
+_SEGA, _STEPS = (
+    "sega or percentile or guidance or interpolation",
+    "step or grid or sampler or chain or latents",
+)
 TESTS = {  # of each family of the benchmark, what of the tests is its own
     "attention": f"not ({_SEGA} or {_STEPS})",
     **dict.fromkeys(("percentile", "sega"), _SEGA),
@@ -73,11 +78,16 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 if every step that can run here passed, 1 if not, 2 if the arguments cannot be used or there is no GPU."""
+    """0 if every step that can run here passed, 1 if not, 2 if the arguments cannot be used or
+    there is no GPU.
+    """
     arguments, date = _parse(argv), datetime.now(timezone.utc).isoformat(timespec="seconds")
     device = "dry run" if arguments.dry_run else _device()
     if not device:
-        print("make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one", file=sys.stderr)
+        print(
+            "make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one",
+            file=sys.stderr,
+        )
         return 2
     output = arguments.output.resolve()
     try:
@@ -85,12 +95,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"make gpu: --output must be a folder that can be written: {error}", file=sys.stderr)
         return 2
-    steps = [step for step in _steps(arguments, device, output) if _wanted(step.name, arguments.only)]
+    steps = [
+        step for step in _steps(arguments, device, output) if _wanted(step.name, arguments.only)
+    ]
     outcomes = run(steps, output, 60 * arguments.minutes)
     _print_table(outcomes)
     steps = [asdict(outcome) for outcome in outcomes]
-    summary = {"device": device, "dry_run": arguments.dry_run, "quick": arguments.quick, "date": date, "steps": steps}
-    write = runpy.run_path(str(ROOT / "dense_attn" / "_files.py"))["write"]  # without torch, which the package imports
+    summary = {
+        "device": device,
+        "dry_run": arguments.dry_run,
+        "quick": arguments.quick,
+        "date": date,
+        "steps": steps,
+    }
+    write = runpy.run_path(str(ROOT / "dense_attn" / "_files.py"))[
+        "write"
+    ]  # without torch, which the package imports
     try:
         write(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     except OSError as error:
@@ -100,14 +120,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(steps: list[Step], output: Path, seconds: float = 0) -> list[Outcome]:
-    """Each step in turn, whatever became of those before; of `seconds`, if not 0, later ones keep their least."""
+    """Each step in turn, whatever became of those before; of `seconds`, if not 0, later ones keep
+    their least.
+    """
     end = time.monotonic() + seconds if seconds else None
     outcomes = []
     for index, step in enumerate(steps):
         left = step.most
         if end is not None:
             kept = [later.least for later in steps[index + 1 :] if not later.missing]
-            left = min(left, end - time.monotonic() - sum(kept) - GRACE * bool(kept))  # a step may be slow to end
+            left = min(
+                left, end - time.monotonic() - sum(kept) - GRACE * bool(kept)
+            )  # a step may be slow to end
         try:
             outcomes.append(_outcome(step, output, left))
         except KeyboardInterrupt:
@@ -131,7 +155,13 @@ def _outcome(step: Step, output: Path, seconds: float) -> Outcome:
         file.flush()
         code = _call(step, file, seconds)
     passed = f"passed, {step.note}" if step.note else "passed"
-    verdict = passed if code == 0 else f"ran past {seconds:.0f} s" if code is None else f"exit code {code}"
+    verdict = (
+        passed
+        if code == 0
+        else f"ran past {seconds:.0f} s"
+        if code is None
+        else f"exit code {code}"
+    )
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         print("".join(f"  {line}\n" for line in lines[-15:]), end="")
@@ -139,10 +169,19 @@ def _outcome(step: Step, output: Path, seconds: float) -> Outcome:
 
 
 def _call(step: Step, file: object, seconds: float) -> int | None:
-    """The exit code, None past the time; what the step has started ends with it, also when this process is asked to."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"} | step.environment
+    """The exit code, None past the time; what the step has started ends with it, also when this
+    process is asked to.
+    """
+    environment = (
+        os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"} | step.environment
+    )
     process = subprocess.Popen(
-        step.command, cwd=step.folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        step.command,
+        cwd=step.folder,
+        env=environment,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         return process.wait(seconds)
@@ -164,39 +203,90 @@ def _steps(arguments: argparse.Namespace, device: str, output: Path) -> list[Ste
     name = re.sub(r"\W+", "-", device.lower()).strip("-")
     results = ["--json", str(output / f"{name}.json"), "--plot", str(output / f"{name}.png")]
     families = [word for family in arguments.family for word in ("--family", family)]
-    bench = ["bench", "--device", "cuda", *results, *families, *(["--dry-run", "--quick"] if dry else quick)]
+    bench = [
+        "bench",
+        "--device",
+        "cuda",
+        *results,
+        *families,
+        *(["--dry-run", "--quick"] if dry else quick),
+    ]
     wheels = sorted(str(wheel) for wheel in (ROOT / ".whl").glob("*.whl"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+    ]
     return [
         Step("environment", [sys.executable, "-c", _ENVIRONMENT], most=120),
-        Step("wheels", [*pip, str(WHEELS), *wheels], "" if wheels else "no wheels in .whl/", most=300, fresh=WHEELS),
+        Step(
+            "wheels",
+            [*pip, str(WHEELS), *wheels],
+            "" if wheels else "no wheels in .whl/",
+            most=300,
+            fresh=WHEELS,
+        ),
         _build(),
         _tests(arguments, interpreted),
         *(_sanitize(tool, interpreted, dry) for tool in TOOLS),
         Step("verify", _built("dense_attn", "verify"), environment=environment, least=15),
-        Step("bench", _built("dense_attn", *bench), environment=environment, least=200 if quick and not dry else 60),
+        Step(
+            "bench",
+            _built("dense_attn", *bench),
+            environment=environment,
+            least=200 if quick and not dry else 60,
+        ),
     ]
 
 
 def _built(module: str, *arguments: str) -> list[str]:
-    """The command of a module, which fails if the dense_attn that it used is not the one that was built."""
+    """The command of a module, which fails if the dense_attn that it used is not the one that was
+    built.
+    """
     return [sys.executable, "-c", _RUN, str(LIBRARY), module, *arguments]
 
 
 def _build() -> Step:
-    """The library with its compiled part, where a compiler is there: the Triton kernels need none."""
+    """The library with its compiled part, where a compiler is there: the Triton kernels need
+    none.
+    """
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     there = shutil.which(compiler.split()[0]) is not None
     how = ["build", "--build-base", str(BUILD)] if there else ["build_py"]
     command = [sys.executable, "setup.py", "--quiet", *how, "--build-lib", str(LIBRARY)]
     path = {"PYTHONPATH": str(WHEELS)}
     note = "" if there else "without the CPU kernels: no C++ compiler"
-    return Step("build", command, most=900, least=20, environment=path, folder=ROOT, fresh=LIBRARY, note=note)
+    return Step(
+        "build",
+        command,
+        most=900,
+        least=20,
+        environment=path,
+        folder=ROOT,
+        fresh=LIBRARY,
+        note=note,
+    )
 
 
 def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
-    """The tests whose kernels run on the GPU; without one, a few of them through the interpreter."""
-    options = ["-q", "-p", "no:cacheprovider", "-rs", "--import-mode=importlib", "--rootdir", str(ROOT)]
+    """The tests whose kernels run on the GPU; without one, a few of them through the
+    interpreter.
+    """
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "--import-mode=importlib",
+        "--rootdir",
+        str(ROOT),
+    ]
     chosen = " or ".join(f"({TESTS[family]})" for family in arguments.family if TESTS[family])
     files, selection = ["test_backends", "test_gpu", "triton_backend"], "(triton or test_gpu)"
     selection += f" and ({chosen})" if chosen else ""
@@ -207,13 +297,19 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
     else:
         files += ["triton_attention", "triton_steps"]
     paths = [str(ROOT / "tests" / "backends" / f"{file}.py") for file in files]
-    missing = "tests of these families" if arguments.family and not chosen and not arguments.dry_run else ""
+    missing = (
+        "tests of these families"
+        if arguments.family and not chosen and not arguments.dry_run
+        else ""
+    )
     command = _built("pytest", *options, *paths, "-k", selection)
     return Step("tests", command, missing, environment=environment, least=60)
 
 
 def _sanitize(tool: str, environment: dict[str, str], dry: bool) -> Step:
-    """Small launches of every kernel under a checker of the toolkit's; in a dry run, the launches alone."""
+    """Small launches of every kernel under a checker of the toolkit's; in a dry run, the launches
+    alone.
+    """
     program = _built("dense_attn.benchmarks.host_cost.launches")
     if dry:
         missing, note = ("", "the launches without the tool") if tool == TOOLS[0] else ("a GPU", "")
@@ -273,15 +369,27 @@ def _wanted(name: str, only: list[str]) -> bool:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("make gpu", description="Build, test and measure on a machine with a GPU.")
+    parser = argparse.ArgumentParser(
+        "make gpu", description="Build, test and measure on a machine with a GPU."
+    )
     names = ("environment", "wheels", "build", "tests", "sanitize", "verify", "bench")
-    parser.add_argument("--quick", action="store_true", help="a part of the tests and rows, within ten minutes")
-    parser.add_argument("--minutes", type=_minutes, metavar="N", help=f"end by then ({QUICK_MINUTES} with --quick)")
-    parser.add_argument("--only", action="append", default=[], choices=names, metavar="STEP", help=", ".join(names))
+    parser.add_argument(
+        "--quick", action="store_true", help="a part of the tests and rows, within ten minutes"
+    )
+    parser.add_argument(
+        "--minutes", type=_minutes, metavar="N", help=f"end by then ({QUICK_MINUTES} with --quick)"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], choices=names, metavar="STEP", help=", ".join(names)
+    )
     parser.add_argument("--family", action="append", default=[], choices=tuple(TESTS), metavar="NAME",
                         help=f"of the benchmark and its tests: {', '.join(TESTS)}")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=BUILD / "results", metavar="DIR", help="logs and results")
-    parser.add_argument("--dry-run", action="store_true", help="every step without a GPU, through the interpreter")
+    parser.add_argument(
+        "--output", type=Path, default=BUILD / "results", metavar="DIR", help="logs and results"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="every step without a GPU, through the interpreter"
+    )
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"--output must be a folder, got {arguments.output}")

@@ -1,1 +1,3 @@
-"""How fast, small and exact the library is beside what a user would pick instead; `run.py` says how to run it."""
+"""How fast, small and exact the library is beside what a user would pick instead; `run.py` says how
+to run it.
+"""

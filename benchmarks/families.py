@@ -1,4 +1,6 @@
-"""The families of rows, each a module with WORKLOADS, `cases(quick, names)` and `measure(case, ...) -> row`."""
+"""The families of rows, each a module with WORKLOADS, `cases(quick, names)` and
+`measure(case, ...) -> row`.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def files(path: Path) -> list[Path]:
 
 
 def draw(results: dict[str, Any], path: Path) -> list[Path]:
-    """Write the figures of a run's results as .png or .svg: `path`, and beside it those of the other families."""
+    """Write the figures of a run's results as .png or .svg: `path`, and beside it those of the
+    other families.
+    """
     from .reversible import plots as reversible
     from .sega import plots as sega
 
@@ -57,16 +59,26 @@ def draw(results: dict[str, Any], path: Path) -> list[Path]:
 
 
 def attention(rows: list[Row]) -> Figure | None:
-    """Who is slower by how much, and how time and memory grow with the tokens; every pass and dtype of own shapes."""
+    """Who is slower by how much, and how time and memory grow with the tokens; every pass and dtype
+    of own shapes.
+    """
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["family"] == "attention"]
     if not rows:
         return None
     gpu = any(row["pass"] == "bwd" for row in rows)
-    usual = [("bfloat16", "fwd"), ("bfloat16", "bwd")] if gpu else [("float32", "fwd"), ("bfloat16", "fwd")]
+    usual = (
+        [("bfloat16", "fwd"), ("bfloat16", "bwd")]
+        if gpu
+        else [("float32", "fwd"), ("bfloat16", "fwd")]
+    )
     own = any("own" in row for row in rows)
-    panels = list(dict.fromkeys((row["dtype"], row["pass"]) for row in rows if "ratio" in row)) if own else usual
+    panels = (
+        list(dict.fromkeys((row["dtype"], row["pass"]) for row in rows if "ratio" in row))
+        if own
+        else usual
+    )
     lines = not own or any(row["workload"].startswith("long") for row in rows)
     if not panels and not lines:
         return None
@@ -77,13 +89,22 @@ def attention(rows: list[Row]) -> Figure | None:
         ratios(figure.add_subplot(grid[place, :]), rows, dtype, passes)
     if lines:
         scaling(figure.add_subplot(grid[-1, 0]), rows, _time_per_head, "time of one head (ms)")
-        scaling(figure.add_subplot(grid[-1, 1]), rows, _megabytes, "memory of a call beyond inputs and output (MB)")
+        scaling(
+            figure.add_subplot(grid[-1, 1]),
+            rows,
+            _megabytes,
+            "memory of a call beyond inputs and output (MB)",
+        )
     return figure
 
 
 def ratios(axes: Axes, rows: list[Row], dtype: str, passes: str) -> None:
-    """Bars of (time of a baseline / time of the library) for each workload of a model; 1 is the library."""
-    rows = [row for row in rows if (row["dtype"], row["pass"]) == (dtype, passes) and "ratio" in row]
+    """Bars of (time of a baseline / time of the library) for each workload of a model; 1 is the
+    library.
+    """
+    rows = [
+        row for row in rows if (row["dtype"], row["pass"]) == (dtype, passes) and "ratio" in row
+    ]
     rows = [row for row in rows if not row["workload"].startswith("long")]
     names = list(dict.fromkeys(row["workload"] for row in rows))
     shown = [name for name in STYLE if any(row["contender"] == name for row in rows)]
@@ -101,7 +122,9 @@ def ratios(axes: Axes, rows: list[Row], dtype: str, passes: str) -> None:
     axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("time / time of dense_attn")
-    axes.set_title(f"{_PASSES[passes]}, {dtype}: how many times longer than dense_attn", fontsize=11)
+    axes.set_title(
+        f"{_PASSES[passes]}, {dtype}: how many times longer than dense_attn", fontsize=11
+    )
     axes.legend(fontsize=8, ncols=6, columnspacing=1, handlelength=1.2, loc="upper center")
 
 
@@ -124,7 +147,9 @@ def scaling(axes: Axes, rows: list[Row], value: Callable[[Row], float | None], l
     axes.grid(alpha=0.3)
     heads = sorted({row["num_heads"] for row in rows}, reverse=True)
     fewer = ", fewer above 4k" if len(heads) > 1 else ""
-    axes.set_title(f"Long self-attention, forward ({heads[0] if heads else 8} heads{fewer})", fontsize=11)
+    axes.set_title(
+        f"Long self-attention, forward ({heads[0] if heads else 8} heads{fewer})", fontsize=11
+    )
     if axes.lines:
         axes.legend(fontsize=7)
 

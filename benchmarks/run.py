@@ -1,31 +1,36 @@
-"""The benchmark suite: `python -m dense_attn bench`, or `pytest benchmarks/` for pytest-benchmark's own tables.
+"""The benchmark suite: `python -m dense_attn bench`, or `pytest benchmarks/` for pytest-benchmark's
+own tables.
 
-    python -m dense_attn bench                              all rows of this machine, a quarter of an hour on two cores
-    python -m dense_attn bench --quick                      the rows of a minute
-    python -m dense_attn bench --workload sd15-self-64      one workload; may be repeated
+    python -m dense_attn bench                              all rows of this machine, a quarter of
+    an hour on two cores python -m dense_attn bench --quick                      the rows of a
+    minute python -m dense_attn bench --workload sd15-self-64      one workload; may be repeated
     python -m dense_attn bench --family sega                one family; may be repeated
-    python -m dense_attn bench --shape 2,8,4096,77,40       layout attention on B,H,M,N,D[,dtype]; may be repeated
+    python -m dense_attn bench --shape 2,8,4096,77,40       layout attention on B,H,M,N,D[,dtype];
+    may be repeated
     ... --shape 1,24,4096,4096,128,bfloat16 --modulation mask --regions 8      another modulation, a layout of 8 stripes
-    python -m dense_attn bench --json FILE --plot FILE      write the results, draw them (.png or .svg)
-    python -m dense_attn bench --device cuda                a GPU's rows; --quick: those of three minutes
-    python -m dense_attn bench --dry-run                    a GPU's rows on the smallest sizes, without a GPU
-    pytest benchmarks/ --quick --benchmark-json=FILE        the same rows, reported by pytest-benchmark
+    python -m dense_attn bench --json FILE --plot FILE      write the results, draw them (.png or
+    .svg) python -m dense_attn bench --device cuda                a GPU's rows; --quick: those of
+    three minutes python -m dense_attn bench --dry-run                    a GPU's rows on the
+    smallest sizes, without a GPU pytest benchmarks/ --quick --benchmark-json=FILE        the same
+    rows, reported by pytest-benchmark
 
-Each row is a test of `test_attention.py`, `test_sega.py` or `test_reversible.py`, which pytest-benchmark times; this
-module runs pytest and reports. Before every round of a contender its partner, this library, runs once (what the library
-is compared with runs before the library's own rounds), so `ratio`, the time of the contender over the time of the
-library, compares calls that stand beside each other in time.
+Each row is a test of `test_attention.py`, `test_sega.py` or `test_reversible.py`, which
+pytest-benchmark times; this module runs pytest and reports. Before every round of a contender its
+partner, this library, runs once (what the library is compared with runs before the library's own
+rounds), so `ratio`, the time of the contender over the time of the library, compares calls that
+stand beside each other in time.
 
-Before it is timed a contender must pass its check. Attention, semantic guidance and chains: the library's rule of
-accuracy (`dense_attn/_verify.py`) against the reference in float64, on all results or, where these are too many, on a
-part; a baseline, whose rounding is not the library's to promise, may err four times as much. Percentiles and steps on
-the integer grid: no bit may differ. Gradients: 1e-4 of the largest element, against autograd in float64. What is too
-large is left out, and says so.
+Before it is timed a contender must pass its check. Attention, semantic guidance and chains: the
+library's rule of accuracy (`dense_attn/_verify.py`) against the reference in float64, on all
+results or, where these are too many, on a part; a baseline, whose rounding is not the library's to
+promise, may err four times as much. Percentiles and steps on the integer grid: no bit may differ.
+Gradients: 1e-4 of the largest element, against autograd in float64. What is too large is left out,
+and says so.
 
-Inputs are random; regions come from a real label map. Times are wall-clock seconds of one call, memory is the growth
-of the process beyond inputs and results; on a GPU both are the GPU's own (`clocks.py`, `machine.py`). A figure is drawn
-for each group of families that has rows: `--plot FILE.png` writes FILE.png (attention), FILE-sega.png and
-FILE-reversible.png.
+Inputs are random; regions come from a real label map. Times are wall-clock seconds of one call,
+memory is the growth of the process beyond inputs and results; on a GPU both are the GPU's own
+(`clocks.py`, `machine.py`). A figure is drawn for each group of families that has rows:
+`--plot FILE.png` writes FILE.png (attention), FILE-sega.png and FILE-reversible.png.
 """
 
 from __future__ import annotations
@@ -72,21 +77,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite; 0 if every row that ran was right, 1 if not, 2 if pytest could not run it."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
-    if arguments.dry_run and not _environment.flag("TRITON_INTERPRET"):  # which Triton reads when it is loaded
+    if arguments.dry_run and not _environment.flag(
+        "TRITON_INTERPRET"
+    ):  # which Triton reads when it is loaded
         again = [sys.executable, "-m", f"{__package__}.run", *argv]
-        return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+        return subprocess.run(
+            again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False
+        ).returncode
     machine.use(arguments.device, arguments.dry_run)
     report = Report(describe_run(arguments.quick), arguments.json)
     if arguments.regions:
         report.header["regions"] = f"{arguments.regions} stripes"
-    options = [f"--device={arguments.device}", *["--quick"] * arguments.quick, *["--dry-run"] * arguments.dry_run]
-    options += [f"--workload={name}" for name in arguments.workload] + [f"--family={name}" for name in arguments.family]
+    options = [
+        f"--device={arguments.device}",
+        *["--quick"] * arguments.quick,
+        *["--dry-run"] * arguments.dry_run,
+    ]
+    options += [f"--workload={name}" for name in arguments.workload] + [
+        f"--family={name}" for name in arguments.family
+    ]
     options += [f"--shape={text}" for text in arguments.shape]
-    options += [f"--{name}={value}" for name in ("modulation", "regions") if (value := getattr(arguments, name))]
+    options += [
+        f"--{name}={value}"
+        for name in ("modulation", "regions")
+        if (value := getattr(arguments, name))
+    ]
     tests = [str(_FOLDER / name) for name in _TESTS]
     # Nothing of the folder the user stands in takes part, and nothing is left in it.
     storage = f"--benchmark-storage=file://{tempfile.gettempdir()}"
-    alone = [f"-c{os.devnull}", f"--rootdir={_FOLDER}", "-pno:terminal", "-pno:cacheprovider", storage]
+    alone = [
+        f"-c{os.devnull}",
+        f"--rootdir={_FOLDER}",
+        "-pno:terminal",
+        "-pno:cacheprovider",
+        storage,
+    ]
     code = pytest.main([*tests, *alone, *options], plugins=[report])
     report.bar.close()
     if report.interrupted:
@@ -110,26 +135,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m dense_attn bench", description="Run the benchmark suite.")
+    parser = argparse.ArgumentParser(
+        "python -m dense_attn bench", description="Run the benchmark suite."
+    )
     parser.add_argument("--quick", action="store_true", help="the rows of a minute")
-    parser.add_argument("--workload", action="append", default=[], metavar="NAME", help="only this; may be repeated")
-    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this; may be repeated")
-    parser.add_argument("--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help="a shape of your own")
-    parser.add_argument("--modulation", metavar="NAME", help=f"of the shapes: {', '.join(MODULATIONS)} (range)")
-    parser.add_argument("--regions", metavar="N", help="stripes of the shapes' layout (default: a real label map)")
-    parser.add_argument("--device", choices=machine.SUITES, default="cpu", help="what is measured (%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU")
+    parser.add_argument(
+        "--workload", action="append", default=[], metavar="NAME", help="only this; may be repeated"
+    )
+    parser.add_argument(
+        "--family", action="append", default=[], metavar="NAME", help="only this; may be repeated"
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="B,H,M,N,D[,dtype]",
+        help="a shape of your own",
+    )
+    parser.add_argument(
+        "--modulation", metavar="NAME", help=f"of the shapes: {', '.join(MODULATIONS)} (range)"
+    )
+    parser.add_argument(
+        "--regions", metavar="N", help="stripes of the shapes' layout (default: a real label map)"
+    )
+    parser.add_argument(
+        "--device", choices=machine.SUITES, default="cpu", help="what is measured (%(default)s)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, .png or .svg")
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
         arguments.device = "cuda"
     if arguments.device == "cuda" and not arguments.dry_run and not torch.cuda.is_available():
-        parser.error("--device must be cpu where torch sees no GPU, got 'cuda' (--dry-run needs none)")
+        parser.error(
+            "--device must be cpu where torch sees no GPU, got 'cuda' (--dry-run needs none)"
+        )
     if arguments.dry_run and find_spec("triton") is None:
-        parser.error("--dry-run needs Triton, whose interpreter runs the kernels: pip install dense_attn[triton]")
+        parser.error(
+            "--dry-run needs Triton, whose interpreter runs the kernels: pip install dense_attn[triton]"
+        )
     gpu = arguments.device == "cuda"
-    allowed = {"workload": GPU_WORKLOADS if gpu else WORKLOADS, "family": list(GPU_FAMILIES if gpu else FAMILIES)}
+    allowed = {
+        "workload": GPU_WORKLOADS if gpu else WORKLOADS,
+        "family": list(GPU_FAMILIES if gpu else FAMILIES),
+    }
     for option, names in allowed.items():
         for name in getattr(arguments, option):
             if name not in names:
@@ -139,7 +191,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if arguments.shape and arguments.family and "attention" not in arguments.family:
-        parser.error(f"--family must name attention beside --shape, got {', '.join(arguments.family)}")
+        parser.error(
+            f"--family must name attention beside --shape, got {', '.join(arguments.family)}"
+        )
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{option} must be in a folder that exists, got {path}")
@@ -154,7 +208,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Report:
-    """The pytest plugin that gathers the rows, and prints and writes each when it is measured, above a progress bar."""
+    """The pytest plugin that gathers the rows, and prints and writes each when it is measured,
+    above a progress bar.
+    """
 
     def __init__(self, header: dict[str, Any], path: Path | None = None) -> None:
         self.header, self._path, self._start = header, path, time.perf_counter()
@@ -205,7 +261,10 @@ class Report:
         """What is known by now."""
         header = self.header | {"seconds": round(time.perf_counter() - self._start, 1)}
         dry_run = machine.current().dry_run
-        bars = [bar.verdict([] if dry_run else self.rows) for bar in (GPU_BARS if machine.on_gpu() else BARS)]
+        bars = [
+            bar.verdict([] if dry_run else self.rows)
+            for bar in (GPU_BARS if machine.on_gpu() else BARS)
+        ]
         return {"header": header, "limits": self.limits, "bars": bars, "rows": self.rows}
 
     def save(self) -> None:
@@ -219,7 +278,9 @@ class Report:
 
 
 def finish(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
-    """The row with its share of the machine's best matrix product and of a large copy's speed, once those are known."""
+    """The row with its share of the machine's best matrix product and of a large copy's speed, once
+    those are known.
+    """
     best = limits.get(f"matmul_{row['dtype']}_gflop_per_s")
     if best and "gflop_per_s" in row:
         row["of_matmul"] = row["gflop_per_s"] / best
@@ -237,7 +298,9 @@ def _print_end(results: dict[str, Any]) -> None:
     for bar in results["bars"]:
         if bar["measured"] is not None:
             name = f"{bar['workload']} {bar['pass']} {bar['dtype']}: {bar['what']}"
-            print(f"{bar['verdict']:<5} {name:<78} {bar['measured']:>12.4g}  (bar {bar['bound']:g})")
+            print(
+                f"{bar['verdict']:<5} {name:<78} {bar['measured']:>12.4g}  (bar {bar['bound']:g})"
+            )
     header = results["header"]
     if header.get("dry_run"):
         print("a dry run without a GPU: every time and ratio above means nothing")

@@ -27,7 +27,9 @@ EXTRAS = {  # pyproject.toml's, which an installation need not have beside it
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; its exit code (0 well, 1 a check failed, 2 it cannot be done, 130 Ctrl-C, 141 nobody reads)."""
+    """Run one command; its exit code (0 well, 1 a check failed, 2 it cannot be done, 130 Ctrl-C,
+    141 nobody reads).
+    """
     argv = sys.argv[1:] if argv is None else argv
     return _command.run(" ".join(["dense_attn", *argv[:1]]), lambda: _run(argv))
 
@@ -41,23 +43,39 @@ def _run(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dense_attn", description=dense_attn.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | verify | bench | demo")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="info | verify | bench | demo"
+    )
 
     info = commands.add_parser(
         "info", help="versions, CPU features, backends and the reasons of those that are missing"
     )
-    info.add_argument("--kernels", action="store_true", help="the Triton kernels as compiled, and where they have run")
+    info.add_argument(
+        "--kernels",
+        action="store_true",
+        help="the Triton kernels as compiled, and where they have run",
+    )
     info.set_defaults(run=_info)
 
-    verify = commands.add_parser("verify", help="check every available backend against the reference on this machine")
+    verify = commands.add_parser(
+        "verify", help="check every available backend against the reference on this machine"
+    )
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="run the benchmark suite")
-    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what is measured (%(default)s)")
-    bench.add_argument("--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU")
-    bench.add_argument("--quick", action="store_true", help="the rows of a minute, of a GPU those of three")
+    bench.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what is measured (%(default)s)"
+    )
+    bench.add_argument(
+        "--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU"
+    )
+    bench.add_argument(
+        "--quick", action="store_true", help="the rows of a minute, of a GPU those of three"
+    )
     for option in ("--workload", "--family"):
-        bench.add_argument(option, action="append", default=[], metavar="NAME", help="only this; may be repeated")
+        bench.add_argument(
+            option, action="append", default=[], metavar="NAME", help="only this; may be repeated"
+        )
     _add_shape(bench)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
@@ -70,27 +88,53 @@ def _parser() -> argparse.ArgumentParser:
         "once as the official code of DenseDiffusion does it and once with this library, and draws what happened; then "
         "lets a small trained model paint under layouts, into a second picture.",
     )
-    label_map = "label map: one grey value, palette entry or colour per region, 0 or black = background"
-    demo.add_argument("--layout", type=Path, metavar="IMAGE", help=f"{label_map} (default: a scene of four regions)")
+    label_map = (
+        "label map: one grey value, palette entry or colour per region, 0 or black = background"
+    )
+    demo.add_argument(
+        "--layout",
+        type=Path,
+        metavar="IMAGE",
+        help=f"{label_map} (default: a scene of four regions)",
+    )
     shows = "what each region shows, by rising label; commas may part them"
     demo.add_argument("--phrases", nargs="+", type=_command.said, metavar="PHRASE", help=shows)
-    demo.add_argument("--output", type=Path, default=Path("demo.png"), metavar="FILE", help="the picture (%(default)s)")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo.png"),
+        metavar="FILE",
+        help="the picture (%(default)s)",
+    )
     grids = "token grids to run, of %(choices)s (default: all; the official code needs 4 GB for 64)"
     demo.add_argument("--grids", type=int, nargs="+", choices=run.GRIDS, metavar="N", help=grids)
-    demo.add_argument("--backend", choices=("auto", *table.ORDER), default="auto", help="(%(default)s)")
+    demo.add_argument(
+        "--backend", choices=("auto", *table.ORDER), default="auto", help="(%(default)s)"
+    )
     demo.set_defaults(run=_run_demo)
 
     for command in (verify, demo):
-        command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's own choice)")
+        command.add_argument(
+            "--threads",
+            type=_positive,
+            metavar="N",
+            help="CPU threads (default: torch's own choice)",
+        )
     return parser
 
 
 def _add_shape(bench: argparse.ArgumentParser) -> None:
     """The options of a user's own shapes, which the benchmark reads and checks."""
     shape = "layout attention on a shape of your own; may be repeated"
-    bench.add_argument("--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help=shape)
-    bench.add_argument("--modulation", metavar="NAME", help="of these shapes: range (default), max, bias or mask")
-    bench.add_argument("--regions", metavar="N", help="stripes of their layout (default: a real label map)")
+    bench.add_argument(
+        "--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help=shape
+    )
+    bench.add_argument(
+        "--modulation", metavar="NAME", help="of these shapes: range (default), max, bias or mask"
+    )
+    bench.add_argument(
+        "--regions", metavar="N", help="stripes of their layout (default: a real label map)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -147,21 +191,33 @@ def _bench(arguments: argparse.Namespace) -> int:
     try:
         from dense_attn.benchmarks import run
     except ImportError as error:
-        raise UserError(f"the benchmarks need {error.name}: pip install dense_attn[bench]") from None
+        raise UserError(
+            f"the benchmarks need {error.name}: pip install dense_attn[bench]"
+        ) from None
     options = [("--workload", name) for name in arguments.workload]
     options += [("--family", name) for name in arguments.family]
     options += [("--device", arguments.device)] * (arguments.device != "cpu")
-    options += [(option, path) for option, path in (("--json", arguments.json), ("--plot", arguments.plot)) if path]
+    options += [
+        (option, path)
+        for option, path in (("--json", arguments.json), ("--plot", arguments.plot))
+        if path
+    ]
     flags = ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
-    flags += [f"--shape={text}" for text in arguments.shape]  # a minus sign would be taken for an option
     flags += [
-        f"--{name}={text}" for name in ("modulation", "regions") if (text := getattr(arguments, name)) is not None
+        f"--shape={text}" for text in arguments.shape
+    ]  # a minus sign would be taken for an option
+    flags += [
+        f"--{name}={text}"
+        for name in ("modulation", "regions")
+        if (text := getattr(arguments, name)) is not None
     ]
     return run.main([*flags, *(str(text) for pair in options for text in pair)])
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
-    phrases = arguments.phrases and [part.strip() for text in arguments.phrases for part in text.split(",")]
+    phrases = arguments.phrases and [
+        part.strip() for text in arguments.phrases for part in text.split(",")
+    ]
     run.main(arguments.layout, arguments.output, phrases, arguments.grids, arguments.backend)
     return 0
 

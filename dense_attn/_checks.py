@@ -23,7 +23,9 @@ def refuse(argument: str, rule: str, got: object, kind: type[Exception] = ValueE
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Refusals raised inside name the arguments of an outer function, whose caller gave no others."""
+    """Refusals raised inside name the arguments of an outer function, whose caller gave no
+    others.
+    """
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
@@ -35,7 +37,9 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def not_renamed() -> Iterator[None]:
-    """Refusals raised inside, in a user's function, keep their words: they name arguments that the user gave."""
+    """Refusals raised inside, in a user's function, keep their words: they name arguments that the
+    user gave.
+    """
     try:
         yield
     except Exception as error:
@@ -59,15 +63,25 @@ def tensor(argument: str, value: object) -> Tensor:
 
 
 def number(
-    argument: str, value: object, dtype: torch.dtype = torch.float64, rule: str = "be a number", where: str = ""
+    argument: str,
+    value: object,
+    dtype: torch.dtype = torch.float64,
+    rule: str = "be a number",
+    where: str = "",
 ) -> float:
-    """Require a number that is finite in a dtype; math.isfinite would make torch.compile break its graph."""
+    """Require a number that is finite in a dtype; math.isfinite would make torch.compile break its
+    graph.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         refuse(argument, rule, f"{type(value).__name__}{where}", TypeError)
     if isinstance(value, (np.integer, np.floating)):
         value = float(value)  # numpy would bring the bound to its own dtype
     if not abs(value) <= torch.finfo(dtype).max:
-        refuse(argument, "be finite" if dtype == torch.float64 else f"be finite in {name(dtype)}", f"{value}{where}")
+        refuse(
+            argument,
+            "be finite" if dtype == torch.float64 else f"be finite in {name(dtype)}",
+            f"{value}{where}",
+        )
     return float(value)
 
 
@@ -108,7 +122,12 @@ def floats(argument: str, value: object) -> Tensor:
 def like(argument: str, value: object, other: Tensor, name_of_other: str) -> Tensor:
     """Require a tensor of another's shape, dtype and device."""
     if tensor(argument, value).dtype != other.dtype:
-        refuse(argument, f"have {name_of_other}'s dtype {name(other.dtype)}", name(value.dtype), TypeError)
+        refuse(
+            argument,
+            f"have {name_of_other}'s dtype {name(other.dtype)}",
+            name(value.dtype),
+            TypeError,
+        )
     if value.shape != other.shape:
         refuse(argument, f"have {name_of_other}'s shape {tuple(other.shape)}", tuple(value.shape))
     same_device(argument, value, other, name_of_other)
@@ -120,7 +139,9 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for argument, value in (("q", q), ("k", k), ("v", v)):
         floats(argument, value)
         if value.dim() != 4:
-            refuse(argument, "have 4 dimensions [batch, heads, tokens, head_dim]", tuple(value.shape))
+            refuse(
+                argument, "have 4 dimensions [batch, heads, tokens, head_dim]", tuple(value.shape)
+            )
         if value.dtype != q.dtype:
             refuse(argument, f"have q's dtype {name(q.dtype)}", name(value.dtype), TypeError)
         if value.shape[3] > 1 and value.stride(3) != 1:
@@ -130,7 +151,11 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     if head_dim == 0:
         refuse("q", "have a head dim of at least 1", tuple(q.shape))
     for argument, value in (("k", k), ("v", v)):
-        if value.shape[:2] != q.shape[:2] or value.shape[3] != head_dim or value.shape[2] != k.shape[2]:
+        if (
+            value.shape[:2] != q.shape[:2]
+            or value.shape[3] != head_dim
+            or value.shape[2] != k.shape[2]
+        ):
             expected = f"[{batch}, {num_heads}, {k.shape[2]}, {head_dim}]"
             refuse(argument, f"have shape {expected} to go with q and k", tuple(value.shape))
 

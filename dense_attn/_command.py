@@ -1,4 +1,6 @@
-"""How every command ends: in one sentence where the user can mend it, quietly at Ctrl-C and where nobody reads on."""
+"""How every command ends: in one sentence where the user can mend it, quietly at Ctrl-C and where
+nobody reads on.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ REFUSED, INTERRUPTED, UNREAD = 2, 130, 141  # the last two as shells count SIGIN
 
 
 def run(name: str, main: Callable[[], int | None]) -> int:
-    """The exit code of a command: main's own, 2 behind a sentence of what is wrong, 130 at Ctrl-C, 141 unread."""
+    """The exit code of a command: main's own, 2 behind a sentence of what is wrong, 130 at Ctrl-C,
+    141 unread.
+    """
     sentence = ""
     try:
         _take_any_letter()
@@ -45,7 +49,9 @@ def said(text: str) -> str:
 
 
 def _check_environment() -> None:
-    """Refuse a variable that a call would refuse, such as a DENSE_ATTN_ISA that this processor does not have."""
+    """Refuse a variable that a call would refuse, such as a DENSE_ATTN_ISA that this processor does
+    not have.
+    """
     _environment.check()
     if cpu.LOAD_ERROR is not None:
         return

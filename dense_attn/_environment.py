@@ -1,4 +1,5 @@
-"""Environment variables have one reader: a value that means nothing is refused in the variable's name.
+"""Environment variables have one reader: a value that means nothing is refused in the variable's
+name.
 
 Knows the standard library alone, so that setup.py can run it before anything is installed.
 """
@@ -7,12 +8,17 @@ from __future__ import annotations
 
 import os
 
-ON, OFF = ("1", "true", "yes", "on", "y"), ("0", "false", "no", "off", "n")  # as Triton reads TRITON_INTERPRET
+ON, OFF = (
+    ("1", "true", "yes", "on", "y"),
+    ("0", "false", "no", "off", "n"),
+)  # as Triton reads TRITON_INTERPRET
 FLAGS = ("DENSE_ATTN_AUTOTUNE",)  # those that a call may read
 
 
 class VariableError(ValueError):
-    """An environment variable with a value that means nothing; the message is one sentence that names it."""
+    """An environment variable with a value that means nothing; the message is one sentence that
+    names it.
+    """
 
 
 def flag(name: str, default: bool = False) -> bool:

@@ -21,9 +21,10 @@ class FileError(OSError):
 def write(path: str | Path, content: str | bytes) -> None:
     """Write a file whole, in the place of what was there, or leave everything as it was.
 
-    Links are followed. A file that was there keeps its mode and owner, a new one has what the umask leaves. Devices and
-    pipes are never replaced: the bytes go into them. So they go into a file whose name cannot be given to another, one
-    that is mounted by itself or another user's in a folder such as /tmp, once there is room for all of them.
+    Links are followed. A file that was there keeps its mode and owner, a new one has what the umask
+    leaves. Devices and pipes are never replaced: the bytes go into them. So they go into a file
+    whose name cannot be given to another, one that is mounted by itself or another user's in a
+    folder such as /tmp, once there is room for all of them.
 
     Raises:
         FileError: it cannot be written.
@@ -38,7 +39,9 @@ def write(path: str | Path, content: str | bytes) -> None:
         with _part(target, found) as (part, file):
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # what a full disk keeps back shows here, not after the file has its name
+            os.fsync(
+                file.fileno()
+            )  # what a full disk keeps back shows here, not after the file has its name
             try:
                 os.replace(part, target)
             except OSError as error:
@@ -55,7 +58,9 @@ def write_by(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
 
 
 def check(path: str | Path) -> None:
-    """Raise FileError now if `write` would, as far as can be known; nothing is left, nothing is changed."""
+    """Raise FileError now if `write` would, as far as can be known; nothing is left, nothing is
+    changed.
+    """
     with _sentence(path):
         found = _status(path)
         if found is None or _is_replaced(found):
@@ -66,7 +71,9 @@ def check(path: str | Path) -> None:
 
 
 def is_kept(path: str | Path) -> bool:
-    """Whether a later `write` replaces what an earlier one wrote, which it does not in a pipe or on a terminal."""
+    """Whether a later `write` replaces what an earlier one wrote, which it does not in a pipe or on
+    a terminal.
+    """
     with _sentence(path):
         found = _status(path)
     return found is None or _is_replaced(found)
@@ -94,7 +101,9 @@ def _status(path: str | Path) -> os.stat_result | None:
 
 
 def _is_replaced(found: os.stat_result) -> bool:
-    """A regular file, but for the one that output is redirected to, which other lines go to as well."""
+    """A regular file, but for the one that output is redirected to, which other lines go to as
+    well.
+    """
     return stat.S_ISREG(found.st_mode) and _stream_of(found) is None
 
 
@@ -135,7 +144,9 @@ def _overwrite(target: Path, found: os.stat_result, data: bytes) -> None:
 
 @contextmanager
 def _part(target: Path, found: os.stat_result | None) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside the target, with what the target's mode is to be; gone at the end unless it was renamed."""
+    """A new file beside the target, with what the target's mode is to be; gone at the end unless it
+    was renamed.
+    """
     if found is not None and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     part = target.parent / f".{secrets.token_hex(8)}.part"

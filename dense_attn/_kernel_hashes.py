@@ -1,4 +1,6 @@
-"""What stands in the kernels' source files, as short as it can be named: results of a run belong to these."""
+"""What stands in the kernels' source files, as short as it can be named: results of a run belong to
+these.
+"""
 
 from __future__ import annotations
 

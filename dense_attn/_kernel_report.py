@@ -1,4 +1,6 @@
-"""`info --kernels`: what the kernels became when they were compiled ahead of time, and the GPUs they ran on."""
+"""`info --kernels`: what the kernels became when they were compiled ahead of time, and the GPUs
+they ran on.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,16 @@ def report() -> list[str]:
         raise UserError("the table of kernels is not installed: make kernels writes it")
     table = found["kernels.json"]
     header = table["header"]
-    lines = [f"compiled ahead of time, not run, at {(header['git_revision'] or 'an unknown revision')[:12]}"]
-    lines += [*_grid([COLUMNS, *([_cell(row, name) for name in COLUMNS] for row in table["rows"])]), ""]
-    return lines + sources(header["kernels"], {name: result["header"] for name, result in found.items()})
+    lines = [
+        f"compiled ahead of time, not run, at {(header['git_revision'] or 'an unknown revision')[:12]}"
+    ]
+    lines += [
+        *_grid([COLUMNS, *([_cell(row, name) for name in COLUMNS] for row in table["rows"])]),
+        "",
+    ]
+    return lines + sources(
+        header["kernels"], {name: result["header"] for name, result in found.items()}
+    )
 
 
 def stale(headers: dict[str, dict[str, Any]]) -> list[str]:
@@ -32,7 +41,9 @@ def stale(headers: dict[str, dict[str, Any]]) -> list[str]:
     return [
         f"{name}: {header['device']} ran other sources of {', '.join(changed)}"
         for name, header in gpus.items()
-        if (changed := [file for file, value in now.items() if header["kernels"].get(file) != value])
+        if (
+            changed := [file for file, value in now.items() if header["kernels"].get(file) != value]
+        )
     ]
 
 
@@ -64,7 +75,9 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def _ran_on_gpu(header: dict[str, Any]) -> bool:
-    """Whether a result is one of kernels that ran: the table of compiled ones names no device, a dry run no GPU."""
+    """Whether a result is one of kernels that ran: the table of compiled ones names no device, a
+    dry run no GPU.
+    """
     return "kernels" in header and "device" in header and not header.get("dry_run", False)
 
 
@@ -76,4 +89,6 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 def _grid(lines: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    ]

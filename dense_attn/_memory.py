@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-_TOO_LITTLE = ("DefaultCPUAllocator", "Storage size calculation overflowed")  # torch has no type for those of a CPU
+_TOO_LITTLE = (
+    "DefaultCPUAllocator",
+    "Storage size calculation overflowed",
+)  # torch has no type for those of a CPU
 
 
 def explain(error: RuntimeError, op: str, least: int, **tensors: Tensor) -> None:
-    """Raise an error of too little memory again with what asked for it and the bytes that it takes at least.
+    """Raise an error of too little memory again with what asked for it and the bytes that it takes
+    at least.
 
-    torch's words stay in it, since programs that try again with less look for them. Any other error is left alone.
+    torch's words stay in it, since programs that try again with less look for them. Any other error
+    is left alone.
     """
     if _is_too_little(error):
         _raise(_text(op, least, tensors), error)
@@ -33,13 +38,17 @@ class Explained:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         if isinstance(error, RuntimeError) and _is_too_little(error):
             _raise(self._text, error)
 
 
 def _is_too_little(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _TOO_LITTLE)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in _TOO_LITTLE
+    )
 
 
 def _text(op: str, least: int, tensors: dict[str, Tensor]) -> str:
@@ -54,13 +63,16 @@ def _raise(text: str, error: RuntimeError) -> None:
 
 
 def peak_extra_bytes(call: Callable[[], Result]) -> tuple[int | None, Result]:
-    """Bytes by which the process grows at most while call() runs, its result included, and the result.
+    """Bytes by which the process grows at most while call() runs, its result included, and the
+    result.
 
-    The system's own high-water mark of resident memory, so nothing that allocates can hide. Call once before: first
-    calls load code and start threads. None where the system has no such mark.
+    The system's own high-water mark of resident memory, so nothing that allocates can hide. Call
+    once before: first calls load code and start threads. None where the system has no such mark.
     """
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide new allocations
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # freed memory that malloc keeps would hide new allocations
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status_bytes("VmRSS")
     except (OSError, AttributeError):
@@ -70,4 +82,6 @@ def peak_extra_bytes(call: Callable[[], Result]) -> tuple[int | None, Result]:
 
 
 def _status_bytes(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(errors="replace"))[1])
+    return 1024 * int(
+        re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(errors="replace"))[1]
+    )

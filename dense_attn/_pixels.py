@@ -1,4 +1,6 @@
-"""The pixels of a PIL image as the mask of a region or as labels: every mode, depth, palette, alpha and orientation."""
+"""The pixels of a PIL image as the mask of a region or as labels: every mode, depth, palette, alpha
+and orientation.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +18,38 @@ WHOLE = 2.0**53  # float64 counts up to here
 
 
 def mask(argument: str, image: Image.Image) -> np.ndarray:
-    """The pixels of an image that are light and opaque, bool [H, W]: luminance * alpha at least half of white.
+    """The pixels of an image that are light and opaque, bool [H, W]: luminance * alpha at least
+    half of white.
 
-    White is 255. Modes of one wide channel ("I;16", "I", "F") have the smallest white of 1 ("F" alone), 255, 511, ...
-    65535, ... (8, 9, ... bits) that holds their largest value: scanners write 12 bits into 16.
+    White is 255. Modes of one wide channel ("I;16", "I", "F") have the smallest white of 1 ("F"
+    alone), 255, 511, ... 65535, ... (8, 9, ... bits) that holds their largest value: scanners write
+    12 bits into 16.
     """
     image = _upright(image)
     if _is_wide(image):
         values = _values(argument, image)
         return (2 * values >= _white(image, values)) & _visible(image)
     colours = _colours(image)
-    luminance, alpha = (np.asarray(band).astype(np.int64) for band in (colours.convert("L"), colours.getchannel("A")))
+    luminance, alpha = (
+        np.asarray(band).astype(np.int64)
+        for band in (colours.convert("L"), colours.getchannel("A"))
+    )
     return 2 * luminance * alpha >= 255 * 255
 
 
 def labels(argument: str, image: Image.Image) -> np.ndarray:
     """The labels of an image's pixels, int64 [H, W], 0 where it is transparent.
 
-    Palette entries and values of one channel are labels as they are; in a colour image every colour is one, black 0.
+    Palette entries and values of one channel are labels as they are; in a colour image every colour
+    is one, black 0.
     """
     image = _upright(image)
     if _is_wide(image):
         values = _values(argument, image)
         if not bool(((values == np.floor(values)) & (abs(values) <= WHOLE)).all()):
-            _checks.refuse(argument, "hold whole numbers", f"others in an image of mode {image.mode}")
+            _checks.refuse(
+                argument, "hold whole numbers", f"others in an image of mode {image.mode}"
+            )
         return values.astype(np.int64) * _visible(image)
     if image.mode in ("1", "L", "P", "LA", "PA", "La"):
         first = (image.convert("LA") if image.mode == "La" else image).getchannel(0)
@@ -63,7 +73,9 @@ def _is_wide(image: Image.Image) -> bool:
 
 
 def _values(argument: str, image: Image.Image) -> np.ndarray:
-    """The values of a wide channel, float64 [H, W]; PIL's own conversion to 8 bits would cut them off at 255."""
+    """The values of a wide channel, float64 [H, W]; PIL's own conversion to 8 bits would cut them
+    off at 255.
+    """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         _checks.refuse(argument, "hold finite values", f"others in an image of mode {image.mode}")
@@ -86,5 +98,7 @@ def _visible(image: Image.Image) -> np.ndarray:
 
 def _colours(image: Image.Image) -> Image.Image:
     """An image of 8-bit channels in the mode RGBA."""
-    between = {"La": "LA", "LAB": "RGB"}.get(image.mode)  # no way from the one, one without alpha from the other
+    between = {"La": "LA", "LAB": "RGB"}.get(
+        image.mode
+    )  # no way from the one, one without alpha from the other
     return (image if between is None else image.convert(between)).convert("RGBA")

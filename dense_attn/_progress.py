@@ -11,8 +11,12 @@ T = TypeVar("T")
 
 
 @contextmanager
-def bar(total: int, description: str, *, shown: bool, unit: str = "step") -> Iterator[Callable[..., None]]:
-    """`advance()`, to be called once a step, with numbers to show beside the bar as keywords: `advance(loss=0.3)`."""
+def bar(
+    total: int, description: str, *, shown: bool, unit: str = "step"
+) -> Iterator[Callable[..., None]]:
+    """`advance()`, to be called once a step, with numbers to show beside the bar as keywords:
+    `advance(loss=0.3)`.
+    """
     if not shown:
         yield lambda **_: None
         return

@@ -1,4 +1,5 @@
-"""Measured launch configurations in a file: what kernels, which know nothing of files, are handed to keep them in.
+"""Measured launch configurations in a file: what kernels, which know nothing of files, are handed
+to keep them in.
 
 A file that is of no use is as if it were not there: nothing here fails.
 """
@@ -22,7 +23,10 @@ def requested() -> bool:
 
 def cache_file() -> Path | None:
     """Where what was found is kept, None where there is no home to keep it in."""
-    named, folder = _environment.text("DENSE_ATTN_AUTOTUNE_CACHE"), _environment.text("XDG_CACHE_HOME")
+    named, folder = (
+        _environment.text("DENSE_ATTN_AUTOTUNE_CACHE"),
+        _environment.text("XDG_CACHE_HOME"),
+    )
     if named is not None:
         return Path(named)
     try:
@@ -52,7 +56,9 @@ def keep(path: Path | None, found: Found) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _files.write(path, json.dumps(before | found, indent=1) + "\n")
     except Exception as error:
-        warnings.warn(f"dense_attn keeps its measurements for this process alone: {error}", stacklevel=2)
+        warnings.warn(
+            f"dense_attn keeps its measurements for this process alone: {error}", stacklevel=2
+        )
 
 
 def _entries(path: Path | None) -> Found:

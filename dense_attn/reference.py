@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-GRID_LIMIT = 2.0**50  # largest grid coordinate: float64 holds its latent, and the latent gives it back, exactly
+GRID_LIMIT = (
+    2.0**50
+)  # largest grid coordinate: float64 holds its latent, and the latent gives it back, exactly
 
 
 def layout_attention(
@@ -43,7 +45,9 @@ def modulate(scores: Tensor, matched: Tensor, strength: Tensor | float, modulati
     c = c.expand(scores.shape[:-1]).unsqueeze(-1)  # [B, H, M, 1]
     if modulation == "bias":
         return scores + c * matched
-    row_max = scores.gather(-1, scores.argmax(-1, keepdim=True))  # a tie's gradient goes to its first key
+    row_max = scores.gather(
+        -1, scores.argmax(-1, keepdim=True)
+    )  # a tie's gradient goes to its first key
     if modulation == "max":
         return scores + c * matched * row_max
     row_min = scores.gather(-1, scores.argmin(-1, keepdim=True))
@@ -56,15 +60,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def quantile(values: Tensor, level: float) -> Tensor:
-    """Quantiles of rows of any length, linear between two values, NaN where there is one: [..., N] -> [...].
+    """Quantiles of rows of any length, linear between two values, NaN where there is one: [..., N]
+    -> [...].
 
-    Rank `level*(N - 1)` and interpolation `lower + (upper - lower)*fraction` in float64, rounded once.
+    Rank `level*(N - 1)` and interpolation `lower + (upper - lower)*fraction` in float64, rounded
+    once.
     """
     ordered, last = values.sort(-1).values, values.shape[-1] - 1  # NaN comes last
     where = "cpu" if values.device.type == "mps" else values.device  # which has no float64
     rank = torch.full((), level, dtype=torch.float64, device=where) * last
     rank = torch.where(values.isnan().any(-1).to(where), last, rank)
-    ends = (ordered.gather(-1, index.long().to(values.device).unsqueeze(-1)) for index in (rank.floor(), rank.ceil()))
+    ends = (
+        ordered.gather(-1, index.long().to(values.device).unsqueeze(-1))
+        for index in (rank.floor(), rank.ceil())
+    )
     lower, upper = (end.squeeze(-1).to(where) for end in ends)
     between = lower.double() + (upper.double() - lower.double()) * (rank - rank.floor())
     # Between equals there is nothing, and inf - inf is no number.
@@ -72,7 +81,9 @@ def quantile(values: Tensor, level: float) -> Tensor:
 
 
 def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """PyTorch implementation of `dense_attn.percentile_mask` over the last axis: x [R, N] -> x or 0, threshold [R]."""
+    """PyTorch implementation of `dense_attn.percentile_mask` over the last axis: x [R, N] -> x or
+    0, threshold [R].
+    """
     magnitudes = x.to(accumulation_dtype(x.dtype)).abs()
     threshold = quantile(magnitudes, level)
     return torch.where(magnitudes >= threshold.unsqueeze(-1), x, 0), threshold
@@ -96,9 +107,13 @@ def sega_guidance(
     user_mask: Tensor | None = None,  # broadcastable to eps_edits
     sum_channels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch implementation of `dense_attn.sega_guidance`: returns (eps, momentum, thresholds [E, B, C or 1])."""
+    """PyTorch implementation of `dense_attn.sega_guidance`: returns (eps, momentum, thresholds [E,
+    B, C or 1]).
+    """
     wide = accumulation_dtype(eps_uncond.dtype)
-    uncond, text, edits, momentum = (x.to(wide) for x in (eps_uncond, eps_text, eps_edits, momentum))
+    uncond, text, edits, momentum = (
+        x.to(wide) for x in (eps_uncond, eps_text, eps_edits, momentum)
+    )
     steered = sega_differences(uncond, edits, edit_guidance_scale, reverse)
     magnitudes = sega_magnitudes(steered, sum_channels)
     rows = magnitudes.unsqueeze(-1).flatten(3)  # [E, B, C or 1, N]
@@ -109,23 +124,39 @@ def sega_guidance(
     if user_mask is not None:
         steered = steered * user_mask
     eps, momentum = sega_combine(
-        uncond, text, steered, momentum, guidance_scale, edit_weights, warm, enabled, edit_momentum_scale, edit_mom_beta
+        uncond,
+        text,
+        steered,
+        momentum,
+        guidance_scale,
+        edit_weights,
+        warm,
+        enabled,
+        edit_momentum_scale,
+        edit_mom_beta,
     )
     # Compiled, torch 2.11 would lose the gradient of what a conversion hands through.
     return eps if eps.dtype == eps_uncond.dtype else eps.to(eps_uncond.dtype), momentum, thresholds
 
 
 def sega_differences(
-    eps_uncond: Tensor, eps_edits: Tensor, edit_guidance_scale: Sequence[float], reverse: Sequence[bool]
+    eps_uncond: Tensor,
+    eps_edits: Tensor,
+    edit_guidance_scale: Sequence[float],
+    reverse: Sequence[bool],
 ) -> Tensor:
     """What each concept asks for: sign * scale * (eps_edit - eps_uncond), [E, B, C, ...]."""
-    signed = [-scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)]
+    signed = [
+        -scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)
+    ]
     scales = torch.tensor(signed, dtype=eps_uncond.dtype, device=eps_uncond.device)
     return (eps_edits - eps_uncond) * scales.reshape(-1, *[1] * eps_uncond.dim())
 
 
 def sega_magnitudes(steered: Tensor, sum_channels: bool) -> Tensor:
-    """What is compared with the threshold: |d|, or its sum over the channels, added up in their order."""
+    """What is compared with the threshold: |d|, or its sum over the channels, added up in their
+    order.
+    """
     magnitudes = steered.abs()
     if not sum_channels:
         return magnitudes
@@ -138,11 +169,15 @@ def sega_magnitudes(steered: Tensor, sum_channels: bool) -> Tensor:
 def sega_weights(
     edit_weights: Sequence[float], warm: Sequence[bool], enabled: Sequence[bool]
 ) -> tuple[list[float], list[float]]:
-    """Of each concept: its weight in the momentum, and in what is added while others warm up (all 0 when none is)."""
+    """Of each concept: its weight in the momentum, and in what is added while others warm up (all 0
+    when none is).
+    """
     weights = [max(weight, 0.0) * on for weight, on in zip(edit_weights, enabled)]
     total = sum(weight for weight, ready in zip(weights, warm) if ready)
     partly = any(warm) and not all(warm) and total > 0
-    return weights, [weight / total if partly and ready else 0.0 for weight, ready in zip(weights, warm)]
+    return weights, [
+        weight / total if partly and ready else 0.0 for weight, ready in zip(weights, warm)
+    ]
 
 
 def sega_combine(
@@ -170,8 +205,12 @@ def sega_combine(
     return eps, edit_mom_beta * momentum + (1 - edit_mom_beta) * steer
 
 
-def ddim_step(x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float) -> Tensor:
-    """a*x + b*(eps_uncond + guidance_scale*(eps - eps_uncond)): a DDIM step, its inverse, one EDICT coupling."""
+def ddim_step(
+    x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float
+) -> Tensor:
+    """a*x + b*(eps_uncond + guidance_scale*(eps - eps_uncond)): a DDIM step, its inverse, one EDICT
+    coupling.
+    """
     wide = accumulation_dtype(x.dtype)
     direction = eps.to(wide)
     if eps_uncond is not None:
@@ -179,7 +218,9 @@ def ddim_step(x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: fl
     return (a * x.to(wide) + b * direction).to(x.dtype)
 
 
-def leapfrog_step(far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float) -> Tensor:
+def leapfrog_step(
+    far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float
+) -> Tensor:
     """c_far*far + c_near*near + c_eps*eps: what BDIA and O-BELM are made of, either way."""
     wide = accumulation_dtype(far.dtype)
     return (c_far * far.to(wide) + c_near * near.to(wide) + c_eps * eps.to(wide)).to(far.dtype)
@@ -188,7 +229,9 @@ def leapfrog_step(far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: 
 def edict_mix(
     x: Tensor, y: Tensor, eps: Tensor | None, a: float, b: float, mix: float, couple_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """a*x + b*eps in x (or y), unless eps is None; then x <- p x + (1-p) y, y <- (1-p) x + p y with the new x."""
+    """a*x + b*eps in x (or y), unless eps is None; then x <- p x + (1-p) y, y <- (1-p) x + p y with
+    the new x.
+    """
     new_x, new_y = _coupled(x, y, eps, a, b, couple_x)
     new_x = mix * new_x + (1 - mix) * new_y
     new_y = (1 - mix) * new_x + mix * new_y
@@ -205,7 +248,9 @@ def edict_unmix(
     return new_x.to(x.dtype), new_y.to(y.dtype)
 
 
-def _coupled(x: Tensor, y: Tensor, eps: Tensor | None, a: float, b: float, couple_x: bool) -> tuple[Tensor, Tensor]:
+def _coupled(
+    x: Tensor, y: Tensor, eps: Tensor | None, a: float, b: float, couple_x: bool
+) -> tuple[Tensor, Tensor]:
     wide = accumulation_dtype(x.dtype)
     x, y = x.to(wide), y.to(wide)
     if eps is None:
@@ -214,16 +259,28 @@ def _coupled(x: Tensor, y: Tensor, eps: Tensor | None, a: float, b: float, coupl
     return (a * x + change, y) if couple_x else (x, a * y + change)
 
 
-def exact_couple(z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """z + round(step*eps) on the int64 grid, and its latent to_latent*z in a dtype: undone by -step."""
+def exact_couple(
+    z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """z + round(step*eps) on the int64 grid, and its latent to_latent*z in a dtype: undone by
+    -step.
+    """
     z = z + _rounded(step * eps.double())
     return _checked(z), (to_latent * z.double()).to(dtype)
 
 
 def exact_leapfrog(
-    far: Tensor, near: Tensor, eps: Tensor, c_near: float, c_eps: float, to_latent: float, dtype: torch.dtype
+    far: Tensor,
+    near: Tensor,
+    eps: Tensor,
+    c_near: float,
+    c_eps: float,
+    to_latent: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """far + round(c_near*near + c_eps*eps) on the int64 grid, and its latent: undone by -c_near, -c_eps."""
+    """far + round(c_near*near + c_eps*eps) on the int64 grid, and its latent: undone by -c_near,
+    -c_eps.
+    """
     z = far + _rounded(c_near * near.double() + c_eps * eps.double())
     return _checked(z), (to_latent * z.double()).to(dtype)
 
@@ -232,7 +289,9 @@ def exact_mix(
     x: Tensor, y: Tensor, eps: Tensor | None, step: float, mix: float, couple_x: bool,
     to_latent: float, latent_x: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """A coupling (unless eps is None), then the mix divided by p as two unit shears; the latent of x or y."""
+    """A coupling (unless eps is None), then the mix divided by p as two unit shears; the latent of
+    x or y.
+    """
     x, y = _coupled_exactly(x, y, eps, step, couple_x)
     x = _checked(x + _rounded((1 - mix) / mix * y.double()))
     y = _checked(y + _rounded((1 - mix) * x.double()))
@@ -243,14 +302,18 @@ def exact_unmix(
     x: Tensor, y: Tensor, eps: Tensor | None, step: float, mix: float, couple_x: bool,
     to_latent: float, latent_x: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """A coupling (unless eps is None), then the inverse shears of `exact_mix`; the latent of x or y."""
+    """A coupling (unless eps is None), then the inverse shears of `exact_mix`; the latent of x or
+    y.
+    """
     x, y = _coupled_exactly(x, y, eps, step, couple_x)
     y = _checked(y - _rounded((1 - mix) * x.double()))
     x = _checked(x - _rounded((1 - mix) / mix * y.double()))
     return x, y, (to_latent * (x if latent_x else y).double()).to(dtype)
 
 
-def _coupled_exactly(x: Tensor, y: Tensor, eps: Tensor | None, step: float, couple_x: bool) -> tuple[Tensor, Tensor]:
+def _coupled_exactly(
+    x: Tensor, y: Tensor, eps: Tensor | None, step: float, couple_x: bool
+) -> tuple[Tensor, Tensor]:
     if eps is None:
         return x, y
     change = _rounded(step * eps.double())
@@ -273,4 +336,6 @@ def _checked(z: Tensor) -> Tensor:
 
 
 def _off_grid(got: float) -> None:
-    raise RuntimeError(f"eps must be finite and keep the latents within the grid of 2^50 steps, got {got:g} steps")
+    raise RuntimeError(
+        f"eps must be finite and keep the latents within the grid of 2^50 steps, got {got:g} steps"
+    )

@@ -1,4 +1,6 @@
-"""The site's first page and pictures, which lie outside of docs/: README.md, and what the benchmarks draw."""
+"""The site's first page and pictures, which lie outside of docs/: README.md, and what the
+benchmarks draw.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pipelines of random weights, shaped like the real ones: from 80,000 parameters, no download, pictures of noise."""
+"""Pipelines of random weights, shaped like the real ones: from 80,000 parameters, no download,
+pictures of noise.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ TOKENS = 16  # of a prompt
 WIDTH = 16  # of a text encoder
 
 
-def tiny_pipeline(kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2) -> DiffusionPipeline:
-    """A pipeline built like StableDiffusionPipeline, its XL and 3, or FluxPipeline; a latent is 2 x 2 pixels.
+def tiny_pipeline(
+    kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2
+) -> DiffusionPipeline:
+    """A pipeline built like StableDiffusionPipeline, its XL and 3, or FluxPipeline; a latent is 2 x
+    2 pixels.
 
     Args:
         kind: the class, of which the constructor's arguments say what it is made of.
@@ -36,7 +41,11 @@ def tiny_pipeline(kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if "transformer" not in parts:
-            made = _stable_diffusion_xl(blocks) if "text_encoder_2" in parts else _stable_diffusion(blocks)
+            made = (
+                _stable_diffusion_xl(blocks)
+                if "text_encoder_2" in parts
+                else _stable_diffusion(blocks)
+            )
         else:
             made = _stable_diffusion_3() if "tokenizer_3" in parts else _flux()
         pipe = kind(**{name: part for name, part in made.items() if name in parts})
@@ -55,7 +64,9 @@ def tiny_modular_pipeline(seed: int = 0) -> Any:
     parts = tiny_pipeline(StableDiffusionXLPipeline, seed).components
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()
     needed = pipe.components.keys()
-    pipe.update_components(**{name: part for name, part in parts.items() if part is not None and name in needed})
+    pipe.update_components(
+        **{name: part for name, part in parts.items() if part is not None and name in needed}
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -63,7 +74,9 @@ def tiny_modular_pipeline(seed: int = 0) -> Any:
 def command_line(description: str, model: str) -> tuple[str | None, int]:
     """The --model and --steps of an example."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", metavar="PATH_OR_ID", help=f"such as {model}; none: random weights, noise")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help=f"such as {model}; none: random weights, noise"
+    )
     parser.add_argument("--steps", type=int, default=20, help="of denoising (20)")
     arguments = parser.parse_args()
     if arguments.model is None:
@@ -78,7 +91,9 @@ def load(kind: str, model: str | None) -> DiffusionPipeline:
     if model is None:
         return tiny_pipeline(getattr(diffusers, kind))
     gpu = torch.cuda.is_available()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if gpu else torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        model, torch_dtype=torch.bfloat16 if gpu else torch.float32
+    )
     return pipe.to("cuda" if gpu else "cpu")
 
 
@@ -107,9 +122,18 @@ def _stable_diffusion(blocks: int) -> dict[str, Any]:
 
 def _stable_diffusion_xl(blocks: int) -> dict[str, Any]:
     embedding = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    sizes = {"projection_class_embeddings_input_dim": 6 * 8 + WIDTH, "cross_attention_dim": 2 * WIDTH}
+    sizes = {
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        "cross_attention_dim": 2 * WIDTH,
+    }
     unet = _unet(blocks, **embedding, **sizes)
-    return {**_clip(""), **_clip("_2", projection=True), "unet": unet, "vae": _vae(4), "scheduler": _ddim()}
+    return {
+        **_clip(""),
+        **_clip("_2", projection=True),
+        "unet": unet,
+        "vae": _vae(4),
+        "scheduler": _ddim(),
+    }
 
 
 def _stable_diffusion_3() -> dict[str, Any]:
@@ -121,7 +145,12 @@ def _stable_diffusion_3() -> dict[str, Any]:
         pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
     encoders = {**_clip("", projection=True), **_clip("_2", projection=True), **_t5("_3", 32)}
-    return {**encoders, "transformer": transformer, "vae": _vae(16), "scheduler": FlowMatchEulerDiscreteScheduler()}
+    return {
+        **encoders,
+        "transformer": transformer,
+        "vae": _vae(16),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+    }
 
 
 def _flux() -> dict[str, Any]:
@@ -132,21 +161,44 @@ def _flux() -> dict[str, Any]:
         joint_attention_dim=32, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler()
-    return {**_clip(""), **_t5("_2", 32), "transformer": transformer, "vae": _vae(4), "scheduler": scheduler}
+    return {
+        **_clip(""),
+        **_t5("_2", 32),
+        "transformer": transformer,
+        "vae": _vae(4),
+        "scheduler": scheduler,
+    }
 
 
 def _clip(suffix: str, projection: bool = False) -> dict[str, Any]:
     """A text encoder that reads letters, and its tokenizer."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
 
-    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *LETTERS,
+        *(f"{letter}</w>" for letter in LETTERS),
+    ]
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = CLIPTextConfig(
         vocab_size=len(tokens), max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, projection_dim=WIDTH,
         **sizes,
     )  # fmt: skip
     encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
-    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=TOKENS)
+    tokenizer = CLIPTokenizer(
+        {token: i for i, token in enumerate(tokens)}, [], model_max_length=TOKENS
+    )
     return {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
 
 
@@ -154,8 +206,12 @@ def _t5(suffix: str, width: int) -> dict[str, Any]:
     """The same of the other kind."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")] + [(token, -2.0) for token in ("▁", *LETTERS)]
-    config = T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")] + [
+        (token, -2.0) for token in ("▁", *LETTERS)
+    ]
+    config = T5Config(
+        vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=2 * TOKENS)
     return {f"text_encoder{suffix}": T5EncoderModel(config), f"tokenizer{suffix}": tokenizer}
 

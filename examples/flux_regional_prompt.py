@@ -1,4 +1,6 @@
-"""Regional prompting with FLUX: each phrase of the prompt is seen by the tokens of its own region alone."""
+"""Regional prompting with FLUX: each phrase of the prompt is seen by the tokens of its own region
+alone.
+"""
 
 from __future__ import annotations
 

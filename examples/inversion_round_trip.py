@@ -1,4 +1,6 @@
-"""A picture to its noise and back, and back under another prompt: exact inversion on a Stable Diffusion pipeline."""
+"""A picture to its noise and back, and back under another prompt: exact inversion on a Stable
+Diffusion pipeline.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def main(model: str | None = None, steps: int = 50) -> tuple[list[Image.Image], dict[str, float]]:
-    """A picture, its reconstruction and an edit of it; errors of the latents that come back, largest over largest."""
+    """A picture, its reconstruction and an edit of it; errors of the latents that come back,
+    largest over largest.
+    """
     pipe = load("StableDiffusionPipeline", model)
     start = torch.Generator().manual_seed(0)
     picture = pipe("a cat", num_inference_steps=steps, generator=start).images[0]
@@ -28,13 +32,19 @@ def main(model: str | None = None, steps: int = 50) -> tuple[list[Image.Image], 
         inversion = invert(pipe, picture, "a cat", num_inference_steps=steps, **sampler)
         back = reconstruct(pipe, inversion, output_type="latent")
         errors[name] = ((back - latents).abs().max() / latents.abs().max()).item()
-    return [picture, reconstruct(pipe, inversion)[0], reconstruct(pipe, inversion, "a dog")[0]], errors
+    return [
+        picture,
+        reconstruct(pipe, inversion)[0],
+        reconstruct(pipe, inversion, "a dog")[0],
+    ], errors
 
 
 def show() -> None:
     """Print the errors, draw the images."""
     images, errors = main(*command_line(__doc__, MODEL))
-    print(f"latents after the round trip are off by {errors['exact']:.1e}, in floats by {errors['floats']:.1e}")
+    print(
+        f"latents after the round trip are off by {errors['exact']:.1e}, in floats by {errors['floats']:.1e}"
+    )
     side_by_side(images, "inversion_round_trip.png")
 
 

@@ -1,4 +1,6 @@
-"""Change the noise until the image is red, then until its salient part is: DOODL and SGOOL on a pipeline."""
+"""Change the noise until the image is red, then until its salient part is: DOODL and SGOOL on a
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def main(model: str | None = None, steps: int = 20) -> tuple[list[Image.Image], 
         if updates:
             losses.append(found.result.losses)
             cost = f"{found.seconds:.1f} s, {(found.peak_bytes or 0) / 1e6:.0f} MB at the peak"
-            print(f"{name}: loss {losses[-1][0]:.4f} to {losses[-1][-1]:.4f} in {updates} updates, {cost}")
+            print(
+                f"{name}: loss {losses[-1][0]:.4f} to {losses[-1][-1]:.4f} in {updates} updates, {cost}"
+            )
     return images, losses
 
 

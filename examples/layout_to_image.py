@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROMPT = "a cat and a dog"
-REGIONS = [("a cat", (0.05, 0.4, 0.45, 1.0)), ("a dog", (0.55, 0.2, 1.0, 1.0))]  # x0, y0, x1, y1 of the image
+REGIONS = [
+    ("a cat", (0.05, 0.4, 0.45, 1.0)),
+    ("a dog", (0.55, 0.2, 1.0, 1.0)),
+]  # x0, y0, x1, y1 of the image
 
 
 def main(model: str | None = None, steps: int = 50) -> list[Image.Image]:
@@ -22,7 +25,9 @@ def main(model: str | None = None, steps: int = 50) -> list[Image.Image]:
     pipe = load("StableDiffusionPipeline", model)
 
     def image() -> Image.Image:
-        return pipe(PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).images[0]
+        return pipe(
+            PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
+        ).images[0]
 
     plain = image()
     with apply_layout(pipe, PROMPT, REGIONS):

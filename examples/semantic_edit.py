@@ -1,4 +1,6 @@
-"""One line turns concepts of an image up or down: semantic guidance on a Stable Diffusion pipeline."""
+"""One line turns concepts of an image up or down: semantic guidance on a Stable Diffusion
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def main(model: str | None = None, steps: int = 50) -> list[Image.Image]:
     glasses = Edit("glasses", scale=4, warmup=steps // 5, reverse=True)
 
     def image() -> Image.Image:
-        return pipe(PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).images[0]
+        return pipe(
+            PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
+        ).images[0]
 
     plain = image()
     with semantic_guidance(pipe, [smile, glasses]):

@@ -1,15 +1,23 @@
-"""Fixtures of every test: seeded random numbers and memory that shows when a kernel leaves some of it unwritten."""
+"""Fixtures of every test: seeded random numbers and memory that shows when a kernel leaves some of
+it unwritten.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # small calls on shared cores: threads that spin cost 3x the time
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # small calls on shared cores: threads that spin cost 3x the time
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic mode refuses products on a GPU
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # without it deterministic mode refuses products on a GPU
 
-os.environ.pop("PYTEST_XDIST_WORKER", None)  # beside it no benchmark that a test starts would be timed
+os.environ.pop(
+    "PYTEST_XDIST_WORKER", None
+)  # beside it no benchmark that a test starts would be timed
 
 import pytest
 import torch
@@ -48,7 +56,9 @@ def pipe() -> object:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
-    """q, k, v, words of queries and keys, and strength of all calls of layout_attention inside of pipelines."""
+    """q, k, v, words of queries and keys, and strength of all calls of layout_attention inside of
+    pipelines.
+    """
     from dense_attn.integrations.diffusers import _state
 
     seen: list[tuple[torch.Tensor, ...]] = []

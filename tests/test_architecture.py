@@ -1,4 +1,6 @@
-"""The rules of the design that a machine can hold: imports, no torch in kernels, one name an op, sizes, names."""
+"""The rules of the design that a machine can hold: imports, no torch in kernels, one name an op,
+sizes, names.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,10 @@ def test_import_arrows(module: str) -> None:
 
 
 def test_no_import_goes_in_a_circle() -> None:
-    assert tree.cycles({name: tree.imports(path, MODULES, top=True) for name, path in MODULES.items()}) == []
+    assert (
+        tree.cycles({name: tree.imports(path, MODULES, top=True) for name, path in MODULES.items()})
+        == []
+    )
 
 
 def test_backends_do_not_import_each_other() -> None:
@@ -82,8 +87,12 @@ def test_a_wrong_arrow_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tree, "ROOT", tmp_path)
     (tmp_path / "dense_attn" / "sega").mkdir(parents=True)
     path = tmp_path / "dense_attn" / "sega" / "op.py"
-    path.write_text("from ..verify import attention\ndef f():\n    from dense_attn import demo\n    import os\n")
-    known = dict.fromkeys(("dense_attn.verify", "dense_attn.verify.attention", "dense_attn.demo"), path)
+    path.write_text(
+        "from ..verify import attention\ndef f():\n    from dense_attn import demo\n    import os\n"
+    )
+    known = dict.fromkeys(
+        ("dense_attn.verify", "dense_attn.verify.attention", "dense_attn.demo"), path
+    )
     assert tree.imports(path, known) == {"dense_attn.verify.attention", "dense_attn.demo"}
     assert tree.imports(path, known, top=True) == {"dense_attn.verify.attention"}
     assert tree.cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
@@ -105,7 +114,9 @@ def test_the_library_imports_torch_and_numpy_alone(path: Path) -> None:
             modules.add(node.module.split(".")[0])
     standard = __import__("sys").stdlib_module_names
     allowed = {"torch", "numpy", "dense_attn"}
-    if path.name == "_semantic_guider.py":  # a subclass of diffusers' own, imported where it is made
+    if (
+        path.name == "_semantic_guider.py"
+    ):  # a subclass of diffusers' own, imported where it is made
         allowed |= {"diffusers"}
     assert {name for name in modules if name not in standard} <= allowed
 
@@ -123,7 +134,12 @@ def test_the_ban_on_torch_can_fail() -> None:
 
 @pytest.mark.parametrize("file", sorted(set(table.OPS.values())))
 def test_a_family_has_one_name(file: str) -> None:
-    for path in (f"dense_attn/{file}/__init__.py", f"csrc/{file}.h", f"csrc/cpu/{file}.cpp", f"bindings/{file}.cpp"):
+    for path in (
+        f"dense_attn/{file}/__init__.py",
+        f"csrc/{file}.h",
+        f"csrc/cpu/{file}.cpp",
+        f"bindings/{file}.cpp",
+    ):
         assert (ROOT / path).is_file(), path
 
 
@@ -137,7 +153,9 @@ def test_the_reference_has_the_public_parameters(op: str) -> None:
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 @pytest.mark.parametrize("op", sorted(raw.registered() - {raw.FWD, raw.BWD}))
 def test_a_kernel_has_the_name_and_parameters_of_its_reference(op: str) -> None:
-    assert raw.argument_names(op) == list(inspect.signature(getattr(table.reference, op)).parameters)
+    assert raw.argument_names(op) == list(
+        inspect.signature(getattr(table.reference, op)).parameters
+    )
 
 
 def test_public_names_are_those_of_the_api() -> None:
@@ -179,7 +197,9 @@ def test_the_signature_is_that_of_the_api() -> None:
 def test_the_parameters_are_those_of_the_api(name: str, parameters: str) -> None:
     """In its order; others may stand beside them."""
     expected = parameters.split()
-    assert [name for name in inspect.signature(getattr(dense_attn, name)).parameters if name in expected] == expected
+    assert [
+        name for name in inspect.signature(getattr(dense_attn, name)).parameters if name in expected
+    ] == expected
 
 
 @pytest.mark.parametrize("path", [*PYTHON, *CPP], ids=relative)
@@ -199,8 +219,12 @@ def function_sizes(source: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("path", PYTHON, ids=relative)
 def test_functions_are_short(path: Path) -> None:
-    most = 84 if relative(path).startswith("triton_kernels/") else 44  # about 80 a kernel, 40 a function
-    assert {name: size for name, size in function_sizes(path.read_text()).items() if size > most} == {}
+    most = (
+        84 if relative(path).startswith("triton_kernels/") else 44
+    )  # about 80 a kernel, 40 a function
+    assert {
+        name: size for name, size in function_sizes(path.read_text()).items() if size > most
+    } == {}
 
 
 def test_the_version_stands_once() -> None:

@@ -1,7 +1,8 @@
 """Launch configurations by measurement, on request alone: `DENSE_ATTN_AUTOTUNE=1`.
 
-Another tile sums in another order, so results may differ in their last bits from those of the tables. What was found is
-kept in a file by the `store` that the library hands in, and serves later runs.
+Another tile sums in another order, so results may differ in their last bits from those of the
+tables. What was found is kept in a file by the `store` that the library hands in, and serves later
+runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from dense_attn.triton_kernels.configs import Config
 
 Launch = Callable[[Config], Callable[[], object]]
 store: ModuleType | None = None  # requested, cache_file, read and keep; without it tables serve
-_found: dict[Path | None, dict[str, dict]] = {}  # by file, as it was when it was first asked for, and what came since
+_found: dict[
+    Path | None, dict[str, dict]
+] = {}  # by file, as it was when it was first asked for, and what came since
 
 
 def requested() -> bool:
@@ -30,11 +33,14 @@ def requested() -> bool:
     return store is not None and store.requested()
 
 
-def best(kernel: str, q: Tensor, k: Tensor, options: list[Config], prepare: Callable[[], Launch]) -> Config:
-    """The fastest of some configurations of a kernel for tensors like these: found before, or measured now.
+def best(
+    kernel: str, q: Tensor, k: Tensor, options: list[Config], prepare: Callable[[], Launch]
+) -> Config:
+    """The fastest of some configurations of a kernel for tensors like these: found before, or
+    measured now.
 
-    prepare() makes inputs, and returns what makes a call of a configuration. No measurement may enter the capture of
-    a CUDA graph: what is not known there is the first option.
+    prepare() makes inputs, and returns what makes a call of a configuration. No measurement may
+    enter the capture of a CUDA graph: what is not known there is the first option.
     """
     file, key = store.cache_file(), _key(kernel, q, k)
     if file not in _found:
@@ -84,4 +90,6 @@ def _key(kernel: str, q: Tensor, k: Tensor) -> str:
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else "interpreted"
     tokens = (triton.next_power_of_2(max(x.shape[2], 1)) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
-    return " ".join(map(str, (device, triton.__version__, kernel, q.dtype, configs.precision(q), *sizes)))
+    return " ".join(
+        map(str, (device, triton.__version__, kernel, q.dtype, configs.precision(q), *sizes))
+    )

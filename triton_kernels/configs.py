@@ -1,7 +1,8 @@
 """Every launch configuration, as data: per architecture and head dim, with its reason.
 
-No row has been timed: each is the largest of the tiles tried that ahead-of-time compilation (Triton 3.9, 3.6, `range`,
-tokens in an order, the most registers a call can need) keeps within the registers and the shared memory.
+No row has been timed: each is the largest of the tiles tried that ahead-of-time compilation (Triton
+3.9, 3.6, `range`, tokens in an order, the most registers a call can need) keeps within the
+registers and the shared memory.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ class Config:
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    parks: bool = False  # the first phase's accumulator waits in memory: registers would not hold both
+    parks: bool = (
+        False  # the first phase's accumulator waits in memory: registers would not hold both
+    )
 
     @property
     def options(self) -> dict[str, int | bool]:
         """What the compiler takes; sums and products may fuse."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
     @property
     def launch(self) -> dict[str, int | bool]:
@@ -38,11 +45,14 @@ class Config:
 Table = dict[str, dict[int, Config]]  # architecture -> largest head dim -> configuration
 
 GRAIN = 8  # elements: 16 bytes, the widest load, in the narrowest dtype
-ROW_KEYS = 128  # up to here a row of scores is one tile; more would not leave room for the accumulator
+ROW_KEYS = (
+    128  # up to here a row of scores is one tile; more would not leave room for the accumulator
+)
 INTERPRETED = Config(64, 32, 1, 1)  # small, so that small cases have several tiles of every kind
 
 FORWARD: Table = {
-    # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps within.
+    # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps
+    # within.
     "sm_80": {
         80: Config(128, 64, 8, 2, parks=True),  # unparked, 32 bytes at 64 columns
         96: Config(128, 32, 8, 2, parks=True),  # 64 keys, 24
@@ -72,14 +82,17 @@ ROW_FORWARD: Table = {  # BLOCK_N is the number of keys, rounded up to a power o
         80: Config(128, 128, 8, 1),
         96: Config(64, 128, 4, 1),  # eight warps spill 8 bytes
         128: Config(64, 128, 8, 1),  # 128 rows spill 64 bytes
-        192: Config(16, 128, 4, 1),  # the transposed keys are held in registers: 64 rows spill 400 bytes
+        192: Config(
+            16, 128, 4, 1
+        ),  # the transposed keys are held in registers: 64 rows spill 400 bytes
         256: Config(64, 128, 8, 1),
     },
     "sm_90": {128: Config(128, 128, 8, 1), 256: Config(64, 128, 8, 1)},
     "sm_100": {128: Config(128, 128, 8, 1), 256: Config(64, 128, 8, 1)},
     "gfx942": {128: Config(64, 128, 4, 1), 160: Config(32, 128, 4, 1), 256: Config(16, 128, 4, 1)},
 }
-BACKWARD_Q: Table = {  # up to 16 bytes may spill, outside of the loop; 64 keys spill more on NVIDIA's
+# up to 16 bytes may spill, outside of the loop; 64 keys spill more on NVIDIA's
+BACKWARD_Q: Table = {
     "sm_80": {
         96: Config(128, 32, 8, 2),
         128: Config(32, 32, 8, 2),  # 64 rows spill 88 bytes by Triton 3.6
@@ -112,10 +125,19 @@ BACKWARD_KV: Table = {  # the same; a tile of keys stays, so many keys read quer
     "sm_100": {128: Config(32, 128, 8, 2), 256: Config(16, 64, 8, 2)},
     "gfx942": {64: Config(32, 128, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 64, 4, 1)},
 }
-# tf32 for NVIDIA's: operands of 4 bytes, so half of the tile; backward passes have the same on each.
+# tf32 for NVIDIA's: operands of 4 bytes, so half of the tile; backward passes have the same on
+# each.
 TF32_FORWARD: Table = {
-    "sm_80": {64: Config(128, 32, 8, 2), 128: Config(64, 32, 8, 1, parks=True), 256: Config(32, 16, 8, 1, parks=True)},
-    "sm_90": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2, parks=True), 256: Config(32, 16, 8, 1, parks=True)},
+    "sm_80": {
+        64: Config(128, 32, 8, 2),
+        128: Config(64, 32, 8, 1, parks=True),
+        256: Config(32, 16, 8, 1, parks=True),
+    },
+    "sm_90": {
+        64: Config(128, 64, 8, 2),
+        128: Config(128, 32, 8, 2, parks=True),
+        256: Config(32, 16, 8, 1, parks=True),
+    },
     "sm_100": {
         64: Config(128, 64, 8, 2),
         128: Config(128, 32, 8, 2, parks=True),
@@ -124,9 +146,13 @@ TF32_FORWARD: Table = {
 }
 TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
-# Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for every architecture.
+# Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for
+# every architecture.
 _FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
-_FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}  # four warps spill 32 bytes on sm_90
+_FLOAT32_BACKWARD = {
+    64: Config(32, 16, 8, 1),
+    256: Config(16, 16, 8, 1),
+}  # four warps spill 32 bytes on sm_90
 FLOAT32: Table = {
     **dict.fromkeys(("sm_80", "sm_90", "gfx942"), _FLOAT32),
     "sm_100": {256: Config(16, 16, 8, 1, parks=True)},  # 32 rows spill 16 bytes by Triton 3.6
@@ -136,13 +162,19 @@ FLOAT32_BACKWARD: Table = {
     "gfx942": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 4, 1)},  # eight warps spill 420 bytes
 }
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
-# Half floats in rows that are not aligned have an address an element: small tiles, backward those of float32.
+# Half floats in rows that are not aligned have an address an element: small tiles, backward those
+# of float32.
 UNALIGNED = Config(32, 16, 4, 1, parks=True)
-UNALIGNED_ROW = {"sm_80": Config(16, 128, 8, 1), "gfx942": Config(16, 128, 4, 1)}  # eight warps spill 12 bytes there
+UNALIGNED_ROW = {
+    "sm_80": Config(16, 128, 8, 1),
+    "gfx942": Config(16, 128, 4, 1),
+}  # eight warps spill 12 bytes there
 
 
 def precision(q: Tensor) -> str:
-    """How products of q's dtype are made: in "half", as "tf32" where torch allows it for its own, or in "ieee"."""
+    """How products of q's dtype are made: in "half", as "tf32" where torch allows it for its own,
+    or in "ieee".
+    """
     if q.dtype != torch.float32:
         return "half"
     allowed = torch.version.cuda is not None and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -159,7 +191,9 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
     elif precision == "half":
         config = _pick((ROW_FORWARD if row else FORWARD)[architecture], head_dim)
     else:
-        config = _pick((TF32_FORWARD if precision == "tf32" and not row else FLOAT32)[architecture], head_dim)
+        config = _pick(
+            (TF32_FORWARD if precision == "tf32" and not row else FLOAT32)[architecture], head_dim
+        )
     if not row:
         return config
     return replace(config, BLOCK_N=max(16, triton.next_power_of_2(seqlen_k)), parks=False)
@@ -206,9 +240,11 @@ def interpreted() -> bool:
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
-    """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the least.
+    """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
+    least.
 
-    256 is two parts as well: the merge of both phases then holds half of each accumulator at a time.
+    256 is two parts as well: the merge of both phases then holds half of each accumulator at a
+    time.
     """
     if head_dim > 192:
         return 128, 128

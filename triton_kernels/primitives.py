@@ -1,10 +1,11 @@
 """Jit helpers with two or more users.
 
-A tensor travels as one tuple, (pointer, stride, stride, ...), strides in elements, the last axis contiguous unless
-its stride is there too. That of a [B, H, tokens, ...] tensor ends in its grain, a constant that its strides count in:
-the compiler must know that they are multiples of 8, or it loads element by element. Rows of a head dim that is no power
-of two come in two parts, each a power of two: 80 = 64 + 16, the second padded to the 16 columns that a matrix
-instruction needs at least; PART_1 = 0 says that there is one.
+A tensor travels as one tuple, (pointer, stride, stride, ...), strides in elements, the last axis
+contiguous unless its stride is there too. That of a [B, H, tokens, ...] tensor ends in its grain, a
+constant that its strides count in: the compiler must know that they are multiples of 8, or it loads
+element by element. Rows of a head dim that is no power of two come in two parts, each a power of
+two: 80 = 64 + 16, the second padded to the 16 columns that a matrix instruction needs at least;
+PART_1 = 0 says that there is one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def row_stride(tensor):
 
 @triton.jit
 def tokens_at(first, order, batch, num_tokens, BLOCK: tl.constexpr):
-    """The BLOCK tokens from place first on, int64, and which of them exist; an order leads to no other memory."""
+    """The BLOCK tokens from place first on, int64, and which of them exist; an order leads to no
+    other memory.
+    """
     places = first + tl.arange(0, BLOCK)
     exist = places < num_tokens
     tokens = places
@@ -47,7 +50,9 @@ def words_at(words, batch, tokens, exist):
 
 
 @triton.jit
-def part_of(base, stride, tokens, exist, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr):
+def part_of(
+    base, stride, tokens, exist, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Pointers to columns FIRST ... FIRST + PART of rows, and which are there: [tokens, PART]."""
     columns = FIRST + tl.arange(0, PART)
     mask = exist[:, None]
@@ -57,21 +62,34 @@ def part_of(base, stride, tokens, exist, FIRST: tl.constexpr, PART: tl.constexpr
 
 
 @triton.jit
-def load_part(base, stride, tokens, exist, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_part(
+    base, stride, tokens, exist, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Columns FIRST ... FIRST + PART of rows, 0 where there is none."""
     at, mask = part_of(base, stride, tokens, exist, FIRST, PART, HEAD_DIM)
     return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_part(base, stride, tokens, exist, part, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_part(
+    base,
+    stride,
+    tokens,
+    exist,
+    part,
+    FIRST: tl.constexpr,
+    PART: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """Columns FIRST ... FIRST + PART of rows, rounded to what the pointer points at."""
     at, mask = part_of(base, stride, tokens, exist, FIRST, PART, HEAD_DIM)
     tl.store(at, part.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_rows(base, stride, tokens, exist, PART_0: tl.constexpr, PART_1: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_rows(
+    base, stride, tokens, exist, PART_0: tl.constexpr, PART_1: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Both parts of rows; the second is the first's twin when there is one part."""
     first = load_part(base, stride, tokens, exist, 0, PART_0, HEAD_DIM)
     second = first
@@ -81,7 +99,16 @@ def load_rows(base, stride, tokens, exist, PART_0: tl.constexpr, PART_1: tl.cons
 
 
 @triton.jit
-def store_rows(base, stride, tokens, exist, rows, PART_0: tl.constexpr, PART_1: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_rows(
+    base,
+    stride,
+    tokens,
+    exist,
+    rows,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """Both parts of rows."""
     store_part(base, stride, tokens, exist, rows[0], 0, PART_0, HEAD_DIM)
     if PART_1 > 0:
@@ -135,7 +162,9 @@ def finite_or_zero(x):
 
 @triton.jit
 def anchor_of(row_max, row_min, factor, MODULATION: tl.constexpr):
-    """The raw score that weighs most, from which exponents are measured; 0 for a row without any."""
+    """The raw score that weighs most, from which exponents are measured; 0 for a row without
+    any.
+    """
     anchor = row_max
     if MODULATION == "range":
         anchor = tl.where(factor < 0, row_min, row_max)
@@ -153,7 +182,9 @@ def temperature(strength, MODULATION: tl.constexpr):
 
 @triton.jit
 def additions(strength, score_max, score_min, MODULATION: tl.constexpr):
-    """What the rule adds to matched scores and to others, (matched, others, what was taken off both)."""
+    """What the rule adds to matched scores and to others, (matched, others, what was taken off
+    both).
+    """
     matched = tl.zeros_like(strength)
     others, common = matched, matched
     if MODULATION == "range":

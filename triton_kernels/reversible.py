@@ -10,12 +10,15 @@ from torch import Tensor
 from dense_attn import _checks
 
 BLOCK = 1024  # 8 elements a thread: loads of 16 bytes in every dtype, at most 64 registers
-# No product melts into a sum: every step rounds as on the CPU, so that either device undoes the other's.
+# No product melts into a sum: every step rounds as on the CPU, so that either device undoes the
+# other's.
 LAUNCH = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
 LIMIT = tl.constexpr(2.0**50)  # the grid's: float64 latents give its coordinates back
 ROUNDER = tl.constexpr(1.5 * 2.0**52)  # what is added to it loses its fraction, half to even ...
 ROUNDER_BITS = tl.constexpr(0x4338000000000000)  # ... and stands in the lowest bits
-OFF_GRID = 2**62  # marks a coordinate that left the grid; no step leads back from it, and its latent is NaN
+OFF_GRID = (
+    2**62
+)  # marks a coordinate that left the grid; no step leads back from it, and its latent is NaN
 LOST = tl.constexpr(OFF_GRID)
 
 
@@ -30,7 +33,9 @@ def load_wide(ptr, offs, mask, WIDE: tl.constexpr):
 
 @triton.jit
 def store_narrow(ptr, offs, value, mask):
-    """The inverse of `load_wide`; float64 becomes a 16-bit number by way of float32, as in torch."""
+    """The inverse of `load_wide`; float64 becomes a 16-bit number by way of float32, as in
+    torch.
+    """
     if ptr.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=mask)
@@ -60,7 +65,9 @@ def from_grid(z):
 
 @triton.jit
 def move(z, change):
-    """z + round(change); OFF_GRID where the change or the sum is not on the grid, as that of a lost z never is."""
+    """z + round(change); OFF_GRID where the change or the sum is not on the grid, as that of a lost
+    z never is.
+    """
     inside = tl.abs(change) <= LIMIT  # false for NaN
     rounded = tl.where(inside, change, 0.0) + ROUNDER
     moved = z + (rounded.to(tl.int64, bitcast=True) - ROUNDER_BITS)
@@ -166,17 +173,25 @@ def exact_edict_kernel(
     store_narrow(latent_ptr, offs, to_latent * from_grid(latent), mask)
 
 
-def ddim_step(x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float) -> Tensor:
+def ddim_step(
+    x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float
+) -> Tensor:
     """As `reference.ddim_step`."""
     wide = _check_floats("x", x, eps=eps, eps_uncond=eps_uncond)
     if eps_uncond is not None and eps_uncond.dtype != eps.dtype:
-        _refuse("eps_uncond", f"have eps' dtype {_checks.name(eps.dtype)}", _checks.name(eps_uncond.dtype))
+        _refuse(
+            "eps_uncond",
+            f"have eps' dtype {_checks.name(eps.dtype)}",
+            _checks.name(eps_uncond.dtype),
+        )
     out = torch.empty_like(x)
     _launch(ddim_step_kernel, (x, eps, eps_uncond, out), (a, b, guidance_scale), WIDE=wide)
     return out
 
 
-def leapfrog_step(far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float) -> Tensor:
+def leapfrog_step(
+    far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float
+) -> Tensor:
     """As `reference.leapfrog_step`."""
     wide = _check_floats("far", far, near=near, eps=eps)
     out = torch.empty_like(far)
@@ -198,16 +213,28 @@ def edict_unmix(
     return _edict(x, y, eps, a, b, mix, couple_x, inverse=True)
 
 
-def exact_couple(z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `reference.exact_couple`; on a GPU, what leaves the grid becomes OFF_GRID, its latent NaN."""
+def exact_couple(
+    z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As `reference.exact_couple`; on a GPU, what leaves the grid becomes OFF_GRID, its latent
+    NaN.
+    """
     _check_grid("z", z, dtype, eps=eps)
     return _exact_leapfrog(z, None, eps, 0.0, step, to_latent, dtype)
 
 
 def exact_leapfrog(
-    far: Tensor, near: Tensor, eps: Tensor, c_near: float, c_eps: float, to_latent: float, dtype: torch.dtype
+    far: Tensor,
+    near: Tensor,
+    eps: Tensor,
+    c_near: float,
+    c_eps: float,
+    to_latent: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.exact_leapfrog`; on a GPU, what leaves the grid becomes OFF_GRID, its latent NaN."""
+    """As `reference.exact_leapfrog`; on a GPU, what leaves the grid becomes OFF_GRID, its latent
+    NaN.
+    """
     _check_grid("far", far, dtype, near=near, eps=eps)
     return _exact_leapfrog(far, near, eps, c_near, c_eps, to_latent, dtype)
 
@@ -224,12 +251,21 @@ def exact_unmix(
     x: Tensor, y: Tensor, eps: Tensor | None, step: float, mix: float, couple_x: bool,
     to_latent: float, latent_x: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `reference.exact_unmix`; on a GPU, what leaves the grid becomes OFF_GRID, its latent NaN."""
+    """As `reference.exact_unmix`; on a GPU, what leaves the grid becomes OFF_GRID, its latent
+    NaN.
+    """
     return _exact_edict(x, y, eps, step, mix, couple_x, to_latent, latent_x, dtype, inverse=True)
 
 
 def _edict(
-    x: Tensor, y: Tensor, eps: Tensor | None, a: float, b: float, mix: float, couple_x: bool, inverse: bool
+    x: Tensor,
+    y: Tensor,
+    eps: Tensor | None,
+    a: float,
+    b: float,
+    mix: float,
+    couple_x: bool,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     wide = _check_floats("x", x, y=y, eps=eps)
     x_out, y_out = torch.empty_like(x), torch.empty_like(y)
@@ -239,7 +275,13 @@ def _edict(
 
 
 def _exact_leapfrog(
-    far: Tensor, near: Tensor | None, eps: Tensor, c_near: float, c_eps: float, to_latent: float, dtype: torch.dtype
+    far: Tensor,
+    near: Tensor | None,
+    eps: Tensor,
+    c_near: float,
+    c_eps: float,
+    to_latent: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     z, latent = torch.empty_like(far), torch.empty_like(far, dtype=dtype)
     _launch(exact_leapfrog_kernel, (far, near, eps, z, latent), (c_near, c_eps, to_latent))
@@ -252,16 +294,27 @@ def _exact_edict(
     to_latent: float, latent_x: bool, dtype: torch.dtype, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check_grid("x", x, dtype, y=y, eps=eps)
-    x_out, y_out, latent = torch.empty_like(x), torch.empty_like(y), torch.empty_like(x, dtype=dtype)
+    x_out, y_out, latent = (
+        torch.empty_like(x),
+        torch.empty_like(y),
+        torch.empty_like(x, dtype=dtype),
+    )
     if mix == 0:
         _refuse("mix", "not be 0", mix)
-    tensors, numbers = (x, y, eps, x_out, y_out, latent), (step, (1 - mix) / mix, 1 - mix, to_latent)
-    _launch(exact_edict_kernel, tensors, numbers, COUPLE_X=couple_x, LATENT_X=latent_x, INVERSE=inverse)
+    tensors, numbers = (
+        (x, y, eps, x_out, y_out, latent),
+        (step, (1 - mix) / mix, 1 - mix, to_latent),
+    )
+    _launch(
+        exact_edict_kernel, tensors, numbers, COUPLE_X=couple_x, LATENT_X=latent_x, INVERSE=inverse
+    )
     _refuse_off_grid(x_out, y_out)
     return x_out, y_out, latent
 
 
-def _launch(kernel: triton.JITFunction, tensors: tuple, numbers: tuple[float, ...], **options: object) -> None:
+def _launch(
+    kernel: triton.JITFunction, tensors: tuple, numbers: tuple[float, ...], **options: object
+) -> None:
     if (numel := tensors[0].numel()) > 0:
         kernel[(triton.cdiv(numel, BLOCK),)](*tensors, numel, *numbers, **options, **LAUNCH)
 
@@ -272,7 +325,9 @@ def _check_floats(name: str, x: Tensor, **others: Tensor | None) -> tl.dtype:
     _check_dtype(name, x.dtype)
     for other, value in others.items():
         if value is not None and not other.startswith("eps") and value.dtype != x.dtype:
-            _refuse(other, f"have {name}'s dtype {_checks.name(x.dtype)}", _checks.name(value.dtype))
+            _refuse(
+                other, f"have {name}'s dtype {_checks.name(x.dtype)}", _checks.name(value.dtype)
+            )
         if value is not None:
             _check_dtype(other, value.dtype)
     return tl.float64 if x.dtype == torch.float64 else tl.float32
@@ -300,7 +355,11 @@ def _check_flat(name: str, x: Tensor, **others: Tensor | None) -> None:
             _refuse(other, f"have {name}'s shape {tuple(x.shape)}", tuple(value.shape))
         strides = zip(x.shape, x.stride(), value.stride())
         if any(stride != wanted for size, wanted, stride in strides if size > 1) and x.numel() > 0:
-            _refuse(other, f"be dense and have {name}'s strides {x.stride()}", f"strides {value.stride()}")
+            _refuse(
+                other,
+                f"be dense and have {name}'s strides {x.stride()}",
+                f"strides {value.stride()}",
+            )
         if value.device != x.device:
             _refuse(other, f"be on {name}'s device {x.device}", value.device)
 
@@ -317,13 +376,21 @@ def _is_dense(x: Tensor) -> bool:
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in _checks.DTYPES:
-        _refuse(name, f"be one of {', '.join(map(_checks.name, _checks.DTYPES))}", _checks.name(dtype))
+        _refuse(
+            name, f"be one of {', '.join(map(_checks.name, _checks.DTYPES))}", _checks.name(dtype)
+        )
 
 
 def _refuse_off_grid(*grids: Tensor) -> None:
-    """At once under the interpreter; a GPU's caller looks for OFF_GRID when the chain ends, and waits only then."""
+    """At once under the interpreter; a GPU's caller looks for OFF_GRID when the chain ends, and
+    waits only then.
+    """
     if grids[0].device.type == "cpu" and any((z == OFF_GRID).any() for z in grids):
-        _refuse("eps", "be finite and keep the latents within the grid of 2^50 steps", f"{OFF_GRID:g} steps")
+        _refuse(
+            "eps",
+            "be finite and keep the latents within the grid of 2^50 steps",
+            f"{OFF_GRID:g} steps",
+        )
 
 
 def _refuse(argument: str, rule: str, got: object) -> None:

@@ -1,7 +1,7 @@
 """Triton kernels compiled for devices that are not here, and what the compiler made of them.
 
-The launchers run as they are, on tensors without memory; a driver that has only a target takes the place of the
-device's, and every launch ends when its kernel is compiled.
+The launchers run as they are, on tensors without memory; a driver that has only a target takes the
+place of the device's, and every launch ends when its kernel is compiled.
 """
 
 from __future__ import annotations
@@ -32,10 +32,16 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program
+SHARED_LIMITS = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a program
 MATRIX = re.compile(r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync|v_mfma)")
 FUSED = re.compile(r"\bfma\.|\bv_(?:pk_)?fmac?_")
-# NVIDIA's plain division of float32 is not rounded to nearest; gfx942 makes an exact quotient of fused steps.
+# NVIDIA's plain division of float32 is not rounded to nearest; gfx942 makes an exact quotient of
+# fused steps.
 DIVISIONS = re.compile(r"\b(div\.full|v_div_fmas)")
 
 
@@ -57,7 +63,9 @@ class Launch:
 
 
 class _Driver:
-    """What a launch asks of a device before its kernel is compiled; each target has its own caches."""
+    """What a launch asks of a device before its kernel is compiled; each target has its own
+    caches.
+    """
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -74,12 +82,16 @@ class _Driver:
 
 @contextmanager
 def compiled(target: str) -> Iterator[list[Launch]]:
-    """Collects the kernels that are launched in its body, each once for each of its specialisations."""
+    """Collects the kernels that are launched in its body, each once for each of its
+    specialisations.
+    """
     launches: list[Launch] = []
     known: set[int] = set()
     run = JITFunction.run
 
-    def compile_alone(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> CompiledKernel:
+    def compile_alone(
+        self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object
+    ) -> CompiledKernel:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in known:
             known.add(id(kernel))
@@ -139,4 +151,6 @@ def _cuda_usage(cubin: bytes, name: str) -> tuple[int, int]:
     """(registers a thread, bytes of local memory a thread that hold what does not fit them)."""
     usage = inspect(cubin, "--dump-resource-usage")
     usage = usage[usage.index(name) :]
-    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage) + _number(
+        r"LOCAL:(\d+)", usage
+    )

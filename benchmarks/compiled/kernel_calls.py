@@ -1,4 +1,6 @@
-"""The calls whose kernels are compiled ahead of time: every launch configuration, and every branch of every kernel."""
+"""The calls whose kernels are compiled ahead of time: every launch configuration, and every branch
+of every kernel.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +46,21 @@ class Attention:
         q, k, v = self._rows(self.seqlen), self._rows(seqlen_k), self._rows(seqlen_k)
         words = empty(self.seqlen, dtype=torch.int32), empty(seqlen_k, dtype=torch.int32)
         numbers = empty(BATCH, HEADS, self.seqlen)
-        narrow = patch.object(configs, "precision", return_value="tf32") if self.tf32 else nullcontext()
+        narrow = (
+            patch.object(configs, "precision", return_value="tf32") if self.tf32 else nullcontext()
+        )
         orders = words if self.ordered else (None, None)
         last = (self.modulation, -1.0 if self.negative else 1.0, *orders)
         with narrow:
             if self.which == "bwd":
                 stats = empty(*q.shape[:3], layout_attention.STATS)
-                layout_attention.layout_attention_bwd(q, numbers, q, k, v, *words, numbers, q, stats, *last)
+                layout_attention.layout_attention_bwd(
+                    q, numbers, q, k, v, *words, numbers, q, stats, *last
+                )
             else:
-                layout_attention.layout_attention_fwd(q, k, v, *words, numbers, *last, lists=_lists(q, k))
+                layout_attention.layout_attention_fwd(
+                    q, k, v, *words, numbers, *last, lists=_lists(q, k)
+                )
 
     def _rows(self, seqlen: int) -> Tensor:
         shape = (BATCH, HEADS, seqlen, self.head_dim)
@@ -102,15 +110,32 @@ def _tile_lists() -> None:
 
 
 def _guide(
-    num_values: int, sum_channels: bool = False, dtype: torch.dtype = torch.float32, apart: bool = False
+    num_values: int,
+    sum_channels: bool = False,
+    dtype: torch.dtype = torch.float32,
+    apart: bool = False,
 ) -> None:
-    """A step of three concepts; apart: the channels of a pixel are neighbours, the pixels of a channel are not."""
-    uncond, edits = empty((1, 4, num_values), dtype=dtype), empty((3, 1, 4, num_values), dtype=dtype)
+    """A step of three concepts; apart: the channels of a pixel are neighbours, the pixels of a
+    channel are not.
+    """
+    uncond, edits = (
+        empty((1, 4, num_values), dtype=dtype),
+        empty((3, 1, 4, num_values), dtype=dtype),
+    )
     if apart:
         uncond, edits = (x.mT.contiguous().mT for x in (uncond, edits))
-    lists = {"edit_guidance_scale": [5.0] * 3, "edit_threshold": [0.9] * 3, "edit_weights": [1.0] * 3}
+    lists = {
+        "edit_guidance_scale": [5.0] * 3,
+        "edit_threshold": [0.9] * 3,
+        "edit_weights": [1.0] * 3,
+    }
     lists |= {"warm": [True] * 3, "enabled": [True] * 3, "reverse": [False] * 3}
-    numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.3, "edit_mom_beta": 0.4, "sum_channels": sum_channels}
+    numbers = {
+        "guidance_scale": 7.5,
+        "edit_momentum_scale": 0.3,
+        "edit_mom_beta": 0.4,
+        "sum_channels": sum_channels,
+    }
     sega.sega_guidance(uncond, uncond, edits, uncond.float(), **lists, **numbers, user_mask=None)
 
 
@@ -144,24 +169,37 @@ def _reversible() -> None:
     reversible.exact_unmix(z, z, x, 0.9, 0.93, False, 0.1, True, torch.float32)
 
 
-OTHERS = {"tile_lists": _tile_lists, "sega": _sega, "sega_long": _sega_long, "reversible": _reversible}
+OTHERS = {
+    "tile_lists": _tile_lists,
+    "sega": _sega,
+    "sega_long": _sega_long,
+    "reversible": _reversible,
+}
 BRANCHES = (  # each branch of every kernel that the defaults do not take
     {"dtype": "float16", "modulation": "mask", "ordered": False, "seqlen": 4095},
     {"dtype": "bfloat16", "modulation": "bias", "negative": True, "layout": "[B,N,H,D]"},
     {"dtype": "float32", "modulation": "max"},
-    {"dtype": "float16", "modulation": "mask", "seqlen": 1},  # Triton takes a size of 1 as a constant
+    {
+        "dtype": "float16",
+        "modulation": "mask",
+        "seqlen": 1,
+    },  # Triton takes a size of 1 as a constant
     {"dtype": "float16", "head_dim": 100},  # rows that are not aligned
 )
 
 
 def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
-    """The rows of `configs` by kernel, target and precision, each a largest head dim and its configuration."""
+    """The rows of `configs` by kernel, target and precision, each a largest head dim and its
+    configuration.
+    """
     by_kernel = {"fwd": configs.FORWARD, "row_fwd": configs.ROW_FORWARD}
     by_kernel |= {"bwd_q": configs.BACKWARD_Q, "bwd_kv": configs.BACKWARD_KV}
     found = {}
     for target in TARGETS:
         for kernel, by_target in by_kernel.items():
-            exact = (configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32)[target]
+            exact = (configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32)[
+                target
+            ]
             found[kernel, target, "half"], found[kernel, target, "ieee"] = by_target[target], exact
         if target in configs.TF32_FORWARD:
             found["fwd", target, "tf32"], found["row_fwd", target, "tf32"] = (
@@ -193,7 +231,9 @@ def each_branch(target: str) -> Iterator[Attention]:
 
 
 def too_slow(call: Attention | Other) -> bool:
-    """Whether this Triton takes up to a minute for the call, and 3.6 three seconds: tests leave it to that one."""
+    """Whether this Triton takes up to a minute for the call, and 3.6 three seconds: tests leave it
+    to that one.
+    """
     newer = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
     return newer and (call.target, call.which) == ("gfx942", "row_fwd") and call.dtype != "float32"
 
@@ -214,7 +254,9 @@ def everything() -> list[Attention | Other]:
     """What the table lists: more head dims, and branches and orders of memory on all targets."""
     calls = dict.fromkeys([*configurations(), *each_configuration()])
     for target in TARGETS:
-        more = [Attention(target, which, head_dim) for which in PASSES for head_dim in HEAD_DIMS[target]]
+        more = [
+            Attention(target, which, head_dim) for which in PASSES for head_dim in HEAD_DIMS[target]
+        ]
         more += [Attention(target, which, 40, layout="[B,N,H,D]") for which in PASSES]
         more += each_branch(target)
         calls |= dict.fromkeys(call for call in more if not too_slow(call))
@@ -227,7 +269,9 @@ def few() -> list[Attention | Other]:
 
 
 def _is_common(call: Attention | Other) -> bool:
-    """Other families, and of attention plain calls up to head dim 128; of a kernel too slow for those, float32's."""
+    """Other families, and of attention plain calls up to head dim 128; of a kernel too slow for
+    those, float32's.
+    """
     if isinstance(call, Other) or (call.target, call.which) == ("gfx942", "row_fwd"):
         return True
     return call == Attention(call.target, call.which, call.head_dim) and call.head_dim <= 128

@@ -1,11 +1,12 @@
-"""The table of Triton kernels: `python -m dense_attn.benchmarks.compiled.kernel_table --json FILE`, or `make kernels`.
+"""The table of Triton kernels: `python -m dense_attn.benchmarks.compiled.kernel_table --json FILE`,
+or `make kernels`.
 
-Every kernel under every launch configuration, compiled ahead of time; no GPU is needed and nothing is run. A row says
-which call launched the kernel and what the compiler made of it.
+Every kernel under every launch configuration, compiled ahead of time; no GPU is needed and nothing
+is run. A row says which call launched the kernel and what the compiler made of it.
 
     --json FILE      write the table
-    --calls NAME     everything; configurations, each once; tested, what the test suite compiles; few of these
-    --target NAME    only the calls for this device; may be repeated
+    --calls NAME     everything; configurations, each once; tested, what the test suite compiles;
+    few of these --target NAME    only the calls for this device; may be repeated
     --triton FOLDER  each configuration also with the Triton in this folder; may be repeated
 """
 
@@ -38,7 +39,12 @@ from .kernel_calls import Attention, Other
 
 MODULE = "dense_attn.benchmarks.compiled.kernel_table"
 Row = dict[str, Any]
-MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+MATRIX = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
 SPILLS = 16  # bytes that a backward kernel may spill
 SLOWEST = ("gfx942", "sm_100")  # to compile for, which therefore comes first
 NUMBERS = ("registers", "spills", "shared")
@@ -49,10 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print what breaks a rule, write; 1 if a rule is broken."""
     parser = argparse.ArgumentParser(f"python -m {MODULE}", description="Compile all kernels.")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the table")
-    parser.add_argument("--calls", choices=kernel_calls.CALLS, default="everything", help="all, or those of the tests")
-    parser.add_argument("--target", action="append", default=[], choices=MATRIX, help="only for this device")
+    parser.add_argument(
+        "--calls",
+        choices=kernel_calls.CALLS,
+        default="everything",
+        help="all, or those of the tests",
+    )
+    parser.add_argument(
+        "--target", action="append", default=[], choices=MATRIX, help="only for this device"
+    )
     beside = {"action": "append", "default": [], "type": Path, "metavar": "FOLDER"}
-    parser.add_argument("--triton", **beside, help="each configuration also with this Triton; may be repeated")
+    parser.add_argument(
+        "--triton", **beside, help="each configuration also with this Triton; may be repeated"
+    )
     arguments = parser.parse_args(argv)
     _files.check(arguments.json)
     calls = kernel_calls.CALLS[arguments.calls]()
@@ -62,12 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += compile_elsewhere(folder, targets, "configurations")["rows"]
     header = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"dense_attn": __version__, "torch": torch.__version__, "triton": triton.__version__},
+        "versions": {
+            "dense_attn": __version__,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
         "git_revision": git_revision(),
         "kernels": kernel_hashes(),
     }
     text = ",\n  ".join(map(json.dumps, rows))
-    _files.write(arguments.json, f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n')
+    _files.write(
+        arguments.json, f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n'
+    )
     broken = [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
     print("\n".join([*broken, f"{len(rows)} kernels, {len(broken)} faults"]))
     return 1 if broken else 0
@@ -83,7 +104,9 @@ def compile_rows(calls: Iterable[Attention | Other]) -> list[Row]:
 
 
 def _use_cache(folder: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the process that waits for this one
     os.environ["TRITON_CACHE_DIR"] = folder
     torch.set_num_threads(1)
 
@@ -93,7 +116,9 @@ def compile_call(call: Attention | Other) -> list[Row]:
     with compiled(call.target) as launches:
         call()
     rows = [row_of(call, launch) for launch in launches]
-    for index, row in enumerate(rows):  # kernels that differ in what Triton knows of their arguments alone
+    for index, row in enumerate(
+        rows
+    ):  # kernels that differ in what Triton knows of their arguments alone
         row["variant"] = sum(key(row) == key(before | {"variant": 0}) for before in rows[:index])
     return rows
 
@@ -111,7 +136,9 @@ def compile_elsewhere(
         file = Path(place, "kernels.json")
         command = [sys.executable, "-m", MODULE, "--calls", calls, "--json", str(file)]
         command += [word for target in targets for word in ("--target", target)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", check=False
+        )
         if not file.exists():
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
         return read(file)
@@ -125,8 +152,14 @@ def read(file: Path) -> dict[str, Any]:
 def row_of(call: Attention | Other, launch: Launch) -> Row:
     """A line of the table."""
     constants = launch.constants
-    sides = [constants[side] for side in ("BLOCK_M", "BLOCK_N", "BLOCK", "TILE", "PROGRAMS") if side in constants]
-    others = {} if "HEAD_DIM" in constants else {name: str(value) for name, value in constants.items()}
+    sides = [
+        constants[side]
+        for side in ("BLOCK_M", "BLOCK_N", "BLOCK", "TILE", "PROGRAMS")
+        if side in constants
+    ]
+    others = (
+        {} if "HEAD_DIM" in constants else {name: str(value) for name, value in constants.items()}
+    )
     return {
         "kernel": launch.kernel,
         "triton": triton.__version__,
@@ -142,12 +175,16 @@ def row_of(call: Attention | Other, launch: Launch) -> Row:
 
 def key(row: Row) -> str:
     """What tells a row from the others: all that was not measured."""
-    return json.dumps({name: value for name, value in row.items() if name not in MEASURED}, sort_keys=True)
+    return json.dumps(
+        {name: value for name, value in row.items() if name not in MEASURED}, sort_keys=True
+    )
 
 
 def name(row: Row) -> str:
     """A row in a few words."""
-    call = [str(row[field]) for field in ("head_dim", "dtype", "modulation", "layout") if field in row]
+    call = [
+        str(row[field]) for field in ("head_dim", "dtype", "modulation", "layout") if field in row
+    ]
     return " ".join([row["kernel"], row["target"], f"Triton {row['triton']}", *call, row["tile"]])
 
 
@@ -158,22 +195,34 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, of {SHARED_LIMITS[row['target']]}")
     if row["spills"] > (SPILLS if "bwd" in row["kernel"] else 0):
         found.append(f"{row['spills']} bytes spilled")
-    return found + (_attention_faults(row) if row["kernel"].startswith("layout_attention") else _exactness_faults(row))
+    return found + (
+        _attention_faults(row)
+        if row["kernel"].startswith("layout_attention")
+        else _exactness_faults(row)
+    )
 
 
 def _attention_faults(row: Row) -> list[str]:
     """Half floats in aligned rows go through the matrix units."""
     narrow = row["dtype"] != "float32" and row["head_dim"] % 8 == 0
-    return [f"no {MATRIX[row['target']]}"] if narrow and MATRIX[row["target"]] not in row["matrix"] else []
+    return (
+        [f"no {MATRIX[row['target']]}"]
+        if narrow and MATRIX[row["target"]] not in row["matrix"]
+        else []
+    )
 
 
 def _exactness_faults(row: Row) -> list[str]:
-    """Thresholds and steps are the same bits everywhere: no product melts into a sum, quotients round to nearest."""
+    """Thresholds and steps are the same bits everywhere: no product melts into a sum, quotients
+    round to nearest.
+    """
     found = []
     if "div.full" in row["divisions"]:
         found.append("a quotient that is not rounded to nearest")
     # gfx942 makes exact quotients, and integers of ranks, by fused steps.
-    exact = row["kernel"] in ("digit_kernel", "thresholds_kernel") or "v_div_fmas" in row["divisions"]
+    exact = (
+        row["kernel"] in ("digit_kernel", "thresholds_kernel") or "v_div_fmas" in row["divisions"]
+    )
     if row["fused"] and not (exact and row["target"] == "gfx942"):
         found.append(f"{row['fused']} fused multiply-adds")
     return found
@@ -189,7 +238,9 @@ def differences(committed: Iterable[Row], now: Iterable[Row]) -> list[str]:
             found.append(f"{name(row)}: not in the table")
         else:
             found += [
-                f"{name(row)}: {what} {before[what]}, now {row[what]}" for what in NUMBERS if before[what] != row[what]
+                f"{name(row)}: {what} {before[what]}, now {row[what]}"
+                for what in NUMBERS
+                if before[what] != row[what]
             ]
     return found
 

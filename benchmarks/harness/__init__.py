@@ -1,1 +1,3 @@
-"""What every benchmark shares: the machine, clocks, checks, bars, tables and the header of a run."""
+"""What every benchmark shares: the machine, clocks, checks, bars, tables and the header of a
+run.
+"""

@@ -1,4 +1,6 @@
-"""What the library promises about speed, memory and exactness, and whether the rows of a run keep it."""
+"""What the library promises about speed, memory and exactness, and whether the rows of a run keep
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ _AT_LEAST = {"ratio": "{} / {way}", "of_copy": "dense_attn's bytes per second / 
 class Bar:
     """The fastest of some contenders takes at least `bound` times the library's time.
 
-    Without contenders: the library needs at most `bound` bytes beyond inputs and output. `field` names another number
-    of the rows: `of_copy` and `of_large_copy` are at least `bound`, the others are at most that. `way` is another of
-    the library's own ways, whose row has its ratio to the first. A contender that cannot run, its row having a reason,
-    is not among the fastest.
+    Without contenders: the library needs at most `bound` bytes beyond inputs and output. `field`
+    names another number of the rows: `of_copy` and `of_large_copy` are at least `bound`, the others
+    are at most that. `way` is another of the library's own ways, whose row has its ratio to the
+    first. A contender that cannot run, its row having a reason, is not among the fastest.
     """
 
     workload: str
@@ -32,9 +34,15 @@ class Bar:
 
     def measured(self, rows: list[dict[str, Any]]) -> float | None:
         """The number that is compared with the bound, None when the run does not have it."""
-        mine = [row for row in rows if (row["workload"], row["pass"], row["dtype"]) == self._setting]
+        mine = [
+            row for row in rows if (row["workload"], row["pass"], row["dtype"]) == self._setting
+        ]
         wanted = self.contenders or (self.way,)
-        able = {row["contender"]: _number(row, self._field) for row in mine if "wrong" in row or "reason" not in row}
+        able = {
+            row["contender"]: _number(row, self._field)
+            for row in mine
+            if "wrong" in row or "reason" not in row
+        }
         values = [able[name] for name in wanted if name in able]
         known = len([row for row in mine if row["contender"] in wanted]) == len(wanted)
         if not known or not values or None in values:
@@ -112,8 +120,14 @@ GPU_BARS = (
     *(Bar(name, "bwd", "bfloat16", _SDPA, 0.85) for name in _SELF),
     *(Bar(name, "fwd", "bfloat16", ("flex-smart",), 1.5) for name in _SELF),
     *(Bar(name, "fwd", "bfloat16", ("eager",), 10) for name in _SELF),
-    *(Bar(name, "fwd", "bfloat16", (), 0.8, "of_large_copy") for name in ("sd15-cross-64", "sdxl-cross-64")),
+    *(
+        Bar(name, "fwd", "bfloat16", (), 0.8, "of_large_copy")
+        for name in ("sd15-cross-64", "sdxl-cross-64")
+    ),
     Bar("sega-3-64", "fwd", "float32", (), 15e-6, "graph_seconds"),
     *(Bar(f"{op}-256m", "fwd", dtype, ("copy",), 0.9, "of_copy") for op, dtype in _STEPS.items()),
-    *(Bar(f"round-trip-{name}-across", "loop", "exact", (), 0, "differing_bits") for name in ("edict", "bdia")),
+    *(
+        Bar(f"round-trip-{name}-across", "loop", "exact", (), 0, "differing_bits")
+        for name in ("edict", "bdia")
+    ),
 )

@@ -1,4 +1,6 @@
-"""How a contender and its partner are timed in turn: by pytest-benchmark on a CPU, by events on a GPU."""
+"""How a contender and its partner are timed in turn: by pytest-benchmark on a CPU, by events on a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of each round of a contender and, beside it, of its partner; `notes` is for the row."""
+    """Seconds of each round of a contender and, beside it, of its partner; `notes` is for the
+    row.
+    """
 
     times: list[float]
     beside: list[float]
@@ -68,7 +72,11 @@ class WallClock:
         beside: list[float] = []
         setup = lambda: beside.append(timed(partner.run)[1]) if partner else None  # noqa: E731
         self._benchmark.pedantic(contender.run, setup=setup, rounds=rounds)
-        return None if self._benchmark.stats is None else Rounds(self._benchmark.stats.stats.data, beside)
+        return (
+            None
+            if self._benchmark.stats is None
+            else Rounds(self._benchmark.stats.stats.data, beside)
+        )
 
     def median(self, call: Callable[[], object], rounds: int) -> float | None:
         """Seconds of a call after a first one, None where timing is switched off."""
@@ -77,14 +85,20 @@ class WallClock:
 
 
 class EventClock:
-    """A GPU's: events around each call, the cache emptied before it; a short call is replayed from a graph.
+    """A GPU's: events around each call, the cache emptied before it; a short call is replayed from
+    a graph.
 
-    The stream is waited for at the end alone, so that the time of launches shows only where it exceeds the GPU's.
+    The stream is waited for at the end alone, so that the time of launches shows only where it
+    exceeds the GPU's.
     """
 
-    _SMALL = 5e-4  # seconds of a call, host and all, below which launches and not kernels would be timed
+    _SMALL = (
+        5e-4  # seconds of a call, host and all, below which launches and not kernels would be timed
+    )
 
-    def __init__(self, gpu: machine.Gpu, seconds: float = 0.25, least: int = 5, most: int = 200) -> None:
+    def __init__(
+        self, gpu: machine.Gpu, seconds: float = 0.25, least: int = 5, most: int = 200
+    ) -> None:
         self._gpu, self._seconds, self._least, self._most = gpu, seconds, least, most
 
     def compare(self, contender: Trial, partner: Trial | None) -> Rounds:
@@ -128,7 +142,11 @@ class EventClock:
         except RuntimeError as error:
             self._gpu.synchronize()
             return trial.run, f"events; not in a graph: {str(error).splitlines()[0]}"
-        return (replay, "graph") if same else (trial.run, "events; not in a graph: its replay gives other results")
+        return (
+            (replay, "graph")
+            if same
+            else (trial.run, "events; not in a graph: its replay gives other results")
+        )
 
 
 def _same(replayed: Tensor, called: Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""A dry run: every row's way through a GPU's suite on the smallest sizes, kernels interpreted. Times mean nothing."""
+"""A dry run: every row's way through a GPU's suite on the smallest sizes, kernels interpreted.
+Times mean nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Result = TypeVar("Result")
 
 
 class DryGpu(machine.Gpu):
-    """The processor in a GPU's place: tensors lie in its memory, and nothing is captured or flushed."""
+    """The processor in a GPU's place: tensors lie in its memory, and nothing is captured or
+    flushed.
+    """
 
     device = torch.device("cpu")
     dry_run = True
@@ -51,7 +55,9 @@ class DryGpu(machine.Gpu):
 
 
 def shrink() -> None:
-    """Give every family its smallest sizes and torch one thread, in this process, which measures nothing."""
+    """Give every family its smallest sizes and torch one thread, in this process, which measures
+    nothing.
+    """
     from ..host_cost import launch
     from ..layout_attention import workloads
     from ..reversible import chain, gradient, round_trip, steps
@@ -60,7 +66,12 @@ def shrink() -> None:
 
     torch.set_num_threads(1)
     for name, workload in workloads.WORKLOADS.items():
-        small = {"batch": 1, "num_heads": 1, "grid": (4, 8), "text_tokens": min(workload.text_tokens, 77)}
+        small = {
+            "batch": 1,
+            "num_heads": 1,
+            "grid": (4, 8),
+            "text_tokens": min(workload.text_tokens, 77),
+        }
         workloads.WORKLOADS[name] = replace(workload, **small)
     for name, (rows, values) in percentile.WORKLOADS.items():
         percentile.WORKLOADS[name] = min(rows, 2), min(values, 500)
@@ -69,7 +80,12 @@ def shrink() -> None:
     steps.SIZES.update(dict.fromkeys(steps.SIZES, 512))
     chain.WORKLOADS.update(dict.fromkeys(chain.WORKLOADS, (1, 4, 8, 8)))
     gradient.WORKLOADS.update(dict.fromkeys(gradient.WORKLOADS, 2))
-    chain._STEPS, chain._IDLE_ROUNDS, gradient._SHAPE, round_trip._SHAPE = 2, 1, (1, 4, 8, 8), (1, 4, 3, 4)
+    chain._STEPS, chain._IDLE_ROUNDS, gradient._SHAPE, round_trip._SHAPE = (
+        2,
+        1,
+        (1, 4, 8, 8),
+        (1, 4, 3, 4),
+    )
     launch._CALLS, launch._ROUNDS, launch._SHAPE = 1, 1, (2, 100)
     for name, (sampler, _) in round_trip.GPU_WORKLOADS.items():
         round_trip.GPU_WORKLOADS[name] = sampler, 4
@@ -77,7 +93,8 @@ def shrink() -> None:
 
 
 def chosen(cases: Iterable[Any]) -> Iterator[Any]:
-    """The first case of each kind: a contender with a pass and dtype, less in attention; all of a user's own shapes.
+    """The first case of each kind: a contender with a pass and dtype, less in attention; all of a
+    user's own shapes.
 
     The interpreter has no bfloat16: float16 stands in its place.
     """
@@ -85,18 +102,26 @@ def chosen(cases: Iterable[Any]) -> Iterator[Any]:
     for case in cases:
         setting = case.setting
         if str(setting.dtype).endswith("bfloat16"):
-            setting = replace(setting, dtype="float16" if isinstance(setting.dtype, str) else torch.float16)
+            setting = replace(
+                setting, dtype="float16" if isinstance(setting.dtype, str) else torch.float16
+            )
         name = str(getattr(setting.workload, "name", setting.workload))
-        kind = getattr(setting.workload, "kind", "-".join(word for word in name.split("-") if word.isalpha()))
+        kind = getattr(
+            setting.workload, "kind", "-".join(word for word in name.split("-") if word.isalpha())
+        )
         own = getattr(setting.workload, "own", False)
         key = name if own else kind, setting.passes, setting.dtype, case.contender
-        if key not in seen and (own or (_short(name) and _enough(kind, setting.passes, setting.dtype))):
+        if key not in seen and (
+            own or (_short(name) and _enough(kind, setting.passes, setting.dtype))
+        ):
             seen.add(key)
             yield replace(case, setting=setting)
 
 
 def _enough(kind: str, passes: str, dtype: str | torch.dtype) -> bool:
-    """Of attention: an image's tokens forward in both dtypes, in one of them backward and other tokens forward."""
+    """Of attention: an image's tokens forward in both dtypes, in one of them backward and other
+    tokens forward.
+    """
     if kind not in ("self", "cross", "joint") or (kind, passes) == ("self", "fwd"):
         return True
     return dtype == torch.float16 and (kind == "self" or passes == "fwd")

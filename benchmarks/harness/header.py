@@ -21,7 +21,15 @@ from . import machine
 from .revision import git_revision
 
 _FOLDER = Path(__file__).resolve().parent
-_STATE = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
+_STATE = (
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+)
 
 
 def describe_run(quick: bool) -> dict[str, Any]:
@@ -32,7 +40,11 @@ def describe_run(quick: bool) -> dict[str, Any]:
         return header
     here = machine.current()
     gpu = {"device": "none: a dry run, whose times mean nothing"} if here.dry_run else _gpu()
-    return header | {"host": header["device"], "dry_run": here.dry_run, "kernels": kernel_hashes()} | gpu
+    return (
+        header
+        | {"host": header["device"], "dry_run": here.dry_run, "kernels": kernel_hashes()}
+        | gpu
+    )
 
 
 def _processor() -> dict[str, Any]:
@@ -72,11 +84,20 @@ def state_of_gpu() -> dict[str, str]:
 
 
 def query_gpu(*fields: str) -> dict[str, str]:
-    """What nvidia-smi answers about the first GPU that torch may use, empty where there is none; it sets nothing."""
+    """What nvidia-smi answers about the first GPU that torch may use, empty where there is none; it
+    sets nothing.
+    """
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    command = ["nvidia-smi", f"--id={first}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        f"--id={first}",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader",
+    ]
     try:
-        answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+        answer = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=20
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(fields, (text.strip() for text in answer.strip().split(","))))

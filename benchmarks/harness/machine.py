@@ -1,4 +1,6 @@
-"""The machine that a run measures: where tensors are, how time and memory are read there. One a process."""
+"""The machine that a run measures: where tensors are, how time and memory are read there. One a
+process.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Cpu:
         """Wait for what was started; a CPU's calls end before they return."""
 
     def peak_extra_bytes(self, call: Callable[[], Result]) -> tuple[int | None, Result]:
-        """Bytes by which memory grows at most while call() runs, its result included, and the result."""
+        """Bytes by which memory grows at most while call() runs, its result included, and the
+        result.
+        """
         return _memory.peak_extra_bytes(call)
 
     def release(self) -> None:
@@ -66,7 +70,9 @@ class Gpu:
         torch.cuda.synchronize()
 
     def peak_extra_bytes(self, call: Callable[[], Result]) -> tuple[int | None, Result]:
-        """Bytes that torch's allocator hands out at most while call() runs, beyond those before, and the result."""
+        """Bytes that torch's allocator hands out at most while call() runs, beyond those before,
+        and the result.
+        """
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -88,14 +94,18 @@ class Gpu:
         """Write more than the L2 cache holds, so that no call finds its inputs there."""
         if self._flush is None:
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-            self._flush = torch.empty(max(2 * cache, self._LEAST_FLUSH), dtype=torch.int8, device=self.device)
+            self._flush = torch.empty(
+                max(2 * cache, self._LEAST_FLUSH), dtype=torch.int8, device=self.device
+            )
         self._flush.zero_()
 
     def capture(self, call: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """A CUDA graph of one call: what replays it, and the results that a replay writes."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # first calls allocate and compile, which a graph cannot hold
+        with torch.cuda.stream(
+            stream
+        ):  # first calls allocate and compile, which a graph cannot hold
             call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -126,7 +136,9 @@ def use(suite: str, dry_run: bool = False) -> Machine:
         _current = DryGpu()
     else:
         _current = Cpu() if suite == "cpu" else Gpu()
-    if _current.suite == "cuda":  # a float32 row is of float32, and a chain must give the same bits twice
+    if (
+        _current.suite == "cuda"
+    ):  # a float32 row is of float32, and a chain must give the same bits twice
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
     return _current

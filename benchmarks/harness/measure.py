@@ -1,4 +1,6 @@
-"""What every family of rows shares: is a contender right, what memory does it need, how long beside its partner."""
+"""What every family of rows shares: is a contender right, what memory does it need, how long beside
+its partner.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class Case:
 
 
 class Latest(Generic[Key, Result]):
-    """Remembers what was made for the newest key alone: the older is let go before the new is made."""
+    """Remembers what was made for the newest key alone: the older is let go before the new is
+    made.
+    """
 
     _all: ClassVar[list[Latest]] = []
 
@@ -87,8 +91,12 @@ class Latest(Generic[Key, Result]):
         gc.collect()
 
 
-def wanted(cases: Iterable[Case], quick: Callable[[Case], bool] | None, names: list[str] | None) -> Iterator[Case]:
-    """The cases of the workloads named, of all without names; of these the quick ones alone, if asked for."""
+def wanted(
+    cases: Iterable[Case], quick: Callable[[Case], bool] | None, names: list[str] | None
+) -> Iterator[Case]:
+    """The cases of the workloads named, of all without names; of these the quick ones alone, if
+    asked for.
+    """
     for case in cases:
         if (not names or case.setting.workload in names) and (quick is None or quick(case)):
             yield case
@@ -100,16 +108,22 @@ def tried(
     again: Callable[[], list[Tensor]] | None = None,
     in_graph: bool = True,
 ) -> Trial:
-    """Check what the first call gives, then take time and memory roughly; `again`, if it differs, is what is timed."""
+    """Check what the first call gives, then take time and memory roughly; `again`, if it differs,
+    is what is timed.
+    """
     here = machine.current()
     (peak, got), seconds = timed(lambda: here.peak_extra_bytes(first))
     error, allowed = check(got)
     size = sum(x.nbytes for x in got)
     del got
     again = again or first
-    if not here.dry_run and (seconds < 2 or machine.on_gpu()):  # a first call loads code, and on a GPU compiles it
+    if not here.dry_run and (
+        seconds < 2 or machine.on_gpu()
+    ):  # a first call loads code, and on a GPU compiles it
         (peak, _), seconds = timed(lambda: here.peak_extra_bytes(again))
-    return Trial(again, seconds, None if peak is None else max(0, peak - size), error, allowed, in_graph)
+    return Trial(
+        again, seconds, None if peak is None else max(0, peak - size), error, allowed, in_graph
+    )
 
 
 def worst(
@@ -120,11 +134,15 @@ def worst(
     return max(verdicts, key=lambda verdict: verdict[0] / max(verdict[1], 1e-300))
 
 
-def measure(row: Row, contender: Callable[[], Trial], partner: Callable[[], Trial], benchmark: Any) -> Row:
-    """The row with its numbers: the machine's clock times the contender, whose partner runs before each round.
+def measure(
+    row: Row, contender: Callable[[], Trial], partner: Callable[[], Trial], benchmark: Any
+) -> Row:
+    """The row with its numbers: the machine's clock times the contender, whose partner runs before
+    each round.
 
-    The partner is this library, or another contender for the library's own row, so `ratio`, the median over rounds of
-    (time of the contender / time of the library), compares neighbours in time. Who fails costs its own row alone.
+    The partner is this library, or another contender for the library's own row, so `ratio`, the
+    median over rounds of (time of the contender / time of the library), compares neighbours in
+    time. Who fails costs its own row alone.
     """
     ours = row["contender"].startswith(OURS)
     other = attempted(partner)
@@ -133,14 +151,20 @@ def measure(row: Row, contender: Callable[[], Trial], partner: Callable[[], Tria
         return row | trial.told(ours)
     row = row | {"error": trial.error, "allowed": trial.allowed}
     if not right(trial, ours):
-        return row | {"reason": f"error {trial.error:.2g} where {trial.allowed:.2g} is allowed", "wrong": True}
+        return row | {
+            "reason": f"error {trial.error:.2g} where {trial.allowed:.2g} is allowed",
+            "wrong": True,
+        }
     beside = other if isinstance(other, Trial) else None
     rounds = attempted(lambda: clock(benchmark).compare(trial, beside))
     if rounds is None:  # --benchmark-disable
         return row | {"reason": "timing is switched off"}
     if isinstance(rounds, Failure):
         return row | rounds.told(ours)
-    row |= spread("seconds", rounds.times) | {"rounds": len(rounds.times), "peak_extra_bytes": trial.peak_extra_bytes}
+    row |= spread("seconds", rounds.times) | {
+        "rounds": len(rounds.times),
+        "peak_extra_bytes": trial.peak_extra_bytes,
+    }
     if row["contender"] != OURS and beside is not None and right(beside, True):
         row |= spread("ratio", rounds.ratios)
     return row | rounds.notes
@@ -154,12 +178,18 @@ class Failure:
     traceback: str
 
     def told(self, ours: bool) -> Row:
-        """Its part of a row; what the library raises is a mistake, what a baseline raises a limit of its."""
-        return {"reason": self.reason} | ({"wrong": True, "traceback": self.traceback} if ours else {})
+        """Its part of a row; what the library raises is a mistake, what a baseline raises a limit
+        of its.
+        """
+        return {"reason": self.reason} | (
+            {"wrong": True, "traceback": self.traceback} if ours else {}
+        )
 
 
 def attempted(call: Callable[[], Result]) -> Result | Failure:
-    """The result of a call, or how it failed; memory that it ran out of is given back for the next row."""
+    """The result of a call, or how it failed; memory that it ran out of is given back for the next
+    row.
+    """
     try:
         return call()
     except Exception as error:
@@ -171,11 +201,15 @@ def attempted(call: Callable[[], Result]) -> Result | Failure:
 
 
 def right(trial: Trial, ours: bool) -> bool:
-    """The library keeps its rule; a baseline, whose rounding is not ours to promise, must compute the same function."""
+    """The library keeps its rule; a baseline, whose rounding is not ours to promise, must compute
+    the same function.
+    """
     return trial.error <= trial.allowed * (1 if ours else _BASELINE_SLACK)
 
 
-def report(case: object, row: Row, record_property: Callable[[str, object], None], benchmark: Any = None) -> None:
+def report(
+    case: object, row: Row, record_property: Callable[[str, object], None], benchmark: Any = None
+) -> None:
     """Hand a row to pytest: a wrong one fails, one without numbers is skipped with its reason."""
     if benchmark is not None:
         benchmark.group = str(case).removesuffix(f"-{row['contender']}")
@@ -190,4 +224,7 @@ def report(case: object, row: Row, record_property: Callable[[str, object], None
 def spread(name: str, values: list[float]) -> dict[str, float | None]:
     """Median and interquartile range, None for fewer than three values."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 2 else None
-    return {name: statistics.median(values), f"{name}_iqr": quartiles and quartiles[2] - quartiles[0]}
+    return {
+        name: statistics.median(values),
+        f"{name}_iqr": quartiles and quartiles[2] - quartiles[0],
+    }

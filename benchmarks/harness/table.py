@@ -21,7 +21,11 @@ def _of_allowed(row: Row) -> str:
     return f"{row['error'] / row['allowed']:.2f}" if row["allowed"] else "0"
 
 
-_MEDIAN = [("median ms", _number("seconds", ".3f", 1e3)), ("iqr", _iqr), ("x ours", _number("ratio", ".2f"))]
+_MEDIAN = [
+    ("median ms", _number("seconds", ".3f", 1e3)),
+    ("iqr", _iqr),
+    ("x ours", _number("ratio", ".2f")),
+]
 _MEMORY = [("extra MB", _number("peak_extra_bytes", ".1f", 1e-6)), ("error/allowed", _of_allowed)]
 _COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
     "attention": [
@@ -44,7 +48,9 @@ _COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
 
 def heading(row: Row) -> str:
     """The names of the columns of a row's family."""
-    return f"{row['family'].replace('_', ' '):<{_NAME}}" + "".join(f"{name:>15}" for name, _ in _COLUMNS[row["family"]])
+    return f"{row['family'].replace('_', ' '):<{_NAME}}" + "".join(
+        f"{name:>15}" for name, _ in _COLUMNS[row["family"]]
+    )
 
 
 def format_row(row: Row) -> str:

@@ -1,4 +1,6 @@
-"""What a call costs the host on a GPU: many calls enqueued and none waited for, from the public op to a bare launch."""
+"""What a call costs the host on a GPU: many calls enqueued and none waited for, from the public op
+to a bare launch.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from ..layout_attention.workloads import WORKLOADS as ATTENTION
 from ..layout_attention.workloads import make_inputs
 
 _CALLS, _ROUNDS = 100, 21  # calls a round: fewer than a GPU's queue holds
-_ATTENTION = {"launch-self": "sd15-self-16", "launch-cross": "sd15-cross-8"}  # so small that the GPU keeps up
+_ATTENTION = {
+    "launch-self": "sd15-self-16",
+    "launch-cross": "sd15-cross-8",
+}  # so small that the GPU keeps up
 _LEVEL, _ALPHA_BARS, _SHAPE = 0.9, (0.5, 0.6), (4, 4096)
 WORKLOADS = {**_ATTENTION, "launch-percentile": "percentile_mask", "launch-ddim-step": "ddim_step"}
 _OP, _LAUNCHER = "dense_attn-op", "dense_attn-launcher"
@@ -36,8 +41,14 @@ Call = Callable[[], Any]
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
     """All rows of the workloads named, of all without names."""
     dtypes = {name: "float16" if name in _ATTENTION else "float32" for name in WORKLOADS}
-    rows = (Case(Setting(name, "fwd", dtype), contender) for name, dtype in dtypes.items() for contender in CONTENDERS)
-    return wanted(rows, (lambda case: case.setting.workload != "launch-self") if quick else None, names)
+    rows = (
+        Case(Setting(name, "fwd", dtype), contender)
+        for name, dtype in dtypes.items()
+        for contender in CONTENDERS
+    )
+    return wanted(
+        rows, (lambda case: case.setting.workload != "launch-self") if quick else None, names
+    )
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,9 @@ def _ways(workload: str) -> Ways:
     if workload in _ATTENTION:
         return _attention_ways(_ATTENTION[workload])
     device = machine.current().device
-    x, eps = (torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(device) for _ in range(2))
+    x, eps = (
+        torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(device) for _ in range(2)
+    )
     if WORKLOADS[workload] == "percentile_mask":
         return Ways(
             lambda: dense_attn.percentile_mask(x, _LEVEL, dim=-1),
@@ -118,7 +131,9 @@ def _recording(launchers: ModuleType) -> Iterator[list[Call]]:
 
 
 def call_of(contender: str, ways: Ways) -> tuple[Call, list[Tensor]]:
-    """What is timed, and the results that it leaves, of which a check is made; none of a kernel that does nothing."""
+    """What is timed, and the results that it leaves, of which a check is made; none of a kernel
+    that does nothing.
+    """
     if contender == _EMPTY:
         from .empty_kernel import empty_kernel
 
@@ -148,8 +163,14 @@ def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case: host seconds a call, beside those of the public op; nothing is timed that gives other bits."""
-    op = "layout_attention" if case.setting.workload in _ATTENTION else WORKLOADS[case.setting.workload]
+    """The row of a case: host seconds a call, beside those of the public op; nothing is timed that
+    gives other bits.
+    """
+    op = (
+        "layout_attention"
+        if case.setting.workload in _ATTENTION
+        else WORKLOADS[case.setting.workload]
+    )
     row = case.describe("launch", [], op)
     with torch.no_grad():
         found = attempted(lambda: _compared(case))
@@ -158,8 +179,15 @@ def measure(case: Case, benchmark: Any) -> Row:
     error, rounds = found
     row |= {"error": error, "allowed": 0.0}
     if rounds is None:
-        return row | {"reason": f"its results are {error:.2g} off those of the public op", "wrong": True}
-    row |= spread("seconds", rounds.times) | {"rounds": len(rounds.times), "peak_extra_bytes": None, "timing": "host"}
+        return row | {
+            "reason": f"its results are {error:.2g} off those of the public op",
+            "wrong": True,
+        }
+    row |= spread("seconds", rounds.times) | {
+        "rounds": len(rounds.times),
+        "peak_extra_bytes": None,
+        "timing": "host",
+    }
     return row if case.contender == OURS else row | spread("ratio", rounds.ratios)
 
 
@@ -168,8 +196,12 @@ def _compared(case: Case) -> tuple[float, Rounds | None]:
     ways = _ways(case.setting.workload)
     call, results = call_of(case.contender, ways)
     expected = _listed(ways.public())
-    pairs = [(got.double(), right.double().view(got.shape)) for got, right in zip(results, expected)]
-    error = max((float((got - right).abs().max().nan_to_num(math.inf)) for got, right in pairs), default=0.0)
+    pairs = [
+        (got.double(), right.double().view(got.shape)) for got, right in zip(results, expected)
+    ]
+    error = max(
+        (float((got - right).abs().max().nan_to_num(math.inf)) for got, right in pairs), default=0.0
+    )
     if error > 0:
         return error, None
     times, beside = zip(*((_enqueued(call), _enqueued(ways.public)) for _ in range(_ROUNDS)))

@@ -1,4 +1,6 @@
-"""A few small launches of every Triton kernel, for checkers of memory and races: `compute-sanitizer ... launches`."""
+"""A few small launches of every Triton kernel, for checkers of memory and races:
+`compute-sanitizer ... launches`.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,16 @@ def watch() -> set[str]:
 def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype) -> None:
     """Forward and backward, in one tile of keys or in two phases."""
     q, k, v = (
-        torch.randn(1, 2, n, head_dim, dtype=dtype, device=DEVICE).requires_grad_() for n in (150, seqlen_k, seqlen_k)
+        torch.randn(1, 2, n, head_dim, dtype=dtype, device=DEVICE).requires_grad_()
+        for n in (150, seqlen_k, seqlen_k)
     )
-    words = [1 << (torch.arange(n, device=DEVICE, dtype=torch.int32) * 3 // n) for n in (150, seqlen_k)]
-    orders = {"q_order": words[0].argsort(stable=True).int(), "k_order": words[1].argsort(stable=True).int()}
+    words = [
+        1 << (torch.arange(n, device=DEVICE, dtype=torch.int32) * 3 // n) for n in (150, seqlen_k)
+    ]
+    orders = {
+        "q_order": words[0].argsort(stable=True).int(),
+        "k_order": words[1].argsort(stable=True).int(),
+    }
     out = layout_attention(q, k, v, *words, 0.6, modulation=modulation, backend="triton", **orders)
     out.float().square().sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
@@ -68,7 +76,9 @@ def guidance(size: int) -> None:
     flags = {"warm": True, "enabled": True, "reverse": False, "backend": "triton"}
     edits = torch.randn(2, 1, 2, size, device=DEVICE)
     for sum_channels in (False, True):
-        eps, _ = sega_guidance(uncond, text, edits, momentum, **numbers, **flags, sum_channels=sum_channels)
+        eps, _ = sega_guidance(
+            uncond, text, edits, momentum, **numbers, **flags, sum_channels=sum_channels
+        )
         assert eps.isfinite().all()
     masked, _ = percentile_mask(edits.flatten(0, 2), 0.9, dim=-1, backend="triton")
     assert masked.isfinite().all()
@@ -77,13 +87,19 @@ def guidance(size: int) -> None:
 def step() -> None:
     """One of DDIM, with guidance."""
     x, eps, uncond = torch.randn(3, 1, 4, 9, 7, device=DEVICE)
-    assert ddim_step(x, eps, 0.5, 0.6, eps_uncond=uncond, guidance_scale=7.5, backend="triton").isfinite().all()
+    assert (
+        ddim_step(x, eps, 0.5, 0.6, eps_uncond=uncond, guidance_scale=7.5, backend="triton")
+        .isfinite()
+        .all()
+    )
 
 
 def chain(method: str, exact: bool) -> None:
     """Three steps there and back."""
     alphas = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
-    sampler = ReversibleSampler(alphas, [900, 600, 300], method=method, exact=exact, backend="triton")
+    sampler = ReversibleSampler(
+        alphas, [900, 600, 300], method=method, exact=exact, backend="triton"
+    )
     noise = torch.randn(1, 4, 9, 7, device=DEVICE)
     found = sampler.invert(_network, *sampler.sample(_network, noise))
     assert all(x.isfinite().all() for x in found)

@@ -10,5 +10,7 @@ from ..harness.measure import Case, report
 from .launch import measure
 
 
-def test_launch(case: Case, benchmark: BenchmarkFixture, record_property: Callable[[str, object], None]) -> None:
+def test_launch(
+    case: Case, benchmark: BenchmarkFixture, record_property: Callable[[str, object], None]
+) -> None:
     report(case, measure(case, benchmark), record_property, benchmark)

@@ -1,4 +1,6 @@
-"""One row of layout attention: the contenders of `baselines.py` on the workloads of `workloads.py`."""
+"""One row of layout attention: the contenders of `baselines.py` on the workloads of
+`workloads.py`.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,20 @@ def trial(case: Case) -> Trial:
     call = (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)[case.contender](inputs)
     heads, rows = _subset(setting.workload)
     grad_out = torch.zeros_like(inputs.grad_out)
-    grad_out[:, :, rows] = inputs.grad_out[:, :, rows]  # so that the checked rows alone make dk and dv
+    grad_out[:, :, rows] = inputs.grad_out[
+        :, :, rows
+    ]  # so that the checked rows alone make dk and dv
 
     def check(got: list[Tensor]) -> tuple[float, float]:
         picked = [_heads(x, heads) for x in got]
         picked[:2] = [x[:, :, rows] for x in picked[:2]]  # out and dq
         return worst(picked, *_expected(setting, case.modulated), setting.dtype)
 
-    calls = backward_of(call, inputs) if setting.alone else partial(run, call, inputs, backward=setting.backward)
+    calls = (
+        backward_of(call, inputs)
+        if setting.alone
+        else partial(run, call, inputs, backward=setting.backward)
+    )
     return tried(
         lambda: calls(grad_out),
         check,
@@ -57,10 +65,15 @@ def run(call: Call, inputs: Inputs, grad_out: Tensor, backward: bool) -> list[Te
 
 
 def backward_of(call: Call, inputs: Inputs, again: bool = True) -> Callable[[Tensor], list[Tensor]]:
-    """The backward pass of one forward pass, once or `again` and again: from grad_out to [out, dq, dk, dv]."""
+    """The backward pass of one forward pass, once or `again` and again: from grad_out to [out, dq,
+    dk, dv].
+    """
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     out = call(*leaves)
-    return lambda grad_out: [out.detach(), *torch.autograd.grad(out, leaves, grad_out, retain_graph=again)]
+    return lambda grad_out: [
+        out.detach(),
+        *torch.autograd.grad(out, leaves, grad_out, retain_graph=again),
+    ]
 
 
 @lru_cache(maxsize=1)
@@ -69,7 +82,9 @@ def _inputs(setting: Setting) -> Inputs:
 
 
 def _subset(workload: Workload) -> tuple[list[int], Tensor]:
-    """The (batch, head) pairs and the query rows whose results are checked: all, or what float64 can afford."""
+    """The (batch, head) pairs and the query rows whose results are checked: all, or what float64
+    can afford.
+    """
     rows, total = workload.seqlen_q, workload.batch * workload.num_heads
     if workload.pairs <= _CHECKED_PAIRS:
         return list(range(total)), torch.arange(rows)
@@ -82,7 +97,9 @@ def _heads(x: Tensor, heads: list[int]) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _expected(setting: Setting, modulated: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """The reference's results on the subset, in float64 and in the dtype under test; strength 0 for plain attention."""
+    """The reference's results on the subset, in float64 and in the dtype under test; strength 0 for
+    plain attention.
+    """
     inputs = _inputs(setting)
     heads, rows = _subset(setting.workload)
     q, k, v, grad_out = (_heads(x, heads) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
@@ -111,10 +128,14 @@ def measure(case: Case, benchmark: Any) -> Row:
     row = measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
     if "seconds" in row:
         setting = case.setting
-        row["gflop_per_s"] = setting.workload.gflop(setting.backward, setting.alone) / row["seconds"]
+        row["gflop_per_s"] = (
+            setting.workload.gflop(setting.backward, setting.alone) / row["seconds"]
+        )
         if machine.on_gpu() and setting.workload.kind == "cross" and not setting.backward:
             inputs = _inputs(setting)  # q, k and v are read, out, of q's size, is written
-            row["gb_per_s"] = 1e-9 * (2 * inputs.q.nbytes + inputs.k.nbytes + inputs.v.nbytes) / row["seconds"]
+            row["gb_per_s"] = (
+                1e-9 * (2 * inputs.q.nbytes + inputs.k.nbytes + inputs.v.nbytes) / row["seconds"]
+            )
     return row
 
 

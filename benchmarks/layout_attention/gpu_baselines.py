@@ -1,4 +1,6 @@
-"""What a GPU adds to `baselines.py`: the library's ways of calling it, SDPA's backends, attention that takes a bias."""
+"""What a GPU adds to `baselines.py`: the library's ways of calling it, SDPA's backends, attention
+that takes a bias.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from .baselines import (
 )
 from .workloads import Inputs
 
-_ALIGN = 8  # elements: where rows of a bias start, what a head dim of flash attention is a multiple of
+_ALIGN = (
+    8  # elements: where rows of a bias start, what a head dim of flash attention is a multiple of
+)
 _BITS = 32
 
 
@@ -47,12 +51,17 @@ def no_lists(inputs: Inputs) -> Call:
 
 
 def gathered(inputs: Inputs) -> Call:
-    """The library on copies of the tokens in order of region, made and undone in the call: what an order must beat."""
+    """The library on copies of the tokens in order of region, made and undone in the call: what an
+    order must beat.
+    """
     by_query, by_key = _order(inputs.q_regions).long(), _order(inputs.k_regions).long()
     back = by_query.argsort()
     strength = inputs.strength[..., by_query]
     words = inputs.q_regions[by_query], inputs.k_regions[by_key]
-    how = {"modulation": inputs.modulation, "tile_lists": dense_attn.tile_lists(inputs.q, inputs.k, *words)}
+    how = {
+        "modulation": inputs.modulation,
+        "tile_lists": dense_attn.tile_lists(inputs.q, inputs.k, *words),
+    }
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q[:, :, by_query], k[:, :, by_key], v[:, :, by_key]
@@ -83,13 +92,17 @@ def pinned(backend: SDPBackend) -> Callable[[Inputs], Call]:
 
 
 def efficient_bias(inputs: Inputs) -> Call:
-    """The memory-efficient kernel with a bias in memory, after a pass over the scores for their row extremes."""
+    """The memory-efficient kernel with a bias in memory, after a pass over the scores for their row
+    extremes.
+    """
     biased = bias_after_statistics(inputs, _ALIGN)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, bias = biased(q, k)
         by_token = (x.transpose(1, 2) for x in (q, k, v))  # [B, tokens, H, D]
-        out = torch.ops.aten._efficient_attention_forward(*by_token, bias, None, None, None, None, 0.0, 0)[0]
+        out = torch.ops.aten._efficient_attention_forward(
+            *by_token, bias, None, None, None, None, 0.0, 0
+        )[0]
         return out.transpose(1, 2)
 
     return call
@@ -110,7 +123,9 @@ def xformers(inputs: Inputs) -> Call:
 
 
 def flash_channels(inputs: Inputs) -> Call:
-    """Plain flash attention with the bias as one more channel of q and k a region, after a statistics pass."""
+    """Plain flash attention with the bias as one more channel of q and k a region, after a
+    statistics pass.
+    """
     q_channels, k_channels = _one_hot(inputs.q_regions, inputs.k_regions, inputs.q.dtype)
     head_dim, regions = inputs.q.shape[3], q_channels.shape[1]
     room = -(head_dim + regions) % _ALIGN
@@ -119,8 +134,12 @@ def flash_channels(inputs: Inputs) -> Call:
     keys = k_channels.expand(*inputs.k.shape[:2], -1, -1)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        gap = strength * (extent(flex, q, k) * head_dim**0.5)[..., None]  # what a matched score gains, unscaled
-        q = functional.pad(torch.cat((q * temperature, gap.to(q.dtype) * q_channels), -1), (0, room))
+        gap = (
+            strength * (extent(flex, q, k) * head_dim**0.5)[..., None]
+        )  # what a matched score gains, unscaled
+        q = functional.pad(
+            torch.cat((q * temperature, gap.to(q.dtype) * q_channels), -1), (0, room)
+        )
         k = functional.pad(torch.cat((k, keys), -1), (0, room))
         v = functional.pad(v, (0, regions + room))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -130,7 +149,9 @@ def flash_channels(inputs: Inputs) -> Call:
 
 
 def _one_hot(q_words: Tensor, k_words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Channels [M, R] and [N, R] whose product is 1 where words meet; a token of two regions would count twice."""
+    """Channels [M, R] and [N, R] whose product is 1 where words meet; a token of two regions would
+    count twice.
+    """
     bits = torch.arange(_BITS, dtype=torch.int32, device=q_words.device)
     q_hot, k_hot = ((words[:, None] >> bits) & 1 for words in (q_words, k_words))
     if (q_hot.sum(1) > 1).any():
@@ -164,7 +185,8 @@ GPU_CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "flex-naive": flex_naive,
     "flex-smart": flex_smart,
 }
-# Those with a backward pass that is asked for: the library, the lines to reach, the best of the others.
+# Those with a backward pass that is asked for: the library, the lines to reach, the best of the
+# others.
 TRAINED = (
     "dense_attn", "dense_attn-sorted", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn", "eager",
     "flex-smart",

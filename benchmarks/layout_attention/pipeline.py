@@ -1,9 +1,10 @@
-"""What a layout costs a pipeline: `python -m dense_attn.benchmarks.layout_attention.pipeline --json FILE`.
+"""What a layout costs a pipeline:
+`python -m dense_attn.benchmarks.layout_attention.pipeline --json FILE`.
 
-One call of a U-Net of Stable Diffusion 1.5's shape and random weights on two 64 x 64 latents, as classifier-free
-guidance makes it: plain, inside of `apply_layout` with its kernels and with its reference, and with DenseDiffusion's
-formula in eager PyTorch in every attention layer. They take turns; medians are compared, and the time in attention
-layers (projections included).
+One call of a U-Net of Stable Diffusion 1.5's shape and random weights on two 64 x 64 latents, as
+classifier-free guidance makes it: plain, inside of `apply_layout` with its kernels and with its
+reference, and with DenseDiffusion's formula in eager PyTorch in every attention layer. They take
+turns; medians are compared, and the time in attention layers (projections included).
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from ..harness.header import describe_run
 PROMPT = "a cat dog"
 PHRASES, SPANS = ("cat", "dog"), [(2, 5), (5, 8)]  # as the small pipeline's tokenizer reads letters
 BOXES = [(0.0, 0.3, 0.5, 1.0), (0.5, 0.0, 1.0, 0.7)]
-STABLE_DIFFUSION = {"block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768}
+STABLE_DIFFUSION = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,18 +45,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(program, description="Cost of a layout.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--rounds", type=int, default=5, help="calls of each way (5)")
-    parser.add_argument("--dry-run", action="store_true", help="a small U-Net, whose times mean nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a small U-Net, whose times mean nothing"
+    )
     arguments = parser.parse_args(argv)
     if arguments.json is not None:
         _files.check(arguments.json)
     rows = measure(*_network(arguments.dry_run), arguments.rounds)
     plain, official = rows["plain"], rows["official"]
-    print(f"{'':10} {'seconds':>8} {'of plain':>9} {'in attention':>13} {'official/this':>14} {'extra MB':>9}")
+    print(
+        f"{'':10} {'seconds':>8} {'of plain':>9} {'in attention':>13} {'official/this':>14} {'extra MB':>9}"
+    )
     for name, row in rows.items():
         attention, extra = row["attention_seconds"], row["extra_bytes"]
-        ratios = f"{row['seconds'] / plain['seconds']:.2f}x", f"{official['attention_seconds'] / attention:.2f}x"
+        ratios = (
+            f"{row['seconds'] / plain['seconds']:.2f}x",
+            f"{official['attention_seconds'] / attention:.2f}x",
+        )
         megabytes = "-" if extra is None else f"{extra / 1e6:.0f}"
-        print(f"{name:10} {row['seconds']:8.3f} {ratios[0]:>9} {attention:13.3f} {ratios[1]:>14} {megabytes:>9}")
+        print(
+            f"{name:10} {row['seconds']:8.3f} {ratios[0]:>9} {attention:13.3f} {ratios[1]:>14} {megabytes:>9}"
+        )
     if arguments.json is not None:
         header = describe_run(quick=False) | {"dry_run": arguments.dry_run, "regions": "two boxes"}
         _files.write(arguments.json, json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
@@ -85,7 +99,10 @@ def measure(pipe: Any, latents: Tensor, text: Tensor, rounds: int) -> dict[str, 
         for name, way in ways.items():
             with way(pipe, latents), _timed_attention(pipe.unet) as attention:
                 pipe.scheduler.set_timesteps(50)  # a run begins
-                call = lambda: pipe.unet(latents, pipe.scheduler.timesteps[0], encoder_hidden_states=text)  # noqa: E731
+                def call():
+                    return pipe.unet(
+                                    latents, pipe.scheduler.timesteps[0], encoder_hidden_states=text
+                                )
                 if turn == 0:
                     found[name]["extra_bytes"], _ = _memory.peak_extra_bytes(call)
                     continue
@@ -94,7 +111,9 @@ def measure(pipe: Any, latents: Tensor, text: Tensor, rounds: int) -> dict[str, 
                 found[name]["all"].append(time.perf_counter() - start)
                 found[name]["attention"].append(sum(attention))
     for row in found.values():
-        row["seconds"], row["attention_seconds"] = (statistics.median(row.pop(key)) for key in ("all", "attention"))
+        row["seconds"], row["attention_seconds"] = (
+            statistics.median(row.pop(key)) for key in ("all", "attention")
+        )
     return found
 
 
@@ -106,7 +125,9 @@ def _plain(pipe: Any, latents: Tensor) -> Iterator[None]:
 @contextmanager
 def _with_layout(pipe: Any, latents: Tensor, backend: str) -> Iterator[None]:
     masks = Layout.from_boxes(BOXES, tuple(latents.shape[2:])).masks
-    with apply_layout(pipe, PROMPT, list(zip(PHRASES, masks)), encode_phrases=False, backend=backend):
+    with apply_layout(
+        pipe, PROMPT, list(zip(PHRASES, masks)), encode_phrases=False, backend=backend
+    ):
         yield
 
 
@@ -128,13 +149,19 @@ class _Official:
         self.made: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         """The layer's output."""
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(keys), attn.to_v(keys)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = official_attention(q, k, v, *self._masks(q.shape[2], keys.shape[1], encoder_hidden_states is not None))
+        out = official_attention(
+            q, k, v, *self._masks(q.shape[2], keys.shape[1], encoder_hidden_states is not None)
+        )
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
     def _masks(self, num_queries: int, num_keys: int, cross: bool) -> tuple[Tensor, Tensor]:

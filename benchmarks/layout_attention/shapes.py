@@ -1,4 +1,6 @@
-"""Shapes of the user's own: `--shape B,H,M,N,D[,dtype]`, with `--modulation` and `--regions`, as workloads."""
+"""Shapes of the user's own: `--shape B,H,M,N,D[,dtype]`, with `--modulation` and `--regions`, as
+workloads.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +26,31 @@ def register(shapes: Sequence[str], modulation: str | None, regions: str | None)
     return list(own)
 
 
-def parse(shapes: Sequence[str], modulation: str | None, regions: str | None) -> dict[str, Workload]:
+def parse(
+    shapes: Sequence[str], modulation: str | None, regions: str | None
+) -> dict[str, Workload]:
     """The workloads of shapes, by name, each once, with all dtypes it is asked for in.
 
     Raises:
         ValueError: an option breaks its rule, which the message says.
     """
     if not shapes and (modulation or regions):
-        raise ValueError(f"{'--modulation' if modulation else '--regions'} must stand beside --shape, got no --shape")
+        raise ValueError(
+            f"{'--modulation' if modulation else '--regions'} must stand beside --shape, got no --shape"
+        )
     if modulation not in (None, *MODULATIONS):
-        raise ValueError(f"--modulation must be one of {', '.join(MODULATIONS)}, got {modulation!r}")
+        raise ValueError(
+            f"--modulation must be one of {', '.join(MODULATIONS)}, got {modulation!r}"
+        )
     if regions is not None and not (regions.isdecimal() and 1 <= int(regions) <= MAX_REGIONS):
-        raise ValueError(f"--regions must be a whole number from 1 to {MAX_REGIONS}, got {regions!r}")
+        raise ValueError(
+            f"--regions must be a whole number from 1 to {MAX_REGIONS}, got {regions!r}"
+        )
     own: dict[str, Workload] = {}
     for text in shapes:
-        workload = replace(_workload(text), modulation=modulation or "range", stripes=int(regions or 0))
+        workload = replace(
+            _workload(text), modulation=modulation or "range", stripes=int(regions or 0)
+        )
         _check_regions(workload, text)
         known = own.get(workload.name, workload).dtypes
         own[workload.name] = replace(workload, dtypes=tuple(dict.fromkeys(known + workload.dtypes)))
@@ -48,14 +60,23 @@ def parse(shapes: Sequence[str], modulation: str | None, regions: str | None) ->
 def _workload(text: str) -> Workload:
     *sizes, last = words = [word.strip() for word in text.split(",")]
     sizes, dtypes = (words, _usual_dtypes()) if len(words) == 5 else (sizes, (last,))
-    if len(sizes) != 5 or not all(size.isdecimal() and 1 <= int(size) <= _LONGEST for size in sizes):
-        raise ValueError(f"--shape must be B,H,M,N,D[,dtype] of whole numbers from 1 to {_LONGEST}, got {text!r}")
+    if len(sizes) != 5 or not all(
+        size.isdecimal() and 1 <= int(size) <= _LONGEST for size in sizes
+    ):
+        raise ValueError(
+            f"--shape must be B,H,M,N,D[,dtype] of whole numbers from 1 to {_LONGEST}, got {text!r}"
+        )
     if len(words) == 6 and last not in DTYPES:
         raise ValueError(f"--shape must name a dtype of {', '.join(DTYPES)}, got {text!r}")
     batch, num_heads, seqlen_q, seqlen_k, head_dim = map(int, sizes)
-    kind, name = "self" if seqlen_q == seqlen_k else "cross", ",".join(str(int(size)) for size in sizes)
+    kind, name = (
+        "self" if seqlen_q == seqlen_k else "cross",
+        ",".join(str(int(size)) for size in sizes),
+    )
     prompt = {"text_tokens": seqlen_k} if kind == "cross" else {}
-    return Workload(name, kind, num_heads, _grid(seqlen_q), head_dim, batch, flex=True, dtypes=dtypes, **prompt)
+    return Workload(
+        name, kind, num_heads, _grid(seqlen_q), head_dim, batch, flex=True, dtypes=dtypes, **prompt
+    )
 
 
 def _usual_dtypes() -> tuple[str, ...]:

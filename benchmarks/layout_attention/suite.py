@@ -28,7 +28,10 @@ _ASKED = {
 }
 _WIDE = ("sd15-self-64", "sd15-cross-64", "flux-joint-1024")  # in float32 too
 NEED_FLEX = ("flex-naive", "flex-smart", "flash-channels")  # a compilation for every shape
-_SCORES_ALIVE = {False: 4, True: 12}  # N x N matrices alive at once in eager PyTorch, forward and with backward
+_SCORES_ALIVE = {
+    False: 4,
+    True: 12,
+}  # N x N matrices alive at once in eager PyTorch, forward and with backward
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class Case:
 
     @property
     def gpu_quick(self) -> bool:
-        """In a GPU's suite of three minutes: what the bars ask for, and how each of the library's ways does."""
+        """In a GPU's suite of three minutes: what the bars ask for, and how each of the library's
+        ways does.
+        """
         setting = self.setting
         if setting.workload.own:
             return self._own_quick
@@ -101,8 +106,16 @@ def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]
         if (names and workload.name not in names) or (not names and not _runs_here(workload)):
             continue
         for case in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
-            left_out = NEED_FLEX if not workload.flex else RANGE_ALONE if workload.modulation != "range" else ()
-            if case.contender not in left_out and (not quick or (case.gpu_quick if machine.on_gpu() else case.quick)):
+            left_out = (
+                NEED_FLEX
+                if not workload.flex
+                else RANGE_ALONE
+                if workload.modulation != "range"
+                else ()
+            )
+            if case.contender not in left_out and (
+                not quick or (case.gpu_quick if machine.on_gpu() else case.quick)
+            ):
                 yield case
 
 
@@ -114,18 +127,23 @@ def _dtypes(workload: Workload, usual: tuple[torch.dtype, ...]) -> tuple[torch.d
 def _cpu_rows(workload: Workload) -> Iterator[Case]:
     for backward in (False, True):
         for dtype in _dtypes(workload, (torch.float32, torch.bfloat16)):
-            yield from (Case(Setting(workload, dtype, backward), contender) for contender in CONTENDERS)
+            yield from (
+                Case(Setting(workload, dtype, backward), contender) for contender in CONTENDERS
+            )
 
 
 def _gpu_rows(workload: Workload) -> Iterator[Case]:
-    """Everything in bfloat16, the fastest of all ways in float16, a few in float32; few have a backward pass.
+    """Everything in bfloat16, the fastest of all ways in float16, a few in float32; few have a
+    backward pass.
 
     A shape of the user's own has everything in every dtype.
     """
     for backward, alone in ((False, False), (True, False), (True, True)):
         for dtype in _dtypes(workload, (torch.bfloat16, torch.float16, torch.float32)):
             for contender in GPU_CONTENDERS:
-                asked = contender in _ASKED[dtype] and (dtype != torch.float32 or workload.name in _WIDE)
+                asked = contender in _ASKED[dtype] and (
+                    dtype != torch.float32 or workload.name in _WIDE
+                )
                 if (asked or workload.own) and (contender in TRAINED or not backward):
                     yield Case(Setting(workload, dtype, backward, alone), contender)
 
@@ -145,12 +163,16 @@ def why_not(case: Case) -> str | None:
         return _too_much_memory(case, _SHARE * machine.current().memory_bytes())
     gflop = workload.gflop(setting.backward)
     if gflop > MAX_GFLOP[setting.backward]:
-        return f"one call is {gflop:,.0f} GFLOP, more than the suite's {MAX_GFLOP[setting.backward]:,}"
+        return (
+            f"one call is {gflop:,.0f} GFLOP, more than the suite's {MAX_GFLOP[setting.backward]:,}"
+        )
     return _too_much_memory(case, MAX_SCORES)
 
 
 def _too_much_memory(case: Case, most: float) -> str | None:
-    """The reason why a row does not fit, or None: its inputs and results, its matrices of scores."""
+    """The reason why a row does not fit, or None: its inputs and results, its matrices of
+    scores.
+    """
     setting, workload = case.setting, case.setting.workload
     tokens = 4 * workload.batch * workload.num_heads * (workload.seqlen_q + workload.seqlen_k)
     tensors = tokens * workload.head_dim * torch.float32.itemsize  # in which random numbers come
@@ -176,7 +198,9 @@ def why_reference(case: Case) -> str | None:
     if backend(case) != "reference":
         return None
     kernels = "triton" if machine.on_gpu() else "cpu"
-    return "; ".join(f"{kernels} {reason}" for reason in table.why_not(kernels, "layout_attention", _probe(case)))
+    return "; ".join(
+        f"{kernels} {reason}" for reason in table.why_not(kernels, "layout_attention", _probe(case))
+    )
 
 
 def _probe(case: Case) -> torch.Tensor:

@@ -11,5 +11,7 @@ from .attention import measure
 from .suite import Case
 
 
-def test_attention(case: Case, benchmark: BenchmarkFixture, record_property: Callable[[str, object], None]) -> None:
+def test_attention(
+    case: Case, benchmark: BenchmarkFixture, record_property: Callable[[str, object], None]
+) -> None:
     report(case, measure(case, benchmark), record_property, benchmark)

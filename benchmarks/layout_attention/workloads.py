@@ -23,17 +23,22 @@ _PROMPT_TOKENS = 77
 
 @dataclass(frozen=True)
 class Workload:
-    """Attention of one layer: image tokens with themselves ("self"), with a prompt ("cross") or both ("joint")."""
+    """Attention of one layer: image tokens with themselves ("self"), with a prompt ("cross") or
+    both ("joint").
+    """
 
     name: str
     kind: str
     num_heads: int
     grid: tuple[int, int]  # (height, width) of the image tokens
     head_dim: int
-    batch: int = 2  # classifier-free guidance: the unconditional sample, not modulated, and the conditional one
+    # classifier-free guidance: the unconditional sample, not modulated, and the conditional one
+    batch: int = 2
     text_tokens: int = _PROMPT_TOKENS
     device: str = "cpu"  # the least that it takes
-    flex: bool = False  # FlexAttention compiles anew for every shape, so it runs where a bar asks for it
+    flex: bool = (
+        False  # FlexAttention compiles anew for every shape, so it runs where a bar asks for it
+    )
     modulation: str = "range"
     stripes: int = 0  # regions side by side; 0: those of the label map
     dtypes: tuple[str, ...] = ()  # of a shape of the user's own; none: the suite's
@@ -57,14 +62,18 @@ class Workload:
         return self.batch * self.num_heads * self.seqlen_q * self.seqlen_k
 
     def gflop(self, backward: bool, alone: bool = False) -> float:
-        """Work of plain attention: two products forward, and five more backward (alone: those five)."""
+        """Work of plain attention: two products forward, and five more backward (alone: those
+        five).
+        """
         return (4 * (not alone) + 10 * backward) * self.pairs * self.head_dim / 1e9
 
 
 def _stable_diffusion() -> list[Workload]:
     rows = [(64, 8, 40), (32, 8, 80), (16, 8, 160), (8, 8, 160)]
     sd15 = [
-        Workload(f"sd15-{kind}-{side}", kind, heads, (side, side), dim, flex=(kind, side) == ("self", 64))
+        Workload(
+            f"sd15-{kind}-{side}", kind, heads, (side, side), dim, flex=(kind, side) == ("self", 64)
+        )
         for kind in ("self", "cross")
         for side, heads, dim in rows
     ]
@@ -77,7 +86,9 @@ def _stable_diffusion() -> list[Workload]:
 
 
 def _long() -> list[Workload]:
-    """One image of 1k to 64k tokens; above 4k fewer heads, so that a call takes seconds: compare time per head."""
+    """One image of 1k to 64k tokens; above 4k fewer heads, so that a call takes seconds: compare
+    time per head.
+    """
 
     def workload(log_tokens: int) -> Workload:
         grid = 2 ** (log_tokens // 2), 2 ** (log_tokens - log_tokens // 2)
@@ -89,7 +100,8 @@ def _long() -> list[Workload]:
 
 def _flux() -> list[Workload]:
     return [
-        Workload(f"flux-joint-{16 * side}", "joint", 24, (side, side), 128, 1, 512, device="cuda") for side in (64, 128)
+        Workload(f"flux-joint-{16 * side}", "joint", 24, (side, side), 128, 1, 512, device="cuda")
+        for side in (64, 128)
     ]
 
 
@@ -101,8 +113,12 @@ def workloads() -> list[Workload]:
     """Those of this machine, as it runs them: a GPU has all, with every head."""
     if not machine.on_gpu():
         return list(WORKLOADS.values())
-    every = (replace(x, num_heads=8) if x.name.startswith("long") else x for x in WORKLOADS.values())
-    return [replace(workload, flex=workload.own or workload.name in _GPU_FLEX) for workload in every]
+    every = (
+        replace(x, num_heads=8) if x.name.startswith("long") else x for x in WORKLOADS.values()
+    )
+    return [
+        replace(workload, flex=workload.own or workload.name in _GPU_FLEX) for workload in every
+    ]
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,9 @@ class Inputs:
 
 
 def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Random q, k, v and gradient; words and strengths of the layout by the rules of DenseDiffusion."""
+    """Random q, k, v and gradient; words and strengths of the layout by the rules of
+    DenseDiffusion.
+    """
     device = machine.current().device
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -134,9 +152,13 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
     both = torch.cat((text, image))
     q_regions = both if workload.kind == "joint" else image
     k_regions = {"self": image, "cross": text, "joint": both}[workload.kind]
-    rows = layout.strength(*workload.grid, weight=1.0 if workload.kind == "cross" else 0.3, time=_TIME)
+    rows = layout.strength(
+        *workload.grid, weight=1.0 if workload.kind == "cross" else 0.3, time=_TIME
+    )
     strength = rows.new_zeros(workload.batch, 1, workload.seqlen_q)
-    strength[workload.batch // 2 :, :, -len(rows) :] = rows  # text rows of a joint sequence are left alone
+    strength[workload.batch // 2 :, :, -len(rows) :] = (
+        rows  # text rows of a joint sequence are left alone
+    )
     return Inputs(
         randn(workload.seqlen_q), randn(workload.seqlen_k), randn(workload.seqlen_k), randn(workload.seqlen_q),
         q_regions.to(device), k_regions.to(device), strength.to(device), workload.modulation,
@@ -145,33 +167,47 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
 
 @cache
 def label_layout() -> tuple[str, Layout]:
-    """Where the label map comes from, and its layout: a real one if there is any, with the background as a region."""
+    """Where the label map comes from, and its layout: a real one if there is any, with the
+    background as a region.
+    """
     source, labels = _label_map()
     return source, _with_phrases(labels, _PROMPT_TOKENS)
 
 
 def own_layout(workload: Workload) -> Layout:
-    """The layout of a shape of the user's own: stripes, or what its grid of tokens shows of the label map."""
+    """The layout of a shape of the user's own: stripes, or what its grid of tokens shows of the
+    label map.
+    """
     height, width = workload.grid
     if workload.stripes:
-        return _with_phrases(np.arange(width)[None].repeat(height, 0) * workload.stripes // width, workload.text_tokens)
+        return _with_phrases(
+            np.arange(width)[None].repeat(height, 0) * workload.stripes // width,
+            workload.text_tokens,
+        )
     labels = _label_map()[1]
     rows, columns = (np.arange(n) * size // n for n, size in zip(workload.grid, labels.shape))
     return _with_phrases(labels[rows][:, columns], workload.text_tokens)
 
 
 def _with_phrases(labels: np.ndarray, num_tokens: int) -> Layout:
-    """The regions of a label map with phrases of three tokens, behind the BOS token, or an equal part of few tokens."""
+    """The regions of a label map with phrases of three tokens, behind the BOS token, or an equal
+    part of few tokens.
+    """
     num_regions = len(np.unique(labels))
     spans = [(3 * r + 1, 3 * r + 4) for r in range(num_regions)]
     if spans[-1][1] > num_tokens:
-        spans = [(r * num_tokens // num_regions, (r + 1) * num_tokens // num_regions) for r in range(num_regions)]
+        spans = [
+            (r * num_tokens // num_regions, (r + 1) * num_tokens // num_regions)
+            for r in range(num_regions)
+        ]
     return Layout.from_label_map(labels, spans, background=True)
 
 
 def _label_map() -> tuple[str, np.ndarray]:
     if _REAL_LAYOUTS.exists():
-        return "the first layout of the DenseDiffusion benchmark", np.load(_REAL_LAYOUTS)["label_maps"][0]
+        return "the first layout of the DenseDiffusion benchmark", np.load(_REAL_LAYOUTS)[
+            "label_maps"
+        ][0]
     try:
         from PIL import Image
 
@@ -180,4 +216,6 @@ def _label_map() -> tuple[str, np.ndarray]:
     except (ImportError, OSError):
         y, x = np.mgrid[:64, :64]
         disc = (y - 40) ** 2 + (x - 20) ** 2 < 200
-        return "synthetic (a disc and a box)", np.where(disc, 1, np.where((y > 20) & (x > 40), 2, 0))
+        return "synthetic (a disc and a box)", np.where(
+            disc, 1, np.where((y > 20) & (x > 40), 2, 0)
+        )

@@ -64,7 +64,9 @@ def sampler(steps: int, mix: float = _MIX, **options: object) -> dense_attn.Reve
 CONTENDERS: dict[str, Chain] = {
     OURS: lambda eps_fn, x: sampler(_STEPS).sample(eps_fn, x),
     "dense_attn-float": lambda eps_fn, x: sampler(_STEPS, exact=False).sample(eps_fn, x),
-    "edict-float64": lambda eps_fn, x: edict(eps_fn, x, _STEPS, _MIX),  # as the authors of EDICT run it
+    "edict-float64": lambda eps_fn, x: edict(
+        eps_fn, x, _STEPS, _MIX
+    ),  # as the authors of EDICT run it
     "edict-float32": lambda eps_fn, x: edict(eps_fn, x, _STEPS, _MIX),
     "ddim-float32": lambda eps_fn, x: ddim(eps_fn, x, _STEPS),
 }
@@ -72,14 +74,22 @@ CONTENDERS: dict[str, Chain] = {
 
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
     """All rows of the workloads named, of all without names."""
-    rows = (Case(Setting(name, "fwd", "float32"), contender) for name in WORKLOADS for contender in CONTENDERS)
-    return wanted(rows, (lambda case: case.contender in (OURS, "edict-float32")) if quick else None, names)
+    rows = (
+        Case(Setting(name, "fwd", "float32"), contender)
+        for name in WORKLOADS
+        for contender in CONTENDERS
+    )
+    return wanted(
+        rows, (lambda case: case.contender in (OURS, "edict-float32")) if quick else None, names
+    )
 
 
 @Latest
 def _prepared(setting: Setting) -> tuple[SmallUNet, Tensor, dict[str, tuple[Trial, Clock]]]:
     device = machine.current().device
-    x = torch.randn(WORKLOADS[setting.workload], generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(WORKLOADS[setting.workload], generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     return SmallUNet().to(device), x, {}
 
 
@@ -110,18 +120,24 @@ def idle_seconds(case: Case) -> float:
     _, x, _ = _prepared(case.setting)
     eps = torch.randn_like(x)
     chain = CONTENDERS[case.contender]
-    return statistics.median(timed(lambda: chain(lambda x, t: eps, x))[1] for _ in range(_IDLE_ROUNDS))
+    return statistics.median(
+        timed(lambda: chain(lambda x, t: eps, x))[1] for _ in range(_IDLE_ROUNDS)
+    )
 
 
 def measure(case: Case, benchmark: Any) -> Row:
     """The row of a case; the library's own has eager EDICT in float32 as its partner.
 
-    `share`: of the time, what was not spent in the network. `share_idle`: time of the chain with a network that does
-    nothing, over its time with the real one.
+    `share`: of the time, what was not spent in the network. `share_idle`: time of the chain with a
+    network that does nothing, over its time with the real one.
     """
     network, x, _ = _prepared(case.setting)
     row = case.describe("chain", x.shape, "ReversibleSampler")
-    row |= {"steps": _STEPS, "mix": _MIX, "parameters": sum(weight.numel() for weight in network.parameters())}
+    row |= {
+        "steps": _STEPS,
+        "mix": _MIX,
+        "parameters": sum(weight.numel() for weight in network.parameters()),
+    }
     partner = Case(case.setting, "edict-float32" if case.contender == OURS else OURS)
     with torch.no_grad():
         row = measure_row(row, lambda: trial(case)[0], lambda: trial(partner)[0], benchmark)

@@ -28,7 +28,9 @@ def timesteps(steps: int) -> list[int]:
 
 
 def final_alpha_cumprod(steps: int) -> float:
-    """Where the last step goes: to timestep 0, or, if it starts there, to the image without noise."""
+    """Where the last step goes: to timestep 0, or, if it starts there, to the image without
+    noise.
+    """
     return alphas_cumprod()[0].item() if timesteps(steps)[-1] > 0 else 1.0
 
 
@@ -47,7 +49,9 @@ def schedule(steps: int) -> list[DdimStep]:
     alphas, times = alphas_cumprod().tolist(), timesteps(steps)
     here = [alphas[t] for t in times]
     walk = []
-    for index, (t, now, after) in enumerate(zip(times, here, [*here[1:], final_alpha_cumprod(steps)])):
+    for index, (t, now, after) in enumerate(
+        zip(times, here, [*here[1:], final_alpha_cumprod(steps)])
+    ):
         a = (after / now) ** 0.5
         walk.append(DdimStep(index, t, a, (1 - after) ** 0.5 - a * (1 - now) ** 0.5))
     return walk
@@ -60,8 +64,12 @@ def ddim(eps_fn: EpsFn, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return x, x
 
 
-def edict(eps_fn: EpsFn, x: Tensor, steps: int, mix: float, recompute: bool = False) -> tuple[Tensor, Tensor]:
-    """EDICT from the noise x to a pair of images; `recompute` keeps only each step's pair for the backward pass."""
+def edict(
+    eps_fn: EpsFn, x: Tensor, steps: int, mix: float, recompute: bool = False
+) -> tuple[Tensor, Tensor]:
+    """EDICT from the noise x to a pair of images; `recompute` keeps only each step's pair for the
+    backward pass.
+    """
     y = x
     for step in schedule(steps):
         if recompute:
@@ -71,7 +79,9 @@ def edict(eps_fn: EpsFn, x: Tensor, steps: int, mix: float, recompute: bool = Fa
     return x, y
 
 
-def _edict_step(eps_fn: EpsFn, x: Tensor, y: Tensor, step: DdimStep, mix: float) -> tuple[Tensor, Tensor]:
+def _edict_step(
+    eps_fn: EpsFn, x: Tensor, y: Tensor, step: DdimStep, mix: float
+) -> tuple[Tensor, Tensor]:
     """Both couplings, x first in even steps, and the mix."""
     if step.index % 2 == 0:
         x = step.a * x + step.b * eps_fn(y, step.t)

@@ -1,4 +1,6 @@
-"""The gradient of a loss on the image with respect to the noise it came from: memory and time by number of steps."""
+"""The gradient of a loss on the image with respect to the noise it came from: memory and time by
+number of steps.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,19 @@ _MAX_BYTES = 12e9  # of activations
 
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
     """All rows of the workloads named, of all without names."""
-    rows = (Case(Setting(name, "fwd+bwd", "float32"), who) for name in WORKLOADS for who in CONTENDERS)
-    return wanted(rows, (lambda case: case.setting.workload == "gradient-10") if quick else None, names)
+    rows = (
+        Case(Setting(name, "fwd+bwd", "float32"), who) for name in WORKLOADS for who in CONTENDERS
+    )
+    return wanted(
+        rows, (lambda case: case.setting.workload == "gradient-10") if quick else None, names
+    )
 
 
 @Latest
 def _prepared(setting: Setting) -> tuple[SmallUNet, list[Tensor], Tensor, dict[str, Trial]]:
-    """The network, x_T and the weights of the loss, the gradient by autograd in float64, and the trials so far."""
+    """The network, x_T and the weights of the loss, the gradient by autograd in float64, and the
+    trials so far.
+    """
     generator = torch.Generator().manual_seed(0)
     device = machine.current().device
     network = SmallUNet(_WIDTH).to(device)
@@ -41,7 +49,9 @@ def _prepared(setting: Setting) -> tuple[SmallUNet, list[Tensor], Tensor, dict[s
     return network, tensors, exact, {}
 
 
-def gradient(contender: str, steps: int, network: EpsFn, x: Tensor, on_x: Tensor, on_y: Tensor) -> Tensor:
+def gradient(
+    contender: str, steps: int, network: EpsFn, x: Tensor, on_x: Tensor, on_y: Tensor
+) -> Tensor:
     """d loss / d x_T of a loss that is linear in both images of the pair."""
     x = x.detach().requires_grad_()
     if contender.startswith(OURS):
@@ -56,8 +66,15 @@ def trial(case: Case) -> Trial:
     """Check a gradient against float64."""
     network, tensors, exact, trials = _prepared(case.setting)
     if case.contender not in trials:
-        call = lambda: [gradient(case.contender, WORKLOADS[case.setting.workload], network, *tensors)]  # noqa: E731
-        check = lambda got: ((got[0] - exact).abs().max().item(), _TOLERANCE * exact.abs().max().item())  # noqa: E731
+        def call():
+            return [
+                    gradient(case.contender, WORKLOADS[case.setting.workload], network, *tensors)
+                ]
+        def check(got):
+            return (
+                    (got[0] - exact).abs().max().item(),
+                    _TOLERANCE * exact.abs().max().item(),
+                )
         trials[case.contender] = tried(call, check, in_graph=False)
     return trials[case.contender]
 
@@ -83,13 +100,17 @@ def why_not(case: Case) -> str | None:
     network, tensors, *_ = _prepared(case.setting)
     needed = 2 * WORKLOADS[case.setting.workload] * activations(network, tensors[0])
     return (
-        f"about {needed / 1e9:.0f} GB of activations, more than {_MAX_BYTES / 1e9:.0f}" if needed > _MAX_BYTES else None
+        f"about {needed / 1e9:.0f} GB of activations, more than {_MAX_BYTES / 1e9:.0f}"
+        if needed > _MAX_BYTES
+        else None
     )
 
 
 def measure(case: Case, benchmark: Any) -> Row:
     """The row of a case; the library's own has per-step checkpointing as its partner."""
-    row = case.describe("gradient", _SHAPE, "ReversibleSampler") | {"steps": WORKLOADS[case.setting.workload]}
+    row = case.describe("gradient", _SHAPE, "ReversibleSampler") | {
+        "steps": WORKLOADS[case.setting.workload]
+    }
     reason = why_not(case)
     if reason is not None:
         return row | {"reason": reason}
@@ -102,5 +123,7 @@ def measure(case: Case, benchmark: Any) -> Row:
 
 
 def float32_can(steps: int) -> bool:
-    """Whether rounding errors, which inverting EDICT multiplies by mix^-2 a step, stay below the tolerance."""
+    """Whether rounding errors, which inverting EDICT multiplies by mix^-2 a step, stay below the
+    tolerance.
+    """
     return _MIX ** (-2 * steps) * torch.finfo(torch.float32).eps <= _TOLERANCE

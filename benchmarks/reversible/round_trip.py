@@ -1,4 +1,6 @@
-"""From noise to an image and back: how far from the start each sampler lands, by precision and number of steps."""
+"""From noise to an image and back: how far from the start each sampler lands, by precision and
+number of steps.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _EXACT = ("edict", "bdia")  # the others have no form on an integer grid
 _SHAPE = (1, 4, 16, 16)
 _COARSEST_GRID = 2.0**-20
 WORKLOADS = {f"round-trip-{name}-{steps}": (name, steps) for name in _SAMPLERS for steps in _STEPS}
-GPU_WORKLOADS = {f"round-trip-{name}-across": (name, 50) for name in _EXACT}  # sampled on a GPU, inverted on a CPU
+GPU_WORKLOADS = {
+    f"round-trip-{name}-across": (name, 50) for name in _EXACT
+}  # sampled on a GPU, inverted on a CPU
 Pair = tuple[Tensor, Tensor]
 
 
@@ -49,7 +53,9 @@ def _sampler_and_steps(case: Case) -> tuple[str, int]:
     return (WORKLOADS | GPU_WORKLOADS)[case.setting.workload]
 
 
-def there_and_back(name: str, steps: int, network: EpsFn, start: Pair | tuple[Tensor, None], exact: bool) -> Pair:
+def there_and_back(
+    name: str, steps: int, network: EpsFn, start: Pair | tuple[Tensor, None], exact: bool
+) -> Pair:
     """The pair of noises that a pair of noises comes back as."""
     if name == "ddim":
         return _naive(network, start[0], steps)
@@ -59,11 +65,15 @@ def there_and_back(name: str, steps: int, network: EpsFn, start: Pair | tuple[Te
 
 
 def across(name: str, steps: int, network: EpsFn, start: Pair | tuple[Tensor, None]) -> Pair:
-    """The same, sampled on the GPU and inverted on the CPU, the network's prediction being the CPU's on both ways."""
+    """The same, sampled on the GPU and inverted on the CPU, the network's prediction being the
+    CPU's on both ways.
+    """
     predict = lambda x, t: network(x.cpu(), t).to(x.device)  # noqa: E731
     chain = sampler(steps, mix_of(steps), method=name, exact=True)
     here, there = machine.current().device, table.missing("cpu", "ReversibleSampler")
-    way_back = sampler(steps, mix_of(steps), method=name, exact=True, backend="reference" if there else "cpu")
+    way_back = sampler(
+        steps, mix_of(steps), method=name, exact=True, backend="reference" if there else "cpu"
+    )
     moved = tuple(x if x is None else x.to(here) for x in start)
     end = way_back.invert(predict, *(x.cpu() for x in chain.sample(predict, *moved)))
     return tuple(x if x is None else x.to(here) for x in end)
@@ -87,7 +97,9 @@ def differing_bits(a: Tensor, b: Tensor) -> int:
 
 
 def measure(case: Case) -> Row:
-    """The row of a case, which has no time: the largest error, and the number of bits that differ."""
+    """The row of a case, which has no time: the largest error, and the number of bits that
+    differ.
+    """
     name, steps = _sampler_and_steps(case)
     both = case.setting.workload in GPU_WORKLOADS
     exact = case.setting.dtype == "exact"
@@ -100,7 +112,11 @@ def measure(case: Case) -> Row:
     network = TinyNet()
 
     def loop(start: Pair | tuple[Tensor, None]) -> Pair:
-        return across(name, steps, network, start) if both else there_and_back(name, steps, network, start, exact)
+        return (
+            across(name, steps, network, start)
+            if both
+            else there_and_back(name, steps, network, start, exact)
+        )
 
     with torch.no_grad():
         start = (x, x) if name == "edict" else (x, None)
@@ -113,7 +129,14 @@ def measure(case: Case) -> Row:
     if not math.isfinite(error):
         return row | {"reason": f"leaves the range of {case.setting.dtype}"}
     bits = [differing_bits(a, b) for a, b in pairs]
-    row |= {"error": error, "differing_bits": sum(bits), "bits": 8 * sum(a.nbytes for a, _ in pairs)}
+    row |= {
+        "error": error,
+        "differing_bits": sum(bits),
+        "bits": 8 * sum(a.nbytes for a, _ in pairs),
+    }
     if exact and (sum(bits) or row["grid_error"] > _COARSEST_GRID):
-        row |= {"reason": f"{sum(bits)} bits differ, and the grid is {row['grid_error']:.2g} off", "wrong": True}
+        row |= {
+            "reason": f"{sum(bits)} bits differ, and the grid is {row['grid_error']:.2g} off",
+            "wrong": True,
+        }
     return row

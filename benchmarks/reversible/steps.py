@@ -1,4 +1,6 @@
-"""The step kernels of reversible DDIM beside eager PyTorch, and beside copies: they should run at memory's speed."""
+"""The step kernels of reversible DDIM beside eager PyTorch, and beside copies: they should run at
+memory's speed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class Op:
     floats: int  # float32 inputs
     grids: int  # int64 inputs, which come first
     writes: int  # bytes an element
-    eager: int  # bytes an element that eager PyTorch holds at its peak, beyond inputs, its results included
+    # bytes an element that eager PyTorch holds at its peak, beyond inputs, its results included
+    eager: int
     call: Callable[..., Any]  # (kernels, *inputs)
 
     @property
@@ -64,7 +67,9 @@ def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]
     workloads = [*WORKLOADS, *(GPU_WORKLOADS if machine.on_gpu() else ())]
     rows = (Case(_setting(name), contender) for name in workloads for contender in CONTENDERS)
     few = "-256m" if machine.on_gpu() else "-1m"
-    return wanted(rows, (lambda case: case.setting.workload.endswith(few)) if quick else None, names)
+    return wanted(
+        rows, (lambda case: case.setting.workload.endswith(few)) if quick else None, names
+    )
 
 
 def _setting(name: str) -> Setting:
@@ -102,7 +107,9 @@ def _prepared(setting: Setting) -> Inputs:
 
 
 def trial(case: Case) -> Trial:
-    """Check a contender on three slices, against the reference in float64, or bit for bit on the grid."""
+    """Check a contender on three slices, against the reference in float64, or bit for bit on the
+    grid.
+    """
     inputs = _prepared(case.setting)
     if case.contender not in inputs.trials:
         call = calls(case, inputs)
@@ -135,7 +142,9 @@ def _judged(case: Case, inputs: Inputs, got: list[Tensor]) -> tuple[float, float
     plain = _listed(op.call(reference, *parts))
     if op.grids:
         return max((a.double() - b.double()).abs().max().item() for a, b in zip(got, plain)), 0.0
-    return worst(got, _listed(op.call(reference, *(x.double() for x in parts))), plain, torch.float32)
+    return worst(
+        got, _listed(op.call(reference, *(x.double() for x in parts))), plain, torch.float32
+    )
 
 
 def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -165,7 +174,8 @@ def _partner(case: Case) -> str:
 def measure(case: Case, benchmark: Any) -> Row:
     """The row of a case; the library's own has the clone as its partner.
 
-    `of_copy` of a copy's row: bytes a second of the library over bytes a second of that copy, which moves as many.
+    `of_copy` of a copy's row: bytes a second of the library over bytes a second of that copy, which
+    moves as many.
     """
     op, size = _op_and_size(case.setting.workload)
     row = case.describe("steps", [size], "ReversibleSampler")

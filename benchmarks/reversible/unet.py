@@ -1,4 +1,6 @@
-"""Networks to walk a chain with: a plain U-Net of about a million parameters, and one of a few hundred."""
+"""Networks to walk a chain with: a plain U-Net of about a million parameters, and one of a few
+hundred.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ _GROUPS, _FREQUENCIES = 8, 32
 
 
 class SmallUNet(nn.Module):
-    """Three resolutions, a residual block at each, down and up; eps_fn(x, t) -> eps with random weights.
+    """Three resolutions, a residual block at each, down and up; eps_fn(x, t) -> eps with random
+    weights.
 
-    To the network's output comes sqrt(1-alphas_cumprod[t])*x, the best guess for an image of white noise: a chain of
-    random predictions alone would leave the range of latents.
+    To the network's output comes sqrt(1-alphas_cumprod[t])*x, the best guess for an image of white
+    noise: a chain of random predictions alone would leave the range of latents.
     """
 
     def __init__(self, width: int = 32, channels: int = 4, seed: int = 0) -> None:
@@ -28,7 +31,9 @@ class SmallUNet(nn.Module):
         self.down = nn.ModuleList((_Block(width, width, wider), _Block(wide, wide, wider)))
         self.shrink = nn.ModuleList((_conv(width, wide, 2), _conv(wide, wider, 2)))
         self.middle = nn.ModuleList((_Block(wider, wider, wider), _Block(wider, wider, wider)))
-        self.up = nn.ModuleList((_Block(wider + wide, wide, wider), _Block(wide + width, width, wider)))
+        self.up = nn.ModuleList(
+            (_Block(wider + wide, wide, wider), _Block(wide + width, width, wider))
+        )
         self.last = nn.Sequential(nn.GroupNorm(_GROUPS, width), nn.SiLU(), _conv(width, channels))
         self.register_buffer("noise_level", (1 - alphas_cumprod()).sqrt())
         generator = torch.Generator().manual_seed(seed)
@@ -48,7 +53,9 @@ class SmallUNet(nn.Module):
         for block in self.middle:
             h = block(h, time)
         for block in self.up:
-            h = block(torch.cat((functional.interpolate(h, scale_factor=2.0), skips.pop()), 1), time)
+            h = block(
+                torch.cat((functional.interpolate(h, scale_factor=2.0), skips.pop()), 1), time
+            )
         return self.noise_level[int(t)] * x + 0.1 * self.last(h)
 
 
@@ -72,7 +79,9 @@ def _conv(inner: int, outer: int, stride: int = 1) -> nn.Conv2d:
 
 
 class TinyNet:
-    """eps_fn(x, t) of one convolution in x's dtype: enough to couple every pixel with its neighbours and the time."""
+    """eps_fn(x, t) of one convolution in x's dtype: enough to couple every pixel with its
+    neighbours and the time.
+    """
 
     def __init__(self, channels: int = 4, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,6 @@
-"""One step of semantic guidance, all concepts warm, beside the step of the public pipeline in eager PyTorch."""
+"""One step of semantic guidance, all concepts warm, beside the step of the public pipeline in eager
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,12 @@ class Step:
 
 def make_step(shape: tuple[int, ...], seed: int = 0) -> Step:
     """Predictions that differ a little, as those of a network for several prompts do."""
-    randn = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+    randn = partial(
+        torch.randn,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float32,
+        device="cpu",
+    )
     num_concepts = shape[0]
     device = machine.current().device
     shared = randn(shape[1:])
@@ -72,9 +79,11 @@ def ours(step: Step) -> list[Tensor]:
 
 
 def public_pipeline(step: Step) -> list[Tensor]:
-    """The operations of diffusers' SemanticStableDiffusionPipeline between network and scheduler, (eps, momentum).
+    """The operations of diffusers' SemanticStableDiffusionPipeline between network and scheduler,
+    (eps, momentum).
 
-    Its copies of every estimate and of the guidance to the CPU, kept for the user, are left out: they would flatter us.
+    Its copies of every estimate and of the guidance to the CPU, kept for the user, are left out:
+    they would flatter us.
     """
     num_concepts, batch = step.eps_edits.shape[:2]
     trailing = [1] * (step.eps_uncond.dim() - 2)
@@ -91,7 +100,9 @@ def public_pipeline(step: Step) -> list[Tensor]:
         if step.reverse[concept]:
             difference = difference * -1
         difference = difference * step.scales[concept]
-        threshold = torch.quantile(torch.abs(difference).flatten(start_dim=2), step.thresholds[concept], dim=2)
+        threshold = torch.quantile(
+            torch.abs(difference).flatten(start_dim=2), step.thresholds[concept], dim=2
+        )
         large = torch.abs(difference) >= threshold.reshape(*threshold.shape, *trailing)
         kept[concept] = torch.where(large, difference, torch.zeros_like(difference))
     warm_indices = torch.tensor(warm).to(weights.device)
@@ -112,8 +123,14 @@ CONTENDERS: dict[str, Callable[[Step], list[Tensor]]] = {OURS: ours, "diffusers"
 
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
     """All rows of the workloads named, of all without names."""
-    rows = (Case(Setting(name, "fwd", "float32"), contender) for name in WORKLOADS for contender in CONTENDERS)
-    return wanted(rows, (lambda case: case.setting.workload == "sega-3-64") if quick else None, names)
+    rows = (
+        Case(Setting(name, "fwd", "float32"), contender)
+        for name in WORKLOADS
+        for contender in CONTENDERS
+    )
+    return wanted(
+        rows, (lambda case: case.setting.workload == "sega-3-64") if quick else None, names
+    )
 
 
 @Latest
@@ -123,18 +140,24 @@ def _prepared(setting: Setting) -> tuple[Step, list[Tensor], list[Tensor], dict[
 
 
 def expected(step: Step) -> tuple[list[Tensor], list[Tensor]]:
-    """(eps, momentum) in float64 and in float32, both with the entries that the float32 thresholds keep."""
+    """(eps, momentum) in float64 and in float32, both with the entries that the float32 thresholds
+    keep.
+    """
     on = [True] * len(step.eps_edits)
     steered = reference.sega_differences(step.eps_uncond, step.eps_edits, step.scales, step.reverse)
     rows = steered.abs().flatten(3)  # [E, B, C, values]
-    thresholds = torch.stack([reference.quantile(x, level) for x, level in zip(rows, step.thresholds)])
+    thresholds = torch.stack(
+        [reference.quantile(x, level) for x, level in zip(rows, step.thresholds)]
+    )
     dropped = (rows < thresholds.unsqueeze(-1)).reshape(steered.shape)
 
     def results(dtype: torch.dtype) -> list[Tensor]:
         uncond, text, edits, momentum = (
             x.to(dtype) for x in (step.eps_uncond, step.eps_text, step.eps_edits, step.momentum)
         )
-        kept = reference.sega_differences(uncond, edits, step.scales, step.reverse).masked_fill(dropped, 0)
+        kept = reference.sega_differences(uncond, edits, step.scales, step.reverse).masked_fill(
+            dropped, 0
+        )
         numbers = _GUIDANCE, step.weights, on, on, _MOMENTUM, _BETA
         return list(reference.sega_combine(uncond, text, kept, momentum, *numbers))
 
@@ -142,7 +165,9 @@ def expected(step: Step) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def trial(case: Case) -> Trial:
-    """Check a contender by the rule of accuracy: one entry kept or dropped wrongly is off by far more."""
+    """Check a contender by the rule of accuracy: one entry kept or dropped wrongly is off by far
+    more.
+    """
     step, exact, plain, trials = _prepared(case.setting)
     if case.contender not in trials:
         call = CONTENDERS[case.contender]

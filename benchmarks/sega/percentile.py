@@ -1,4 +1,6 @@
-"""Threshold and mask of a percentile beside `torch.quantile`, which rounds otherwise, and `torch.kthvalue`."""
+"""Threshold and mask of a percentile beside `torch.quantile`, which rounds otherwise, and
+`torch.kthvalue`.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def kthvalue(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two order statistics, the library's interpolation between them, and where."""
     magnitudes = x.float().abs()
     rank = _LEVEL * (x.shape[-1] - 1)
-    ends = (magnitudes.kthvalue(1 + index, dim=-1).values.double() for index in (math.floor(rank), math.ceil(rank)))
+    ends = (
+        magnitudes.kthvalue(1 + index, dim=-1).values.double()
+        for index in (math.floor(rank), math.ceil(rank))
+    )
     below, above = ends
     threshold = (below + (above - below) * (rank - math.floor(rank))).float()
     return torch.where(magnitudes >= threshold[:, None], x, 0), threshold
@@ -57,25 +62,38 @@ CONTENDERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
     """All rows of the workloads named, of all without names."""
-    rows = (Case(Setting(name, "fwd", dtype), who) for name in WORKLOADS for dtype in _DTYPES for who in CONTENDERS)
-    return wanted(rows, (lambda case: case.setting.workload == "percentile-4x4096") if quick else None, names)
+    rows = (
+        Case(Setting(name, "fwd", dtype), who)
+        for name in WORKLOADS
+        for dtype in _DTYPES
+        for who in CONTENDERS
+    )
+    return wanted(
+        rows, (lambda case: case.setting.workload == "percentile-4x4096") if quick else None, names
+    )
 
 
 @Latest
 def _prepared(setting: Setting) -> tuple[Tensor, Tensor, dict[str, Trial]]:
     """Random values, the thresholds of their magnitudes, and the trials so far."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(WORKLOADS[setting.workload], generator=generator).to(getattr(torch, setting.dtype))
+    x = torch.randn(WORKLOADS[setting.workload], generator=generator).to(
+        getattr(torch, setting.dtype)
+    )
     device = machine.current().device
     return x.to(device), reference.quantile(x.float().abs(), _LEVEL).to(device), {}
 
 
 def trial(case: Case) -> Trial:
-    """Check a contender: its threshold to the bit, but torch.quantile's, and the mask that follows from it."""
+    """Check a contender: its threshold to the bit, but torch.quantile's, and the mask that follows
+    from it.
+    """
     x, expected, trials = _prepared(case.setting)
     if case.contender not in trials:
         call = CONTENDERS[case.contender]
-        allowed = 1e-4 * expected.max().item() if call is quantile else 0.0  # its ranks have but the bits of float32
+        allowed = (
+            1e-4 * expected.max().item() if call is quantile else 0.0
+        )  # its ranks have but the bits of float32
 
         def check(got: list[Tensor]) -> tuple[float, float]:
             masked, threshold = got

@@ -1,1 +1,3 @@
-"""Who can run an op: the table of backends, the contract of raw ops, and one module for each backend."""
+"""Who can run an op: the table of backends, the contract of raw ops, and one module for each
+backend.
+"""

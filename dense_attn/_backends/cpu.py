@@ -1,4 +1,6 @@
-"""The CPU backend: the compiled library's ops under the names of the table, and their fake kernels."""
+"""The CPU backend: the compiled library's ops under the names of the table, and their fake
+kernels.
+"""
 
 from __future__ import annotations
 

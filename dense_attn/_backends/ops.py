@@ -1,4 +1,6 @@
-"""Fake kernels: the shapes, dtypes and memory order of every op's results, which no backend chooses for itself."""
+"""Fake kernels: the shapes, dtypes and memory order of every op's results, which no backend chooses
+for itself.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,20 @@ STATS = 4  # numbers a row that the backward pass of layout attention takes from
 
 
 def check_devices(first: Tensor, **others: Tensor | None) -> None:
-    """One meta tensor among real ones brings a real call here, where it would get results without values."""
+    """One meta tensor among real ones brings a real call here, where it would get results without
+    values.
+    """
     for name, other in others.items():
         if other is not None and other.device != first.device:
-            raise RuntimeError(f"{name} must be on {first.device} like the first tensor, got {other.device}")
+            raise RuntimeError(
+                f"{name} must be on {first.device} like the first tensor, got {other.device}"
+            )
 
 
 def _empty_rows_like(q: Tensor) -> Tensor:
-    """In q's memory order, unless that leaves the last axis apart; the kernels have the same rule."""
+    """In q's memory order, unless that leaves the last axis apart; the kernels have the same
+    rule.
+    """
     like = torch.empty_like(q)
     return like if q.shape[3] == 1 or like.stride(3) == 1 else q.new_empty(q.shape)
 
@@ -37,7 +45,12 @@ def layout_attention_fwd(
     lists: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats); k_order and lists are for kernels that take them."""
-    tokens = {"q_regions": q_regions, "k_regions": k_regions, "q_order": q_order, "k_order": k_order}
+    tokens = {
+        "q_regions": q_regions,
+        "k_regions": k_regions,
+        "q_order": q_order,
+        "k_order": k_order,
+    }
     check_devices(q, k=k, v=v, strength=strength, **tokens)
     for listed in lists or ():
         check_devices(q, lists=listed)
@@ -62,7 +75,12 @@ def layout_attention_bwd(
     k_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength); k_order is for kernels that take it."""
-    tokens = {"q_regions": q_regions, "k_regions": k_regions, "q_order": q_order, "k_order": k_order}
+    tokens = {
+        "q_regions": q_regions,
+        "k_regions": k_regions,
+        "q_order": q_order,
+        "k_order": k_order,
+    }
     saved = {"grad_out": grad_out, "grad_lse": grad_lse, "out": out, "stats": stats}
     check_devices(q, k=k, v=v, strength=strength, **tokens, **saved)
     grads = [_empty_rows_like(x) for x in (q, k, v)]
@@ -70,7 +88,12 @@ def layout_attention_bwd(
 
 
 def tile_lists(
-    q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None, block_m: int, block_n: int
+    q_regions: Tensor,
+    k_regions: Tensor,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    block_m: int,
+    block_n: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tiles, counts, k_words)."""
     check_devices(q_regions, k_regions=k_regions, q_order=q_order, k_order=k_order)
@@ -88,7 +111,9 @@ def _samples(*tokens: Tensor | None) -> int:
 
 def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """(masked, threshold)."""
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=reference.accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(
+        x.shape[:1], dtype=reference.accumulation_dtype(x.dtype)
+    )
 
 
 def sega_guidance(
@@ -102,21 +127,36 @@ def sega_guidance(
     **numbers: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(eps, momentum_out, thresholds)."""
-    others = {"eps_text": eps_text, "eps_edits": eps_edits, "momentum": momentum, "user_mask": user_mask}
+    others = {
+        "eps_text": eps_text,
+        "eps_edits": eps_edits,
+        "momentum": momentum,
+        "user_mask": user_mask,
+    }
     check_devices(eps_uncond, **others)
     batch, channels = eps_uncond.shape[:2]
     wide = reference.accumulation_dtype(eps_uncond.dtype)
-    thresholds = eps_uncond.new_empty((len(eps_edits), batch, 1 if sum_channels else channels), dtype=wide)
-    return eps_uncond.new_empty(eps_uncond.shape), eps_uncond.new_empty(eps_uncond.shape, dtype=wide), thresholds
+    thresholds = eps_uncond.new_empty(
+        (len(eps_edits), batch, 1 if sum_channels else channels), dtype=wide
+    )
+    return (
+        eps_uncond.new_empty(eps_uncond.shape),
+        eps_uncond.new_empty(eps_uncond.shape, dtype=wide),
+        thresholds,
+    )
 
 
-def ddim_step(x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float) -> Tensor:
+def ddim_step(
+    x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float
+) -> Tensor:
     """What becomes of x."""
     check_devices(x, eps=eps, eps_uncond=eps_uncond)
     return torch.empty_like(x)
 
 
-def leapfrog_step(far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float) -> Tensor:
+def leapfrog_step(
+    far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float
+) -> Tensor:
     """What becomes of far."""
     check_devices(far, near=near, eps=eps)
     return torch.empty_like(far)
@@ -130,14 +170,22 @@ def edict_mix(
     return torch.empty_like(x), torch.empty_like(y)
 
 
-def exact_couple(z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def exact_couple(
+    z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(z, latent)."""
     check_devices(z, eps=eps)
     return torch.empty_like(z), torch.empty_like(z, dtype=dtype)
 
 
 def exact_leapfrog(
-    far: Tensor, near: Tensor, eps: Tensor, c_near: float, c_eps: float, to_latent: float, dtype: torch.dtype
+    far: Tensor,
+    near: Tensor,
+    eps: Tensor,
+    c_near: float,
+    c_eps: float,
+    to_latent: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(z, latent)."""
     check_devices(far, near=near, eps=eps)

@@ -1,4 +1,6 @@
-"""What raw calls of the Triton backend's layout attention refuse; the other launchers have their checks beside them."""
+"""What raw calls of the Triton backend's layout attention refuse; the other launchers have their
+checks beside them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ def inputs(
     """What the kernels rely on; no value on a GPU is looked at, since that would wait for it."""
     _checks.attention_inputs(q, k, v)
     if q.dtype not in DTYPES:
-        _checks.refuse("q", f"be one of {', '.join(map(_checks.name, DTYPES))}", _checks.name(q.dtype), TypeError)
+        _checks.refuse(
+            "q",
+            f"be one of {', '.join(map(_checks.name, DTYPES))}",
+            _checks.name(q.dtype),
+            TypeError,
+        )
     if q.shape[3] > MAX_HEAD_DIM:
         _checks.refuse("q", f"have a head dim of 1 to {MAX_HEAD_DIM}", q.shape[3])
     _checks.choice("modulation", modulation, ("range", "max", "bias", "mask"))
@@ -68,11 +75,19 @@ def saved(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, out: Tensor, sta
 
 @_of_a_raw_call
 def tokens(
-    q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None, block_m: int, block_n: int
+    q_regions: Tensor,
+    k_regions: Tensor,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    block_m: int,
+    block_n: int,
 ) -> None:
     """What tile lists are made of."""
     both = {"q_regions": q_regions, "k_regions": k_regions}
-    batch = max([1] + [x.shape[0] for x in (*both.values(), q_order, k_order) if x is not None and x.dim() == 2])
+    batch = max(
+        [1]
+        + [x.shape[0] for x in (*both.values(), q_order, k_order) if x is not None and x.dim() == 2]
+    )
     for name, words in both.items():
         if words.dim() not in (1, 2):
             _checks.refuse(name, "have 1 or 2 dimensions", tuple(words.shape))
@@ -86,9 +101,13 @@ def tokens(
 
 @_of_a_raw_call
 def lists(tensors: list[Tensor], q: Tensor, k: Tensor, blocks: tuple[int, int] | None) -> None:
-    """The shapes that `tile_lists` gives for these sizes; what the lists say is the caller's affair."""
+    """The shapes that `tile_lists` gives for these sizes; what the lists say is the caller's
+    affair.
+    """
     if blocks is None:
-        _checks.refuse("tile_lists", "be None for so few keys", f"{len(tensors)} tensors for {k.shape[2]} keys")
+        _checks.refuse(
+            "tile_lists", "be None for so few keys", f"{len(tensors)} tensors for {k.shape[2]} keys"
+        )
     block_m, block_n = blocks
     query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
     shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (k.shape[2],))
@@ -103,7 +122,9 @@ def lists(tensors: list[Tensor], q: Tensor, k: Tensor, blocks: tuple[int, int] |
         _checks.same_device("tile_lists", x, q)
 
 
-def _rows(name: str, x: Tensor, q: Tensor, dtype: torch.dtype = torch.float32, last: tuple[int, ...] = ()) -> None:
+def _rows(
+    name: str, x: Tensor, q: Tensor, dtype: torch.dtype = torch.float32, last: tuple[int, ...] = ()
+) -> None:
     """Require x [B, H, M, *last] of a dtype on q's device."""
     _checks.tensor(name, x)
     shape = (*q.shape[:3], *last)
@@ -124,7 +145,9 @@ def _order(name: str, order: Tensor | None, batch: int, num_tokens: int, like: T
 
 
 def _permutation(name: str, order: Tensor) -> None:
-    """On the CPU alone: kernels never leave the tokens, but a row that no place names would stay unwritten."""
+    """On the CPU alone: kernels never leave the tokens, but a row that no place names would stay
+    unwritten.
+    """
     if order.device.type != "cpu":
         return
     tokens = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device).expand_as(order)

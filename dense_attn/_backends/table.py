@@ -17,15 +17,27 @@ OPS = {  # each op and the file that holds it, of the same name in every folder
     "ddim_step": "reversible",
     "ReversibleSampler": "reversible",
 }
-ORDER = ("cuda", "triton", "cpu", "reference")  # under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU
-NAMESPACES: dict[str, ModuleType | None] = {"cuda": None, "triton": triton, "cpu": cpu, "reference": reference}
+ORDER = (
+    "cuda",
+    "triton",
+    "cpu",
+    "reference",
+)  # under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU
+NAMESPACES: dict[str, ModuleType | None] = {
+    "cuda": None,
+    "triton": triton,
+    "cpu": cpu,
+    "reference": reference,
+}
 _NOT_THERE = "no {} kernels in this version of dense_attn"
 _MAX_HEAD_DIM = 256
 _OLDEST_GPU = (8, 0)  # asynchronous copies and products of bfloat16
 
 
 def missing(backend: str, op: str) -> str | None:
-    """The reason why a backend lacks an op on this machine, whatever the inputs; None if it has it."""
+    """The reason why a backend lacks an op on this machine, whatever the inputs; None if it has
+    it.
+    """
     kernels = NAMESPACES[backend]
     return _NOT_THERE.format(backend) if kernels is None else getattr(kernels, "LOAD_ERROR", None)
 
@@ -38,7 +50,10 @@ def unavailable(backend: str, op: str) -> str | None:
     reason = missing(backend, op)
     if reason is None and device_of(backend) == "cuda":
         reason = _no_gpu()
-    if reason is None and (backend, op) == ("triton", "layout_attention"):  # which reads DENSE_ATTN_AUTOTUNE
+    if reason is None and (backend, op) == (
+        "triton",
+        "layout_attention",
+    ):  # which reads DENSE_ATTN_AUTOTUNE
         reason = _environment.error()
     return cpu.isa_error() if reason is None and backend == "cpu" else reason
 
@@ -48,7 +63,9 @@ def _no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "no GPU on this machine"
     try:
-        reasons = [_too_old(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+        reasons = [
+            _too_old(torch.device("cuda", index)) for index in range(torch.cuda.device_count())
+        ]
     except RuntimeError as error:  # in a forked process, for one
         return f"the GPU cannot be used: {str(error).splitlines()[0]}"
     return None if None in reasons else reasons[0]
@@ -58,7 +75,9 @@ def _too_old(device: torch.device) -> str | None:
     """The reason why a GPU cannot run the kernels; None if it can."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) >= _OLDEST_GPU:
         return None
-    oldest, got = ("{}.{}".format(*pair) for pair in (_OLDEST_GPU, torch.cuda.get_device_capability(device)))
+    oldest, got = (
+        "{}.{}".format(*pair) for pair in (_OLDEST_GPU, torch.cuda.get_device_capability(device))
+    )
     return f"needs a GPU of compute capability {oldest} or newer, got {got}"
 
 
@@ -89,18 +108,23 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
 
 
 def resolve(backend: str, op: str, x: Tensor) -> str:
-    """The name of the backend that runs the call: the named one or an error, or the first that can."""
+    """The name of the backend that runs the call: the named one or an error, or the first that
+    can.
+    """
     _checks.choice("backend", backend, ("auto", *ORDER))
     if backend == "auto":
         return next(candidate for candidate in ORDER if not why_not(candidate, op, x))
     reasons = why_not(backend, op, x)
     if reasons:
-        _checks.refuse("backend", f"be able to run {op}", f"{backend!r}: {'; '.join(reasons)}", RuntimeError)
+        _checks.refuse(
+            "backend", f"be able to run {op}", f"{backend!r}: {'; '.join(reasons)}", RuntimeError
+        )
     return backend
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """For each backend and op on this machine: "available", or the reason why a call would be refused.
+    """For each backend and op on this machine: "available", or the reason why a call would be
+    refused.
 
     Returns:
         A dict of backend name to a dict of op name to text.
@@ -111,4 +135,6 @@ def backends() -> dict[str, dict[str, str]]:
         >>> table["reference"]["layout_attention"]
         'available'
     """
-    return {backend: {op: unavailable(backend, op) or "available" for op in OPS} for backend in ORDER}
+    return {
+        backend: {op: unavailable(backend, op) or "available" for op in OPS} for backend in ORDER
+    }

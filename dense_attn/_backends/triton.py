@@ -1,4 +1,6 @@
-"""The Triton backend: launchers as opaque ops under the names of the table, with the fake kernels of every backend."""
+"""The Triton backend: launchers as opaque ops under the names of the table, with the fake kernels
+of every backend.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _load() -> str | None:
 
 
 def _on_its_device(launch: Callable) -> Callable:
-    """The same launcher: kernels go to the current device, which this makes that of the first tensor."""
+    """The same launcher: kernels go to the current device, which this makes that of the first
+    tensor.
+    """
 
     @wraps(launch)
     def launched(first: Tensor, *arguments: object, **named: object) -> object:
@@ -74,19 +78,44 @@ def _layout_attention_bwd(
     raw_checks.inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
     raw_checks.saved(grad_out, grad_lse, q, out, stats)
     return layout_attention.layout_attention_bwd(
-        grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, q_order, k_order
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        q_regions,
+        k_regions,
+        strength,
+        out,
+        stats,
+        modulation,
+        scale,
+        q_order,
+        k_order,
     )
 
 
 def _tile_lists(
-    q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None, block_m: int, block_n: int
+    q_regions: Tensor,
+    k_regions: Tensor,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    block_m: int,
+    block_n: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw_checks.tokens(q_regions, k_regions, q_order, k_order, block_m, block_n)
-    return tuple(layout_attention.tile_lists(q_regions, k_regions, q_order, k_order, block_m, block_n))
+    return tuple(
+        layout_attention.tile_lists(q_regions, k_regions, q_order, k_order, block_m, block_n)
+    )
 
 
 def lists_of(
-    q: Tensor, k: Tensor, q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Tile lists of calls like this one, None for those that visit no tiles."""
     blocks = layout_attention.fwd_blocks(q, k)
@@ -141,9 +170,15 @@ OWN_SCHEMAS = {  # those that no other backend has
 
 def _launchers() -> dict[str, Callable]:
     """What runs each op."""
-    attention = {"layout_attention_fwd": _layout_attention_fwd, "layout_attention_bwd": _layout_attention_bwd}
+    attention = {
+        "layout_attention_fwd": _layout_attention_fwd,
+        "layout_attention_bwd": _layout_attention_bwd,
+    }
     guidance = {"percentile_mask": sega.percentile_mask, "sega_guidance": sega.sega_guidance}
-    steps = {name: getattr(reversible, name) for name in SCHEMAS.keys() - attention.keys() - guidance.keys()}
+    steps = {
+        name: getattr(reversible, name)
+        for name in SCHEMAS.keys() - attention.keys() - guidance.keys()
+    }
     return attention | guidance | steps | {"tile_lists": _tile_lists}
 
 

@@ -1,4 +1,6 @@
-"""The demo's picture: the layout, attention before and after, what stays inside the regions, time and memory."""
+"""The demo's picture: the layout, attention before and after, what stays inside the regions, time
+and memory.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from torch import Tensor
 
 from dense_attn import _files, reference
 from dense_attn.demo.scene import PICTURE_GRID, Scene
-from dense_attn.demo.step import Layer, Measurement, make_inputs, megabytes, modulation_of, peaks, totals
+from dense_attn.demo.step import (
+    Layer,
+    Measurement,
+    make_inputs,
+    megabytes,
+    modulation_of,
+    peaks,
+    totals,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,21 +31,36 @@ if TYPE_CHECKING:
 
 BEFORE, AFTER = "#a3aab5", "#1f6feb"
 SKY = "#f1f3f5"
-REGION_COLOURS = ("#78b25c", "#1b784a", "#d6543e", "#5c628a", "#e0a32e", "#8e5ea2", "#3aa6b9", "#b5651d")
+REGION_COLOURS = (
+    "#78b25c",
+    "#1b784a",
+    "#d6543e",
+    "#5c628a",
+    "#e0a32e",
+    "#8e5ea2",
+    "#3aa6b9",
+    "#b5651d",
+)
 MAX_MARKS, MAX_BARS = 3, 6
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Probabilities of one kind of attention, averaged over heads, before (plain) and after (modulated)."""
+    """Probabilities of one kind of attention, averaged over heads, before (plain) and after
+    (modulated).
+    """
 
     before: Tensor  # [M, N]
     after: Tensor  # [M, N]
     matched: Tensor  # bool [M, N]
 
     def share(self, rows: Tensor | slice) -> tuple[float, float]:
-        """How much of the attention of some query tokens goes to the keys of their own regions, before and after."""
-        return tuple((p[rows] * self.matched[rows]).sum(-1).mean().item() for p in (self.before, self.after))
+        """How much of the attention of some query tokens goes to the keys of their own regions,
+        before and after.
+        """
+        return tuple(
+            (p[rows] * self.matched[rows]).sum(-1).mean().item() for p in (self.before, self.after)
+        )
 
 
 def attention(scene: Scene, kind: str) -> Attention:
@@ -53,7 +78,9 @@ def deepest_token(mask: Tensor) -> tuple[int, int]:
     """(row, column) of a token of a mask [h, w] that is as far from the mask's edge as any."""
     inside = mask.float()[None, None]
     while True:
-        eroded = -torch.nn.functional.max_pool2d(torch.nn.functional.pad(-inside, (1, 1, 1, 1), value=0.0), 3, 1)
+        eroded = -torch.nn.functional.max_pool2d(
+            torch.nn.functional.pad(-inside, (1, 1, 1, 1), value=0.0), 3, 1
+        )
         if not eroded.any():
             return tuple(inside[0, 0].nonzero()[0].tolist())
         inside = eroded
@@ -71,14 +98,22 @@ def draw(scene: Scene, measurements: list[Measurement], output: Path) -> None:
     left, right = upper.subfigures(1, 2, width_ratios=(1, 1.6))
     masks = scene.layout.query_regions(PICTURE_GRID, PICTURE_GRID)  # [M]
     regions = _largest_regions(scene)
-    marks = {r: deepest_token(_in_region(masks, r).view(PICTURE_GRID, -1)) for r in regions[:MAX_MARKS]}
+    marks = {
+        r: deepest_token(_in_region(masks, r).view(PICTURE_GRID, -1)) for r in regions[:MAX_MARKS]
+    }
     self_attention, cross_attention = attention(scene, "self"), attention(scene, "cross")
     _draw_layout(left, scene, marks)
     _draw_marks(right, scene, marks, self_attention)
     axes = lower.subplots(1, 4, width_ratios=(1.15, 1.15, 1, 1))
-    _draw_shares(axes[0], scene, regions, self_attention, "Attention to its own region\n(image to image)")
-    _draw_shares(axes[1], scene, regions, cross_attention, "Attention to its own phrase\n(image to text)")
-    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, frameon=False, fontsize=10)
+    _draw_shares(
+        axes[0], scene, regions, self_attention, "Attention to its own region\n(image to image)"
+    )
+    _draw_shares(
+        axes[1], scene, regions, cross_attention, "Attention to its own phrase\n(image to text)"
+    )
+    axes[0].legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, frameon=False, fontsize=10
+    )
     _draw_costs(axes[2], axes[3], measurements)
     figure.supxlabel(
         f"Queries and keys are random, smooth like an image's. Attention: {PICTURE_GRID} x {PICTURE_GRID} tokens, "
@@ -112,7 +147,9 @@ def _draw_layout(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, in
     pixels = np.tile(to_rgb(SKY), (*scene.layout.masks.shape[1:], 1))  # [H, W, 3]
     for r, mask in enumerate(scene.layout.masks):
         pixels[mask.numpy()] = to_rgb(_colour(r))
-    axes.imshow(pixels, extent=(-0.5, PICTURE_GRID - 0.5, PICTURE_GRID - 0.5, -0.5), interpolation="nearest")
+    axes.imshow(
+        pixels, extent=(-0.5, PICTURE_GRID - 0.5, PICTURE_GRID - 0.5, -0.5), interpolation="nearest"
+    )
     for letter, (row, column) in zip("ABC", marks.values()):
         axes.text(
             column, row, letter, ha="center", va="center", fontsize=13, weight="bold",
@@ -123,7 +160,8 @@ def _draw_layout(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, in
     few = len(scene.phrases) <= len(REGION_COLOURS)
     letters = {r: f" ({letter})" for letter, r in zip("ABC", marks)}
     names = [
-        ("" if few else f"{r + 1} ") + _short(phrase) + letters.get(r, "") for r, phrase in enumerate(scene.phrases)
+        ("" if few else f"{r + 1} ") + _short(phrase) + letters.get(r, "")
+        for r, phrase in enumerate(scene.phrases)
     ]
     handles = [Patch(color=_colour(r), label=name) for r, name in enumerate(names)]
     if not few:  # colours repeat: numbers tell the regions apart
@@ -139,39 +177,76 @@ def _draw_numbers(axes: Axes, scene: Scene, marks: dict[int, tuple[int, int]]) -
     for r in _largest_regions(scene):
         if r not in marks:
             row, column = deepest_token(_in_region(words, r).view(PICTURE_GRID, -1))
-            axes.text(column, row, str(r + 1), ha="center", va="center", fontsize=9, weight="bold", color="white")
+            axes.text(
+                column,
+                row,
+                str(r + 1),
+                ha="center",
+                va="center",
+                fontsize=9,
+                weight="bold",
+                color="white",
+            )
 
 
-def _draw_marks(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, int]], attended: Attention) -> None:
+def _draw_marks(
+    figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, int]], attended: Attention
+) -> None:
     axes = figure.subplots(2, len(marks), squeeze=False)
     words = scene.layout.query_regions(PICTURE_GRID, PICTURE_GRID)
     for column, (letter, (region, (row, col))) in enumerate(zip("ABC", marks.items())):
         token = row * PICTURE_GRID + col
         shares = attended.share(slice(token, token + 1))
         # the root shows weak attention too; one scale for both, so that brighter means more
-        ceiling = max(p[token].quantile(0.995).sqrt().item() for p in (attended.before, attended.after))
-        for line, (when, probabilities) in enumerate((("before", attended.before), ("after", attended.after))):
+        ceiling = max(
+            p[token].quantile(0.995).sqrt().item() for p in (attended.before, attended.after)
+        )
+        for line, (when, probabilities) in enumerate(
+            (("before", attended.before), ("after", attended.after))
+        ):
             panel = axes[line, column]
             image = probabilities[token].view(PICTURE_GRID, -1).sqrt()
             panel.imshow(image.numpy(), cmap="magma", vmin=0, vmax=ceiling, interpolation="nearest")
             own = _in_region(words, region).view(PICTURE_GRID, -1)
-            padded = torch.nn.functional.pad(own.float(), (1, 1, 1, 1))  # closes the outline at the image's edge
+            padded = torch.nn.functional.pad(
+                own.float(), (1, 1, 1, 1)
+            )  # closes the outline at the image's edge
             ticks = range(-1, PICTURE_GRID + 1)
-            panel.contour(ticks, ticks, padded.numpy(), levels=[0.5], colors="white", linewidths=1.1)
-            panel.plot(col, row, marker="o", markersize=8, markerfacecolor=_colour(region), markeredgecolor="white")
-            panel.set(xticks=[], yticks=[], xlim=(-0.6, PICTURE_GRID - 0.4), ylim=(PICTURE_GRID - 0.4, -0.6))
+            panel.contour(
+                ticks, ticks, padded.numpy(), levels=[0.5], colors="white", linewidths=1.1
+            )
+            panel.plot(
+                col,
+                row,
+                marker="o",
+                markersize=8,
+                markerfacecolor=_colour(region),
+                markeredgecolor="white",
+            )
+            panel.set(
+                xticks=[],
+                yticks=[],
+                xlim=(-0.6, PICTURE_GRID - 0.4),
+                ylim=(PICTURE_GRID - 0.4, -0.6),
+            )
             panel.set_title(f"{letter} {when}: {shares[line]:.0%} inside its region", fontsize=11)
     title = "Where a marked pixel looks: plain attention (top), with the layout (bottom)"
     figure.suptitle(title, fontsize=14, weight="bold")
 
 
-def _draw_shares(axes: Axes, scene: Scene, regions: list[int], attended: Attention, title: str) -> None:
+def _draw_shares(
+    axes: Axes, scene: Scene, regions: list[int], attended: Attention, title: str
+) -> None:
     words = scene.layout.query_regions(PICTURE_GRID, PICTURE_GRID)
     shown = regions[:MAX_BARS]
     shares = [attended.share(_in_region(words, r)) for r in shown]
-    for way, (label, colour, shift) in enumerate((("plain", BEFORE, -0.2), ("with the layout", AFTER, 0.2))):
+    for way, (label, colour, shift) in enumerate(
+        (("plain", BEFORE, -0.2), ("with the layout", AFTER, 0.2))
+    ):
         values = [100 * share[way] for share in shares]
-        bars = axes.barh([y + shift for y in range(len(shown))], values, 0.38, color=colour, label=label)
+        bars = axes.barh(
+            [y + shift for y in range(len(shown))], values, 0.38, color=colour, label=label
+        )
         axes.bar_label(bars, fmt="%.0f%%", padding=2, fontsize=9)
     axes.set_yticks(range(len(shown)), [_short(scene.phrases[r]) for r in shown], fontsize=10)
     axes.set(xlim=(0, 118), ylim=(max(len(shown), MAX_MARKS) - 0.5, -0.5), xticks=[])
@@ -188,7 +263,9 @@ def _draw_costs(time_axes: Axes, memory_axes: Axes, measurements: list[Measureme
     sizes = peaks(measurements)
     if None in sizes:
         memory_axes.axis("off")
-        memory_axes.set_title("Extra peak memory:\nmeasured on Linux alone", fontsize=12, weight="bold")
+        memory_axes.set_title(
+            "Extra peak memory:\nmeasured on Linux alone", fontsize=12, weight="bold"
+        )
         return
     _draw_pair(memory_axes, "Extra peak memory", sizes, [f"{megabytes(size)} MB" for size in sizes])
 

@@ -12,7 +12,15 @@ from dense_attn import _files
 from dense_attn._backends import table as backends
 from dense_attn.demo import picture
 from dense_attn.demo.scene import Scene, UserError, load_scene
-from dense_attn.demo.step import NUM_HEADS, SD15_LAYERS, Measurement, measure, megabytes, peaks, totals
+from dense_attn.demo.step import (
+    NUM_HEADS,
+    SD15_LAYERS,
+    Measurement,
+    measure,
+    megabytes,
+    peaks,
+    totals,
+)
 from dense_attn.layout_attention.layout import MAX_REGIONS
 
 GRIDS = tuple(dict.fromkeys(layer.grid for layer in SD15_LAYERS))
@@ -22,7 +30,10 @@ PICTURE_FORMATS = (".png", ".svg", ".pdf", ".jpg")
 def table(measurements: list[Measurement]) -> str:
     """The measurements and their sum as text."""
     official, ours = totals(measurements)
-    count, difference = sum(m.layer.count for m in measurements), max(m.difference for m in measurements)
+    count, difference = (
+        sum(m.layer.count for m in measurements),
+        max(m.difference for m in measurements),
+    )
     return "\n".join((
         "                              time per layer (ms)             extra peak memory (MB)     largest",
         "layer            x count   official  dense_attn   ratio      official  dense_attn    difference",
@@ -33,7 +44,12 @@ def table(measurements: list[Measurement]) -> str:
 
 
 def _line(
-    name: str, count: int, official: float, ours: float, peak_bytes: tuple[int | None, int | None], difference: float
+    name: str,
+    count: int,
+    official: float,
+    ours: float,
+    peak_bytes: tuple[int | None, int | None],
+    difference: float,
 ) -> str:
     memory = "  ".join(f"{megabytes(size):>10}" for size in peak_bytes)
     times = f"{1e3 * official:10.1f}  {1e3 * ours:10.1f} {official / ours:6.1f}x"
@@ -41,9 +57,15 @@ def _line(
 
 
 def main(
-    layout: Path | None, output: Path, phrases: list[str] | None, grids: list[int] | None, backend: str = "auto"
+    layout: Path | None,
+    output: Path,
+    phrases: list[str] | None,
+    grids: list[int] | None,
+    backend: str = "auto",
 ) -> None:
-    """Run the demo: print the table, write the picture. Raises UserError for what the user can put right."""
+    """Run the demo: print the table, write the picture. Raises UserError for what the user can put
+    right.
+    """
     _check_output(output)
     scene = load_scene(layout, phrases)
     layers = tuple(layer for layer in SD15_LAYERS if layer.grid in (grids or GRIDS))
@@ -54,8 +76,12 @@ def main(
         raise UserError(str(error)) from None
     print(f'"{scene.prompt}", {len(scene.layout)} of at most {MAX_REGIONS} regions')
     print(f"float32, batch 2, {NUM_HEADS} heads, backend {name}, {torch.get_num_threads()} threads")
-    print("official: the formula as DenseDiffusion's code has it, in plain PyTorch, every score and mask in memory")
-    print("Queries, keys and values are random, smooth like an image's, of no trained model: this shows the op alone.")
+    print(
+        "official: the formula as DenseDiffusion's code has it, in plain PyTorch, every score and mask in memory"
+    )
+    print(
+        "Queries, keys and values are random, smooth like an image's, of no trained model: this shows the op alone."
+    )
     runs = _progress(measure(scene.layout, layers, backend), sum(layer.count for layer in layers))
     measurements = list({run.layer: run for run in runs}.values())
     print("\n" + table(measurements))
@@ -76,7 +102,11 @@ def _generate(users: Scene | None, output: Path, backend: str) -> None:
     except ImportError as error:
         print(f"no generated images: they need {error.name} (pip install dense_attn[diffusers])")
         return
-    rows = sheet.shipped_rows() if users is None else [sheet.users_row(users.layout.masks, users.phrases)]
+    rows = (
+        sheet.shipped_rows()
+        if users is None
+        else [sheet.users_row(users.layout.masks, users.phrases)]
+    )
     if reasons := [reason for row in rows for reason in sheet.why_not(row)]:
         print(f"no generated images: {'; '.join(reasons)}")
         return
@@ -95,7 +125,9 @@ def _check_output(output: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("the demo's picture needs matplotlib: pip install dense_attn[bench]") from None
+        raise UserError(
+            "the demo's picture needs matplotlib: pip install dense_attn[bench]"
+        ) from None
     if output.suffix.lower() not in PICTURE_FORMATS:
         raise UserError(f"--output must end in one of {', '.join(PICTURE_FORMATS)}, got {output}")
     if not output.parent.is_dir():
@@ -110,7 +142,9 @@ def _progress(steps: Iterator[Measurement], total: int) -> Iterator[Measurement]
         from tqdm import tqdm
     except ImportError:
         for done, step in enumerate(steps, 1):
-            print(f"layer {done} of {total}: {step.layer.kind}-attention, {step.layer.grid} x {step.layer.grid}")
+            print(
+                f"layer {done} of {total}: {step.layer.kind}-attention, {step.layer.grid} x {step.layer.grid}"
+            )
             yield step
         return
     yield from tqdm(steps, total=total, unit="layer", desc="attention layers")

@@ -1,4 +1,6 @@
-"""A label map image and its phrases as the demo's scene; what is wrong with a user's own is said in one sentence."""
+"""A label map image and its phrases as the demo's scene; what is wrong with a user's own is said in
+one sentence.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ from dense_attn import _pixels
 from dense_attn.demo.step import NUM_TOKENS
 from dense_attn.layout_attention.layout import Layout
 
-SHIPPED_PHRASES = ("a green hill", "an oak tree", "a red balloon", "a grey cat")  # of examples/scene.png
+SHIPPED_PHRASES = (
+    "a green hill",
+    "an oak tree",
+    "a red balloon",
+    "a grey cat",
+)  # of examples/scene.png
 PICTURE_GRID = 32
 
 
@@ -34,11 +41,12 @@ class Scene:
 
 
 def load_scene(path: Path | None = None, phrases: list[str] | None = None) -> Scene:
-    """The scene of a label map image, the shipped one by default; raises UserError with the reason why it is none.
+    """The scene of a label map image, the shipped one by default; raises UserError with the reason
+    why it is none.
 
-    Palette and greyscale values are the labels, of any depth; in a colour image every distinct colour is a label, and
-    black is 0. What is transparent is 0, too. Label 0 is the background. A word of a phrase stands for one token of the
-    prompt.
+    Palette and greyscale values are the labels, of any depth; in a colour image every distinct
+    colour is a label, and black is 0. What is transparent is 0, too. Label 0 is the background. A
+    word of a phrase stands for one token of the prompt.
     """
     if path is None:
         path = Path(str(resources.files("dense_attn.examples") / "scene.png"))
@@ -49,15 +57,21 @@ def load_scene(path: Path | None = None, phrases: list[str] | None = None) -> Sc
         raise UserError(f"{path} is not a usable layout: {error}") from None
     phrases = phrases or [f"region {r + 1}" for r in range(num_regions)]
     if len(phrases) != num_regions or not all(phrase.split() for phrase in phrases):
-        raise UserError(f"--phrases must name each of the {num_regions} regions of {path}, got {phrases}")
+        raise UserError(
+            f"--phrases must name each of the {num_regions} regions of {path}, got {phrases}"
+        )
     layout = Layout.from_label_map(labels, _spans(phrases))
     if layout.spans[-1][1] >= NUM_TOKENS:
-        raise UserError(f"--phrases must fit into a prompt of {NUM_TOKENS} tokens, got {layout.spans[-1][1] + 1}")
+        raise UserError(
+            f"--phrases must fit into a prompt of {NUM_TOKENS} tokens, got {layout.spans[-1][1] + 1}"
+        )
     return Scene(layout, tuple(phrases))
 
 
 def _spans(phrases: list[str]) -> list[tuple[int, int]]:
-    """Where each phrase stands in the tokens <start> a photo of <phrases> <end>, one token a word."""
+    """Where each phrase stands in the tokens <start> a photo of <phrases> <end>, one token a
+    word.
+    """
     spans, start = [], len(("<start>", "a", "photo", "of"))
     for phrase in phrases:
         spans.append((start, start + len(phrase.split())))

@@ -1,4 +1,6 @@
-"""The attention layers of a Stable Diffusion 1.5 denoising step at 512 x 512, run two ways and measured."""
+"""The attention layers of a Stable Diffusion 1.5 denoising step at 512 x 512, run two ways and
+measured.
+"""
 
 from __future__ import annotations
 
@@ -39,18 +41,26 @@ SD15_LAYERS = tuple(
 
 @dataclass
 class Measurement:
-    """What was measured for one kind of layer; index 0 of a pair is the official way, 1 this library."""
+    """What was measured for one kind of layer; index 0 of a pair is the official way, 1 this
+    library.
+    """
 
     layer: Layer
-    peak_bytes: tuple[int | None, int | None]  # beyond inputs and output; None where the system cannot tell
-    seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # one per layer
+    peak_bytes: tuple[
+        int | None, int | None
+    ]  # beyond inputs and output; None where the system cannot tell
+    seconds: tuple[list[float], list[float]] = field(
+        default_factory=lambda: ([], [])
+    )  # one per layer
     difference: float = 0.0  # largest of |ours - official|
 
 
 def make_inputs(layer: Layer, seed: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q, k, v [B, H, tokens, D] that behave like an image: near tokens and a few far places are alike.
+    """Random q, k, v [B, H, tokens, D] that behave like an image: near tokens and a few far places
+    are alike.
 
-    The keys of words resemble random places of the image. The layout plays no part: the model does not know it.
+    The keys of words resemble random places of the image. The layout plays no part: the model does
+    not know it.
     """
     generator = torch.Generator().manual_seed(seed)
     randn = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
@@ -60,7 +70,9 @@ def make_inputs(layer: Layer, seed: int, batch: int = 2) -> tuple[Tensor, Tensor
         return randn((*shape[:2], num_tokens, layer.head_dim))
 
     coarse = randn((batch * NUM_HEADS, 6, 6, 6))  # 6 "meanings" on a 6 x 6 grid
-    meanings = torch.nn.functional.interpolate(coarse, (layer.grid, layer.grid), mode="bicubic", align_corners=True)
+    meanings = torch.nn.functional.interpolate(
+        coarse, (layer.grid, layer.grid), mode="bicubic", align_corners=True
+    )
     mixing = randn((6, layer.head_dim)) / 6**0.5
     smooth = (meanings.flatten(2).transpose(1, 2) @ mixing).reshape(shape)
     q = 0.8 * smooth + 0.6 * noise(shape[2])
@@ -71,7 +83,9 @@ def make_inputs(layer: Layer, seed: int, batch: int = 2) -> tuple[Tensor, Tensor
 
 
 def modulation_of(layer: Layer, layout: Layout) -> dict[str, Tensor]:
-    """The layout's arguments to layout_attention: none for the unconditional half of the batch, strength 0."""
+    """The layout's arguments to layout_attention: none for the unconditional half of the batch,
+    strength 0.
+    """
     q_regions = layout.query_regions(layer.grid, layer.grid)
     order = layout.order(layer.grid, layer.grid)
     conditional = layout.strength(layer.grid, layer.grid, weight=WEIGHTS[layer.kind], time=TIME)
@@ -79,17 +93,21 @@ def modulation_of(layer: Layer, layout: Layout) -> dict[str, Tensor]:
     return {
         "q_regions": q_regions,
         "k_regions": q_regions if is_self else layout.token_regions(NUM_TOKENS),
-        "strength": torch.stack((torch.zeros_like(conditional), conditional)).unsqueeze(1),  # [2, 1, M]
+        "strength": torch.stack((torch.zeros_like(conditional), conditional)).unsqueeze(
+            1
+        ),  # [2, 1, M]
         "q_order": order,
         "k_order": order if is_self else None,
     }
 
 
-def official_attention(q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor, strength: Tensor) -> Tensor:
+def official_attention(
+    q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor, strength: Tensor
+) -> Tensor:
     """Range modulation the way DenseDiffusion does it: every score and mask in memory.
 
-    q, k, v [B, H, tokens, D], of which the second, conditional half of the batch is modulated (all of a batch of one);
-    dense_mask float [1, M, N], made beforehand; strength [M, 1].
+    q, k, v [B, H, tokens, D], of which the second, conditional half of the batch is modulated (all
+    of a batch of one); dense_mask float [1, M, N], made beforehand; strength [M, 1].
     """
     batch, num_heads, seqlen_q, head_dim = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B*H, tokens, D]
@@ -104,8 +122,12 @@ def official_attention(q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor, stre
     return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, num_heads))
 
 
-def measure(layout: Layout, layers: tuple[Layer, ...], backend: str = "auto") -> Iterator[Measurement]:
-    """Run every layer both ways, alternating; yields after each single layer the measurement of its kind so far."""
+def measure(
+    layout: Layout, layers: tuple[Layer, ...], backend: str = "auto"
+) -> Iterator[Measurement]:
+    """Run every layer both ways, alternating; yields after each single layer the measurement of its
+    kind so far.
+    """
     warm_up = layers[-1]  # the libraries' own first-call buffers belong to no layer
     for call in _both_ways(warm_up, layout, backend, seed=0):
         call()
@@ -119,14 +141,20 @@ def measure(layout: Layout, layers: tuple[Layer, ...], backend: str = "auto") ->
                 out, elapsed = _timed(call)
                 outs.append(out)
                 seconds.append(elapsed)
-            measurement.difference = max(measurement.difference, (outs[0] - outs[1]).abs().max().item())
+            measurement.difference = max(
+                measurement.difference, (outs[0] - outs[1]).abs().max().item()
+            )
             yield measurement
 
 
-def _both_ways(layer: Layer, layout: Layout, backend: str, seed: int) -> tuple[Callable[[], Tensor], ...]:
+def _both_ways(
+    layer: Layer, layout: Layout, backend: str, seed: int
+) -> tuple[Callable[[], Tensor], ...]:
     q, k, v = make_inputs(layer, seed)
     words = modulation_of(layer, layout)
-    dense_mask = ((words["q_regions"][:, None] & words["k_regions"]) != 0).float()[None]  # [1, M, N]
+    dense_mask = ((words["q_regions"][:, None] & words["k_regions"]) != 0).float()[
+        None
+    ]  # [1, M, N]
     strength = words["strength"][1].T  # [M, 1]
     return (
         lambda: official_attention(q, k, v, dense_mask, strength),
@@ -135,7 +163,9 @@ def _both_ways(layer: Layer, layout: Layout, backend: str, seed: int) -> tuple[C
 
 
 def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """The result and the median time of a call: one run of a long one, up to five of a short one."""
+    """The result and the median time of a call: one run of a long one, up to five of a short
+    one.
+    """
     times: list[float] = []
     while len(times) < 5 and sum(times) < 0.1:
         start = time.perf_counter()
@@ -156,7 +186,9 @@ def totals(measurements: list[Measurement]) -> tuple[float, float]:
 
 def peaks(measurements: list[Measurement]) -> tuple[int | None, int | None]:
     """Extra bytes of the hungriest layer, the official way and ours."""
-    return tuple(max((m.peak_bytes[way] for m in measurements), key=lambda size: size or 0) for way in (0, 1))
+    return tuple(
+        max((m.peak_bytes[way] for m in measurements), key=lambda size: size or 0) for way in (0, 1)
+    )
 
 
 def megabytes(size: int | None) -> str:

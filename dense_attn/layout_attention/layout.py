@@ -1,4 +1,6 @@
-"""Layout: regions of an image and the prompt tokens that describe them, as the tensors layout attention takes."""
+"""Layout: regions of an image and the prompt tokens that describe them, as the tensors layout
+attention takes.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +21,22 @@ Box = tuple[float, float, float, float]
 class Layout:
     """Regions of an image and, for each, the prompt tokens that describe it.
 
-    With m_r the mask of region r resized to (height, width) by the nearest rule of `torch.nn.functional.interpolate`
-    from the masks' own grid (a region of which that keeps no pixel takes every token whose cell holds a part of it, so
-    that no region is lost), and n = height*width, token i of an image (raster order) has
+    With m_r the mask of region r resized to (height, width) by the nearest rule of
+    `torch.nn.functional.interpolate` from the masks' own grid (a region of which that keeps no
+    pixel takes every token whose cell holds a part of it, so that no region is lost), and n =
+    height*width, token i of an image (raster order) has
 
     - the region word `sum_r m_r[i] * 2^r`,
     - the area `S[i] = sum_r m_r[i] * sum(m_r)/n`, 0 in no region,
     - the strength `c[i] = weight * time^exponent * (1 - size_weight*S[i])`.
 
     Args:
-        masks: bool tensor or numpy array `[R, H, W]`, 1 to 32 regions of at least one pixel each; they may overlap.
-            A copy is kept, on the masks' device, where the tensors below are made (`Layout.to` moves it).
-        spans: for each region the tokens (start, stop) of its phrase in the prompt, or None for a region without a
-            phrase; None for no phrases at all (self-attention alone). Where spans overlap the later region wins.
+        masks: bool tensor or numpy array `[R, H, W]`, 1 to 32 regions of at least one pixel each;
+            they may overlap. A copy is kept, on the masks' device, where the tensors below are made
+            (`Layout.to` moves it).
+        spans: for each region the tokens (start, stop) of its phrase in the prompt, or None for a
+            region without a phrase; None for no phrases at all (self-attention alone). Where spans
+            overlap the later region wins.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
@@ -48,7 +53,9 @@ class Layout:
         [0.5, 1.0, 0.5, 1.0]
     """
 
-    def __init__(self, masks: Tensor | np.ndarray, spans: Sequence[Span | None] | None = None) -> None:
+    def __init__(
+        self, masks: Tensor | np.ndarray, spans: Sequence[Span | None] | None = None
+    ) -> None:
         self.masks = _check_masks(_as_tensor("masks", masks))  # bool [R, H, W]
         self.spans = None if spans is None else _check_spans(spans, len(self.masks))
 
@@ -60,10 +67,11 @@ class Layout:
         *,
         background: bool = False,
     ) -> Layout:
-        """The layout of an integer label map `[H, W]`: one region per distinct label, in ascending order.
+        """The layout of an integer label map `[H, W]`: one region per distinct label, in ascending
+        order.
 
-        Label 0 is the background: pixels of no region, unless `background=True` makes it the first region
-        (DenseDiffusion's choice for a prompt with a phrase for the background).
+        Label 0 is the background: pixels of no region, unless `background=True` makes it the first
+        region (DenseDiffusion's choice for a prompt with a phrase for the background).
 
         Example:
             >>> import torch
@@ -75,7 +83,9 @@ class Layout:
         """
         labels = _as_tensor("label_map", label_map)
         if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-            _checks.refuse("label_map", "be of an integer dtype", _checks.name(labels.dtype), TypeError)
+            _checks.refuse(
+                "label_map", "be of an integer dtype", _checks.name(labels.dtype), TypeError
+            )
         if labels.dim() != 2:
             _checks.refuse("label_map", "have 2 dimensions [height, width]", tuple(labels.shape))
         labels = labels.to(torch.int64)
@@ -93,7 +103,8 @@ class Layout:
     def from_boxes(
         cls, boxes: Sequence[Box], size: tuple[int, int], spans: Sequence[Span | None] | None = None
     ) -> Layout:
-        """The layout of boxes (x0, y0, x1, y1), fractions 0..1 of width and height, on a grid of size (height, width).
+        """The layout of boxes (x0, y0, x1, y1), fractions 0..1 of width and height, on a grid of
+        size (height, width).
 
         A pixel belongs to a box when its centre lies in it; each box must hold at least one centre.
 
@@ -105,7 +116,9 @@ class Layout:
             _checks.refuse("size", "be a pair (height, width)", size)
         height, width = (_integer(f"size[{axis}]", extent, 1) for axis, extent in enumerate(size))
         if not isinstance(boxes, Sequence):
-            _checks.refuse("boxes", "be a list of (x0, y0, x1, y1)", type(boxes).__name__, TypeError)
+            _checks.refuse(
+                "boxes", "be a list of (x0, y0, x1, y1)", type(boxes).__name__, TypeError
+            )
         if not 1 <= len(boxes) <= MAX_REGIONS:
             _checks.refuse("boxes", f"hold 1 to {MAX_REGIONS} boxes", len(boxes))
         for r, box in enumerate(boxes):
@@ -118,7 +131,11 @@ class Layout:
         empty = ~(inside_x.any(1) & inside_y.any(1))
         if empty.any():
             r = int(empty.nonzero()[0])
-            _checks.refuse(f"boxes[{r}]", f"hold the centre of a pixel of the {height} x {width} grid", boxes[r])
+            _checks.refuse(
+                f"boxes[{r}]",
+                f"hold the centre of a pixel of the {height} x {width} grid",
+                boxes[r],
+            )
         return cls(inside_y[:, :, None] & inside_x[:, None, :], spans)
 
     def __len__(self) -> int:
@@ -133,13 +150,17 @@ class Layout:
         return Layout(self.masks.to(device), self.spans)
 
     def query_regions(self, height: int, width: int) -> Tensor:
-        """Region words of a height x width grid of image tokens, int32 `[height*width]` in raster order."""
+        """Region words of a height x width grid of image tokens, int32 `[height*width]` in raster
+        order.
+        """
         masks = self._resized(height, width)  # [R, height*width]
         bits = torch.tensor(_BITS[: len(self)], dtype=torch.int32, device=masks.device)
         return (masks * bits[:, None]).sum(0, dtype=torch.int32)
 
     def token_regions(self, num_tokens: int) -> Tensor:
-        """Region words of a prompt of num_tokens tokens, int32 `[num_tokens]`; 0 for tokens of no phrase."""
+        """Region words of a prompt of num_tokens tokens, int32 `[num_tokens]`; 0 for tokens of no
+        phrase.
+        """
         num_tokens = _integer("num_tokens", num_tokens, 1)
         if self.spans is None:
             _checks.refuse("spans", "be given to the Layout for its token words", None)
@@ -148,32 +169,47 @@ class Layout:
             if span is None:
                 continue
             if span[1] > num_tokens:
-                _checks.refuse("num_tokens", f"be at least {span[1]}, the stop of spans[{r}]", num_tokens)
+                _checks.refuse(
+                    "num_tokens", f"be at least {span[1]}, the stop of spans[{r}]", num_tokens
+                )
             words[span[0] : span[1]] = _BITS[r]
         return words.to(self.masks.device)
 
     def order(self, height: int, width: int) -> Tensor:
-        """Permutation of the image tokens, int32 `[height*width]`, in which tokens of one region word stand together.
+        """Permutation of the image tokens, int32 `[height*width]`, in which tokens of one region
+        word stand together.
 
-        Raster order within a word. For `layout_attention(q_order=, k_order=)`: speed only, never the result.
+        Raster order within a word. For `layout_attention(q_order=, k_order=)`: speed only, never
+        the result.
         """
         return self.query_regions(height, width).argsort(stable=True).to(torch.int32)
 
     def area(self, height: int, width: int) -> Tensor:
-        """For each image token the summed share of the image of the regions it is in, float32 `[height*width]`."""
+        """For each image token the summed share of the image of the regions it is in, float32
+        `[height*width]`.
+        """
         masks = self._resized(height, width)  # [R, height*width]
         share = masks.sum(1, keepdim=True).float() / masks.shape[1]  # [R, 1]
         return (masks * share).sum(0)
 
     def strength(
-        self, height: int, width: int, *, weight: float, time: float, exponent: float = 5, size_weight: float = 1.0
+        self,
+        height: int,
+        width: int,
+        *,
+        weight: float,
+        time: float,
+        exponent: float = 5,
+        size_weight: float = 1.0,
     ) -> Tensor:
-        """Strengths of the image tokens, `weight * time**exponent * (1 - size_weight*area)`, float32 `[height*width]`.
+        """Strengths of the image tokens, `weight * time**exponent * (1 - size_weight*area)`,
+        float32 `[height*width]`.
 
         Args:
             height, width: the grid of image tokens.
             weight: DenseDiffusion takes 1.0 for cross-attention and 0.3 for self-attention.
-            time: 1 at pure noise, 0 at the image: t/1000 of the scheduler's timestep, or sigma of a flow model.
+            time: 1 at pure noise, 0 at the image: t/1000 of the scheduler's timestep, or sigma of a
+                flow model.
             exponent: how fast the strength falls as the image appears, at least 0.
             size_weight: how much less a large region needs; 0 gives every region the same strength.
 
@@ -202,27 +238,39 @@ class Layout:
 
 
 def nearest(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks [R, H, W] on the grid of a size by nearest pixels, bool [R, height, width]; small regions may be lost."""
-    return torch.nn.functional.interpolate(masks[None].to(torch.uint8), size, mode="nearest")[0].bool()
+    """Masks [R, H, W] on the grid of a size by nearest pixels, bool [R, height, width]; small
+    regions may be lost.
+    """
+    return torch.nn.functional.interpolate(masks[None].to(torch.uint8), size, mode="nearest")[
+        0
+    ].bool()
 
 
 def resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks [R, H, W] on the grid of a size, bool [R, height, width]; a region of at least one pixel keeps one.
+    """Masks [R, H, W] on the grid of a size, bool [R, height, width]; a region of at least one
+    pixel keeps one.
 
-    Nearest pixels; a region that has none of them takes every cell of the grid that holds a part of it.
+    Nearest pixels; a region that has none of them takes every cell of the grid that holds a part of
+    it.
     """
     sampled = nearest(masks, size)
     cells = torch.nn.functional.adaptive_max_pool2d(masks.to(torch.float32), size).bool()
-    kept = sampled.flatten(1).any(1)  # no branch on it: that would wait for a GPU and break a compiled graph
+    kept = sampled.flatten(1).any(
+        1
+    )  # no branch on it: that would wait for a GPU and break a compiled graph
     return torch.where(kept[:, None, None], sampled, cells)
 
 
 def _as_tensor(argument: str, value: object) -> Tensor:
-    """A copy of a tensor or numpy array as a tensor: the caller's later writes do not reach the layout."""
+    """A copy of a tensor or numpy array as a tensor: the caller's later writes do not reach the
+    layout.
+    """
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biufc":
             _checks.refuse(argument, "be an array of numbers or bools", value.dtype, TypeError)
-        native = value.astype(value.dtype.newbyteorder("="), order="C")  # torch knows this machine's byte order alone
+        native = value.astype(
+            value.dtype.newbyteorder("="), order="C"
+        )  # torch knows this machine's byte order alone
         return torch.from_numpy(native)
     if not isinstance(value, Tensor):
         _checks.refuse(argument, "be a tensor or a numpy array", type(value).__name__, TypeError)
@@ -238,16 +286,25 @@ def _check_masks(masks: Tensor) -> Tensor:
         _checks.refuse("masks", f"hold 1 to {MAX_REGIONS} regions", len(masks))
     empty = ~masks.flatten(1).any(1)
     if empty.any():
-        _checks.refuse("masks", "each hold at least one pixel", f"none in region {int(empty.nonzero()[0])}")
+        _checks.refuse(
+            "masks", "each hold at least one pixel", f"none in region {int(empty.nonzero()[0])}"
+        )
     return masks
 
 
 def _check_spans(spans: object, num_regions: int) -> tuple[Span | None, ...]:
     if not isinstance(spans, Sequence) or isinstance(spans, str):
-        _checks.refuse("spans", "be a list with (start, stop) or None for each region", type(spans).__name__, TypeError)
+        _checks.refuse(
+            "spans",
+            "be a list with (start, stop) or None for each region",
+            type(spans).__name__,
+            TypeError,
+        )
     if len(spans) != num_regions:
         _checks.refuse("spans", f"hold one entry for each of the {num_regions} regions", len(spans))
-    return tuple(None if span is None else _check_span(f"spans[{r}]", span) for r, span in enumerate(spans))
+    return tuple(
+        None if span is None else _check_span(f"spans[{r}]", span) for r, span in enumerate(spans)
+    )
 
 
 def _check_span(argument: str, span: object) -> Span:

@@ -1,4 +1,6 @@
-"""Layout-modulated softmax attention: the public op, its checks, its autograd and one line of dispatch."""
+"""Layout-modulated softmax attention: the public op, its checks, its autograd and one line of
+dispatch.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def layout_attention(
     tile_lists: tuple[Tensor, ...] | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention whose scores are pulled up inside a query's regions and down outside of them.
+    """Softmax attention whose scores are pulled up inside a query's regions and down outside of
+    them.
 
     With `s = scale * q k^T` and `R[i, j] = (q_regions[i] & k_regions[j]) != 0`, the result is
     `softmax(s') v` where, for `c = strength` and the extremes taken over all keys of a row,
@@ -37,28 +40,35 @@ def layout_attention(
     - `"range"`: `s' = s + c*R*(max(s) - s) - c*(1-R)*(s - min(s))` (DenseDiffusion);
     - `"max"`: `s' = s + c*R*max(s)` (paint-with-words);
     - `"bias"`: `s' = s + c*R`;
-    - `"mask"`: `s' = s` where R, `-inf` elsewhere (`strength` unused; a row without a matched key gives 0).
+    - `"mask"`: `s' = s` where R, `-inf` elsewhere (`strength` unused; a row without a matched key
+      gives 0).
 
     Args:
-        q, k, v: `[B, H, M, D]`, `[B, H, N, D]`, `[B, H, N, D]`; float32, bfloat16, float16 or float64; any
-            strides with a contiguous last dimension, so a transposed `[B, tokens, H, D]` is taken as it is.
-        q_regions, k_regions: int32 words, bit r set when the token is in region r (32 regions; bit 31 is the sign).
-        strength: a number, or float32 (float64 with float64 inputs) broadcastable to `[B, H, M]`; 0 is plain attention.
+        q, k, v: `[B, H, M, D]`, `[B, H, N, D]`, `[B, H, N, D]`; float32, bfloat16, float16 or
+            float64; any strides with a contiguous last dimension, so a transposed
+            `[B, tokens, H, D]` is taken as it is.
+        q_regions, k_regions: int32 words, bit r set when the token is in region r (32 regions; bit
+            31 is the sign).
+        strength: a number, or float32 (float64 with float64 inputs) broadcastable to `[B, H, M]`; 0
+            is plain attention.
         modulation: the rule above.
         scale: factor on the scores, `1/sqrt(D)` when None.
         return_lse: also return `logsumexp(s')`, float32 (float64 with float64 inputs), `[B, H, M]`.
-        q_order, k_order: permutations of the tokens, the order in which a kernel visits them (`Layout.order`);
-            they change speed, never the result.
-        tile_lists: what `tile_lists` has made of these regions and orders; without it a GPU makes it in every call.
-        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
+        q_order, k_order: permutations of the tokens, the order in which a kernel visits them
+            (`Layout.order`); they change speed, never the result.
+        tile_lists: what `tile_lists` has made of these regions and orders; without it a GPU makes
+            it in every call.
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or
+            raises.
 
     Returns:
-        `out [B, H, M, D]` in q's dtype and memory order, or `(out, lse)`. Differentiable once in q, k, v and strength.
+        `out [B, H, M, D]` in q's dtype and memory order, or `(out, lse)`. Differentiable once in q,
+        k, v and strength.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
-        RuntimeError: the named backend cannot run this call, with every reason; an order is no permutation (where the
-            backend looks); a second derivative is asked for.
+        RuntimeError: the named backend cannot run this call, with every reason; an order is no
+            permutation (where the backend looks); a second derivative is asked for.
 
     Source: Kim et al., Dense Text-to-Image Generation with Attention Modulation, ICCV 2023;
     Balaji et al., eDiff-I, 2022 (paint-with-words).
@@ -75,7 +85,11 @@ def layout_attention(
     _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
     _checks.choice("modulation", modulation, MODULATIONS)
     lists = _check_lists(tile_lists)
-    scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale, rule="be a number or None")
+    scale = (
+        q.shape[-1] ** -0.5
+        if scale is None
+        else _checks.number("scale", scale, rule="be a number or None")
+    )
     strength = _row_strength(strength, q)
     name = table.resolve(backend, "layout_attention", q)
     try:
@@ -88,8 +102,12 @@ def layout_attention(
             tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order, k_order, *lists)
             out, lse, _ = _LayoutAttention.apply(*tensors, modulation, scale, name)
     except RuntimeError as error:
-        row = k.shape[2] if name == "reference" else q.shape[3]  # all scores in memory, or the result alone
-        _memory.explain(error, "layout_attention", prod((*q.shape[:3], row)) * q.element_size(), q=q, k=k)
+        row = (
+            k.shape[2] if name == "reference" else q.shape[3]
+        )  # all scores in memory, or the result alone
+        _memory.explain(
+            error, "layout_attention", prod((*q.shape[:3], row)) * q.element_size(), q=q, k=k
+        )
         raise
     return (out, lse) if return_lse else out
 
@@ -104,17 +122,22 @@ def tile_lists(
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
     backend: str = "auto",
 ) -> tuple[Tensor, ...] | None:
-    """Which tiles of keys each tile of queries meets, made once for all layers and steps that share a layout.
+    """Which tiles of keys each tile of queries meets, made once for all layers and steps that share
+    a layout.
 
-    For tiles I of queries and J of keys, in the given orders, `(and_I & and_J) != 0` finds those whose pairs all match
-    and `(or_I & or_J) == 0` those of which none does, where and_I, or_I combine the words of a tile bit by bit.
+    For tiles I of queries and J of keys, in the given orders, `(and_I & and_J) != 0` finds those
+    whose pairs all match and `(or_I & or_J) == 0` those of which none does, where and_I, or_I
+    combine the words of a tile bit by bit.
 
     Args:
-        q, k: any tensors of the shapes, dtype and device of the calls to come; their values are not looked at.
-        q_regions, k_regions, q_order, k_order, backend: as in `layout_attention`, to which the result belongs.
+        q, k: any tensors of the shapes, dtype and device of the calls to come; their values are not
+            looked at.
+        q_regions, k_regions, q_order, k_order, backend: as in `layout_attention`, to which the
+            result belongs.
 
     Returns:
-        int32 tensors for the argument `tile_lists` of `layout_attention`, or None where a call needs none: few keys
+        int32 tensors for the argument `tile_lists` of `layout_attention`, or None where a call
+            needs none: few keys
         (one tile), or a backend without lists.
 
     Raises:
@@ -175,11 +198,15 @@ class _LayoutAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
-        raise NotImplementedError("layout_attention must be called outside of vmap, got a vmapped input: use the batch")
+        raise NotImplementedError(
+            "layout_attention must be called outside of vmap, got a vmapped input: use the batch"
+        )
 
 
 class _Backward(torch.autograd.Function):
-    """The backward pass as a function of q, k and v too, so that a second derivative is refused and not 0."""
+    """The backward pass as a function of q, k and v too, so that a second derivative is refused and
+    not 0.
+    """
 
     @staticmethod
     def forward(  # noqa: ANN205
@@ -189,7 +216,19 @@ class _Backward(torch.autograd.Function):
         orders = (q_order, k_order) if backend == "triton" else (q_order,)
         try:
             return table.NAMESPACES[backend].layout_attention_bwd(
-                grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats, modulation, scale, *orders
+                grad_out,
+                grad_lse,
+                q,
+                k,
+                v,
+                q_regions,
+                k_regions,
+                strength,
+                out,
+                stats,
+                modulation,
+                scale,
+                *orders,
             )
         except RuntimeError as error:
             least = (q.numel() + 2 * k.numel()) * q.element_size()
@@ -206,7 +245,9 @@ class _Backward(torch.autograd.Function):
 
 
 def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The same tensors, each as an object of its own: torch.compile takes none twice into an autograd.Function."""
+    """The same tensors, each as an object of its own: torch.compile takes none twice into an
+    autograd.Function.
+    """
     distinct: list[Tensor | None] = []
     for tensor in tensors:
         again = tensor is not None and any(tensor is other for other in distinct)
@@ -218,18 +259,29 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     # torch 2.11 cannot trace the question; what code is compiled for has autocast, but for meta.
-    known = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+    known = (
+        device != "meta"
+        if torch.compiler.is_compiling()
+        else torch.amp.is_autocast_available(device)
+    )
     if not known or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
         for x in (q, k, v)
     )
 
 
 def _check_tokens(
-    q: Tensor, k: Tensor, q_regions: Tensor, k_regions: Tensor, q_order: Tensor | None, k_order: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
 ) -> None:
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
     _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
@@ -245,7 +297,12 @@ def _check_lists(lists: tuple[Tensor, ...] | None) -> tuple[Tensor | None, ...]:
     if lists is None:
         return None, None, None
     if not isinstance(lists, (tuple, list)) or len(lists) != 3:
-        _checks.refuse("tile_lists", "be the 3 tensors that tile_lists returns", type(lists).__name__, TypeError)
+        _checks.refuse(
+            "tile_lists",
+            "be the 3 tensors that tile_lists returns",
+            type(lists).__name__,
+            TypeError,
+        )
     return tuple(_checks.tensor("tile_lists", x) for x in lists)
 
 
@@ -263,5 +320,7 @@ def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:
     _checks.same_device("strength", strength, q)
     padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
     if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
-        _checks.refuse("strength", f"broadcast to [B, H, M] = {tuple(shape)}", tuple(strength.shape))
+        _checks.refuse(
+            "strength", f"broadcast to [B, H, M] = {tuple(shape)}", tuple(strength.shape)
+        )
     return strength.to(dtype).expand(shape)

@@ -1,4 +1,6 @@
-"""The loss of the images sampled from latents, as a whole and in their salient part, and its gradient."""
+"""The loss of the images sampled from latents, as a whole and in their salient part, and its
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -49,27 +51,41 @@ class ImageLoss:
         _callable("loss_fn", loss_fn)
         if saliency_fn is not None:
             _callable("saliency_fn", saliency_fn)
-        self.sampler, self.decode_fn, self.loss_fn, self.saliency_fn = sampler, decode_fn, loss_fn, saliency_fn
+        self.sampler, self.decode_fn, self.loss_fn, self.saliency_fn = (
+            sampler,
+            decode_fn,
+            loss_fn,
+            saliency_fn,
+        )
         self.salient_weight = _checks.number("salient_weight", salient_weight)
-        self.eps_fn = lambda x, t: eps_fn(x, t)  # no module, so that no gradients of parameters are computed
+        self.eps_fn = lambda x, t: eps_fn(
+            x, t
+        )  # no module, so that no gradients of parameters are computed
         self.paired = sampler.method == "edict"  # two latents of one time
         self.count = 2 if self.paired and not tie else 1  # latents that are free
 
     def __call__(self, latents: tuple[Tensor, ...]) -> tuple[float, list[Tensor]]:
-        """The mean loss of the images, and the direction of steepest descent for each free latent."""
+        """The mean loss of the images, and the direction of steepest descent for each free
+        latent.
+        """
         leaves = [latents[0].detach().clone().requires_grad_()]
         if self.paired:
             leaves.append(latents[-1].detach().clone().requires_grad_())
         with _of_the_grid():
             sampled = self.sampler.sample(self.eps_fn, *leaves)[: len(leaves)]
-        # Image by image: one decoder's activations at a time; no generator, which would lose a StopIteration.
+        # Image by image: one decoder's activations at a time; no generator, which would lose a
+        # StopIteration.
         losses, gradients = zip(*[self._of_image(one, leaves[0].dtype) for one in sampled])
         with _of_the_grid(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "eps_fn must be an nn.Module")  # parameters are to get no gradient
+            warnings.filterwarnings(
+                "ignore", "eps_fn must be an nn.Module"
+            )  # parameters are to get no gradient
             at_noise = torch.autograd.grad(sampled, leaves, gradients)
         if len(leaves) > self.count:
             at_noise = [(at_noise[0] + at_noise[1]) / 2]
-        return sum(loss / len(losses) for loss in losses), [gradient / -len(leaves) for gradient in at_noise]
+        return sum(loss / len(losses) for loss in losses), [
+            gradient / -len(leaves) for gradient in at_noise
+        ]
 
     def _of_image(self, sampled: Tensor, dtype: torch.dtype) -> tuple[float, Tensor]:
         """The loss of one decoded latent and its gradient there."""
@@ -80,19 +96,25 @@ class ImageLoss:
             _checks.refuse("decode_fn", rule, _with_gradient(image))
         loss = self._checked_loss(image)
         if self.saliency_fn is not None:
-            loss = loss + self.salient_weight * self._checked_loss(salient_crop(image, self._saliency(image)))
+            loss = loss + self.salient_weight * self._checked_loss(
+                salient_crop(image, self._saliency(image))
+            )
         value = loss.item()
         if not math.isfinite(value):
             raise NotFiniteError(f"loss_fn must return finite values, got {value}")
         (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
         if gradient is None:
-            _checks.refuse("loss_fn", "return a scalar tensor that depends on the image", "one that does not")
+            _checks.refuse(
+                "loss_fn", "return a scalar tensor that depends on the image", "one that does not"
+            )
         return value, gradient.to(sampled.dtype)
 
     def _checked_loss(self, image: Tensor) -> Tensor:
         loss = self.loss_fn(image)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            _checks.refuse("loss_fn", "return a scalar tensor that depends on the image", _with_gradient(loss))
+            _checks.refuse(
+                "loss_fn", "return a scalar tensor that depends on the image", _with_gradient(loss)
+            )
         if loss.is_complex():
             _checks.refuse("loss_fn", "return a real number", _described(loss), TypeError)
         return loss.reshape(())
@@ -103,18 +125,28 @@ class ImageLoss:
             rule = "return images [batch, channels, height, width] for a saliency_fn"
             _checks.refuse("decode_fn", rule, _described(image))
         if image.numel() == 0 or image.is_complex():
-            _checks.refuse("decode_fn", "return real images, none of them empty, for a saliency_fn", _described(image))
+            _checks.refuse(
+                "decode_fn",
+                "return real images, none of them empty, for a saliency_fn",
+                _described(image),
+            )
         seen = image.detach()
         require_finite("decode_fn must return finite images", seen)
         with torch.no_grad():
             saliency = self.saliency_fn((seen / 2 + 0.5).clamp(0, 1))
         batch, _, height, width = image.shape
         if not isinstance(saliency, Tensor) or saliency.shape != (batch, height, width):
-            _checks.refuse("saliency_fn", f"return a tensor of shape {(batch, height, width)}", _described(saliency))
+            _checks.refuse(
+                "saliency_fn",
+                f"return a tensor of shape {(batch, height, width)}",
+                _described(saliency),
+            )
         if saliency.is_complex():
             _checks.refuse("saliency_fn", "return real numbers", _described(saliency), TypeError)
         if not saliency.isfinite().all():
-            _checks.refuse("saliency_fn", "return finite values", saliency[~saliency.isfinite()][0].item())
+            _checks.refuse(
+                "saliency_fn", "return finite values", saliency[~saliency.isfinite()][0].item()
+            )
         return saliency if saliency.is_floating_point() else saliency.float()
 
 

@@ -1,4 +1,6 @@
-"""Optimisation of the noise that a diffusion chain starts from: the loop of DOODL, and the loss of SGOOL."""
+"""Optimisation of the noise that a diffusion chain starts from: the loop of DOODL, and the loss of
+SGOOL.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,15 @@ from dense_attn.reversible.sampler import ReversibleSampler
 
 @dataclass(frozen=True, repr=False)
 class OptimizeResult:
-    """The latents that `optimize_latents` found: `loss = losses[i]` is that of the latents before update i.
+    """The latents that `optimize_latents` found: `loss = losses[i]` is that of the latents before
+    update i.
 
     Attributes:
         latents: the latents to sample from, as x; a pair where `tie=False` lets the two part.
         losses: the loss of each step, all steps of a resumed run included.
-        state: give it back as `state=` to go on exactly from `latents`; a dict of tensors and numbers, which
-            `torch.save` writes and `torch.load(..., weights_only=True)` reads, on this machine or another that has
-            the generator's kind of device.
+        state: give it back as `state=` to go on exactly from `latents`; a dict of tensors and
+            numbers, which `torch.save` writes and `torch.load(..., weights_only=True)` reads, on
+            this machine or another that has the generator's kind of device.
         message: why the run stopped early; empty when it did not.
 
     Example:
@@ -81,23 +84,27 @@ def optimize_latents(
     progress: bool = True,
     state: State | None = None,
 ) -> OptimizeResult:
-    """Change the noise x until the image sampled from it has a lower loss, with gradients through the whole chain.
+    """Change the noise x until the image sampled from it has a lower loss, with gradients through
+    the whole chain.
 
     With `a, b` the latents sampled from the pair `(x, y)`, x = y at first, every step does
     `g = -(1/2) d(loss(decode(a)) + loss(decode(b))) / d(x, y)`, averaged over x and y when tied,
-    `g = clamp(g, -clip, clip)`, `m = momentum*m + g`, `x = x + m + noise*randn`, and scales each sample of x back to
-    its first norm; the loss reported is the mean of the two. With a saliency_fn the loss of an image is
-    `loss(image) + salient_weight*loss(crop)`, where the crop is the box around the image's salient part (the pixels
-    halfway or more from the map's mean to its maximum) resized to the image's size. A sampler other than EDICT
-    keeps no two latents of one time: x alone is optimised, and `g = -d loss(decode(a)) / dx`.
+    `g = clamp(g, -clip, clip)`, `m = momentum*m + g`, `x = x + m + noise*randn`, and scales each
+    sample of x back to its first norm; the loss reported is the mean of the two. With a saliency_fn
+    the loss of an image is `loss(image) + salient_weight*loss(crop)`, where the crop is the box
+    around the image's salient part (the pixels halfway or more from the map's mean to its maximum)
+    resized to the image's size. A sampler other than EDICT keeps no two latents of one time: x
+    alone is optimised, and `g = -d loss(decode(a)) / dx`.
 
     Args:
         sampler: a `ReversibleSampler`; its memory does not grow with its steps.
-        eps_fn: `eps_fn(latents, t) -> eps`, as the sampler takes it; its parameters get no gradient.
-        decode_fn: latents (x's shape; float32 for a half-precision x) to images, differentiable. With a saliency_fn
-            images are `[B, C, H, W]` in -1..1, as a VAE decodes them.
+        eps_fn: `eps_fn(latents, t) -> eps`, as the sampler takes it; its parameters get no
+            gradient.
+        decode_fn: latents (x's shape; float32 for a half-precision x) to images, differentiable.
+            With a saliency_fn images are `[B, C, H, W]` in -1..1, as a VAE decodes them.
         loss_fn: images to a scalar tensor.
-        x: `[B, ...]`, finite; half precision is optimised in float32, since it does not resolve the steps.
+        x: `[B, ...]`, finite; half precision is optimised in float32, since it does not resolve the
+            steps.
         steps: how many steps, at least 0; further steps when resumed.
         saliency_fn: images in 0..1, detached, to maps `[B, H, W]`; None is DOODL, any is SGOOL
             (`spectral_residual_saliency`).
@@ -109,24 +116,25 @@ def optimize_latents(
         tie: keep x and y equal.
         generator: of the noise, on any device; None takes a seed from torch's own.
         progress: show a bar with the loss.
-        state: of the result to go on from, which may come from a file (`OptimizeResult`); the sampler's chain and x's
-            shape must be those that it was reached with. x then gives the shape, dtype and device alone, and the noise
-            goes on where it stopped. `steps=3` and then `steps=2` are `steps=5` bit for bit, if loss_fn is
-            deterministic.
+        state: of the result to go on from, which may come from a file (`OptimizeResult`); the
+            sampler's chain and x's shape must be those that it was reached with. x then gives the
+            shape, dtype and device alone, and the noise goes on where it stopped. `steps=3` and
+            then `steps=2` are `steps=5` bit for bit, if loss_fn is deterministic.
 
     Returns:
-        An `OptimizeResult`. When a loss, image, gradient or updated latent is not finite it holds the last latents
-        whose loss was finite, says why in `message`, and warns; an interrupt (Ctrl-C) returns what the finished steps
-        have reached.
+        An `OptimizeResult`. When a loss, image, gradient or updated latent is not finite it holds
+        the last latents whose loss was finite, says why in `message`, and warns; an interrupt
+        (Ctrl-C) returns what the finished steps have reached.
 
     Raises:
-        ValueError, TypeError: an argument, or what a function returns, breaks the rule that the message names.
-        Exception: what eps_fn, decode_fn, loss_fn or saliency_fn raises. From the second step on the exception's
-            attribute `result`, where it has none of its own, is the `OptimizeResult` of the steps done:
-            `except MyError as error: error.result`.
+        ValueError, TypeError: an argument, or what a function returns, breaks the rule that the
+            message names.
+        Exception: what eps_fn, decode_fn, loss_fn or saliency_fn raises. From the second step on
+            the exception's attribute `result`, where it has none of its own, is the
+            `OptimizeResult` of the steps done: `except MyError as error: error.result`.
 
-    Source: Wallace et al., End-to-End Diffusion Latent Optimization Improves Classifier Guidance, ICCV 2023 (DOODL);
-    Wang et al., Saliency Guided Optimization of Diffusion Latents, 2024 (SGOOL).
+    Source: Wallace et al., End-to-End Diffusion Latent Optimization Improves Classifier Guidance,
+    ICCV 2023 (DOODL); Wang et al., Saliency Guided Optimization of Diffusion Latents, 2024 (SGOOL).
 
     Example:
         >>> import torch, dense_attn
@@ -155,23 +163,35 @@ def optimize_latents(
 class _Update:
     """One step on the latents: clipped gradient, momentum, noise, norm."""
 
-    def __init__(self, clip: float | None, momentum: float | None, noise: float | None, renormalize: bool) -> None:
+    def __init__(
+        self, clip: float | None, momentum: float | None, noise: float | None, renormalize: bool
+    ) -> None:
         if clip is not None and not _checks.number("clip", clip, rule="be a number or None") > 0:
             _checks.refuse("clip", "be above 0 or None", clip)
         self.clip, self.renormalize = clip, renormalize
-        self.momentum = 0.0 if momentum is None else _checks.number("momentum", momentum, rule="be a number or None")
+        self.momentum = (
+            0.0
+            if momentum is None
+            else _checks.number("momentum", momentum, rule="be a number or None")
+        )
         if not 0 <= self.momentum < 1:
             _checks.refuse("momentum", "be from 0 to 1, 1 excluded", momentum)
-        self.noise = 0.0 if noise is None else _checks.number("noise", noise, rule="be a number or None")
+        self.noise = (
+            0.0 if noise is None else _checks.number("noise", noise, rule="be a number or None")
+        )
         if not self.noise >= 0:
             _checks.refuse("noise", "be at least 0", noise)
 
-    def __call__(self, state: State, loss: float, gradients: list[Tensor], generator: torch.Generator) -> State:
+    def __call__(
+        self, state: State, loss: float, gradients: list[Tensor], generator: torch.Generator
+    ) -> State:
         """The state after a step; the one before it stays as it is."""
         x = state["latents"][0]
         shift = 0.0
         if self.noise:  # the same for both latents
-            shift = self.noise * torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
+            shift = self.noise * torch.randn(
+                x.shape, generator=generator, device=generator.device, dtype=x.dtype
+            )
             shift = shift.to(x.device)
         latents, buffers = [], []
         for index, (x, gradient) in enumerate(zip(state["latents"], gradients)):
@@ -196,7 +216,12 @@ class _Update:
 
 
 def _run(
-    loss: ImageLoss, update: _Update, state: State, generator: torch.Generator, steps: int, progress: bool
+    loss: ImageLoss,
+    update: _Update,
+    state: State,
+    generator: torch.Generator,
+    steps: int,
+    progress: bool,
 ) -> OptimizeResult:
     losses, problem = state["losses"], ""
     with _progress.bar(steps, "latent optimisation", shown=progress) as advance:
@@ -215,10 +240,15 @@ def _run(
             if state["step"] == 0 and str(error).startswith(X_OFF_THE_GRID):  # x as it was given
                 raise error.__cause__ from None
             problem = f"{error} at step {state['step']}"
-            if len(losses) == state["step"] and state["previous"] is not None:  # without a loss these are not good
+            if (
+                len(losses) == state["step"] and state["previous"] is not None
+            ):  # without a loss these are not good
                 state = state["previous"]
         except KeyboardInterrupt:
-            problem, losses = f"optimize_latents was interrupted in step {state['step']}", state["losses"]
+            problem, losses = (
+                f"optimize_latents was interrupted in step {state['step']}",
+                state["losses"],
+            )
         except BaseException as error:  # SystemExit as well: how jobs are ended
             if state["step"]:
                 _keep(error, state)
@@ -241,9 +271,13 @@ def _keep(error: BaseException, state: State) -> None:
     with suppress(Exception):  # it may take no attributes, in any way; a device may be lost
         if not isinstance(getattr(error, "result", None), (OptimizeResult, NoneType)):
             return  # its own
-        error.result = _result(state, state["losses"], f"{message}; these are the latents of step {step}")
+        error.result = _result(
+            state, state["losses"], f"{message}; these are the latents of step {step}"
+        )
         if hasattr(error, "add_note"):  # from Python 3.11
-            error.add_note(f"{message}; the steps before are this exception's `result`: `state=result.state` goes on")
+            error.add_note(
+                f"{message}; the steps before are this exception's `result`: `state=result.state` goes on"
+            )
 
 
 def _start(
@@ -251,7 +285,9 @@ def _start(
 ) -> tuple[State, torch.Generator]:
     """The state before the next step, and the generator of its noise."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        _checks.refuse("generator", "be a torch.Generator or None", type(generator).__name__, TypeError)
+        _checks.refuse(
+            "generator", "be a torch.Generator or None", type(generator).__name__, TypeError
+        )
     if state is not None:
         return latent_state.resumed(state, x, loss.sampler, loss.count, generator)
     return latent_state.first(x, loss.sampler, loss.count, generator)

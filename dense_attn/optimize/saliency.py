@@ -13,7 +13,8 @@ from dense_attn import _checks
 LUMA = (0.299, 0.587, 0.114)
 WORKING_SIDE = 64  # the paper's scale: at which a person sees an image at a glance
 BLUR_SIGMA = 2.5  # pixels of an image whose longer side is WORKING_SIDE
-FLOOR = 1e-6  # of the largest possible amplitude; below lies rounding error, which the residual would blow up
+# of the largest possible amplitude; below lies rounding error, which the residual would blow up
+FLOOR = 1e-6
 CONSTANT = 1e-6  # grey values that differ by no more are one
 SMALLEST_BOX = 4  # pixels
 SMALLEST_SHARE = 1 / 8  # of a side
@@ -24,13 +25,14 @@ Box = tuple[int, int, int, int]  # top, bottom, left, right
 def spectral_residual_saliency(image: Tensor) -> Tensor:
     """How much each pixel of an image stands out, from what is unusual in the image's spectrum.
 
-    With `A` and `P` the amplitude and phase of the Fourier transform of the grey image, its longer side scaled down
-    to 64 pixels (never up), the map is `blur(|ifft(exp(log A - mean_3x3(log A) + i P))|^2)`, a Gaussian blur of 2.5
-    pixels, resized back and scaled to 0..1 in each image on its own; an image of one grey has a map of zeros.
+    With `A` and `P` the amplitude and phase of the Fourier transform of the grey image, its longer
+    side scaled down to 64 pixels (never up), the map is
+    `blur(|ifft(exp(log A - mean_3x3(log A) + i P))|^2)`, a Gaussian blur of 2.5 pixels, resized
+    back and scaled to 0..1 in each image on its own; an image of one grey has a map of zeros.
 
     Args:
-        image: `[B, 3, H, W]` in 0..1; float32, bfloat16, float16 or float64. Computed in float32 (float64 for
-            float64), also under autocast, without gradients.
+        image: `[B, 3, H, W]` in 0..1; float32, bfloat16, float16 or float64. Computed in float32
+            (float64 for float64), also under autocast, without gradients.
 
     Returns:
         The map, `[B, H, W]` in 0..1, of the image's dtype.
@@ -64,23 +66,36 @@ def spectral_residual_saliency(image: Tensor) -> Tensor:
 
 def _autocast_off(device: str) -> AbstractContextManager[object]:
     """Autocast would round the grey image and the blur to its own dtype."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.amp.is_autocast_available(device)
+        else nullcontext()
+    )
 
 
 def _spectral_residual(image: Tensor) -> Tensor:
     wide = torch.promote_types(image.dtype, torch.float32)
-    grey = torch.einsum("bchw,c->bhw", image.to(wide), image.new_tensor(LUMA, dtype=wide))  # [B, H, W]
+    grey = torch.einsum(
+        "bchw,c->bhw", image.to(wide), image.new_tensor(LUMA, dtype=wide)
+    )  # [B, H, W]
     height, width = grey.shape[1:]
     longer = max(height, width)
     side = min(WORKING_SIDE, longer)
     size = max(1, round(side * height / longer)), max(1, round(side * width / longer))
-    small = F.adaptive_avg_pool2d(grey, size)  # means of boxes: any other filter would make the borders stand out
+    small = F.adaptive_avg_pool2d(
+        grey, size
+    )  # means of boxes: any other filter would make the borders stand out
     spectrum = torch.fft.fft2(small)
     log_amplitude = spectrum.abs().clamp_min(FLOOR * size[0] * size[1]).log()
-    # F exp(-mean) is exp(log A - mean + i P), and damps what lies below the floor. A spectrum is periodic.
-    mean = F.avg_pool2d(F.pad(log_amplitude[:, None], (1, 1, 1, 1), mode="circular"), 3, stride=1)[:, 0]
+    # F exp(-mean) is exp(log A - mean + i P), and damps what lies below the floor. A spectrum is
+    # periodic.
+    mean = F.avg_pool2d(F.pad(log_amplitude[:, None], (1, 1, 1, 1), mode="circular"), 3, stride=1)[
+        :, 0
+    ]
     energy = torch.fft.ifft2(spectrum * torch.exp(-mean)).abs().square()
-    raw = _enlarged(_blurred(energy, BLUR_SIGMA * side / WORKING_SIDE)[:, None], (height, width))[:, 0]
+    raw = _enlarged(_blurred(energy, BLUR_SIGMA * side / WORKING_SIDE)[:, None], (height, width))[
+        :, 0
+    ]
     low, high = raw.amin((1, 2), keepdim=True), raw.amax((1, 2), keepdim=True)
     constant = grey.amax((1, 2), keepdim=True) - grey.amin((1, 2), keepdim=True) <= CONSTANT
     scaled = (raw - low) / (high - low).clamp_min(torch.finfo(wide).tiny)
@@ -92,7 +107,9 @@ def _enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _blurred(x: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur of [B, H, W], with zeros around it: the seam of the periodic spectrum stands out less."""
+    """A Gaussian blur of [B, H, W], with zeros around it: the seam of the periodic spectrum stands
+    out less.
+    """
     radius = max(1, round(3 * sigma))
     offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / sigma).square())
@@ -102,19 +119,25 @@ def _blurred(x: Tensor, sigma: float) -> Tensor:
 
 
 def salient_boxes(saliency: Tensor) -> list[Box]:
-    """For each map of [B, H, W], the box of the pixels halfway or more from the map's mean to its maximum.
+    """For each map of [B, H, W], the box of the pixels halfway or more from the map's mean to its
+    maximum.
 
-    So neither a factor on a map nor a constant added to it changes its box, a map that is the same everywhere gives
-    the whole image, and no box is empty; at least 4 pixels and 1/8 of each side, as far as the image has them.
+    So neither a factor on a map nor a constant added to it changes its box, a map that is the same
+    everywhere gives the whole image, and no box is empty; at least 4 pixels and 1/8 of each side,
+    as far as the image has them.
     """
     high = saliency.amax((1, 2), keepdim=True)
-    threshold = torch.minimum((saliency.mean((1, 2), keepdim=True) + high) / 2, high)  # a mean may round above it
+    threshold = torch.minimum(
+        (saliency.mean((1, 2), keepdim=True) + high) / 2, high
+    )  # a mean may round above it
     salient = saliency >= threshold
     return [(*_span(one.any(1)), *_span(one.any(0))) for one in salient]
 
 
 def _span(salient: Tensor) -> tuple[int, int]:
-    """From the first to the last salient line, widened evenly within the image to the smallest box."""
+    """From the first to the last salient line, widened evenly within the image to the smallest
+    box.
+    """
     lines, total = salient.nonzero(), len(salient)
     start, stop = int(lines[0]), int(lines[-1]) + 1
     size = max(stop - start, min(total, max(SMALLEST_BOX, round(SMALLEST_SHARE * total))))
@@ -123,7 +146,9 @@ def _span(salient: Tensor) -> tuple[int, int]:
 
 
 def salient_crop(image: Tensor, saliency: Tensor) -> Tensor:
-    """The salient box of each image of [B, C, H, W], resized to the image's own size; differentiable in the image."""
+    """The salient box of each image of [B, C, H, W], resized to the image's own size;
+    differentiable in the image.
+    """
     size = image.shape[2:]
     crops = [
         _enlarged(one[None, :, top:bottom, left:right], size)

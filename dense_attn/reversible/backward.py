@@ -18,7 +18,9 @@ _ONE_DERIVATIVE = "ReversibleSampler must be differentiated once, got a second d
 def differentiable(plan: Plan, *tensors: Tensor | None) -> bool:
     """Whether the results of a run are to have a gradient."""
     tensors = (*tensors, *_parameters(plan))
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
 
 
 def run(plan: Plan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,11 +34,17 @@ def run(plan: Plan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _parameters(plan: Plan) -> list[Tensor]:
-    return [p for p in plan.eps_fn.parameters() if p.requires_grad] if isinstance(plan.eps_fn, nn.Module) else []
+    return (
+        [p for p in plan.eps_fn.parameters() if p.requires_grad]
+        if isinstance(plan.eps_fn, nn.Module)
+        else []
+    )
 
 
 class _Run(torch.autograd.Function):
-    """A whole chain: its ends are saved, and every latent between them is found again on the way back."""
+    """A whole chain: its ends are saved, and every latent between them is found again on the way
+    back.
+    """
 
     @staticmethod
     def forward(ctx, plan: Plan, x: Tensor, y: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
@@ -53,7 +61,10 @@ class _Run(torch.autograd.Function):
             way_back.walk()
             way_back.pair.missed(x, y)
         grads = [grad.to(like.dtype) for grad, like in zip(way_back.latents(), (x, y))]
-        grads += [grad if grad is not None else torch.zeros_like(p) for grad, p in zip(way_back.of_params, params)]
+        grads += [
+            grad if grad is not None else torch.zeros_like(p)
+            for grad, p in zip(way_back.of_params, params)
+        ]
         if torch.is_grad_enabled():
             grads = _Once.apply(len(grads), *grads, grad_x, grad_y, x, y, *params)
         return None, *grads
@@ -63,7 +74,14 @@ class _WayBack:
     """The chain inverted link by link, each network call run again with its gradient."""
 
     def __init__(
-        self, plan: Plan, network: Network, params: list[Tensor], x: Tensor, y: Tensor, grad_x: Tensor, grad_y: Tensor
+        self,
+        plan: Plan,
+        network: Network,
+        params: list[Tensor],
+        x: Tensor,
+        y: Tensor,
+        grad_x: Tensor,
+        grad_y: Tensor,
     ) -> None:
         self.plan, self.network, self.params = plan, network, params
         self.of_params: list[Tensor | None] = [None] * len(params)
@@ -72,7 +90,9 @@ class _WayBack:
         wide = reference.accumulation_dtype(x.dtype)
         grads = (laid_out(grad.to(wide), network.strides) for grad in (grad_x, grad_y))
         self.x, self.y = slots(plan.chain.end, *grads)
-        self.same_bits = not plan.exact  # whether a call that records gives what a call without gradients gives
+        self.same_bits = (
+            not plan.exact
+        )  # whether a call that records gives what a call without gradients gives
 
     def walk(self) -> None:
         for at, link in enumerate(reversed(self.plan.chain.links)):
@@ -110,7 +130,9 @@ class _WayBack:
         for i, grad in enumerate(grads):
             if grad is not None:
                 self.of_params[i] = grad if self.of_params[i] is None else self.of_params[i] + grad
-        return eps.detach(), torch.zeros_like(fed) if grad_fed is None else laid_out(grad_fed, self.network.strides)
+        return eps.detach(), torch.zeros_like(fed) if grad_fed is None else laid_out(
+            grad_fed, self.network.strides
+        )
 
     def _through_link(self, link: Link, grad_fed: Tensor) -> None:
         updated, fed = (self.x, self.y) if link.update_x else (self.y, self.x)
@@ -119,7 +141,9 @@ class _WayBack:
         self.x, self.y = (updated, fed) if link.update_x else (fed, updated)
 
     def _through_mix(self, direction: str) -> None:
-        """The transpose of the mix x <- p x + q y, y <- q x + p y with the new x, or of its inverse."""
+        """The transpose of the mix x <- p x + q y, y <- q x + p y with the new x, or of its
+        inverse.
+        """
         if not direction:
             return
         p, q, combine = self.plan.chain.mix, 1 - self.plan.chain.mix, self.plan.kernels.ddim_step
@@ -132,7 +156,9 @@ class _WayBack:
 
 
 def _warn_of_captured(eps: Tensor, known: set[Tensor]) -> None:
-    """Say so when eps depends on tensors that get no gradient, because eps_fn is no module that owns them."""
+    """Say so when eps depends on tensors that get no gradient, because eps_fn is no module that
+    owns them.
+    """
     seen, waiting, lost = set(), [eps.grad_fn], 0
     while waiting:
         node = waiting.pop()
@@ -143,11 +169,15 @@ def _warn_of_captured(eps: Tensor, known: set[Tensor]) -> None:
         waiting += [following for following, _ in node.next_functions]
     if lost:
         text = f"eps_fn must be an nn.Module to hand gradients to its parameters, got {lost} tensors that it captures"
-        warnings.warn(f"{text}, which get none (requires_grad_(False) says that they need none)", stacklevel=2)
+        warnings.warn(
+            f"{text}, which get none (requires_grad_(False) says that they need none)", stacklevel=2
+        )
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as functions of what they depend on, so that a second derivative is refused and not 0."""
+    """Gradients as functions of what they depend on, so that a second derivative is refused and not
+    0.
+    """
 
     @staticmethod
     def forward(ctx, num_grads: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN001

@@ -24,17 +24,19 @@ def ddim_step(
     """One step of DDIM (eta 0) from t to prev, classifier-free guidance folded in.
 
     `x_prev = a*x + b*(eps_uncond + guidance_scale*(eps - eps_uncond))`, where
-    `a = sqrt(alpha_bar_prev/alpha_bar_t)` and `b = sqrt(1 - alpha_bar_prev) - a*sqrt(1 - alpha_bar_t)`.
+    `a = sqrt(alpha_bar_prev/alpha_bar_t)` and
+    `b = sqrt(1 - alpha_bar_prev) - a*sqrt(1 - alpha_bar_t)`.
 
     Args:
         x: the latent at t, any shape; float32, bfloat16, float16 or float64.
-        eps: what the network predicts (with guidance: on the prompt), x's shape, any of these dtypes; copied where its
-            strides are not x's.
-        alpha_bar_t, alpha_bar_prev: numbers or 0-d tensors in (0, 1], `alphas_cumprod` at t and prev, for which a and b
-            are finite in float32 (x of float64: in float64).
+        eps: what the network predicts (with guidance: on the prompt), x's shape, any of these
+            dtypes; copied where its strides are not x's.
+        alpha_bar_t, alpha_bar_prev: numbers or 0-d tensors in (0, 1], `alphas_cumprod` at t and
+            prev, for which a and b are finite in float32 (x of float64: in float64).
         eps_uncond: the prediction without prompt, eps' dtype; None means no guidance.
         guidance_scale: used with eps_uncond alone; finite as a and b.
-        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or
+            raises.
 
     Returns:
         The latent at prev, in x's dtype and memory order. Differentiable in x, eps and eps_uncond.
@@ -96,28 +98,45 @@ def _coefficients(
     x: Tensor, alpha_bar_t: float | Tensor, alpha_bar_prev: float | Tensor, *, inverse: bool = False
 ) -> tuple[float, float]:
     """(a, b) of the step or of its inverse, finite in the dtype that kernels compute in."""
-    now, prev = links.alpha_bar("alpha_bar_t", alpha_bar_t), links.alpha_bar("alpha_bar_prev", alpha_bar_prev)
+    now, prev = (
+        links.alpha_bar("alpha_bar_t", alpha_bar_t),
+        links.alpha_bar("alpha_bar_prev", alpha_bar_prev),
+    )
     a, b = links.ddim(now, prev)
     argument, divisor = "alpha_bar_t", now
     if inverse:
         a, b, argument, divisor = 1 / a, -b / a, "alpha_bar_prev", prev
     wide = reference.accumulation_dtype(_checks.floats("x", x).dtype)
     if not (abs(a) <= torch.finfo(wide).max and abs(b) <= torch.finfo(wide).max):
-        _checks.refuse(argument, f"be large enough for coefficients that are finite in {_checks.name(wide)}", divisor)
+        _checks.refuse(
+            argument,
+            f"be large enough for coefficients that are finite in {_checks.name(wide)}",
+            divisor,
+        )
     return a, b
 
 
 def step(
-    x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float, backend: str
+    x: Tensor,
+    eps: Tensor,
+    eps_uncond: Tensor | None,
+    a: float,
+    b: float,
+    guidance_scale: float,
+    backend: str,
 ) -> Tensor:
     """`a*x + b*(eps_uncond + guidance_scale*(eps - eps_uncond))`, checked and dispatched."""
     _checks.floats("x", x)
     _shaped_like("eps", eps, x)
     if eps_uncond is not None:
         _checks.like("eps_uncond", eps_uncond, eps, "eps")
-    guidance_scale = _checks.number("guidance_scale", guidance_scale, reference.accumulation_dtype(x.dtype))
+    guidance_scale = _checks.number(
+        "guidance_scale", guidance_scale, reference.accumulation_dtype(x.dtype)
+    )
     name = table.resolve(backend, "ddim_step", x)
-    eps = eps.view_as(eps) if eps is x else eps  # torch.compile takes no tensor twice into an autograd.Function
+    eps = (
+        eps.view_as(eps) if eps is x else eps
+    )  # torch.compile takes no tensor twice into an autograd.Function
     eps_uncond = eps_uncond.view_as(eps) if eps_uncond is x or eps_uncond is eps else eps_uncond
     try:
         if name == "reference":
@@ -136,7 +155,9 @@ def _shaped_like(argument: str, value: Tensor, x: Tensor) -> None:
 
 
 class _DdimStep(torch.autograd.Function):
-    """Linear in its tensors, so its gradients are made of torch's own operators and have gradients themselves."""
+    """Linear in its tensors, so its gradients are made of torch's own operators and have gradients
+    themselves.
+    """
 
     @staticmethod
     def forward(x, eps, eps_uncond, a, b, guidance_scale, backend):  # noqa: ANN001, ANN205
@@ -155,8 +176,16 @@ class _DdimStep(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         wide = grad.to(reference.accumulation_dtype(grad.dtype))
         grads = [(wide * factor).to(dtype) for factor, dtype in zip(ctx.factors, ctx.dtypes)]
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None, None, None, None
+        return (
+            *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)),
+            None,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
-        raise NotImplementedError("ddim_step must be called outside of vmap, got a vmapped input: use the batch")
+        raise NotImplementedError(
+            "ddim_step must be called outside of vmap, got a vmapped input: use the batch"
+        )

@@ -1,4 +1,6 @@
-"""Reversible samplers as chains of links, one call of the network each: their coefficients, all in float64."""
+"""Reversible samplers as chains of links, one call of the network each: their coefficients, all in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _UNDO = {"": "", "mix": "unmix", "unmix": "mix"}
 
 @dataclass(frozen=True)
 class Link:
-    """updated <- keep*updated + other*fed + eps*network(fed), of the pair (x, y); then the mix or its inverse."""
+    """updated <- keep*updated + other*fed + eps*network(fed), of the pair (x, y); then the mix or
+    its inverse.
+    """
 
     step: int  # the index of its timestep
     update_x: bool  # x is updated and y fed, or the other way round
@@ -36,7 +40,9 @@ class Link:
 
 @dataclass(frozen=True)
 class End:
-    """How the latents of one end of a chain are given: latent = scale*grid; y first when swapped."""
+    """How the latents of one end of a chain are given: latent = scale*grid; y first when
+    swapped.
+    """
 
     scale: float
     swapped: bool = False
@@ -54,9 +60,13 @@ class Chain:
     links_per_step: int = 1
 
     def inverse(self) -> Chain:
-        """The chain that undoes this one: its links last to first, each fed the very latent that it was fed here."""
+        """The chain that undoes this one: its links last to first, each fed the very latent that it
+        was fed here.
+        """
         before = [self.first, *(link.then for link in self.links)]
-        links = tuple(_undone(link, then) for link, then in zip(reversed(self.links), reversed(before[:-1])))
+        links = tuple(
+            _undone(link, then) for link, then in zip(reversed(self.links), reversed(before[:-1]))
+        )
         return replace(self, links=links, start=self.end, end=self.start, first=_UNDO[before[-1]])
 
     def from_one(self, step: int, a: float, b: float) -> Chain:
@@ -100,10 +110,17 @@ def readable(argument: str, value: Tensor) -> Tensor:
     return value
 
 
-def schedule(alphas_cumprod: Tensor | Sequence[float], timesteps: Sequence[int], final: object) -> list[float]:
-    """alpha_bar at each timestep, and where the last step goes; entries that no step uses may be anything."""
+def schedule(
+    alphas_cumprod: Tensor | Sequence[float], timesteps: Sequence[int], final: object
+) -> list[float]:
+    """alpha_bar at each timestep, and where the last step goes; entries that no step uses may be
+    anything.
+    """
     if isinstance(alphas_cumprod, Tensor):
-        if readable("alphas_cumprod", alphas_cumprod).dim() != 1 or not alphas_cumprod.is_floating_point():
+        if (
+            readable("alphas_cumprod", alphas_cumprod).dim() != 1
+            or not alphas_cumprod.is_floating_point()
+        ):
             got = f"{_checks.name(alphas_cumprod.dtype)} {tuple(alphas_cumprod.shape)}"
             _checks.refuse("alphas_cumprod", "be one-dimensional, of floats", got)
         alphas_cumprod = alphas_cumprod.double().tolist()
@@ -112,14 +129,18 @@ def schedule(alphas_cumprod: Tensor | Sequence[float], timesteps: Sequence[int],
     if not alphas_cumprod:
         _checks.refuse("alphas_cumprod", "have at least one element", "none")
     if timesteps[0] >= len(alphas_cumprod):
-        _checks.refuse("timesteps", f"be below the {len(alphas_cumprod)} of alphas_cumprod", timesteps[0])
+        _checks.refuse(
+            "timesteps", f"be below the {len(alphas_cumprod)} of alphas_cumprod", timesteps[0]
+        )
     if final is None:
         timesteps = [*timesteps, 0]
     bars = [alpha_bar("alphas_cumprod", alphas_cumprod[t], f" at timestep {t}") for t in timesteps]
     for step, highest in enumerate(accumulate(bars[:-1], max), 1):
         if bars[step] < highest * (1 - _ROUNDING):
             at = timesteps[bars.index(highest)]
-            got = f"{highest:.6g} at timestep {at} and {bars[step]:.6g} at timestep {timesteps[step]}"
+            got = (
+                f"{highest:.6g} at timestep {at} and {bars[step]:.6g} at timestep {timesteps[step]}"
+            )
             _checks.refuse("alphas_cumprod", "not rise with the timesteps used", got)
     return bars if final is None else [*bars, alpha_bar("final_alpha_cumprod", final)]
 
@@ -179,7 +200,9 @@ def build(
         return bdia(alpha_bars, gamma, MOST_BITS if exact else 0)
     if method == "belm":
         if exact:
-            _checks.refuse("exact", "be False for method='belm', which has no exact inverse on a grid", exact)
+            _checks.refuse(
+                "exact", "be False for method='belm', which has no exact inverse on a grid", exact
+            )
         for step, (now, prev) in enumerate(pairwise(alpha_bars)):
             if prev <= now:
                 rule = "grow at every step, the last one included, for method='belm'"
@@ -189,10 +212,14 @@ def build(
 
 
 def edict(alpha_bars: Sequence[float], mix: float, alternate: bool, bits: int) -> Chain:
-    """EDICT: two couplings and a mix a step; on the grid, p^mixes of z = x/sqrt(alpha_bar) are kept aside."""
+    """EDICT: two couplings and a mix a step; on the grid, p^mixes of z = x/sqrt(alpha_bar) are kept
+    aside.
+    """
     num_steps = len(alpha_bars) - 1
     kept_aside = mix if bits else 1.0  # floats keep nothing aside
-    powers = list(accumulate(repeat(kept_aside, num_steps), operator.mul, initial=2.0**-bits))  # products: IEEE's bits
+    powers = list(
+        accumulate(repeat(kept_aside, num_steps), operator.mul, initial=2.0**-bits)
+    )  # products: IEEE's bits
     links = []
     for step, (now, prev) in enumerate(pairwise(alpha_bars)):
         a, b = ddim(now, prev)
@@ -206,7 +233,9 @@ def edict(alpha_bars: Sequence[float], mix: float, alternate: bool, bits: int) -
 
 
 def bdia(alpha_bars: Sequence[float], gamma: float, bits: int) -> Chain:
-    """BDIA: `x_prev = gamma*x_next - gamma*D(t -> next) + D(t -> prev)`, where D is DDIM with the network at x_t."""
+    """BDIA: `x_prev = gamma*x_next - gamma*D(t -> next) + D(t -> prev)`, where D is DDIM with the
+    network at x_t.
+    """
     coefficients = []
     for after, now, prev in zip(alpha_bars, alpha_bars[1:], alpha_bars[2:]):
         (a_next, b_next), (a_prev, b_prev) = ddim(now, after), ddim(now, prev)
@@ -215,7 +244,9 @@ def bdia(alpha_bars: Sequence[float], gamma: float, bits: int) -> Chain:
 
 
 def belm(alpha_bars: Sequence[float]) -> Chain:
-    """O-BELM: the second-order leapfrog of `z = x/sqrt(alpha_bar)` on steps that differ in length."""
+    """O-BELM: the second-order leapfrog of `z = x/sqrt(alpha_bar)` on steps that differ in
+    length.
+    """
     coefficients = []
     for after, now, prev in zip(alpha_bars, alpha_bars[1:], alpha_bars[2:]):
         step, step_before = sigma(now) - sigma(prev), sigma(after) - sigma(now)
@@ -226,7 +257,9 @@ def belm(alpha_bars: Sequence[float]) -> Chain:
 
 
 def _leapfrog(coefficients: Sequence[tuple[float, float, float]], bits: int) -> Chain:
-    """Latents of even index live in x, those of odd index in y: each takes the place of the one before last."""
+    """Latents of even index live in x, those of odd index in y: each takes the place of the one
+    before last.
+    """
     unit = 2.0**-bits
     links = [
         Link(step, step % 2 == 1, keep, other, eps, other, eps / unit, unit)
@@ -243,13 +276,21 @@ def grid_bits(alpha_bars: Sequence[float], mix: float) -> int:
         if _bits_left(alpha_bars, 1.0) < FEWEST_BITS:
             _checks.refuse("alphas_cumprod", "be larger for exact=True", min(alpha_bars))
         first, last = alpha_bars[0], alpha_bars[-1]
-        longest = next(n for n in range(num_steps, -1, -1) if _bits_left([first, *[last] * n], mix) >= FEWEST_BITS)
-        enough = next(m / 1000 for m in range(1, 1001) if _bits_left(alpha_bars, m / 1000) >= FEWEST_BITS)
+        longest = next(
+            n
+            for n in range(num_steps, -1, -1)
+            if _bits_left([first, *[last] * n], mix) >= FEWEST_BITS
+        )
+        enough = next(
+            m / 1000 for m in range(1, 1001) if _bits_left(alpha_bars, m / 1000) >= FEWEST_BITS
+        )
         rule = f"be at most {longest} with mix={mix:g} and exact=True, or mix at least {enough:g}"
         _checks.refuse("timesteps", rule, f"{num_steps} steps")
     return min(bits, MOST_BITS)
 
 
 def _bits_left(alpha_bars: Sequence[float], mix: float) -> int:
-    growth = max(-0.5 * math.log2(abar) - mixes * math.log2(mix) for mixes, abar in enumerate(alpha_bars))
+    growth = max(
+        -0.5 * math.log2(abar) - mixes * math.log2(mix) for mixes, abar in enumerate(alpha_bars)
+    )
     return math.floor(_LIMIT_BITS - _LATENT_BITS - growth)

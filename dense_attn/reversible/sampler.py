@@ -22,7 +22,9 @@ Method = TypeVar("Method", bound=Callable)
 
 
 def _eager(method: Method) -> Method:
-    """The method, opaque to torch.compile: forward and backward must call one and the same network."""
+    """The method, opaque to torch.compile: forward and backward must call one and the same
+    network.
+    """
 
     @wraps(method)
     def opaque(*arguments: object, **named: object) -> object:
@@ -34,37 +36,44 @@ def _eager(method: Method) -> Method:
 
 
 class ReversibleSampler:
-    """DDIM samplers that run backwards: from noise to image latents and back, exactly, and with cheap gradients.
+    """DDIM samplers that run backwards: from noise to image latents and back, exactly, and with
+    cheap gradients.
 
-    A chain keeps a pair of latents. With `D` the DDIM step, `eps(x)` the network and q = 1 - mix, one step is
+    A chain keeps a pair of latents. With `D` the DDIM step, `eps(x)` the network and q = 1 - mix,
+    one step is
 
-    - `"edict"`: `x <- D(x, eps(y))`, `y <- D(y, eps(x))`, then `x <- mix*x + q*y`, `y <- q*x + mix*y`; the order of the
-      two couplings alternates. The pair: two latents of one time, equal at the start.
-    - `"bdia"`: `x_prev = gamma*x_next - gamma*D(x_t -> next) + D(x_t -> prev)`. The pair: the latent at an end of the
-      chain and its neighbour in time. Errors grow by 1/gamma a step on the way to the noise: gamma below 1 is for
-      sampling, or for a handful of steps (growth up to 100).
+    - `"edict"`: `x <- D(x, eps(y))`, `y <- D(y, eps(x))`, then `x <- mix*x + q*y`,
+      `y <- q*x + mix*y`; the order of the two couplings alternates. The pair: two latents of one
+      time, equal at the start.
+    - `"bdia"`: `x_prev = gamma*x_next - gamma*D(x_t -> next) + D(x_t -> prev)`. The pair: the
+      latent at an end of the chain and its neighbour in time. Errors grow by 1/gamma a step on the
+      way to the noise: gamma below 1 is for sampling, or for a handful of steps (growth up to 100).
     - `"belm"`: O-BELM, the leapfrog of second order, in floats alone; pairs as in `"bdia"`.
-    - `"ddim"`: plain DDIM, `sample` alone; both latents returned are the one there is. Differentiable by plain
-      autograd: any number of times, also in what eps_fn captures, in memory that grows with the number of steps.
+    - `"ddim"`: plain DDIM, `sample` alone; both latents returned are the one there is.
+      Differentiable by plain autograd: any number of times, also in what eps_fn captures, in memory
+      that grows with the number of steps.
 
-    With exact=True the latents are integers times a table of scales: every step adds a rounded function of the *other*
-    latent and is undone to the last bit, whatever the precision of the network, which must be deterministic: the first
-    call is repeated once to see. Latents are returned in float64, which holds them exactly, so `invert(*sample(x))`
-    starts from the very same bits and returns x to the grid's rounding (2^-26 for short chains). Latents are held, fed
-    to eps_fn and returned contiguous: networks round by the order of memory, and equal bits are to give equal results.
-    With exact=False latents stay in x's dtype and memory order, and a round trip loses digits (EDICT: as
-    mix^(-2*steps)).
+    With exact=True the latents are integers times a table of scales: every step adds a rounded
+    function of the *other* latent and is undone to the last bit, whatever the precision of the
+    network, which must be deterministic: the first call is repeated once to see. Latents are
+    returned in float64, which holds them exactly, so `invert(*sample(x))` starts from the very same
+    bits and returns x to the grid's rounding (2^-26 for short chains). Latents are held, fed to
+    eps_fn and returned contiguous: networks round by the order of memory, and equal bits are to
+    give equal results. With exact=False latents stay in x's dtype and memory order, and a round
+    trip loses digits (EDICT: as mix^(-2*steps)).
 
-    EDICT parts a pair by mix^(-2*steps) on the way to the noise, by its own mathematics. A pair that `sample` returned
-    comes back together; one of an image alone (y=None) parts for good: at mix 0.93, 50 steps are fine, while 200 leave
-    the grid with most networks, or end in noise of no use. Invert a sampled pair, take fewer steps or a mix nearer 1.
+    EDICT parts a pair by mix^(-2*steps) on the way to the noise, by its own mathematics. A pair
+    that `sample` returned comes back together; one of an image alone (y=None) parts for good: at
+    mix 0.93, 50 steps are fine, while 200 leave the grid with most networks, or end in noise of no
+    use. Invert a sampled pair, take fewer steps or a mix nearer 1.
 
-    A call inside torch.compile breaks the graph and runs eagerly, its backward too; eps_fn may itself be compiled.
-    torch.func's transforms and forward-mode differentiation are refused, for `"ddim"` where `ddim_step` refuses them.
+    A call inside torch.compile breaks the graph and runs eagerly, its backward too; eps_fn may
+    itself be compiled. torch.func's transforms and forward-mode differentiation are refused, for
+    `"ddim"` where `ddim_step` refuses them.
 
     Args:
-        alphas_cumprod: 1-D tensor or sequence, indexed by timestep; the entries used are in (0, 1] and do not rise with
-            the timesteps, the others may be anything.
+        alphas_cumprod: 1-D tensor or sequence, indexed by timestep; the entries used are in (0, 1]
+            and do not rise with the timesteps, the others may be anything.
         timesteps: descending integers, a tensor or a sequence; eps_fn is handed its elements.
         method: one of the rules above.
         mix: EDICT's p, in (0, 1].
@@ -73,12 +82,15 @@ class ReversibleSampler:
         exact: inversion to the last bit, for `"edict"` and `"bdia"`; `"ddim"` has no use for it.
         final_alpha_cumprod: where the last step goes, alphas_cumprod[0] when None.
         dtype: of what eps_fn receives.
-        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or
+            raises.
 
     Raises:
-        ValueError, TypeError: an argument breaks the rule that the message names; a chain whose integers would not fit.
+        ValueError, TypeError: an argument breaks the rule that the message names; a chain whose
+            integers would not fit.
 
-    Source: Wallace et al., EDICT, CVPR 2023; Zhang et al., BDIA, ECCV 2024; Wang et al., BELM, NeurIPS 2024.
+    Source: Wallace et al., EDICT, CVPR 2023; Zhang et al., BDIA, ECCV 2024; Wang et al., BELM,
+    NeurIPS 2024.
 
     Example:
         >>> import torch, dense_attn
@@ -108,47 +120,68 @@ class ReversibleSampler:
         self.alternate = _checks.flag("alternate", alternate)
         self.exact = _checks.flag("exact", exact) and method != "ddim"
         if dtype not in _checks.DTYPES:
-            _checks.refuse("dtype", f"be one of {', '.join(map(_checks.name, _checks.DTYPES))}", dtype, TypeError)
+            _checks.refuse(
+                "dtype",
+                f"be one of {', '.join(map(_checks.name, _checks.DTYPES))}",
+                dtype,
+                TypeError,
+            )
         self.dtype, self.backend = dtype, _checks.choice("backend", backend, ("auto", *table.ORDER))
         self.timesteps, numbers = links.descending(timesteps)
         self.alpha_bars = links.schedule(alphas_cumprod, numbers, final_alpha_cumprod)
-        self._chain = links.build(self.method, self.alpha_bars, self.mix, self.gamma, self.alternate, self.exact)
+        self._chain = links.build(
+            self.method, self.alpha_bars, self.mix, self.gamma, self.alternate, self.exact
+        )
 
     @_eager
     def sample(
-        self, eps_fn: trajectory.EpsFn, x: Tensor, y: Tensor | None = None, *, progress: bool = False
+        self,
+        eps_fn: trajectory.EpsFn,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        progress: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """From noise to image latents.
 
         Args:
-            eps_fn: `eps_fn(x, t) -> eps`, x's shape and one of the four float dtypes; classifier-free guidance and
-                autocast belong inside it or around the call. It may write to the x it is handed.
+            eps_fn: `eps_fn(x, t) -> eps`, x's shape and one of the four float dtypes;
+                classifier-free guidance and autocast belong inside it or around the call. It may
+                write to the x it is handed.
             x: the latent at the first timestep, any shape.
-            y: the other latent of the pair; None makes EDICT start from (x, x) and the leapfrogs from a DDIM step;
-                None for `"ddim"`.
+            y: the other latent of the pair; None makes EDICT start from (x, x) and the leapfrogs
+                from a DDIM step; None for `"ddim"`.
             progress: show a bar.
 
         Returns:
-            The pair at the end: float64 with exact=True, x's dtype otherwise. Differentiable once in x, y and, where
-            eps_fn is an nn.Module, in its parameters; memory does not grow with the number of steps, the chain is
-            inverted on the way back. Gradients do not reach other tensors that eps_fn captures (a warning says so).
-            For `"ddim"`: plain autograd, whose memory grows with the steps and whose gradients reach such tensors.
+            The pair at the end: float64 with exact=True, x's dtype otherwise. Differentiable once
+                in x, y and, where
+            eps_fn is an nn.Module, in its parameters; memory does not grow with the number of
+            steps, the chain is inverted on the way back. Gradients do not reach other tensors that
+            eps_fn captures (a warning says so). For `"ddim"`: plain autograd, whose memory grows
+            with the steps and whose gradients reach such tensors.
 
         Raises:
-            ValueError, TypeError: an argument breaks the rule that the message names, or eps_fn's result does;
-                eps_fn gives two results for one input (exact=True).
+            ValueError, TypeError: an argument breaks the rule that the message names, or eps_fn's
+                result does; eps_fn gives two results for one input (exact=True).
             RuntimeError: eps_fn's result is not finite or leaves the grid (exact=True).
         """
         return self._run(eps_fn, x, y, progress, forward=True)
 
     @_eager
     def invert(
-        self, eps_fn: trajectory.EpsFn, x: Tensor, y: Tensor | None = None, *, progress: bool = False
+        self,
+        eps_fn: trajectory.EpsFn,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        progress: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """From image latents to noise: what `sample` undoes, and undoes what `sample` did.
 
-        With `"edict"` and y=None the pair parts by mix^(-2*steps): 50 steps are fine at mix 0.93, 200 leave the grid
-        with most networks; a pair that `sample` returned, fewer steps or a mix nearer 1 help.
+        With `"edict"` and y=None the pair parts by mix^(-2*steps): 50 steps are fine at mix 0.93,
+        200 leave the grid with most networks; a pair that `sample` returned, fewer steps or a mix
+        nearer 1 help.
 
         Args:
             eps_fn, progress: as in `sample`.
@@ -159,24 +192,35 @@ class ReversibleSampler:
             The pair at the noise end, as `sample` takes it; differentiable as that of `sample`.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as `sample`; the method cannot be inverted (`"ddim"`).
+            ValueError, TypeError, RuntimeError: as `sample`; the method cannot be inverted
+                (`"ddim"`).
         """
         if self.method == "ddim":
             _checks.refuse("method", "be edict, bdia or belm for invert", "'ddim'")
         return self._run(eps_fn, x, y, progress, forward=False)
 
     def _run(
-        self, eps_fn: trajectory.EpsFn, x: Tensor, y: Tensor | None, progress: bool, *, forward: bool
+        self,
+        eps_fn: trajectory.EpsFn,
+        x: Tensor,
+        y: Tensor | None,
+        progress: bool,
+        *,
+        forward: bool,
     ) -> tuple[Tensor, Tensor]:
         if not callable(eps_fn):
             _checks.refuse("eps_fn", "be callable", type(eps_fn).__name__, TypeError)
         shown = _checks.flag("progress", progress)
         if self.method != "ddim":
-            trajectory.refuse_transforms(x=_checks.floats("x", x), y=y if isinstance(y, Tensor) else None)
+            trajectory.refuse_transforms(
+                x=_checks.floats("x", x), y=y if isinstance(y, Tensor) else None
+            )
         links.readable("x", _checks.floats("x", x))
         strides = trajectory.contiguous_strides(x) if self.exact else dense_strides(x)
         each = torch.int64.itemsize if self.exact else x.element_size()
-        memory = _memory.Explained("ReversibleSampler", (1 if self.method == "ddim" else 2) * x.numel() * each, x=x)
+        memory = _memory.Explained(
+            "ReversibleSampler", (1 if self.method == "ddim" else 2) * x.numel() * each, x=x
+        )
         with memory:
             x = laid_out(x, strides)
             if y is not None:
@@ -184,7 +228,9 @@ class ReversibleSampler:
         kernels = table.NAMESPACES[table.resolve(self.backend, "ReversibleSampler", x)]
         description = f"{self.method} {'sample' if forward else 'invert'}" if shown else ""
         chain = self._way(forward, lone=y is None)
-        plan = trajectory.Plan(kernels, chain, eps_fn, self.timesteps, self.dtype, self.exact, memory, description)
+        plan = trajectory.Plan(
+            kernels, chain, eps_fn, self.timesteps, self.dtype, self.exact, memory, description
+        )
         if self.method == "ddim":
             return self._ddim(plan, x, y)
         self._check_growth(plan, x, y, forward)
@@ -205,14 +251,18 @@ class ReversibleSampler:
         if y is not None:
             _checks.refuse("y", "be None for method='ddim'", "a tensor")
         network, bars = trajectory.Network(plan, x), self.alpha_bars
-        with _progress.bar(len(self.timesteps), plan.progress, shown=bool(plan.progress)) as advance:
+        with _progress.bar(
+            len(self.timesteps), plan.progress, shown=bool(plan.progress)
+        ) as advance:
             for step, (now, prev) in enumerate(pairwise(bars)):
                 eps = network(x.to(self.dtype), step)
                 x = ddim.step(x, eps, None, *links.ddim(now, prev), 1.0, self.backend)
                 advance()
         return x, x
 
-    def _check_growth(self, plan: trajectory.Plan, x: Tensor, y: Tensor | None, forward: bool) -> None:
+    def _check_growth(
+        self, plan: trajectory.Plan, x: Tensor, y: Tensor | None, forward: bool
+    ) -> None:
         """Refuse to invert a BDIA chain, also for a gradient, whose errors would grow too far."""
         growth = self.gamma ** (1 - len(self.timesteps))
         if self.method != "bdia" or growth <= _MOST_AMPLIFIED:

@@ -1,4 +1,6 @@
-"""Running a chain: the pair of latents in floats or on the integer grid, and the network between its links."""
+"""Running a chain: the pair of latents in floats or on the integer grid, and the network between
+its links.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ class FloatPair:
         self.kernels, self.chain, self.dtype, self.at = plan.kernels, chain, plan.dtype, 0
         self.x, self.y = slots(chain.start, x, y)
         if chain.first:
-            self.x, self.y = self._op(f"edict_{chain.first}")(self.x, self.y, None, 1.0, 0.0, chain.mix, True)
+            self.x, self.y = self._op(f"edict_{chain.first}")(
+                self.x, self.y, None, 1.0, 0.0, chain.mix, True
+            )
 
     def _op(self, name: str) -> Callable:
         return getattr(self.kernels, name)
@@ -118,7 +122,9 @@ class FloatPair:
         else:
             updated, fed = (self.x, self.y) if link.update_x else (self.y, self.x)
             if link.other:
-                updated = self._op("leapfrog_step")(updated, fed, eps, link.keep, link.other, link.eps)
+                updated = self._op("leapfrog_step")(
+                    updated, fed, eps, link.keep, link.other, link.eps
+                )
             else:
                 updated = self._op("ddim_step")(updated, eps, None, link.keep, link.eps, 1.0)
             self.x, self.y = (updated, fed) if link.update_x else (fed, updated)
@@ -136,7 +142,9 @@ class FloatPair:
             drift = (got - expected).abs().max().item()
             if not drift <= _DRIFT * expected.abs().max().item():
                 text = f"the way back must lead to the latents of the start, got a drift of {drift:.1e}"
-                warnings.warn(f"{text}: gradients are inexact, use exact=True or a wider dtype", stacklevel=2)
+                warnings.warn(
+                    f"{text}: gradients are inexact, use exact=True or a wider dtype", stacklevel=2
+                )
                 return
 
 
@@ -154,9 +162,13 @@ class ExactPair:
         elif link:
             self.fed = from_grid(self.y if link.update_x else self.x, link.scale).to(self.dtype)
 
-    def _shear(self, direction: str, eps: Tensor | None, step: float, then: Link, update_x: bool = True) -> None:
+    def _shear(
+        self, direction: str, eps: Tensor | None, step: float, then: Link, update_x: bool = True
+    ) -> None:
         arguments = (eps, step, self.chain.mix, update_x, then.scale, not then.update_x, self.dtype)
-        self.x, self.y, self.fed = getattr(self.kernels, f"exact_{direction}")(self.x, self.y, *arguments)
+        self.x, self.y, self.fed = getattr(self.kernels, f"exact_{direction}")(
+            self.x, self.y, *arguments
+        )
 
     def update(self, eps: Tensor) -> None:
         """Take one link of the chain."""
@@ -170,7 +182,9 @@ class ExactPair:
                 numbers = (link.grid_other, link.grid_eps, then.scale, self.dtype)
                 updated, self.fed = self.kernels.exact_leapfrog(updated, fed, eps, *numbers)
             else:
-                updated, self.fed = self.kernels.exact_couple(updated, eps, link.grid_eps, then.scale, self.dtype)
+                updated, self.fed = self.kernels.exact_couple(
+                    updated, eps, link.grid_eps, then.scale, self.dtype
+                )
             self.x, self.y = (updated, fed) if link.update_x else (fed, updated)
         self.at += 1
 
@@ -188,10 +202,14 @@ class ExactPair:
             apart = (z - to_grid(expected, scale, "x")).abs().max().item() if z.numel() else 0
             if apart:
                 rule = "be deterministic for exact inversion"
-                _checks.refuse("eps_fn", rule, f"a way back that ends {apart} grid steps from the start")
+                _checks.refuse(
+                    "eps_fn", rule, f"a way back that ends {apart} grid steps from the start"
+                )
 
     def _refuse_off_grid(self) -> None:
-        """For kernels that mark what left the grid, where raising at the step would wait for a GPU at every step."""
+        """For kernels that mark what left the grid, where raising at the step would wait for a GPU
+        at every step.
+        """
         if any(z.numel() and z.abs().max().item() > reference.GRID_LIMIT for z in (self.x, self.y)):
             got = f"latents that left it on the way{_advice(self.chain)}"
             _checks.refuse("eps_fn's result", _ON_GRID, got, RuntimeError)
@@ -228,15 +246,28 @@ def slots(end: End, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _autocast(kind: str) -> tuple[torch.dtype, bool, bool]:
     """The state of autocast on a kind of device, as torch.autocast takes it."""
-    return torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled()
+    return (
+        torch.get_autocast_dtype(kind),
+        torch.is_autocast_enabled(kind),
+        torch.is_autocast_cache_enabled(),
+    )
 
 
 class Network:
-    """eps_fn with its results checked, called under the autocast of the place where this was made."""
+    """eps_fn with its results checked, called under the autocast of the place where this was
+    made.
+    """
 
     def __init__(self, plan: Plan, like: Tensor) -> None:
-        self.plan, self.shape, self.device, self.strides = plan, like.shape, like.device, dense_strides(like)
-        kinds = [kind for kind in {like.device.type, "cpu"} if torch.amp.is_autocast_available(kind)]
+        self.plan, self.shape, self.device, self.strides = (
+            plan,
+            like.shape,
+            like.device,
+            dense_strides(like),
+        )
+        kinds = [
+            kind for kind in {like.device.type, "cpu"} if torch.amp.is_autocast_available(kind)
+        ]
         self.autocast = [(kind, _autocast(kind)) for kind in kinds]
 
     def __call__(self, fed: Tensor, step: int) -> Tensor:
@@ -245,14 +276,18 @@ class Network:
             for kind, state in self.autocast:
                 if state != _autocast(kind):
                     stack.enter_context(torch.autocast(kind, *state))
-            if forward_ad._current_level >= 0:  # an autograd.Function hides tangents from what it calls
+            if (
+                forward_ad._current_level >= 0
+            ):  # an autograd.Function hides tangents from what it calls
                 stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
             with self.plan.memory:
                 own = fed.clone()  # which it may write to
             eps = self.plan.eps_fn(own, self.plan.timesteps[step])
         _checks.floats("eps_fn's result", eps)
         if eps.shape != self.shape:
-            _checks.refuse("eps_fn's result", f"have x's shape {tuple(self.shape)}", tuple(eps.shape))
+            _checks.refuse(
+                "eps_fn's result", f"have x's shape {tuple(self.shape)}", tuple(eps.shape)
+            )
         if eps.device != self.device:
             _checks.refuse("eps_fn's result", f"be on x's device {self.device}", eps.device)
         with self.plan.memory:
@@ -263,7 +298,11 @@ class Network:
         first, again = self(fed, step).clone(), self(fed, step)
         if not torch.equal(first, again) and first.isfinite().all() and again.isfinite().all():
             apart = (first.double() - again.double()).abs().max().item()
-            _checks.refuse("eps_fn", "be deterministic for exact inversion", f"two results that differ by {apart:.3g}")
+            _checks.refuse(
+                "eps_fn",
+                "be deterministic for exact inversion",
+                f"two results that differ by {apart:.3g}",
+            )
         return first
 
     def update(self, pair: FloatPair | ExactPair, eps: Tensor, step: int) -> None:

@@ -1,4 +1,6 @@
-"""Semantic guidance and the percentile mask it rests on: the public ops, their checks, their autograd and dispatch."""
+"""Semantic guidance and the percentile mask it rests on: the public ops, their checks, their
+autograd and dispatch.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,32 @@ from dense_attn._backends import table
 def percentile_mask(
     x: Tensor, level: float, *, dim: int | Sequence[int] = (-2, -1), backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The entries of x that are largest in magnitude, the others set to 0, and the threshold between them.
+    """The entries of x that are largest in magnitude, the others set to 0, and the threshold
+    between them.
 
-    `threshold = quantile(|x|, level)` over the axes `dim`, for rows of any length: with the rank `level*(n - 1)`, its
-    fraction f and the two order statistics beside it, `lower + (upper - lower)*f` in float64, rounded once, the same
-    bits on every backend; `masked = x where |x| >= threshold, else 0`.
+    `threshold = quantile(|x|, level)` over the axes `dim`, for rows of any length: with the rank
+    `level*(n - 1)`, its fraction f and the two order statistics beside it,
+    `lower + (upper - lower)*f` in float64, rounded once, the same bits on every backend;
+    `masked = x where |x| >= threshold, else 0`.
 
     Args:
         x: of any shape and strides; float32, bfloat16, float16 or float64.
         level: from 0 (keeps every entry) to 1 (keeps the largest alone, and its equals).
         dim: the axis or axes that make one row; x is copied only where no view has those rows.
-        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or
+            raises.
 
     Returns:
-        `(masked, threshold)`: x's shape and dtype; x's shape without `dim`, float32 (float64 for float64). A row with
-        a NaN has the threshold NaN and keeps nothing. Differentiable in x through the kept entries, any number of
-        times; the threshold counts as a constant.
+        `(masked, threshold)`: x's shape and dtype; x's shape without `dim`, float32 (float64 for
+        float64). A row with a NaN has the threshold NaN and keeps nothing. Differentiable in x
+        through the kept entries, any number of times; the threshold counts as a constant.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
         RuntimeError: the named backend cannot run this call, with every reason.
 
-    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS 2023.
+    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS
+    2023.
 
     Example:
         >>> import torch, dense_attn
@@ -73,7 +79,8 @@ def sega_guidance(
     momentum: Tensor | None,  # [B, C, ...]
     *,
     guidance_scale: float,
-    edit_guidance_scale: float | Sequence[float],  # each: one for all, or one of each of the E concepts
+    edit_guidance_scale: float
+    | Sequence[float],  # each: one for all, or one of each of the E concepts
     edit_threshold: float | Sequence[float],
     edit_weights: float | Sequence[float],
     warm: bool | Sequence[bool],
@@ -85,43 +92,52 @@ def sega_guidance(
     sum_channels: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One step of semantic guidance: the noise estimate pushed towards, or away from, any number of edit concepts.
+    """One step of semantic guidance: the noise estimate pushed towards, or away from, any number of
+    edit concepts.
 
-    For each concept e: `d = ±edit_guidance_scale*(eps_edit - eps_uncond)`, minus where `reverse`; of each sample and
-    channel what is below `quantile(|d|, edit_threshold)` is set to 0. With w the weights, 0 where negative or not
-    `enabled`,
+    For each concept e: `d = ±edit_guidance_scale*(eps_edit - eps_uncond)`, minus where `reverse`;
+    of each sample and channel what is below `quantile(|d|, edit_threshold)` is set to 0. With w the
+    weights, 0 where negative or not `enabled`,
 
     - `steer = sum_e w_e*d_e + edit_momentum_scale*momentum`,
     - `momentum <- edit_mom_beta*momentum + (1 - edit_mom_beta)*steer`,
-    - `eps = eps_uncond + guidance_scale*(eps_text - eps_uncond) + addition`, where the addition is `steer` once every
-      concept is `warm`, `sum w_e*d_e / sum w_e` over the warm ones while only some are (0 where no weight is left), and
-      0 while none is.
+    - `eps = eps_uncond + guidance_scale*(eps_text - eps_uncond) + addition`, where the addition is
+      `steer` once every concept is `warm`, `sum w_e*d_e / sum w_e` over the warm ones while only
+      some are (0 where no weight is left), and 0 while none is.
 
-    With `edit_threshold = 0` every entry is kept: composable diffusion, and weighted negative prompting with `reverse`.
+    With `edit_threshold = 0` every entry is kept: composable diffusion, and weighted negative
+    prompting with `reverse`.
 
     Args:
-        eps_uncond, eps_text: `[B, C, ...]` of one shape and dtype: float32, bfloat16, float16 or float64; any strides,
-            copied only where the axes after C do not collapse to one (contiguous and channels_last ones do).
-        eps_edits: `[E, B, C, ...]`, taken as it is, or a sequence of E tensors `[B, C, ...]`, which is stacked.
-        momentum: what the step before returned; None is 0. In eps' dtype or the dtype it is returned in.
+        eps_uncond, eps_text: `[B, C, ...]` of one shape and dtype: float32, bfloat16, float16 or
+            float64; any strides, copied only where the axes after C do not collapse to one
+            (contiguous and channels_last ones do).
+        eps_edits: `[E, B, C, ...]`, taken as it is, or a sequence of E tensors `[B, C, ...]`, which
+            is stacked.
+        momentum: what the step before returned; None is 0. In eps' dtype or the dtype it is
+            returned in.
         guidance_scale, edit_momentum_scale, edit_mom_beta: numbers.
-        edit_guidance_scale, edit_threshold (0 to 1), edit_weights, warm, enabled, reverse: one value, or E.
-        user_mask: bool, or in a dtype that momentum may have; multiplies d after the thresholds have been found without
-            it (LEDITS++'s first mask). Copied to `[E, B, C, ...]` where its expanded last axes do not collapse.
-        sum_channels: thresholds on the sum of |d| over the channels, one for each sample (LEDITS++'s second mask).
-        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or raises.
+        edit_guidance_scale, edit_threshold (0 to 1), edit_weights, warm, enabled, reverse: one
+        value, or E.
+        user_mask: bool, or in a dtype that momentum may have; multiplies d after the thresholds
+            have been found without it (LEDITS++'s first mask). Copied to `[E, B, C, ...]` where its
+            expanded last axes do not collapse.
+        sum_channels: thresholds on the sum of |d| over the channels, one for each sample
+            (LEDITS++'s second mask).
+        backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or
+            raises.
 
     Returns:
-        `(eps, momentum)`: contiguous, eps in its own dtype, momentum float32 (float64 for float64). Differentiable in
-        every tensor through the kept entries, any number of times; thresholds count as constants. A NaN in eps_edits
-        or eps_uncond leaves nothing kept of its row.
+        `(eps, momentum)`: contiguous, eps in its own dtype, momentum float32 (float64 for float64).
+        Differentiable in every tensor through the kept entries, any number of times; thresholds
+        count as constants. A NaN in eps_edits or eps_uncond leaves nothing kept of its row.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
         RuntimeError: the named backend cannot run this call, with every reason.
 
-    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS 2023;
-    Brack et al., LEDITS++: Limitless Image Editing using Text-to-Image Models, CVPR 2024.
+    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS
+    2023; Brack et al., LEDITS++: Limitless Image Editing using Text-to-Image Models, CVPR 2024.
 
     Example:
         >>> import torch, dense_attn
@@ -133,7 +149,10 @@ def sega_guidance(
         torch.Size([1, 4, 64, 64])
     """
     edits = check_eps(eps_uncond, eps_text, eps_edits)
-    count, number = edits.shape[0], partial(_checks.number, dtype=reference.accumulation_dtype(eps_uncond.dtype))
+    count, number = (
+        edits.shape[0],
+        partial(_checks.number, dtype=reference.accumulation_dtype(eps_uncond.dtype)),
+    )
     each = {  # by the names of the kernels' arguments
         "edit_guidance_scale": (edit_guidance_scale, number),
         "edit_threshold": (edit_threshold, _checks.fraction),
@@ -142,7 +161,10 @@ def sega_guidance(
         "enabled": (enabled, _checks.flag),
         "reverse": (reverse, _checks.flag),
     }
-    each = {name: spread(name, values(name, value, check), count) for name, (value, check) in each.items()}
+    each = {
+        name: spread(name, values(name, value, check), count)
+        for name, (value, check) in each.items()
+    }
     options = (
         number("guidance_scale", guidance_scale),
         *each.values(),
@@ -161,7 +183,9 @@ def sega_guidance(
         ]
         eps, momentum, _ = _run(_SegaGuidance, "sega_guidance", tensors, options, backend)
     except RuntimeError as error:
-        _memory.explain(error, "sega_guidance", eps_uncond.nbytes, eps_uncond=eps_uncond, eps_edits=edits)
+        _memory.explain(
+            error, "sega_guidance", eps_uncond.nbytes, eps_uncond=eps_uncond, eps_edits=edits
+        )
         raise
     return eps.reshape(eps_uncond.shape), momentum.reshape(eps_uncond.shape)
 
@@ -212,7 +236,18 @@ class _SegaGuidance(torch.autograd.Function):
     def backward(ctx, grad_eps, grad_momentum, _):  # noqa: ANN001, ANN205
         """The transpose of what is linear in all but user_mask once the kept entries are given."""
         eps_uncond, eps_edits, user_mask, thresholds = ctx.saved_tensors
-        guidance_scale, scales, _, weights, warm, enabled, reverse, momentum_scale, beta, sum_channels = ctx.options
+        (
+            guidance_scale,
+            scales,
+            _,
+            weights,
+            warm,
+            enabled,
+            reverse,
+            momentum_scale,
+            beta,
+            sum_channels,
+        ) = ctx.options
         steered = reference.sega_differences(
             eps_uncond.to(thresholds.dtype), eps_edits.to(thresholds.dtype), scales, reverse
         )
@@ -221,7 +256,9 @@ class _SegaGuidance(torch.autograd.Function):
         grad_steer = (1 - beta) * grad_momentum + (flow if all(warm) else 0)
         rates = zip(*reference.sega_weights(weights, warm, enabled))
         grads = [weight * grad_steer + partial * flow for weight, partial in rates]
-        grads = torch.where(kept, torch.stack(grads), 0) if grads else torch.zeros_like(steered)  # [E, B, C, N]
+        grads = (
+            torch.where(kept, torch.stack(grads), 0) if grads else torch.zeros_like(steered)
+        )  # [E, B, C, N]
         grad_mask = grads * torch.where(kept, steered, 0) if ctx.needs_input_grad[4] else None
         if user_mask is not None:
             grads = grads * user_mask
@@ -232,12 +269,20 @@ class _SegaGuidance(torch.autograd.Function):
 
 
 def _run(
-    function: type[torch.autograd.Function], op: str, tensors: list[Tensor | None], options: tuple, backend: str
+    function: type[torch.autograd.Function],
+    op: str,
+    tensors: list[Tensor | None],
+    options: tuple,
+    backend: str,
 ) -> tuple[Tensor, ...]:
-    """Dispatch; without the autograd.Function, which takes longer than a small call, where nothing needs it."""
+    """Dispatch; without the autograd.Function, which takes longer than a small call, where nothing
+    needs it.
+    """
     name = table.resolve(backend, op, tensors[0])
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    recorded = recorded or forward_ad._current_level >= 0  # which the Function refuses; a kernel would answer 0
+    recorded = (
+        recorded or forward_ad._current_level >= 0
+    )  # which the Function refuses; a kernel would answer 0
     return (function.apply if recorded else function.forward)(*tensors, *options, name)
 
 
@@ -249,7 +294,9 @@ def _rows(x: Tensor, lead: int) -> Tensor:
 def _axes(argument: str, value: object, x: Tensor) -> list[int]:
     """The axes of x that an int or a sequence of ints names, in order."""
     axes = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not axes or any(isinstance(axis, bool) or not isinstance(axis, (int, np.integer)) for axis in axes):
+    if not axes or any(
+        isinstance(axis, bool) or not isinstance(axis, (int, np.integer)) for axis in axes
+    ):
         _checks.refuse(argument, "be an int or a sequence of ints", repr(value), TypeError)
     wrapped = sorted({int(axis) % max(x.dim(), 1) for axis in axes})
     if any(not -x.dim() <= axis < x.dim() for axis in axes) or len(wrapped) < len(axes):
@@ -268,8 +315,15 @@ def check_eps(eps_uncond: Tensor, eps_text: Tensor, eps_edits: Tensor | Sequence
             _checks.like("eps_edits", edit, eps_uncond, "eps_uncond")
         return _stacked(eps_edits, eps_uncond)
     shape = tuple(eps_uncond.shape)
-    if _checks.tensor("eps_edits", eps_edits).dim() != len(shape) + 1 or tuple(eps_edits.shape[1:]) != shape:
-        _checks.refuse("eps_edits", f"have shape [concepts, *eps_uncond.shape = {shape}]", tuple(eps_edits.shape))
+    if (
+        _checks.tensor("eps_edits", eps_edits).dim() != len(shape) + 1
+        or tuple(eps_edits.shape[1:]) != shape
+    ):
+        _checks.refuse(
+            "eps_edits",
+            f"have shape [concepts, *eps_uncond.shape = {shape}]",
+            tuple(eps_edits.shape),
+        )
     _checks.like("eps_edits", eps_edits, eps_uncond.expand(eps_edits.shape), "eps_uncond")
     return eps_edits
 
@@ -278,7 +332,12 @@ def _stacked(edits: Sequence[Tensor], like: Tensor) -> Tensor:
     try:
         return torch.stack(tuple(edits)) if edits else like.new_empty((0, *like.shape))
     except RuntimeError as error:
-        _memory.explain(error, "sega_guidance", len(edits) * like.nbytes, **{f"{len(edits)} eps_edits, each": like})
+        _memory.explain(
+            error,
+            "sega_guidance",
+            len(edits) * like.nbytes,
+            **{f"{len(edits)} eps_edits, each": like},
+        )
         raise
 
 
@@ -288,7 +347,9 @@ def _wide_momentum(momentum: Tensor | None, eps: Tensor) -> Tensor:
         return eps.new_zeros((), dtype=reference.accumulation_dtype(eps.dtype)).expand(eps.shape)
     wide = _wide("momentum", momentum, eps)
     if momentum.shape != eps.shape:
-        _checks.refuse("momentum", f"have eps_uncond's shape {tuple(eps.shape)}", tuple(momentum.shape))
+        _checks.refuse(
+            "momentum", f"have eps_uncond's shape {tuple(eps.shape)}", tuple(momentum.shape)
+        )
     return wide
 
 
@@ -299,7 +360,9 @@ def _wide_mask(user_mask: Tensor | None, eps: Tensor, shape: torch.Size) -> Tens
     wide = _wide("user_mask", user_mask, eps, torch.bool)
     padded = (1,) * (len(shape) - wide.dim()) + tuple(wide.shape)
     if len(padded) > len(shape) or any(n not in (1, size) for n, size in zip(padded, shape)):
-        _checks.refuse("user_mask", f"broadcast to eps_edits' shape {tuple(shape)}", tuple(wide.shape))
+        _checks.refuse(
+            "user_mask", f"broadcast to eps_edits' shape {tuple(shape)}", tuple(wide.shape)
+        )
     return wide.expand(shape)
 
 
@@ -308,7 +371,12 @@ def _wide(argument: str, value: Tensor, eps: Tensor, *others: torch.dtype) -> Te
     wide = reference.accumulation_dtype(eps.dtype)
     allowed = dict.fromkeys((wide, eps.dtype, *others))
     if _checks.tensor(argument, value).dtype not in allowed:
-        _checks.refuse(argument, f"be {' or '.join(map(_checks.name, allowed))}", _checks.name(value.dtype), TypeError)
+        _checks.refuse(
+            argument,
+            f"be {' or '.join(map(_checks.name, allowed))}",
+            _checks.name(value.dtype),
+            TypeError,
+        )
     _checks.same_device(argument, value, eps, "eps_uncond")
     return value.to(wide)
 
@@ -327,5 +395,7 @@ def spread(argument: str, values: object, count: int) -> list:
     if not isinstance(values, tuple):
         return [values] * count
     if len(values) != count:
-        _checks.refuse(argument, f"be one value or {count}, one for each concept", f"{len(values)} values")
+        _checks.refuse(
+            argument, f"be one value or {count}, one for each concept", f"{len(values)} values"
+        )
     return list(values)

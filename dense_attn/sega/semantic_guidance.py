@@ -1,4 +1,6 @@
-"""Semantic guidance over a whole sampling loop: the momentum and the step rules, on top of sega_guidance."""
+"""Semantic guidance over a whole sampling loop: the momentum and the step rules, on top of
+sega_guidance.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +15,44 @@ from dense_attn.sega import op
 
 
 class SemanticGuidance:
-    """Semantic guidance over whole sampling loops: keeps the momentum, and knows who is warm at which step.
+    """Semantic guidance over whole sampling loops: keeps the momentum, and knows who is warm at
+    which step.
 
     Every call is one step of `sega_guidance` with `warm = step >= edit_warmup_steps`,
-    `enabled = step < edit_cooldown_steps` and the momentum of the call before (0 at first): the rules and the names of
-    diffusers' SemanticStableDiffusionPipeline. Where that divides 0 by 0 (all warm concepts are without weight while
-    another warms up) nothing is added.
+    `enabled = step < edit_cooldown_steps` and the momentum of the call before (0 at first): the
+    rules and the names of diffusers' SemanticStableDiffusionPipeline. Where that divides 0 by 0
+    (all warm concepts are without weight while another warms up) nothing is added.
 
-    A run begins at step 0, or at a step below that of the call before, as the next image's of img2img: its momentum is
-    0 at first. Later steps may be called twice, as by schedulers that call the network twice a step; the momentum goes
-    on.
+    A run begins at step 0, or at a step below that of the call before, as the next image's of
+    img2img: its momentum is 0 at first. Later steps may be called twice, as by schedulers that call
+    the network twice a step; the momentum goes on.
     Where steps do not tell, as after a run that broke off, `reset()` does.
 
     Args:
         guidance_scale: classifier-free guidance.
         edit_guidance_scale: how strongly a concept pulls.
-        edit_threshold: 0 to 1, the share of entries that a concept leaves alone; 0 is composable diffusion.
-        edit_warmup_steps, edit_cooldown_steps: the steps, from 0, at which a concept begins and ends; None: no end.
-        edit_weights: what concepts weigh against each other; None is 1 for each, negative ones count as 0.
+        edit_threshold: 0 to 1, the share of entries that a concept leaves alone; 0 is composable
+            diffusion.
+        edit_warmup_steps, edit_cooldown_steps: the steps, from 0, at which a concept begins and
+            ends; None: no end.
+        edit_weights: what concepts weigh against each other; None is 1 for each, negative ones
+            count as 0.
         reverse_editing_direction: away from a concept, not towards it.
-        edit_momentum_scale, edit_mom_beta: how much of the momentum is added, and how much of it is kept.
+        edit_momentum_scale, edit_mom_beta: how much of the momentum is added, and how much of it is
+            kept.
         sum_channels: thresholds over all channels together, as in `sega_guidance`.
         backend: as in `sega_guidance`.
 
-    All from edit_guidance_scale to reverse_editing_direction are one value for all concepts, or a sequence of one for
-    each. The attribute `momentum` is None before the first step; it carries gradients from step to step, and may be set
-    to that of another object to go on where that stopped, on a new object or after `reset()`.
+    All from edit_guidance_scale to reverse_editing_direction are one value for all concepts, or a
+    sequence of one for each. The attribute `momentum` is None before the first step; it carries
+    gradients from step to step, and may be set to that of another object to go on where that
+    stopped, on a new object or after `reset()`.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
 
-    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS 2023.
+    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS
+    2023.
 
     Example:
         >>> import torch, dense_attn
@@ -95,14 +104,18 @@ class SemanticGuidance:
         *,
         user_mask: Tensor | None = None,  # broadcastable to [E, B, C, ...]
     ) -> Tensor:
-        """The guided noise estimate of step 0, 1, ... of a run, [B, C, ...]; the momentum moves on."""
+        """The guided noise estimate of step 0, 1, ... of a run, [B, C, ...]; the momentum moves
+        on.
+        """
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
             _checks.refuse("step", "be an int", type(step).__name__, TypeError)
         _steps("step", step)
         edits = op.check_eps(eps_uncond, eps_text, eps_edits)
         momentum = None if step == 0 or step < self._last else self.momentum
         _check_momentum(momentum, eps_uncond)
-        each = {name: op.spread(name, values, edits.shape[0]) for name, values in self._each.items()}
+        each = {
+            name: op.spread(name, values, edits.shape[0]) for name, values in self._each.items()
+        }
         warmups, cooldowns = each.pop("edit_warmup_steps"), each.pop("edit_cooldown_steps")
         eps, self.momentum = op.sega_guidance(
             eps_uncond,
@@ -129,10 +142,18 @@ class SemanticGuidance:
 def _check_momentum(momentum: Tensor | None, eps: Tensor) -> None:
     if momentum is None:
         return
-    was, now = ((tuple(x.shape), reference.accumulation_dtype(x.dtype), x.device) for x in (momentum, eps))
+    was, now = (
+        (tuple(x.shape), reference.accumulation_dtype(x.dtype), x.device) for x in (momentum, eps)
+    )
     if was != now:
-        was, now = (f"{shape} in {_checks.name(dtype)} on {device}" for shape, dtype, device in (was, now))
-        _checks.refuse("eps_uncond", f"go with the momentum of the steps before, {was}, or reset() come first", now)
+        was, now = (
+            f"{shape} in {_checks.name(dtype)} on {device}" for shape, dtype, device in (was, now)
+        )
+        _checks.refuse(
+            "eps_uncond",
+            f"go with the momentum of the steps before, {was}, or reset() come first",
+            now,
+        )
 
 
 def _steps(argument: str, value: object) -> float:

@@ -1,4 +1,6 @@
-"""`python -m dense_attn verify`: every available backend against the reference, by one rule of accuracy."""
+"""`python -m dense_attn verify`: every available backend against the reference, by one rule of
+accuracy.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ RESULTS = ("out", "lse", "dq", "dk", "dv", "dstrength")
 def judge(got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """The one rule of accuracy: a kernel is right when error <= allowed, the two numbers returned.
 
-    error = max|got - exact|, allowed = 2*max|plain - exact| + eps(dtype)*max|exact|, where exact is the reference in
-    float64 and plain the reference in the dtype under test. The reference in float64 is no more exact than plain is
-    there, so for float64 its own error counts once more: 3 for 2. Where exact is infinite or NaN, got must be the same,
-    or the error is infinite; where plain alone overflows it allows nothing.
+    error = max|got - exact|, allowed = 2*max|plain - exact| + eps(dtype)*max|exact|, where exact is
+    the reference in float64 and plain the reference in the dtype under test. The reference in
+    float64 is no more exact than plain is there, so for float64 its own error counts once more: 3
+    for 2. Where exact is infinite or NaN, got must be the same, or the error is infinite; where
+    plain alone overflows it allows nothing.
     """
     got, exact, plain = got.double(), exact.double(), plain.double()
     finite = exact.isfinite()
@@ -53,27 +56,42 @@ class Case:
     grad_lse: Tensor  # [B, H, M]
 
     def cast(self, dtype: torch.dtype) -> Case:
-        """The same case with tensors in a dtype, strength and grad_lse in its accumulation dtype."""
+        """The same case with tensors in a dtype, strength and grad_lse in its accumulation
+        dtype.
+        """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         narrow = {name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "grad_out")}
-        return replace(self, **narrow, strength=self.strength.to(wide), grad_lse=self.grad_lse.to(wide))
+        return replace(
+            self, **narrow, strength=self.strength.to(wide), grad_lse=self.grad_lse.to(wide)
+        )
 
     def reordered(self, keys: Tensor, dims: Tensor) -> Case:
-        """The same case with keys and head dim in another order: equal in exact numbers, rounded differently."""
+        """The same case with keys and head dim in another order: equal in exact numbers, rounded
+        differently.
+        """
         k, words = self.k[:, :, keys][..., dims], self.k_regions[..., keys]
         return replace(self, q=self.q[..., dims], k=k, v=self.v[:, :, keys], k_regions=words)
 
     def run(self, modulation: str, backend: str) -> dict[str, Tensor]:
-        """out, lse and the gradients of (out*grad_out).sum() + (lse*grad_lse).sum(), rows of lse = -inf left out."""
+        """out, lse and the gradients of (out*grad_out).sum() + (lse*grad_lse).sum(), rows of lse =
+        -inf left out.
+        """
         device = table.device_of(backend)
-        leaves = [x.detach().to(device).requires_grad_() for x in (self.q, self.k, self.v, self.strength)]
+        leaves = [
+            x.detach().to(device).requires_grad_() for x in (self.q, self.k, self.v, self.strength)
+        ]
         q, k, v, strength = leaves
         words = self.q_regions.to(device), self.k_regions.to(device)
         out, lse = layout_attention(
             q, k, v, *words, strength, modulation=modulation, return_lse=True, backend=backend
         )  # fmt: skip
-        grad_out, grad_lse = self.grad_out.to(device), self.grad_lse.to(device).masked_fill(lse == -torch.inf, 0.0)
-        grads = torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse), materialize_grads=True)
+        grad_out, grad_lse = (
+            self.grad_out.to(device),
+            self.grad_lse.to(device).masked_fill(lse == -torch.inf, 0.0),
+        )
+        grads = torch.autograd.grad(
+            (out, lse), leaves, (grad_out, grad_lse), materialize_grads=True
+        )
         return {name: x.detach().cpu() for name, x in zip(RESULTS, (out, lse, *grads))}
 
 
@@ -82,13 +100,17 @@ def exact_and_plain(case: Case, modulation: str) -> tuple[dict[str, Tensor], dic
     exact = case.cast(torch.float64).run(modulation, "reference")
     if case.q.dtype != torch.float64:
         return exact, case.run(modulation, "reference")
-    plain = exact  # nothing is wider than float64: what other orders of its sums make of it, at their worst
+    # nothing is wider than float64: what other orders of its sums make of it, at their worst
+    plain = exact
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         keys = torch.randperm(case.k.shape[2], generator=generator, device="cpu")
         dims = torch.randperm(case.k.shape[3], generator=generator, device="cpu")
         other = case.reordered(keys, dims).run(modulation, "reference")
-        other["dq"], other["dv"] = other["dq"][..., dims.argsort()], other["dv"][:, :, keys.argsort()]
+        other["dq"], other["dv"] = (
+            other["dq"][..., dims.argsort()],
+            other["dv"][:, :, keys.argsort()],
+        )
         other["dk"] = other["dk"][:, :, keys.argsort()][..., dims.argsort()]
         plain = {name: further(plain[name], other[name], exact[name]) for name in RESULTS}
     return exact, plain
@@ -100,17 +122,23 @@ def further(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """A few calls that between them reach cross- and self-attention, long rows, odd sizes and every kind of row."""
+    """A few calls that between them reach cross- and self-attention, long rows, odd sizes and every
+    kind of row.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def words(num_words: int, num_tokens: int, choices: tuple[int, ...]) -> Tensor:
-        picks = torch.randint(len(choices), (num_words, num_tokens), generator=generator, device="cpu")
+        picks = torch.randint(
+            len(choices), (num_words, num_tokens), generator=generator, device="cpu"
+        )
         return torch.tensor(choices, dtype=torch.int32, device="cpu")[picks]
 
-    def case(name: str, shape: tuple[int, ...], q_words: tuple[int, ...], k_words: tuple[int, ...]) -> Case:
+    def case(
+        name: str, shape: tuple[int, ...], q_words: tuple[int, ...], k_words: tuple[int, ...]
+    ) -> Case:
         batch, heads, seqlen_q, seqlen_k, head_dim = shape
         strengths = torch.tensor((1.0, 0.3, 0.0, 1.8, -0.5), dtype=torch.float64, device="cpu")
         rows = torch.randint(5, (batch, heads, seqlen_q), generator=generator, device="cpu")
@@ -121,7 +149,9 @@ def cases() -> Iterator[Case]:
             name,
             randn(batch, heads, seqlen_q, head_dim),
             randn(batch, heads, seqlen_k, head_dim),
-            randn(batch, seqlen_k, heads, head_dim).transpose(1, 2),  # strided, as diffusers and xformers have it
+            randn(batch, seqlen_k, heads, head_dim).transpose(
+                1, 2
+            ),  # strided, as diffusers and xformers have it
             q_regions,
             words(1, seqlen_k, k_words),
             strengths[rows],
@@ -133,13 +163,17 @@ def cases() -> Iterator[Case]:
     yield case("self-attention", (2, 2, 144, 144, 80), (1, 2, 3), (1, 2, 3))
     yield case("32 regions", (1, 2, 65, 130, 160), (-(2**31), 2**30, 0), (-(2**31), 1))
     yield case("odd sizes", (1, 3, 33, 19, 7), (1, 2), (1, 2, 0))
-    seqlen_k = 2000 if table.device_of("triton") == "cpu" else 20000  # the interpreter takes minutes for more
+    seqlen_k = (
+        2000 if table.device_of("triton") == "cpu" else 20000
+    )  # the interpreter takes minutes for more
     yield case("long rows", (1, 1, 40, seqlen_k, 16), (1, 2, 0), (1, 2, 0))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst error/allowed of one backend, dtype and modulation over all cases; right when at most 1."""
+    """The worst error/allowed of one backend, dtype and modulation over all cases; right when at
+    most 1.
+    """
 
     backend: str
     dtype: str
@@ -157,7 +191,11 @@ class Verdict:
 def why_not(backend: str, op: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Why a backend cannot be checked here on tensors of its own device."""
     device, reason = table.device_of(backend), table.unavailable(backend, op)
-    return [reason] if reason else table.why_not(backend, op, torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
+    return (
+        [reason]
+        if reason
+        else table.why_not(backend, op, torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
+    )
 
 
 def usable(op: str, dtype: torch.dtype) -> list[str]:
@@ -192,7 +230,9 @@ def _verdict(
     return Verdict(backend, _checks.name(dtype), modulation, ratios, control, worst)
 
 
-def _control(case: Case, exact: dict[str, Tensor], plain: dict[str, Tensor], modulation: str, backend: str) -> float:
+def _control(
+    case: Case, exact: dict[str, Tensor], plain: dict[str, Tensor], modulation: str, backend: str
+) -> float:
     """error/allowed of an output computed with one region bit of the first query flipped."""
     flipped = case.q_regions.clone()
     flipped[:, 0] ^= 1
@@ -207,13 +247,20 @@ def ratio_of(error: float, allowed: float) -> float:
 
 def main() -> int:
     """Print the table; the number of rows that failed."""
-    print("error / allowed, worst of all cases; allowed = 2*max|plain - exact| + eps*max|exact|; right when <= 1")
+    print(
+        "error / allowed, worst of all cases; allowed = 2*max|plain - exact| + eps*max|exact|; right when <= 1"
+    )
     print("flipped: the same for an output with one region bit flipped; the check works when > 1\n")
-    print(f"{'backend':<10} {'dtype':<9} {'modulation':<10} " + " ".join(f"{n:>9}" for n in (*RESULTS, "flipped")))
+    print(
+        f"{'backend':<10} {'dtype':<9} {'modulation':<10} "
+        + " ".join(f"{n:>9}" for n in (*RESULTS, "flipped"))
+    )
     failed = 0
     for verdict in verify():
         numbers = " ".join(f"{ratio:9.2g}" for ratio in (*verdict.ratios.values(), verdict.control))
-        print(f"{verdict.backend:<10} {verdict.dtype:<9} {verdict.modulation:<10} {numbers}", end="")
+        print(
+            f"{verdict.backend:<10} {verdict.dtype:<9} {verdict.modulation:<10} {numbers}", end=""
+        )
         print("" if verdict.passed else f"  FAILED ({verdict.worst})", flush=True)
         failed += not verdict.passed
     return failed

@@ -1,4 +1,6 @@
-"""`verify` for semantic guidance and reversible steps: thresholds and grids bit for bit, floats by the one rule."""
+"""`verify` for semantic guidance and reversible steps: thresholds and grids bit for bit, floats by
+the one rule.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,25 @@ from dense_attn.verify.attention import further, judge, ratio_of, usable
 DTYPES = _checks.DTYPES
 CONCEPTS = 3
 _SHAPE = (2, 4, 33, 31)
-_ROOTS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu")  # of the betas
+_ROOTS = torch.linspace(
+    0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64, device="cpu"
+)  # of the betas
 _ALPHAS_CUMPROD = (1 - _ROOTS.square()).cumprod(0)
 _CHAINS = {"edict": {"mix": 0.93}, "bdia": {}}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row: numbers that must not exceed their limits, and a control that must exceed its own."""
+    """One row: numbers that must not exceed their limits, and a control that must exceed its
+    own.
+    """
 
     backend: str
     dtype: str
     what: str
-    numbers: dict[str, float]  # bits that differ (right when 0) or error / allowed (right when at most 1)
+    numbers: dict[
+        str, float
+    ]  # bits that differ (right when 0) or error / allowed (right when at most 1)
     limit: float  # of the numbers
     control: float  # the same number of a result that is wrong on purpose
 
@@ -59,11 +67,16 @@ def _differing(a: Tensor, b: Tensor) -> int:
 
 
 def exact_quantile(magnitudes: Tensor, level: float) -> Tensor:
-    """The rule of thresholds in Python's own floats, which are float64, rounded once: of rows [..., N], as [...]."""
+    """The rule of thresholds in Python's own floats, which are float64, rounded once: of rows [...,
+    N], as [...].
+    """
     ordered, rank = magnitudes.sort(-1).values, level * (magnitudes.shape[-1] - 1)
     below = math.floor(rank)
     pairs = zip(*(ordered[..., index].flatten().tolist() for index in (below, math.ceil(rank))))
-    found = [lower if lower == upper else lower + (upper - lower) * (rank - below) for lower, upper in pairs]
+    found = [
+        lower if lower == upper else lower + (upper - lower) * (rank - below)
+        for lower, upper in pairs
+    ]
     wide = torch.tensor(found, dtype=torch.float64, device=magnitudes.device)
     rounded = wide.to(magnitudes.dtype).reshape(magnitudes.shape[:-1])
     return rounded.masked_fill(magnitudes.isnan().any(-1), torch.nan)
@@ -93,23 +106,41 @@ def _thresholds(backend: str, dtype: torch.dtype) -> Verdict:
             masked, threshold = _call(backend, "percentile_mask", x, level)
             kept = torch.where(magnitudes >= expected[:, None], x, 0)
             differing += _differing(threshold, expected) + _differing(masked, kept)
-            control += _differing(threshold, magnitudes.nan_to_num(nan=torch.inf).sort(-1).values[:, count // 3])
-    return Verdict(backend, _checks.name(dtype), "thresholds, masks", {"bits": differing}, 0, control)
+            control += _differing(
+                threshold, magnitudes.nan_to_num(nan=torch.inf).sort(-1).values[:, count // 3]
+            )
+    return Verdict(
+        backend, _checks.name(dtype), "thresholds, masks", {"bits": differing}, 0, control
+    )
 
 
 def _guidance(backend: str, dtype: torch.dtype) -> Iterator[Verdict]:
-    """A step with all concepts warm, and one with a mask, summed channels, a cooled and a reversed concept."""
+    """A step with all concepts warm, and one with a mask, summed channels, a cooled and a reversed
+    concept.
+    """
     generator = torch.Generator().manual_seed(1)
     uncond, text, momentum = (_randn(generator, *_SHAPE) for _ in range(3))
     tensors = [uncond, text, _randn(generator, CONCEPTS, *_SHAPE), momentum]
     mask = _randn(generator, CONCEPTS, *_SHAPE).sigmoid()
     numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
     lists = {"edit_guidance_scale": [5.0, 3.0, 4.0], "edit_threshold": [0.9, 0.0, 0.95]}
-    plain = {"edit_weights": [1.0] * 3, "warm": [True] * 3, "enabled": [True] * 3, "reverse": [False] * 3}
-    mixed = {"edit_weights": [1.0, 0.5, 2.0], "warm": [True, False, True], "enabled": [True, True, False]}
+    plain = {
+        "edit_weights": [1.0] * 3,
+        "warm": [True] * 3,
+        "enabled": [True] * 3,
+        "reverse": [False] * 3,
+    }
+    mixed = {
+        "edit_weights": [1.0, 0.5, 2.0],
+        "warm": [True, False, True],
+        "enabled": [True, True, False],
+    }
     for what, options in (
         ("guidance", {**plain, "user_mask": None, "sum_channels": False}),
-        ("guidance, mixed", {**mixed, "reverse": [False, True, False], "user_mask": mask, "sum_channels": True}),
+        (
+            "guidance, mixed",
+            {**mixed, "reverse": [False, True, False], "user_mask": mask, "sum_channels": True},
+        ),
     ):
         yield _guidance_verdict(backend, dtype, what, tensors, {**numbers, **lists, **options})
 
@@ -125,21 +156,38 @@ def _guidance_verdict(
     eps, momentum, _ = step(**options)
     exact, plain = exact_and_plain(narrow, options)
     results = zip(("eps", "momentum"), (eps, momentum), exact, plain)
-    numbers = {name: ratio_of(*judge(got, right, rough, got.dtype)) for name, got, right, rough in results}
+    numbers = {
+        name: ratio_of(*judge(got, right, rough, got.dtype)) for name, got, right, rough in results
+    }
     wrong, _, _ = step(**{**options, "edit_threshold": [0.8, 0.0, 0.95]})
-    return Verdict(backend, _checks.name(dtype), what, numbers, 1, ratio_of(*judge(wrong, exact[0], plain[0], dtype)))
+    return Verdict(
+        backend,
+        _checks.name(dtype),
+        what,
+        numbers,
+        1,
+        ratio_of(*judge(wrong, exact[0], plain[0], dtype)),
+    )
 
 
-def exact_and_plain(tensors: list[Tensor], options: dict[str, object]) -> tuple[list[Tensor], list[Tensor]]:
-    """(eps, momentum) in float64 and in the dtype of the inputs, both with the entries that the latter keeps.
+def exact_and_plain(
+    tensors: list[Tensor], options: dict[str, object]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(eps, momentum) in float64 and in the dtype of the inputs, both with the entries that the
+    latter keeps.
 
     A threshold is a discontinuity: float64 may keep an entry that float32 drops.
     """
     kept = _kept(tensors, options)
     exact = _combined([x.double() for x in tensors], options, kept)
     plain = list(reference.sega_guidance(*tensors, **options)[:2])
-    if tensors[0].dtype == torch.float64:  # no wider number: what the other order of the concepts makes of it
-        backwards = {name: value[::-1] if isinstance(value, list) else value for name, value in options.items()}
+    if (
+        tensors[0].dtype == torch.float64
+    ):  # no wider number: what the other order of the concepts makes of it
+        backwards = {
+            name: value[::-1] if isinstance(value, list) else value
+            for name, value in options.items()
+        }
         if options["user_mask"] is not None:
             backwards["user_mask"] = options["user_mask"].flip(0)
         edits = tensors[2].flip(0)
@@ -150,7 +198,9 @@ def exact_and_plain(tensors: list[Tensor], options: dict[str, object]) -> tuple[
 
 def _kept(tensors: list[Tensor], options: dict[str, object]) -> Tensor:
     uncond, _, edits, _ = (x.to(reference.accumulation_dtype(tensors[0].dtype)) for x in tensors)
-    steered = reference.sega_differences(uncond, edits, options["edit_guidance_scale"], options["reverse"])
+    steered = reference.sega_differences(
+        uncond, edits, options["edit_guidance_scale"], options["reverse"]
+    )
     magnitudes = reference.sega_magnitudes(steered, options["sum_channels"])
     levels = options["edit_threshold"]
     rows = [exact_quantile(x.flatten(2), level) for x, level in zip(magnitudes, levels)]
@@ -159,11 +209,25 @@ def _kept(tensors: list[Tensor], options: dict[str, object]) -> Tensor:
 
 def _combined(tensors: list[Tensor], options: dict[str, object], kept: Tensor) -> list[Tensor]:
     uncond, text, edits, momentum = tensors
-    steered = reference.sega_differences(uncond, edits, options["edit_guidance_scale"], options["reverse"]) * kept
+    steered = (
+        reference.sega_differences(
+            uncond, edits, options["edit_guidance_scale"], options["reverse"]
+        )
+        * kept
+    )
     if options["user_mask"] is not None:
         steered = steered * options["user_mask"].to(steered.dtype)
-    names = ("guidance_scale", "edit_weights", "warm", "enabled", "edit_momentum_scale", "edit_mom_beta")
-    return list(reference.sega_combine(uncond, text, steered, momentum, *(options[name] for name in names)))
+    names = (
+        "guidance_scale",
+        "edit_weights",
+        "warm",
+        "enabled",
+        "edit_momentum_scale",
+        "edit_mom_beta",
+    )
+    return list(
+        reference.sega_combine(uncond, text, steered, momentum, *(options[name] for name in names))
+    )
 
 
 def _float_step(backend: str, dtype: torch.dtype) -> Verdict:
@@ -184,11 +248,17 @@ def _float_step(backend: str, dtype: torch.dtype) -> Verdict:
 
 
 def _round_trip(backend: str, dtype: torch.dtype, method: str) -> Verdict:
-    """50 exact steps there and back from either end with a network in the dtype, and against the reference."""
+    """50 exact steps there and back from either end with a network in the dtype, and against the
+    reference.
+    """
     timesteps = range(981, 0, -20)
-    make = partial(ReversibleSampler, _ALPHAS_CUMPROD, timesteps, method=method, dtype=dtype, **_CHAINS[method])
+    make = partial(
+        ReversibleSampler, _ALPHAS_CUMPROD, timesteps, method=method, dtype=dtype, **_CHAINS[method]
+    )
     sampler = make(backend=backend)
-    noise = _randn(torch.Generator().manual_seed(3), 1, 4, 9, 7).float().to(table.device_of(backend))
+    noise = (
+        _randn(torch.Generator().manual_seed(3), 1, 4, 9, 7).float().to(table.device_of(backend))
+    )
     image = sampler.sample(_network, noise)
     found = sampler.invert(_network, *image)
     back = sampler.invert(_network, *sampler.sample(_network, *found))
@@ -197,7 +267,8 @@ def _round_trip(backend: str, dtype: torch.dtype, method: str) -> Verdict:
     nudged[0, 0, 0, 0] *= 1 + 1e-6  # a grid step or a few
     wrong = sampler.sample(_network, *sampler.invert(_network, nudged, image[1]))
     numbers = {
-        "round trip": sum(map(_differing, sampler.sample(_network, *found), image)) + sum(map(_differing, back, found)),
+        "round trip": sum(map(_differing, sampler.sample(_network, *found), image))
+        + sum(map(_differing, back, found)),
         "reference": sum(map(_differing, image, expected)),
     }
     control = sum(map(_differing, wrong, image))
@@ -210,8 +281,12 @@ def _network(x: Tensor, t: int) -> Tensor:
 
 def main() -> int:
     """Print the table; the number of rows that failed."""
-    print("\nbits: how many elements differ, right when 0; the rest: error / allowed, right when <= 1")
-    print("control: the same for a result that is wrong on purpose; the check works when it fails\n")
+    print(
+        "\nbits: how many elements differ, right when 0; the rest: error / allowed, right when <= 1"
+    )
+    print(
+        "control: the same for a result that is wrong on purpose; the check works when it fails\n"
+    )
     failed = 0
     for verdict in verify():
         numbers = ", ".join(f"{name} {number:.2g}" for name, number in verdict.numbers.items())

@@ -1,4 +1,6 @@
-"""What exact chains do: scenes inverted and made again, and noise optimised for a thing's colour or its place."""
+"""What exact chains do: scenes inverted and made again, and noise optimised for a thing's colour or
+its place.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dense_attn import ReversibleSampler, _memory, _progress, ddim_step, ddim_step_inverse, spectral_residual_saliency
+from dense_attn import (
+    ReversibleSampler,
+    _memory,
+    _progress,
+    ddim_step,
+    ddim_step_inverse,
+    spectral_residual_saliency,
+)
 from dense_attn.integrations.diffusers import invert, optimize, reconstruct
 
 from .scenes import COLOURS, PRESENT, SHAPES, SIDE, Scene, colour_masks, draw_scene, render
@@ -29,8 +38,12 @@ CLIP = 3e-2  # of an element of the gradient
 CLOSE = 3.0  # pixels from where a thing should be
 
 
-def inversion(pipe: StableDiffusionPipeline, count: int, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """The error of scenes that were inverted and made again, root mean square over the latents' own."""
+def inversion(
+    pipe: StableDiffusionPipeline, count: int, lengths: tuple[int, ...]
+) -> dict[str, Any]:
+    """The error of scenes that were inverted and made again, root mean square over the latents'
+    own.
+    """
     rng = random.Random(19)
     scenes = [draw_scene(rng, 2) for _ in range(count)]
     rows: dict[str, dict[str, Any]] = {"DDIM": {}} | {name: {} for name in WAYS}
@@ -45,7 +58,9 @@ def inversion(pipe: StableDiffusionPipeline, count: int, lengths: tuple[int, ...
                 except (ValueError, RuntimeError) as error:
                     if name != "exact EDICT":
                         raise
-                    rows[name][str(steps)] = {"refused": str(error)}  # a chain too long for its grid says so
+                    rows[name][str(steps)] = {
+                        "refused": str(error)
+                    }  # a chain too long for its grid says so
                 finally:
                     pipe.to(torch.float32)
                 advance()
@@ -58,7 +73,9 @@ def _found(errors: Tensor) -> dict[str, Any]:
     return {name: value.item() if value.isfinite() else None for name, value in together.items()}
 
 
-def _edict_errors(pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, options: dict) -> Tensor:
+def _edict_errors(
+    pipe: StableDiffusionPipeline, scenes: list[Scene], steps: int, options: dict
+) -> Tensor:
     images, captions = render(scenes), [scene.caption for scene in scenes]
     found = invert(pipe, images, captions, num_inference_steps=steps, guidance_scale=1.0, **options)
     back = reconstruct(pipe, found, output_type="latent").double()
@@ -87,7 +104,9 @@ def _errors(x: Tensor, y: Tensor) -> Tensor:
     return ((x - y).flatten(1).square().mean(1) / y.flatten(1).square().mean(1)).sqrt()
 
 
-def _eps(pipe: StableDiffusionPipeline, captions: list[str], steps: int) -> tuple[Callable, list[int], list[float]]:
+def _eps(
+    pipe: StableDiffusionPipeline, captions: list[str], steps: int
+) -> tuple[Callable, list[int], list[float]]:
     """The noise estimate, timesteps, and alpha_bar before each step and after the last."""
     text = pipe.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)[0].detach()
     pipe.scheduler.set_timesteps(steps)
@@ -116,14 +135,18 @@ def optimisation(
 ) -> dict[str, Any]:
     """DOODL and SGOOL at equal updates, towards colours and places; costs of chains of lengths."""
     goals: dict[str, Any] = {}
-    with _progress.bar(len(GOALS) * len(SALIENCY), "optimisation", shown=True, unit="run") as advance:
+    with _progress.bar(
+        len(GOALS) * len(SALIENCY), "optimisation", shown=True, unit="run"
+    ) as advance:
         for name, goal_of in GOALS.items():
             goal, losses, goals[name] = goal_of(count), {}, {}
             for way in SALIENCY:
                 goals[name][way], losses[way] = _before_and_after(pipe, goal, way, updates)
                 advance()
             goals[name]["SGOOL - DOODL"] = summary(losses["SGOOL"] - losses["DOODL"], count)
-    gradient = {str(steps): _costs(pipe, steps) for steps in _progress.track(lengths, "gradients", "length")}
+    gradient = {
+        str(steps): _costs(pipe, steps) for steps in _progress.track(lengths, "gradients", "length")
+    }
     return {"prompts": count, "updates": updates, "goals": goals, "gradient": gradient}
 
 
@@ -147,7 +170,10 @@ def _before_and_after(
 def same_tables(pipe: StableDiffusionPipeline, count: int, updates: int) -> dict[str, Any]:
     """How far the losses of kernels and reference are apart after an optimisation."""
     name, goal = kernels("ReversibleSampler"), colour_goal(count)
-    ours, theirs = (_before_and_after(pipe, goal, "DOODL", updates, backend)[1] for backend in ("auto", "reference"))
+    ours, theirs = (
+        _before_and_after(pipe, goal, "DOODL", updates, backend)[1]
+        for backend in ("auto", "reference")
+    )
     apart = (ours - theirs).abs().max().item()
     return {"prompts": count, "updates": updates, "backend": name, "of a loss": apart}
 
@@ -158,17 +184,23 @@ def colour_goal(count: int) -> Goal:
     wanted = [names[i % len(names)] for i in range(count)]
 
     def reached(images: Tensor) -> Tensor:
-        return torch.stack([only_palette(images[b : b + 1], [name])[0] for b, name in enumerate(wanted)])
+        return torch.stack(
+            [only_palette(images[b : b + 1], [name])[0] for b, name in enumerate(wanted)]
+        )
 
     loss = colour_loss(torch.tensor([COLOURS[name] for name in wanted]) * 2 - 1)
     return Goal([f"a {rng.choice(SHAPES)} on gray" for _ in wanted], loss, 100.0, reached)
 
 
 def place_goal(count: int) -> Goal:
-    """Things of which no prompt says where; reached: the thing is there, and nearer than `CLOSE`."""
+    """Things of which no prompt says where; reached: the thing is there, and nearer than
+    `CLOSE`.
+    """
     rng, names = random.Random(29), list(COLOURS)
     own = [names[i % len(names)] for i in range(count)]
-    loss = place_loss(torch.tensor([[rng.uniform(0.25 * SIDE, 0.75 * SIDE) for _ in "yx"] for _ in own]))
+    loss = place_loss(
+        torch.tensor([[rng.uniform(0.25 * SIDE, 0.75 * SIDE) for _ in "yx"] for _ in own])
+    )
 
     def reached(images: Tensor) -> Tensor:
         found = colour_masks(images)
@@ -182,7 +214,9 @@ GOALS = {"colour": colour_goal, "place": place_goal}
 
 
 def colour_loss(wanted: Tensor) -> Callable[[Tensor], Tensor]:
-    """How far the mean colour of what is not gray is from wanted [B, 3]: the same for a picture and a crop of it."""
+    """How far the mean colour of what is not gray is from wanted [B, 3]: the same for a picture and
+    a crop of it.
+    """
 
     def loss(images: Tensor) -> Tensor:
         chroma = _chroma(images)
@@ -193,7 +227,9 @@ def colour_loss(wanted: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def place_loss(wanted: Tensor) -> Callable[[Tensor], Tensor]:
-    """How many pixels the centre of what is not gray is from wanted [B, 2], y and x: in a crop, another place."""
+    """How many pixels the centre of what is not gray is from wanted [B, 2], y and x: in a crop,
+    another place.
+    """
 
     def loss(images: Tensor) -> Tensor:
         chroma, axis = _chroma(images), torch.arange(SIDE) + 0.5
@@ -210,18 +246,26 @@ def _chroma(images: Tensor) -> Tensor:
 
 
 def chains_of(pipe: StableDiffusionPipeline, steps: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Noise to latents, differentiable: reversible, and DDIM with a checkpoint a step or with none."""
+    """Noise to latents, differentiable: reversible, and DDIM with a checkpoint a step or with
+    none.
+    """
     eps, times, alphas = _eps(pipe, ["a circle on gray"], steps)
     bars, last = pipe.scheduler.alphas_cumprod, pipe.scheduler.final_alpha_cumprod
 
     def sampled(x: Tensor, method: str = "edict") -> Tensor:
-        return ReversibleSampler(bars, times, method=method, final_alpha_cumprod=last).sample(eps, x)[0].float()
+        return (
+            ReversibleSampler(bars, times, method=method, final_alpha_cumprod=last)
+            .sample(eps, x)[0]
+            .float()
+        )
 
     def checkpointed(x: Tensor) -> Tensor:
         def step(z: Tensor, i: int) -> Tensor:
             return ddim_step(z, eps(z, times[i]), alphas[i], alphas[i + 1])
 
-        for i in range(steps):  # the other kind of checkpoint grows by 2 MB a step, where a latent has 12 kB
+        for i in range(
+            steps
+        ):  # the other kind of checkpoint grows by 2 MB a step, where a latent has 12 kB
             x = checkpoint(step, x, i, use_reentrant=True)
         return x
 
@@ -250,8 +294,13 @@ def _costs(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, flo
 
 def inversion_table(result: dict[str, Any]) -> str:
     """The errors as Markdown."""
-    head = [f"error of {result['scenes']} scenes, steps", *(str(steps) for steps in result["lengths"])]
-    return markdown(head, [[name, *map(_shown, row.values())] for name, row in result["rows"].items()])
+    head = [
+        f"error of {result['scenes']} scenes, steps",
+        *(str(steps) for steps in result["lengths"]),
+    ]
+    return markdown(
+        head, [[name, *map(_shown, row.values())] for name, row in result["rows"].items()]
+    )
 
 
 def _shown(found: dict[str, Any]) -> str:
@@ -265,10 +314,18 @@ def optimisation_table(result: dict[str, Any]) -> str:
     rows = []
     for goal, ways in result["goals"].items():
         for way in SALIENCY:
-            losses, shares = map(said, ways[way]["loss"]), (said(share, ".0%") for share in ways[way]["reached"])
+            losses, shares = (
+                map(said, ways[way]["loss"]),
+                (said(share, ".0%") for share in ways[way]["reached"]),
+            )
             paired = "-" if way == "DOODL" else said(ways["SGOOL - DOODL"], "+.3f")
             rows.append([f"{goal}, {way}", *losses, paired, *shares])
-    head = [f"{result['prompts']} prompts, {result['updates']} updates", "loss before", "after", "over DOODL"]
+    head = [
+        f"{result['prompts']} prompts, {result['updates']} updates",
+        "loss before",
+        "after",
+        "over DOODL",
+    ]
     costs = result["gradient"]
     return "\n\n".join((
         markdown([*head, "reached before", "after"], rows),

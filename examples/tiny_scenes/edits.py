@@ -1,4 +1,6 @@
-"""What semantic guidance does: monotone in the scale, confined, isolated, reversible; thresholds and warm-ups."""
+"""What semantic guidance does: monotone in the scale, confined, isolated, reversible; thresholds
+and warm-ups.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ CHANGED = 0.1  # of a pixel's mean difference, from which on it counts as change
 
 
 class Case(NamedTuple):
-    """A prompt that leaves something open, the concept that decides it, and the colour whose pixels tell."""
+    """A prompt that leaves something open, the concept that decides it, and the colour whose pixels
+    tell.
+    """
 
     prompt: str
     concept: str
@@ -59,7 +63,13 @@ KINDS = ("colour", "ground", "presence", "size", "contradiction")
 
 def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
     """All curves on `count` prompts of each kind."""
-    result: dict[str, Any] = {"prompts": count, "usual": USUAL, "kinds": {}, "thresholds": {}, "warmups": {}}
+    result: dict[str, Any] = {
+        "prompts": count,
+        "usual": USUAL,
+        "kinds": {},
+        "thresholds": {},
+        "warmups": {},
+    }
     total = len(KINDS) * (len(SCALES) + 1) + len(CURVES) * (len(THRESHOLDS) + len(WARMUPS)) + 1
     with _progress.bar(total, "edits", shown=True, unit="setting") as advance:
         for kind in KINDS:
@@ -84,11 +94,17 @@ def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
     return result
 
 
-def effect(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **options: Any) -> dict[str, Any]:
-    """How many pixels of which colours are more; how much changes where things were and elsewhere."""
+def effect(
+    pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **options: Any
+) -> dict[str, Any]:
+    """How many pixels of which colours are more; how much changes where things were and
+    elsewhere.
+    """
     edited = _edited(pipe, own, [[case.concept] for case in own], **options)
     change = (edited - plain).abs().mean(1)  # [B, H, W]
-    thing = torch.stack([mask for name, mask in colour_masks(plain).items() if name in COLOURS]).any(0)
+    thing = torch.stack(
+        [mask for name, mask in colour_masks(plain).items() if name in COLOURS]
+    ).any(0)
     changed = change > CHANGED
     there = thing.flatten(1).any(1)  # not every plain image has one
     inside, outside = (
@@ -102,7 +118,9 @@ def effect(pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **opti
 
 
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
-    """How far kernels and reference are apart under edits: in a pixel, and in the pixels that an image gains."""
+    """How far kernels and reference are apart under edits: in a pixel, and in the pixels that an
+    image gains.
+    """
     name, pixel, gained = kernels("sega_guidance"), 0.0, 0
     for kind in _progress.track(KINDS, "edits, both backends", "kind"):
         own = cases(kind, count)
@@ -110,7 +128,10 @@ def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
         ours, theirs = (_edited(pipe, own, concepts, backend) for backend in ("auto", "reference"))
         pixel = max(pixel, (ours - theirs).abs().max().item())
         for b, case in enumerate(own):
-            gained = max(gained, abs(int(has(ours[b : b + 1], case.counted) - has(theirs[b : b + 1], case.counted))))
+            gained = max(
+                gained,
+                abs(int(has(ours[b : b + 1], case.counted) - has(theirs[b : b + 1], case.counted))),
+            )
     return {"prompts": count, "kinds": list(KINDS), "backend": name, "of a pixel": pixel,
             "of pixels gained": gained}  # fmt: skip
 
@@ -129,7 +150,11 @@ def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
 
 
 def _edited(
-    pipe: StableDiffusionPipeline, own: list[Case], concepts: list[list[str]], backend: str = "auto", **options: Any
+    pipe: StableDiffusionPipeline,
+    own: list[Case],
+    concepts: list[list[str]],
+    backend: str = "auto",
+    **options: Any,
 ) -> Tensor:  # [B, 3, H, W]
     """Images of prompts under their concepts; a scale below 0 is the other direction."""
     options = USUAL | options
@@ -138,15 +163,24 @@ def _edited(
     for concept in {tuple(names): None for names in concepts}:
         rows = [b for b, names in enumerate(concepts) if tuple(names) == concept]
         edits = [Edit(name, **chosen) for name in concept]
-        made = generate(pipe, [own[b].prompt for b in rows], rows, semantic_guidance(pipe, edits, backend=backend))
+        made = generate(
+            pipe,
+            [own[b].prompt for b in rows],
+            rows,
+            semantic_guidance(pipe, edits, backend=backend),
+        )
         images |= dict(zip(rows, made))
     return torch.stack([images[b] for b in range(len(own))])
 
 
 def _control(pipe: StableDiffusionPipeline, own: list[Case]) -> Tensor:
-    """Images whose prompt becomes the one that says it all where an edit would begin: what the model can express."""
+    """Images whose prompt becomes the one that says it all where an edit would begin: what the
+    model can express.
+    """
     first, then = (
-        pipe.encode_prompt([getattr(case, name) for case in own], pipe.device, 1, True, [""] * len(own))
+        pipe.encode_prompt(
+            [getattr(case, name) for case in own], pipe.device, 1, True, [""] * len(own)
+        )
         for name in ("prompt", "asked")
     )
     swapped = torch.cat(then[::-1])  # unconditional, then conditional
@@ -165,7 +199,12 @@ def _gain(images: Tensor, plain: Tensor, own: list[Case]) -> dict[str, Any]:
     before, after = colour_masks(plain), colour_masks(images)
     more = {name: (after[name].sum((1, 2)) - before[name].sum((1, 2))).float() for name in after}
     gain = torch.stack([more[case.counted][b] for b, case in enumerate(own)])
-    others = torch.stack([sum(more[name][b] for name in COLOURS if name != case.counted) for b, case in enumerate(own)])
+    others = torch.stack(
+        [
+            sum(more[name][b] for name in COLOURS if name != case.counted)
+            for b, case in enumerate(own)
+        ]
+    )
     return {"gain": summary(gain, len(own)), "others": summary(others, len(own))}
 
 
@@ -174,11 +213,25 @@ def table(result: dict[str, Any]) -> str:
     gains, more = [], []
     for kind, found in result["kinds"].items():
         cells = [found["scales"][str(scale)] for scale in SCALES]
-        gains.append([kind, *(said(cell["gain"], "+.0f") for cell in cells), said(found["control"]["gain"], "+.0f")])
+        gains.append(
+            [
+                kind,
+                *(said(cell["gain"], "+.0f") for cell in cells),
+                said(found["control"]["gain"], "+.0f"),
+            ]
+        )
         usual = found["scales"][str(result["usual"]["scale"])]
         others = (said(of["others"], "+.0f") for of in (usual, cells[-2], found["control"]))
         changes = (said(usual[where], ".2f") for where in ("inside", "outside"))
-        more.append([kind, *others, *changes, f"{usual['changed elsewhere']:.0%}", f"{usual['elsewhere']:.0%}"])
+        more.append(
+            [
+                kind,
+                *others,
+                *changes,
+                f"{usual['changed elsewhere']:.0%}",
+                f"{usual['elsewhere']:.0%}",
+            ]
+        )
     scales = [f"{scale:g}" for scale in SCALES]
     scale = f"scale {result['usual']['scale']:g}"
     title = f"{result['prompts']} prompts a kind, pixels gained at scale"
@@ -195,7 +248,8 @@ def curves(result: dict[str, Any]) -> str:
     for name in ("thresholds", "warmups"):
         for kind, curve in result[name].items():
             cells = (
-                f"{key}: {said(cell['gain'], '+.0f')} ({cell['changed']:.0%} changed)" for key, cell in curve.items()
+                f"{key}: {said(cell['gain'], '+.0f')} ({cell['changed']:.0%} changed)"
+                for key, cell in curve.items()
             )
             lines.append(f"{kind}, {name}: {'  '.join(cells)}")
     for name, found in result["isolation"].items():

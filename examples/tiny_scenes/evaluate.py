@@ -1,4 +1,6 @@
-"""Does it work? `python -m dense_attn.examples.tiny_scenes.evaluate --json FILE`, or only a part of it."""
+"""Does it work? `python -m dense_attn.examples.tiny_scenes.evaluate --json FILE`, or only a part of
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from .score import GUIDANCE, STEPS
 QUICK = {"count": 4, "seeds": 1}
 PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
     "gate": lambda pipe, quick, _: layouts.gate(pipe, 4 if quick else 200),
-    "layouts": lambda pipe, quick, seeds: layouts.study(pipe, **(QUICK if quick else {"seeds": seeds})),
+    "layouts": lambda pipe, quick, seeds: layouts.study(
+        pipe, **(QUICK if quick else {"seeds": seeds})
+    ),
     "similar": lambda pipe, quick, seeds: layouts.study(
         pipe, **(QUICK if quick else {"count": 60, "seeds": seeds}), similar=True
     ),
@@ -33,32 +37,63 @@ PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
     "inversion": lambda pipe, quick, _: chains.inversion(
         pipe, 1 if quick else 8, (4,) if quick else (25, 50, 100, 200)
     ),
-    "optimisation": lambda pipe, quick, _: chains.optimisation(pipe, 2 if quick else 14, 2 if quick else 10),
+    "optimisation": lambda pipe, quick, _: chains.optimisation(
+        pipe, 2 if quick else 14, 2 if quick else 10
+    ),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the parts, add them to the file, print the tables of all that is in it."""
-    parser = argparse.ArgumentParser("python -m dense_attn.examples.tiny_scenes.evaluate", description=__doc__)
-    parser.add_argument("--only", action="append", choices=PARTS, default=[], help="this part; may be repeated")
-    parser.add_argument("--json", type=Path, default=Path("tiny_scenes.json"), help="results, added to (%(default)s)")
-    parser.add_argument("--weights", type=Path, help="of train.py (default: those that are shipped)")
-    parser.add_argument("--seeds", type=int, default=3, help="noises of a layout (%(default)s; --quick: 1)")
-    parser.add_argument("--quick", action="store_true", help="a few of everything: numbers mean nothing")
+    parser = argparse.ArgumentParser(
+        "python -m dense_attn.examples.tiny_scenes.evaluate", description=__doc__
+    )
+    parser.add_argument(
+        "--only", action="append", choices=PARTS, default=[], help="this part; may be repeated"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("tiny_scenes.json"),
+        help="results, added to (%(default)s)",
+    )
+    parser.add_argument(
+        "--weights", type=Path, help="of train.py (default: those that are shipped)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="noises of a layout (%(default)s; --quick: 1)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few of everything: numbers mean nothing"
+    )
     arguments = parser.parse_args(argv)
     if arguments.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
-    pictures = arguments.json.with_name(f"{arguments.json.stem}-edits.png"), arguments.json.with_suffix(".png")
+    pictures = (
+        arguments.json.with_name(f"{arguments.json.stem}-edits.png"),
+        arguments.json.with_suffix(".png"),
+    )
     for file in (arguments.json, *pictures):
         _files.check(file)
     pipe = load_pipeline(arguments.weights)
-    results = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
+    results = (
+        json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
+    )
     parts = arguments.only or list(PARTS)
     for name in parts:
         results[name] = PARTS[name](pipe, arguments.quick, arguments.seeds)
-        run = {"steps": STEPS, "guidance": GUIDANCE, "quick": arguments.quick, "threads": torch.get_num_threads()}
-        results["header"] = header = describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
-        results[name]["run"] = {key: header[key] for key in ("date", "git_revision", "device", "threads", "quick")}
+        run = {
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "quick": arguments.quick,
+            "threads": torch.get_num_threads(),
+        }
+        results["header"] = header = (
+            describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
+        )
+        results[name]["run"] = {
+            key: header[key] for key in ("date", "git_revision", "device", "threads", "quick")
+        }
         _files.write(arguments.json, json.dumps(results, indent=1) + "\n")
     if "edits" in parts:
         edits.plot(results["edits"], pictures[0])
@@ -83,7 +118,9 @@ def tables(results: dict[str, Any]) -> list[str]:
         shown.append("kernels and reference, largest differences")
         for name in ("layouts", "edits", "optimisation"):
             found = results["same"][name]
-            shown[-1] += "".join(f"\n{name}, {key}: {found[key]:.1e}" for key in found if key.startswith("of "))
+            shown[-1] += "".join(
+                f"\n{name}, {key}: {found[key]:.1e}" for key in found if key.startswith("of ")
+            )
     if "edits" in results:
         shown += [edits.table(results["edits"]), edits.curves(results["edits"])]
     if "inversion" in results:

@@ -1,4 +1,6 @@
-"""What a layout does: plain, paint-with-words, DenseDiffusion and DenseDiffusion without each of its parts."""
+"""What a layout does: plain, paint-with-words, DenseDiffusion and DenseDiffusion without each of
+its parts.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,25 @@ from torch import Tensor
 from dense_attn import _progress
 
 from .scenes import Scene, colour_masks, draw_scene, shape_of
-from .score import LAYOUTS, batches, generate, kernels, laid_out, markdown, only_palette, said, score, summary
+from .score import (
+    LAYOUTS,
+    batches,
+    generate,
+    kernels,
+    laid_out,
+    markdown,
+    only_palette,
+    said,
+    score,
+    summary,
+)
 
 SIMILAR = ("red", "orange", "yellow")
 CHOSEN = "DenseDiffusion, chosen weight"
 WEIGHTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-TUNED: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # cross_weights that are tried; self_weight is 0.3 of it
+TUNED: dict[
+    str, tuple[dict[str, Any], tuple[float, ...]]
+] = {  # cross_weights that are tried; self_weight is 0.3 of it
     CHOSEN: ({}, WEIGHTS),
     "without value-range adaptivity": ({"modulation": "bias"}, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
     "without area adaptivity": ({"size_weight": 0.0}, WEIGHTS),
@@ -29,7 +44,9 @@ METRICS = ("present", "iou", "swapped", "off_palette")
 
 
 def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, Any]:
-    """Without layouts: the part of held-out two-thing prompts that show both in the right colour, and right shapes."""
+    """Without layouts: the part of held-out two-thing prompts that show both in the right colour,
+    and right shapes.
+    """
     rng = random.Random(7)
     scenes = [draw_scene(rng, 2, unseen=True) for _ in range(count)]
     both, clean, shapes = [], [], []
@@ -38,9 +55,13 @@ def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, Any]:
         found = colour_masks(images)
         both += score(images, [scene for _, scene in part])["present"].tolist()
         for b, (_, scene) in enumerate(part):
-            clean.append(float(only_palette(images[b : b + 1], [thing.colour for thing in scene.things])))
+            clean.append(
+                float(only_palette(images[b : b + 1], [thing.colour for thing in scene.things]))
+            )
             seen = [(thing, found[thing.colour][b]) for thing in scene.things]
-            shapes.append([float(mask.any() and shape_of(mask) == thing.shape) for thing, mask in seen])
+            shapes.append(
+                [float(mask.any() and shape_of(mask) == thing.shape) for thing, mask in seen]
+            )
     return {
         "prompts": count, "both present": sum(both) / count, "no other colour": sum(clean) / count,
         "shape right": sum(map(sum, shapes)) / (2 * count),
@@ -49,7 +70,11 @@ def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, Any]:
 
 
 def study(
-    pipe: StableDiffusionPipeline, count: int = 200, seeds: int = 3, backend: str = "auto", similar: bool = False
+    pipe: StableDiffusionPipeline,
+    count: int = 200,
+    seeds: int = 3,
+    backend: str = "auto",
+    similar: bool = False,
 ) -> dict[str, Any]:
     """Every setting on the same layouts and noises.
 
@@ -61,7 +86,11 @@ def study(
         similar: things in red, orange and yellow that touch.
     """
     rng = random.Random(11 + similar)
-    draw = (lambda: draw_scene(rng, 3, colours=SIMILAR, touching=True)) if similar else (lambda: draw_scene(rng, 2))
+    draw = (
+        (lambda: draw_scene(rng, 3, colours=SIMILAR, touching=True))
+        if similar
+        else (lambda: draw_scene(rng, 2))
+    )
     tuning, scenes = [draw() for _ in range(max(4, count // 5))], [draw() for _ in range(count)]
     settings, weights = matched(pipe, tuning, backend)
     rows: dict[str, dict[str, Tensor]] = {}
@@ -82,20 +111,29 @@ def matched(
 ) -> tuple[dict[str, dict[str, Any] | None], dict[str, dict[str, float]]]:
     """All settings, and the IoU of every weight tried on layouts of their own.
 
-    The two ablations whose weights need a match, and the whole method beside them, take the best of theirs.
+    The two ablations whose weights need a match, and the whole method beside them, take the best of
+    theirs.
     """
     settings, found = dict(LAYOUTS), {}
     work = [(scene, 5000 + i) for i, scene in enumerate(tuning)]
     for name, (options, weights) in _progress.track(TUNED.items(), "weights", "setting"):
-        tried = {weight: options | {"cross_weight": weight, "self_weight": 0.3 * weight} for weight in weights}
-        ious = {weight: _scores(pipe, work, tried[weight], backend)["iou"].mean().item() for weight in weights}
+        tried = {
+            weight: options | {"cross_weight": weight, "self_weight": 0.3 * weight}
+            for weight in weights
+        }
+        ious = {
+            weight: _scores(pipe, work, tried[weight], backend)["iou"].mean().item()
+            for weight in weights
+        }
         found[name] = {str(weight): iou for weight, iou in ious.items()}
         settings[name] = tried[max(ious, key=ious.get)]
     return settings, found
 
 
 def _row(name: str, rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str, Any]:
-    """Means, and differences to other settings on the same layouts and noises; chosen weights to chosen ones too."""
+    """Means, and differences to other settings on the same layouts and noises; chosen weights to
+    chosen ones too.
+    """
     values = rows[name]
     others = ("plain", "DenseDiffusion", *([CHOSEN] if name in TUNED else []))
     row = {metric: summary(values[metric], groups) for metric in METRICS}
@@ -107,16 +145,22 @@ def _row(name: str, rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str
 
 
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
-    """How far kernels and reference are apart: in a pixel, a score of an image, and a mean that a table shows."""
+    """How far kernels and reference are apart: in a pixel, a score of an image, and a mean that a
+    table shows.
+    """
     name, rng = kernels("layout_attention"), random.Random(13)
     work = [(draw_scene(rng, 2), seed) for seed in range(count)]
     settings = {name: LAYOUTS[name] for name in ("paint-with-words", "DenseDiffusion")} | {
         "bias": {"modulation": "bias"}
     }
     pixel, scores = 0.0, {metric: [] for metric in METRICS}
-    for part, setting in _progress.track([*product(batches(work), settings.values())], "layouts, both backends"):
+    for part, setting in _progress.track(
+        [*product(batches(work), settings.values())], "layouts, both backends"
+    ):
         scenes, seeds = zip(*part)
-        ours, theirs = (laid_out(pipe, scenes, seeds, setting, backend) for backend in ("auto", "reference"))
+        ours, theirs = (
+            laid_out(pipe, scenes, seeds, setting, backend) for backend in ("auto", "reference")
+        )
         pixel = max(pixel, (ours - theirs).abs().max().item())
         pair = score(ours, scenes), score(theirs, scenes)
         for metric in METRICS:

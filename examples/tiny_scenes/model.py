@@ -1,4 +1,6 @@
-"""The model: a Stable Diffusion pipeline in every part, on 12 x 16 x 16 latents that are the pixels themselves."""
+"""The model: a Stable Diffusion pipeline in every part, on 12 x 16 x 16 latents that are the pixels
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,21 @@ class PixelLatents(ModelMixin, ConfigMixin):
     """In the place of a VAE: 2 x 2 pixels are one latent of 12 channels, and nothing is lost."""
 
     @register_to_config
-    def __init__(self, block_out_channels: tuple[int, ...] = (3, 12), latent_channels: int = 12) -> None:
+    def __init__(
+        self, block_out_channels: tuple[int, ...] = (3, 12), latent_channels: int = 12
+    ) -> None:
         super().__init__()
         self.register_to_config(scaling_factor=1.0, force_upcast=False)
-        self.nothing = torch.nn.Parameter(torch.zeros(()), requires_grad=False)  # tells dtype and device
+        self.nothing = torch.nn.Parameter(
+            torch.zeros(()), requires_grad=False
+        )  # tells dtype and device
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
         """Images [B, 3, H, W] to latents [B, 12, H/2, W/2]."""
         latents = pixel_unshuffle(images, 2)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents, sample=lambda *_: latents))
+        return SimpleNamespace(
+            latent_dist=SimpleNamespace(mode=lambda: latents, sample=lambda *_: latents)
+        )
 
     def decode(self, latents: Tensor, return_dict: bool = True, generator: object = None) -> Any:
         """And back."""
@@ -90,19 +98,29 @@ def scheduler() -> DDIMScheduler:
 def weights_of(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
     """All that is trained, by name."""
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    return {
+        f"{part}.{name}": value
+        for part, module in parts.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 def set_weights(pipe: StableDiffusionPipeline, weights: dict[str, Tensor]) -> None:
     """The inverse of `weights_of`."""
     for part in ("unet", "text_encoder"):
         prefix = f"{part}."
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in weights.items()
+            if name.startswith(prefix)
+        }
         getattr(pipe, part).load_state_dict(own)
 
 
 def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline:
-    """The pipeline with trained weights, by default those that are shipped: in float32, whatever torch's default is."""
+    """The pipeline with trained weights, by default those that are shipped: in float32, whatever
+    torch's default is.
+    """
     from safetensors.torch import load_file
 
     path = path or str(resources.files(__package__) / WEIGHTS)

@@ -1,4 +1,6 @@
-"""Scenes of one to three coloured shapes on a plain background: drawn, put into words, and found again in images."""
+"""Scenes of one to three coloured shapes on a plain background: drawn, put into words, and found
+again in images.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,19 @@ COLOURS = {
 }  # fmt: skip
 BACKGROUNDS = {"gray": (0.5, 0.5, 0.5), "white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 SHAPES = ("circle", "square", "triangle")
-SOLID = {"circle": (3.14, 0.0), "square": (3.03, 0.0), "triangle": (1.62, 0.2)}  # area and centre of mass of radius 1
+SOLID = {
+    "circle": (3.14, 0.0),
+    "square": (3.03, 0.0),
+    "triangle": (1.62, 0.2),
+}  # area and centre of mass of radius 1
 RADII = {"small": (3.5, 5.0), "": (5.0, 8.0), "large": (7.5, 9.5)}
 WORDS = ("a", "and", "on", "small", "large", *COLOURS, *SHAPES, *BACKGROUNDS, "thing")
-NEAR = 0.24  # a pixel this close to a colour of the palette is of that colour; the closest two are 0.5 apart
+# a pixel this close to a colour of the palette is of that colour; the closest two are 0.5 apart
+NEAR = 0.24
 PRESENT = 10  # pixels of an object that is there; the smallest that is drawn has about 16
-HELD_OUT = 4  # pairs of coloured shapes whose hash is a multiple of it are in no training scene: 39 of 189
+HELD_OUT = (
+    4  # pairs of coloured shapes whose hash is a multiple of it are in no training scene: 39 of 189
+)
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,18 @@ def caption(phrases: Sequence[str], background: str = "") -> str:
 
 
 def left_out(rng: random.Random, scene: Scene) -> tuple[list[str], str]:
-    """Phrases and ground of a caption that does not say all: what it leaves open, an edit may decide."""
+    """Phrases and ground of a caption that does not say all: what it leaves open, an edit may
+    decide.
+    """
     if rng.random() < 0.1:
         return [], scene.background
     phrases = []
     for thing in scene.things:
         size, colour, shape = (rng.random() < share for share in (0.5, 0.2, 0.2))
         if rng.random() < 0.7:
-            said = replace(thing, size="" if size else thing.size, shape="thing" if shape else thing.shape)
+            said = replace(
+                thing, size="" if size else thing.size, shape="thing" if shape else thing.shape
+            )
             phrases.append(replace(said, colour="" if colour else thing.colour).phrase)
     return phrases, scene.background if rng.random() < 0.5 else ""
 
@@ -87,7 +100,11 @@ def held_out(first: Thing, second: Thing) -> bool:
 
 
 def draw_scene(
-    rng: random.Random, count: int, unseen: bool | None = None, colours: Sequence[str] = (), touching: bool = False
+    rng: random.Random,
+    count: int,
+    unseen: bool | None = None,
+    colours: Sequence[str] = (),
+    touching: bool = False,
 ) -> Scene:
     """A scene of things of different colours.
 
@@ -96,14 +113,17 @@ def draw_scene(
         count: of its things, 1 to 3.
         unseen: whether pairs of it were kept out of training; None: either.
         colours: what its things are painted with; none: any.
-        touching: the circle around each overlaps that of the one before by 1 or 2 pixels; otherwise there is room.
+        touching: the circle around each overlaps that of the one before by 1 or 2 pixels; otherwise
+            there is room.
     """
     while True:
         palette = rng.sample(list(colours) or list(COLOURS), count)
         things = [_draw_thing(rng, colour, count) for colour in palette]
         gaps = [_gap(*pair) for pair in combinations(things, 2)]
         neighbours = [_gap(*pair) for pair in pairwise(things)]
-        if min(gaps, default=1.0) < (-2 if touching else 1) or (touching and max(neighbours, default=-1.0) > -1):
+        if min(gaps, default=1.0) < (-2 if touching else 1) or (
+            touching and max(neighbours, default=-1.0) > -1
+        ):
             continue
         if unseen is None or any(held_out(*pair) for pair in combinations(things, 2)) == unseen:
             background = rng.choices(list(BACKGROUNDS), (2, 1, 1))[0]
@@ -147,12 +167,16 @@ def masks(scene: Scene) -> Tensor:
 def _cover(things: Sequence[Thing]) -> Tensor:
     """How much of each pixel a thing covers, [R, 32, 32]."""
     centres = _floats(range(SIDE)) + 0.5
-    x, y, radius = (_floats([getattr(t, name) for t in things])[:, None, None] for name in ("x", "y", "radius"))
+    x, y, radius = (
+        _floats([getattr(t, name) for t in things])[:, None, None] for name in ("x", "y", "radius")
+    )
     dx, dy = centres[None, None, :] - x, centres[None, :, None] - y
     outside = {
         "circle": (dx.square() + dy.square()).sqrt() - radius,
         "square": torch.maximum(dx.abs(), dy.abs()) - 0.87 * radius,
-        "triangle": torch.maximum(dy - 0.8 * radius, 0.894 * dx.abs() - 0.447 * dy - 0.447 * radius),
+        "triangle": torch.maximum(
+            dy - 0.8 * radius, 0.894 * dx.abs() - 0.447 * dy - 0.447 * radius
+        ),
     }
     signed = torch.stack([outside[thing.shape][i] for i, thing in enumerate(things)])
     return (0.5 - signed).clamp(0, 1)
@@ -163,15 +187,21 @@ def _floats(values: Sequence) -> Tensor:
 
 
 def colour_masks(images: Tensor) -> dict[str, Tensor]:
-    """The pixels [B, H, W] of images [B, 3, H, W] in 0..1 that are of each colour of the palette, to `NEAR`."""
+    """The pixels [B, H, W] of images [B, 3, H, W] in 0..1 that are of each colour of the palette,
+    to `NEAR`.
+    """
     palette = _floats(list((COLOURS | BACKGROUNDS).values()))
-    distance = (images[:, None] - palette[None, :, :, None, None]).square().sum(2).sqrt()  # [B, P, H, W]
+    distance = (
+        (images[:, None] - palette[None, :, :, None, None]).square().sum(2).sqrt()
+    )  # [B, P, H, W]
     nearest, near = distance.argmin(1), distance.amin(1) < NEAR
     return {name: near & (nearest == p) for p, name in enumerate(COLOURS | BACKGROUNDS)}
 
 
 def shape_of(mask: Tensor) -> str:
-    """The shape that overlaps most with a mask [H, W] when it has the mask's area and centre of mass."""
+    """The shape that overlaps most with a mask [H, W] when it has the mask's area and centre of
+    mass.
+    """
     area = mask.sum().float()
     y, x = (float(places.float().mean() + 0.5) for places in mask.nonzero(as_tuple=True))
     overlaps = {}

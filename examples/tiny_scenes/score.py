@@ -17,7 +17,8 @@ from .scenes import COLOURS, PRESENT, Scene, colour_masks, masks
 
 STEPS, GUIDANCE = 20, 7.5
 BATCH = 25
-# Of log(1 + sigma), which paint-with-words multiplies by 0.4: 2.75 at the start, and about time**1.7 of that after it.
+# Of log(1 + sigma), which paint-with-words multiplies by 0.4: 2.75 at the start, and about
+# time**1.7 of that after it.
 LAYOUTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "paint-with-words": {
@@ -39,23 +40,35 @@ def generate(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | options
     with block:
-        images = pipe(prompts and list(prompts), generator=generators, output_type="pt", **options).images
+        images = pipe(
+            prompts and list(prompts), generator=generators, output_type="pt", **options
+        ).images
     return images.cpu()
 
 
 def laid_out(
-    pipe: StableDiffusionPipeline, scenes: Sequence[Scene], seeds: Sequence[int], setting: dict | None, backend: str
+    pipe: StableDiffusionPipeline,
+    scenes: Sequence[Scene],
+    seeds: Sequence[int],
+    setting: dict | None,
+    backend: str,
 ) -> Tensor:
-    """An image of each scene's caption under its layout, with the options of `apply_layout`, or without one."""
+    """An image of each scene's caption under its layout, with the options of `apply_layout`, or
+    without one.
+    """
     prompts = [scene.caption for scene in scenes]
     if setting is None:
         return generate(pipe, prompts, seeds)
     regions = [list(zip(scene.phrases, masks(scene).numpy())) for scene in scenes]
-    return generate(pipe, prompts, seeds, apply_layout(pipe, prompts, regions, backend=backend, **setting))
+    return generate(
+        pipe, prompts, seeds, apply_layout(pipe, prompts, regions, backend=backend, **setting)
+    )
 
 
 def kernels(op: str) -> str:
-    """The backend of an op here, that is not the reference; without one there is nothing to compare."""
+    """The backend of an op here, that is not the reference; without one there is nothing to
+    compare.
+    """
     name = table.resolve("auto", op, torch.empty(1, 1, 1, 1, dtype=torch.float32, device="cpu"))
     if name == "reference":
         raise RuntimeError(f"{op} must have a backend that is not the reference, got {name}")
@@ -68,16 +81,25 @@ def batches(items: Sequence[Any], size: int = BATCH) -> Iterator[Sequence[Any]]:
 
 
 def score(images: Tensor, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """Of each image: all things there, overlap with the target, with swapped targets, and what has no colour."""
+    """Of each image: all things there, overlap with the target, with swapped targets, and what has
+    no colour.
+    """
     found = colour_masks(images)
     rows: dict[str, list[float]] = {"present": [], "iou": [], "swapped": [], "off_palette": []}
     for b, scene in enumerate(scenes):
         targets, seen = masks(scene), [found[thing.colour][b] for thing in scene.things]
         rows["present"].append(float(all(mask.sum() >= PRESENT for mask in seen)))
         rows["iou"].append(_mean(iou(mask, target) for mask, target in zip(seen, targets)))
-        rows["swapped"].append(_mean(iou(mask, target) for mask, target in zip(seen, targets.roll(1, 0))))
-        rows["off_palette"].append(1 - float(sum(mask[b].float().mean() for mask in found.values())))
-    return {name: torch.tensor(values, dtype=torch.float32, device="cpu") for name, values in rows.items()}
+        rows["swapped"].append(
+            _mean(iou(mask, target) for mask, target in zip(seen, targets.roll(1, 0)))
+        )
+        rows["off_palette"].append(
+            1 - float(sum(mask[b].float().mean() for mask in found.values()))
+        )
+    return {
+        name: torch.tensor(values, dtype=torch.float32, device="cpu")
+        for name, values in rows.items()
+    }
 
 
 def has(images: Tensor, colour: str) -> Tensor:
@@ -93,11 +115,16 @@ def only_palette(images: Tensor, colours: Sequence[str]) -> Tensor:
 
 
 def summary(values: Tensor, groups: int) -> dict[str, float | None]:
-    """The mean of values in groups (the seeds of a layout), and the standard error over groups; None without any."""
+    """The mean of values in groups (the seeds of a layout), and the standard error over groups;
+    None without any.
+    """
     if not groups:
         return {"mean": None, "error": None}
     means = values.view(groups, -1).mean(1)
-    return {"mean": means.mean().item(), "error": (means.std() / groups**0.5).item() if groups > 1 else None}
+    return {
+        "mean": means.mean().item(),
+        "error": (means.std() / groups**0.5).item() if groups > 1 else None,
+    }
 
 
 def said(found: dict[str, float | None], form: str = ".3f") -> str:

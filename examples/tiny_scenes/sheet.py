@@ -1,4 +1,6 @@
-"""The demo's contact sheet: layouts, plain images, paint-with-words, DenseDiffusion, and a semantic edit on top."""
+"""The demo's contact sheet: layouts, plain images, paint-with-words, DenseDiffusion, and a semantic
+edit on top.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,18 @@ from dense_attn import _files
 from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
 
 from .model import TOKENS, load_pipeline
-from .scenes import BACKGROUNDS, COLOURS, SIDE, WORDS, Scene, Thing, caption, colour_masks, masks, render
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SIDE,
+    WORDS,
+    Scene,
+    Thing,
+    caption,
+    colour_masks,
+    masks,
+    render,
+)
 from .score import LAYOUTS, generate, iou
 
 if TYPE_CHECKING:
@@ -31,8 +44,16 @@ SCENES = tuple(
         (("blue", "square", 9, 23, 7), ("red", "circle", 23, 9, 7)),
         (("yellow", "triangle", 23, 10, 8), ("green", "circle", 9, 23, 7)),
         (("magenta", "circle", 16, 8, 6), ("cyan", "triangle", 16, 24, 7)),
-        (("orange", "square", 7, 7, 5), ("green", "triangle", 25, 9, 6), ("blue", "circle", 16, 24, 6)),
-        (("red", "triangle", 6, 16, 5.5), ("orange", "circle", 17, 16, 5), ("yellow", "square", 27, 16, 5)),
+        (
+            ("orange", "square", 7, 7, 5),
+            ("green", "triangle", 25, 9, 6),
+            ("blue", "circle", 16, 24, 6),
+        ),
+        (
+            ("red", "triangle", 6, 16, 5.5),
+            ("orange", "circle", 17, 16, 5),
+            ("yellow", "square", 27, 16, 5),
+        ),
     )
 )
 
@@ -48,15 +69,24 @@ class Row(NamedTuple):
 
 def shipped_rows() -> list[Row]:
     """Six scenes, whose prompts leave the ground open."""
-    return [Row(caption(scene.phrases), scene.phrases, masks(scene), render([scene])[0]) for scene in SCENES]
+    return [
+        Row(caption(scene.phrases), scene.phrases, masks(scene), render([scene])[0])
+        for scene in SCENES
+    ]
 
 
 def users_row(regions: Tensor, phrases: Sequence[str]) -> Row:
-    """A layout of one's own: masks bool [R, H, W] and what each shows, in words that the model knows."""
-    small = torch.nn.functional.interpolate(regions[None].float(), (SIDE, SIDE), mode="area")[0] > 0.5
+    """A layout of one's own: masks bool [R, H, W] and what each shows, in words that the model
+    knows.
+    """
+    small = (
+        torch.nn.functional.interpolate(regions[None].float(), (SIDE, SIDE), mode="area")[0] > 0.5
+    )
     picture = torch.full((3, SIDE, SIDE), 0.5, dtype=torch.float32, device="cpu")
     for mask, phrase in zip(small, phrases):
-        colour = next((COLOURS[word] for word in phrase.split() if word in COLOURS), (0.75, 0.75, 0.75))
+        colour = next(
+            (COLOURS[word] for word in phrase.split() if word in COLOURS), (0.75, 0.75, 0.75)
+        )
         picture[:, mask] = picture.new_tensor(colour)[:, None]
     return Row(caption(phrases), list(phrases), small, picture)
 
@@ -75,33 +105,49 @@ def why_not(row: Row) -> list[str]:
 
 
 def make(
-    rows: Sequence[Row], pipe: StableDiffusionPipeline | None = None, backend: str = "auto", seed: int = 0
+    rows: Sequence[Row],
+    pipe: StableDiffusionPipeline | None = None,
+    backend: str = "auto",
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Images [rows, 3, 32, 32] of each column."""
     pipe = pipe or load_pipeline()
     found = {"layout": torch.stack([row.picture for row in rows])}
     for name in COLUMNS[1:-1]:
         setting = LAYOUTS[name]
-        found[name] = torch.cat([_image(pipe, row, setting, backend, seed + i) for i, row in enumerate(rows)])
+        found[name] = torch.cat(
+            [_image(pipe, row, setting, backend, seed + i) for i, row in enumerate(rows)]
+        )
     laid_out, setting = found["DenseDiffusion"], LAYOUTS["DenseDiffusion"]
     grounds = [other_ground(image) for image in laid_out]
-    edited = [_image(pipe, row, setting, backend, seed + i, grounds[i]) for i, row in enumerate(rows)]
+    edited = [
+        _image(pipe, row, setting, backend, seed + i, grounds[i]) for i, row in enumerate(rows)
+    ]
     return found | {COLUMNS[-1]: torch.cat(edited)}
 
 
 def other_ground(image: Tensor) -> str:
     """White, or black for an image [3, H, W] on white."""
-    found = {name: mask.sum() for name, mask in colour_masks(image[None]).items() if name in BACKGROUNDS}
+    found = {
+        name: mask.sum() for name, mask in colour_masks(image[None]).items() if name in BACKGROUNDS
+    }
     return "black" if max(found, key=found.get) == "white" else "white"
 
 
 def _image(
-    pipe: StableDiffusionPipeline, row: Row, setting: dict | None, backend: str, seed: int, ground: str = ""
+    pipe: StableDiffusionPipeline,
+    row: Row,
+    setting: dict | None,
+    backend: str,
+    seed: int,
+    ground: str = "",
 ) -> Tensor:
     with ExitStack() as blocks:
         if setting is not None:
             regions = list(zip(row.phrases, row.masks.numpy()))
-            blocks.enter_context(apply_layout(pipe, row.prompt, regions, backend=backend, **setting))
+            blocks.enter_context(
+                apply_layout(pipe, row.prompt, regions, backend=backend, **setting)
+            )
         if ground:
             edit = Edit(f"on {ground}", **EDIT)
             blocks.enter_context(semantic_guidance(pipe, [edit], backend=backend))
@@ -109,10 +155,14 @@ def _image(
 
 
 def overlap(image: Tensor, row: Row) -> float | None:
-    """How well the pixels of each colour lie in the regions of its phrases, a mean over colours; None without any."""
+    """How well the pixels of each colour lie in the regions of its phrases, a mean over colours;
+    None without any.
+    """
     targets: dict[str, Tensor] = {}
     for phrase, mask in zip(row.phrases, row.masks):
-        targets |= {word: targets.get(word, mask) | mask for word in phrase.split() if word in COLOURS}
+        targets |= {
+            word: targets.get(word, mask) | mask for word in phrase.split() if word in COLOURS
+        }
     found = colour_masks(image[None])
     values = [iou(found[colour][0], target) for colour, target in targets.items()]
     return sum(values) / len(values) if values else None
@@ -127,7 +177,9 @@ def draw(rows: Sequence[Row], images: dict[str, Tensor], output: Path) -> None:
     for line, row in zip(range(len(rows)), rows):
         for place, name in zip(axes[line], COLUMNS):
             _draw_one(place, images[name][line], row, name)
-        axes[line][-1].set_xlabel(f"{axes[line][-1].get_xlabel()}, on {other_ground(images['DenseDiffusion'][line])}")
+        axes[line][-1].set_xlabel(
+            f"{axes[line][-1].get_xlabel()}, on {other_ground(images['DenseDiffusion'][line])}"
+        )
         axes[line][0].set_ylabel(row.prompt.replace(" and ", "\nand "), fontsize=9)
     for place, name in zip(axes[0], COLUMNS):
         place.set_title(name, fontsize=11, fontweight="bold")

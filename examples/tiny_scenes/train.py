@@ -1,4 +1,6 @@
-"""Trains the model: `python -m dense_attn.examples.tiny_scenes.train --steps 3600 --output run`, again to go on."""
+"""Trains the model: `python -m dense_attn.examples.tiny_scenes.train --steps 3600 --output run`,
+again to go on.
+"""
 
 from __future__ import annotations
 
@@ -45,21 +47,35 @@ class Run:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, or go on where the last run ended, and write weights, losses and their plot."""
-    parser = argparse.ArgumentParser("python -m dense_attn.examples.tiny_scenes.train", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("tiny_scenes_run"), help="folder (%(default)s)")
-    parser.add_argument("--steps", type=int, default=3600, help="of both together with what is done (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="scenes a process and step (%(default)s)")
+    parser = argparse.ArgumentParser(
+        "python -m dense_attn.examples.tiny_scenes.train", description=__doc__
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("tiny_scenes_run"), help="folder (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3600, help="of both together with what is done (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=32, help="scenes a process and step (%(default)s)"
+    )
     parser.add_argument("--start", type=Path, help="weights to begin with (default: random ones)")
-    parser.add_argument("--processes", type=int, default=None, help="default: one a core, one on a GPU")
+    parser.add_argument(
+        "--processes", type=int, default=None, help="default: one a core, one on a GPU"
+    )
     arguments = parser.parse_args(argv)
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.start and (arguments.output / "checkpoint.pt").exists():
-        parser.error(f"--start must begin in an empty folder, got the checkpoint of {arguments.output}")
+        parser.error(
+            f"--start must begin in an empty folder, got the checkpoint of {arguments.output}"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processes = arguments.processes or (1 if device == "cuda" else os.cpu_count())
     arguments.output.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.output, arguments.steps, arguments.batch, processes, device, arguments.start)
+    run = Run(
+        arguments.output, arguments.steps, arguments.batch, processes, device, arguments.start
+    )
     if processes == 1:
         _work(0, run)
     else:
@@ -77,8 +93,14 @@ def _work(rank: int, run: Run) -> None:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=run.processes)
     torch.manual_seed(0)  # the same weights everywhere
     pipe = (load_pipeline(run.start) if run.start else untrained()).to(run.device)
-    pipe.unet.set_attn_processor(AttnProcessor())  # the backward pass of torch's fused one is slow on a CPU
-    parameters = [p for part in (pipe.unet, pipe.text_encoder) for p in part.train().requires_grad_(True).parameters()]
+    pipe.unet.set_attn_processor(
+        AttnProcessor()
+    )  # the backward pass of torch's fused one is slow on a CPU
+    parameters = [
+        p
+        for part in (pipe.unet, pipe.text_encoder)
+        for p in part.train().requires_grad_(True).parameters()
+    ]
     optimiser = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)
     average = {name: value.detach().clone() for name, value in weights_of(pipe).items()}
     step, losses = _resume(run, pipe, optimiser, average)
@@ -87,9 +109,15 @@ def _work(rank: int, run: Run) -> None:
     torch.manual_seed(seed)
     from tqdm import tqdm
 
-    for now in tqdm(range(step, run.steps), initial=step, total=run.steps, disable=rank > 0, mininterval=10):
+    for now in tqdm(
+        range(step, run.steps), initial=step, total=run.steps, disable=rank > 0, mininterval=10
+    ):
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1, (now + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * now / run.steps))
+            group["lr"] = (
+                RATE
+                * min(1, (now + 1) / WARM_UP)
+                * (0.5 + 0.5 * math.cos(math.pi * now / run.steps))
+            )
         loss = _loss(pipe, [_draw(rng) for _ in range(run.batch)], rng)
         optimiser.zero_grad()
         loss.backward()
@@ -99,7 +127,9 @@ def _work(rank: int, run: Run) -> None:
         losses.append(loss.item())
         keep = min(DECAY, (now + 1) / (now + 10))
         for name, value in weights_of(pipe).items():
-            average[name].lerp_(value.detach(), 1 - keep) if value.is_floating_point() else average[name].copy_(value)
+            average[name].lerp_(value.detach(), 1 - keep) if value.is_floating_point() else average[
+                name
+            ].copy_(value)
         if rank == 0 and ((now + 1) % KEPT_EVERY == 0 or now + 1 == run.steps):
             _keep(run, pipe, optimiser, average, losses)
 
@@ -113,7 +143,9 @@ def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random
     """The mean squared error of velocities."""
     device = pipe.device
     latents = pipe.vae.encode(render(scenes).to(device) * 2 - 1).latent_dist.sample()
-    times = [rng.randrange(600, 1000) if rng.random() < NOISY else rng.randrange(1000) for _ in scenes]
+    times = [
+        rng.randrange(600, 1000) if rng.random() < NOISY else rng.randrange(1000) for _ in scenes
+    ]
     times, noise = torch.tensor(times, device=device), torch.randn_like(latents)
     noisy = pipe.scheduler.add_noise(latents, noise, times)
     with torch.autocast(device.type, torch.bfloat16):
@@ -124,12 +156,16 @@ def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random
 
 
 def encode(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random) -> Tensor:
-    """Captions [B, L, C]; some are empty, some do not say all, in some the phrases are encoded alone."""
+    """Captions [B, L, C]; some are empty, some do not say all, in some the phrases are encoded
+    alone.
+    """
     said = [([], "") if rng.random() < EMPTY else _say(rng, scene) for scene in scenes]
     apart = [b for b in range(len(scenes)) if rng.random() < ALONE]
     alone = [phrase for b in apart for phrase in said[b][0]]
     options = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}
-    tokens = pipe.tokenizer([caption(*words) for words in said] + alone, **options).input_ids.to(pipe.device)
+    tokens = pipe.tokenizer([caption(*words) for words in said] + alone, **options).input_ids.to(
+        pipe.device
+    )
     states = pipe.text_encoder(tokens)[0]
     text, encoded = states[: len(scenes)].clone(), iter(states[len(scenes) :])
     for b in apart:
@@ -156,20 +192,35 @@ def _share(parameters: list[Tensor], processes: int) -> None:
 
 
 def _keep(
-    run: Run, pipe: StableDiffusionPipeline, optimiser: torch.optim.Optimizer, average: dict[str, Tensor], losses: list
+    run: Run,
+    pipe: StableDiffusionPipeline,
+    optimiser: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    losses: list,
 ) -> None:
     """A checkpoint to go on from and the average's weights; a file is whole or is not there."""
     from safetensors.torch import save
 
-    state = {"weights": weights_of(pipe), "average": average, "optimiser": optimiser.state_dict(), "losses": losses}
+    state = {
+        "weights": weights_of(pipe),
+        "average": average,
+        "optimiser": optimiser.state_dict(),
+        "losses": losses,
+    }
     _files.write_by(run.output / "checkpoint.pt", partial(torch.save, state))
-    halves = {name: value.half() if value.is_floating_point() else value for name, value in average.items()}
+    halves = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in average.items()
+    }
     _files.write(run.output / "weights.safetensors", save(halves))
     _files.write(run.output / "losses.json", json.dumps([round(loss, 5) for loss in losses]))
 
 
 def _resume(
-    run: Run, pipe: StableDiffusionPipeline, optimiser: torch.optim.Optimizer, average: dict[str, Tensor]
+    run: Run,
+    pipe: StableDiffusionPipeline,
+    optimiser: torch.optim.Optimizer,
+    average: dict[str, Tensor],
 ) -> tuple[int, list[float]]:
     """Steps that a checkpoint has done, and its losses."""
     path = run.output / "checkpoint.pt"

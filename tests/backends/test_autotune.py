@@ -1,4 +1,6 @@
-"""Configurations by measurement: what is measured, what is kept where, and that calls take what was found."""
+"""Configurations by measurement: what is measured, what is kept where, and that calls take what was
+found.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[configs.Confi
 
 
 def best(kernel: str = "fwd", q: torch.Tensor = Q) -> configs.Config:
-    return autotune.best(kernel, q, K, autotune.neighbours(TABLE), lambda: lambda config: lambda: config)
+    return autotune.best(
+        kernel, q, K, autotune.neighbours(TABLE), lambda: lambda config: lambda: config
+    )
 
 
 def test_the_fastest_is_found_once_and_kept(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +75,9 @@ def test_what_another_process_found_stays(times: list, monkeypatch: pytest.Monke
     assert len(json.loads(_tuned.cache_file().read_text())) == 3
 
 
-def test_what_does_not_fit_the_device_is_left_out(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_the_device_is_left_out(
+    times: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def seconds(call: Callable[[], configs.Config]) -> float:
         if call() == FAST:
             raise OutOfResources(300, 200, "shared memory")
@@ -89,7 +95,9 @@ def test_a_damaged_file_is_measured_anew_and_mended(times: list) -> None:
     assert len(json.loads(_tuned.cache_file().read_text())) == 1
 
 
-def test_nothing_fails_where_nothing_can_be_kept(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_fails_where_nothing_can_be_kept(
+    times: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_tuned, "cache_file", lambda: None)
     assert best() == best() == FAST
     assert times == autotune.neighbours(TABLE)
@@ -97,7 +105,9 @@ def test_nothing_fails_where_nothing_can_be_kept(times: list, monkeypatch: pytes
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(times: list) -> None:
     _tuned.cache_file().parent.write_text("a file")
-    with pytest.warns(UserWarning, match="dense_attn keeps its measurements for this process alone"):
+    with pytest.warns(
+        UserWarning, match="dense_attn keeps its measurements for this process alone"
+    ):
         assert best() == FAST
     assert best() == FAST
 
@@ -109,7 +119,9 @@ def test_neighbours_are_configurations_of_a_kernel() -> None:
             assert around[0] == config
             assert len(around) == len(set(around)) > 3
             assert all(x.parks == config.parks for x in around)
-            assert table is not configs.ROW_FORWARD or all(x.BLOCK_N == config.BLOCK_N for x in around)
+            assert table is not configs.ROW_FORWARD or all(
+                x.BLOCK_N == config.BLOCK_N for x in around
+            )
 
 
 def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +136,14 @@ def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [{"BLOCK_M": 48}, {"BLOCK_N": "64"}, {"num_warps": 5}, {"num_stages": 8}, {"parks": None}, {"more": 1}],
+    [
+        {"BLOCK_M": 48},
+        {"BLOCK_N": "64"},
+        {"num_warps": 5},
+        {"num_stages": 8},
+        {"parks": None},
+        {"more": 1},
+    ],
 )
 def test_what_cannot_be_is_measured_anew(entry: dict, times: list) -> None:
     """A file may name what no kernel takes, or what does not fit the device."""
@@ -179,7 +198,13 @@ print("right")
 
 def test_calls_and_lists_take_what_was_found(tmp_path: Path) -> None:
     """Through the interpreter, in a process of its own."""
-    asked = {"TRITON_INTERPRET": "1", "DENSE_ATTN_AUTOTUNE": "1", "DENSE_ATTN_AUTOTUNE_CACHE": str(tmp_path / "f.json")}
-    result = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | asked, capture_output=True, text=True)
+    asked = {
+        "TRITON_INTERPRET": "1",
+        "DENSE_ATTN_AUTOTUNE": "1",
+        "DENSE_ATTN_AUTOTUNE_CACHE": str(tmp_path / "f.json"),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=os.environ | asked, capture_output=True, text=True
+    )
     assert result.stdout == "right\n", result.stderr
     assert len(json.loads((tmp_path / "f.json").read_text())) == 3

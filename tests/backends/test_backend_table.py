@@ -1,4 +1,6 @@
-"""The table of backends: reasons no machine of ours can give by itself, and nothing available that a call refuses."""
+"""The table of backends: reasons no machine of ours can give by itself, and nothing available that
+a call refuses.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,16 @@ from dense_attn._backends import cpu, ops, table, triton
 ALPHAS_CUMPROD = torch.linspace(0.999, 0.01, 20, dtype=torch.float64)
 CALLS: dict[str, Callable[[torch.Tensor, str], object]] = {
     "layout_attention": lambda x, backend: dense_attn.layout_attention(
-        x[None, None], x[None, None], x[None, None], *2 * (x.new_ones(4, dtype=torch.int32),), backend=backend
+        x[None, None],
+        x[None, None],
+        x[None, None],
+        *2 * (x.new_ones(4, dtype=torch.int32),),
+        backend=backend,
     ),
     "percentile_mask": lambda x, backend: dense_attn.percentile_mask(x, 0.5, backend=backend),
-    "sega_guidance": lambda x, backend: dense_attn.SemanticGuidance(backend=backend)(0, x[None], x[None], [x[None]]),
+    "sega_guidance": lambda x, backend: dense_attn.SemanticGuidance(backend=backend)(
+        0, x[None], x[None], [x[None]]
+    ),
     "ddim_step": lambda x, backend: dense_attn.ddim_step(x, x, 0.5, 0.6, backend=backend),
     "ReversibleSampler": lambda x, backend: dense_attn.ReversibleSampler(
         ALPHAS_CUMPROD, [10, 5], backend=backend
@@ -41,7 +49,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: len(capabilities) > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda device: capabilities[torch.device(device).index]
+            torch.cuda,
+            "get_device_capability",
+            lambda device: capabilities[torch.device(device).index],
         )
 
     return make
@@ -50,11 +60,17 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 OLD = "needs a GPU of compute capability 8.0 or newer, got {}"
 
 
-@pytest.mark.parametrize(("capability", "reasons"), [((8, 0), []), ((12, 0), []), ((7, 5), ["7.5"])])
-def test_old_gpus_are_named(capability: tuple[int, int], reasons: list[str], gpus: Callable) -> None:
+@pytest.mark.parametrize(
+    ("capability", "reasons"), [((8, 0), []), ((12, 0), []), ((7, 5), ["7.5"])]
+)
+def test_old_gpus_are_named(
+    capability: tuple[int, int], reasons: list[str], gpus: Callable
+) -> None:
     gpus(capability)
     x = SimpleNamespace(device=torch.device("cuda:0"), shape=(1, 1, 1, 64), dtype=torch.float32)
-    assert table.why_not("triton", "layout_attention", x) == [OLD.format(number) for number in reasons]
+    assert table.why_not("triton", "layout_attention", x) == [
+        OLD.format(number) for number in reasons
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +83,17 @@ def test_old_gpus_are_named(capability: tuple[int, int], reasons: list[str], gpu
         (((9, 0),), "available"),
     ],
 )
-def test_the_table_looks_for_a_gpu(capabilities: tuple[tuple[int, int], ...], state: str, gpus: Callable) -> None:
+def test_the_table_looks_for_a_gpu(
+    capabilities: tuple[tuple[int, int], ...], state: str, gpus: Callable
+) -> None:
     gpus(*capabilities)
     assert dense_attn.backends()["triton"] == dict.fromkeys(table.OPS, state)
     assert dense_attn.backends()["reference"] == dict.fromkeys(table.OPS, "available")
 
 
-def test_the_table_names_a_gpu_that_cannot_be_asked(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_names_a_gpu_that_cannot_be_asked(
+    gpus: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in a process that was forked from one that had used it."""
 
     def refuse(_: object) -> None:
@@ -96,7 +116,10 @@ def test_a_call_on_the_cpu_asks_no_gpu(gpus: Callable, monkeypatch: pytest.Monke
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="Triton's launchers load it")
 def test_the_import_loads_no_compiler() -> None:
     """It takes seconds, and fails beside a Triton that is none."""
-    assert run("import sys, dense_attn; print('torch._dynamo' in sys.modules)", TRITON_INTERPRET="") == "False"
+    assert (
+        run("import sys, dense_attn; print('torch._dynamo' in sys.modules)", TRITON_INTERPRET="")
+        == "False"
+    )
 
 
 def test_the_import_asks_no_gpu() -> None:
@@ -117,7 +140,9 @@ def test_what_is_available_runs(backend: str, op: str) -> None:
 def run(program: str, **environment: str) -> str:
     """What a program prints in a process of its own."""
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -133,7 +158,10 @@ def test_an_unknown_instruction_set_is_named() -> None:
     assert state.endswith(", got sse9")
     program = "import torch, dense_attn\ntry: dense_attn.percentile_mask(torch.ones(1), 0.5, dim=0)"
     assert (
-        run(f"{program}\nexcept RuntimeError as error: print(str(error).splitlines()[0])", DENSE_ATTN_ISA="sse9")
+        run(
+            f"{program}\nexcept RuntimeError as error: print(str(error).splitlines()[0])",
+            DENSE_ATTN_ISA="sse9",
+        )
         == state
     )
 
@@ -145,13 +173,17 @@ def test_a_flag_that_a_call_would_refuse_is_named() -> None:
     assert found == "DENSE_ATTN_AUTOTUNE must be 1 or 0, got 'ja'"
 
 
-@pytest.mark.parametrize(("value", "interprets"), [("1", True), ("True", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("value", "interprets"), [("1", True), ("True", True), ("0", False), ("", False)]
+)
 def test_the_interpreter_is_on_where_triton_says_so(value: str, interprets: bool) -> None:
     pytest.importorskip("triton")
     state = run(STATE.format("triton"), TRITON_INTERPRET=value, CUDA_VISIBLE_DEVICES="")
     on_cpu = torch.version.cuda is None and torch.version.hip is None
     reason = (
-        "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set" if on_cpu else "no GPU on this machine"
+        "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
+        if on_cpu
+        else "no GPU on this machine"
     )
     assert state == ("available" if interprets else reason)
 
@@ -159,14 +191,25 @@ def test_the_interpreter_is_on_where_triton_says_so(value: str, interprets: bool
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("__version__ = '3.5.1'", "needs Triton 3.6 or newer, got 3.5.1: pip install dense_attn[triton]"),
-        ("__version__ = '2.1'", "needs Triton 3.6 or newer, got 2.1: pip install dense_attn[triton]"),
+        (
+            "__version__ = '3.5.1'",
+            "needs Triton 3.6 or newer, got 3.5.1: pip install dense_attn[triton]",
+        ),
+        (
+            "__version__ = '2.1'",
+            "needs Triton 3.6 or newer, got 2.1: pip install dense_attn[triton]",
+        ),
         ("__version__ = '3.10.0+git1'", "Triton does not load: "),
-        ("raise OSError('libfoo.so: cannot open\\nand more')", "Triton does not load: libfoo.so: cannot open"),
+        (
+            "raise OSError('libfoo.so: cannot open\\nand more')",
+            "Triton does not load: libfoo.so: cannot open",
+        ),
         ("", "Triton does not load: "),
     ],
 )
-def test_another_triton_does_not_take_the_library_along(source: str, reason: str, tmp_path: Path) -> None:
+def test_another_triton_does_not_take_the_library_along(
+    source: str, reason: str, tmp_path: Path
+) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(source)
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
@@ -175,7 +218,9 @@ def test_another_triton_does_not_take_the_library_along(source: str, reason: str
     assert "\n" not in state
 
 
-def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_does_not_load_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu, "__file__", str(tmp_path / "_native.py"))
     assert cpu._load().startswith("the compiled library is missing: ")
     (tmp_path / "_C.so").write_bytes(b"no library")
@@ -187,4 +232,7 @@ def test_a_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ops.OPS, "an_op_of_tomorrow", None)
-    assert cpu._load() == "the compiled library is of another version, without an_op_of_tomorrow: install it again"
+    assert (
+        cpu._load()
+        == "the compiled library is of another version, without an_op_of_tomorrow: install it again"
+    )

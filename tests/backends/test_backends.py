@@ -1,4 +1,6 @@
-"""Every op x backend x dtype x case against the reference in float64; a skip prints the table's own reason."""
+"""Every op x backend x dtype x case against the reference in float64; a skip prints the table's own
+reason.
+"""
 
 from __future__ import annotations
 
@@ -31,26 +33,72 @@ from dense_attn import _checks, layout_attention
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 KERNELS = backends("cpu", "triton", "cuda")
-ROW_KEYS, FLOAT32_ROW_KEYS = 128, 32  # that Triton's kernels take as one tile, exact float32 on a GPU
+ROW_KEYS, FLOAT32_ROW_KEYS = (
+    128,
+    32,
+)  # that Triton's kernels take as one tile, exact float32 on a GPU
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-# In the interpreter a case costs seconds: those that reach a branch of the kernels, most with the most general rule.
+# In the interpreter a case costs seconds: those that reach a branch of the kernels, most with the
+# most general rule.
 INTERPRETED_IN_FULL = ("ordered", "cross-attention", "ordered-in-runs")
 HALF_TOO = ("head-dim-40", "head-dim-80", "head-dim-160", "ordered-in-runs", "cross-attention")
 INTERPRETED_ONCE = (
     *(f"head-dim-{d}" for d in (1, 40, 41, 80, 128, 160, 256)),
-    *("one-query", "one-by-one-range", "one-key", "full-tiles", "two-keys", "no-keys", "no-queries", "no-batch"),
-    *("transposed", "every-other-token", "unaligned", "sliding-windows", "negated", "broadcast-heads"),
-    *("words-per-sample", "words-strided", "all-matched", "none-matched", "some-rows-in-no-region", "32-regions"),
-    *("bit-31", "strength-1.0", "strength-1.8", "strength--0.5", "strength-full", "equal-scores", "ties"),
-    *("large-scores", "low-scores", "nan-in-q", "nan-in-k", "inf-in-q", "inf-in-k", "scale", "ordered-per-sample"),
+    *(
+        "one-query",
+        "one-by-one-range",
+        "one-key",
+        "full-tiles",
+        "two-keys",
+        "no-keys",
+        "no-queries",
+        "no-batch",
+    ),
+    *(
+        "transposed",
+        "every-other-token",
+        "unaligned",
+        "sliding-windows",
+        "negated",
+        "broadcast-heads",
+    ),
+    *(
+        "words-per-sample",
+        "words-strided",
+        "all-matched",
+        "none-matched",
+        "some-rows-in-no-region",
+        "32-regions",
+    ),
+    *(
+        "bit-31",
+        "strength-1.0",
+        "strength-1.8",
+        "strength--0.5",
+        "strength-full",
+        "equal-scores",
+        "ties",
+    ),
+    *(
+        "large-scores",
+        "low-scores",
+        "nan-in-q",
+        "nan-in-k",
+        "inf-in-q",
+        "inf-in-k",
+        "scale",
+        "ordered-per-sample",
+    ),
     *("gradient-of-out-alone", "gradient-of-lse-alone", "gradient-of-a-sum"),
 )
 
 
 def calls() -> list:
-    """The product backend x dtype x form x case x modulation; what is not here stands once, skipped with its reason."""
+    """The product backend x dtype x form x case x modulation; what is not here stands once, skipped
+    with its reason.
+    """
     params = []
     for backend in KERNELS:
         (name,), marks = backend.values, backend.marks
@@ -58,29 +106,50 @@ def calls() -> list:
             reason = why_skip(name, dtype=dtype)
             if reason is not None:
                 gone = f"{name}-{_checks.name(dtype)}"
-                marks_here = [*(mark for mark in marks if mark.name == "gpu"), pytest.mark.skip(reason)]
-                params.append(pytest.param(name, dtype, "", CASES[0], "range", marks=marks_here, id=gone))
+                marks_here = [
+                    *(mark for mark in marks if mark.name == "gpu"),
+                    pytest.mark.skip(reason),
+                ]
+                params.append(
+                    pytest.param(name, dtype, "", CASES[0], "range", marks=marks_here, id=gone)
+                )
                 continue
             for case, modulation in itertools.product(CASES, MODULATIONS):
                 if dtype not in case.dtypes or modulation not in _modulations(name, dtype, case):
                     continue
                 core = [pytest.mark.core] * case.core
                 for form in _forms(name, dtype, case):
-                    call = "-".join(filter(None, (name, form, case.name, _checks.name(dtype), modulation)))
-                    params.append(pytest.param(name, dtype, form, case, modulation, marks=(*marks, *core), id=call))
+                    call = "-".join(
+                        filter(None, (name, form, case.name, _checks.name(dtype), modulation))
+                    )
+                    params.append(
+                        pytest.param(
+                            name, dtype, form, case, modulation, marks=(*marks, *core), id=call
+                        )
+                    )
     return params
 
 
 def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
     half = dtype != torch.float32
-    if backend != "triton" or not INTERPRETED or case.name in INTERPRETED_IN_FULL[: 1 if half else None]:
+    if (
+        backend != "triton"
+        or not INTERPRETED
+        or case.name in INTERPRETED_IN_FULL[: 1 if half else None]
+    ):
         return case.modulations
     once = (*INTERPRETED_ONCE, *INTERPRETED_IN_FULL)
-    return case.modulations[:1] if case.name in once and (not half or case.name.startswith(HALF_TOO)) else ()
+    return (
+        case.modulations[:1]
+        if case.name in once and (not half or case.name.startswith(HALF_TOO))
+        else ()
+    )
 
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
-    """Of the Triton kernels: a row at once, which takes few keys, and two phases, with a parked state at times."""
+    """Of the Triton kernels: a row at once, which takes few keys, and two phases, with a parked
+    state at times.
+    """
     if backend != "triton":
         return ("",)
     most = ROW_KEYS if dtype != torch.float32 or INTERPRETED else FLOAT32_ROW_KEYS
@@ -101,22 +170,37 @@ def _use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(configs, "ROW_KEYS", 0)
         monkeypatch.setattr(configs, "FLOAT32_ROW_KEYS", 0)
         monkeypatch.setattr(
-            configs, "layout_attention_fwd", lambda *call: replace(choose(*call), parks=parks or choose(*call).parks)
+            configs,
+            "layout_attention_fwd",
+            lambda *call: replace(choose(*call), parks=parks or choose(*call).parks),
         )
 
 
 def run(backend: str, modulation: str, case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """Results and gradients of the public op on the backend's device, on the CPU."""
     there = moved(inputs, DEVICES[backend])
-    options = {"modulation": modulation, "scale": case.scale, "return_lse": True, "backend": backend, **there.orders}
+    options = {
+        "modulation": modulation,
+        "scale": case.scale,
+        "return_lse": True,
+        "backend": backend,
+        **there.orders,
+    }
     results = evaluate(partial(layout_attention, **options), there, case.through)
     return {name: result.cpu() for name, result in results.items()}
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's, interpreted
+@pytest.mark.filterwarnings(
+    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+)  # numpy's, interpreted
 @pytest.mark.parametrize(("backend", "dtype", "form", "case", "modulation"), calls())
 def test_accuracy(
-    backend: str, dtype: torch.dtype, form: str, case: Case, modulation: str, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    dtype: torch.dtype,
+    form: str,
+    case: Case,
+    modulation: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _use(form, monkeypatch)
     inputs = make_inputs(case, dtype)
@@ -126,7 +210,9 @@ def test_accuracy(
     if (
         case.through == "none"
     ):  # how a row of no numbers is summed up is each kernel's own affair; that it is none is not
-        results["lse"], exact["lse"] = (torch.where(x.isfinite(), x, torch.nan) for x in (results["lse"], exact["lse"]))
+        results["lse"], exact["lse"] = (
+            torch.where(x.isfinite(), x, torch.nan) for x in (results["lse"], exact["lse"])
+        )
     for name, result in results.items():
         assert_accurate(name, result, exact[name], plain[name], dtype)
 
@@ -149,7 +235,9 @@ def test_a_flipped_region_bit_is_rejected(
         _use(form, monkeypatch)
         for name, result in run(backend, modulation, case, flipped).items():
             if modulation == "range" and name in ("dq", "dk") and dtype == torch.bfloat16:
-                continue  # plain bfloat16 finds a row's extreme at another key, an error as large as one bit's
+                # plain bfloat16 finds a row's extreme at another key, an error as large as one
+                # bit's
+                continue
             with pytest.raises(AssertionError, match=f"{name} is off by"):
                 assert_accurate(name, result, exact[name], plain[name], dtype)
 
@@ -160,7 +248,9 @@ def test_every_modulation_is_among_the_cases() -> None:
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "DENSE_ATTN_ISA": isa}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 CALL = "import torch, dense_attn as d; x = torch.ones(1, 1, 2, 3); w = torch.ones(2, dtype=torch.int32); "
@@ -171,17 +261,32 @@ needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(w
 @needs_cpu_kernels
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
-    """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is loaded."""
+    """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is
+    loaded.
+    """
     probe = _run(isa, "-c", CALL)
     if probe.returncode:
         assert isa != "portable"
-        assert f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}" in probe.stderr
+        assert (
+            f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}"
+            in probe.stderr
+        )
         pytest.skip(f"{isa}: not on this processor")
     assert probe.stdout.strip() == isa
     if isa == torch.ops.dense_attn.cpu_isa():
         return  # this file has it all
     tests = _run(
-        isa, "-m", "pytest", "-q", "-m", "core", "-k", "test_accuracy and cpu", "-p", "no:cacheprovider", __file__
+        isa,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "core",
+        "-k",
+        "test_accuracy and cpu",
+        "-p",
+        "no:cacheprovider",
+        __file__,
     )
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout
@@ -192,4 +297,7 @@ def test_every_instruction_set(isa: str) -> None:
 def test_an_unknown_instruction_set_is_refused(isa: str) -> None:
     probe = _run(isa, "-c", CALL)
     assert probe.returncode == 1
-    assert "DENSE_ATTN_ISA must be one of avx512_bf16, avx512, avx2, portable, got " + isa in probe.stderr
+    assert (
+        "DENSE_ATTN_ISA must be one of avx512_bf16, avx512, avx2, portable, got " + isa
+        in probe.stderr
+    )

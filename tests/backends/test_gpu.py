@@ -1,4 +1,6 @@
-"""What only a GPU shows: captured graphs, Inductor, no waiting, large offsets, streams; some of it interpreted too."""
+"""What only a GPU shows: captured graphs, Inductor, no waiting, large offsets, streams; some of it
+interpreted too.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,13 @@ from torch import Tensor
 from dense_attn import ddim_step, layout_attention, percentile_mask, sega_guidance, tile_lists
 
 DEVICE = DEVICES["triton"]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_skip("triton") is not None, reason=str(why_skip("triton")))]
-on_a_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no graphs, streams, memory of its own or tf32")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(why_skip("triton") is not None, reason=str(why_skip("triton"))),
+]
+on_a_gpu = pytest.mark.skipif(
+    INTERPRETED, reason="the interpreter has no graphs, streams, memory of its own or tf32"
+)
 GUIDANCE = {**{name: list(values[:2]) for name, values in LISTS.items()}, **NUMBERS}
 CASE = Case("gpu", (1, 2, 80, 140, 40), words="runs", ordered=True)
 
@@ -38,7 +45,9 @@ def with_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def guided(*tensors: Tensor) -> tuple[Tensor, ...]:
     x, eps = tensors
-    return sega_guidance(x, eps, torch.stack([x - eps, x + eps]), x.float(), **GUIDANCE, backend="triton")
+    return sega_guidance(
+        x, eps, torch.stack([x - eps, x + eps]), x.float(), **GUIDANCE, backend="triton"
+    )
 
 
 def stepped(x: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
@@ -135,7 +144,9 @@ def test_a_call_goes_to_the_current_stream(name: str) -> None:
 def test_inductor_takes_the_ops_whole(name: str) -> None:
     call, make = CALLS[name]
     tensors = make()
-    for got, expected in zip(torch.compile(call, fullgraph=True)(*tensors), call(*tensors), strict=True):
+    for got, expected in zip(
+        torch.compile(call, fullgraph=True)(*tensors), call(*tensors), strict=True
+    ):
         torch.testing.assert_close(got, expected)
 
 
@@ -145,7 +156,9 @@ def test_orders_and_lists_change_nothing() -> None:
     assert lists is not None
     expected = attention(*tensors)
     torch.testing.assert_close(attention(*tensors, **orders), expected)
-    assert torch.equal(attention(*tensors, **orders, tile_lists=lists), attention(*tensors, **orders))
+    assert torch.equal(
+        attention(*tensors, **orders, tile_lists=lists), attention(*tensors, **orders)
+    )
 
 
 @on_a_gpu
@@ -166,7 +179,9 @@ def test_offsets_beyond_32_bits() -> None:
 @on_a_gpu
 def test_tf32_is_torchs_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, _ = inputs(torch.float32)
-    exact = layout_attention(*(x.double() for x in tensors[:3]), *tensors[3:], 0.6, backend="reference")
+    exact = layout_attention(
+        *(x.double() for x in tensors[:3]), *tensors[3:], 0.6, backend="reference"
+    )
     errors = []
     for precision in ("ieee", "tf32"):
         monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)

@@ -1,4 +1,6 @@
-"""The Triton kernels through Triton's interpreter, in processes of their own: it interprets all of one or nothing."""
+"""The Triton kernels through Triton's interpreter, in processes of their own: it interprets all of
+one or nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,20 @@ PARTS = {
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[str, subprocess.Popen]]:
     """All parts at once, on the cores that there are."""
-    here, command = Path(__file__).parent, [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider"]
+    here, command = (
+        Path(__file__).parent,
+        [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider"],
+    )
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     started = {}
     for name, part in PARTS.items():
         files = [str(here / word) if word.endswith(".py") else word for word in part]
         started[name] = subprocess.Popen(
-            [*command, *files], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, *files],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
     yield started
     for process in started.values():

@@ -1,9 +1,11 @@
-"""Every Triton kernel under every launch configuration, compiled ahead of time for devices that are not here.
+"""Every Triton kernel under every launch configuration, compiled ahead of time for devices that are
+not here.
 
-The Triton of this environment compiles every configuration and every branch for sm_90, and for the other devices what
-half floats take up to head dim 128. The oldest that the kernels work with, which `make test` installs beside it,
-compiles the latter for the device that it will meet, sm_90. `make kernels` compiles every configuration for every
-device with both; the test of the sources' hashes says when it must.
+The Triton of this environment compiles every configuration and every branch for sm_90, and for the
+other devices what half floats take up to head dim 128. The oldest that the kernels work with, which
+`make test` installs beside it, compiles the latter for the device that it will meet, sm_90.
+`make kernels` compiles every configuration for every device with both; the test of the sources'
+hashes says when it must.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def reached(row: dict[str, Any]) -> tuple:
     largest, config = next(item for item in rows.items() if row["head_dim"] <= item[0])
     block_m, block_n = map(int, row["tile"].split("x"))
     assert block_m == config.BLOCK_M
-    assert block_n == config.BLOCK_N or kernel == "row_fwd"  # the number of keys, whatever the table says
+    assert (
+        block_n == config.BLOCK_N or kernel == "row_fwd"
+    )  # the number of keys, whatever the table says
     assert (row["warps"], row["stages"]) == (config.num_warps, config.num_stages)
     return kernel, row["target"], precision, largest
 
@@ -78,7 +82,11 @@ def targets_of(table: Table) -> tuple[str, ...]:
 
 def attention(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those under a table's row, which unaligned head dims are not."""
-    return [row for row in rows if row["kernel"].startswith("layout_attention") and row["head_dim"] % 8 == 0]
+    return [
+        row
+        for row in rows
+        if row["kernel"].startswith("layout_attention") and row["head_dim"] % 8 == 0
+    ]
 
 
 def test_every_table_is_known() -> None:
@@ -86,11 +94,23 @@ def test_every_table_is_known() -> None:
 
     def leaves(table: dict) -> list[int]:
         first = next(iter(table.values()))
-        return [id(table)] if isinstance(first, configs.Config) else [id(rows) for rows in table.values()]
+        return (
+            [id(table)]
+            if isinstance(first, configs.Config)
+            else [id(rows) for rows in table.values()]
+        )
 
-    public = {name: value for name, value in vars(configs).items() if name.isupper() and name[0] != "_"}
-    tables = [value for name, value in public.items() if isinstance(value, dict) and not name.startswith("UNALIGNED")]
-    assert {leaf for table in tables for leaf in leaves(table)} == set(map(id, kernel_calls.tables().values()))
+    public = {
+        name: value for name, value in vars(configs).items() if name.isupper() and name[0] != "_"
+    }
+    tables = [
+        value
+        for name, value in public.items()
+        if isinstance(value, dict) and not name.startswith("UNALIGNED")
+    ]
+    assert {leaf for table in tables for leaf in leaves(table)} == set(
+        map(id, kernel_calls.tables().values())
+    )
 
 
 def test_every_configuration_is_compiled(table: Table) -> None:
@@ -129,7 +149,9 @@ def test_no_rule_is_broken(table: Table, target: str) -> None:
         pytest.skip("the oldest Triton compiles for sm_90 here; make kernels compiles for all")
     rows = [row for row in table["rows"] if row["target"] == target]
     assert rows
-    assert [f"{kernel_table.name(row)}: {fault}" for row in rows for fault in kernel_table.faults(row)] == []
+    assert [
+        f"{kernel_table.name(row)}: {fault}" for row in rows for fault in kernel_table.faults(row)
+    ] == []
 
 
 def test_the_committed_table_is_of_now(table: Table, committed: Table) -> None:
@@ -152,7 +174,12 @@ def test_results_of_other_sources_are_told() -> None:
 def test_the_stale_are_told_from_the_fresh() -> None:
     fresh = {"device": "Some GPU", "kernels": kernel_hashes()}
     old = fresh | {"kernels": fresh["kernels"] | {"sega.py": "0" * 16}}
-    headers = {"new.json": fresh, "old.json": old, "dry.json": old | {"dry_run": True}, "cpu.json": {"device": "CPU"}}
+    headers = {
+        "new.json": fresh,
+        "old.json": old,
+        "dry.json": old | {"dry_run": True},
+        "cpu.json": {"device": "CPU"},
+    }
     assert _kernel_report.stale(headers) == ["old.json: Some GPU ran other sources of sega.py"]
 
 
@@ -186,7 +213,9 @@ def test_fusion_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_matrix_instructions_are_seen(committed: Table) -> None:
     for target, kind in kernel_table.MATRIX.items():
-        row = next(row for row in committed["rows"] if row["target"] == target and kind in row["matrix"])
+        row = next(
+            row for row in committed["rows"] if row["target"] == target and kind in row["matrix"]
+        )
         assert kernel_table.faults(row | {"matrix": {"mma.other": 4}}) == [f"no {kind}"]
 
 
@@ -200,13 +229,22 @@ def test_warp_groups_are_in_the_machine_code() -> None:
 
 
 def test_what_is_compiled_is_what_is_launched() -> None:
-    """Layouts of memory that differ in the strides' divisors are kernels of their own; sizes alike are not."""
-    q, words, numbers = (torch.empty(1, 2, 512, 64, device="meta", dtype=torch.bfloat16) for _ in range(3))
-    words, numbers = words.new_empty(512, dtype=torch.int32), numbers.new_empty(1, 2, 512, dtype=torch.float32)
+    """Layouts of memory that differ in the strides' divisors are kernels of their own; sizes alike
+    are not.
+    """
+    q, words, numbers = (
+        torch.empty(1, 2, 512, 64, device="meta", dtype=torch.bfloat16) for _ in range(3)
+    )
+    words, numbers = (
+        words.new_empty(512, dtype=torch.int32),
+        numbers.new_empty(1, 2, 512, dtype=torch.float32),
+    )
     keys = q[:, :, :32]
     with ahead_of_time.compiled("sm_90") as launches:
         for rows in (q, q.clone(), q.new_empty(1, 2, 512, 65)[..., :64]):
-            layout_attention.layout_attention_fwd(rows, keys, keys, words, words[:32], numbers, "max", 1.0)
+            layout_attention.layout_attention_fwd(
+                rows, keys, keys, words, words[:32], numbers, "max", 1.0
+            )
     assert [launch.kernel for launch in launches] == ["layout_attention_row_fwd_kernel"] * 2
 
 
@@ -223,8 +261,18 @@ def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.Monkey
         monkeypatch.setattr(sega, kernel, Recorder())
     x = torch.empty(1, 2**27, device="meta")
     sega.percentile_mask(x, 0.9)
-    each = {"edit_guidance_scale": [5.0], "edit_threshold": [0.9], "edit_weights": [1.0], "warm": [True]}
-    each |= {"enabled": [True], "reverse": [False], "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
+    each = {
+        "edit_guidance_scale": [5.0],
+        "edit_threshold": [0.9],
+        "edit_weights": [1.0],
+        "warm": [True],
+    }
+    each |= {
+        "enabled": [True],
+        "reverse": [False],
+        "edit_momentum_scale": 0.1,
+        "edit_mom_beta": 0.4,
+    }
     eps = x[None]
     sega.sega_guidance(
         eps, eps, eps[None], eps, guidance_scale=7.5, user_mask=None, sum_channels=False, **each

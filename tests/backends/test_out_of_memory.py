@@ -1,4 +1,6 @@
-"""Too little memory is said in one sentence with shapes, dtype and bytes, whatever runs the call."""
+"""Too little memory is said in one sentence with shapes, dtype and bytes, whatever runs the
+call.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,23 @@ from cases import DEVICES, backends
 from sega_cases import NUMBERS
 from torch import Tensor
 
-from dense_attn import ReversibleSampler, SemanticGuidance, ddim_step, layout_attention, percentile_mask, sega_guidance
+from dense_attn import (
+    ReversibleSampler,
+    SemanticGuidance,
+    ddim_step,
+    layout_attention,
+    percentile_mask,
+    sega_guidance,
+)
 from dense_attn._backends import table
 
-GUIDANCE = {"edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0, "warm": True, "enabled": True}
+GUIDANCE = {
+    "edit_guidance_scale": 5.0,
+    "edit_threshold": 0.9,
+    "edit_weights": 1.0,
+    "warm": True,
+    "enabled": True,
+}
 GUIDANCE |= {"reverse": False, **NUMBERS}
 
 
@@ -59,24 +74,30 @@ CALLS = [
 
 @pytest.mark.parametrize("backend", backends("triton", "cpu", "reference"))
 @pytest.mark.parametrize(("call", "op", "size"), CALLS, ids=[op for _, op, _ in CALLS])
-def test_too_little_memory_is_one_sentence(call: Callable, op: str, size: int, backend: str) -> None:
+def test_too_little_memory_is_one_sentence(
+    call: Callable, op: str, size: int, backend: str
+) -> None:
     if (op, backend) == ("layout_attention", "reference"):
         size = 2**45  # its scores of 8 keys, which come before the result
     with pytest.raises(torch.OutOfMemoryError) as refused:
         call(backend)
-    text = (
-        f"{op} must fit into memory, got {SHAPES[call]} in float32 on {torch.empty(0, device=DEVICES[backend]).device}"
-    )
+    text = f"{op} must fit into memory, got {SHAPES[call]} in float32 on {torch.empty(0, device=DEVICES[backend]).device}"
     assert str(refused.value).startswith(f"{text}, which takes at least {size} bytes: ")
     assert len(str(refused.value).splitlines()) == 1
-    words = "out of memory" if DEVICES[backend] == "cuda" else "DefaultCPUAllocator: can't allocate memory"
+    words = (
+        "out of memory"
+        if DEVICES[backend] == "cuda"
+        else "DefaultCPUAllocator: can't allocate memory"
+    )
     assert words in str(refused.value)  # programs that try again with less look for them
     assert "API call failed" not in str(refused.value)
 
 
 @pytest.mark.parametrize("backend", backends("triton", "cpu", "reference"))
 def test_more_bytes_than_an_integer_holds(backend: str) -> None:
-    with pytest.raises(torch.OutOfMemoryError, match=f"layout_attention must fit .* least {2**64} bytes"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=f"layout_attention must fit .* least {2**64} bytes"
+    ):
         attention(backend, heads=2**26, keys=64)
 
 
@@ -85,7 +106,8 @@ def test_a_list_of_estimates(backend: str) -> None:
     x = huge(backend, 2**12, 2**12, 2**12, 2**9)
     shape = r"2 eps_edits, each of shape \(4096, 4096, 4096, 512\) in float32"
     with pytest.raises(
-        torch.OutOfMemoryError, match=f"sega_guidance must fit into memory, got {shape} .* {2**48} bytes"
+        torch.OutOfMemoryError,
+        match=f"sega_guidance must fit into memory, got {shape} .* {2**48} bytes",
     ):
         SemanticGuidance(backend=backend)(0, x, x, [x, x])
 
@@ -95,14 +117,23 @@ def sampler(backend: str, method: str, exact: bool) -> ReversibleSampler:
     return ReversibleSampler(bars, [15, 10, 5], method=method, exact=exact, backend=backend)
 
 
-CHAINS = [("ddim", False), ("edict", False), ("edict", True), ("bdia", False), ("bdia", True), ("belm", False)]
+CHAINS = [
+    ("ddim", False),
+    ("edict", False),
+    ("edict", True),
+    ("bdia", False),
+    ("bdia", True),
+    ("belm", False),
+]
 CHAIN = r"ReversibleSampler must fit into memory, got x of shape \({}\) in float32 on {}, .* least {} bytes: "
 
 
 @pytest.mark.parametrize("backend", backends("triton", "cpu", "reference"))
 @pytest.mark.parametrize(("method", "exact"), CHAINS)
 def test_a_chain_says_so(method: str, exact: bool, backend: str) -> None:
-    least = {True: 2**48, False: 2**46 if method == "ddim" else 2**47}[exact]  # integers, one latent, or two
+    least = {True: 2**48, False: 2**46 if method == "ddim" else 2**47}[
+        exact
+    ]  # integers, one latent, or two
     text = CHAIN.format("4194304, 4194304", torch.empty(0, device=DEVICES[backend]).device, least)
     with pytest.raises(torch.OutOfMemoryError, match=text):
         sampler(backend, method, exact).sample(lambda x, t: x, huge(backend, 2**22, 2**22))
@@ -110,16 +141,24 @@ def test_a_chain_says_so(method: str, exact: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("part", ["its steps", "its way back"])
 @pytest.mark.parametrize(("method", "exact"), CHAINS[1:])
-def test_so_does_each_part_of_a_chain(method: str, exact: bool, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_does_each_part_of_a_chain(
+    method: str, exact: bool, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nmuch more")
 
-    chain, x = sampler("reference", method, exact), torch.ones(1, 2, requires_grad=part == "its way back")
+    chain, x = (
+        sampler("reference", method, exact),
+        torch.ones(1, 2, requires_grad=part == "its way back"),
+    )
     found = chain.sample(lambda x, t: 0.1 * x, x) if x.requires_grad else None
     for name in ("ddim_step", "leapfrog_step", "edict_mix", "edict_unmix", "exact_couple", "exact_leapfrog",
                  "exact_mix", "exact_unmix"):  # fmt: skip
         monkeypatch.setattr(table.NAMESPACES["reference"], name, fails)
-    with pytest.raises(torch.OutOfMemoryError, match=f"^{CHAIN.format('1, 2', 'cpu', 32 if exact else 16)}CUDA out of"):
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=f"^{CHAIN.format('1, 2', 'cpu', 32 if exact else 16)}CUDA out of",
+    ):
         chain.sample(lambda x, t: 0.1 * x, x) if found is None else sum(found).sum().backward()
 
 
@@ -137,7 +176,10 @@ def test_the_raw_op_says_what_it_wanted() -> None:
     x = huge("cpu", 2**22, 2**22)
     if table.missing("cpu", "percentile_mask") is not None:
         pytest.skip(table.missing("cpu", "percentile_mask"))
-    with pytest.raises(RuntimeError, match=r"allocate 70368744177664 bytes for a tensor \[4194304, 4194304\] of Float"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"allocate 70368744177664 bytes for a tensor \[4194304, 4194304\] of Float",
+    ):
         torch.ops.dense_attn.percentile_mask(x, 0.5)
 
 
@@ -150,7 +192,9 @@ def failing(error: Exception) -> SimpleNamespace:
     def layout_attention_bwd(*_: object) -> None:
         raise error
 
-    return SimpleNamespace(layout_attention_fwd=layout_attention_fwd, layout_attention_bwd=layout_attention_bwd)
+    return SimpleNamespace(
+        layout_attention_fwd=layout_attention_fwd, layout_attention_bwd=layout_attention_bwd
+    )
 
 
 def backward(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:

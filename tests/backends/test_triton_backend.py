@@ -51,13 +51,17 @@ def test_a_launch_goes_to_the_device_of_its_first_tensor(monkeypatch: pytest.Mon
 
 
 def poisons(after: int) -> SimpleNamespace:
-    """The reference's ops, but that after so many calls results leave the grid as on a GPU: a mark and a NaN."""
+    """The reference's ops, but that after so many calls results leave the grid as on a GPU: a mark
+    and a NaN.
+    """
     calls = []
 
     def poisoned(name: str) -> Callable:
         def op(*arguments: object) -> tuple[Tensor, ...]:
             calls.append(name)
-            on_grid = [_on_grid(x) if isinstance(x, Tensor) else x for x in arguments]  # the reference takes no other
+            on_grid = [
+                _on_grid(x) if isinstance(x, Tensor) else x for x in arguments
+            ]  # the reference takes no other
             *grids, latent = getattr(reference, name)(*on_grid)
             if len(calls) > after:
                 for z in grids:
@@ -75,7 +79,9 @@ def _on_grid(x: Tensor) -> Tensor:
     return x.nan_to_num() if x.is_floating_point() else torch.where(x == OFF_GRID, 0, x)
 
 
-def test_latents_off_the_grid_are_refused_when_the_chain_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_off_the_grid_are_refused_when_the_chain_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network, x = Network(), torch.randn(1, 4, 3, 3)
     kernels = poisons(after=10**6)
     monkeypatch.setitem(table.NAMESPACES, "reference", kernels)

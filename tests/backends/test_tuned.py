@@ -42,7 +42,9 @@ def test_nonsense_costs_a_warning_and_makes_room(content: str | bytes, tmp_path:
 
 def test_a_folder_keeps_nothing(tmp_path: Path) -> None:
     assert _tuned.read(tmp_path) == {}
-    with pytest.warns(UserWarning, match=f"for this process alone: {tmp_path} cannot be written: it is a folder"):
+    with pytest.warns(
+        UserWarning, match=f"for this process alone: {tmp_path} cannot be written: it is a folder"
+    ):
         _tuned.keep(tmp_path, FOUND)
     assert list(tmp_path.iterdir()) == []
 
@@ -64,7 +66,9 @@ def test_devices_and_pipes_keep_nothing_and_stay(tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-def test_a_disk_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuses(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -74,7 +78,9 @@ def test_a_disk_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_file_is_the_named_one_or_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_file_is_the_named_one_or_in_the_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("DENSE_ATTN_AUTOTUNE_CACHE", str(tmp_path / "mine"))
     assert _tuned.cache_file() == tmp_path / "mine"
     monkeypatch.setenv("DENSE_ATTN_AUTOTUNE_CACHE", "")

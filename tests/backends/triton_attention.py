@@ -28,13 +28,22 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
 def run(case: Case, modulation: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> dict:
     """In two phases."""
     monkeypatch.setattr(configs, "ROW_KEYS", 0)
-    options = {"modulation": modulation, "scale": case.scale, "return_lse": True, "backend": "triton"}
+    options = {
+        "modulation": modulation,
+        "scale": case.scale,
+        "return_lse": True,
+        "backend": "triton",
+    }
     return evaluate(partial(layout_attention, **options, **inputs.orders), inputs, case.through)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU's compiler may sum otherwise where registers are fewer")
+@pytest.mark.skipif(
+    not INTERPRETED, reason="a GPU's compiler may sum otherwise where registers are fewer"
+)
 def test_a_parked_state_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The accumulator that waits in memory gives the same bits as the one that waits in registers."""
+    """The accumulator that waits in memory gives the same bits as the one that waits in
+    registers.
+    """
     inputs = make_inputs(CASE["head-dim-80"], torch.float32)
     results = run(CASE["head-dim-80"], "range", inputs, monkeypatch)
     monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, parks=True))
@@ -42,7 +51,9 @@ def test_a_parked_state_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(parked, results[name]), name
 
 
-@pytest.mark.parametrize("case", ["ordered-in-runs", "ordered-per-sample", "words-of-one-sample", "bit-31"])
+@pytest.mark.parametrize(
+    "case", ["ordered-in-runs", "ordered-per-sample", "words-of-one-sample", "bit-31"]
+)
 def test_tile_lists(case: str) -> None:
     """Every pair of tiles is in the list that its pairs of tokens ask for, once."""
     inputs = make_inputs(CASE[case], torch.float32)
@@ -52,7 +63,10 @@ def test_tile_lists(case: str) -> None:
         words if order is None else words.gather(-1, order.long())
         for words, order in zip((inputs.q_regions, inputs.k_regions), orders)
     )
-    q_words, k_words = q_words.reshape(-1, q_words.shape[-1]), k_words.reshape(-1, k_words.shape[-1])
+    q_words, k_words = (
+        q_words.reshape(-1, q_words.shape[-1]),
+        k_words.reshape(-1, k_words.shape[-1]),
+    )
     assert len(tiles) == len(q_words)
     found = set()
     for b, i in ((b, i) for b in range(len(tiles)) for i in range(tiles.shape[1])):
@@ -61,10 +75,14 @@ def test_tile_lists(case: str) -> None:
         assert sorted(torch.cat(kinds).tolist()) == list(range(last))
         for kind, listed in enumerate(kinds):
             for j in listed.tolist():
-                pairs = q_words[b, 16 * i : 16 * i + 16, None] & k_words[b, None, 16 * j : 16 * j + 16]
+                pairs = (
+                    q_words[b, 16 * i : 16 * i + 16, None] & k_words[b, None, 16 * j : 16 * j + 16]
+                )
                 whole = 16 * j + 16 <= k_words.shape[1]
                 assert kind == 1 or (whole and ((pairs != 0).all(), None, (pairs == 0).all())[kind])
-                assert kind != 1 or not whole or (pairs != 0).any()  # a tile without a match is never in doubt
+                assert (
+                    kind != 1 or not whole or (pairs != 0).any()
+                )  # a tile without a match is never in doubt
                 found.add(kind)
     assert found == ({0, 1, 2} if case == "ordered-in-runs" else found)
 
@@ -85,14 +103,32 @@ def test_lists_made_beforehand() -> None:
 
 
 def test_lists_of_another_length_are_refused() -> None:
-    """Also where the number of tiles is the same: whole tiles are read without a look at where the keys end."""
+    """Also where the number of tiles is the same: whole tiles are read without a look at where the
+    keys end.
+    """
     q, k = torch.randn(1, 1, 20, 16, device=DEVICE), torch.randn(1, 1, 160, 16, device=DEVICE)
-    words, strength = torch.ones(160, dtype=torch.int32, device=DEVICE), torch.ones(1, 1, 20, device=DEVICE)
+    words, strength = (
+        torch.ones(160, dtype=torch.int32, device=DEVICE),
+        torch.ones(1, 1, 20, device=DEVICE),
+    )
     lists = triton.lists_of(q, k, words[:20], words, None, None)
     block = triton.layout_attention.fwd_blocks(q, k)[1]
     fewer = 160 - block + 1
-    short = (q, k[:, :, :fewer], k[:, :, :fewer], words[:20], words[:fewer], strength, "range", 0.2, None, None)
-    with pytest.raises(RuntimeError, match=rf"tile_lists must have contiguous tensors of shape \[1 or B, {fewer}\]"):
+    short = (
+        q,
+        k[:, :, :fewer],
+        k[:, :, :fewer],
+        words[:20],
+        words[:fewer],
+        strength,
+        "range",
+        0.2,
+        None,
+        None,
+    )
+    with pytest.raises(
+        RuntimeError, match=rf"tile_lists must have contiguous tensors of shape \[1 or B, {fewer}\]"
+    ):
         triton.layout_attention_fwd(*short, list(lists))
 
 
@@ -104,10 +140,19 @@ def test_lists_of_another_length_are_refused() -> None:
         ("q_regions", lambda x: x[:3], "q_regions must have shape"),
         ("strength", lambda x: x[..., :2], "strength must have shape"),
         ("strength", lambda x: x.double(), "strength must be float32, got float64"),
-        ("modulation", lambda _: "min", "modulation must be one of range, max, bias, mask, got 'min'"),
+        (
+            "modulation",
+            lambda _: "min",
+            "modulation must be one of range, max, bias, mask, got 'min'",
+        ),
         ("scale", lambda _: float("nan"), "scale must be finite, got nan"),
-        *[("q_order", lambda x: x * 0, "q_order must be a permutation of the tokens")] * INTERPRETED,  # no GPU is asked
-        ("q_regions", lambda x: x.to("meta"), "q_regions must be on \\w+ like the first tensor, got meta"),
+        *[("q_order", lambda x: x * 0, "q_order must be a permutation of the tokens")]
+        * INTERPRETED,  # no GPU is asked
+        (
+            "q_regions",
+            lambda x: x.to("meta"),
+            "q_regions must be on \\w+ like the first tensor, got meta",
+        ),
     ],
 )
 def test_raw_calls_are_refused(argument: str, bad: object, message: str) -> None:
@@ -128,7 +173,9 @@ def test_tile_lists_inside_of_a_compiled_function() -> None:
     inputs = make_inputs(Case("compiled", (1, 1, 20, 150, 16)), torch.float32)
     tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *words: torch.Tensor) -> torch.Tensor:
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *words: torch.Tensor
+    ) -> torch.Tensor:
         lists = tile_lists(q, k, *words, backend="triton")
         return layout_attention(q, k, v, *words, tile_lists=lists, backend="triton")
 

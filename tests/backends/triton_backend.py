@@ -1,4 +1,6 @@
-"""The Triton backend behind the public ops: on a GPU (`make gpu`), or interpreted (test_interpreted.py)."""
+"""The Triton backend behind the public ops: on a GPU (`make gpu`), or interpreted
+(test_interpreted.py).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from dense_attn._backends import table, triton
 from dense_attn.triton_kernels import reversible
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),  # numpy's own
+    pytest.mark.filterwarnings(
+        "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+    ),  # numpy's own
 ]
 DEVICE = DEVICES["triton"]
 GUIDANCE = {**{name: list(values[:2]) for name, values in LISTS.items()}, **NUMBERS}
@@ -40,8 +44,15 @@ def test_the_table() -> None:
     assert table.why_not("triton", "ddim_step", x.double()) == []
     assert table.why_not("triton", "ddim_step", x.to("meta")) == ["runs on cpu tensors, got meta"]
     assert table.resolve("auto", "percentile_mask", x) == "triton"
-    assert table.resolve("auto", "percentile_mask", x.double()) == "cpu" if why_skip("cpu") is None else "reference"
-    with pytest.raises(RuntimeError, match="backend must be able to run percentile_mask, got 'triton': has no float64"):
+    assert (
+        table.resolve("auto", "percentile_mask", x.double()) == "cpu"
+        if why_skip("cpu") is None
+        else "reference"
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="backend must be able to run percentile_mask, got 'triton': has no float64",
+    ):
         percentile_mask(x.double(), 0.5, backend="triton")
 
 
@@ -65,11 +76,15 @@ def test_layout_attention(modulation: str, monkeypatch: pytest.MonkeyPatch) -> N
             orders.append(arguments[q_at : q_at + 2])
             return launch(*arguments)
 
-        monkeypatch.setattr(triton.layout_attention, name, partial(spying, q_at=8 if "fwd" in name else 12))
+        monkeypatch.setattr(
+            triton.layout_attention, name, partial(spying, q_at=8 if "fwd" in name else 12)
+        )
     inputs = make_inputs(ATTENTION, torch.float32)
     exact, plain = exact_and_plain(inputs, modulation=modulation)
     there = moved(inputs, DEVICE)
-    call = partial(layout_attention, modulation=modulation, return_lse=True, backend="triton", **there.orders)
+    call = partial(
+        layout_attention, modulation=modulation, return_lse=True, backend="triton", **there.orders
+    )
     for name, result in evaluate(call, there).items():
         assert_accurate(name, result.cpu(), exact[name], plain[name], torch.float32)
     assert len(orders) == 2
@@ -79,14 +94,18 @@ def test_layout_attention(modulation: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def compare(call: Callable, *tensors: Tensor) -> None:
-    """Results and gradients of call(*tensors, backend=...) against the reference's, to float32's last digits."""
+    """Results and gradients of call(*tensors, backend=...) against the reference's, to float32's
+    last digits.
+    """
     leaves = [x.detach().to(DEVICE).requires_grad_() for x in tensors]
     found = []
     for backend in ("triton", "reference"):
         results = call(*leaves, backend=backend)
         results = (results,) if isinstance(results, Tensor) else results
         loss = sum(
-            (x * torch.arange(x.numel(), device=DEVICE).view(x.shape).cos()).sum() for x in results if x.requires_grad
+            (x * torch.arange(x.numel(), device=DEVICE).view(x.shape).cos()).sum()
+            for x in results
+            if x.requires_grad
         )
         found.append([*results, *torch.autograd.grad(loss, leaves)])
     for got, expected in zip(*found):
@@ -94,7 +113,11 @@ def compare(call: Callable, *tensors: Tensor) -> None:
 
 
 def sega_tensors() -> tuple[Tensor, ...]:
-    return *torch.randn(2, 1, 2, 5, 7).unbind(0), torch.randn(2, 1, 2, 5, 7), torch.randn(1, 2, 5, 7)
+    return (
+        *torch.randn(2, 1, 2, 5, 7).unbind(0),
+        torch.randn(2, 1, 2, 5, 7),
+        torch.randn(1, 2, 5, 7),
+    )
 
 
 def test_percentile_mask() -> None:
@@ -118,7 +141,12 @@ def test_ddim_step() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "edict"}, {"method": "bdia"}, {"method": "edict", "exact": False}, {"method": "ddim"}],
+    [
+        {"method": "edict"},
+        {"method": "bdia"},
+        {"method": "edict", "exact": False},
+        {"method": "ddim"},
+    ],
     ids=str,
 )
 def test_reversible_sampler(options: dict[str, object]) -> None:
@@ -127,8 +155,14 @@ def test_reversible_sampler(options: dict[str, object]) -> None:
     for backend in ("triton", "reference"):
         chain, x = sampler(3, backend=backend, **options), noise.clone().requires_grad_()
         image = chain.sample(network, x)
-        grads = torch.autograd.grad(image[0].square().sum() + image[1].sum(), [x, *network.parameters()])
-        back = () if options["method"] == "ddim" else chain.invert(network, *(z.detach() for z in image))
+        grads = torch.autograd.grad(
+            image[0].square().sum() + image[1].sum(), [x, *network.parameters()]
+        )
+        back = (
+            ()
+            if options["method"] == "ddim"
+            else chain.invert(network, *(z.detach() for z in image))
+        )
         found.append(([*image, *back], grads))
     (results, grads), (expected, expected_grads) = found
     for got, right in zip(results, expected, strict=True):
@@ -142,7 +176,9 @@ def test_what_left_the_grid_is_seen_at_the_end(monkeypatch: pytest.MonkeyPatch) 
         return x * (9e6 if t < 500 else 1)
 
     chain, x = sampler(3, backend="triton"), torch.ones(1, 1, 2, 2, device=DEVICE)
-    rule = r"eps_fn's result must be finite and keep the latents within the grid of 2\^50 steps, got "
+    rule = (
+        r"eps_fn's result must be finite and keep the latents within the grid of 2\^50 steps, got "
+    )
     if INTERPRETED:
         with pytest.raises(RuntimeError, match=rule + r"4.6\S+ grid steps at step 1"):
             chain.sample(huge, x)
@@ -162,16 +198,26 @@ def test_torch_compile_has_no_graph_breaks() -> None:
         assert torch.equal(result, compiled[name]), name
 
     def steps(x: Tensor, eps: Tensor) -> tuple:
-        masked, threshold = percentile_mask(ddim_step(x, eps, 0.5, 0.6, backend="triton"), 0.7, backend="triton")
-        return masked, threshold, *sega_guidance(x, eps, torch.stack([x, -eps]), x, **GUIDANCE, backend="triton")
+        masked, threshold = percentile_mask(
+            ddim_step(x, eps, 0.5, 0.6, backend="triton"), 0.7, backend="triton"
+        )
+        return (
+            masked,
+            threshold,
+            *sega_guidance(x, eps, torch.stack([x, -eps]), x, **GUIDANCE, backend="triton"),
+        )
 
     x, eps = torch.randn(2, 1, 2, 5, 7, device=DEVICE)
-    for got, expected in zip(torch.compile(steps, fullgraph=True, backend="aot_eager")(x, eps), steps(x, eps)):
+    for got, expected in zip(
+        torch.compile(steps, fullgraph=True, backend="aot_eager")(x, eps), steps(x, eps)
+    ):
         assert torch.equal(got, expected)
 
 
 def raw_calls() -> dict[str, tuple[tuple, dict]]:
-    """Positional and named arguments of every op but layout attention's, which triton_attention.py checks."""
+    """Positional and named arguments of every op but layout attention's, which triton_attention.py
+    checks.
+    """
     x, y, eps = torch.randn(3, 2, 7)
     z, w = (torch.randint(-(2**40), 2**40, (2, 7)) for _ in range(2))
     narrow = torch.float16
@@ -183,9 +229,13 @@ def raw_calls() -> dict[str, tuple[tuple, dict]]:
         "exact_leapfrog": (z, w, eps, 0.9, 1e6, 1e-6, narrow),
     }
     calls |= dict.fromkeys(("edict_mix", "edict_unmix"), (x, y, eps, 0.9, 0.3, 0.93, True))
-    calls |= dict.fromkeys(("exact_mix", "exact_unmix"), (z, w, None, 0.0, 0.93, True, 1e-6, False, narrow))
+    calls |= dict.fromkeys(
+        ("exact_mix", "exact_unmix"), (z, w, None, 0.0, 0.93, True, 1e-6, False, narrow)
+    )
     named = {**GUIDANCE, "user_mask": None, "sum_channels": False}
-    return {name: (arguments, {}) for name, arguments in calls.items()} | {"sega_guidance": (sega_tensors(), named)}
+    return {name: (arguments, {}) for name, arguments in calls.items()} | {
+        "sega_guidance": (sega_tensors(), named)
+    }
 
 
 def test_every_op_has_a_raw_call() -> None:

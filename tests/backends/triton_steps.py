@@ -1,7 +1,8 @@
-"""Triton kernels of semantic guidance and of reversible steps against the reference, on a GPU or interpreted.
+"""Triton kernels of semantic guidance and of reversible steps against the reference, on a GPU or
+interpreted.
 
-Run by test_interpreted, and by `make gpu`. All results have the reference's very bits; bfloat16 is an input
-only, because the interpreter cuts a float32 down to it where a GPU rounds.
+Run by test_interpreted, and by `make gpu`. All results have the reference's very bits; bfloat16 is
+an input only, because the interpreter cuts a float32 down to it where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -26,13 +27,19 @@ INPUTS = (*DTYPES, torch.bfloat16)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = (0.0, 1e-42, 0.123456, 0.5, 0.9, 1 - 2**-53, 1.0)
 SHAPES = ((), (1,), (2, 3, 17, 33), (0, 3))
-OFF_GRID_TEXT = r"eps must be finite and keep the latents within the grid of 2\^50 steps, got \S+ steps"
+OFF_GRID_TEXT = (
+    r"eps must be finite and keep the latents within the grid of 2\^50 steps, got \S+ steps"
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+)  # numpy's own
 
 
 def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in one program, there by way of memory or not, or, however short, in several, each with several tiles."""
+    """A row in one program, there by way of memory or not, or, however short, in several, each with
+    several tiles.
+    """
     if form == "staged":
         monkeypatch.setattr(_sega, "UNSTAGED", 0)
         monkeypatch.setattr(_sega, "TILE", 64)
@@ -54,7 +61,9 @@ staged_too = pytest.mark.parametrize("programs", ["whole", "staged", "several"],
 
 def same(got: object, expected: object) -> None:
     """Equal bits, shapes and dtypes; one NaN is like another."""
-    for one, other in zip(*((x,) if isinstance(x, Tensor) else x for x in (got, expected)), strict=True):
+    for one, other in zip(
+        *((x,) if isinstance(x, Tensor) else x for x in (got, expected)), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
@@ -76,7 +85,9 @@ def rows(values: str, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("values", ["normal", "ties", "equal", "denormal", "not finite", "transposed", "one"])
+@pytest.mark.parametrize(
+    "values", ["normal", "ties", "equal", "denormal", "not finite", "transposed", "one"]
+)
 def test_percentile_mask(values: str, dtype: torch.dtype, programs: None) -> None:
     x = rows(values, dtype)
     for level in LEVELS:
@@ -92,7 +103,9 @@ def test_interpolation(num_rows: int, level: float, programs: None) -> None:
 
 
 def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them than one program adds up at a time, 16 of their counts and 256 of their extremes."""
+    """More of them than one program adds up at a time, 16 of their counts and 256 of their
+    extremes.
+    """
     for name, value in (("TILE", 16), ("SPAN", 16), ("MAX_PROGRAMS", 300)):
         monkeypatch.setattr(selection, name, value)
     monkeypatch.setattr(_sega, "LONGEST", 0)
@@ -105,7 +118,9 @@ def test_ranks_of_float64_travel_in_float32(num_values: int) -> None:
     """In pieces that it holds exactly, which together are the bits."""
     pieces = torch.tensor(selection.ranks_of(LEVELS, num_values)).tolist()
     bits = [int(high) << 44 | int(middle) << 22 | int(low) for high, middle, low in zip(*pieces)]
-    assert torch.tensor(bits).view(torch.float64).tolist() == [level * (num_values - 1) for level in LEVELS] + [0.0]
+    assert torch.tensor(bits).view(torch.float64).tolist() == [
+        level * (num_values - 1) for level in LEVELS
+    ] + [0.0]
 
 
 def test_offsets_beyond_int32_go_to_the_programs_that_have_int64() -> None:
@@ -115,7 +130,9 @@ def test_offsets_beyond_int32_go_to_the_programs_that_have_int64() -> None:
     assert not selection.fits_one_program(2046, 2047, row)
 
 
-def guidance(num_edits: int, dtype: torch.dtype, view: str = "contiguous", **change: object) -> tuple[list, dict]:
+def guidance(
+    num_edits: int, dtype: torch.dtype, view: str = "contiguous", **change: object
+) -> tuple[list, dict]:
     batch, channels, height, width = 1, 2, 9, 15
     uncond, text, momentum = torch.randn(3, batch, channels, height, width).to(dtype)
     edits = torch.randn(num_edits, batch, channels, height, width).to(dtype)
@@ -175,7 +192,9 @@ def test_sega_guidance_of_what_is_not_finite(programs: None) -> None:
     assert got[2][0, 0, 0].isnan()
 
 
-def pair(dtype: torch.dtype, eps_dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pair(
+    dtype: torch.dtype, eps_dtype: torch.dtype, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *torch.randn(2, *shape).to(dtype), *torch.randn(2, *shape).to(eps_dtype)
 
 
@@ -195,7 +214,10 @@ def test_float_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_steps_of_any_shape(shape: tuple[int, ...]) -> None:
     x, y, eps, _ = pair(torch.float32, torch.float32, shape)
-    same(reversible.leapfrog_step(x, y, eps, 0.9, -0.3, 1.1), reference.leapfrog_step(x, y, eps, 0.9, -0.3, 1.1))
+    same(
+        reversible.leapfrog_step(x, y, eps, 0.9, -0.3, 1.1),
+        reference.leapfrog_step(x, y, eps, 0.9, -0.3, 1.1),
+    )
 
 
 def coordinates(shape: tuple[int, ...], largest: int = 2**47) -> Tensor:
@@ -213,21 +235,31 @@ def test_exact_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
         ("exact_leapfrog", (x, y, eps, 0.93, 12345.678, to_latent, dtype)),
     ]
     for name in ("exact_mix", "exact_unmix"):
-        for change, couple_x, latent_x in ((eps, True, False), (eps, False, True), (None, True, True)):
-            steps.append((name, (x, y, change, 12345.6, 0.93, couple_x, to_latent, latent_x, dtype)))
+        for change, couple_x, latent_x in (
+            (eps, True, False),
+            (eps, False, True),
+            (None, True, True),
+        ):
+            steps.append(
+                (name, (x, y, change, 12345.6, 0.93, couple_x, to_latent, latent_x, dtype))
+            )
     for name, arguments in steps:
         same(getattr(reversible, name)(*arguments), getattr(reference, name)(*arguments))
 
 
 def test_latents_are_rounded_by_way_of_float32() -> None:
-    """As torch does: just above the middle of two float16 neighbours, which in float32 is the middle."""
+    """As torch does: just above the middle of two float16 neighbours, which in float32 is the
+    middle.
+    """
     z = torch.tensor([2**40 + 2**29 + 1])
     arguments = (z, torch.zeros(1), 1.0, 2.0**-40, torch.float16)
     same(reversible.exact_couple(*arguments), reference.exact_couple(*arguments))
 
 
 def test_channels_last_memory_is_taken_as_it_lies() -> None:
-    x, y = (coordinates((2, 3, 5, 4)).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    x, y = (
+        coordinates((2, 3, 5, 4)).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    )
     arguments = (x, y, None, 0.0, 0.93, True, 0.5, True, torch.float32)
     got = reversible.exact_mix(*arguments)
     assert [z.stride() for z in got] == [x.stride()] * 3
@@ -257,8 +289,16 @@ OFFENDERS = [  # z, eps, what becomes of z
 
 
 @pytest.mark.parametrize(("z", "eps", "expected"), OFFENDERS)
-def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (torch.tensor([5, z]), torch.tensor([0.0, eps], dtype=torch.float64), 1.0, 1.0, torch.float64)
+def test_the_edge_of_the_grid(
+    z: int, eps: float, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (
+        torch.tensor([5, z]),
+        torch.tensor([0.0, eps], dtype=torch.float64),
+        1.0,
+        1.0,
+        torch.float64,
+    )
     if expected is not None:
         same(reversible.exact_couple(*arguments), reference.exact_couple(*arguments))
         return
@@ -276,27 +316,56 @@ def test_what_left_the_grid_stays_off_it(op: str, monkeypatch: pytest.MonkeyPatc
     """Its partner follows, whatever the mix: the shear of a lost coordinate is no number."""
     monkeypatch.setattr(_reversible, "_refuse_off_grid", lambda *_: None)
     lost, good = torch.tensor([reversible.OFF_GRID, 3]), torch.tensor([7, 4])
-    x, y, latent = getattr(reversible, op)(lost, good, None, 0.0, 0.999999, True, 1.0, False, torch.float32)
+    x, y, latent = getattr(reversible, op)(
+        lost, good, None, 0.0, 0.999999, True, 1.0, False, torch.float32
+    )
     assert x[0] == y[0] == reversible.OFF_GRID
     assert latent.isnan().tolist() == [True, False]
 
 
 X, GRID = torch.randn(2, 3), torch.arange(6).reshape(2, 3)
 REFUSALS: dict[str, tuple[Callable, str]] = {
-    "shape": (lambda: reversible.ddim_step(X, X[:1], None, 1, 1, 1), r"eps must have x's shape \(2, 3\), got \(1, 3\)"),
-    "dtype": (lambda: reversible.leapfrog_step(X, X.half(), X, 1, 1, 1), "near must have far's dtype float32, got"),
-    "eps dtype": (lambda: reversible.ddim_step(X, X.int(), None, 1, 1, 1), "eps must be one of .*, got int32"),
-    "uncond": (lambda: reversible.ddim_step(X, X, X.half(), 1, 1, 1), "eps_uncond must have eps' dtype float32, got"),
-    "gaps": (lambda: reversible.ddim_step(X[:, ::2], X[:, ::2], None, 1, 1, 1), r"x must be dense, got strides"),
+    "shape": (
+        lambda: reversible.ddim_step(X, X[:1], None, 1, 1, 1),
+        r"eps must have x's shape \(2, 3\), got \(1, 3\)",
+    ),
+    "dtype": (
+        lambda: reversible.leapfrog_step(X, X.half(), X, 1, 1, 1),
+        "near must have far's dtype float32, got",
+    ),
+    "eps dtype": (
+        lambda: reversible.ddim_step(X, X.int(), None, 1, 1, 1),
+        "eps must be one of .*, got int32",
+    ),
+    "uncond": (
+        lambda: reversible.ddim_step(X, X, X.half(), 1, 1, 1),
+        "eps_uncond must have eps' dtype float32, got",
+    ),
+    "gaps": (
+        lambda: reversible.ddim_step(X[:, ::2], X[:, ::2], None, 1, 1, 1),
+        r"x must be dense, got strides",
+    ),
     "strides": (
         lambda: reversible.edict_mix(X, torch.randn(3, 2).t(), None, 1, 1, 0.9, True),
         r"y must be dense and have x's strides \(3, 1\), got strides \(1, 2\)",
     ),
-    "grid": (lambda: reversible.exact_couple(X, X, 1, 1, torch.float32), "z must be int64, got float32"),
-    "latent": (lambda: reversible.exact_couple(GRID, X, 1, 1, torch.int32), "dtype must be one of .*, got int32"),
-    "float64": (lambda: sega.percentile_mask(X.double(), 0.5), "x must be one of float32, bfloat16, float16, got"),
+    "grid": (
+        lambda: reversible.exact_couple(X, X, 1, 1, torch.float32),
+        "z must be int64, got float32",
+    ),
+    "latent": (
+        lambda: reversible.exact_couple(GRID, X, 1, 1, torch.int32),
+        "dtype must be one of .*, got int32",
+    ),
+    "float64": (
+        lambda: sega.percentile_mask(X.double(), 0.5),
+        "x must be one of float32, bfloat16, float16, got",
+    ),
     "level": (lambda: sega.percentile_mask(X, float("nan")), "level must be from 0 to 1, got nan"),
-    "values": (lambda: sega.percentile_mask(X[:, :0], 0.5), r"x must have 2 dimensions and values in each row, got"),
+    "values": (
+        lambda: sega.percentile_mask(X[:, :0], 0.5),
+        r"x must have 2 dimensions and values in each row, got",
+    ),
 }
 
 
@@ -311,7 +380,11 @@ SEGA_REFUSALS = {
     "text": (1, lambda x: x[:, :1], "eps_text must have shape"),
     "edits": (2, lambda x: x.half(), "eps_edits must be float32, got float16"),
     "momentum": (3, lambda x: x.double(), "momentum must be float32, got float64"),
-    "axes": (0, lambda x: x.repeat(1, 1, 1, 2)[..., ::2].transpose(2, 3).contiguous().transpose(2, 3), "collapse"),
+    "axes": (
+        0,
+        lambda x: x.repeat(1, 1, 1, 2)[..., ::2].transpose(2, 3).contiguous().transpose(2, 3),
+        "collapse",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The benchmark is honest: nothing wrong is timed, everything is timed beside its partner, memory is seen."""
+"""The benchmark is honest: nothing wrong is timed, everything is timed beside its partner, memory
+is seen.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,13 @@ def test_wrong_maths_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_result_is_checked(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = attention.run
 
-    def spoiled(call: baselines.Call, inputs: Inputs, grad_out: torch.Tensor, backward: bool) -> list[torch.Tensor]:
+    def spoiled(
+        call: baselines.Call, inputs: Inputs, grad_out: torch.Tensor, backward: bool
+    ) -> list[torch.Tensor]:
         results = run(call, inputs, grad_out, backward)
-        if inputs.q.dim() == 4 and inputs.q.shape[1] == 8:  # the contender's own call, not the reference's
+        if (
+            inputs.q.dim() == 4 and inputs.q.shape[1] == 8
+        ):  # the contender's own call, not the reference's
             results[index][-1, -1, -1] += 1e-2
         return results
 
@@ -87,10 +93,14 @@ def test_a_large_case_is_checked_on_a_part(monkeypatch: pytest.MonkeyPatch) -> N
     assert 0 < row["error"] <= row["allowed"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a high-water mark that can be reset")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux has a high-water mark that can be reset"
+)
 def test_what_is_left_out_has_a_reason() -> None:
     def reason(name: str, contender: str, backward: bool) -> str | None:
-        return suite.why_not(suite.Case(suite.Setting(WORKLOADS[name], torch.float32, backward), contender))
+        return suite.why_not(
+            suite.Case(suite.Setting(WORKLOADS[name], torch.float32, backward), contender)
+        )
 
     assert reason("sd15-self-64", "eager", False) is None
     assert "GiB" in reason("long-self-64k", "eager", False)
@@ -100,7 +110,9 @@ def test_what_is_left_out_has_a_reason() -> None:
 
 
 def test_workloads_are_those_of_the_design() -> None:
-    shapes = {name: (w.num_heads, w.seqlen_q, w.seqlen_k, w.head_dim) for name, w in WORKLOADS.items()}
+    shapes = {
+        name: (w.num_heads, w.seqlen_q, w.seqlen_k, w.head_dim) for name, w in WORKLOADS.items()
+    }
     assert shapes["sd15-self-64"] == (8, 4096, 4096, 40)
     assert shapes["sdxl-cross-32"] == (20, 1024, 77, 64)
     assert shapes["flux-joint-2048"] == (24, 16384 + 512, 16384 + 512, 128)
@@ -115,20 +127,30 @@ def test_workloads_are_those_of_the_design() -> None:
 
 def test_bars_read_their_rows() -> None:
     base = {"workload": "sd15-self-64", "pass": "fwd", "dtype": "float32"}
-    rows = [base | {"contender": name, "ratio": ratio} for name, ratio in (("flex-smart", 5.0), ("flex-naive", 3.0))]
+    rows = [
+        base | {"contender": name, "ratio": ratio}
+        for name, ratio in (("flex-smart", 5.0), ("flex-naive", 3.0))
+    ]
     rows.append(base | {"contender": "dense_attn", "peak_extra_bytes": 10**6})
     bar = Bar("sd15-self-64", "fwd", "float32", ("flex-smart", "flex-naive"), 4)
     assert (bar.verdict(rows)["measured"], bar.verdict(rows)["verdict"]) == (3.0, "miss")
     assert bar.verdict(rows[:1])["verdict"] == "not measured"
     assert Bar("sd15-self-64", "fwd", "float32", (), 16e6).verdict(rows)["verdict"] == "pass"
     promised = {
-        (bar.workload, bar.passes, bar.dtype, name) for bar in BARS for name in bar.contenders or ("dense_attn",)
+        (bar.workload, bar.passes, bar.dtype, name)
+        for bar in BARS
+        for name in bar.contenders or ("dense_attn",)
     }
     cases = [case for case in suite.cases() if suite.why_not(case) is None]
-    rows = {(c.setting.workload.name, c.setting.passes, c.setting.dtype_name, c.contender) for c in cases}
+    rows = {
+        (c.setting.workload.name, c.setting.passes, c.setting.dtype_name, c.contender)
+        for c in cases
+    }
     for family in FAMILIES.values():
         cases = [] if family is attention else family.cases()
-        rows |= {(c.setting.workload, c.setting.passes, c.setting.dtype, c.contender) for c in cases}
+        rows |= {
+            (c.setting.workload, c.setting.passes, c.setting.dtype, c.contender) for c in cases
+        }
     assert promised <= rows
 
 
@@ -142,7 +164,9 @@ def test_the_command_writes_results_and_a_figure(tmp_path: Path) -> None:
     arguments += [f"--workload={name}" for name in names]
     command = [sys.executable, "-m", "dense_attn.benchmarks.run", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
     assert set(tmp_path.iterdir()) == {files["--json"], *figures}
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sd15-cross-8          fwd+bwd  bfloat16  sdpa-bias" in done.stdout
@@ -166,7 +190,10 @@ def test_the_command_writes_results_and_a_figure(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--workload", "sd15-self-65"], "--workload must be one of sd15-self-64"),
-        (["--json", "no/such/folder/file.json"], "--json must be in a folder that exists, got no/such"),
+        (
+            ["--json", "no/such/folder/file.json"],
+            "--json must be in a folder that exists, got no/such",
+        ),
         (["--plot", "figure.gif"], "--plot must end in .png or .svg, got figure.gif"),
     ],
 )
@@ -179,9 +206,15 @@ def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "name"), [("--json", "."), ("--plot", "a.svg"), ("--plot", "b.svg")])
+@pytest.mark.parametrize(
+    ("option", "name"), [("--json", "."), ("--plot", "a.svg"), ("--plot", "b.svg")]
+)
 def test_a_file_that_cannot_be_written_is_refused_before_the_first_row(
-    option: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One of a figure's three files too; nothing is left."""
     run = pytest.importorskip("dense_attn.benchmarks.run")
@@ -189,7 +222,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_first_row(
         (tmp_path / folder).mkdir()
     monkeypatch.setattr(pytest, "main", lambda *_, **__: pytest.fail("a row is measured"))
     assert command_line(["bench", option, str(tmp_path / name)]) == 2
-    assert re.fullmatch(r"dense_attn bench: \S+ cannot be written: it is a folder\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"dense_attn bench: \S+ cannot be written: it is a folder\n", capsys.readouterr().err
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-sega.svg", "b-reversible.svg"]
     with pytest.raises(FileError):
         run.main([option, str(tmp_path / name)])
@@ -213,7 +248,14 @@ def test_a_disk_that_fills_up_ends_no_run(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "fsync", full)
     report = run.Report({}, tmp_path / "rows.json")
-    row = {"workload": "x", "pass": "fwd", "dtype": "float32", "contender": "dense_attn", "backend": "", "reason": "-"}
+    row = {
+        "workload": "x",
+        "pass": "fwd",
+        "dtype": "float32",
+        "contender": "dense_attn",
+        "backend": "",
+        "reason": "-",
+    }
     report._add(row | {"family": "sega"})
     assert len(report.rows) == 1
     with pytest.raises(FileError, match=r"rows.json cannot be written: No space left on device"):
@@ -221,7 +263,9 @@ def test_a_disk_that_fills_up_ends_no_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_of_what_a_layout_costs_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_dry_run_of_what_a_layout_costs_a_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     pytest.importorskip("diffusers")
     from dense_attn.benchmarks.layout_attention import pipeline
 

@@ -1,4 +1,6 @@
-"""The rows of semantic guidance and reversible DDIM are honest: nothing wrong is timed, every number is measured."""
+"""The rows of semantic guidance and reversible DDIM are honest: nothing wrong is timed, every
+number is measured.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,15 @@ TINY_FAMILIES = {  # one workload of each family that is timed
 def measured(family: str, contender: str) -> Row:
     """The row of a family's tiny workload."""
     *setting, _ = TINY_FAMILIES[family]
-    return FAMILIES[family.partition(" ")[0]].measure(Case(Setting(*setting), contender), Stopwatch())
+    return FAMILIES[family.partition(" ")[0]].measure(
+        Case(Setting(*setting), contender), Stopwatch()
+    )
 
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize(
-    ("family", "contender"), [(family, who) for family, (*_, contenders) in TINY_FAMILIES.items() for who in contenders]
+    ("family", "contender"),
+    [(family, who) for family, (*_, contenders) in TINY_FAMILIES.items() for who in contenders],
 )
 def test_the_right_contenders_of_every_family_are_timed(family: str, contender: str) -> None:
     row = measured(family, contender)
@@ -68,7 +73,10 @@ def spoil(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setitem(percentile.CONTENDERS, "torch.kthvalue", nearest)
         return "torch.kthvalue"
     if family == "sega":
-        dropped = lambda step: [x.masked_fill(x == x.max(), x.mean()) for x in guidance.public_pipeline(step)]  # noqa: E731
+        def dropped(step):
+            return [
+                    x.masked_fill(x == x.max(), x.mean()) for x in guidance.public_pipeline(step)
+                ]
         monkeypatch.setitem(guidance.CONTENDERS, "diffusers", dropped)
         return "diffusers"
     if family == "chain":
@@ -90,7 +98,9 @@ def spoil(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.usefixtures("_small")
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_wrong_maths_of_every_family_is_not_timed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_maths_of_every_family_is_not_timed(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = measured(family, spoil(family, monkeypatch))
     assert row["wrong"]
     assert "seconds" not in row
@@ -117,7 +127,9 @@ def test_a_copy_is_compared_by_the_bytes_it_moves() -> None:
 @pytest.mark.parametrize("name", round_trip._SAMPLERS)
 def test_round_trips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(precision: str) -> Row:
-        return round_trip.measure(Case(Setting(f"round-trip-{name}-10", "loop", precision), "dense_attn"))
+        return round_trip.measure(
+            Case(Setting(f"round-trip-{name}-10", "loop", precision), "dense_attn")
+        )
 
     if name == "ddim":  # its error is not one of rounding
         assert row("float64")["error"] > 1e-2
@@ -147,7 +159,9 @@ def test_the_networks_are_those_of_the_design() -> None:
     network = unet.SmallUNet()
     assert 0.9e6 < sum(weight.numel() for weight in network.parameters()) < 1.1e6
     x = torch.randn(1, 4, 32, 32)
-    assert not torch.equal(network(x, 900) / network.noise_level[900], network(x, 100) / network.noise_level[100])
+    assert not torch.equal(
+        network(x, 900) / network.noise_level[900], network(x, 100) / network.noise_level[100]
+    )
     assert gradient.activations(network, x) > 20 * x.nbytes
 
 
@@ -168,18 +182,34 @@ def test_the_workloads_of_the_families_are_those_of_the_design() -> None:
     assert len(steps.WORKLOADS) == 15
     assert set(gradient.WORKLOADS.values()) == {10, 50, 200}
     assert len(round_trip.WORKLOADS) == 16
-    assert len({name for family in FAMILIES.values() for name in family.WORKLOADS}) == len(families.WORKLOADS)
+    assert len({name for family in FAMILIES.values() for name in family.WORKLOADS}) == len(
+        families.WORKLOADS
+    )
 
 
 def test_bars_read_the_fields_they_name() -> None:
-    base = {"workload": "edict-mix-1m", "pass": "fwd", "dtype": "float32", "contender": "clone", "of_copy": 0.7}
+    base = {
+        "workload": "edict-mix-1m",
+        "pass": "fwd",
+        "dtype": "float32",
+        "contender": "clone",
+        "of_copy": 0.7,
+    }
     verdict = Bar("edict-mix-1m", "fwd", "float32", ("clone",), 0.8, "of_copy").verdict([base])
     assert (verdict["measured"], verdict["verdict"]) == (0.7, "miss")
     assert verdict["what"] == "dense_attn's bytes per second / clone's"
     row = base | {"contender": "dense_attn", "share": 0.03, "differing_bits": 0}
-    assert Bar("edict-mix-1m", "fwd", "float32", (), 0.02, "share").verdict([row])["verdict"] == "miss"
-    assert Bar("edict-mix-1m", "fwd", "float32", (), 0, "differing_bits").verdict([row])["verdict"] == "pass"
-    assert Bar("edict-mix-1m", "fwd", "float32", (), 0, "share_idle").verdict([row])["verdict"] == "not measured"
+    assert (
+        Bar("edict-mix-1m", "fwd", "float32", (), 0.02, "share").verdict([row])["verdict"] == "miss"
+    )
+    assert (
+        Bar("edict-mix-1m", "fwd", "float32", (), 0, "differing_bits").verdict([row])["verdict"]
+        == "pass"
+    )
+    assert (
+        Bar("edict-mix-1m", "fwd", "float32", (), 0, "share_idle").verdict([row])["verdict"]
+        == "not measured"
+    )
 
 
 def test_the_quick_suite_is_a_part_of_every_family() -> None:
@@ -191,12 +221,32 @@ def test_the_quick_suite_is_a_part_of_every_family() -> None:
 def test_a_figure_shows_the_gradients_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
-        {"family": "gradient", "contender": who, "steps": count, "seconds": 0.1 * count, "peak_extra_bytes": 10**6}
+        {
+            "family": "gradient",
+            "contender": who,
+            "steps": count,
+            "seconds": 0.1 * count,
+            "peak_extra_bytes": 10**6,
+        }
         for who in gradient.CONTENDERS
         for count in gradient.WORKLOADS.values()
     ]
-    rows[-1] = {"family": "gradient", "contender": "checkpoint", "steps": 200, "reason": "too large"}
+    rows[-1] = {
+        "family": "gradient",
+        "contender": "checkpoint",
+        "steps": 200,
+        "reason": "too large",
+    }
     versions = {"torch": "1", "dense_attn": "2"}
-    header = {"device": "", "threads": 1, "isa": "", "torch_isa": "", "versions": versions, "date": ""}
-    assert plots.draw({"rows": rows, "header": header}, tmp_path / "a.svg") == [tmp_path / "a-reversible.svg"]
+    header = {
+        "device": "",
+        "threads": 1,
+        "isa": "",
+        "torch_isa": "",
+        "versions": versions,
+        "date": "",
+    }
+    assert plots.draw({"rows": rows, "header": header}, tmp_path / "a.svg") == [
+        tmp_path / "a-reversible.svg"
+    ]
     assert "a checkpoint each step" in (tmp_path / "a-reversible.svg").read_text()

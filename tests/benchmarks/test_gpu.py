@@ -1,4 +1,6 @@
-"""The benchmark of GPUs, without one: a dry run of every row, the clock of events beside a stand-in, bars, refusals."""
+"""The benchmark of GPUs, without one: a dry run of every row, the clock of events beside a
+stand-in, bars, refusals.
+"""
 
 from __future__ import annotations
 
@@ -57,19 +59,30 @@ def test_a_dry_run_goes_through_every_family_and_contender(dry: tuple) -> None:
     results, _, folder = dry
     rows = results["rows"]
     assert {row["family"] for row in rows} == set(families.GPU_FAMILIES)
-    assert {row["contender"] for row in rows if row["family"] == "attention"} == set(gpu_baselines.GPU_CONTENDERS)
+    assert {row["contender"] for row in rows if row["family"] == "attention"} == set(
+        gpu_baselines.GPU_CONTENDERS
+    )
     passes = {(row["pass"], row["dtype"]) for row in rows if row["family"] == "attention"}
-    assert passes == {("fwd", "float16"), ("fwd", "float32"), ("fwd+bwd", "float16"), ("bwd", "float16")}
+    assert passes == {
+        ("fwd", "float16"),
+        ("fwd", "float32"),
+        ("fwd+bwd", "float16"),
+        ("bwd", "float16"),
+    }
     assert {row["workload"] for row in rows if row["family"] == "launch"} == set(launch.WORKLOADS)
     for row in rows:
-        left_out = row["contender"] in ABSENT or (row["contender"] == "flex-smart" and row["pass"] != "fwd")
+        left_out = row["contender"] in ABSENT or (
+            row["contender"] == "flex-smart" and row["pass"] != "fwd"
+        )
         assert ("reason" in row) == left_out, row
         if row["contender"].startswith("dense_attn"):
             assert row["backend"] == "triton"
     across = [row for row in rows if "across" in row["workload"]]
     assert [row["differing_bits"] for row in across] == [0, 0]
     assert all(row["bits"] > 0 for row in across)
-    assert all((folder / f"gpu{part}.png").stat().st_size > 10_000 for part in ("", "-sega", "-reversible"))
+    assert all(
+        (folder / f"gpu{part}.png").stat().st_size > 10_000 for part in ("", "-sega", "-reversible")
+    )
 
 
 def test_a_dry_run_gives_no_number_of_a_gpu(dry: tuple) -> None:
@@ -85,8 +98,12 @@ def test_a_dry_run_gives_no_number_of_a_gpu(dry: tuple) -> None:
 
 def test_hashes_are_those_of_the_sources() -> None:
     folder = ROOT / "triton_kernels"
-    sources = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
-    assert kernel_hashes() == {name: sha256(text).hexdigest()[:16] for name, text in sources.items()}
+    sources = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")
+    }
+    assert kernel_hashes() == {
+        name: sha256(text).hexdigest()[:16] for name, text in sources.items()
+    }
     assert len(sources) == 11
 
 
@@ -148,14 +165,18 @@ def test_a_short_call_is_replayed_from_a_graph(monkeypatch: pytest.MonkeyPatch) 
     assert clock.compare(trial(short, 1e-4, in_graph=False), None).notes == {"timing": "events"}
     assert clock.compare(trial(gpu.call("long", 1e-3), 1e-3), None).notes == {"timing": "events"}
     monkeypatch.setattr(gpu, "capture", lambda run: (gpu.call("replay", 1e-6), [torch.zeros(1)]))
-    assert "its replay gives other results" in clock.compare(trial(short, 1e-4), None).notes["timing"]
+    assert (
+        "its replay gives other results" in clock.compare(trial(short, 1e-4), None).notes["timing"]
+    )
 
     def refused(run: Callable[[], object]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(gpu, "capture", refused)
     rounds = clock.compare(trial(short, 1e-4), None)
-    assert rounds.notes == {"timing": "events; not in a graph: operation not permitted when stream is capturing"}
+    assert rounds.notes == {
+        "timing": "events; not in a graph: operation not permitted when stream is capturing"
+    }
     assert rounds.times == pytest.approx([1e-4] * 3, abs=1e-9)
 
 
@@ -192,19 +213,31 @@ def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
 def test_a_gpu_has_all_workloads_and_the_bars_have_their_rows(gpu: machine.Gpu) -> None:
     cases = list(suite.cases())
     assert {case.setting.workload.name for case in cases} == set(WORKLOADS)
-    assert {case.setting.workload.num_heads for case in cases if "long" in case.setting.workload.name} == {8}
+    assert {
+        case.setting.workload.num_heads for case in cases if "long" in case.setting.workload.name
+    } == {8}
     assert suite.why_not(next(case for case in cases if "flux" in str(case))) is None
-    rows = {(c.setting.workload.name, c.setting.passes, c.setting.dtype_name, c.contender) for c in cases}
+    rows = {
+        (c.setting.workload.name, c.setting.passes, c.setting.dtype_name, c.contender)
+        for c in cases
+    }
     for name, family in families.families().items():
         if name != "attention":
-            rows |= {(c.setting.workload, c.setting.passes, c.setting.dtype, c.contender) for c in family.cases()}
+            rows |= {
+                (c.setting.workload, c.setting.passes, c.setting.dtype, c.contender)
+                for c in family.cases()
+            }
     for bar in GPU_BARS:
-        assert {(bar.workload, bar.passes, bar.dtype, who) for who in (*bar.contenders, bar.way)} <= rows
+        assert {
+            (bar.workload, bar.passes, bar.dtype, who) for who in (*bar.contenders, bar.way)
+        } <= rows
     for family in families.families().values():
         assert set() < set(map(str, family.cases(quick=True))) < set(map(str, family.cases()))
     assert {name for *_, name in rows if name.endswith("-1g")} == set()
     assert sum(case[0].endswith("-1g") for case in rows) == 5 * 4
-    reason = suite._too_much_memory(next(c for c in cases if str(c) == "long-self-64k-fwd-bfloat16-eager"), 80e9)
+    reason = suite._too_much_memory(
+        next(c for c in cases if str(c) == "long-self-64k-fwd-bfloat16-eager"), 80e9
+    )
     assert "GiB of scores" in reason
 
 
@@ -221,10 +254,18 @@ def test_bars_of_a_gpu() -> None:
     without = [row for row in rows if row["contender"] != "dense_attn-sorted"]
     assert by_region.verdict(without)["verdict"] == "not measured"
     assert bar.verdict(rows[:1])["verdict"] == "not measured"  # a row is missing, not left out
-    wrong = [row | {"reason": "error 1", "wrong": True} if row["contender"] == "sdpa-cudnn" else row for row in rows]
+    wrong = [
+        row | {"reason": "error 1", "wrong": True} if row["contender"] == "sdpa-cudnn" else row
+        for row in rows
+    ]
     assert bar.verdict(wrong)["verdict"] == "not measured"
     in_graph = Bar("sd15-self-64", "fwd", "bfloat16", (), 15e-6, "graph_seconds")
-    row = BASE | {"contender": "dense_attn", "seconds": 1e-5, "timing": "graph", "of_large_copy": 0.9}
+    row = BASE | {
+        "contender": "dense_attn",
+        "seconds": 1e-5,
+        "timing": "graph",
+        "of_large_copy": 0.9,
+    }
     assert in_graph.verdict([row])["verdict"] == "pass"
     assert in_graph.verdict([row | {"seconds": 2e-5}])["verdict"] == "miss"
     assert in_graph.verdict([row | {"timing": "events"}])["verdict"] == "not measured"
@@ -232,8 +273,12 @@ def test_bars_of_a_gpu() -> None:
     assert of_copy.verdict([row])["verdict"] == "pass"
 
 
-def test_a_bias_in_memory_is_the_modulation(gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel that takes the bias exists on GPUs alone: SDPA in its place shows that bias and layout are right."""
+def test_a_bias_in_memory_is_the_modulation(
+    gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel that takes the bias exists on GPUs alone: SDPA in its place shows that bias and
+    layout are right.
+    """
     inputs = make_inputs(replace(WORKLOADS["sd15-cross-8"], num_heads=2), torch.float32)
     biases = []
 
@@ -276,15 +321,24 @@ def test_the_backward_pass_alone_may_be_called_again(gpu: machine.Gpu) -> None:
         assert all(map(torch.equal, got, both))
     setting = suite.Setting(WORKLOADS["sd15-self-8"], torch.float32, backward=True, alone=True)
     assert setting.passes == "bwd"
-    assert WORKLOADS["sd15-self-8"].gflop(True, alone=True) == WORKLOADS["sd15-self-8"].gflop(False) * 2.5
+    assert (
+        WORKLOADS["sd15-self-8"].gflop(True, alone=True)
+        == WORKLOADS["sd15-self-8"].gflop(False) * 2.5
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (("--device", "cuda"), "--device must be cpu where torch sees no GPU, got 'cuda' (--dry-run needs none)"),
-        (("--family", "launch"), "--family must be one of attention, percentile, sega, steps, chain, gradient, round_"),
+        (
+            ("--device", "cuda"),
+            "--device must be cpu where torch sees no GPU, got 'cuda' (--dry-run needs none)",
+        ),
+        (
+            ("--family", "launch"),
+            "--family must be one of attention, percentile, sega, steps, chain, gradient, round_",
+        ),
         (("--dry-run", "--workload", "sega-9"), "--workload must be one of sd15-self-64"),
     ],
 )
@@ -301,7 +355,18 @@ def test_the_command_hands_on_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) 
     bench = pytest.importorskip("dense_attn.benchmarks.run")
     seen: list[str] = []
     monkeypatch.setattr(bench, "main", lambda argv: seen.extend(argv) or 0)
-    argv = ["--quick", "--dry-run", "--family", "sega", "--family", "steps", "--device", "cuda", "--json", "a.json"]
+    argv = [
+        "--quick",
+        "--dry-run",
+        "--family",
+        "sega",
+        "--family",
+        "steps",
+        "--device",
+        "cuda",
+        "--json",
+        "a.json",
+    ]
     assert main(["bench", *argv]) == 0
     assert seen == argv
 
@@ -309,4 +374,6 @@ def test_the_command_hands_on_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_cpu_has_no_rows_of_a_gpu() -> None:
     assert set(families.families()) == set(families.FAMILIES)
-    assert all(case.setting.workload.device == "cpu" and not case.setting.alone for case in suite.cases())
+    assert all(
+        case.setting.workload.device == "cpu" and not case.setting.alone for case in suite.cases()
+    )

@@ -1,4 +1,6 @@
-"""`bench --shape`: a user's own shapes are checked, measured beside everything else, and refused in one sentence."""
+"""`bench --shape`: a user's own shapes are checked, measured beside everything else, and refused in
+one sentence.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,27 @@ def _as_before(one_thread: None) -> Iterator[None]:
     workloads.WORKLOADS.update(before)
 
 
-def cases_of(shape: str, modulation: str | None = None, regions: str | None = None) -> list[suite.Case]:
+def cases_of(
+    shape: str, modulation: str | None = None, regions: str | None = None
+) -> list[suite.Case]:
     return list(suite.cases(names=shapes.register([shape], modulation, regions)))
 
 
 def test_a_shape_is_a_workload() -> None:
-    own = shapes.parse([" 2, 8,4096,77,40,float16", "2,8,4096,77,40,float32", "1,3,77,77,8", "1,1,1,7,9"], None, None)
+    own = shapes.parse(
+        [" 2, 8,4096,77,40,float16", "2,8,4096,77,40,float32", "1,3,77,77,8", "1,1,1,7,9"],
+        None,
+        None,
+    )
     cross, joined, line = own.values()
     assert list(own) == ["2,8,4096,77,40", "1,3,77,77,8", "1,1,1,7,9"]
-    assert (cross.batch, cross.num_heads, cross.seqlen_q, cross.seqlen_k, cross.head_dim) == (2, 8, 4096, 77, 40)
+    assert (cross.batch, cross.num_heads, cross.seqlen_q, cross.seqlen_k, cross.head_dim) == (
+        2,
+        8,
+        4096,
+        77,
+        40,
+    )
     assert (cross.kind, cross.grid, cross.dtypes, cross.modulation) == (
         "cross",
         (64, 64),
@@ -69,7 +83,9 @@ def test_regions_are_those_of_the_label_map_or_stripes() -> None:
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_every_contender_is_right(modulation: str, shape: str) -> None:
     rows = [
-        attention.measure(case, Stopwatch()) for case in cases_of(shape, modulation, "4") if "flex" not in str(case)
+        attention.measure(case, Stopwatch())
+        for case in cases_of(shape, modulation, "4")
+        if "flex" not in str(case)
     ]
     assert {(row["contender"], row["pass"], row["dtype"]) for row in rows} == {
         (contender, passes, dtype)
@@ -85,7 +101,9 @@ def test_flex_attention_is_right(modulation: str, monkeypatch: pytest.MonkeyPatc
     """In a dry run, which compiles nothing."""
     monkeypatch.setattr(machine, "_current", dry_run.DryGpu())
     rows = [
-        attention.measure(case, None) for case in cases_of(f"{CROSS},float32", modulation, "4") if "flex" in str(case)
+        attention.measure(case, None)
+        for case in cases_of(f"{CROSS},float32", modulation, "4")
+        if "flex" in str(case)
     ]
     forward = [row["contender"] for row in rows if row["pass"] == "fwd"]
     assert forward == (["flex-naive", "flex-smart"] if modulation == "range" else ["flex-smart"])
@@ -94,7 +112,9 @@ def test_flex_attention_is_right(modulation: str, monkeypatch: pytest.MonkeyPatc
 
 def test_wrong_maths_of_a_shape_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = baselines.eager
-    monkeypatch.setitem(baselines.CONTENDERS, "eager", lambda inputs: lambda q, k, v: eager(inputs)(q, k, v) + 1e-2)
+    monkeypatch.setitem(
+        baselines.CONTENDERS, "eager", lambda inputs: lambda q, k, v: eager(inputs)(q, k, v) + 1e-2
+    )
     case = next(case for case in cases_of(CROSS, "mask") if case.contender == "eager")
     row = attention.measure(case, Stopwatch())
     assert row["wrong"]
@@ -112,18 +132,23 @@ def test_a_head_dim_without_kernels_says_so() -> None:
 def test_what_does_not_fit_says_how_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.Cpu, "memory_bytes", lambda self: 10 * 2**30)
     rows = {
-        case.contender: suite.why_not(case) for case in cases_of("1,8,16384,16384,64,float32") if "fwd-" in str(case)
+        case.contender: suite.why_not(case)
+        for case in cases_of("1,8,16384,16384,64,float32")
+        if "fwd-" in str(case)
     }
     assert rows["eager"] == "about 32.0 GiB of scores, more than the suite's 6.0 GiB"
     assert rows["dense_attn"] is rows["sdpa"] is None
-    huge = {suite.why_not(case) for case in cases_of("2,64,999999,77,64,float16") if "fwd-" in str(case)}
+    huge = {
+        suite.why_not(case) for case in cases_of("2,64,999999,77,64,float16") if "fwd-" in str(case)
+    }
     assert huge == {"about 122.1 GiB of inputs and results, more than the suite's 6.0 GiB"}
 
 
 def test_the_quick_rows_of_a_shape_are_forward_and_compile_nothing() -> None:
     names = shapes.register([f"{SELF},float16"], None, None)
     assert [str(case) for case in suite.cases(quick=True, names=names)] == [
-        f"{SELF}-fwd-float16-{contender}" for contender in ("dense_attn", "sdpa", "eager", "sdpa-bias")
+        f"{SELF}-fwd-float16-{contender}"
+        for contender in ("dense_attn", "sdpa", "eager", "sdpa-bias")
     ]
 
 
@@ -167,7 +192,16 @@ def test_a_dry_run_of_shapes(tmp_path: Path) -> None:
     for package in ("pytest_benchmark", "matplotlib", "tqdm", "triton"):
         pytest.importorskip(package)
     files = ["--json", str(tmp_path / "own.json"), "--plot", str(tmp_path / "own.png")]
-    own = ["--shape", "1,2,64,64,8", "--shape", "2,2,64,20,8,float32", "--modulation", "max", "--regions", "3"]
+    own = [
+        "--shape",
+        "1,2,64,64,8",
+        "--shape",
+        "2,2,64,20,8,float32",
+        "--modulation",
+        "max",
+        "--regions",
+        "3",
+    ]
     command = [sys.executable, "-m", "dense_attn", "bench", "--dry-run", "--quick", *own, *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -185,8 +219,13 @@ def test_a_dry_run_of_shapes(tmp_path: Path) -> None:
 
 def test_a_figure_shows_every_dtype_and_pass_of_a_shape() -> None:
     pytest.importorskip("matplotlib")
-    cases = [case for case in cases_of(f"{SELF},float16") + cases_of(CROSS) if case.contender == "eager"]
-    rows = [attention.describe(case) | {"ratio": 2.0, "seconds": 1.0, "peak_extra_bytes": 1} for case in cases]
+    cases = [
+        case for case in cases_of(f"{SELF},float16") + cases_of(CROSS) if case.contender == "eager"
+    ]
+    rows = [
+        attention.describe(case) | {"ratio": 2.0, "seconds": 1.0, "peak_extra_bytes": 1}
+        for case in cases
+    ]
     assert [axes.get_title().partition(":")[0] for axes in plots.attention(rows).figure.axes] == [
         "Forward, float16", "Forward and backward, float16", "Forward, float32", "Forward, bfloat16",
         "Forward and backward, float32", "Forward and backward, bfloat16",

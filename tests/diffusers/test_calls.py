@@ -1,4 +1,6 @@
-"""How a network is really called: rows of a batch, calls of a step, tokens of a layer, tensors changed in place."""
+"""How a network is really called: rows of a batch, calls of a step, tokens of a layer, tensors
+changed in place.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()
-def own_loop(pipe: object, texts: Tensor, rows: int, *, times: int = 1, copies: int = 1, steps: int = 10) -> Tensor:
-    """A sampler that a user wrote: `copies` of `rows` latents in a batch, `times` calls in a step."""
+def own_loop(
+    pipe: object, texts: Tensor, rows: int, *, times: int = 1, copies: int = 1, steps: int = 10
+) -> Tensor:
+    """A sampler that a user wrote: `copies` of `rows` latents in a batch, `times` calls in a
+    step.
+    """
     pipe.scheduler.set_timesteps(steps)
     x = torch.randn(rows, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     for t in pipe.scheduler.timesteps:
@@ -38,12 +44,12 @@ def fresh(scheduler: str = "DDIM") -> object:
 
 
 def test_a_negative_half_that_the_pipeline_does_not_tell_of(calls: list) -> None:
-    """Rows of the same latents with other texts, from a user's loop or another pipeline around the model."""
+    """Rows of the same latents with other texts, from a user's loop or another pipeline around the
+    model.
+    """
     pipe = fresh()
     text, empty = pipe.encode_prompt(PROMPT, "cpu", 1, True)
-    sentence = (
-        "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same latents with two texts"
-    )
+    sentence = "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same latents with two texts"
     with apply_layout(pipe, PROMPT, REGIONS):
         own_loop(pipe, text, 1)
     assert len(calls) == 3 * len(pipe.unet.attn_processors)
@@ -60,7 +66,10 @@ def test_a_negative_half_that_the_pipeline_does_not_tell_of(calls: list) -> None
 def test_two_negative_halves_of_two_layouts() -> None:
     pipe, prompts = fresh(), ["a cat", "dog cat"]
     text, empty = pipe.encode_prompt(prompts, "cpu", 1, True)
-    with apply_layout(pipe, prompts, [[REGIONS[0]], [REGIONS[1]]]), pytest.raises(ValueError, match="tell that it gui"):
+    with (
+        apply_layout(pipe, prompts, [[REGIONS[0]], [REGIONS[1]]]),
+        pytest.raises(ValueError, match="tell that it gui"),
+    ):
         own_loop(pipe, torch.cat([empty, text]), 2, copies=2)
 
 
@@ -75,7 +84,9 @@ def test_prompts_of_one_seed_are_no_halves(images: int) -> None:
         both = latents(pipe, prompts, latents=noise.repeat(2, 1, 1, 1), **options)
     for i, prompt in enumerate(prompts):
         with apply_layout(pipe, prompt, regions[i]):
-            assert close(both[i * images :][:images], latents(pipe, prompt, latents=noise, **options))
+            assert close(
+                both[i * images :][:images], latents(pipe, prompt, latents=noise, **options)
+            )
 
 
 def test_guidance_that_is_no_two_halves(calls: list) -> None:
@@ -103,14 +114,18 @@ def test_guidance_may_end_within_a_run(calls: list) -> None:
         return given
 
     with apply_layout(pipe, PROMPT, REGIONS):
-        latents(pipe, callback_on_step_end=alone, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+        latents(
+            pipe, callback_on_step_end=alone, callback_on_step_end_tensor_inputs=["prompt_embeds"]
+        )
     assert len(calls) == 3 * len(pipe.unet.attn_processors)
     assert {call[0].shape[0] for call in calls} == {1}
 
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete", "PNDM", "HeunDiscrete"])
 def test_a_scheduler_that_is_copied_goes_on(scheduler: str, calls: list) -> None:
-    """Timesteps are compared by value; a second run with the same ones begins anew, after a broken one too."""
+    """Timesteps are compared by value; a second run with the same ones begins anew, after a broken
+    one too.
+    """
     pipe = fresh(scheduler)
 
     def replaced(pipe: object, _step: int, _t: object, given: dict) -> dict:
@@ -157,7 +172,10 @@ def test_several_calls_of_a_step(scheduler: str, calls: list) -> None:
         own_loop(pipe, both, 1, copies=2, times=2)
     assert len(calls) == 3 * 2 * layers
     assert {call[0].shape[0] for call in calls} == {1}
-    with semantic_guidance(pipe, [Edit("fog")]), pytest.raises(ValueError, match="must call its U-Net once a step"):
+    with (
+        semantic_guidance(pipe, [Edit("fog")]),
+        pytest.raises(ValueError, match="must call its U-Net once a step"),
+    ):
         own_loop(pipe, both, 1, copies=2, times=2)
 
 
@@ -182,7 +200,9 @@ def merging(share: int, kind: type) -> type:
 
 @pytest.mark.parametrize("share", [2, 4])
 def test_merged_tokens_are_told_of_once(share: int, calls: list) -> None:
-    """A quarter of the tokens is as many as the next resolution has, and no layout of that is taken."""
+    """A quarter of the tokens is as many as the next resolution has, and no layout of that is
+    taken.
+    """
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline, blocks=4)
     blocks = [m for m in pipe.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
     for block in blocks:
@@ -193,7 +213,10 @@ def test_merged_tokens_are_told_of_once(share: int, calls: list) -> None:
             latents(pipe, height=32, width=32)
     told = [str(warning.message) for warning in caught if warning.category is UserWarning]
     assert len(told) == 1
-    assert "a layout leaves down_blocks.0.attentions.0.transformer_blocks.0.attn1, and layers like it, alone" in told[0]
+    assert (
+        "a layout leaves down_blocks.0.attentions.0.transformer_blocks.0.attn1, and layers like it, alone"
+        in told[0]
+    )
     assert "Merged" in told[0]
     assert len(calls) == 2 * 3 * len(blocks)
     assert all(call[1].shape[2] == 16 for call in calls)  # cross-attention alone
@@ -210,7 +233,10 @@ def test_merged_tokens_by_a_replaced_method_or_a_hook(calls: list) -> None:
         else:
             layer.register_forward_pre_hook(lambda _, args: (args[0][:, ::2], *args[1:]))
             layer.register_forward_hook(lambda _, __, out: out.repeat_interleave(2, 1))
-        with apply_layout(pipe, PROMPT, REGIONS), pytest.warns(UserWarning, match="a layout leaves .* alone"):
+        with (
+            apply_layout(pipe, PROMPT, REGIONS),
+            pytest.warns(UserWarning, match="a layout leaves .* alone"),
+        ):
             latents(pipe, steps=1)
 
 
@@ -256,7 +282,10 @@ def test_embeddings_that_a_callback_changes_in_place(family: str, mode: str) -> 
     for callback in (in_place, anew):
         with torch.inference_mode(mode == "inference"), apply_layout(pipe, PROMPT, REGIONS):
             found = latents(
-                pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"], steps=4
+                pipe,
+                callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=["prompt_embeds"],
+                steps=4,
             )
             results.append(found.clone())
     assert torch.equal(*results)
@@ -268,7 +297,9 @@ def test_a_wide_grid_of_flux_in_bfloat16(calls: list) -> None:
     with apply_layout(pipe, PROMPT, REGIONS):
         latents(pipe, steps=1, height=16, width=1204)
     masks = Layout.from_boxes([box for _, box in REGIONS], (512, 512)).masks
-    masks = torch.nn.functional.interpolate(masks[None].to(torch.uint8), (8, 602), mode="nearest")[0].bool()
+    masks = torch.nn.functional.interpolate(masks[None].to(torch.uint8), (8, 602), mode="nearest")[
+        0
+    ].bool()
     expected = Layout(masks).query_regions(4, 301)
     for call in calls:
         assert torch.equal(call[3][0, 24:], expected)
@@ -285,7 +316,10 @@ def test_places_that_are_no_grid() -> None:
         return places[torch.randperm(len(places), generator=torch.Generator().manual_seed(0))]
 
     pipe._prepare_latent_image_ids = shuffled
-    with apply_layout(pipe, PROMPT, REGIONS), pytest.raises(ValueError, match="pipe must number its image tokens row"):
+    with (
+        apply_layout(pipe, PROMPT, REGIONS),
+        pytest.raises(ValueError, match="pipe must number its image tokens row"),
+    ):
         latents(pipe, steps=1)
 
 

@@ -1,4 +1,6 @@
-"""Which pipelines invert and optimize take, the noise that they draw, and whose words their refusals use."""
+"""Which pipelines invert and optimize take, the noise that they draw, and whose words their
+refusals use.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NEEDED = {"vae", "text_encoder", "tokenizer", "unet", "scheduler"}
 OTHERS = ("UNet3D", "UNetMotion", "I2VGenXL", "DreamLite", "ControlNetXS")  # U-Nets
 REFUSED = {  # of the classes below, by what they lack
-    "BlipDiffusionControlNetPipeline": "image_processor",  # made without one here, and with another encode_prompt
+    # made without one here, and with another encode_prompt
+    "BlipDiffusionControlNetPipeline": "image_processor",
     "BlipDiffusionPipeline": "image_processor",
     "MarigoldDepthPipeline": "encode_prompt",
     "MarigoldIntrinsicsPipeline": "encode_prompt",
@@ -46,25 +49,53 @@ def made_alike() -> list[str]:
 def made(name: str) -> object:
     """A pipeline of Stable Diffusion's parts, without those that a chain has no use for."""
     parts = tiny_pipeline(diffusers.StableDiffusionPipeline).components
-    needed = (key for key, one in parameters(name).items() if key in parts or one.default is one.empty)
-    return getattr(diffusers, name)(**{key: parts.get(key) for key in needed if key not in ("self", "args", "kwargs")})
+    needed = (
+        key for key, one in parameters(name).items() if key in parts or one.default is one.empty
+    )
+    return getattr(diffusers, name)(
+        **{key: parts.get(key) for key in needed if key not in ("self", "args", "kwargs")}
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"in_channels": 9}, "pipe must have a U-Net of 4 channels in and out, .*, got .* with 9 in and 4 out"),
-        ({"in_channels": 5}, "pipe must have a U-Net of 4 channels in and out, .*, got .* with 5 in and 4 out"),
-        ({"out_channels": 8}, "pipe must have a U-Net of 4 channels in and out, .*, got .* with 4 in and 8 out"),
-        ({"num_class_embeds": 3}, "pipe must have a U-Net of latents, .* num_class_embeds=3, which wants class"),
-        ({"class_embed_type": "timestep"}, "pipe must have a U-Net of latents, .*'timestep', which wants class labels"),
-        ({"class_embed_type": "identity"}, "pipe must have a U-Net of latents, .*'identity', which wants class labels"),
-        ({"time_cond_proj_dim": 16}, "pipe must have a U-Net of latents, .* time_cond_proj_dim=16, which wants the"),
+        (
+            {"in_channels": 9},
+            "pipe must have a U-Net of 4 channels in and out, .*, got .* with 9 in and 4 out",
+        ),
+        (
+            {"in_channels": 5},
+            "pipe must have a U-Net of 4 channels in and out, .*, got .* with 5 in and 4 out",
+        ),
+        (
+            {"out_channels": 8},
+            "pipe must have a U-Net of 4 channels in and out, .*, got .* with 4 in and 8 out",
+        ),
+        (
+            {"num_class_embeds": 3},
+            "pipe must have a U-Net of latents, .* num_class_embeds=3, which wants class",
+        ),
+        (
+            {"class_embed_type": "timestep"},
+            "pipe must have a U-Net of latents, .*'timestep', which wants class labels",
+        ),
+        (
+            {"class_embed_type": "identity"},
+            "pipe must have a U-Net of latents, .*'identity', which wants class labels",
+        ),
+        (
+            {"time_cond_proj_dim": 16},
+            "pipe must have a U-Net of latents, .* time_cond_proj_dim=16, which wants the",
+        ),
         (
             {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16},
             "pipe must have a U-Net of latents, .*, got .* encoder_hid_dim_type='image_proj', which wants an image",
         ),
-        ({"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, "pipe must be of Stable Diff"),
+        (
+            {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
+            "pipe must be of Stable Diff",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -76,7 +107,9 @@ def test_a_text_encoder_of_another_width_is_refused() -> None:
     for config, width in (({"cross_attention_dim": 24}, 24), ({"encoder_hid_dim": 20}, 20)):
         pipe, called = other_unet(**config), []
         pipe.unet.register_forward_pre_hook(lambda *_, called=called: called.append(1))
-        sentence = f"pipe must have a text encoder of the width that its U-Net takes, {width}, got 16"
+        sentence = (
+            f"pipe must have a text encoder of the width that its U-Net takes, {width}, got 16"
+        )
         with pytest.raises(ValueError, match=sentence):
             invert(pipe, IMAGE, "a cat", num_inference_steps=2)
         assert not called
@@ -92,13 +125,18 @@ def test_pipelines_without_a_part_are_refused() -> None:
     for part in ("tokenizer", "text_encoder", "vae", "scheduler"):
         pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
         setattr(pipe, part, None)
-        with pytest.raises(ValueError, match=f"of Stable Diffusion 1 or 2, got StableDiffusionPipeline without {part}"):
+        with pytest.raises(
+            ValueError,
+            match=f"of Stable Diffusion 1 or 2, got StableDiffusionPipeline without {part}",
+        ):
             invert(pipe, IMAGE, "a cat", num_inference_steps=2)
 
 
 @pytest.mark.parametrize("name", made_alike())
 def test_every_class_of_its_parts_runs_or_says_why_not(name: str) -> None:
-    """The latents are those of the plain pipeline: a chain calls U-Net, VAE and text encoder alone."""
+    """The latents are those of the plain pipeline: a chain calls U-Net, VAE and text encoder
+    alone.
+    """
     pipe, plain = made(name), made("StableDiffusionPipeline")
     plain.vae = pipe.vae  # of which a constructor may change the scaling factor
     if name in REFUSED:
@@ -106,13 +144,17 @@ def test_every_class_of_its_parts_runs_or_says_why_not(name: str) -> None:
         return
     options = {"num_inference_steps": 2, "steps": 1, "progress": False, "output_type": "latent"}
     drawn, expected = (
-        optimize(pipe, "a cat", torch.mean, **options, generator=torch.Generator().manual_seed(3)).images
+        optimize(
+            pipe, "a cat", torch.mean, **options, generator=torch.Generator().manual_seed(3)
+        ).images
         for pipe in (pipe, plain)
     )
     assert torch.equal(drawn, expected)
     if name == "StableDiffusionLDM3DPipeline":  # inverts no image without its depth
         return
-    found, expected = (invert(pipe, IMAGE, "a cat", num_inference_steps=2).latents for pipe in (pipe, plain))
+    found, expected = (
+        invert(pipe, IMAGE, "a cat", num_inference_steps=2).latents for pipe in (pipe, plain)
+    )
     assert all(map(torch.equal, found, expected))
 
 
@@ -121,7 +163,9 @@ def test_noise_is_what_the_pipeline_itself_draws(scheduler: str) -> None:
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
     pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(pipe.scheduler.config)
     options = {"num_inference_steps": 2, "steps": 0, "progress": False, "height": 16, "width": 24}
-    drawn = optimize(pipe, ["a", "b"], torch.mean, **options, generator=torch.Generator().manual_seed(5)).result.latents
+    drawn = optimize(
+        pipe, ["a", "b"], torch.mean, **options, generator=torch.Generator().manual_seed(5)
+    ).result.latents
     shape = (2, 4, 16, 24, torch.float32, "cpu")
     scaled = pipe.prepare_latents(*shape, torch.Generator().manual_seed(5))
     expected = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
@@ -143,32 +187,74 @@ def test_the_size_of_the_unet_is_of_two_sides() -> None:
         shapes[str(sample_size)] = tuple(found.result.latents.shape[2:])
     assert shapes == {"(6, 10)": (6, 10), "[6, 10]": (6, 10), "8": (8, 8)}
     pipe = other_unet(sample_size=None)
-    with pytest.raises(ValueError, match="height must be given for a U-Net without a sample_size, got None"):
+    with pytest.raises(
+        ValueError, match="height must be given for a U-Net without a sample_size, got None"
+    ):
         optimize(pipe, "a", torch.mean, num_inference_steps=1, width=16)
     given = {"num_inference_steps": 1, "steps": 0, "progress": False}
-    assert optimize(pipe, "a", torch.mean, height=16, width=20, **given).result.latents.shape == (1, 4, 8, 10)
-    assert optimize(pipe, "a", torch.mean, latents=torch.randn(1, 4, 8, 6), **given).result.latents.shape[3] == 6
+    assert optimize(pipe, "a", torch.mean, height=16, width=20, **given).result.latents.shape == (
+        1,
+        4,
+        8,
+        10,
+    )
+    assert (
+        optimize(
+            pipe, "a", torch.mean, latents=torch.randn(1, 4, 8, 6), **given
+        ).result.latents.shape[3]
+        == 6
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "sentence"),
     [
-        ({"latents": torch.randn(1, 9, 8, 8)}, ValueError, r"latents must be a tensor of shape \(1, 4, height"),
-        ({"latents": torch.randn(1, 4, 8, 0)}, ValueError, r"latents must be a tensor of shape \(1, 4, height"),
-        ({"latents": torch.randn(1, 4, 8, 8).long()}, TypeError, "latents must be one of float32, .*, got int64"),
-        ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, ValueError, "latents must be finite, got nan"),
-        ({"latents": torch.randn(1, 4, 8, 8).to("meta")}, ValueError, "latents must be on pipe's device cpu, got meta"),
+        (
+            {"latents": torch.randn(1, 9, 8, 8)},
+            ValueError,
+            r"latents must be a tensor of shape \(1, 4, height",
+        ),
+        (
+            {"latents": torch.randn(1, 4, 8, 0)},
+            ValueError,
+            r"latents must be a tensor of shape \(1, 4, height",
+        ),
+        (
+            {"latents": torch.randn(1, 4, 8, 8).long()},
+            TypeError,
+            "latents must be one of float32, .*, got int64",
+        ),
+        (
+            {"latents": torch.full((1, 4, 8, 8), torch.nan)},
+            ValueError,
+            "latents must be finite, got nan",
+        ),
+        (
+            {"latents": torch.randn(1, 4, 8, 8).to("meta")},
+            ValueError,
+            "latents must be on pipe's device cpu, got meta",
+        ),
         (
             {"latents": torch.randn(1, 4, 8, 8), "height": 32},
             ValueError,
             r"latents must be a tensor of shape \(1, 4, 16, width\), got \(1, 4, 8, 8\)",
         ),
-        ({"generator": [torch.Generator()]}, TypeError, "generator must be a torch.Generator or None, got list"),
-        ({"output_type": "PIL"}, ValueError, "output_type must be one of pil, pt, np, latent, got 'PIL'"),
+        (
+            {"generator": [torch.Generator()]},
+            TypeError,
+            "generator must be a torch.Generator or None, got list",
+        ),
+        (
+            {"output_type": "PIL"},
+            ValueError,
+            "output_type must be one of pil, pt, np, latent, got 'PIL'",
+        ),
         ({"sampler": "bdia"}, TypeError, "sampler must be a dict, got str"),
     ],
 )
-def test_wrong_noise_is_refused_before_anything_is_encoded(options: dict, kind: type, sentence: str) -> None:
+def test_wrong_noise_is_refused_before_anything_is_encoded(
+    options: dict, kind: type, sentence: str
+) -> None:
     pipe, called = tiny_pipeline(diffusers.StableDiffusionPipeline), []
     pipe.text_encoder.register_forward_pre_hook(lambda *_: called.append(1))
     with pytest.raises(kind, match=f"^{sentence}"):
@@ -180,22 +266,37 @@ def test_inversions_of_another_pipeline_are_refused() -> None:
     pipe = pipeline("sd")
     found = invert(pipe, IMAGE, "a cat", num_inference_steps=2)
     other = other_unet(in_channels=8, out_channels=8)
-    other.vae = diffusers.AutoencoderKL.from_config({**pipe.vae.config, **ALL, "latent_channels": 8})
-    with pytest.raises(ValueError, match=r"the latents of inversion must be of pipe's 4 channels, got shape \(1, 8, 8"):
+    other.vae = diffusers.AutoencoderKL.from_config(
+        {**pipe.vae.config, **ALL, "latent_channels": 8}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"the latents of inversion must be of pipe's 4 channels, got shape \(1, 8, 8",
+    ):
         reconstruct(pipe, invert(other, IMAGE, "a cat", num_inference_steps=2))
-    with pytest.raises(ValueError, match="prompt must hold one entry for each of the 1 images, got 2"):
+    with pytest.raises(
+        ValueError, match="prompt must hold one entry for each of the 1 images, got 2"
+    ):
         reconstruct(pipe, found, ["a", "b"])
-    with pytest.raises(ValueError, match="output_type must be one of pil, pt, np, latent, got 'PIL'"):
+    with pytest.raises(
+        ValueError, match="output_type must be one of pil, pt, np, latent, got 'PIL'"
+    ):
         reconstruct(pipe, found, output_type="PIL")
     moved = type(found)(tuple(x.to("meta") for x in found.latents), found.settings, 0.0, None)
-    with pytest.raises(ValueError, match="the latents of inversion must be on pipe's device cpu, got meta"):
+    with pytest.raises(
+        ValueError, match="the latents of inversion must be on pipe's device cpu, got meta"
+    ):
         reconstruct(pipe, moved)
 
 
 def test_a_vae_of_images_with_depth_is_refused() -> None:
     pipe = made("StableDiffusionLDM3DPipeline")
-    pipe.vae = diffusers.AutoencoderKL.from_config({**pipe.vae.config, **ALL, "in_channels": 6, "out_channels": 6})
-    with pytest.raises(ValueError, match=r"pipe must have a VAE of images of 3 channels, got .*3DPipeline with 6"):
+    pipe.vae = diffusers.AutoencoderKL.from_config(
+        {**pipe.vae.config, **ALL, "in_channels": 6, "out_channels": 6}
+    )
+    with pytest.raises(
+        ValueError, match=r"pipe must have a VAE of images of 3 channels, got .*3DPipeline with 6"
+    ):
         invert(pipe, IMAGE, "a cat", num_inference_steps=2)
 
 
@@ -203,7 +304,9 @@ def test_a_vae_that_overflows_is_refused() -> None:
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
     pipe.vae.encoder.conv_out.weight.data.fill_(np.inf)
     for exact in (True, False):
-        with pytest.raises(ValueError, match="pipe must have a VAE that makes finite latents of image, got nan"):
+        with pytest.raises(
+            ValueError, match="pipe must have a VAE that makes finite latents of image, got nan"
+        ):
             invert(pipe, IMAGE, "a cat", num_inference_steps=2, exact=exact)
 
 
@@ -213,8 +316,16 @@ def tiny_vae(kind: str) -> torch.nn.Module:
         sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
         sizes |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     else:
-        encoder = {"block_out_channels": (8, 8), "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 2}
-        decoder = {"block_out_channels": (8, 8), "norm_num_groups": 4, "up_block_types": ["ResnetUpsampleBlock2D"] * 2}
+        encoder = {
+            "block_out_channels": (8, 8),
+            "norm_num_groups": 4,
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+        }
+        decoder = {
+            "block_out_channels": (8, 8),
+            "norm_num_groups": 4,
+            "up_block_types": ["ResnetUpsampleBlock2D"] * 2,
+        }
         decoder["down_block_types"] = ["ResnetDownsampleBlock2D"] * 2
         sizes = {f"encoder_{name}": value for name, value in encoder.items()}
         sizes |= {f"decoder_{name}": value for name, value in decoder.items()}
@@ -230,7 +341,9 @@ def test_other_autoencoders(kind: str) -> None:
         coded = pipe.vae.encode(2 * IMAGE - 1)
         x = coded.latents if kind == "AutoencoderTiny" else coded.latent_dist.mode()
     expected = (x * pipe.vae.config.scaling_factor).double()
-    torch.testing.assert_close(reconstruct(pipe, found, output_type="latent"), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        reconstruct(pipe, found, output_type="latent"), expected, rtol=0, atol=1e-6
+    )
 
 
 def test_latents_need_no_image_processor() -> None:
@@ -240,5 +353,7 @@ def test_latents_need_no_image_processor() -> None:
     assert reconstruct(pipe, found, output_type="latent").shape == (1, 4, 8, 8)
     given = {"num_inference_steps": 2, "steps": 0, "progress": False, "output_type": "latent"}
     assert optimize(pipe, "a cat", torch.mean, **given).images.shape == (1, 4, 8, 8)
-    with pytest.raises(ValueError, match=r"of Stable Diffusion 1 or 2, got .*Pipeline without image_processor"):
+    with pytest.raises(
+        ValueError, match=r"of Stable Diffusion 1 or 2, got .*Pipeline without image_processor"
+    ):
         reconstruct(pipe, found)

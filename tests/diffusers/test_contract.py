@@ -1,4 +1,6 @@
-"""What a pipeline is like inside of the blocks and after them, and what is refused before anything is touched."""
+"""What a pipeline is like inside of the blocks and after them, and what is refused before anything
+is touched.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,10 @@ def test_two_pipelines_at_once_and_threads() -> None:
     for pipe in (first, second):
         with apply_layout(pipe, PROMPT, layouts[id(pipe)]):
             alone[id(pipe)] = latents(pipe)
-    with apply_layout(first, PROMPT, layouts[id(first)]), apply_layout(second, PROMPT, layouts[id(second)]):
+    with (
+        apply_layout(first, PROMPT, layouts[id(first)]),
+        apply_layout(second, PROMPT, layouts[id(second)]),
+    ):
         for pipe in (second, first):
             assert torch.equal(latents(pipe), alone[id(pipe)])
     found = {}
@@ -110,13 +115,17 @@ def test_embeddings_of_the_callers_own() -> None:
     text, empty = pipe.encode_prompt(PROMPT, "cpu", 1, True)
     with apply_layout(pipe, PROMPT, REGIONS):
         by_words = latents(pipe)
-        assert torch.equal(latents(pipe, None, prompt_embeds=text, negative_prompt_embeds=empty), by_words)
+        assert torch.equal(
+            latents(pipe, None, prompt_embeds=text, negative_prompt_embeds=empty), by_words
+        )
         assert not torch.equal(latents(pipe, negative_prompt="fog"), by_words)
 
 
 @pytest.mark.parametrize("way", ["module", "in-place"])
 def test_torch_compile(way: str) -> None:
-    """A compiled U-Net takes layouts and concepts, and needs no more than a graph with them and one without."""
+    """A compiled U-Net takes layouts and concepts, and needs no more than a graph with them and one
+    without.
+    """
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
     with apply_layout(pipe, PROMPT, REGIONS):
         right = latents(pipe)
@@ -186,8 +195,14 @@ def test_pipelines_that_are_not_known_are_refused() -> None:
     refused_layout(object(), "pipe must have a UNet2DConditionModel, .*, got object")
     with pytest.raises(ValueError, match="pipe must have a UNet2DConditionModel, got FluxPipeline"):
         semantic_guidance(pipeline("flux"), [Edit("fog")]).__enter__()
-    for call in (lambda pipe: invert(pipe, torch.rand(1, 3, 16, 16), "a"), lambda pipe: optimize(pipe, "a", torch.sum)):
-        with pytest.raises(ValueError, match="pipe must be of Stable Diffusion 1 or 2, got StableDiffusionXLPipeline"):
+    for call in (
+        lambda pipe: invert(pipe, torch.rand(1, 3, 16, 16), "a"),
+        lambda pipe: optimize(pipe, "a", torch.sum),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="pipe must be of Stable Diffusion 1 or 2, got StableDiffusionXLPipeline",
+        ):
             call(pipeline("sdxl"))
     with pytest.raises(TypeError, match="inversion must be what invert returns, got Tensor"):
         reconstruct(pipeline("sd"), torch.zeros(1))
@@ -195,7 +210,9 @@ def test_pipelines_that_are_not_known_are_refused() -> None:
 
 def test_processors_of_another_extension_are_refused() -> None:
     class AttnProcessor2_0:
-        def __call__(self, attn: object, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        def __call__(
+            self, attn: object, hidden_states: torch.Tensor, *_: object, **__: object
+        ) -> torch.Tensor:
             return hidden_states
 
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
@@ -213,7 +230,9 @@ def test_ip_adapter_is_refused_with_the_reason() -> None:
     name = next(name for name in processors if "attn2" in name)
     processors[name] = IPAdapterAttnProcessor2_0(16, 16)
     pipe.unet.set_attn_processor(processors)
-    refused_layout(pipe, "IPAdapterAttnProcessor2_0 in .*: IP-Adapter's image attention has no layout")
+    refused_layout(
+        pipe, "IPAdapterAttnProcessor2_0 in .*: IP-Adapter's image attention has no layout"
+    )
 
 
 def test_pipelines_of_other_batches_are_refused() -> None:
@@ -243,9 +262,14 @@ def test_processors_replaced_inside_of_a_block() -> None:
         latents(pipe)
         kept = pipe.unet.attn_processors
         pipe.enable_attention_slicing(1)
-        with pytest.raises(ValueError, match="keep the layout's attention processors inside of the block, got Sliced"):
+        with pytest.raises(
+            ValueError,
+            match="keep the layout's attention processors inside of the block, got Sliced",
+        ):
             latents(pipe)
-    assert {type(processor).__name__ for processor in pipe.unet.attn_processors.values()} == {"SlicedAttnProcessor"}
+    assert {type(processor).__name__ for processor in pipe.unet.attn_processors.values()} == {
+        "SlicedAttnProcessor"
+    }
     pipe.unet.set_attn_processor(kept)
     assert torch.equal(latents(pipe), plain)
 

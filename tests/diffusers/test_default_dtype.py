@@ -1,4 +1,6 @@
-"""The integration under other defaults of torch: what diffusers itself can run there, it runs as under float32."""
+"""The integration under other defaults of torch: what diffusers itself can run there, it runs as
+under float32.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from dense_attn.integrations.diffusers import (
     semantic_guider,
 )
 
-EDITS = [Edit("smiling", scale=3.3, warmup=1, weight=0.7), Edit("hat", threshold=0.8, warmup=0, reverse=True)]
+EDITS = [
+    Edit("smiling", scale=3.3, warmup=1, weight=0.7),
+    Edit("hat", threshold=0.8, warmup=0, reverse=True),
+]
 Run = Callable[[], object]
 
 
@@ -59,7 +64,12 @@ def guider() -> Run:
 
     def run() -> object:
         pipe.update_components(guider=semantic_guider(pipe, EDITS, 5.0))
-        options = {"height": 16, "width": 16, "output": "latents", "generator": torch.Generator().manual_seed(0)}
+        options = {
+            "height": 16,
+            "width": 16,
+            "output": "latents",
+            "generator": torch.Generator().manual_seed(0),
+        }
         return pipe(prompt="a face", num_inference_steps=3, **options)
 
     return run
@@ -70,7 +80,9 @@ def round_trip() -> Run:
 
     def run() -> object:
         inversion = invert(pipe, image, "a cat", num_inference_steps=3)
-        images = [reconstruct(pipe, inversion, prompt, output_type="pt") for prompt in (None, "a dog")]
+        images = [
+            reconstruct(pipe, inversion, prompt, output_type="pt") for prompt in (None, "a dog")
+        ]
         return inversion.latents, images
 
     return run
@@ -97,7 +109,12 @@ def small_scenes() -> Run:
         drawn = [scenes.draw_scene(random.Random(i), 2) for i in range(3)]
         images, row = scenes.render(drawn), sheet.users_row(regions, names)
         shapes = [scenes.shape_of(mask) for mask in scenes.masks(drawn[1])]
-        found = [shapes, scenes.masks(drawn[0]), scenes.colour_masks(images), score.score(images, drawn)]
+        found = [
+            shapes,
+            scenes.masks(drawn[0]),
+            scenes.colour_masks(images),
+            score.score(images, drawn),
+        ]
         return images, row, found, workloads.make_inputs(smallest, torch.float16)
 
     return run
@@ -105,7 +122,10 @@ def small_scenes() -> Run:
 
 CASES = {
     "small scenes": small_scenes,
-    **{f"a layout on {family}": lambda family=family: layout_of(family) for family in ("sd", "sdxl", "sd3", "flux")},
+    **{
+        f"a layout on {family}": lambda family=family: layout_of(family)
+        for family in ("sd", "sdxl", "sd3", "flux")
+    },
     "a layout under Euler": lambda: layout_of("sd", "EulerDiscreteScheduler"),
     "concepts": concepts,
     "a guider": guider,
@@ -128,7 +148,12 @@ def test_latents_are_those_of_float32(case: str, dtype: torch.dtype) -> None:
 def test_the_small_model_is_in_float32(by: torch.dtype | torch.device) -> None:
     def weights() -> list[object]:
         pipe = model.load_pipeline()
-        return [dict(pipe.unet.state_dict()), dict(pipe.text_encoder.state_dict()), pipe.vae.dtype, pipe.vae.device]
+        return [
+            dict(pipe.unet.state_dict()),
+            dict(pipe.text_encoder.state_dict()),
+            pipe.vae.dtype,
+            pipe.vae.device,
+        ]
 
     expected = weights()
     with surrounded(by):

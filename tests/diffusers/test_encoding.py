@@ -1,4 +1,6 @@
-"""Blocks hear how a call encodes its prompt: its options reach phrases and concepts, another prompt is told."""
+"""Blocks hear how a call encodes its prompt: its options reach phrases and concepts, another prompt
+is told.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ENCODERS = {"sd": [""], "sdxl": ["", "_2"], "sd3": ["", "_2"], "flux": ["_2"]}  # whose tokens a denoiser sees
+ENCODERS = {
+    "sd": [""],
+    "sdxl": ["", "_2"],
+    "sd3": ["", "_2"],
+    "flux": ["_2"],
+}  # whose tokens a denoiser sees
 OPTION = {"sd": "cross_attention_kwargs", "sdxl": "cross_attention_kwargs"}
 
 
@@ -37,9 +44,13 @@ def with_lora(family: str) -> object:
     pipe = deep(family)
     for suffix in ENCODERS[family]:
         encoder = getattr(pipe, f"text_encoder{suffix}")
-        targets = ["q", "v", "k", "o"] if family == "flux" else ["q_proj", "k_proj", "v_proj", "out_proj"]
+        targets = (
+            ["q", "v", "k", "o"] if family == "flux" else ["q_proj", "k_proj", "v_proj", "out_proj"]
+        )
         torch.manual_seed(1)
-        encoder.add_adapter(peft.LoraConfig(r=4, lora_alpha=64, init_lora_weights=False, target_modules=targets))
+        encoder.add_adapter(
+            peft.LoraConfig(r=4, lora_alpha=64, init_lora_weights=False, target_modules=targets)
+        )
     return pipe
 
 
@@ -64,7 +75,9 @@ def encoded(pipe: object, text: str, **options: object) -> Tensor:
     given = {"prompt_2": None, "prompt_3": None, "device": "cpu", "num_images_per_prompt": 1,
              "do_classifier_free_guidance": False, **options}  # fmt: skip
     with torch.no_grad():
-        return pipe.encode_prompt(text, **{name: value for name, value in given.items() if name in known})[0]
+        return pipe.encode_prompt(
+            text, **{name: value for name, value in given.items() if name in known}
+        )[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,9 +105,15 @@ def test_concepts_have_the_lora_scale_of_the_call(family: str) -> None:
     with semantic_guidance(pipe, [Edit("fog"), Edit("sky")]):
         for scale in (None, 0.5, 0.0, None):
             with texts_of(pipe) as texts:
-                latents(pipe, steps=1, **({} if scale is None else {"cross_attention_kwargs": {"scale": scale}}))
+                latents(
+                    pipe,
+                    steps=1,
+                    **({} if scale is None else {"cross_attention_kwargs": {"scale": scale}}),
+                )
             rows = texts[0][2:]
-            assert torch.equal(rows, torch.cat([encoded(pipe, text, lora_scale=scale) for text in ("fog", "sky")]))
+            assert torch.equal(
+                rows, torch.cat([encoded(pipe, text, lora_scale=scale) for text in ("fog", "sky")])
+            )
             seen.append(rows)
     assert not close(seen[1], seen[0])
 
@@ -114,7 +133,9 @@ def test_concepts_have_the_pooled_lora_scale_of_the_call() -> None:
     assert not close(pooled[1], pooled[0])
 
 
-@pytest.mark.parametrize(("family", "options"), [("sdxl", {"clip_skip": 1}), ("flux", {"max_sequence_length": 28})])
+@pytest.mark.parametrize(
+    ("family", "options"), [("sdxl", {"clip_skip": 1}), ("flux", {"max_sequence_length": 28})]
+)
 def test_phrases_have_the_other_options_of_the_call(family: str, options: dict) -> None:
     pipe, own = deep(family), FAMILIES[family][1]
     with apply_layout(pipe, PROMPT, [("cat", (0.0, 0.0, 0.5, 1.0))]), texts_of(pipe) as texts:
@@ -155,10 +176,25 @@ def test_another_prompt_is_told_once_a_block(family: str) -> None:
             latents(pipe, "a dog cat", steps=2)
 
     (said,) = told(pipe, PROMPT, twice)
-    assert said == f"the call's prompt 'a dog cat' is not the layout's {PROMPT!r}, by which phrases are placed"
-    assert len(told(pipe, [PROMPT, "cat dog"], lambda: latents(pipe, [PROMPT, "dog cat"], steps=1))) == 1
+    assert (
+        said
+        == f"the call's prompt 'a dog cat' is not the layout's {PROMPT!r}, by which phrases are placed"
+    )
+    assert (
+        len(told(pipe, [PROMPT, "cat dog"], lambda: latents(pipe, [PROMPT, "dog cat"], steps=1)))
+        == 1
+    )
     assert told(pipe, PROMPT, lambda: latents(pipe, steps=2)) == []
-    assert len(told(pipe, PROMPT, lambda: [latents(pipe, text, steps=1) for text in (PROMPT, "a dog cat")])) == 1
+    assert (
+        len(
+            told(
+                pipe,
+                PROMPT,
+                lambda: [latents(pipe, text, steps=1) for text in (PROMPT, "a dog cat")],
+            )
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +204,9 @@ def test_what_is_the_same_prompt_is_not_told(family: str) -> None:
         (PROMPT, {"num_images_per_prompt": 2}), (PROMPT, {"negative_prompt": "a dog cat"}), ([PROMPT] * 2, {}),
         (PROMPT, {"guidance_scale": 1.0}),
     ]  # fmt: skip
-    calls += [(PROMPT, {"prompt_2": "fog"})] * (family == "sdxl") + [("fog", {"prompt_2": PROMPT})] * (family == "flux")
+    calls += [(PROMPT, {"prompt_2": "fog"})] * (family == "sdxl") + [
+        ("fog", {"prompt_2": PROMPT})
+    ] * (family == "flux")
     calls += [(PROMPT, {"clip_skip": 1})] * (family in ("sdxl", "sd3")) + [(PROMPT.upper(), {})] * (
         family in ("sd", "sdxl")
     )
@@ -190,23 +228,41 @@ def test_another_prompt_for_the_tokenizer_whose_tokens_count(family: str) -> Non
 def given_as(family: str, embeddings: Tensor, pipe: object) -> dict:
     """The arguments of a call with embeddings of the caller's own."""
     pooled = (
-        {} if family == "sd" else {"pooled_prompt_embeds": torch.zeros(len(embeddings), 32 if family == "sd3" else 16)}
+        {}
+        if family == "sd"
+        else {"pooled_prompt_embeds": torch.zeros(len(embeddings), 32 if family == "sd3" else 16)}
     )
     return {"prompt_embeds": embeddings, "guidance_scale": 1.0, **pooled}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_of_the_callers_own_are_compared(family: str) -> None:
-    """The prompt's are its own in any weight, dtype and number of tokens; another prompt's are told."""
+    """The prompt's are its own in any weight, dtype and number of tokens; another prompt's are
+    told.
+    """
     pipe, own = deep(family), FAMILIES[family][1]
     right, other, empty = (encoded(pipe, text, **own) for text in (PROMPT, "a dog cat", ""))
-    same = [right, right.bfloat16().float(), 1.2 * right, empty + 1.3 * (right - empty), right.repeat(2, 1, 1)]
+    same = [
+        right,
+        right.bfloat16().float(),
+        1.2 * right,
+        empty + 1.3 * (right - empty),
+        right.repeat(2, 1, 1),
+    ]
     same += [encoded(pipe, PROMPT, max_sequence_length=28)] if own else []
     if family == "sd":
-        same.append(torch.cat([right, empty], 1))  # a longer prompt than the tokenizer takes, in parts
+        same.append(
+            torch.cat([right, empty], 1)
+        )  # a longer prompt than the tokenizer takes, in parts
     for embeddings in same:
         assert (
-            told(pipe, PROMPT, lambda given=embeddings: latents(pipe, None, steps=1, **given_as(family, given, pipe)))
+            told(
+                pipe,
+                PROMPT,
+                lambda given=embeddings: latents(
+                    pipe, None, steps=1, **given_as(family, given, pipe)
+                ),
+            )
             == []
         )
     for embeddings in (other, empty, torch.cat([right, other])):
@@ -227,13 +283,17 @@ def test_one_text_for_all_images_of_flux() -> None:
         texts = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in given.items() if times > 1
                  and isinstance(value, Tensor)}  # fmt: skip
         with apply_layout(pipe, PROMPT, REGIONS):
-            runs.append(latents(pipe, None, steps=4, num_images_per_prompt=2 // times, **given | texts))
+            runs.append(
+                latents(pipe, None, steps=4, num_images_per_prompt=2 // times, **given | texts)
+            )
     assert close(*runs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_one_seed_whose_embeddings_are_nearly_the_prompts(family: str) -> None:
-    """As many texts as the pipeline was given hold no negative half; other texts in the same rows may."""
+    """As many texts as the pipeline was given hold no negative half; other texts in the same rows
+    may.
+    """
     pipe, own = pipeline(family), FAMILIES[family][1]
     right, empty = (encoded(pipe, text, **own) for text in (PROMPT, ""))
     noise = [torch.Generator().manual_seed(0) for _ in range(2)]
@@ -242,7 +302,10 @@ def test_rows_of_one_seed_whose_embeddings_are_nearly_the_prompts(family: str) -
         assert latents(pipe, None, steps=1, generator=noise, **given).isfinite().all()
         given = given_as(family, torch.cat([empty, right]), pipe)
         noise = [torch.Generator().manual_seed(0) for _ in range(2)]
-        with pytest.warns(UserWarning, match="prompt_embeds are not"), pytest.raises(ValueError, match="tell that it"):
+        with (
+            pytest.warns(UserWarning, match="prompt_embeds are not"),
+            pytest.raises(ValueError, match="tell that it"),
+        ):
             latents(pipe, None, steps=1, generator=noise, **given)
 
 
@@ -259,7 +322,9 @@ def test_embeddings_that_cannot_be_compared() -> None:
 
 
 def test_embeddings_beside_an_encoder_that_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text encoders that were moved out of the way of the pipeline's device cannot be called any more."""
+    """Text encoders that were moved out of the way of the pipeline's device cannot be called any
+    more.
+    """
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
     other = encoded(pipe, "a dog cat")
 
@@ -280,7 +345,12 @@ def test_texts_of_the_library_and_of_the_user_beside_the_call() -> None:
     def run() -> None:
         with semantic_guidance(pipe, [Edit("a dog cat")]):
             negative = encoded(pipe, "fog")
-            latents(pipe, steps=2, negative_prompt_embeds=negative, cross_attention_kwargs={"scale": 0.5})
+            latents(
+                pipe,
+                steps=2,
+                negative_prompt_embeds=negative,
+                cross_attention_kwargs={"scale": 0.5},
+            )
         with apply_layout(pipe, "fog", [("fog", (0.0, 0.0, 1.0, 1.0))]):
             latents(pipe, "fog", steps=1)
         latents(pipe, steps=2)

@@ -1,4 +1,6 @@
-"""What else a pipeline may carry beside a layout: LoRA, offloading, attention of another kind or library."""
+"""What else a pipeline may carry beside a layout: LoRA, offloading, attention of another kind or
+library.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_lora(family: str) -> None:
     pipe = tiny_pipeline(FAMILIES[family][0])
     denoiser, without = getattr(pipe, "unet", None) or pipe.transformer, with_layout(pipe)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    denoiser.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets), "style")
+    denoiser.add_adapter(
+        peft.LoraConfig(r=4, init_lora_weights=False, target_modules=targets), "style"
+    )
     full = with_layout(pipe)
     assert close(full, with_layout(pipe, backend="reference"))
     assert not close(full, without)
@@ -41,7 +45,9 @@ def test_lora(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", ["model", "sequential"])
 def test_offloading(family: str, way: str) -> None:
-    """The weights come for each call; without a GPU they come from one place of memory to another."""
+    """The weights come for each call; without a GPU they come from one place of memory to
+    another.
+    """
     accelerate = pytest.importorskip("accelerate")
     pipe = tiny_pipeline(FAMILIES[family][0])
     right = with_layout(pipe)
@@ -56,7 +62,9 @@ def test_offloading(family: str, way: str) -> None:
 
 
 def test_latents_made_smaller_on_their_way(recwarn: pytest.WarningsRecorder) -> None:
-    """An extension that stands around none of the layers gives all of them fewer tokens: told, and left alone."""
+    """An extension that stands around none of the layers gives all of them fewer tokens: told, and
+    left alone.
+    """
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
 
     def scaled(factor: float, tokens: torch.Tensor) -> torch.Tensor:
@@ -73,18 +81,26 @@ def test_latents_made_smaller_on_their_way(recwarn: pytest.WarningsRecorder) -> 
 
 
 def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers without a layout go through its processor; xformers itself runs on GPUs alone, so its sum stands here."""
+    """Layers without a layout go through its processor; xformers itself runs on GPUs alone, so its
+    sum stands here.
+    """
     from diffusers.models import attention_processor
 
     pipe, calls = tiny_pipeline(diffusers.StableDiffusionPipeline), []
     right, plain = with_layout(pipe), latents(pipe)
 
-    def memory_efficient_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> object:
+    def memory_efficient_attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object
+    ) -> object:
         calls.append(q.shape)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, options["attn_bias"], scale=options["scale"])
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, options["attn_bias"], scale=options["scale"]
+        )
 
     ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
-    monkeypatch.setattr(attention_processor, "xformers", types.SimpleNamespace(ops=ops), raising=False)
+    monkeypatch.setattr(
+        attention_processor, "xformers", types.SimpleNamespace(ops=ops), raising=False
+    )
     pipe.unet.set_attn_processor(attention_processor.XFormersAttnProcessor())
     through = latents(pipe)
     assert close(through, plain)
@@ -115,16 +131,22 @@ def test_set_attention_backend_reaches_the_layers_below() -> None:
         right = latents(pipe)
         pipe.transformer.set_attention_backend("_native_math")
         assert close(latents(pipe), right)
-    backends = {str(processor._attention_backend) for processor in pipe.transformer.attn_processors.values()}
+    backends = {
+        str(processor._attention_backend) for processor in pipe.transformer.attn_processors.values()
+    }
     assert len(backends) == 1
     assert "None" not in backends
 
 
 def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """q, k and v reach the op as the transposed [B, tokens, heads, head dim] that the projections have made."""
+    """q, k and v reach the op as the transposed [B, tokens, heads, head dim] that the projections
+    have made.
+    """
     seen, original = [], _state.layout_attention
 
-    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    def watched(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **options: object
+    ) -> torch.Tensor:
         seen.extend(x._base is not None and x.stride(1) == x.shape[3] for x in (q, k, v))
         return original(q, k, v, *args, **options)
 

@@ -1,4 +1,6 @@
-"""semantic_guidance on whole runs, against diffusers' own pipeline; invert, reconstruct and optimize on a tiny one."""
+"""semantic_guidance on whole runs, against diffusers' own pipeline; invert, reconstruct and
+optimize on a tiny one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 EDITS = {
     "one": [Edit("winter", warmup=1)],
-    "away": [Edit("winter", scale=4, threshold=0.95, warmup=2, reverse=True), Edit("a hat", warmup=1, cooldown=5)],
+    "away": [
+        Edit("winter", scale=4, threshold=0.95, warmup=2, reverse=True),
+        Edit("a hat", warmup=1, cooldown=5),
+    ],
     "weighted": [Edit("fog", warmup=0, weight=0.3), Edit("a hat", scale=3, warmup=3, weight=2.0)],
 }
 
@@ -40,7 +45,12 @@ def theirs(edits: list[Edit], prompts: list[str], **options: float) -> torch.Ten
         "reverse_editing_direction": [edit.reverse for edit in edits],
     }
     return pipe(
-        prompts, num_inference_steps=8, latents=NOISE[: len(prompts)], output_type="latent", **each, **options
+        prompts,
+        num_inference_steps=8,
+        latents=NOISE[: len(prompts)],
+        output_type="latent",
+        **each,
+        **options,
     ).images
 
 
@@ -69,12 +79,17 @@ def test_it_composes_with_a_layout(family: str) -> None:
     with apply_layout(pipe, PROMPT, REGIONS), semantic_guidance(pipe, edits):
         other = latents(pipe)
         counts = []
-        handle = pipe.unet.conv_in.register_forward_hook(lambda _module, _args, out: counts.append(len(out)))
+        handle = pipe.unet.conv_in.register_forward_hook(
+            lambda _module, _args, out: counts.append(len(out))
+        )
         latents(pipe, num_images_per_prompt=3, steps=2)
         handle.remove()
     assert torch.equal(one, other)
     assert counts == [3 * 4] * 2  # one call of the U-Net a step
-    with semantic_guidance(pipe, [Edit("fog", scale=0.0)], momentum_scale=0.0), apply_layout(pipe, PROMPT, REGIONS):
+    with (
+        semantic_guidance(pipe, [Edit("fog", scale=0.0)], momentum_scale=0.0),
+        apply_layout(pipe, PROMPT, REGIONS),
+    ):
         with_nothing = latents(pipe)
     with apply_layout(pipe, PROMPT, REGIONS):
         assert close(with_nothing, latents(pipe))
@@ -84,8 +99,17 @@ def test_a_modular_pipeline_has_the_same_latents() -> None:
     """Each run from a momentum of its own, each image of a prompt under each concept."""
     pipe, modular = tiny_pipeline(diffusers.StableDiffusionXLPipeline), tiny_modular_pipeline()
     modular.update_components(scheduler=pipe.scheduler)
-    edits, noise = EDITS["away"], torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    given = {"prompt": "a castle", "num_inference_steps": 8, "height": 16, "width": 16, "latents": noise}
+    edits, noise = (
+        EDITS["away"],
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+    )
+    given = {
+        "prompt": "a castle",
+        "num_inference_steps": 8,
+        "height": 16,
+        "width": 16,
+        "latents": noise,
+    }
     given["num_images_per_prompt"] = 2
     plain = modular(**given, output="latents")
     guider = semantic_guider(modular, edits, 6.0, momentum_scale=0.3, momentum_beta=0.6)
@@ -99,7 +123,10 @@ def test_a_modular_pipeline_has_the_same_latents() -> None:
     assert not close(modular(**given, output="latents"), expected)
     assert "edit_threshold" in repr(guider)
     guider.disable()
-    data = {"prompt_embeds": (torch.ones(1), torch.zeros(1)), "text_embeds": (torch.ones(1), torch.zeros(1))}
+    data = {
+        "prompt_embeds": (torch.ones(1), torch.zeros(1)),
+        "text_embeds": (torch.ones(1), torch.zeros(1)),
+    }
     (batch,) = guider.prepare_inputs(data)
     batch.noise_pred = torch.ones(2)
     assert guider([batch]).pred is batch.noise_pred
@@ -108,7 +135,10 @@ def test_a_modular_pipeline_has_the_same_latents() -> None:
 def test_wrong_guiders_are_refused() -> None:
     modular = tiny_modular_pipeline()
     for call, sentence in (
-        (lambda: semantic_guider(pipeline("sdxl"), EDITS["one"]), "pipe must be a StableDiffusionXLModularPipeline"),
+        (
+            lambda: semantic_guider(pipeline("sdxl"), EDITS["one"]),
+            "pipe must be a StableDiffusionXLModularPipeline",
+        ),
         (lambda: semantic_guider(modular, []), "edits must be a list of Edit"),
         (lambda: semantic_guider(modular, EDITS["one"], "7"), "guidance_scale must be a number"),
         (lambda: semantic_guider(modular, [Edit("a", threshold=2.0)]), "threshold"),
@@ -135,7 +165,9 @@ def test_images_come_back(scheduler: str, prediction: str) -> None:
     images = torch.rand(2, 3, 16, 16)
     inversion = invert(pipe, images, ["a cat", "a dog"], num_inference_steps=10)
     with torch.no_grad():
-        encoded = pipe.vae.encode(2 * images - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+        encoded = (
+            pipe.vae.encode(2 * images - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+        )
     again = reconstruct(pipe, inversion, output_type="latent")
     torch.testing.assert_close(again, encoded.double(), rtol=0, atol=1e-6)
     assert torch.equal(reconstruct(pipe, inversion, output_type="latent"), again)
@@ -171,24 +203,46 @@ def test_optimisation_lowers_a_loss(saliency: object) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "sentence"),
     [
-        ({"prompt": ["a", "b"]}, ValueError, "prompt must hold one entry for each of the 1 images, got 2"),
+        (
+            {"prompt": ["a", "b"]},
+            ValueError,
+            "prompt must hold one entry for each of the 1 images, got 2",
+        ),
         ({"prompt": 3}, TypeError, "prompt must be a string or a list of strings"),
-        ({"negative_prompt": None}, TypeError, "negative_prompt must be a string or a list of strings"),
+        (
+            {"negative_prompt": None},
+            TypeError,
+            "negative_prompt must be a string or a list of strings",
+        ),
         ({"guidance_scale": "3"}, TypeError, "guidance_scale must be a number"),
         ({"mix": 2.0}, ValueError, "mix must be"),
         ({"dtype": torch.float32}, ValueError, "a further argument must be one of method, mix"),
-        ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be a whole number of at least 1, got 0"),
+        (
+            {"num_inference_steps": 0},
+            ValueError,
+            "num_inference_steps must be a whole number of at least 1, got 0",
+        ),
         ({"num_inference_steps": "4"}, ValueError, "num_inference_steps must be a whole number"),
         ({"image": torch.rand(1, 1, 16, 16)}, ValueError, r"image must have shape \(B, 3, H, W\)"),
-        ({"image": 255 * torch.rand(1, 3, 16, 16)}, ValueError, "image must be a tensor of floats in 0..1, got values"),
-        ({"image": torch.ones(1, 3, 16, 16, dtype=torch.uint8)}, TypeError, "image must be a tensor of floats"),
+        (
+            {"image": 255 * torch.rand(1, 3, 16, 16)},
+            ValueError,
+            "image must be a tensor of floats in 0..1, got values",
+        ),
+        (
+            {"image": torch.ones(1, 3, 16, 16, dtype=torch.uint8)},
+            TypeError,
+            "image must be a tensor of floats",
+        ),
         ({"image": []}, TypeError, "image must be a PIL image, a list of them or a tensor"),
     ],
 )
 def test_wrong_inversions_are_refused(options: dict, kind: type, sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
         invert(
-            pipeline("sd"), **{"image": torch.rand(1, 3, 16, 16), "prompt": "a cat", "num_inference_steps": 2} | options
+            pipeline("sd"),
+            **{"image": torch.rand(1, 3, 16, 16), "prompt": "a cat", "num_inference_steps": 2}
+            | options,
         )
 
 
@@ -209,13 +263,21 @@ def test_wrong_inversions_are_refused(options: dict, kind: type, sentence: str) 
 )
 def test_wrong_optimisations_are_refused(options: dict, kind: type, sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
-        optimize(pipeline("sd"), **{"prompt": "a cat", "loss_fn": torch.mean, "num_inference_steps": 2} | options)
+        optimize(
+            pipeline("sd"),
+            **{"prompt": "a cat", "loss_fn": torch.mean, "num_inference_steps": 2} | options,
+        )
 
 
 def test_chains_are_refused_inside_of_blocks_and_on_other_schedules() -> None:
     pipe, image = tiny_pipeline(diffusers.StableDiffusionPipeline), torch.rand(1, 3, 16, 16)
     for block in (apply_layout(pipe, PROMPT, REGIONS), semantic_guidance(pipe, [Edit("fog")])):
-        with block, pytest.raises(ValueError, match="pipe must be outside of apply_layout and semantic_guidance"):
+        with (
+            block,
+            pytest.raises(
+                ValueError, match="pipe must be outside of apply_layout and semantic_guidance"
+            ),
+        ):
             invert(pipe, image, "a cat", num_inference_steps=2)
     invert(pipe, image, "a cat", num_inference_steps=2)
     pipe.scheduler = diffusers.EDMEulerScheduler()

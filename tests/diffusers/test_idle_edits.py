@@ -1,4 +1,6 @@
-"""Edits that can do nothing are warned of, with the numbers: at the `with` line, or where a run's length is known."""
+"""Edits that can do nothing are warned of, with the numbers: at the `with` line, or where a run's
+length is known.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ def warned(call: object) -> list[str]:
     return [str(one.message) for one in caught if str(one.message).startswith("edits[")]
 
 
-@pytest.mark.parametrize(("warmup", "steps", "late"), [(4, 4, True), (3, 4, False), (2.5, 3, True), (10, 8, True)])
-def test_a_concept_that_begins_after_the_run_is_told_once(warmup: float, steps: int, late: bool) -> None:
+@pytest.mark.parametrize(
+    ("warmup", "steps", "late"), [(4, 4, True), (3, 4, False), (2.5, 3, True), (10, 8, True)]
+)
+def test_a_concept_that_begins_after_the_run_is_told_once(
+    warmup: float, steps: int, late: bool
+) -> None:
     pipe, edits = pipeline("sd"), [Edit("fog", warmup=0), Edit("snow", warmup=warmup)]
 
     def runs() -> None:
@@ -36,13 +42,22 @@ def test_a_concept_that_begins_after_the_run_is_told_once(warmup: float, steps: 
 
 @pytest.mark.parametrize("guider", [False, True])
 def test_a_shorter_run_after_a_long_one_is_told_of_too(guider: bool) -> None:
-    pipe, edits = tiny_modular_pipeline() if guider else pipeline("sd"), [Edit("fog", warmup=3), Edit("snow", warmup=4)]
+    pipe, edits = (
+        tiny_modular_pipeline() if guider else pipeline("sd"),
+        [Edit("fog", warmup=3), Edit("snow", warmup=4)],
+    )
 
     def runs() -> None:
         if guider:
             pipe.update_components(guider=semantic_guider(pipe, edits))
             for steps in (5, 4, 3, 2):
-                pipe(prompt="a face", num_inference_steps=steps, height=16, width=16, output="latents")
+                pipe(
+                    prompt="a face",
+                    num_inference_steps=steps,
+                    height=16,
+                    width=16,
+                    output="latents",
+                )
             return
         with semantic_guidance(pipe, edits):
             for steps in (5, 4, 3, 2):
@@ -54,7 +69,10 @@ def test_a_shorter_run_after_a_long_one_is_told_of_too(guider: bool) -> None:
 def test_a_late_concept_does_nothing_indeed() -> None:
     pipe, given = pipeline("sd"), {"height": 16, "width": 16, "steps": 4}
     plain = latents(pipe, "a castle", **given)
-    with semantic_guidance(pipe, [Edit("fog", warmup=4)]), pytest.warns(UserWarning, match="at most 3, the last"):
+    with (
+        semantic_guidance(pipe, [Edit("fog", warmup=4)]),
+        pytest.warns(UserWarning, match="at most 3, the last"),
+    ):
         assert torch.equal(latents(pipe, "a castle", **given), plain)
     with semantic_guidance(pipe, [Edit("fog", warmup=3)]):
         assert not torch.equal(latents(pipe, "a castle", **given), plain)
@@ -62,12 +80,20 @@ def test_a_late_concept_does_nothing_indeed() -> None:
 
 def test_the_steps_are_those_of_the_run_not_of_the_schedule() -> None:
     pipe = pipeline("sd")
-    from_image = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    from_image = diffusers.StableDiffusionImg2ImgPipeline(
+        **pipe.components, requires_safety_checker=False
+    )
     from_image.set_progress_bar_config(disable=True)
 
     def run() -> None:
         with semantic_guidance(from_image, [Edit("fog", warmup=0), Edit("snow", warmup=6)]):
-            from_image("a castle", torch.rand(1, 3, 16, 16), strength=0.5, num_inference_steps=10, output_type="latent")
+            from_image(
+                "a castle",
+                torch.rand(1, 3, 16, 16),
+                strength=0.5,
+                num_inference_steps=10,
+                output_type="latent",
+            )
 
     assert warned(run) == [LATE.format(4, 5, 6)]
 
@@ -76,7 +102,9 @@ def test_a_guider_tells_it_too() -> None:
     pipe = tiny_modular_pipeline()
 
     def run() -> None:
-        pipe.update_components(guider=semantic_guider(pipe, [Edit("fog", warmup=0), Edit("snow", warmup=3)]))
+        pipe.update_components(
+            guider=semantic_guider(pipe, [Edit("fog", warmup=0), Edit("snow", warmup=3)])
+        )
         for _ in range(2):
             pipe(prompt="a face", num_inference_steps=3, height=16, width=16, output="latents")
 

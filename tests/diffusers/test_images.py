@@ -1,4 +1,6 @@
-"""The images that invert takes: of one size, opaque, in 8 bits a channel, and what it says of those that are not."""
+"""The images that invert takes: of one size, opaque, in 8 bits a channel, and what it says of those
+that are not.
+"""
 
 from __future__ import annotations
 
@@ -41,20 +43,52 @@ def values(image: object) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("image", "kind", "sentence"),
     [
-        ([picture(16), picture(32)], ValueError, "image must hold pictures of one size, got 16 x 16 and 32 x 16$"),
+        (
+            [picture(16), picture(32)],
+            ValueError,
+            "image must hold pictures of one size, got 16 x 16 and 32 x 16$",
+        ),
         (
             (picture(16, 18), picture(18, 16)),
             ValueError,
             "image must hold pictures of one size, got 16 x 18 and 18 x 16",
         ),
         (picture(16, 1), ValueError, "image must be of at least 2 x 2 pixels, got 16 x 1$"),
-        (Image.new("RGB", (0, 16)), ValueError, "image must be of at least 2 x 2 pixels, got 0 x 16"),
-        (torch.rand(1, 3, 1, 16), ValueError, "image must be of at least 2 x 2 pixels, got 16 x 1$"),
-        (torch.rand(1, 3, 0, 16), ValueError, r"image must have shape \(B, 3, H, W\), got \(1, 3, 0, 16\)"),
-        (torch.rand(0, 3, 16, 16), ValueError, r"image must have shape \(B, 3, H, W\), got \(0, 3, 16, 16\)"),
-        (torch.rand(3, 16, 16), ValueError, r"image must have shape \(B, 3, H, W\), got \(3, 16, 16\)"),
-        (torch.rand(1, 4, 16, 16), ValueError, r"image must have shape \(B, 3, H, W\), got \(1, 4, 16, 16\)"),
-        (torch.rand(1, 16, 16, 3), ValueError, r"image must have shape \(B, 3, H, W\), got \(1, 16, 16, 3\)"),
+        (
+            Image.new("RGB", (0, 16)),
+            ValueError,
+            "image must be of at least 2 x 2 pixels, got 0 x 16",
+        ),
+        (
+            torch.rand(1, 3, 1, 16),
+            ValueError,
+            "image must be of at least 2 x 2 pixels, got 16 x 1$",
+        ),
+        (
+            torch.rand(1, 3, 0, 16),
+            ValueError,
+            r"image must have shape \(B, 3, H, W\), got \(1, 3, 0, 16\)",
+        ),
+        (
+            torch.rand(0, 3, 16, 16),
+            ValueError,
+            r"image must have shape \(B, 3, H, W\), got \(0, 3, 16, 16\)",
+        ),
+        (
+            torch.rand(3, 16, 16),
+            ValueError,
+            r"image must have shape \(B, 3, H, W\), got \(3, 16, 16\)",
+        ),
+        (
+            torch.rand(1, 4, 16, 16),
+            ValueError,
+            r"image must have shape \(B, 3, H, W\), got \(1, 4, 16, 16\)",
+        ),
+        (
+            torch.rand(1, 16, 16, 3),
+            ValueError,
+            r"image must have shape \(B, 3, H, W\), got \(1, 16, 16, 3\)",
+        ),
         (
             torch.full((1, 3, 16, 16), torch.nan),
             ValueError,
@@ -65,7 +99,11 @@ def values(image: object) -> torch.Tensor:
             ValueError,
             "image must be a tensor of floats in 0..1, got values from -0.99",
         ),
-        (torch.ones(1, 3, 16, 16).bool(), TypeError, "image must be a tensor of floats in 0..1, got bool"),
+        (
+            torch.ones(1, 3, 16, 16).bool(),
+            TypeError,
+            "image must be a tensor of floats in 0..1, got bool",
+        ),
         (
             torch.ones(1, 3, 16, 16, dtype=torch.complex64),
             TypeError,
@@ -76,13 +114,37 @@ def values(image: object) -> torch.Tensor:
             TypeError,
             "image must be a tensor of floats .*, got float8_e4",
         ),
-        (torch.ones(1, 3, 16, 16, device="meta"), ValueError, "image must hold values, got a meta tensor"),
-        (torch.ones(1, 3, 16, 16).to_sparse(), TypeError, "image must be a strided tensor, got torch.sparse_coo"),
+        (
+            torch.ones(1, 3, 16, 16, device="meta"),
+            ValueError,
+            "image must hold values, got a meta tensor",
+        ),
+        (
+            torch.ones(1, 3, 16, 16).to_sparse(),
+            TypeError,
+            "image must be a strided tensor, got torch.sparse_coo",
+        ),
         (COLOURS, TypeError, "image must be a PIL image, a list of them or a tensor, got ndarray$"),
-        ([COLOURS], TypeError, "image must be a PIL image, a list of them or a tensor, got a list of ndarray$"),
-        ([torch.rand(3, 16, 16)] * 2, TypeError, "image must be a PIL image, a list .*, got a list of Tensor$"),
-        ([picture(), None], TypeError, "image must be a PIL image, a list .*, got a list of Image, NoneType$"),
-        ([], TypeError, "image must be a PIL image, a list of them or a tensor, got a list of nothing$"),
+        (
+            [COLOURS],
+            TypeError,
+            "image must be a PIL image, a list of them or a tensor, got a list of ndarray$",
+        ),
+        (
+            [torch.rand(3, 16, 16)] * 2,
+            TypeError,
+            "image must be a PIL image, a list .*, got a list of Tensor$",
+        ),
+        (
+            [picture(), None],
+            TypeError,
+            "image must be a PIL image, a list .*, got a list of Image, NoneType$",
+        ),
+        (
+            [],
+            TypeError,
+            "image must be a PIL image, a list of them or a tensor, got a list of nothing$",
+        ),
         ("cat.png", TypeError, "image must be a PIL image, a list of them or a tensor, got str$"),
         (
             grey(np.uint16, 0, 60000),
@@ -94,7 +156,11 @@ def values(image: object) -> torch.Tensor:
             ValueError,
             "image must hold values in 0..255 where it is of mode I, got values from -1",
         ),
-        (grey(np.float32, 0, 1), ValueError, "image must hold values in 0..255 where it is of mode F, .* from 0 to 1$"),
+        (
+            grey(np.float32, 0, 1),
+            ValueError,
+            "image must hold values in 0..255 where it is of mode F, .* from 0 to 1$",
+        ),
         (
             grey(np.float32, 0, np.nan),
             ValueError,
@@ -128,7 +194,9 @@ def test_right_images_are_taken_in_silence(image: object) -> None:
     assert inverted(image) == (24, 16)
 
 
-@pytest.mark.parametrize("image", [picture(25, 17), torch.rand(1, 3, 17, 25)], ids=["picture", "tensor"])
+@pytest.mark.parametrize(
+    "image", [picture(25, 17), torch.rand(1, 3, 17, 25)], ids=["picture", "tensor"]
+)
 def test_sides_that_the_vae_has_not_are_said(image: object) -> None:
     """A latent is 2 x 2 pixels here."""
     text = "image must have sides of multiples of 2 to be taken as it is, got 25 x 17: it is resized to 24 x 16$"
@@ -153,7 +221,9 @@ def test_transparent_pixels_are_said() -> None:
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert inverted(opaque) == (24, 16)
     for image in (hole, hole.convert("LA"), palette, [picture(), hole]):
-        with pytest.warns(UserWarning, match="image must be opaque to be taken as it looks, got transparent") as caught:
+        with pytest.warns(
+            UserWarning, match="image must be opaque to be taken as it looks, got transparent"
+        ) as caught:
             invert(pipeline("sd"), image, "a cat", num_inference_steps=1)
         assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="opaque"):

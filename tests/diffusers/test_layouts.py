@@ -1,4 +1,6 @@
-"""apply_layout on whole runs: against the reference, against the official formula, and against the plain pipeline."""
+"""apply_layout on whole runs: against the reference, against the official formula, and against the
+plain pipeline.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,21 @@ def real_masks(index: int) -> list[tuple[str, np.ndarray]]:
     """Two regions of a real label map, or two ellipses where the data is not here."""
     if REAL_LAYOUTS.exists():
         labels = np.load(REAL_LAYOUTS)["label_maps"][index]
-        return [("cat", labels == 1), ("dog", (labels == 2) if (labels == 2).any() else labels == 0)]
+        return [
+            ("cat", labels == 1),
+            ("dog", (labels == 2) if (labels == 2).any() else labels == 0),
+        ]
     y, x = np.mgrid[:128, :128] / 128
-    return [("cat", (x - 0.3) ** 2 + (y - 0.5) ** 2 < 0.04), ("dog", (x - 0.7) ** 2 + (y - 0.4) ** 2 < 0.05)]
+    return [
+        ("cat", (x - 0.3) ** 2 + (y - 0.5) ** 2 < 0.04),
+        ("dog", (x - 0.7) ** 2 + (y - 0.4) ** 2 < 0.05),
+    ]
 
 
 @torch.no_grad()
-def with_phrases(pipe: object, prompts: list[str], regions: list[list], spans: list) -> tuple[Tensor, Tensor]:
+def with_phrases(
+    pipe: object, prompts: list[str], regions: list[list], spans: list
+) -> tuple[Tensor, Tensor]:
     """Embeddings of prompts whose phrases are encoded alone, and of as many empty ones."""
     text, empty = pipe.encode_prompt(prompts, "cpu", 1, True, [""] * len(prompts))
     for embeddings, image, places in zip(text, regions, spans):
@@ -65,12 +75,20 @@ def with_phrases(pipe: object, prompts: list[str], regions: list[list], spans: l
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0], ids=["guided", "unguided"])
 @pytest.mark.parametrize(("prompts", "images"), [(1, 1), (2, 2)])
-def test_whole_runs_equal_the_official_formula(guidance_scale: float, prompts: int, images: int) -> None:
+def test_whole_runs_equal_the_official_formula(
+    guidance_scale: float, prompts: int, images: int
+) -> None:
     pipe = pipeline("sd", blocks=4)
     assert len(pipe.unet.attn_processors) == 32
     texts, spans = ["a cat dog", "dog of cat"][:prompts], [[(2, 5), (5, 8)], [(6, 9), (1, 4)]]
     regions = [real_masks(3), real_masks(7)][:prompts]
-    shape = {"height": 32, "width": 32, "num_images_per_prompt": images, "guidance_scale": guidance_scale, "steps": 12}
+    shape = {
+        "height": 32,
+        "width": 32,
+        "num_images_per_prompt": images,
+        "guidance_scale": guidance_scale,
+        "steps": 12,
+    }
     with apply_layout(pipe, texts, regions):
         ours = latents(pipe, texts, **shape)
 
@@ -102,7 +120,9 @@ def test_without_weights_it_is_the_plain_pipeline(family: str, calls: list) -> N
 def test_the_unconditional_half_is_the_plain_pipeline(family: str) -> None:
     pipe, halves = pipeline(family), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    handle = denoiser.register_forward_hook(lambda _module, _args, out: halves.append(out[0].chunk(2)))
+    handle = denoiser.register_forward_hook(
+        lambda _module, _args, out: halves.append(out[0].chunk(2))
+    )
     try:
         latents(pipe, steps=1)
         with apply_layout(pipe, PROMPT, REGIONS):
@@ -128,8 +148,14 @@ def test_flux_leaves_the_negative_prompt_alone(calls: list) -> None:
 @pytest.mark.parametrize("image", range(2))
 def test_a_batch_of_layouts_is_each_image_by_itself(image: int) -> None:
     """Rows of a batch see their own prompt's layout."""
-    pipe, noise = pipeline("sd"), torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(3))
-    prompts, regions = ["a cat", "dog cat"], [[REGIONS[0]], [REGIONS[1], ("cat", (0.0, 0.0, 1.0, 0.3))]]
+    pipe, noise = (
+        pipeline("sd"),
+        torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(3)),
+    )
+    prompts, regions = (
+        ["a cat", "dog cat"],
+        [[REGIONS[0]], [REGIONS[1], ("cat", (0.0, 0.0, 1.0, 0.3))]],
+    )
     with apply_layout(pipe, prompts, regions):
         both = latents(pipe, prompts, latents=noise)
     with apply_layout(pipe, prompts[image], regions[image]):
@@ -154,7 +180,9 @@ def test_any_scheduler(name: str, calls: list) -> None:
             assert len(calls) == acting * len(pipe.unet.attn_processors)
             times = pipe.scheduler.timesteps[:acting].double() / 1000
             widest = torch.tensor([strength.max() for strength in calls]).view(acting, -1).amax(1)
-            torch.testing.assert_close(widest / widest[0], ((times / times[0]) ** 5).float(), rtol=1e-4, atol=0)
+            torch.testing.assert_close(
+                widest / widest[0], ((times / times[0]) ** 5).float(), rtol=1e-4, atol=0
+            )
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -169,7 +197,9 @@ def test_steps_of_a_loop_of_the_users_own(family: str, calls: list) -> None:
     pipe.scheduler.set_timesteps(10)
     with torch.no_grad(), apply_layout(pipe, PROMPT, REGIONS):
         for t in pipe.scheduler.timesteps:
-            pipe.unet(torch.zeros(1, 4, 8, 12), t, encoder_hidden_states=text, added_cond_kwargs=added)
+            pipe.unet(
+                torch.zeros(1, 4, 8, 12), t, encoder_hidden_states=text, added_cond_kwargs=added
+            )
     assert len(calls) == 3 * len(pipe.unet.attn_processors)
 
 
@@ -191,7 +221,9 @@ def test_schedulers_that_count_in_something_else(name: str, calls: list) -> None
     torch.testing.assert_close(acting, torch.tensor([1.0, 0.9, 0.8]))
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+@pytest.mark.parametrize(
+    "kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"]
+)
 def test_a_start_from_an_image(kind: str, calls: list) -> None:
     """The steps that run count, and time is that of the schedule."""
     pipe = getattr(diffusers, kind)(**pipeline("sd").components, requires_safety_checker=False)
@@ -203,16 +235,26 @@ def test_a_start_from_an_image(kind: str, calls: list) -> None:
         pipe(PROMPT, num_inference_steps=20, output_type="latent", **image)
     assert len(calls) == 4 * len(pipe.unet.attn_processors)
     first = float(pipe.scheduler.timesteps[10]) / 1000
-    assert max(strength.max() for strength in calls[: len(pipe.unet.attn_processors)]) == pytest.approx(first**5)
+    assert max(
+        strength.max() for strength in calls[: len(pipe.unet.attn_processors)]
+    ) == pytest.approx(first**5)
 
 
 def test_a_start_at_the_second_of_two_equal_timesteps(calls: list) -> None:
     """Heun's scheduler repeats them: 3 of 13 steps are left, of which the first acts."""
-    pipe = diffusers.StableDiffusionImg2ImgPipeline(**pipeline("sd").components, requires_safety_checker=False)
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(
+        **pipeline("sd").components, requires_safety_checker=False
+    )
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     with apply_layout(pipe, PROMPT, REGIONS):
-        pipe(PROMPT, torch.rand(1, 3, 16, 16), strength=0.3, num_inference_steps=7, output_type="latent")
+        pipe(
+            PROMPT,
+            torch.rand(1, 3, 16, 16),
+            strength=0.3,
+            num_inference_steps=7,
+            output_type="latent",
+        )
     assert pipe.scheduler.timesteps[9] == pipe.scheduler.timesteps[10]
     assert len(calls) == len(pipe.unet.attn_processors)
 

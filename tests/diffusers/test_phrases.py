@@ -1,4 +1,6 @@
-"""Where phrases are found: what the ids that a network gets decode to there, with tokenizers of every manner."""
+"""Where phrases are found: what the ids that a network gets decode to there, with tokenizers of
+every manner.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def with_tokenizer(tokenizer: object) -> object:
 
 
 def painted(pipe: object, prompt: str, regions: list, seen: list, **options: object) -> list[str]:
-    """The words that the text tokens of each region decode to, of those that the pipeline's own call makes."""
+    """The words that the text tokens of each region decode to, of those that the pipeline's own
+    call makes.
+    """
     seen.clear()
     with apply_layout(pipe, prompt, regions, self_weight=0, active=1.0, **options):
         latents(pipe, prompt, steps=1)
@@ -87,7 +91,9 @@ def text_of(pipe: object, prompt: str, phrase: str) -> Tensor:
         ("a cat-fish", "fish"),
     ],
 )
-def test_whole_words_are_found_in_the_ids_of_the_call(kind: str, prompt: str, phrase: str, seen: list) -> None:
+def test_whole_words_are_found_in_the_ids_of_the_call(
+    kind: str, prompt: str, phrase: str, seen: list
+) -> None:
     pipe = with_tokenizer(KINDS[kind]())
     assert painted(pipe, prompt, [(phrase, BOX)], seen) == [phrase]
 
@@ -138,15 +144,21 @@ def test_spaces_that_a_tokenizer_does_not_tell(prompt: str, phrase: str, seen: l
         apply_layout(with_tokenizer(KINDS["t5"]()), prompt, [(phrase, BOX)]).__enter__()
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("t5", "红猫"), ("glm", "红 猫在"), ("clip", "一只红猫在左边")])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("t5", "红猫"), ("glm", "红 猫在"), ("clip", "一只红猫在左边")]
+)
 def test_scripts_without_spaces(kind: str, tokens: str, seen: list) -> None:
-    """Words stand beside each other; a token that is of more than the phrase carries the phrase too."""
+    """Words stand beside each other; a token that is of more than the phrase carries the phrase
+    too.
+    """
     found = painted(with_tokenizer(KINDS[kind]()), "一只红猫在左边", [("红猫", BOX)], seen)
     assert found[0].replace(" ", "") == tokens.replace(" ", "")
 
 
 def test_characters_of_a_slow_tokenizer() -> None:
-    """What decodes to nothing known gets what lies between its neighbours, a space's own token nothing."""
+    """What decodes to nothing known gets what lies between its neighbours, a space's own token
+    nothing.
+    """
     text = "a ü é, cat"
     tokens = tokens_of(KINDS["glm"](), text)
     read = [place and text[slice(*place)] for place in tokens.chars]
@@ -166,12 +178,21 @@ def test_phrases_of_signs(seen: list) -> None:
 def test_another_place_of_a_phrase(kind: str, seen: list) -> None:
     pipe, prompt = with_tokenizer(KINDS[kind]()), "a cat on the red cat"
     places = []
-    for phrase in ("cat", Phrase("cat"), Phrase("cat", occurrence=2), Phrase(span=(17, 20)), Phrase(span=[2, 5])):
+    for phrase in (
+        "cat",
+        Phrase("cat"),
+        Phrase("cat", occurrence=2),
+        Phrase(span=(17, 20)),
+        Phrase(span=[2, 5]),
+    ):
         assert painted(pipe, prompt, [(phrase, BOX)], seen) == ["cat"]
         places.append(seen[0][0].nonzero().flatten().tolist())
     assert places[0] == places[1] == places[4]
     assert places[2] == places[3] != places[0]
-    assert painted(pipe, prompt, [(Phrase("cat", occurrence=2), BOX), ("cat", OTHER)], seen) == ["cat", "cat"]
+    assert painted(pipe, prompt, [(Phrase("cat", occurrence=2), BOX), ("cat", OTHER)], seen) == [
+        "cat",
+        "cat",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +201,16 @@ def test_another_place_of_a_phrase(kind: str, seen: list) -> None:
         ({}, TypeError, "text must be a string where no span is given, got NoneType"),
         ({"text": 3}, TypeError, "text must be a string where no span is given, got int"),
         ({"text": "cat", "occurrence": 0}, ValueError, "occurrence must be at least 1, got 0"),
-        ({"text": "cat", "occurrence": True}, TypeError, "occurrence must be a whole number, got bool"),
-        ({"text": "cat", "occurrence": 1.5}, TypeError, "occurrence must be a whole number, got float"),
+        (
+            {"text": "cat", "occurrence": True},
+            TypeError,
+            "occurrence must be a whole number, got bool",
+        ),
+        (
+            {"text": "cat", "occurrence": 1.5},
+            TypeError,
+            "occurrence must be a whole number, got float",
+        ),
         ({"text": "cat", "span": (0, 3)}, ValueError, "span must stand in the place of a text"),
         ({"span": (0, 3), "occurrence": 2}, ValueError, "span must stand in the place of a text"),
         ({"span": (3, 3)}, ValueError, r"span must have 0 <= start < stop, got \(3, 3\)"),
@@ -203,7 +232,10 @@ def test_wrong_phrases_are_refused(arguments: dict, kind: type, sentence: str) -
             Phrase("cat", occurrence=2),
             r"regions\[0\] must have a phrase of the prompt 'a cat dog', got occurrence 2 of",
         ),
-        (Phrase(span=(2, 12)), r"regions\[0\] must have a span in the 9 characters of its prompt, got \(2, 12\)"),
+        (
+            Phrase(span=(2, 12)),
+            r"regions\[0\] must have a span in the 9 characters of its prompt, got \(2, 12\)",
+        ),
         (Phrase(span=(1, 2)), r"regions\[0\] must have a phrase of at least one token, got ' '"),
         (" ", r"regions\[0\] must have a phrase of at least one token, got ' '"),
     ],
@@ -217,7 +249,10 @@ def test_a_region_without_a_token_of_its_own_is_told(seen: list) -> None:
     """A later region takes tokens that both name; what is left of one is enough."""
     pipe = pipeline("sd")
     sentence = r"regions\[0\] has no token of its own: later regions take all of 'cat'"
-    with pytest.warns(UserWarning, match=sentence) as told, apply_layout(pipe, PROMPT, [("cat", BOX), ("cat", OTHER)]):
+    with (
+        pytest.warns(UserWarning, match=sentence) as told,
+        apply_layout(pipe, PROMPT, [("cat", BOX), ("cat", OTHER)]),
+    ):
         latents(pipe)
     assert [warning.filename for warning in told] == [__file__]
     assert set(seen[-1][0].tolist()) == {0, 2}
@@ -234,18 +269,30 @@ def test_a_phrase_gets_the_embeddings_that_it_has_alone(kind: str, phrase: str) 
     """The rows of the U-Net's text are, token by token, those of a prompt that is the phrase."""
     pipe, prompt = with_tokenizer(KINDS[kind]()), "a red cat on the dog"
     given, alone = text_of(pipe, prompt, phrase), pipe.encode_prompt(phrase, "cpu", 1, False)[0][0]
-    ids, own = (pipe.tokenizer(text, padding="max_length", max_length=TOKENS).input_ids for text in (prompt, phrase))
+    ids, own = (
+        pipe.tokenizer(text, padding="max_length", max_length=TOKENS).input_ids
+        for text in (prompt, phrase)
+    )
     wanted = pipe.tokenizer(phrase, add_special_tokens=False).input_ids
-    here, there = (next(i for i in range(TOKENS) if line[i : i + len(wanted)] == wanted) for line in (ids, own))
+    here, there = (
+        next(i for i in range(TOKENS) if line[i : i + len(wanted)] == wanted) for line in (ids, own)
+    )
     assert torch.equal(given[here : here + len(wanted)], alone[there : there + len(wanted)])
 
 
 def test_tokens_of_a_phrase_that_are_others_alone() -> None:
-    """After a bracket T5's word has no mark: its letters get what stands for them in the phrase alone."""
+    """After a bracket T5's word has no mark: its letters get what stands for them in the phrase
+    alone.
+    """
     pipe = with_tokenizer(KINDS["glm"]())
     given = text_of(pipe, "a (dogs", "dogs")
     dog, s = pipe.encode_prompt("dogs", "cpu", 1, False)[0][0][-2:]  # "▁dog" and "s"
-    assert pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer("a (dogs").input_ids)[-4:] == ["d", "o", "g", "s"]
+    assert pipe.tokenizer.convert_ids_to_tokens(pipe.tokenizer("a (dogs").input_ids)[-4:] == [
+        "d",
+        "o",
+        "g",
+        "s",
+    ]
     assert torch.equal(given[-4:], torch.stack([dog, dog, dog, s]))
 
 
@@ -263,7 +310,9 @@ def test_padding_on_the_left_follows_the_length_of_the_call(seen: list) -> None:
 
 
 def test_a_learned_word_of_several_tokens(seen: list) -> None:
-    """Textual inversion writes the word out before the tokenizer reads it; spans count the user's own characters."""
+    """Textual inversion writes the word out before the tokenizer reads it; spans count the user's
+    own characters.
+    """
     pipe = with_tokenizer(KINDS["clip"]())
     pipe.tokenizer.add_tokens(["<toy>", "<toy>_1", "<toy>_2"])
     pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
@@ -290,7 +339,9 @@ def test_the_example_of_a_phrase() -> None:
 
 
 class Kolors(torch.nn.Module):
-    """A text encoder with ChatGLM's way of being called: hidden states [L, B, C], of which the last but one counts."""
+    """A text encoder with ChatGLM's way of being called: hidden states [L, B, C], of which the last
+    but one counts.
+    """
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -303,16 +354,26 @@ class Kolors(torch.nn.Module):
         return types.SimpleNamespace(hidden_states=[states, states])
 
 
-def test_kolors_pads_on_the_left_to_the_length_of_its_own(seen: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kolors_pads_on_the_left_to_the_length_of_its_own(
+    seen: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """256 tokens, whatever the tokenizer's own limit is."""
-    from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline  # diffusers' own name asks for sentencepiece
+    from diffusers.pipelines.kolors.pipeline_kolors import (
+        KolorsPipeline,
+    )  # diffusers' own name asks for sentencepiece
 
     from dense_attn.examples import _tiny_pipeline as tiny
 
     tokenizer, original = KINDS["glm"](), texts.Glm.__call__
-    monkeypatch.setattr(texts.Glm, "__call__", lambda *args, **options: with_positions(original(*args, **options)))
+    monkeypatch.setattr(
+        texts.Glm, "__call__", lambda *args, **options: with_positions(original(*args, **options))
+    )
     unet = tiny._unet(
-        2, 32, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80
+        2,
+        32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
     )
     pipe = KolorsPipeline(tiny._vae(4), Kolors(len(tokenizer)), tokenizer, unet, tiny._ddim())
     pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,6 @@
-"""Every class of diffusers' pipelines around a known denoiser: it runs right under a layout, or is refused."""
+"""Every class of diffusers' pipelines around a known denoiser: it runs right under a layout, or is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,10 @@ def test_refused_with_the_reason(name: str) -> None:
         for part, model in denoisers(kind).items():
             parts = pipeline(models.get(model, "sd")).components
             pipe.__dict__[part] = parts.get("transformer", parts.get("unet"))
-    with pytest.raises(ValueError, match=f"^pipe must {REASONS[name]}"), apply_layout(pipe, PROMPT, REGIONS):
+    with (
+        pytest.raises(ValueError, match=f"^pipe must {REASONS[name]}"),
+        apply_layout(pipe, PROMPT, REGIONS),
+    ):
         pytest.fail("the block must not run")
 
 
@@ -112,7 +117,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", names(RUNS))
 def test_a_run(name: str, calls: list[Tensor]) -> None:
-    """The prompt's estimates alone are modulated, in every layer of the first steps; the rest is the plain pipeline."""
+    """The prompt's estimates alone are modulated, in every layer of the first steps; the rest is
+    the plain pipeline.
+    """
     kind = kinds().get(name)
     if kind is None:
         pytest.skip(f"this diffusers has no {name}")
@@ -139,4 +146,6 @@ def test_a_run(name: str, calls: list[Tensor]) -> None:
     else:
         assert not close(estimates[0][-1:], plain[0][-1:])
         torch.testing.assert_close(estimates[0][:-1], plain[0][:-1], rtol=1e-5, atol=1e-6)
-        assert len(estimates[0]) == (1 if "Consistency" in name or family_name(kind) == "flux" else 2)
+        assert len(estimates[0]) == (
+            1 if "Consistency" in name or family_name(kind) == "flux" else 2
+        )

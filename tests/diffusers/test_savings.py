@@ -1,4 +1,6 @@
-"""What saves time or memory in a pipeline under a layout: regional compile, fp8 weights, step caches, autocast."""
+"""What saves time or memory in a pipeline under a layout: regional compile, fp8 weights, step
+caches, autocast.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,15 @@ def off(a: Tensor, b: Tensor) -> float:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """One entry for each modulated call of a layer."""
     seen, attend = [], _state.LayoutState.attend
-    monkeypatch.setattr(_state.LayoutState, "attend", lambda *args: seen.append(args[2].shape) or attend(*args))
+    monkeypatch.setattr(
+        _state.LayoutState, "attend", lambda *args: seen.append(args[2].shape) or attend(*args)
+    )
     return seen
 
 
-@pytest.mark.parametrize("family", ["sd", "flux"])  # diffusers names no blocks of Stable Diffusion 3's
+@pytest.mark.parametrize(
+    "family", ["sd", "flux"]
+)  # diffusers names no blocks of Stable Diffusion 3's
 def test_regional_compile(family: str) -> None:
     """A kind of block has at most three graphs under a layout, and a second run makes no more."""
     pipe = tiny_pipeline(FAMILIES[family][0])
@@ -63,7 +69,9 @@ def test_regional_compile(family: str) -> None:
 def test_weights_kept_in_fp8(family: str) -> None:
     """Bit for bit the run of weights that were rounded to fp8 once."""
     small, rounded = (tiny_pipeline(FAMILIES[family][0]) for _ in range(2))
-    denoiser(small).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    denoiser(small).enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
     weights = denoiser(small).state_dict()
     assert torch.float8_e4m3fn in {weight.dtype for weight in weights.values()}
     denoiser(rounded).load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -85,7 +93,9 @@ def test_autocast(family: str) -> None:
 
 @every_family
 def test_attention_of_some_steps_is_broadcast(family: str, calls: list) -> None:
-    """Modulated attention is skipped as other attention is, and what is kept is the modulated result."""
+    """Modulated attention is skipped as other attention is, and what is kept is the modulated
+    result.
+    """
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
     runs = {}
@@ -93,7 +103,9 @@ def test_attention_of_some_steps_is_broadcast(family: str, calls: list) -> None:
         pipe = tiny_pipeline(FAMILIES[family][0])
         if every:
             both = {f"{kind}_attention_block_skip_range": every for kind in ("spatial", "cross")}
-            both |= {f"{kind}_attention_timestep_skip_range": (-1, 1001) for kind in ("spatial", "cross")}
+            both |= {
+                f"{kind}_attention_timestep_skip_range": (-1, 1001) for kind in ("spatial", "cross")
+            }
             config = PyramidAttentionBroadcastConfig(**both, current_timestep_callback=lambda: 500)
             apply_pyramid_attention_broadcast(denoiser(pipe), config)
         calls.clear()
@@ -136,11 +148,16 @@ def test_step_caches(cache: str, options: dict, calls: list) -> None:
 
 @every_family
 def test_odd_sizes(family: str, calls: list) -> None:
-    """9 x 11 latents of a U-Net become 5 x 6 and 3 x 3, 10 x 14 of a transformer 5 x 7 tokens: no layer is left out."""
+    """9 x 11 latents of a U-Net become 5 x 6 and 3 x 3, 10 x 14 of a transformer 5 x 7 tokens: no
+    layer is left out.
+    """
     if family in ("sd3", "flux"):
         pipe, size = pipeline(family), {"height": 20, "width": 28}
     else:
-        pipe, size = pipeline(family, 4 if family == "sd" else 2), {"latents": torch.randn(1, 4, 9, 11)}
+        pipe, size = (
+            pipeline(family, 4 if family == "sd" else 2),
+            {"latents": torch.randn(1, 4, 9, 11)},
+        )
     got = with_layout(pipe, size)
     assert len(calls) == math.ceil(0.3 * 10) * ATTENTION_LAYERS[family]
     assert close(got, with_layout(pipe, size, backend="reference"))

@@ -1,4 +1,6 @@
-"""The schedules of pipelines as chains: which are taken, and whose words the sampler's refusals use."""
+"""The schedules of pipelines as chains: which are taken, and whose words the sampler's refusals
+use.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,30 @@ def test_schedules_of_zero_terminal_signal(scheduler: str) -> None:
     again = reconstruct(pipe, found, output_type="latent")
     torch.testing.assert_close(again, encoded(pipe), rtol=0, atol=1e-6)
     rule = "pipe must have a scheduler that leaves signal at the first timestep, as timestep_spacing='leading' does"
-    refused(on_schedule(scheduler, **zero, timestep_spacing="trailing"), f"{rule}, got alpha_bar 0 at timestep 999")
-    refused(on_schedule(scheduler, **zero), f"{rule}, got alpha_bar 0 at timestep 999", num_inference_steps=500)
+    refused(
+        on_schedule(scheduler, **zero, timestep_spacing="trailing"),
+        f"{rule}, got alpha_bar 0 at timestep 999",
+    )
+    refused(
+        on_schedule(scheduler, **zero),
+        f"{rule}, got alpha_bar 0 at timestep 999",
+        num_inference_steps=500,
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "options", "sentence"),
     [
-        ({}, {"num_inference_steps": 1001}, "num_inference_steps must be at most 1000, the timesteps of pipe"),
-        ({}, {"num_inference_steps": 1000}, "num_inference_steps must keep the timesteps of .* below 1000, got 1000"),
+        (
+            {},
+            {"num_inference_steps": 1001},
+            "num_inference_steps must be at most 1000, the timesteps of pipe",
+        ),
+        (
+            {},
+            {"num_inference_steps": 1000},
+            "num_inference_steps must keep the timesteps of .* below 1000, got 1000",
+        ),
         (
             {"trained_betas": [0.5, 0.5, -0.5, -0.5, -0.5], "num_train_timesteps": 5},
             {},
@@ -45,7 +62,9 @@ def test_schedules_of_zero_terminal_signal(scheduler: str) -> None:
         ({"prediction_type": "sample"}, {}, "pipe must predict epsilon or v, got sample"),
     ],
 )
-def test_schedules_that_cannot_be_chains_are_refused(config: dict, options: dict, sentence: str) -> None:
+def test_schedules_that_cannot_be_chains_are_refused(
+    config: dict, options: dict, sentence: str
+) -> None:
     refused(on_schedule(**config), sentence, **options)
 
 
@@ -58,8 +77,12 @@ def test_the_schedule_is_the_pipelines_own_also_by_default() -> None:
     """LCMScheduler's defaults are Stable Diffusion's schedule, those of DDIMScheduler are not."""
     pipe, other = (tiny_pipeline(diffusers.StableDiffusionPipeline) for _ in range(2))
     pipe.scheduler = diffusers.LCMScheduler()
-    other.scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    found, expected = (invert(one, IMAGE, "a cat", num_inference_steps=4).latents for one in (pipe, other))
+    other.scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    found, expected = (
+        invert(one, IMAGE, "a cat", num_inference_steps=4).latents for one in (pipe, other)
+    )
     assert all(map(torch.equal, found, expected))
 
 
@@ -77,14 +100,20 @@ def test_refusals_of_the_sampler_speak_of_what_the_caller_gave() -> None:
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
     given = {"guidance_scale": 1.0, "num_inference_steps": 4}
     for options, sentence in (
-        ({"num_inference_steps": 900, "mix": 0.5}, "num_inference_steps must be at most .* with mix=0.5 and"),
+        (
+            {"num_inference_steps": 900, "mix": 0.5},
+            "num_inference_steps must be at most .* with mix=0.5 and",
+        ),
         ({"mix": 2.0}, r"mix must be in \(0, 1\], got 2.0"),
         ({"method": "ddim"}, "method must be edict, bdia or belm for invert"),
     ):
         with pytest.raises(ValueError, match=f"^{sentence}"):
             invert(pipe, IMAGE, "a cat", **given | options)
     same = on_schedule(steps_offset=0)
-    with pytest.raises(ValueError, match=r"^the noise schedule of pipe must grow at every step, .* for method='belm'"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the noise schedule of pipe must grow at every step, .* for method='belm'",
+    ):
         invert(same, IMAGE, "a cat", **given, method="belm", exact=False)
     handle = pipe.unet.register_forward_hook(lambda _module, _args, out: (out[0] + torch.rand(1),))
     with pytest.raises(ValueError, match=r"^pipe.unet must be deterministic for exact inversion"):
@@ -99,12 +128,21 @@ def test_refusals_of_the_sampler_speak_of_what_the_caller_gave() -> None:
     with pytest.raises(ValueError, match=r"^the latents of inversion must be finite and at most"):
         reconstruct(pipe, far)
     with pytest.raises(ValueError, match=r"^latents must be finite and at most"):
-        optimize(pipe, "a", torch.mean, latents=torch.full((1, 4, 8, 8), 1e9), num_inference_steps=2, progress=False)
+        optimize(
+            pipe,
+            "a",
+            torch.mean,
+            latents=torch.full((1, 4, 8, 8), 1e9),
+            num_inference_steps=2,
+            progress=False,
+        )
 
 
 def test_further_arguments_of_invert_are_no_sampler_that_was_given() -> None:
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
-    with pytest.raises(ValueError, match=r"^a further argument must be one of method, .*, got 'strength'"):
+    with pytest.raises(
+        ValueError, match=r"^a further argument must be one of method, .*, got 'strength'"
+    ):
         invert(pipe, IMAGE, "a cat", num_inference_steps=2, strength=0.5)
 
 
@@ -114,7 +152,10 @@ def test_a_state_of_another_chain_is_refused_in_the_callers_words() -> None:
     rule = "the chain of pipe, num_inference_steps and sampler must be that of state, with 2 timesteps, got 3"
     with pytest.raises(ValueError, match=f"^{rule}"):
         optimize(pipe, "a cat", torch.mean, num_inference_steps=3, state=state, **given)
-    with pytest.raises(ValueError, match=r"^state must hold float32 latents of shape \(1, 4, 8, 10\), got float32 \(1"):
+    with pytest.raises(
+        ValueError,
+        match=r"^state must hold float32 latents of shape \(1, 4, 8, 10\), got float32 \(1",
+    ):
         optimize(pipe, "a cat", torch.mean, num_inference_steps=2, width=20, state=state, **given)
 
 

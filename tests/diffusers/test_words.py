@@ -1,4 +1,6 @@
-"""Which tokens a layout reaches, in every family and size, against words and strengths counted out by hand."""
+"""Which tokens a layout reaches, in every family and size, against words and strengths counted out
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,15 @@ def refused(pipe: object, sentence: str, prompt: str = PROMPT, phrase: str = "do
 @pytest.mark.parametrize("modulation", ["range", "mask"])
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_words_and_strengths_of_joint_attention(family: str, modulation: str, calls: list) -> None:
-    """4 x 6 image tokens; "a cat dog" is <start> a c a t d o g for CLIP and _ a _ c a t _ d o g for T5."""
+    """4 x 6 image tokens; "a cat dog" is <start> a c a t d o g for CLIP and _ a _ c a t _ d o g for
+    T5.
+    """
     pipe, masks = pipeline(family), torch.zeros(2, 8, 12, dtype=torch.bool)
     masks[0, :, :6] = True
     masks[1, 4:, 2:] = True
-    with apply_layout(pipe, PROMPT, list(zip(("cat", "dog"), masks.numpy())), modulation=modulation, exponent=0.0):
+    with apply_layout(
+        pipe, PROMPT, list(zip(("cat", "dog"), masks.numpy())), modulation=modulation, exponent=0.0
+    ):
         latents(pipe)
     clip, t5 = {"cat": range(2, 5), "dog": range(5, 8)}, {"cat": range(2, 6), "dog": range(6, 10)}
     text_words, image_words, image_strength = [0] * 24, [], []
@@ -43,9 +49,15 @@ def test_words_and_strengths_of_joint_attention(family: str, modulation: str, ca
             area = cat * share[1] + dog * share[2]
             image_strength.append(0.3 * (1 - area))
     if family == "sd3":
-        words, strength = torch.tensor(image_words + text_words), torch.tensor(image_strength + text_strength)
+        words, strength = (
+            torch.tensor(image_words + text_words),
+            torch.tensor(image_strength + text_strength),
+        )
     else:
-        words, strength = torch.tensor(text_words + image_words), torch.tensor(text_strength + image_strength)
+        words, strength = (
+            torch.tensor(text_words + image_words),
+            torch.tensor(text_strength + image_strength),
+        )
     everywhere = torch.where(words == 0, -1, words) if modulation == "mask" else words
     joint = [call for call in calls if call[0].shape[2] == len(words)]
     assert joint
@@ -65,7 +77,9 @@ def test_a_strength_of_nothing_is_the_plain_layer(family: str) -> None:
         for layer in pipe.unet.modules():
             if getattr(layer, "is_cross_attention", False):
                 layer.norm_cross = torch.nn.LayerNorm(16, elementwise_affine=False)
-                layer.norm_encoder_hidden_states = lambda text, norm=layer.norm_cross: 2 * norm(text)
+                layer.norm_encoder_hidden_states = lambda text, norm=layer.norm_cross: (
+                    2 * norm(text)
+                )
     options = {"cross_weight": 1e-30, "self_weight": 1e-30, "active": 1.0, "encode_phrases": False}
     with apply_layout(pipe, PROMPT, REGIONS, **options):
         ours = latents(pipe)
@@ -75,7 +89,13 @@ def test_a_strength_of_nothing_is_the_plain_layer(family: str) -> None:
 def test_sizes_and_batches_change_inside_of_a_block(calls: list) -> None:
     """12 x 20 latents become 3 x 5 and then 2 x 3: each halving rounds up."""
     pipe = pipeline("sd", blocks=4)
-    sizes = [{}, {"height": 24, "width": 40}, {"num_images_per_prompt": 2}, {"height": 24, "width": 16}, {}]
+    sizes = [
+        {},
+        {"height": 24, "width": 40},
+        {"num_images_per_prompt": 2},
+        {"height": 24, "width": 16},
+        {},
+    ]
     apart = []
     for size in sizes:
         with apply_layout(pipe, PROMPT, REGIONS):

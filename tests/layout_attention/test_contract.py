@@ -1,4 +1,6 @@
-"""Refusals: every bad input gets its own clear error before anything is touched; raw calls refuse too, never crash."""
+"""Refusals: every bad input gets its own clear error before anything is touched; raw calls refuse
+too, never crash.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,37 @@ def words(*shape: int) -> Tensor:
 
 BAD_CALLS = [  # argument, value, error, message
     ("q", [1.0], TypeError, "q must be a tensor, got list"),
-    ("q", torch.randn(B, H, M, D).to_sparse(), TypeError, "q must be a strided tensor, got torch.sparse_coo"),
-    ("q", torch.ones(B, H, M, D, dtype=torch.int64), TypeError, "q must be one of float32, bfloat16, float16, float64"),
+    (
+        "q",
+        torch.randn(B, H, M, D).to_sparse(),
+        TypeError,
+        "q must be a strided tensor, got torch.sparse_coo",
+    ),
+    (
+        "q",
+        torch.ones(B, H, M, D, dtype=torch.int64),
+        TypeError,
+        "q must be one of float32, bfloat16, float16, float64",
+    ),
     ("q", torch.randn(B, H, M, D).to(torch.complex64), TypeError, "got complex64"),
-    ("q", torch.randn(H, M, D), ValueError, "q must have 4 dimensions [batch, heads, tokens, head_dim], got (3, 5, 8)"),
-    ("q", torch.randn(B, H, M, 0), ValueError, "q must have a head dim of at least 1, got (2, 3, 5, 0)"),
-    ("q", torch.randn(B, H, M, D + 1), ValueError, "k must have shape [2, 3, 7, 9] to go with q and k"),
+    (
+        "q",
+        torch.randn(H, M, D),
+        ValueError,
+        "q must have 4 dimensions [batch, heads, tokens, head_dim], got (3, 5, 8)",
+    ),
+    (
+        "q",
+        torch.randn(B, H, M, 0),
+        ValueError,
+        "q must have a head dim of at least 1, got (2, 3, 5, 0)",
+    ),
+    (
+        "q",
+        torch.randn(B, H, M, D + 1),
+        ValueError,
+        "k must have shape [2, 3, 7, 9] to go with q and k",
+    ),
     (
         "q",
         torch.randn(B, H, D, M).mT,
@@ -49,15 +76,30 @@ BAD_CALLS = [  # argument, value, error, message
     ),
     ("v", torch.randn(B, H, D, N).mT, ValueError, "v must have a contiguous last dimension"),
     ("k", None, TypeError, "k must be a tensor, got NoneType"),
-    ("k", torch.randn(B, H, N, D).double(), TypeError, "k must have q's dtype float32, got float64"),
-    ("k", torch.randn(B, H, N, D, device="meta"), ValueError, "k must be on q's device cpu, got meta"),
+    (
+        "k",
+        torch.randn(B, H, N, D).double(),
+        TypeError,
+        "k must have q's dtype float32, got float64",
+    ),
+    (
+        "k",
+        torch.randn(B, H, N, D, device="meta"),
+        ValueError,
+        "k must be on q's device cpu, got meta",
+    ),
     (
         "k",
         torch.randn(B, H + 1, N, D),
         ValueError,
         "k must have shape [2, 3, 7, 8] to go with q and k, got (2, 4, 7, 8)",
     ),
-    ("k", torch.randn(1, H, N, D), ValueError, "k must have shape [2, 3, 7, 8] to go with q and k, got (1, 3, 7, 8)"),
+    (
+        "k",
+        torch.randn(1, H, N, D),
+        ValueError,
+        "k must have shape [2, 3, 7, 8] to go with q and k, got (1, 3, 7, 8)",
+    ),
     (
         "v",
         torch.randn(B, H, N + 1, D),
@@ -68,10 +110,20 @@ BAD_CALLS = [  # argument, value, error, message
     ("q_regions", [1] * M, TypeError, "q_regions must be a tensor, got list"),
     ("q_regions", words(M).long(), TypeError, "q_regions must be int32, got int64"),
     ("q_regions", words(M).bool(), TypeError, "q_regions must be int32, got bool"),
-    ("q_regions", words(M + 1), ValueError, "q_regions must have shape [5], [1, 5] or [2, 5], got (6,)"),
+    (
+        "q_regions",
+        words(M + 1),
+        ValueError,
+        "q_regions must have shape [5], [1, 5] or [2, 5], got (6,)",
+    ),
     ("q_regions", words(B, H, M), ValueError, "got (2, 3, 5)"),
     ("q_regions", words(), ValueError, "got ()"),
-    ("k_regions", words(M), ValueError, "k_regions must have shape [7], [1, 7] or [2, 7], got (5,)"),
+    (
+        "k_regions",
+        words(M),
+        ValueError,
+        "k_regions must have shape [7], [1, 7] or [2, 7], got (5,)",
+    ),
     ("k_regions", words(3, N), ValueError, "got (3, 7)"),
     ("k_regions", words(N).to("meta"), ValueError, "k_regions must be on q's device cpu, got meta"),
     ("strength", "1", TypeError, "strength must be a number or a tensor, got str"),
@@ -80,10 +132,25 @@ BAD_CALLS = [  # argument, value, error, message
     ("strength", True, TypeError, "strength must be a number or a tensor, got bool"),
     ("strength", torch.rand(M).double(), TypeError, "strength must be float32"),
     ("strength", torch.rand(M).bfloat16(), TypeError, "got bfloat16"),
-    ("strength", torch.rand(M + 1), ValueError, "strength must broadcast to [B, H, M] = (2, 3, 5), got (6,)"),
+    (
+        "strength",
+        torch.rand(M + 1),
+        ValueError,
+        "strength must broadcast to [B, H, M] = (2, 3, 5), got (6,)",
+    ),
     ("strength", torch.rand(1, B, H, M), ValueError, "got (1, 2, 3, 5)"),
-    ("strength", torch.rand(M, device="meta"), ValueError, "strength must be on q's device cpu, got meta"),
-    ("modulation", "rainbow", ValueError, "modulation must be one of range, max, bias, mask, got 'rainbow'"),
+    (
+        "strength",
+        torch.rand(M, device="meta"),
+        ValueError,
+        "strength must be on q's device cpu, got meta",
+    ),
+    (
+        "modulation",
+        "rainbow",
+        ValueError,
+        "modulation must be one of range, max, bias, mask, got 'rainbow'",
+    ),
     ("modulation", None, ValueError, "got None"),
     ("modulation", ["range"], ValueError, "got ['range']"),
     ("scale", "1", TypeError, "scale must be a number or None, got str"),
@@ -94,16 +161,33 @@ BAD_CALLS = [  # argument, value, error, message
     ("scale", 10**400, ValueError, "scale must be finite, got 1000"),
     ("scale", float("inf"), ValueError, "scale must be finite, got inf"),
     ("q_order", torch.arange(M), TypeError, "q_order must be int32, got int64"),
-    ("q_order", words(M + 1), ValueError, "q_order must have shape [5], [1, 5] or [2, 5], got (6,)"),
-    ("k_order", words(B, M), ValueError, "k_order must have shape [7], [1, 7] or [2, 7], got (2, 5)"),
+    (
+        "q_order",
+        words(M + 1),
+        ValueError,
+        "q_order must have shape [5], [1, 5] or [2, 5], got (6,)",
+    ),
+    (
+        "k_order",
+        words(B, M),
+        ValueError,
+        "k_order must have shape [7], [1, 7] or [2, 7], got (2, 5)",
+    ),
     ("k_order", torch.randn(N), TypeError, "k_order must be int32, got float32"),
-    ("backend", "opencl", ValueError, "backend must be one of auto, cuda, triton, cpu, reference, got 'opencl'"),
+    (
+        "backend",
+        "opencl",
+        ValueError,
+        "backend must be one of auto, cuda, triton, cpu, reference, got 'opencl'",
+    ),
     ("backend", None, ValueError, "got None"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "error", "message"), BAD_CALLS, ids=[f"{call[0]}-{i}" for i, call in enumerate(BAD_CALLS)]
+    ("argument", "value", "error", "message"),
+    BAD_CALLS,
+    ids=[f"{call[0]}-{i}" for i, call in enumerate(BAD_CALLS)],
 )
 @pytest.mark.parametrize("backend", backends("reference", "cpu"))
 def test_a_bad_argument_is_named(
@@ -153,13 +237,20 @@ def test_an_order_that_is_no_permutation_never_harms(backend: str, argument: str
     good = {**arguments(), "backend": backend}
     expected = layout_attention(**good)
     tokens = M if argument == "q_order" else N
-    for order in (words(tokens) * 0, words(tokens) * tokens, words(tokens) * -1, words(tokens) * 2**30):
+    for order in (
+        words(tokens) * 0,
+        words(tokens) * tokens,
+        words(tokens) * -1,
+        words(tokens) * 2**30,
+    ):
         refusals = []
         try:
             torch.testing.assert_close(layout_attention(**good, **{argument: order}), expected)
         except (ValueError, RuntimeError) as refusal:
             refusals.append(str(refusal))
-        assert all(f"{argument} must be a permutation of the tokens, got " in text for text in refusals)
+        assert all(
+            f"{argument} must be a permutation of the tokens, got " in text for text in refusals
+        )
 
 
 ROWS = (B, H, M)
@@ -173,7 +264,12 @@ RAW = [] if why_skip("cpu") else [
 
 def raw_arguments() -> raw.Arguments:
     """Raw calls that are right in every respect."""
-    good = {**arguments(), "modulation": "range", "scale": 0.3, "q_order": torch.arange(M, dtype=torch.int32)}
+    good = {
+        **arguments(),
+        "modulation": "range",
+        "scale": 0.3,
+        "q_order": torch.arange(M, dtype=torch.int32),
+    }
     good["strength"] = good["strength"].expand(ROWS)
     return raw.with_saved(good, grad_out=torch.randn(B, H, M, D), grad_lse=torch.randn(ROWS))
 
@@ -181,8 +277,14 @@ def raw_arguments() -> raw.Arguments:
 def spoiled(good: Tensor, argument: str) -> list[Tensor]:
     """Wrong ranks, lengths, dtypes, devices and layouts of a tensor argument."""
     wrong = [good[None, None, None], good[..., 0], good.new_zeros(0), good.new_zeros(())]
-    wrong += [good.new_zeros(*good.shape[:-1], good.shape[-1] + 3), good.new_zeros(3, *good.shape[1:])]
-    wrong += [good.to(dtype) for dtype in (torch.float64, torch.int64, torch.bool, torch.float16, torch.complex64)]
+    wrong += [
+        good.new_zeros(*good.shape[:-1], good.shape[-1] + 3),
+        good.new_zeros(3, *good.shape[1:]),
+    ]
+    wrong += [
+        good.to(dtype)
+        for dtype in (torch.float64, torch.int64, torch.bool, torch.float16, torch.complex64)
+    ]
     wrong += [good.to("meta"), good.to_sparse()]
     if good.is_floating_point() and good.dim() == 4:  # the last axis not contiguous
         wrong.append(good.new_zeros(*good.shape[:-1], 2 * good.shape[-1])[..., ::2])
@@ -201,7 +303,9 @@ def test_raw_calls_refuse(op: str, argument: str) -> None:
         with pytest.raises(RuntimeError) as refusal:
             raw.call(op, {**good, argument: value})
         if value.layout == torch.strided:
-            assert re.match(r"(\w+, \S+, )?[a-z_]+ must .+, got .+", str(refusal.value)), refusal.value
+            assert re.match(r"(\w+, \S+, )?[a-z_]+ must .+, got .+", str(refusal.value)), (
+                refusal.value
+            )
     assert all(torch.equal(good[name], x) for name, x in before.items())
 
 
@@ -209,7 +313,12 @@ def test_raw_calls_refuse(op: str, argument: str) -> None:
 @pytest.mark.parametrize("op", [raw.FWD, raw.BWD])
 def test_raw_calls_refuse_options(op: str) -> None:
     good = raw_arguments()
-    for change in ({"modulation": ""}, {"modulation": "rangee"}, {"scale": float("nan")}, {"scale": float("inf")}):
+    for change in (
+        {"modulation": ""},
+        {"modulation": "rangee"},
+        {"scale": float("nan")},
+        {"scale": float("inf")},
+    ):
         if change.keys() <= set(raw.argument_names(op)):
             with pytest.raises(RuntimeError, match=r"(modulation|scale) must .+, got "):
                 raw.call(op, {**good, **change})
@@ -225,8 +334,14 @@ def test_a_raw_call_refuses_a_wide_head() -> None:
 
 @needs_cpu_kernels
 def test_saved_tensors_from_elsewhere_never_harm() -> None:
-    """Numbers that no forward call wrote: the results are anyone's guess, but every read stays inside."""
+    """Numbers that no forward call wrote: the results are anyone's guess, but every read stays
+    inside.
+    """
     good = raw_arguments()
-    saved = [name for name in raw.argument_names(raw.BWD) if name in ("out", "lse", "stats", "row_max", "row_min")]
+    saved = [
+        name
+        for name in raw.argument_names(raw.BWD)
+        if name in ("out", "lse", "stats", "row_max", "row_min")
+    ]
     for value in (torch.nan, torch.inf, -torch.inf, -1.0, 1e30, 3e9, float(N)):
         raw.call(raw.BWD, {**good, **{name: torch.full_like(good[name], value) for name in saved}})

@@ -1,4 +1,6 @@
-"""Tensors whose parts lie more than 2^31 elements apart, of which only the pages that are written take memory."""
+"""Tensors whose parts lie more than 2^31 elements apart, of which only the pages that are written
+take memory.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,16 @@ def memory() -> Tensor:
     """Room for two of them, promised by the system but not taken."""
     try:
         return torch.empty(2 * APART, dtype=torch.bfloat16)
-    except RuntimeError as error:  # a limit on address space, or a system that promises no more than it has
+    except (
+        RuntimeError
+    ) as error:  # a limit on address space, or a system that promises no more than it has
         pytest.skip(f"no 8 GB of address space: {error}")
 
 
 def far(x: Tensor, dim: int, place: int) -> Tensor:
-    """The values of x where every index of a dimension is `APART` further, at a place that no other tensor takes."""
+    """The values of x where every index of a dimension is `APART` further, at a place that no other
+    tensor takes.
+    """
     strides = [stride if i != dim else APART for i, stride in enumerate(x.stride())]
     assert x.shape[dim] == 2
     return memory().as_strided(x.shape, strides, place * 4096).copy_(x)
@@ -37,10 +43,15 @@ def far(x: Tensor, dim: int, place: int) -> Tensor:
 def test_layout_attention(dim: int, modulation: str, backend: str) -> None:
     near = [x.bfloat16().requires_grad_() for x in torch.randn(3, 2, 2, 20, 16)]
     apart = [far(x.detach(), dim, place).requires_grad_() for place, x in enumerate(near)]
-    words, grad = torch.arange(20, dtype=torch.int32) % 4, far(torch.randn(2, 2, 20, 16).bfloat16(), dim, 3)
+    words, grad = (
+        torch.arange(20, dtype=torch.int32) % 4,
+        far(torch.randn(2, 2, 20, 16).bfloat16(), dim, 3),
+    )
     outs = []
     for q, k, v in (near, apart):
-        outs.append(layout_attention(q, k, v, words, words, 0.5, modulation=modulation, backend=backend))
+        outs.append(
+            layout_attention(q, k, v, words, words, 0.5, modulation=modulation, backend=backend)
+        )
         outs[-1].backward(grad)
     assert torch.equal(*outs)
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(near, apart))

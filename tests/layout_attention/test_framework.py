@@ -1,4 +1,6 @@
-"""PyTorch's own machinery around the op: opcheck, compile, export, autocast, vmap, deterministic mode."""
+"""PyTorch's own machinery around the op: opcheck, compile, export, autocast, vmap, deterministic
+mode.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,17 @@ CALLS = {  # what a raw call may look like
 }
 
 
-def raw_arguments(case: Case, dtype: torch.dtype, modulation: str, *, ordered: bool) -> raw.Arguments:
+def raw_arguments(
+    case: Case, dtype: torch.dtype, modulation: str, *, ordered: bool
+) -> raw.Arguments:
     """The arguments of the two registered ops for a case."""
     x = make_inputs(case, dtype)
     arguments = {name: getattr(x, name) for name in ("q", "k", "v", "q_regions", "k_regions")}
-    arguments |= {"strength": x.strength.expand(x.q.shape[:3]), "modulation": modulation, "scale": 0.25}
+    arguments |= {
+        "strength": x.strength.expand(x.q.shape[:3]),
+        "modulation": modulation,
+        "scale": 0.25,
+    }
     arguments["q_order"] = torch.randperm(x.q.shape[2]).int() if ordered else None
     return raw.with_saved(arguments, grad_out=x.grad_out, grad_lse=x.grad_lse if ordered else None)
 
@@ -39,15 +47,26 @@ def raw_arguments(case: Case, dtype: torch.dtype, modulation: str, *, ordered: b
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("modulation", ["range", "mask"])
 def test_opcheck(name: str, dtype: torch.dtype, modulation: str) -> None:
-    """All four utilities: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
+    """All four utilities: schema, autograd registration, fake tensors, AOT dispatch with dynamic
+    shapes.
+    """
     arguments = raw_arguments(CALLS[name], dtype, modulation, ordered=name == "plain")
-    torch.library.opcheck(torch.ops.dense_attn.layout_attention_fwd.default, *raw.select(raw.FWD, arguments))
-    torch.library.opcheck(torch.ops.dense_attn.layout_attention_bwd.default, *raw.select(raw.BWD, arguments))
+    torch.library.opcheck(
+        torch.ops.dense_attn.layout_attention_fwd.default, *raw.select(raw.FWD, arguments)
+    )
+    torch.library.opcheck(
+        torch.ops.dense_attn.layout_attention_bwd.default, *raw.select(raw.BWD, arguments)
+    )
 
 
 def test_every_registered_op_is_checked() -> None:
     here, folder = {raw.FWD, raw.BWD}, Path(__file__).parents[1]
-    others = {op for file in CHECKED_ELSEWHERE for op in raw.registered() if op in (folder / file).read_text()}
+    others = {
+        op
+        for file in CHECKED_ELSEWHERE
+        for op in raw.registered()
+        if op in (folder / file).read_text()
+    }
     assert all("opcheck" in (folder / file).read_text() for file in CHECKED_ELSEWHERE)
     assert raw.registered() == (here | others if why_skip("cpu") is None else set())
 
@@ -58,11 +77,15 @@ def loss_of(call: Callable, leaves: list[Tensor]) -> list[Tensor]:
 
 
 @on_cpu
-@pytest.mark.parametrize(("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", None)])
+@pytest.mark.parametrize(
+    ("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", None)]
+)
 def test_compile_forward_and_backward(backend: str, compiler: str, dynamic: bool | None) -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         words = torch.arange(q.shape[2], dtype=torch.int32) % 4
-        return layout_attention(q * 2, k, v, words, words, strength, return_lse=True, backend=backend)
+        return layout_attention(
+            q * 2, k, v, words, words, strength, return_lse=True, backend=backend
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend=compiler, dynamic=dynamic)
@@ -70,7 +93,9 @@ def test_compile_forward_and_backward(backend: str, compiler: str, dynamic: bool
         leaves = [torch.randn(2, 2, tokens, 16, requires_grad=True) for _ in range(3)]
         leaves.append(torch.rand(tokens, requires_grad=True))
         for result, expected in zip(loss_of(compiled, leaves), loss_of(call, leaves)):
-            largest = expected.abs().max().item()  # Inductor sums in another order: what cancels leaves its rounding
+            largest = (
+                expected.abs().max().item()
+            )  # Inductor sums in another order: what cancels leaves its rounding
             torch.testing.assert_close(result, expected, rtol=1.3e-6, atol=1e-5 * max(1.0, largest))
 
 
@@ -85,11 +110,16 @@ def test_compile_with_numbers_that_change(backend: str) -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     q, words = torch.randn(2, 2, 24, 16), torch.arange(24, dtype=torch.int32) % 4
     for number in (0.1, 0.2, 0.35, 0.9):
-        torch.testing.assert_close(compiled(q, words, number, number), call(q, words, number, number))
+        torch.testing.assert_close(
+            compiled(q, words, number, number), call(q, words, number, number)
+        )
 
 
 def test_meta_tensors_give_shapes() -> None:
-    q, words = torch.empty(2, 3, 5, 8, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
+    q, words = (
+        torch.empty(2, 3, 5, 8, device="meta"),
+        torch.empty(5, dtype=torch.int32, device="meta"),
+    )
     assert layout_attention(q, q, q, words, words).shape == q.shape
 
 
@@ -98,7 +128,9 @@ def test_meta_tensors_give_shapes() -> None:
 def test_export(backend: str, modulation: str) -> None:
     class Attention(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, words: Tensor) -> Tensor:
-            return layout_attention(q, k, v, words, words, 0.5, modulation=modulation, backend=backend)
+            return layout_attention(
+                q, k, v, words, words, 0.5, modulation=modulation, backend=backend
+            )
 
     inputs = (*torch.randn(3, 2, 2, 24, 16).unbind(0), torch.arange(24, dtype=torch.int32) % 4)
     program = torch.export.export(Attention(), inputs)
@@ -111,7 +143,9 @@ def test_export(backend: str, modulation: str) -> None:
 def test_autocast(backend: str, dtype: torch.dtype) -> None:
     q, k, v = torch.randn(3, 2, 2, 24, 16).unbind(0)
     words = torch.arange(24, dtype=torch.int32) % 4
-    call = partial(layout_attention, q_regions=words, k_regions=words, backend=backend, return_lse=True)
+    call = partial(
+        layout_attention, q_regions=words, k_regions=words, backend=backend, return_lse=True
+    )
     with torch.autocast("cpu", dtype):
         out, lse = call(q.requires_grad_(), k.to(dtype), v)
     assert out.dtype == dtype
@@ -129,7 +163,9 @@ def test_autocast(backend: str, dtype: torch.dtype) -> None:
 def test_vmap_is_refused() -> None:
     q = torch.randn(3, 2, 2, 24, 16)
     words = torch.zeros(24, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="layout_attention must be called outside of vmap"):
+    with pytest.raises(
+        NotImplementedError, match="layout_attention must be called outside of vmap"
+    ):
         torch.vmap(lambda x: layout_attention(x, x, x, words, words, backend="cpu"))(q)
 
 

@@ -24,9 +24,13 @@ def small_problem() -> tuple[list[Tensor], Callable]:
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     words = [torch.randint(0, 4, (n,), dtype=torch.int32) for n in (5, 7)]
 
-    def call(q: Tensor, k: Tensor, v: Tensor, strength: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, strength: Tensor, **options: object
+    ) -> tuple[Tensor, Tensor]:
         out, lse = layout_attention(q, k, v, *words, strength, return_lse=True, **options)
-        return out, lse.masked_fill(lse == -torch.inf, 0)  # finite differences of -inf are no numbers
+        return out, lse.masked_fill(
+            lse == -torch.inf, 0
+        )  # finite differences of -inf are no numbers
 
     return leaves, call
 
@@ -41,17 +45,25 @@ def test_gradcheck(backend: str, modulation: str) -> None:
 @DIFFERENTIABLE()
 def test_the_reference_is_differentiable_twice(modulation: str) -> None:
     leaves, call = small_problem()
-    assert torch.autograd.gradgradcheck(partial(call, modulation=modulation, backend="reference"), leaves)
+    assert torch.autograd.gradgradcheck(
+        partial(call, modulation=modulation, backend="reference"), leaves
+    )
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "squares"])
+@pytest.mark.parametrize(
+    "loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "squares"]
+)
 def test_a_kernel_refuses_a_second_derivative(backend: str, loss: Callable) -> None:
-    """Also where the gradient that comes in is a constant and only q, k and v remain to be differentiated."""
+    """Also where the gradient that comes in is a constant and only q, k and v remain to be
+    differentiated.
+    """
     leaves, call = small_problem()
     out, _ = call(*leaves, backend=backend)
     grads = torch.autograd.grad(loss(out), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="layout_attention must be differentiated once, got a second derivative"):
+    with pytest.raises(
+        RuntimeError, match="layout_attention must be differentiated once, got a second derivative"
+    ):
         grads[0].sum().backward()
 
 
@@ -84,14 +96,20 @@ def test_every_number_of_threads_obeys_the_rule(backend: str, modulation: str) -
 
 @pytest.mark.parametrize("backend", backends("reference", "cpu"))
 def test_the_gradient_of_a_tie_goes_to_its_first_key(backend: str) -> None:
-    """Keys 1 and 2 tie for the maximum, keys 3 and 4 for the minimum; dk shows which of them moved it."""
+    """Keys 1 and 2 tie for the maximum, keys 3 and 4 for the minimum; dk shows which of them moved
+    it.
+    """
     q = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     k = torch.tensor([0.0, 1, 1, -1, -1], dtype=torch.float64).view(1, 1, 5, 1).requires_grad_()
     v = torch.arange(5.0, dtype=torch.float64).view(1, 1, 5, 1)
-    q_regions, k_regions = torch.ones(1, dtype=torch.int32), torch.tensor([1, 0, 0, 0, 0], dtype=torch.int32)
+    q_regions, k_regions = (
+        torch.ones(1, dtype=torch.int32),
+        torch.tensor([1, 0, 0, 0, 0], dtype=torch.int32),
+    )
     out = layout_attention(q, k, v, q_regions, k_regions, 0.5, backend=backend)
     (dk,) = torch.autograd.grad(out.sum(), k)
-    # Had the tied keys shared the extreme's gradient, equal keys with gradients linear in v would have lost this gap.
+    # Had the tied keys shared the extreme's gradient, equal keys with gradients linear in v would
+    # have lost this gap.
     probability = torch.softmax(torch.tensor([0.5, 0.0, 0.0, -1.0, -1.0], dtype=torch.float64), 0)
     flow = probability * (v.flatten() - out.item())  # ds'
     expected = 0.5 * flow
@@ -104,7 +122,9 @@ def test_the_gradient_of_a_tie_goes_to_its_first_key(backend: str) -> None:
 def test_only_the_gradients_that_are_wanted(backend: str) -> None:
     inputs = make_inputs(CASE, torch.float32)
     q = inputs.q.requires_grad_()
-    out = layout_attention(q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions, 0.5, backend=backend)
+    out = layout_attention(
+        q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions, 0.5, backend=backend
+    )
     out.backward(inputs.grad_out)
     assert q.grad.shape == q.shape
     assert inputs.k.grad is None

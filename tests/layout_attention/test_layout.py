@@ -23,15 +23,23 @@ HALVES[1, :, 2:] = True
 @st.composite
 def masks(draw: st.DrawFn) -> Tensor:
     """1 to 32 random masks, of at least one pixel each."""
-    regions, height, width = draw(st.integers(1, 32)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    regions, height, width = (
+        draw(st.integers(1, 32)),
+        draw(st.integers(1, 12)),
+        draw(st.integers(1, 12)),
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    drawn = torch.rand((regions, height, width), generator=generator) < draw(st.sampled_from((0.1, 0.5, 0.9)))
+    drawn = torch.rand((regions, height, width), generator=generator) < draw(
+        st.sampled_from((0.1, 0.5, 0.9))
+    )
     drawn[:, height // 2, width // 2] = True
     return drawn
 
 
 def words_by_definition(masks: Tensor, height: int, width: int) -> list[int]:
-    """The nearest pixel of token (y, x) is (floor(y*H/h), floor(x*W/w)); bit 31 of an int32 is its sign."""
+    """The nearest pixel of token (y, x) is (floor(y*H/h), floor(x*W/w)); bit 31 of an int32 is its
+    sign.
+    """
     _, grid_height, grid_width = masks.shape
     words = []
     for y in range(height):
@@ -82,7 +90,12 @@ def test_area_counts_pixels_at_the_resolution_asked_for() -> None:
     assert Layout(masks).area(4, 4)[0] == 1 / 16
     assert Layout(masks).area(2, 2).tolist() == [0.25, 0, 0, 0]
     masks[0, 0, 0], masks[0, 1, 1] = False, True
-    assert Layout(masks).area(2, 2).tolist() == [0.25, 0, 0, 0]  # no nearest pixel, but one in the cell
+    assert Layout(masks).area(2, 2).tolist() == [
+        0.25,
+        0,
+        0,
+        0,
+    ]  # no nearest pixel, but one in the cell
 
 
 def test_strength_is_the_formula() -> None:
@@ -92,12 +105,16 @@ def test_strength_is_the_formula() -> None:
     assert strength.dtype == torch.float32
     torch.testing.assert_close(strength, torch.tensor([left, right]))
     by_default = layout.strength(1, 2, weight=1.0, time=0.5)
-    torch.testing.assert_close(by_default, 0.5**5 * (1 - torch.tensor([1.5, 1.0])))  # below 0 where masks overlap
+    torch.testing.assert_close(
+        by_default, 0.5**5 * (1 - torch.tensor([1.5, 1.0]))
+    )  # below 0 where masks overlap
 
 
 @settings(max_examples=30, deadline=None)
 @given(masks())
-def test_order_is_the_permutation_that_sorts_words_and_keeps_raster_order_within(masks: Tensor) -> None:
+def test_order_is_the_permutation_that_sorts_words_and_keeps_raster_order_within(
+    masks: Tensor,
+) -> None:
     layout = Layout(masks)
     words = layout.query_regions(6, 5).tolist()
     order = layout.order(6, 5)
@@ -106,12 +123,20 @@ def test_order_is_the_permutation_that_sorts_words_and_keeps_raster_order_within
 
 
 def test_order_leaves_few_mixed_tiles() -> None:
-    """What the order is for: 128 x 64 tiles of one kind; the bound is far below the raster's and above the order's."""
+    """What the order is for: 128 x 64 tiles of one kind; the bound is far below the raster's and
+    above the order's.
+    """
     layout = load_scene().layout
     words, order = layout.query_regions(64, 64), layout.order(64, 64).long()
 
     def mixed(words: Tensor) -> float:
-        tiles = ((words[:, None] & words) != 0).unflatten(0, (-1, 128)).unflatten(2, (-1, 64)).float().mean((1, 3))
+        tiles = (
+            ((words[:, None] & words) != 0)
+            .unflatten(0, (-1, 128))
+            .unflatten(2, (-1, 64))
+            .float()
+            .mean((1, 3))
+        )
         return ((tiles > 0) & (tiles < 1)).float().mean().item()
 
     assert mixed(words) > 0.6
@@ -119,7 +144,9 @@ def test_order_leaves_few_mixed_tiles() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.none() | st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=32))
+@given(
+    st.lists(st.none() | st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=32)
+)
 def test_token_words_are_the_bit_of_the_last_span(drawn: list[tuple[int, int] | None]) -> None:
     spans = [None if span is None else (span[0], span[0] + span[1]) for span in drawn]
     layout = Layout(torch.ones(len(spans), 1, 1, dtype=torch.bool), spans)
@@ -138,11 +165,20 @@ LABELS = np.array([[0, 7, 7], [2, 0, 300]])
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64", ">u2", ">i4", "uint32"])
 def test_label_map_of_any_integer_dtype(dtype: str) -> None:
     layout = Layout.from_label_map(LABELS.astype(dtype))
-    assert layout.query_regions(2, 3).tolist() == [0, 2, 2, 1, 0, 4]  # labels 2, 7, 300 are regions 0, 1, 2
+    assert layout.query_regions(2, 3).tolist() == [
+        0,
+        2,
+        2,
+        1,
+        0,
+        4,
+    ]  # labels 2, 7, 300 are regions 0, 1, 2
 
 
 def test_label_map_background_is_a_region_when_asked_for() -> None:
-    layout = Layout.from_label_map(torch.from_numpy(LABELS), [None, (1, 2), (2, 3), (3, 4)], background=True)
+    layout = Layout.from_label_map(
+        torch.from_numpy(LABELS), [None, (1, 2), (2, 3), (3, 4)], background=True
+    )
     assert layout.query_regions(2, 3).tolist() == [1, 4, 4, 2, 1, 8]
     assert layout.token_regions(4).tolist() == [0, 2, 4, 8]
 
@@ -160,8 +196,15 @@ def test_label_map_views_and_read_only_arrays() -> None:
 
 
 def test_boxes_hold_the_pixels_whose_centres_they_hold() -> None:
-    layout = Layout.from_boxes([(0.0, 0.0, 0.5, 1.0), (0.2, 0.25, 1.0, 0.75), (0.0, 0.1, 0.13, 0.13)], size=(4, 4))
-    expected = [[5, 1, 0, 0], [1, 3, 2, 2], [1, 3, 2, 2], [1, 1, 0, 0]]  # centres at 0.125, 0.375, 0.625, 0.875
+    layout = Layout.from_boxes(
+        [(0.0, 0.0, 0.5, 1.0), (0.2, 0.25, 1.0, 0.75), (0.0, 0.1, 0.13, 0.13)], size=(4, 4)
+    )
+    expected = [
+        [5, 1, 0, 0],
+        [1, 3, 2, 2],
+        [1, 3, 2, 2],
+        [1, 1, 0, 0],
+    ]  # centres at 0.125, 0.375, 0.625, 0.875
     assert layout.query_regions(4, 4).view(4, 4).tolist() == expected
 
 
@@ -212,7 +255,9 @@ WRONG_KIND = {
     "masks must be bool, got float32": lambda: Layout(ONE.float()),
     "masks must be an array of numbers or bools, got <U1": lambda: Layout(np.array([["a"]])),
     "masks must be a strided tensor, got torch.sparse_coo": lambda: Layout(ONE.to_sparse()),
-    "spans must be a list with (start, stop) or None for each region, got str": lambda: Layout(ONE, "ab"),
+    "spans must be a list with (start, stop) or None for each region, got str": lambda: Layout(
+        ONE, "ab"
+    ),
     "spans[0] must be a pair (start, stop) or None, got 3": lambda: Layout(ONE, [3]),
     "spans[0] must be an integer, got 2.0": lambda: Layout(ONE, [(1, 2.0)]),
     "label_map must be of an integer dtype, got bool": lambda: from_labels(ONE[0]),
@@ -223,7 +268,9 @@ WRONG_KIND = {
     "width must be an integer, got 4.0": lambda: LAYOUT.query_regions(4, 4.0),
     "width must be an integer, got True": lambda: LAYOUT.order(4, True),
     "weight must be a number, got str": lambda: LAYOUT.strength(4, 4, weight="1", time=0.5),
-    "size_weight must be a number, got NoneType": lambda: LAYOUT.strength(4, 4, weight=1.0, time=0.5, size_weight=None),
+    "size_weight must be a number, got NoneType": lambda: LAYOUT.strength(
+        4, 4, weight=1.0, time=0.5, size_weight=None
+    ),
 }
 WRONG_MEANING = {
     "masks must have 3 dimensions [regions, height, width], got (4, 4)": lambda: Layout(ONE[0]),
@@ -233,21 +280,29 @@ WRONG_MEANING = {
     "masks must each hold at least one pixel, got none in region 0": lambda: Layout(ONE[:, :0]),
     "spans must hold one entry for each of the 1 regions, got 0": lambda: Layout(ONE, []),
     "spans[0] must be at least 0, got -1": lambda: Layout(ONE, [(-1, 2)]),
-    "spans[0] must be a pair (start, stop) with start < stop, got (2, 2)": lambda: Layout(ONE, [(2, 2)]),
+    "spans[0] must be a pair (start, stop) with start < stop, got (2, 2)": lambda: Layout(
+        ONE, [(2, 2)]
+    ),
     "label_map must have 2 dimensions [height, width], got (3,)": lambda: from_labels(LABELS[0]),
     "label_map must hold labels from 0 up, got -300": lambda: from_labels(-LABELS),
-    "label_map must hold 1 to 32 distinct labels besides 0, the background, got 0": lambda: from_labels(0 * LABELS),
-    "label_map must hold 1 to 32 distinct labels besides 0, the background, got 33": lambda: from_labels(MANY),
-    "label_map must hold 1 to 32 distinct labels, got 33": lambda: from_labels(MANY[:, :33], background=True),
+    "label_map must hold 1 to 32 distinct labels besides 0, the background, got 0": lambda: (
+        from_labels(0 * LABELS)
+    ),
+    "label_map must hold 1 to 32 distinct labels besides 0, the background, got 33": lambda: (
+        from_labels(MANY)
+    ),
+    "label_map must hold 1 to 32 distinct labels, got 33": lambda: from_labels(
+        MANY[:, :33], background=True
+    ),
     "boxes[0] must be finite, got nan": lambda: from_boxes([(0, 0, 1, float("nan"))], (4, 4)),
-    "boxes[0] must have 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got (0.5, 0, 0.5, 1)": lambda: from_boxes(
-        [(0.5, 0, 0.5, 1)], (4, 4)
+    "boxes[0] must have 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got (0.5, 0, 0.5, 1)": lambda: (
+        from_boxes([(0.5, 0, 0.5, 1)], (4, 4))
     ),
-    "boxes[0] must have 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got (0, 0, 9, 9)": lambda: from_boxes(
-        [(0, 0, 9, 9)], (4, 4)
+    "boxes[0] must have 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got (0, 0, 9, 9)": lambda: (
+        from_boxes([(0, 0, 9, 9)], (4, 4))
     ),
-    "boxes[0] must hold the centre of a pixel of the 4 x 4 grid, got (0, 0, 0.1, 1)": lambda: from_boxes(
-        [(0, 0, 0.1, 1)], (4, 4)
+    "boxes[0] must hold the centre of a pixel of the 4 x 4 grid, got (0, 0, 0.1, 1)": lambda: (
+        from_boxes([(0, 0, 0.1, 1)], (4, 4))
     ),
     "boxes must hold 1 to 32 boxes, got 0": lambda: from_boxes([], (4, 4)),
     "size must be a pair (height, width), got 4": lambda: from_boxes([(0, 0, 1, 1)], 4),
@@ -255,16 +310,28 @@ WRONG_MEANING = {
     "height must be at least 1, got 0": lambda: LAYOUT.query_regions(0, 4),
     "num_tokens must be at least 1, got 0": lambda: LAYOUT.token_regions(0),
     "num_tokens must be at least 5, the stop of spans[0], got 4": lambda: LAYOUT.token_regions(4),
-    "spans must be given to the Layout for its token words, got None": lambda: Layout(ONE).token_regions(4),
+    "spans must be given to the Layout for its token words, got None": lambda: Layout(
+        ONE
+    ).token_regions(4),
     "weight must be finite, got inf": lambda: LAYOUT.strength(4, 4, weight=float("inf"), time=0.5),
-    "time must be in 0..1 (the timestep divided by 1000), got 801": lambda: LAYOUT.strength(4, 4, weight=1.0, time=801),
-    "time must be in 0..1 (the timestep divided by 1000), got -1": lambda: LAYOUT.strength(4, 4, weight=1.0, time=-1),
-    "exponent must be at least 0, got -1": lambda: LAYOUT.strength(4, 4, weight=1.0, time=0.5, exponent=-1),
+    "time must be in 0..1 (the timestep divided by 1000), got 801": lambda: LAYOUT.strength(
+        4, 4, weight=1.0, time=801
+    ),
+    "time must be in 0..1 (the timestep divided by 1000), got -1": lambda: LAYOUT.strength(
+        4, 4, weight=1.0, time=-1
+    ),
+    "exponent must be at least 0, got -1": lambda: LAYOUT.strength(
+        4, 4, weight=1.0, time=0.5, exponent=-1
+    ),
 }
-REFUSALS = [(TypeError, *item) for item in WRONG_KIND.items()] + [(ValueError, *item) for item in WRONG_MEANING.items()]
+REFUSALS = [(TypeError, *item) for item in WRONG_KIND.items()] + [
+    (ValueError, *item) for item in WRONG_MEANING.items()
+]
 
 
-@pytest.mark.parametrize(("error", "message", "call"), REFUSALS, ids=[message for _, message, _ in REFUSALS])
+@pytest.mark.parametrize(
+    ("error", "message", "call"), REFUSALS, ids=[message for _, message, _ in REFUSALS]
+)
 def test_refusals(error: type[Exception], message: str, call: Callable[[], object]) -> None:
     with pytest.raises(error) as caught:
         call()

@@ -1,4 +1,6 @@
-"""Properties that follow from the definition, on random problems, for the reference and every kernel."""
+"""Properties that follow from the definition, on random problems, for the reference and every
+kernel.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def problems(draw: st.DrawFn) -> Problem:
     )
     num_regions = draw(st.integers(0, 5))
     q_regions, k_regions = (
-        torch.randint(0, 2**num_regions, (n,), dtype=torch.int32, generator=generator) for n in (seqlen_q, seqlen_k)
+        torch.randint(0, 2**num_regions, (n,), dtype=torch.int32, generator=generator)
+        for n in (seqlen_q, seqlen_k)
     )
     return q, k, v, q_regions, k_regions
 
@@ -42,13 +45,23 @@ def assert_equal_to_rounding(result: Tensor, expected: Tensor) -> None:
     assert result.shape == expected.shape
     where = expected.isfinite()
     assert torch.equal(where, result.isfinite())
-    allowed = 64 * torch.finfo(result.dtype).eps * max(1.0, expected[where].abs().max().item() if where.any() else 1.0)
+    allowed = (
+        64
+        * torch.finfo(result.dtype).eps
+        * max(1.0, expected[where].abs().max().item() if where.any() else 1.0)
+    )
     error = (result - expected)[where].abs()
-    assert not error.numel() or error.max() <= allowed, f"off by {error.max():.3g}, allowed {allowed:.3g}"
+    assert not error.numel() or error.max() <= allowed, (
+        f"off by {error.max():.3g}, allowed {allowed:.3g}"
+    )
 
 
-def attend(problem: Problem, strength: float | Tensor, modulation: str, backend: str, **options: object) -> tuple:
-    return layout_attention(*problem, strength, modulation=modulation, backend=backend, return_lse=True, **options)
+def attend(
+    problem: Problem, strength: float | Tensor, modulation: str, backend: str, **options: object
+) -> tuple:
+    return layout_attention(
+        *problem, strength, modulation=modulation, backend=backend, return_lse=True, **options
+    )
 
 
 def test_the_reference_is_the_definition() -> None:
@@ -69,7 +82,8 @@ def test_the_reference_is_the_definition() -> None:
     for modulation, scores in modulated.items():
         total = np.exp(scores).sum(-1)
         out, lse = reference.layout_attention(
-            *(torch.from_numpy(x) for x in (q, k, v, q_regions, k_regions, c[:, 0])), modulation=modulation
+            *(torch.from_numpy(x) for x in (q, k, v, q_regions, k_regions, c[:, 0])),
+            modulation=modulation,
         )
         expected = np.exp(scores) @ v / np.where(total == 0, 1, total)[..., None]
         np.testing.assert_allclose(out.numpy(), expected, rtol=1e-12, atol=1e-14)
@@ -88,12 +102,16 @@ def test_no_strength_is_plain_attention(backend: str, problem: Problem, modulati
 @every_backend
 @given(problem=problems(), strength=STRENGTHS, word=st.sampled_from([0, 1, SIGN_BIT, -1]))
 @properties
-def test_uniform_regions_are_a_temperature(backend: str, problem: Problem, strength: float, word: int) -> None:
+def test_uniform_regions_are_a_temperature(
+    backend: str, problem: Problem, strength: float, word: int
+) -> None:
     q, k, v, q_regions, k_regions = problem
     q_regions, k_regions = torch.full_like(q_regions, word), torch.full_like(k_regions, word)
     scale = q.shape[-1] ** -0.5
     out, _ = attend((q, k, v, q_regions, k_regions), strength, "range", backend)
-    assert_equal_to_rounding(out, scaled_dot_product_attention(q, k, v, scale=scale * (1 - strength)))
+    assert_equal_to_rounding(
+        out, scaled_dot_product_attention(q, k, v, scale=scale * (1 - strength))
+    )
 
 
 @every_backend
@@ -106,7 +124,12 @@ def test_a_full_mask_is_plain_attention(backend: str, problem: Problem, strength
 
 
 @every_backend
-@given(problem=problems(), strength=STRENGTHS, modulation=st.sampled_from(MODULATIONS), seed=st.integers(0, 99))
+@given(
+    problem=problems(),
+    strength=STRENGTHS,
+    modulation=st.sampled_from(MODULATIONS),
+    seed=st.integers(0, 99),
+)
 @properties
 def test_the_order_of_the_keys_changes_nothing(
     backend: str, problem: Problem, strength: float, modulation: str, seed: int
@@ -114,13 +137,23 @@ def test_the_order_of_the_keys_changes_nothing(
     q, k, v, q_regions, k_regions = problem
     order = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(seed))
     expected = attend(problem, strength, modulation, backend)
-    permuted = attend((q, k[:, :, order], v[:, :, order], q_regions, k_regions[order]), strength, modulation, backend)
+    permuted = attend(
+        (q, k[:, :, order], v[:, :, order], q_regions, k_regions[order]),
+        strength,
+        modulation,
+        backend,
+    )
     for result, other in zip(permuted, expected):
         assert_equal_to_rounding(result, other)
 
 
 @every_backend
-@given(problem=problems(), strength=STRENGTHS, modulation=st.sampled_from(MODULATIONS), seed=st.integers(0, 99))
+@given(
+    problem=problems(),
+    strength=STRENGTHS,
+    modulation=st.sampled_from(MODULATIONS),
+    seed=st.integers(0, 99),
+)
 @properties
 def test_the_order_of_visits_changes_nothing(
     backend: str, problem: Problem, strength: float, modulation: str, seed: int
@@ -136,7 +169,12 @@ def test_the_order_of_visits_changes_nothing(
 
 
 @every_backend
-@given(problem=problems(), strength=STRENGTHS, modulation=st.sampled_from(["bias", "mask"]), share=st.floats(0, 1))
+@given(
+    problem=problems(),
+    strength=STRENGTHS,
+    modulation=st.sampled_from(["bias", "mask"]),
+    share=st.floats(0, 1),
+)
 @properties
 def test_parts_of_the_keys_merge_into_the_whole(
     backend: str, problem: Problem, strength: float, modulation: str, share: float
@@ -144,14 +182,23 @@ def test_parts_of_the_keys_merge_into_the_whole(
     q, k, v, q_regions, k_regions = problem
     cut = round(share * k.shape[2])
     parts = [
-        attend((q, k[:, :, part], v[:, :, part], q_regions, k_regions[part]), strength, modulation, backend)
+        attend(
+            (q, k[:, :, part], v[:, :, part], q_regions, k_regions[part]),
+            strength,
+            modulation,
+            backend,
+        )
         for part in (slice(None, cut), slice(cut, None))
     ]
     out, lse = attend(problem, strength, modulation, backend)
     merged = torch.logaddexp(parts[0][1], parts[1][1])
     assert_equal_to_rounding(merged, lse)
-    weights = [(part_lse - merged).exp().nan_to_num(0) for _, part_lse in parts]  # a row without keys weighs nothing
-    assert_equal_to_rounding(sum(weight[..., None] * part for weight, (part, _) in zip(weights, parts)), out)
+    weights = [
+        (part_lse - merged).exp().nan_to_num(0) for _, part_lse in parts
+    ]  # a row without keys weighs nothing
+    assert_equal_to_rounding(
+        sum(weight[..., None] * part for weight, (part, _) in zip(weights, parts)), out
+    )
 
 
 @every_backend
@@ -173,7 +220,9 @@ def test_range_is_a_temperature_and_a_gap(backend: str, problem: Problem, streng
 @every_backend
 @given(problem=problems(), strength=STRENGTHS, modulation=st.sampled_from(MODULATIONS))
 @properties
-def test_the_output_is_a_mean_of_the_values(backend: str, problem: Problem, strength: float, modulation: str) -> None:
+def test_the_output_is_a_mean_of_the_values(
+    backend: str, problem: Problem, strength: float, modulation: str
+) -> None:
     q, _, v, q_regions, k_regions = problem
     out, _ = attend(problem, strength, modulation, backend)
     low, high = v.amin(2, keepdim=True), v.amax(2, keepdim=True)
@@ -187,23 +236,37 @@ def test_the_output_is_a_mean_of_the_values(backend: str, problem: Problem, stre
 
 
 @every_backend
-@given(problem=problems(), strength=STRENGTHS, modulation=st.sampled_from(MODULATIONS), turn=st.integers(1, 31))
+@given(
+    problem=problems(),
+    strength=STRENGTHS,
+    modulation=st.sampled_from(MODULATIONS),
+    turn=st.integers(1, 31),
+)
 @properties
 def test_the_names_of_the_regions_change_nothing(
     backend: str, problem: Problem, strength: float, modulation: str, turn: int
 ) -> None:
     def renamed(words: Tensor) -> Tensor:
         words = words.long()
-        return ((words << turn) | (words >> (32 - turn))).to(torch.int32)  # bits leave on the left, return on the right
+        return ((words << turn) | (words >> (32 - turn))).to(
+            torch.int32
+        )  # bits leave on the left, return on the right
 
     expected = attend(problem, strength, modulation, backend)
-    turned = attend((*problem[:3], renamed(problem[3]), renamed(problem[4])), strength, modulation, backend)
+    turned = attend(
+        (*problem[:3], renamed(problem[3]), renamed(problem[4])), strength, modulation, backend
+    )
     for result, other in zip(turned, expected):
         assert torch.equal(result, other)
 
 
 @every_backend
-@given(problem=problems(), strength=STRENGTHS, modulation=st.sampled_from(MODULATIONS), row=st.integers(0, 69))
+@given(
+    problem=problems(),
+    strength=STRENGTHS,
+    modulation=st.sampled_from(MODULATIONS),
+    row=st.integers(0, 69),
+)
 @properties
 def test_a_row_depends_on_itself_alone(
     backend: str, problem: Problem, strength: float, modulation: str, row: int
@@ -211,7 +274,12 @@ def test_a_row_depends_on_itself_alone(
     q, k, v, q_regions, k_regions = problem
     row %= q.shape[2]
     whole = attend(problem, strength, modulation, backend)
-    alone = attend((q[:, :, row : row + 1], k, v, q_regions[row : row + 1], k_regions), strength, modulation, backend)
+    alone = attend(
+        (q[:, :, row : row + 1], k, v, q_regions[row : row + 1], k_regions),
+        strength,
+        modulation,
+        backend,
+    )
     for result, other in zip(alone, whole):
         assert_equal_to_rounding(result, other[:, :, row : row + 1])
 
@@ -219,12 +287,18 @@ def test_a_row_depends_on_itself_alone(
 @every_backend
 @properties
 @given(problems(), st.integers(1, 8))
-def test_numbers_that_are_none_stay_behind_the_mask(backend: str, problem: Problem, last: int) -> None:
-    """NaN and infinity in keys that a row does not see: the row is the same to the bit, others of its tile too."""
+def test_numbers_that_are_none_stay_behind_the_mask(
+    backend: str, problem: Problem, last: int
+) -> None:
+    """NaN and infinity in keys that a row does not see: the row is the same to the bit, others of
+    its tile too.
+    """
     q, k, v, q_regions, k_regions = problem
     clean = attend(problem, 1.0, "mask", backend)
     dirty = k.clone()
-    dirty[:, :, -last:] = torch.tensor((torch.nan, torch.inf)).repeat(4)[: dirty[0, 0, -last:].shape[0], None]
+    dirty[:, :, -last:] = torch.tensor((torch.nan, torch.inf)).repeat(4)[
+        : dirty[0, 0, -last:].shape[0], None
+    ]
     got = attend((q, dirty, v, q_regions, k_regions), 1.0, "mask", backend)
     unseen = ~((q_regions[:, None] & k_regions[-last:]) != 0).any(1)
     for result, expected in zip(got, clean):

@@ -1,4 +1,6 @@
-"""Resized layouts: nearest pixels, and the cells of a region that these would lose; on pipelines too."""
+"""Resized layouts: nearest pixels, and the cells of a region that these would lose; on pipelines
+too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ SIDES = st.integers(1, 70)
 
 @st.composite
 def few_pixels(draw: st.DrawFn) -> Tensor:
-    """Masks of a strip or of scattered pixels, most of which a coarse grid's nearest pixels miss."""
+    """Masks of a strip or of scattered pixels, most of which a coarse grid's nearest pixels
+    miss.
+    """
     regions, height, width = draw(st.integers(1, 6)), draw(SIDES), draw(SIDES)
     masks = torch.zeros(regions, height, width, dtype=torch.bool)
     for mask in masks:
@@ -36,7 +40,9 @@ def regions_of(layout: Layout, height: int, width: int) -> Tensor:
 
 
 def by_definition(mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The tokens whose nearest pixel is in a mask, and those whose cell holds a part of one of its pixels."""
+    """The tokens whose nearest pixel is in a mask, and those whose cell holds a part of one of its
+    pixels.
+    """
     nearest, cells = torch.zeros(2, height, width, dtype=torch.bool)
     (rows, columns), pixels = mask.shape, set(map(tuple, mask.nonzero().tolist()))
     for y in range(height):
@@ -51,9 +57,13 @@ def by_definition(mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
 @settings(max_examples=60, deadline=None)
 @given(few_pixels(), st.integers(1, 20), st.integers(1, 20))
 def test_every_region_has_a_token_on_every_grid(masks: Tensor, height: int, width: int) -> None:
-    """Those that nearest pixels keep are as they say, to the bit; the others take every cell that they touch."""
+    """Those that nearest pixels keep are as they say, to the bit; the others take every cell that
+    they touch.
+    """
     resized = regions_of(Layout(masks), height, width)
-    sampled = torch.nn.functional.interpolate(masks[None].byte(), (height, width), mode="nearest")[0].bool()
+    sampled = torch.nn.functional.interpolate(masks[None].byte(), (height, width), mode="nearest")[
+        0
+    ].bool()
     for region, mask, nearest in zip(resized, masks, sampled):
         assert region.any()
         _, cells = by_definition(mask, height, width)
@@ -62,7 +72,9 @@ def test_every_region_has_a_token_on_every_grid(masks: Tensor, height: int, widt
 
 @settings(max_examples=30, deadline=None)
 @given(few_pixels(), st.integers(1, 20), st.integers(1, 20))
-def test_areas_strengths_and_orders_are_those_of_the_words(masks: Tensor, height: int, width: int) -> None:
+def test_areas_strengths_and_orders_are_those_of_the_words(
+    masks: Tensor, height: int, width: int
+) -> None:
     layout = Layout(masks)
     regions = regions_of(layout, height, width).flatten(1).double()  # [R, height*width]
     area = (regions * regions.mean(1, keepdim=True)).sum(0)
@@ -115,9 +127,15 @@ def test_thin_regions_in_a_run(family: str, thin: str, monkeypatch: pytest.Monke
     mask[THIN[thin]] = True
     sides, tokens = [], []
     make, attend = LayoutState.image_side, LayoutState.attend
-    monkeypatch.setattr(LayoutState, "image_side", lambda *args: sides.append(make(*args)) or sides[-1])
-    monkeypatch.setattr(LayoutState, "attend", lambda *args: tokens.append(args[2].shape[2]) or attend(*args))
-    with apply_layout(pipelines.pipeline(family), pipelines.PROMPT, [("cat", mask), ("dog", ~mask)]):
+    monkeypatch.setattr(
+        LayoutState, "image_side", lambda *args: sides.append(make(*args)) or sides[-1]
+    )
+    monkeypatch.setattr(
+        LayoutState, "attend", lambda *args: tokens.append(args[2].shape[2]) or attend(*args)
+    )
+    with apply_layout(
+        pipelines.pipeline(family), pipelines.PROMPT, [("cat", mask), ("dog", ~mask)]
+    ):
         pipelines.latents(pipelines.pipeline(family), steps=4)
     words = [side.words for side in sides if side.words.shape[1] <= max(tokens)]
     finest = [x for x in words if x.shape[1] == max(x.shape[1] for x in words)]

@@ -1,4 +1,6 @@
-"""Extra memory does not grow with M*N: peak resident size of a process of its own, against an allowance."""
+"""Extra memory does not grow with M*N: peak resident size of a process of its own, against an
+allowance.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_memory_does_not_hold_the_scores(
 ) -> None:
     head_dim = 8
     scores = seqlen_q * seqlen_k * 4 / 2**20  # 512 or 256 MB
-    tensors = (seqlen_q + 3 * seqlen_k) * head_dim * 4 / 2**20  # out, and keys and values in the kernel's own order
+    tensors = (
+        (seqlen_q + 3 * seqlen_k) * head_dim * 4 / 2**20
+    )  # out, and keys and values in the kernel's own order
     allowed = 16 + tensors * (3 if gradients == "yes" else 1)
     assert allowed < scores / 8
     assert extra_megabytes(backend, seqlen_q, seqlen_k, head_dim, modulation, gradients) <= allowed
@@ -72,7 +76,9 @@ def test_views_are_taken_as_they_are(backend: str) -> None:
     """[B, M, H, K], as projections make and xformers takes it, seen as [B, H, M, K]."""
     q, k, v = (torch.randn(1, seqlen, 4, 32).transpose(1, 2) for seqlen in (1024, 65_536, 65_536))
     words = [torch.arange(x.shape[2], dtype=torch.int32) * 5 // x.shape[2] + 1 for x in (q, k)]
-    layout_attention(*(x[:, :, :9] for x in (q, k, v)), *(x[:9] for x in words), 0.5, backend=backend)
+    layout_attention(
+        *(x[:, :, :9] for x in (q, k, v)), *(x[:9] for x in words), 0.5, backend=backend
+    )
     viewed, out = peak_extra_bytes(lambda: layout_attention(q, k, v, *words, 0.5, backend=backend))
     copied, same = peak_extra_bytes(
         lambda: layout_attention(q, k.contiguous(), v.contiguous(), *words, 0.5, backend=backend)
@@ -92,7 +98,9 @@ def test_the_measurement_sees_scores_that_are_held() -> None:
 @needs_proc
 def test_the_peak_of_a_call_is_seen() -> None:
     for _ in range(2):  # the first call also loads code
-        freed, _ = peak_extra_bytes(lambda: torch.ones(64 * 2**20).sum())  # 256 MiB, gone when the call returns
+        freed, _ = peak_extra_bytes(
+            lambda: torch.ones(64 * 2**20).sum()
+        )  # 256 MiB, gone when the call returns
     nothing, _ = peak_extra_bytes(lambda: None)
     assert nothing < 2**20
     assert freed == pytest.approx(2**28, rel=0.05)

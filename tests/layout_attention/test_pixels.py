@@ -1,4 +1,6 @@
-"""Images as masks and as label maps: every mode, depth, palette, alpha and orientation that PIL has."""
+"""Images as masks and as label maps: every mode, depth, palette, alpha and orientation that PIL
+has.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def of_palette(colours: list[int], **info: object) -> Image.Image:
 
 def premultiplied_grey() -> Image.Image:
     """PIL makes this mode from a file's bytes alone."""
-    return Image.frombytes("La", (8, 6), np.repeat(np.where(REGION, 255, 0).astype(np.uint8), 2).tobytes())
+    return Image.frombytes(
+        "La", (8, 6), np.repeat(np.where(REGION, 255, 0).astype(np.uint8), 2).tobytes()
+    )
 
 
 LIGHT_AND_OPAQUE: dict[str, Callable[[], Image.Image]] = {
@@ -60,7 +64,9 @@ LIGHT_AND_OPAQUE: dict[str, Callable[[], Image.Image]] = {
     "white on a transparent outside, La": premultiplied_grey,
     "white on a transparent outside, PA": lambda: with_alpha(of_palette([255] * 6)),
     "white palette, one transparent entry": lambda: of_palette([255] * 6, transparency=0),
-    "white palette, alpha of each entry": lambda: of_palette([255] * 6, transparency=bytes((100, 200))),
+    "white palette, alpha of each entry": lambda: of_palette(
+        [255] * 6, transparency=bytes((100, 200))
+    ),
     "a transparent colour, RGB": lambda: Image.merge("RGB", [grey(250, 255)] * 3),
     "a transparent value, L": lambda: grey(250, 255),
     "a transparent value, 1": lambda: grey(0, 255).convert("1"),
@@ -86,7 +92,11 @@ LIGHT_AND_OPAQUE: dict[str, Callable[[], Image.Image]] = {
     "HSV": lambda: Image.merge("RGB", [grey(60, 200)] * 3).convert("HSV"),
     "LAB": lambda: Image.merge("LAB", [grey(60, 200), *[grey(128, 128)] * 2]),
 }
-TRANSPARENT = {"a transparent colour, RGB": (250,) * 3, "a transparent value, L": 250, "a transparent value, 1": 0}
+TRANSPARENT = {
+    "a transparent colour, RGB": (250,) * 3,
+    "a transparent value, L": 250,
+    "a transparent value, 1": 0,
+}
 
 
 @pytest.mark.parametrize("kind", LIGHT_AND_OPAQUE)
@@ -142,7 +152,9 @@ def test_orientation_and_frames(read: str, tmp_path: Path) -> None:
     exif[ORIENTATION] = 6  # shown with a quarter turn to the right
 
     def seen() -> np.ndarray:
-        return mask(Image.open(path)) if read == "mask" else load_scene(path).layout.masks[0].numpy()
+        return (
+            mask(Image.open(path)) if read == "mask" else load_scene(path).layout.masks[0].numpy()
+        )
 
     turned.save(path, exif=exif)
     assert np.array_equal(np.asarray(ImageOps.exif_transpose(Image.open(path))) > 0, REGION)
@@ -153,7 +165,9 @@ def test_orientation_and_frames(read: str, tmp_path: Path) -> None:
     assert np.array_equal(seen(), REGION)
 
 
-COLOURS = np.array([[250] * 3, [10, 0, 0], *[[0] * 3] * 7, [200, 30, 30]], np.uint8)  # of the labels 0, 1 and 9
+COLOURS = np.array(
+    [[250] * 3, [10, 0, 0], *[[0] * 3] * 7, [200, 30, 30]], np.uint8
+)  # of the labels 0, 1 and 9
 VISIBLE = Image.fromarray(np.where(LABELS == 0, 0, 255).astype(np.uint8))
 BLACK_IS_NOTHING = COLOURS * (np.arange(10)[:, None] > 0).astype(np.uint8)
 
@@ -183,7 +197,9 @@ LABEL_MAPS: dict[str, Callable[[], Image.Image]] = {
     "PA": lambda: hidden(indexed(3)),
     "LA": lambda: hidden(Image.fromarray(LABELS + 20)),
     "16 bits": lambda: Image.fromarray(LABELS.astype(np.uint16) * 7000),
-    "16 bits past a byte": lambda: Image.fromarray(np.array([0, 300, *[0] * 7, 301], np.uint16)[LABELS]),
+    "16 bits past a byte": lambda: Image.fromarray(
+        np.array([0, 300, *[0] * 7, 301], np.uint16)[LABELS]
+    ),
     "32 bits": lambda: Image.fromarray(LABELS.astype(np.int32) * 2**24),
     "floats": lambda: Image.fromarray(LABELS.astype(np.float32) * 300),
     "RGB": lambda: coloured(BLACK_IS_NOTHING, "RGB"),
@@ -202,11 +218,15 @@ def test_label_maps_of_every_kind(kind: str, tmp_path: Path) -> None:
     else:
         if image.mode != "CMYK" and not kind.startswith(("floats", "32")):
             path = tmp_path / "my.png"
-        image.save(path, **{name: image.info[name] for name in ("transparency",) if name in image.info})
+        image.save(
+            path, **{name: image.info[name] for name in ("transparency",) if name in image.info}
+        )
         masks = load_scene(path).layout.masks
     assert np.array_equal(masks, Layout.from_label_map(LABELS).masks)
 
 
 def test_a_region_smaller_than_a_token_of_the_picture(tmp_path: Path) -> None:
-    Image.fromarray(np.pad(np.ones((1, 1), np.uint8), ((1, 510), (1, 510)))).save(tmp_path / "my.png")
+    Image.fromarray(np.pad(np.ones((1, 1), np.uint8), ((1, 510), (1, 510)))).save(
+        tmp_path / "my.png"
+    )
     assert load_scene(tmp_path / "my.png").layout.query_regions(32, 32).nonzero().tolist() == [[0]]

@@ -15,10 +15,14 @@ BACKENDS = ["reference", *(["cpu"] if why_skip("cpu") is None else [])]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_without_lists_makes_none_and_ignores_those_of_others(backend: str) -> None:
-    assert tile_lists(Q, Q, WORDS, WORDS, q_order=WORDS.cumsum(0).int() - 1, backend=backend) is None
+    assert (
+        tile_lists(Q, Q, WORDS, WORDS, q_order=WORDS.cumsum(0).int() - 1, backend=backend) is None
+    )
     plain = layout_attention(Q, Q, Q, WORDS, WORDS, backend=backend)
     other = tuple(torch.zeros(3, 1, n, dtype=torch.int32) for n in (2, 3, 4))
-    assert torch.equal(layout_attention(Q, Q, Q, WORDS, WORDS, tile_lists=other, backend=backend), plain)
+    assert torch.equal(
+        layout_attention(Q, Q, Q, WORDS, WORDS, tile_lists=other, backend=backend), plain
+    )
 
 
 @pytest.mark.parametrize(
@@ -26,9 +30,15 @@ def test_a_backend_without_lists_makes_none_and_ignores_those_of_others(backend:
     [
         ({"q": Q[0]}, "q must have 4 dimensions"),
         ({"k": Q.double()}, "k must have q's dtype float32, got float64"),
-        ({"q_regions": WORDS[1:]}, r"q_regions must have shape \[20\], \[1, 20\] or \[1, 20\], got \(19,\)"),
+        (
+            {"q_regions": WORDS[1:]},
+            r"q_regions must have shape \[20\], \[1, 20\] or \[1, 20\], got \(19,\)",
+        ),
         ({"k_order": WORDS.long()}, "k_order must be int32, got int64"),
-        ({"backend": "gpu"}, "backend must be one of auto, cuda, triton, cpu, reference, got 'gpu'"),
+        (
+            {"backend": "gpu"},
+            "backend must be one of auto, cuda, triton, cpu, reference, got 'gpu'",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, object], message: str) -> None:
@@ -39,5 +49,7 @@ def test_wrong_arguments_are_refused(change: dict[str, object], message: str) ->
 
 @pytest.mark.parametrize("lists", [WORDS, (WORDS, WORDS), "lists", (WORDS, WORDS, None)])
 def test_what_are_no_lists_is_refused(lists: object) -> None:
-    with pytest.raises(TypeError, match=r"tile_lists must be (the 3 tensors that tile_lists returns|a tensor), got"):
+    with pytest.raises(
+        TypeError, match=r"tile_lists must be (the 3 tensors that tile_lists returns|a tensor), got"
+    ):
         layout_attention(Q, Q, Q, WORDS, WORDS, tile_lists=lists)

@@ -34,15 +34,27 @@ def test_what_is_not_finite_stops_with_the_last_good_latents(kind: str, at: int)
     network, x = Network(), latents()
     options = {"noise": None, "progress": False}
     with pytest.warns(UserWarning, match="loss_fn must") as caught:
-        result = optimize_latents(sampler(), network, decode, failing(kind, at), x, steps=9, **options)
-    good = at if kind == "gradient" else max(0, at - 1)  # the loss of step `at` is finite where its gradient is not
+        result = optimize_latents(
+            sampler(), network, decode, failing(kind, at), x, steps=9, **options
+        )
+    good = (
+        at if kind == "gradient" else max(0, at - 1)
+    )  # the loss of step `at` is finite where its gradient is not
     before = optimize_latents(sampler(), network, decode, loss, x, steps=good, **options)
     assert torch.equal(result.latents, before.latents)
     assert len(result.losses) == (at + 1 if kind == "gradient" else at)
-    rule = "have finite gradients, got nan" if kind == "gradient" else f"return finite values, got {kind}"
-    assert result.message == f"loss_fn must {rule} at step {at}; returned the latents of step {good}"
+    rule = (
+        "have finite gradients, got nan"
+        if kind == "gradient"
+        else f"return finite values, got {kind}"
+    )
+    assert (
+        result.message == f"loss_fn must {rule} at step {at}; returned the latents of step {good}"
+    )
     assert [str(warning.message) for warning in caught] == [result.message]
-    resumed = optimize_latents(sampler(), network, decode, loss, x, steps=5 - good, state=result.state, **options)
+    resumed = optimize_latents(
+        sampler(), network, decode, loss, x, steps=5 - good, state=result.state, **options
+    )
     whole = optimize_latents(sampler(), network, decode, loss, x, steps=5, **options)
     assert torch.equal(resumed.latents, whole.latents)
     assert resumed.losses == whole.losses
@@ -53,15 +65,26 @@ def test_a_resumed_run_remembers_the_last_good_latents() -> None:
     first = optimize_latents(sampler(), network, decode, loss, x, steps=3, progress=False)
     with pytest.warns(UserWarning, match="got nan at step 3; returned the latents of step 2"):
         result = optimize_latents(
-            sampler(), network, decode, failing("nan", 0), x, steps=3, state=first.state, progress=False
+            sampler(),
+            network,
+            decode,
+            failing("nan", 0),
+            x,
+            steps=3,
+            state=first.state,
+            progress=False,
         )
     assert result.losses == first.losses
     assert torch.equal(result.latents, first.state["previous"]["latents"][0])
 
 
 @pytest.mark.parametrize(("method", "tie"), [("edict", True), ("edict", False), ("bdia", True)])
-@pytest.mark.parametrize("last", range(15, 30))  # on the way to the image, from its first call on, and on the way back
-def test_a_network_that_fails_in_an_exact_chain_stops_it_too(method: str, tie: bool, last: int) -> None:
+@pytest.mark.parametrize(
+    "last", range(15, 30)
+)  # on the way to the image, from its first call on, and on the way back
+def test_a_network_that_fails_in_an_exact_chain_stops_it_too(
+    method: str, tie: bool, last: int
+) -> None:
     network, calls = Network(), []
 
     def breaking(x: Tensor, t: int) -> Tensor:
@@ -69,10 +92,17 @@ def test_a_network_that_fails_in_an_exact_chain_stops_it_too(method: str, tie: b
         return network(x, t) * (math.nan if len(calls) > last else 1.0)
 
     run = sampler(method, exact=True)
-    with pytest.warns(UserWarning, match=r"eps_fn's result must be finite .* at step \d; returned the latents of"):
-        result = optimize_latents(run, breaking, decode, loss, latents(), steps=9, tie=tie, progress=False)
+    with pytest.warns(
+        UserWarning, match=r"eps_fn's result must be finite .* at step \d; returned the latents of"
+    ):
+        result = optimize_latents(
+            run, breaking, decode, loss, latents(), steps=9, tie=tie, progress=False
+        )
     assert 0 < len(result.losses) < 9
-    assert all(x.isfinite().all() for x in (result.latents if isinstance(result.latents, tuple) else [result.latents]))
+    assert all(
+        x.isfinite().all()
+        for x in (result.latents if isinstance(result.latents, tuple) else [result.latents])
+    )
 
 
 def test_a_second_latent_that_leaves_the_grid_stops_it_too() -> None:
@@ -80,14 +110,19 @@ def test_a_second_latent_that_leaves_the_grid_stops_it_too() -> None:
     options = {"tie": False, "progress": False}
     state = optimize_latents(*arguments, steps=1, **options).state
     state["latents"] = [state["latents"][0], torch.full_like(state["latents"][1], 1e20)]
-    with pytest.warns(UserWarning, match=r"y must be finite .* got 1e\+20 at step 1; returned the latents of step 0"):
+    with pytest.warns(
+        UserWarning,
+        match=r"y must be finite .* got 1e\+20 at step 1; returned the latents of step 0",
+    ):
         result = optimize_latents(*arguments, steps=1, state=state, **options)
     assert all(map(torch.equal, result.latents, state["previous"]["latents"]))
 
 
 @pytest.mark.parametrize("done", [0, 2])
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_an_update_that_overflows_stops_with_the_latents_before_it(renormalize: bool, done: int) -> None:
+def test_an_update_that_overflows_stops_with_the_latents_before_it(
+    renormalize: bool, done: int
+) -> None:
     arguments = (sampler(), Network(), decode, loss, latents(dtype=torch.float32))
     options = {"renormalize": renormalize, "progress": False}
     before = optimize_latents(*arguments, steps=done, **options)
@@ -97,17 +132,23 @@ def test_an_update_that_overflows_stops_with_the_latents_before_it(renormalize: 
     assert torch.equal(result.latents, before.latents)
     assert len(result.losses) == done + 1
     rest = optimize_latents(*arguments, steps=2, state=result.state, **options)
-    assert torch.equal(rest.latents, optimize_latents(*arguments, steps=2, state=before.state, **options).latents)
+    assert torch.equal(
+        rest.latents, optimize_latents(*arguments, steps=2, state=before.state, **options).latents
+    )
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])  # their squares are 0 and infinite in float32
 def test_norms_are_kept_where_squares_overflow(size: float) -> None:
     x = latents(dtype=torch.float32)
     options = {"clip": None, "noise": None, "steps": 1, "progress": False}
-    large = optimize_latents(sampler(), Network(), decode, lambda image: 1e25 * loss(image), x, **options)
+    large = optimize_latents(
+        sampler(), Network(), decode, lambda image: 1e25 * loss(image), x, **options
+    )
     torch.testing.assert_close(large.latents.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
     small = optimize_latents(sampler(), lambda x, t: 0.1 * x, decode, loss, size * x, **options)
-    torch.testing.assert_close(small.latents.double().flatten(1).norm(dim=1), size * x.double().flatten(1).norm(dim=1))
+    torch.testing.assert_close(
+        small.latents.double().flatten(1).norm(dim=1), size * x.double().flatten(1).norm(dim=1)
+    )
     assert (large.message, small.message) == ("", "")
 
 
@@ -123,15 +164,25 @@ def test_two_large_losses_have_a_finite_mean() -> None:
 
 
 def test_noise_beyond_the_grid_is_refused_as_it_is_without_optimisation() -> None:
-    with pytest.raises(ValueError, match=r"x must be finite and at most \S+ in size for exact=True, got 1e\+20"):
+    with pytest.raises(
+        ValueError, match=r"x must be finite and at most \S+ in size for exact=True, got 1e\+20"
+    ):
         optimize_latents(
-            sampler(exact=True), Network(), decode, loss, torch.full((1, 3, 8, 8), 1e20), steps=1, progress=False
+            sampler(exact=True),
+            Network(),
+            decode,
+            loss,
+            torch.full((1, 3, 8, 8), 1e20),
+            steps=1,
+            progress=False,
         )
 
 
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("where", ["loss", "update"])
-def test_an_interrupt_returns_what_is_done(where: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_returns_what_is_done(
+    where: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, x, calls = Network(), latents(), []
     randn = torch.randn
 
@@ -148,9 +199,13 @@ def test_an_interrupt_returns_what_is_done(where: str, at: int, monkeypatch: pyt
     loss_fn = interrupted("loss", loss, 2 * at + 2)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "randn", interrupted("update", randn, at + 1))
-        with pytest.warns(UserWarning, match=f"interrupted in step {at}; returned the latents of step {at}"):
+        with pytest.warns(
+            UserWarning, match=f"interrupted in step {at}; returned the latents of step {at}"
+        ):
             result = optimize_latents(sampler(), network, decode, loss_fn, x, steps=5, **options)
-    rest = optimize_latents(sampler(), network, decode, loss, x, steps=4 - at, state=result.state, progress=False)
+    rest = optimize_latents(
+        sampler(), network, decode, loss, x, steps=4 - at, state=result.state, progress=False
+    )
     options["generator"].manual_seed(1)
     whole = optimize_latents(sampler(), network, decode, loss, x, steps=4, **options)
     assert result.losses == whole.losses[:at]
@@ -170,7 +225,13 @@ def test_the_bar_shows_the_loss(capfd: pytest.CaptureFixture) -> None:
 
 
 def call(**changes: object) -> object:
-    arguments = {"sampler": sampler(), "eps_fn": Network(), "decode_fn": decode, "loss_fn": loss, "x": latents()}
+    arguments = {
+        "sampler": sampler(),
+        "eps_fn": Network(),
+        "decode_fn": decode,
+        "loss_fn": loss,
+        "x": latents(),
+    }
     return optimize_latents(**arguments | {"steps": 1, "progress": False} | changes)
 
 
@@ -188,7 +249,9 @@ WRONG_KIND: dict[str, Callable[[], dict[str, object]]] = {
     "loss_fn must be callable, got NoneType": lambda: {"loss_fn": None},
     "saliency_fn must be callable, got str": lambda: {"saliency_fn": "spectral"},
     "x must be a tensor, got list": lambda: {"x": [1.0]},
-    "x must be one of float32, bfloat16, float16, float64, got int64": lambda: {"x": torch.ones(2, 2).long()},
+    "x must be one of float32, bfloat16, float16, float64, got int64": lambda: {
+        "x": torch.ones(2, 2).long()
+    },
     "steps must be an integer, got 2.0": lambda: {"steps": 2.0},
     "steps must be an integer, got True": lambda: {"steps": True},
     "salient_weight must be a number, got NoneType": lambda: {"salient_weight": None},
@@ -215,8 +278,12 @@ WRONG_KIND: dict[str, Callable[[], dict[str, object]]] = {
     STATE + "one with int for previous": lambda: {"state": state(previous=3)},
     STATE + "one with NoneType for generator": lambda: {"state": state(generator=None)},
     STATE + "one with NoneType for norms": lambda: {"state": state(norms=None)},
-    STATE + "one with device for generator_device": lambda: {"state": state(generator_device=torch.device("cpu"))},
-    STATE + "one with str for previous step": lambda: {"state": state(previous=state()["previous"] | {"step": "a"})},
+    STATE + "one with device for generator_device": lambda: {
+        "state": state(generator_device=torch.device("cpu"))
+    },
+    STATE + "one with str for previous step": lambda: {
+        "state": state(previous=state()["previous"] | {"step": "a"})
+    },
 }
 WRONG_MEANING: dict[str, Callable[[], dict[str, object]]] = {
     "x must have a batch dimension and others, none of them empty, got (3,)": lambda: {"x": torch.ones(3)},
@@ -283,11 +350,17 @@ WRONG_MEANING: dict[str, Callable[[], dict[str, object]]] = {
         "state": state(), "x": latents().half()
     },
 }  # fmt: skip
-REFUSALS = [(TypeError, *item) for item in WRONG_KIND.items()] + [(ValueError, *item) for item in WRONG_MEANING.items()]
+REFUSALS = [(TypeError, *item) for item in WRONG_KIND.items()] + [
+    (ValueError, *item) for item in WRONG_MEANING.items()
+]
 
 
-@pytest.mark.parametrize(("error", "message", "changes"), REFUSALS, ids=[message for _, message, _ in REFUSALS])
-def test_refusals(error: type[Exception], message: str, changes: Callable[[], dict[str, object]]) -> None:
+@pytest.mark.parametrize(
+    ("error", "message", "changes"), REFUSALS, ids=[message for _, message, _ in REFUSALS]
+)
+def test_refusals(
+    error: type[Exception], message: str, changes: Callable[[], dict[str, object]]
+) -> None:
     changes = changes()
     with pytest.raises(error) as caught:
         call(**changes)

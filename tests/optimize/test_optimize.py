@@ -1,4 +1,6 @@
-"""The optimisation of latents against the same loop written out on plain autograd, and how it goes on."""
+"""The optimisation of latents against the same loop written out on plain autograd, and how it goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def small_box(image: Tensor) -> Tensor:
 
 
 def crop_by_hand(image: Tensor) -> Tensor:
-    """The 8 x 8 box of 16 x 16 pixels at double size: pixel i reads the place (i + 0.5)/2 - 0.5, held to the box."""
+    """The 8 x 8 box of 16 x 16 pixels at double size: pixel i reads the place (i + 0.5)/2 - 0.5,
+    held to the box.
+    """
     top, bottom, left, right = SMALL_BOX
     place = ((torch.arange(16) + 0.5) / 2 - 0.5).clamp(0, 7).double()
     weights = (1 - (place[:, None] - torch.arange(8)).abs()).clamp_min(0)  # [16, 8]
@@ -89,7 +93,13 @@ LOOPS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", LOOPS)
 def test_is_the_loop_on_plain_autograd(name: str, exact: bool) -> None:
-    options = {"clip": 2e-3, "momentum": 0.9, "noise": 1e-4, "renormalize": True, "tie": True} | LOOPS[name]
+    options = {
+        "clip": 2e-3,
+        "momentum": 0.9,
+        "noise": 1e-4,
+        "renormalize": True,
+        "tie": True,
+    } | LOOPS[name]
     options |= {"salient_weight": LOOPS[name].get("salient_weight", 0.0)}
     network, x = Network(), latents()
     expected, losses = doodl(network, x, torch.Generator().manual_seed(3), 4, **options)
@@ -145,7 +155,13 @@ def test_a_step_goes_down_the_slope_of_what_is_decoded(method: str) -> None:
 @pytest.mark.parametrize("tie", [True, False])
 def test_noise_is_the_same_for_both_and_norms_are_kept_sample_by_sample(tie: bool) -> None:
     x = latents() * torch.tensor([1.0, 5.0], dtype=torch.float64).view(2, 1, 1, 1)
-    flat = {"decode_fn": lambda x: 0 * x, "loss_fn": torch.sum, "tie": tie, "noise": 0.1, "progress": False}
+    flat = {
+        "decode_fn": lambda x: 0 * x,
+        "loss_fn": torch.sum,
+        "tie": tie,
+        "noise": 0.1,
+        "progress": False,
+    }
     result = optimize_latents(sampler(), Network(), x=x, steps=2, **flat)
     pair = (result.latents,) if tie else result.latents
     assert all(torch.equal(pair[0], other) for other in pair)
@@ -161,7 +177,14 @@ def test_the_saliency_function_sees_detached_images_in_0_to_1() -> None:
         return image.mean(1) > 0.5
 
     optimize_latents(
-        sampler(), Network(), lambda x: 1.5 * decode(x), loss, latents(), steps=1, saliency_fn=saliency, progress=False
+        sampler(),
+        Network(),
+        lambda x: 1.5 * decode(x),
+        loss,
+        latents(),
+        steps=1,
+        saliency_fn=saliency,
+        progress=False,
     )
     assert len(seen) == 2
     assert not any(image.requires_grad for image in seen)
@@ -214,13 +237,19 @@ def test_half_precision_is_optimised_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_runs_where_gradients_are_off_and_leaves_parameters_alone(mode: type, recwarn: pytest.WarningsRecorder) -> None:
+def test_runs_where_gradients_are_off_and_leaves_parameters_alone(
+    mode: type, recwarn: pytest.WarningsRecorder
+) -> None:
     network, x, computed = Network(), latents(), []
-    expected = optimize_latents(sampler(), network, decode, loss, x, steps=2, noise=None, progress=False)
+    expected = optimize_latents(
+        sampler(), network, decode, loss, x, steps=2, noise=None, progress=False
+    )
     network.convolution.weight.register_hook(computed.append)
     with mode():
         x = x.clone()
-        result = optimize_latents(sampler(), network, decode, loss, x, steps=2, noise=None, progress=False)
+        result = optimize_latents(
+            sampler(), network, decode, loss, x, steps=2, noise=None, progress=False
+        )
     assert torch.equal(result.latents, expected.latents)
     assert not result.latents.requires_grad
     assert all(p.grad is None and p.requires_grad for p in network.parameters())
@@ -229,7 +258,9 @@ def test_runs_where_gradients_are_off_and_leaves_parameters_alone(mode: type, re
 
 
 def test_no_steps_give_back_x() -> None:
-    result = optimize_latents(sampler(), Network(), decode, loss, x := latents(), steps=0, progress=False)
+    result = optimize_latents(
+        sampler(), Network(), decode, loss, x := latents(), steps=0, progress=False
+    )
     assert torch.equal(result.latents, x)
     assert result.latents.data_ptr() != x.data_ptr()
     assert (result.losses, result.message, result.state["step"]) == ([], "", 0)

@@ -1,4 +1,6 @@
-"""Spectral-residual saliency finds what does not belong, and the box around what is salient is the one defined."""
+"""Spectral-residual saliency finds what does not belong, and the box around what is salient is the
+one defined.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,16 @@ from dense_attn.optimize.saliency import salient_boxes, salient_crop
 
 
 def odd_patch(size: int, top: int, left: int, seed: int) -> tuple[Tensor, int]:
-    """Upright stripes with a little noise, and a square of level stripes in them; the image and the square's side."""
+    """Upright stripes with a little noise, and a square of level stripes in them; the image and the
+    square's side.
+    """
     noise = 0.05 * torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
     stripes = 0.5 + 0.3 * torch.sin(torch.arange(size) * torch.pi / 4)
     texture = stripes.expand(size, size).clone()
     side = 3 * size // 16
-    texture[top : top + side, left : left + side] = stripes[:, None].expand(size, size)[:side, :side]
+    texture[top : top + side, left : left + side] = stripes[:, None].expand(size, size)[
+        :side, :side
+    ]
     return (texture + noise).clamp(0, 1).expand(1, 3, size, size).clone(), side
 
 
@@ -35,7 +41,9 @@ def test_the_peak_lies_in_the_odd_patch(size: int, top: float, left: float) -> N
 
 
 def by_definition(image: Tensor) -> Tensor:
-    """The paper's formula on an image of 64 x 64, with log amplitude, phase and sums written out."""
+    """The paper's formula on an image of 64 x 64, with log amplitude, phase and sums written
+    out.
+    """
     red, green, blue = image.double().unbind(1)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     spectrum = torch.fft.fft2(grey)
@@ -53,8 +61,12 @@ def by_definition(image: Tensor) -> Tensor:
 
 def test_is_the_formula() -> None:
     image = torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(spectral_residual_saliency(image.double()), by_definition(image), rtol=0, atol=1e-10)
-    torch.testing.assert_close(spectral_residual_saliency(image).double(), by_definition(image), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        spectral_residual_saliency(image.double()), by_definition(image), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(
+        spectral_residual_saliency(image).double(), by_definition(image), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -79,7 +91,9 @@ def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
 
 
 def test_images_of_a_batch_do_not_mix() -> None:
-    image = torch.stack([odd_patch(128, 20 * i, 30, seed=i)[0][0] * 0.3 * (i + 1) for i in range(3)])
+    image = torch.stack(
+        [odd_patch(128, 20 * i, 30, seed=i)[0][0] * 0.3 * (i + 1) for i in range(3)]
+    )
     alone = torch.cat([spectral_residual_saliency(one[None]) for one in image])
     torch.testing.assert_close(spectral_residual_saliency(image), alone, rtol=0, atol=1e-5)
     assert spectral_residual_saliency(image[:0]).shape == (0, 128, 128)
@@ -149,7 +163,10 @@ BOXES: dict[str, tuple[Tensor, tuple[int, int, int, int]]] = {
     "widened to 1/8 of a side": (spot(80, 160, (40, 80)), (36, 46, 71, 91)),
     "no larger than the image": (spot(3, 2, (1, 1)), (0, 3, 0, 2)),
     "all equal": (torch.full((1, 7, 9), 0.1), (0, 7, 0, 9)),
-    "halfway is salient, less is not": (torch.tensor([[[0.0] * 12 + [0.6] * 4 + [0.7] * 3 + [1.0]]]), (0, 1, 16, 20)),
+    "halfway is salient, less is not": (
+        torch.tensor([[[0.0] * 12 + [0.6] * 4 + [0.7] * 3 + [1.0]]]),
+        (0, 1, 16, 20),
+    ),
 }
 
 
@@ -160,7 +177,13 @@ def test_boxes(name: str) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.floats(0.01, 100), st.floats(-10, 10))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+    st.floats(0.01, 100),
+    st.floats(-10, 10),
+)
 def test_a_box_holds_what_is_salient_whatever_the_maps_scale(
     height: int, width: int, seed: int, factor: float, constant: float
 ) -> None:
@@ -172,8 +195,12 @@ def test_a_box_holds_what_is_salient_whatever_the_maps_scale(
         y, x = (one >= (one.mean() + one.max()) / 2).nonzero().unbind(1)
         assert 0 <= top <= y.min() <= y.max() < bottom <= height
         assert 0 <= left <= x.min() <= x.max() < right <= width
-        assert (bottom - top == y.max() - y.min() + 1) or bottom - top == min(height, max(4, round(height / 8)))
-        assert (right - left == x.max() - x.min() + 1) or right - left == min(width, max(4, round(width / 8)))
+        assert (bottom - top == y.max() - y.min() + 1) or bottom - top == min(
+            height, max(4, round(height / 8))
+        )
+        assert (right - left == x.max() - x.min() + 1) or right - left == min(
+            width, max(4, round(width / 8))
+        )
 
 
 def test_the_crop_is_the_box_resized_and_differentiable() -> None:
@@ -183,7 +210,9 @@ def test_the_crop_is_the_box_resized_and_differentiable() -> None:
     crop = salient_crop(image, saliency)
     assert torch.equal(crop[1], image[1])  # a map without a maximum: the whole image
     half, three_quarters = image[0, :, 4:6, 0:2], torch.tensor([0.75, 0.25], dtype=torch.float64)
-    by_hand = torch.einsum("cyx,y,x->c", half, three_quarters, three_quarters)  # pixel (1, 1): a quarter of the way
+    by_hand = torch.einsum(
+        "cyx,y,x->c", half, three_quarters, three_quarters
+    )  # pixel (1, 1): a quarter of the way
     torch.testing.assert_close(crop[0, :, 1, 1], by_hand)
     (gradient,) = torch.autograd.grad(crop[0].sum(), image)
     inside = torch.zeros(2, 16, 12, dtype=torch.bool)

@@ -1,4 +1,6 @@
-"""What an optimisation of latents leaves behind: a result to look at, a state to save, and both after an exception."""
+"""What an optimisation of latents leaves behind: a result to look at, a state to save, and both
+after an exception.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +59,21 @@ def seeded(seed: int = 7) -> dict[str, object]:
     return {"generator": torch.Generator().manual_seed(seed), "progress": False}
 
 
-@pytest.mark.parametrize("where", ["eps_fn", "eps_fn on the way back", "decode_fn", "loss_fn", "saliency_fn"])
+@pytest.mark.parametrize(
+    "where", ["eps_fn", "eps_fn on the way back", "decode_fn", "loss_fn", "saliency_fn"]
+)
 def test_an_exception_keeps_what_is_done(where: str) -> None:
     network, error = Network(), UsersError("no space")
     functions = {"eps_fn": network, "decode_fn": decode, "loss_fn": loss}
     functions["saliency_fn"] = lambda image: image.mean(1) > 0.5
     # Two steps: of the image 6 calls of the network, of the way back 6; images 2, losses 4.
-    last = {"eps_fn": 26, "eps_fn on the way back": 33, "decode_fn": 5, "loss_fn": 9, "saliency_fn": 5}[where]
+    last = {
+        "eps_fn": 26,
+        "eps_fn on the way back": 33,
+        "decode_fn": 5,
+        "loss_fn": 9,
+        "saliency_fn": 5,
+    }[where]
     x, name = latents(), where.split()[0]
     broken = functions | {name: raising(functions[name], last, error)}
     with pytest.raises(UsersError) as caught:
@@ -72,7 +82,10 @@ def test_an_exception_keeps_what_is_done(where: str) -> None:
     result = error.result
     assert isinstance(result, OptimizeResult)
     assert (len(result.losses), result.state["step"]) == (2, 2)
-    assert result.message == "optimize_latents was stopped by UsersError in step 2; these are the latents of step 2"
+    assert (
+        result.message
+        == "optimize_latents was stopped by UsersError in step 2; these are the latents of step 2"
+    )
     done = optimize_latents(sampler(), x=x, steps=2, **functions, **seeded())
     assert torch.equal(result.latents, done.latents)
     rest = optimize_latents(sampler(), x=x, steps=3, state=result.state, **functions, **OPTIONS)
@@ -88,7 +101,9 @@ def test_an_exception_keeps_what_is_done(where: str) -> None:
 def test_an_exception_in_the_first_step_is_left_alone() -> None:
     error = UsersError()
     with pytest.raises(UsersError):
-        optimize_latents(sampler(), Network(), decode, raising(loss, 1, error), latents(), **OPTIONS)
+        optimize_latents(
+            sampler(), Network(), decode, raising(loss, 1, error), latents(), **OPTIONS
+        )
     assert not hasattr(error, "result")
     assert not hasattr(error, "__notes__")
 
@@ -107,7 +122,9 @@ def test_a_refusal_later_on_keeps_it_too() -> None:
 def test_an_exception_with_a_result_of_its_own_is_raised_as_it_is(kind: type[Exception]) -> None:
     error = kind()
     with pytest.raises(kind) as caught:
-        optimize_latents(sampler(), Network(), decode, raising(loss, 3, error), latents(), **OPTIONS)
+        optimize_latents(
+            sampler(), Network(), decode, raising(loss, 3, error), latents(), **OPTIONS
+        )
     assert caught.value is error
     assert error.result == "own"
     assert not hasattr(error, "__notes__")
@@ -116,7 +133,9 @@ def test_an_exception_with_a_result_of_its_own_is_raised_as_it_is(kind: type[Exc
 @pytest.mark.parametrize("error", [StopIteration(), SystemExit(3), NotedError()], ids=repr)
 def test_exceptions_of_any_kind_keep_what_is_done(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
-        optimize_latents(sampler(), Network(), decode, raising(loss, 3, error), latents(), **OPTIONS)
+        optimize_latents(
+            sampler(), Network(), decode, raising(loss, 3, error), latents(), **OPTIONS
+        )
     assert caught.value is error
     assert len(error.result.losses) == 1
 
@@ -138,7 +157,11 @@ def test_a_run_inside_of_a_run_leaves_the_outer_ones_result() -> None:
 def test_tensors_in_the_place_of_a_samplers_numbers_are_refused() -> None:
     arguments = (sampler(), Network(), decode, loss, latents())
     state = optimize_latents(*arguments, steps=1, **OPTIONS).state
-    for wrong in ({"mix": torch.ones(2)}, {"timesteps": [torch.ones(2)] * 3}, {"alpha_bars": torch.ones(4)}):
+    for wrong in (
+        {"mix": torch.ones(2)},
+        {"timesteps": [torch.ones(2)] * 3},
+        {"alpha_bars": torch.ones(4)},
+    ):
         given = {**state, "sampler": {**state["sampler"], **wrong}}
         with pytest.raises(ValueError, match="sampler must be that of state, with"):
             optimize_latents(*arguments, steps=1, state=given, **OPTIONS)
@@ -149,7 +172,9 @@ def test_an_exception_while_resumed_keeps_all_steps() -> None:
     error = UsersError()
     broken = raising(loss, 3, error)
     with pytest.raises(UsersError):
-        optimize_latents(sampler(), Network(), decode, broken, latents(), state=first.state, **OPTIONS)
+        optimize_latents(
+            sampler(), Network(), decode, broken, latents(), state=first.state, **OPTIONS
+        )
     assert error.result.losses[:2] == first.losses
     assert len(error.result.losses) == 3
 
@@ -171,14 +196,19 @@ def test_the_result_is_short_to_look_at() -> None:
     arguments = (sampler(), Network(), decode, loss)
     result = optimize_latents(*arguments, latents(), steps=3, **OPTIONS)
     first, last = result.losses[0], result.losses[-1]
-    assert repr(result) == f"OptimizeResult(3 steps, loss {first:.4g} to {last:.4g}, latents (2, 3, 8, 8) in float64)"
+    assert (
+        repr(result)
+        == f"OptimizeResult(3 steps, loss {first:.4g} to {last:.4g}, latents (2, 3, 8, 8) in float64)"
+    )
     none = optimize_latents(*arguments, latents(1, torch.float32), steps=0, tie=False, **OPTIONS)
     assert repr(none) == "OptimizeResult(0 steps, 2 latents (1, 3, 8, 8) in float32)"
     broken = raising(loss, 3, KeyboardInterrupt())
     with pytest.warns(UserWarning, match="interrupted"):
         stopped = optimize_latents(sampler(), Network(), decode, broken, latents(), **OPTIONS)
     text = "optimize_latents was interrupted in step 1; returned the latents of step 1"
-    assert repr(stopped).startswith(f"OptimizeResult(1 step, loss {stopped.losses[0]:.4g}, latents (2, 3, 8, 8) in")
+    assert repr(stopped).startswith(
+        f"OptimizeResult(1 step, loss {stopped.losses[0]:.4g}, latents (2, 3, 8, 8) in"
+    )
     assert repr(stopped).endswith(f", {text!r})")
 
 
@@ -223,7 +253,9 @@ def test_another_sampler_is_refused(what: str) -> None:
 
 
 def test_the_same_sampler_in_other_words_goes_on() -> None:
-    """Arguments that its method does not read, another backend or dtype, a schedule rounded to float32."""
+    """Arguments that its method does not read, another backend or dtype, a schedule rounded to
+    float32.
+    """
     arguments = (Network(), decode, loss, latents())
     options = {"exact": False, "mix": 0.93}
     state = optimize_latents(sampler(), *arguments, steps=1, **OPTIONS).state

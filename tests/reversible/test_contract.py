@@ -19,7 +19,9 @@ SHAPE = (2, 4, 5, 6)
 on_cpu = pytest.mark.parametrize("backend", backends("reference", "cpu"))
 
 
-def refused(error: type[Exception], message: str, call: Callable, *arguments: object, **options: object) -> None:
+def refused(
+    error: type[Exception], message: str, call: Callable, *arguments: object, **options: object
+) -> None:
     with pytest.raises(error) as refusal:
         call(*arguments, **options)
     assert type(refusal.value) is error
@@ -36,12 +38,28 @@ BAD_SAMPLERS = [  # options, error, message
     ({"method": "bdia", "gamma": 0.5}, ValueError, "gamma must be 1 for exact=True, got 0.5"),
     ({"exact": 1}, TypeError, "exact must be a bool, got int"),
     ({"alternate": "no"}, TypeError, "alternate must be a bool, got str"),
-    ({"method": "belm"}, ValueError, "exact must be False for method='belm', which has no exact inverse on a grid"),
-    ({"dtype": torch.int32}, TypeError, "dtype must be one of float32, bfloat16, float16, float64, got torch.int32"),
+    (
+        {"method": "belm"},
+        ValueError,
+        "exact must be False for method='belm', which has no exact inverse on a grid",
+    ),
+    (
+        {"dtype": torch.int32},
+        TypeError,
+        "dtype must be one of float32, bfloat16, float16, float64, got torch.int32",
+    ),
     ({"dtype": "float32"}, TypeError, "dtype must be one of"),
-    ({"backend": "opencl"}, ValueError, "backend must be one of auto, cuda, triton, cpu, reference, got 'opencl'"),
+    (
+        {"backend": "opencl"},
+        ValueError,
+        "backend must be one of auto, cuda, triton, cpu, reference, got 'opencl'",
+    ),
     ({"alphas_cumprod": [0.9, 0.0]}, ValueError, "alphas_cumprod must be in (0, 1], got 0.0"),
-    ({"alphas_cumprod": torch.tensor([0.9, 1.5])}, ValueError, "alphas_cumprod must be in (0, 1], got 1.5"),
+    (
+        {"alphas_cumprod": torch.tensor([0.9, 1.5])},
+        ValueError,
+        "alphas_cumprod must be in (0, 1], got 1.5",
+    ),
     ({"alphas_cumprod": [0.9, float("nan")]}, ValueError, "alphas_cumprod must be finite, got nan"),
     (
         {"alphas_cumprod": torch.ones(2, 2)},
@@ -54,15 +72,31 @@ BAD_SAMPLERS = [  # options, error, message
         "alphas_cumprod must be one-dimensional, of floats, got int64",
     ),
     ({"alphas_cumprod": []}, ValueError, "alphas_cumprod must have at least one element, got none"),
-    ({"alphas_cumprod": 0.9}, TypeError, "alphas_cumprod must be a tensor or a sequence, got float"),
-    ({"alphas_cumprod": {0.9: 0, 0.8: 1}}, TypeError, "alphas_cumprod must be a tensor or a sequence, got dict"),
-    ({"alphas_cumprod": torch.ones(2).to_sparse()}, TypeError, "alphas_cumprod must be a strided tensor, got"),
+    (
+        {"alphas_cumprod": 0.9},
+        TypeError,
+        "alphas_cumprod must be a tensor or a sequence, got float",
+    ),
+    (
+        {"alphas_cumprod": {0.9: 0, 0.8: 1}},
+        TypeError,
+        "alphas_cumprod must be a tensor or a sequence, got dict",
+    ),
+    (
+        {"alphas_cumprod": torch.ones(2).to_sparse()},
+        TypeError,
+        "alphas_cumprod must be a strided tensor, got",
+    ),
     (
         {"alphas_cumprod": torch.ones(2, device="meta")},
         ValueError,
         "alphas_cumprod must hold values, got a meta tensor",
     ),
-    ({"alphas_cumprod": [0.9, 1e-30], "timesteps": [1]}, ValueError, "alphas_cumprod must be larger for exact=True"),
+    (
+        {"alphas_cumprod": [0.9, 1e-30], "timesteps": [1]},
+        ValueError,
+        "alphas_cumprod must be larger for exact=True",
+    ),
     ({"timesteps": []}, ValueError, "timesteps must have at least one element, got none"),
     ({"timesteps": 3}, TypeError, "timesteps must be a tensor or a sequence, got int"),
     ({"timesteps": [1, 1]}, ValueError, "timesteps must descend to 0 or above, got [1, 1]"),
@@ -92,7 +126,11 @@ BAD_SAMPLERS = [  # options, error, message
     ),
     ({"timesteps": torch.tensor(1)}, ValueError, "timesteps must be one-dimensional, got ()"),
     ({"final_alpha_cumprod": 0.0}, ValueError, "final_alpha_cumprod must be in (0, 1], got 0.0"),
-    ({"final_alpha_cumprod": "1"}, TypeError, "final_alpha_cumprod must be a number or a 0-d tensor, got str"),
+    (
+        {"final_alpha_cumprod": "1"},
+        TypeError,
+        "final_alpha_cumprod must be a number or a 0-d tensor, got str",
+    ),
     (
         {"method": "belm", "exact": False, "timesteps": [1, 0]},
         ValueError,
@@ -114,9 +152,17 @@ BAD_CALLS = [
     ({"eps_fn": None}, TypeError, "eps_fn must be callable, got NoneType"),
     ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
     ({"x": torch.ones(SHAPE, device="meta")}, ValueError, "x must hold values, got a meta tensor"),
-    ({"x": torch.ones(SHAPE).to_sparse()}, TypeError, "x must be a strided tensor, got torch.sparse_coo"),
+    (
+        {"x": torch.ones(SHAPE).to_sparse()},
+        TypeError,
+        "x must be a strided tensor, got torch.sparse_coo",
+    ),
     ({"progress": 1}, TypeError, "progress must be a bool, got int"),
-    ({"x": torch.ones(SHAPE).long()}, TypeError, "x must be one of float32, bfloat16, float16, float64, got int64"),
+    (
+        {"x": torch.ones(SHAPE).long()},
+        TypeError,
+        "x must be one of float32, bfloat16, float16, float64, got int64",
+    ),
     ({"y": torch.ones(SHAPE).half()}, TypeError, "y must have x's dtype float32, got float16"),
     ({"y": torch.ones(4, 5, 6)}, ValueError, f"y must have x's shape {SHAPE}, got (4, 5, 6)"),
     ({"y": torch.ones(SHAPE, device="meta")}, ValueError, "y must be on x's device cpu, got meta"),
@@ -137,8 +183,16 @@ BAD_CALLS = [
         TypeError,
         "eps_fn's result must be one of float32, bfloat16, float16, float64",
     ),
-    ({"eps_fn": lambda x, t: x[:1]}, ValueError, f"eps_fn's result must have x's shape {SHAPE}, got (1, 4, 5, 6)"),
-    ({"eps_fn": lambda x, t: x.to("meta")}, ValueError, "eps_fn's result must be on x's device cpu, got meta"),
+    (
+        {"eps_fn": lambda x, t: x[:1]},
+        ValueError,
+        f"eps_fn's result must have x's shape {SHAPE}, got (1, 4, 5, 6)",
+    ),
+    (
+        {"eps_fn": lambda x, t: x.to("meta")},
+        ValueError,
+        "eps_fn's result must be on x's device cpu, got meta",
+    ),
     (
         {"eps_fn": lambda x, t: torch.rand_like(x)},
         ValueError,
@@ -149,14 +203,24 @@ BAD_CALLS = [
         RuntimeError,
         "eps_fn's result must be finite and keep the latents within the grid",
     ),
-    ({"eps_fn": lambda x, t: x * torch.nan}, RuntimeError, "got nan grid steps at step 0 (timestep 751)"),
-    ({"eps_fn": lambda x, t: x * 9e6 if t < 400 else x}, RuntimeError, "grid steps at step 2 (timestep 251)"),
+    (
+        {"eps_fn": lambda x, t: x * torch.nan},
+        RuntimeError,
+        "got nan grid steps at step 0 (timestep 751)",
+    ),
+    (
+        {"eps_fn": lambda x, t: x * 9e6 if t < 400 else x},
+        RuntimeError,
+        "grid steps at step 2 (timestep 251)",
+    ),
 ]
 
 
 @on_cpu
 @pytest.mark.parametrize(("options", "error", "message"), BAD_CALLS, ids=range(len(BAD_CALLS)))
-def test_a_bad_call_is_refused(options: dict, error: type[Exception], message: str, backend: str) -> None:
+def test_a_bad_call_is_refused(
+    options: dict, error: type[Exception], message: str, backend: str
+) -> None:
     good = {"eps_fn": lambda x, t: torch.tanh(x), "x": torch.ones(SHAPE), "y": torch.ones(SHAPE)}
     chain = sampler(4, backend=backend)
     chain.sample(**good)
@@ -164,22 +228,39 @@ def test_a_bad_call_is_refused(options: dict, error: type[Exception], message: s
 
 
 @on_cpu
-@pytest.mark.parametrize(("forward", "where"), [(True, "step 0 (timestep 751)"), (False, "step 3 (timestep 1)")])
-def test_a_first_step_of_one_latent_that_is_not_finite(forward: bool, where: str, backend: str) -> None:
-    """The DDIM step that makes the other latent is a step of the chain, and what goes wrong in it is the network's."""
+@pytest.mark.parametrize(
+    ("forward", "where"), [(True, "step 0 (timestep 751)"), (False, "step 3 (timestep 1)")]
+)
+def test_a_first_step_of_one_latent_that_is_not_finite(
+    forward: bool, where: str, backend: str
+) -> None:
+    """The DDIM step that makes the other latent is a step of the chain, and what goes wrong in it
+    is the network's.
+    """
     chain = sampler(4, method="bdia", backend=backend)
     call = chain.sample if forward else chain.invert
     for factor in (torch.nan, torch.inf, 1e30):
-        message = "eps_fn's result must be finite and keep the latents within the grid of 2^50 steps, got"
-        refused(RuntimeError, message, call, lambda x, t, factor=factor: x * factor, torch.ones(SHAPE))
-        refused(RuntimeError, where, call, lambda x, t, factor=factor: x * factor, torch.ones(SHAPE))
+        message = (
+            "eps_fn's result must be finite and keep the latents within the grid of 2^50 steps, got"
+        )
+        refused(
+            RuntimeError, message, call, lambda x, t, factor=factor: x * factor, torch.ones(SHAPE)
+        )
+        refused(
+            RuntimeError, where, call, lambda x, t, factor=factor: x * factor, torch.ones(SHAPE)
+        )
 
 
 @on_cpu
 def test_a_pair_that_parts_beyond_the_grid_says_what_may_help(backend: str) -> None:
-    chain, advice = sampler(200, backend=backend), "a pair that was sampled, fewer steps or a mix nearer 1 may help"
+    chain, advice = (
+        sampler(200, backend=backend),
+        "a pair that was sampled, fewer steps or a mix nearer 1 may help",
+    )
     refused(RuntimeError, advice, chain.invert, Network(), torch.randn(SHAPE))
-    refused(RuntimeError, "eps_fn's result must be finite", chain.invert, Network(), torch.randn(SHAPE))
+    refused(
+        RuntimeError, "eps_fn's result must be finite", chain.invert, Network(), torch.randn(SHAPE)
+    )
     with pytest.raises(RuntimeError) as refusal:
         chain.invert(lambda x, t: x * torch.nan, torch.randn(SHAPE))
     assert "may help" not in str(refusal.value)
@@ -194,13 +275,28 @@ def test_chains_too_long_for_the_grid_run_in_floats(backend: str) -> None:
     options = {"mix": 0.4, "backend": backend}
     chain = ReversibleSampler(ALPHAS, range(999, -1, -1), **options, exact=False)
     assert chain.sample(lambda x, t: torch.tanh(x), torch.randn(3))[0].isfinite().all()
-    refused(ValueError, "timesteps must be at most", ReversibleSampler, ALPHAS, range(999, -1, -1), **options)
+    refused(
+        ValueError,
+        "timesteps must be at most",
+        ReversibleSampler,
+        ALPHAS,
+        range(999, -1, -1),
+        **options,
+    )
 
 
 def test_what_ddim_cannot() -> None:
     chain, x = sampler(3, method="ddim"), torch.randn(SHAPE)
-    refused(ValueError, "method must be edict, bdia or belm for invert, got 'ddim'", chain.invert, Network(), x)
-    refused(ValueError, "y must be None for method='ddim', got a tensor", chain.sample, Network(), x, x)
+    refused(
+        ValueError,
+        "method must be edict, bdia or belm for invert, got 'ddim'",
+        chain.invert,
+        Network(),
+        x,
+    )
+    refused(
+        ValueError, "y must be None for method='ddim', got a tensor", chain.sample, Network(), x, x
+    )
 
 
 class Counted(nn.Module):
@@ -218,7 +314,10 @@ class Counted(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_what_the_network_is_handed(dtype: torch.dtype) -> None:
     for given in (torch.tensor([751, 501]), [751, 501]):
-        for exact, calls in ((True, 5), (False, 4)):  # the first call is repeated to see whether it repeats
+        for exact, calls in (
+            (True, 5),
+            (False, 4),
+        ):  # the first call is repeated to see whether it repeats
             network, x = Counted(), torch.randn(SHAPE)
             ReversibleSampler(ALPHAS, given, dtype=dtype, exact=exact).sample(network, x)
             assert [int(t) for _, t in network.calls] == [751] * (calls - 2) + [501, 501]
@@ -237,7 +336,9 @@ def test_a_float_chain_takes_any_network() -> None:
 def test_a_network_that_stops_to_be_deterministic_in_training_mode() -> None:
     network, x = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout(0.5)), torch.randn(SHAPE)
     eps_fn = lambda x, t: network(x)  # noqa: E731
-    refused(ValueError, "eps_fn must be deterministic for exact inversion", sampler(4).sample, eps_fn, x)
+    refused(
+        ValueError, "eps_fn must be deterministic for exact inversion", sampler(4).sample, eps_fn, x
+    )
     network.eval()
     sampler(4).sample(eps_fn, x)
 
@@ -250,7 +351,13 @@ def test_a_network_may_write_its_result_into_one_buffer() -> None:
     assert all(map(torch.equal, got, expected))
     noise = torch.rand(2)
     calls = iter([*noise.tolist(), *[0.0] * 20])
-    refused(ValueError, "eps_fn must be deterministic", sampler(6).sample, lambda x, t: buffer.fill_(next(calls)), x)
+    refused(
+        ValueError,
+        "eps_fn must be deterministic",
+        sampler(6).sample,
+        lambda x, t: buffer.fill_(next(calls)),
+        x,
+    )
 
 
 @on_cpu
@@ -263,7 +370,9 @@ def test_any_shape(shape: tuple[int, ...], backend: str) -> None:
     for method in ("edict", "bdia", "belm"):
         exact = method != "belm"
         chain = sampler(5, method=method, exact=exact, dtype=torch.float64, backend=backend)
-        for got, expected in zip(chain.sample(network, x), plain(network, timesteps(5), x, method=method)):
+        for got, expected in zip(
+            chain.sample(network, x), plain(network, timesteps(5), x, method=method)
+        ):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
@@ -308,7 +417,9 @@ def test_progress(method: str, per_step: int, capsys: pytest.CaptureFixture) -> 
     assert f"{per_step}/{per_step}" in shown
 
 
-def test_progress_without_tqdm(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_without_tqdm(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     sampler(5).invert(Network(), torch.randn(SHAPE), progress=True)
     assert capsys.readouterr().err == "edict invert: 5 steps (a bar needs tqdm)\n"

@@ -1,4 +1,6 @@
-"""ReversibleSampler among the machinery of PyTorch: memory formats, writes in place, transforms, torch.compile."""
+"""ReversibleSampler among the machinery of PyTorch: memory formats, writes in place, transforms,
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,12 @@ def by_order(x: Tensor, t: int) -> Tensor:
 
 @on_cpu
 @pytest.mark.parametrize("method", ["edict", "bdia"])
-@pytest.mark.parametrize("eps_fn", [by_order, Network(width=32).requires_grad_(False)], ids=["order", "network"])
-def test_equal_bits_give_equal_results_in_any_memory(method: str, eps_fn: Callable, backend: str) -> None:
+@pytest.mark.parametrize(
+    "eps_fn", [by_order, Network(width=32).requires_grad_(False)], ids=["order", "network"]
+)
+def test_equal_bits_give_equal_results_in_any_memory(
+    method: str, eps_fn: Callable, backend: str
+) -> None:
     chain, x = sampler(5, method=method, backend=backend), torch.randn(SHAPE)
     image = chain.sample(eps_fn, x)
     assert all(map(torch.equal, chain.sample(eps_fn, *reordered((x,))), image))
@@ -65,7 +71,9 @@ def test_the_order_of_memory(exact: bool) -> None:
         seen.append(x.is_contiguous())
         return torch.tanh(x)
 
-    for latent in sampler(3, exact=exact).sample(eps_fn, torch.randn(SHAPE).to(memory_format=torch.channels_last)):
+    for latent in sampler(3, exact=exact).sample(
+        eps_fn, torch.randn(SHAPE).to(memory_format=torch.channels_last)
+    ):
         assert latent.is_contiguous() is exact
     assert set(seen) == {exact}
 
@@ -82,7 +90,9 @@ def test_a_network_may_write_to_what_it_is_handed(method: str, exact: bool, back
     chain = sampler(5, method=method, exact=exact, dtype=torch.float64, backend=backend)
     results = []
     for eps_fn in (inside, outside):
-        x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        x = torch.randn(
+            SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+        ).requires_grad_()
         before = x.detach().clone()
         latents = chain.sample(eps_fn, x)
         assert torch.equal(x.detach(), before)
@@ -110,7 +120,12 @@ def test_forward_mode_is_refused(method: str, exact: bool, backend: str) -> None
             refused("x", call, by_order, dual)
             refused("y", call, by_order, x, dual)
             refused("eps_fn's result", call, lambda x, t: torch.tanh(x) * dual, x)
-            refused("eps_fn's result", call, lambda x, t: torch.tanh(x) * dual, x.clone().requires_grad_())
+            refused(
+                "eps_fn's result",
+                call,
+                lambda x, t: torch.tanh(x) * dual,
+                x.clone().requires_grad_(),
+            )
         chain.sample(by_order, x)
 
 
@@ -165,5 +180,8 @@ def test_a_compiled_network() -> None:
     with torch.no_grad():
         assert all(map(torch.equal, chain.sample(compiled, *chain.invert(compiled, *image)), image))
     inputs = [x, *network.parameters()]
-    got, expected = (torch.autograd.grad(chain.sample(eps_fn, x)[0].sum(), inputs) for eps_fn in (compiled, network))
+    got, expected = (
+        torch.autograd.grad(chain.sample(eps_fn, x)[0].sum(), inputs)
+        for eps_fn in (compiled, network)
+    )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,6 @@
-"""Gradients through reversible samplers: those of plain autograd, in memory that does not grow with the steps."""
+"""Gradients through reversible samplers: those of plain autograd, in memory that does not grow with
+the steps.
+"""
 
 from __future__ import annotations
 
@@ -40,19 +42,29 @@ def weighted(latents: tuple[Tensor, Tensor], used: str) -> Tensor:
     """A loss that tells the two latents apart and uses one or both."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64)
-    return sum((w * x.double().sin()).sum() for w, x, name in zip(weights, latents, "xy") if name in used)
+    return sum(
+        (w * x.double().sin()).sum() for w, x, name in zip(weights, latents, "xy") if name in used
+    )
 
 
 def close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     for ours, theirs in zip(got, expected, strict=True):
-        assert (ours.double() - theirs.double()).abs().max() <= tolerance * theirs.double().abs().max()
+        assert (
+            ours.double() - theirs.double()
+        ).abs().max() <= tolerance * theirs.double().abs().max()
 
 
 @on_cpu
 @pytest.mark.parametrize("used", ["x", "y", "xy"])
-@pytest.mark.parametrize(("method", "options", "pair"), [(*m, pair) for m in METHODS for pair in (False, True)][:-1])
-def test_gradients_are_those_of_plain_autograd(method: str, options: dict, pair: bool, used: str, backend: str) -> None:
-    """To 1e-4 of a chain of float64, for latents and parameters; in float64 nothing but the grid is between them."""
+@pytest.mark.parametrize(
+    ("method", "options", "pair"), [(*m, pair) for m in METHODS for pair in (False, True)][:-1]
+)
+def test_gradients_are_those_of_plain_autograd(
+    method: str, options: dict, pair: bool, used: str, backend: str
+) -> None:
+    """To 1e-4 of a chain of float64, for latents and parameters; in float64 nothing but the grid is
+    between them.
+    """
     for steps, tolerance in ((1, 1e-6), (2, 1e-6), (12, 1e-5)):
         network, inputs = Network(dtype=torch.float64), leaves(pair)
         chain = sampler(steps, method=method, **options, dtype=torch.float64, backend=backend)
@@ -60,8 +72,12 @@ def test_gradients_are_those_of_plain_autograd(method: str, options: dict, pair:
         loss = weighted(chain.sample(network, *inputs), used)
         got = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         numbers = {name: value for name, value in options.items() if name != "exact"}
-        reference = weighted(plain(network, timesteps(steps), *inputs, method=method, **numbers), used)
-        expected = torch.autograd.grad(reference, parameters, allow_unused=True, materialize_grads=True)
+        reference = weighted(
+            plain(network, timesteps(steps), *inputs, method=method, **numbers), used
+        )
+        expected = torch.autograd.grad(
+            reference, parameters, allow_unused=True, materialize_grads=True
+        )
         torch.testing.assert_close(loss, reference, rtol=1e-4, atol=1e-4)
         close(got, expected, tolerance)
 
@@ -86,7 +102,9 @@ def test_float32_networks_to_1e_4(exact: bool, backend: str) -> None:
 @pytest.mark.parametrize("used", ["x", "y", "xy"])
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize(("method", "options"), INVERTIBLE)
-def test_gradients_of_the_inversion(method: str, options: dict, pair: bool, used: str, backend: str) -> None:
+def test_gradients_of_the_inversion(
+    method: str, options: dict, pair: bool, used: str, backend: str
+) -> None:
     """Against differences of the chain itself; the grid allows no small ones."""
     for steps in (1, 2, 9):
         network, inputs = Network(dtype=torch.float64).requires_grad_(False), leaves(pair)
@@ -141,7 +159,9 @@ def test_peak_memory_does_not_grow_with_the_steps() -> None:
 
     for chain in (ours, autograd):  # loads code
         peak(1, 9, chain)
-    one, three = (peak(steps, 100, ours) for steps in (1, 3))  # 41 MB an activation: malloc keeps none that is freed
+    one, three = (
+        peak(steps, 100, ours) for steps in (1, 3)
+    )  # 41 MB an activation: malloc keeps none that is freed
     assert three < 1.1 * one
     assert peak(3, 100, autograd) > 1.5 * three
 
@@ -175,12 +195,19 @@ def test_a_second_derivative_is_refused() -> None:
     for options in ({}, {"method": "bdia"}):
         latents = sampler(3, **options, dtype=torch.float64).sample(network, x)
         (grad,) = torch.autograd.grad(latents[0].sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="ReversibleSampler must be differentiated once, got a second"):
+        with pytest.raises(
+            RuntimeError, match="ReversibleSampler must be differentiated once, got a second"
+        ):
             grad.sum().backward()
 
 
 def test_nothing_is_recorded_without_need() -> None:
-    network, trained, chain, x = Network().requires_grad_(False), Network(), sampler(3), torch.randn(SHAPE)
+    network, trained, chain, x = (
+        Network().requires_grad_(False),
+        Network(),
+        sampler(3),
+        torch.randn(SHAPE),
+    )
     assert not chain.sample(network, x)[0].requires_grad
     assert not chain.sample(lambda x, t: trained(x, t), x)[0].requires_grad
     with torch.no_grad():
@@ -192,7 +219,11 @@ def test_nothing_is_recorded_without_need() -> None:
 @pytest.mark.parametrize(("method", "options"), INVERTIBLE)
 def test_captured_tensors_are_warned_of(method: str, options: dict) -> None:
     """And get no gradient at all, not that of a first step alone."""
-    network, (x,), chain = Network(), leaves(False, torch.float32), sampler(3, method=method, **options)
+    network, (x,), chain = (
+        Network(),
+        leaves(False, torch.float32),
+        sampler(3, method=method, **options),
+    )
     loss = chain.sample(lambda x, t: network(x, t), x)[0].sum()
     with pytest.warns(UserWarning, match=r"eps_fn must be an nn.Module .* got 5 tensors"):
         loss.backward()
@@ -207,11 +238,15 @@ def test_captured_tensors_are_warned_of(method: str, options: dict) -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_autocast_is_that_of_the_forward_pass(exact: bool) -> None:
-    """The network runs again in bfloat16 although backward is called outside of autocast, and the other way round."""
+    """The network runs again in bfloat16 although backward is called outside of autocast, and the
+    other way round.
+    """
     for inside in (True, False):
         network, (x,) = Network(), leaves(False, torch.float32)
         seen = []
-        network.last.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.dtype))
+        network.last.register_forward_hook(
+            lambda module, args, out, seen=seen: seen.append(out.dtype)
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             loss = sampler(4, exact=exact).sample(network, x)[0].sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
@@ -234,7 +269,9 @@ def test_autocast_around_both_passes() -> None:
 
 
 class Attentive(nn.Module):
-    """Gives other bits when it records: as kernels do that are chosen by whether a gradient is wanted."""
+    """Gives other bits when it records: as kernels do that are chosen by whether a gradient is
+    wanted.
+    """
 
     def forward(self, x: Tensor, t: int) -> Tensor:
         return torch.tanh(x) * (1 + 1e-6 * torch.is_grad_enabled())
@@ -242,7 +279,9 @@ class Attentive(nn.Module):
 
 def test_a_network_that_rounds_otherwise_when_it_records() -> None:
     (x,) = leaves(False)
-    sampler(20).sample(Attentive(), x)[0].sum().backward()  # a way back that missed its start would be refused
+    sampler(20).sample(Attentive(), x)[
+        0
+    ].sum().backward()  # a way back that missed its start would be refused
 
 
 def test_a_way_back_that_misses_its_start_is_seen() -> None:
@@ -256,10 +295,14 @@ def test_a_way_back_that_misses_its_start_is_seen() -> None:
         loss = sampler(6, **options).sample(network, x)[0].sum()
         state["shift"] += 0.3
         if error:
-            with pytest.raises(error, match="eps_fn must be deterministic for exact inversion, got a way back"):
+            with pytest.raises(
+                error, match="eps_fn must be deterministic for exact inversion, got a way back"
+            ):
                 loss.backward()
         else:
-            with pytest.warns(UserWarning, match="the way back must lead to the latents of the start"):
+            with pytest.warns(
+                UserWarning, match="the way back must lead to the latents of the start"
+            ):
                 loss.backward()
 
 
@@ -273,7 +316,9 @@ def test_growing_errors_are_refused(forward: bool) -> None:
         if fits:
             call(network, x)
         else:
-            with pytest.raises(ValueError, match=r"gamma must be large enough for .* got 0.5, 128 times"):
+            with pytest.raises(
+                ValueError, match=r"gamma must be large enough for .* got 0.5, 128 times"
+            ):
                 call(network, x)
             with torch.no_grad():
                 assert chain.sample(network, x)[0].isfinite().all()

@@ -1,4 +1,6 @@
-"""The raw ops of the reversible steps against the reference: floats by the rule of accuracy, the grid bit by bit."""
+"""The raw ops of the reversible steps against the reference: floats by the rule of accuracy, the
+grid bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ STEPS = {  # what each step may be asked for: the op and what differs from `argu
     "ddim": ("ddim_step", {"eps_uncond": None}),
     "ddim-guided": ("ddim_step", {}),
     "leapfrog": ("leapfrog_step", {}),
-    **{f"{op}-{which}": (op, change) for op in ("edict_mix", "edict_unmix") for which, change in COUPLINGS.items()},
+    **{
+        f"{op}-{which}": (op, change)
+        for op in ("edict_mix", "edict_unmix")
+        for which, change in COUPLINGS.items()
+    },
 }
 EXACT_STEPS = {"couple": ("exact_couple", {}), "leapfrog": ("exact_leapfrog", {})}
 EXACT_STEPS |= {
@@ -40,8 +46,16 @@ EXACT_STEPS |= {
 EVERY_STEP = {**STEPS, **{f"exact-{name}": step for name, step in EXACT_STEPS.items()}}
 MESSAGE = re.escape("eps must be finite and keep the latents within the grid of 2^50 steps, got ")
 SHAPES = [(), (0,), (3, 0, 2), (1,), (2, 3, 5, 7), (511,), (512,), (513,), (40000,), (2, 4, 65, 64)]
-CORE = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.float64, torch.float16)]
-CORE += [(torch.bfloat16, torch.float64), (torch.float64, torch.float64), (torch.float32, torch.float16)]
+CORE = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.bfloat16),
+    (torch.float64, torch.float16),
+]
+CORE += [
+    (torch.bfloat16, torch.float64),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float16),
+]
 
 
 def dtype_pairs() -> list:
@@ -49,7 +63,11 @@ def dtype_pairs() -> list:
     pairs = []
     for dtype, eps_dtype in itertools.product(DTYPES, DTYPES):
         core = [pytest.mark.core] * ((dtype, eps_dtype) in CORE)
-        pairs.append(pytest.param(dtype, eps_dtype, marks=core, id=f"{_checks.name(dtype)}-{_checks.name(eps_dtype)}"))
+        pairs.append(
+            pytest.param(
+                dtype, eps_dtype, marks=core, id=f"{_checks.name(dtype)}-{_checks.name(eps_dtype)}"
+            )
+        )
     return pairs
 
 
@@ -67,7 +85,15 @@ def arguments(
     """A call of any of the float ops that is right in every respect."""
     latents = {name: torch.randn(shape).to(dtype) for name in LATENTS}
     eps = {name: torch.randn(shape).to(eps_dtype) for name in ("eps", "eps_uncond")}
-    numbers = {"a": 0.98, "b": 0.13, "guidance_scale": 7.5, "c_far": 1.1, "c_near": -0.4, "c_eps": 0.3, "mix": 0.93}
+    numbers = {
+        "a": 0.98,
+        "b": 0.13,
+        "guidance_scale": 7.5,
+        "c_far": 1.1,
+        "c_near": -0.4,
+        "c_eps": 0.3,
+        "mix": 0.93,
+    }
     return {**latents, **eps, **numbers, "couple_x": True, **changes}
 
 
@@ -78,7 +104,9 @@ def exact_arguments(
     **changes: object,
 ) -> raw.Arguments:
     """The same for the ops on the grid."""
-    good = arguments(shape, eps_dtype=eps_dtype) | {name: coordinates(shape, 48) for name in LATENTS}
+    good = arguments(shape, eps_dtype=eps_dtype) | {
+        name: coordinates(shape, 48) for name in LATENTS
+    }
     numbers = {"step": 12345678.9, "c_eps": -3456789.1, "to_latent": 0.7**5 * 2.0**-46}
     return {**good, **numbers, "couple_x": True, "latent_x": True, "dtype": dtype, **changes}
 
@@ -97,7 +125,9 @@ def kernel(op: str, given: raw.Arguments) -> tuple[Tensor, ...]:
 
 
 def expected(op: str, given: raw.Arguments) -> tuple[Tensor, ...]:
-    return as_tuple(getattr(reference, op)(**{name: given[name] for name in raw.argument_names(op)}))
+    return as_tuple(
+        getattr(reference, op)(**{name: given[name] for name in raw.argument_names(op)})
+    )
 
 
 def in_memory_order(x: object, order: str) -> object:
@@ -131,7 +161,9 @@ def test_float_steps(step: str, dtype: torch.dtype, eps_dtype: torch.dtype) -> N
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_checks.name)
 def test_a_step_on_the_neighbour_is_rejected(step: str, dtype: torch.dtype) -> None:
-    """The negative control: the rule must see every operand that is moved by one element, in every result."""
+    """The negative control: the rule must see every operand that is moved by one element, in every
+    result.
+    """
     op, changes = STEPS[step]
     given = arguments((513,), dtype, b=1.0, mix=0.6, **changes)
     exact, plain = exact_and_plain(op, given)
@@ -156,7 +188,9 @@ def test_exact_steps(step: str, dtype: torch.dtype, eps_dtype: torch.dtype) -> N
 @pytest.mark.core
 def test_halves_go_to_the_even_neighbour() -> None:
     eps = torch.arange(-1001, 1001) / 2
-    moved, latent = kernel("exact_couple", exact_arguments(z=torch.zeros(2002).long(), eps=eps, step=1.0, to_latent=1))
+    moved, latent = kernel(
+        "exact_couple", exact_arguments(z=torch.zeros(2002).long(), eps=eps, step=1.0, to_latent=1)
+    )
     assert moved.tolist() == [round(x) for x in eps.tolist()]
     assert torch.equal(latent, moved.float())
 
@@ -166,8 +200,12 @@ def test_latents_of_every_magnitude(dtype: torch.dtype) -> None:
     """Overflow, underflow and ties of the one rounding from float64."""
     z = coordinates((20000,), 50)
     for exponent in (-1100, -190, -64, -50, -30, 0, 90, 1000):
-        given = exact_arguments(z=z, eps=torch.zeros(z.shape), dtype=dtype, to_latent=1.03 * 2.0**exponent)
-        assert torch.equal(kernel("exact_couple", given)[1], expected("exact_couple", given)[1]), exponent
+        given = exact_arguments(
+            z=z, eps=torch.zeros(z.shape), dtype=dtype, to_latent=1.03 * 2.0**exponent
+        )
+        assert torch.equal(kernel("exact_couple", given)[1], expected("exact_couple", given)[1]), (
+            exponent
+        )
 
 
 @pytest.mark.core
@@ -206,15 +244,30 @@ def outcome(call: Callable, op: str, given: raw.Arguments) -> list | str:
 def test_the_edge_of_the_grid(step: str) -> None:
     """Whatever the integers and eps, kernel and reference return the same or refuse both."""
     op, changes = EXACT_STEPS[step]
-    edges = [s * edge + d for edge in (0, LIMIT, 2 * LIMIT, 2**53) for s in (-1, 1) for d in (-1, 0, 1)]
+    edges = [
+        s * edge + d for edge in (0, LIMIT, 2 * LIMIT, 2**53) for s in (-1, 1) for d in (-1, 0, 1)
+    ]
     edges += [-(2**63), 2**63 - 1, 2**62 + 12345]
-    steps = [0.0, 0.5, 1.0, -1.0, LIMIT, -LIMIT, LIMIT + 0.25, LIMIT + 1.0, 1e300, *map(float, ("inf", "-inf", "nan"))]
+    steps = [
+        0.0,
+        0.5,
+        1.0,
+        -1.0,
+        LIMIT,
+        -LIMIT,
+        LIMIT + 0.25,
+        LIMIT + 1.0,
+        1e300,
+        *map(float, ("inf", "-inf", "nan")),
+    ]
     seen = set()
     for first, second, eps in itertools.product(edges[::2], edges[1::2], steps):
         pair = [torch.tensor([z]) for z in (first, second)]
         latents = {name: pair[name in ("y", "near")] for name in LATENTS}
         eps = torch.tensor([eps], dtype=torch.float64)
-        given = exact_arguments(**{**latents, "eps": eps, "step": 1.0, "c_eps": 1.0, "c_near": 1e-3, **changes})
+        given = exact_arguments(
+            **{**latents, "eps": eps, "step": 1.0, "c_eps": 1.0, "c_near": 1e-3, **changes}
+        )
         result = outcome(kernel, op, given)
         assert result == outcome(expected, op, given), (first, second, eps)
         seen.add(result == "refused")
@@ -235,7 +288,9 @@ def test_what_leaves_the_grid_is_refused(op: str, value: float, length: int) -> 
             with pytest.raises(RuntimeError, match=MESSAGE) as words:
                 expected(op, given)
             assert str(words.value) in str(refusal.value)
-        assert all(torch.equal(given[name].nan_to_num(), x.nan_to_num()) for name, x in before.items())
+        assert all(
+            torch.equal(given[name].nan_to_num(), x.nan_to_num()) for name, x in before.items()
+        )
 
 
 @pytest.mark.parametrize("order", ["channels_last", "transposed", "unaligned"])
@@ -259,10 +314,26 @@ def test_the_stride_of_an_axis_of_one_does_not_matter() -> None:
 
 def spoiled(good: Tensor, first: bool) -> list[Tensor]:
     """Wrong shapes, strides, dtypes, devices and layouts of a tensor argument."""
-    wrong = [good.mT, good[:, :, ::2], good[..., :1].expand(good.shape), good.repeat(1, 1, 1, 2)[..., ::2]]
-    wrong += [good.contiguous(memory_format=torch.channels_last), good[None], good[0], good.new_zeros(())]
+    wrong = [
+        good.mT,
+        good[:, :, ::2],
+        good[..., :1].expand(good.shape),
+        good.repeat(1, 1, 1, 2)[..., ::2],
+    ]
+    wrong += [
+        good.contiguous(memory_format=torch.channels_last),
+        good[None],
+        good[0],
+        good.new_zeros(()),
+    ]
     wrong = [x for x in wrong if not (first and x.is_contiguous())]
-    wrong += [good.to(torch.complex64), good.to(torch.int32), good.bool(), good.to("meta"), good.to_sparse()]
+    wrong += [
+        good.to(torch.complex64),
+        good.to(torch.int32),
+        good.bool(),
+        good.to("meta"),
+        good.to_sparse(),
+    ]
     return wrong + ([] if good.is_floating_point() else [good.float()])
 
 
@@ -275,28 +346,49 @@ def test_raw_calls_refuse(step: str) -> None:
             with pytest.raises(RuntimeError) as refusal:
                 raw.call(op, {**good, name: value})
             if value.layout == torch.strided:
-                assert re.match(r"(\w+, \S+, )?[a-z_]+ must .+, got .+", str(refusal.value)), refusal.value
+                assert re.match(r"(\w+, \S+, )?[a-z_]+ must .+, got .+", str(refusal.value)), (
+                    refusal.value
+                )
 
 
 @pytest.mark.parametrize("step", EVERY_STEP)
 def test_gaps_and_overlaps_are_refused(step: str) -> None:
     """Though every operand has them."""
     op, good = any_arguments(step)
-    for view in (lambda x: x[..., ::2], lambda x: x[:, :, 1:], lambda x: x[..., :1].expand(x.shape)):
+    for view in (
+        lambda x: x[..., ::2],
+        lambda x: x[:, :, 1:],
+        lambda x: x[..., :1].expand(x.shape),
+    ):
         views = {name: view(x) if isinstance(x, Tensor) else x for name, x in good.items()}
-        with pytest.raises(RuntimeError, match=f"{raw.argument_names(op)[0]} must be dense, got shape .+ and strides "):
+        with pytest.raises(
+            RuntimeError,
+            match=f"{raw.argument_names(op)[0]} must be dense, got shape .+ and strides ",
+        ):
             raw.call(op, views)
 
 
 def test_raw_calls_refuse_other_dtypes() -> None:
     half = torch.zeros(2, 3, 5, 7).half()
-    for op, name in (("leapfrog_step", "near"), ("edict_mix", "y"), ("edict_unmix", "y"), ("ddim_step", "eps_uncond")):
+    for op, name in (
+        ("leapfrog_step", "near"),
+        ("edict_mix", "y"),
+        ("edict_unmix", "y"),
+        ("ddim_step", "eps_uncond"),
+    ):
         with pytest.raises(RuntimeError, match=f"{name} must have dtype Float, got Half"):
             raw.call(op, arguments(**{name: half}))
-    for op, name in (("exact_couple", "z"), ("exact_leapfrog", "near"), ("exact_mix", "y"), ("exact_unmix", "x")):
+    for op, name in (
+        ("exact_couple", "z"),
+        ("exact_leapfrog", "near"),
+        ("exact_mix", "y"),
+        ("exact_unmix", "x"),
+    ):
         with pytest.raises(RuntimeError, match=f"{name} must have dtype Long, got Half"):
             raw.call(op, exact_arguments(**{name: half}))
-        with pytest.raises(RuntimeError, match="dtype must be float32, float64, float16 or bfloat16, got Int"):
+        with pytest.raises(
+            RuntimeError, match="dtype must be float32, float64, float16 or bfloat16, got Int"
+        ):
             raw.call(op, exact_arguments(dtype=torch.int32))
     for op in ("exact_mix", "exact_unmix"):
         with pytest.raises(RuntimeError, match="mix must not be 0, got 0"):
@@ -315,16 +407,31 @@ def test_opcheck(step: str, order: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
-    """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is loaded."""
+    """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is
+    loaded.
+    """
     options = {"env": os.environ | {"DENSE_ATTN_ISA": isa}, "capture_output": True, "text": True}
     call = "import torch, dense_attn as d; x = torch.ones(2); d.ddim_step(x, x, 0.5, 0.9, backend='cpu')"
     probe = subprocess.run([sys.executable, "-c", call], **options)
-    if f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}" in probe.stderr:
+    if (
+        f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}"
+        in probe.stderr
+    ):
         assert isa != "portable"
         pytest.skip(f"{isa}: not on this processor")
     if isa == torch.ops.dense_attn.cpu_isa():
         return  # this file has it all
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "core", "-p", "no:cacheprovider", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "core",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+    ]
     tests = subprocess.run(command, **options)
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout

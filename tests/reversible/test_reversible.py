@@ -1,4 +1,6 @@
-"""Reversible samplers: round trips to the last bit, chains against a plain implementation and diffusers."""
+"""Reversible samplers: round trips to the last bit, chains against a plain implementation and
+diffusers.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ CHAINS = [  # method, steps, mix
     *(("bdia", steps, 1.0) for steps in (10, 50, 200, 1000)),
 ]
 SHORT = [("edict", 10, 0.93), ("bdia", 10, 1.0)]
-LEAPFROGS = [("bdia", {"exact": False}), ("bdia", {"exact": False, "gamma": 0.7}), ("belm", {"exact": False})]
+LEAPFROGS = [
+    ("bdia", {"exact": False}),
+    ("bdia", {"exact": False, "gamma": 0.7}),
+    ("belm", {"exact": False}),
+]
 METHODS = [
     ("edict", {"exact": False}),
     ("edict", {"exact": False, "alternate": False, "mix": 0.8}),
@@ -52,7 +58,10 @@ def quick(one_thread: None) -> None:
 def test_round_trips_have_no_differing_bits(
     method: str, steps: int, mix: float, dtype: torch.dtype, backend: str
 ) -> None:
-    network, chain = function(dtype), sampler(steps, method=method, mix=mix, dtype=dtype, backend=backend)
+    network, chain = (
+        function(dtype),
+        sampler(steps, method=method, mix=mix, dtype=dtype, backend=backend),
+    )
     x = torch.randn(1, 4, 5, 7)
     image = chain.sample(network, x)
     noise = chain.invert(network, *image)
@@ -61,7 +70,9 @@ def test_round_trips_have_no_differing_bits(
     assert (noise[0] - x).abs().max() < 2e-8
     if steps == 1000:
         return
-    if method == "edict" and steps == 200:  # x and y part by mix^-400 on the way: of a strong network, beyond the grid
+    if (
+        method == "edict" and steps == 200
+    ):  # x and y part by mix^-400 on the way: of a strong network, beyond the grid
         network = function(dtype, gain=0.01)
     noise = chain.invert(network, x)
     image = chain.sample(network, *noise)
@@ -73,7 +84,10 @@ def test_round_trips_have_no_differing_bits(
 @pytest.mark.parametrize(("method", "steps", "mix"), SHORT)
 def test_one_grid_step_is_seen(method: str, steps: int, mix: float, backend: str) -> None:
     """The negative control: the image differs in the last bit of one pixel."""
-    network, chain = function(torch.float32), sampler(steps, method=method, mix=mix, backend=backend)
+    network, chain = (
+        function(torch.float32),
+        sampler(steps, method=method, mix=mix, backend=backend),
+    )
     image = chain.sample(network, torch.randn(1, 4, 5, 7))
     noise = chain.invert(network, *image)
     scale = chain._chain.end.scale
@@ -85,7 +99,10 @@ def test_one_grid_step_is_seen(method: str, steps: int, mix: float, backend: str
 @pytest.mark.parametrize(("method", "steps", "mix"), CHAINS[:3] + CHAINS[4:6])
 def test_backends_give_the_same_bits(method: str, steps: int, mix: float) -> None:
     network, x = function(torch.float16), torch.randn(2, 4, 9, 3)
-    chains = [sampler(steps, method=method, mix=mix, dtype=torch.float16, backend=b) for b in ("reference", "cpu")]
+    chains = [
+        sampler(steps, method=method, mix=mix, dtype=torch.float16, backend=b)
+        for b in ("reference", "cpu")
+    ]
     image, other = (chain.sample(network, x) for chain in chains)
     assert equal(image, other)
     assert equal(*(chain.invert(network, *image) for chain in chains))
@@ -107,9 +124,20 @@ def test_any_chain_is_undone_exactly(
     shape: tuple[int, ...],
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    schedule = torch.rand(30, generator=generator, dtype=torch.float64).clamp(1e-3).sort(descending=True).values
+    schedule = (
+        torch.rand(30, generator=generator, dtype=torch.float64)
+        .clamp(1e-3)
+        .sort(descending=True)
+        .values
+    )
     times = torch.randperm(30, generator=generator)[:steps].sort(descending=True).values
-    options = {"method": method, "mix": mix, "alternate": alternate, "final_alpha_cumprod": final, "dtype": dtype}
+    options = {
+        "method": method,
+        "mix": mix,
+        "alternate": alternate,
+        "final_alpha_cumprod": final,
+        "dtype": dtype,
+    }
     chain = ReversibleSampler(schedule, times, **options)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -127,7 +155,9 @@ def test_any_chain_is_undone_exactly(
 @pytest.mark.parametrize(("method", "options"), METHODS)
 @pytest.mark.parametrize("steps", [1, 2, 9])
 @on_cpu
-def test_float_chains_are_those_of_the_papers(method: str, options: dict, steps: int, backend: str) -> None:
+def test_float_chains_are_those_of_the_papers(
+    method: str, options: dict, steps: int, backend: str
+) -> None:
     network = Network(dtype=torch.float64)
     chain = sampler(steps, method=method, **options, dtype=torch.float64, backend=backend)
     x, y = torch.randn(2, 1, 4, 5, 7, dtype=torch.float64)
@@ -138,27 +168,39 @@ def test_float_chains_are_those_of_the_papers(method: str, options: dict, steps:
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(("method", "options"), [("edict", {}), ("edict", {"alternate": False}), ("bdia", {})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("edict", {}), ("edict", {"alternate": False}), ("bdia", {})]
+)
 @pytest.mark.parametrize("steps", [1, 2, 9])
 @on_cpu
-def test_exact_chains_are_those_of_the_papers(method: str, options: dict, steps: int, backend: str) -> None:
+def test_exact_chains_are_those_of_the_papers(
+    method: str, options: dict, steps: int, backend: str
+) -> None:
     network = Network(dtype=torch.float64)
     x = torch.randn(1, 4, 5, 7, dtype=torch.float64)
-    got = sampler(steps, method=method, **options, dtype=torch.float64, backend=backend).sample(network, x)
+    got = sampler(steps, method=method, **options, dtype=torch.float64, backend=backend).sample(
+        network, x
+    )
     for latent, expected in zip(got, plain(network, timesteps(steps), x, method=method, **options)):
         torch.testing.assert_close(latent, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("method", "options"), LEAPFROGS)
 def test_leapfrogs_are_undone_in_floats(method: str, options: dict) -> None:
-    network, chain = Network(dtype=torch.float64), sampler(10, method=method, **options, dtype=torch.float64)
+    network, chain = (
+        Network(dtype=torch.float64),
+        sampler(10, method=method, **options, dtype=torch.float64),
+    )
     noise = torch.randn(2, 1, 4, 5, 7, dtype=torch.float64).unbind()
     for got, expected in zip(chain.invert(network, *chain.sample(network, *noise)), noise):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 def test_an_image_alone_is_inverted_by_one_ddim_step_and_the_leapfrog() -> None:
-    network, chain = function(torch.float64), sampler(10, method="bdia", exact=False, dtype=torch.float64)
+    network, chain = (
+        function(torch.float64),
+        sampler(10, method="bdia", exact=False, dtype=torch.float64),
+    )
     image = torch.randn(1, 4, 5, 7, dtype=torch.float64)
     a = (ALPHAS[0] / ALPHAS[1]).sqrt()
     b = (1 - ALPHAS[0]).sqrt() - a * (1 - ALPHAS[1]).sqrt()
@@ -180,7 +222,9 @@ def test_float_round_trips_lose_the_digits_that_they_must() -> None:
 
 
 @on_cpu
-@pytest.mark.parametrize(("steps", "offset", "to_one"), [(10, 0, False), (50, 1, False), (20, 1, True)])
+@pytest.mark.parametrize(
+    ("steps", "offset", "to_one"), [(10, 0, False), (50, 1, False), (20, 1, True)]
+)
 def test_ddim_is_that_of_diffusers(steps: int, offset: int, to_one: bool, backend: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(
@@ -198,7 +242,9 @@ def test_ddim_is_that_of_diffusers(steps: int, offset: int, to_one: bool, backen
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
     assert got is same
     image = ReversibleSampler(*schedule, mix=1.0, **options).sample(network, noise)[0]
-    assert (image - x).abs().mean() < 0.1 * x.abs().mean()  # EDICT without its mix is DDIM with the other's eps
+    assert (
+        image - x
+    ).abs().mean() < 0.1 * x.abs().mean()  # EDICT without its mix is DDIM with the other's eps
 
 
 @settings(max_examples=200, deadline=None)
@@ -214,18 +260,26 @@ def test_the_grid_ends() -> None:
     scale = 0.3 * 2.0**-26
     assert to_grid(torch.tensor([2.0**50 * scale], dtype=torch.float64), scale, "x").item() == 2**50
     for value in (2.0**50 * scale * (1 + 1e-9), math.inf, math.nan):
-        with pytest.raises(ValueError, match=r"x must be finite and at most .* in size for exact=True, got"):
+        with pytest.raises(
+            ValueError, match=r"x must be finite and at most .* in size for exact=True, got"
+        ):
             to_grid(torch.tensor([0.0, value], dtype=torch.float64), scale, "x")
 
 
-@pytest.mark.parametrize(("steps", "mix", "bits"), [(50, 0.93, 26), (200, 0.93, 23), (1000, 0.99, 26), (9, 1.0, 26)])
+@pytest.mark.parametrize(
+    ("steps", "mix", "bits"), [(50, 0.93, 26), (200, 0.93, 23), (1000, 0.99, 26), (9, 1.0, 26)]
+)
 def test_bits_of_the_grid(steps: int, mix: float, bits: int) -> None:
     chain = sampler(steps, mix=mix)._chain
-    assert chain.start.scale == pytest.approx(ALPHAS[timesteps(steps)[0]].item() ** 0.5 * 2.0**-bits, rel=1e-12)
+    assert chain.start.scale == pytest.approx(
+        ALPHAS[timesteps(steps)[0]].item() ** 0.5 * 2.0**-bits, rel=1e-12
+    )
 
 
 def test_a_chain_that_would_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"timesteps must be at most 2\d\d with mix=0.93 .* got 1000 steps") as refusal:
+    with pytest.raises(
+        ValueError, match=r"timesteps must be at most 2\d\d with mix=0.93 .* got 1000 steps"
+    ) as refusal:
         sampler(1000, mix=0.93)
     enough = float(str(refusal.value).split("mix at least ")[1].split(",")[0])
     sampler(1000, mix=enough)
@@ -239,11 +293,15 @@ def test_a_chain_that_would_not_fit_is_refused() -> None:
 
 
 def test_a_pair_of_leapfrogs_is_two_neighbours_in_time() -> None:
-    """What comes out is the last latent and the one before it, for odd and even numbers of steps."""
+    """What comes out is the last latent and the one before it, for odd and even numbers of
+    steps.
+    """
     for steps in (2, 3, 4, 5):
         chain = sampler(steps, method="bdia", exact=False, dtype=torch.float64)
         x, y = torch.full((2, 1), 2.0).double().unbind()
-        image, before = chain.sample(lambda x, t: torch.zeros_like(x), x, ALPHAS[chain.timesteps[1]] * 0 + y)
+        image, before = chain.sample(
+            lambda x, t: torch.zeros_like(x), x, ALPHAS[chain.timesteps[1]] * 0 + y
+        )
         noise = chain.invert(lambda x, t: torch.zeros_like(x), image, before)
         torch.testing.assert_close(noise, (x, y))
         reference = plain(lambda x, t: torch.zeros_like(x), chain.timesteps, x, y, method="bdia")

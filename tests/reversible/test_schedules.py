@@ -1,4 +1,6 @@
-"""Tables of alphas_cumprod: the entries that a chain uses fall with the timesteps, others are nobody's business."""
+"""Tables of alphas_cumprod: the entries that a chain uses fall with the timesteps, others are
+nobody's business.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_entries_not_used_may_be_anything(unused: float, method: str, exact: boo
 
 def test_the_first_entry_is_used_where_no_other_end_is_named() -> None:
     table = [0.0, 0.9, 0.8]
-    with pytest.raises(ValueError, match=r"^alphas_cumprod must be in \(0, 1\], got 0.0 at timestep 0$"):
+    with pytest.raises(
+        ValueError, match=r"^alphas_cumprod must be in \(0, 1\], got 0.0 at timestep 0$"
+    ):
         ReversibleSampler(table, [2, 1])
     ReversibleSampler(table, [2, 1], final_alpha_cumprod=1.0)
 
@@ -44,10 +48,14 @@ def test_the_first_entry_is_used_where_no_other_end_is_named() -> None:
     [(0.0, "0.0"), (-0.5, "-0.5"), (1.5, "1.5"), (float("nan"), "nan"), (float("inf"), "inf")],
 )
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
-def test_entries_that_are_used_are_refused_by_their_timestep(wrong: float, got: str, kind: Callable) -> None:
+def test_entries_that_are_used_are_refused_by_their_timestep(
+    wrong: float, got: str, kind: Callable
+) -> None:
     with pytest.raises(ValueError, match=f"^alphas_cumprod must .*, got {got} at timestep 2$"):
         ReversibleSampler(kind([0.9, 0.8, wrong, 0.6]), [3, 2, 1])
-    with pytest.raises(TypeError, match=r"^alphas_cumprod must be a number .*, got str at timestep 2$"):
+    with pytest.raises(
+        TypeError, match=r"^alphas_cumprod must be a number .*, got str at timestep 2$"
+    ):
         ReversibleSampler([0.9, 0.8, "0.7", 0.6], [3, 2, 1])
 
 
@@ -58,13 +66,25 @@ def test_entries_that_are_used_are_refused_by_their_timestep(wrong: float, got: 
         ([0.1, 0.5, 0.9], [2, 1], r"got 0.9 at timestep 2 and 0.5 at timestep 1"),
         ([0.9, 0.5, 0.6, 0.4], [3, 2, 1], r"got 0.6 at timestep 2 and 0.5 at timestep 1"),
         ([0.5, 0.9, 0.8], [2, 1], r"got 0.9 at timestep 1 and 0.5 at timestep 0"),
-        (torch.linspace(0.01, 0.999, 1000), timesteps(50), "got 0.98.* at timestep 981 and 0.96.* at timestep 961"),
-        (torch.linspace(0.9, 0.99, 1000), timesteps(200), "got 0.98.* at timestep 996 and 0.98.* at timestep"),
+        (
+            torch.linspace(0.01, 0.999, 1000),
+            timesteps(50),
+            "got 0.98.* at timestep 981 and 0.96.* at timestep 961",
+        ),
+        (
+            torch.linspace(0.9, 0.99, 1000),
+            timesteps(200),
+            "got 0.98.* at timestep 996 and 0.98.* at timestep",
+        ),
     ],
     ids=["rises", "rises in between", "rises at the end", "reversed", "rises slowly"],
 )
-def test_tables_that_rise_are_refused(table: object, steps: list[int], sentence: str, method: str, exact: bool) -> None:
-    with pytest.raises(ValueError, match=f"^alphas_cumprod must not rise with the timesteps used, {sentence}"):
+def test_tables_that_rise_are_refused(
+    table: object, steps: list[int], sentence: str, method: str, exact: bool
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"^alphas_cumprod must not rise with the timesteps used, {sentence}"
+    ):
         ReversibleSampler(table, steps, method=method, exact=exact)
 
 

@@ -1,4 +1,6 @@
-"""PyTorch's own machinery around semantic guidance: derivatives, opcheck, compile, export, functional transforms."""
+"""PyTorch's own machinery around semantic guidance: derivatives, opcheck, compile, export,
+functional transforms.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ OPS = {name: getattr(torch.ops.dense_attn, name).default for name in ("percentil
 
 
 @every_backend
-@pytest.mark.parametrize(("warm", "sum_channels"), list(product([(True,) * 3, (True, False, True)], [False, True])))
+@pytest.mark.parametrize(
+    ("warm", "sum_channels"), list(product([(True,) * 3, (True, False, True)], [False, True]))
+)
 def test_gradcheck(backend: str, warm: tuple[bool, ...], sum_channels: bool) -> None:
     """First and second derivatives in float64; random numbers stay away from their thresholds."""
     shapes = ((1, 2, 3, 2), (1, 2, 3, 2), (3, 1, 2, 3, 2), (1, 2, 3, 2), (3, 1, 1, 3, 1))
@@ -33,7 +37,9 @@ def test_gradcheck(backend: str, warm: tuple[bool, ...], sum_channels: bool) -> 
 
     def step(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         mask = tensors[4] if len(tensors) > 4 else None
-        return sega_guidance(*tensors[:4], **options, user_mask=mask, sum_channels=sum_channels, backend=backend)
+        return sega_guidance(
+            *tensors[:4], **options, user_mask=mask, sum_channels=sum_channels, backend=backend
+        )
 
     for count in (4, 5):
         assert torch.autograd.gradcheck(step, leaves[:count])
@@ -70,13 +76,21 @@ def test_opcheck_of_the_percentile_mask(name: str, dtype: torch.dtype) -> None:
 
 
 def raw_step(
-    dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 4, 5, 7), *, masked: bool = True
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = (2, 4, 5, 7),
+    *,
+    masked: bool = True,
 ) -> raw.Arguments:
     """Arguments of a raw call that is right in every respect."""
     eps = torch.randn(5, *shape, dtype=torch.float64).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     mask = torch.rand(shape[2:], dtype=wide).expand(3, *shape) if masked else None
-    tensors = {"eps_uncond": eps[0], "eps_text": eps[1], "eps_edits": eps[2:], "momentum": torch.randn(shape).to(wide)}
+    tensors = {
+        "eps_uncond": eps[0],
+        "eps_text": eps[1],
+        "eps_edits": eps[2:],
+        "momentum": torch.randn(shape).to(wide),
+    }
     return {**tensors, **OPTIONS, "user_mask": mask, "sum_channels": masked}
 
 
@@ -92,21 +106,31 @@ def test_opcheck_of_sega_guidance(shape: tuple[int, ...], dtype: torch.dtype) ->
 def spoiled(good: Tensor) -> list[Tensor]:
     """Wrong ranks, lengths, dtypes and devices of a tensor argument."""
     wrong = [good[None, None, None], good[..., 0], good.new_zeros(0), good.new_zeros(())]
-    wrong += [good.new_zeros(*good.shape[:-1], good.shape[-1] + 3), good.new_zeros(good.shape[0] + 1, *good.shape[1:])]
+    wrong += [
+        good.new_zeros(*good.shape[:-1], good.shape[-1] + 3),
+        good.new_zeros(good.shape[0] + 1, *good.shape[1:]),
+    ]
     wrong += [good.new_zeros(good.shape[0], good.shape[1] + 1, *good.shape[2:])]
-    wrong += [good.to(dtype) for dtype in (torch.float64, torch.int64, torch.bool, torch.float16, torch.complex64)]
+    wrong += [
+        good.to(dtype)
+        for dtype in (torch.float64, torch.int64, torch.bool, torch.float16, torch.complex64)
+    ]
     return [*wrong, good.to("meta"), good.to_sparse()]
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("argument", ["eps_uncond", "eps_text", "eps_edits", "momentum", "user_mask"])
+@pytest.mark.parametrize(
+    "argument", ["eps_uncond", "eps_text", "eps_edits", "momentum", "user_mask"]
+)
 def test_raw_steps_refuse_tensors(argument: str) -> None:
     good = raw_step()
     raw.call("sega_guidance", good)
     wrong = spoiled(good[argument].contiguous())
     wrong.append(good[argument].mT.contiguous().mT)  # the trailing axes do not collapse
     for value in wrong:
-        with pytest.raises(RuntimeError, match=r" must .+, got " if value.layout == torch.strided else "."):
+        with pytest.raises(
+            RuntimeError, match=r" must .+, got " if value.layout == torch.strided else "."
+        ):
             raw.call("sega_guidance", {**good, argument: value})
 
 
@@ -126,7 +150,9 @@ def test_raw_steps_refuse_lists(argument: str) -> None:
 @needs_cpu_kernels
 def test_raw_masks_refuse() -> None:
     good = torch.randn(6, 35)
-    for value in spoiled(good)[:4] + [good.to(dtype) for dtype in (torch.int64, torch.bool, torch.complex64)]:
+    for value in spoiled(good)[:4] + [
+        good.to(dtype) for dtype in (torch.int64, torch.bool, torch.complex64)
+    ]:
         with pytest.raises(RuntimeError, match=r"x must .+, got "):
             OPS["percentile_mask"](value, 0.5)
     with pytest.raises(RuntimeError, match=r"x must .+, got "):
@@ -144,7 +170,12 @@ def example() -> list[Tensor]:
 
 def step(*tensors: Tensor, backend: str, number: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
     """Both ops, with work before and after."""
-    options = {**OPTIONS, "guidance_scale": number, "edit_guidance_scale": number, "warm": [True, False, True]}
+    options = {
+        **OPTIONS,
+        "guidance_scale": number,
+        "edit_guidance_scale": number,
+        "warm": [True, False, True],
+    }
     options["edit_threshold"] = [number / 4, 0.5, 0.5]
     uncond, *others, mask = tensors
     eps, momentum = sega_guidance(uncond * 2, *others, **options, user_mask=mask, backend=backend)
@@ -153,23 +184,36 @@ def step(*tensors: Tensor, backend: str, number: float = 2.0) -> tuple[Tensor, T
 
 def loss_of(call: Callable, leaves: list[Tensor]) -> list[Tensor]:
     masked, threshold, momentum = call(*leaves)
-    return [masked, threshold, momentum, *torch.autograd.grad(masked.square().sum() + momentum.sum(), leaves)]
+    return [
+        masked,
+        threshold,
+        momentum,
+        *torch.autograd.grad(masked.square().sum() + momentum.sum(), leaves),
+    ]
 
 
 @every_backend
-@pytest.mark.parametrize(("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", None)])
+@pytest.mark.parametrize(
+    ("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", None)]
+)
 def test_compile_forward_and_backward(backend: str, compiler: str, dynamic: bool | None) -> None:
     if backend == "reference" and (compiler, dynamic) != ("aot_eager", False):
         pytest.skip("the reference is plain PyTorch, which one compiler shows")
     torch._dynamo.reset()
-    compiled = torch.compile(partial(step, backend=backend), fullgraph=True, backend=compiler, dynamic=dynamic)
+    compiled = torch.compile(
+        partial(step, backend=backend), fullgraph=True, backend=compiler, dynamic=dynamic
+    )
     for number in (2.0, 1.5)[: 1 if compiler == "inductor" else 2]:  # recompiled for each number
         leaves = example()
         got = loss_of(partial(compiled, number=number), leaves)
-        for result, expected in zip(got, loss_of(partial(step, backend=backend, number=number), leaves)):
+        for result, expected in zip(
+            got, loss_of(partial(step, backend=backend, number=number), leaves)
+        ):
             torch.testing.assert_close(result, expected)
     with torch.no_grad():
-        for result, expected in zip(compiled(*leaves, number=number), step(*leaves, backend=backend, number=number)):
+        for result, expected in zip(
+            compiled(*leaves, number=number), step(*leaves, backend=backend, number=number)
+        ):
             torch.testing.assert_close(result, expected)
 
 
@@ -177,7 +221,9 @@ def test_compile_forward_and_backward(backend: str, compiler: str, dynamic: bool
 def test_compile_takes_one_tensor_twice(backend: str) -> None:
     torch._dynamo.reset()
     call = partial(sega_guidance, **{**OPTIONS, "warm": True}, backend=backend)
-    compiled = torch.compile(lambda x, edits: call(x, x, edits, x), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, edits: call(x, x, edits, x), fullgraph=True, backend="aot_eager"
+    )
     x, edits = torch.randn(2, 3, 20, requires_grad=True), torch.randn(3, 2, 3, 20)
     for result, expected in zip(compiled(x, edits), call(x, x, edits, x)):
         torch.testing.assert_close(result, expected)
@@ -196,7 +242,9 @@ def test_export(backend: str) -> None:
 
 
 @every_backend
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls a kernel once for each
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # vmap calls a kernel once for each
 def test_functional_transforms(backend: str) -> None:
     x = torch.randn(4, 3, 20)
     mask = partial(percentile_mask, level=0.6, dim=-1, backend=backend)

@@ -1,4 +1,6 @@
-"""Rows too long for a buffer of candidates: searched by all threads, digit by digit, to the same bits."""
+"""Rows too long for a buffer of candidates: searched by all threads, digit by digit, to the same
+bits.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,14 @@ def row(kind: str, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["normal", "crowd", "two-crowds", "spread", "infinite", "nan"])
-def test_long_rows(backend: str, threads: int, dtype: torch.dtype, kind: str, one_thread: None) -> None:
+def test_long_rows(
+    backend: str, threads: int, dtype: torch.dtype, kind: str, one_thread: None
+) -> None:
     torch.set_num_threads(threads)
     x = row(kind, dtype)
-    middle = (LENGTH // 2 - 1) / (LENGTH - 1)  # the last of the first half; a little more lies between the halves
+    middle = (LENGTH // 2 - 1) / (
+        LENGTH - 1
+    )  # the last of the first half; a little more lies between the halves
     for level in (0.0, 0.25, middle, middle + 2e-6, 0.9, 1.0):
         masked, threshold = percentile_mask(x, level, dim=0, backend=backend)
         expected = exact_quantile(x.abs(), level)

@@ -1,8 +1,10 @@
-"""Whole runs of diffusers' own SemanticStableDiffusionPipeline, random weights, against the loop of the example.
+"""Whole runs of diffusers' own SemanticStableDiffusionPipeline, random weights, against the loop of
+the example.
 
-A run in float32 may be off by rounding alone: the pipeline's float32 run is held to the one rule of accuracy, with our
-float64 run as what is exact and our float32 run as the measure of rounding. Both runs part where a threshold falls
-between two magnitudes that differ by less than rounding; such near ties, seen in the float64 run, are set aside.
+A run in float32 may be off by rounding alone: the pipeline's float32 run is held to the one rule of
+accuracy, with our float64 run as what is exact and our float32 run as the measure of rounding. Both
+runs part where a threshold falls between two magnitudes that differ by less than rounding; such
+near ties, seen in the float64 run, are set aside.
 """
 
 from __future__ import annotations
@@ -42,12 +44,19 @@ def noise(batch: int) -> Tensor:
     return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def theirs(options: Options, count: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+def theirs(
+    options: Options, count: int, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Latents of a whole run of the pipeline."""
     prompts, concepts = PROMPTS[:batch], CONCEPTS[:count]
     pipe, latents = pipeline(dtype), noise(batch).to(dtype)
     return pipe(
-        prompts, num_inference_steps=STEPS, editing_prompt=concepts, latents=latents, output_type="latent", **options
+        prompts,
+        num_inference_steps=STEPS,
+        editing_prompt=concepts,
+        latents=latents,
+        output_type="latent",
+        **options,
     ).images
 
 
@@ -60,27 +69,41 @@ def denoise(
     noise: Tensor,
     steps: int,
 ) -> Tensor:
-    """Latents [B, C, H, W] of B prompts under E concepts, all 2 + E estimates of a step from one call of the U-Net."""
+    """Latents [B, C, H, W] of B prompts under E concepts, all 2 + E estimates of a step from one
+    call of the U-Net.
+    """
     texts = [""] * len(prompts) + prompts + [concept for concept in concepts for _ in prompts]
     tokens = pipe.tokenizer(
-        texts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        texts,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
     )
     embeddings = pipe.text_encoder(tokens.input_ids.to(noise.device))[0]
     pipe.scheduler.set_timesteps(steps, device=noise.device)
     latents = noise * pipe.scheduler.init_noise_sigma
     for step, t in enumerate(pipe.scheduler.timesteps):
         inputs = pipe.scheduler.scale_model_input(torch.cat([latents] * (2 + len(concepts))), t)
-        eps = pipe.unet(inputs, t, encoder_hidden_states=embeddings).sample.unflatten(0, (-1, len(prompts)))
-        latents = pipe.scheduler.step(guidance(step, eps[0], eps[1], eps[2:]), t, latents).prev_sample
+        eps = pipe.unet(inputs, t, encoder_hidden_states=embeddings).sample.unflatten(
+            0, (-1, len(prompts))
+        )
+        latents = pipe.scheduler.step(
+            guidance(step, eps[0], eps[1], eps[2:]), t, latents
+        ).prev_sample
     return latents
 
 
 class Watched(SemanticGuidance):
-    """The library's class, and the narrowest gap that a threshold fell into, as a part of the magnitude above it."""
+    """The library's class, and the narrowest gap that a threshold fell into, as a part of the
+    magnitude above it.
+    """
 
     narrowest = float("inf")
 
-    def __call__(self, step: int, eps_uncond: Tensor, eps_text: Tensor, eps_edits: Tensor) -> Tensor:
+    def __call__(
+        self, step: int, eps_uncond: Tensor, eps_text: Tensor, eps_edits: Tensor
+    ) -> Tensor:
         levels = self.levels if isinstance(self.levels, list) else [self.levels] * len(eps_edits)
         for difference, level in zip(eps_edits - eps_uncond, levels):
             kept = percentile_mask(difference, level, backend="reference")[0] != 0
@@ -91,23 +114,37 @@ class Watched(SemanticGuidance):
 
 
 def ours(
-    options: Options, count: int, batch: int = 1, dtype: torch.dtype = torch.float32, backend: str = "reference"
+    options: Options,
+    count: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "reference",
 ) -> tuple[Tensor, float]:
     """Latents of the same run by the library, and the narrowest gap around a threshold."""
     guidance = Watched(**options, backend=backend)
     guidance.levels = options.get("edit_threshold", 0.9)
-    latents = denoise(pipeline(dtype), PROMPTS[:batch], CONCEPTS[:count], guidance, noise(batch).to(dtype), STEPS)
+    latents = denoise(
+        pipeline(dtype), PROMPTS[:batch], CONCEPTS[:count], guidance, noise(batch).to(dtype), STEPS
+    )
     return latents, guidance.narrowest
 
 
 def divides_zero_by_zero(options: Options, count: int) -> bool:
-    """Whether at some step a few concepts are warm, not all, and the warm ones have no weight: the pipeline's NaN."""
+    """Whether at some step a few concepts are warm, not all, and the warm ones have no weight: the
+    pipeline's NaN.
+    """
 
     def each(name: str, default: object) -> list:
         value = options.get(name, default)
         return value if isinstance(value, list) else [value] * count
 
-    rows = list(zip(each("edit_warmup_steps", 10), each("edit_cooldown_steps", None), each("edit_weights", None)))
+    rows = list(
+        zip(
+            each("edit_warmup_steps", 10),
+            each("edit_cooldown_steps", None),
+            each("edit_weights", None),
+        )
+    )
     for step in range(STEPS):
         warm = [(end, weight) for first, end, weight in rows if step >= first]
         left = [w for end, w in warm if (end is None or step < end) and (w is None or w > 0)]
@@ -118,7 +155,9 @@ def divides_zero_by_zero(options: Options, count: int) -> bool:
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[Options, int, int]:
-    """Arguments of the pipeline, left out, one for all or one for each concept; number of concepts; batch."""
+    """Arguments of the pipeline, left out, one for all or one for each concept; number of concepts;
+    batch.
+    """
     count = draw(st.integers(1, 3))
     steps = st.integers(0, STEPS + 1)
     each = {
@@ -132,7 +171,9 @@ def runs(draw: st.DrawFn) -> tuple[Options, int, int]:
     for name, values in each.items():
         choice = draw(st.sampled_from(["default", "one", "each", "each"]))
         if choice != "default":
-            options[name] = draw(values if choice == "one" else st.lists(values, min_size=count, max_size=count))
+            options[name] = draw(
+                values if choice == "one" else st.lists(values, min_size=count, max_size=count)
+            )
     if draw(st.booleans()):
         weights = st.sampled_from([1.0, 0.3, 2.5, 0.0, -1.0])
         options["edit_weights"] = draw(st.lists(weights, min_size=count, max_size=count))
@@ -153,7 +194,9 @@ def test_whole_runs_equal_the_pipeline(backend: str, run: tuple[Options, int, in
         assert expected.isnan().all()
         return
     assume(gap > NEAR_TIE)
-    assert_accurate("the pipeline's latents", expected, exact, ours(*run, backend=backend)[0], torch.float32)
+    assert_accurate(
+        "the pipeline's latents", expected, exact, ours(*run, backend=backend)[0], torch.float32
+    )
 
 
 FULL = {  # every rule at work: partial warm-up, a cool-down, weights, a reversed concept
@@ -182,9 +225,13 @@ WRONG = {
 
 @every_backend
 def test_a_run_in_float64_equals_the_pipeline(backend: str) -> None:
-    """Far below what float32 could show; thresholds are interpolated, so that its rounding of them moves nothing."""
+    """Far below what float32 could show; thresholds are interpolated, so that its rounding of them
+    moves nothing.
+    """
     expected = theirs(FULL, 3, 2, torch.float64)
-    torch.testing.assert_close(ours(FULL, 3, 2, torch.float64, backend)[0], expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        ours(FULL, 3, 2, torch.float64, backend)[0], expected, rtol=0, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("argument", FULL)
@@ -194,16 +241,23 @@ def test_a_wrong_argument_is_seen(argument: str) -> None:
     plain = ours(FULL, 3, 2)[0]
     assert_accurate("the pipeline's latents", theirs(FULL, 3, 2), exact, plain, torch.float32)
     with pytest.raises(AssertionError, match="is off by"):
-        assert_accurate("a", theirs({**FULL, argument: WRONG[argument]}, 3, 2), exact, plain, torch.float32)
+        assert_accurate(
+            "a", theirs({**FULL, argument: WRONG[argument]}, 3, 2), exact, plain, torch.float32
+        )
 
 
 @every_backend
 def test_zero_over_zero_adds_nothing(backend: str) -> None:
-    """Concept 0 is warm and over from the first step on, concept 1 never warm: the pipeline's NaN."""
+    """Concept 0 is warm and over from the first step on, concept 1 never warm: the pipeline's
+    NaN.
+    """
     options = {"edit_warmup_steps": [0, STEPS + 1], "edit_cooldown_steps": [0, STEPS + 1]}
     assert theirs(options, 2).isnan().all()
     assert divides_zero_by_zero(options, 2)
-    exact, plain = ours(options, 2, dtype=torch.float64, backend=backend)[0], ours(options, 2, backend=backend)[0]
+    exact, plain = (
+        ours(options, 2, dtype=torch.float64, backend=backend)[0],
+        ours(options, 2, backend=backend)[0],
+    )
     assert_accurate("latents without edits", theirs({}, 0), exact, plain, torch.float32)
 
 

@@ -1,4 +1,6 @@
-"""Thresholds follow one rule to the last bit, on every backend and torch, and torch.quantile to its own roundings."""
+"""Thresholds follow one rule to the last bit, on every backend and torch, and torch.quantile to its
+own roundings.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ def rows(kind: str, count: int, dtype: torch.dtype) -> Tensor:
     if kind == "ties":
         x = x.round()
     elif kind == "spread":  # neighbours of very different size
-        x = torch.exp2(40 * x.clamp(-3, 3)) if dtype != torch.float16 else torch.exp2(4 * x.clamp(-3, 3))
+        x = (
+            torch.exp2(40 * x.clamp(-3, 3))
+            if dtype != torch.float16
+            else torch.exp2(4 * x.clamp(-3, 3))
+        )
     elif kind == "denormal":
         x = x * torch.finfo(dtype).smallest_normal / 8
     elif kind == "infinite":
@@ -33,7 +39,11 @@ def rows(kind: str, count: int, dtype: torch.dtype) -> Tensor:
     elif kind == "nan":
         x[1, count // 2] = math.nan
     x = x.to(dtype)
-    return torch.where(x > 0, x[:, :1], torch.nextafter(x[:, :1], 2 * x[:, :1])) if kind == "neighbours" else x
+    return (
+        torch.where(x > 0, x[:, :1], torch.nextafter(x[:, :1], 2 * x[:, :1]))
+        if kind == "neighbours"
+        else x
+    )
 
 
 def same_bits(result: Tensor, expected: Tensor) -> None:
@@ -90,7 +100,9 @@ def units_apart(a: Tensor, b: Tensor) -> int:
 @every_dtype
 @pytest.mark.parametrize("kind", ["normal", "ties", "neighbours", "spread", "denormal"])
 def test_torch_quantile_in_float64(backend: str, dtype: torch.dtype, kind: str) -> None:
-    """However this torch interpolates: what it finds with a rank of float64 is one unit away at most, its mask ours."""
+    """However this torch interpolates: what it finds with a rank of float64 is one unit away at
+    most, its mask ours.
+    """
     for count in LENGTHS:
         x = rows(kind, count, dtype)
         wide = reference.accumulation_dtype(dtype)
@@ -110,14 +122,19 @@ def ends(rank: float) -> tuple[int, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties", "spread"])
 def test_torch_quantile_in_float32(backend: str, dtype: torch.dtype, kind: str) -> None:
-    """One unit away at most, but for what its level or rank of float32 is off; its mask ours beside the same values."""
+    """One unit away at most, but for what its level or rank of float32 is off; its mask ours beside
+    the same values.
+    """
     compared = 0
     for count in LENGTHS:
         x = rows(kind, count, dtype)
         ordered = x.double().abs().sort(1).values
         for level in LEVELS:
             rank, narrow = level * (count - 1), torch.tensor(level)
-            others = (narrow * (count - 1)).item(), narrow.item() * (count - 1)  # before torch 2.14, and from it on
+            others = (
+                (narrow * (count - 1)).item(),
+                narrow.item() * (count - 1),
+            )  # before torch 2.14, and from it on
             if not ends(rank) == ends(others[0]) == ends(others[1]):
                 continue
             compared += 1
@@ -134,7 +151,9 @@ def test_torch_quantile_in_float32(backend: str, dtype: torch.dtype, kind: str) 
 
 @every_backend
 def test_a_rank_that_float32_rounds_to_a_whole_number(backend: str) -> None:
-    """0.999*39,999 is 39,959.001: a torch with ranks of float32 stops at the 39,959th value, and keeps one more."""
+    """0.999*39,999 is 39,959.001: a torch with ranks of float32 stops at the 39,959th value, and
+    keeps one more.
+    """
     x = torch.arange(40_000.0).sub(39_000).clamp(min=0)
     masked, threshold = percentile_mask(x, 0.999, dim=0, backend=backend)
     assert threshold == torch.quantile(x.double(), 0.999).float() == torch.tensor(959.001)

@@ -1,4 +1,6 @@
-"""Where a run of semantic guidance begins and ends: one object for any number of images, edits that never begin."""
+"""Where a run of semantic guidance begins and ends: one object for any number of images, edits that
+never begin.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def eps(seed: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return uncond, text, torch.stack(edits)
 
 
-def loop(guidance: SemanticGuidance, steps: Iterable[int], image: int = 0, batch: int = 1) -> list[Tensor]:
+def loop(
+    guidance: SemanticGuidance, steps: Iterable[int], image: int = 0, batch: int = 1
+) -> list[Tensor]:
     return [guidance(step, *eps(100 * image + call, batch)) for call, step in enumerate(steps)]
 
 
@@ -42,7 +46,9 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     ],
     ids=str,
 )
-def test_a_second_run_is_as_if_it_were_the_first(first: Iterable[int], second: Iterable[int]) -> None:
+def test_a_second_run_is_as_if_it_were_the_first(
+    first: Iterable[int], second: Iterable[int]
+) -> None:
     guidance = SemanticGuidance(**RULES)
     loop(guidance, first, image=1)
     assert same(loop(guidance, second), loop(SemanticGuidance(**RULES), second))
@@ -51,13 +57,17 @@ def test_a_second_run_is_as_if_it_were_the_first(first: Iterable[int], second: I
 def test_a_second_run_may_have_another_shape_and_dtype() -> None:
     guidance = SemanticGuidance(**RULES)
     loop(guidance, range(3))
-    assert same(loop(guidance, range(3), batch=2), loop(SemanticGuidance(**RULES), range(3), batch=2))
+    assert same(
+        loop(guidance, range(3), batch=2), loop(SemanticGuidance(**RULES), range(3), batch=2)
+    )
     guidance(0, *(x.double() for x in eps(0)))
     assert guidance.momentum.dtype == torch.float64
 
 
 def test_momentum_goes_on_within_a_run() -> None:
-    """Also where a scheduler calls the network twice a step, and where a run of later steps follows none."""
+    """Also where a scheduler calls the network twice a step, and where a run of later steps follows
+    none.
+    """
     for steps in ([0, 1, 2], [0, 1, 1, 2, 2], [4, 4, 5]):
         guidance, anew = SemanticGuidance(**RULES), []
         momenta = []

@@ -1,4 +1,6 @@
-"""Semantic guidance and the percentile mask: accuracy on every backend, and the properties of their definitions."""
+"""Semantic guidance and the percentile mask: accuracy on every backend, and the properties of their
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from accuracy import assert_accurate
 from cases import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sega_cases import CASES, LISTS, NUMBERS, Case, evaluate, exact_and_plain, kept_entries, make_inputs
+from sega_cases import (
+    CASES,
+    LISTS,
+    NUMBERS,
+    Case,
+    evaluate,
+    exact_and_plain,
+    kept_entries,
+    make_inputs,
+)
 from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks, percentile_mask, reference, sega_guidance
@@ -22,7 +33,11 @@ from dense_attn.verify.families import exact_quantile
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
 properties = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-CALLS = [pytest.param(case, dtype, id=f"{case.name}-{_checks.name(dtype)}") for case in CASES for dtype in case.dtypes]
+CALLS = [
+    pytest.param(case, dtype, id=f"{case.name}-{_checks.name(dtype)}")
+    for case in CASES
+    for dtype in case.dtypes
+]
 CASE = CASES[0]
 
 
@@ -44,7 +59,9 @@ def test_accuracy(backend: str, case: Case, dtype: torch.dtype) -> None:
     for name, result in results.items():
         assert_accurate(name, result, exact[name], plain[name], dtype)
     with torch.no_grad():  # another way through the code
-        eps, momentum = step(inputs.eps_uncond, inputs.eps_text, inputs.eps_edits, inputs.momentum, inputs.user_mask)
+        eps, momentum = step(
+            inputs.eps_uncond, inputs.eps_text, inputs.eps_edits, inputs.momentum, inputs.user_mask
+        )
     assert eps.dtype == dtype
     same_bits(eps, results["eps"])
     same_bits(momentum, results["momentum"])
@@ -56,8 +73,14 @@ def test_thresholds_are_their_definition(backend: str, case: Case, dtype: torch.
     """Bit for bit; so that an entry on its threshold stays on every backend, or on none."""
     inputs, options = make_inputs(case, dtype), case.options()
     count, batch, channels = case.size[:3]
-    uncond, text = (x.reshape(batch, channels, -1 if x.numel() else 1) for x in (inputs.eps_uncond, inputs.eps_text))
-    lists = {name: options[name] if isinstance(options[name], list) else [options[name]] * count for name in LISTS}
+    uncond, text = (
+        x.reshape(batch, channels, -1 if x.numel() else 1)
+        for x in (inputs.eps_uncond, inputs.eps_text)
+    )
+    lists = {
+        name: options[name] if isinstance(options[name], list) else [options[name]] * count
+        for name in LISTS
+    }
     *_, thresholds = table.NAMESPACES[backend].sega_guidance(
         uncond, text, inputs.eps_edits.reshape(count, *uncond.shape), uncond.to(reference.accumulation_dtype(dtype)),
         **{**NUMBERS, **lists}, user_mask=None, sum_channels=options.get("sum_channels", False),
@@ -65,7 +88,9 @@ def test_thresholds_are_their_definition(backend: str, case: Case, dtype: torch.
     same_bits(thresholds, kept_entries(inputs, options)[1])
 
 
-@pytest.mark.parametrize("change", [*NUMBERS, "edit_guidance_scale", "edit_threshold", "edit_weights", "reverse"])
+@pytest.mark.parametrize(
+    "change", [*NUMBERS, "edit_guidance_scale", "edit_threshold", "edit_weights", "reverse"]
+)
 def test_the_rule_of_accuracy_can_fail(change: str) -> None:
     inputs, options = make_inputs(CASE, torch.float32), CASE.options()
     exact, plain = exact_and_plain(inputs, options)
@@ -80,7 +105,10 @@ def test_the_rule_of_accuracy_can_fail(change: str) -> None:
     options["edit_mom_beta"] = 0.40001 if change == "edit_mom_beta" else 0.4
     step = partial(sega_guidance, **{**options, "backend": "reference"})
     results = evaluate(lambda *tensors: step(*tensors[:4]), inputs)
-    verdicts = {name: judge(result, exact[name], plain[name], torch.float32) for name, result in results.items()}
+    verdicts = {
+        name: judge(result, exact[name], plain[name], torch.float32)
+        for name, result in results.items()
+    }
     assert any(error > allowed for error, allowed in verdicts.values())
 
 
@@ -92,18 +120,27 @@ def row_problems(draw: st.DrawFn) -> tuple[Tensor, float, tuple[int, ...]]:
         shape[-1] = draw(st.integers(1, 3000))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0 ** draw(st.integers(-6, 4))
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0 ** draw(
+        st.integers(-6, 4)
+    )
     kind = draw(st.sampled_from(["normal", "ties", "equal", "infinite", "nan"]))
     if kind == "ties":
         x = x.sign() * (x.abs() > x.abs().median())
     elif kind == "equal":
         x = torch.full_like(x, x.flatten()[0])
     elif kind in ("infinite", "nan"):
-        x[torch.rand(shape, generator=generator) < 0.1] = {"infinite": -torch.inf, "nan": torch.nan}[kind]
+        x[torch.rand(shape, generator=generator) < 0.1] = {
+            "infinite": -torch.inf,
+            "nan": torch.nan,
+        }[kind]
     dims = draw(st.permutations(range(len(shape))))
     x = x.to(dtype).permute(dims).contiguous().permute(torch.tensor(dims).argsort().tolist())
     level = draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]) | st.floats(0, 1))
-    axes = draw(st.lists(st.integers(-len(shape), len(shape) - 1), min_size=1, unique_by=lambda i: i % len(shape)))
+    axes = draw(
+        st.lists(
+            st.integers(-len(shape), len(shape) - 1), min_size=1, unique_by=lambda i: i % len(shape)
+        )
+    )
     return x, level, tuple(axes)
 
 
@@ -125,13 +162,18 @@ def test_percentile_mask_is_its_definition(backend: str, problem: tuple) -> None
 @every_backend
 @pytest.mark.parametrize("level", [0.5, 0.9999999])
 def test_a_row_longer_than_2_to_the_24(backend: str, level: float) -> None:
-    """Which torch.quantile refuses before torch 2.14; small integers, whose counts give the order statistics."""
+    """Which torch.quantile refuses before torch 2.14; small integers, whose counts give the order
+    statistics.
+    """
     length = 2**24 + 3
     x = torch.randint(-1000, 1001, (length,)).float()
     masked, threshold = percentile_mask(x, level, dim=0, backend=backend)
     rank = level * (length - 1)
     below = x.abs().long().bincount().cumsum(0)
-    lower, upper = (torch.searchsorted(below, index, right=True).item() for index in (int(rank), math.ceil(rank)))
+    lower, upper = (
+        torch.searchsorted(below, index, right=True).item()
+        for index in (int(rank), math.ceil(rank))
+    )
     assert threshold == torch.tensor(lower + (upper - lower) * (rank - int(rank)))
     assert torch.equal(masked, x.where(x.abs() >= threshold, torch.zeros(())))
 
@@ -163,7 +205,10 @@ def steps(draw: st.DrawFn) -> tuple[Estimates, dict[str, object]]:
         "edit_weights": st.floats(-0.5, 2, width=16),
         **dict.fromkeys(("warm", "enabled", "reverse"), st.booleans()),
     }
-    options = {name: draw(st.lists(value, min_size=count, max_size=count)) for name, value in values.items()}
+    options = {
+        name: draw(st.lists(value, min_size=count, max_size=count))
+        for name, value in values.items()
+    }
     if draw(st.booleans()):
         options["warm"] = [True] * count
     options["sum_channels"] = draw(st.booleans())
@@ -174,7 +219,9 @@ def assert_equal_to_rounding(results: tuple[Tensor, ...], expected: tuple[Tensor
     """Sums of about ten terms in another order."""
     for result, other in zip(results, expected, strict=True):
         scale = max(1.0, other.abs().max().item())
-        torch.testing.assert_close(result, other, rtol=0, atol=64 * torch.finfo(other.dtype).eps * scale)
+        torch.testing.assert_close(
+            result, other, rtol=0, atol=64 * torch.finfo(other.dtype).eps * scale
+        )
 
 
 @every_backend
@@ -188,7 +235,9 @@ def test_threshold_0_is_composable_diffusion(backend: str, problem: tuple) -> No
     expected = uncond + 7.5 * (text - uncond)
     names = ("edit_guidance_scale", "edit_weights", "enabled", "reverse")
     for edit, scale, weight, on, negative in zip(edits, *(options[name] for name in names)):
-        expected = expected + max(weight, 0) * on * scale * (-1 if negative else 1) * (edit - uncond)
+        expected = expected + max(weight, 0) * on * scale * (-1 if negative else 1) * (
+            edit - uncond
+        )
     assert_equal_to_rounding((eps,), (expected,))
 
 
@@ -198,8 +247,14 @@ def test_threshold_0_is_composable_diffusion(backend: str, problem: tuple) -> No
 def test_reversed_is_a_negative_scale(backend: str, problem: tuple) -> None:
     tensors, options = problem
     negated = [-scale for scale in options["edit_guidance_scale"]]
-    other = {**options, "edit_guidance_scale": negated, "reverse": [not one for one in options["reverse"]]}
-    for result, expected in zip(*(sega_guidance(*tensors, **each, backend=backend) for each in (options, other))):
+    other = {
+        **options,
+        "edit_guidance_scale": negated,
+        "reverse": [not one for one in options["reverse"]],
+    }
+    for result, expected in zip(
+        *(sega_guidance(*tensors, **each, backend=backend) for each in (options, other))
+    ):
         same_bits(result, expected)
 
 
@@ -211,7 +266,9 @@ def test_the_order_of_concepts_does_not_matter(backend: str, problem: tuple, see
     order = torch.randperm(len(edits), generator=torch.Generator().manual_seed(seed)).tolist()
     other = {name: [options[name][i] for i in order] for name in LISTS}
     results = sega_guidance(uncond, text, edits, momentum, **options, backend=backend)
-    expected = sega_guidance(uncond, text, edits[order], momentum, **{**options, **other}, backend=backend)
+    expected = sega_guidance(
+        uncond, text, edits[order], momentum, **{**options, **other}, backend=backend
+    )
     assert_equal_to_rounding(results, expected)
 
 
@@ -225,14 +282,18 @@ def test_a_concept_not_enabled_counts_in_warm_alone(backend: str, problem: tuple
     call = partial(sega_guidance, backend=backend)
     results = call(uncond, text, edits, momentum, **{**options, "enabled": [False, *on]})
     weightless = {"enabled": [True, *on], "edit_weights": [0.0, *options["edit_weights"][1:]]}
-    for result, expected in zip(results, call(uncond, text, edits, momentum, **{**options, **weightless})):
+    for result, expected in zip(
+        results, call(uncond, text, edits, momentum, **{**options, **weightless})
+    ):
         same_bits(result, expected)
     if options["warm"][0]:
         others = {name: options[name][1:] for name in LISTS}
         expected = call(uncond, text, edits[1:], momentum, **{**options, **others, "enabled": on})
         assert_equal_to_rounding(results, expected)
     else:  # no concept's push arrives in full
-        nothing = call(uncond, text, edits, momentum, **{**options, "enabled": [False, *on], "warm": False})
+        nothing = call(
+            uncond, text, edits, momentum, **{**options, "enabled": [False, *on], "warm": False}
+        )
         same_bits(results[1], nothing[1])
 
 
@@ -263,7 +324,9 @@ def test_samples_know_nothing_of_each_other(backend: str, problem: tuple) -> Non
 @properties
 @given(problem=steps())
 def test_a_mask_weighs_what_is_kept(backend: str, problem: tuple) -> None:
-    """All ones change nothing; a mask of one number a concept is its weight, where no other depends on it."""
+    """All ones change nothing; a mask of one number a concept is its weight, where no other depends
+    on it.
+    """
     tensors, options = problem
     call = partial(sega_guidance, *tensors, backend=backend)
     for ones in (torch.ones((), dtype=torch.bool), torch.ones(1, 1, dtype=tensors[0].dtype)):
@@ -271,7 +334,9 @@ def test_a_mask_weighs_what_is_kept(backend: str, problem: tuple) -> None:
             same_bits(result, expected)
     weights = torch.tensor(options["edit_weights"], dtype=tensors[0].dtype).clamp(min=0)
     options = {**options, "warm": True}
-    masked = call(**{**options, "edit_weights": 1.0}, user_mask=weights.reshape(-1, *[1] * tensors[0].dim()))
+    masked = call(
+        **{**options, "edit_weights": 1.0}, user_mask=weights.reshape(-1, *[1] * tensors[0].dim())
+    )
     assert_equal_to_rounding(masked, call(**options))
 
 
@@ -279,16 +344,27 @@ def test_a_mask_weighs_what_is_kept(backend: str, problem: tuple) -> None:
 @pytest.mark.parametrize("sequence", [list, tuple])
 def test_a_sequence_of_edits_is_their_stack(backend: str, sequence: type) -> None:
     eps = torch.randn(5, 2, 3, 4, 5)
-    options = {**{name: values[:3] for name, values in LISTS.items()}, **NUMBERS, "backend": backend}
+    options = {
+        **{name: values[:3] for name, values in LISTS.items()},
+        **NUMBERS,
+        "backend": backend,
+    }
     expected = sega_guidance(eps[0], eps[1], eps[2:], None, **options)
-    arrays = {name: torch.tensor(options[name]).double() for name in ("edit_guidance_scale", "edit_weights")}
-    for result, other in zip(sega_guidance(eps[0], eps[1], sequence(eps[2:]), None, **{**options, **arrays}), expected):
+    arrays = {
+        name: torch.tensor(options[name]).double()
+        for name in ("edit_guidance_scale", "edit_weights")
+    }
+    for result, other in zip(
+        sega_guidance(eps[0], eps[1], sequence(eps[2:]), None, **{**options, **arrays}), expected
+    ):
         torch.testing.assert_close(result, other)
 
 
 @every_backend
 def test_zero_over_zero_is_no_addition(backend: str) -> None:
-    """All warm concepts are over while another warms up: the public implementation divides 0 by 0 there."""
+    """All warm concepts are over while another warms up: the public implementation divides 0 by 0
+    there.
+    """
     eps = torch.randn(4, 1, 4, 8, 8, dtype=torch.float64)
     guidance = SemanticGuidance(
         guidance_scale=3.0, edit_warmup_steps=[0, 9], edit_cooldown_steps=[0, None], backend=backend
@@ -302,7 +378,12 @@ def test_zero_over_zero_is_no_addition(backend: str) -> None:
 @every_backend
 def test_the_class_is_the_rules_of_the_steps(backend: str) -> None:
     eps = torch.randn(6, 5, 2, 3, 4, 5)  # steps
-    options = {**NUMBERS, "edit_guidance_scale": [5, 3, -2], "edit_threshold": 0.8, "edit_weights": None}
+    options = {
+        **NUMBERS,
+        "edit_guidance_scale": [5, 3, -2],
+        "edit_threshold": 0.8,
+        "edit_weights": None,
+    }
     rules = {"edit_warmup_steps": [0, 2, 3], "edit_cooldown_steps": [5, None, 4]}
     guidance = SemanticGuidance(**options, **rules, reverse_editing_direction=True, backend=backend)
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""The one accuracy rule, as an assertion, and what it is applied to: outputs, lse and every gradient."""
+"""The one accuracy rule, as an assertion, and what it is applied to: outputs, lse and every
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ from dense_attn.verify.attention import further, judge
 Results = dict[str, Tensor]  # out, lse, dq, dk, dv, dstrength by name
 
 
-def evaluate(attention: Callable, inputs: Inputs, through: str = "both", dtype: torch.dtype | None = None) -> Results:
-    """Outputs of `attention(q, k, v, q_regions, k_regions, strength) -> (out, lse)` and the gradients through them."""
+def evaluate(
+    attention: Callable, inputs: Inputs, through: str = "both", dtype: torch.dtype | None = None
+) -> Results:
+    """Outputs of `attention(q, k, v, q_regions, k_regions, strength) -> (out, lse)` and the
+    gradients through them.
+    """
     leaves = [x.detach() for x in (inputs.q, inputs.k, inputs.v, inputs.strength)]
     leaves = [x.requires_grad_() if dtype is None else x.to(dtype).requires_grad_() for x in leaves]
     q, k, v, strength = leaves
@@ -33,11 +39,14 @@ def evaluate(attention: Callable, inputs: Inputs, through: str = "both", dtype: 
     return results
 
 
-def exact_and_plain(inputs: Inputs, through: str = "both", **options: object) -> tuple[Results, Results]:
+def exact_and_plain(
+    inputs: Inputs, through: str = "both", **options: object
+) -> tuple[Results, Results]:
     """The two measures of the rule: the reference in float64, and in the inputs' own dtype."""
     exact = evaluate(partial(reference.layout_attention, **options), inputs, through, torch.float64)
     plain = evaluate(partial(reference.layout_attention, **options), inputs, through)
-    # Any order of the sums is as plain: the one furthest off counts, so that luck does not. float64 has nothing else.
+    # Any order of the sums is as plain: the one furthest off counts, so that luck does not. float64
+    # has nothing else.
     for seed in range(3):
         for name, other in evaluate(_reordered(inputs, seed, options), inputs, through).items():
             plain[name] = further(plain[name], other, exact[name])
@@ -51,21 +60,35 @@ def _reordered(inputs: Inputs, seed: int, options: dict[str, object]) -> Callabl
     keys = keys.sort().values if inputs.tied else keys
     dims = torch.randperm(inputs.k.shape[3], generator=generator)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, c: Tensor) -> tuple:
-        tensors = q[..., dims], k[:, :, keys][..., dims], v[:, :, keys], q_regions, k_regions[..., keys]
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, c: Tensor
+    ) -> tuple:
+        tensors = (
+            q[..., dims],
+            k[:, :, keys][..., dims],
+            v[:, :, keys],
+            q_regions,
+            k_regions[..., keys],
+        )
         return reference.layout_attention(*tensors, c, **options)
 
     return attention
 
 
-def assert_accurate(name: str, result: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
+def assert_accurate(
+    name: str, result: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype
+) -> None:
     """Fail, with the place, unless a result has exact's shape and obeys the rule."""
-    assert result.shape == exact.shape, f"{name} has shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+    assert result.shape == exact.shape, (
+        f"{name} has shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+    )
     error, allowed = judge(result, exact, plain, dtype)
     if error <= allowed:
         return
     misses = torch.where(exact.isfinite(), (result.double() - exact).abs(), _unlike(result, exact))
-    at = tuple(int(i) for i in torch.unravel_index(misses.nan_to_num(nan=torch.inf).argmax(), misses.shape))
+    at = tuple(
+        int(i) for i in torch.unravel_index(misses.nan_to_num(nan=torch.inf).argmax(), misses.shape)
+    )
     values = f"{result[at].item():.6g} for {exact[at].item():.6g} at {list(at)}"
     raise AssertionError(f"{name} is off by {error:.3g}, allowed {allowed:.3g}: {values}")
 

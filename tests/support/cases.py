@@ -1,4 +1,6 @@
-"""The table of cases that every backend of `layout_attention` runs, the tensors behind each, and the backends."""
+"""The table of cases that every backend of `layout_attention` runs, the tensors behind each, and
+the backends.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from dense_attn._backends import table, triton
 
 MODULATIONS = ("range", "max", "bias", "mask")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NARROW = DTYPES[:3]  # where the reference in float64 is exact; against itself it is not, nor are some sums reordered
+NARROW = DTYPES[
+    :3
+]  # where the reference in float64 is exact; against itself it is not, nor are some sums reordered
 DEVICES = {backend: table.device_of(backend) for backend in ("reference", "cpu", "triton", "cuda")}
 INTERPRETED = triton.LOAD_ERROR is None and triton.DEVICE == "cpu"
 TIED = ("equal", "zero", "ties")
@@ -27,7 +31,9 @@ REAL_LAYOUTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "layout
 
 @dataclass(frozen=True)
 class Case:
-    """What a case changes in an ordinary call: small, odd sizes, overlapping regions, one strength per row."""
+    """What a case changes in an ordinary call: small, odd sizes, overlapping regions, one strength
+    per row.
+    """
 
     name: str
     size: tuple[int, int, int, int, int] = (2, 2, 37, 53, 40)  # B, H, M, N, D
@@ -35,7 +41,8 @@ class Case:
     strength: float | str = "rows"
     values: str = "normal"
     view: str = "contiguous"
-    through: str = "both"  # the outputs that receive a gradient: both, out, lse, or none where gradients are no numbers
+    # the outputs that receive a gradient: both, out, lse, or none where gradients are no numbers
+    through: str = "both"
     ordered: bool = False  # pass q_order and k_order
     scale: float | None = None
     modulations: tuple[str, ...] = MODULATIONS
@@ -65,21 +72,33 @@ CASES = (
     Case(
         "head-dim-1", (1, 2, 50, 70, 1), dtypes=NARROW
     ),  # scores of one product are exact, and the reference with them
-    # Rows and keys around the kernels' tiles: 16, 32 and 48 rows, 8 keys, chunks of some thousand keys.
+    # Rows and keys around the kernels' tiles: 16, 32 and 48 rows, 8 keys, chunks of some thousand
+    # keys.
     Case("one-query", (2, 8, 1, 53, 40)),
-    # A single key weighs 1 whatever its score: gradients of the output are 0, nothing to measure a rounding by.
+    # A single key weighs 1 whatever its score: gradients of the output are 0, nothing to measure a
+    # rounding by.
     Case("one-key", (2, 2, 37, 1, 40), through="lse", modulations=MODULATIONS[1:], dtypes=NARROW),
     Case("one-key-range", (2, 2, 37, 1, 40), through="none", modulations=("range",), dtypes=NARROW),
     Case("one-by-one", (1, 1, 1, 1, 1), through="lse", modulations=MODULATIONS[1:], dtypes=NARROW),
-    Case("one-by-one-range", (1, 1, 1, 1, 1), through="none", modulations=("range",), dtypes=NARROW),
+    Case(
+        "one-by-one-range", (1, 1, 1, 1, 1), through="none", modulations=("range",), dtypes=NARROW
+    ),
     Case("two-keys", (2, 2, 37, 2, 40)),
     Case("full-tiles", (1, 2, 96, 64, 64)),
-    *(Case(f"rows-{m}", (1, 1, m, 25, 8), modulations=("range",)) for m in (15, 16, 17, 31, 33, 47, 48, 49)),
-    *(Case(f"keys-{n}", (1, 1, 20, n, 8), modulations=("range", "mask")) for n in (7, 8, 9, 47, 48, 49)),
+    *(
+        Case(f"rows-{m}", (1, 1, m, 25, 8), modulations=("range",))
+        for m in (15, 16, 17, 31, 33, 47, 48, 49)
+    ),
+    *(
+        Case(f"keys-{n}", (1, 1, 20, n, 8), modulations=("range", "mask"))
+        for n in (7, 8, 9, 47, 48, 49)
+    ),
     Case("cross-attention", (2, 2, 64, 77, 40), words="phrases", core=True),
     Case("many-keys", (1, 1, 19, 9001, 8), core=True),
     Case("many-keys-in-runs", (1, 1, 50, 8200, 16), words="runs", core=True),
-    Case("many-keys-out-of-strip", (1, 1, 5, 20011, 40), words="runs", modulations=("range", "mask")),
+    Case(
+        "many-keys-out-of-strip", (1, 1, 5, 20011, 40), words="runs", modulations=("range", "mask")
+    ),
     Case("many-rows", (1, 1, 2100, 9, 8), modulations=("range",)),
     Case("no-keys", (2, 2, 37, 0, 40)),
     Case("no-queries", (2, 2, 0, 53, 40)),
@@ -93,7 +112,9 @@ CASES = (
     Case("broadcast-batch", view="broadcast-batch"),
     Case("broadcast-heads", view="broadcast-heads"),
     Case("broadcast-queries", view="broadcast-queries"),
-    Case("broadcast-tokens", view="broadcast-tokens", through="none"),  # gradients of equal keys and values are 0
+    Case(
+        "broadcast-tokens", view="broadcast-tokens", through="none"
+    ),  # gradients of equal keys and values are 0
     Case("words-per-sample", words="per-sample", core=True),
     Case("words-of-one-sample", words="one-sample"),
     Case("words-strided", words="strided"),
@@ -116,7 +137,9 @@ CASES = (
     Case("nan-in-v", values="nan-in-v", through="none", modulations=("range", "max", "bias")),
     Case("inf-in-q", values="inf-in-q", through="none"),
     Case("inf-in-k", values="inf-in-k", through="none"),  # scores of -inf leave finite rows
-    Case("low-scores", (1, 2, 17, 23, 64), values="low"),  # so low that a score of 0 beside them would overflow
+    Case(
+        "low-scores", (1, 2, 17, 23, 64), values="low"
+    ),  # so low that a score of 0 beside them would overflow
     Case("scale", scale=-0.7),
     Case("ordered", ordered=True, core=True),
     Case("ordered-in-runs", (1, 2, 200, 180, 40), words="runs", ordered=True),
@@ -124,25 +147,37 @@ CASES = (
     Case("gradient-of-out-alone", through="out", core=True),
     Case("gradient-of-lse-alone", through="lse"),
     Case("gradient-of-a-sum", view="expanded-gradient"),
-    *((Case("real-layout", (1, 2, 256, 256, 40), words="real", ordered=True),) if REAL_LAYOUTS.exists() else ()),
+    *(
+        (Case("real-layout", (1, 2, 256, 256, 40), words="real", ordered=True),)
+        if REAL_LAYOUTS.exists()
+        else ()
+    ),
 )
 
 
-def why_skip(backend: str, op: str = "layout_attention", dtype: torch.dtype = torch.float32) -> str | None:
+def why_skip(
+    backend: str, op: str = "layout_attention", dtype: torch.dtype = torch.float32
+) -> str | None:
     """The table's own reason why this machine cannot test a backend in a dtype, or None."""
     reason = table.unavailable(backend, op)
     if reason is None:
-        reason = "; ".join(table.why_not(backend, op, torch.empty(1, 1, dtype=dtype, device=DEVICES[backend])))
+        reason = "; ".join(
+            table.why_not(backend, op, torch.empty(1, 1, dtype=dtype, device=DEVICES[backend]))
+        )
     return f"{backend}: {reason}" if reason else None
 
 
 def backends(*names: str) -> list:
-    """Parameters for a test of these backends, or of all; those that are not here are skipped with their reason."""
+    """Parameters for a test of these backends, or of all; those that are not here are skipped with
+    their reason.
+    """
     params = []
     for backend in names or DEVICES:
         reason = why_skip(backend)
         gpu = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
-        params.append(pytest.param(backend, marks=[*gpu, *([pytest.mark.skip(reason)] if reason else [])]))
+        params.append(
+            pytest.param(backend, marks=[*gpu, *([pytest.mark.skip(reason)] if reason else [])])
+        )
     return params
 
 
@@ -150,7 +185,9 @@ def moved(inputs: Inputs, device: str) -> Inputs:
     """The same inputs on a device, with their strides, overlaps, offsets and lazy minus."""
     values = {one.name: getattr(inputs, one.name) for one in fields(inputs)}
     there = {name: copied(x, device) for name, x in values.items() if isinstance(x, Tensor)}
-    return replace(inputs, **there, orders={name: copied(x, device) for name, x in inputs.orders.items()})
+    return replace(
+        inputs, **there, orders={name: copied(x, device) for name, x in inputs.orders.items()}
+    )
 
 
 def copied(x: Tensor, device: str) -> Tensor:
@@ -185,10 +222,23 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     if case.view == "expanded-gradient":  # as sum().backward() makes it
         grad_out = torch.tensor(0.7, dtype=dtype).expand(q.shape)
     orders = {"q_order": _order(q_regions), "k_order": _order(k_regions)} if case.ordered else {}
-    return Inputs(q, k, v, q_regions, k_regions, strength, grad_out, grad_lse.to(wide), orders, case.values in TIED)
+    return Inputs(
+        q,
+        k,
+        v,
+        q_regions,
+        k_regions,
+        strength,
+        grad_out,
+        grad_lse.to(wide),
+        orders,
+        case.values in TIED,
+    )
 
 
-def _values(values: str, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _values(
+    values: str, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     if values == "equal":
         k[:, 0] = k[:, 0, :1]  # in one head; the other measures the rounding
     elif values == "zero":
@@ -208,7 +258,9 @@ def _values(values: str, q: Tensor, k: Tensor, v: Tensor, generator: torch.Gener
     return q, k, v
 
 
-def _words(words: str, batch: int, seqlen_q: int, seqlen_k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _words(
+    words: str, batch: int, seqlen_q: int, seqlen_k: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
 
@@ -225,7 +277,9 @@ def _words(words: str, batch: int, seqlen_q: int, seqlen_k: int, generator: torc
         return (layout.query_regions(side, side),) * 2
     makers = {
         "overlapping": lambda n: integers(16, n),
-        "runs": lambda n: 1 << (torch.arange(n, dtype=torch.int32) * 5 // max(n, 1)),  # uniform tiles and mixed ones
+        "runs": lambda n: (
+            1 << (torch.arange(n, dtype=torch.int32) * 5 // max(n, 1))
+        ),  # uniform tiles and mixed ones
         "per-sample": lambda n: integers(8, batch, n),
         "one-sample": lambda n: integers(8, 1, n),
         "strided": lambda n: integers(8, batch, 2 * n)[:, ::2],
@@ -238,7 +292,9 @@ def _words(words: str, batch: int, seqlen_q: int, seqlen_k: int, generator: torc
     return both(makers[words])
 
 
-def _strength(strength: float | str, rows: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+def _strength(
+    strength: float | str, rows: tuple[int, int, int], generator: torch.Generator
+) -> Tensor:
     batch, num_heads, seqlen_q = rows
     if isinstance(strength, float):
         return torch.tensor(strength)
@@ -256,19 +312,27 @@ def _strength(strength: float | str, rows: tuple[int, int, int], generator: torc
 
 
 def _view(view: str, x: Tensor) -> Tensor:
-    """The values of x [B, H, tokens, D], or some of them repeated, under the strides that the view names."""
+    """The values of x [B, H, tokens, D], or some of them repeated, under the strides that the view
+    names.
+    """
     if view == "transposed":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if view == "every-other-token":
         return x.repeat_interleave(2, 2)[:, :, ::2]
     if view == "unaligned":
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    if view == "sliding-windows":  # token i + 1 begins one element after token i: rows overlap in memory
+    if (
+        view == "sliding-windows"
+    ):  # token i + 1 begins one element after token i: rows overlap in memory
         flat = torch.cat([x.flatten(), x.new_zeros(x.shape[3])])
         return flat.as_strided(x.shape, (*x.stride()[:2], 1, 1))
     if view == "negated":  # a lazy minus, as the imaginary part of a conjugate has it
         return torch._neg_view(-x)
-    broadcast = {"broadcast-batch": x[:1], "broadcast-heads": x[:, :1], "broadcast-tokens": x[:, :, :1]}
+    broadcast = {
+        "broadcast-batch": x[:1],
+        "broadcast-heads": x[:, :1],
+        "broadcast-tokens": x[:, :, :1],
+    }
     return broadcast.get(view, x).expand(x.shape)
 
 

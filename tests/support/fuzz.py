@@ -1,4 +1,5 @@
-"""Random calls, most of them wrong: each either runs or raises a clear error, and changes no argument.
+"""Random calls, most of them wrong: each either runs or raises a clear error, and changes no
+argument.
 
 python tests/support/fuzz.py --calls 10000 [--seed 0]
 """
@@ -42,7 +43,9 @@ class Fuzzer:
         return self.rng.choice((0, 1, 2, 7, 8, 9, 16, 17, 33, self.rng.randint(0, 130)))
 
     def floats(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Random numbers, sometimes huge or not numbers, under random strides with a contiguous last axis."""
+        """Random numbers, sometimes huge or not numbers, under random strides with a contiguous
+        last axis.
+        """
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
         if x.numel() and self.chance(0.15):
             x.view(-1)[self.rng.randrange(x.numel())] = self.rng.choice(ODD_NUMBERS)
@@ -71,14 +74,19 @@ class Fuzzer:
         dtype = self.rng.choice(DTYPES)
         batch, num_heads = self.rng.choice(((1, 1), (2, 1), (1, 3), (2, 2), (0, 2), (2, 0)))
         seqlen_q, seqlen_k, head_dim = self.length(), self.length(), self.rng.choice(HEAD_DIMS)
-        q, k, v = (self.floats((batch, num_heads, n, head_dim), dtype) for n in (seqlen_q, seqlen_k, seqlen_k))
+        q, k, v = (
+            self.floats((batch, num_heads, n, head_dim), dtype)
+            for n in (seqlen_q, seqlen_k, seqlen_k)
+        )
         return {
             "q": q,
             "k": k,
             "v": v,
             "q_regions": self.words(batch, seqlen_q),
             "k_regions": self.words(batch, seqlen_k),
-            "strength": self.floats((batch, num_heads, seqlen_q), torch.promote_types(dtype, torch.float32)),
+            "strength": self.floats(
+                (batch, num_heads, seqlen_q), torch.promote_types(dtype, torch.float32)
+            ),
             "modulation": self.rng.choice(("range", "max", "bias", "mask")),
             "scale": self.rng.choice((0.1, -1.0, 0.0, 1e4)),
             "q_order": self.order(seqlen_q),
@@ -86,7 +94,8 @@ class Fuzzer:
 
     def _percentile_arguments(self) -> raw.Arguments:
         x = self.floats(
-            (self.rng.choice((0, 1, 2, 5)), self.length() + self.rng.choice((0, 0, 5000))), self.rng.choice(DTYPES)
+            (self.rng.choice((0, 1, 2, 5)), self.length() + self.rng.choice((0, 0, 5000))),
+            self.rng.choice(DTYPES),
         )
         return {"x": x, "level": self.rng.choice((0.0, 0.5, 0.9, 1.0, self.rng.random()))}
 
@@ -94,13 +103,24 @@ class Fuzzer:
         dtype, concepts = self.rng.choice(DTYPES), self.rng.randrange(4)
         wide = torch.promote_types(dtype, torch.float32)
         shape = self.rng.choice(
-            ((1, 4, 8, 8), (2, 3, 5, 7), (1, 2, 3, 4, 5), (2, 3), (0, 4, 8, 8), (1, 1, self.length()))
+            (
+                (1, 4, 8, 8),
+                (2, 3, 5, 7),
+                (1, 2, 3, 4, 5),
+                (2, 3),
+                (0, 4, 8, 8),
+                (1, 1, self.length()),
+            )
         )
 
         def some(choices: tuple) -> list:
             return [self.rng.choice(choices) for _ in range(concepts)]
 
-        uncond, text, momentum = self.floats(shape, dtype), self.floats(shape, dtype), self.floats(shape, wide)
+        uncond, text, momentum = (
+            self.floats(shape, dtype),
+            self.floats(shape, dtype),
+            self.floats(shape, wide),
+        )
         user_mask = self.floats((concepts, *shape), wide) if self.chance(0.3) else None
         return {
             "eps_uncond": uncond,
@@ -121,10 +141,16 @@ class Fuzzer:
         }
 
     def _step_arguments(self) -> raw.Arguments:
-        """What the step kernels take, each its part of it; `exact` ones get integers for latents."""
-        shape = self.rng.choice(((1, 4, 8, 8), (2, 3, 5, 7), (self.length(),), (0, 4), (3, self.length()), ()))
+        """What the step kernels take, each its part of it; `exact` ones get integers for
+        latents.
+        """
+        shape = self.rng.choice(
+            ((1, 4, 8, 8), (2, 3, 5, 7), (self.length(),), (0, 4), (3, self.length()), ())
+        )
         latents = {
-            name: self.floats(shape, dtype) for dtype in [self.rng.choice(DTYPES)] for name in ("x", "y", "far", "near")
+            name: self.floats(shape, dtype)
+            for dtype in [self.rng.choice(DTYPES)]
+            for name in ("x", "y", "far", "near")
         }
         eps_dtype = self.rng.choice(DTYPES)
         eps, eps_uncond = self.floats(shape, eps_dtype), self.floats(shape, eps_dtype)
@@ -132,7 +158,15 @@ class Fuzzer:
         names = ("a", "b", "guidance_scale", "c_far", "c_near", "c_eps", "step", "to_latent")
         numbers = {name: self.rng.choice((0.0, 1.0, -0.3, 1e9, 0.98)) for name in names}
         switches = {name: self.chance(0.5) for name in ("couple_x", "latent_x")}
-        return {**latents, **optional, **numbers, **switches, "eps": eps, "mix": 0.93, "dtype": self.rng.choice(DTYPES)}
+        return {
+            **latents,
+            **optional,
+            **numbers,
+            **switches,
+            "eps": eps,
+            "mix": 0.93,
+            "dtype": self.rng.choice(DTYPES),
+        }
 
     def family_arguments(self, op: str) -> raw.Arguments:
         """Arguments of a raw op other than layout attention, right whatever their numbers."""
@@ -144,7 +178,9 @@ class Fuzzer:
         if op.startswith("exact"):
             high = self.rng.choice((2, 2**40, 2**50, 2**63 - 1))
             for name in ("x", "y", "far", "near"):
-                arguments[name] = torch.randint(-high, high, arguments[name].shape, generator=self.generator)
+                arguments[name] = torch.randint(
+                    -high, high, arguments[name].shape, generator=self.generator
+                )
             arguments["z"] = arguments["x"]
         return arguments
 
@@ -159,7 +195,9 @@ class Fuzzer:
             lambda: x.to(self.rng.choice(DTYPES + ODD_DTYPES)),
             lambda: x.mT.contiguous().mT if x.dim() > 1 else x.flip(0),
             lambda: (
-                x.narrow(axis, 0, size // 2) if (axis := self.axis(x)) is not None and (size := x.shape[axis]) else x
+                x.narrow(axis, 0, size // 2)
+                if (axis := self.axis(x)) is not None and (size := x.shape[axis])
+                else x
             ),
             lambda: torch.cat([x, x], axis) if (axis := self.axis(x)) is not None else x,
             lambda: x.new_zeros(()),
@@ -180,11 +218,17 @@ class Fuzzer:
         if self.chance(0.6):
             name = self.rng.choice(list(arguments))
             arguments[name] = self.spoil(arguments[name])
-        leaves = [x for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point() and self.chance(0.5)]
+        leaves = [
+            x
+            for x in arguments.values()
+            if isinstance(x, Tensor) and x.is_floating_point() and self.chance(0.5)
+        ]
         leaves = [x.requires_grad_() for x in leaves if x.layout == torch.strided]
         out, lse = layout_attention(**arguments, return_lse=True)
         if leaves and out.requires_grad:
-            torch.autograd.grad((out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)), allow_unused=True)
+            torch.autograd.grad(
+                (out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)), allow_unused=True
+            )
 
     def raw_call(self, arguments: raw.Arguments) -> None:
         op = self.rng.choice((raw.FWD, raw.BWD))
@@ -209,13 +253,19 @@ class Fuzzer:
         call, arguments = getattr(dense_attn, op), {name: arguments[name] for name in names}
         if op == "ddim_step":
             del arguments["a"], arguments["b"]
-            arguments |= {f"alpha_bar_{when}": self.rng.choice((0.1, 0.5, 1.0, 0.0)) for when in ("t", "prev")}
+            arguments |= {
+                f"alpha_bar_{when}": self.rng.choice((0.1, 0.5, 1.0, 0.0)) for when in ("t", "prev")
+            }
         if op == "percentile_mask":
             arguments["dim"] = self.rng.choice((-1, 0, (0, 1), (-1, -2), 5, (1, 1), ()))
         if self.chance(0.5):
             name = self.rng.choice(list(arguments))
             arguments[name] = self.spoil(arguments[name])
-        leaves = [x for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point() and self.chance(0.5)]
+        leaves = [
+            x
+            for x in arguments.values()
+            if isinstance(x, Tensor) and x.is_floating_point() and self.chance(0.5)
+        ]
         leaves = [x.requires_grad_() for x in leaves if x.layout == torch.strided]
         result = call(**arguments)
         result = result if isinstance(result, Tensor) else result[0]
@@ -223,10 +273,16 @@ class Fuzzer:
             torch.autograd.grad(result, leaves, torch.ones_like(result), allow_unused=True)
 
     def pick(self) -> tuple[str, raw.Arguments, Callable[[raw.Arguments], None]]:
-        """A kind of call, arguments for it that are right, and the call that spoils some of them."""
+        """A kind of call, arguments for it that are right, and the call that spoils some of
+        them.
+        """
         kind = self.rng.choice(("attention public", "attention raw", "family raw", "family public"))
         if kind.startswith("attention"):
-            return kind, self.arguments(), self.public_call if kind.endswith("public") else self.raw_call
+            return (
+                kind,
+                self.arguments(),
+                self.public_call if kind.endswith("public") else self.raw_call,
+            )
         op = self.rng.choice(FAMILIES if kind.endswith("raw") else PUBLIC)
         call = self.family_raw_call if kind.endswith("raw") else self.family_public_call
         return kind, self.family_arguments(op), partial(call, op)

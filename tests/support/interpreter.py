@@ -10,15 +10,23 @@ original_patch = interpreter._patch_lang
 
 
 def patch_once(fn: object) -> object:
-    """The interpreter patches triton.language anew for every call of a jit helper, which takes half of the time."""
-    seen = [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
+    """The interpreter patches triton.language anew for every call of a jit helper, which takes half
+    of the time.
+    """
+    seen = [
+        module
+        for module in (tl, tl.core)
+        if any(value is module for value in fn.__globals__.values())
+    ]
     if any(tl.core.is_builtin(module.load) for module in seen):
         return original_patch(fn)
     return interpreter._LangPatchScope()
 
 
 def dot_in_order(_: object, a: object, b: object, d: object, *__: object) -> object:
-    """A product as a GPU sums it, one column after the other: equal rows give equal scores, either way around."""
+    """A product as a GPU sums it, one column after the other: equal rows give equal scores, either
+    way around.
+    """
     total = d.data.copy()
     for i in range(a.data.shape[1]):
         total += a.data[:, i, None].astype(total.dtype) * b.data[None, i].astype(total.dtype)

@@ -1,4 +1,6 @@
-"""Tiny pipelines of every class of diffusers' that a layout works with, and what each class is called with."""
+"""Tiny pipelines of every class of diffusers' that a layout works with, and what each class is
+called with.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,14 @@ OWN = {  # arguments of calls by class, in the place of those below
     "FluxKontextPipeline": {"max_area": 256, "_auto_resize": False},
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
     "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
-    "StableDiffusionXLControlNetUnionImg2ImgPipeline": {"control_image": [PICTURE], "control_mode": [0]},
-    "StableDiffusionXLControlNetUnionInpaintPipeline": {"control_image": [PICTURE], "control_mode": [0]},
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": {
+        "control_image": [PICTURE],
+        "control_mode": [0],
+    },
+    "StableDiffusionXLControlNetUnionInpaintPipeline": {
+        "control_image": [PICTURE],
+        "control_mode": [0],
+    },
 }
 ARGUMENTS = {
     "prompt": PROMPT, "height": 16, "width": 16, "num_inference_steps": 4, "output_type": "latent", "image": PICTURE,
@@ -68,9 +76,15 @@ def family_name(kind: type) -> str:
 
 
 def made(kind: type) -> Any:
-    """A pipeline of a class, of the parts of a tiny one of its family and of what it needs beside them."""
+    """A pipeline of a class, of the parts of a tiny one of its family and of what it needs beside
+    them.
+    """
     parts = inspect.signature(kind.__init__).parameters
-    given = parts_of(family_name(kind)) | {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    given = parts_of(family_name(kind)) | {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
     given |= {"requires_safety_checker": False, "add_watermarker": False, "depth_estimator": None}
     given |= extras(kind.__name__, family_name(kind), given)
     pipe = kind(**{name: part for name, part in given.items() if name in parts})
@@ -81,7 +95,9 @@ def made(kind: type) -> Any:
 def call(pipe: Any) -> None:
     """A run with what the class takes."""
     takes = inspect.signature(type(pipe).__call__).parameters
-    given = {name: value for name, value in ARGUMENTS.items() if name in takes} | OWN.get(type(pipe).__name__, {})
+    given = {name: value for name, value in ARGUMENTS.items() if name in takes} | OWN.get(
+        type(pipe).__name__, {}
+    )
     if "true_cfg_scale" in given:
         given["negative_prompt"] = "fog"
     pipe(**given, generator=torch.Generator().manual_seed(0))
@@ -99,7 +115,11 @@ def extras(name: str, family: str, parts: dict[str, Any]) -> dict[str, Any]:
 
     if name.startswith(("AnimateDiff", "PIA")):
         net = controlnet(name, parts)
-        sizes = {"motion_layers_per_block": 1, "motion_num_attention_heads": 2, "motion_norm_num_groups": 4}
+        sizes = {
+            "motion_layers_per_block": 1,
+            "motion_num_attention_heads": 2,
+            "motion_norm_num_groups": 4,
+        }
         return {"motion_adapter": MotionAdapter((8, 16), **sizes), "controlnet": net}
     if "ControlNetXS" in name:
         unet = pipeline(family, blocks=4).unet
@@ -119,20 +139,33 @@ def extras(name: str, family: str, parts: dict[str, Any]) -> dict[str, Any]:
     if name.startswith("FluxControl"):
         return {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
     if name == "FluxFillPipeline":
-        return {"transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)}
+        return {
+            "transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)
+        }
     return {}
 
 
 def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
     """The second network of a class, of the first one's sizes."""
-    from diffusers import ControlNetModel, ControlNetUnionModel, FluxControlNetModel, SD3ControlNetModel
+    from diffusers import (
+        ControlNetModel,
+        ControlNetUnionModel,
+        FluxControlNetModel,
+        SD3ControlNetModel,
+    )
 
     if "Union" in name:
-        net = ControlNetUnionModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 8))
-        return changed(net, num_trans_channel=8, num_proj_channel=8, num_trans_head=2, num_trans_layer=1)
+        net = ControlNetUnionModel.from_unet(
+            parts["unet"], conditioning_embedding_out_channels=(8, 8)
+        )
+        return changed(
+            net, num_trans_channel=8, num_proj_channel=8, num_trans_head=2, num_trans_layer=1
+        )
     if name.startswith("StableDiffusion3"):
         extra = 1 if "Inpaint" in name else 0
-        return SD3ControlNetModel.from_transformer(parts["transformer"], 1, num_extra_conditioning_channels=extra)
+        return SD3ControlNetModel.from_transformer(
+            parts["transformer"], 1, num_extra_conditioning_channels=extra
+        )
     if name.startswith("Flux"):
         return FluxControlNetModel.from_transformer(
             parts["transformer"], 1, 1, attention_head_dim=16, num_attention_heads=2
@@ -149,7 +182,9 @@ def changed(model: torch.nn.Module, **config: object) -> torch.nn.Module:
 
 @cache
 def kolors() -> dict[str, Any]:
-    """A ChatGLM and a U-Net of its width; the tokenizer is CLIP's, which numbers its tokens as ChatGLM's does."""
+    """A ChatGLM and a U-Net of its width; the tokenizer is CLIP's, which numbers its tokens as
+    ChatGLM's does.
+    """
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
     own = pipeline("sd").tokenizer
@@ -158,7 +193,9 @@ def kolors() -> dict[str, Any]:
         def __call__(self, *args: object, **kwargs: object) -> Any:
             found = super().__call__(*args, **kwargs)
             if isinstance(found.input_ids, torch.Tensor):
-                found["position_ids"] = torch.arange(found.input_ids.shape[1]).expand_as(found.input_ids)
+                found["position_ids"] = torch.arange(found.input_ids.shape[1]).expand_as(
+                    found.input_ids
+                )
             return found
 
     tokenizer = Tokenizer(own.get_vocab(), [], model_max_length=own.model_max_length)

@@ -1,4 +1,6 @@
-"""Tiny pipelines of every family, how a chain refuses others, and DenseDiffusion's attention from its formula."""
+"""Tiny pipelines of every family, how a chain refuses others, and DenseDiffusion's attention from
+its formula.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,22 @@ def pipeline(family: str, blocks: int = 2) -> diffusers.DiffusionPipeline:
 
 
 def latents(
-    pipe: diffusers.DiffusionPipeline, prompt: object = PROMPT, *, steps: int = 10, seed: int = 0, **options: object
+    pipe: diffusers.DiffusionPipeline,
+    prompt: object = PROMPT,
+    *,
+    steps: int = 10,
+    seed: int = 0,
+    **options: object,
 ) -> Tensor:
     """Of a whole run at 16 x 24 pixels, unless options say otherwise."""
     family = next(options for kind, options in FAMILIES.values() if type(pipe) is kind)
     if prompt is not None:
         options["prompt"] = prompt
-    options = {"height": 16, "width": 24, "generator": torch.Generator().manual_seed(seed)} | family | options
+    options = (
+        {"height": 16, "width": 24, "generator": torch.Generator().manual_seed(seed)}
+        | family
+        | options
+    )
     return pipe(num_inference_steps=steps, output_type="latent", **options).images
 
 
@@ -52,7 +63,9 @@ def close(a: Tensor, b: Tensor) -> bool:
 def other_unet(**config: object) -> diffusers.DiffusionPipeline:
     """The tiny pipeline with a U-Net of another config."""
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
-    pipe.unet = diffusers.UNet2DConditionModel.from_config({**pipe.unet.config, **ALL, **config}).eval()
+    pipe.unet = diffusers.UNet2DConditionModel.from_config(
+        {**pipe.unet.config, **ALL, **config}
+    ).eval()
     return pipe
 
 
@@ -67,7 +80,9 @@ def on_schedule(scheduler: str = "DDIM", **config: object) -> diffusers.Diffusio
 @torch.no_grad()
 def encoded(pipe: diffusers.DiffusionPipeline) -> Tensor:
     """The latents of IMAGE, in which an exact way back ends."""
-    return (pipe.vae.encode(2 * IMAGE - 1).latent_dist.mode() * pipe.vae.config.scaling_factor).double()
+    return (
+        pipe.vae.encode(2 * IMAGE - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+    ).double()
 
 
 def refused(pipe: diffusers.DiffusionPipeline, sentence: str, **options: object) -> None:
@@ -84,7 +99,8 @@ def refused(pipe: diffusers.DiffusionPipeline, sentence: str, **options: object)
 
 
 class Official:
-    """An attention processor of the formula alone: a loop over samples, dense masks and scores in memory.
+    """An attention processor of the formula alone: a loop over samples, dense masks and scores in
+    memory.
 
     Args:
         pipe: whose U-Net's calls say the time.
@@ -94,7 +110,9 @@ class Official:
         guided: whether the first half of the batch is unconditional.
     """
 
-    def __init__(self, pipe: object, masks: list[Tensor], spans: list, steps: int, guided: bool) -> None:
+    def __init__(
+        self, pipe: object, masks: list[Tensor], spans: list, steps: int, guided: bool
+    ) -> None:
         self.masks, self.spans, self.steps, self.guided = masks, spans, steps, guided
         self.calls, self.time = -1, 0.0
         self.handle = pipe.unet.register_forward_pre_hook(self.count)
@@ -103,7 +121,11 @@ class Official:
         self.calls, self.time = self.calls + 1, float(args[1]) / 1000
 
     def __call__(
-        self, attn: object, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
+        self,
+        attn: object,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **_: object,
     ) -> Tensor:
         x, context = hidden_states, encoder_hidden_states
         keys = x if context is None else context
@@ -122,7 +144,9 @@ class Official:
     def modulated(self, s: Tensor, masks: Tensor, spans: list, cross: bool) -> Tensor:
         ratio = (masks.shape[1] * masks.shape[2] / s.shape[1]) ** 0.5
         size = tuple(-(-side // round(ratio)) for side in masks.shape[1:])
-        inside = torch.nn.functional.interpolate(masks[None], size, mode="nearest")[0].flatten(1)  # [R, M]
+        inside = torch.nn.functional.interpolate(masks[None], size, mode="nearest")[0].flatten(
+            1
+        )  # [R, M]
         area = (inside * inside.mean(1, keepdim=True)).sum(0)  # [M]
         keys = inside
         if cross:

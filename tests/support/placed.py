@@ -1,4 +1,6 @@
-"""Kernels of a module on tensors of Triton's device, the CPU's where it interprets, their results on the CPU."""
+"""Kernels of a module on tensors of Triton's device, the CPU's where it interprets, their results
+on the CPU.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,11 @@ FWD, BWD = "layout_attention_fwd", "layout_attention_bwd"
 
 def registered() -> set[str]:
     """Names of all ops of the library that take tensors."""
-    names = (name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dense_attn::"))
+    names = (
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("dense_attn::")
+    )
     return {name.split(".")[0] for name in names} - {"cpu_isa"}
 
 
@@ -27,8 +31,12 @@ def argument_names(op: str) -> list[str]:
 def select(op: str, arguments: Arguments) -> tuple[tuple, Arguments]:
     """The op's positional arguments in its order, and those it takes by keyword."""
     schema = _op(op)._schema.arguments
-    by_name = {argument.name: arguments[argument.name] for argument in schema if argument.kwarg_only}
-    return tuple(arguments[argument.name] for argument in schema if not argument.kwarg_only), by_name
+    by_name = {
+        argument.name: arguments[argument.name] for argument in schema if argument.kwarg_only
+    }
+    return tuple(
+        arguments[argument.name] for argument in schema if not argument.kwarg_only
+    ), by_name
 
 
 def call(op: str, arguments: Arguments) -> tuple[Tensor, ...] | Tensor:
@@ -38,6 +46,8 @@ def call(op: str, arguments: Arguments) -> tuple[Tensor, ...] | Tensor:
 
 
 def with_saved(arguments: Arguments, **grads: Tensor | None) -> Arguments:
-    """The arguments of layout attention, its results by name, and the gradients: all that its backward takes."""
+    """The arguments of layout attention, its results by name, and the gradients: all that its
+    backward takes.
+    """
     results = dict(zip((result.name for result in _op(FWD)._schema.returns), call(FWD, arguments)))
     return {**arguments, **results, **grads}

@@ -1,4 +1,6 @@
-"""The table of cases that every backend of semantic guidance runs, the tensors behind each, and what is exact."""
+"""The table of cases that every backend of semantic guidance runs, the tensors behind each, and
+what is exact.
+"""
 
 from __future__ import annotations
 
@@ -135,12 +137,20 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     momentum, grad_eps, grad_momentum = normal(3, *shape)
     if case.values == "nan-momentum":
         momentum[0, 1].flatten()[2] = torch.nan
-    mask = None if case.mask is None else torch.rand(case.mask, generator=generator, dtype=torch.float64)
+    mask = (
+        None
+        if case.mask is None
+        else torch.rand(case.mask, generator=generator, dtype=torch.float64)
+    )
     eps = eps.to(dtype)
     wide = reference.accumulation_dtype(dtype)
     if mask is not None:
         mask = mask > 0.4 if case.bool_mask else mask.to(wide)
-    momentum = None if case.momentum == "none" else momentum.to(dtype if case.momentum == "narrow" else wide)
+    momentum = (
+        None
+        if case.momentum == "none"
+        else momentum.to(dtype if case.momentum == "narrow" else wide)
+    )
     uncond, text, edits = _view(case.view, eps)
     return Inputs(uncond, text, edits, momentum, mask, grad_eps.to(dtype), grad_momentum.to(wide))
 
@@ -166,7 +176,9 @@ def _values(values: str, eps: Tensor) -> Tensor:
 
 
 def _view(view: str, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """eps_uncond, eps_text [B, C, ...] and eps_edits [E, B, C, ...] under the strides that the view names."""
+    """eps_uncond, eps_text [B, C, ...] and eps_edits [E, B, C, ...] under the strides that the view
+    names.
+    """
     if view == "channels-last":
         eps = eps.movedim(2, -1).contiguous().movedim(-1, 2)
     elif view == "transposed":
@@ -184,7 +196,9 @@ def _view(view: str, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kept_entries(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """The entries that stay, and the thresholds by their definition, of the dtype that kernels accumulate in."""
+    """The entries that stay, and the thresholds by their definition, of the dtype that kernels
+    accumulate in.
+    """
     wide = reference.accumulation_dtype(inputs.eps_uncond.dtype)
     uncond, edits = inputs.eps_uncond.to(wide), inputs.eps_edits.to(wide)
     count, trailing = len(edits), uncond.dim() - 2
@@ -192,12 +206,16 @@ def kept_entries(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         _each(options, name, count) for name in ("edit_threshold", "edit_guidance_scale", "reverse")
     )
     signed = [-scale if negative else scale for scale, negative in zip(scales, reverse)]
-    magnitudes = ((edits - uncond) * torch.tensor(signed, dtype=wide).reshape(-1, *[1] * uncond.dim())).abs()
+    magnitudes = (
+        (edits - uncond) * torch.tensor(signed, dtype=wide).reshape(-1, *[1] * uncond.dim())
+    ).abs()
     if options.get("sum_channels"):
         for channel in range(1, uncond.shape[1]):
             magnitudes[:, :, 0] += magnitudes[:, :, channel]
         magnitudes = magnitudes[:, :, :1]
-    rows = magnitudes.reshape(*magnitudes.shape[:3], inputs.eps_uncond[0, 0].numel() if uncond.numel() else 1)
+    rows = magnitudes.reshape(
+        *magnitudes.shape[:3], inputs.eps_uncond[0, 0].numel() if uncond.numel() else 1
+    )
     thresholds = rows.new_empty(rows.shape[:3])
     for concept, level in enumerate(levels):
         if thresholds.numel():
@@ -212,13 +230,17 @@ def _each(options: Options, name: str, count: int) -> list:
 
 
 def given_the_kept(kept: Tensor, options: Options, order: list[int]) -> Callable:
-    """The step as a formula of its tensors once the kept entries are known, concepts added up in an order."""
+    """The step as a formula of its tensors once the kept entries are known, concepts added up in an
+    order.
+    """
     names = ("edit_guidance_scale", "edit_weights", "warm", "enabled", "reverse")
     scales, weights, warm, enabled, reverse = (
         [_each(options, name, len(kept))[concept] for concept in order] for name in names
     )
 
-    def step(uncond: Tensor, text: Tensor, edits: Tensor, momentum: Tensor | None, mask: Tensor | None) -> tuple:
+    def step(
+        uncond: Tensor, text: Tensor, edits: Tensor, momentum: Tensor | None, mask: Tensor | None
+    ) -> tuple:
         wide = reference.accumulation_dtype(uncond.dtype)
         momentum = torch.zeros_like(uncond) if momentum is None else momentum
         widened = uncond.to(wide)
@@ -241,16 +263,23 @@ def evaluate(step: Callable, inputs: Inputs, dtype: torch.dtype | None = None) -
         name: (x if dtype is None else x.to(dtype)).detach().requires_grad_()
         for name, x in inputs.differentiable().items()
     }
-    tensors = (leaves.get(name, getattr(inputs, name)) for name in ("eps_uncond", "eps_text", "eps_edits", "momentum"))
+    tensors = (
+        leaves.get(name, getattr(inputs, name))
+        for name in ("eps_uncond", "eps_text", "eps_edits", "momentum")
+    )
     eps, momentum = step(*tensors, leaves.get("user_mask", inputs.user_mask))
     results = {"eps": eps.detach(), "momentum": momentum.detach()}
     flows = [inputs.grad_eps.to(eps.dtype), inputs.grad_momentum.to(momentum.dtype)]
-    grads = torch.autograd.grad((eps, momentum), list(leaves.values()), flows, materialize_grads=True)
+    grads = torch.autograd.grad(
+        (eps, momentum), list(leaves.values()), flows, materialize_grads=True
+    )
     return results | {f"gradient of {name}": grad for name, grad in zip(leaves, grads)}
 
 
 def exact_and_plain(inputs: Inputs, options: Options) -> tuple[Results, Results]:
-    """The two measures of the rule of accuracy: float64, and the dtype under test at its worst order of concepts."""
+    """The two measures of the rule of accuracy: float64, and the dtype under test at its worst
+    order of concepts.
+    """
     kept, _ = kept_entries(inputs, options)
     concepts = list(range(len(kept)))
     exact = evaluate(given_the_kept(kept, options, concepts), inputs, torch.float64)

@@ -7,13 +7,17 @@ from types import SimpleNamespace
 
 
 class Stopwatch:
-    """Stands in for pytest-benchmark: runs setup and target in turn and keeps the times it is told."""
+    """Stands in for pytest-benchmark: runs setup and target in turn and keeps the times it is
+    told.
+    """
 
     def __init__(self, seconds: float = 1.0) -> None:
         self.seconds = seconds
         self.stats: SimpleNamespace | None = None
 
-    def pedantic(self, target: Callable[[], object], setup: Callable[[], None], rounds: int) -> None:
+    def pedantic(
+        self, target: Callable[[], object], setup: Callable[[], None], rounds: int
+    ) -> None:
         for _ in range(rounds):
             setup()
             target()

@@ -1,4 +1,6 @@
-"""What a program may have set for all of torch: the dtype and the device of tensors that name none."""
+"""What a program may have set for all of torch: the dtype and the device of tensors that name
+none.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,14 @@ def surrounded(by: torch.dtype | torch.device) -> Iterator[None]:
 def assert_same(got: object, expected: object) -> None:
     """The same bits, dtypes and devices, in whatever holds them."""
     if isinstance(expected, Tensor):
-        assert (got.dtype, got.device, got.shape) == (expected.dtype, expected.device, expected.shape)
-        assert torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+        assert (got.dtype, got.device, got.shape) == (
+            expected.dtype,
+            expected.device,
+            expected.shape,
+        )
+        assert torch.equal(
+            got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+        )
     elif isinstance(expected, dict):
         assert got.keys() == expected.keys()
         assert_same([*got.values()], [*expected.values()])
@@ -43,6 +51,8 @@ def assert_same(got: object, expected: object) -> None:
             assert_same(*pair)
     elif is_dataclass(expected):
         names = [field.name for field in fields(expected)]
-        assert_same([getattr(got, name) for name in names], [getattr(expected, name) for name in names])
+        assert_same(
+            [getattr(got, name) for name in names], [getattr(expected, name) for name in names]
+        )
     else:
         assert got == expected

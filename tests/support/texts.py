@@ -1,4 +1,6 @@
-"""Tokenizers made of a few sentences: CLIP's, T5's, and one like ChatGLM's, slow and padded on the left."""
+"""Tokenizers made of a few sentences: CLIP's, T5's, and one like ChatGLM's, slow and padded on the
+left.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ def clip(padding_side: str = "right") -> Any:
     """Pairs of bytes, words of small letters that end with </w>."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
     blank = transformers.CLIPTokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
-    trained.normalizer, trained.pre_tokenizer = blank._tokenizer.normalizer, blank._tokenizer.pre_tokenizer
+    trained.normalizer, trained.pre_tokenizer = (
+        blank._tokenizer.normalizer,
+        blank._tokenizer.pre_tokenizer,
+    )
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=700, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>",
@@ -33,7 +38,9 @@ def clip(padding_side: str = "right") -> Any:
     for letter in alphabet:
         vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
     merges = [tuple(merge) for merge in model["merges"]]
-    return transformers.CLIPTokenizer(vocabulary, merges, model_max_length=TOKENS, padding_side=padding_side)
+    return transformers.CLIPTokenizer(
+        vocabulary, merges, model_max_length=TOKENS, padding_side=padding_side
+    )
 
 
 def t5() -> Any:
@@ -41,7 +48,10 @@ def t5() -> Any:
     trained = tokenizers.Tokenizer(tokenizers.models.Unigram())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     trainer = tokenizers.trainers.UnigramTrainer(
-        vocab_size=160, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        vocab_size=160,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
     trained.train_from_iterator(SENTENCES * 3, trainer)
     pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
@@ -50,10 +60,26 @@ def t5() -> Any:
 
 
 class Glm(transformers.PreTrainedTokenizer):
-    """Slow: it tells no characters; two tokens of its own stand before the text, and padding before them."""
+    """Slow: it tells no characters; two tokens of its own stand before the text, and padding before
+    them.
+    """
 
     def __init__(self, **options: Any) -> None:
-        pieces = ["<unk>", "</s>", "[gMASK]", "sop", "▁", "▁a", "▁red", "▁cat", "cat", "▁dog", "fish", "▁on", "▁the"]
+        pieces = [
+            "<unk>",
+            "</s>",
+            "[gMASK]",
+            "sop",
+            "▁",
+            "▁a",
+            "▁red",
+            "▁cat",
+            "cat",
+            "▁dog",
+            "fish",
+            "▁on",
+            "▁the",
+        ]
         pieces += ["一只", "红", "猫在", "猫", *"abcdefghijklmnopqrstuvwxyz(),.2"]
         self.pieces = {piece: i for i, piece in enumerate(pieces)}
         super().__init__(pad_token="<unk>", unk_token="<unk>", eos_token="</s>", padding_side="left",
@@ -83,7 +109,9 @@ class Glm(transformers.PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return "".join(tokens).replace("▁", " ").strip()
 
-    def build_inputs_with_special_tokens(self, ids: list[int], _second: list[int] | None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, ids: list[int], _second: list[int] | None = None
+    ) -> list[int]:
         return [self.pieces["[gMASK]"], self.pieces["sop"], *ids]
 
 

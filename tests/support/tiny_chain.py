@@ -1,4 +1,6 @@
-"""A chain small enough to be written out: a network, a sampler, a decoder, a loss and noise, all in float64."""
+"""A chain small enough to be written out: a network, a sampler, a decoder, a loss and noise, all in
+float64.
+"""
 
 from __future__ import annotations
 

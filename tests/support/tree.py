@@ -1,4 +1,6 @@
-"""The project's files and the arrows between its modules, as the tests of its structure see them."""
+"""The project's files and the arrows between its modules, as the tests of its structure see
+them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,16 @@ ARROWS: dict[str, set[str]] = {  # what each family of modules may import; no ot
     "dense_attn": {"_backends", "layout_attention", "optimize", "reversible", "sega"},
 }
 # Programs and what stands on the library: they import from it, and nothing of it imports them.
-ON_TOP = {"__main__", "_command", "_kernel_report", "benchmarks", "demo", "examples", "integrations", "verify"}
+ON_TOP = {
+    "__main__",
+    "_command",
+    "_kernel_report",
+    "benchmarks",
+    "demo",
+    "examples",
+    "integrations",
+    "verify",
+}
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -53,31 +64,45 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path], *, top: bool = False) -> set[str]:
-    """The modules among `known` that a file imports, relative ones too; with `top` only those of its import itself."""
+    """The modules among `known` that a file imports, relative ones too; with `top` only those of
+    its import itself.
+    """
     here, names = module_of(path), set()
     for node in statements(ast.parse(path.read_text("utf-8")), top):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         else:
             base = absolute(node, here, path.name == "__init__.py")
-            names |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+            names |= {
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
+                for alias in node.names
+            }
     return {name for name in names if name in known}
 
 
 def statements(tree: ast.Module, top: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The import statements of a module; those inside of functions and of `if TYPE_CHECKING` are not its import's."""
+    """The import statements of a module; those inside of functions and of `if TYPE_CHECKING` are
+    not its import's.
+    """
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield node
-        elif not ((top and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))) or (top and typed_only(node))):
+        elif not (
+            (top and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+            or (top and typed_only(node))
+        ):
             waiting += ast.iter_child_nodes(node)
 
 
 def typed_only(node: ast.AST) -> bool:
     """Whether a statement is `if TYPE_CHECKING:`."""
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def absolute(node: ast.ImportFrom, here: str, package: bool) -> str:
@@ -104,5 +129,7 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
 
 
 def family_of(module: str) -> str:
-    """The first folder or file below the package in which a module lies; the package's own file is "dense_attn"."""
+    """The first folder or file below the package in which a module lies; the package's own file is
+    "dense_attn".
+    """
     return module.split(".")[1] if "." in module else module

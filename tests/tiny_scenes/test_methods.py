@@ -17,17 +17,29 @@ from dense_attn.examples.tiny_scenes import chains, edits, evaluate, layouts, sc
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_kernels_and_reference_have_the_same_scores(pipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images agree to rounding; each of these refuses where "auto" would be the reference itself."""
+def test_kernels_and_reference_have_the_same_scores(
+    pipe: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images agree to rounding; each of these refuses where "auto" would be the reference
+    itself.
+    """
     monkeypatch.setattr(edits, "KINDS", ("colour", "ground"))
-    for found in (layouts.same_tables(pipe, 2), edits.same_tables(pipe, 2), chains.same_tables(pipe, 2, 2)):
+    for found in (
+        layouts.same_tables(pipe, 2),
+        edits.same_tables(pipe, 2),
+        chains.same_tables(pipe, 2, 2),
+    ):
         assert found["backend"] != "reference"
         assert max(value for name, value in found.items() if name.startswith("of ")) < 1e-3, found
 
 
 def test_without_kernels_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "resolve", lambda *_: "reference")
-    for compare, counts in ((layouts.same_tables, (2,)), (edits.same_tables, (2,)), (chains.same_tables, (2, 2))):
+    for compare, counts in (
+        (layouts.same_tables, (2,)),
+        (edits.same_tables, (2,)),
+        (chains.same_tables, (2, 2)),
+    ):
         with pytest.raises(RuntimeError, match="must have a backend that is not the reference"):
             compare(None, *counts)
 
@@ -59,7 +71,9 @@ def test_edits_turn_around(pipe: object) -> None:
     assert edits.effect(pipe, own, plain, scale=-12.0)["gain"]["mean"] < -10
 
 
-def test_the_control_of_edits_begins_with_the_same_image(pipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_control_of_edits_begins_with_the_same_image(
+    pipe: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = edits.cases("ground", 2)
     plain = score.generate(pipe, [case.prompt for case in own], range(2))
     monkeypatch.setitem(edits.USUAL, "warmup", score.STEPS + 1)
@@ -68,7 +82,9 @@ def test_the_control_of_edits_begins_with_the_same_image(pipe: object, monkeypat
     assert edits._gain(edits._control(pipe, own), plain, own)["gain"]["mean"] > 100
 
 
-def test_the_table_and_plot_of_edits(pipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_and_plot_of_edits(
+    pipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
     for name, values in (("SCALES", (-6.0, 6.0)), ("THRESHOLDS", (0.5,)), ("WARMUPS", (2,)),
                          ("KINDS", ("colour", "size"))):  # fmt: skip
@@ -91,7 +107,9 @@ def test_chains(pipe: object) -> None:
 
 
 def test_gradients_of_all_three_ways_agree(pipe: object) -> None:
-    """DDIM with checkpoints and without have one gradient, EDICT that of differences; all cost something."""
+    """DDIM with checkpoints and without have one gradient, EDICT that of differences; all cost
+    something.
+    """
     costs = chains._costs(pipe, 3)
     assert all(way["seconds"] > 0 for way in costs.values())
     noise, gradients = torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(0)), {}
@@ -104,7 +122,9 @@ def test_gradients_of_all_three_ways_agree(pipe: object) -> None:
     edict, way = chains.chains_of(pipe, 3)["exact EDICT"], gradients["exact EDICT"]
     step = 0.02 * way / way.norm()
     with torch.no_grad():
-        ahead, behind = (edict(noise + sign * step).double().square().sum().item() for sign in (1, -1))
+        ahead, behind = (
+            edict(noise + sign * step).double().square().sum().item() for sign in (1, -1)
+        )
     assert (ahead - behind) / 0.04 == pytest.approx(way.norm().item(), rel=0.02)
 
 
@@ -127,7 +147,9 @@ def test_goals_of_optimisation() -> None:
 
 def test_parts_of_an_evaluation_add_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for part in ("gate", "inversion"):
-        assert evaluate.main(["--quick", "--only", part, "--json", str(tmp_path / "found.json")]) == 0
+        assert (
+            evaluate.main(["--quick", "--only", part, "--json", str(tmp_path / "found.json")]) == 0
+        )
     results = json.loads((tmp_path / "found.json").read_text())
     assert results.keys() == {"gate", "inversion", "header"}
     assert all(results[part]["run"]["quick"] for part in ("gate", "inversion"))

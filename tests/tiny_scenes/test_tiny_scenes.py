@@ -1,4 +1,6 @@
-"""The small trained model: its scenes, captions and scores, layouts on it, its sheet and its training."""
+"""The small trained model: its scenes, captions and scores, layouts on it, its sheet and its
+training.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_pairs_are_kept_out_of_training() -> None:
 
 def test_captions_are_one_token_a_word() -> None:
     words, tokenizer = model.SPECIAL + scenes.WORDS, model.tokenizer()
-    scene = scenes.Scene((scenes.Thing("red", "circle", 9, 9, 4, "small"), scenes.Thing("blue", "square", 22, 22, 6)))
+    scene = scenes.Scene(
+        (scenes.Thing("red", "circle", 9, 9, 4, "small"), scenes.Thing("blue", "square", 22, 22, 6))
+    )
     tokens = tokenizer(scene.caption).input_ids
     assert [words[token] for token in tokens[1:-1]] == [
         "a",
@@ -122,10 +126,14 @@ def test_training_sees_no_held_out_pair() -> None:
     rng = random.Random(3)
     drawn = [train._draw(rng).things for _ in range(300)]
     assert {len(things) for things in drawn} == {1, 2, 3}
-    assert not any(scenes.held_out(*pair) for things in drawn for pair in itertools.combinations(things, 2))
+    assert not any(
+        scenes.held_out(*pair) for things in drawn for pair in itertools.combinations(things, 2)
+    )
 
 
-def test_phrases_of_partial_captions_are_put_where_they_stand(pipe: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phrases_of_partial_captions_are_put_where_they_stand(
+    pipe: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, share in (("EMPTY", 0.0), ("ALONE", 1.1), ("PARTLY", 1.1)):
         monkeypatch.setattr(train, name, share)
     said = (["a red thing", "a large circle"], "white")
@@ -140,10 +148,26 @@ def test_phrases_of_partial_captions_are_put_where_they_stand(pipe: object, monk
 def test_training_begins_with_given_weights(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     weights = str(resources.files("dense_attn.examples.tiny_scenes") / model.WEIGHTS)
-    options = ["--output", str(tmp_path), "--steps", "1", "--batch", "2", "--processes", "1", "--start", weights]
+    options = [
+        "--output",
+        str(tmp_path),
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+        "--processes",
+        "1",
+        "--start",
+        weights,
+    ]
     train.main(options)
-    before, after = (model.weights_of(model.load_pipeline(path)) for path in (None, tmp_path / "weights.safetensors"))
-    moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    before, after = (
+        model.weights_of(model.load_pipeline(path))
+        for path in (None, tmp_path / "weights.safetensors")
+    )
+    moved = {
+        name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])
+    }
     assert moved == {"unet", "text_encoder"}
     away = max((after[name] - value).abs().max().item() for name, value in before.items())
     assert away < 2 * train.RATE  # one step of AdamW
@@ -166,8 +190,14 @@ def test_things_that_touch_hide_each_other() -> None:
     rng = random.Random(4)
     drawn = [scenes.draw_scene(rng, 3, colours=layouts.SIMILAR, touching=True) for _ in range(20)]
     assert all(scenes.masks(scene).sum(0).max() == 1 for scene in drawn)
-    grown = [torch.nn.functional.max_pool2d(scenes.masks(scene).float(), 5, 1, 2).bool() for scene in drawn]
-    assert sum(bool((masks[0] & masks[1]).any() and (masks[1] & masks[2]).any()) for masks in grown) >= 18
+    grown = [
+        torch.nn.functional.max_pool2d(scenes.masks(scene).float(), 5, 1, 2).bool()
+        for scene in drawn
+    ]
+    assert (
+        sum(bool((masks[0] & masks[1]).any() and (masks[1] & masks[2]).any()) for masks in grown)
+        >= 18
+    )
     assert score.score(scenes.render(drawn), drawn)["iou"].mean() > 0.8
 
 
@@ -175,7 +205,9 @@ def test_the_sheet(pipe: object, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = sheet.shipped_rows()[:1]
     images = sheet.make(rows)
-    assert sheet.overlap(images["DenseDiffusion"][0], rows[0]) > sheet.overlap(images["plain"][0], rows[0])
+    assert sheet.overlap(images["DenseDiffusion"][0], rows[0]) > sheet.overlap(
+        images["plain"][0], rows[0]
+    )
     sheet.draw(rows, images, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
 
@@ -194,11 +226,15 @@ def test_rows_that_the_model_cannot_paint() -> None:
     assert long.startswith("it reads 18 words, got 19 in 'a red circle and")
     half[1] = False
     half[1, 63, 63] = True
-    assert sheet.why_not(sheet.users_row(half, fine.phrases)) == ["no pixel of 32 x 32 is left of a blue square"]
+    assert sheet.why_not(sheet.users_row(half, fine.phrases)) == [
+        "no pixel of 32 x 32 is left of a blue square"
+    ]
 
 
 def test_two_regions_of_one_colour_share_it() -> None:
-    drawn = scenes.Scene((scenes.Thing("red", "circle", 8, 8, 6), scenes.Thing("red", "square", 24, 24, 6)))
+    drawn = scenes.Scene(
+        (scenes.Thing("red", "circle", 8, 8, 6), scenes.Thing("red", "square", 24, 24, 6))
+    )
     row = sheet.Row(drawn.caption, drawn.phrases, scenes.masks(drawn), scenes.render([drawn])[0])
     assert sheet.overlap(row.picture, row) > 0.8
     assert sheet.overlap(row.picture.flip(2), row) < 0.05
@@ -209,11 +245,15 @@ def test_training_goes_on_where_it_ended(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     kept = []
     for steps in (1, 2):
-        train.main(["--output", str(tmp_path), "--steps", str(steps), "--batch", "2", "--processes", "1"])
+        train.main(
+            ["--output", str(tmp_path), "--steps", str(steps), "--batch", "2", "--processes", "1"]
+        )
         assert len(json.loads((tmp_path / "losses.json").read_text())) == steps
         kept.append(torch.load(tmp_path / "checkpoint.pt"))
     first, second = (state["weights"]["unet.conv_in.weight"] for state in kept)
-    assert 0 < (second - first).abs().max() < 2 * train.RATE  # from the first step's weights, not from new ones
+    assert (
+        0 < (second - first).abs().max() < 2 * train.RATE
+    )  # from the first step's weights, not from new ones
     assert kept[1]["optimiser"]["state"][0]["step"] == 2
     assert kept[1]["losses"][0] == kept[0]["losses"][0]
     model.load_pipeline(tmp_path / "weights.safetensors")

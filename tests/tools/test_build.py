@@ -1,4 +1,6 @@
-"""What is compiled and shipped: kernels for other processors, and distributions that hold every file they need."""
+"""What is compiled and shipped: kernels for other processors, and distributions that hold every
+file they need.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,40 @@ CROSS = shutil.which("aarch64-linux-gnu-g++")
 BESIDE = ("benchmarks/", "examples/", "triton_kernels/")  # installed inside of the package
 MADE = {"PKG-INFO", "setup.cfg"}  # by setuptools, in every source distribution
 needs_git = pytest.mark.skipif(
-    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="git alone knows every file of the project"
+    shutil.which("git") is None or not (ROOT / ".git").exists(),
+    reason="git alone knows every file of the project",
 )
 
 
 @pytest.mark.skipif(CROSS is None, reason="no compiler for aarch64 on this machine")
 @pytest.mark.parametrize("source", ["layout_attention.cpp", "dispatch.cpp"])
 def test_kernels_compile_for_aarch64(source: str, tmp_path: Path) -> None:
-    flags = ["-std=c++20", "-O1", "-Icsrc", "-DDENSE_ATTN_ISA=portable", "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
-    command = [str(CROSS), *flags, "-Wno-maybe-uninitialized", "-c", f"csrc/cpu/{source}", "-o", str(tmp_path / "a.o")]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-Icsrc",
+        "-DDENSE_ATTN_ISA=portable",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Werror",
+    ]
+    command = [
+        str(CROSS),
+        *flags,
+        "-Wno-maybe-uninitialized",
+        "-c",
+        f"csrc/cpu/{source}",
+        "-o",
+        str(tmp_path / "a.o"),
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
 
 
 def setup(root: Path, folder: Path, *command: str) -> None:
-    """Runs a command of setup.py; what setuptools notes about the project goes to `folder`, not into the sources."""
+    """Runs a command of setup.py; what setuptools notes about the project goes to `folder`, not
+    into the sources.
+    """
     folder.mkdir(exist_ok=True)
     quiet = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(folder)]
     subprocess.run([*quiet, *command], cwd=root, check=True, capture_output=True)
@@ -43,7 +65,11 @@ def unpacked_sdist(root: Path, folder: Path) -> Path:
     setup(root, folder, "sdist", "--dist-dir", str(folder))
     with tarfile.open(next(folder.glob("*.tar.gz"))) as file:
         file.extractall(folder, filter="data")
-    return next(path for path in folder.iterdir() if (path / "PKG-INFO").is_file() and path.suffix != ".egg-info")
+    return next(
+        path
+        for path in folder.iterdir()
+        if (path / "PKG-INFO").is_file() and path.suffix != ".egg-info"
+    )
 
 
 def files(folder: Path) -> set[str]:
@@ -52,7 +78,9 @@ def files(folder: Path) -> set[str]:
 
 def git_files(*options: str) -> set[str]:
     """The paths that git lists and that are there."""
-    listed = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, check=True, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *options], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     return {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
 
 
@@ -77,35 +105,59 @@ def test_a_source_distribution_without_git_holds_the_same(sdist: Path, tmp_path:
 
 @needs_git
 def test_an_installation_holds_what_git_tracks(tmp_path: Path) -> None:
-    """Every module, the weights, results, model cards and `py.typed`; pictures of results are for the README alone."""
+    """Every module, the weights, results, model cards and `py.typed`; pictures of results are for
+    the README alone.
+    """
     setup(ROOT, tmp_path / "egg", "build_py", "--build-lib", str(tmp_path / "lib"))
 
     def installed(names: set[str]) -> set[str]:
         """Where the files of packages go."""
         beside = {f"dense_attn/{name}" for name in names if name.startswith(BESIDE)}
         inside = beside | {name for name in names if name.startswith("dense_attn/")}
-        return {name for name in inside if not (name.startswith("dense_attn/benchmarks/") and name.endswith(".png"))}
+        return {
+            name
+            for name in inside
+            if not (name.startswith("dense_attn/benchmarks/") and name.endswith(".png"))
+        }
 
     tracked, shipped = installed(git_files()), files(tmp_path / "lib")
-    assert {"dense_attn/py.typed", "dense_attn/examples/tiny_scenes/tiny_scenes.safetensors"} <= tracked
+    assert {
+        "dense_attn/py.typed",
+        "dense_attn/examples/tiny_scenes/tiny_scenes.safetensors",
+    } <= tracked
     assert tracked - shipped == set()
     assert shipped - tracked - installed(git_files("--others", "--exclude-standard")) == set()
 
 
 def test_info_lists_the_extras() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {extra: tuple(re.match(r"[\w.-]+", package)[0] for package in extras[extra]) for extra in extras}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    names = {
+        extra: tuple(re.match(r"[\w.-]+", package)[0] for package in extras[extra])
+        for extra in extras
+    }
     assert names == EXTRAS
-    assert set(names["diffusers"]) >= {"diffusers", "transformers"}  # which diffusers does not bring
+    assert set(names["diffusers"]) >= {
+        "diffusers",
+        "transformers",
+    }  # which diffusers does not bring
 
 
 def refusal(tmp_path: Path, script: str = "", **environment: str) -> str:
-    """The last line of a build that ends with an error, after a script that changes what setup.py finds."""
+    """The last line of a build that ends with an error, after a script that changes what setup.py
+    finds.
+    """
     program = f"import runpy, sys\n{script}\nrunpy.run_path('setup.py')"
-    egg, out = ["egg_info", "--egg-base", str(tmp_path)], ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    egg, out = (
+        ["egg_info", "--egg-base", str(tmp_path)],
+        ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+    )
     command = [sys.executable, "-c", program, "--quiet", *egg, "build_ext", *out]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     return done.stderr.splitlines()[-1]
@@ -140,25 +192,35 @@ def test_a_build_without_a_compiler_ends_with_what_to_install(tmp_path: Path) ->
 
 def test_a_compiler_that_writes_nothing_is_no_compiler(tmp_path: Path) -> None:
     said = refusal(tmp_path, CXX=compiler(tmp_path, "exit 0"))
-    assert said.startswith("error: the CPU kernels must have a C++20 compiler, got one that writes no file: install ")
+    assert said.startswith(
+        "error: the CPU kernels must have a C++20 compiler, got one that writes no file: install "
+    )
 
 
 def test_a_name_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    assert refusal(tmp_path, CXX="g++ '") == 'error: CXX must name a compiler, got "g++ \'": No closing quotation'
+    assert (
+        refusal(tmp_path, CXX="g++ '")
+        == 'error: CXX must name a compiler, got "g++ \'": No closing quotation'
+    )
 
 
 @pytest.mark.parametrize("named", ["", " "])
 def test_an_empty_name_is_as_if_it_were_not_there(named: str, tmp_path: Path) -> None:
     usual = "import sysconfig; found = sysconfig.get_config_var\n"
-    usual += "sysconfig.get_config_var = lambda name: '/the/usual -x' if name == 'CXX' else found(name)"
+    usual += (
+        "sysconfig.get_config_var = lambda name: '/the/usual -x' if name == 'CXX' else found(name)"
+    )
     assert "got '/the/usual' (No such file or directory): " in refusal(tmp_path, usual, CXX=named)
 
 
 def test_a_build_with_an_old_compiler_ends_with_what_to_install(tmp_path: Path) -> None:
-    old = compiler(tmp_path, "echo \"g++: error: unrecognized command-line option '-std=c++20'\" >&2; exit 1")
+    old = compiler(
+        tmp_path, "echo \"g++: error: unrecognized command-line option '-std=c++20'\" >&2; exit 1"
+    )
     said = refusal(tmp_path, CXX=old)
     assert (
-        f"must have a C++20 compiler, got {old!r} (g++: error: unrecognized command-line option '-std=c++20'): " in said
+        f"must have a C++20 compiler, got {old!r} (g++: error: unrecognized command-line option '-std=c++20'): "
+        in said
     )
     assert said.endswith(WITHOUT)
 
@@ -167,15 +229,20 @@ def test_a_build_with_an_old_compiler_ends_with_what_to_install(tmp_path: Path) 
 def test_a_compiler_without_vector_shuffles_is_named(tmp_path: Path) -> None:
     said = refusal(tmp_path, CXX="g++ -D__has_builtin(x)=0")
     assert (
-        "got 'g++' (<stdin>:5:2: error: #error no __builtin_shufflevector, which g++ has from 12 on): install " in said
+        "got 'g++' (<stdin>:5:2: error: #error no __builtin_shufflevector, which g++ has from 12 on): install "
+        in said
     )
 
 
 def test_a_build_that_does_not_compile_ends_with_what_works_without(tmp_path: Path) -> None:
     """A compiler of several words is called with all of them."""
-    odd = compiler(tmp_path, 'case "$*" in "-first "*-fsyntax-only*) exit 0;; esac; echo no >&2; exit 1')
+    odd = compiler(
+        tmp_path, 'case "$*" in "-first "*-fsyntax-only*) exit 0;; esac; echo no >&2; exit 1'
+    )
     said = refusal(tmp_path, CXX=f"{odd} -first")
-    assert said.startswith("error: the CPU kernels did not compile, as the compiler says above (command ")
+    assert said.startswith(
+        "error: the CPU kernels did not compile, as the compiler says above (command "
+    )
     assert said.endswith(WITHOUT)
 
 
@@ -189,17 +256,32 @@ def test_a_build_that_does_not_compile_ends_with_what_works_without(tmp_path: Pa
     }.items(),
     ids=["no torch", "an old torch", "no headers"],
 )  # fmt: skip
-def test_a_build_without_a_usable_torch_ends_with_what_to_install(script: str, sentence: str, tmp_path: Path) -> None:
+def test_a_build_without_a_usable_torch_ends_with_what_to_install(
+    script: str, sentence: str, tmp_path: Path
+) -> None:
     assert (
         refusal(tmp_path, script)
         == f"error: the CPU kernels must be built where torch 2.11 or newer {sentence}{WITHOUT}"
     )
 
 
-def test_a_build_without_cpu_kernels_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal(tmp_path, DENSE_ATTN_CPU_KERNELS="2") == "DENSE_ATTN_CPU_KERNELS must be 1 or 0, got '2'"
+def test_a_build_without_cpu_kernels_needs_no_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        refusal(tmp_path, DENSE_ATTN_CPU_KERNELS="2")
+        == "DENSE_ATTN_CPU_KERNELS must be 1 or 0, got '2'"
+    )
     monkeypatch.setenv("DENSE_ATTN_CPU_KERNELS", "0")
     monkeypatch.setenv("CXX", "/no/compiler")
-    setup(ROOT, tmp_path / "egg", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib"))
+    setup(
+        ROOT,
+        tmp_path / "egg",
+        "build",
+        "--build-base",
+        str(tmp_path),
+        "--build-lib",
+        str(tmp_path / "lib"),
+    )
     assert (tmp_path / "lib/dense_attn/__init__.py").is_file()
     assert list((tmp_path / "lib").rglob("*.so")) == []

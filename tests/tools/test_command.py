@@ -1,4 +1,6 @@
-"""How commands end: at Ctrl-C, into a closed pipe, on a full disk, and with letters outside of ASCII."""
+"""How commands end: at Ctrl-C, into a closed pipe, on a full disk, and with letters outside of
+ASCII.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def interruptible() -> None:
 
 
 def interrupted(arguments: list[str], ready: str, folder: Path) -> tuple[int, str, str]:
-    """Exit code and output of a command that gets Ctrl-C once it has printed a line that begins so."""
+    """Exit code and output of a command that gets Ctrl-C once it has printed a line that begins
+    so.
+    """
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=folder, env=environment, text=True, preexec_fn=interruptible,
@@ -52,7 +56,9 @@ def interrupted(arguments: list[str], ready: str, folder: Path) -> tuple[int, st
     ],
     ids=["verify", "demo", "bench", "example"],
 )
-def test_ctrl_c_ends_a_command_without_a_traceback(arguments: list[str], ready: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    arguments: list[str], ready: str, tmp_path: Path
+) -> None:
     for package in ("matplotlib", "tqdm", "pytest_benchmark", "diffusers"):
         pytest.importorskip(package)
     code, out, err = interrupted(arguments, ready, tmp_path)
@@ -69,7 +75,9 @@ def test_a_closed_pipe_is_quiet(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "wb") as file:
-        done = subprocess.run([*COMMAND, *arguments], stdout=file, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=file, stderr=subprocess.PIPE, check=False
+        )
     assert done.stderr == b""
     assert done.returncode == (0 if arguments == ["--help"] else 141)
 
@@ -78,8 +86,13 @@ def test_output_that_cannot_be_written_is_one_sentence() -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "dense_attn info: [Errno 28] No space left on device\n")
+        done = subprocess.run(
+            [*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "dense_attn info: [Errno 28] No space left on device\n",
+    )
 
 
 @pytest.mark.parametrize("locale", [ASCII, {"PYTHONIOENCODING": "ascii"}], ids=["C", "ascii"])
@@ -94,7 +107,11 @@ def test_letters_outside_of_ascii(locale: dict[str, str], tmp_path: Path) -> Non
     labels.save(tmp_path / "häuschen.png")
     arguments = ("--layout", "häuschen.png", "--phrases", "ein Kätzchen", "--output", "bücher.svg")
     done = subprocess.run(
-        [*COMMAND, *PICTURES, *arguments], cwd=tmp_path, env=os.environ | locale, capture_output=True, check=False
+        [*COMMAND, *PICTURES, *arguments],
+        cwd=tmp_path,
+        env=os.environ | locale,
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert rb"ein K\xe4tzchen" in done.stdout
@@ -105,14 +122,18 @@ def test_a_wrong_file_with_such_a_name_is_still_one_sentence(tmp_path: Path) -> 
     pytest.importorskip("matplotlib")
     pytest.importorskip("PIL")
     command = [*COMMAND, *PICTURES, "--layout", "fehlt-ä.png"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | ASCII, capture_output=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | ASCII, capture_output=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
     assert done.stderr.endswith(b".png does not exist\n")
 
 
 @pytest.mark.parametrize("value", ["2", "maybe"])
-def test_a_wrong_variable_is_refused_by_every_command(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_variable_is_refused_by_every_command(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DENSE_ATTN_AUTOTUNE", value)
     done = subprocess.run([*COMMAND, "info"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -138,7 +159,9 @@ def ends(error: BaseException | None) -> int:
         (BrokenPipeError(), 141, ""),
     ],
 )
-def test_exit_codes(error: BaseException | None, code: int, said: str, capsys: pytest.CaptureFixture) -> None:
+def test_exit_codes(
+    error: BaseException | None, code: int, said: str, capsys: pytest.CaptureFixture
+) -> None:
     assert ends(error) == code
     assert capsys.readouterr() == ("", said)
 

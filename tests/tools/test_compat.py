@@ -26,20 +26,35 @@ def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.M
         if compat.SEEN in arguments:
             place = Path("/elsewhere") if wrong == "place" else folder
             state = "the compiled library does not load" if wrong == "library" else "available"
-            out = "\n".join((str(place / "dense_attn"), folder.name.removeprefix("torch-"), "3.6", state, "no GPU"))
+            out = "\n".join(
+                (
+                    str(place / "dense_attn"),
+                    folder.name.removeprefix("torch-"),
+                    "3.6",
+                    state,
+                    "no GPU",
+                )
+            )
         elif "verify" in arguments:
-            code, out = (1, "cpu FAILED\n1 rows FAILED") if wrong == "verify" else (0, "every row passed")
+            code, out = (
+                (1, "cpu FAILED\n1 rows FAILED") if wrong == "verify" else (0, "every row passed")
+            )
         elif program.name == "pytest" and wrong != "no report":
             failures = int(wrong == "tests")
             counts = f'tests="5" failures="{failures}" errors="0" skipped="1"'
-            Path(arguments[arguments.index("--junitxml") + 1]).write_text(f"<all><testsuite {counts}/></all>")
+            Path(arguments[arguments.index("--junitxml") + 1]).write_text(
+                f"<all><testsuite {counts}/></all>"
+            )
             code = failures
         return CompletedProcess(arguments, code, out, "")
 
     monkeypatch.setattr(compat, "run", run)
     assert compat.main() == int(fault != "none")
     lines = compat.TABLE.read_text().splitlines()[-3:]
-    right = [f"| {v} | 3.6 | 8 passed, 2 skipped | every row passed | available | no GPU |" for v in compat.VERSIONS]
+    right = [
+        f"| {v} | 3.6 | 8 passed, 2 skipped | every row passed | available | no GPU |"
+        for v in compat.VERSIONS
+    ]
     assert lines[::2] == right[::2]
     assert (lines[1] == right[1]) == (fault == "none")
     assert lines[1].startswith("| 2.13.0 | ")

@@ -1,4 +1,6 @@
-"""Every tensor that the library makes names its dtype and device: defaults of the caller's program change no bit."""
+"""Every tensor that the library makes names its dtype and device: defaults of the caller's program
+change no bit.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,19 @@ from dense_attn.verify import attention as verified
 from dense_attn.verify import families
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMED = ("tensor", "as_tensor", "asarray", "scalar_tensor", "full", "zeros", "ones", "empty", "rand", "randn", "eye")
+NAMED = (
+    "tensor",
+    "as_tensor",
+    "asarray",
+    "scalar_tensor",
+    "full",
+    "zeros",
+    "ones",
+    "empty",
+    "rand",
+    "randn",
+    "eye",
+)
 NAMED += ("arange", "linspace", "logspace")  # of floats, whatever their arguments are today
 PLACED = ("randint", "randperm")  # integers by themselves
 BOXES = [(0.0, 0.1, 1 / 3, 1.0), (0.3, 0.0, 0.7, 0.9), (0.123, 0.456, 0.789, 1.0)]
@@ -45,21 +59,39 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def with_gradients(results: object, *leaves: Tensor) -> tuple[object, ...]:
     floats = [x for x in results if x.requires_grad]
-    return results, torch.autograd.grad([x.double().square().sum() for x in floats], leaves, allow_unused=True)
+    return results, torch.autograd.grad(
+        [x.double().square().sum() for x in floats], leaves, allow_unused=True
+    )
 
 
 def layouts(backend: str) -> Thunk:
     labels, masks = np.arange(48).reshape(6, 8) % 3, torch.rand(2, 7, 9) > 0.5
 
     def of(layout: Layout) -> list[Tensor]:
-        strengths = [layout.strength(5, 6, weight=1.0, time=0.7), layout.strength(3, 4, weight=0.3, time=1, exponent=0)]
-        grids = [layout.query_regions(6, 8), layout.order(3, 5), layout.area(11, 7), layout.token_regions(9)]
+        strengths = [
+            layout.strength(5, 6, weight=1.0, time=0.7),
+            layout.strength(3, 4, weight=0.3, time=1, exponent=0),
+        ]
+        grids = [
+            layout.query_regions(6, 8),
+            layout.order(3, 5),
+            layout.area(11, 7),
+            layout.token_regions(9),
+        ]
         return [layout.masks, *grids, *strengths]
 
     def run() -> object:
-        drawn = [Layout.from_boxes(BOXES, (512, 512), SPANS), Layout.from_boxes(BOXES, (7, 5), SPANS)]
-        given = [Layout.from_label_map(labels, SPANS[:2]), Layout.from_label_map(torch.as_tensor(labels, device="cpu"))]
-        return [of(layout) for layout in [*drawn, given[0], Layout(masks, SPANS[:2])]], given[1].area(4, 4)
+        drawn = [
+            Layout.from_boxes(BOXES, (512, 512), SPANS),
+            Layout.from_boxes(BOXES, (7, 5), SPANS),
+        ]
+        given = [
+            Layout.from_label_map(labels, SPANS[:2]),
+            Layout.from_label_map(torch.as_tensor(labels, device="cpu")),
+        ]
+        return [of(layout) for layout in [*drawn, given[0], Layout(masks, SPANS[:2])]], given[
+            1
+        ].area(4, 4)
 
     return run
 
@@ -67,7 +99,9 @@ def layouts(backend: str) -> Thunk:
 def attention(backend: str) -> Thunk:
     layout = Layout.from_boxes(BOXES, (16, 16), SPANS)
     strength = layout.strength(4, 6, weight=1.0, time=0.7)
-    inputs = [[randn(2, 2, n, 8, dtype=dtype).requires_grad_() for n in (24, 9, 9)] for dtype in DTYPES]
+    inputs = [
+        [randn(2, 2, n, 8, dtype=dtype).requires_grad_() for n in (24, 9, 9)] for dtype in DTYPES
+    ]
 
     def run() -> object:
         words, results = (layout.query_regions(4, 6), layout.token_regions(9)), []
@@ -75,7 +109,9 @@ def attention(backend: str) -> Thunk:
             for modulation in ("range", "max", "bias", "mask"):
                 for c in (0.3, strength):
                     options = {"modulation": modulation, "return_lse": True, "backend": backend}
-                    out = dense_attn.layout_attention(q, k, v, *words, c, q_order=layout.order(4, 6), **options)
+                    out = dense_attn.layout_attention(
+                        q, k, v, *words, c, q_order=layout.order(4, 6), **options
+                    )
                     results.append(with_gradients(out, q, k, v))
             results.append(dense_attn.tile_lists(q, k, *words, backend=backend))
         return results
@@ -86,23 +122,52 @@ def attention(backend: str) -> Thunk:
 def guidance(backend: str) -> Thunk:
     inputs = [randn(5, 1, 4, 6, 7, dtype=dtype).requires_grad_() for dtype in DTYPES]
     mask = torch.rand(6, 7) > 0.5
-    numbers = {"guidance_scale": 7.5, "edit_guidance_scale": [5.0, 0.3], "edit_threshold": 0.9, "edit_weights": 1 / 3}
-    numbers |= {"warm": [True, False], "enabled": True, "reverse": [False, True], "edit_momentum_scale": 0.1}
+    numbers = {
+        "guidance_scale": 7.5,
+        "edit_guidance_scale": [5.0, 0.3],
+        "edit_threshold": 0.9,
+        "edit_weights": 1 / 3,
+    }
+    numbers |= {
+        "warm": [True, False],
+        "enabled": True,
+        "reverse": [False, True],
+        "edit_momentum_scale": 0.1,
+    }
 
     def run() -> object:
         results = []
         for x in inputs:
-            concepts = {"eps_edits": x[2:4], "user_mask": mask, "edit_mom_beta": 0.4, "backend": backend}
+            concepts = {
+                "eps_edits": x[2:4],
+                "user_mask": mask,
+                "edit_mom_beta": 0.4,
+                "backend": backend,
+            }
             results.append(
-                with_gradients(dense_attn.sega_guidance(x[0], x[1], momentum=None, **concepts, **numbers), x)
+                with_gradients(
+                    dense_attn.sega_guidance(x[0], x[1], momentum=None, **concepts, **numbers), x
+                )
             )
-            none = numbers | {"edit_guidance_scale": 5.0, "warm": True, "reverse": False, "edit_mom_beta": 0.4}
+            none = numbers | {
+                "edit_guidance_scale": 5.0,
+                "warm": True,
+                "reverse": False,
+                "edit_mom_beta": 0.4,
+            }
             none["backend"] = backend
             results.append(dense_attn.sega_guidance(x[0], x[1], [], x[4].detach(), **none))
-            for rule in ({"sum_channels": True}, {"edit_warmup_steps": [0, 1], "edit_cooldown_steps": [None, 2]}):
+            for rule in (
+                {"sum_channels": True},
+                {"edit_warmup_steps": [0, 1], "edit_cooldown_steps": [None, 2]},
+            ):
                 loop = dense_attn.SemanticGuidance(edit_threshold=0.7, backend=backend, **rule)
                 results.append([loop(step, x[0], x[1], [x[2], x[3]]) for step in range(3)])
-            results.append(with_gradients(dense_attn.percentile_mask(x, 0.37, dim=(1, -1), backend=backend)[:1], x))
+            results.append(
+                with_gradients(
+                    dense_attn.percentile_mask(x, 0.37, dim=(1, -1), backend=backend)[:1], x
+                )
+            )
             results.append(dense_attn.percentile_mask(x, 0.37, dim=(1, -1), backend=backend))
         return results
 
@@ -126,8 +191,15 @@ def steps(backend: str) -> Thunk:
 
 def chains(backend: str) -> Thunk:
     inputs = [randn(1, 3, 6, 7, dtype=dtype).requires_grad_() for dtype in DTYPES]
-    table, final = torch.tensor(ALPHAS, dtype=torch.float32), torch.tensor(0.9995, dtype=torch.float32)
-    methods = [{"method": "edict"}, {"method": "edict", "exact": False, "mix": 0.91}, {"method": "bdia"}]
+    table, final = (
+        torch.tensor(ALPHAS, dtype=torch.float32),
+        torch.tensor(0.9995, dtype=torch.float32),
+    )
+    methods = [
+        {"method": "edict"},
+        {"method": "edict", "exact": False, "mix": 0.91},
+        {"method": "bdia"},
+    ]
     methods += [{"method": "belm", "exact": False}, {"method": "ddim", "dtype": torch.bfloat16}]
 
     def network(x: Tensor, t: object) -> Tensor:
@@ -137,12 +209,16 @@ def chains(backend: str) -> Thunk:
         results = []
         for x in inputs:
             for method in methods:
-                sampler = ReversibleSampler(ALPHAS, TIMESTEPS, final_alpha_cumprod=final, backend=backend, **method)
+                sampler = ReversibleSampler(
+                    ALPHAS, TIMESTEPS, final_alpha_cumprod=final, backend=backend, **method
+                )
                 sampled = sampler.sample(network, x)
                 results.append(with_gradients(sampled, x))
                 if method["method"] != "ddim":
                     results.append(sampler.invert(network, *(one.detach() for one in sampled)))
-            results.append(ReversibleSampler(table, TIMESTEPS, backend=backend).invert(network, x.detach()))
+            results.append(
+                ReversibleSampler(table, TIMESTEPS, backend=backend).invert(network, x.detach())
+            )
         return results
 
     return run
@@ -159,12 +235,25 @@ def optimisation(backend: str) -> Thunk:
         sampler, results = ReversibleSampler(ALPHAS, TIMESTEPS, backend=backend), []
         arguments = sampler, network, torch.tanh, lambda image: (image - 0.3).square().mean()
         for x in inputs:
-            for options in ({"saliency_fn": lambda image: image.mean(1) > 0.5}, {"tie": False, "salient_weight": 0.3}):
-                options = {"saliency_fn": dense_attn.spectral_residual_saliency, "progress": False, **options}
+            for options in (
+                {"saliency_fn": lambda image: image.mean(1) > 0.5},
+                {"tie": False, "salient_weight": 0.3},
+            ):
+                options = {
+                    "saliency_fn": dense_attn.spectral_residual_saliency,
+                    "progress": False,
+                    **options,
+                }
                 for generator in (None, torch.Generator().manual_seed(1)):
-                    first = dense_attn.optimize_latents(*arguments, x, steps=1, generator=generator, **options)
+                    first = dense_attn.optimize_latents(
+                        *arguments, x, steps=1, generator=generator, **options
+                    )
                     results.append(first)
-                results.append(dense_attn.optimize_latents(*arguments, x, steps=1, state=first.state, **options))
+                results.append(
+                    dense_attn.optimize_latents(
+                        *arguments, x, steps=1, state=first.state, **options
+                    )
+                )
         return results
 
     return run
@@ -188,7 +277,14 @@ def programs(backend: str) -> Thunk:
         expected = verified.exact_and_plain(case, "range")
         rows = [case.run("range", backend), *expected, *families._guidance(backend, torch.float32)]
         rows += [families._float_step(backend, torch.bfloat16)]
-        return measured, inputs, attended, rows, dense_attn.backends(), verified.usable("ddim_step", torch.float16)
+        return (
+            measured,
+            inputs,
+            attended,
+            rows,
+            dense_attn.backends(),
+            verified.usable("ddim_step", torch.float16),
+        )
 
     return run
 
@@ -215,12 +311,16 @@ def test_results_are_those_of_float32(
 def test_the_cases_reach_every_public_name() -> None:
     source, returned = Path(__file__).read_text(), {"OptimizeResult"}
     assert [
-        name for name in {*dense_attn.__all__} - returned if f".{name}" not in source and f" {name}(" not in source
+        name
+        for name in {*dense_attn.__all__} - returned
+        if f".{name}" not in source and f" {name}(" not in source
     ] == []
 
 
 @pytest.mark.parametrize(
-    "path", [*ROOT.glob("dense_attn/**/*.py"), *ROOT.glob("triton_kernels/*.py")], ids=lambda p: p.name
+    "path",
+    [*ROOT.glob("dense_attn/**/*.py"), *ROOT.glob("triton_kernels/*.py")],
+    ids=lambda p: p.name,
 )
 def test_every_tensor_that_is_made_names_its_dtype_and_device(path: Path) -> None:
     assert nameless(path.read_text()) == []
@@ -233,14 +333,22 @@ def nameless(source: str) -> list[int]:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
-        needed = {"dtype", "device"} if node.func.attr in NAMED else {"device"} if node.func.attr in PLACED else set()
+        needed = (
+            {"dtype", "device"}
+            if node.func.attr in NAMED
+            else {"device"}
+            if node.func.attr in PLACED
+            else set()
+        )
         if of_torch and not needed <= {keyword.arg for keyword in node.keywords}:
             lines.append(node.lineno)
     return lines
 
 
 def test_a_tensor_without_a_name_is_found() -> None:
-    assert nameless("x = torch.zeros(3, device=d)\ny = torch.ones(3, dtype=t, device=d)\nz = torch.randperm(3)") == [
+    assert nameless(
+        "x = torch.zeros(3, device=d)\ny = torch.ones(3, dtype=t, device=d)\nz = torch.randperm(3)"
+    ) == [
         1,
         3,
     ]
@@ -248,7 +356,11 @@ def test_a_tensor_without_a_name_is_found() -> None:
 
 @pytest.mark.parametrize("by", [torch.bfloat16, torch.device("meta")], ids=str)
 def test_it_is_imported_under_them(by: torch.dtype | torch.device) -> None:
-    which = f"torch.set_default_device('{by}')" if isinstance(by, torch.device) else f"torch.set_default_dtype({by})"
+    which = (
+        f"torch.set_default_device('{by}')"
+        if isinstance(by, torch.device)
+        else f"torch.set_default_dtype({by})"
+    )
     code = f"import torch; {which}; from dense_attn.verify import families as v; print(v._ALPHAS_CUMPROD[-1].item())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == families._ALPHAS_CUMPROD[-1].item()

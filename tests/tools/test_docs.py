@@ -9,10 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/tiny_scenes/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples/tiny_scenes/README.md",
+]
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)")
-WITH_CODE = {"README", "diffusers", "does_it_work", "layout_attention", "reversible", "semantic_guidance"}
+WITH_CODE = {
+    "README",
+    "diffusers",
+    "does_it_work",
+    "layout_attention",
+    "reversible",
+    "semantic_guidance",
+}
 
 
 def name_of(page: Path) -> str:
@@ -27,13 +38,17 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     from dense_attn.examples._tiny_pipeline import tiny_pipeline
 
     monkeypatch.setattr(
-        diffusers.DiffusionPipeline, "from_pretrained", classmethod(lambda kind, name, **_: tiny_pipeline(kind))
+        diffusers.DiffusionPipeline,
+        "from_pretrained",
+        classmethod(lambda kind, name, **_: tiny_pipeline(kind)),
     )
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipe, *_, **__: pipe)
 
 
 @pytest.mark.usefixtures("small_models", "one_thread")
-@pytest.mark.parametrize("page", [page for page in PAGES if CODE.search(page.read_text("utf-8"))], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if CODE.search(page.read_text("utf-8"))], ids=name_of
+)
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run one after the other, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
@@ -59,7 +74,9 @@ def test_the_readme_is_a_door() -> None:
 
 def test_every_public_name_has_its_place_in_the_api() -> None:
     """And what stands there is there."""
-    listed = re.findall(r"^::: (dense_attn\S*)\.(\w+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^::: (dense_attn\S*)\.(\w+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.MULTILINE
+    )
     for module, name in listed:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
     for package in ("dense_attn", "dense_attn.integrations.diffusers"):

@@ -10,7 +10,9 @@ import tree
 
 import dense_attn
 
-LIBRARY = sorted(name for name in tree.modules() if tree.family_of(name) in {*tree.ARROWS} - {"triton_kernels"})
+LIBRARY = sorted(
+    name for name in tree.modules() if tree.family_of(name) in {*tree.ARROWS} - {"triton_kernels"}
+)
 
 
 def test_the_modules_are_all_there() -> None:
@@ -21,7 +23,9 @@ def test_the_modules_are_all_there() -> None:
 @pytest.mark.parametrize("name", LIBRARY)
 def test_examples(name: str) -> None:
     # Not dense_attn.layout_attention by attribute: that is the function.
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    result = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
     assert result.failed == 0
 
 
@@ -30,11 +34,15 @@ def test_examples_on_pipelines() -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     integration = importlib.import_module("dense_attn.integrations.diffusers")
-    functions = {name for name in integration.__all__ if not isinstance(getattr(integration, name), type)}
+    functions = {
+        name for name in integration.__all__ if not isinstance(getattr(integration, name), type)
+    }
     for name in functions:
         (example,) = doctest.DocTestFinder(recurse=False).find(getattr(integration, name), name)
         assert example.examples
-        assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example).failed == 0
+        assert (
+            doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example).failed == 0
+        )
     assert "apply_layout" in functions
 
 

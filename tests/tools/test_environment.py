@@ -12,7 +12,16 @@ import pytest
 from dense_attn import _environment
 
 ROOT = Path(__file__).resolve().parents[2]
-VALUES = {"1": True, "true": True, "YES": True, "on": True, "0": False, "false": False, "No": False, "off": False}
+VALUES = {
+    "1": True,
+    "true": True,
+    "YES": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "No": False,
+    "off": False,
+}
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -24,7 +33,9 @@ def test_a_flag_is_on_or_off(value: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_is_not_set_or_empty_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in (None, ""):
-        monkeypatch.setenv("A_FLAG", value) if value is not None else monkeypatch.delenv("A_FLAG", raising=False)
+        monkeypatch.setenv("A_FLAG", value) if value is not None else monkeypatch.delenv(
+            "A_FLAG", raising=False
+        )
         assert _environment.flag("A_FLAG") is False
         assert _environment.text("A_FLAG") is None
 
@@ -43,13 +54,19 @@ def test_triton_reads_its_own_flag_as_this_library_does() -> None:
     program = "from triton.knobs import runtime; print(runtime.interpret)"
     for value in ("1", "TRUE", "yes", "on", "y", "0", "off", "n", "no", "false", ""):
         environment = os.environ | {"TRITON_INTERPRET": value}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+        )
         assert done.stdout.decode().strip() == str(value.lower() in _environment.ON), value
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [("0", "TRITON_INTERPRET=1 is not set"), ("2", "TRITON_INTERPRET must be 1 or 0, got '2'"), ("yes", "available")],
+    [
+        ("0", "TRITON_INTERPRET=1 is not set"),
+        ("2", "TRITON_INTERPRET must be 1 or 0, got '2'"),
+        ("yes", "available"),
+    ],
 )
 def test_the_table_of_backends_reads_it_so(value: str, reason: str) -> None:
     """Where torch knows no GPU."""
@@ -61,7 +78,9 @@ from dense_attn import backends
 print(backends()["triton"]["layout_attention"])
 """
     environment = os.environ | {"TRITON_INTERPRET": value}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert reason in done.stdout
 
 
@@ -69,13 +88,17 @@ def test_nothing_else_reads_the_environment() -> None:
     """But for what a child process is handed."""
     for folder in ("dense_attn", "triton_kernels"):
         for path in (ROOT / folder).rglob("*.py"):
-            assert path.name == "_environment.py" or "environ" not in path.read_text().replace("_environment", ""), path
+            assert path.name == "_environment.py" or "environ" not in path.read_text().replace(
+                "_environment", ""
+            ), path
     assert 'environ.get("DENSE' not in (ROOT / "setup.py").read_text()
 
 
 def test_the_build_refuses_a_wrong_value() -> None:
     environment = os.environ | {"DENSE_ATTN_SANITIZE": "2"}
     command = [sys.executable, "setup.py", "--version"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].endswith("DENSE_ATTN_SANITIZE must be 1 or 0, got '2'")

@@ -83,7 +83,10 @@ def test_the_command_line_of_an_example(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     command = [sys.executable, "-m", "dense_attn.examples.layout_to_image", "--steps", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "no --model, such as stable-diffusion-v1-5/stable-diffusion-v1-5: random weights" in done.stdout
+    assert (
+        "no --model, such as stable-diffusion-v1-5/stable-diffusion-v1-5: random weights"
+        in done.stdout
+    )
     assert (tmp_path / "layout_to_image.png").stat().st_size > 100
 
 

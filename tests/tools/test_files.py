@@ -1,4 +1,6 @@
-"""Written files: whole or not at all, in the place of regular files alone, with one sentence for what cannot be."""
+"""Written files: whole or not at all, in the place of regular files alone, with one sentence for
+what cannot be.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_text_is_utf_8_and_bytes_are_bytes(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes", "text"]
 
 
-def test_a_new_file_has_what_the_umask_leaves_and_a_replaced_one_its_own_mode(tmp_path: Path) -> None:
+def test_a_new_file_has_what_the_umask_leaves_and_a_replaced_one_its_own_mode(
+    tmp_path: Path,
+) -> None:
     before = os.umask(0o027)
     try:
         _files.write(tmp_path / "new", "1")
@@ -70,7 +74,10 @@ def test_a_replaced_file_keeps_its_owner(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("1")
     os.chown(tmp_path / "theirs", 12345, 23456)
     _files.write(tmp_path / "theirs", "2")
-    assert ((tmp_path / "theirs").stat().st_uid, (tmp_path / "theirs").stat().st_gid) == (12345, 23456)
+    assert ((tmp_path / "theirs").stat().st_uid, (tmp_path / "theirs").stat().st_gid) == (
+        12345,
+        23456,
+    )
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["file", "dangling"])
@@ -128,13 +135,17 @@ def test_a_full_disk_leaves_what_was_there(full_disk: Path) -> None:
     for name in ("there", "new"):
         with pytest.raises(_files.FileError) as refused:
             _files.write(full_disk / name, b"y" * 32 * 1024)
-        assert str(refused.value) == f"{full_disk / name} cannot be written: No space left on device"
+        assert (
+            str(refused.value) == f"{full_disk / name} cannot be written: No space left on device"
+        )
     assert [path.name for path in full_disk.iterdir()] == ["there"]
     assert (full_disk / "there").read_bytes() == b"x" * 56 * 1024
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full"]
+)
 def test_what_ends_in_the_middle_leaves_what_was_there(
     function: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +155,9 @@ def test_what_ends_in_the_middle_leaves_what_was_there(
         raise error
 
     monkeypatch.setattr(os, function, ends)
-    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else _files.FileError):
+    with pytest.raises(
+        KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else _files.FileError
+    ):
         _files.write(tmp_path / "there", "2")
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
@@ -152,7 +165,9 @@ def test_what_ends_in_the_middle_leaves_what_was_there(
 
 
 @pytest.mark.parametrize("content", ["2", "", "2" * 100])
-@pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM], ids=["mounted", "another user's in a sticky folder"])
+@pytest.mark.parametrize(
+    "number", [errno.EBUSY, errno.EPERM], ids=["mounted", "another user's in a sticky folder"]
+)
 def test_a_name_that_cannot_be_replaced_keeps_its_file(
     number: int, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +178,10 @@ def test_a_name_that_cannot_be_replaced_keeps_its_file(
     before = (tmp_path / "there").stat().st_ino
     monkeypatch.setattr(os, "replace", refuses)
     _files.write(tmp_path / "there", content)
-    assert ((tmp_path / "there").read_text(), (tmp_path / "there").stat().st_ino) == (content, before)
+    assert ((tmp_path / "there").read_text(), (tmp_path / "there").stat().st_ino) == (
+        content,
+        before,
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     with pytest.raises(_files.FileError):
         _files.write(tmp_path / "new", "1")
@@ -177,13 +195,17 @@ def test_such_a_file_is_left_alone_where_there_is_no_room(full_disk: Path) -> No
     assert (full_disk / "there").read_bytes() == b"x" * 56 * 1024
 
 
-@pytest.mark.parametrize("ask", [_files.check, lambda path: _files.write(path, "1")], ids=["check", "write"])
+@pytest.mark.parametrize(
+    "ask", [_files.check, lambda path: _files.write(path, "1")], ids=["check", "write"]
+)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("", "it is a folder"), ("no/such", "No such file or directory"), ("file/below", "Not a directory"),
      ("loop", "Too many levels of symbolic links"), ("n" * 300, "File name too long")],
 )  # fmt: skip
-def test_what_cannot_be_written_is_said_in_one_sentence(ask: object, name: str, reason: str, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_said_in_one_sentence(
+    ask: object, name: str, reason: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("1")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(_files.FileError) as refused:
@@ -230,9 +252,15 @@ def test_an_unwritable_folder_or_file() -> None:
         folder.chmod(0o777)
         closed.chmod(0o555)
         command = [sys.executable, "-c", PERMISSIONS, name]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         closed.chmod(0o755)
-        expected = [f"{folder / file} cannot be written: Permission denied" for file in UNWRITABLE for _ in range(2)]
+        expected = [
+            f"{folder / file} cannot be written: Permission denied"
+            for file in UNWRITABLE
+            for _ in range(2)
+        ]
         assert lines == expected
         assert (folder / "locked").read_text() == (closed / "open").read_text() == "1"
         assert [path.name for path in closed.iterdir()] == ["open"]
@@ -240,7 +268,9 @@ def test_an_unwritable_folder_or_file() -> None:
 
 @pytest.mark.parametrize("folder", ["dense_attn", "benchmarks", "examples", "triton_kernels"])
 def test_nothing_else_writes_a_file(folder: str) -> None:
-    """But for the logs of `make gpu`, which grow, a switch of the operating system, and examples in docstrings."""
+    """But for the logs of `make gpu`, which grow, a switch of the operating system, and examples in
+    docstrings.
+    """
     others = {"_files.py", "gpu.py", "_memory.py"}
     for path in (SOURCES / folder).rglob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,6 @@
-"""`make gpu`: a dry run of its steps, and what it makes of steps that fail, hang or come too late."""
+"""`make gpu`: a dry run of its steps, and what it makes of steps that fail, hang or come too
+late.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,33 @@ def step(name: str, program: str, **options: object) -> object:
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    """All steps but verify, which has tests of its own; without a compiler, and the benchmark's smallest family."""
+    """All steps but verify, which has tests of its own; without a compiler, and the benchmark's
+    smallest family.
+    """
     pytest.importorskip("triton")
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, str(DRIVER), "--dry-run", "--output", str(tmp_path), "--family", "launch"]
+    command = [
+        sys.executable,
+        str(DRIVER),
+        "--dry-run",
+        "--output",
+        str(tmp_path),
+        "--family",
+        "launch",
+    ]
     for name in ("environment", "wheels", "build", "tests", "sanitize", "bench"):
         command += ["--only", name]
-    result = subprocess.run(command, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
     verdicts = {outcome["step"]: outcome["verdict"] for outcome in summary["steps"]}
     passed = [name for name, verdict in verdicts.items() if verdict.startswith("passed")]
     assert passed == ["environment", "build", "tests", "sanitize-memcheck", "bench"]
-    assert all(name in passed or verdict.startswith("not here: ") for name, verdict in verdicts.items())
+    assert all(
+        name in passed or verdict.startswith("not here: ") for name, verdict in verdicts.items()
+    )
     assert verdicts["build"] == "passed, without the CPU kernels: no C++ compiler"
     for name in ("tests", "sanitize-memcheck", "bench"):
         assert f"dense_attn: {gpu.LIBRARY / 'dense_attn'}" in (tmp_path / f"{name}.log").read_text()
@@ -52,7 +68,15 @@ def test_dry_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_is_refused() -> None:
-    command = [sys.executable, str(DRIVER), "--dry-run", "--only", "environment", "--output", "/dev/null/x"]
+    command = [
+        sys.executable,
+        str(DRIVER),
+        "--dry-run",
+        "--only",
+        "environment",
+        "--output",
+        "/dev/null/x",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("make gpu: --output must be a folder that can be written: ")
@@ -63,14 +87,19 @@ def test_a_folder_that_cannot_be_is_refused() -> None:
 def test_without_a_gpu_it_says_so() -> None:
     result = subprocess.run([sys.executable, str(DRIVER)], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one\n"
+    assert (
+        result.stderr
+        == "make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one\n"
+    )
 
 
 def test_a_step_with_another_dense_attn_fails(tmp_path: Path) -> None:
     for name, text in (("dense_attn", ""), ("module", "import dense_attn"), ("idle", "")):
         (tmp_path / f"{name}.py").write_text(text)
     environment = {"PYTHONPATH": str(tmp_path)}
-    steps = [gpu.Step(name, gpu._built(name), environment=environment) for name in ("module", "idle")]
+    steps = [
+        gpu.Step(name, gpu._built(name), environment=environment) for name in ("module", "idle")
+    ]
     assert [outcome.verdict for outcome in gpu.run(steps, tmp_path)] == ["exit code 1"] * 2
     rule = f"dense_attn must be the one in {gpu.LIBRARY}, got"
     assert (tmp_path / "module.log").read_text().endswith(f"{rule} {tmp_path / 'dense_attn.py'}\n")
@@ -139,7 +168,9 @@ def ends(process: int) -> bool:
     return False
 
 
-def test_a_failing_step_is_told_and_the_others_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_failing_step_is_told_and_the_others_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     steps = [
         step("one", "print('why'); raise SystemExit(3)"),
         step("two", "print('fine')"),
@@ -152,7 +183,9 @@ def test_a_failing_step_is_told_and_the_others_run(tmp_path: Path, capsys: pytes
     assert (tmp_path / "two.log").read_text().endswith("fine\n")
 
 
-def test_a_step_that_hangs_ends_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_hangs_ends_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "GRACE", 0.5)
     sleep = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     program = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleep!r}]); print(p.pid); "
@@ -162,13 +195,17 @@ def test_a_step_that_hangs_ends_with_its_children(tmp_path: Path, monkeypatch: p
     assert ends(int((tmp_path / "hangs.log").read_text().split()[-1]))
 
 
-def test_later_steps_keep_their_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_steps_keep_their_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "GRACE", 1)
     wait = "import time; time.sleep(60)"
     steps = [step("long", wait, least=0), step("last", "", least=2), step("late", "", least=90)]
     verdicts = [outcome.verdict for outcome in gpu.run(steps[:2], tmp_path, seconds=5)]
     assert verdicts == ["ran past 2 s", "passed"]
-    assert [outcome.verdict for outcome in gpu.run(steps[1:], tmp_path, seconds=5)] == ["no time left"] * 2
+    assert [outcome.verdict for outcome in gpu.run(steps[1:], tmp_path, seconds=5)] == [
+        "no time left"
+    ] * 2
 
 
 @pytest.mark.parametrize(

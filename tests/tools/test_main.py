@@ -1,4 +1,6 @@
-"""The command line: what it prints, its exit codes, and one clear sentence for what a user gets wrong."""
+"""The command line: what it prints, its exit codes, and one clear sentence for what a user gets
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def run(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str, str]:
 
 
 def test_python_dash_m() -> None:
-    process = subprocess.run([sys.executable, "-m", "dense_attn", "info"], capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-m", "dense_attn", "info"], capture_output=True, text=True, check=True
+    )
     assert f"torch {torch.__version__}" in process.stdout
 
 
@@ -51,7 +55,11 @@ def test_info_tells_backends_with_reasons_and_missing_extras(
     code, out, _ = run(capsys, "info")
     assert code == 0
     for backend, ops in table.backends().items():
-        assert any(line.split()[0] == backend and ops["layout_attention"] in line for line in out.splitlines() if line)
+        assert any(
+            line.split()[0] == backend and ops["layout_attention"] in line
+            for line in out.splitlines()
+            if line
+        )
     assert "no-such-package   missing: pip install dense_attn[bench]" in out
     assert f"pytest            {pytest.__version__}" in out
 
@@ -75,7 +83,10 @@ def test_info_of_kernels_knows_other_sources() -> None:
     now = kernel_hashes()
     file = next(iter(now))
     gpu = {"device": "Some GPU", "kernels": now}
-    others = {"a.json": gpu, "b.json": gpu | {"device": "Another", "kernels": now | {file: "0" * 16}}}
+    others = {
+        "a.json": gpu,
+        "b.json": gpu | {"device": "Another", "kernels": now | {file: "0" * 16}},
+    }
     first, second = _kernel_report.sources(now | {file: "0" * 16}, others)[1:3]
     assert first.split("  ")[-1] == "Some GPU, Another (other sources)"
     assert "table is of other sources" in first
@@ -83,14 +94,18 @@ def test_info_of_kernels_knows_other_sources() -> None:
     assert all(line.endswith("not run on a GPU") for line in _kernel_report.sources(now, {})[1:])
 
 
-@pytest.mark.parametrize("argv", [(), ("paint",), ("demo", "--grids", "12"), ("demo", "--threads", "0")])
+@pytest.mark.parametrize(
+    "argv", [(), ("paint",), ("demo", "--grids", "12"), ("demo", "--threads", "0")]
+)
 def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture, argv: tuple[str, ...]) -> None:
     code, _, err = run(capsys, *argv)
     assert code == 2
     assert "usage: python -m dense_attn" in err
 
 
-def test_bench_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_bench_hands_its_arguments_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     bench = pytest.importorskip("dense_attn.benchmarks.run")
     seen: list[str] = []
     monkeypatch.setattr(bench, "main", lambda argv: seen.extend(argv) or 1)
@@ -99,22 +114,44 @@ def test_bench_hands_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert seen == list(argv)
 
 
-def test_bench_without_its_extra_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_bench_without_its_extra_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setitem(sys.modules, "dense_attn.benchmarks", None)
     code, _, err = run(capsys, "bench")
     assert code == 2
-    assert err == "dense_attn bench: the benchmarks need dense_attn.benchmarks: pip install dense_attn[bench]\n"
+    assert (
+        err
+        == "dense_attn bench: the benchmarks need dense_attn.benchmarks: pip install dense_attn[bench]\n"
+    )
 
 
 def test_demo_end_to_end(label_map: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("matplotlib")
     output = label_map.with_name("picture.png")
-    argv = ("--layout", label_map, "--phrases", "a cat", "two dogs", "--grids", 8, 16, "--output", output)
+    argv = (
+        "--layout",
+        label_map,
+        "--phrases",
+        "a cat",
+        "two dogs",
+        "--grids",
+        8,
+        16,
+        "--output",
+        output,
+    )
     code, out, _ = run(capsys, "demo", *argv)
     assert code == 0
     assert '"a photo of a cat, two dogs", 2 of at most 32 regions' in out
     rows = [line for line in out.splitlines() if line.startswith(("self", "cross", "whole step"))]
-    assert [row.split("x ")[0].strip() for row in rows] == ["self 16", "cross 16", "self 8", "cross 8", "whole step"]
+    assert [row.split("x ")[0].strip() for row in rows] == [
+        "self 16",
+        "cross 16",
+        "self 8",
+        "cross 8",
+        "whole step",
+    ]
     assert all(float(row.split()[-1]) < 1e-4 for row in rows)  # the largest difference
     assert "random" in out
     with Image.open(output) as picture:
@@ -122,7 +159,9 @@ def test_demo_end_to_end(label_map: Path, capsys: pytest.CaptureFixture) -> None
         assert len(picture.convert("RGB").getcolors(maxcolors=10**6)) > 100
 
 
-def test_demo_paints_with_words_that_the_small_model_knows(label_map: Path, capsys: pytest.CaptureFixture) -> None:
+def test_demo_paints_with_words_that_the_small_model_knows(
+    label_map: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Phrases in one argument, with commas; two regions make one prompt."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
@@ -145,7 +184,16 @@ def test_demo_without_tqdm_prints_lines(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    code, out, _ = run(capsys, "demo", "--layout", label_map, "--grids", 8, "--output", label_map.with_suffix(".svg"))
+    code, out, _ = run(
+        capsys,
+        "demo",
+        "--layout",
+        label_map,
+        "--grids",
+        8,
+        "--output",
+        label_map.with_suffix(".svg"),
+    )
     assert code == 0
     assert "layer 2 of 2: cross-attention, 8 x 8" in out
 
@@ -174,7 +222,9 @@ def test_demo_refuses_a_wrong_file_in_one_sentence(
     path = tmp_path / "my.png"
     WRONG_FILES[sentence](path)
     phrases = ("--phrases", "a cat") if "--phrases" in sentence else ()
-    code, out, err = run(capsys, "demo", "--layout", path, "--output", tmp_path / "out.png", *phrases)
+    code, out, err = run(
+        capsys, "demo", "--layout", path, "--output", tmp_path / "out.png", *phrases
+    )
     assert (code, out, err) == (2, "", f"dense_attn demo: {sentence.format(path)}\n")
 
 
@@ -189,7 +239,9 @@ def test_demo_without_its_extra_says_so(
     assert err.count("\n") == 1
 
 
-def test_demo_refuses_an_output_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_demo_refuses_an_output_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "there-scenes.png").mkdir()
     for name, reason in (
         ("no/such/folder.png", "in a folder that exists"),

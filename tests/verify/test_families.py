@@ -1,4 +1,6 @@
-"""`verify` of semantic guidance and reversible steps fails a backend that is wrong in one respect."""
+"""`verify` of semantic guidance and reversible steps fails a backend that is wrong in one
+respect.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from dense_attn._backends import table
 from dense_attn.verify import families
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPS = [name for name in vars(reference) if callable(getattr(reference, name)) and not name.startswith("_")]
+OPS = [
+    name
+    for name in vars(reference)
+    if callable(getattr(reference, name)) and not name.startswith("_")
+]
 
 
 def _off_by_a_bit(x: torch.Tensor, level: float) -> tuple:
@@ -44,7 +50,9 @@ def _wrong_grid(*arguments: object) -> tuple:
         ("exact_mix", _wrong_grid, {"edict, 50 steps"}),
     ],
 )
-def test_a_wrong_backend_fails(op: str, wrong: Callable, rows: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_backend_fails(
+    op: str, wrong: Callable, rows: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     functions = {name: getattr(reference, name) for name in OPS} | {op: wrong}
     monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace(**functions))
     monkeypatch.setattr(families, "DTYPES", (torch.float32,))

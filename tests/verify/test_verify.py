@@ -22,7 +22,9 @@ def test_verify_passes_every_backend_here(capsys: pytest.CaptureFixture) -> None
     available = [name for name in table.ORDER if table.missing(name, "layout_attention") is None]
     rows = [line.split() for line in out.splitlines() if line.startswith(tuple(available))]
     families = len(("thresholds", "guidance", "mixed", "steps", "edict", "bdia"))
-    assert len(rows) == len(available) * len(attention.DTYPES) * (len(attention.MODULATIONS) + families)
+    assert len(rows) == len(available) * len(attention.DTYPES) * (
+        len(attention.MODULATIONS) + families
+    )
     assert code == 0, out
     assert "every row passed" in out
 
@@ -31,19 +33,29 @@ def _wrong_gradients(call: Callable, *tensors: Tensor, **options: object) -> tup
     return tuple(x.detach() + 0.999 * (x - x.detach()) for x in call(*tensors, **options))
 
 
-def _wrong_scale(call: Callable, q: Tensor, *tensors: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def _wrong_scale(
+    call: Callable, q: Tensor, *tensors: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
     return call(1.0001 * q, *tensors, **options)
 
 
 def _no_regions(
-    call: Callable, q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, *tensors: Tensor, **options: object
+    call: Callable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    *tensors: Tensor,
+    **options: object,
 ) -> tuple[Tensor, Tensor]:
     return call(q, k, v, torch.full_like(q_regions, -1), *tensors, **options)
 
 
 @pytest.fixture
 def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A "triton" backend that is the reference but for one fault, and one small case to find it with."""
+    """A "triton" backend that is the reference but for one fault, and one small case to find it
+    with.
+    """
 
     def faulty(*tensors: Tensor, backend: str, **options: object) -> tuple[Tensor, Tensor]:
         if backend != "triton":
@@ -85,7 +97,9 @@ def test_verify_fails_a_wrong_backend(results: set[str], capsys: pytest.CaptureF
 def test_verify_names_a_backend_for_other_tensors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(table, "missing", lambda backend, op: None if backend == "triton" else "not here")
+    monkeypatch.setattr(
+        table, "missing", lambda backend, op: None if backend == "triton" else "not here"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(table, "device_of", lambda backend: "cuda")
     for module in (attention, families):

@@ -11,8 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
-from dense_attn.triton_kernels.layout_attention.bwd import layout_attention_bwd_kv_kernel, layout_attention_bwd_q_kernel
-from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel, layout_attention_row_fwd_kernel
+from dense_attn.triton_kernels.layout_attention.bwd import (
+    layout_attention_bwd_kv_kernel,
+    layout_attention_bwd_q_kernel,
+)
+from dense_attn.triton_kernels.layout_attention.fwd import (
+    layout_attention_fwd_kernel,
+    layout_attention_row_fwd_kernel,
+)
 from dense_attn.triton_kernels.layout_attention.tiles import tile_lists_kernel, word_bounds_kernel
 
 STATS = 4  # numbers a row that the backward pass takes from the forward pass
@@ -22,7 +28,9 @@ NUMBERS = 8  # numbers a row that its second pass takes from its first
 class TileLists(NamedTuple):
     """Of each tile of query rows: its key tiles by kind, for one size of tile."""
 
-    tiles: Tensor  # int32 [B|1, query tiles, 2, key tiles]: matched from the left, unmatched from the right; in doubt
+    # int32 [B|1, query tiles, 2, key tiles]: matched from the left, unmatched from the right; in
+    # doubt
+    tiles: Tensor
     counts: Tensor  # int32 [B|1, query tiles, 3]: matched, in doubt, unmatched
     k_words: Tensor  # int32 [B|1, keys]: their words as they are visited
 
@@ -35,7 +43,9 @@ def tile_lists(
     block_m: int,
     block_n: int,
 ) -> TileLists:
-    """Lists of a layout, which depend on nothing else: made once, they serve every head, layer and step."""
+    """Lists of a layout, which depend on nothing else: made once, they serve every head, layer and
+    step.
+    """
     _, q_bounds = _word_bounds(q_regions, q_order, block_m)
     k_words, k_bounds = _word_bounds(k_regions, k_order, block_n)
     batch, query_tiles = max(len(q_bounds), len(k_bounds)), q_bounds.shape[1]
@@ -65,7 +75,9 @@ def layout_attention_fwd(
     lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks(q, k)`
     config: configs.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of each row."""
+    """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of
+    each row.
+    """
     batch, num_heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
     out, lse, stats = fwd_results(q)
@@ -87,7 +99,9 @@ def layout_attention_fwd(
         lists = tile_lists(q_regions, k_regions, q_order, k_order, config.BLOCK_M, config.BLOCK_N)
     parked = None
     if config.parks and modulation != "mask":
-        parked = q.new_empty((*q.shape[:3], constants["PART_0"] + constants["PART_1"]), dtype=torch.float32)
+        parked = q.new_empty(
+            (*q.shape[:3], constants["PART_0"] + constants["PART_1"]), dtype=torch.float32
+        )
     layout_attention_fwd_kernel[grid](
         *inputs, _tokens(q_order), _tokens(k_order), _rows(strength), *map(_tokens, lists),
         *results, parked, *numbers, **constants, **config.launch,
@@ -127,12 +141,16 @@ def layout_attention_bwd(
     inputs = _rows(q), _rows(k), _rows(v), *words, *orders
     constants = _constants(q, modulation, scale)
     by_query, by_key = config or bwd_config(q, k)
-    lists = _mask_lists(modulation, q_regions, k_regions, q_order, k_order, by_query.BLOCK_M, by_query.BLOCK_N)
+    lists = _mask_lists(
+        modulation, q_regions, k_regions, q_order, k_order, by_query.BLOCK_M, by_query.BLOCK_N
+    )
     layout_attention_bwd_q_kernel[(batch * num_heads * triton.cdiv(seqlen_q, by_query.BLOCK_M),)](
         _rows(grad_out), None if grad_lse is None else _rows(grad_lse), *inputs, _rows(strength), _rows(out), stats,
         *lists, _rows(dq), dstrength, numbers, places, *sizes, **constants, **by_query.launch,
     )  # fmt: skip
-    lists = _mask_lists(modulation, k_regions, q_regions, k_order, q_order, by_key.BLOCK_N, by_key.BLOCK_M)
+    lists = _mask_lists(
+        modulation, k_regions, q_regions, k_order, q_order, by_key.BLOCK_N, by_key.BLOCK_M
+    )
     layout_attention_bwd_kv_kernel[(batch * num_heads * triton.cdiv(seqlen_k, by_key.BLOCK_N),)](
         _rows(grad_out), *inputs, numbers, places, *lists,
         _rows(dk), _rows(dv), *sizes, **constants, **by_key.launch,
@@ -144,7 +162,9 @@ def _mask_lists(
     modulation: str, rows: Tensor, columns: Tensor, row_order: Tensor | None, column_order: Tensor | None,
     block_rows: int, block_columns: int,
 ) -> tuple[tuple | None, tuple | None]:  # fmt: skip
-    """Lists as the backward kernels take them, for the modulation that visits matched tiles alone."""
+    """Lists as the backward kernels take them, for the modulation that visits matched tiles
+    alone.
+    """
     if modulation != "mask":
         return None, None
     lists = tile_lists(rows, columns, row_order, column_order, block_rows, block_columns)
@@ -168,13 +188,21 @@ def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
 
 
 def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
-    """The configurations of a backward call: of the pass over query tiles, and of that over key tiles."""
-    by_query, by_key = configs.layout_attention_bwd(configs.architecture(q.device), configs.precision(q), q.shape[3])
+    """The configurations of a backward call: of the pass over query tiles, and of that over key
+    tiles.
+    """
+    by_query, by_key = configs.layout_attention_bwd(
+        configs.architecture(q.device), configs.precision(q), q.shape[3]
+    )
     if not autotune.requested():
         return by_query, by_key
 
-    def tuned(kernel: str, table: configs.Config, pair: Callable[[configs.Config], tuple]) -> configs.Config:
-        return autotune.best(kernel, q, k, autotune.neighbours(table), lambda: _bwd_launch(q, k, pair))
+    def tuned(
+        kernel: str, table: configs.Config, pair: Callable[[configs.Config], tuple]
+    ) -> configs.Config:
+        return autotune.best(
+            kernel, q, k, autotune.neighbours(table), lambda: _bwd_launch(q, k, pair)
+        )
 
     by_query = tuned("bwd_q", by_query, lambda config: (config, by_key))
     return by_query, tuned("bwd_kv", by_key, lambda config: (by_query, config))
@@ -182,8 +210,13 @@ def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
 
 def _example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """Random q, k, v like these, four regions in runs, and strengths, to measure a call by."""
-    words = [1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2]) for x in (q, k)]
-    generator = torch.Generator(q.device).manual_seed(0)  # of its own: the caller's random numbers stay what they are
+    words = [
+        1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2])
+        for x in (q, k)
+    ]
+    generator = torch.Generator(q.device).manual_seed(
+        0
+    )  # of its own: the caller's random numbers stay what they are
     rows = (torch.empty_like(x).normal_(generator=generator) for x in (q, k, k))
     return *rows, *words, torch.full(q.shape[:3], 0.3, dtype=torch.float32, device=q.device)
 
@@ -206,8 +239,12 @@ def _bwd_launch(q: Tensor, k: Tensor, pair: Callable[[configs.Config], tuple]) -
 
 
 def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
-    """Rows and keys of a forward call's tiles, which lists made beforehand must share; None where it has no tiles."""
-    if k.shape[2] == 0 or configs.row_at_once(configs.architecture(q.device), configs.precision(q), k.shape[2]):
+    """Rows and keys of a forward call's tiles, which lists made beforehand must share; None where
+    it has no tiles.
+    """
+    if k.shape[2] == 0 or configs.row_at_once(
+        configs.architecture(q.device), configs.precision(q), k.shape[2]
+    ):
         return None
     config = fwd_config(q, k)
     return config.BLOCK_M, config.BLOCK_N
@@ -216,21 +253,31 @@ def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
 def fwd_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten (out, lse, stats)."""
     rows = q.shape[:3]
-    lse, stats = q.new_empty(rows, dtype=torch.float32), q.new_empty((*rows, STATS), dtype=torch.float32)
+    lse, stats = (
+        q.new_empty(rows, dtype=torch.float32),
+        q.new_empty((*rows, STATS), dtype=torch.float32),
+    )
     return empty_rows_like(q), lse, stats
 
 
 def empty_rows_like(q: Tensor) -> Tensor:
-    """In q's memory order, unless that leaves the last axis apart; other devices have the same rule."""
+    """In q's memory order, unless that leaves the last axis apart; other devices have the same
+    rule.
+    """
     like = torch.empty_like(q)
     return like if q.shape[3] == 1 or like.stride(3) == 1 else q.new_empty(q.shape)
 
 
 def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    """Int32: words as visited [B|1, tokens], and the or and the and of each tile's [B|1, tiles, 2]."""
+    """Int32: words as visited [B|1, tokens], and the or and the and of each tile's [B|1, tiles,
+    2].
+    """
     samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
     tiles = triton.cdiv(words.shape[-1], block)
-    visited, bounds = words.new_empty((samples, words.shape[-1])), words.new_empty((samples, tiles, 2))
+    visited, bounds = (
+        words.new_empty((samples, words.shape[-1])),
+        words.new_empty((samples, tiles, 2)),
+    )
     word_bounds_kernel[(samples * tiles,)](
         _tokens(words), _tokens(order), visited, bounds, words.shape[-1], BLOCK=block
     )
@@ -251,14 +298,18 @@ def _constants(q: Tensor, modulation: str, scale: float) -> dict[str, object]:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
-    """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's left out."""
+    """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's
+    left out.
+    """
     strides = [stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape)]
     grain = configs.GRAIN if all(stride % configs.GRAIN == 0 for stride in strides) else 1
     return x, *(stride // grain for stride in strides), tl.constexpr(grain)
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor, int, int] | None:
-    """[tokens] or [B|1, tokens, ...] as kernels take it: the tensor and two strides, 0 where samples share one row."""
+    """[tokens] or [B|1, tokens, ...] as kernels take it: the tensor and two strides, 0 where
+    samples share one row.
+    """
     if x is None:
         return None
     if x.dim() == 1:

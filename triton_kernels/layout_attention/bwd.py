@@ -1,8 +1,9 @@
-"""Layout attention backward: one pass over query tiles, then one over key tiles that takes what the first has found.
+"""Layout attention backward: one pass over query tiles, then one over key tiles that takes what the
+first has found.
 
-The gradient through a row's largest and smallest score is a rank-one term of two keys: the first pass adds it to dq and
-leaves its two factors and the keys' places, the second adds it where a key is in that place. No sums are shared, so
-every run gives the same bits.
+The gradient through a row's largest and smallest score is a rank-one term of two keys: the first
+pass adds it to dq and leaves its two factors and the keys' places, the second adds it where a key
+is in that place. No sums are shared, so every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ def _first_tile(listed, tiles_listed, place, num_whole, tiles):
 
 @triton.jit
 def _listed(tiles, counts, batch, tile, num_tiles):
-    """(list, its wholly matched tiles, all tiles to visit) of one tile; every tile where there is no list."""
+    """(list, its wholly matched tiles, all tiles to visit) of one tile; every tile where there is
+    no list.
+    """
     listed, num_whole, count = tile, 0, num_tiles
     if tiles is not None:
-        listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * num_tiles, tl.int64)  # a size of 1 is no tensor
+        listed = (
+            tiles[0] + batch * tiles[1] + tile * tl.cast(2 * num_tiles, tl.int64)
+        )  # a size of 1 is no tensor
         at = counts[0] + batch * counts[1] + tile * 3
         num_whole = tl.load(at)
         count = num_whole + tl.load(at + 1)
@@ -58,7 +63,9 @@ def _weights(raw, factor, anchor, offsets, EXACT: tl.constexpr):
 
 @triton.jit
 def _row_numbers(stats_ptr, row, exist, factor, MODULATION: tl.constexpr, EXACT: tl.constexpr):
-    """(raw maximum, minimum, anchor, offset of matched keys, of the others) of rows; 0 for those that do not exist."""
+    """(raw maximum, minimum, anchor, offset of matched keys, of the others) of rows; 0 for those
+    that do not exist.
+    """
     at = stats_ptr + row * 4
     high, low = tl.load(at, mask=exist, other=0.0), tl.load(at + 1, mask=exist, other=0.0)
     add_in, add_out = tl.load(at + 2, mask=exist, other=0.0), tl.load(at + 3, mask=exist, other=0.0)
@@ -94,7 +101,9 @@ def _lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
     """What flows back into rows' lse; 0 where nothing does."""
     gradient = tl.zeros([ROWS], tl.float32)
     if grad_lse is not None:
-        gradient = tl.load(head_of(grad_lse, batch, head) + tokens * row_stride(grad_lse), mask=exist, other=0.0)
+        gradient = tl.load(
+            head_of(grad_lse, batch, head) + tokens * row_stride(grad_lse), mask=exist, other=0.0
+        )
     return gradient
 
 
@@ -105,23 +114,33 @@ def _inner_products(
     """Of rows of two [B, H, tokens, D] tensors, one part after the other."""
     a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
     x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM)
-    total = tl.sum(x.to(tl.float32) * load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM), 1)
+    total = tl.sum(
+        x.to(tl.float32) * load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM), 1
+    )
     if PART_1 > 0:
         x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += tl.sum(x.to(tl.float32) * load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM), 1)
+        total += tl.sum(
+            x.to(tl.float32)
+            * load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM),
+            1,
+        )
     return total
 
 
 @triton.jit
 def layout_attention_bwd_q_kernel(
-    grad_out, grad_lse, q, k, v, q_words, k_words, q_order, k_order, strength, out, stats_ptr,  # as in the forward pass
+    # as in the forward pass
+    grad_out, grad_lse, q, k, v, q_words, k_words, q_order, k_order, strength, out, stats_ptr,
     tiles, counts, dq, dstrength_ptr,
-    numbers_ptr, places_ptr,  # [rows, 8] what the pass over keys needs, int32 [rows, 2] keys of the extremes
+    # [rows, 8] what the pass over keys needs, int32 [rows, 2] keys of the extremes
+    numbers_ptr, places_ptr,
     num_heads, seqlen_q, seqlen_k, sm_scale,
     MODULATION: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows against all keys: dq, dstrength, and what the pass over keys needs of each row."""
+    """One tile of query rows against all keys: dq, dstrength, and what the pass over keys needs of
+    each row.
+    """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
     tiles_per_head = tl.cdiv(seqlen_q, BLOCK_M)
     index = (tl.program_id(0) // tiles_per_head).to(tl.int64)
@@ -130,16 +149,42 @@ def layout_attention_bwd_q_kernel(
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     shift = _inner_products(grad_out, out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
-    rows = load_rows(head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM)
-    grads = load_rows(head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist, PART_0, PART_1, HEAD_DIM)
+    rows = load_rows(
+        head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM
+    )
+    grads = load_rows(
+        head_of(grad_out, batch, head),
+        row_stride(grad_out),
+        tokens,
+        exist,
+        PART_0,
+        PART_1,
+        HEAD_DIM,
+    )
     row_words = words_at(q_words, batch, tokens, exist)
-    c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
+    c = tl.load(
+        head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0
+    )
     tau = temperature(c, MODULATION) * sm_scale
     row = index * seqlen_q + tokens
-    high, low, anchor, add_in, add_out = _row_numbers(stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT)
-    _store_record(numbers_ptr + row * 8, exist, tau * LOG2_E, add_in, add_out, anchor, temperature(c, MODULATION))
+    high, low, anchor, add_in, add_out = _row_numbers(
+        stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT
+    )
+    _store_record(
+        numbers_ptr + row * 8,
+        exist,
+        tau * LOG2_E,
+        add_in,
+        add_out,
+        anchor,
+        temperature(c, MODULATION),
+    )
 
-    k_base, v_base, nothing = head_of(k, batch, head), head_of(v, batch, head), tl.zeros([BLOCK_M], tl.float32)
+    k_base, v_base, nothing = (
+        head_of(k, batch, head),
+        head_of(v, batch, head),
+        tl.zeros([BLOCK_M], tl.float32),
+    )
     best, best_key = nothing + float("-inf"), tl.zeros([BLOCK_M], tl.int32)
     least, least_key = best, best_key
     grad_in, grad_distance, acc = nothing, nothing, zero_rows(BLOCK_M, PART_0, PART_1)
@@ -166,19 +211,30 @@ def layout_attention_bwd_q_kernel(
             grad_distance += tl.sum(grad * distance, 1)
             if EXACT:
                 weight_distance += tl.sum(weights * distance, 1)
-            least, least_key = _first_extreme(least, least_key, raw, there[None, :], keys.to(tl.int32)[None, :], False)
+            least, least_key = _first_extreme(
+                least, least_key, raw, there[None, :], keys.to(tl.int32)[None, :], False
+            )
         if MODULATION == "range" or MODULATION == "max":
-            best, best_key = _first_extreme(best, best_key, raw, there[None, :], keys.to(tl.int32)[None, :], True)
+            best, best_key = _first_extreme(
+                best, best_key, raw, there[None, :], keys.to(tl.int32)[None, :], True
+            )
         acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
 
     # Read again, so that the loop need not carry them.
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     row = index * seqlen_q + tokens
-    c = tl.load(head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0)
+    c = tl.load(
+        head_of(strength, batch, head) + tokens * row_stride(strength), mask=exist, other=0.0
+    )
     through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
-    if EXACT:  # ds' sums to grad_lse over a row; what is left is what delta has missed, and is taken out of the sums
+    # ds' sums to grad_lse over a row; what is left is what delta has missed, and is taken out of
+    # the sums
+    if EXACT:
         missed = grad_all - through_lse
-        grad_in, grad_distance = grad_in - missed * weight_in, grad_distance - missed * weight_distance
+        grad_in, grad_distance = (
+            grad_in - missed * weight_in,
+            grad_distance - missed * weight_distance,
+        )
         shift += missed
     signed_scale = -sm_scale if NEGATE else sm_scale
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
@@ -235,8 +291,12 @@ def layout_attention_bwd_kv_kernel(
     tile = tl.program_id(0) % tiles_per_head
     batch, head = index // num_heads, index % num_heads
     keys, there = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
-    columns = load_rows(head_of(k, batch, head), row_stride(k), keys, there, PART_0, PART_1, HEAD_DIM)
-    values = load_rows(head_of(v, batch, head), row_stride(v), keys, there, PART_0, PART_1, HEAD_DIM)
+    columns = load_rows(
+        head_of(k, batch, head), row_stride(k), keys, there, PART_0, PART_1, HEAD_DIM
+    )
+    values = load_rows(
+        head_of(v, batch, head), row_stride(v), keys, there, PART_0, PART_1, HEAD_DIM
+    )
     key_words, key_at = words_at(k_words, batch, keys, there), keys.to(tl.int32)[:, None]
     acc_k, acc_v = zero_rows(BLOCK_N, PART_0, PART_1), zero_rows(BLOCK_N, PART_0, PART_1)
     listed, num_whole, count = _listed(tiles, counts, batch, tile, tl.cdiv(seqlen_q, BLOCK_M))
@@ -244,11 +304,24 @@ def layout_attention_bwd_kv_kernel(
         first = _first_tile(listed, tl.cdiv(seqlen_q, BLOCK_M), place, num_whole, tiles) * BLOCK_M
         tokens, exist = tokens_at(first, q_order, batch, seqlen_q, BLOCK_M)
         row = index * seqlen_q + tokens
-        rows = load_rows(head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        grads = load_rows(head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist, PART_0, PART_1, HEAD_DIM)
+        rows = load_rows(
+            head_of(q, batch, head), row_stride(q), tokens, exist, PART_0, PART_1, HEAD_DIM
+        )
+        grads = load_rows(
+            head_of(grad_out, batch, head),
+            row_stride(grad_out),
+            tokens,
+            exist,
+            PART_0,
+            PART_1,
+            HEAD_DIM,
+        )
         record, pair = numbers_ptr + row * 8, places_ptr + row * 2
         factor = tl.load(record, mask=exist, other=0.0)
-        add_in, add_out = tl.load(record + 1, mask=exist, other=0.0), tl.load(record + 2, mask=exist, other=0.0)
+        add_in, add_out = (
+            tl.load(record + 1, mask=exist, other=0.0),
+            tl.load(record + 2, mask=exist, other=0.0),
+        )
         anchor = tl.load(record + 3, mask=exist, other=0.0) if EXACT else factor
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
         raw = -raw if NEGATE else raw
@@ -273,5 +346,9 @@ def layout_attention_bwd_kv_kernel(
         acc_k = add_product(acc_k, grad.to(rows[0].dtype), rows, PART_1, PRECISION)
     signed_scale = tl.zeros([BLOCK_N], tl.float32) + (-sm_scale if NEGATE else sm_scale)
     acc_k = scale_rows(acc_k, signed_scale, PART_1)
-    store_rows(head_of(dk, batch, head), row_stride(dk), keys, there, acc_k, PART_0, PART_1, HEAD_DIM)
-    store_rows(head_of(dv, batch, head), row_stride(dv), keys, there, acc_v, PART_0, PART_1, HEAD_DIM)
+    store_rows(
+        head_of(dk, batch, head), row_stride(dk), keys, there, acc_k, PART_0, PART_1, HEAD_DIM
+    )
+    store_rows(
+        head_of(dv, batch, head), row_stride(dv), keys, there, acc_v, PART_0, PART_1, HEAD_DIM
+    )

@@ -10,7 +10,9 @@ from dense_attn.triton_kernels.primitives import tokens_at, words_at
 
 @triton.jit
 def word_bounds_kernel(words, order, visited_ptr, bounds_ptr, seqlen, BLOCK: tl.constexpr):
-    """Of one tile of tokens: its words as visited [B|1, tokens], and their or and and [B|1, tiles, 2]."""
+    """Of one tile of tokens: its words as visited [B|1, tokens], and their or and and [B|1, tiles,
+    2].
+    """
     tiles = tl.cdiv(seqlen, BLOCK)
     index = tl.program_id(0).to(tl.int64)
     batch, tile = index // tiles, (index % tiles).to(tl.int32)
@@ -31,7 +33,9 @@ def tile_lists_kernel(
     q_bounds, k_bounds, tiles_ptr, counts_ptr, query_tiles, key_tiles, seqlen_k,
     BLOCK_N: tl.constexpr, KEY_TILES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows: its wholly matched key tiles, those in doubt, and its wholly unmatched ones."""
+    """One tile of query rows: its wholly matched key tiles, those in doubt, and its wholly
+    unmatched ones.
+    """
     index = tl.program_id(0).to(tl.int64)
     batch = index // query_tiles
     at = q_bounds[0] + batch * q_bounds[1] + (index % query_tiles) * 2
@@ -40,11 +44,16 @@ def tile_lists_kernel(
     exist = key_tile < key_tiles
     at = k_bounds[0] + batch * k_bounds[1] + key_tile * 2
     k_some, k_every = tl.load(at, mask=exist, other=0), tl.load(at + 1, mask=exist, other=0)
-    whole = exist & ((key_tile + 1) * BLOCK_N <= seqlen_k)  # the tile that the keys end in is tested key by key
+    whole = exist & (
+        (key_tile + 1) * BLOCK_N <= seqlen_k
+    )  # the tile that the keys end in is tested key by key
     matched = whole & ((q_every & k_every) != 0)
     others = whole & ((q_some & k_some) == 0)
     mixed = exist & ~matched & ~others
-    place_in, place_mixed = tl.cumsum(matched.to(tl.int32), 0) - 1, tl.cumsum(mixed.to(tl.int32), 0) - 1
+    place_in, place_mixed = (
+        tl.cumsum(matched.to(tl.int32), 0) - 1,
+        tl.cumsum(mixed.to(tl.int32), 0) - 1,
+    )
     place_out = tl.cumsum(others.to(tl.int32), 0)
     listed = tiles_ptr + index * (2 * key_tiles)
     tl.store(listed + place_in, key_tile, mask=matched)

@@ -1,4 +1,6 @@
-"""Semantic guidance and percentile masks: one launch where a channel fits one program, several where it does not."""
+"""Semantic guidance and percentile masks: one launch where a channel fits one program, several
+where it does not.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,14 @@ from dense_attn.triton_kernels.sega.selection import (
     row_at,
 )
 
-UNSTAGED = 16384  # differences that registers can make and hold; twice as many spill 80 bytes a thread
-LOW_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # that are 0 in float32, whose search is shorter
+UNSTAGED = (
+    16384  # differences that registers can make and hold; twice as many spill 80 bytes a thread
+)
+LOW_BITS = {
+    torch.float32: 0,
+    torch.bfloat16: 16,
+    torch.float16: 13,
+}  # that are 0 in float32, whose search is shorter
 
 
 @triton.jit
@@ -66,7 +74,10 @@ def percentile_mask_kernel(
 def mask_kernel(x, masked_ptr, thresholds_ptr, num_values, TILE: tl.constexpr):
     """One tile of a row whose threshold is known."""
     tiles = tl.cdiv(num_values, TILE)
-    row, start = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64) * TILE
+    row, start = (
+        (tl.program_id(0) // tiles).to(tl.int64),
+        (tl.program_id(0) % tiles).to(tl.int64) * TILE,
+    )
     mask_tile(x, masked_ptr, tl.load(thresholds_ptr + row), row, num_values, start, TILE)
 
 
@@ -76,7 +87,9 @@ def combine_tile(
     all_warm, num_edits, num_channels, b, c, offs, mask,
     FIRST: tl.constexpr, LAST: tl.constexpr, SUM_CHANNELS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """eps and momentum of one tile once the thresholds [GROUP] are known; carry is what one group hands to the next."""
+    """eps and momentum of one tile once the thresholds [GROUP] are known; carry is what one group
+    hands to the next.
+    """
     guidance_scale, momentum_scale, beta, rest = step
     if FIRST:
         guided = load_row(uncond, 0, b, c, offs, mask)
@@ -93,7 +106,9 @@ def combine_tile(
         direction = load_difference(edits, uncond, scale, e, b, c, offs, mask)
         magnitudes = tl.abs(direction)
         if SUM_CHANNELS:
-            magnitudes = load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, True)
+            magnitudes = load_magnitudes(
+                edits, uncond, scale, e, b, c, num_channels, offs, mask, True
+            )
         direction = tl.where(magnitudes >= threshold, direction, 0.0)
         if user_mask is not None:
             direction *= load_row(user_mask, e, b, c, offs, mask)
@@ -125,7 +140,18 @@ def sega_guidance_kernel(
     for e in range(num_edits):
         scale = number_of(scales, e, GROUP)
         candidates = load_candidates(
-            edits, uncond, scale, e, b, c, num_channels, num_values, staged, SUM_CHANNELS, BLOCK, TILE
+            edits,
+            uncond,
+            scale,
+            e,
+            b,
+            c,
+            num_channels,
+            num_values,
+            staged,
+            SUM_CHANNELS,
+            BLOCK,
+            TILE,
         )
         threshold = quantile_of(candidates, num_values, rank_of(ranks, e, GROUP), 0)
         found = tl.where(concepts == e, threshold, found)
@@ -177,10 +203,17 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
         rank = selection.rank(level, num_values)
         percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, rank, **options)
     else:
-        numbers = selection.group_of(()), selection.ranks_of([level], num_values), num_rows, num_values
+        numbers = (
+            selection.group_of(()),
+            selection.ranks_of([level], num_values),
+            num_rows,
+            num_values,
+        )
         selection.long_thresholds(threshold.view(1, 1, -1), rows, None, *numbers, LOW_BITS[x.dtype])
         grid = (num_rows * triton.cdiv(num_values, TILE),)  # a second axis holds 65,535 programs
-        mask_kernel[grid](rows, masked, threshold, num_values, TILE=TILE, num_warps=selection.warps(TILE), **EXACT)
+        mask_kernel[grid](
+            rows, masked, threshold, num_values, TILE=TILE, num_warps=selection.warps(TILE), **EXACT
+        )
     return masked, threshold
 
 
@@ -203,35 +236,58 @@ def sega_guidance(
     sum_channels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.sega_guidance`; tensors with trailing axes that collapse to one."""
-    lists = {"edit_guidance_scale": edit_guidance_scale, "edit_threshold": edit_threshold, "edit_weights": edit_weights}
+    lists = {
+        "edit_guidance_scale": edit_guidance_scale,
+        "edit_threshold": edit_threshold,
+        "edit_weights": edit_weights,
+    }
     lists |= {"warm": warm, "enabled": enabled, "reverse": reverse}
     _check_sega(eps_uncond, eps_text, eps_edits, momentum, user_mask, lists)
     num_edits, (batch, channels) = eps_edits.shape[0], eps_uncond.shape[:2]
     eps = eps_uncond.new_empty(eps_uncond.shape)
     momentum_out = eps_uncond.new_empty(eps_uncond.shape, dtype=torch.float32)
-    thresholds = eps.new_empty((num_edits, batch, 1 if sum_channels else channels), dtype=torch.float32)
+    thresholds = eps.new_empty(
+        (num_edits, batch, 1 if sum_channels else channels), dtype=torch.float32
+    )
     num_values = prod(eps.shape[2:])
     if eps.numel() == 0:
         if thresholds.numel() > 0:
             _refuse("eps_uncond", "have values in each channel", tuple(eps.shape))
         return eps, momentum_out, thresholds
 
-    carry = momentum_out.new_empty((2, *eps.shape)) if num_edits > GROUP else momentum_out.new_empty((0, *eps.shape))
+    carry = (
+        momentum_out.new_empty((2, *eps.shape))
+        if num_edits > GROUP
+        else momentum_out.new_empty((0, *eps.shape))
+    )
     weights, partials = _weights(edit_weights, warm, enabled)
-    signed = [-scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)]
+    signed = [
+        -scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)
+    ]
     whole = {"eps_uncond": eps_uncond, "eps_text": eps_text, "momentum": momentum}
     uncond, text, nu = (_view(name, x, 2) for name, x in whole.items())
-    results = (_view("eps", eps, 2), _view("momentum_out", momentum_out, 2), _view("carry", carry, 3))
+    results = (
+        _view("eps", eps, 2),
+        _view("momentum_out", momentum_out, 2),
+        _view("carry", carry, 3),
+    )
     step = (guidance_scale, edit_momentum_scale, edit_mom_beta, 1 - edit_mom_beta)
     for first in range(0, max(num_edits, 1), GROUP):
         part = slice(first, first + GROUP)
         edits = _view("eps_edits", eps_edits[part], 3)
         masks = None if user_mask is None else _view("user_mask", user_mask[part], 3)
-        flags = {"FIRST": first == 0, "LAST": first + GROUP >= num_edits, "SUM_CHANNELS": sum_channels, "GROUP": GROUP}
+        flags = {
+            "FIRST": first == 0,
+            "LAST": first + GROUP >= num_edits,
+            "SUM_CHANNELS": sum_channels,
+            "GROUP": GROUP,
+        }
         group = [selection.group_of(tuple(values[part])) for values in (signed, weights, partials)]
         group.append(selection.ranks_of(edit_threshold[part], num_values))
         tensors = (uncond, text, edits, nu, masks, *results)
-        _step(tensors, thresholds[part], group, step, all(warm), (batch, channels, num_values), flags)
+        _step(
+            tensors, thresholds[part], group, step, all(warm), (batch, channels, num_values), flags
+        )
     return eps, momentum_out, thresholds
 
 
@@ -243,7 +299,9 @@ def _step(
     batch, channels, num_values = sizes
     scales, weights, partials, ranks = group
     sums = flags["SUM_CHANNELS"]
-    apart = tensors[0][4] != 1 or tensors[2][4] != 1  # addresses of values that are not neighbours take registers
+    apart = (
+        tensors[0][4] != 1 or tensors[2][4] != 1
+    )  # addresses of values that are not neighbours take registers
     whole = selection.fits_one_program(LONGEST >> apart, num_values, *tensors)
     tensors = (*tensors, (thresholds, *thresholds.stride()[:2], 0 if sums else 1))
     last = (step, all_warm, thresholds.shape[0], channels, num_values)
@@ -258,7 +316,9 @@ def _step(
         return
     if thresholds.numel() > 0:
         uncond, edits = tensors[0], tensors[2]
-        selection.long_thresholds(thresholds, edits, uncond, scales, ranks, channels, num_values, 0, sums)
+        selection.long_thresholds(
+            thresholds, edits, uncond, scales, ranks, channels, num_values, 0, sums
+        )
     grid = (batch * channels * triton.cdiv(num_values, TILE),)
     options = {"TILE": TILE, "num_warps": selection.warps(TILE), **EXACT}
     sega_combine_kernel[grid](*tensors, scales, weights, partials, *last, **flags, **options)
@@ -267,11 +327,15 @@ def _step(
 def _weights(
     edit_weights: Sequence[float], warm: Sequence[bool], enabled: Sequence[bool]
 ) -> tuple[list[float], list[float]]:
-    """Of each concept: its weight in the momentum, and in what is added while others warm up (all 0 when none is)."""
+    """Of each concept: its weight in the momentum, and in what is added while others warm up (all 0
+    when none is).
+    """
     weights = [max(weight, 0.0) if on else 0.0 for weight, on in zip(edit_weights, enabled)]
     total = sum(weight for weight, ready in zip(weights, warm) if ready)
     partly = not all(warm) and total > 0
-    return weights, [weight / total if partly and ready else 0.0 for weight, ready in zip(weights, warm)]
+    return weights, [
+        weight / total if partly and ready else 0.0 for weight, ready in zip(weights, warm)
+    ]
 
 
 def _whole_row(num_values: int) -> dict[str, object]:
@@ -298,8 +362,14 @@ def _check_sega(
     if eps_edits.dim() == 0:
         _refuse("eps_edits", "have a dimension of concepts", tuple(eps_edits.shape))
     one, each = tuple(eps_uncond.shape), (eps_edits.shape[0], *eps_uncond.shape)
-    wanted = {"eps_text": (eps_text, one, eps_uncond.dtype), "eps_edits": (eps_edits, each, eps_uncond.dtype)}
-    wanted |= {"momentum": (momentum, one, torch.float32), "user_mask": (user_mask, each, torch.float32)}
+    wanted = {
+        "eps_text": (eps_text, one, eps_uncond.dtype),
+        "eps_edits": (eps_edits, each, eps_uncond.dtype),
+    }
+    wanted |= {
+        "momentum": (momentum, one, torch.float32),
+        "user_mask": (user_mask, each, torch.float32),
+    }
     for name, (value, shape, dtype) in wanted.items():
         if value is None:
             continue

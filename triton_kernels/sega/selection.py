@@ -1,7 +1,8 @@
-"""Exact quantiles: non-negative floats order like their bits, so bits of the answer are found by counting.
+"""Exact quantiles: non-negative floats order like their bits, so bits of the answer are found by
+counting.
 
-A row of magnitudes is |edits|, or |(edits - uncond)*scale| where there is an uncond, or the sum of those over the
-channels. Tensors travel as (pointer, stride, stride, ...), strides in elements.
+A row of magnitudes is |edits|, or |(edits - uncond)*scale| where there is an uncond, or the sum of
+those over the channels. Tensors travel as (pointer, stride, stride, ...), strides in elements.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LONGEST = 32768  # values that one program holds: 32 of the 64 registers of each of its 1,024 threads
+LONGEST = (
+    32768  # values that one program holds: 32 of the 64 registers of each of its 1,024 threads
+)
 SPAN = 16384  # values of a longer row that one program counts
 TILE = 2048  # of which it holds so many at a time
 MAX_PROGRAMS = 1024  # that share a row: what they counted is added up by one program
@@ -35,7 +38,9 @@ def bits_of(magnitudes):
 
 @triton.jit
 def interpolate(lower_bits, upper_bits, fraction):
-    """Between two order statistics, in float64, rounded once; between equals there is nothing, and inf - inf is NaN."""
+    """Between two order statistics, in float64, rounded once; between equals there is nothing, and
+    inf - inf is NaN.
+    """
     lower, upper = lower_bits.to(tl.float32, bitcast=True), upper_bits.to(tl.float32, bitcast=True)
     between = lower.to(tl.float64) + (upper.to(tl.float64) - lower.to(tl.float64)) * fraction
     return tl.where(lower_bits == upper_bits, lower, between.to(tl.float32))
@@ -43,7 +48,9 @@ def interpolate(lower_bits, upper_bits, fraction):
 
 @triton.jit
 def quantile_of(candidates, num_values, rank, LOW_BIT: tl.constexpr):
-    """Quantile of a block of bits at a float64 rank with a fraction; bits below LOW_BIT are 0 in every value."""
+    """Quantile of a block of bits at a float64 rank with a fraction; bits below LOW_BIT are 0 in
+    every value.
+    """
     below = rank.to(tl.int32)
     numbers = tl.sum((candidates <= INF_BITS).to(tl.int32))
     lower = below * 0
@@ -62,7 +69,12 @@ def quantile_of(candidates, num_values, rank, LOW_BIT: tl.constexpr):
 @triton.jit
 def row_at(tensor, e, b, c, offs):
     """Pointers to elements of row [e, b, c] of a tensor [E, B, C, N]."""
-    base = tensor[0] + tl.cast(e, tl.int64) * tensor[1] + b * tensor[2] + tl.cast(c, tl.int64) * tensor[3]
+    base = (
+        tensor[0]
+        + tl.cast(e, tl.int64) * tensor[1]
+        + b * tensor[2]
+        + tl.cast(c, tl.int64) * tensor[3]
+    )
     return base + offs * tensor[4]
 
 
@@ -82,7 +94,9 @@ def load_difference(edits, uncond, scale, e, b, c, offs, mask):
 
 
 @triton.jit
-def load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS: tl.constexpr):
+def load_magnitudes(
+    edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS: tl.constexpr
+):
     """Magnitudes of a row, or their sum over the channels, added up in their order."""
     if SUM_CHANNELS:
         total = tl.abs(load_difference(edits, uncond, scale, e, b, 0, offs, mask))
@@ -98,16 +112,22 @@ def load_candidates(
     edits, uncond, scale, e, b, c, num_channels, num_values, staged,
     SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Bits of a whole row, MAX_BITS beyond its end; by way of `staged`, if there is one, where registers are few."""
+    """Bits of a whole row, MAX_BITS beyond its end; by way of `staged`, if there is one, where
+    registers are few.
+    """
     if staged is None:
         offs = tl.arange(0, BLOCK)
-        magnitudes = load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, offs < num_values, SUM_CHANNELS)
+        magnitudes = load_magnitudes(
+            edits, uncond, scale, e, b, c, num_channels, offs, offs < num_values, SUM_CHANNELS
+        )
         return tl.where(offs < num_values, bits_of(magnitudes), MAX_BITS)
     else:  # noqa: RET505  what follows a return is compiled all the same
         for start in range(0, num_values, TILE):
             offs = start + tl.arange(0, TILE)
             mask = offs < num_values
-            magnitudes = load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS)
+            magnitudes = load_magnitudes(
+                edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS
+            )
             tl.store(staged + offs, bits_of(magnitudes), mask=mask)
         tl.debug_barrier()  # what one thread has staged another may fetch
         offs = tl.arange(0, BLOCK)
@@ -160,7 +180,9 @@ def digit_counts_kernel(
     for start in range(first, last, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < last
-        bits = bits_of(load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS))
+        bits = bits_of(
+            load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS)
+        )
         digits = bits >> shift
         counts += tl.histogram(digits & (BINS - 1), BINS, mask=mask & ((digits >> 8) == found))
     slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -172,7 +194,9 @@ def digit_kernel(
     counts_ptr, found_ptr, ranks, sizes, num_programs, FIRST: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """The next digit of a row's order statistic; found is (its bits so far, its rank and their number among those)."""
+    """The next digit of a row's order statistic; found is (its bits so far, its rank and their
+    number among those).
+    """
     row = tl.program_id(0).to(tl.int64)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int64)
@@ -180,7 +204,8 @@ def digit_kernel(
         programs = first + tl.arange(0, PROGRAMS)
         at = (row * num_programs + programs)[:, None] * BINS + bins[None, :]
         counts += tl.sum(
-            tl.load(counts_ptr + at, mask=(programs < num_programs)[:, None], other=0).to(tl.int64), axis=0
+            tl.load(counts_ptr + at, mask=(programs < num_programs)[:, None], other=0).to(tl.int64),
+            axis=0,
         )
 
     if FIRST:
@@ -202,7 +227,9 @@ def extremes_kernel(
     edits, uncond, scales, extremes_ptr, found_ptr, sizes, num_channels, num_values, span, low_bit,
     GROUP: tl.constexpr, SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The smallest value above a row's order statistic, and its largest value, which tells of NaN."""
+    """The smallest value above a row's order statistic, and its largest value, which tells of
+    NaN.
+    """
     e, b, c = row_of(sizes)
     scale = number_of(scales, e, GROUP)
     lower = (tl.load(found_ptr + tl.program_id(0).to(tl.int64) * 3) << low_bit).to(tl.int32)
@@ -212,7 +239,9 @@ def extremes_kernel(
     for start in range(first, last, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < last
-        bits = bits_of(load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS))
+        bits = bits_of(
+            load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS)
+        )
         upper = tl.where(mask & (bits > lower), tl.minimum(upper, bits), upper)
         largest = tl.where(mask, tl.maximum(largest, bits), largest)
     slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -238,15 +267,21 @@ def thresholds_kernel(
         largest = tl.maximum(largest, tl.load(at + 1, mask=programs < num_programs, other=0))
 
     lower = (tl.load(found_ptr + row * 3) << low_bit).to(tl.int32)
-    equal = tl.load(found_ptr + row * 3 + 2) - tl.load(found_ptr + row * 3 + 1)  # values of this bits from its rank on
+    equal = tl.load(found_ptr + row * 3 + 2) - tl.load(
+        found_ptr + row * 3 + 1
+    )  # values of this bits from its rank on
     fraction = rank - rank.to(tl.int64).to(tl.float64)
     next_bits = tl.where((fraction == 0.0) | (equal > 1), lower, tl.min(upper, axis=0))
     threshold = interpolate(lower, next_bits, fraction)
-    tl.store(thresholds_ptr + row, tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold))
+    tl.store(
+        thresholds_ptr + row, tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold)
+    )
 
 
 def fits_one_program(longest: int, num_values: int, *tensors: tuple | None) -> bool:
-    """Whether one program holds a row: not too long, and offsets in it are int32; those of its tiles are int64."""
+    """Whether one program holds a row: not too long, and offsets in it are int32; those of its
+    tiles are int64.
+    """
     largest = max(tensor[4] for tensor in tensors if tensor is not None)
     return num_values <= longest and num_values * largest < 2**31
 
@@ -257,10 +292,15 @@ def rank(level: float, num_values: int) -> float:
 
 
 def ranks_of(levels: list[float], num_values: int) -> tuple[tuple[float, ...], ...]:
-    """Ranks of the quantiles of one launch: three groups of numbers, for a float in a tuple arrives as a float32."""
+    """Ranks of the quantiles of one launch: three groups of numbers, for a float in a tuple arrives
+    as a float32.
+    """
     bits = [int.from_bytes(struct.pack(">d", rank(level, num_values)), "big") for level in levels]
     shifts = (2 * PIECE.value, PIECE.value, 0)
-    return tuple(group_of(tuple(float(one >> shift & 2**PIECE.value - 1) for one in bits)) for shift in shifts)
+    return tuple(
+        group_of(tuple(float(one >> shift & 2**PIECE.value - 1) for one in bits))
+        for shift in shifts
+    )
 
 
 def group_of(numbers: tuple[float, ...]) -> tuple[float, ...]:
@@ -277,7 +317,9 @@ def long_thresholds(
     thresholds: Tensor, edits: tuple, uncond: tuple | None, scales: tuple[float, ...], ranks: tuple[tuple, ...],
     num_channels: int, num_values: int, low_bit: int = 0, sum_channels: bool = False,
 ) -> None:  # fmt: skip
-    """Quantiles of rows of any length, into thresholds [E, B, C or 1]: a digit of 8 bits at a time."""
+    """Quantiles of rows of any length, into thresholds [E, B, C or 1]: a digit of 8 bits at a
+    time.
+    """
     num_rows, sizes = thresholds.numel(), (thresholds.shape[2], thresholds.shape[1])
     span = triton.cdiv(max(SPAN, triton.cdiv(num_values, MAX_PROGRAMS)), TILE) * TILE
     programs = triton.cdiv(num_values, span)
@@ -285,19 +327,45 @@ def long_thresholds(
     found = thresholds.new_zeros((num_rows, 3), dtype=torch.int64)
     counts = thresholds.new_empty((num_rows, programs, BINS.value), dtype=torch.int32)
     extremes = thresholds.new_empty((num_rows, programs, 2), dtype=torch.int32)
-    source = {"GROUP": GROUP, "SUM_CHANNELS": sum_channels, "BLOCK": TILE, "num_warps": warps(TILE), **EXACT}
+    source = {
+        "GROUP": GROUP,
+        "SUM_CHANNELS": sum_channels,
+        "BLOCK": TILE,
+        "num_warps": warps(TILE),
+        **EXACT,
+    }
 
     shifts = [shift for shift in (24, 16, 8, 0) if shift + 8 > low_bit]
     for shift in shifts:
         digit_counts_kernel[grid](
-            edits, uncond, scales, counts, found, sizes, num_channels, num_values, span, shift, **source
+            edits,
+            uncond,
+            scales,
+            counts,
+            found,
+            sizes,
+            num_channels,
+            num_values,
+            span,
+            shift,
+            **source,
         )
         digit_kernel[(num_rows,)](
             counts, found, ranks, sizes, programs,
             FIRST=shift == 24, GROUP=GROUP, PROGRAMS=16, num_warps=8, **EXACT,
         )  # fmt: skip
     extremes_kernel[grid](
-        edits, uncond, scales, extremes, found, sizes, num_channels, num_values, span, shifts[-1], **source
+        edits,
+        uncond,
+        scales,
+        extremes,
+        found,
+        sizes,
+        num_channels,
+        num_values,
+        span,
+        shifts[-1],
+        **source,
     )
     thresholds_kernel[(num_rows,)](
         extremes, found, thresholds, ranks, sizes, programs, shifts[-1],

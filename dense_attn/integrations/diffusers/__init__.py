@@ -1,4 +1,6 @@
-"""One line on a diffusers pipeline: layouts, semantic guidance, inversion and latent optimisation."""
+"""One line on a diffusers pipeline: layouts, semantic guidance, inversion and latent
+optimisation.
+"""
 
 from .guidance import Edit, semantic_guidance
 from .guider import semantic_guider

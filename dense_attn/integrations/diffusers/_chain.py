@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiffusionPipeline
 
 SAMPLER = ("method", "mix", "gamma", "alternate", "exact", "backend")
-NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")  # also where by default
+NOISE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+)  # also where by default
 WORDS = {  # what the sampler is given here, as a caller knows it
     "timesteps": "num_inference_steps",
     "alphas_cumprod": "the noise schedule of pipe",
@@ -40,7 +46,9 @@ class Settings:
 
 
 class Chain:
-    """A reversible sampler on a pipeline's schedule, and its U-Net as the function of latents that it takes."""
+    """A reversible sampler on a pipeline's schedule, and its U-Net as the function of latents that
+    it takes.
+    """
 
     def __init__(self, pipe: DiffusionPipeline, settings: Settings, count: int) -> None:
         self.pipe, self.settings = pipe, settings
@@ -51,7 +59,9 @@ class Chain:
         for name in settings.sampler:
             _checks.choice("sampler", name, SAMPLER)
         scheduler = _schedule(pipe, settings.num_inference_steps)
-        self.alphas = scheduler.alphas_cumprod if scheduler.config.prediction_type == "v_prediction" else None
+        self.alphas = (
+            scheduler.alphas_cumprod if scheduler.config.prediction_type == "v_prediction" else None
+        )
         final = 1.0 if scheduler.config.set_alpha_to_one else None
         with in_words():
             self.sampler = ReversibleSampler(
@@ -77,7 +87,9 @@ class Chain:
         """Text tokens of the batch, those of the negative prompt first."""
         guided = self.scale != 1
         options = {"device": self.pipe._execution_device, "num_images_per_prompt": 1}
-        text, negative = self.pipe.encode_prompt(**texts, do_classifier_free_guidance=guided, **options)[:2]
+        text, negative = self.pipe.encode_prompt(
+            **texts, do_classifier_free_guidance=guided, **options
+        )[:2]
         config = unwrapped(self.pipe.unet).config
         wanted = config.encoder_hid_dim or config.cross_attention_dim
         widths = {wanted} if isinstance(wanted, int) else set(wanted)
@@ -99,7 +111,9 @@ def _texts(settings: Settings, count: int) -> dict[str, list[str]]:
     texts = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
     for argument, text in texts.items():
         texts[argument] = [text] * count if isinstance(text, str) else text
-        if not isinstance(texts[argument], list) or not all(isinstance(one, str) for one in texts[argument]):
+        if not isinstance(texts[argument], list) or not all(
+            isinstance(one, str) for one in texts[argument]
+        ):
             _checks.refuse(argument, "be a string or a list of strings", repr(text), TypeError)
         if len(texts[argument]) != count:
             _checks.refuse(argument, f"hold one entry for each of the {count} images", len(text))
@@ -117,14 +131,22 @@ def _schedule(pipe: DiffusionPipeline, steps: int) -> DDIMScheduler:
         rule = "have a scheduler of Stable Diffusion's noise schedule (betas)"
         _checks.refuse("pipe", rule, type(pipe.scheduler).__name__)
     try:
-        scheduler = DDIMScheduler.from_config(config, **{name: config[name] for name in NOISE if name in config})
+        scheduler = DDIMScheduler.from_config(
+            config, **{name: config[name] for name in NOISE if name in config}
+        )
     except NotImplementedError:
-        _checks.refuse("pipe", "have a scheduler of a beta_schedule that DDIM knows", repr(config["beta_schedule"]))
+        _checks.refuse(
+            "pipe",
+            "have a scheduler of a beta_schedule that DDIM knows",
+            repr(config["beta_schedule"]),
+        )
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         _checks.refuse("pipe", "predict epsilon or v", scheduler.config.prediction_type)
     alphas, most = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
     if steps > most:
-        _checks.refuse("num_inference_steps", f"be at most {most}, the timesteps of pipe's schedule", steps)
+        _checks.refuse(
+            "num_inference_steps", f"be at most {most}, the timesteps of pipe's schedule", steps
+        )
     scheduler.set_timesteps(steps)
     scheduler.timesteps = scheduler.timesteps[:steps]  # "trailing" may round to one more, -1
     first = int(scheduler.timesteps[0])

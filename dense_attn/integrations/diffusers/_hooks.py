@@ -9,7 +9,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-OWN = ("diffusers", "torch", "accelerate", "peft", "dense_attn")  # whose code leaves tokens as they are
+OWN = (
+    "diffusers",
+    "torch",
+    "accelerate",
+    "peft",
+    "dense_attn",
+)  # whose code leaves tokens as they are
 
 _watchers: WeakKeyDictionary[torch.nn.Module, list[Any]] = WeakKeyDictionary()
 
@@ -25,11 +31,20 @@ def watchers(module: Any) -> tuple[Any, ...]:
 
 
 def foreign(root: torch.nn.Module, name: str) -> str | None:
-    """The function of another extension around a module inside of another, or elsewhere there; None without one."""
+    """The function of another extension around a module inside of another, or elsewhere there; None
+    without one.
+    """
     path = name.split(".")
     around = [root.get_submodule(".".join(path[:length])) for length in range(len(path), 0, -1)]
-    for module in [*around, *root.modules()]:  # latents made smaller in one place are so in the layers behind it
-        calls = [module.forward, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    for module in [
+        *around,
+        *root.modules(),
+    ]:  # latents made smaller in one place are so in the layers behind it
+        calls = [
+            module.forward,
+            *module._forward_pre_hooks.values(),
+            *module._forward_hooks.values(),
+        ]
         for call in calls:
             function = getattr(getattr(call, "func", call), "__func__", getattr(call, "func", call))
             if getattr(function, "__globals__", {}).get("__name__", "").split(".")[0] not in OWN:
@@ -39,9 +54,13 @@ def foreign(root: torch.nn.Module, name: str) -> str | None:
 
 @contextmanager
 def watched(
-    module: torch.nn.Module, block: Any, before: Callable[..., Any], after: Callable[..., Any] | None = None
+    module: torch.nn.Module,
+    block: Any,
+    before: Callable[..., Any],
+    after: Callable[..., Any] | None = None,
 ) -> Iterator[None]:
-    """`before` changes the arguments of every call, ahead of others if there is no `after`, its output.
+    """`before` changes the arguments of every call, ahead of others if there is no `after`, its
+    output.
 
     Blocks of the same kind around this one are paused.
     """
@@ -54,7 +73,11 @@ def watched(
         blocks.append(block)
         stack.callback(blocks.remove, block)
         if module._compiled_call_impl is None:
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=after is None).remove)
+            stack.callback(
+                module.register_forward_pre_hook(
+                    before, with_kwargs=True, prepend=after is None
+                ).remove
+            )
             if after is not None:
                 stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         else:

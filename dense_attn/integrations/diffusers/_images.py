@@ -18,9 +18,13 @@ DEEP = ("I", "F")  # how the modes begin of whose values PIL cuts off what 8 bit
 
 def check_images(pipe: DiffusionPipeline, images: Any) -> list[Any] | Tensor:
     """PIL images in colour and of one size, or a tensor [B, 3, H, W] in 0..1."""
-    channels = getattr(pipe.vae.config, "in_channels", 3)  # ConsistencyDecoderVAE has another name for it
+    channels = getattr(
+        pipe.vae.config, "in_channels", 3
+    )  # ConsistencyDecoderVAE has another name for it
     if channels != 3:
-        _checks.refuse("pipe", "have a VAE of images of 3 channels", f"{type(pipe).__name__} with {channels}")
+        _checks.refuse(
+            "pipe", "have a VAE of images of 3 channels", f"{type(pipe).__name__} with {channels}"
+        )
     images = _tensor(images) if isinstance(images, Tensor) else _pictures(images)
     least, (width, height) = pipe.image_processor.config.vae_scale_factor, size_of(images)
     if min(width, height) < least:
@@ -48,7 +52,9 @@ def _tensor(images: Tensor) -> Tensor:
     if _checks.tensor("image", images).dim() != 4 or images.shape[1] != 3 or not images.numel():
         _checks.refuse("image", "have shape (B, 3, H, W)", tuple(images.shape))
     if images.dtype not in _checks.DTYPES:
-        _checks.refuse("image", "be a tensor of floats in 0..1", _checks.name(images.dtype), TypeError)
+        _checks.refuse(
+            "image", "be a tensor of floats in 0..1", _checks.name(images.dtype), TypeError
+        )
     if images.is_meta:
         _checks.refuse("image", "hold values", "a meta tensor")
     if not bool(((images >= 0) & (images <= 1)).all()):
@@ -61,7 +67,9 @@ def _pictures(images: Any) -> list[Any]:
     listed = images if isinstance(images, (list, tuple)) else [images]
     if not listed or not all(hasattr(image, "convert") for image in listed):
         kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in listed)) or "nothing"
-        got = f"a {type(images).__name__} of {kinds}" if isinstance(images, (list, tuple)) else kinds
+        got = (
+            f"a {type(images).__name__} of {kinds}" if isinstance(images, (list, tuple)) else kinds
+        )
         _checks.refuse("image", "be a PIL image, a list of them or a tensor", got, TypeError)
     sizes = dict.fromkeys(f"{image.width} x {image.height}" for image in listed)
     if len(sizes) > 1:

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PARTS = ("vae", "tokenizer", "text_encoder", "scheduler")
-ENCODED = ("prompt", "negative_prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance")
+ENCODED = (
+    "prompt",
+    "negative_prompt",
+    "device",
+    "num_images_per_prompt",
+    "do_classifier_free_guidance",
+)
 WANTED = {  # what a U-Net's config says that it wants beside latents, timestep and text
     "class_embed_type": "class labels",
     "num_class_embeds": "class labels",
@@ -24,7 +30,8 @@ WANTED = {  # what a U-Net's config says that it wants beside latents, timestep 
 
 
 def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> None:
-    """Refuse what is no Stable Diffusion 1 or 2 whose U-Net takes latents, a timestep and a text alone.
+    """Refuse what is no Stable Diffusion 1 or 2 whose U-Net takes latents, a timestep and a text
+    alone.
 
     Args:
         pipe: any.
@@ -36,26 +43,39 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> None:
     parts = (*PARTS, "image_processor") if pictures else PARTS
     missing = [name for name in parts if getattr(pipe, name, None) is None]
     if missing:
-        _checks.refuse("pipe", "be of Stable Diffusion 1 or 2", f"{kind} without {', '.join(missing)}")
+        _checks.refuse(
+            "pipe", "be of Stable Diffusion 1 or 2", f"{kind} without {', '.join(missing)}"
+        )
     try:
         inspect.signature(pipe.encode_prompt).bind(**dict.fromkeys(ENCODED))
     except (AttributeError, TypeError):
         _checks.refuse("pipe", "have an encode_prompt of a prompt", kind)
-    _check_inputs(kind, unet.config, getattr(pipe.vae.config, "latent_channels", unet.config.in_channels))
+    _check_inputs(
+        kind, unet.config, getattr(pipe.vae.config, "latent_channels", unet.config.in_channels)
+    )
     if watchers(unet):
-        _checks.refuse("pipe", "be outside of apply_layout and semantic_guidance", "a pipeline inside of such a block")
+        _checks.refuse(
+            "pipe",
+            "be outside of apply_layout and semantic_guidance",
+            "a pipeline inside of such a block",
+        )
 
 
 def _check_inputs(kind: str, config: Any, channels: int) -> None:
     """Refuse a U-Net that wants more than it would be given."""
     if (config.in_channels, config.out_channels) != (channels, channels):
         rule = f"have a U-Net of {channels} channels in and out, those of its VAE's latents"
-        _checks.refuse("pipe", rule, f"{kind} with {config.in_channels} in and {config.out_channels} out")
+        _checks.refuse(
+            "pipe", rule, f"{kind} with {config.in_channels} in and {config.out_channels} out"
+        )
     for name, what in WANTED.items():
         if config[name] is not None:
             _not_alone(kind, f"{name}={config[name]!r}, which wants {what}")
     if config.encoder_hid_dim_type not in (None, "text_proj"):
-        _not_alone(kind, f"encoder_hid_dim_type={config.encoder_hid_dim_type!r}, which wants an image (IP-Adapter)")
+        _not_alone(
+            kind,
+            f"encoder_hid_dim_type={config.encoder_hid_dim_type!r}, which wants an image (IP-Adapter)",
+        )
 
 
 def _not_alone(kind: str, got: str) -> NoReturn:
@@ -63,16 +83,25 @@ def _not_alone(kind: str, got: str) -> NoReturn:
 
 
 def noise_shape(
-    pipe: DiffusionPipeline, count: int, height: int | None, width: int | None, latents: Tensor | None
+    pipe: DiffusionPipeline,
+    count: int,
+    height: int | None,
+    width: int | None,
+    latents: Tensor | None,
 ) -> tuple[int, ...]:
-    """The shape of the noise of images: of the U-Net's own size by default, that of latents where there are any."""
+    """The shape of the noise of images: of the U-Net's own size by default, that of latents where
+    there are any.
+    """
     config, unit = unwrapped(pipe.unet).config, pipe.vae_scale_factor
     for name, side in (("height", height), ("width", width)):
         if side is not None and (not isinstance(side, int) or side <= 0 or side % unit):
             _checks.refuse(name, f"be a positive multiple of {unit}", repr(side))
     own = config.sample_size if latents is None else None
     rows, columns = own if isinstance(own, (list, tuple)) else (own, own)
-    rows, columns = (latent if side is None else side // unit for side, latent in ((height, rows), (width, columns)))
+    rows, columns = (
+        latent if side is None else side // unit
+        for side, latent in ((height, rows), (width, columns))
+    )
     if latents is not None:
         _check_latents(latents, (count, config.in_channels, rows or "height", columns or "width"))
         check_noise(pipe, "latents", latents)
@@ -86,9 +115,15 @@ def noise_shape(
 def _check_latents(latents: Tensor, wanted: tuple[int | str, ...]) -> None:
     """Refuse what has not the shape wanted, where a word stands for any length."""
     shape = tuple(latents.shape) if isinstance(latents, Tensor) else ()
-    if len(shape) != 4 or 0 in shape or any(a != b for a, b in zip(shape, wanted) if isinstance(b, int)):
+    if (
+        len(shape) != 4
+        or 0 in shape
+        or any(a != b for a, b in zip(shape, wanted) if isinstance(b, int))
+    ):
         rule = f"be a tensor of shape ({', '.join(map(str, wanted))})"
-        _checks.refuse("latents", rule, shape if isinstance(latents, Tensor) else type(latents).__name__)
+        _checks.refuse(
+            "latents", rule, shape if isinstance(latents, Tensor) else type(latents).__name__
+        )
 
 
 def check_noise(pipe: DiffusionPipeline, argument: str, noise: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""What a user gives as regions, phrases with masks of several kinds, as phrases and one tensor of masks."""
+"""What a user gives as regions, phrases with masks of several kinds, as phrases and one tensor of
+masks.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,19 @@ def parse(regions: object, num_prompts: int) -> list[Regions]:
         _checks.refuse("regions", "be a list of (phrase, mask)", _kind(regions), TypeError)
     if not _is_region(regions[0]):
         if len(regions) != num_prompts:
-            _checks.refuse("regions", f"hold one list for each of the {num_prompts} prompts", len(regions))
+            _checks.refuse(
+                "regions", f"hold one list for each of the {num_prompts} prompts", len(regions)
+            )
         return [_one_image(f"regions[{b}]", image) for b, image in enumerate(regions)]
     return [_one_image("regions", regions)]
 
 
 def _is_region(region: object) -> bool:
-    return isinstance(region, Sequence) and len(region) == 2 and isinstance(region[0], (str, Phrase, type(None)))
+    return (
+        isinstance(region, Sequence)
+        and len(region) == 2
+        and isinstance(region[0], (str, Phrase, type(None)))
+    )
 
 
 def _one_image(argument: str, regions: object) -> Regions:
@@ -46,13 +54,20 @@ def _one_image(argument: str, regions: object) -> Regions:
     for r, region in enumerate(regions):
         if not _is_region(region):
             _checks.refuse(f"{argument}[{r}]", "be a pair (phrase, mask)", _kind(region), TypeError)
-    drawn = [None if _is_box(mask) else _mask(f"{argument}[{r}]", mask) for r, (_, mask) in enumerate(regions)]
+    drawn = [
+        None if _is_box(mask) else _mask(f"{argument}[{r}]", mask)
+        for r, (_, mask) in enumerate(regions)
+    ]
     size = next((tuple(mask.shape) for mask in drawn if mask is not None), BOXES)
     for r, (_, box) in enumerate(regions):
         if drawn[r] is None:
             drawn[r] = _box(f"{argument}[{r}]", box, size)
         if tuple(drawn[r].shape) != size:
-            _checks.refuse(f"{argument}[{r}]", f"have a mask of the size {size} of the others", tuple(drawn[r].shape))
+            _checks.refuse(
+                f"{argument}[{r}]",
+                f"have a mask of the size {size} of the others",
+                tuple(drawn[r].shape),
+            )
     phrases = [Phrase(phrase) if isinstance(phrase, str) else phrase for phrase, _ in regions]
     return Regions(phrases, torch.stack(drawn))
 
@@ -77,7 +92,12 @@ def _mask(argument: str, mask: Any) -> Tensor:
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.array(mask)) if mask.dtype == bool else mask
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        _checks.refuse(argument, "have a bool mask, a PIL image or a box (x0, y0, x1, y1)", _kind(mask), TypeError)
+        _checks.refuse(
+            argument,
+            "have a bool mask, a PIL image or a box (x0, y0, x1, y1)",
+            _kind(mask),
+            TypeError,
+        )
     if mask.dim() != 2:
         _checks.refuse(argument, "have a mask of 2 dimensions [height, width]", tuple(mask.shape))
     if not mask.any():

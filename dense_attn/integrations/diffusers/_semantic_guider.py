@@ -17,7 +17,8 @@ class SemanticGuider(BaseGuidance):
     """Predictions of the prompt, the negative prompt and each concept, as one estimate.
 
     Args:
-        concepts: what the denoiser is given for each concept in the place of the prompt's, [E, ...] by its name.
+        concepts: what the denoiser is given for each concept in the place of the prompt's, [E, ...]
+            by its name.
         options: the arguments of `SemanticGuidance`.
     """
 
@@ -48,10 +49,14 @@ class SemanticGuider(BaseGuidance):
             for key, concepts in self.concepts.items():
                 prompt = inputs[key]
                 inputs[key] = concepts[e].to(prompt).expand(len(prompt), *concepts.shape[1:])
-            batches.append(self._prepare_batch({key: (value,) for key, value in inputs.items()}, 0, name))
+            batches.append(
+                self._prepare_batch({key: (value,) for key, value in inputs.items()}, 0, name)
+            )
         return batches
 
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None, **edits: Tensor) -> GuiderOutput:
+    def forward(
+        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, **edits: Tensor
+    ) -> GuiderOutput:
         """The estimate; momentum begins anew with a run."""
         if not self._enabled:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
@@ -59,7 +64,9 @@ class SemanticGuider(BaseGuidance):
             warn_of_late(self.options, self._num_inference_steps, self._told)
             self._guidance = SemanticGuidance(**self.options)
         self._last = self._step
-        pred = self._guidance(self._step, pred_uncond, pred_cond, [edits[name] for name in self._names])
+        pred = self._guidance(
+            self._step, pred_uncond, pred_cond, [edits[name] for name in self._names]
+        )
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     @property

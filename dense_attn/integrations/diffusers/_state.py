@@ -1,4 +1,6 @@
-"""What the attention layers of a denoiser read while a layout is on: rows, region words and strengths of this step."""
+"""What the attention layers of a denoiser read while a layout is on: rows, region words and
+strengths of this step.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Options:
 
 
 class Image(NamedTuple):
-    """The regions of one prompt: masks, the tokens of each phrase, and those tokens' embeddings on their own."""
+    """The regions of one prompt: masks, the tokens of each phrase, and those tokens' embeddings on
+    their own.
+    """
 
     masks: Tensor  # bool [R, H, W]
     spans: list[list[tuple[int, int]]]  # of each region, none without a phrase
@@ -47,7 +51,9 @@ class Image(NamedTuple):
 
 
 class NearestLayout(Layout):
-    """A layout by nearest pixels alone, as DenseDiffusion's code has it: a grid may have no token of a region."""
+    """A layout by nearest pixels alone, as DenseDiffusion's code has it: a grid may have no token
+    of a region.
+    """
 
     def _resized(self, height: int, width: int) -> Tensor:
         return nearest(self.masks, (height, width)).flatten(1)
@@ -77,21 +83,32 @@ class Layer:
         if torch.compiler.is_compiling():
             return tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
         if key not in self.lists:
-            self.lists[key] = tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
+            self.lists[key] = tile_lists(
+                q, k, self.q_words, self.k_words, **orders, backend=backend
+            )
         return self.lists[key]
 
 
 class LayoutState:
     """One `apply_layout` block."""
 
-    def __init__(self, pipe: DiffusionPipeline, family: Family, reading: Reading, options: Options) -> None:
-        self.family, self.reading, self.images, self.options = family, reading, reading.images(), options
+    def __init__(
+        self, pipe: DiffusionPipeline, family: Family, reading: Reading, options: Options
+    ) -> None:
+        self.family, self.reading, self.images, self.options = (
+            family,
+            reading,
+            reading.images(),
+            options,
+        )
         self.steps = Steps(pipe)
         self.pipe = pipe
         self.longest = reading.needed
         self.paused = 0  # blocks inside of this one
         self.ended = False
-        self.installed: dict[str, tuple[Any, Any]] = {}  # attention modules and the processors that they were given
+        self.installed: dict[
+            str, tuple[Any, Any]
+        ] = {}  # attention modules and the processors that they were given
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
         self.factor: Tensor | None = None  # time**exponent
@@ -104,8 +121,12 @@ class LayoutState:
         """Leave processors that outlive the block without effect."""
         self.ended, self.first, self.last = True, 0, 0
 
-    def layer(self, processor: LayoutProcessor, kind: str, hidden_states: Tensor, num_tokens: int) -> Layer | None:
-        """The layer that a call of a processor belongs to, None where nothing is to be modulated."""
+    def layer(
+        self, processor: LayoutProcessor, kind: str, hidden_states: Tensor, num_tokens: int
+    ) -> Layer | None:
+        """The layer that a call of a processor belongs to, None where nothing is to be
+        modulated.
+        """
         if self.first == self.last:
             return None
         layer = self.layers.get((kind, processor.depth))
@@ -117,18 +138,22 @@ class LayoutState:
             return None
         return layer
 
-    def _tell(self, processor: LayoutProcessor, shape: tuple[int, ...], num_tokens: int, expected: int) -> None:
-        """Refuse tokens of a layer's own that no layout is for; once a block, warn of those that an extension makes."""
+    def _tell(
+        self, processor: LayoutProcessor, shape: tuple[int, ...], num_tokens: int, expected: int
+    ) -> None:
+        """Refuse tokens of a layer's own that no layout is for; once a block, warn of those that an
+        extension makes.
+        """
         name = next(name for name, (_, own) in self.installed.items() if own is processor)
         other = foreign(unwrapped(getattr(self.pipe, self.family.component)), name)
         if other is None and len(shape) == 3:
-            _checks.refuse("pipe", f"give {name} the {expected} tokens of its latents' grid", num_tokens)
+            _checks.refuse(
+                "pipe", f"give {name} the {expected} tokens of its latents' grid", num_tokens
+            )
         if not self._told:
             self._told = True
             why = f"{other} gives it" if other else "it has"
-            text = (
-                f"a layout leaves {name}, and layers like it, alone: {why} {shape} where {expected} tokens have a place"
-            )
+            text = f"a layout leaves {name}, and layers like it, alone: {why} {shape} where {expected} tokens have a place"
             warnings.warn(text, stacklevel=2)
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -137,10 +162,16 @@ class LayoutState:
         options = {"modulation": self.options.modulation, "backend": self.options.backend}
         lists = layer.tile_lists(q, k, self.options.backend)
         strength = layer.strength * self.factor
-        return layout_attention(q, k, v, layer.q_words, layer.k_words, strength, tile_lists=lists, **orders, **options)
+        return layout_attention(
+            q, k, v, layer.q_words, layer.k_words, strength, tile_lists=lists, **orders, **options
+        )
 
-    def before_call(self, denoiser: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """A hook before each call of the denoiser: where in the run it is, and its phrases' own embeddings."""
+    def before_call(
+        self, denoiser: torch.nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """A hook before each call of the denoiser: where in the run it is, and its phrases' own
+        embeddings.
+        """
         self.first = self.last = 0
         if self.paused or not (self.options.cross_weight or self.options.self_weight):
             return None
@@ -151,7 +182,11 @@ class LayoutState:
         bound = inspect.signature(type(unwrapped(denoiser)).forward).bind(denoiser, *args, **kwargs)
         call = self.family.read(bound.arguments)
         if self.longest > call.text.shape[1]:
-            _checks.refuse("prompt", f"have its phrases in the {call.text.shape[1]} tokens of the call", self.longest)
+            _checks.refuse(
+                "prompt",
+                f"have its phrases in the {call.text.shape[1]} tokens of the call",
+                self.longest,
+            )
         self._read(call.text.shape[1])
         self.steps.follow(call.timestep, self.family.unit)
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, self.reading.rows)
@@ -173,7 +208,9 @@ class LayoutState:
             self.images, self._made_for = images, None
 
     def _with_phrases(self, text: Tensor, first: int, last: int) -> Tensor:
-        """The text tokens with each phrase's embeddings as it has them alone, in the rows that see the prompt."""
+        """The text tokens with each phrase's embeddings as it has them alone, in the rows that see
+        the prompt.
+        """
         if not any(image.alone for image in self.images):
             return text
         replaced = text.expand(last, -1, -1).clone()  # anew: callbacks change text in place
@@ -193,7 +230,9 @@ class LayoutState:
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
         for key, q, k, order in self.family.layers(self, layouts, text, call):
-            spread = (lambda x: x) if len(self.images) == 1 else (lambda x: x.repeat_interleave(each, 0))
+            spread = (
+                (lambda x: x) if len(self.images) == 1 else (lambda x: x.repeat_interleave(each, 0))
+            )
             self.layers[key] = Layer(
                 spread(self._words(q)), spread(self._words(k)), spread(q.strength)[:, None],
                 None if order is None else spread(order),
@@ -201,12 +240,16 @@ class LayoutState:
         self._made_for, self._call = made_for, call
 
     def _words(self, side: Side) -> Tensor:
-        """Under a mask, tokens of no region take part in all: a row that sees nothing would be 0."""
+        """Under a mask, tokens of no region take part in all: a row that sees nothing would be
+        0.
+        """
         if self.options.modulation != "mask":
             return side.words
         return torch.where(side.words == 0, -1, side.words)
 
-    def image_side(self, layouts: list[Layout], grid: tuple[int, int], weight: float, others: int = 0) -> Side:
+    def image_side(
+        self, layouts: list[Layout], grid: tuple[int, int], weight: float, others: int = 0
+    ) -> Side:
         """The tokens of an image, and others after them that belong to no region."""
         options = {"weight": weight, "time": 1.0, "size_weight": self.options.size_weight}
         words = torch.stack([layout.query_regions(*grid) for layout in layouts])
@@ -214,7 +257,9 @@ class LayoutState:
         return Side(*(torch.nn.functional.pad(x, (0, others)) for x in (words, strength)))
 
     def _text_side(self, layouts: list[Layout], text: Tensor) -> Side:
-        """The tokens of a prompt; as queries, which only joint attention has, those of a phrase are modulated."""
+        """The tokens of a prompt; as queries, which only joint attention has, those of a phrase are
+        modulated.
+        """
         words = torch.zeros(len(layouts), text.shape[1], dtype=torch.int32, device="cpu")
         strength = torch.zeros(len(layouts), text.shape[1], dtype=torch.float32, device="cpu")
         for i, (image, layout) in enumerate(zip(self.images, layouts)):
@@ -222,7 +267,9 @@ class LayoutState:
                 share = layout.masks[r].float().mean().item()
                 for start, stop in places:
                     words[i, start:stop] = _BITS[r]
-                    strength[i, start:stop] = self.options.cross_weight * (1 - self.options.size_weight * share)
+                    strength[i, start:stop] = self.options.cross_weight * (
+                        1 - self.options.size_weight * share
+                    )
         return Side(words.to(text.device), strength.to(text.device))
 
 

@@ -23,7 +23,11 @@ from .text.encoding import encode, heard, missing, options_of
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Edit:
         prompt: the concept in words.
         scale: how strongly it pulls.
         threshold: 0 to 1, the share of entries that it leaves alone.
-        warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end. Schedulers of two calls of the
-            network a step (Heun, PNDM's first) count both. A warning names a concept that ends before it begins, or
-            begins after the last step of a run.
+        warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end. Schedulers
+            of two calls of the network a step (Heun, PNDM's first) count both. A warning names a
+            concept that ends before it begins, or begins after the last step of a run.
         weight: against other concepts; a negative one counts as 0, with a warning.
         reverse: away from the concept, not towards it.
     """
@@ -59,23 +63,29 @@ def semantic_guidance(
     momentum_beta: float = 0.4,
     backend: str = "auto",
 ) -> Iterator[None]:
-    """Calls of the pipeline inside the block are guided by concepts too, evaluated in the same batch of the U-Net.
+    """Calls of the pipeline inside the block are guided by concepts too, evaluated in the same
+    batch of the U-Net.
 
     The estimate that the scheduler gets is `SemanticGuidance`'s,
     `eps_u + g*(eps_t - eps_u) + sum_e w_e * d_e where |d_e| >= quantile(|d_e|, threshold_e)` with
-    `d_e = scale_e*(eps_e - eps_u)`, warm-up and momentum, and g the guidance scale of the pipeline's call.
-    Blocks inside of a block: the innermost counts. Call `pipe` itself, not another pipeline around the same model.
+    `d_e = scale_e*(eps_e - eps_u)`, warm-up and momentum, and g the guidance scale of the
+    pipeline's call. Blocks inside of a block: the innermost counts. Call `pipe` itself, not another
+    pipeline around the same model.
 
     Args:
-        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), called with a guidance scale above 1.
+        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), called with a guidance scale
+            above 1.
         edits: the concepts, encoded with the options of the call (LoRA scale, `clip_skip`).
-        momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is kept.
+        momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is
+            kept.
         backend: as in `sega_guidance`.
 
     Raises:
-        ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is as it was.
+        ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is
+            as it was.
 
-    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS 2023.
+    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS
+    2023.
 
     Example:
         >>> from diffusers import StableDiffusionPipeline
@@ -97,7 +107,9 @@ def semantic_guidance(
         yield
 
 
-def settings(edits: Sequence[Edit], momentum_scale: float, momentum_beta: float, backend: str) -> dict[str, Any]:
+def settings(
+    edits: Sequence[Edit], momentum_scale: float, momentum_beta: float, backend: str
+) -> dict[str, Any]:
     """The arguments of `SemanticGuidance` that concepts stand for, all of them good."""
     if isinstance(edits, Edit) or not isinstance(edits, Sequence) or not edits:
         _checks.refuse("edits", "be a list of Edit", repr(edits), TypeError)
@@ -105,7 +117,9 @@ def settings(edits: Sequence[Edit], momentum_scale: float, momentum_beta: float,
         if not isinstance(edit, Edit):
             _checks.refuse(f"edits[{i}]", "be an Edit", type(edit).__name__, TypeError)
         if not isinstance(edit.prompt, str):
-            _checks.refuse(f"edits[{i}].prompt", "be a string", type(edit.prompt).__name__, TypeError)
+            _checks.refuse(
+                f"edits[{i}].prompt", "be a string", type(edit.prompt).__name__, TypeError
+            )
     options = {
         "edit_guidance_scale": [edit.scale for edit in edits],
         "edit_threshold": [edit.threshold for edit in edits],
@@ -144,9 +158,13 @@ def warn_of_late(options: dict[str, Any], steps: int, told: set[int]) -> None:
 class _Guided:
     """One block: concepts join the batch of each call, and leave it as guidance."""
 
-    def __init__(self, pipe: DiffusionPipeline, options: dict[str, Any], concepts: list[str]) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, options: dict[str, Any], concepts: list[str]
+    ) -> None:
         self.pipe, self.options, self.concepts = pipe, options, concepts
-        self.encoded: dict[tuple, tuple[Tensor | None, ...]] = {}  # the concepts under the options of encode_prompt
+        self.encoded: dict[
+            tuple, tuple[Tensor | None, ...]
+        ] = {}  # the concepts under the options of encode_prompt
         self._encode({})
         self.steps = Steps(pipe)
         self.guidance: SemanticGuidance | None = None
@@ -165,7 +183,9 @@ class _Guided:
         text, _, *pooled = self.encoded[key]
         self.text, self.pooled = text, pooled[0] if pooled else None
 
-    def before_call(self, unet: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def before_call(
+        self, unet: torch.nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         """The same call with the concepts' rows after those of the prompt."""
         if self.paused:
             return None
@@ -178,7 +198,11 @@ class _Guided:
             warn_of_late(self.options, self.steps.total, self.told)
             self.guidance = SemanticGuidance(**self.options)
         if self.steps.repeated:
-            _checks.refuse("pipe", "call its U-Net once a step with semantic guidance", "a second call of a step")
+            _checks.refuse(
+                "pipe",
+                "call its U-Net once a step with semantic guidance",
+                "a second call of a step",
+            )
         self.guidance.guidance_scale = self.pipe.guidance_scale  # a callback may change it
         rows, edits = len(given["sample"]) // 2, len(self.text)
 
@@ -198,7 +222,9 @@ class _Guided:
         added = given.get("added_cond_kwargs") or {}
         if added:
             pooled = {name: self.pooled if name == "text_embeds" else None for name in added}
-            given["added_cond_kwargs"] = {name: with_edits(value, pooled[name]) for name, value in added.items()}
+            given["added_cond_kwargs"] = {
+                name: with_edits(value, pooled[name]) for name, value in added.items()
+            }
         return bound.args[1:], bound.kwargs
 
     def after_call(self, unet: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -213,9 +239,13 @@ class _Guided:
 
     def _check(self, given: dict[str, Any]) -> None:
         if not self.pipe.do_classifier_free_guidance:
-            _checks.refuse("guidance_scale", "be above 1 for semantic guidance", self.pipe.guidance_scale)
+            _checks.refuse(
+                "guidance_scale", "be above 1 for semantic guidance", self.pipe.guidance_scale
+            )
         if getattr(self.pipe, "guidance_rescale", 0):
-            _checks.refuse("guidance_rescale", "be 0 with semantic guidance", self.pipe.guidance_rescale)
+            _checks.refuse(
+                "guidance_rescale", "be 0 with semantic guidance", self.pipe.guidance_rescale
+            )
         for name in RESIDUALS:
             if given.get(name) is not None:
                 _checks.refuse("pipe", "have no ControlNet or adapter with semantic guidance", name)

@@ -26,16 +26,18 @@ def semantic_guider(
     momentum_beta: float = 0.4,
     backend: str = "auto",
 ) -> BaseGuidance:
-    """A guider that guides a modular pipeline by concepts too; its latents are those of `semantic_guidance`.
+    """A guider that guides a modular pipeline by concepts too; its latents are those of
+    `semantic_guidance`.
 
-    The estimate that the scheduler gets is `SemanticGuidance`'s; a modular pipeline evaluates the prompt, the negative
-    prompt and each concept in calls of their own.
+    The estimate that the scheduler gets is `SemanticGuidance`'s; a modular pipeline evaluates the
+    prompt, the negative prompt and each concept in calls of their own.
 
     Args:
         pipe: a modular pipeline of Stable Diffusion XL, whose text encoders encode the concepts.
         edits: the concepts, encoded now: a LoRA scale of the call does not reach them.
         guidance_scale: g, as of the ClassifierFreeGuidance whose place this takes.
-        momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is kept.
+        momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is
+            kept.
         backend: as in `sega_guidance`.
 
     Returns:
@@ -44,7 +46,8 @@ def semantic_guider(
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
 
-    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS 2023.
+    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS
+    2023.
 
     Example:
         >>> from dense_attn.examples._tiny_pipeline import tiny_modular_pipeline
@@ -59,7 +62,9 @@ def semantic_guider(
     for sentence in idle(edits):
         warnings.warn(sentence, stacklevel=2)
     options["guidance_scale"] = _checks.number("guidance_scale", guidance_scale)
-    from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
+    from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
+        StableDiffusionXLTextEncoderStep,
+    )
 
     from ._semantic_guider import SemanticGuider
 

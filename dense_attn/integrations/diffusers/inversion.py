@@ -33,7 +33,8 @@ class Inversion:
         latents: the pair of latents at the noise end, in float64 where the chain is exact.
         settings: those of the way back.
         seconds: wall time.
-        peak_bytes: what was added to the memory in use at the peak; None where the system does not tell.
+        peak_bytes: what was added to the memory in use at the peak; None where the system does not
+            tell.
     """
 
     latents: tuple[Tensor, Tensor]
@@ -70,25 +71,31 @@ def invert(
     progress: bool = False,
     **sampler: Any,
 ) -> Inversion:
-    """The noise from which a reversible sampler makes an image: `reconstruct` gives it back, or edits it.
+    """The noise from which a reversible sampler makes an image: `reconstruct` gives it back, or
+    edits it.
 
-    The image is encoded, `z = scaling * vae(image)`, and `ReversibleSampler.invert` takes z to the noise; with exact
-    chains, the default, the way back ends in the very bits of z.
+    The image is encoded, `z = scaling * vae(image)`, and `ReversibleSampler.invert` takes z to the
+    noise; with exact chains, the default, the way back ends in the very bits of z.
 
     Args:
-        pipe: a Stable Diffusion 1 or 2 pipeline with any scheduler of its noise schedule that leaves signal at the
-            first timestep. Its U-Net takes latents, a timestep and a text alone: no channels of a mask or depth, no
-            class labels, no embedding of the guidance scale (LCM). A ControlNet or adapter beside it is not called.
-        image: a PIL image, a list of them of one size, or a tensor [B, 3, H, W] in 0..1. A warning says where it is
-            resized, to multiples of the VAE's factor, and where transparent pixels are taken as opaque.
-        prompt, negative_prompt: what the image shows, and what it does not; one for all images or one for each.
+        pipe: a Stable Diffusion 1 or 2 pipeline with any scheduler of its noise schedule that
+            leaves signal at the first timestep. Its U-Net takes latents, a timestep and a text
+            alone: no channels of a mask or depth, no class labels, no embedding of the guidance
+            scale (LCM). A ControlNet or adapter beside it is not called.
+        image: a PIL image, a list of them of one size, or a tensor [B, 3, H, W] in 0..1. A warning
+            says where it is resized, to multiples of the VAE's factor, and where transparent pixels
+            are taken as opaque.
+        prompt, negative_prompt: what the image shows, and what it does not; one for all images or
+            one for each.
         num_inference_steps: of the chain.
         guidance_scale: classifier-free guidance; 1 for none. Large ones drive EDICT's pair apart.
         progress: show a bar.
-        sampler: further arguments of `ReversibleSampler`: method, mix, gamma, alternate, exact, backend.
+        sampler: further arguments of `ReversibleSampler`: method, mix, gamma, alternate, exact,
+            backend.
 
     Raises:
-        ValueError, TypeError: an argument breaks the rule that the message names; a chain whose integers would not fit.
+        ValueError, TypeError: an argument breaks the rule that the message names; a chain whose
+            integers would not fit.
 
     Source: Wallace et al., EDICT: Exact Diffusion Inversion via Coupled Transformations, CVPR 2023.
 
@@ -104,7 +111,11 @@ def invert(
     check_pipe(pipe)
     image = check_images(pipe, image)
     with in_words(sampler="a further argument"):
-        chain = Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler), len(image))
+        chain = Chain(
+            pipe,
+            Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler),
+            len(image),
+        )
     with torch.no_grad(), in_words(x="the latents of image"):
         x = _encoded(pipe, pixels_of(pipe, image))
         call = lambda: chain.sampler.invert(chain.eps, x, progress=progress)  # noqa: E731
@@ -175,23 +186,28 @@ def optimize(
     sampler: dict[str, Any] | None = None,
     **options: Any,
 ) -> Optimized:
-    """The image of a prompt whose noise was changed until a loss fell: DOODL, or SGOOL with a saliency function.
+    """The image of a prompt whose noise was changed until a loss fell: DOODL, or SGOOL with a
+    saliency function.
 
-    `optimize_latents` on the pipeline's U-Net and VAE: gradients of `loss_fn(image) + w*loss_fn(salient crop)` go
-    through the decoder and all steps of the chain, in memory that does not grow with them.
+    `optimize_latents` on the pipeline's U-Net and VAE: gradients of
+    `loss_fn(image) + w*loss_fn(salient crop)` go through the decoder and all steps of the chain, in
+    memory that does not grow with them.
 
     Args:
         pipe: a Stable Diffusion 1 or 2 pipeline, as `invert` takes it.
         prompt, negative_prompt: one for all images or one for each.
         loss_fn: images [B, 3, H, W] in -1..1 to a scalar tensor.
-        saliency_fn: None, or images in 0..1 to maps [B, H, W] in 0..1 (`spectral_residual_saliency`).
+        saliency_fn: None, or images in 0..1 to maps [B, H, W] in 0..1
+            (`spectral_residual_saliency`).
         num_inference_steps, guidance_scale: of the chain.
-        latents: the noise to begin with, of variance 1; drawn when None, for images of height x width.
+        latents: the noise to begin with, of variance 1; drawn when None, for images of height x
+            width.
         height, width: in pixels; the size of latents, or the U-Net's own, when None.
         generator: of the noise.
         output_type: as in `reconstruct`.
         sampler: further arguments of `ReversibleSampler`.
-        options: further arguments of `optimize_latents`: steps, salient_weight, clip, momentum, noise, progress, state.
+        options: further arguments of `optimize_latents`: steps, salient_weight, clip, momentum,
+            noise, progress, state.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
@@ -212,16 +228,22 @@ def optimize(
     check_pipe(pipe, pictures=output_type != "latent")
     _checks.choice("output_type", output_type, OUTPUTS)
     if generator is not None and not isinstance(generator, torch.Generator):
-        _checks.refuse("generator", "be a torch.Generator or None", type(generator).__name__, TypeError)
+        _checks.refuse(
+            "generator", "be a torch.Generator or None", type(generator).__name__, TypeError
+        )
     count = 1 if isinstance(prompt, str) or not isinstance(prompt, list) else len(prompt)
     shape = noise_shape(pipe, count, height, width, latents)
     sampler = {} if sampler is None else sampler
-    chain = Chain(pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler), count)
+    chain = Chain(
+        pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler), count
+    )
     if latents is None:
         latents = randn_tensor(shape, generator, pipe._execution_device, torch.float32)
 
     def decode(x: Tensor) -> Tensor:
-        return pipe.vae.decode(x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor).sample.float()
+        return pipe.vae.decode(
+            x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor
+        ).sample.float()
 
     def call() -> OptimizeResult:
         return optimize_latents(
@@ -251,10 +273,16 @@ def _encoded(pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
     """The latents of pixels, without noise."""
     dtype = unwrapped(pipe.vae).dtype
     encoded = pipe.vae.encode(pixels.to(dtype))
-    x = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents  # AutoencoderTiny's
+    x = (
+        encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    )  # AutoencoderTiny's
     x = x * pipe.vae.config.scaling_factor
     if not x.isfinite().all():
-        _checks.refuse("pipe", "have a VAE that makes finite latents of image", f"nan or inf in {_checks.name(dtype)}")
+        _checks.refuse(
+            "pipe",
+            "have a VAE that makes finite latents of image",
+            f"nan or inf in {_checks.name(dtype)}",
+        )
     return x
 
 
@@ -262,7 +290,9 @@ def _images(pipe: DiffusionPipeline, x: Tensor, output_type: str) -> Any:
     if output_type == "latent":
         return x
     x = x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(x).sample.float(), output_type=output_type)
+    return pipe.image_processor.postprocess(
+        pipe.vae.decode(x).sample.float(), output_type=output_type
+    )
 
 
 def _measured(call: Callable[[], Result], device: torch.device) -> tuple[Result, float, int | None]:

@@ -1,4 +1,6 @@
-"""apply_layout: each phrase of a prompt where the layout says, on any pipeline of the known families."""
+"""apply_layout: each phrase of a prompt where the layout says, on any pipeline of the known
+families.
+"""
 
 from __future__ import annotations
 
@@ -41,32 +43,40 @@ def apply_layout(
 ) -> Iterator[None]:
     """Calls of the pipeline inside the block put each phrase of the prompt where its region is.
 
-    In the first steps every attention layer of the conditional half is `layout_attention` with the strength
-    `c = weight * time^exponent * (1 - size_weight*area)` of an image token, where time falls from 1 to 0 and area is
-    the image's share of the token's regions. All other attention is that of the pipeline, in the backend that it has.
-    Blocks inside of a block: the innermost counts. Call `pipe` itself, not another pipeline around the same model.
+    In the first steps every attention layer of the conditional half is `layout_attention` with the
+    strength `c = weight * time^exponent * (1 - size_weight*area)` of an image token, where time
+    falls from 1 to 0 and area is the image's share of the token's regions. All other attention is
+    that of the pipeline, in the backend that it has. Blocks inside of a block: the innermost
+    counts. Call `pipe` itself, not another pipeline around the same model.
 
     Args:
-        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), SD3Transformer2DModel or FluxTransformer2DModel.
-        prompt: what the pipeline will be called with, or one prompt for each image; all its tokenizers read it. A call
-            with another one is warned of, also of `prompt_embeds` that are not the prompt's in any weight.
-        regions: a list of `(phrase, mask)`, or one such list for each prompt. A phrase is a part of the prompt, or None
-            for a region without one; its mask a bool array [H, W], a PIL image, light and opaque there, or a box
-            (x0, y0, x1, y1) in 0..1. A phrase is whole words, where they first stand in the prompt; a `Phrase` names
-            another place. Where two overlap the later counts; a region left without a token is warned of.
-        cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it alone. In joint
-            attention (SD3, FLUX) image tokens' rows take self_weight, rows of a phrase's tokens cross_weight; under
-            "mask", which has no strength, only both at 0 count there.
+        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), SD3Transformer2DModel or
+            FluxTransformer2DModel.
+        prompt: what the pipeline will be called with, or one prompt for each image; all its
+            tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
+            are not the prompt's in any weight.
+        regions: a list of `(phrase, mask)`, or one such list for each prompt. A phrase is a part of
+            the prompt, or None for a region without one; its mask a bool array [H, W], a PIL image,
+            light and opaque there, or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words,
+            where they first stand in the prompt; a `Phrase` names another place. Where two overlap
+            the later counts; a region left without a token is warned of.
+        cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
+            alone. In joint attention (SD3, FLUX) image tokens' rows take self_weight, rows of a
+            phrase's tokens cross_weight; under "mask", which has no strength, only both at 0 count
+            there.
         active: the part of the steps in which the layout acts, from the first.
-        exponent, size_weight: how fast strength falls with time, and how much less a large region gets.
+        exponent, size_weight: how fast strength falls with time, and how much less a large region
+            gets.
         modulation: as in `layout_attention`; under "mask" tokens of no region take part everywhere.
-        encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own, as `encode_prompt`
-            makes them with the options of the call (LoRA scale, `clip_skip`, `max_sequence_length`).
+        encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own,
+            as `encode_prompt` makes them with the options of the call (LoRA scale, `clip_skip`,
+            `max_sequence_length`).
         backend: as in `layout_attention`.
 
     Raises:
-        ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is as it was. So does
-            a call whose rows, steps or tokens are no layout's; those that another extension has merged are warned of.
+        ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is
+            as it was. So does a call whose rows, steps or tokens are no layout's; those that
+            another extension has merged are warned of.
 
     Source: Kim et al., Dense Text-to-Image Generation with Attention Modulation, ICCV 2023.
 
@@ -94,7 +104,10 @@ def apply_layout(
     component = getattr(pipe, family.component)
     layers = attention_layers(unwrapped(component), family)
     reading = Reading(pipe, prompts, parsed, encode_phrases)
-    with heard(pipe, reading.hear), _installed(component, layers, LayoutState(pipe, family, reading, options), family):
+    with (
+        heard(pipe, reading.hear),
+        _installed(component, layers, LayoutState(pipe, family, reading, options), family),
+    ):
         yield
 
 
@@ -106,7 +119,11 @@ def _not_negative(argument: str, value: object) -> float:
 
 def _prompts(prompt: object) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(text, str) for text in prompts):
+    if (
+        not isinstance(prompts, Sequence)
+        or not prompts
+        or not all(isinstance(text, str) for text in prompts)
+    ):
         _checks.refuse("prompt", "be a string or a list of strings", repr(prompt), TypeError)
     return list(prompts)
 

@@ -1,4 +1,6 @@
-"""What sets the families of models apart: how their denoisers are called, and which tokens attend to which."""
+"""What sets the families of models apart: how their denoisers are called, and which tokens attend
+to which.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 
     from dense_attn import Layout
 
-Entry = tuple[tuple[str, int], Side, Side, Tensor]  # kind and halvings of the grid, queries, keys, order
+Entry = tuple[
+    tuple[str, int], Side, Side, Tensor
+]  # kind and halvings of the grid, queries, keys, order
 
 
 class Call(NamedTuple):
@@ -59,8 +63,12 @@ class UNet:
         """The latents' height and width."""
         return tuple(call.latents.shape[2:])
 
-    def layers(self, state: LayoutState, layouts: list[Layout], text: Side, call: Call) -> Iterator[Entry]:
-        """Each halving of the latents has layers of both kinds; the finest with attention has tokens of all regions."""
+    def layers(
+        self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
+    ) -> Iterator[Entry]:
+        """Each halving of the latents has layers of both kinds; the finest with attention has
+        tokens of all regions.
+        """
         options, (height, width) = state.options, self.grid(call)
         for depth in range(self.deepest + 1):
             if depth == _first_attention(state.pipe.unet) + 1:
@@ -75,7 +83,9 @@ class UNet:
             height, width = (height + 1) // 2, (width + 1) // 2
 
     def depth(self, unet: torch.nn.Module, name: str) -> int:
-        """How often the grid is halved where a layer is; -1 for layers of no grid, as GLIGEN's are."""
+        """How often the grid is halved where a layer is; -1 for layers of no grid, as GLIGEN's
+        are.
+        """
         part, *rest = name.split(".")
         if "fuser" in rest or part not in ("down_blocks", "mid_block", "up_blocks"):
             return -1
@@ -94,27 +104,38 @@ def _first_attention(unet: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Joint:
-    """Stable Diffusion 3: joint attention, image tokens first, and self-attention of the image in some blocks."""
+    """Stable Diffusion 3: joint attention, image tokens first, and self-attention of the image in
+    some blocks.
+    """
 
     patch: int
     component = "transformer"
     unit = 1.0
     guidance_apart = False
     processor: type[LayoutProcessor] = JointProcessor
-    replaces = ("JointAttnProcessor2_0", "XFormersJointAttnProcessor")  # diffusers' fused one leaves out the norms
+    replaces = (
+        "JointAttnProcessor2_0",
+        "XFormersJointAttnProcessor",
+    )  # diffusers' fused one leaves out the norms
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
-        return Call(arguments["timestep"], arguments["encoder_hidden_states"], arguments["hidden_states"])
+        return Call(
+            arguments["timestep"], arguments["encoder_hidden_states"], arguments["hidden_states"]
+        )
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""
         return tuple(call.latents.shape[2:])
 
-    def layers(self, state: LayoutState, layouts: list[Layout], text: Side, call: Call) -> Iterator[Entry]:
+    def layers(
+        self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
+    ) -> Iterator[Entry]:
         """One of each kind."""
         height, width = self.grid(call)
-        image = state.image_side(layouts, (height // self.patch, width // self.patch), state.options.self_weight)
+        image = state.image_side(
+            layouts, (height // self.patch, width // self.patch), state.options.self_weight
+        )
         tokens = joined(image, text)
         yield ("joint", 0), tokens, tokens, order_of(tokens)
         if state.options.self_weight:
@@ -127,7 +148,9 @@ class Joint:
 
 @dataclass(frozen=True)
 class Flux:
-    """FLUX: joint attention, text tokens first; the estimate for a negative prompt is a call of its own."""
+    """FLUX: joint attention, text tokens first; the estimate for a negative prompt is a call of its
+    own.
+    """
 
     component = "transformer"
     unit = 1e-3
@@ -141,18 +164,34 @@ class Flux:
         return Call(arguments["timestep"], arguments["encoder_hidden_states"], latents, places)
 
     def grid(self, call: Call) -> tuple[int, int]:
-        """The latents' height and width, of which a token packs 2 x 2: counted, for bfloat16 rounds places past 256."""
-        places = call.places[0] if call.places.dim() == 3 else call.places  # as the transformer reads them
+        """The latents' height and width, of which a token packs 2 x 2: counted, for bfloat16 rounds
+        places past 256.
+        """
+        places = (
+            call.places[0] if call.places.dim() == 3 else call.places
+        )  # as the transformer reads them
         own = places[places[:, 0] == 0]
         width = int((own[:, 1] == 0).sum())
         height = len(own) // max(width, 1)
-        expected = torch.arange(height, dtype=torch.int64, device=own.device).repeat_interleave(width).to(own.dtype)
+        expected = (
+            torch.arange(height, dtype=torch.int64, device=own.device)
+            .repeat_interleave(width)
+            .to(own.dtype)
+        )
         if len(own) != height * width or not torch.equal(own[:, 1], expected):
-            _checks.refuse("pipe", "number its image tokens row by row (img_ids)", f"{len(own)} in rows of {width}")
+            _checks.refuse(
+                "pipe",
+                "number its image tokens row by row (img_ids)",
+                f"{len(own)} in rows of {width}",
+            )
         return 2 * height, 2 * width
 
-    def layers(self, state: LayoutState, layouts: list[Layout], text: Side, call: Call) -> Iterator[Entry]:
-        """One kind; the tokens of an image to edit come after the others and belong to no region."""
+    def layers(
+        self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
+    ) -> Iterator[Entry]:
+        """One kind; the tokens of an image to edit come after the others and belong to no
+        region.
+        """
         height, width = (side // 2 for side in self.grid(call))
         others = call.latents.shape[1] - height * width
         image = state.image_side(layouts, (height, width), state.options.self_weight, others)
@@ -181,24 +220,34 @@ def family_of(pipe: DiffusionPipeline) -> Family:
         family = Flux()
     else:
         rule = "have a UNet2DConditionModel, SD3Transformer2DModel or FluxTransformer2DModel"
-        _checks.refuse("pipe", rule, type(pipe).__name__ + ("" if denoiser is None else f" with {kind}"))
+        _checks.refuse(
+            "pipe", rule, type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
+        )
     _check_kind(pipe, family)
     return family
 
 
 def _check_kind(pipe: DiffusionPipeline, family: Family) -> None:
-    """Refuse a pipeline whose batches are not known: halves where it guides, or the prompt alone."""
+    """Refuse a pipeline whose batches are not known: halves where it guides, or the prompt
+    alone.
+    """
     encode = getattr(type(pipe), "encode_prompt", None)
     if encode is None or "prompt" not in inspect.signature(encode).parameters:
         _checks.refuse("pipe", "have an encode_prompt of a prompt", type(pipe).__name__)
     if not family.guidance_apart and not hasattr(type(pipe), "do_classifier_free_guidance"):
-        _checks.refuse("pipe", "tell whether it guides (do_classifier_free_guidance)", type(pipe).__name__)
+        _checks.refuse(
+            "pipe", "tell whether it guides (do_classifier_free_guidance)", type(pipe).__name__
+        )
     for feature in ("do_perturbed_attention_guidance", "image_guidance_scale"):
         if hasattr(type(pipe), feature):
             _checks.refuse("pipe", f"make no estimates beside the prompt's and the negative one's ({feature})",
                            type(pipe).__name__)  # fmt: skip
     if hasattr(type(pipe), "get_views"):
-        _checks.refuse("pipe", "denoise the whole image in each call, not views of it (get_views)", type(pipe).__name__)
+        _checks.refuse(
+            "pipe",
+            "denoise the whole image in each call, not views of it (get_views)",
+            type(pipe).__name__,
+        )
 
 
 def _resized(blocks: Any, samplers: str) -> int:
@@ -207,8 +256,14 @@ def _resized(blocks: Any, samplers: str) -> int:
 
 
 def attention_layers(denoiser: torch.nn.Module, family: Family) -> dict[str, Any]:
-    """The attention modules of a denoiser by name, all of which must have a processor that the family knows."""
-    layers = {name: module for name, module in denoiser.named_modules() if hasattr(module, "get_processor")}
+    """The attention modules of a denoiser by name, all of which must have a processor that the
+    family knows.
+    """
+    layers = {
+        name: module
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "get_processor")
+    }
     for name, module in layers.items():
         inner = module.processor
         while isinstance(inner, LayoutProcessor):
@@ -216,6 +271,10 @@ def attention_layers(denoiser: torch.nn.Module, family: Family) -> dict[str, Any
         kind = type(inner)
         if kind.__name__ not in family.replaces or not kind.__module__.startswith("diffusers."):
             rule = f"have attention processors of {', '.join(family.replaces)}"
-            why = ": IP-Adapter's image attention has no layout" if "IPAdapter" in kind.__name__ else ""
+            why = (
+                ": IP-Adapter's image attention has no layout"
+                if "IPAdapter" in kind.__name__
+                else ""
+            )
             _checks.refuse("pipe", rule, f"{kind.__name__} in {name}{why}")
     return layers

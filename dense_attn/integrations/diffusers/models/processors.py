@@ -1,4 +1,6 @@
-"""Attention processors: the one that was there, but for the rows of the batch and the steps that a layout modulates."""
+"""Attention processors: the one that was there, but for the rows of the batch and the steps that a
+layout modulates.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class LayoutProcessor:
 
 
 class RowsProcessor(LayoutProcessor):
-    """Rows of the batch without a layout go to the processor that was there, in calls of their own."""
+    """Rows of the batch without a layout go to the processor that was there, in calls of their
+    own.
+    """
 
     def __call__(
         self,
@@ -32,16 +36,22 @@ class RowsProcessor(LayoutProcessor):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Result:
-        """The layer's output [B, M, C]; of joint attention also that of the text tokens [B, N, C]."""
+        """The layer's output [B, M, C]; of joint attention also that of the text tokens [B, N,
+        C].
+        """
         layer = self._layer(hidden_states, encoder_hidden_states)
         if layer is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs
+            )
         _refuse_mask(attention_mask)
         parts, (first, last) = [], (self.state.first, self.state.last)
         for rows in (slice(0, first), slice(first, last), slice(last, hidden_states.shape[0])):
             if rows.start == rows.stop:
                 continue
-            x, context = (None if y is None else y[rows] for y in (hidden_states, encoder_hidden_states))
+            x, context = (
+                None if y is None else y[rows] for y in (hidden_states, encoder_hidden_states)
+            )
             if rows.start == first:
                 parts.append(self._modulated(attn, layer, x, context))
             else:
@@ -79,7 +89,9 @@ class JointProcessor(RowsProcessor):
         q, k, v = (_heads(tokens, attn.heads) for tokens in _project(attn, x, None))
         q, k = _normed(attn.norm_q, q), _normed(attn.norm_k, k)
         if text is not None:
-            text_q, text_k, text_v = (_heads(tokens, attn.heads) for tokens in _project_text(attn, text))
+            text_q, text_k, text_v = (
+                _heads(tokens, attn.heads) for tokens in _project_text(attn, text)
+            )
             text_q, text_k = _normed(attn.norm_added_q, text_q), _normed(attn.norm_added_k, text_k)
             q, k, v = (torch.cat(pair, 2) for pair in ((q, text_q), (k, text_k), (v, text_v)))
         out = _whole(self.state.attend(layer, q, k, v))
@@ -91,7 +103,9 @@ class JointProcessor(RowsProcessor):
 
 
 class FluxProcessor(LayoutProcessor):
-    """For FLUX: text tokens, then image tokens, all of them in hidden_states in its single blocks."""
+    """For FLUX: text tokens, then image tokens, all of them in hidden_states in its single
+    blocks.
+    """
 
     @property
     def _attention_backend(self) -> Any:
@@ -115,19 +129,30 @@ class FluxProcessor(LayoutProcessor):
         tokens = hidden_states.shape[1] + (0 if text is None else text.shape[1])
         layer = self.state.layer(self, "joint", hidden_states, tokens)
         if layer is None:
-            return self.original(attn, hidden_states, text, attention_mask, image_rotary_emb, **kwargs)
+            return self.original(
+                attn, hidden_states, text, attention_mask, image_rotary_emb, **kwargs
+            )
         _refuse_mask(attention_mask)
         return self._modulated(attn, layer, hidden_states, text, image_rotary_emb)
 
     def _modulated(
-        self, attn: Any, layer: Layer, x: Tensor, text: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+        self,
+        attn: Any,
+        layer: Layer,
+        x: Tensor,
+        text: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
     ) -> Result:
         from diffusers.models.embeddings import apply_rotary_emb
 
-        q, k, v = (tokens.unflatten(-1, (attn.heads, -1)) for tokens in _project(attn, x, None))  # [B, M, H, D]
+        q, k, v = (
+            tokens.unflatten(-1, (attn.heads, -1)) for tokens in _project(attn, x, None)
+        )  # [B, M, H, D]
         q, k = attn.norm_q(q), attn.norm_k(k)
         if text is not None:
-            text_q, text_k, text_v = (tokens.unflatten(-1, (attn.heads, -1)) for tokens in _project_text(attn, text))
+            text_q, text_k, text_v = (
+                tokens.unflatten(-1, (attn.heads, -1)) for tokens in _project_text(attn, text)
+            )
             text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
             q, k, v = (torch.cat(pair, 1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
         if rotary is not None:
@@ -136,7 +161,9 @@ class FluxProcessor(LayoutProcessor):
         if text is None:
             return out
         text_out, image_out = out.split((text.shape[1], x.shape[1]), 1)
-        return attn.to_out[1](attn.to_out[0](image_out.contiguous())), attn.to_add_out(text_out.contiguous())
+        return attn.to_out[1](attn.to_out[0](image_out.contiguous())), attn.to_add_out(
+            text_out.contiguous()
+        )
 
 
 def _project(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:

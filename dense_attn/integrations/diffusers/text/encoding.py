@@ -1,4 +1,6 @@
-"""A pipeline's encode_prompt: called for texts of the library's own, and heard when a call of the pipeline uses it."""
+"""A pipeline's encode_prompt: called for texts of the library's own, and heard when a call of the
+pipeline uses it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-OPTIONS = ("lora_scale", "clip_skip", "max_sequence_length")  # of a call that its phrases and concepts share
+OPTIONS = (
+    "lora_scale",
+    "clip_skip",
+    "max_sequence_length",
+)  # of a call that its phrases and concepts share
 
 
 def takes(pipe: DiffusionPipeline, argument: str) -> bool:
@@ -23,9 +29,17 @@ def takes(pipe: DiffusionPipeline, argument: str) -> bool:
 
 
 @torch.no_grad()
-def encode(pipe: DiffusionPipeline, prompt: str | Sequence[str], **options: Any) -> tuple[Tensor | None, ...]:
-    """The output of a pipeline's encode_prompt for a prompt without guidance; first come the text tokens."""
-    given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+def encode(
+    pipe: DiffusionPipeline, prompt: str | Sequence[str], **options: Any
+) -> tuple[Tensor | None, ...]:
+    """The output of a pipeline's encode_prompt for a prompt without guidance; first come the text
+    tokens.
+    """
+    given = {
+        "device": pipe._execution_device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+    }
     given |= {"prompt_2": None, "prompt_3": None, **options}
     unheard = getattr(pipe.encode_prompt, "encode_prompt", pipe.encode_prompt)
     return unheard(prompt, **{name: value for name, value in given.items() if takes(pipe, name)})
@@ -43,21 +57,30 @@ def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]
 def rows_of(given: dict[str, Any]) -> int:
     """How many texts a call of encode_prompt makes of its prompts."""
     embeddings, prompt = given.get("prompt_embeds"), given.get("prompt")
-    texts = ([prompt] if isinstance(prompt, str) else prompt or []) if embeddings is None else embeddings
+    texts = (
+        ([prompt] if isinstance(prompt, str) else prompt or [])
+        if embeddings is None
+        else embeddings
+    )
     return len(texts) * given.get("num_images_per_prompt", 1)
 
 
 def missing(pipe: DiffusionPipeline) -> str | None:
     """The name of a text encoder that a pipeline with its tokenizer lacks."""
     for suffix in ("", "_2", "_3"):
-        if getattr(pipe, f"tokenizer{suffix}", None) is not None and getattr(pipe, f"text_encoder{suffix}") is None:
+        if (
+            getattr(pipe, f"tokenizer{suffix}", None) is not None
+            and getattr(pipe, f"text_encoder{suffix}") is None
+        ):
             return f"text_encoder{suffix}"
     return None
 
 
 @contextmanager
 def heard(pipe: DiffusionPipeline, tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """`tell` gets the arguments of every call of the pipeline's encode_prompt inside the block, after the call."""
+    """`tell` gets the arguments of every call of the pipeline's encode_prompt inside the block,
+    after the call.
+    """
     ears = vars(pipe).get("encode_prompt")
     if not isinstance(ears, _Heard):
         ears = _Heard(pipe, ears)

@@ -1,4 +1,6 @@
-"""Where the phrases of a prompt stand: in its characters, and from there among the text tokens of a pipeline."""
+"""Where the phrases of a prompt stand: in its characters, and from there among the text tokens of a
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LONGEST = 512  # tokens that a T5 encoder of any pipeline is given
-WITHOUT_SPACES = (  # the scripts, by their letters' names, in which words stand beside each other or take endings
+# the scripts, by their letters' names, in which words stand beside each other or take endings
+WITHOUT_SPACES = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER",
     "MYANMAR", "TIBETAN", "YI",
 )  # fmt: skip
@@ -28,12 +31,14 @@ TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"  # of the skin of t
 
 @dataclass(frozen=True)
 class Phrase:
-    """A part of a prompt that a string alone does not name: one of several places, or a stretch of characters.
+    """A part of a prompt that a string alone does not name: one of several places, or a stretch of
+    characters.
 
     Args:
         text: the phrase's words, as they stand in the prompt.
         occurrence: which of the places where the text stands, counted from 1.
-        span: the first character, from 0, and the one after the last, (start, stop), in the place of a text.
+        span: the first character, from 0, and the one after the last, (start, stop), in the place
+            of a text.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
@@ -55,16 +60,23 @@ class Phrase:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) and (self.text is not None or self.span is None):
-            _checks.refuse("text", "be a string where no span is given", type(self.text).__name__, TypeError)
+            _checks.refuse(
+                "text", "be a string where no span is given", type(self.text).__name__, TypeError
+            )
         if not _is_whole(self.occurrence):
-            _checks.refuse("occurrence", "be a whole number", type(self.occurrence).__name__, TypeError)
+            _checks.refuse(
+                "occurrence", "be a whole number", type(self.occurrence).__name__, TypeError
+            )
         if self.occurrence < 1:
             _checks.refuse("occurrence", "be at least 1", self.occurrence)
         if self.span is None:
             return
         if self.text is not None or self.occurrence != 1:
             _checks.refuse("span", "stand in the place of a text and its occurrence", self.span)
-        if not isinstance(self.span, (tuple, list)) or [_is_whole(end) for end in self.span] != [True, True]:
+        if not isinstance(self.span, (tuple, list)) or [_is_whole(end) for end in self.span] != [
+            True,
+            True,
+        ]:
             _checks.refuse("span", "be two whole numbers (start, stop)", repr(self.span), TypeError)
         if not 0 <= self.span[0] < self.span[1]:
             _checks.refuse("span", "have 0 <= start < stop", self.span)
@@ -80,7 +92,9 @@ class Segment(NamedTuple):
     longest: int | None = None  # tokens of every call; None: a call says it
 
     def tokens(self, num_tokens: int | None) -> int:
-        """The segment's tokens where the denoiser's are num_tokens, or the most that it can have."""
+        """The segment's tokens where the denoiser's are num_tokens, or the most that it can
+        have.
+        """
         if self.longest is not None:
             return self.longest
         most = min(*(tokenizer.model_max_length for tokenizer in self.tokenizers), LONGEST)
@@ -98,8 +112,12 @@ class Place(NamedTuple):
 
 
 def segments(pipe: DiffusionPipeline) -> list[Segment]:
-    """The segments of a pipeline's text tokens; FLUX takes those of its second tokenizer alone, SD3 appends T5's."""
-    first, second, third = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
+    """The segments of a pipeline's text tokens; FLUX takes those of its second tokenizer alone, SD3
+    appends T5's.
+    """
+    first, second, third = (
+        getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
+    )
     if takes(pipe, "prompt_3"):
         size = pipe.tokenizer_max_length
         found = [_segment((first, second), 0, size), _segment((None, None, third), size, None)]
@@ -114,20 +132,28 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
 
 def _segment(tokenizers: tuple[Any, ...], start: int, longest: int | None) -> Segment:
     names = ("prompt", "prompt_2", "prompt_3")
-    there = [(tokenizer, name) for tokenizer, name in zip(tokenizers, names) if tokenizer is not None]
-    return Segment(tuple(tokenizer for tokenizer, _ in there), tuple(name for _, name in there), start, longest)
+    there = [
+        (tokenizer, name) for tokenizer, name in zip(tokenizers, names) if tokenizer is not None
+    ]
+    return Segment(
+        tuple(tokenizer for tokenizer, _ in there), tuple(name for _, name in there), start, longest
+    )
 
 
 def characters(found: list[Segment], prompt: str, phrase: Phrase, argument: str) -> Span:
     """The stretch of a prompt that a phrase names: whole words, whatever stands beside them."""
     if phrase.span is not None:
         if phrase.span[1] > len(prompt):
-            _checks.refuse(argument, f"have a span in the {len(prompt)} characters of its prompt", phrase.span)
+            _checks.refuse(
+                argument, f"have a span in the {len(prompt)} characters of its prompt", phrase.span
+            )
         return phrase.span
     if not phrase.text.strip():
         _checks.refuse(argument, "have a phrase of at least one token", repr(phrase.text))
     tokenizers = [tokenizer for segment in found for tokenizer in segment.tokenizers]
-    caseless = all(_reads_small(tokenizer, text) for tokenizer in tokenizers for text in (prompt, phrase.text))
+    caseless = all(
+        _reads_small(tokenizer, text) for tokenizer in tokenizers for text in (prompt, phrase.text)
+    )
     places = list(_places(prompt, phrase.text, caseless))
     if not places:  # spaces that tokenizers do not tell, as CLIP's of those beside a comma
         ids = [tokens_of(tokenizer, phrase.text).ids for tokenizer in tokenizers]
@@ -142,15 +168,24 @@ def characters(found: list[Segment], prompt: str, phrase: Phrase, argument: str)
 
 
 def place_of(
-    pipe: DiffusionPipeline, segment: Segment, prompt: str, chars: Span, num_tokens: int | None, argument: str
+    pipe: DiffusionPipeline,
+    segment: Segment,
+    prompt: str,
+    chars: Span,
+    num_tokens: int | None,
+    argument: str,
 ) -> Place | None:
-    """The tokens of a stretch of characters where the denoiser's are num_tokens; None past what a tokenizer keeps."""
+    """The tokens of a stretch of characters where the denoiser's are num_tokens; None past what a
+    tokenizer keeps.
+    """
     length, found = segment.tokens(num_tokens), []
     for tokenizer in segment.tokenizers:
         text, inner = _converted(pipe, tokenizer, prompt, chars, argument)
         whole = tokens_of(tokenizer, text).of(inner)
         if whole is None:
-            _checks.refuse(argument, "have a phrase of at least one token", repr(prompt[slice(*chars)]))
+            _checks.refuse(
+                argument, "have a phrase of at least one token", repr(prompt[slice(*chars)])
+            )
         kept = tokens_of(tokenizer, text, length) if length > 0 else Tokens(text, [], [])
         place = kept.of(inner)
         cut = place is None or place[1] - place[0] != whole[1] - whole[0]
@@ -165,7 +200,9 @@ def place_of(
 
 
 def matched(place: Place, alone: Place) -> list[int]:
-    """For each token of a phrase in its prompt, the token of the phrase alone that stands for the same characters."""
+    """For each token of a phrase in its prompt, the token of the phrase alone that stands for the
+    same characters.
+    """
     ours, theirs = (range(*one.tokens.of(one.chars)) for one in (place, alone))
     if len(ours) == len(theirs):
         return list(range(alone.start, alone.stop))
@@ -173,7 +210,9 @@ def matched(place: Place, alone: Place) -> list[int]:
 
     def likeness(i: int, j: int) -> tuple[int, bool]:
         (start, stop), (first, last) = place.tokens.chars[i], alone.tokens.chars[j]
-        return min(stop + shift, last) - max(start + shift, first), place.tokens.ids[i] == alone.tokens.ids[j]
+        return min(stop + shift, last) - max(start + shift, first), place.tokens.ids[
+            i
+        ] == alone.tokens.ids[j]
 
     return [offset + max(theirs, key=lambda j: likeness(i, j)) for i in ours]
 
@@ -189,7 +228,9 @@ def _reads_small(tokenizer: Any, text: str) -> bool:
 
 
 def _places(prompt: str, phrase: str, caseless: bool, spaces: bool = True) -> Iterator[Span]:
-    """The places of a phrase in a prompt, one after the other, compared with their spaces or without them."""
+    """The places of a phrase in a prompt, one after the other, compared with their spaces or
+    without them.
+    """
     text, wanted = folded(prompt, caseless), folded(phrase, caseless).letters.strip()
     if not spaces:
         text, wanted = text.joined(), wanted.replace(" ", "")
@@ -197,7 +238,9 @@ def _places(prompt: str, phrase: str, caseless: bool, spaces: bool = True) -> It
     while (begin := text.letters.find(wanted, begin)) >= 0:
         end = begin + len(wanted)
         start, stop = text.places[begin], text.places[end - 1] + 1
-        cut = (begin > 0 and text.places[begin - 1] == start) or text.places[end : end + 1] == [stop - 1]
+        cut = (begin > 0 and text.places[begin - 1] == start) or text.places[end : end + 1] == [
+            stop - 1
+        ]
         if cut or _in_a_word(prompt, start) or _in_a_word(prompt, stop):
             begin += 1
         else:
@@ -217,16 +260,24 @@ def _in_a_word(text: str, place: int) -> bool:
         return True
     if kinds[0] not in "LM" or kinds[1] != "L":
         return False
-    return not any(unicodedata.name(letter, "").startswith(WITHOUT_SPACES) for letter in (left, right))
+    return not any(
+        unicodedata.name(letter, "").startswith(WITHOUT_SPACES) for letter in (left, right)
+    )
 
 
-def _converted(pipe: DiffusionPipeline, tokenizer: Any, prompt: str, chars: Span, argument: str) -> tuple[str, Span]:
-    """The prompt with learned words as the tokens that they are, and the place of the same characters there."""
+def _converted(
+    pipe: DiffusionPipeline, tokenizer: Any, prompt: str, chars: Span, argument: str
+) -> tuple[str, Span]:
+    """The prompt with learned words as the tokens that they are, and the place of the same
+    characters there.
+    """
     if not hasattr(pipe, "maybe_convert_prompt"):
         return prompt, chars
     parts = prompt[: chars[0]], prompt[slice(*chars)], prompt[chars[1] :]
     before, inner, after = (pipe.maybe_convert_prompt(part, tokenizer) for part in parts)
     text = pipe.maybe_convert_prompt(prompt, tokenizer)
     if before + inner + after != text:
-        _checks.refuse(argument, "have a phrase that cuts no learned word", repr(prompt[slice(*chars)]))
+        _checks.refuse(
+            argument, "have a phrase that cuts no learned word", repr(prompt[slice(*chars)])
+        )
     return text, (len(before), len(before) + len(inner))

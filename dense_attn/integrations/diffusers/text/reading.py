@@ -1,4 +1,6 @@
-"""What a layout reads in its prompts: the tokens of each region's phrase in a call, and their embeddings alone."""
+"""What a layout reads in its prompts: the tokens of each region's phrase in a call, and their
+embeddings alone.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Reading:
         encode: whether phrases get the embeddings that they have alone.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, prompts: list[str], regions: list[Regions], encode: bool) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, prompts: list[str], regions: list[Regions], encode: bool
+    ) -> None:
         self.pipe, self.prompts, self.encode = pipe, prompts, encode
         self.regions = regions * len(prompts) if len(regions) == 1 else regions
         self.shared = len(regions) == 1
@@ -41,27 +45,39 @@ class Reading:
         self.options: dict[str, Any] = {}  # of encode_prompt, as the last call had them
         self._embeddings: dict[tuple, Tensor] = {}  # of a text under options
         self._images: dict[tuple, list[Image]] = {}  # of a number of tokens under options
-        self._heard: list[str | None] = []  # what there is to say of each prompt since the denoiser's last call
+        self._heard: list[
+            str | None
+        ] = []  # what there is to say of each prompt since the denoiser's last call
         self._said = False
-        self.rows: int | None = None  # texts of the call at hand, None where they are no prompt of the layout's
+        self.rows: int | None = (
+            None  # texts of the call at hand, None where they are no prompt of the layout's
+        )
         if encode and any(phrase for image in self.regions for phrase in image.phrases):
             lacking = encoding.missing(pipe)
             if lacking is not None:
-                _checks.refuse("encode_phrases", f"be False for a pipeline without its {lacking}", True)
+                _checks.refuse(
+                    "encode_phrases", f"be False for a pipeline without its {lacking}", True
+                )
         self.needed = self._needed()
         self._warn_of_lost()
         self.images()
 
     def images(self, num_tokens: int | None = None) -> list[Image]:
-        """The regions of each prompt where the denoiser has num_tokens text tokens, None before it is known."""
+        """The regions of each prompt where the denoiser has num_tokens text tokens, None before it
+        is known.
+        """
         key = num_tokens, *self.options.items()
         if key not in self._images:
             self._images[key] = [self._image(b, num_tokens) for b in range(len(self.prompts))]
         return self._images[key]
 
     def hear(self, given: dict[str, Any]) -> None:
-        """Take the arguments of a call of encode_prompt: phrases are encoded as its prompt is, which must be theirs."""
-        negative = self._heard and given.get("prompt_embeds") is not None  # after the prompt, with no options to tell
+        """Take the arguments of a call of encode_prompt: phrases are encoded as its prompt is,
+        which must be theirs.
+        """
+        negative = (
+            self._heard and given.get("prompt_embeds") is not None
+        )  # after the prompt, with no options to tell
         if not negative and encoding.missing(self.pipe) is None:
             self.options = encoding.options_of(self.pipe, given)
             for phrase in self._phrases() if self.encode else ():
@@ -72,7 +88,9 @@ class Reading:
 
     def check(self) -> None:
         """Say once if the prompt of the call at hand is another than the layout's."""
-        if self._heard and all(self._heard) and not self._said:  # one of several is the prompt, others are negative
+        if (
+            self._heard and all(self._heard) and not self._said
+        ):  # one of several is the prompt, others are negative
             self._said = True
             warnings.warn(self._heard[0], stacklevel=2)
         self._heard.clear()
@@ -80,7 +98,9 @@ class Reading:
     def places(self, b: int, num_tokens: int | None = None) -> list[list[Place | None]]:
         """The places of each region's phrase, in each segment of one prompt."""
         return [
-            [] if chars is None else self._of(self.prompts[b], chars, num_tokens, self.argument(b, r))
+            []
+            if chars is None
+            else self._of(self.prompts[b], chars, num_tokens, self.argument(b, r))
             for r, chars in enumerate(self.chars[b])
         ]
 
@@ -101,11 +121,15 @@ class Reading:
         for r, phrase in enumerate(self.regions[b].phrases):
             if phrase is not None and not self.segments:
                 _checks.refuse("pipe", "have the tokenizer of its prompt", "none")
-            named = phrase and phrases.characters(self.segments, prompt, phrase, self.argument(b, r))
+            named = phrase and phrases.characters(
+                self.segments, prompt, phrase, self.argument(b, r)
+            )
             found.append(named)
         return found
 
-    def _of(self, prompt: str, chars: Span, num_tokens: int | None, argument: str) -> list[Place | None]:
+    def _of(
+        self, prompt: str, chars: Span, num_tokens: int | None, argument: str
+    ) -> list[Place | None]:
         found = [phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
                  for segment in self.segments]  # fmt: skip
         if not any(found):
@@ -138,15 +162,30 @@ class Reading:
     def _needed(self) -> int:
         """The text tokens that hold all phrases."""
         images = range(len(self.prompts))
-        return max((place.needed for b in images for places in self.places(b) for place in places if place), default=0)
+        return max(
+            (
+                place.needed
+                for b in images
+                for places in self.places(b)
+                for place in places
+                if place
+            ),
+            default=0,
+        )
 
     def _warn_of_lost(self) -> None:
         """Where phrases overlap the later region counts, which may leave an earlier one nothing."""
         lost: dict[str, str] = {}
         for b in range(len(self.prompts)):
-            tokens = [{token for place in places if place for token in range(*place[:2])} for places in self.places(b)]
+            tokens = [
+                {token for place in places if place for token in range(*place[:2])}
+                for places in self.places(b)
+            ]
             for r, own in enumerate(tokens):
                 if own and not own - set().union(*tokens[r + 1 :]):
                     lost[self.argument(b, r)] = self._phrase(b, r)
         for argument, phrase in lost.items():
-            warnings.warn(f"{argument} has no token of its own: later regions take all of {phrase!r}", stacklevel=5)
+            warnings.warn(
+                f"{argument} has no token of its own: later regions take all of {phrase!r}",
+                stacklevel=5,
+            )

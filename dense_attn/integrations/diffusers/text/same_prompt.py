@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .phrases import Segment
     from .reading import Reading
 
-NEAR = 0.1  # of a token's distance from the empty prompt's: far above rounding, far below another word
+NEAR = (
+    0.1  # of a token's distance from the empty prompt's: far above rounding, far below another word
+)
 
 
 def other_prompt(reading: Reading, given: dict[str, Any]) -> str | None:
@@ -36,14 +38,19 @@ def _other_text(reading: Reading, segment: Segment, i: int, given: Any) -> str |
     for b, text in _pairs(len(reading.prompts), texts):
         ours = reading.prompts[b]
         if isinstance(text, str) and text != ours:
-            read = [tokens_of(segment.tokenizers[i], one, segment.tokens(None)).ids for one in (text, ours)]
+            read = [
+                tokens_of(segment.tokenizers[i], one, segment.tokens(None)).ids
+                for one in (text, ours)
+            ]
             if read[0] != read[1]:
                 return f"the call's prompt {text!r} is not the layout's {ours!r}, by which phrases are placed"
     return None
 
 
 def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
-    """The words for embeddings in which a region's phrase is not what the layout's prompt has there."""
+    """The words for embeddings in which a region's phrase is not what the layout's prompt has
+    there.
+    """
     known = reading.segments and encoding.missing(reading.pipe) is None
     if not known or given.dim() != 3 or given.shape[1] < reading.needed:
         return None
@@ -53,7 +60,9 @@ def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
     for b, embeddings in _pairs(len(reading.prompts), given):
         try:
             right = _holds_phrases(reading, b, embeddings, **options)
-        except RuntimeError:  # the text encoders are not where the pipeline runs: nothing to compare with
+        except (
+            RuntimeError
+        ):  # the text encoders are not where the pipeline runs: nothing to compare with
             return None
         if not right:
             ours = repr(reading.prompts[b])
@@ -70,7 +79,10 @@ def _holds_phrases(reading: Reading, b: int, given: Tensor, **options: Any) -> b
         there = reading.places(b, len(given))[r]
         both = [pair for pair in zip(places, there) if all(pair)]
         if both and not any(
-            _weighted(given[theirs.start : theirs.stop], *(side[ours.start : ours.stop] for side in (right, empty)))
+            _weighted(
+                given[theirs.start : theirs.stop],
+                *(side[ours.start : ours.stop] for side in (right, empty)),
+            )
             for ours, theirs in both
         ):
             return False
@@ -78,7 +90,9 @@ def _holds_phrases(reading: Reading, b: int, given: Tensor, **options: Any) -> b
 
 
 def _weighted(given: Tensor, right: Tensor, empty: Tensor) -> bool:
-    """Whether tokens [n, C] are multiples of the right ones, as they are or as they differ from the empty prompt's."""
+    """Whether tokens [n, C] are multiples of the right ones, as they are or as they differ from the
+    empty prompt's.
+    """
     given, right, empty = (side.to(right.device).float() for side in (given, right, empty))
     far = NEAR * (given - empty).norm(dim=1)
     near = []
@@ -90,7 +104,9 @@ def _weighted(given: Tensor, right: Tensor, empty: Tensor) -> bool:
 
 
 def _pairs(images: int, given: Sequence[Any] | Tensor) -> Iterator[tuple[int, Any]]:
-    """Which image's prompt each entry of a call stands beside; none where they do not go together."""
+    """Which image's prompt each entry of a call stands beside; none where they do not go
+    together.
+    """
     longer, shorter = max(images, len(given)), min(images, len(given))
     if shorter and longer % shorter == 0:
         for row in range(longer):

@@ -1,4 +1,6 @@
-"""Which characters of a text each of a tokenizer's tokens stands for, in the ids that a network is given."""
+"""Which characters of a text each of a tokenizer's tokens stands for, in the ids that a network is
+given.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,14 @@ class Tokens(NamedTuple):
     chars: list[Span | None]  # None: special tokens and padding
 
     def of(self, chars: Span) -> Span | None:
-        """The tokens that have a part in a stretch of characters; a space's own before them counts too."""
-        inside = [i for i, place in enumerate(self.chars) if place and _meet(_trimmed(self.text, place), chars)]
+        """The tokens that have a part in a stretch of characters; a space's own before them counts
+        too.
+        """
+        inside = [
+            i
+            for i, place in enumerate(self.chars)
+            if place and _meet(_trimmed(self.text, place), chars)
+        ]
         if not inside:
             return None
         start = inside[0]
@@ -31,7 +39,9 @@ class Tokens(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """A text in the form in which texts are compared, and the place in the text that each of its letters is from."""
+    """A text in the form in which texts are compared, and the place in the text that each of its
+    letters is from.
+    """
 
     letters: str
     places: list[int]
@@ -43,12 +53,16 @@ class Folded(NamedTuple):
 
 
 def folded(text: str, lower: bool) -> Folded:
-    """Unicode's compatible decomposition, white space as one space, and small letters if those are asked for."""
+    """Unicode's compatible decomposition, white space as one space, and small letters if those are
+    asked for.
+    """
     letters: list[str] = []
     places: list[int] = []
     for i, character in enumerate(text):
         parts = unicodedata.normalize("NFKD", character.lower() if lower else character)
-        for letter in parts if parts[:1] != " " else " " if character.isspace() else character:  # ¨ is no space
+        for letter in (
+            parts if parts[:1] != " " else " " if character.isspace() else character
+        ):  # ¨ is no space
             if letter.isspace() and letters and letters[-1] == " ":
                 continue
             letters.append(" " if letter.isspace() else letter)
@@ -57,7 +71,8 @@ def folded(text: str, lower: bool) -> Folded:
 
 
 def tokens_of(tokenizer: Any, text: str, num_tokens: int | None = None) -> Tokens:
-    """The tokens of a whole text, or the ids that a network of num_tokens gets: cut and padded as the tokenizer is set.
+    """The tokens of a whole text, or the ids that a network of num_tokens gets: cut and padded as
+    the tokenizer is set.
 
     Fast tokenizers say which characters a token is of; slow ones' tokens are aligned with the text.
     """
@@ -65,25 +80,44 @@ def tokens_of(tokenizer: Any, text: str, num_tokens: int | None = None) -> Token
     if num_tokens is not None:
         size = {"max_length": num_tokens, "padding": "max_length"}
     if getattr(tokenizer, "is_fast", False):
-        read = tokenizer(text, truncation=True, return_offsets_mapping=True, return_special_tokens_mask=True, **size)
+        read = tokenizer(
+            text,
+            truncation=True,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            **size,
+        )
         places = zip(read.offset_mapping, read.special_tokens_mask)
-        return Tokens(text, read.input_ids, [None if special else tuple(place) for place, special in places])
+        return Tokens(
+            text, read.input_ids, [None if special else tuple(place) for place, special in places]
+        )
     ids = list(tokenizer(text, truncation=True, **size).input_ids)
-    plain = list(tokenizer(text, add_special_tokens=False, truncation=True, max_length=WHOLE).input_ids)
-    aligned, kept = _aligned(tokenizer, text, plain), SequenceMatcher(None, plain, ids, autojunk=False)
+    plain = list(
+        tokenizer(text, add_special_tokens=False, truncation=True, max_length=WHOLE).input_ids
+    )
+    aligned, kept = (
+        _aligned(tokenizer, text, plain),
+        SequenceMatcher(None, plain, ids, autojunk=False),
+    )
     first, at, length = kept.find_longest_match(0, len(plain), 0, len(ids))
     after = len(ids) - at - length
     return Tokens(text, ids, [None] * at + aligned[first : first + length] + [None] * after)
 
 
 def _aligned(tokenizer: Any, text: str, ids: list[int]) -> list[Span | None]:
-    """The characters of each id, by what a token decodes to; those that decode to nothing known share what is left."""
+    """The characters of each id, by what a token decodes to; those that decode to nothing known
+    share what is left.
+    """
     owners: list[int] = []
     letters: list[str] = []
     spaces: set[int] = set()
     for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids)):
         known = ids[i] != tokenizer.unk_token_id
-        surface = folded(tokenizer.convert_tokens_to_string([token]), True).letters.replace(" ", "") if known else ""
+        surface = (
+            folded(tokenizer.convert_tokens_to_string([token]), True).letters.replace(" ", "")
+            if known
+            else ""
+        )
         owners += [i] * len(surface)
         letters.append(surface)
         spaces |= {i} if known and not surface else set()
@@ -99,7 +133,9 @@ def _aligned(tokenizer: Any, text: str, ids: list[int]) -> list[Span | None]:
 
 
 def _filled(text: str, found: list[Span | None], spaces: set[int]) -> list[Span | None]:
-    """Tokens of unknown characters get those between their neighbours': a word each, or else all of them."""
+    """Tokens of unknown characters get those between their neighbours': a word each, or else all of
+    them.
+    """
     filled, i = list(found), 0
     while i < len(found):
         stop = next((j for j in range(i, len(found)) if found[j]), len(found))
