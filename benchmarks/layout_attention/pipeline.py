@@ -99,10 +99,12 @@ def measure(pipe: Any, latents: Tensor, text: Tensor, rounds: int) -> dict[str, 
         for name, way in ways.items():
             with way(pipe, latents), _timed_attention(pipe.unet) as attention:
                 pipe.scheduler.set_timesteps(50)  # a run begins
+
                 def call():
                     return pipe.unet(
-                                    latents, pipe.scheduler.timesteps[0], encoder_hidden_states=text
-                                )
+                        latents, pipe.scheduler.timesteps[0], encoder_hidden_states=text
+                    )
+
                 if turn == 0:
                     found[name]["extra_bytes"], _ = _memory.peak_extra_bytes(call)
                     continue

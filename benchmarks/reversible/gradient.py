@@ -66,15 +66,16 @@ def trial(case: Case) -> Trial:
     """Check a gradient against float64."""
     network, tensors, exact, trials = _prepared(case.setting)
     if case.contender not in trials:
+
         def call():
-            return [
-                    gradient(case.contender, WORKLOADS[case.setting.workload], network, *tensors)
-                ]
+            return [gradient(case.contender, WORKLOADS[case.setting.workload], network, *tensors)]
+
         def check(got):
             return (
-                    (got[0] - exact).abs().max().item(),
-                    _TOLERANCE * exact.abs().max().item(),
-                )
+                (got[0] - exact).abs().max().item(),
+                _TOLERANCE * exact.abs().max().item(),
+            )
+
         trials[case.contender] = tried(call, check, in_graph=False)
     return trials[case.contender]
 

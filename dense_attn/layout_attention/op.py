@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks, _memory, reference
-from dense_attn._backends import table
+from dense_attn._backends import dispatch, table
 
 MODULATIONS = ("range", "max", "bias", "mask")
 
@@ -100,7 +100,7 @@ def layout_attention(
             lse = lse.to(strength.dtype)
         else:
             tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order, k_order, *lists)
-            out, lse, _ = _LayoutAttention.apply(*tensors, modulation, scale, name)
+            out, lse, _ = dispatch.run(_LayoutAttention, *tensors, modulation, scale, name)
     except RuntimeError as error:
         row = (
             k.shape[2] if name == "reference" else q.shape[3]
@@ -190,8 +190,8 @@ class _LayoutAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         if grad_out.stride(-1) != 1:  # the gradient of a sum is one number under stride 0
             grad_out = grad_out.contiguous()
-        dq, dk, dv, dstrength = _Backward.apply(
-            grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats,
+        dq, dk, dv, dstrength = dispatch.run(
+            _Backward, grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats,
             ctx.modulation, ctx.scale, q_order, k_order, ctx.backend,
         )  # fmt: skip
         return dq, dk, dv, dstrength, *[None] * 10
@@ -248,6 +248,8 @@ def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
     """The same tensors, each as an object of its own: torch.compile takes none twice into an
     autograd.Function.
     """
+    if not torch.compiler.is_compiling():
+        return list(tensors)
     distinct: list[Tensor | None] = []
     for tensor in tensors:
         again = tensor is not None and any(tensor is other for other in distinct)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks, _memory, reference
-from dense_attn._backends import table
+from dense_attn._backends import dispatch, table
 from dense_attn.reversible import links
 from dense_attn.reversible.trajectory import dense_strides, laid_out
 
@@ -141,7 +141,7 @@ def step(
     try:
         if name == "reference":
             return reference.ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
-        return _DdimStep.apply(x, eps, eps_uncond, a, b, guidance_scale, name)
+        return dispatch.run(_DdimStep, x, eps, eps_uncond, a, b, guidance_scale, name)
     except RuntimeError as error:
         _memory.explain(error, "ddim_step", x.numel() * x.element_size(), x=x)
         raise

@@ -11,10 +11,9 @@ from math import prod
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dense_attn import _checks, _memory, reference
-from dense_attn._backends import table
+from dense_attn._backends import dispatch, table
 
 
 def percentile_mask(
@@ -64,7 +63,8 @@ def percentile_mask(
         _checks.refuse("x", "have at least one entry along dim", tuple(x.shape))
     try:
         rows = moved.reshape(prod(lead), prod(moved.shape[len(lead) :]))  # [R, N]
-        masked, threshold = _run(_PercentileMask, "percentile_mask", [rows], (level,), backend)
+        name = table.resolve(backend, "percentile_mask", x)
+        masked, threshold = dispatch.run(_PercentileMask, rows, level, name)
     except RuntimeError as error:
         _memory.explain(error, "percentile_mask", x.numel() * x.element_size(), x=x)
         raise
@@ -181,7 +181,8 @@ def sega_guidance(
             _rows(_wide_momentum(momentum, eps_uncond), 2),
             None if user_mask is None else _rows(user_mask, 3),
         ]
-        eps, momentum, _ = _run(_SegaGuidance, "sega_guidance", tensors, options, backend)
+        name = table.resolve(backend, "sega_guidance", eps_uncond)
+        eps, momentum, _ = dispatch.run(_SegaGuidance, *tensors, *options, name)
     except RuntimeError as error:
         _memory.explain(
             error, "sega_guidance", eps_uncond.nbytes, eps_uncond=eps_uncond, eps_edits=edits
@@ -266,24 +267,6 @@ class _SegaGuidance(torch.autograd.Function):
         grad_uncond = (1 - guidance_scale) * flow - grad_edits.sum(0)
         grads = (x.to(eps_uncond.dtype) for x in (grad_uncond, guidance_scale * flow, grad_edits))
         return *grads, beta * grad_momentum + momentum_scale * grad_steer, grad_mask, *[None] * 11
-
-
-def _run(
-    function: type[torch.autograd.Function],
-    op: str,
-    tensors: list[Tensor | None],
-    options: tuple,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Dispatch; without the autograd.Function, which takes longer than a small call, where nothing
-    needs it.
-    """
-    name = table.resolve(backend, op, tensors[0])
-    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    recorded = (
-        recorded or forward_ad._current_level >= 0
-    )  # which the Function refuses; a kernel would answer 0
-    return (function.apply if recorded else function.forward)(*tensors, *options, name)
 
 
 def _rows(x: Tensor, lead: int) -> Tensor:

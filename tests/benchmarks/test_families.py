@@ -73,10 +73,10 @@ def spoil(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setitem(percentile.CONTENDERS, "torch.kthvalue", nearest)
         return "torch.kthvalue"
     if family == "sega":
+
         def dropped(step):
-            return [
-                    x.masked_fill(x == x.max(), x.mean()) for x in guidance.public_pipeline(step)
-                ]
+            return [x.masked_fill(x == x.max(), x.mean()) for x in guidance.public_pipeline(step)]
+
         monkeypatch.setitem(guidance.CONTENDERS, "diffusers", dropped)
         return "diffusers"
     if family == "chain":

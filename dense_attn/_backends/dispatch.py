@@ -1,0 +1,49 @@
+"""How an op runs: recorded for its gradient where something asks for one, bare where nothing
+does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
+    """The results of an autograd.Function, which costs more than a small call and is left out where
+    it can be.
+
+    The compiler and functional transforms take the Function as it is; forward-mode differentiation
+    is refused by it, where a bare kernel would answer with the derivative 0.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return function.apply(*inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return _recorded(function).apply(*inputs)
+    return function.forward(*inputs)
+
+
+@cache
+def _recorded(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The Function with forward and setup_context joined: apart, torch binds their arguments at every
+    call.
+    """
+
+    def forward(ctx: Any, *inputs: object) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(
+        function.__name__, (torch.autograd.Function,), members | {"__doc__": function.__doc__}
+    )
