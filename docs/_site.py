@@ -1,6 +1,4 @@
-"""The site's first page and pictures, which lie outside of docs/: README.md, and what the
-benchmarks draw.
-"""
+"""The site's first page, README.md, and the pictures that the benchmarks draw."""
 
 from __future__ import annotations
 
