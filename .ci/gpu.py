@@ -37,7 +37,7 @@ TESTS = {  # of each family of the benchmark, what of the tests is its own
     "attention": f"not ({_SEGA} or {_STEPS})",
     **dict.fromkeys(("percentile", "sega"), _SEGA),
     **dict.fromkeys(("steps", "chain", "gradient", "round_trip"), _STEPS),
-    "launch": "",
+    **dict.fromkeys(("host_cost", "launch"), ""),
 }
 # Every row compiles kernels of its own: of the table of cases, those that users meet most.
 _CASES = "head-dim-40 or head-dim-128 or ordered-in-runs or cross-attention or flipped"

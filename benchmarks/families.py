@@ -7,7 +7,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from .harness import machine
-from .host_cost import launch
+from .host_cost import calls, launch
 from .layout_attention import attention
 from .reversible import chain, gradient, round_trip, steps
 from .sega import guidance, percentile
@@ -20,6 +20,7 @@ FAMILIES = {  # the test of a family is named after it; in the order in which th
     "chain": chain,
     "gradient": gradient,
     "round_trip": round_trip,
+    "host_cost": calls,
 }
 GPU_FAMILIES = FAMILIES | {"launch": launch}
 WORKLOADS = [str(name) for family in FAMILIES.values() for name in family.WORKLOADS]

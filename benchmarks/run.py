@@ -69,7 +69,7 @@ _TESTS = (
     "layout_attention/test_attention.py",
     "sega/test_sega.py",
     "reversible/test_reversible.py",
-    "host_cost/test_launch.py",
+    "host_cost/test_host_cost.py",
 )
 
 

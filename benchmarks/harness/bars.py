@@ -7,11 +7,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_AT_MOST = {"peak_extra_bytes": "peak extra bytes", "differing_bits": "differing bits of a round trip",
-            "share": "share of time outside the network", "share_idle": "time with an idle network / time",
-            "graph_seconds": "seconds in a CUDA graph"}  # fmt: skip
-_AT_LEAST = {"ratio": "{} / {way}", "of_copy": "dense_attn's bytes per second / {}'s",
-             "of_large_copy": "bytes per second / those of a large copy"}  # fmt: skip
+_AT_MOST = {  # what the verdict calls each field
+    "peak_extra_bytes": "peak extra bytes",
+    "differing_bits": "differing bits of a round trip",
+    "share": "share of time outside the network",
+    "share_idle": "time with an idle network / time",
+    "graph_seconds": "seconds in a CUDA graph",
+    "of_op": "host seconds / those of its raw ops",
+    "of_sdpa": "host seconds / those of plain SDPA",
+    "host_seconds": "host seconds before a launch",
+}
+_AT_LEAST = {
+    "ratio": "{} / {way}",
+    "of_copy": "dense_attn's bytes per second / {}'s",
+    "of_large_copy": "bytes per second / those of a large copy",
+}
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,35 @@ def _number(row: dict[str, Any], field: str) -> float | None:
     """A number of a row; the time in a graph is that of a row that was timed so."""
     if field == "graph_seconds":
         return row.get("seconds") if row.get("timing") == "graph" else None
-    return row.get(field)
+    return row.get("seconds" if field == "host_seconds" else field)
 
 
-_STEPS = {"ddim-step": "float32", "ddim-step-cfg": "float32", "leapfrog": "float32", "edict-mix": "float32",
-          "exact-mix": "int64"}  # fmt: skip
+_STEPS = {
+    "ddim-step": "float32",
+    "ddim-step-cfg": "float32",
+    "leapfrog": "float32",
+    "edict-mix": "float32",
+    "exact-mix": "int64",
+}
+_TRITON = (
+    *("fwd", "fwd-tiled", "bwd", "tile-lists", "percentile", "sega-guidance", "ddim-step"),
+    *("leapfrog-step", "edict-mix", "edict-unmix", "exact-couple", "exact-leapfrog"),
+    *("exact-mix", "exact-unmix"),
+)
+HOST_BARS = (  # of every machine
+    Bar("host-attention", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-attention-record", "fwd", "float32", (), 5, "of_op"),
+    Bar("host-attention-grad", "fwd+bwd", "float32", (), 5, "of_op"),
+    Bar("host-percentile", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-ddim-step", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-sega-step", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-exact-step", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-layer", "fwd", "float32", (), 2, "of_sdpa"),
+    *(
+        Bar(f"triton-{op}", "fwd", "float32", (), 40e-6, "host_seconds", "dense_attn-op")
+        for op in _TRITON
+    ),
+)
 BARS = (
     Bar("sd15-self-64", "fwd", "float32", ("sdpa",), 1.3),
     Bar("sdxl-self-64", "fwd", "float32", ("sdpa",), 1.3),
@@ -109,6 +143,7 @@ BARS = (
         for name in ("edict", "bdia")
         for steps in (10, 50, 200, 1000)
     ),
+    *HOST_BARS,
 )
 
 _SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
@@ -130,4 +165,5 @@ GPU_BARS = (
         Bar(f"round-trip-{name}-across", "loop", "exact", (), 0, "differing_bits")
         for name in ("edict", "bdia")
     ),
+    *HOST_BARS,
 )

@@ -58,7 +58,7 @@ def shrink() -> None:
     """Give every family its smallest sizes and torch one thread, in this process, which measures
     nothing.
     """
-    from ..host_cost import launch
+    from ..host_cost import launch, public
     from ..layout_attention import workloads
     from ..reversible import chain, gradient, round_trip, steps
     from ..sega import guidance, percentile
@@ -80,12 +80,8 @@ def shrink() -> None:
     steps.SIZES.update(dict.fromkeys(steps.SIZES, 512))
     chain.WORKLOADS.update(dict.fromkeys(chain.WORKLOADS, (1, 4, 8, 8)))
     gradient.WORKLOADS.update(dict.fromkeys(gradient.WORKLOADS, 2))
-    chain._STEPS, chain._IDLE_ROUNDS, gradient._SHAPE, round_trip._SHAPE = (
-        2,
-        1,
-        (1, 4, 8, 8),
-        (1, 4, 3, 4),
-    )
+    chain._STEPS, chain._IDLE_ROUNDS, public.STEPS = 2, 1, 2
+    gradient._SHAPE, round_trip._SHAPE = (1, 4, 8, 8), (1, 4, 3, 4)
     launch._CALLS, launch._ROUNDS, launch._SHAPE = 1, 1, (2, 100)
     for name, (sampler, _) in round_trip.GPU_WORKLOADS.items():
         round_trip.GPU_WORKLOADS[name] = sampler, 4

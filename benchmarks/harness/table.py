@@ -38,6 +38,10 @@ _COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
         *_MEDIAN, ("not network", _number("share", ".2%")), ("idle network", _number("share_idle", ".2%")), *_MEMORY,
     ],
     "gradient": [*_MEDIAN, *_MEMORY],
+    "host_cost": [
+        ("host us a call", _number("seconds", ".2f", 1e6)), ("x raw op", _number("of_op", ".2f")),
+        ("x SDPA", _number("of_sdpa", ".2f")), ("launches", _number("launches", "d")),
+    ],
     "launch": [("host us a call", _number("seconds", ".2f", 1e6)), ("x public op", _number("ratio", ".2f"))],
     "round_trip": [
         ("mix", _number("mix", "g")), ("largest error", _number("error", ".1e")),

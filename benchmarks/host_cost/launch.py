@@ -17,13 +17,14 @@ from torch import Tensor
 
 import dense_attn
 from dense_attn._backends import triton
-from dense_attn.reversible import links
 
 from ..harness import machine
 from ..harness.clocks import Rounds
 from ..harness.measure import OURS, Case, Failure, Latest, Row, Setting, attempted, spread, wanted
 from ..layout_attention.workloads import WORKLOADS as ATTENTION
 from ..layout_attention.workloads import make_inputs
+from .public import randn
+from .recorded import Call, listed, raw_calls
 
 _CALLS, _ROUNDS = 100, 21  # calls a round: fewer than a GPU's queue holds
 _ATTENTION = {
@@ -35,7 +36,6 @@ WORKLOADS = {**_ATTENTION, "launch-percentile": "percentile_mask", "launch-ddim-
 _OP, _LAUNCHER = "dense_attn-op", "dense_attn-launcher"
 _SAME, _EMPTY = "triton-same-kernel", "triton-empty"
 CONTENDERS = (OURS, _OP, _LAUNCHER, _SAME, _EMPTY)
-Call = Callable[[], Any]
 
 
 def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
@@ -63,41 +63,32 @@ class Ways:
 
 @Latest
 def _ways(workload: str) -> Ways:
+    public, launchers = _public(workload)
+    raw = raw_calls(public)[0][-1]
+    launcher = getattr(launchers, raw.name)
+    arguments = [_as_launched(x) for x in raw.arguments]
+    return Ways(public, raw.call, lambda: launcher(*arguments, **raw.named), launchers)
+
+
+def _public(workload: str) -> tuple[Call, ModuleType]:
+    """A public call, and the module that launches its kernels."""
     if workload in _ATTENTION:
-        return _attention_ways(_ATTENTION[workload])
-    device = machine.current().device
-    x, eps = (
-        torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(device) for _ in range(2)
-    )
-    if WORKLOADS[workload] == "percentile_mask":
-        return Ways(
-            lambda: dense_attn.percentile_mask(x, _LEVEL, dim=-1),
-            lambda: triton.percentile_mask(x, _LEVEL),
-            lambda: triton.sega.percentile_mask(x, _LEVEL),
-            triton.sega,
+        inputs = make_inputs(ATTENTION[_ATTENTION[workload]], torch.float16)
+        q, k, v, words = inputs.q, inputs.k, inputs.v, (inputs.q_regions, inputs.k_regions)
+        lists, strength = dense_attn.tile_lists(q, k, *words), inputs.strength
+        return (
+            lambda: dense_attn.layout_attention(q, k, v, *words, strength, tile_lists=lists),
+            triton.layout_attention,
         )
-    numbers = x, eps, None, *links.ddim(*_ALPHA_BARS), 1.0
-    return Ways(
-        lambda: dense_attn.ddim_step(x, eps, *_ALPHA_BARS),
-        lambda: triton.ddim_step(*numbers),
-        lambda: triton.reversible.ddim_step(*numbers),
-        triton.reversible,
-    )
+    x, eps = randn(2, *_SHAPE)
+    if WORKLOADS[workload] == "percentile_mask":
+        return lambda: dense_attn.percentile_mask(x, _LEVEL, dim=-1), triton.sega
+    return lambda: dense_attn.ddim_step(x, eps, *_ALPHA_BARS), triton.reversible
 
 
-def _attention_ways(workload: str) -> Ways:
-    inputs = make_inputs(ATTENTION[workload], torch.float16)
-    q, k, v, words = inputs.q, inputs.k, inputs.v, (inputs.q_regions, inputs.k_regions)
-    lists = dense_attn.tile_lists(q, k, *words)
-    strength = inputs.strength.expand(q.shape[:3])
-    raw = q, k, v, *words, strength, "range", q.shape[3] ** -0.5, None, None
-    kept = triton.layout_attention.TileLists(*lists) if lists else None
-    return Ways(
-        lambda: dense_attn.layout_attention(q, k, v, *words, strength, tile_lists=lists),
-        lambda: triton.layout_attention_fwd(*raw, lists)[0],
-        lambda: triton.layout_attention.layout_attention_fwd(*raw, kept)[0],
-        triton.layout_attention,
-    )
+def _as_launched(argument: object) -> object:
+    """An argument of a raw op as its launcher takes it."""
+    return triton.layout_attention.TileLists(*argument) if type(argument) is list else argument
 
 
 class _Recorder:
@@ -142,9 +133,9 @@ def call_of(contender: str, ways: Ways) -> tuple[Call, list[Tensor]]:
         return lambda: launch(x, 1, BLOCK=1), []
     if contender != _SAME:
         call = {OURS: ways.public, _OP: ways.op, _LAUNCHER: ways.launcher}[contender]
-        return call, _listed(call())
+        return call, listed(call())
     with _recording(ways.launchers) as launches:
-        results = _listed(ways.launcher())
+        results = listed(ways.launcher())
     if not launches:
         raise NotImplementedError("the launcher calls no kernel that can be seen")
     for x in results:
@@ -156,10 +147,6 @@ def call_of(contender: str, ways: Ways) -> tuple[Call, list[Tensor]]:
 
     again()
     return again, results
-
-
-def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else list(results)
 
 
 def measure(case: Case, benchmark: Any) -> Row:
@@ -195,7 +182,7 @@ def _compared(case: Case) -> tuple[float, Rounds | None]:
     """The largest difference from the public op's results, and the rounds if there is none."""
     ways = _ways(case.setting.workload)
     call, results = call_of(case.contender, ways)
-    expected = _listed(ways.public())
+    expected = listed(ways.public())
     pairs = [
         (got.double(), right.double().view(got.shape)) for got, right in zip(results, expected)
     ]
