@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from cases import why_skip
 from dense_attn.benchmarks.harness.bars import HOST_BARS, Bar
 from dense_attn.benchmarks.harness.measure import Case, Latest, Row, Setting
 from dense_attn.benchmarks.harness.table import format_row, heading
-from dense_attn.benchmarks.host_cost import calls, public, recorded, stubbed
+from dense_attn.benchmarks.host_cost import calls, page, public, recorded, stubbed
 
 compiled = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "host-cost.json"
 AROUND = [name for name, work in calls.WORKLOADS.items() if work.ways is not None]
 LAUNCHES = {"triton-bwd": 2, "triton-tile-lists": 3}  # of the others, 1
 
@@ -215,3 +218,26 @@ def test_bars_of_host_costs() -> None:
     assert bar.verdict(rows[:1])["verdict"] == "not measured"
     row = base | {"contender": "dense_attn", "of_op": 3.5}
     assert Bar("triton-fwd", "fwd", "float32", (), 3, "of_op").verdict([row])["verdict"] == "miss"
+
+
+def test_the_tables_of_a_page() -> None:
+    assert list(page.CALLS) == AROUND
+    call = {"workload": "host-attention", "contender": "dense_attn", "seconds": 3.16e-5}
+    op = {"workload": "triton-bwd", "contender": "dense_attn-op", "seconds": 3e-5, "launches": 2}
+    rows = [call | {"of_op": 2.96, "of_sdpa": 5.0}, op]
+    rows += [{"workload": "host-layer", "contender": "dense_attn", "reason": "not installed"}]
+    assert page.tables(rows).splitlines()[2:] == [
+        "| `layout_attention` | 32 | 3.0x | 5.0x |",
+        "",
+        "| Triton op | launches | us before them | us with the public op |",
+        "|---|---|---|---|",
+        "| bwd | 2 | 30 | - |",
+    ]
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="host costs are not among the results")
+def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
+    """Not a number of them is typed by hand."""
+    text = (ROOT / "docs" / "measured.md").read_text("utf-8")
+    for table in page.tables(json.loads(RESULTS.read_text("utf-8"))["rows"]).split("\n\n"):
+        assert table in text

@@ -28,7 +28,7 @@ def texts() -> list[Path]:
 def test_the_suite_runs_every_file_of_rows() -> None:
     run = pytest.importorskip("dense_attn.benchmarks.run")
     folder = ROOT / "benchmarks"
-    assert run._FOLDER == folder
+    assert folder == run._FOLDER
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("test_*.py")}
     assert set(run._TESTS) == there
     assert len(there) == 5
