@@ -52,14 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
+    if "entry" in metafunc.fixturenames:
         name, option = metafunc.function.__name__.removeprefix("test_"), metafunc.config.getoption
         here = name in families() and name in (option("--family") or families())
         names = [*(option("--workload") or ()), *metafunc.config.stash[_OWN]]
-        rows = families()[name].cases(option("--quick"), names or None) if here else ()
+        rows = families()[name].entries(option("--quick"), names or None) if here else ()
         if machine.current().dry_run:
             rows = dry_run.chosen(rows)
-        metafunc.parametrize("case", list(rows), ids=str)
+        metafunc.parametrize("entry", list(rows), ids=str)
 
 
 def pytest_runtest_teardown(item: pytest.Function, nextitem: pytest.Function | None) -> None:

@@ -1,6 +1,4 @@
-"""The families of rows, each a module with WORKLOADS, `cases(quick, names)` and
-`measure(case, ...) -> row`.
-"""
+"""The families of rows, each a module with WORKLOADS, `entries` and `measure`."""
 
 from __future__ import annotations
 
@@ -28,5 +26,5 @@ GPU_WORKLOADS = [*WORKLOADS, *steps.GPU_WORKLOADS, *round_trip.GPU_WORKLOADS, *l
 
 
 def families() -> dict[str, ModuleType]:
-    """Those that this machine measures."""
+    """The families that this machine measures."""
     return GPU_FAMILIES if machine.on_gpu() else FAMILIES

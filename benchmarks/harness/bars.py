@@ -1,6 +1,4 @@
-"""What the library promises about speed, memory and exactness, and whether the rows of a run keep
-it.
-"""
+"""What the library promises of speed, memory and exactness, and whether a run's rows keep it."""
 
 from __future__ import annotations
 
@@ -44,15 +42,11 @@ class Bar:
 
     def measured(self, rows: list[dict[str, Any]]) -> float | None:
         """The number that is compared with the bound, None when the run does not have it."""
-        mine = [
-            row for row in rows if (row["workload"], row["pass"], row["dtype"]) == self._setting
-        ]
+        key = self.workload, self.passes, self.dtype
+        mine = [row for row in rows if (row["workload"], row["pass"], row["dtype"]) == key]
         wanted = self.contenders or (self.way,)
-        able = {
-            row["contender"]: _number(row, self._field)
-            for row in mine
-            if "wrong" in row or "reason" not in row
-        }
+        ran = [row for row in mine if "wrong" in row or "reason" not in row]
+        able = {row["contender"]: _number(row, self._field) for row in ran}
         values = [able[name] for name in wanted if name in able]
         known = len([row for row in mine if row["contender"] in wanted]) == len(wanted)
         if not known or not values or None in values:
@@ -69,14 +63,14 @@ class Bar:
         form = (_AT_MOST if at_most else _AT_LEAST)[self._field]
         what = form.format(" or ".join(self.contenders), way=self.way)
         return {
-            "workload": self.workload, "pass": self.passes, "dtype": self.dtype,
-            "what": what, "bound": self.bound, "measured": value,
+            "workload": self.workload,
+            "pass": self.passes,
+            "dtype": self.dtype,
+            "what": what,
+            "bound": self.bound,
+            "measured": value,
             "verdict": {None: "not measured", True: "pass", False: "miss"}[kept],
-        }  # fmt: skip
-
-    @property
-    def _setting(self) -> tuple[str, str, str]:
-        return self.workload, self.passes, self.dtype
+        }
 
     @property
     def _field(self) -> str:

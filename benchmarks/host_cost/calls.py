@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..harness.measure import OURS, Case, Failure, Row, Setting, attempted, spread, wanted
+from ..harness.measure import OURS, Entry, Failure, Row, Setting, attempted, spread, wanted
 from . import layer, public, stubbed
 from .recorded import Call, in_turn, listed, one_thread, raw_calls
 
@@ -126,58 +126,56 @@ WORKLOADS = {
 PYTHON_ALONE = "the reference is made of torch's own operators: there is no raw op"
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names; the quick ones need no process of
     their own.
     """
     rows = (
-        Case(Setting(name, work.passes, "float32"), contender)
+        Entry(Setting(name, work.passes, "float32"), contender)
         for name, work in WORKLOADS.items()
         for contender in work.contenders
     )
-    return wanted(
-        rows, (lambda case: case.setting.workload not in stubbed.OPS) if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload not in stubbed.OPS)
 
 
-def why_not(case: Case) -> str | None:
+def why_not(entry: Entry) -> str | None:
     """The reason why a row is not measured, or None."""
-    work = WORKLOADS[case.setting.workload]
+    work = WORKLOADS[entry.setting.workload]
     if LAYER in work.contenders:
         absent = [name for name in ("diffusers", "transformers") if find_spec(name) is None]
         return f"{' and '.join(absent)} not installed" if absent else None
-    backend = Case(case.setting, OURS).describe("host_cost", [], work.op)["backend"]
+    backend = Entry(entry.setting, OURS).describe("host_cost", [], work.op)["backend"]
     return PYTHON_ALONE if work.ways is not None and backend == "reference" else None
 
 
-def measure(case: Case) -> Row:
-    """The row of a case: host seconds of a call, and how many times those of the raw ops and of
+def measure(entry: Entry) -> Row:
+    """The row of an entry: host seconds of a call, and how many times those of the raw ops and of
     plain attention they are.
     """
-    work = WORKLOADS[case.setting.workload]
-    row = case.describe("host_cost", [], work.op) | {"peak_extra_bytes": None}
+    work = WORKLOADS[entry.setting.workload]
+    row = entry.describe("host_cost", [], work.op) | {"peak_extra_bytes": None}
     row |= {"note": work.note} if work.note else {}
-    reason = why_not(case)
+    reason = why_not(entry)
     if reason is not None:
         return row | {"reason": reason}
     with one_thread(), torch.set_grad_enabled(work.grad):
-        found = attempted(lambda: _numbers(case))
-    return row | (found.told(case.ours) if isinstance(found, Failure) else found)
+        found = attempted(lambda: _numbers(entry))
+    return row | (found.told(entry.ours) if isinstance(found, Failure) else found)
 
 
-def _numbers(case: Case) -> Row:
+def _numbers(entry: Entry) -> Row:
     """Seconds of a contender's call and its ratios, unless its results are wrong."""
-    work = WORKLOADS[case.setting.workload]
+    work = WORKLOADS[entry.setting.workload]
     if work.ways is None:
-        return stubbed.row(case.setting.workload, case.contender)
+        return stubbed.row(entry.setting.workload, entry.contender)
     with work.ways() as ways:
-        error, allowed = ways.errors.get(case.contender, (0.0, 0.0))
+        error, allowed = ways.errors.get(entry.contender, (0.0, 0.0))
         row = {"error": error, "allowed": allowed}
         if not error <= allowed:
             reason = f"error {error:.2g} where {allowed:.2g} is allowed"
             return row | {"reason": reason, "wrong": True}
-        others = [other for other in ways.calls if other in _RATIOS and other != case.contender]
-        mine, *beside = in_turn(*(ways.calls[name] for name in (case.contender, *others)))
+        others = [other for other in ways.calls if other in _RATIOS and other != entry.contender]
+        mine, *beside = in_turn(*(ways.calls[name] for name in (entry.contender, *others)))
     row |= spread("seconds", [seconds / work.units for seconds in mine]) | {"rounds": len(mine)}
     for other, theirs in zip(others, beside):
         row |= spread(_RATIOS[other], [a / b for a, b in zip(mine, theirs)])

@@ -1,6 +1,4 @@
-"""What a call costs the host on a GPU: many calls enqueued and none waited for, from the public op
-to a bare launch.
-"""
+"""What a launch costs the host of a GPU, from the public op down: calls enqueued, none waited for."""
 
 from __future__ import annotations
 
@@ -20,17 +18,15 @@ from dense_attn._backends import triton
 
 from ..harness import machine
 from ..harness.clocks import Rounds
-from ..harness.measure import OURS, Case, Failure, Latest, Row, Setting, attempted, spread, wanted
+from ..harness.measure import OURS, Entry, Failure, Latest, Row, Setting, attempted, spread, wanted
 from ..layout_attention.workloads import WORKLOADS as ATTENTION
 from ..layout_attention.workloads import make_inputs
 from .public import randn
 from .recorded import Call, listed, raw_calls
 
 _CALLS, _ROUNDS = 100, 21  # calls a round: fewer than a GPU's queue holds
-_ATTENTION = {
-    "launch-self": "sd15-self-16",
-    "launch-cross": "sd15-cross-8",
-}  # so small that the GPU keeps up
+# So small that the GPU keeps up.
+_ATTENTION = {"launch-self": "sd15-self-16", "launch-cross": "sd15-cross-8"}
 _LEVEL, _ALPHA_BARS, _SHAPE = 0.9, (0.5, 0.6), (4, 4096)
 WORKLOADS = {**_ATTENTION, "launch-percentile": "percentile_mask", "launch-ddim-step": "ddim_step"}
 _OP, _LAUNCHER = "dense_attn-op", "dense_attn-launcher"
@@ -38,17 +34,15 @@ _SAME, _EMPTY = "triton-same-kernel", "triton-empty"
 CONTENDERS = (OURS, _OP, _LAUNCHER, _SAME, _EMPTY)
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     dtypes = {name: "float16" if name in _ATTENTION else "float32" for name in WORKLOADS}
     rows = (
-        Case(Setting(name, "fwd", dtype), contender)
+        Entry(Setting(name, "fwd", dtype), contender)
         for name, dtype in dtypes.items()
         for contender in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.setting.workload != "launch-self") if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload != "launch-self")
 
 
 @dataclass(frozen=True)
@@ -122,9 +116,7 @@ def _recording(launchers: ModuleType) -> Iterator[list[Call]]:
 
 
 def call_of(contender: str, ways: Ways) -> tuple[Call, list[Tensor]]:
-    """What is timed, and the results that it leaves, of which a check is made; none of a kernel
-    that does nothing.
-    """
+    """The call that is timed, and the results that it leaves to a check; an empty kernel's none."""
     if contender == _EMPTY:
         from .empty_kernel import empty_kernel
 
@@ -149,46 +141,34 @@ def call_of(contender: str, ways: Ways) -> tuple[Call, list[Tensor]]:
     return again, results
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case: host seconds a call, beside those of the public op; nothing is timed that
-    gives other bits.
-    """
-    op = (
-        "layout_attention"
-        if case.setting.workload in _ATTENTION
-        else WORKLOADS[case.setting.workload]
-    )
-    row = case.describe("launch", [], op)
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry: host seconds a call, beside the public op's; only of the same bits."""
+    name = entry.setting.workload
+    op = "layout_attention" if name in _ATTENTION else WORKLOADS[name]
+    row = entry.describe("launch", [], op)
     with torch.no_grad():
-        found = attempted(lambda: _compared(case))
+        found = attempted(lambda: _compared(entry))
     if isinstance(found, Failure):
-        return row | found.told(case.ours)
+        return row | found.told(entry.ours)
     error, rounds = found
     row |= {"error": error, "allowed": 0.0}
     if rounds is None:
-        return row | {
-            "reason": f"its results are {error:.2g} off those of the public op",
-            "wrong": True,
-        }
-    row |= spread("seconds", rounds.times) | {
-        "rounds": len(rounds.times),
-        "peak_extra_bytes": None,
-        "timing": "host",
-    }
-    return row if case.contender == OURS else row | spread("ratio", rounds.ratios)
+        reason = f"its results are {error:.2g} off those of the public op"
+        return row | {"reason": reason, "wrong": True}
+    row |= spread("seconds", rounds.times) | {"rounds": len(rounds.times)}
+    row |= {"peak_extra_bytes": None, "timing": "host"}
+    return row if entry.contender == OURS else row | spread("ratio", rounds.ratios)
 
 
-def _compared(case: Case) -> tuple[float, Rounds | None]:
+def _compared(entry: Entry) -> tuple[float, Rounds | None]:
     """The largest difference from the public op's results, and the rounds if there is none."""
-    ways = _ways(case.setting.workload)
-    call, results = call_of(case.contender, ways)
+    ways = _ways(entry.setting.workload)
+    call, results = call_of(entry.contender, ways)
     expected = listed(ways.public())
-    pairs = [
-        (got.double(), right.double().view(got.shape)) for got, right in zip(results, expected)
+    differences = [
+        got.double() - right.double().view(got.shape) for got, right in zip(results, expected)
     ]
-    error = max(
-        (float((got - right).abs().max().nan_to_num(math.inf)) for got, right in pairs), default=0.0
-    )
+    error = max((float(x.abs().max().nan_to_num(math.inf)) for x in differences), default=0.0)
     if error > 0:
         return error, None
     times, beside = zip(*((_enqueued(call), _enqueued(ways.public)) for _ in range(_ROUNDS)))

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ..harness.measure import Case, report
+from ..harness.measure import Entry, report
 from . import calls, launch
 
 Record = Callable[[str, object], None]
 
 
-def test_host_cost(case: Case, record_property: Record) -> None:
-    report(case, calls.measure(case), record_property)
+def test_host_cost(entry: Entry, record_property: Record) -> None:
+    report(entry, calls.measure(entry), record_property)
 
 
-def test_launch(case: Case, benchmark: BenchmarkFixture, record_property: Record) -> None:
-    report(case, launch.measure(case, benchmark), record_property, benchmark)
+def test_launch(entry: Entry, benchmark: BenchmarkFixture, record_property: Record) -> None:
+    report(entry, launch.measure(entry, benchmark), record_property, benchmark)

@@ -53,7 +53,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Case:
+class Entry:
     """One row: a contender in a setting."""
 
     setting: Setting
@@ -100,12 +100,12 @@ class Case:
         return not self.setting.backward and self.contender not in NEED_FLEX
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of the machine's without names."""
     for workload in workloads():
         if (names and workload.name not in names) or (not names and not _runs_here(workload)):
             continue
-        for case in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
+        for entry in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
             left_out = (
                 NEED_FLEX
                 if not workload.flex
@@ -113,10 +113,10 @@ def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]
                 if workload.modulation != "range"
                 else ()
             )
-            if case.contender not in left_out and (
-                not quick or (case.gpu_quick if machine.on_gpu() else case.quick)
+            if entry.contender not in left_out and (
+                not quick or (entry.gpu_quick if machine.on_gpu() else entry.quick)
             ):
-                yield case
+                yield entry
 
 
 def _dtypes(workload: Workload, usual: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
@@ -124,15 +124,15 @@ def _dtypes(workload: Workload, usual: tuple[torch.dtype, ...]) -> tuple[torch.d
     return tuple(getattr(torch, name) for name in workload.dtypes) or usual
 
 
-def _cpu_rows(workload: Workload) -> Iterator[Case]:
+def _cpu_rows(workload: Workload) -> Iterator[Entry]:
     for backward in (False, True):
         for dtype in _dtypes(workload, (torch.float32, torch.bfloat16)):
             yield from (
-                Case(Setting(workload, dtype, backward), contender) for contender in CONTENDERS
+                Entry(Setting(workload, dtype, backward), contender) for contender in CONTENDERS
             )
 
 
-def _gpu_rows(workload: Workload) -> Iterator[Case]:
+def _gpu_rows(workload: Workload) -> Iterator[Entry]:
     """Everything in bfloat16, the fastest of all ways in float16, a few in float32; few have a
     backward pass.
 
@@ -145,40 +145,40 @@ def _gpu_rows(workload: Workload) -> Iterator[Case]:
                     dtype != torch.float32 or workload.name in _WIDE
                 )
                 if (asked or workload.own) and (contender in TRAINED or not backward):
-                    yield Case(Setting(workload, dtype, backward, alone), contender)
+                    yield Entry(Setting(workload, dtype, backward, alone), contender)
 
 
 def _runs_here(workload: Workload) -> bool:
     return workload.device == "cpu" or machine.on_gpu()
 
 
-def why_not(case: Case) -> str | None:
+def why_not(entry: Entry) -> str | None:
     """The reason why a row is not measured, or None."""
-    setting, workload = case.setting, case.setting.workload
+    setting, workload = entry.setting, entry.setting.workload
     if not _runs_here(workload):
         return "needs a GPU, and this suite times CPUs alone"
-    if case.contender.startswith("flex") and setting.backward and not machine.on_gpu():
+    if entry.contender.startswith("flex") and setting.backward and not machine.on_gpu():
         return "FlexAttention has no backward on a CPU"
     if machine.on_gpu() or workload.own:
-        return _too_much_memory(case, _SHARE * machine.current().memory_bytes())
+        return _too_much_memory(entry, _SHARE * machine.current().memory_bytes())
     gflop = workload.gflop(setting.backward)
     if gflop > MAX_GFLOP[setting.backward]:
         return (
             f"one call is {gflop:,.0f} GFLOP, more than the suite's {MAX_GFLOP[setting.backward]:,}"
         )
-    return _too_much_memory(case, MAX_SCORES)
+    return _too_much_memory(entry, MAX_SCORES)
 
 
-def _too_much_memory(case: Case, most: float) -> str | None:
+def _too_much_memory(entry: Entry, most: float) -> str | None:
     """The reason why a row does not fit, or None: its inputs and results, its matrices of
     scores.
     """
-    setting, workload = case.setting, case.setting.workload
+    setting, workload = entry.setting, entry.setting.workload
     tokens = 4 * workload.batch * workload.num_heads * (workload.seqlen_q + workload.seqlen_k)
     tensors = tokens * workload.head_dim * torch.float32.itemsize  # in which random numbers come
     if tensors > most:
         return f"about {tensors / GIB:,.1f} GiB of inputs and results, more than the suite's {most / GIB:,.1f} GiB"
-    if case.contender not in MATERIALISED and backend(case) != "reference":
+    if entry.contender not in MATERIALISED and backend(entry) != "reference":
         return None
     scores = workload.pairs * setting.dtype.itemsize * _SCORES_ALIVE[setting.backward]
     if scores <= most:
@@ -186,23 +186,24 @@ def _too_much_memory(case: Case, most: float) -> str | None:
     return f"about {scores / GIB:,.1f} GiB of scores, more than the suite's {most / GIB:,.1f} GiB"
 
 
-def backend(case: Case) -> str | None:
+def backend(entry: Entry) -> str | None:
     """Which of the library's backends runs a row, None for a baseline."""
-    if not case.ours:
+    if not entry.ours:
         return None
-    return table.resolve("auto", "layout_attention", _probe(case))
+    return table.resolve("auto", "layout_attention", _probe(entry))
 
 
-def why_reference(case: Case) -> str | None:
+def why_reference(entry: Entry) -> str | None:
     """The reason why the library's kernels do not run a row that the reference runs, or None."""
-    if backend(case) != "reference":
+    if backend(entry) != "reference":
         return None
     kernels = "triton" if machine.on_gpu() else "cpu"
     return "; ".join(
-        f"{kernels} {reason}" for reason in table.why_not(kernels, "layout_attention", _probe(case))
+        f"{kernels} {reason}"
+        for reason in table.why_not(kernels, "layout_attention", _probe(entry))
     )
 
 
-def _probe(case: Case) -> torch.Tensor:
-    head_dim, device = case.setting.workload.head_dim, machine.current().device
-    return torch.empty(0, 1, 1, head_dim, dtype=case.setting.dtype, device=device)
+def _probe(entry: Entry) -> torch.Tensor:
+    head_dim, device = entry.setting.workload.head_dim, machine.current().device
+    return torch.empty(0, 1, 1, head_dim, dtype=entry.setting.dtype, device=device)

@@ -14,7 +14,7 @@ import dense_attn
 
 from ..harness import machine
 from ..harness.machine import Mark
-from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, timed, tried, wanted, worst
+from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, timed, tried, wanted, worst
 from ..harness.measure import measure as measure_row
 from .chains import EpsFn, alphas_cumprod, ddim, edict, final_alpha_cumprod, timesteps
 from .unet import SmallUNet
@@ -72,16 +72,14 @@ CONTENDERS: dict[str, Chain] = {
 }
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     rows = (
-        Case(Setting(name, "fwd", "float32"), contender)
+        Entry(Setting(name, "fwd", "float32"), contender)
         for name in WORKLOADS
         for contender in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.contender in (OURS, "edict-float32")) if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.contender in (OURS, "edict-float32"))
 
 
 @Latest
@@ -101,47 +99,47 @@ def _expected(key: tuple[Setting, bool]) -> tuple[list[Tensor], list[Tensor]]:
     return list(chain(copy.deepcopy(network).double(), x.double())), list(chain(network, x))
 
 
-def trial(case: Case) -> tuple[Trial, Clock]:
+def trial(entry: Entry) -> tuple[Trial, Clock]:
     """Check where a chain ends, by the rule of accuracy."""
-    network, x, trials = _prepared(case.setting)
-    if case.contender not in trials:
-        wide = case.contender == "edict-float64"
+    network, x, trials = _prepared(entry.setting)
+    if entry.contender not in trials:
+        wide = entry.contender == "edict-float64"
         clock = Clock(copy.deepcopy(network).double() if wide else network)
         start = x.double() if wide else x
-        expected = _expected((case.setting, not case.contender.startswith("ddim")))
+        expected = _expected((entry.setting, not entry.contender.startswith("ddim")))
         check = lambda got: worst(got, *expected, torch.float32)  # noqa: E731
-        walk = lambda: clock.walk(CONTENDERS[case.contender], start)  # noqa: E731
-        trials[case.contender] = tried(walk, check, in_graph=False), clock
-    return trials[case.contender]
+        walk = lambda: clock.walk(CONTENDERS[entry.contender], start)  # noqa: E731
+        trials[entry.contender] = tried(walk, check, in_graph=False), clock
+    return trials[entry.contender]
 
 
-def idle_seconds(case: Case) -> float:
+def idle_seconds(entry: Entry) -> float:
     """The same chain with a network that returns the same tensor at once."""
-    _, x, _ = _prepared(case.setting)
+    _, x, _ = _prepared(entry.setting)
     eps = torch.randn_like(x)
-    chain = CONTENDERS[case.contender]
+    chain = CONTENDERS[entry.contender]
     return statistics.median(
         timed(lambda: chain(lambda x, t: eps, x))[1] for _ in range(_IDLE_ROUNDS)
     )
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has eager EDICT in float32 as its partner.
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has eager EDICT in float32 as its partner.
 
     `share`: of the time, what was not spent in the network. `share_idle`: time of the chain with a
     network that does nothing, over its time with the real one.
     """
-    network, x, _ = _prepared(case.setting)
-    row = case.describe("chain", x.shape, "ReversibleSampler")
+    network, x, _ = _prepared(entry.setting)
+    row = entry.describe("chain", x.shape, "ReversibleSampler")
     row |= {
         "steps": _STEPS,
         "mix": _MIX,
         "parameters": sum(weight.numel() for weight in network.parameters()),
     }
-    partner = Case(case.setting, "edict-float32" if case.contender == OURS else OURS)
+    partner = Entry(entry.setting, "edict-float32" if entry.contender == OURS else OURS)
     with torch.no_grad():
-        row = measure_row(row, lambda: trial(case)[0], lambda: trial(partner)[0], benchmark)
+        row = measure_row(row, lambda: trial(entry)[0], lambda: trial(partner)[0], benchmark)
         if "seconds" in row:
-            row["share"] = statistics.median(trial(case)[1].shares[-row["rounds"] :])
-            row["share_idle"] = idle_seconds(case) / row["seconds"]
+            row["share"] = statistics.median(trial(entry)[1].shares[-row["rounds"] :])
+            row["share_idle"] = idle_seconds(entry) / row["seconds"]
     return row

@@ -14,7 +14,7 @@ from torch import Tensor
 from dense_attn._backends import table
 
 from ..harness import machine
-from ..harness.measure import OURS, Case, Row, Setting, wanted
+from ..harness.measure import OURS, Entry, Row, Setting, wanted
 from .chain import sampler
 from .chains import EpsFn, schedule
 from .unet import TinyNet
@@ -36,21 +36,21 @@ def mix_of(steps: int) -> float:
     return 0.93 if steps <= 200 else 0.99
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     rows = (
-        Case(Setting(workload, "loop", precision), "naive" if name == "ddim" else OURS)
+        Entry(Setting(workload, "loop", precision), "naive" if name == "ddim" else OURS)
         for workload, (name, _) in WORKLOADS.items()
         for precision in ("float16", "float32", "float64", "exact")
         if precision != "exact" or name in _EXACT
     )
-    across = (Case(Setting(workload, "loop", "exact"), OURS) for workload in GPU_WORKLOADS)
+    across = (Entry(Setting(workload, "loop", "exact"), OURS) for workload in GPU_WORKLOADS)
     every = [*rows, *(across if machine.on_gpu() else ())]
-    return wanted(every, (lambda case: _sampler_and_steps(case)[1] <= 50) if quick else None, names)
+    return wanted(every, quick, names, lambda entry: _sampler_and_steps(entry)[1] <= 50)
 
 
-def _sampler_and_steps(case: Case) -> tuple[str, int]:
-    return (WORKLOADS | GPU_WORKLOADS)[case.setting.workload]
+def _sampler_and_steps(entry: Entry) -> tuple[str, int]:
+    return (WORKLOADS | GPU_WORKLOADS)[entry.setting.workload]
 
 
 def there_and_back(
@@ -96,15 +96,15 @@ def differing_bits(a: Tensor, b: Tensor) -> int:
     return int(np.unpackbits(np.bitwise_xor(*words)).sum())
 
 
-def measure(case: Case) -> Row:
-    """The row of a case, which has no time: the largest error, and the number of bits that
+def measure(entry: Entry) -> Row:
+    """The row of an entry, which has no time: the largest error, and the number of bits that
     differ.
     """
-    name, steps = _sampler_and_steps(case)
-    both = case.setting.workload in GPU_WORKLOADS
-    exact = case.setting.dtype == "exact"
-    dtype = torch.float32 if exact else getattr(torch, case.setting.dtype)
-    row = case.describe("round_trip", _SHAPE, "ReversibleSampler")
+    name, steps = _sampler_and_steps(entry)
+    both = entry.setting.workload in GPU_WORKLOADS
+    exact = entry.setting.dtype == "exact"
+    dtype = torch.float32 if exact else getattr(torch, entry.setting.dtype)
+    row = entry.describe("round_trip", _SHAPE, "ReversibleSampler")
     row |= {"sampler": f"{name} across devices" if both else name, "steps": steps}
     row["mix"] = mix_of(steps) if name == "edict" else None
     x = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0))
@@ -127,7 +127,7 @@ def measure(case: Case) -> Row:
     pairs = [(a, b) for a, b in zip(start, end) if a is not None]
     error = max((a.double() - b.double()).abs().max().item() for a, b in pairs)
     if not math.isfinite(error):
-        return row | {"reason": f"leaves the range of {case.setting.dtype}"}
+        return row | {"reason": f"leaves the range of {entry.setting.dtype}"}
     bits = [differing_bits(a, b) for a, b in pairs]
     row |= {
         "error": error,

@@ -16,7 +16,7 @@ import dense_attn
 from dense_attn import reference
 
 from ..harness import machine
-from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
+from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted, worst
 from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: shape of eps_edits
@@ -121,16 +121,14 @@ def public_pipeline(step: Step) -> list[Tensor]:
 CONTENDERS: dict[str, Callable[[Step], list[Tensor]]] = {OURS: ours, "diffusers": public_pipeline}
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     rows = (
-        Case(Setting(name, "fwd", "float32"), contender)
+        Entry(Setting(name, "fwd", "float32"), contender)
         for name in WORKLOADS
         for contender in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.setting.workload == "sega-3-64") if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload == "sega-3-64")
 
 
 @Latest
@@ -164,23 +162,23 @@ def expected(step: Step) -> tuple[list[Tensor], list[Tensor]]:
     return results(torch.float64), results(torch.float32)
 
 
-def trial(case: Case) -> Trial:
+def trial(entry: Entry) -> Trial:
     """Check a contender by the rule of accuracy: one entry kept or dropped wrongly is off by far
     more.
     """
-    step, exact, plain, trials = _prepared(case.setting)
-    if case.contender not in trials:
-        call = CONTENDERS[case.contender]
+    step, exact, plain, trials = _prepared(entry.setting)
+    if entry.contender not in trials:
+        call = CONTENDERS[entry.contender]
         check = lambda got: worst(got, exact, plain, torch.float32)  # noqa: E731
         # The pipeline copies the places of the warm concepts from the host, which no graph holds.
-        trials[case.contender] = tried(lambda: call(step), check, in_graph=case.contender == OURS)
-    return trials[case.contender]
+        trials[entry.contender] = tried(lambda: call(step), check, in_graph=entry.contender == OURS)
+    return trials[entry.contender]
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has the public pipeline's step as its partner."""
-    concepts, *shape = WORKLOADS[case.setting.workload]
-    row = case.describe("sega", shape, "sega_guidance") | {"concepts": concepts}
-    partner = Case(case.setting, "diffusers" if case.contender == OURS else OURS)
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has the public pipeline's step as its partner."""
+    concepts, *shape = WORKLOADS[entry.setting.workload]
+    row = entry.describe("sega", shape, "sega_guidance") | {"concepts": concepts}
+    partner = Entry(entry.setting, "diffusers" if entry.contender == OURS else OURS)
     with torch.no_grad():
-        return measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
+        return measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)

@@ -15,7 +15,7 @@ import dense_attn
 from dense_attn import reference
 
 from ..harness import machine
-from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted
+from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted
 from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: rows and values a row
@@ -60,17 +60,15 @@ CONTENDERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     rows = (
-        Case(Setting(name, "fwd", dtype), who)
+        Entry(Setting(name, "fwd", dtype), who)
         for name in WORKLOADS
         for dtype in _DTYPES
         for who in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.setting.workload == "percentile-4x4096") if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload == "percentile-4x4096")
 
 
 @Latest
@@ -84,13 +82,13 @@ def _prepared(setting: Setting) -> tuple[Tensor, Tensor, dict[str, Trial]]:
     return x.to(device), reference.quantile(x.float().abs(), _LEVEL).to(device), {}
 
 
-def trial(case: Case) -> Trial:
+def trial(entry: Entry) -> Trial:
     """Check a contender: its threshold to the bit, but torch.quantile's, and the mask that follows
     from it.
     """
-    x, expected, trials = _prepared(case.setting)
-    if case.contender not in trials:
-        call = CONTENDERS[case.contender]
+    x, expected, trials = _prepared(entry.setting)
+    if entry.contender not in trials:
+        call = CONTENDERS[entry.contender]
         allowed = (
             1e-4 * expected.max().item() if call is quantile else 0.0
         )  # its ranks have but the bits of float32
@@ -102,13 +100,13 @@ def trial(case: Case) -> Trial:
                 return math.inf, 0.0
             return (threshold - expected).abs().max().item(), allowed
 
-        trials[case.contender] = tried(lambda: list(call(x)), check)
-    return trials[case.contender]
+        trials[entry.contender] = tried(lambda: list(call(x)), check)
+    return trials[entry.contender]
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has torch.quantile as its partner."""
-    row = case.describe("percentile", WORKLOADS[case.setting.workload], "percentile_mask")
-    partner = Case(case.setting, "torch.quantile" if case.contender == OURS else OURS)
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has torch.quantile as its partner."""
+    row = entry.describe("percentile", WORKLOADS[entry.setting.workload], "percentile_mask")
+    partner = Entry(entry.setting, "torch.quantile" if entry.contender == OURS else OURS)
     with torch.no_grad():
-        return measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
+        return measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)

@@ -36,7 +36,7 @@ def _fresh_trials(one_thread: None) -> None:
 @pytest.mark.parametrize("setting", [TINY, TINY_TRAINED], ids=["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("contender", ["dense_attn", "sdpa", "eager", "sdpa-bias"])
 def test_a_right_contender_is_timed(contender: str, setting: suite.Setting) -> None:
-    row = attention.measure(suite.Case(setting, contender), Stopwatch())
+    row = attention.measure(suite.Entry(setting, contender), Stopwatch())
     assert row["seconds"] == 1.0
     assert row["rounds"] >= 3
     assert ("ratio" in row) == (contender != "dense_attn")
@@ -44,7 +44,7 @@ def test_a_right_contender_is_timed(contender: str, setting: suite.Setting) -> N
 
 def test_wrong_maths_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(baselines.CONTENDERS, "eager", baselines.sdpa)
-    row = attention.measure(suite.Case(TINY, "eager"), Stopwatch())
+    row = attention.measure(suite.Entry(TINY, "eager"), Stopwatch())
     assert row["wrong"]
     assert "seconds" not in row
 
@@ -64,7 +64,7 @@ def test_every_result_is_checked(index: int, monkeypatch: pytest.MonkeyPatch) ->
         return results
 
     monkeypatch.setattr(attention, "run", spoiled)
-    assert attention.measure(suite.Case(TINY_TRAINED, "dense_attn"), Stopwatch())["wrong"]
+    assert attention.measure(suite.Entry(TINY_TRAINED, "dense_attn"), Stopwatch())["wrong"]
 
 
 def test_partner_and_contender_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +81,14 @@ def test_partner_and_contender_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
 
     for name in ("dense_attn", "eager"):
         monkeypatch.setitem(baselines.CONTENDERS, name, logged(name))
-    rounds = attention.measure(suite.Case(TINY, "eager"), Stopwatch())["rounds"]
+    rounds = attention.measure(suite.Entry(TINY, "eager"), Stopwatch())["rounds"]
     assert calls[-2 * rounds :] == ["dense_attn", "eager"] * rounds
 
 
 def test_a_large_case_is_checked_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_CHECKED_PAIRS", 0)
     monkeypatch.setattr(attention, "_CHECKED_ROWS", 5)
-    row = attention.measure(suite.Case(TINY_TRAINED, "dense_attn"), Stopwatch())
+    row = attention.measure(suite.Entry(TINY_TRAINED, "dense_attn"), Stopwatch())
     assert row["checked"] == "5 rows of 2 heads"
     assert 0 < row["error"] <= row["allowed"]
 
@@ -99,7 +99,7 @@ def test_a_large_case_is_checked_on_a_part(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_left_out_has_a_reason() -> None:
     def reason(name: str, contender: str, backward: bool) -> str | None:
         return suite.why_not(
-            suite.Case(suite.Setting(WORKLOADS[name], torch.float32, backward), contender)
+            suite.Entry(suite.Setting(WORKLOADS[name], torch.float32, backward), contender)
         )
 
     assert reason("sd15-self-64", "eager", False) is None
@@ -141,15 +141,15 @@ def test_bars_read_their_rows() -> None:
         for bar in BARS
         for name in bar.contenders or ("dense_attn",)
     }
-    cases = [case for case in suite.cases() if suite.why_not(case) is None]
+    entries = [entry for entry in suite.entries() if suite.why_not(entry) is None]
     rows = {
         (c.setting.workload.name, c.setting.passes, c.setting.dtype_name, c.contender)
-        for c in cases
+        for c in entries
     }
     for family in FAMILIES.values():
-        cases = [] if family is attention else family.cases()
+        entries = [] if family is attention else family.entries()
         rows |= {
-            (c.setting.workload, c.setting.passes, c.setting.dtype, c.contender) for c in cases
+            (c.setting.workload, c.setting.passes, c.setting.dtype, c.contender) for c in entries
         }
     assert promised <= rows
 

@@ -15,7 +15,7 @@ from stopwatch import Stopwatch
 from dense_attn.benchmarks import families, plots
 from dense_attn.benchmarks.families import FAMILIES
 from dense_attn.benchmarks.harness.bars import Bar
-from dense_attn.benchmarks.harness.measure import Case, Latest, Row, Setting
+from dense_attn.benchmarks.harness.measure import Entry, Latest, Row, Setting
 from dense_attn.benchmarks.reversible import chain, chains, gradient, round_trip, steps, unet
 from dense_attn.benchmarks.sega import guidance, percentile
 
@@ -49,7 +49,7 @@ def measured(family: str, contender: str) -> Row:
     """The row of a family's tiny workload."""
     *setting, _ = TINY_FAMILIES[family]
     return FAMILIES[family.partition(" ")[0]].measure(
-        Case(Setting(*setting), contender), Stopwatch()
+        Entry(Setting(*setting), contender), Stopwatch()
     )
 
 
@@ -88,9 +88,9 @@ def spoil(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
         return "autograd"
     calls = steps.calls
 
-    def off_by_little(case: Case, inputs: steps.Inputs) -> Callable[[], list[torch.Tensor]]:
-        little = 1 if case.setting.dtype == "int64" else 1e-5
-        return lambda: [x + little for x in calls(case, inputs)()]
+    def off_by_little(entry: Entry, inputs: steps.Inputs) -> Callable[[], list[torch.Tensor]]:
+        little = 1 if entry.setting.dtype == "int64" else 1e-5
+        return lambda: [x + little for x in calls(entry, inputs)()]
 
     monkeypatch.setattr(steps, "calls", off_by_little)
     return "dense_attn"
@@ -128,7 +128,7 @@ def test_a_copy_is_compared_by_the_bytes_it_moves() -> None:
 def test_round_trips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(precision: str) -> Row:
         return round_trip.measure(
-            Case(Setting(f"round-trip-{name}-10", "loop", precision), "dense_attn")
+            Entry(Setting(f"round-trip-{name}-10", "loop", precision), "dense_attn")
         )
 
     if name == "ddim":  # its error is not one of rounding
@@ -214,7 +214,7 @@ def test_bars_read_the_fields_they_name() -> None:
 
 def test_the_quick_suite_is_a_part_of_every_family() -> None:
     for family in FAMILIES.values():
-        everything, quick = set(map(str, family.cases())), set(map(str, family.cases(quick=True)))
+        everything, quick = set(map(str, family.entries())), set(map(str, family.entries(quick=True)))
         assert set() < quick < everything
 
 

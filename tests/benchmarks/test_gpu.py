@@ -211,32 +211,32 @@ def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
 
 
 def test_a_gpu_has_all_workloads_and_the_bars_have_their_rows(gpu: machine.Gpu) -> None:
-    cases = list(suite.cases())
-    assert {case.setting.workload.name for case in cases} == set(WORKLOADS)
+    entries = list(suite.entries())
+    assert {entry.setting.workload.name for entry in entries} == set(WORKLOADS)
     assert {
-        case.setting.workload.num_heads for case in cases if "long" in case.setting.workload.name
+        entry.setting.workload.num_heads for entry in entries if "long" in entry.setting.workload.name
     } == {8}
-    assert suite.why_not(next(case for case in cases if "flux" in str(case))) is None
+    assert suite.why_not(next(entry for entry in entries if "flux" in str(entry))) is None
     rows = {
         (c.setting.workload.name, c.setting.passes, c.setting.dtype_name, c.contender)
-        for c in cases
+        for c in entries
     }
     for name, family in families.families().items():
         if name != "attention":
             rows |= {
                 (c.setting.workload, c.setting.passes, c.setting.dtype, c.contender)
-                for c in family.cases()
+                for c in family.entries()
             }
     for bar in GPU_BARS:
         assert {
             (bar.workload, bar.passes, bar.dtype, who) for who in (*bar.contenders, bar.way)
         } <= rows
     for family in families.families().values():
-        assert set() < set(map(str, family.cases(quick=True))) < set(map(str, family.cases()))
+        assert set() < set(map(str, family.entries(quick=True))) < set(map(str, family.entries()))
     assert {name for *_, name in rows if name.endswith("-1g")} == set()
-    assert sum(case[0].endswith("-1g") for case in rows) == 5 * 4
+    assert sum(entry[0].endswith("-1g") for entry in rows) == 5 * 4
     reason = suite._too_much_memory(
-        next(c for c in cases if str(c) == "long-self-64k-fwd-bfloat16-eager"), 80e9
+        next(c for c in entries if str(c) == "long-self-64k-fwd-bfloat16-eager"), 80e9
     )
     assert "GiB of scores" in reason
 
@@ -375,5 +375,5 @@ def test_the_command_hands_on_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) 
 def test_a_cpu_has_no_rows_of_a_gpu() -> None:
     assert set(families.families()) == set(families.FAMILIES)
     assert all(
-        case.setting.workload.device == "cpu" and not case.setting.alone for case in suite.cases()
+        entry.setting.workload.device == "cpu" and not entry.setting.alone for entry in suite.entries()
     )

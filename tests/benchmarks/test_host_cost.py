@@ -17,7 +17,7 @@ import torch
 from cases import why_skip
 
 from dense_attn.benchmarks.harness.bars import HOST_BARS, Bar
-from dense_attn.benchmarks.harness.measure import Case, Latest, Row, Setting
+from dense_attn.benchmarks.harness.measure import Entry, Latest, Row, Setting
 from dense_attn.benchmarks.harness.table import format_row, heading
 from dense_attn.benchmarks.host_cost import calls, page, public, recorded, stubbed
 
@@ -37,7 +37,7 @@ def _few_rounds(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measured(workload: str, contender: str) -> Row:
     setting = Setting(workload, calls.WORKLOADS[workload].passes, "float32")
-    return calls.measure(Case(setting, contender))
+    return calls.measure(Entry(setting, contender))
 
 
 @compiled

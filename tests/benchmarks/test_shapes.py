@@ -34,10 +34,10 @@ def _as_before(one_thread: None) -> Iterator[None]:
     workloads.WORKLOADS.update(before)
 
 
-def cases_of(
+def entries_of(
     shape: str, modulation: str | None = None, regions: str | None = None
-) -> list[suite.Case]:
-    return list(suite.cases(names=shapes.register([shape], modulation, regions)))
+) -> list[suite.Entry]:
+    return list(suite.entries(names=shapes.register([shape], modulation, regions)))
 
 
 def test_a_shape_is_a_workload() -> None:
@@ -83,9 +83,9 @@ def test_regions_are_those_of_the_label_map_or_stripes() -> None:
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_every_contender_is_right(modulation: str, shape: str) -> None:
     rows = [
-        attention.measure(case, Stopwatch())
-        for case in cases_of(shape, modulation, "4")
-        if "flex" not in str(case)
+        attention.measure(entry, Stopwatch())
+        for entry in entries_of(shape, modulation, "4")
+        if "flex" not in str(entry)
     ]
     assert {(row["contender"], row["pass"], row["dtype"]) for row in rows} == {
         (contender, passes, dtype)
@@ -101,9 +101,9 @@ def test_flex_attention_is_right(modulation: str, monkeypatch: pytest.MonkeyPatc
     """In a dry run, which compiles nothing."""
     monkeypatch.setattr(machine, "_current", dry_run.DryGpu())
     rows = [
-        attention.measure(case, None)
-        for case in cases_of(f"{CROSS},float32", modulation, "4")
-        if "flex" in str(case)
+        attention.measure(entry, None)
+        for entry in entries_of(f"{CROSS},float32", modulation, "4")
+        if "flex" in str(entry)
     ]
     forward = [row["contender"] for row in rows if row["pass"] == "fwd"]
     assert forward == (["flex-naive", "flex-smart"] if modulation == "range" else ["flex-smart"])
@@ -115,38 +115,38 @@ def test_wrong_maths_of_a_shape_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(
         baselines.CONTENDERS, "eager", lambda inputs: lambda q, k, v: eager(inputs)(q, k, v) + 1e-2
     )
-    case = next(case for case in cases_of(CROSS, "mask") if case.contender == "eager")
-    row = attention.measure(case, Stopwatch())
+    entry = next(entry for entry in entries_of(CROSS, "mask") if entry.contender == "eager")
+    row = attention.measure(entry, Stopwatch())
     assert row["wrong"]
     assert "seconds" not in row
 
 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_head_dim_without_kernels_says_so() -> None:
-    row = attention.measure(cases_of("1,1,8,8,300", regions="2")[0], Stopwatch())
+    row = attention.measure(entries_of("1,1,8,8,300", regions="2")[0], Stopwatch())
     assert (row["backend"], row["note"]) == ("reference", "cpu head_dim is at most 256, got 300")
     assert table.format_row(row).endswith("  (cpu head_dim is at most 256, got 300)")
-    assert "note" not in attention.describe(cases_of(SELF)[0])
+    assert "note" not in attention.describe(entries_of(SELF)[0])
 
 
 def test_what_does_not_fit_says_how_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.Cpu, "memory_bytes", lambda self: 10 * 2**30)
     rows = {
-        case.contender: suite.why_not(case)
-        for case in cases_of("1,8,16384,16384,64,float32")
-        if "fwd-" in str(case)
+        entry.contender: suite.why_not(entry)
+        for entry in entries_of("1,8,16384,16384,64,float32")
+        if "fwd-" in str(entry)
     }
     assert rows["eager"] == "about 32.0 GiB of scores, more than the suite's 6.0 GiB"
     assert rows["dense_attn"] is rows["sdpa"] is None
     huge = {
-        suite.why_not(case) for case in cases_of("2,64,999999,77,64,float16") if "fwd-" in str(case)
+        suite.why_not(entry) for entry in entries_of("2,64,999999,77,64,float16") if "fwd-" in str(entry)
     }
     assert huge == {"about 122.1 GiB of inputs and results, more than the suite's 6.0 GiB"}
 
 
 def test_the_quick_rows_of_a_shape_are_forward_and_compile_nothing() -> None:
     names = shapes.register([f"{SELF},float16"], None, None)
-    assert [str(case) for case in suite.cases(quick=True, names=names)] == [
+    assert [str(entry) for entry in suite.entries(quick=True, names=names)] == [
         f"{SELF}-fwd-float16-{contender}"
         for contender in ("dense_attn", "sdpa", "eager", "sdpa-bias")
     ]
@@ -219,18 +219,18 @@ def test_a_dry_run_of_shapes(tmp_path: Path) -> None:
 
 def test_a_figure_shows_every_dtype_and_pass_of_a_shape() -> None:
     pytest.importorskip("matplotlib")
-    cases = [
-        case for case in cases_of(f"{SELF},float16") + cases_of(CROSS) if case.contender == "eager"
+    entries = [
+        entry for entry in entries_of(f"{SELF},float16") + entries_of(CROSS) if entry.contender == "eager"
     ]
     rows = [
-        attention.describe(case) | {"ratio": 2.0, "seconds": 1.0, "peak_extra_bytes": 1}
-        for case in cases
+        attention.describe(entry) | {"ratio": 2.0, "seconds": 1.0, "peak_extra_bytes": 1}
+        for entry in entries
     ]
     assert [axes.get_title().partition(":")[0] for axes in plots.attention(rows).figure.axes] == [
         "Forward, float16", "Forward and backward, float16", "Forward, float32", "Forward, bfloat16",
         "Forward and backward, float32", "Forward and backward, bfloat16",
     ]  # fmt: skip
-    assert plots.attention([attention.describe(case) for case in cases]) is None
+    assert plots.attention([attention.describe(entry) for entry in entries]) is None
     assert len(plots.attention([row | {"workload": "long-self-1k"} for row in rows]).axes) == 6 + 2
     for row in rows:
         del row["own"]
