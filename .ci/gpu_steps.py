@@ -37,7 +37,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """The end of a step."""
 
     step: str
     verdict: str  # "passed", "not here: ...", or what is wrong
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def run(steps: list[Step], output: Path, seconds: float = 0) -> list[Outcome]:
-    """What became of each step, in turn; of `seconds`, if not 0, later ones keep their least."""
+    """The end of each step, in turn; of `seconds`, if not 0, later ones keep their least."""
     end = time.monotonic() + seconds if seconds else None
     outcomes = []
     for index, step in enumerate(steps):

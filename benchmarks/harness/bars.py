@@ -1,4 +1,4 @@
-"""What the library promises of speed, memory and exactness, and whether a run's rows keep it."""
+"""The promises of speed, memory and exactness, and whether a run's rows keep them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def timed(call: Callable[[], Result]) -> tuple[Result, float]:
 
 
 class WallClock:
-    """A CPU's clock: pytest-benchmark times the contender, and the partner runs before each round."""
+    """A CPU's clock: pytest-benchmark times the contender, before whose rounds the partner runs."""
 
     _SECONDS = 0.5  # of rounds a row, beyond the three rounds that a median needs
     _SLOW = 8.0  # seconds of a pair of calls from which one round has to do
@@ -125,7 +125,7 @@ class EventClock:
         return start, self._gpu.mark()
 
     def _prepared(self, trial: Trial) -> tuple[Callable[[], object], str]:
-        """What is timed of a contender: the call or a graph of it."""
+        """The part of a contender that is timed, the call or a graph of it, and how."""
         if trial.seconds >= self._SMALL or not trial.in_graph:
             return trial.run, "events"
         try:

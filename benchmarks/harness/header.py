@@ -94,7 +94,7 @@ def state_of_gpu() -> dict[str, str]:
 
 
 def query_gpu(*fields: str) -> dict[str, str]:
-    """nvidia-smi's answer about the first GPU that torch may use, empty without one; sets nothing."""
+    """The answer of nvidia-smi about the first GPU that torch may use; empty without one."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     query = [f"--id={first}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     options = {"check": True, "capture_output": True, "text": True, "timeout": 20}

@@ -1,4 +1,4 @@
-"""What all families of rows share: a contender's check, its memory, its time beside its partner."""
+"""A row's way to its numbers: a contender's check, its memory, its time beside its partner."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BASELINE_SLACK = 4  # wrong maths is off by far more
 
 @dataclass(frozen=True)
 class Setting:
-    """What is computed: everything that is compared shares it."""
+    """The computation that everything that is compared shares."""
 
     workload: str
     passes: str
@@ -54,7 +54,7 @@ class Entry:
         return self.contender.startswith(OURS)
 
     def describe(self, family: str, shape: Iterable[int], op: str) -> Row:
-        """What a row is about."""
+        """A row's setting, before there are numbers."""
         setting, probe = self.setting, torch.empty(0, device=machine.current().device)
         return {
             "family": family,
@@ -168,7 +168,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Failure:
-    """What a contender raised."""
+    """The error that a contender raised."""
 
     reason: str
     traceback: str

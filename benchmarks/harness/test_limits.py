@@ -1,4 +1,4 @@
-"""What the machine can do at best: rate of a large matrix product, bandwidth of a large copy."""
+"""The machine at its best: the rate of a large matrix product, the bandwidth of a large copy."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a call of the library costs the host, around the raw ops that it runs, on the smallest
-tensors.
+"""A call's cost to the host around the raw ops that it runs, on the smallest tensors.
 
 `of_op` is the time of a call over that of its raw ops, the very calls that it makes, and `of_sdpa`
 that over plain attention, or over diffusers' own processor of the same layer: medians over rounds
@@ -88,8 +87,8 @@ def _raw_of(ours: Call) -> tuple[Call, tuple[float, float]]:
 
 
 def _apart(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference of results, each over its largest element: a grid's integers are the
-    latents but for a scale.
+    """The largest difference of results, each over its largest element: latents are a grid's
+    integers but for a scale.
     """
     pairs = [[x.detach().double().flatten() for x in pair] for pair in zip(got, expected)]
     return max(float((a / a.abs().max() - b / b.abs().max()).abs().max()) for a, b in pairs)
@@ -121,15 +120,13 @@ WORKLOADS = {
         partial(_layer, guided=True),
         note="half of the rows are diffusers' own",
     ),
-    **{name: Workload(op, stubbed.contenders(name)) for name, op in stubbed.OPS.items()},
+    **{x: Workload(stubbed.public_op(x), stubbed.contenders(x)) for x in stubbed.OPS},
 }
 PYTHON_ALONE = "the reference is made of torch's own operators: there is no raw op"
 
 
 def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
-    """All rows of the workloads named, of all without names; the quick ones need no process of
-    their own.
-    """
+    """All rows of the workloads named, of all without names; quick ones need no other process."""
     rows = (
         Entry(Setting(name, work.passes, "float32"), contender)
         for name, work in WORKLOADS.items()
@@ -149,9 +146,7 @@ def why_not(entry: Entry) -> str | None:
 
 
 def measure(entry: Entry) -> Row:
-    """The row of an entry: host seconds of a call, and how many times those of the raw ops and of
-    plain attention they are.
-    """
+    """The row of an entry: host seconds of a call, over those of raw ops and plain attention."""
     work = WORKLOADS[entry.setting.workload]
     row = entry.describe("host_cost", [], work.op) | {"peak_extra_bytes": None}
     row |= {"note": work.note} if work.note else {}

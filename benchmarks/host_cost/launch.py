@@ -1,4 +1,4 @@
-"""What a launch costs the host of a GPU, from the public op down: calls enqueued, none waited for."""
+"""A launch's cost to the host of a GPU, from the public op down: enqueued, not waited for."""
 
 from __future__ import annotations
 

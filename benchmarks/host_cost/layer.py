@@ -19,8 +19,7 @@ _TEXT_TOKENS = 16
 
 @contextmanager
 def ready(guided: bool, strength: float) -> Iterator[tuple[Call, Call]]:
-    """Calls of the processor of the first self-attention, as a step of a run calls it, and of
-    diffusers'.
+    """Calls of the first self-attention's processor, as a run's step makes them, and of diffusers'.
 
     `guided`: with the rows of classifier-free guidance, which no layout modulates.
     """

@@ -55,7 +55,7 @@ def tiled_attention() -> tuple[Call, Call]:
 
 
 def percentile_mask() -> Call:
-    """What lies above the 90th percentile of a few rows."""
+    """A mask of what lies above the 90th percentile of a few rows."""
     x = randn(4, 64)
     return lambda: dense_attn.percentile_mask(x, 0.9, dim=-1)
 

@@ -1,6 +1,4 @@
-"""The raw ops that a call runs, to be run again without it, and the time that calls take of the
-processor.
-"""
+"""The raw ops that a call runs, to be run again without it, and the host's time of calls."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ class RawCall:
 
     @property
     def call(self) -> Call:
-        """It again, with nothing of Python's around it."""
+        """The call again, with nothing of Python's around it."""
         return partial(self.op, *self.arguments, **self.named)
 
 
@@ -86,7 +84,7 @@ def in_turn(*calls: Call) -> list[list[float]]:
 
 
 def _first_seconds(call: Call) -> float:
-    """Roughly, once what a first call makes is there."""
+    """Seconds of a call, roughly, once a first one has made what it makes."""
     call()
     return statistics.median(_seconds(call, 1) for _ in range(5))
 
@@ -106,7 +104,7 @@ def _seconds(call: Call, count: int) -> float:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread, as the smallest tensors have it anyway."""
+    """Torch on one thread meanwhile, as the smallest tensors have it anyway."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What comes before a launch of Triton's: the host's time of every raw op, the launch left out.
+"""The host's way to a launch of Triton's: the time of every raw op, its launches left out.
 
 A launch is `kernel[grid](...)`; a stub stands in for what Triton makes of it. On a machine without
 a GPU a process of its own runs the ops on a CPU's tensors, as for Triton's interpreter, which is
@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from dense_attn import ReversibleSampler, _command
-from dense_attn._backends import triton
+from dense_attn._backends import table, triton
 
 from ..harness import machine
 from ..harness.measure import OURS, Latest, Row, spread
@@ -57,6 +57,15 @@ PUBLIC: dict[str, Callable[[], Call]] = {  # the public calls that run one raw o
     "triton-ddim-step": public.ddim_step,
 }
 Found = dict[str, dict[str, Row]]  # by workload and contender
+
+
+def public_op(workload: str) -> str:
+    """The public op that a workload's raw op is a part of."""
+    raw = OPS[workload]
+    if raw in table.OPS:
+        return raw
+    attention = raw == "tile_lists" or raw.startswith("layout_attention")
+    return "layout_attention" if attention else "ReversibleSampler"
 
 
 def contenders(workload: str) -> tuple[str, ...]:
@@ -141,7 +150,7 @@ def _found(_: None) -> Found | str:
 
 
 def row(workload: str, contender: str) -> Row:
-    """What a row has beside its description."""
+    """The numbers of a row, or why it has none."""
     found = _found(None)
     if isinstance(found, str):
         return {"reason": found}

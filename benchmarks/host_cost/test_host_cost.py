@@ -1,4 +1,4 @@
-"""What a call costs the host, around its raw ops, and on a GPU down to a bare launch."""
+"""A call's cost to the host, around its raw ops, and on a GPU down to a bare launch."""
 
 from __future__ import annotations
 

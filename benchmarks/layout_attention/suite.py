@@ -28,15 +28,13 @@ _ASKED = {
 }
 _WIDE = ("sd15-self-64", "sd15-cross-64", "flux-joint-1024")  # in float32 too
 NEED_FLEX = ("flex-naive", "flex-smart", "flash-channels")  # a compilation for every shape
-_SCORES_ALIVE = {
-    False: 4,
-    True: 12,
-}  # N x N matrices alive at once in eager PyTorch, forward and with backward
+# N x N matrices alive at once in eager PyTorch, forward and with backward.
+_SCORES_ALIVE = {False: 4, True: 12}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is computed: everything that is compared shares it."""
+    """The computation that everything that is compared shares."""
 
     workload: Workload
     dtype: torch.dtype
@@ -54,7 +52,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: a contender in a setting."""
+    """One row to be measured: a contender in a setting."""
 
     setting: Setting
     contender: str
@@ -65,17 +63,17 @@ class Entry:
 
     @property
     def ours(self) -> bool:
-        """One of the library's own ways."""
+        """Whether the contender is one of the library's own ways."""
         return self.contender.startswith(OURS)
 
     @property
     def modulated(self) -> bool:
-        """Not one of those that plain attention has to do for."""
+        """Whether the contender modulates, and is not plain attention."""
         return self.contender not in PLAIN
 
     @property
     def quick(self) -> bool:
-        """In the suite of a minute."""
+        """Whether it is in the suite of a minute."""
         name = self.setting.workload.name
         if self.setting.workload.own:
             return self._own_quick
@@ -85,8 +83,8 @@ class Entry:
 
     @property
     def gpu_quick(self) -> bool:
-        """In a GPU's suite of three minutes: what the bars ask for, and how each of the library's
-        ways does.
+        """Whether it is in a GPU's suite of three minutes: what the bars ask for, and the library's
+        ways.
         """
         setting = self.setting
         if setting.workload.own:
@@ -105,17 +103,11 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
     for workload in workloads():
         if (names and workload.name not in names) or (not names and not _runs_here(workload)):
             continue
+        left_out = RANGE_ALONE if workload.modulation != "range" else ()
+        left_out = left_out if workload.flex else NEED_FLEX
         for entry in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
-            left_out = (
-                NEED_FLEX
-                if not workload.flex
-                else RANGE_ALONE
-                if workload.modulation != "range"
-                else ()
-            )
-            if entry.contender not in left_out and (
-                not quick or (entry.gpu_quick if machine.on_gpu() else entry.quick)
-            ):
+            is_quick = entry.gpu_quick if machine.on_gpu() else entry.quick
+            if entry.contender not in left_out and (is_quick or not quick):
                 yield entry
 
 
@@ -141,10 +133,9 @@ def _gpu_rows(workload: Workload) -> Iterator[Entry]:
     for backward, alone in ((False, False), (True, False), (True, True)):
         for dtype in _dtypes(workload, (torch.bfloat16, torch.float16, torch.float32)):
             for contender in GPU_CONTENDERS:
-                asked = contender in _ASKED[dtype] and (
-                    dtype != torch.float32 or workload.name in _WIDE
-                )
-                if (asked or workload.own) and (contender in TRAINED or not backward):
+                wide = dtype != torch.float32 or workload.name in _WIDE
+                asked = workload.own or (wide and contender in _ASKED[dtype])
+                if asked and (contender in TRAINED or not backward):
                     yield Entry(Setting(workload, dtype, backward, alone), contender)
 
 
@@ -161,29 +152,24 @@ def why_not(entry: Entry) -> str | None:
         return "FlexAttention has no backward on a CPU"
     if machine.on_gpu() or workload.own:
         return _too_much_memory(entry, _SHARE * machine.current().memory_bytes())
-    gflop = workload.gflop(setting.backward)
-    if gflop > MAX_GFLOP[setting.backward]:
-        return (
-            f"one call is {gflop:,.0f} GFLOP, more than the suite's {MAX_GFLOP[setting.backward]:,}"
-        )
+    gflop, most = workload.gflop(setting.backward), MAX_GFLOP[setting.backward]
+    if gflop > most:
+        return f"one call is {gflop:,.0f} GFLOP, more than the suite's {most:,}"
     return _too_much_memory(entry, MAX_SCORES)
 
 
 def _too_much_memory(entry: Entry, most: float) -> str | None:
-    """The reason why a row does not fit, or None: its inputs and results, its matrices of
-    scores.
-    """
+    """The reason why a row's inputs and results, or its matrices of scores, do not fit, or None."""
     setting, workload = entry.setting, entry.setting.workload
     tokens = 4 * workload.batch * workload.num_heads * (workload.seqlen_q + workload.seqlen_k)
     tensors = tokens * workload.head_dim * torch.float32.itemsize  # in which random numbers come
+    room = f"more than the suite's {most / GIB:,.1f} GiB"
     if tensors > most:
-        return f"about {tensors / GIB:,.1f} GiB of inputs and results, more than the suite's {most / GIB:,.1f} GiB"
+        return f"about {tensors / GIB:,.1f} GiB of inputs and results, {room}"
     if entry.contender not in MATERIALISED and backend(entry) != "reference":
         return None
     scores = workload.pairs * setting.dtype.itemsize * _SCORES_ALIVE[setting.backward]
-    if scores <= most:
-        return None
-    return f"about {scores / GIB:,.1f} GiB of scores, more than the suite's {most / GIB:,.1f} GiB"
+    return f"about {scores / GIB:,.1f} GiB of scores, {room}" if scores > most else None
 
 
 def backend(entry: Entry) -> str | None:
@@ -198,10 +184,8 @@ def why_reference(entry: Entry) -> str | None:
     if backend(entry) != "reference":
         return None
     kernels = "triton" if machine.on_gpu() else "cpu"
-    return "; ".join(
-        f"{kernels} {reason}"
-        for reason in table.why_not(kernels, "layout_attention", _probe(entry))
-    )
+    reasons = table.why_not(kernels, "layout_attention", _probe(entry))
+    return "; ".join(f"{kernels} {reason}" for reason in reasons)
 
 
 def _probe(entry: Entry) -> torch.Tensor:

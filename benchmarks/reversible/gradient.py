@@ -1,6 +1,4 @@
-"""The gradient of a loss on the image with respect to the noise it came from: memory and time by
-number of steps.
-"""
+"""The gradient of a loss on the image to the noise it came from: memory and time by steps."""
 
 from __future__ import annotations
 
@@ -35,15 +33,13 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
 
 @Latest
 def _prepared(setting: Setting) -> tuple[SmallUNet, list[Tensor], Tensor, dict[str, Trial]]:
-    """The network, x_T and the weights of the loss, the gradient by autograd in float64, and the
-    trials so far.
-    """
+    """The network, x_T and the loss's weights, the gradient in float64, and the trials so far."""
     generator = torch.Generator().manual_seed(0)
     device = machine.current().device
     network = SmallUNet(_WIDTH).to(device)
     tensors = [torch.randn(_SHAPE, generator=generator).to(device) for _ in range(3)]
-    exact = gradient("checkpoint", WORKLOADS[setting.workload], copy.deepcopy(network).double(),
-                     *(x.double() for x in tensors))  # fmt: skip
+    steps, wide = WORKLOADS[setting.workload], copy.deepcopy(network).double()
+    exact = gradient("checkpoint", steps, wide, *(x.double() for x in tensors))
     return network, tensors, exact, {}
 
 
@@ -63,18 +59,16 @@ def gradient(
 def trial(entry: Entry) -> Trial:
     """Check a gradient against float64."""
     network, tensors, exact, trials = _prepared(entry.setting)
+    steps = WORKLOADS[entry.setting.workload]
+
+    def run() -> list[Tensor]:
+        return [gradient(entry.contender, steps, network, *tensors)]
+
+    def check(got: list[Tensor]) -> tuple[float, float]:
+        return (got[0] - exact).abs().max().item(), _TOLERANCE * exact.abs().max().item()
+
     if entry.contender not in trials:
-
-        def call():
-            return [gradient(entry.contender, WORKLOADS[entry.setting.workload], network, *tensors)]
-
-        def check(got):
-            return (
-                (got[0] - exact).abs().max().item(),
-                _TOLERANCE * exact.abs().max().item(),
-            )
-
-        trials[entry.contender] = tried(call, check, in_graph=False)
+        trials[entry.contender] = tried(run, check, in_graph=False)
     return trials[entry.contender]
 
 
@@ -98,18 +92,15 @@ def why_not(entry: Entry) -> str | None:
         return None
     network, tensors, *_ = _prepared(entry.setting)
     needed = 2 * WORKLOADS[entry.setting.workload] * activations(network, tensors[0])
-    return (
-        f"about {needed / 1e9:.0f} GB of activations, more than {_MAX_BYTES / 1e9:.0f}"
-        if needed > _MAX_BYTES
-        else None
-    )
+    if needed > _MAX_BYTES:
+        return f"about {needed / 1e9:.0f} GB of activations, more than {_MAX_BYTES / 1e9:.0f}"
+    return None
 
 
 def measure(entry: Entry, benchmark: Any) -> Row:
     """The row of an entry; the library's own has per-step checkpointing as its partner."""
-    row = entry.describe("gradient", _SHAPE, "ReversibleSampler") | {
-        "steps": WORKLOADS[entry.setting.workload]
-    }
+    row = entry.describe("gradient", _SHAPE, "ReversibleSampler")
+    row["steps"] = WORKLOADS[entry.setting.workload]
     reason = why_not(entry)
     if reason is not None:
         return row | {"reason": reason}
@@ -122,7 +113,5 @@ def measure(entry: Entry, benchmark: Any) -> Row:
 
 
 def float32_can(steps: int) -> bool:
-    """Whether rounding errors, which inverting EDICT multiplies by mix^-2 a step, stay below the
-    tolerance.
-    """
+    """Whether rounding errors, times mix^-2 a step on the way back, stay below the tolerance."""
     return _MIX ** (-2 * steps) * torch.finfo(torch.float32).eps <= _TOLERANCE

@@ -1,6 +1,4 @@
-"""From noise to an image and back: how far from the start each sampler lands, by precision and
-number of steps.
-"""
+"""From noise to an image and back: how far off each sampler lands, by precision and steps."""
 
 from __future__ import annotations
 
@@ -25,9 +23,8 @@ _EXACT = ("edict", "bdia")  # the others have no form on an integer grid
 _SHAPE = (1, 4, 16, 16)
 _COARSEST_GRID = 2.0**-20
 WORKLOADS = {f"round-trip-{name}-{steps}": (name, steps) for name in _SAMPLERS for steps in _STEPS}
-GPU_WORKLOADS = {
-    f"round-trip-{name}-across": (name, 50) for name in _EXACT
-}  # sampled on a GPU, inverted on a CPU
+# Sampled on a GPU, inverted on a CPU.
+GPU_WORKLOADS = {f"round-trip-{name}-across": (name, 50) for name in _EXACT}
 Pair = tuple[Tensor, Tensor]
 
 
@@ -65,15 +62,15 @@ def there_and_back(
 
 
 def across(name: str, steps: int, network: EpsFn, start: Pair | tuple[Tensor, None]) -> Pair:
-    """The same, sampled on the GPU and inverted on the CPU, the network's prediction being the
-    CPU's on both ways.
-    """
-    predict = lambda x, t: network(x.cpu(), t).to(x.device)  # noqa: E731
-    chain = sampler(steps, mix_of(steps), method=name, exact=True)
-    here, there = machine.current().device, table.missing("cpu", "ReversibleSampler")
-    way_back = sampler(
-        steps, mix_of(steps), method=name, exact=True, backend="reference" if there else "cpu"
-    )
+    """A round trip sampled on the GPU and inverted on the CPU, which predicts on both ways."""
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        return network(x.cpu(), t).to(x.device)
+
+    how = {"mix": mix_of(steps), "method": name, "exact": True}
+    here, missing = machine.current().device, table.missing("cpu", "ReversibleSampler")
+    chain = sampler(steps, **how)
+    way_back = sampler(steps, **how, backend="reference" if missing else "cpu")
     moved = tuple(x if x is None else x.to(here) for x in start)
     end = way_back.invert(predict, *(x.cpu() for x in chain.sample(predict, *moved)))
     return tuple(x if x is None else x.to(here) for x in end)
@@ -81,12 +78,12 @@ def across(name: str, steps: int, network: EpsFn, start: Pair | tuple[Tensor, No
 
 def _naive(network: EpsFn, x: Tensor, steps: int) -> Pair:
     """DDIM, and back with the prediction at the wrong end of each step, as DDIM inversion does."""
-    predict = lambda t: network(x.to(torch.promote_types(x.dtype, torch.float32)), t).to(x.dtype)  # noqa: E731
+    wide = torch.promote_types(x.dtype, torch.float32)
     walk = schedule(steps)
     for step in walk:
-        x = step.a * x + step.b * predict(step.t)
+        x = step.a * x + step.b * network(x.to(wide), step.t).to(x.dtype)
     for step in reversed(walk):
-        x = (x - step.b * predict(step.t)) / step.a
+        x = (x - step.b * network(x.to(wide), step.t).to(x.dtype)) / step.a
     return x, x
 
 
@@ -97,9 +94,7 @@ def differing_bits(a: Tensor, b: Tensor) -> int:
 
 
 def measure(entry: Entry) -> Row:
-    """The row of an entry, which has no time: the largest error, and the number of bits that
-    differ.
-    """
+    """The row of an entry, which has no time: the largest error, and how many bits differ."""
     name, steps = _sampler_and_steps(entry)
     both = entry.setting.workload in GPU_WORKLOADS
     exact = entry.setting.dtype == "exact"
@@ -112,11 +107,9 @@ def measure(entry: Entry) -> Row:
     network = TinyNet()
 
     def loop(start: Pair | tuple[Tensor, None]) -> Pair:
-        return (
-            across(name, steps, network, start)
-            if both
-            else there_and_back(name, steps, network, start, exact)
-        )
+        if both:
+            return across(name, steps, network, start)
+        return there_and_back(name, steps, network, start, exact)
 
     with torch.no_grad():
         start = (x, x) if name == "edict" else (x, None)
@@ -128,15 +121,12 @@ def measure(entry: Entry) -> Row:
     error = max((a.double() - b.double()).abs().max().item() for a, b in pairs)
     if not math.isfinite(error):
         return row | {"reason": f"leaves the range of {entry.setting.dtype}"}
-    bits = [differing_bits(a, b) for a, b in pairs]
-    row |= {
-        "error": error,
-        "differing_bits": sum(bits),
-        "bits": 8 * sum(a.nbytes for a, _ in pairs),
-    }
-    if exact and (sum(bits) or row["grid_error"] > _COARSEST_GRID):
-        row |= {
-            "reason": f"{sum(bits)} bits differ, and the grid is {row['grid_error']:.2g} off",
-            "wrong": True,
-        }
+    differing, bits = (
+        sum(differing_bits(*pair) for pair in pairs),
+        8 * sum(a.nbytes for a, _ in pairs),
+    )
+    row |= {"error": error, "differing_bits": differing, "bits": bits}
+    if exact and (differing or row["grid_error"] > _COARSEST_GRID):
+        reason = f"{differing} bits differ, and the grid is {row['grid_error']:.2g} off"
+        row |= {"reason": reason, "wrong": True}
     return row

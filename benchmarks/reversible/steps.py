@@ -1,6 +1,4 @@
-"""The step kernels of reversible DDIM beside eager PyTorch, and beside copies: they should run at
-memory's speed.
-"""
+"""Step kernels of reversible DDIM beside eager PyTorch, and copies, which move as many bytes."""
 
 from __future__ import annotations
 
@@ -34,29 +32,28 @@ class Op:
     floats: int  # float32 inputs
     grids: int  # int64 inputs, which come first
     writes: int  # bytes an element
-    # bytes an element that eager PyTorch holds at its peak, beyond inputs, its results included
-    eager: int
+    eager: int  # bytes an element that eager PyTorch holds beyond inputs, results included
     call: Callable[..., Any]  # (kernels, *inputs)
 
     @property
     def reads(self) -> int:
-        """Bytes an element."""
+        """Bytes an element that are read."""
         return 4 * self.floats + 8 * self.grids
 
     @property
     def moves(self) -> int:
-        """Bytes an element, both ways."""
+        """Bytes an element that are read or written."""
         return self.reads + self.writes
 
 
+_ON_GRID = 0.02 * _GRID, _MIX, True, 1 / _GRID, False, torch.float32
 OPS = {
     "ddim-step": Op(2, 0, 4, 12, lambda k, x, e: k.ddim_step(x, e, None, _A, _B, 1.0)),
     "ddim-step-cfg": Op(3, 0, 4, 16, lambda k, x, e, u: k.ddim_step(x, e, u, _A, _B, _GUIDANCE)),
     "leapfrog": Op(3, 0, 4, 12, lambda k, x, y, e: k.leapfrog_step(x, y, e, 1.0, -0.02, 0.03)),
     "edict-mix": Op(3, 0, 8, 16, lambda k, x, y, e: k.edict_mix(x, y, e, _A, _B, _MIX, True)),
-    "exact-mix": Op(1, 2, 20, 48, lambda k, x, y, e: k.exact_mix(
-        x, y, e, 0.02 * _GRID, _MIX, True, 1 / _GRID, False, torch.float32)),
-}  # fmt: skip
+    "exact-mix": Op(1, 2, 20, 48, lambda k, x, y, e: k.exact_mix(x, y, e, *_ON_GRID)),
+}
 WORKLOADS = {f"{op}-{size}": (op, size) for op in OPS for size in SIZES if size != "1g"}
 GPU_WORKLOADS = {f"{op}-1g": (op, "1g") for op in OPS}
 CONTENDERS = (OURS, "eager", "clone", "copy")
@@ -75,14 +72,14 @@ def _setting(name: str) -> Setting:
 
 
 def _op_and_size(name: str) -> tuple[Op, int]:
-    """What a workload runs, on how many elements."""
+    """The op of a workload, and how many elements it runs on."""
     op, size = (WORKLOADS | GPU_WORKLOADS)[name]
     return OPS[op], SIZES[size]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an op reads, what a copy reads that moves as many bytes, and the trials so far."""
+    """An op's inputs, those of a copy that moves as many bytes, and the trials so far."""
 
     tensors: list[Tensor]
     source: Tensor
@@ -105,9 +102,7 @@ def _prepared(setting: Setting) -> Inputs:
 
 
 def trial(entry: Entry) -> Trial:
-    """Check a contender on three slices, against the reference in float64, or bit for bit on the
-    grid.
-    """
+    """Check a contender on three slices: by the reference in float64, on the grid bit for bit."""
     inputs = _prepared(entry.setting)
     if entry.contender not in inputs.trials:
         call = calls(entry, inputs)
@@ -116,7 +111,7 @@ def trial(entry: Entry) -> Trial:
 
 
 def calls(entry: Entry, inputs: Inputs) -> Callable[[], list[Tensor]]:
-    """What is timed."""
+    """The call that is timed."""
     if entry.contender == "clone":  # a new tensor, as the kernels' results are
         return lambda: [inputs.source.clone()]
     if entry.contender == "copy":
@@ -140,9 +135,8 @@ def _judged(entry: Entry, inputs: Inputs, got: list[Tensor]) -> tuple[float, flo
     plain = _listed(op.call(reference, *parts))
     if op.grids:
         return max((a.double() - b.double()).abs().max().item() for a, b in zip(got, plain)), 0.0
-    return worst(
-        got, _listed(op.call(reference, *(x.double() for x in parts))), plain, torch.float32
-    )
+    exact = _listed(op.call(reference, *(x.double() for x in parts)))
+    return worst(got, exact, plain, torch.float32)
 
 
 def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -160,9 +154,10 @@ def why_not(entry: Entry) -> str | None:
     results = {OURS: op.writes, "eager": op.eager, "clone": copied, "copy": copied}
     needed = size * (op.reads + copied + max(results[entry.contender], results[_partner(entry)]))
     physical = machine.current().memory_bytes()
-    if needed > _SHARE_OF_MEMORY * physical:
-        return f"about {needed / GIB:.0f} GiB, more than {_SHARE_OF_MEMORY:.0%} of this machine's {physical / GIB:.0f}"
-    return None
+    if needed <= _SHARE_OF_MEMORY * physical:
+        return None
+    most = f"{_SHARE_OF_MEMORY:.0%} of this machine's {physical / GIB:.0f}"
+    return f"about {needed / GIB:.0f} GiB, more than {most}"
 
 
 def _partner(entry: Entry) -> str:
@@ -172,8 +167,8 @@ def _partner(entry: Entry) -> str:
 def measure(entry: Entry, benchmark: Any) -> Row:
     """The row of an entry; the library's own has the clone as its partner.
 
-    `of_copy` of a copy's row: bytes a second of the library over bytes a second of that copy, which
-    moves as many.
+    A copy's row has `of_copy`, the library's bytes a second over those of the copy, which moves as
+    many.
     """
     op, size = _op_and_size(entry.setting.workload)
     row = entry.describe("steps", [size], "ReversibleSampler")

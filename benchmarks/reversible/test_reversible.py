@@ -1,6 +1,4 @@
-"""Reversible DDIM: its step kernels, a whole chain, the gradient through it, and the error of a
-round trip.
-"""
+"""Reversible DDIM: its step kernels, a whole chain, the gradient through it, a round trip."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Threshold and mask of a percentile beside `torch.quantile`, which rounds otherwise, and
-`torch.kthvalue`.
-"""
+"""A percentile's threshold and mask beside those of `torch.quantile` and `torch.kthvalue`."""
 
 from __future__ import annotations
 
@@ -29,26 +27,23 @@ _LEVEL = 0.9
 
 
 def ours(x: Tensor) -> tuple[Tensor, Tensor]:
-    """This library."""
+    """The masked values and their threshold by this library."""
     return dense_attn.percentile_mask(x, _LEVEL, dim=-1)
 
 
 def quantile(x: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.quantile, which sorts, and where."""
+    """The masked values and their threshold by torch.quantile, which sorts, and where."""
     magnitudes = x.float().abs()
     threshold = torch.quantile(magnitudes, _LEVEL, dim=-1)
     return torch.where(magnitudes >= threshold[:, None], x, 0), threshold
 
 
 def kthvalue(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two order statistics, the library's interpolation between them, and where."""
+    """The masked values and their threshold, interpolated between two order statistics."""
     magnitudes = x.float().abs()
     rank = _LEVEL * (x.shape[-1] - 1)
-    ends = (
-        magnitudes.kthvalue(1 + index, dim=-1).values.double()
-        for index in (math.floor(rank), math.ceil(rank))
-    )
-    below, above = ends
+    places = 1 + math.floor(rank), 1 + math.ceil(rank)
+    below, above = (magnitudes.kthvalue(k, dim=-1).values.double() for k in places)
     threshold = (below + (above - below) * (rank - math.floor(rank))).float()
     return torch.where(magnitudes >= threshold[:, None], x, 0), threshold
 
@@ -74,24 +69,19 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
 @Latest
 def _prepared(setting: Setting) -> tuple[Tensor, Tensor, dict[str, Trial]]:
     """Random values, the thresholds of their magnitudes, and the trials so far."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(WORKLOADS[setting.workload], generator=generator).to(
-        getattr(torch, setting.dtype)
-    )
-    device = machine.current().device
+    generator, device = torch.Generator().manual_seed(0), machine.current().device
+    x = torch.randn(WORKLOADS[setting.workload], generator=generator)
+    x = x.to(getattr(torch, setting.dtype))
     return x.to(device), reference.quantile(x.float().abs(), _LEVEL).to(device), {}
 
 
 def trial(entry: Entry) -> Trial:
-    """Check a contender: its threshold to the bit, but torch.quantile's, and the mask that follows
-    from it.
-    """
+    """Check a contender's threshold, but for torch.quantile's to the bit, and the mask by it."""
     x, expected, trials = _prepared(entry.setting)
     if entry.contender not in trials:
         call = CONTENDERS[entry.contender]
-        allowed = (
-            1e-4 * expected.max().item() if call is quantile else 0.0
-        )  # its ranks have but the bits of float32
+        # The ranks of torch.quantile have but the bits of float32.
+        allowed = 1e-4 * expected.max().item() if call is quantile else 0.0
 
         def check(got: list[Tensor]) -> tuple[float, float]:
             masked, threshold = got
