@@ -16,7 +16,7 @@ import pytest
 import torch
 from cases import why_skip
 
-from dense_attn.benchmarks.harness.bars import HOST_BARS, Bar
+from dense_attn.benchmarks.harness.bars import HOST_BARS
 from dense_attn.benchmarks.harness.measure import Entry, Latest, Row, Setting
 from dense_attn.benchmarks.harness.table import format_row, heading
 from dense_attn.benchmarks.host_cost import calls, page, public, recorded, stubbed
@@ -206,18 +206,6 @@ def test_a_process_that_fails_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> N
     row = measured("triton-fwd", "dense_attn-op")
     assert row["wrong"]
     assert "no_such_module failed" in row["reason"]
-
-
-def test_bars_of_host_costs() -> None:
-    base = {"workload": "triton-fwd", "pass": "fwd", "dtype": "float32"}
-    rows = [base | {"contender": "dense_attn", "seconds": 9e-5}]
-    rows.append(base | {"contender": "dense_attn-op", "seconds": 3e-5})
-    bar = Bar("triton-fwd", "fwd", "float32", (), 40e-6, "host_seconds", "dense_attn-op")
-    assert (bar.measured(rows), bar.verdict(rows)["verdict"]) == (3e-5, "pass")
-    assert bar.verdict(rows)["what"] == "host seconds before a launch"
-    assert bar.verdict(rows[:1])["verdict"] == "not measured"
-    row = base | {"contender": "dense_attn", "of_op": 3.5}
-    assert Bar("triton-fwd", "fwd", "float32", (), 3, "of_op").verdict([row])["verdict"] == "miss"
 
 
 def test_the_tables_of_a_page() -> None:
