@@ -50,3 +50,10 @@ def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.M
     assert (lines[1] == right[1]) == (fault == "none")
     assert lines[1].startswith("| 2.13.0 | ")
     assert ("FAILED" in lines[1]) == (fault not in ("none", "library"))
+
+
+def test_the_core_tests_are_there() -> None:
+    words = [word for selection in compat.CORE for word in selection]
+    files = [compat.ROOT / "tests" / word for word in words if word.endswith(".py")]
+    assert len(files) == 8
+    assert [path for path in files if not path.is_file()] == []
