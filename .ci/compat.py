@@ -1,5 +1,4 @@
-"""`make compat`: one wheel in an environment of its own beside each torch, the core tests and
-`verify`, and the table.
+"""`make compat`: one wheel beside each torch, its core tests and `verify`, and the table of them.
 
 Environments stay in .venv/compat; a version that cannot be installed, a test or a row that fails,
 fails the run.
@@ -23,13 +22,13 @@ TOOLS = ("numpy", "pytest", "hypothesis", "expecttest")
 CORE = (
     ("backends/test_backends.py", "-m", "core"),
     (
-        *("backends/test_backend_table.py", "layout_attention/test_framework.py"),
-        *("sega/test_quantile.py", "sega/test_framework.py"),
-        *(
-            "reversible/test_kernels.py",
-            "reversible/test_framework.py",
-            "reversible/test_ddim_step.py",
-        ),
+        "backends/test_backend_table.py",
+        "layout_attention/test_framework.py",
+        "sega/test_quantile.py",
+        "sega/test_framework.py",
+        "reversible/test_kernels.py",
+        "reversible/test_framework.py",
+        "reversible/test_ddim_step.py",
     ),
 )
 SEEN = """
@@ -37,14 +36,16 @@ import json, torch, dense_attn
 from importlib.metadata import PackageNotFoundError, version
 try: triton = version("triton")
 except PackageNotFoundError: triton = "none"
-states = {backend: sorted(set(ops.values())) for backend, ops in dense_attn.backends().items()}
-print(dense_attn.__file__, torch.__version__, triton, "; ".join(states["cpu"]), "; ".join(states["triton"]), sep="\\n")
+states = {name: "; ".join(sorted(set(ops.values()))) for name, ops in dense_attn.backends().items()}
+found = dense_attn.__file__, torch.__version__, triton, states["cpu"], states["triton"]
+print(*found, sep="\\n")
 """
 TEXT = """# Compatibility
 
-One wheel, `{wheel}`, built with torch {built} against the stable ABI of torch 2.11, in an environment of its own beside
-each torch: the core tests (every backend of layout attention, semantic guidance and reversible steps) and
-`python -m dense_attn verify`. `make compat` writes this page; {date}, Python {python}, no GPU.
+One wheel, `{wheel}`, built with torch {built} against the stable ABI of torch 2.11, in an
+environment of its own beside each torch: the core tests (every backend of layout attention,
+semantic guidance and reversible steps) and `python -m dense_attn verify`. `make compat` writes this
+page; {date}, Python {python}, no GPU.
 
 | torch | Triton | core tests | verify | CPU kernels | Triton kernels |
 |---|---|---|---|---|---|
@@ -53,7 +54,7 @@ each torch: the core tests (every backend of layout attention, semantic guidance
 
 
 class Failure(RuntimeError):
-    """What went wrong, in a few words."""
+    """A fault of the run, in a few words."""
 
 
 @dataclass
@@ -90,21 +91,14 @@ def build() -> Path:
     """The wheel, built with the development environment's torch."""
     for old in WORK.glob("*.whl"):
         old.unlink()
-    pip(
-        Path(sys.executable),
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(WORK),
-        str(ROOT),
-    )
+    how = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(WORK))
+    pip(Path(sys.executable), "wheel", *how, str(ROOT))
     (wheel,) = WORK.glob("*.whl")
     return wheel
 
 
 def row_of(version: str, wheel: Path) -> Row:
-    """What one torch makes of the wheel."""
+    """The line of one torch, beside which the wheel is installed."""
     row = Row(version)
     try:
         python = install(version, wheel)
@@ -149,18 +143,9 @@ def core_tests(python: Path) -> str:
         report = WORK / f"{python.parents[1].name}-{number}.xml"
         report.unlink(missing_ok=True)
         files = [str(ROOT / "tests" / word) if word.endswith(".py") else word for word in selection]
-        options = (
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            str(ROOT / "pyproject.toml"),
-            "--rootdir",
-            str(ROOT),
-        )
-        done = run(
-            python.with_name("pytest"), *options, "--junitxml", str(report), *files, check=False
-        )
+        options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+        options += ["--rootdir", str(ROOT), "--junitxml", str(report)]
+        done = run(python.with_name("pytest"), *options, *files, check=False)
         found = counted(report)
         if done.returncode or sum(found) == 0:
             print(done.stdout[-3000:], done.stderr[-2000:], flush=True)
@@ -174,9 +159,8 @@ def counted(report: Path) -> tuple[int, int, int]:
     if not report.exists():
         return 0, 0, 0
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    total, skipped, *broken = (
-        int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors")
-    )
+    names = ("tests", "skipped", "failures", "errors")
+    total, skipped, *broken = (int(suite.get(name)) for name in names)
     return total - skipped - sum(broken), skipped, sum(broken)
 
 
@@ -188,14 +172,8 @@ def pip(python: Path, *arguments: str) -> None:
 def run(program: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     """Run a program away from the sources, so that it finds the wheel's package alone."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(program), *arguments],
-        cwd=WORK,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    how = {"cwd": WORK, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([str(program), *arguments], **how, check=False)
     if check and done.returncode:
         raise Failure(f"{' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
     return done
@@ -206,13 +184,15 @@ def write(wheel: Path, rows: list[Row]) -> None:
     import torch
 
     cells = [(row.torch, row.triton, row.tests, row.verify, row.cpu, row.gpu) for row in rows]
-    lines = "\n".join(f"| {' | '.join(line)} |" for line in cells)
-    date = f"{datetime.now(timezone.utc):%-d %B %Y}"
-    python = ".".join(map(str, sys.version_info[:2]))
+    words = {
+        "wheel": wheel.name,
+        "built": torch.__version__,
+        "date": f"{datetime.now(timezone.utc):%-d %B %Y}",
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "rows": "\n".join(f"| {' | '.join(line)} |" for line in cells),
+    }
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(
-        TEXT.format(wheel=wheel.name, built=torch.__version__, date=date, python=python, rows=lines)
-    )
+    TABLE.write_text(TEXT.format(**words))
 
 
 if __name__ == "__main__":

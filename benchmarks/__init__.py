@@ -1,3 +1,1 @@
-"""How fast, small and exact the library is beside what a user would pick instead; `run.py` says how
-to run it.
-"""
+"""How fast, small and exact the library is beside its alternatives: `run.py` says how to run it."""

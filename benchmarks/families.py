@@ -1,13 +1,11 @@
-"""The families of rows, each a module with WORKLOADS, `cases(quick, names)` and
-`measure(case, ...) -> row`.
-"""
+"""The families of rows, each a module with WORKLOADS, `entries` and `measure`."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
 from .harness import machine
-from .host_cost import launch
+from .host_cost import calls, launch
 from .layout_attention import attention
 from .reversible import chain, gradient, round_trip, steps
 from .sega import guidance, percentile
@@ -20,6 +18,7 @@ FAMILIES = {  # the test of a family is named after it; in the order in which th
     "chain": chain,
     "gradient": gradient,
     "round_trip": round_trip,
+    "host_cost": calls,
 }
 GPU_FAMILIES = FAMILIES | {"launch": launch}
 WORKLOADS = [str(name) for family in FAMILIES.values() for name in family.WORKLOADS]
@@ -27,5 +26,5 @@ GPU_WORKLOADS = [*WORKLOADS, *steps.GPU_WORKLOADS, *round_trip.GPU_WORKLOADS, *l
 
 
 def families() -> dict[str, ModuleType]:
-    """Those that this machine measures."""
+    """The families that this machine measures."""
     return GPU_FAMILIES if machine.on_gpu() else FAMILIES

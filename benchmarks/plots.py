@@ -42,9 +42,7 @@ def files(path: Path) -> list[Path]:
 
 
 def draw(results: dict[str, Any], path: Path) -> list[Path]:
-    """Write the figures of a run's results as .png or .svg: `path`, and beside it those of the
-    other families.
-    """
+    """Write the figures of results as .png or .svg: attention's is `path`, others lie beside it."""
     from .reversible import plots as reversible
     from .sega import plots as sega
 
@@ -59,26 +57,21 @@ def draw(results: dict[str, Any], path: Path) -> list[Path]:
 
 
 def attention(rows: list[Row]) -> Figure | None:
-    """Who is slower by how much, and how time and memory grow with the tokens; every pass and dtype
-    of own shapes.
+    """How many times longer others take, and how time and memory grow with the tokens; of a user's
+    own shapes, every pass and dtype.
     """
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["family"] == "attention"]
     if not rows:
         return None
-    gpu = any(row["pass"] == "bwd" for row in rows)
-    usual = (
-        [("bfloat16", "fwd"), ("bfloat16", "bwd")]
-        if gpu
-        else [("float32", "fwd"), ("bfloat16", "fwd")]
-    )
     own = any("own" in row for row in rows)
-    panels = (
-        list(dict.fromkeys((row["dtype"], row["pass"]) for row in rows if "ratio" in row))
-        if own
-        else usual
-    )
+    if own:
+        panels = list(dict.fromkeys((row["dtype"], row["pass"]) for row in rows if "ratio" in row))
+    elif any(row["pass"] == "bwd" for row in rows):  # a GPU's
+        panels = [("bfloat16", "fwd"), ("bfloat16", "bwd")]
+    else:
+        panels = [("float32", "fwd"), ("bfloat16", "fwd")]
     lines = not own or any(row["workload"].startswith("long") for row in rows)
     if not panels and not lines:
         return None
@@ -88,24 +81,16 @@ def attention(rows: list[Row]) -> Figure | None:
     for place, (dtype, passes) in enumerate(panels):
         ratios(figure.add_subplot(grid[place, :]), rows, dtype, passes)
     if lines:
-        scaling(figure.add_subplot(grid[-1, 0]), rows, _time_per_head, "time of one head (ms)")
-        scaling(
-            figure.add_subplot(grid[-1, 1]),
-            rows,
-            _megabytes,
-            "memory of a call beyond inputs and output (MB)",
-        )
+        times, memory = (figure.add_subplot(grid[-1, column]) for column in (0, 1))
+        scaling(times, rows, _time_per_head, "time of one head (ms)")
+        scaling(memory, rows, _megabytes, "memory of a call beyond inputs and output (MB)")
     return figure
 
 
 def ratios(axes: Axes, rows: list[Row], dtype: str, passes: str) -> None:
-    """Bars of (time of a baseline / time of the library) for each workload of a model; 1 is the
-    library.
-    """
-    rows = [
-        row for row in rows if (row["dtype"], row["pass"]) == (dtype, passes) and "ratio" in row
-    ]
-    rows = [row for row in rows if not row["workload"].startswith("long")]
+    """Bars of time over the library's, which is 1, for each workload of a model."""
+    rows = [row for row in rows if (row["dtype"], row["pass"]) == (dtype, passes)]
+    rows = [row for row in rows if "ratio" in row and not row["workload"].startswith("long")]
     names = list(dict.fromkeys(row["workload"] for row in rows))
     shown = [name for name in STYLE if any(row["contender"] == name for row in rows)]
     width = 0.84 / max(1, len(shown))
@@ -122,9 +107,8 @@ def ratios(axes: Axes, rows: list[Row], dtype: str, passes: str) -> None:
     axes.set_ylim(top=3 * axes.get_ylim()[1])  # room for the legend
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("time / time of dense_attn")
-    axes.set_title(
-        f"{_PASSES[passes]}, {dtype}: how many times longer than dense_attn", fontsize=11
-    )
+    title = f"{_PASSES[passes]}, {dtype}: how many times longer than dense_attn"
+    axes.set_title(title, fontsize=11)
     axes.legend(fontsize=8, ncols=6, columnspacing=1, handlelength=1.2, loc="upper center")
 
 
@@ -145,11 +129,10 @@ def scaling(axes: Axes, rows: list[Row], value: Callable[[Row], float | None], l
     axes.set_xlabel("tokens")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    heads = sorted({row["num_heads"] for row in rows}, reverse=True)
+    heads = {row["num_heads"] for row in rows}
     fewer = ", fewer above 4k" if len(heads) > 1 else ""
-    axes.set_title(
-        f"Long self-attention, forward ({heads[0] if heads else 8} heads{fewer})", fontsize=11
-    )
+    title = f"Long self-attention, forward ({max(heads, default=8)} heads{fewer})"
+    axes.set_title(title, fontsize=11)
     if axes.lines:
         axes.legend(fontsize=7)
 
@@ -163,10 +146,11 @@ def _megabytes(row: Row) -> float | None:
 
 
 def _caption(header: dict[str, Any]) -> str:
-    versions = header["versions"]
+    versions, torch = header["versions"], f"torch {header['versions']['torch']}"
     if "dry_run" in header:
-        return f"{header['device']}, torch {versions['torch']}, Triton {versions['triton']}, {header['date'][:10]}"
-    return (
-        f"{header['device']}, {header['threads']} threads, {header['isa'] or header['torch_isa']}, "
-        f"torch {versions['torch']}, dense_attn {versions['dense_attn']}, {header['date'][:10]}"
-    )
+        words = [header["device"], torch, f"Triton {versions['triton']}"]
+    else:
+        words = [header["device"], f"{header['threads']} threads"]
+        words += [header["isa"] or header["torch_isa"], torch]
+        words += [f"dense_attn {versions['dense_attn']}"]
+    return ", ".join([*words, header["date"][:10]])

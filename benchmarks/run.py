@@ -1,36 +1,34 @@
 """The benchmark suite: `python -m dense_attn bench`, or `pytest benchmarks/` for pytest-benchmark's
 own tables.
 
-    python -m dense_attn bench                              all rows of this machine, a quarter of
-    an hour on two cores python -m dense_attn bench --quick                      the rows of a
-    minute python -m dense_attn bench --workload sd15-self-64      one workload; may be repeated
-    python -m dense_attn bench --family sega                one family; may be repeated
-    python -m dense_attn bench --shape 2,8,4096,77,40       layout attention on B,H,M,N,D[,dtype];
-    may be repeated
-    ... --shape 1,24,4096,4096,128,bfloat16 --modulation mask --regions 8      another modulation, a layout of 8 stripes
-    python -m dense_attn bench --json FILE --plot FILE      write the results, draw them (.png or
-    .svg) python -m dense_attn bench --device cuda                a GPU's rows; --quick: those of
-    three minutes python -m dense_attn bench --dry-run                    a GPU's rows on the
-    smallest sizes, without a GPU pytest benchmarks/ --quick --benchmark-json=FILE        the same
-    rows, reported by pytest-benchmark
+    python -m dense_attn bench                          all rows: a quarter of an hour on two cores
+    python -m dense_attn bench --quick                  the rows of a minute
+    python -m dense_attn bench --workload sd15-self-64  one workload; may be repeated
+    python -m dense_attn bench --family sega            one family; may be repeated
+    python -m dense_attn bench --shape 2,8,4096,77,40   a shape B,H,M,N,D[,dtype]; may be repeated
+    ... --modulation mask --regions 8                   its modulation, its layout of 8 stripes
+    python -m dense_attn bench --json FILE --plot FILE  write the results, draw them as .png or .svg
+    python -m dense_attn bench --device cuda            a GPU's rows; --quick: those of 3 minutes
+    python -m dense_attn bench --dry-run                a GPU's rows, smallest sizes, without a GPU
+    pytest benchmarks/ --quick --benchmark-json=FILE    the same rows, by pytest-benchmark
 
-Each row is a test of `test_attention.py`, `test_sega.py` or `test_reversible.py`, which
-pytest-benchmark times; this module runs pytest and reports. Before every round of a contender its
-partner, this library, runs once (what the library is compared with runs before the library's own
-rounds), so `ratio`, the time of the contender over the time of the library, compares calls that
-stand beside each other in time.
+Each row is a test, which pytest-benchmark times; this module runs pytest and reports. Before every
+round of a contender its partner, this library, runs once (what the library is compared with runs
+before the library's own rounds), so `ratio`, the time of the contender over the time of the
+library, compares calls that stand beside each other in time.
 
 Before it is timed a contender must pass its check. Attention, semantic guidance and chains: the
-library's rule of accuracy (`dense_attn/_verify.py`) against the reference in float64, on all
-results or, where these are too many, on a part; a baseline, whose rounding is not the library's to
-promise, may err four times as much. Percentiles and steps on the integer grid: no bit may differ.
+library's rule of accuracy (`dense_attn/verify/`) against the reference in float64, on all results
+or, where these are too many, on a part; a baseline, whose rounding is not the library's to promise,
+may err four times as much. Percentiles and steps on the integer grid: no bit may differ.
 Gradients: 1e-4 of the largest element, against autograd in float64. What is too large is left out,
 and says so.
 
 Inputs are random; regions come from a real label map. Times are wall-clock seconds of one call,
 memory is the growth of the process beyond inputs and results; on a GPU both are the GPU's own
-(`clocks.py`, `machine.py`). A figure is drawn for each group of families that has rows:
-`--plot FILE.png` writes FILE.png (attention), FILE-sega.png and FILE-reversible.png.
+(`clocks.py`, `machine.py`). Host costs are seconds of one thread (`host_cost/`). A figure is drawn
+for each group of families that has rows: `--plot FILE.png` writes FILE.png (attention),
+FILE-sega.png and FILE-reversible.png.
 """
 
 from __future__ import annotations
@@ -69,7 +67,7 @@ _TESTS = (
     "layout_attention/test_attention.py",
     "sega/test_sega.py",
     "reversible/test_reversible.py",
-    "host_cost/test_launch.py",
+    "host_cost/test_host_cost.py",
 )
 
 
@@ -77,42 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite; 0 if every row that ran was right, 1 if not, 2 if pytest could not run it."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parse(argv)
-    if arguments.dry_run and not _environment.flag(
-        "TRITON_INTERPRET"
-    ):  # which Triton reads when it is loaded
+    if arguments.dry_run and not _environment.flag("TRITON_INTERPRET"):
         again = [sys.executable, "-m", f"{__package__}.run", *argv]
-        return subprocess.run(
-            again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False
-        ).returncode
+        environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is loaded
+        return subprocess.run(again, env=environment, check=False).returncode
     machine.use(arguments.device, arguments.dry_run)
     report = Report(describe_run(arguments.quick), arguments.json)
     if arguments.regions:
         report.header["regions"] = f"{arguments.regions} stripes"
-    options = [
-        f"--device={arguments.device}",
-        *["--quick"] * arguments.quick,
-        *["--dry-run"] * arguments.dry_run,
-    ]
-    options += [f"--workload={name}" for name in arguments.workload] + [
-        f"--family={name}" for name in arguments.family
-    ]
-    options += [f"--shape={text}" for text in arguments.shape]
-    options += [
-        f"--{name}={value}"
-        for name in ("modulation", "regions")
-        if (value := getattr(arguments, name))
-    ]
     tests = [str(_FOLDER / name) for name in _TESTS]
     # Nothing of the folder the user stands in takes part, and nothing is left in it.
-    storage = f"--benchmark-storage=file://{tempfile.gettempdir()}"
-    alone = [
-        f"-c{os.devnull}",
-        f"--rootdir={_FOLDER}",
-        "-pno:terminal",
-        "-pno:cacheprovider",
-        storage,
-    ]
-    code = pytest.main([*tests, *alone, *options], plugins=[report])
+    alone = [f"-c{os.devnull}", f"--rootdir={_FOLDER}", "-pno:terminal", "-pno:cacheprovider"]
+    alone += [f"--benchmark-storage=file://{tempfile.gettempdir()}"]
+    code = pytest.main([*tests, *alone, *_options(arguments)], plugins=[report])
     report.bar.close()
     if report.interrupted:
         raise KeyboardInterrupt
@@ -134,50 +109,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report.failed else 0
 
 
+def _options(arguments: argparse.Namespace) -> list[str]:
+    """The options as `conftest.py` takes them."""
+    options = [f"--device={arguments.device}"]
+    options += ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
+    for name in ("workload", "family", "shape"):
+        options += [f"--{name}={value}" for value in getattr(arguments, name)]
+    for name in ("modulation", "regions"):
+        if value := getattr(arguments, name):
+            options.append(f"--{name}={value}")
+    return options
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m dense_attn bench", description="Run the benchmark suite."
     )
-    parser.add_argument("--quick", action="store_true", help="the rows of a minute")
-    parser.add_argument(
-        "--workload", action="append", default=[], metavar="NAME", help="only this; may be repeated"
-    )
-    parser.add_argument(
-        "--family", action="append", default=[], metavar="NAME", help="only this; may be repeated"
-    )
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        metavar="B,H,M,N,D[,dtype]",
-        help="a shape of your own",
-    )
-    parser.add_argument(
-        "--modulation", metavar="NAME", help=f"of the shapes: {', '.join(MODULATIONS)} (range)"
-    )
-    parser.add_argument(
-        "--regions", metavar="N", help="stripes of the shapes' layout (default: a real label map)"
-    )
-    parser.add_argument(
-        "--device", choices=machine.SUITES, default="cpu", help="what is measured (%(default)s)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, .png or .svg")
+    add, several = parser.add_argument, {"action": "append", "default": []}
+    add("--quick", action="store_true", help="the rows of a minute")
+    add("--workload", **several, metavar="NAME", help="only this; may be repeated")
+    add("--family", **several, metavar="NAME", help="only this; may be repeated")
+    add("--shape", **several, metavar="B,H,M,N,D[,dtype]", help="a shape of your own")
+    add("--modulation", metavar="NAME", help=f"of the shapes: {', '.join(MODULATIONS)} (range)")
+    stripes = "stripes of the shapes' layout (default: a real label map)"
+    add("--regions", metavar="N", help=stripes)
+    add("--device", choices=machine.SUITES, default="cpu", help="what is measured (%(default)s)")
+    add("--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU")
+    add("--json", type=Path, metavar="FILE", help="write the results")
+    add("--plot", type=Path, metavar="FILE", help="draw them, .png or .svg")
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
         arguments.device = "cuda"
-    if arguments.device == "cuda" and not arguments.dry_run and not torch.cuda.is_available():
-        parser.error(
-            "--device must be cpu where torch sees no GPU, got 'cuda' (--dry-run needs none)"
-        )
-    if arguments.dry_run and find_spec("triton") is None:
-        parser.error(
-            "--dry-run needs Triton, whose interpreter runs the kernels: pip install dense_attn[triton]"
-        )
+    if fault := _fault(arguments):
+        parser.error(fault)
+    written = [arguments.json] * (arguments.json is not None)
+    for file in written + (plots.files(arguments.plot) if arguments.plot is not None else []):
+        _files.check(file)
+    return arguments
+
+
+def _fault(arguments: argparse.Namespace) -> str | None:
+    """The rule that the arguments break, or None."""
     gpu = arguments.device == "cuda"
+    if gpu and not arguments.dry_run and not torch.cuda.is_available():
+        return "--device must be cpu where torch sees no GPU, got 'cuda' (--dry-run needs none)"
+    if arguments.dry_run and find_spec("triton") is None:
+        needed = "Triton, whose interpreter runs the kernels"
+        return f"--dry-run needs {needed}: pip install dense_attn[triton]"
     allowed = {
         "workload": GPU_WORKLOADS if gpu else WORKLOADS,
         "family": list(GPU_FAMILIES if gpu else FAMILIES),
@@ -185,32 +163,28 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option, names in allowed.items():
         for name in getattr(arguments, option):
             if name not in names:
-                parser.error(f"--{option} must be one of {', '.join(names)}, got {name!r}")
+                return f"--{option} must be one of {', '.join(names)}, got {name!r}"
     try:
         shapes.parse(arguments.shape, arguments.modulation, arguments.regions)
     except ValueError as error:
-        parser.error(str(error))
+        return str(error)
     if arguments.shape and arguments.family and "attention" not in arguments.family:
-        parser.error(
-            f"--family must name attention beside --shape, got {', '.join(arguments.family)}"
-        )
+        got = ", ".join(arguments.family)
+        return f"--family must name attention beside --shape, got {got}"
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"{option} must be in a folder that exists, got {path}")
-    if arguments.plot is not None and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install dense_attn[bench]")
-    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg"):
-        parser.error(f"--plot must end in .png or .svg, got {arguments.plot}")
-    written = [arguments.json] * (arguments.json is not None)
-    for file in written + (plots.files(arguments.plot) if arguments.plot is not None else []):
-        _files.check(file)
-    return arguments
+            return f"{option} must be in a folder that exists, got {path}"
+    if arguments.plot is None:
+        return None
+    if find_spec("matplotlib") is None:
+        return "--plot needs matplotlib: pip install dense_attn[bench]"
+    if arguments.plot.suffix not in (".png", ".svg"):
+        return f"--plot must end in .png or .svg, got {arguments.plot}"
+    return None
 
 
 class Report:
-    """The pytest plugin that gathers the rows, and prints and writes each when it is measured,
-    above a progress bar.
-    """
+    """The pytest plugin that gathers, prints and writes the rows as they come, above a bar."""
 
     def __init__(self, header: dict[str, Any], path: Path | None = None) -> None:
         self.header, self._path, self._start = header, path, time.perf_counter()
@@ -258,17 +232,14 @@ class Report:
         self._say(format_row(row))
 
     def results(self) -> dict[str, Any]:
-        """What is known by now."""
+        """The results by now."""
         header = self.header | {"seconds": round(time.perf_counter() - self._start, 1)}
-        dry_run = machine.current().dry_run
-        bars = [
-            bar.verdict([] if dry_run else self.rows)
-            for bar in (GPU_BARS if machine.on_gpu() else BARS)
-        ]
+        rows = [] if machine.current().dry_run else self.rows
+        bars = [bar.verdict(rows) for bar in (GPU_BARS if machine.on_gpu() else BARS)]
         return {"header": header, "limits": self.limits, "bars": bars, "rows": self.rows}
 
     def save(self) -> None:
-        """Write what is known by now: a run that is ended keeps its rows."""
+        """Write the results by now: a run that is ended keeps its rows."""
         if self._path is not None:
             _files.write(self._path, json.dumps(self.results(), indent=1) + "\n")
 
@@ -278,9 +249,7 @@ class Report:
 
 
 def finish(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
-    """The row with its share of the machine's best matrix product and of a large copy's speed, once
-    those are known.
-    """
+    """The row with its share of the machine's best matrix product and copy, once they are known."""
     best = limits.get(f"matmul_{row['dtype']}_gflop_per_s")
     if best and "gflop_per_s" in row:
         row["of_matmul"] = row["gflop_per_s"] / best
@@ -298,9 +267,8 @@ def _print_end(results: dict[str, Any]) -> None:
     for bar in results["bars"]:
         if bar["measured"] is not None:
             name = f"{bar['workload']} {bar['pass']} {bar['dtype']}: {bar['what']}"
-            print(
-                f"{bar['verdict']:<5} {name:<78} {bar['measured']:>12.4g}  (bar {bar['bound']:g})"
-            )
+            measured = f"{bar['measured']:>12.4g}  (bar {bar['bound']:g})"
+            print(f"{bar['verdict']:<5} {name:<78} {measured}")
     header = results["header"]
     if header.get("dry_run"):
         print("a dry run without a GPU: every time and ratio above means nothing")

@@ -32,12 +32,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMITS = {
+SHARED_LIMITS = {  # bytes a program
     "sm_80": 163 << 10,
     "sm_90": 227 << 10,
     "sm_100": 227 << 10,
     "gfx942": 64 << 10,
-}  # bytes a program
+}
 MATRIX = re.compile(r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync|v_mfma)")
 FUSED = re.compile(r"\bfma\.|\bv_(?:pk_)?fmac?_")
 # NVIDIA's plain division of float32 is not rounded to nearest; gfx942 makes an exact quotient of
@@ -63,9 +63,7 @@ class Launch:
 
 
 class _Driver:
-    """What a launch asks of a device before its kernel is compiled; each target has its own
-    caches.
-    """
+    """The answers to what a launch asks of a device before its kernel is compiled."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -117,9 +115,18 @@ def _launch(target: str, kernel: CompiledKernel, constants: dict[str, object]) -
         registers = _number(r"\.vgpr_count:\s*(\d+)", assembly)
         spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
     return Launch(
-        metadata.name, constants, metadata.num_warps, metadata.num_stages, registers, spills, metadata.shared,
-        _count(MATRIX, assembly), len(FUSED.findall(assembly)), _count(DIVISIONS, assembly), binary,
-    )  # fmt: skip
+        metadata.name,
+        constants,
+        metadata.num_warps,
+        metadata.num_stages,
+        registers,
+        spills,
+        metadata.shared,
+        _count(MATRIX, assembly),
+        len(FUSED.findall(assembly)),
+        _count(DIVISIONS, assembly),
+        binary,
+    )
 
 
 def _count(pattern: re.Pattern, text: str) -> dict[str, int]:
@@ -139,7 +146,7 @@ def _tool(name: str) -> str:
 
 
 def inspect(cubin: bytes, option: str) -> str:
-    """What Triton's own cuobjdump says of a binary."""
+    """The words of Triton's own cuobjdump on a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

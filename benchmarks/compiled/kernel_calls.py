@@ -1,6 +1,4 @@
-"""The calls whose kernels are compiled ahead of time: every launch configuration, and every branch
-of every kernel.
-"""
+"""The calls whose kernels are compiled: every launch configuration, every branch of a kernel."""
 
 from __future__ import annotations
 
@@ -46,21 +44,19 @@ class Attention:
         q, k, v = self._rows(self.seqlen), self._rows(seqlen_k), self._rows(seqlen_k)
         words = empty(self.seqlen, dtype=torch.int32), empty(seqlen_k, dtype=torch.int32)
         numbers = empty(BATCH, HEADS, self.seqlen)
-        narrow = (
-            patch.object(configs, "precision", return_value="tf32") if self.tf32 else nullcontext()
-        )
+        narrow = nullcontext()
+        if self.tf32:
+            narrow = patch.object(configs, "precision", return_value="tf32")
         orders = words if self.ordered else (None, None)
         last = (self.modulation, -1.0 if self.negative else 1.0, *orders)
+        tensors = q, k, v, *words, numbers
         with narrow:
             if self.which == "bwd":
                 stats = empty(*q.shape[:3], layout_attention.STATS)
-                layout_attention.layout_attention_bwd(
-                    q, numbers, q, k, v, *words, numbers, q, stats, *last
-                )
+                layout_attention.layout_attention_bwd(q, numbers, *tensors, q, stats, *last)
             else:
-                layout_attention.layout_attention_fwd(
-                    q, k, v, *words, numbers, *last, lists=_lists(q, k)
-                )
+                lists = _lists(q, k)
+                layout_attention.layout_attention_fwd(*tensors, *last, lists=lists)
 
     def _rows(self, seqlen: int) -> Tensor:
         shape = (BATCH, HEADS, seqlen, self.head_dim)
@@ -71,7 +67,7 @@ class Attention:
 
     @property
     def facts(self) -> dict[str, object]:
-        """What a row of the table says of its call."""
+        """The call as a row of the table has it."""
         return asdict(self)
 
 
@@ -88,12 +84,12 @@ class Other:
 
     @property
     def facts(self) -> dict[str, object]:
-        """What a row of the table says of its call."""
+        """The call as a row of the table has it."""
         return asdict(self)
 
 
 def _lists(q: Tensor, k: Tensor) -> layout_attention.TileLists | None:
-    """As made beforehand, so that a forward call launches one kernel."""
+    """Tile lists as made beforehand, so that a forward call launches one kernel."""
     blocks = layout_attention.fwd_blocks(q, k)
     if blocks is None:
         return None
@@ -103,7 +99,7 @@ def _lists(q: Tensor, k: Tensor) -> layout_attention.TileLists | None:
 
 
 def _tile_lists() -> None:
-    """Of one layout for all samples, and of one a sample in an order of its own."""
+    """Tile lists of one layout for all samples, and of one a sample in an order of its own."""
     one, each = empty(4096, dtype=torch.int32), empty(BATCH, 4095, dtype=torch.int32)
     layout_attention.tile_lists(one, one, None, None, 128, 64)
     layout_attention.tile_lists(each, each, each, each, 64, 32)
@@ -115,28 +111,28 @@ def _guide(
     dtype: torch.dtype = torch.float32,
     apart: bool = False,
 ) -> None:
-    """A step of three concepts; apart: the channels of a pixel are neighbours, the pixels of a
-    channel are not.
-    """
-    uncond, edits = (
-        empty((1, 4, num_values), dtype=dtype),
-        empty((3, 1, 4, num_values), dtype=dtype),
-    )
+    """A step of three concepts; apart: a pixel's channels, not a channel's pixels, lie together."""
+    uncond = empty((1, 4, num_values), dtype=dtype)
+    edits = empty((3, 1, 4, num_values), dtype=dtype)
     if apart:
         uncond, edits = (x.mT.contiguous().mT for x in (uncond, edits))
-    lists = {
-        "edit_guidance_scale": [5.0] * 3,
-        "edit_threshold": [0.9] * 3,
-        "edit_weights": [1.0] * 3,
-    }
-    lists |= {"warm": [True] * 3, "enabled": [True] * 3, "reverse": [False] * 3}
-    numbers = {
-        "guidance_scale": 7.5,
-        "edit_momentum_scale": 0.3,
-        "edit_mom_beta": 0.4,
-        "sum_channels": sum_channels,
-    }
-    sega.sega_guidance(uncond, uncond, edits, uncond.float(), **lists, **numbers, user_mask=None)
+    sega.sega_guidance(
+        uncond,
+        uncond,
+        edits,
+        uncond.float(),
+        guidance_scale=7.5,
+        edit_guidance_scale=[5.0] * 3,
+        edit_threshold=[0.9] * 3,
+        edit_weights=[1.0] * 3,
+        warm=[True] * 3,
+        enabled=[True] * 3,
+        reverse=[False] * 3,
+        edit_momentum_scale=0.3,
+        edit_mom_beta=0.4,
+        user_mask=None,
+        sum_channels=sum_channels,
+    )
 
 
 def _sega() -> None:
@@ -179,32 +175,24 @@ BRANCHES = (  # each branch of every kernel that the defaults do not take
     {"dtype": "float16", "modulation": "mask", "ordered": False, "seqlen": 4095},
     {"dtype": "bfloat16", "modulation": "bias", "negative": True, "layout": "[B,N,H,D]"},
     {"dtype": "float32", "modulation": "max"},
-    {
-        "dtype": "float16",
-        "modulation": "mask",
-        "seqlen": 1,
-    },  # Triton takes a size of 1 as a constant
+    {"dtype": "float16", "modulation": "mask", "seqlen": 1},  # a size of 1 is a constant
     {"dtype": "float16", "head_dim": 100},  # rows that are not aligned
 )
 
 
 def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
-    """The rows of `configs` by kernel, target and precision, each a largest head dim and its
-    configuration.
-    """
+    """The tables of `configs` by kernel, target and precision, each by largest head dim."""
     by_kernel = {"fwd": configs.FORWARD, "row_fwd": configs.ROW_FORWARD}
     by_kernel |= {"bwd_q": configs.BACKWARD_Q, "bwd_kv": configs.BACKWARD_KV}
     found = {}
     for target in TARGETS:
         for kernel, by_target in by_kernel.items():
-            exact = (configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32)[
-                target
-            ]
-            found[kernel, target, "half"], found[kernel, target, "ieee"] = by_target[target], exact
+            exact = configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32
+            found[kernel, target, "half"] = by_target[target]
+            found[kernel, target, "ieee"] = exact[target]
         if target in configs.TF32_FORWARD:
-            found["fwd", target, "tf32"], found["row_fwd", target, "tf32"] = (
-                configs.TF32_FORWARD[target], configs.FLOAT32[target],
-            )  # fmt: skip
+            found["fwd", target, "tf32"] = configs.TF32_FORWARD[target]
+            found["row_fwd", target, "tf32"] = configs.FLOAT32[target]
             found["bwd_q", target, "tf32"] = configs.TF32_BACKWARD_Q
             found["bwd_kv", target, "tf32"] = configs.TF32_BACKWARD_KV
     return found
@@ -231,9 +219,7 @@ def each_branch(target: str) -> Iterator[Attention]:
 
 
 def too_slow(call: Attention | Other) -> bool:
-    """Whether this Triton takes up to a minute for the call, and 3.6 three seconds: tests leave it
-    to that one.
-    """
+    """Whether this Triton takes a minute for the call, which is left to 3.6 and its seconds."""
     newer = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
     return newer and (call.target, call.which) == ("gfx942", "row_fwd") and call.dtype != "float32"
 
@@ -246,17 +232,16 @@ def configurations() -> list[Attention | Other]:
 
 
 def tested() -> list[Attention | Other]:
-    """What the tests compile of these: on sm_90 all, elsewhere the common ones."""
+    """The configurations that the tests compile: on sm_90 all, elsewhere the common ones."""
     return [call for call in configurations() if call.target == "sm_90" or _is_common(call)]
 
 
 def everything() -> list[Attention | Other]:
-    """What the table lists: more head dims, and branches and orders of memory on all targets."""
+    """The table's calls: more head dims, and branches and orders of memory on all targets."""
     calls = dict.fromkeys([*configurations(), *each_configuration()])
     for target in TARGETS:
-        more = [
-            Attention(target, which, head_dim) for which in PASSES for head_dim in HEAD_DIMS[target]
-        ]
+        dims = HEAD_DIMS[target]
+        more = [Attention(target, which, head_dim) for which in PASSES for head_dim in dims]
         more += [Attention(target, which, 40, layout="[B,N,H,D]") for which in PASSES]
         more += each_branch(target)
         calls |= dict.fromkeys(call for call in more if not too_slow(call))
@@ -264,13 +249,13 @@ def everything() -> list[Attention | Other]:
 
 
 def few() -> list[Attention | Other]:
-    """What the tests compile with the oldest Triton: the common calls."""
+    """The calls that the tests compile with the oldest Triton: the common ones."""
     return [call for call in configurations() if _is_common(call)]
 
 
 def _is_common(call: Attention | Other) -> bool:
-    """Other families, and of attention plain calls up to head dim 128; of a kernel too slow for
-    those, float32's.
+    """Whether the oldest Triton compiles a call too: other families, plain attention up to head dim
+    128, and float32's of a kernel that is too slow for those.
     """
     if isinstance(call, Other) or (call.target, call.which) == ("gfx942", "row_fwd"):
         return True

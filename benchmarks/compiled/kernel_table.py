@@ -5,8 +5,8 @@ Every kernel under every launch configuration, compiled ahead of time; no GPU is
 is run. A row says which call launched the kernel and what the compiler made of it.
 
     --json FILE      write the table
-    --calls NAME     everything; configurations, each once; tested, what the test suite compiles;
-    few of these --target NAME    only the calls for this device; may be repeated
+    --calls NAME     everything; configurations, each once; tested, those of the test suite; few
+    --target NAME    only the calls for this device; may be repeated
     --triton FOLDER  each configuration also with the Triton in this folder; may be repeated
 """
 
@@ -53,45 +53,38 @@ MEASURED = (*NUMBERS, "matrix", "fused", "divisions")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print what breaks a rule, write; 1 if a rule is broken."""
-    parser = argparse.ArgumentParser(f"python -m {MODULE}", description="Compile all kernels.")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the table")
-    parser.add_argument(
-        "--calls",
-        choices=kernel_calls.CALLS,
-        default="everything",
-        help="all, or those of the tests",
-    )
-    parser.add_argument(
-        "--target", action="append", default=[], choices=MATRIX, help="only for this device"
-    )
-    beside = {"action": "append", "default": [], "type": Path, "metavar": "FOLDER"}
-    parser.add_argument(
-        "--triton", **beside, help="each configuration also with this Triton; may be repeated"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = _parse(argv)
     _files.check(arguments.json)
     calls = kernel_calls.CALLS[arguments.calls]()
     targets = arguments.target or MATRIX
     rows = compile_rows(call for call in calls if call.target in targets)
     for folder in arguments.triton:
         rows += compile_elsewhere(folder, targets, "configurations")["rows"]
+    versions = {"dense_attn": __version__, "torch": torch.__version__}
     header = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "dense_attn": __version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
+        "versions": versions | {"triton": triton.__version__},
         "git_revision": git_revision(),
         "kernels": kernel_hashes(),
     }
     text = ",\n  ".join(map(json.dumps, rows))
-    _files.write(
-        arguments.json, f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n'
-    )
+    text = f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n'
+    _files.write(arguments.json, text)
     broken = [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
     print("\n".join([*broken, f"{len(rows)} kernels, {len(broken)} faults"]))
     return 1 if broken else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(f"python -m {MODULE}", description="Compile all kernels.")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the table")
+    which = {"choices": kernel_calls.CALLS, "default": "everything"}
+    parser.add_argument("--calls", **which, help="all, or those of the tests")
+    several = {"action": "append", "default": []}
+    parser.add_argument("--target", **several, choices=MATRIX, help="only for this device")
+    beside = "each configuration also with this Triton; may be repeated"
+    parser.add_argument("--triton", **several, type=Path, metavar="FOLDER", help=beside)
+    return parser.parse_args(argv)
 
 
 def compile_rows(calls: Iterable[Attention | Other]) -> list[Row]:
@@ -104,9 +97,7 @@ def compile_rows(calls: Iterable[Attention | Other]) -> list[Row]:
 
 
 def _use_cache(folder: str) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the process that waits for this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     os.environ["TRITON_CACHE_DIR"] = folder
     torch.set_num_threads(1)
 
@@ -116,9 +107,8 @@ def compile_call(call: Attention | Other) -> list[Row]:
     with compiled(call.target) as launches:
         call()
     rows = [row_of(call, launch) for launch in launches]
-    for index, row in enumerate(
-        rows
-    ):  # kernels that differ in what Triton knows of their arguments alone
+    # Variants are kernels that differ in what Triton knows of their arguments alone.
+    for index, row in enumerate(rows):
         row["variant"] = sum(key(row) == key(before | {"variant": 0}) for before in rows[:index])
     return rows
 
@@ -129,16 +119,14 @@ def compile_elsewhere(
     """The table of some calls, made by a process of its own with the Triton in a folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if folder is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (str(folder.resolve()), environment.get("PYTHONPATH")))
-        )
+        paths = (str(folder.resolve()), environment.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "kernels.json")
         command = [sys.executable, "-m", MODULE, "--calls", calls, "--json", str(file)]
         command += [word for target in targets for word in ("--target", target)]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", check=False
-        )
+        options = {"capture_output": True, "text": True, "errors": "replace", "check": False}
+        done = subprocess.run(command, env=environment, **options)
         if not file.exists():
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
         return read(file)
@@ -152,19 +140,14 @@ def read(file: Path) -> dict[str, Any]:
 def row_of(call: Attention | Other, launch: Launch) -> Row:
     """A line of the table."""
     constants = launch.constants
-    sides = [
-        constants[side]
-        for side in ("BLOCK_M", "BLOCK_N", "BLOCK", "TILE", "PROGRAMS")
-        if side in constants
-    ]
-    others = (
-        {} if "HEAD_DIM" in constants else {name: str(value) for name, value in constants.items()}
-    )
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK", "TILE", "PROGRAMS")
+    sides = [constants[side] for side in names if side in constants]
+    others = {name: str(value) for name, value in constants.items()}
     return {
         "kernel": launch.kernel,
         "triton": triton.__version__,
         **call.facts,
-        "constants": others,
+        "constants": {} if "HEAD_DIM" in constants else others,
         "variant": 0,
         "tile": "x".join(map(str, sides[:2])),
         "warps": launch.warps,
@@ -174,17 +157,15 @@ def row_of(call: Attention | Other, launch: Launch) -> Row:
 
 
 def key(row: Row) -> str:
-    """What tells a row from the others: all that was not measured."""
-    return json.dumps(
-        {name: value for name, value in row.items() if name not in MEASURED}, sort_keys=True
-    )
+    """A row's difference from the others: all that was not measured."""
+    facts = {name: value for name, value in row.items() if name not in MEASURED}
+    return json.dumps(facts, sort_keys=True)
 
 
 def name(row: Row) -> str:
     """A row in a few words."""
-    call = [
-        str(row[field]) for field in ("head_dim", "dtype", "modulation", "layout") if field in row
-    ]
+    fields = ("head_dim", "dtype", "modulation", "layout")
+    call = [str(row[field]) for field in fields if field in row]
     return " ".join([row["kernel"], row["target"], f"Triton {row['triton']}", *call, row["tile"]])
 
 
@@ -195,53 +176,42 @@ def faults(row: Row) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, of {SHARED_LIMITS[row['target']]}")
     if row["spills"] > (SPILLS if "bwd" in row["kernel"] else 0):
         found.append(f"{row['spills']} bytes spilled")
-    return found + (
-        _attention_faults(row)
-        if row["kernel"].startswith("layout_attention")
-        else _exactness_faults(row)
-    )
+    attention = row["kernel"].startswith("layout_attention")
+    return found + (_attention_faults if attention else _exactness_faults)(row)
 
 
 def _attention_faults(row: Row) -> list[str]:
     """Half floats in aligned rows go through the matrix units."""
-    narrow = row["dtype"] != "float32" and row["head_dim"] % 8 == 0
-    return (
-        [f"no {MATRIX[row['target']]}"]
-        if narrow and MATRIX[row["target"]] not in row["matrix"]
-        else []
-    )
+    narrow, unit = row["dtype"] != "float32", MATRIX[row["target"]]
+    missing = narrow and row["head_dim"] % 8 == 0 and unit not in row["matrix"]
+    return [f"no {unit}"] if missing else []
 
 
 def _exactness_faults(row: Row) -> list[str]:
-    """Thresholds and steps are the same bits everywhere: no product melts into a sum, quotients
-    round to nearest.
-    """
+    """Thresholds and steps are the same bits everywhere: no fused product, no inexact quotient."""
     found = []
     if "div.full" in row["divisions"]:
         found.append("a quotient that is not rounded to nearest")
     # gfx942 makes exact quotients, and integers of ranks, by fused steps.
-    exact = (
-        row["kernel"] in ("digit_kernel", "thresholds_kernel") or "v_div_fmas" in row["divisions"]
-    )
+    ranks = row["kernel"] in ("digit_kernel", "thresholds_kernel")
+    exact = ranks or "v_div_fmas" in row["divisions"]
     if row["fused"] and not (exact and row["target"] == "gfx942"):
         found.append(f"{row['fused']} fused multiply-adds")
     return found
 
 
 def differences(committed: Iterable[Row], now: Iterable[Row]) -> list[str]:
-    """Where the committed table does not say what is compiled now, under the same Triton."""
+    """The numbers in which the committed table is not what is compiled now, by the same Triton."""
     known = {key(row): row for row in committed}
     found = []
     for row in now:
         before = known.get(key(row))
         if before is None:
             found.append(f"{name(row)}: not in the table")
-        else:
-            found += [
-                f"{name(row)}: {what} {before[what]}, now {row[what]}"
-                for what in NUMBERS
-                if before[what] != row[what]
-            ]
+            continue
+        for what in NUMBERS:
+            if before[what] != row[what]:
+                found.append(f"{name(row)}: {what} {before[what]}, now {row[what]}")
     return found
 
 

@@ -1,3 +1,1 @@
-"""What every benchmark shares: the machine, clocks, checks, bars, tables and the header of a
-run.
-"""
+"""The parts that benchmarks share: machine, clocks, checks, bars, tables, the header of results."""

@@ -1,17 +1,25 @@
-"""What the library promises about speed, memory and exactness, and whether the rows of a run keep
-it.
-"""
+"""The promises of speed, memory and exactness, and whether a run's rows keep them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-_AT_MOST = {"peak_extra_bytes": "peak extra bytes", "differing_bits": "differing bits of a round trip",
-            "share": "share of time outside the network", "share_idle": "time with an idle network / time",
-            "graph_seconds": "seconds in a CUDA graph"}  # fmt: skip
-_AT_LEAST = {"ratio": "{} / {way}", "of_copy": "dense_attn's bytes per second / {}'s",
-             "of_large_copy": "bytes per second / those of a large copy"}  # fmt: skip
+_AT_MOST = {  # what the verdict calls each field
+    "peak_extra_bytes": "peak extra bytes",
+    "differing_bits": "differing bits of a round trip",
+    "share": "share of time outside the network",
+    "share_idle": "time with an idle network / time",
+    "graph_seconds": "seconds in a CUDA graph",
+    "of_op": "host seconds / those of its raw ops",
+    "of_sdpa": "host seconds / those of plain SDPA",
+    "host_seconds": "host seconds before a launch",
+}
+_AT_LEAST = {
+    "ratio": "{} / {way}",
+    "of_copy": "dense_attn's bytes per second / {}'s",
+    "of_large_copy": "bytes per second / those of a large copy",
+}
 
 
 @dataclass(frozen=True)
@@ -34,15 +42,11 @@ class Bar:
 
     def measured(self, rows: list[dict[str, Any]]) -> float | None:
         """The number that is compared with the bound, None when the run does not have it."""
-        mine = [
-            row for row in rows if (row["workload"], row["pass"], row["dtype"]) == self._setting
-        ]
+        key = self.workload, self.passes, self.dtype
+        mine = [row for row in rows if (row["workload"], row["pass"], row["dtype"]) == key]
         wanted = self.contenders or (self.way,)
-        able = {
-            row["contender"]: _number(row, self._field)
-            for row in mine
-            if "wrong" in row or "reason" not in row
-        }
+        ran = [row for row in mine if "wrong" in row or "reason" not in row]
+        able = {row["contender"]: _number(row, self._field) for row in ran}
         values = [able[name] for name in wanted if name in able]
         known = len([row for row in mine if row["contender"] in wanted]) == len(wanted)
         if not known or not values or None in values:
@@ -59,14 +63,14 @@ class Bar:
         form = (_AT_MOST if at_most else _AT_LEAST)[self._field]
         what = form.format(" or ".join(self.contenders), way=self.way)
         return {
-            "workload": self.workload, "pass": self.passes, "dtype": self.dtype,
-            "what": what, "bound": self.bound, "measured": value,
+            "workload": self.workload,
+            "pass": self.passes,
+            "dtype": self.dtype,
+            "what": what,
+            "bound": self.bound,
+            "measured": value,
             "verdict": {None: "not measured", True: "pass", False: "miss"}[kept],
-        }  # fmt: skip
-
-    @property
-    def _setting(self) -> tuple[str, str, str]:
-        return self.workload, self.passes, self.dtype
+        }
 
     @property
     def _field(self) -> str:
@@ -77,11 +81,35 @@ def _number(row: dict[str, Any], field: str) -> float | None:
     """A number of a row; the time in a graph is that of a row that was timed so."""
     if field == "graph_seconds":
         return row.get("seconds") if row.get("timing") == "graph" else None
-    return row.get(field)
+    return row.get("seconds" if field == "host_seconds" else field)
 
 
-_STEPS = {"ddim-step": "float32", "ddim-step-cfg": "float32", "leapfrog": "float32", "edict-mix": "float32",
-          "exact-mix": "int64"}  # fmt: skip
+_STEPS = {
+    "ddim-step": "float32",
+    "ddim-step-cfg": "float32",
+    "leapfrog": "float32",
+    "edict-mix": "float32",
+    "exact-mix": "int64",
+}
+_TRITON = (
+    *("fwd", "fwd-tiled", "bwd", "tile-lists", "percentile", "sega-guidance", "ddim-step"),
+    *("leapfrog-step", "edict-mix", "edict-unmix", "exact-couple", "exact-leapfrog"),
+    *("exact-mix", "exact-unmix"),
+)
+HOST_BARS = (  # of every machine
+    Bar("host-attention", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-attention-record", "fwd", "float32", (), 5, "of_op"),
+    Bar("host-attention-grad", "fwd+bwd", "float32", (), 5, "of_op"),
+    Bar("host-percentile", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-ddim-step", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-sega-step", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-exact-step", "fwd", "float32", (), 3, "of_op"),
+    Bar("host-layer", "fwd", "float32", (), 2, "of_sdpa"),
+    *(
+        Bar(f"triton-{op}", "fwd", "float32", (), 40e-6, "host_seconds", "dense_attn-op")
+        for op in _TRITON
+    ),
+)
 BARS = (
     Bar("sd15-self-64", "fwd", "float32", ("sdpa",), 1.3),
     Bar("sdxl-self-64", "fwd", "float32", ("sdpa",), 1.3),
@@ -109,6 +137,7 @@ BARS = (
         for name in ("edict", "bdia")
         for steps in (10, 50, 200, 1000)
     ),
+    *HOST_BARS,
 )
 
 _SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
@@ -130,4 +159,5 @@ GPU_BARS = (
         Bar(f"round-trip-{name}-across", "loop", "exact", (), 0, "differing_bits")
         for name in ("edict", "bdia")
     ),
+    *HOST_BARS,
 )

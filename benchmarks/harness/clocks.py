@@ -1,6 +1,4 @@
-"""How a contender and its partner are timed in turn: by pytest-benchmark on a CPU, by events on a
-GPU.
-"""
+"""How a contender and its partner are timed in turn: by the clock, or by a GPU's events."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of each round of a contender and, beside it, of its partner; `notes` is for the
-    row.
-    """
+    """Seconds of each round of a contender, and of its partner; notes for the row."""
 
     times: list[float]
     beside: list[float]
@@ -57,7 +53,7 @@ def timed(call: Callable[[], Result]) -> tuple[Result, float]:
 
 
 class WallClock:
-    """A CPU's: pytest-benchmark times the contender, and the partner runs before each round."""
+    """A CPU's clock: pytest-benchmark times the contender, before whose rounds the partner runs."""
 
     _SECONDS = 0.5  # of rounds a row, beyond the three rounds that a median needs
     _SLOW = 8.0  # seconds of a pair of calls from which one round has to do
@@ -70,13 +66,14 @@ class WallClock:
         pair = contender.seconds + (partner.seconds if partner else 0)
         rounds = 1 if pair > self._SLOW else max(3, min(100, round(self._SECONDS / pair)))
         beside: list[float] = []
-        setup = lambda: beside.append(timed(partner.run)[1]) if partner else None  # noqa: E731
+
+        def setup() -> None:
+            if partner:
+                beside.append(timed(partner.run)[1])
+
         self._benchmark.pedantic(contender.run, setup=setup, rounds=rounds)
-        return (
-            None
-            if self._benchmark.stats is None
-            else Rounds(self._benchmark.stats.stats.data, beside)
-        )
+        stats = self._benchmark.stats
+        return None if stats is None else Rounds(stats.stats.data, beside)
 
     def median(self, call: Callable[[], object], rounds: int) -> float | None:
         """Seconds of a call after a first one, None where timing is switched off."""
@@ -85,16 +82,13 @@ class WallClock:
 
 
 class EventClock:
-    """A GPU's: events around each call, the cache emptied before it; a short call is replayed from
-    a graph.
+    """A GPU's clock: events around each call, its cache emptied; a graph replays a short call.
 
     The stream is waited for at the end alone, so that the time of launches shows only where it
     exceeds the GPU's.
     """
 
-    _SMALL = (
-        5e-4  # seconds of a call, host and all, below which launches and not kernels would be timed
-    )
+    _SMALL = 5e-4  # seconds of a call, host and all, below which launches would be timed
 
     def __init__(
         self, gpu: machine.Gpu, seconds: float = 0.25, least: int = 5, most: int = 200
@@ -131,7 +125,7 @@ class EventClock:
         return start, self._gpu.mark()
 
     def _prepared(self, trial: Trial) -> tuple[Callable[[], object], str]:
-        """What is timed of a contender: the call or a graph of it."""
+        """The part of a contender that is timed, the call or a graph of it, and how."""
         if trial.seconds >= self._SMALL or not trial.in_graph:
             return trial.run, "events"
         try:
@@ -142,11 +136,9 @@ class EventClock:
         except RuntimeError as error:
             self._gpu.synchronize()
             return trial.run, f"events; not in a graph: {str(error).splitlines()[0]}"
-        return (
-            (replay, "graph")
-            if same
-            else (trial.run, "events; not in a graph: its replay gives other results")
-        )
+        if not same:
+            return trial.run, "events; not in a graph: its replay gives other results"
+        return replay, "graph"
 
 
 def _same(replayed: Tensor, called: Tensor) -> bool:

@@ -1,6 +1,4 @@
-"""A dry run: every row's way through a GPU's suite on the smallest sizes, kernels interpreted.
-Times mean nothing.
-"""
+"""A dry run: a GPU's suite on the smallest sizes, kernels interpreted, times without meaning."""
 
 from __future__ import annotations
 
@@ -17,15 +15,13 @@ Result = TypeVar("Result")
 
 
 class DryGpu(machine.Gpu):
-    """The processor in a GPU's place: tensors lie in its memory, and nothing is captured or
-    flushed.
-    """
+    """The processor in a GPU's place: its own memory, and nothing is captured or flushed."""
 
     device = torch.device("cpu")
     dry_run = True
 
     def memory_bytes(self) -> int:
-        """What the machine has."""
+        """The machine's memory."""
         return machine.Cpu().memory_bytes()
 
     def synchronize(self) -> None:
@@ -55,10 +51,8 @@ class DryGpu(machine.Gpu):
 
 
 def shrink() -> None:
-    """Give every family its smallest sizes and torch one thread, in this process, which measures
-    nothing.
-    """
-    from ..host_cost import launch
+    """Give every family its smallest sizes and torch one thread; this process measures nothing."""
+    from ..host_cost import launch, public
     from ..layout_attention import workloads
     from ..reversible import chain, gradient, round_trip, steps
     from ..sega import guidance, percentile
@@ -66,13 +60,9 @@ def shrink() -> None:
 
     torch.set_num_threads(1)
     for name, workload in workloads.WORKLOADS.items():
-        small = {
-            "batch": 1,
-            "num_heads": 1,
-            "grid": (4, 8),
-            "text_tokens": min(workload.text_tokens, 77),
-        }
-        workloads.WORKLOADS[name] = replace(workload, **small)
+        few = {"batch": 1, "num_heads": 1, "grid": (4, 8)}
+        text_tokens = min(workload.text_tokens, 77)
+        workloads.WORKLOADS[name] = replace(workload, **few, text_tokens=text_tokens)
     for name, (rows, values) in percentile.WORKLOADS.items():
         percentile.WORKLOADS[name] = min(rows, 2), min(values, 500)
     for name, (concepts, batch, channels, *_) in guidance.WORKLOADS.items():
@@ -80,47 +70,40 @@ def shrink() -> None:
     steps.SIZES.update(dict.fromkeys(steps.SIZES, 512))
     chain.WORKLOADS.update(dict.fromkeys(chain.WORKLOADS, (1, 4, 8, 8)))
     gradient.WORKLOADS.update(dict.fromkeys(gradient.WORKLOADS, 2))
-    chain._STEPS, chain._IDLE_ROUNDS, gradient._SHAPE, round_trip._SHAPE = (
-        2,
-        1,
-        (1, 4, 8, 8),
-        (1, 4, 3, 4),
-    )
+    chain._STEPS, chain._IDLE_ROUNDS, public.STEPS = 2, 1, 2
+    gradient._SHAPE, round_trip._SHAPE = (1, 4, 8, 8), (1, 4, 3, 4)
     launch._CALLS, launch._ROUNDS, launch._SHAPE = 1, 1, (2, 100)
     for name, (sampler, _) in round_trip.GPU_WORKLOADS.items():
         round_trip.GPU_WORKLOADS[name] = sampler, 4
     test_limits._SIDE["cuda"], test_limits._COPIED["cuda"] = 64, 2**10
 
 
-def chosen(cases: Iterable[Any]) -> Iterator[Any]:
-    """The first case of each kind: a contender with a pass and dtype, less in attention; all of a
-    user's own shapes.
+def chosen(entries: Iterable[Any]) -> Iterator[Any]:
+    """The first entry of each kind, contender, pass and dtype, fewer of attention; all of a user's
+    own shapes.
 
     The interpreter has no bfloat16: float16 stands in its place.
     """
     seen = set()
-    for case in cases:
-        setting = case.setting
+    for entry in entries:
+        setting = entry.setting
         if str(setting.dtype).endswith("bfloat16"):
-            setting = replace(
-                setting, dtype="float16" if isinstance(setting.dtype, str) else torch.float16
-            )
+            narrow = "float16" if isinstance(setting.dtype, str) else torch.float16
+            setting = replace(setting, dtype=narrow)
         name = str(getattr(setting.workload, "name", setting.workload))
-        kind = getattr(
-            setting.workload, "kind", "-".join(word for word in name.split("-") if word.isalpha())
-        )
+        words = "-".join(word for word in name.split("-") if word.isalpha())
+        kind = getattr(setting.workload, "kind", words)
         own = getattr(setting.workload, "own", False)
-        key = name if own else kind, setting.passes, setting.dtype, case.contender
-        if key not in seen and (
-            own or (_short(name) and _enough(kind, setting.passes, setting.dtype))
-        ):
+        key = name if own else kind, setting.passes, setting.dtype, entry.contender
+        enough = own or (_short(name) and _enough(kind, setting.passes, setting.dtype))
+        if key not in seen and enough:
             seen.add(key)
-            yield replace(case, setting=setting)
+            yield replace(entry, setting=setting)
 
 
 def _enough(kind: str, passes: str, dtype: str | torch.dtype) -> bool:
-    """Of attention: an image's tokens forward in both dtypes, in one of them backward and other
-    tokens forward.
+    """Whether a dry run has a row: of attention, an image's tokens forward in both dtypes, in one
+    of them backward and other tokens forward; all that is not attention.
     """
     if kind not in ("self", "cross", "joint") or (kind, passes) == ("self", "fwd"):
         return True
@@ -128,5 +111,5 @@ def _enough(kind: str, passes: str, dtype: str | torch.dtype) -> bool:
 
 
 def _short(name: str) -> bool:
-    """Not a chain of many steps there and back."""
+    """Whether a workload is not a chain of many steps there and back."""
     return not name.startswith("round-trip") or name.endswith(("-10", "across"))

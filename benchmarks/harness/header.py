@@ -34,16 +34,15 @@ _STATE = (
 
 def describe_run(quick: bool) -> dict[str, Any]:
     """The header of a run's results; a GPU's stands beside that of the processor that launches."""
-    header = _processor() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                             "suite": "quick" if quick else "full"}  # fmt: skip
+    header = _processor()
+    header["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    header["suite"] = "quick" if quick else "full"
     if not machine.on_gpu():
         return header
     here = machine.current()
-    gpu = {"device": "none: a dry run, whose times mean nothing"} if here.dry_run else _gpu()
-    return (
-        header
-        | {"host": header["device"], "dry_run": here.dry_run, "kernels": kernel_hashes()}
-        | gpu
+    header |= {"host": header["device"], "dry_run": here.dry_run, "kernels": kernel_hashes()}
+    return header | (
+        {"device": "none: a dry run, whose times mean nothing"} if here.dry_run else _gpu()
     )
 
 
@@ -58,23 +57,34 @@ def _processor() -> dict[str, Any]:
         "isa": isa() if isa else None,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {
-            "dense_attn": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "numpy": numpy.__version__, "pytest-benchmark": _version("pytest-benchmark"),
-        } | (_gpu_versions() if machine.on_gpu() else {}),
+        "versions": _versions() | (_gpu_versions() if machine.on_gpu() else {}),
         "git_revision": git_revision(),
         "regions": label_layout()[0],
-    }  # fmt: skip
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "dense_attn": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "pytest-benchmark": _version("pytest-benchmark"),
+    }
 
 
 def _gpu() -> dict[str, Any]:
     """The GPU as torch knows it, and its state now as its driver tells it."""
     found = torch.cuda.get_device_properties(machine.current().device)
     return {
-        "device": found.name, "compute_capability": f"{found.major}.{found.minor}",
-        "sm_count": found.multi_processor_count, "memory_bytes": found.total_memory, "l2_bytes": found.L2_cache_size,
-        "driver": query_gpu("driver_version").get("driver_version"), "state": state_of_gpu(),
-    }  # fmt: skip
+        "device": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "sm_count": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size,
+        "driver": query_gpu("driver_version").get("driver_version"),
+        "state": state_of_gpu(),
+    }
 
 
 def state_of_gpu() -> dict[str, str]:
@@ -84,20 +94,12 @@ def state_of_gpu() -> dict[str, str]:
 
 
 def query_gpu(*fields: str) -> dict[str, str]:
-    """What nvidia-smi answers about the first GPU that torch may use, empty where there is none; it
-    sets nothing.
-    """
+    """The answer of nvidia-smi about the first GPU that torch may use; empty without one."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    command = [
-        "nvidia-smi",
-        f"--id={first}",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader",
-    ]
+    query = [f"--id={first}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    options = {"check": True, "capture_output": True, "text": True, "timeout": 20}
     try:
-        answer = subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=20
-        ).stdout
+        answer = subprocess.run(["nvidia-smi", *query], **options).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(fields, (text.strip() for text in answer.strip().split(","))))

@@ -1,6 +1,4 @@
-"""The machine that a run measures: where tensors are, how time and memory are read there. One a
-process.
-"""
+"""The machine that a process measures: where tensors are, how time and memory are read."""
 
 from __future__ import annotations
 
@@ -26,16 +24,14 @@ class Cpu:
     dry_run = False
 
     def memory_bytes(self) -> int:
-        """What the machine has."""
+        """The machine's memory."""
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def synchronize(self) -> None:
         """Wait for what was started; a CPU's calls end before they return."""
 
     def peak_extra_bytes(self, call: Callable[[], Result]) -> tuple[int | None, Result]:
-        """Bytes by which memory grows at most while call() runs, its result included, and the
-        result.
-        """
+        """Bytes by which memory grows at most in a call, its result included, and the result."""
         return _memory.peak_extra_bytes(call)
 
     def release(self) -> None:
@@ -62,7 +58,7 @@ class Gpu:
         self._flush: torch.Tensor | None = None
 
     def memory_bytes(self) -> int:
-        """What the GPU has."""
+        """The GPU's memory."""
         return torch.cuda.get_device_properties(self.device).total_memory
 
     def synchronize(self) -> None:
@@ -70,9 +66,7 @@ class Gpu:
         torch.cuda.synchronize()
 
     def peak_extra_bytes(self, call: Callable[[], Result]) -> tuple[int | None, Result]:
-        """Bytes that torch's allocator hands out at most while call() runs, beyond those before,
-        and the result.
-        """
+        """Bytes that torch's allocator hands out beyond those before, at most, and the result."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -103,10 +97,8 @@ class Gpu:
         """A CUDA graph of one call: what replays it, and the results that a replay writes."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            stream
-        ):  # first calls allocate and compile, which a graph cannot hold
-            call()
+        with torch.cuda.stream(stream):
+            call()  # a first one allocates and compiles, which a graph cannot hold
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -136,9 +128,7 @@ def use(suite: str, dry_run: bool = False) -> Machine:
         _current = DryGpu()
     else:
         _current = Cpu() if suite == "cpu" else Gpu()
-    if (
-        _current.suite == "cuda"
-    ):  # a float32 row is of float32, and a chain must give the same bits twice
+    if on_gpu():  # a float32 row is of float32, and a chain must give the same bits twice
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
     return _current

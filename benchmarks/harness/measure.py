@@ -1,6 +1,4 @@
-"""What every family of rows shares: is a contender right, what memory does it need, how long beside
-its partner.
-"""
+"""A row's way to its numbers: a contender's check, its memory, its time beside its partner."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ _BASELINE_SLACK = 4  # wrong maths is off by far more
 
 @dataclass(frozen=True)
 class Setting:
-    """What is computed: everything that is compared shares it."""
+    """The computation that everything that is compared shares."""
 
     workload: str
     passes: str
@@ -41,8 +39,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row: a contender in a setting."""
+class Entry:
+    """One row to be measured: a contender in a setting."""
 
     setting: Setting
     contender: str
@@ -56,19 +54,21 @@ class Case:
         return self.contender.startswith(OURS)
 
     def describe(self, family: str, shape: Iterable[int], op: str) -> Row:
-        """What a row is about."""
+        """A row's setting, before there are numbers."""
         setting, probe = self.setting, torch.empty(0, device=machine.current().device)
         return {
-            "family": family, "workload": setting.workload, "contender": self.contender,
+            "family": family,
+            "workload": setting.workload,
+            "contender": self.contender,
             "backend": table.resolve("auto", op, probe) if self.ours else None,
-            "pass": setting.passes, "dtype": setting.dtype, "shape": list(shape),
-        }  # fmt: skip
+            "pass": setting.passes,
+            "dtype": setting.dtype,
+            "shape": list(shape),
+        }
 
 
 class Latest(Generic[Key, Result]):
-    """Remembers what was made for the newest key alone: the older is let go before the new is
-    made.
-    """
+    """Remembers what was made for the newest key alone; the older goes before the new is made."""
 
     _all: ClassVar[list[Latest]] = []
 
@@ -92,14 +92,15 @@ class Latest(Generic[Key, Result]):
 
 
 def wanted(
-    cases: Iterable[Case], quick: Callable[[Case], bool] | None, names: list[str] | None
-) -> Iterator[Case]:
-    """The cases of the workloads named, of all without names; of these the quick ones alone, if
-    asked for.
-    """
-    for case in cases:
-        if (not names or case.setting.workload in names) and (quick is None or quick(case)):
-            yield case
+    entries: Iterable[Entry],
+    quick: bool,
+    names: list[str] | None,
+    is_quick: Callable[[Entry], bool],
+) -> Iterator[Entry]:
+    """The entries of the workloads named, of all without names; those of a quick run, if asked."""
+    for entry in entries:
+        if (not names or entry.setting.workload in names) and (not quick or is_quick(entry)):
+            yield entry
 
 
 def tried(
@@ -108,8 +109,9 @@ def tried(
     again: Callable[[], list[Tensor]] | None = None,
     in_graph: bool = True,
 ) -> Trial:
-    """Check what the first call gives, then take time and memory roughly; `again`, if it differs,
-    is what is timed.
+    """Check what the first call gives, then take time and memory roughly.
+
+    `again`, if it differs, is what is timed.
     """
     here = machine.current()
     (peak, got), seconds = timed(lambda: here.peak_extra_bytes(first))
@@ -117,13 +119,11 @@ def tried(
     size = sum(x.nbytes for x in got)
     del got
     again = again or first
-    if not here.dry_run and (
-        seconds < 2 or machine.on_gpu()
-    ):  # a first call loads code, and on a GPU compiles it
+    # A first call loads code, and on a GPU compiles it.
+    if not here.dry_run and (seconds < 2 or machine.on_gpu()):
         (peak, _), seconds = timed(lambda: here.peak_extra_bytes(again))
-    return Trial(
-        again, seconds, None if peak is None else max(0, peak - size), error, allowed, in_graph
-    )
+    extra = None if peak is None else max(0, peak - size)
+    return Trial(again, seconds, extra, error, allowed, in_graph)
 
 
 def worst(
@@ -151,20 +151,16 @@ def measure(
         return row | trial.told(ours)
     row = row | {"error": trial.error, "allowed": trial.allowed}
     if not right(trial, ours):
-        return row | {
-            "reason": f"error {trial.error:.2g} where {trial.allowed:.2g} is allowed",
-            "wrong": True,
-        }
+        reason = f"error {trial.error:.2g} where {trial.allowed:.2g} is allowed"
+        return row | {"reason": reason, "wrong": True}
     beside = other if isinstance(other, Trial) else None
     rounds = attempted(lambda: clock(benchmark).compare(trial, beside))
     if rounds is None:  # --benchmark-disable
         return row | {"reason": "timing is switched off"}
     if isinstance(rounds, Failure):
         return row | rounds.told(ours)
-    row |= spread("seconds", rounds.times) | {
-        "rounds": len(rounds.times),
-        "peak_extra_bytes": trial.peak_extra_bytes,
-    }
+    row |= spread("seconds", rounds.times)
+    row |= {"rounds": len(rounds.times), "peak_extra_bytes": trial.peak_extra_bytes}
     if row["contender"] != OURS and beside is not None and right(beside, True):
         row |= spread("ratio", rounds.ratios)
     return row | rounds.notes
@@ -172,24 +168,19 @@ def measure(
 
 @dataclass(frozen=True)
 class Failure:
-    """What a contender raised."""
+    """The error that a contender raised."""
 
     reason: str
     traceback: str
 
     def told(self, ours: bool) -> Row:
-        """Its part of a row; what the library raises is a mistake, what a baseline raises a limit
-        of its.
-        """
-        return {"reason": self.reason} | (
-            {"wrong": True, "traceback": self.traceback} if ours else {}
-        )
+        """Its part of a row: the library's is a mistake, a baseline's one of its limits."""
+        mistake = {"wrong": True, "traceback": self.traceback} if ours else {}
+        return {"reason": self.reason} | mistake
 
 
 def attempted(call: Callable[[], Result]) -> Result | Failure:
-    """The result of a call, or how it failed; memory that it ran out of is given back for the next
-    row.
-    """
+    """The result of a call, or how it failed, its memory given back for the next row."""
     try:
         return call()
     except Exception as error:
@@ -201,18 +192,16 @@ def attempted(call: Callable[[], Result]) -> Result | Failure:
 
 
 def right(trial: Trial, ours: bool) -> bool:
-    """The library keeps its rule; a baseline, whose rounding is not ours to promise, must compute
-    the same function.
-    """
+    """Whether the library keeps its rule, or a baseline, which rounds as it likes, its function."""
     return trial.error <= trial.allowed * (1 if ours else _BASELINE_SLACK)
 
 
 def report(
-    case: object, row: Row, record_property: Callable[[str, object], None], benchmark: Any = None
+    entry: object, row: Row, record_property: Callable[[str, object], None], benchmark: Any = None
 ) -> None:
     """Hand a row to pytest: a wrong one fails, one without numbers is skipped with its reason."""
     if benchmark is not None:
-        benchmark.group = str(case).removesuffix(f"-{row['contender']}")
+        benchmark.group = str(entry).removesuffix(f"-{row['contender']}")
         benchmark.extra_info.update(row)
     record_property("row", row)
     if "wrong" in row:

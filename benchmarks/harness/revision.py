@@ -7,9 +7,7 @@ from pathlib import Path
 
 
 def git_revision() -> str | None:
-    """The commit the code stands at, with "+changes" where files differ from it; None outside of a
-    repository.
-    """
+    """The commit of the code, with "+changes" where files differ; None outside of a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]

@@ -29,21 +29,43 @@ _MEDIAN = [
 _MEMORY = [("extra MB", _number("peak_extra_bytes", ".1f", 1e-6)), ("error/allowed", _of_allowed)]
 _COLUMNS: dict[str, list[tuple[str, Callable[[Row], str]]]] = {
     "attention": [
-        *_MEDIAN, ("GFLOP/s", _number("gflop_per_s", ".0f")), ("of matmul", _number("of_matmul", ".0%")), *_MEMORY,
+        *_MEDIAN,
+        ("GFLOP/s", _number("gflop_per_s", ".0f")),
+        ("of matmul", _number("of_matmul", ".0%")),
+        *_MEMORY,
     ],
     "percentile": [*_MEDIAN, *_MEMORY],
     "sega": [*_MEDIAN, *_MEMORY],
-    "steps": [*_MEDIAN, ("GB/s", _number("gb_per_s", ".1f")), ("ours/copy", _number("of_copy", ".2f")), *_MEMORY],
+    "steps": [
+        *_MEDIAN,
+        ("GB/s", _number("gb_per_s", ".1f")),
+        ("ours/copy", _number("of_copy", ".2f")),
+        *_MEMORY,
+    ],
     "chain": [
-        *_MEDIAN, ("not network", _number("share", ".2%")), ("idle network", _number("share_idle", ".2%")), *_MEMORY,
+        *_MEDIAN,
+        ("not network", _number("share", ".2%")),
+        ("idle network", _number("share_idle", ".2%")),
+        *_MEMORY,
     ],
     "gradient": [*_MEDIAN, *_MEMORY],
-    "launch": [("host us a call", _number("seconds", ".2f", 1e6)), ("x public op", _number("ratio", ".2f"))],
-    "round_trip": [
-        ("mix", _number("mix", "g")), ("largest error", _number("error", ".1e")),
-        ("differing bits", _number("differing_bits", "d")), ("of bits", _number("bits", "d")),
+    "host_cost": [
+        ("host us a call", _number("seconds", ".2f", 1e6)),
+        ("x raw op", _number("of_op", ".2f")),
+        ("x SDPA", _number("of_sdpa", ".2f")),
+        ("launches", _number("launches", "d")),
     ],
-}  # fmt: skip
+    "launch": [
+        ("host us a call", _number("seconds", ".2f", 1e6)),
+        ("x public op", _number("ratio", ".2f")),
+    ],
+    "round_trip": [
+        ("mix", _number("mix", "g")),
+        ("largest error", _number("error", ".1e")),
+        ("differing bits", _number("differing_bits", "d")),
+        ("of bits", _number("bits", "d")),
+    ],
+}
 
 
 def heading(row: Row) -> str:

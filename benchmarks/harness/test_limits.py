@@ -1,4 +1,4 @@
-"""What the machine can do at best: rate of a large matrix product, bandwidth of a large copy."""
+"""The machine at its best: the rate of a large matrix product, the bandwidth of a large copy."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ def test_matmul(dtype: str, benchmark: BenchmarkFixture, record_property: Record
     stored = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     side = _side(stored)
     a, b = torch.randn(2, side, side).to(here.device, stored).unbind(0)
-    allowed, torch.backends.cuda.matmul.allow_tf32 = (
-        torch.backends.cuda.matmul.allow_tf32,
-        dtype == "tf32",
-    )
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     seconds = clock(benchmark).median(lambda: torch.mm(a, b), rounds=5)
     torch.backends.cuda.matmul.allow_tf32 = allowed
     if seconds is not None:
@@ -36,8 +34,8 @@ def test_matmul(dtype: str, benchmark: BenchmarkFixture, record_property: Record
 
 
 def _side(dtype: torch.dtype) -> int:
-    """Of matrices whose product takes seconds at most: some processors have no fast way to multiply
-    bfloat16.
+    """The side of matrices whose product takes seconds at most: not every processor multiplies
+    bfloat16 fast.
     """
     here = machine.current()
     side = _SIDE[here.suite]

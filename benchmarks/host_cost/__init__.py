@@ -1,1 +1,1 @@
-"""What a call costs the host, from the public op to a bare launch."""
+"""A call's cost to the host, from the public op to a bare launch."""

@@ -1,6 +1,4 @@
-"""What a call costs the host on a GPU: many calls enqueued and none waited for, from the public op
-to a bare launch.
-"""
+"""A launch's cost to the host of a GPU, from the public op down: enqueued, not waited for."""
 
 from __future__ import annotations
 
@@ -17,38 +15,34 @@ from torch import Tensor
 
 import dense_attn
 from dense_attn._backends import triton
-from dense_attn.reversible import links
 
 from ..harness import machine
 from ..harness.clocks import Rounds
-from ..harness.measure import OURS, Case, Failure, Latest, Row, Setting, attempted, spread, wanted
+from ..harness.measure import OURS, Entry, Failure, Latest, Row, Setting, attempted, spread, wanted
 from ..layout_attention.workloads import WORKLOADS as ATTENTION
 from ..layout_attention.workloads import make_inputs
+from .public import randn
+from .recorded import Call, listed, raw_calls
 
 _CALLS, _ROUNDS = 100, 21  # calls a round: fewer than a GPU's queue holds
-_ATTENTION = {
-    "launch-self": "sd15-self-16",
-    "launch-cross": "sd15-cross-8",
-}  # so small that the GPU keeps up
+# So small that the GPU keeps up.
+_ATTENTION = {"launch-self": "sd15-self-16", "launch-cross": "sd15-cross-8"}
 _LEVEL, _ALPHA_BARS, _SHAPE = 0.9, (0.5, 0.6), (4, 4096)
 WORKLOADS = {**_ATTENTION, "launch-percentile": "percentile_mask", "launch-ddim-step": "ddim_step"}
 _OP, _LAUNCHER = "dense_attn-op", "dense_attn-launcher"
 _SAME, _EMPTY = "triton-same-kernel", "triton-empty"
 CONTENDERS = (OURS, _OP, _LAUNCHER, _SAME, _EMPTY)
-Call = Callable[[], Any]
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     dtypes = {name: "float16" if name in _ATTENTION else "float32" for name in WORKLOADS}
     rows = (
-        Case(Setting(name, "fwd", dtype), contender)
+        Entry(Setting(name, "fwd", dtype), contender)
         for name, dtype in dtypes.items()
         for contender in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.setting.workload != "launch-self") if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload != "launch-self")
 
 
 @dataclass(frozen=True)
@@ -63,41 +57,32 @@ class Ways:
 
 @Latest
 def _ways(workload: str) -> Ways:
+    public, launchers = _public(workload)
+    raw = raw_calls(public)[0][-1]
+    launcher = getattr(launchers, raw.name)
+    arguments = [_as_launched(x) for x in raw.arguments]
+    return Ways(public, raw.call, lambda: launcher(*arguments, **raw.named), launchers)
+
+
+def _public(workload: str) -> tuple[Call, ModuleType]:
+    """A public call, and the module that launches its kernels."""
     if workload in _ATTENTION:
-        return _attention_ways(_ATTENTION[workload])
-    device = machine.current().device
-    x, eps = (
-        torch.randn(_SHAPE, generator=torch.Generator().manual_seed(0)).to(device) for _ in range(2)
-    )
-    if WORKLOADS[workload] == "percentile_mask":
-        return Ways(
-            lambda: dense_attn.percentile_mask(x, _LEVEL, dim=-1),
-            lambda: triton.percentile_mask(x, _LEVEL),
-            lambda: triton.sega.percentile_mask(x, _LEVEL),
-            triton.sega,
+        inputs = make_inputs(ATTENTION[_ATTENTION[workload]], torch.float16)
+        q, k, v, words = inputs.q, inputs.k, inputs.v, (inputs.q_regions, inputs.k_regions)
+        lists, strength = dense_attn.tile_lists(q, k, *words), inputs.strength
+        return (
+            lambda: dense_attn.layout_attention(q, k, v, *words, strength, tile_lists=lists),
+            triton.layout_attention,
         )
-    numbers = x, eps, None, *links.ddim(*_ALPHA_BARS), 1.0
-    return Ways(
-        lambda: dense_attn.ddim_step(x, eps, *_ALPHA_BARS),
-        lambda: triton.ddim_step(*numbers),
-        lambda: triton.reversible.ddim_step(*numbers),
-        triton.reversible,
-    )
+    x, eps = randn(2, *_SHAPE)
+    if WORKLOADS[workload] == "percentile_mask":
+        return lambda: dense_attn.percentile_mask(x, _LEVEL, dim=-1), triton.sega
+    return lambda: dense_attn.ddim_step(x, eps, *_ALPHA_BARS), triton.reversible
 
 
-def _attention_ways(workload: str) -> Ways:
-    inputs = make_inputs(ATTENTION[workload], torch.float16)
-    q, k, v, words = inputs.q, inputs.k, inputs.v, (inputs.q_regions, inputs.k_regions)
-    lists = dense_attn.tile_lists(q, k, *words)
-    strength = inputs.strength.expand(q.shape[:3])
-    raw = q, k, v, *words, strength, "range", q.shape[3] ** -0.5, None, None
-    kept = triton.layout_attention.TileLists(*lists) if lists else None
-    return Ways(
-        lambda: dense_attn.layout_attention(q, k, v, *words, strength, tile_lists=lists),
-        lambda: triton.layout_attention_fwd(*raw, lists)[0],
-        lambda: triton.layout_attention.layout_attention_fwd(*raw, kept)[0],
-        triton.layout_attention,
-    )
+def _as_launched(argument: object) -> object:
+    """An argument of a raw op as its launcher takes it."""
+    return triton.layout_attention.TileLists(*argument) if type(argument) is list else argument
 
 
 class _Recorder:
@@ -131,9 +116,7 @@ def _recording(launchers: ModuleType) -> Iterator[list[Call]]:
 
 
 def call_of(contender: str, ways: Ways) -> tuple[Call, list[Tensor]]:
-    """What is timed, and the results that it leaves, of which a check is made; none of a kernel
-    that does nothing.
-    """
+    """The call that is timed, and the results that it leaves to a check; an empty kernel's none."""
     if contender == _EMPTY:
         from .empty_kernel import empty_kernel
 
@@ -142,9 +125,9 @@ def call_of(contender: str, ways: Ways) -> tuple[Call, list[Tensor]]:
         return lambda: launch(x, 1, BLOCK=1), []
     if contender != _SAME:
         call = {OURS: ways.public, _OP: ways.op, _LAUNCHER: ways.launcher}[contender]
-        return call, _listed(call())
+        return call, listed(call())
     with _recording(ways.launchers) as launches:
-        results = _listed(ways.launcher())
+        results = listed(ways.launcher())
     if not launches:
         raise NotImplementedError("the launcher calls no kernel that can be seen")
     for x in results:
@@ -158,50 +141,34 @@ def call_of(contender: str, ways: Ways) -> tuple[Call, list[Tensor]]:
     return again, results
 
 
-def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else list(results)
-
-
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case: host seconds a call, beside those of the public op; nothing is timed that
-    gives other bits.
-    """
-    op = (
-        "layout_attention"
-        if case.setting.workload in _ATTENTION
-        else WORKLOADS[case.setting.workload]
-    )
-    row = case.describe("launch", [], op)
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry: host seconds a call, beside the public op's; only of the same bits."""
+    name = entry.setting.workload
+    op = "layout_attention" if name in _ATTENTION else WORKLOADS[name]
+    row = entry.describe("launch", [], op)
     with torch.no_grad():
-        found = attempted(lambda: _compared(case))
+        found = attempted(lambda: _compared(entry))
     if isinstance(found, Failure):
-        return row | found.told(case.ours)
+        return row | found.told(entry.ours)
     error, rounds = found
     row |= {"error": error, "allowed": 0.0}
     if rounds is None:
-        return row | {
-            "reason": f"its results are {error:.2g} off those of the public op",
-            "wrong": True,
-        }
-    row |= spread("seconds", rounds.times) | {
-        "rounds": len(rounds.times),
-        "peak_extra_bytes": None,
-        "timing": "host",
-    }
-    return row if case.contender == OURS else row | spread("ratio", rounds.ratios)
+        reason = f"its results are {error:.2g} off those of the public op"
+        return row | {"reason": reason, "wrong": True}
+    row |= spread("seconds", rounds.times) | {"rounds": len(rounds.times)}
+    row |= {"peak_extra_bytes": None, "timing": "host"}
+    return row if entry.contender == OURS else row | spread("ratio", rounds.ratios)
 
 
-def _compared(case: Case) -> tuple[float, Rounds | None]:
+def _compared(entry: Entry) -> tuple[float, Rounds | None]:
     """The largest difference from the public op's results, and the rounds if there is none."""
-    ways = _ways(case.setting.workload)
-    call, results = call_of(case.contender, ways)
-    expected = _listed(ways.public())
-    pairs = [
-        (got.double(), right.double().view(got.shape)) for got, right in zip(results, expected)
+    ways = _ways(entry.setting.workload)
+    call, results = call_of(entry.contender, ways)
+    expected = listed(ways.public())
+    differences = [
+        got.double() - right.double().view(got.shape) for got, right in zip(results, expected)
     ]
-    error = max(
-        (float((got - right).abs().max().nan_to_num(math.inf)) for got, right in pairs), default=0.0
-    )
+    error = max((float(x.abs().max().nan_to_num(math.inf)) for x in differences), default=0.0)
     if error > 0:
         return error, None
     times, beside = zip(*((_enqueued(call), _enqueued(ways.public)) for _ in range(_ROUNDS)))

@@ -1,12 +1,11 @@
-"""A few small launches of every Triton kernel, for checkers of memory and races:
-`compute-sanitizer ... launches`.
-"""
+"""A few small launches of every Triton kernel, for a checker of memory or races."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 import sys
+from types import ModuleType
 
 import torch
 
@@ -38,15 +37,24 @@ class Watched:
         return getattr(self._kernel, name)
 
 
+def kernels() -> dict[str, list[ModuleType]]:
+    """The modules in which each kernel has its name, its own and those that launch it."""
+    found: dict[str, list[ModuleType]] = {}
+    for place in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}."):
+        module = importlib.import_module(place.name)
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                found.setdefault(name, []).append(module)
+    return found
+
+
 def watch() -> set[str]:
     """The names of all kernels, which leave the set when they are launched."""
-    idle, watched = set(), {}
-    for found in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}."):
-        module = importlib.import_module(found.name)
-        for name, kernel in list(vars(module).items()):
-            if name.endswith("_kernel"):
-                idle.add(name)
-                setattr(module, name, watched.setdefault(name, Watched(kernel, name, idle)))
+    idle = set(kernels())
+    for name, modules in kernels().items():
+        watched = Watched(getattr(modules[0], name), name, idle)
+        for module in modules:
+            setattr(module, name, watched)
     return idle
 
 
@@ -56,13 +64,10 @@ def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype)
         torch.randn(1, 2, n, head_dim, dtype=dtype, device=DEVICE).requires_grad_()
         for n in (150, seqlen_k, seqlen_k)
     )
-    words = [
-        1 << (torch.arange(n, device=DEVICE, dtype=torch.int32) * 3 // n) for n in (150, seqlen_k)
-    ]
-    orders = {
-        "q_order": words[0].argsort(stable=True).int(),
-        "k_order": words[1].argsort(stable=True).int(),
-    }
+    tokens = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (150, seqlen_k))
+    words = [1 << (places * 3 // len(places)) for places in tokens]
+    q_order, k_order = (x.argsort(stable=True).int() for x in words)
+    orders = {"q_order": q_order, "k_order": k_order}
     out = layout_attention(q, k, v, *words, 0.6, modulation=modulation, backend="triton", **orders)
     out.float().square().sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
@@ -71,27 +76,22 @@ def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype)
 def guidance(size: int) -> None:
     """A step of two concepts and a mask, of channels that fit one program or do not."""
     uncond, text, momentum = torch.randn(3, 1, 2, size, device=DEVICE)
-    numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
-    numbers |= {"edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0}
-    flags = {"warm": True, "enabled": True, "reverse": False, "backend": "triton"}
+    options = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
+    options |= {"edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0}
+    options |= {"warm": True, "enabled": True, "reverse": False, "backend": "triton"}
     edits = torch.randn(2, 1, 2, size, device=DEVICE)
-    for sum_channels in (False, True):
-        eps, _ = sega_guidance(
-            uncond, text, edits, momentum, **numbers, **flags, sum_channels=sum_channels
-        )
+    for together in (False, True):
+        eps, _ = sega_guidance(uncond, text, edits, momentum, **options, sum_channels=together)
         assert eps.isfinite().all()
     masked, _ = percentile_mask(edits.flatten(0, 2), 0.9, dim=-1, backend="triton")
     assert masked.isfinite().all()
 
 
 def step() -> None:
-    """One of DDIM, with guidance."""
+    """One step of DDIM, with guidance."""
     x, eps, uncond = torch.randn(3, 1, 4, 9, 7, device=DEVICE)
-    assert (
-        ddim_step(x, eps, 0.5, 0.6, eps_uncond=uncond, guidance_scale=7.5, backend="triton")
-        .isfinite()
-        .all()
-    )
+    options = {"eps_uncond": uncond, "guidance_scale": 7.5, "backend": "triton"}
+    assert ddim_step(x, eps, 0.5, 0.6, **options).isfinite().all()
 
 
 def chain(method: str, exact: bool) -> None:

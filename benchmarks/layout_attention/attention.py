@@ -1,6 +1,4 @@
-"""One row of layout attention: the contenders of `baselines.py` on the workloads of
-`workloads.py`.
-"""
+"""Rows of layout attention: the contenders of `baselines.py` on the workloads of `workloads.py`."""
 
 from __future__ import annotations
 
@@ -18,36 +16,32 @@ from ..harness.measure import OURS, Row, Trial, tried, worst
 from ..harness.measure import measure as measure_row
 from .baselines import CONTENDERS, Call
 from .gpu_baselines import GPU_CONTENDERS
-from .suite import Case, Setting, backend, cases, why_not, why_reference
+from .suite import Entry, Setting, backend, entries, why_not, why_reference
 from .workloads import WORKLOADS, Inputs, Workload, make_inputs
 
-__all__ = ["WORKLOADS", "cases", "measure"]
+__all__ = ["WORKLOADS", "entries", "measure"]
 
 _CHECKED_ROWS = 256  # of the first and the last head, where all are too many
 _CHECKED_PAIRS = 2**23  # elements of a score matrix that float64 can afford
 
 
 @lru_cache(maxsize=3)  # a row's contender, its partner and their predecessor
-def trial(case: Case) -> Trial:
+def trial(entry: Entry) -> Trial:
     """Check a contender against the reference, then take its time and memory roughly."""
-    setting, inputs = case.setting, _inputs(case.setting)
-    call = (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)[case.contender](inputs)
+    setting, inputs = entry.setting, _inputs(entry.setting)
+    call = (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)[entry.contender](inputs)
     heads, rows = _subset(setting.workload)
     grad_out = torch.zeros_like(inputs.grad_out)
-    grad_out[:, :, rows] = inputs.grad_out[
-        :, :, rows
-    ]  # so that the checked rows alone make dk and dv
+    grad_out[:, :, rows] = inputs.grad_out[:, :, rows]  # the checked rows alone make dk and dv
 
     def check(got: list[Tensor]) -> tuple[float, float]:
         picked = [_heads(x, heads) for x in got]
         picked[:2] = [x[:, :, rows] for x in picked[:2]]  # out and dq
-        return worst(picked, *_expected(setting, case.modulated), setting.dtype)
+        return worst(picked, *_expected(setting, entry.modulated), setting.dtype)
 
-    calls = (
-        backward_of(call, inputs)
-        if setting.alone
-        else partial(run, call, inputs, backward=setting.backward)
-    )
+    calls = partial(run, call, inputs, backward=setting.backward)
+    if setting.alone:
+        calls = backward_of(call, inputs)
     return tried(
         lambda: calls(grad_out),
         check,
@@ -65,15 +59,17 @@ def run(call: Call, inputs: Inputs, grad_out: Tensor, backward: bool) -> list[Te
 
 
 def backward_of(call: Call, inputs: Inputs, again: bool = True) -> Callable[[Tensor], list[Tensor]]:
-    """The backward pass of one forward pass, once or `again` and again: from grad_out to [out, dq,
-    dk, dv].
+    """The backward pass of one forward pass, from grad_out to [out, dq, dk, dv]; to be called once,
+    or `again` and again.
     """
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     out = call(*leaves)
-    return lambda grad_out: [
-        out.detach(),
-        *torch.autograd.grad(out, leaves, grad_out, retain_graph=again),
-    ]
+
+    def backward(grad_out: Tensor) -> list[Tensor]:
+        grads = torch.autograd.grad(out, leaves, grad_out, retain_graph=again)
+        return [out.detach(), *grads]
+
+    return backward
 
 
 @lru_cache(maxsize=1)
@@ -82,9 +78,7 @@ def _inputs(setting: Setting) -> Inputs:
 
 
 def _subset(workload: Workload) -> tuple[list[int], Tensor]:
-    """The (batch, head) pairs and the query rows whose results are checked: all, or what float64
-    can afford.
-    """
+    """The (batch, head) pairs and query rows that are checked: all, or what float64 can afford."""
     rows, total = workload.seqlen_q, workload.batch * workload.num_heads
     if workload.pairs <= _CHECKED_PAIRS:
         return list(range(total)), torch.arange(rows)
@@ -97,8 +91,8 @@ def _heads(x: Tensor, heads: list[int]) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _expected(setting: Setting, modulated: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """The reference's results on the subset, in float64 and in the dtype under test; strength 0 for
-    plain attention.
+    """The reference's results on the subset, in float64 and in the dtype under test; of plain
+    attention, at strength 0.
     """
     inputs = _inputs(setting)
     heads, rows = _subset(setting.workload)
@@ -107,46 +101,58 @@ def _expected(setting: Setting, modulated: bool) -> tuple[list[Tensor], list[Ten
     words = inputs.q_regions[rows], inputs.k_regions
 
     def results(dtype: torch.dtype) -> list[Tensor]:
-        part = Inputs(q[:, :, rows].to(dtype), k.to(dtype), v.to(dtype), grad_out[:, :, rows].to(dtype), *words,
-                      strength[:, :, rows] * modulated, inputs.modulation if modulated else "range")  # fmt: skip
-        how = {"modulation": part.modulation}
-        call = lambda q, k, v: reference.layout_attention(q, k, v, *words, part.strength, **how)[0]  # noqa: E731
+        picked = (x.to(dtype) for x in (q[:, :, rows], k, v, grad_out[:, :, rows]))
+        modulation = inputs.modulation if modulated else "range"
+        part = Inputs(*picked, *words, strength[:, :, rows] * modulated, modulation)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return reference.layout_attention(
+                q, k, v, *words, part.strength, modulation=modulation
+            )[0]
+
         return run(call, part, part.grad_out, setting.backward)
 
     return results(torch.float64), results(setting.dtype)
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has plain SDPA as its partner."""
-    row = describe(case)
-    reason = why_not(case)
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has plain SDPA as its partner."""
+    row = describe(entry)
+    reason = why_not(entry)
     if reason is not None:
         return row | {"reason": reason}
-    heads, rows = _subset(case.setting.workload)
+    heads, rows = _subset(entry.setting.workload)
     row["checked"] = f"{len(rows)} rows of {len(heads)} heads"
-    partner = Case(case.setting, "sdpa" if case.contender == OURS else OURS)
-    row = measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
+    partner = Entry(entry.setting, "sdpa" if entry.contender == OURS else OURS)
+    row = measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)
     if "seconds" in row:
-        setting = case.setting
-        row["gflop_per_s"] = (
-            setting.workload.gflop(setting.backward, setting.alone) / row["seconds"]
-        )
+        setting = entry.setting
+        gflop = setting.workload.gflop(setting.backward, setting.alone)
+        row["gflop_per_s"] = gflop / row["seconds"]
         if machine.on_gpu() and setting.workload.kind == "cross" and not setting.backward:
             inputs = _inputs(setting)  # q, k and v are read, out, of q's size, is written
-            row["gb_per_s"] = (
-                1e-9 * (2 * inputs.q.nbytes + inputs.k.nbytes + inputs.v.nbytes) / row["seconds"]
-            )
+            moved = 2 * inputs.q.nbytes + inputs.k.nbytes + inputs.v.nbytes
+            row["gb_per_s"] = 1e-9 * moved / row["seconds"]
     return row
 
 
-def describe(case: Case) -> Row:
-    """What a row is about."""
-    setting, workload = case.setting, case.setting.workload
-    return {
+def describe(entry: Entry) -> Row:
+    """A row's setting, before there are numbers."""
+    setting, workload, note = entry.setting, entry.setting.workload, why_reference(entry)
+    row = {
         "family": "attention",
-        "workload": workload.name, "contender": case.contender, "backend": backend(case),
-        "pass": setting.passes, "dtype": setting.dtype_name,
-        "batch": workload.batch, "num_heads": workload.num_heads,
-        "seqlen_q": workload.seqlen_q, "seqlen_k": workload.seqlen_k, "head_dim": workload.head_dim,
+        "workload": workload.name,
+        "contender": entry.contender,
+        "backend": backend(entry),
+        "pass": setting.passes,
+        "dtype": setting.dtype_name,
+        "batch": workload.batch,
+        "num_heads": workload.num_heads,
+        "seqlen_q": workload.seqlen_q,
+        "seqlen_k": workload.seqlen_k,
+        "head_dim": workload.head_dim,
         "modulation": workload.modulation,
-    } | ({"own": True} if workload.own else {}) | ({"note": note} if (note := why_reference(case)) else {})  # fmt: skip
+    }
+    if workload.own:
+        row["own"] = True
+    return row if note is None else row | {"note": note}

@@ -1,5 +1,4 @@
-"""What a user would pick instead of `layout_attention`, each exact, each
-`prepare(inputs) -> call(q, k, v) -> out`.
+"""Alternatives to `layout_attention`, each exact, each `prepare(inputs) -> call(q, k, v) -> out`.
 
 What depends on the layout alone (masks, words, compilation) is prepared once and not timed.
 """
@@ -39,9 +38,7 @@ def sdpa(inputs: Inputs) -> Call:
 
 
 def eager(inputs: Inputs) -> Call:
-    """The modulation as DenseDiffusion's code does it: scores and masks in memory, half of the
-    batch modulated.
-    """
+    """DenseDiffusion's own way: scores and masks in memory, half of the batch modulated."""
     if inputs.modulation != "range":
         return _eager(inputs)
     dense_mask = matched(inputs).to(inputs.q.dtype)[None]  # [1, M, N]
@@ -50,7 +47,7 @@ def eager(inputs: Inputs) -> Call:
 
 
 def _eager(inputs: Inputs) -> Call:
-    """The other modulations, by their formulas."""
+    """Modulations other than DenseDiffusion's, by their formulas."""
     inside, (_, strength) = matched(inputs), temperature_and_strength(inputs)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,9 +63,7 @@ def _eager(inputs: Inputs) -> Call:
 
 
 def sdpa_bias(inputs: Inputs) -> Call:
-    """SDPA with an additive bias in memory, where it needs them after a pass over the scores for
-    their row extremes.
-    """
+    """SDPA with a bias in memory, where needed after a pass over the scores for the extremes."""
     biased = bias_after_statistics(inputs)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -81,18 +76,14 @@ def sdpa_bias(inputs: Inputs) -> Call:
 def bias_after_statistics(
     inputs: Inputs, align: int = 1
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """From q and k the tempered q and the bias in memory, whose rows start at multiples of `align`
-    elements.
-    """
+    """The way from q and k to the tempered q and the bias in memory, whose rows are aligned."""
     num_keys = inputs.k.shape[2]
     room = functional.pad(matched(inputs), (0, -num_keys % align))
     temperature, strength = temperature_and_strength(inputs)
     if inputs.modulation in ("bias", "mask"):  # the layout's alone
-        fixed = (
-            strength * room
-            if inputs.modulation == "bias"
-            else torch.zeros_like(strength).where(room, -torch.inf)
-        )
+        fixed = strength * room
+        if inputs.modulation == "mask":
+            fixed = torch.zeros_like(strength).where(room, -torch.inf)
         fixed = fixed.to(inputs.q.dtype).expand(*inputs.q.shape[:2], -1, -1)[..., :num_keys]
         return lambda q, k: (q, fixed)
 
@@ -117,8 +108,7 @@ def flex_naive(inputs: Inputs) -> Call:
 
 
 def flex_smart(inputs: Inputs) -> Call:
-    """FlexAttention in two passes: one for both extremes on q and -q stacked, then modulated
-    attention.
+    """FlexAttention in two passes: both extremes on q and -q stacked, then modulated attention.
 
     The first pass of `max` has q alone; `bias` and `mask` need none.
     """
@@ -131,9 +121,7 @@ def flex_smart(inputs: Inputs) -> Call:
 
 
 def extent(flex: Callable[..., Tensor], q: Tensor, k: Tensor) -> Tensor:
-    """Largest minus smallest score of each row in one pass on q and -q stacked, float32 [B, H,
-    M].
-    """
+    """Largest minus smallest score of each row, one pass on q and -q stacked: float32 [B, H, M]."""
     extremes = _row_max(flex, torch.cat((q, -q), 2), k)  # [B, H, 2*M]
     return extremes[..., : q.shape[2]] + extremes[..., q.shape[2] :]
 
@@ -146,27 +134,19 @@ CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "flex-naive": flex_naive,
     "flex-smart": flex_smart,
 }
-RANGE_ALONE = (
-    "flex-naive",
-    "flash-channels",
-)  # other modulations have one way of FlexAttention, or no channels
-PLAIN = (
-    "sdpa",
-    "sdpa-flash",
-    "sdpa-cudnn",
-    "sdpa-efficient",
-    "flash-attn",
-)  # without modulation: the line to reach
+# Other modulations have one way of FlexAttention, or no channels.
+RANGE_ALONE = ("flex-naive", "flash-channels")
+# Without modulation: the line to reach.
+PLAIN = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn")
 
 
 def matched(inputs: Inputs) -> Tensor:
+    """Whether a query's regions have the key."""
     return (inputs.q_regions[:, None] & inputs.k_regions) != 0  # [M, N]
 
 
 def temperature_and_strength(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """1 - c and c of softmax((1-c)*s + c*(max-min)*R), which is the modulated softmax, in q's
-    dtype, [B, 1, M, 1].
-    """
+    """1 - c and c of the modulated softmax, softmax((1-c)*s + c*(max-min)*R): [B, 1, M, 1]."""
     strength = inputs.strength[..., None].to(inputs.q.dtype)
     return 1 - strength, strength
 
@@ -175,12 +155,11 @@ def compiled_flex(inputs: Inputs) -> tuple[Callable[..., Tensor], Callable[..., 
     """The compiled FlexAttention, and the modulated pass that follows when max - min is known."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # every workload is a shape of its own, and the compiler stops after a few of them
+    # Every workload is a shape of its own, and the compiler stops after a few of them.
     torch.compiler.reset()
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    flex = (
-        flex_attention if machine.current().dry_run else compiled
-    )  # a compilation takes longer than a dry run
+    flex = flex_attention
+    if not machine.current().dry_run:  # which takes less time than a compilation
+        flex = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     temperature = temperature_and_strength(inputs)[0] if inputs.modulation == "range" else 1
     strength, heads = inputs.strength, inputs.q.shape[1]
     q_regions, k_regions = inputs.q_regions, inputs.k_regions
@@ -189,9 +168,8 @@ def compiled_flex(inputs: Inputs) -> tuple[Callable[..., Tensor], Callable[..., 
         return (q_regions[i] & k_regions[j]) != 0
 
     if inputs.modulation == "mask":
-        blocks = create_block_mask(
-            meet, None, None, len(q_regions), len(k_regions), q_regions.device
-        )
+        sizes = None, None, len(q_regions), len(k_regions)
+        blocks = create_block_mask(meet, *sizes, q_regions.device)
         return flex, lambda q, k, v, extent: flex(q, k, v, block_mask=blocks)
 
     def modulated(q: Tensor, k: Tensor, v: Tensor, extent: Tensor) -> Tensor:
@@ -206,8 +184,7 @@ def compiled_flex(inputs: Inputs) -> tuple[Callable[..., Tensor], Callable[..., 
 
 
 def _row_max(flex: Callable[..., Tensor], q: Tensor, k: Tensor) -> Tensor:
-    """Largest score of each row, float32 [B, H, M]: the softmax is so hard that only the best key
-    counts.
+    """Largest score of each row, float32 [B, H, M], by a softmax so hard that the best key counts.
 
     On a GPU its lse is the maximum, v being narrow and nothing. Compiled for a CPU, FlexAttention
     hands out neither lse nor maximum: v is k, the output the best key itself, and its product with
@@ -221,23 +198,16 @@ def _row_max(flex: Callable[..., Tensor], q: Tensor, k: Tensor) -> Tensor:
         from torch.nn.attention.flex_attention import AuxRequest
 
         nothing = k.new_zeros(*k.shape[:3], _NARROW)
-        return (
-            flex(q, k, nothing, scale=_HARD * scale, return_aux=AuxRequest(lse=True))[1].lse / _HARD
-        )
+        lse = AuxRequest(lse=True)
+        return flex(q, k, nothing, scale=_HARD * scale, return_aux=lse)[1].lse / _HARD
     else:
-        best = k.gather(
-            2,
-            _best_place(flex, q.detach(), k.detach(), _HARD * scale).expand(
-                *q.shape[:3], k.shape[3]
-            ),
-        )
+        place = _best_place(flex, q.detach(), k.detach(), _HARD * scale)
+        best = k.gather(2, place.expand(*q.shape[:3], k.shape[3]))
     return (q.float() * best.float()).sum(-1) * scale
 
 
 def _best_place(flex: Callable[..., Tensor], q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The place of each row's best key, int64 [B, H, M, 1]: two digits that every dtype holds, read
-    by the softmax.
-    """
+    """The place of each row's best key, int64 [B, H, M, 1], in digits that every dtype holds."""
     digits = k.new_zeros(*k.shape[:3], _NARROW)
     places = torch.arange(k.shape[2], device=k.device)
     digits[..., 0], digits[..., 1] = places // _DIGIT, places % _DIGIT

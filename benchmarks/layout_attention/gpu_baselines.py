@@ -1,6 +1,4 @@
-"""What a GPU adds to `baselines.py`: the library's ways of calling it, SDPA's backends, attention
-that takes a bias.
-"""
+"""A GPU's contenders: the library's ways to be called, SDPA's backends, attention with a bias."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ from .baselines import (
 )
 from .workloads import Inputs
 
-_ALIGN = (
-    8  # elements: where rows of a bias start, what a head dim of flash attention is a multiple of
-)
+_ALIGN = 8  # elements: the start of a bias's rows and flash attention's head dim are multiples
 _BITS = 32
 
 
@@ -41,27 +37,25 @@ def raster(inputs: Inputs) -> Call:
 
 
 def by_region(inputs: Inputs) -> Call:
-    """The same, visiting the tokens region by region in the order that `Layout.order` gives."""
+    """This library, visiting the tokens region by region, in `Layout.order`."""
     return _ours(inputs, _order(inputs.q_regions), _order(inputs.k_regions), listed=True)
 
 
 def no_lists(inputs: Inputs) -> Call:
-    """The same with tokens as they come, the lists made in the call."""
+    """This library, tokens as they come, tile lists made in the call."""
     return _ours(inputs, None, None, listed=False)
 
 
 def gathered(inputs: Inputs) -> Call:
-    """The library on copies of the tokens in order of region, made and undone in the call: what an
-    order must beat.
+    """This library on copies of the tokens by region, made and undone in the call: what an order
+    must beat.
     """
     by_query, by_key = _order(inputs.q_regions).long(), _order(inputs.k_regions).long()
     back = by_query.argsort()
     strength = inputs.strength[..., by_query]
     words = inputs.q_regions[by_query], inputs.k_regions[by_key]
-    how = {
-        "modulation": inputs.modulation,
-        "tile_lists": dense_attn.tile_lists(inputs.q, inputs.k, *words),
-    }
+    lists = dense_attn.tile_lists(inputs.q, inputs.k, *words)
+    how = {"modulation": inputs.modulation, "tile_lists": lists}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q[:, :, by_query], k[:, :, by_key], v[:, :, by_key]
@@ -92,9 +86,7 @@ def pinned(backend: SDPBackend) -> Callable[[Inputs], Call]:
 
 
 def efficient_bias(inputs: Inputs) -> Call:
-    """The memory-efficient kernel with a bias in memory, after a pass over the scores for their row
-    extremes.
-    """
+    """The memory-efficient kernel with a bias in memory, after a pass for the rows' extremes."""
     biased = bias_after_statistics(inputs, _ALIGN)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,7 +101,7 @@ def efficient_bias(inputs: Inputs) -> Call:
 
 
 def xformers(inputs: Inputs) -> Call:
-    """xformers with the same bias."""
+    """xformers with a bias in memory, after a pass for the rows' extremes."""
     from xformers.ops import memory_efficient_attention
 
     biased = bias_after_statistics(inputs, _ALIGN)
@@ -123,9 +115,7 @@ def xformers(inputs: Inputs) -> Call:
 
 
 def flash_channels(inputs: Inputs) -> Call:
-    """Plain flash attention with the bias as one more channel of q and k a region, after a
-    statistics pass.
-    """
+    """Plain flash attention, the bias as a channel of q and k a region, after a statistics pass."""
     q_channels, k_channels = _one_hot(inputs.q_regions, inputs.k_regions, inputs.q.dtype)
     head_dim, regions = inputs.q.shape[3], q_channels.shape[1]
     room = -(head_dim + regions) % _ALIGN
@@ -134,12 +124,10 @@ def flash_channels(inputs: Inputs) -> Call:
     keys = k_channels.expand(*inputs.k.shape[:2], -1, -1)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        gap = (
-            strength * (extent(flex, q, k) * head_dim**0.5)[..., None]
-        )  # what a matched score gains, unscaled
-        q = functional.pad(
-            torch.cat((q * temperature, gap.to(q.dtype) * q_channels), -1), (0, room)
-        )
+        # What a matched score gains, unscaled.
+        gap = strength * (extent(flex, q, k) * head_dim**0.5)[..., None]
+        q = torch.cat((q * temperature, gap.to(q.dtype) * q_channels), -1)
+        q = functional.pad(q, (0, room))
         k = functional.pad(torch.cat((k, keys), -1), (0, room))
         v = functional.pad(v, (0, regions + room))
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -149,9 +137,7 @@ def flash_channels(inputs: Inputs) -> Call:
 
 
 def _one_hot(q_words: Tensor, k_words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Channels [M, R] and [N, R] whose product is 1 where words meet; a token of two regions would
-    count twice.
-    """
+    """Channels [M, R] and [N, R] whose product is 1 where words meet, of words of one region."""
     bits = torch.arange(_BITS, dtype=torch.int32, device=q_words.device)
     q_hot, k_hot = ((words[:, None] >> bits) & 1 for words in (q_words, k_words))
     if (q_hot.sum(1) > 1).any():
@@ -185,10 +171,15 @@ GPU_CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "flex-naive": flex_naive,
     "flex-smart": flex_smart,
 }
-# Those with a backward pass that is asked for: the library, the lines to reach, the best of the
-# others.
-TRAINED = (
-    "dense_attn", "dense_attn-sorted", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn", "eager",
+TRAINED = (  # whose backward pass is asked for: the lines to reach, the best of the others
+    "dense_attn",
+    "dense_attn-sorted",
+    "sdpa",
+    "sdpa-flash",
+    "sdpa-cudnn",
+    "sdpa-efficient",
+    "flash-attn",
+    "eager",
     "flex-smart",
-)  # fmt: skip
+)
 MATERIALISED = ("eager", "sdpa-bias", "efficient-bias", "xformers")  # matrices of scores in memory

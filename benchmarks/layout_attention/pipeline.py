@@ -1,4 +1,4 @@
-"""What a layout costs a pipeline:
+"""The cost of a layout in a pipeline:
 `python -m dense_attn.benchmarks.layout_attention.pipeline --json FILE`.
 
 One call of a U-Net of Stable Diffusion 1.5's shape and random weights on two 64 x 64 latents, as
@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -52,24 +52,25 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json is not None:
         _files.check(arguments.json)
     rows = measure(*_network(arguments.dry_run), arguments.rounds)
-    plain, official = rows["plain"], rows["official"]
-    print(
-        f"{'':10} {'seconds':>8} {'of plain':>9} {'in attention':>13} {'official/this':>14} {'extra MB':>9}"
-    )
-    for name, row in rows.items():
-        attention, extra = row["attention_seconds"], row["extra_bytes"]
-        ratios = (
-            f"{row['seconds'] / plain['seconds']:.2f}x",
-            f"{official['attention_seconds'] / attention:.2f}x",
-        )
-        megabytes = "-" if extra is None else f"{extra / 1e6:.0f}"
-        print(
-            f"{name:10} {row['seconds']:8.3f} {ratios[0]:>9} {attention:13.3f} {ratios[1]:>14} {megabytes:>9}"
-        )
+    _print_table(rows)
     if arguments.json is not None:
         header = describe_run(quick=False) | {"dry_run": arguments.dry_run, "regions": "two boxes"}
         _files.write(arguments.json, json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def _print_table(rows: dict[str, dict[str, Any]]) -> None:
+    plain, official = rows["plain"]["seconds"], rows["official"]["attention_seconds"]
+    names = ("seconds", "of plain", "in attention", "official/this", "extra MB")
+    print(f"{'':10} {names[0]:>8} {names[1]:>9} {names[2]:>13} {names[3]:>14} {names[4]:>9}")
+    for name, row in rows.items():
+        seconds, attention, extra = row["seconds"], row["attention_seconds"], row["extra_bytes"]
+        ratios = f"{seconds / plain:.2f}x", f"{official / attention:.2f}x"
+        megabytes = "-" if extra is None else f"{extra / 1e6:.0f}"
+        print(
+            f"{name:10} {seconds:8.3f} {ratios[0]:>9} {attention:13.3f} {ratios[1]:>14} "
+            f"{megabytes:>9}"
+        )
 
 
 def _network(dry: bool) -> tuple[Any, Tensor, Tensor]:
@@ -99,12 +100,8 @@ def measure(pipe: Any, latents: Tensor, text: Tensor, rounds: int) -> dict[str, 
         for name, way in ways.items():
             with way(pipe, latents), _timed_attention(pipe.unet) as attention:
                 pipe.scheduler.set_timesteps(50)  # a run begins
-
-                def call():
-                    return pipe.unet(
-                        latents, pipe.scheduler.timesteps[0], encoder_hidden_states=text
-                    )
-
+                step = pipe.scheduler.timesteps[0]
+                call = partial(pipe.unet, latents, step, encoder_hidden_states=text)
                 if turn == 0:
                     found[name]["extra_bytes"], _ = _memory.peak_extra_bytes(call)
                     continue
@@ -113,9 +110,8 @@ def measure(pipe: Any, latents: Tensor, text: Tensor, rounds: int) -> dict[str, 
                 found[name]["all"].append(time.perf_counter() - start)
                 found[name]["attention"].append(sum(attention))
     for row in found.values():
-        row["seconds"], row["attention_seconds"] = (
-            statistics.median(row.pop(key)) for key in ("all", "attention")
-        )
+        row["seconds"] = statistics.median(row.pop("all"))
+        row["attention_seconds"] = statistics.median(row.pop("attention"))
     return found
 
 
@@ -127,9 +123,8 @@ def _plain(pipe: Any, latents: Tensor) -> Iterator[None]:
 @contextmanager
 def _with_layout(pipe: Any, latents: Tensor, backend: str) -> Iterator[None]:
     masks = Layout.from_boxes(BOXES, tuple(latents.shape[2:])).masks
-    with apply_layout(
-        pipe, PROMPT, list(zip(PHRASES, masks)), encode_phrases=False, backend=backend
-    ):
+    regions = list(zip(PHRASES, masks))
+    with apply_layout(pipe, PROMPT, regions, encode_phrases=False, backend=backend):
         yield
 
 
@@ -161,9 +156,8 @@ class _Official:
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(keys), attn.to_v(keys)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = official_attention(
-            q, k, v, *self._masks(q.shape[2], keys.shape[1], encoder_hidden_states is not None)
-        )
+        masks = self._masks(q.shape[2], keys.shape[1], encoder_hidden_states is not None)
+        out = official_attention(q, k, v, *masks)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
     def _masks(self, num_queries: int, num_keys: int, cross: bool) -> tuple[Tensor, Tensor]:
@@ -182,7 +176,9 @@ def _timed_attention(unet: torch.nn.Module) -> Iterator[list[float]]:
     """Seconds in each attention layer."""
     seconds: list[float] = []
     layers = [module for module in unet.modules() if hasattr(module, "get_processor")]
-    begin: Callable = lambda *_: seconds.append(-time.perf_counter())  # noqa: E731
+
+    def begin(*_: object) -> None:
+        seconds.append(-time.perf_counter())
 
     def end(*_: object) -> None:
         seconds[-1] += time.perf_counter()

@@ -1,6 +1,4 @@
-"""Shapes of the user's own: `--shape B,H,M,N,D[,dtype]`, with `--modulation` and `--regions`, as
-workloads.
-"""
+"""Shapes of the user's own as workloads: `--shape`, with `--modulation` and `--regions`."""
 
 from __future__ import annotations
 
@@ -35,22 +33,18 @@ def parse(
         ValueError: an option breaks its rule, which the message says.
     """
     if not shapes and (modulation or regions):
-        raise ValueError(
-            f"{'--modulation' if modulation else '--regions'} must stand beside --shape, got no --shape"
-        )
+        option = "--modulation" if modulation else "--regions"
+        raise ValueError(f"{option} must stand beside --shape, got no --shape")
     if modulation not in (None, *MODULATIONS):
-        raise ValueError(
-            f"--modulation must be one of {', '.join(MODULATIONS)}, got {modulation!r}"
-        )
+        known = ", ".join(MODULATIONS)
+        raise ValueError(f"--modulation must be one of {known}, got {modulation!r}")
     if regions is not None and not (regions.isdecimal() and 1 <= int(regions) <= MAX_REGIONS):
-        raise ValueError(
-            f"--regions must be a whole number from 1 to {MAX_REGIONS}, got {regions!r}"
-        )
+        rule = f"be a whole number from 1 to {MAX_REGIONS}"
+        raise ValueError(f"--regions must {rule}, got {regions!r}")
     own: dict[str, Workload] = {}
+    how = {"modulation": modulation or "range", "stripes": int(regions or 0)}
     for text in shapes:
-        workload = replace(
-            _workload(text), modulation=modulation or "range", stripes=int(regions or 0)
-        )
+        workload = replace(_workload(text), **how)
         _check_regions(workload, text)
         known = own.get(workload.name, workload).dtypes
         own[workload.name] = replace(workload, dtypes=tuple(dict.fromkeys(known + workload.dtypes)))
@@ -60,22 +54,25 @@ def parse(
 def _workload(text: str) -> Workload:
     *sizes, last = words = [word.strip() for word in text.split(",")]
     sizes, dtypes = (words, _usual_dtypes()) if len(words) == 5 else (sizes, (last,))
-    if len(sizes) != 5 or not all(
-        size.isdecimal() and 1 <= int(size) <= _LONGEST for size in sizes
-    ):
-        raise ValueError(
-            f"--shape must be B,H,M,N,D[,dtype] of whole numbers from 1 to {_LONGEST}, got {text!r}"
-        )
+    whole = all(size.isdecimal() and 1 <= int(size) <= _LONGEST for size in sizes)
+    if len(sizes) != 5 or not whole:
+        rule = f"be B,H,M,N,D[,dtype] of whole numbers from 1 to {_LONGEST}"
+        raise ValueError(f"--shape must {rule}, got {text!r}")
     if len(words) == 6 and last not in DTYPES:
         raise ValueError(f"--shape must name a dtype of {', '.join(DTYPES)}, got {text!r}")
     batch, num_heads, seqlen_q, seqlen_k, head_dim = map(int, sizes)
-    kind, name = (
-        "self" if seqlen_q == seqlen_k else "cross",
-        ",".join(str(int(size)) for size in sizes),
-    )
+    kind = "self" if seqlen_q == seqlen_k else "cross"
     prompt = {"text_tokens": seqlen_k} if kind == "cross" else {}
     return Workload(
-        name, kind, num_heads, _grid(seqlen_q), head_dim, batch, flex=True, dtypes=dtypes, **prompt
+        ",".join(str(int(size)) for size in sizes),
+        kind,
+        num_heads,
+        _grid(seqlen_q),
+        head_dim,
+        batch,
+        flex=True,
+        dtypes=dtypes,
+        **prompt,
     )
 
 
@@ -90,7 +87,7 @@ def _grid(tokens: int) -> tuple[int, int]:
 
 
 def _check_regions(workload: Workload, text: str) -> None:
-    """Each region has queries, and keys."""
+    """Refuse a layout with a region that has no queries, or no keys."""
     height, width = workload.grid
     if workload.stripes > width:
         grid = f"{width}, the columns of the {height} x {width} grid of --shape {text}"

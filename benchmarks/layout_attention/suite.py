@@ -28,15 +28,13 @@ _ASKED = {
 }
 _WIDE = ("sd15-self-64", "sd15-cross-64", "flux-joint-1024")  # in float32 too
 NEED_FLEX = ("flex-naive", "flex-smart", "flash-channels")  # a compilation for every shape
-_SCORES_ALIVE = {
-    False: 4,
-    True: 12,
-}  # N x N matrices alive at once in eager PyTorch, forward and with backward
+# N x N matrices alive at once in eager PyTorch, forward and with backward.
+_SCORES_ALIVE = {False: 4, True: 12}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is computed: everything that is compared shares it."""
+    """The computation that everything that is compared shares."""
 
     workload: Workload
     dtype: torch.dtype
@@ -53,8 +51,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row: a contender in a setting."""
+class Entry:
+    """One row to be measured: a contender in a setting."""
 
     setting: Setting
     contender: str
@@ -65,17 +63,17 @@ class Case:
 
     @property
     def ours(self) -> bool:
-        """One of the library's own ways."""
+        """Whether the contender is one of the library's own ways."""
         return self.contender.startswith(OURS)
 
     @property
     def modulated(self) -> bool:
-        """Not one of those that plain attention has to do for."""
+        """Whether the contender modulates, and is not plain attention."""
         return self.contender not in PLAIN
 
     @property
     def quick(self) -> bool:
-        """In the suite of a minute."""
+        """Whether it is in the suite of a minute."""
         name = self.setting.workload.name
         if self.setting.workload.own:
             return self._own_quick
@@ -85,8 +83,8 @@ class Case:
 
     @property
     def gpu_quick(self) -> bool:
-        """In a GPU's suite of three minutes: what the bars ask for, and how each of the library's
-        ways does.
+        """Whether it is in a GPU's suite of three minutes: what the bars ask for, and the library's
+        ways.
         """
         setting = self.setting
         if setting.workload.own:
@@ -100,23 +98,17 @@ class Case:
         return not self.setting.backward and self.contender not in NEED_FLEX
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of the machine's without names."""
     for workload in workloads():
         if (names and workload.name not in names) or (not names and not _runs_here(workload)):
             continue
-        for case in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
-            left_out = (
-                NEED_FLEX
-                if not workload.flex
-                else RANGE_ALONE
-                if workload.modulation != "range"
-                else ()
-            )
-            if case.contender not in left_out and (
-                not quick or (case.gpu_quick if machine.on_gpu() else case.quick)
-            ):
-                yield case
+        left_out = RANGE_ALONE if workload.modulation != "range" else ()
+        left_out = left_out if workload.flex else NEED_FLEX
+        for entry in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
+            is_quick = entry.gpu_quick if machine.on_gpu() else entry.quick
+            if entry.contender not in left_out and (is_quick or not quick):
+                yield entry
 
 
 def _dtypes(workload: Workload, usual: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
@@ -124,15 +116,15 @@ def _dtypes(workload: Workload, usual: tuple[torch.dtype, ...]) -> tuple[torch.d
     return tuple(getattr(torch, name) for name in workload.dtypes) or usual
 
 
-def _cpu_rows(workload: Workload) -> Iterator[Case]:
+def _cpu_rows(workload: Workload) -> Iterator[Entry]:
     for backward in (False, True):
         for dtype in _dtypes(workload, (torch.float32, torch.bfloat16)):
             yield from (
-                Case(Setting(workload, dtype, backward), contender) for contender in CONTENDERS
+                Entry(Setting(workload, dtype, backward), contender) for contender in CONTENDERS
             )
 
 
-def _gpu_rows(workload: Workload) -> Iterator[Case]:
+def _gpu_rows(workload: Workload) -> Iterator[Entry]:
     """Everything in bfloat16, the fastest of all ways in float16, a few in float32; few have a
     backward pass.
 
@@ -141,68 +133,61 @@ def _gpu_rows(workload: Workload) -> Iterator[Case]:
     for backward, alone in ((False, False), (True, False), (True, True)):
         for dtype in _dtypes(workload, (torch.bfloat16, torch.float16, torch.float32)):
             for contender in GPU_CONTENDERS:
-                asked = contender in _ASKED[dtype] and (
-                    dtype != torch.float32 or workload.name in _WIDE
-                )
-                if (asked or workload.own) and (contender in TRAINED or not backward):
-                    yield Case(Setting(workload, dtype, backward, alone), contender)
+                wide = dtype != torch.float32 or workload.name in _WIDE
+                asked = workload.own or (wide and contender in _ASKED[dtype])
+                if asked and (contender in TRAINED or not backward):
+                    yield Entry(Setting(workload, dtype, backward, alone), contender)
 
 
 def _runs_here(workload: Workload) -> bool:
     return workload.device == "cpu" or machine.on_gpu()
 
 
-def why_not(case: Case) -> str | None:
+def why_not(entry: Entry) -> str | None:
     """The reason why a row is not measured, or None."""
-    setting, workload = case.setting, case.setting.workload
+    setting, workload = entry.setting, entry.setting.workload
     if not _runs_here(workload):
         return "needs a GPU, and this suite times CPUs alone"
-    if case.contender.startswith("flex") and setting.backward and not machine.on_gpu():
+    if entry.contender.startswith("flex") and setting.backward and not machine.on_gpu():
         return "FlexAttention has no backward on a CPU"
     if machine.on_gpu() or workload.own:
-        return _too_much_memory(case, _SHARE * machine.current().memory_bytes())
-    gflop = workload.gflop(setting.backward)
-    if gflop > MAX_GFLOP[setting.backward]:
-        return (
-            f"one call is {gflop:,.0f} GFLOP, more than the suite's {MAX_GFLOP[setting.backward]:,}"
-        )
-    return _too_much_memory(case, MAX_SCORES)
+        return _too_much_memory(entry, _SHARE * machine.current().memory_bytes())
+    gflop, most = workload.gflop(setting.backward), MAX_GFLOP[setting.backward]
+    if gflop > most:
+        return f"one call is {gflop:,.0f} GFLOP, more than the suite's {most:,}"
+    return _too_much_memory(entry, MAX_SCORES)
 
 
-def _too_much_memory(case: Case, most: float) -> str | None:
-    """The reason why a row does not fit, or None: its inputs and results, its matrices of
-    scores.
-    """
-    setting, workload = case.setting, case.setting.workload
+def _too_much_memory(entry: Entry, most: float) -> str | None:
+    """The reason why a row's inputs and results, or its matrices of scores, do not fit, or None."""
+    setting, workload = entry.setting, entry.setting.workload
     tokens = 4 * workload.batch * workload.num_heads * (workload.seqlen_q + workload.seqlen_k)
     tensors = tokens * workload.head_dim * torch.float32.itemsize  # in which random numbers come
+    room = f"more than the suite's {most / GIB:,.1f} GiB"
     if tensors > most:
-        return f"about {tensors / GIB:,.1f} GiB of inputs and results, more than the suite's {most / GIB:,.1f} GiB"
-    if case.contender not in MATERIALISED and backend(case) != "reference":
+        return f"about {tensors / GIB:,.1f} GiB of inputs and results, {room}"
+    if entry.contender not in MATERIALISED and backend(entry) != "reference":
         return None
     scores = workload.pairs * setting.dtype.itemsize * _SCORES_ALIVE[setting.backward]
-    if scores <= most:
-        return None
-    return f"about {scores / GIB:,.1f} GiB of scores, more than the suite's {most / GIB:,.1f} GiB"
+    return f"about {scores / GIB:,.1f} GiB of scores, {room}" if scores > most else None
 
 
-def backend(case: Case) -> str | None:
+def backend(entry: Entry) -> str | None:
     """Which of the library's backends runs a row, None for a baseline."""
-    if not case.ours:
+    if not entry.ours:
         return None
-    return table.resolve("auto", "layout_attention", _probe(case))
+    return table.resolve("auto", "layout_attention", _probe(entry))
 
 
-def why_reference(case: Case) -> str | None:
+def why_reference(entry: Entry) -> str | None:
     """The reason why the library's kernels do not run a row that the reference runs, or None."""
-    if backend(case) != "reference":
+    if backend(entry) != "reference":
         return None
     kernels = "triton" if machine.on_gpu() else "cpu"
-    return "; ".join(
-        f"{kernels} {reason}" for reason in table.why_not(kernels, "layout_attention", _probe(case))
-    )
+    reasons = table.why_not(kernels, "layout_attention", _probe(entry))
+    return "; ".join(f"{kernels} {reason}" for reason in reasons)
 
 
-def _probe(case: Case) -> torch.Tensor:
-    head_dim, device = case.setting.workload.head_dim, machine.current().device
-    return torch.empty(0, 1, 1, head_dim, dtype=case.setting.dtype, device=device)
+def _probe(entry: Entry) -> torch.Tensor:
+    head_dim, device = entry.setting.workload.head_dim, machine.current().device
+    return torch.empty(0, 1, 1, head_dim, dtype=entry.setting.dtype, device=device)

@@ -8,10 +8,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from ..harness.measure import report
 from .attention import measure
-from .suite import Case
+from .suite import Entry
 
 
 def test_attention(
-    case: Case, benchmark: BenchmarkFixture, record_property: Callable[[str, object], None]
+    entry: Entry, benchmark: BenchmarkFixture, record_property: Callable[[str, object], None]
 ) -> None:
-    report(case, measure(case, benchmark), record_property, benchmark)
+    report(entry, measure(entry, benchmark), record_property, benchmark)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,7 @@ _PROMPT_TOKENS = 77
 
 @dataclass(frozen=True)
 class Workload:
-    """Attention of one layer: image tokens with themselves ("self"), with a prompt ("cross") or
-    both ("joint").
-    """
+    """A layer's attention: an image with itself ("self"), a prompt ("cross") or both ("joint")."""
 
     name: str
     kind: str
@@ -36,16 +35,14 @@ class Workload:
     batch: int = 2
     text_tokens: int = _PROMPT_TOKENS
     device: str = "cpu"  # the least that it takes
-    flex: bool = (
-        False  # FlexAttention compiles anew for every shape, so it runs where a bar asks for it
-    )
+    flex: bool = False  # FlexAttention compiles anew for every shape: where a bar asks for it
     modulation: str = "range"
     stripes: int = 0  # regions side by side; 0: those of the label map
     dtypes: tuple[str, ...] = ()  # of a shape of the user's own; none: the suite's
 
     @property
     def own(self) -> bool:
-        """A shape that the user asks for."""
+        """Whether the user asked for the shape."""
         return bool(self.dtypes)
 
     @property
@@ -62,21 +59,18 @@ class Workload:
         return self.batch * self.num_heads * self.seqlen_q * self.seqlen_k
 
     def gflop(self, backward: bool, alone: bool = False) -> float:
-        """Work of plain attention: two products forward, and five more backward (alone: those
-        five).
-        """
+        """Work of plain attention: two products forward, five more backward (alone: those five)."""
         return (4 * (not alone) + 10 * backward) * self.pairs * self.head_dim / 1e9
 
 
 def _stable_diffusion() -> list[Workload]:
     rows = [(64, 8, 40), (32, 8, 80), (16, 8, 160), (8, 8, 160)]
     sd15 = [
-        Workload(
-            f"sd15-{kind}-{side}", kind, heads, (side, side), dim, flex=(kind, side) == ("self", 64)
-        )
+        Workload(f"sd15-{kind}-{side}", kind, heads, (side, side), dim)
         for kind in ("self", "cross")
         for side, heads, dim in rows
     ]
+    sd15[0] = replace(sd15[0], flex=True)
     sdxl = [
         Workload(f"sdxl-{kind}-{side}", kind, heads, (side, side), 64)
         for kind in ("self", "cross")
@@ -86,8 +80,8 @@ def _stable_diffusion() -> list[Workload]:
 
 
 def _long() -> list[Workload]:
-    """One image of 1k to 64k tokens; above 4k fewer heads, so that a call takes seconds: compare
-    time per head.
+    """Images of 1k to 64k tokens; above 4k fewer heads, so that a call takes seconds: compare the
+    time of a head.
     """
 
     def workload(log_tokens: int) -> Workload:
@@ -110,14 +104,14 @@ _GPU_FLEX = ("sd15-self-64", "sdxl-self-64", "flux-joint-1024", "long-self-16k")
 
 
 def workloads() -> list[Workload]:
-    """Those of this machine, as it runs them: a GPU has all, with every head."""
+    """The workloads of this machine, as it runs them: a GPU has all, with every head."""
     if not machine.on_gpu():
         return list(WORKLOADS.values())
-    every = (
-        replace(x, num_heads=8) if x.name.startswith("long") else x for x in WORKLOADS.values()
-    )
+    flex = {name: x.own or name in _GPU_FLEX for name, x in WORKLOADS.items()}
+    heads = {name: 8 for name in WORKLOADS if name.startswith("long")}
     return [
-        replace(workload, flex=workload.own or workload.name in _GPU_FLEX) for workload in every
+        replace(x, flex=flex[name], num_heads=heads.get(name, x.num_heads))
+        for name, x in WORKLOADS.items()
     ]
 
 
@@ -136,9 +130,7 @@ class Inputs:
 
 
 def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Random q, k, v and gradient; words and strengths of the layout by the rules of
-    DenseDiffusion.
-    """
+    """Random q, k, v and gradient; the layout's words and strengths by DenseDiffusion's rules."""
     device = machine.current().device
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -152,62 +144,50 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
     both = torch.cat((text, image))
     q_regions = both if workload.kind == "joint" else image
     k_regions = {"self": image, "cross": text, "joint": both}[workload.kind]
-    rows = layout.strength(
-        *workload.grid, weight=1.0 if workload.kind == "cross" else 0.3, time=_TIME
-    )
+    weight = 1.0 if workload.kind == "cross" else 0.3
+    rows = layout.strength(*workload.grid, weight=weight, time=_TIME)
     strength = rows.new_zeros(workload.batch, 1, workload.seqlen_q)
-    strength[workload.batch // 2 :, :, -len(rows) :] = (
-        rows  # text rows of a joint sequence are left alone
-    )
-    return Inputs(
-        randn(workload.seqlen_q), randn(workload.seqlen_k), randn(workload.seqlen_k), randn(workload.seqlen_q),
-        q_regions.to(device), k_regions.to(device), strength.to(device), workload.modulation,
-    )  # fmt: skip
+    # Text rows of a joint sequence, which come first, are left alone.
+    strength[workload.batch // 2 :, :, -len(rows) :] = rows
+    lengths = workload.seqlen_q, workload.seqlen_k, workload.seqlen_k, workload.seqlen_q
+    moved = (x.to(device) for x in (q_regions, k_regions, strength))
+    return Inputs(*map(randn, lengths), *moved, workload.modulation)
 
 
 @cache
 def label_layout() -> tuple[str, Layout]:
-    """Where the label map comes from, and its layout: a real one if there is any, with the
-    background as a region.
-    """
+    """The origin of the label map, and its layout with the background as a region."""
     source, labels = _label_map()
     return source, _with_phrases(labels, _PROMPT_TOKENS)
 
 
 def own_layout(workload: Workload) -> Layout:
-    """The layout of a shape of the user's own: stripes, or what its grid of tokens shows of the
-    label map.
-    """
+    """The layout of a user's own shape: stripes, or the label map on its grid of tokens."""
     height, width = workload.grid
     if workload.stripes:
-        return _with_phrases(
-            np.arange(width)[None].repeat(height, 0) * workload.stripes // width,
-            workload.text_tokens,
-        )
+        stripes = np.arange(width)[None].repeat(height, 0) * workload.stripes // width
+        return _with_phrases(stripes, workload.text_tokens)
     labels = _label_map()[1]
     rows, columns = (np.arange(n) * size // n for n, size in zip(workload.grid, labels.shape))
     return _with_phrases(labels[rows][:, columns], workload.text_tokens)
 
 
 def _with_phrases(labels: np.ndarray, num_tokens: int) -> Layout:
-    """The regions of a label map with phrases of three tokens, behind the BOS token, or an equal
-    part of few tokens.
+    """The regions of a label map with phrases: three tokens behind the BOS token, or equal parts of
+    few tokens.
     """
     num_regions = len(np.unique(labels))
     spans = [(3 * r + 1, 3 * r + 4) for r in range(num_regions)]
     if spans[-1][1] > num_tokens:
-        spans = [
-            (r * num_tokens // num_regions, (r + 1) * num_tokens // num_regions)
-            for r in range(num_regions)
-        ]
+        ends = [r * num_tokens // num_regions for r in range(num_regions + 1)]
+        spans = list(pairwise(ends))
     return Layout.from_label_map(labels, spans, background=True)
 
 
 def _label_map() -> tuple[str, np.ndarray]:
     if _REAL_LAYOUTS.exists():
-        return "the first layout of the DenseDiffusion benchmark", np.load(_REAL_LAYOUTS)[
-            "label_maps"
-        ][0]
+        label_maps = np.load(_REAL_LAYOUTS)["label_maps"]
+        return "the first layout of the DenseDiffusion benchmark", label_maps[0]
     try:
         from PIL import Image
 
@@ -216,6 +196,5 @@ def _label_map() -> tuple[str, np.ndarray]:
     except (ImportError, OSError):
         y, x = np.mgrid[:64, :64]
         disc = (y - 40) ** 2 + (x - 20) ** 2 < 200
-        return "synthetic (a disc and a box)", np.where(
-            disc, 1, np.where((y > 20) & (x > 40), 2, 0)
-        )
+        box = (y > 20) & (x > 40)
+        return "synthetic (a disc and a box)", np.where(disc, 1, np.where(box, 2, 0))

@@ -1,4 +1,4 @@
-"""A chain of 50 EDICT steps on a small U-Net: its time, and the share that is not the network's."""
+"""A chain of 50 EDICT steps on a small U-Net: its time, and the network's share of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import dense_attn
 
 from ..harness import machine
 from ..harness.machine import Mark
-from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, timed, tried, wanted, worst
+from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, timed, tried, wanted, worst
 from ..harness.measure import measure as measure_row
 from .chains import EpsFn, alphas_cumprod, ddim, edict, final_alpha_cumprod, timesteps
 from .unet import SmallUNet
@@ -26,12 +26,12 @@ Chain = Callable[[EpsFn, Tensor], tuple[Tensor, Tensor]]
 
 
 class Clock:
-    """An eps_fn that knows the time its network takes."""
+    """An eps_fn that knows how long its network takes."""
 
     def __init__(self, network: EpsFn) -> None:
         self._network = network
         self._spans: list[tuple[Mark, Mark]] = []
-        self.shares: list[float] = []  # of the time of whole chains that was not the network's
+        self.shares: list[float] = []  # of a chain's time, what was not the network's
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
         here = machine.current()
@@ -64,33 +64,28 @@ def sampler(steps: int, mix: float = _MIX, **options: object) -> dense_attn.Reve
 CONTENDERS: dict[str, Chain] = {
     OURS: lambda eps_fn, x: sampler(_STEPS).sample(eps_fn, x),
     "dense_attn-float": lambda eps_fn, x: sampler(_STEPS, exact=False).sample(eps_fn, x),
-    "edict-float64": lambda eps_fn, x: edict(
-        eps_fn, x, _STEPS, _MIX
-    ),  # as the authors of EDICT run it
+    # As the authors of EDICT run it.
+    "edict-float64": lambda eps_fn, x: edict(eps_fn, x, _STEPS, _MIX),
     "edict-float32": lambda eps_fn, x: edict(eps_fn, x, _STEPS, _MIX),
     "ddim-float32": lambda eps_fn, x: ddim(eps_fn, x, _STEPS),
 }
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     rows = (
-        Case(Setting(name, "fwd", "float32"), contender)
+        Entry(Setting(name, "fwd", "float32"), contender)
         for name in WORKLOADS
         for contender in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.contender in (OURS, "edict-float32")) if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.contender in (OURS, "edict-float32"))
 
 
 @Latest
 def _prepared(setting: Setting) -> tuple[SmallUNet, Tensor, dict[str, tuple[Trial, Clock]]]:
-    device = machine.current().device
-    x = torch.randn(WORKLOADS[setting.workload], generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
-    return SmallUNet().to(device), x, {}
+    device, generator = machine.current().device, torch.Generator().manual_seed(0)
+    x = torch.randn(WORKLOADS[setting.workload], generator=generator)
+    return SmallUNet().to(device), x.to(device), {}
 
 
 @Latest
@@ -101,47 +96,45 @@ def _expected(key: tuple[Setting, bool]) -> tuple[list[Tensor], list[Tensor]]:
     return list(chain(copy.deepcopy(network).double(), x.double())), list(chain(network, x))
 
 
-def trial(case: Case) -> tuple[Trial, Clock]:
+def trial(entry: Entry) -> tuple[Trial, Clock]:
     """Check where a chain ends, by the rule of accuracy."""
-    network, x, trials = _prepared(case.setting)
-    if case.contender not in trials:
-        wide = case.contender == "edict-float64"
-        clock = Clock(copy.deepcopy(network).double() if wide else network)
-        start = x.double() if wide else x
-        expected = _expected((case.setting, not case.contender.startswith("ddim")))
-        check = lambda got: worst(got, *expected, torch.float32)  # noqa: E731
-        walk = lambda: clock.walk(CONTENDERS[case.contender], start)  # noqa: E731
-        trials[case.contender] = tried(walk, check, in_graph=False), clock
-    return trials[case.contender]
+    network, x, trials = _prepared(entry.setting)
+    if entry.contender not in trials:
+        if entry.contender == "edict-float64":
+            network, x = copy.deepcopy(network).double(), x.double()
+        clock, run = Clock(network), CONTENDERS[entry.contender]
+        expected = _expected((entry.setting, not entry.contender.startswith("ddim")))
+
+        def check(got: list[Tensor]) -> tuple[float, float]:
+            return worst(got, *expected, torch.float32)
+
+        found = tried(lambda: clock.walk(run, x), check, in_graph=False)
+        trials[entry.contender] = found, clock
+    return trials[entry.contender]
 
 
-def idle_seconds(case: Case) -> float:
-    """The same chain with a network that returns the same tensor at once."""
-    _, x, _ = _prepared(case.setting)
-    eps = torch.randn_like(x)
-    chain = CONTENDERS[case.contender]
-    return statistics.median(
-        timed(lambda: chain(lambda x, t: eps, x))[1] for _ in range(_IDLE_ROUNDS)
-    )
+def idle_seconds(entry: Entry) -> float:
+    """Seconds of a chain whose network returns the same tensor at once."""
+    _, x, _ = _prepared(entry.setting)
+    eps, chain = torch.randn_like(x), CONTENDERS[entry.contender]
+    rounds = (timed(lambda: chain(lambda x, t: eps, x)) for _ in range(_IDLE_ROUNDS))
+    return statistics.median(seconds for _, seconds in rounds)
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has eager EDICT in float32 as its partner.
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has eager EDICT in float32 as its partner.
 
-    `share`: of the time, what was not spent in the network. `share_idle`: time of the chain with a
-    network that does nothing, over its time with the real one.
+    `share` is the part of the time that was not spent in the network, `share_idle` the time of the
+    chain with a network that does nothing over its time with the real one.
     """
-    network, x, _ = _prepared(case.setting)
-    row = case.describe("chain", x.shape, "ReversibleSampler")
-    row |= {
-        "steps": _STEPS,
-        "mix": _MIX,
-        "parameters": sum(weight.numel() for weight in network.parameters()),
-    }
-    partner = Case(case.setting, "edict-float32" if case.contender == OURS else OURS)
+    network, x, _ = _prepared(entry.setting)
+    row = entry.describe("chain", x.shape, "ReversibleSampler")
+    parameters = sum(weight.numel() for weight in network.parameters())
+    row |= {"steps": _STEPS, "mix": _MIX, "parameters": parameters}
+    partner = Entry(entry.setting, "edict-float32" if entry.contender == OURS else OURS)
     with torch.no_grad():
-        row = measure_row(row, lambda: trial(case)[0], lambda: trial(partner)[0], benchmark)
+        row = measure_row(row, lambda: trial(entry)[0], lambda: trial(partner)[0], benchmark)
         if "seconds" in row:
-            row["share"] = statistics.median(trial(case)[1].shares[-row["rounds"] :])
-            row["share_idle"] = idle_seconds(case) / row["seconds"]
+            row["share"] = statistics.median(trial(entry)[1].shares[-row["rounds"] :])
+            row["share_idle"] = idle_seconds(entry) / row["seconds"]
     return row

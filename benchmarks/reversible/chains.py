@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,15 +23,13 @@ def alphas_cumprod() -> Tensor:
 
 
 def timesteps(steps: int) -> list[int]:
-    """Evenly spaced, from the noise to the image, one off the image's end where there is room."""
+    """Even timesteps from the noise to the image, one off the image's end where there is room."""
     stride = TRAIN_STEPS // steps
     return [stride * step + (stride > 1) for step in reversed(range(steps))]
 
 
 def final_alpha_cumprod(steps: int) -> float:
-    """Where the last step goes: to timestep 0, or, if it starts there, to the image without
-    noise.
-    """
+    """The end of the last step: timestep 0, or, if it starts there, the image without noise."""
     return alphas_cumprod()[0].item() if timesteps(steps)[-1] > 0 else 1.0
 
 
@@ -47,11 +46,9 @@ class DdimStep:
 def schedule(steps: int) -> list[DdimStep]:
     """The steps from noise to image."""
     alphas, times = alphas_cumprod().tolist(), timesteps(steps)
-    here = [alphas[t] for t in times]
+    here = [*(alphas[t] for t in times), final_alpha_cumprod(steps)]
     walk = []
-    for index, (t, now, after) in enumerate(
-        zip(times, here, [*here[1:], final_alpha_cumprod(steps)])
-    ):
+    for index, (t, (now, after)) in enumerate(zip(times, pairwise(here))):
         a = (after / now) ** 0.5
         walk.append(DdimStep(index, t, a, (1 - after) ** 0.5 - a * (1 - now) ** 0.5))
     return walk
@@ -67,9 +64,7 @@ def ddim(eps_fn: EpsFn, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 def edict(
     eps_fn: EpsFn, x: Tensor, steps: int, mix: float, recompute: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """EDICT from the noise x to a pair of images; `recompute` keeps only each step's pair for the
-    backward pass.
-    """
+    """EDICT from the noise x to a pair of images; `recompute` keeps each step's pair alone."""
     y = x
     for step in schedule(steps):
         if recompute:

@@ -1,6 +1,4 @@
-"""The gradient of a loss on the image with respect to the noise it came from: memory and time by
-number of steps.
-"""
+"""The gradient of a loss on the image to the noise it came from: memory and time by steps."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..harness import machine
-from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted
+from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted
 from ..harness.measure import measure as measure_row
 from .chain import sampler
 from .chains import EpsFn, edict
@@ -25,27 +23,23 @@ _TOLERANCE = 1e-4  # of the largest element of the gradient
 _MAX_BYTES = 12e9  # of activations
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     rows = (
-        Case(Setting(name, "fwd+bwd", "float32"), who) for name in WORKLOADS for who in CONTENDERS
+        Entry(Setting(name, "fwd+bwd", "float32"), who) for name in WORKLOADS for who in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.setting.workload == "gradient-10") if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload == "gradient-10")
 
 
 @Latest
 def _prepared(setting: Setting) -> tuple[SmallUNet, list[Tensor], Tensor, dict[str, Trial]]:
-    """The network, x_T and the weights of the loss, the gradient by autograd in float64, and the
-    trials so far.
-    """
+    """The network, x_T and the loss's weights, the gradient in float64, and the trials so far."""
     generator = torch.Generator().manual_seed(0)
     device = machine.current().device
     network = SmallUNet(_WIDTH).to(device)
     tensors = [torch.randn(_SHAPE, generator=generator).to(device) for _ in range(3)]
-    exact = gradient("checkpoint", WORKLOADS[setting.workload], copy.deepcopy(network).double(),
-                     *(x.double() for x in tensors))  # fmt: skip
+    steps, wide = WORKLOADS[setting.workload], copy.deepcopy(network).double()
+    exact = gradient("checkpoint", steps, wide, *(x.double() for x in tensors))
     return network, tensors, exact, {}
 
 
@@ -62,22 +56,20 @@ def gradient(
     return torch.autograd.grad(loss, x)[0]
 
 
-def trial(case: Case) -> Trial:
+def trial(entry: Entry) -> Trial:
     """Check a gradient against float64."""
-    network, tensors, exact, trials = _prepared(case.setting)
-    if case.contender not in trials:
+    network, tensors, exact, trials = _prepared(entry.setting)
+    steps = WORKLOADS[entry.setting.workload]
 
-        def call():
-            return [gradient(case.contender, WORKLOADS[case.setting.workload], network, *tensors)]
+    def run() -> list[Tensor]:
+        return [gradient(entry.contender, steps, network, *tensors)]
 
-        def check(got):
-            return (
-                (got[0] - exact).abs().max().item(),
-                _TOLERANCE * exact.abs().max().item(),
-            )
+    def check(got: list[Tensor]) -> tuple[float, float]:
+        return (got[0] - exact).abs().max().item(), _TOLERANCE * exact.abs().max().item()
 
-        trials[case.contender] = tried(call, check, in_graph=False)
-    return trials[case.contender]
+    if entry.contender not in trials:
+        trials[entry.contender] = tried(run, check, in_graph=False)
+    return trials[entry.contender]
 
 
 def activations(network: EpsFn, x: Tensor) -> int:
@@ -94,37 +86,32 @@ def activations(network: EpsFn, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def why_not(case: Case) -> str | None:
+def why_not(entry: Entry) -> str | None:
     """The reason why a row is not measured, or None."""
-    if case.contender != "autograd":
+    if entry.contender != "autograd":
         return None
-    network, tensors, *_ = _prepared(case.setting)
-    needed = 2 * WORKLOADS[case.setting.workload] * activations(network, tensors[0])
-    return (
-        f"about {needed / 1e9:.0f} GB of activations, more than {_MAX_BYTES / 1e9:.0f}"
-        if needed > _MAX_BYTES
-        else None
-    )
+    network, tensors, *_ = _prepared(entry.setting)
+    needed = 2 * WORKLOADS[entry.setting.workload] * activations(network, tensors[0])
+    if needed > _MAX_BYTES:
+        return f"about {needed / 1e9:.0f} GB of activations, more than {_MAX_BYTES / 1e9:.0f}"
+    return None
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has per-step checkpointing as its partner."""
-    row = case.describe("gradient", _SHAPE, "ReversibleSampler") | {
-        "steps": WORKLOADS[case.setting.workload]
-    }
-    reason = why_not(case)
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has per-step checkpointing as its partner."""
+    row = entry.describe("gradient", _SHAPE, "ReversibleSampler")
+    row["steps"] = WORKLOADS[entry.setting.workload]
+    reason = why_not(entry)
     if reason is not None:
         return row | {"reason": reason}
-    partner = Case(case.setting, "checkpoint" if case.contender == OURS else OURS)
-    row = measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
-    if "wrong" in row and case.contender == "dense_attn-float" and not float32_can(row["steps"]):
+    partner = Entry(entry.setting, "checkpoint" if entry.contender == OURS else OURS)
+    row = measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)
+    if "wrong" in row and entry.contender == "dense_attn-float" and not float32_can(row["steps"]):
         del row["wrong"]
         row["reason"] = f"inverted in float32 the chain loses its digits: {row['reason']}"
     return row
 
 
 def float32_can(steps: int) -> bool:
-    """Whether rounding errors, which inverting EDICT multiplies by mix^-2 a step, stay below the
-    tolerance.
-    """
+    """Whether rounding errors, times mix^-2 a step on the way back, stay below the tolerance."""
     return _MIX ** (-2 * steps) * torch.finfo(torch.float32).eps <= _TOLERANCE

@@ -1,6 +1,4 @@
-"""The figure of reversible DDIM: step kernels, the error of a round trip, memory and time of the
-gradient.
-"""
+"""The figure of reversible DDIM: step kernels, round trips, memory and time of the gradient."""
 
 from __future__ import annotations
 
@@ -40,10 +38,8 @@ def figure(rows: list[Row]) -> Figure | None:
     """A row of panels for each family that has rows; None without any."""
     from matplotlib.figure import Figure
 
-    families = {
-        name: [row for row in rows if row["family"] == name]
-        for name in ("steps", "round_trip", "gradient")
-    }
+    names = ("steps", "round_trip", "gradient")
+    families = {name: [row for row in rows if row["family"] == name] for name in names}
     families = {name: found for name, found in families.items() if found}
     if not families:
         return None
@@ -56,14 +52,9 @@ def figure(rows: list[Row]) -> Figure | None:
         elif name == "round_trip":
             _errors(grid[line, :].subgridspec(1, len(_SAMPLERS)).subplots(sharey=True), found)
         else:
-            _growth(
-                drawn.add_subplot(grid[line, 0]),
-                found,
-                "peak_extra_bytes",
-                1e-6,
-                "memory beyond inputs (MB)",
-            )
-            _growth(drawn.add_subplot(grid[line, 1]), found, "seconds", 1, "time (s)")
+            memory, times = (drawn.add_subplot(grid[line, column]) for column in (0, 1))
+            _growth(memory, found, "peak_extra_bytes", 1e-6, "memory beyond inputs (MB)")
+            _growth(times, found, "seconds", 1, "time (s)")
     return drawn
 
 
@@ -81,10 +72,8 @@ def _bandwidth(axes: Axes, rows: list[Row]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xticks(range(len(names)), [_broken(name) for name in names], fontsize=6.5)
     axes.set_ylabel("bytes per second / those of a copy")
-    axes.set_title(
-        "Step kernels, which write new memory: share of the speed of a copy of as many bytes",
-        fontsize=11,
-    )
+    title = "Step kernels, which write new memory: share of the speed of a copy of as many bytes"
+    axes.set_title(title, fontsize=11)
     axes.legend(fontsize=8, ncols=3, loc="upper center")
 
 
@@ -95,29 +84,23 @@ def _broken(name: str) -> str:
 
 
 def _errors(panels: Sequence[Axes], rows: list[Row]) -> None:
-    """Log-log lines of the largest error of a round trip; zero, which has no logarithm, on a line
-    at the bottom.
-    """
+    """Log-log lines of a round trip's largest error; zero, without logarithm, is at the bottom."""
     smallest = min((row["error"] for row in rows if row["error"] > 0), default=1e-16)
     zero = 10.0 ** (_exponent(smallest) - 2)
     steps = sorted({row["steps"] for row in rows})
-    top = max(row["error"] for row in rows)
-    ticks = [
-        zero,
-        *(10.0**power for power in range(_exponent(smallest), _exponent(max(top, 1.0)) + 3, 3)),
-    ]
+    top = max(1.0, *(row["error"] for row in rows))
+    powers = range(_exponent(smallest), _exponent(top) + 3, 3)
+    ticks = [zero, *(10.0**power for power in powers)]
     panels[0].set_yscale("log")  # the axis is shared
     panels[0].set_ylim(zero / 5, 3 * ticks[-1])
     panels[0].set_yticks(ticks, ["0, every bit", *(f"1e{_exponent(tick):d}" for tick in ticks[1:])])
     panels[0].set_ylabel("noise to image to noise: largest error")
     for axes, (sampler, title) in zip(panels, _SAMPLERS.items()):
         for precision, (line, colour) in _PRECISIONS.items():
-            found = {
-                row["steps"]: row["error"] or zero for row in rows if _is(row, sampler, precision)
-            }
-            y = [
-                found.get(number, float("nan")) for number in steps
-            ]  # a gap where a chain left the dtype's range
+            mine = [row for row in rows if _is(row, sampler, precision)]
+            found = {row["steps"]: row["error"] or zero for row in mine}
+            # A gap where a chain left the dtype's range.
+            y = [found.get(number, float("nan")) for number in steps]
             axes.plot(steps, y, line, color=colour, markersize=5, label=precision)
         axes.axhline(zero, color="#444444", linewidth=0.6)
         _step_axis(axes, rows)
@@ -139,10 +122,8 @@ def _growth(axes: Axes, rows: list[Row], field: str, scale: float, label: str) -
     for contender, (name, line, colour) in _GRADIENTS.items():
         mine = [row for row in rows if row["contender"] == contender and row.get(field)]
         if mine:
-            y = [scale * row[field] for row in mine]
-            axes.plot(
-                [row["steps"] for row in mine], y, line, color=colour, markersize=5, label=name
-            )
+            x, y = [row["steps"] for row in mine], [scale * row[field] for row in mine]
+            axes.plot(x, y, line, color=colour, markersize=5, label=name)
     _step_axis(axes, rows)
     axes.set_yscale("log")
     for name_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

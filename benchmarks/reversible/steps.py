@@ -1,6 +1,4 @@
-"""The step kernels of reversible DDIM beside eager PyTorch, and beside copies: they should run at
-memory's speed.
-"""
+"""Step kernels of reversible DDIM beside eager PyTorch, and copies, which move as many bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from dense_attn import reference
 from dense_attn._backends import table
 
 from ..harness import machine
-from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
+from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted, worst
 from ..harness.measure import measure as measure_row
 
 SIZES = {"1m": 2**20, "16m": 2**24, "256m": 2**28, "1g": 2**30}
@@ -34,42 +32,39 @@ class Op:
     floats: int  # float32 inputs
     grids: int  # int64 inputs, which come first
     writes: int  # bytes an element
-    # bytes an element that eager PyTorch holds at its peak, beyond inputs, its results included
-    eager: int
+    eager: int  # bytes an element that eager PyTorch holds beyond inputs, results included
     call: Callable[..., Any]  # (kernels, *inputs)
 
     @property
     def reads(self) -> int:
-        """Bytes an element."""
+        """Bytes an element that are read."""
         return 4 * self.floats + 8 * self.grids
 
     @property
     def moves(self) -> int:
-        """Bytes an element, both ways."""
+        """Bytes an element that are read or written."""
         return self.reads + self.writes
 
 
+_ON_GRID = 0.02 * _GRID, _MIX, True, 1 / _GRID, False, torch.float32
 OPS = {
     "ddim-step": Op(2, 0, 4, 12, lambda k, x, e: k.ddim_step(x, e, None, _A, _B, 1.0)),
     "ddim-step-cfg": Op(3, 0, 4, 16, lambda k, x, e, u: k.ddim_step(x, e, u, _A, _B, _GUIDANCE)),
     "leapfrog": Op(3, 0, 4, 12, lambda k, x, y, e: k.leapfrog_step(x, y, e, 1.0, -0.02, 0.03)),
     "edict-mix": Op(3, 0, 8, 16, lambda k, x, y, e: k.edict_mix(x, y, e, _A, _B, _MIX, True)),
-    "exact-mix": Op(1, 2, 20, 48, lambda k, x, y, e: k.exact_mix(
-        x, y, e, 0.02 * _GRID, _MIX, True, 1 / _GRID, False, torch.float32)),
-}  # fmt: skip
+    "exact-mix": Op(1, 2, 20, 48, lambda k, x, y, e: k.exact_mix(x, y, e, *_ON_GRID)),
+}
 WORKLOADS = {f"{op}-{size}": (op, size) for op in OPS for size in SIZES if size != "1g"}
 GPU_WORKLOADS = {f"{op}-1g": (op, "1g") for op in OPS}
 CONTENDERS = (OURS, "eager", "clone", "copy")
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     workloads = [*WORKLOADS, *(GPU_WORKLOADS if machine.on_gpu() else ())]
-    rows = (Case(_setting(name), contender) for name in workloads for contender in CONTENDERS)
+    rows = (Entry(_setting(name), contender) for name in workloads for contender in CONTENDERS)
     few = "-256m" if machine.on_gpu() else "-1m"
-    return wanted(
-        rows, (lambda case: case.setting.workload.endswith(few)) if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload.endswith(few))
 
 
 def _setting(name: str) -> Setting:
@@ -77,14 +72,14 @@ def _setting(name: str) -> Setting:
 
 
 def _op_and_size(name: str) -> tuple[Op, int]:
-    """What a workload runs, on how many elements."""
+    """The op of a workload, and how many elements it runs on."""
     op, size = (WORKLOADS | GPU_WORKLOADS)[name]
     return OPS[op], SIZES[size]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an op reads, what a copy reads that moves as many bytes, and the trials so far."""
+    """An op's inputs, those of a copy that moves as many bytes, and the trials so far."""
 
     tensors: list[Tensor]
     source: Tensor
@@ -106,45 +101,42 @@ def _prepared(setting: Setting) -> Inputs:
     return Inputs(tensors, torch.ones(size * op.moves // 8, device=device), {})
 
 
-def trial(case: Case) -> Trial:
-    """Check a contender on three slices, against the reference in float64, or bit for bit on the
-    grid.
-    """
-    inputs = _prepared(case.setting)
-    if case.contender not in inputs.trials:
-        call = calls(case, inputs)
-        inputs.trials[case.contender] = tried(call, lambda got: _judged(case, inputs, got))
-    return inputs.trials[case.contender]
+def trial(entry: Entry) -> Trial:
+    """Check a contender on three slices: by the reference in float64, on the grid bit for bit."""
+    inputs = _prepared(entry.setting)
+    if entry.contender not in inputs.trials:
+        call = calls(entry, inputs)
+        inputs.trials[entry.contender] = tried(call, lambda got: _judged(entry, inputs, got))
+    return inputs.trials[entry.contender]
 
 
-def calls(case: Case, inputs: Inputs) -> Callable[[], list[Tensor]]:
-    """What is timed."""
-    if case.contender == "clone":  # a new tensor, as the kernels' results are
+def calls(entry: Entry, inputs: Inputs) -> Callable[[], list[Tensor]]:
+    """The call that is timed."""
+    if entry.contender == "clone":  # a new tensor, as the kernels' results are
         return lambda: [inputs.source.clone()]
-    if case.contender == "copy":
+    if entry.contender == "copy":
         target = torch.empty_like(inputs.source)
         return lambda: [target.copy_(inputs.source)]
-    kernels = reference if case.contender == "eager" else _kernels(inputs.tensors[0])
-    call = _op_and_size(case.setting.workload)[0].call
+    kernels = reference if entry.contender == "eager" else _kernels(inputs.tensors[0])
+    call = _op_and_size(entry.setting.workload)[0].call
     return lambda: _listed(call(kernels, *inputs.tensors))
 
 
-def _judged(case: Case, inputs: Inputs, got: list[Tensor]) -> tuple[float, float]:
+def _judged(entry: Entry, inputs: Inputs, got: list[Tensor]) -> tuple[float, float]:
     """(error, allowed) on the slices."""
     size = len(inputs.tensors[0])
     count = min(_SLICE, size)
     starts = (0, (size - count) // 2, size - count)
-    if case.contender in ("clone", "copy"):
+    if entry.contender in ("clone", "copy"):
         return float(not torch.equal(got[0], inputs.source)), 0.0
     parts = [torch.cat([x[start : start + count] for start in starts]) for x in inputs.tensors]
     got = [torch.cat([x[start : start + count] for start in starts]) for x in got]
-    op, _ = _op_and_size(case.setting.workload)
+    op, _ = _op_and_size(entry.setting.workload)
     plain = _listed(op.call(reference, *parts))
     if op.grids:
         return max((a.double() - b.double()).abs().max().item() for a, b in zip(got, plain)), 0.0
-    return worst(
-        got, _listed(op.call(reference, *(x.double() for x in parts))), plain, torch.float32
-    )
+    exact = _listed(op.call(reference, *(x.double() for x in parts)))
+    return worst(got, exact, plain, torch.float32)
 
 
 def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
@@ -155,39 +147,40 @@ def _kernels(x: Tensor) -> ModuleType:
     return table.NAMESPACES[table.resolve("auto", "ReversibleSampler", x)]
 
 
-def why_not(case: Case) -> str | None:
+def why_not(entry: Entry) -> str | None:
     """The reason why a row is not measured, or None."""
-    op, size = _op_and_size(case.setting.workload)
+    op, size = _op_and_size(entry.setting.workload)
     copied = op.moves // 2
     results = {OURS: op.writes, "eager": op.eager, "clone": copied, "copy": copied}
-    needed = size * (op.reads + copied + max(results[case.contender], results[_partner(case)]))
+    needed = size * (op.reads + copied + max(results[entry.contender], results[_partner(entry)]))
     physical = machine.current().memory_bytes()
-    if needed > _SHARE_OF_MEMORY * physical:
-        return f"about {needed / GIB:.0f} GiB, more than {_SHARE_OF_MEMORY:.0%} of this machine's {physical / GIB:.0f}"
-    return None
+    if needed <= _SHARE_OF_MEMORY * physical:
+        return None
+    most = f"{_SHARE_OF_MEMORY:.0%} of this machine's {physical / GIB:.0f}"
+    return f"about {needed / GIB:.0f} GiB, more than {most}"
 
 
-def _partner(case: Case) -> str:
-    return "clone" if case.contender == OURS else OURS
+def _partner(entry: Entry) -> str:
+    return "clone" if entry.contender == OURS else OURS
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has the clone as its partner.
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has the clone as its partner.
 
-    `of_copy` of a copy's row: bytes a second of the library over bytes a second of that copy, which
-    moves as many.
+    A copy's row has `of_copy`, the library's bytes a second over those of the copy, which moves as
+    many.
     """
-    op, size = _op_and_size(case.setting.workload)
-    row = case.describe("steps", [size], "ReversibleSampler")
-    reason = why_not(case)
+    op, size = _op_and_size(entry.setting.workload)
+    row = entry.describe("steps", [size], "ReversibleSampler")
+    reason = why_not(entry)
     if reason is not None:
         return row | {"reason": reason}
     with torch.no_grad():
-        partner = Case(case.setting, _partner(case))
-        row = measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
+        partner = Entry(entry.setting, _partner(entry))
+        row = measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)
     row["checked"] = f"3 times {min(_SLICE, size)} of {size} elements"
     if "seconds" in row:
         row["gb_per_s"] = 1e-9 * op.moves * size / row["seconds"]
-        if case.contender in ("clone", "copy") and "ratio" in row:
+        if entry.contender in ("clone", "copy") and "ratio" in row:
             row["of_copy"] = row["ratio"]
     return row

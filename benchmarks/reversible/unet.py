@@ -1,6 +1,4 @@
-"""Networks to walk a chain with: a plain U-Net of about a million parameters, and one of a few
-hundred.
-"""
+"""Networks to walk a chain with: a plain U-Net of a million parameters, and a convolution."""
 
 from __future__ import annotations
 
@@ -16,8 +14,7 @@ _GROUPS, _FREQUENCIES = 8, 32
 
 
 class SmallUNet(nn.Module):
-    """Three resolutions, a residual block at each, down and up; eps_fn(x, t) -> eps with random
-    weights.
+    """An eps_fn of random weights: three resolutions, a residual block at each, down and up.
 
     To the network's output comes sqrt(1-alphas_cumprod[t])*x, the best guess for an image of white
     noise: a chain of random predictions alone would leave the range of latents.
@@ -53,9 +50,8 @@ class SmallUNet(nn.Module):
         for block in self.middle:
             h = block(h, time)
         for block in self.up:
-            h = block(
-                torch.cat((functional.interpolate(h, scale_factor=2.0), skips.pop()), 1), time
-            )
+            h = functional.interpolate(h, scale_factor=2.0)
+            h = block(torch.cat((h, skips.pop()), 1), time)
         return self.noise_level[int(t)] * x + 0.1 * self.last(h)
 
 
@@ -79,9 +75,7 @@ def _conv(inner: int, outer: int, stride: int = 1) -> nn.Conv2d:
 
 
 class TinyNet:
-    """eps_fn(x, t) of one convolution in x's dtype: enough to couple every pixel with its
-    neighbours and the time.
-    """
+    """An eps_fn of one convolution in x's dtype, which couples pixels with neighbours and time."""
 
     def __init__(self, channels: int = 4, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)

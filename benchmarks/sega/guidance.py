@@ -1,6 +1,4 @@
-"""One step of semantic guidance, all concepts warm, beside the step of the public pipeline in eager
-PyTorch.
-"""
+"""A step of semantic guidance, all concepts warm, beside the public pipeline's in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ import dense_attn
 from dense_attn import reference
 
 from ..harness import machine
-from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted, worst
+from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted, worst
 from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: shape of eps_edits
@@ -47,40 +45,45 @@ class Step:
 
 def make_step(shape: tuple[int, ...], seed: int = 0) -> Step:
     """Predictions that differ a little, as those of a network for several prompts do."""
-    randn = partial(
-        torch.randn,
-        generator=torch.Generator().manual_seed(seed),
-        dtype=torch.float32,
-        device="cpu",
-    )
-    num_concepts = shape[0]
-    device = machine.current().device
+    generator, device = torch.Generator().manual_seed(seed), machine.current().device
+    randn = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    concepts = range(shape[0])
     shared = randn(shape[1:])
     text, momentum = (shared + 0.1 * randn(shape[1:]) for _ in range(2))
     edits = shared + 0.1 * randn(shape)
     return Step(
         *(x.to(device) for x in (shared, text, edits, 0.1 * momentum)),
-        [5.0 + concept for concept in range(num_concepts)], [0.9 + 0.01 * concept for concept in range(num_concepts)],
-        [1.0 - 0.1 * concept for concept in range(num_concepts)], [concept % 2 == 1 for concept in range(num_concepts)],
-    )  # fmt: skip
+        scales=[5.0 + concept for concept in concepts],
+        thresholds=[0.9 + 0.01 * concept for concept in concepts],
+        weights=[1.0 - 0.1 * concept for concept in concepts],
+        reverse=[concept % 2 == 1 for concept in concepts],
+    )
 
 
 def ours(step: Step) -> list[Tensor]:
-    """This library: (eps, momentum)."""
+    """(eps, momentum) by this library."""
     on = [True] * len(step.eps_edits)
     return list(
         dense_attn.sega_guidance(
-            step.eps_uncond, step.eps_text, step.eps_edits, step.momentum,
-            guidance_scale=_GUIDANCE, edit_guidance_scale=step.scales, edit_threshold=step.thresholds,
-            edit_weights=step.weights, warm=on, enabled=on, reverse=step.reverse,
-            edit_momentum_scale=_MOMENTUM, edit_mom_beta=_BETA,
+            step.eps_uncond,
+            step.eps_text,
+            step.eps_edits,
+            step.momentum,
+            guidance_scale=_GUIDANCE,
+            edit_guidance_scale=step.scales,
+            edit_threshold=step.thresholds,
+            edit_weights=step.weights,
+            warm=on,
+            enabled=on,
+            reverse=step.reverse,
+            edit_momentum_scale=_MOMENTUM,
+            edit_mom_beta=_BETA,
         )
-    )  # fmt: skip
+    )
 
 
 def public_pipeline(step: Step) -> list[Tensor]:
-    """The operations of diffusers' SemanticStableDiffusionPipeline between network and scheduler,
-    (eps, momentum).
+    """(eps, momentum) by the operations of diffusers' SemanticStableDiffusionPipeline.
 
     Its copies of every estimate and of the guidance to the CPU, kept for the user, are left out:
     they would flatter us.
@@ -100,9 +103,8 @@ def public_pipeline(step: Step) -> list[Tensor]:
         if step.reverse[concept]:
             difference = difference * -1
         difference = difference * step.scales[concept]
-        threshold = torch.quantile(
-            torch.abs(difference).flatten(start_dim=2), step.thresholds[concept], dim=2
-        )
+        magnitudes = torch.abs(difference).flatten(start_dim=2)
+        threshold = torch.quantile(magnitudes, step.thresholds[concept], dim=2)
         large = torch.abs(difference) >= threshold.reshape(*threshold.shape, *trailing)
         kept[concept] = torch.where(large, difference, torch.zeros_like(difference))
     warm_indices = torch.tensor(warm).to(weights.device)
@@ -121,16 +123,14 @@ def public_pipeline(step: Step) -> list[Tensor]:
 CONTENDERS: dict[str, Callable[[Step], list[Tensor]]] = {OURS: ours, "diffusers": public_pipeline}
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     rows = (
-        Case(Setting(name, "fwd", "float32"), contender)
+        Entry(Setting(name, "fwd", "float32"), contender)
         for name in WORKLOADS
         for contender in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.setting.workload == "sega-3-64") if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload == "sega-3-64")
 
 
 @Latest
@@ -140,47 +140,43 @@ def _prepared(setting: Setting) -> tuple[Step, list[Tensor], list[Tensor], dict[
 
 
 def expected(step: Step) -> tuple[list[Tensor], list[Tensor]]:
-    """(eps, momentum) in float64 and in float32, both with the entries that the float32 thresholds
-    keep.
-    """
+    """(eps, momentum) in float64 and float32, of the entries that float32's thresholds keep."""
     on = [True] * len(step.eps_edits)
     steered = reference.sega_differences(step.eps_uncond, step.eps_edits, step.scales, step.reverse)
     rows = steered.abs().flatten(3)  # [E, B, C, values]
-    thresholds = torch.stack(
-        [reference.quantile(x, level) for x, level in zip(rows, step.thresholds)]
-    )
+    levels = zip(rows, step.thresholds)
+    thresholds = torch.stack([reference.quantile(x, level) for x, level in levels])
     dropped = (rows < thresholds.unsqueeze(-1)).reshape(steered.shape)
 
     def results(dtype: torch.dtype) -> list[Tensor]:
-        uncond, text, edits, momentum = (
-            x.to(dtype) for x in (step.eps_uncond, step.eps_text, step.eps_edits, step.momentum)
-        )
-        kept = reference.sega_differences(uncond, edits, step.scales, step.reverse).masked_fill(
-            dropped, 0
-        )
+        tensors = (step.eps_uncond, step.eps_text, step.eps_edits, step.momentum)
+        uncond, text, edits, momentum = (x.to(dtype) for x in tensors)
+        kept = reference.sega_differences(uncond, edits, step.scales, step.reverse)
+        kept = kept.masked_fill(dropped, 0)
         numbers = _GUIDANCE, step.weights, on, on, _MOMENTUM, _BETA
         return list(reference.sega_combine(uncond, text, kept, momentum, *numbers))
 
     return results(torch.float64), results(torch.float32)
 
 
-def trial(case: Case) -> Trial:
-    """Check a contender by the rule of accuracy: one entry kept or dropped wrongly is off by far
-    more.
-    """
-    step, exact, plain, trials = _prepared(case.setting)
-    if case.contender not in trials:
-        call = CONTENDERS[case.contender]
-        check = lambda got: worst(got, exact, plain, torch.float32)  # noqa: E731
+def trial(entry: Entry) -> Trial:
+    """Check a contender by the rule of accuracy, beyond which one wrongly kept entry is far."""
+    step, exact, plain, trials = _prepared(entry.setting)
+    if entry.contender not in trials:
+        call = CONTENDERS[entry.contender]
+
+        def check(got: list[Tensor]) -> tuple[float, float]:
+            return worst(got, exact, plain, torch.float32)
+
         # The pipeline copies the places of the warm concepts from the host, which no graph holds.
-        trials[case.contender] = tried(lambda: call(step), check, in_graph=case.contender == OURS)
-    return trials[case.contender]
+        trials[entry.contender] = tried(lambda: call(step), check, in_graph=entry.contender == OURS)
+    return trials[entry.contender]
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has the public pipeline's step as its partner."""
-    concepts, *shape = WORKLOADS[case.setting.workload]
-    row = case.describe("sega", shape, "sega_guidance") | {"concepts": concepts}
-    partner = Case(case.setting, "diffusers" if case.contender == OURS else OURS)
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has the public pipeline's step as its partner."""
+    concepts, *shape = WORKLOADS[entry.setting.workload]
+    row = entry.describe("sega", shape, "sega_guidance") | {"concepts": concepts}
+    partner = Entry(entry.setting, "diffusers" if entry.contender == OURS else OURS)
     with torch.no_grad():
-        return measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
+        return measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)

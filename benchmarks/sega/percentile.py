@@ -1,6 +1,4 @@
-"""Threshold and mask of a percentile beside `torch.quantile`, which rounds otherwise, and
-`torch.kthvalue`.
-"""
+"""A percentile's threshold and mask beside those of `torch.quantile` and `torch.kthvalue`."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import dense_attn
 from dense_attn import reference
 
 from ..harness import machine
-from ..harness.measure import OURS, Case, Latest, Row, Setting, Trial, tried, wanted
+from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted
 from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: rows and values a row
@@ -29,26 +27,23 @@ _LEVEL = 0.9
 
 
 def ours(x: Tensor) -> tuple[Tensor, Tensor]:
-    """This library."""
+    """The masked values and their threshold by this library."""
     return dense_attn.percentile_mask(x, _LEVEL, dim=-1)
 
 
 def quantile(x: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.quantile, which sorts, and where."""
+    """The masked values and their threshold by torch.quantile, which sorts, and where."""
     magnitudes = x.float().abs()
     threshold = torch.quantile(magnitudes, _LEVEL, dim=-1)
     return torch.where(magnitudes >= threshold[:, None], x, 0), threshold
 
 
 def kthvalue(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two order statistics, the library's interpolation between them, and where."""
+    """The masked values and their threshold, interpolated between two order statistics."""
     magnitudes = x.float().abs()
     rank = _LEVEL * (x.shape[-1] - 1)
-    ends = (
-        magnitudes.kthvalue(1 + index, dim=-1).values.double()
-        for index in (math.floor(rank), math.ceil(rank))
-    )
-    below, above = ends
+    places = 1 + math.floor(rank), 1 + math.ceil(rank)
+    below, above = (magnitudes.kthvalue(k, dim=-1).values.double() for k in places)
     threshold = (below + (above - below) * (rank - math.floor(rank))).float()
     return torch.where(magnitudes >= threshold[:, None], x, 0), threshold
 
@@ -60,40 +55,33 @@ CONTENDERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def cases(quick: bool = False, names: list[str] | None = None) -> Iterator[Case]:
+def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     rows = (
-        Case(Setting(name, "fwd", dtype), who)
+        Entry(Setting(name, "fwd", dtype), who)
         for name in WORKLOADS
         for dtype in _DTYPES
         for who in CONTENDERS
     )
-    return wanted(
-        rows, (lambda case: case.setting.workload == "percentile-4x4096") if quick else None, names
-    )
+    return wanted(rows, quick, names, lambda entry: entry.setting.workload == "percentile-4x4096")
 
 
 @Latest
 def _prepared(setting: Setting) -> tuple[Tensor, Tensor, dict[str, Trial]]:
     """Random values, the thresholds of their magnitudes, and the trials so far."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(WORKLOADS[setting.workload], generator=generator).to(
-        getattr(torch, setting.dtype)
-    )
-    device = machine.current().device
+    generator, device = torch.Generator().manual_seed(0), machine.current().device
+    x = torch.randn(WORKLOADS[setting.workload], generator=generator)
+    x = x.to(getattr(torch, setting.dtype))
     return x.to(device), reference.quantile(x.float().abs(), _LEVEL).to(device), {}
 
 
-def trial(case: Case) -> Trial:
-    """Check a contender: its threshold to the bit, but torch.quantile's, and the mask that follows
-    from it.
-    """
-    x, expected, trials = _prepared(case.setting)
-    if case.contender not in trials:
-        call = CONTENDERS[case.contender]
-        allowed = (
-            1e-4 * expected.max().item() if call is quantile else 0.0
-        )  # its ranks have but the bits of float32
+def trial(entry: Entry) -> Trial:
+    """Check a contender's threshold, but for torch.quantile's to the bit, and the mask by it."""
+    x, expected, trials = _prepared(entry.setting)
+    if entry.contender not in trials:
+        call = CONTENDERS[entry.contender]
+        # The ranks of torch.quantile have but the bits of float32.
+        allowed = 1e-4 * expected.max().item() if call is quantile else 0.0
 
         def check(got: list[Tensor]) -> tuple[float, float]:
             masked, threshold = got
@@ -102,13 +90,13 @@ def trial(case: Case) -> Trial:
                 return math.inf, 0.0
             return (threshold - expected).abs().max().item(), allowed
 
-        trials[case.contender] = tried(lambda: list(call(x)), check)
-    return trials[case.contender]
+        trials[entry.contender] = tried(lambda: list(call(x)), check)
+    return trials[entry.contender]
 
 
-def measure(case: Case, benchmark: Any) -> Row:
-    """The row of a case; the library's own has torch.quantile as its partner."""
-    row = case.describe("percentile", WORKLOADS[case.setting.workload], "percentile_mask")
-    partner = Case(case.setting, "torch.quantile" if case.contender == OURS else OURS)
+def measure(entry: Entry, benchmark: Any) -> Row:
+    """The row of an entry; the library's own has torch.quantile as its partner."""
+    row = entry.describe("percentile", WORKLOADS[entry.setting.workload], "percentile_mask")
+    partner = Entry(entry.setting, "torch.quantile" if entry.contender == OURS else OURS)
     with torch.no_grad():
-        return measure_row(row, lambda: trial(case), lambda: trial(partner), benchmark)
+        return measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)

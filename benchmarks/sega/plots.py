@@ -32,23 +32,17 @@ def figure(rows: list[Row]) -> Figure | None:
     if not panels:
         return None
     drawn = Figure(figsize=(11, 1 + 3.6 * len(panels)), layout="constrained")
-    for axes, (family, found) in zip(
-        drawn.subplots(len(panels), squeeze=False)[:, 0], panels.items()
-    ):
+    places = drawn.subplots(len(panels), squeeze=False)[:, 0]
+    for axes, (family, found) in zip(places, panels.items()):
         _ratios(axes, found)
         axes.set_title(titles[family], fontsize=11)
     return drawn
 
 
 def _ratios(axes: Axes, rows: list[Row]) -> None:
-    """Bars of (time of a baseline / time of the library) for each workload; 1 is the library, whose
-    time is noted.
-    """
-    own = {
-        (row["workload"], row["dtype"]): row["seconds"]
-        for row in rows
-        if row["contender"] == "dense_attn"
-    }
+    """Bars of time over the library's, which is 1 and whose time is noted, for each workload."""
+    mine = [row for row in rows if row["contender"] == "dense_attn"]
+    own = {(row["workload"], row["dtype"]): row["seconds"] for row in mine}
     rows = [row for row in rows if "ratio" in row]
     names = list(dict.fromkeys(row["workload"] for row in rows))
     shown = [key for key in STYLE if any((row["contender"], row["dtype"]) == key for row in rows)]
@@ -56,13 +50,9 @@ def _ratios(axes: Axes, rows: list[Row]) -> None:
     for place, key in enumerate(shown):
         mine = [row for row in rows if (row["contender"], row["dtype"]) == key]
         x = [names.index(row["workload"]) + (place + 0.5 - len(shown) / 2) * width for row in mine]
-        bars = axes.bar(
-            x,
-            [row["ratio"] for row in mine],
-            0.94 * width,
-            label=STYLE[key][0],
-            color=STYLE[key][1],
-        )
+        label, colour = STYLE[key]
+        ratios = [row["ratio"] for row in mine]
+        bars = axes.bar(x, ratios, 0.94 * width, label=label, color=colour)
         axes.bar_label(bars, [_times(row["ratio"]) for row in mine], fontsize=8, padding=1)
     axes.axhline(1, color=OURS, linewidth=2, label="dense_attn")
     axes.set_yscale("log")

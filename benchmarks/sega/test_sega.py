@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ..harness.measure import Case, report
+from ..harness.measure import Entry, report
 from . import guidance, percentile
 
 Record = Callable[[str, object], None]
 
 
-def test_percentile(case: Case, benchmark: BenchmarkFixture, record_property: Record) -> None:
-    report(case, percentile.measure(case, benchmark), record_property, benchmark)
+def test_percentile(entry: Entry, benchmark: BenchmarkFixture, record_property: Record) -> None:
+    report(entry, percentile.measure(entry, benchmark), record_property, benchmark)
 
 
-def test_sega(case: Case, benchmark: BenchmarkFixture, record_property: Record) -> None:
-    report(case, guidance.measure(case, benchmark), record_property, benchmark)
+def test_sega(entry: Entry, benchmark: BenchmarkFixture, record_property: Record) -> None:
+    report(entry, guidance.measure(entry, benchmark), record_property, benchmark)

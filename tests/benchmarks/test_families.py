@@ -1,6 +1,4 @@
-"""The rows of semantic guidance and reversible DDIM are honest: nothing wrong is timed, every
-number is measured.
-"""
+"""Rows of semantic guidance and reversible DDIM are honest: nothing wrong is timed."""
 
 from __future__ import annotations
 
@@ -11,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from stopwatch import Stopwatch
+from torch import Tensor
 
 from dense_attn.benchmarks import families, plots
 from dense_attn.benchmarks.families import FAMILIES
-from dense_attn.benchmarks.harness.bars import Bar
-from dense_attn.benchmarks.harness.measure import Case, Latest, Row, Setting
+from dense_attn.benchmarks.harness.measure import Entry, Latest, Row, Setting
 from dense_attn.benchmarks.reversible import chain, chains, gradient, round_trip, steps, unet
 from dense_attn.benchmarks.sega import guidance, percentile
 
@@ -48,9 +46,8 @@ TINY_FAMILIES = {  # one workload of each family that is timed
 def measured(family: str, contender: str) -> Row:
     """The row of a family's tiny workload."""
     *setting, _ = TINY_FAMILIES[family]
-    return FAMILIES[family.partition(" ")[0]].measure(
-        Case(Setting(*setting), contender), Stopwatch()
-    )
+    entry = Entry(Setting(*setting), contender)
+    return FAMILIES[family.partition(" ")[0]].measure(entry, Stopwatch())
 
 
 @pytest.mark.usefixtures("_small")
@@ -69,12 +66,15 @@ def test_the_right_contenders_of_every_family_are_timed(family: str, contender: 
 def spoil(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make one contender of a family wrong by little, and name it."""
     if family == "percentile":
-        nearest = lambda x: percentile.kthvalue(torch.nextafter(x, x + 1))  # noqa: E731
+
+        def nearest(x: Tensor) -> tuple[Tensor, Tensor]:
+            return percentile.kthvalue(torch.nextafter(x, x + 1))
+
         monkeypatch.setitem(percentile.CONTENDERS, "torch.kthvalue", nearest)
         return "torch.kthvalue"
     if family == "sega":
 
-        def dropped(step):
+        def dropped(step: guidance.Step) -> list[Tensor]:
             return [x.masked_fill(x == x.max(), x.mean()) for x in guidance.public_pipeline(step)]
 
         monkeypatch.setitem(guidance.CONTENDERS, "diffusers", dropped)
@@ -83,14 +83,19 @@ def spoil(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setitem(chain.CONTENDERS, "edict-float64", chain.CONTENDERS["ddim-float32"])
         return "edict-float64"
     if family == "gradient":
-        monkeypatch.setattr(gradient, "edict", lambda eps_fn, x, steps, mix, recompute: chains.edict(
-            eps_fn, x, steps, mix if recompute else mix + 1e-3))  # fmt: skip
+
+        def mixed(
+            eps_fn: chains.EpsFn, x: Tensor, steps: int, mix: float, recompute: bool
+        ) -> tuple[Tensor, Tensor]:
+            return chains.edict(eps_fn, x, steps, mix if recompute else mix + 1e-3)
+
+        monkeypatch.setattr(gradient, "edict", mixed)
         return "autograd"
     calls = steps.calls
 
-    def off_by_little(case: Case, inputs: steps.Inputs) -> Callable[[], list[torch.Tensor]]:
-        little = 1 if case.setting.dtype == "int64" else 1e-5
-        return lambda: [x + little for x in calls(case, inputs)()]
+    def off_by_little(entry: Entry, inputs: steps.Inputs) -> Callable[[], list[Tensor]]:
+        little = 1 if entry.setting.dtype == "int64" else 1e-5
+        return lambda: [x + little for x in calls(entry, inputs)()]
 
     monkeypatch.setattr(steps, "calls", off_by_little)
     return "dense_attn"
@@ -127,9 +132,8 @@ def test_a_copy_is_compared_by_the_bytes_it_moves() -> None:
 @pytest.mark.parametrize("name", round_trip._SAMPLERS)
 def test_round_trips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(precision: str) -> Row:
-        return round_trip.measure(
-            Case(Setting(f"round-trip-{name}-10", "loop", precision), "dense_attn")
-        )
+        setting = Setting(f"round-trip-{name}-10", "loop", precision)
+        return round_trip.measure(Entry(setting, "dense_attn"))
 
     if name == "ddim":  # its error is not one of rounding
         assert row("float64")["error"] > 1e-2
@@ -159,9 +163,8 @@ def test_the_networks_are_those_of_the_design() -> None:
     network = unet.SmallUNet()
     assert 0.9e6 < sum(weight.numel() for weight in network.parameters()) < 1.1e6
     x = torch.randn(1, 4, 32, 32)
-    assert not torch.equal(
-        network(x, 900) / network.noise_level[900], network(x, 100) / network.noise_level[100]
-    )
+    early, late = (network(x, t) / network.noise_level[t] for t in (900, 100))
+    assert not torch.equal(early, late)
     assert gradient.activations(network, x) > 20 * x.nbytes
 
 
@@ -182,71 +185,30 @@ def test_the_workloads_of_the_families_are_those_of_the_design() -> None:
     assert len(steps.WORKLOADS) == 15
     assert set(gradient.WORKLOADS.values()) == {10, 50, 200}
     assert len(round_trip.WORKLOADS) == 16
-    assert len({name for family in FAMILIES.values() for name in family.WORKLOADS}) == len(
-        families.WORKLOADS
-    )
-
-
-def test_bars_read_the_fields_they_name() -> None:
-    base = {
-        "workload": "edict-mix-1m",
-        "pass": "fwd",
-        "dtype": "float32",
-        "contender": "clone",
-        "of_copy": 0.7,
-    }
-    verdict = Bar("edict-mix-1m", "fwd", "float32", ("clone",), 0.8, "of_copy").verdict([base])
-    assert (verdict["measured"], verdict["verdict"]) == (0.7, "miss")
-    assert verdict["what"] == "dense_attn's bytes per second / clone's"
-    row = base | {"contender": "dense_attn", "share": 0.03, "differing_bits": 0}
-    assert (
-        Bar("edict-mix-1m", "fwd", "float32", (), 0.02, "share").verdict([row])["verdict"] == "miss"
-    )
-    assert (
-        Bar("edict-mix-1m", "fwd", "float32", (), 0, "differing_bits").verdict([row])["verdict"]
-        == "pass"
-    )
-    assert (
-        Bar("edict-mix-1m", "fwd", "float32", (), 0, "share_idle").verdict([row])["verdict"]
-        == "not measured"
-    )
+    names = {name for family in FAMILIES.values() for name in family.WORKLOADS}
+    assert len(names) == len(families.WORKLOADS)
 
 
 def test_the_quick_suite_is_a_part_of_every_family() -> None:
     for family in FAMILIES.values():
-        everything, quick = set(map(str, family.cases())), set(map(str, family.cases(quick=True)))
+        everything, quick = (
+            set(map(str, family.entries())),
+            set(map(str, family.entries(quick=True))),
+        )
         assert set() < quick < everything
 
 
 def test_a_figure_shows_the_gradients_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
-        {
-            "family": "gradient",
-            "contender": who,
-            "steps": count,
-            "seconds": 0.1 * count,
-            "peak_extra_bytes": 10**6,
-        }
+        {"contender": who, "steps": count, "seconds": 0.1 * count, "peak_extra_bytes": 10**6}
         for who in gradient.CONTENDERS
         for count in gradient.WORKLOADS.values()
     ]
-    rows[-1] = {
-        "family": "gradient",
-        "contender": "checkpoint",
-        "steps": 200,
-        "reason": "too large",
-    }
-    versions = {"torch": "1", "dense_attn": "2"}
-    header = {
-        "device": "",
-        "threads": 1,
-        "isa": "",
-        "torch_isa": "",
-        "versions": versions,
-        "date": "",
-    }
-    assert plots.draw({"rows": rows, "header": header}, tmp_path / "a.svg") == [
-        tmp_path / "a-reversible.svg"
-    ]
-    assert "a checkpoint each step" in (tmp_path / "a-reversible.svg").read_text()
+    rows[-1] = {"contender": "checkpoint", "steps": 200, "reason": "too large"}
+    rows = [row | {"family": "gradient"} for row in rows]
+    header = dict.fromkeys(("device", "threads", "isa", "torch_isa", "date"), "")
+    header["versions"] = {"torch": "1", "dense_attn": "2"}
+    (file,) = plots.draw({"rows": rows, "header": header}, tmp_path / "a.svg")
+    assert file == tmp_path / "a-reversible.svg"
+    assert "a checkpoint each step" in file.read_text()

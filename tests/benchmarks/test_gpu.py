@@ -1,13 +1,10 @@
-"""The benchmark of GPUs, without one: a dry run of every row, the clock of events beside a
-stand-in, bars, refusals.
-"""
+"""The benchmark of GPUs, without one: a dry run of every row, its contenders, refusals."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -21,10 +18,8 @@ from dense_attn.__main__ import main
 from dense_attn._kernel_hashes import kernel_hashes
 from dense_attn.benchmarks import families
 from dense_attn.benchmarks.harness import dry_run, machine
-from dense_attn.benchmarks.harness.bars import GPU_BARS, Bar
-from dense_attn.benchmarks.harness.clocks import EventClock, Trial
-from dense_attn.benchmarks.harness.measure import measure
-from dense_attn.benchmarks.host_cost import launch
+from dense_attn.benchmarks.harness.bars import GPU_BARS
+from dense_attn.benchmarks.host_cost import calls, launch
 from dense_attn.benchmarks.layout_attention import attention, baselines, gpu_baselines, suite
 from dense_attn.benchmarks.layout_attention.workloads import WORKLOADS, make_inputs
 
@@ -44,7 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> machine.Gpu:
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, subprocess.CompletedProcess, Path]:
-    """What a dry run writes and prints, and where its figures are."""
+    """A dry run's results, its output, and the folder of its figures."""
     for package in ("pytest_benchmark", "matplotlib", "tqdm", "triton"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("dry")
@@ -59,30 +54,24 @@ def test_a_dry_run_goes_through_every_family_and_contender(dry: tuple) -> None:
     results, _, folder = dry
     rows = results["rows"]
     assert {row["family"] for row in rows} == set(families.GPU_FAMILIES)
-    assert {row["contender"] for row in rows if row["family"] == "attention"} == set(
-        gpu_baselines.GPU_CONTENDERS
-    )
-    passes = {(row["pass"], row["dtype"]) for row in rows if row["family"] == "attention"}
-    assert passes == {
-        ("fwd", "float16"),
-        ("fwd", "float32"),
-        ("fwd+bwd", "float16"),
-        ("bwd", "float16"),
-    }
-    assert {row["workload"] for row in rows if row["family"] == "launch"} == set(launch.WORKLOADS)
+    mine = [row for row in rows if row["family"] == "attention"]
+    assert {row["contender"] for row in mine} == set(gpu_baselines.GPU_CONTENDERS)
+    passes = {(row["pass"], row["dtype"]) for row in mine}
+    halves = {(which, "float16") for which in ("fwd", "fwd+bwd", "bwd")}
+    assert passes == {("fwd", "float32")} | halves
+    for name, family in (("launch", launch), ("host_cost", calls)):
+        found = {row["workload"] for row in rows if row["family"] == name}
+        assert found == set(family.WORKLOADS)
     for row in rows:
-        left_out = row["contender"] in ABSENT or (
-            row["contender"] == "flex-smart" and row["pass"] != "fwd"
-        )
-        assert ("reason" in row) == left_out, row
+        untrained = row["contender"] == "flex-smart" and row["pass"] != "fwd"
+        assert ("reason" in row) == (row["contender"] in ABSENT or untrained), row
         if row["contender"].startswith("dense_attn"):
             assert row["backend"] == "triton"
     across = [row for row in rows if "across" in row["workload"]]
     assert [row["differing_bits"] for row in across] == [0, 0]
     assert all(row["bits"] > 0 for row in across)
-    assert all(
-        (folder / f"gpu{part}.png").stat().st_size > 10_000 for part in ("", "-sega", "-reversible")
-    )
+    for part in ("", "-sega", "-reversible"):
+        assert (folder / f"gpu{part}.png").stat().st_size > 10_000
 
 
 def test_a_dry_run_gives_no_number_of_a_gpu(dry: tuple) -> None:
@@ -98,104 +87,12 @@ def test_a_dry_run_gives_no_number_of_a_gpu(dry: tuple) -> None:
 
 def test_hashes_are_those_of_the_sources() -> None:
     folder = ROOT / "triton_kernels"
-    sources = {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")
+    hashes = {
+        path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()[:16]
+        for path in folder.rglob("*.py")
     }
-    assert kernel_hashes() == {
-        name: sha256(text).hexdigest()[:16] for name, text in sources.items()
-    }
-    assert len(sources) == 11
-
-
-class ScriptedGpu(dry_run.DryGpu):
-    """Time passes when a call says so, and everything that the clock does is noted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.log = 0.0, []
-
-    def call(self, name: str, seconds: float) -> Callable[[], list[Tensor]]:
-        """A call that takes so long."""
-
-        def run() -> list[Tensor]:
-            self.log.append(name)
-            self.now += seconds
-            return [torch.ones(1)]
-
-        return run
-
-    def mark(self) -> float:
-        return self.now
-
-    def flush(self) -> None:
-        self.log.append("flush")
-        self.now += 100.0
-
-    def synchronize(self) -> None:
-        self.log.append("wait")
-
-
-def trial(run: Callable[[], object], seconds: float, in_graph: bool = True) -> Trial:
-    return Trial(run, seconds, None, 0.0, 1.0, in_graph)
-
-
-def test_events_stand_around_the_call_alone() -> None:
-    gpu = ScriptedGpu()
-    slow, fast = trial(gpu.call("slow", 3.0), 3.0), trial(gpu.call("fast", 2.0), 2.0)
-    rounds = EventClock(gpu, seconds=15.0, least=1).compare(slow, fast)
-    assert (rounds.times, rounds.beside, rounds.ratios) == ([3.0] * 3, [2.0] * 3, [1.5] * 3)
-    assert gpu.log == ["flush", "fast", "flush", "slow"] * 3 + ["wait"]
-    assert rounds.notes == {"timing": "events", "partner_timing": "events"}
-    gpu.log.clear()
-    assert EventClock(gpu, seconds=0.0, least=5).compare(slow, None).beside == []
-    assert gpu.log.count("slow") == 5
-    assert EventClock(gpu).median(slow.run, rounds=3) == 3.0
-
-
-def test_a_short_call_is_replayed_from_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = ScriptedGpu()
-
-    def capture(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
-        return gpu.call("replay", 1e-6), run()
-
-    monkeypatch.setattr(gpu, "capture", capture)
-    clock, short = EventClock(gpu, seconds=0.0, least=3), gpu.call("short", 1e-4)
-    assert clock.compare(trial(short, 1e-4), None).times == pytest.approx([1e-6] * 3, abs=1e-9)
-    assert clock.compare(trial(short, 1e-4), None).notes == {"timing": "graph"}
-    assert clock.compare(trial(short, 1e-4, in_graph=False), None).notes == {"timing": "events"}
-    assert clock.compare(trial(gpu.call("long", 1e-3), 1e-3), None).notes == {"timing": "events"}
-    monkeypatch.setattr(gpu, "capture", lambda run: (gpu.call("replay", 1e-6), [torch.zeros(1)]))
-    assert (
-        "its replay gives other results" in clock.compare(trial(short, 1e-4), None).notes["timing"]
-    )
-
-    def refused(run: Callable[[], object]) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(gpu, "capture", refused)
-    rounds = clock.compare(trial(short, 1e-4), None)
-    assert rounds.notes == {
-        "timing": "events; not in a graph: operation not permitted when stream is capturing"
-    }
-    assert rounds.times == pytest.approx([1e-4] * 3, abs=1e-9)
-
-
-def test_who_fails_costs_its_own_row(gpu: machine.Gpu) -> None:
-    def failing() -> Trial:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nand more")
-
-    right = trial(lambda: [torch.ones(1)], 1e-2)
-    row = measure({"contender": "eager"}, failing, lambda: right, None)
-    assert row == {"contender": "eager", "reason": "OutOfMemoryError: CUDA out of memory."}
-    row = measure({"contender": "dense_attn"}, failing, lambda: right, None)
-    assert row["wrong"]
-    assert "in failing" in row["traceback"]
-    row = measure({"contender": "eager"}, lambda: right, failing, None)
-    assert row["seconds"] > 0
-    assert "ratio" not in row
-    row = measure({"contender": "eager"}, lambda: replace(right, error=5.0), lambda: right, None)
-    assert row["wrong"]
-    assert "seconds" not in row
+    assert kernel_hashes() == hashes
+    assert len(hashes) == 11
 
 
 def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
@@ -211,74 +108,29 @@ def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
 
 
 def test_a_gpu_has_all_workloads_and_the_bars_have_their_rows(gpu: machine.Gpu) -> None:
-    cases = list(suite.cases())
-    assert {case.setting.workload.name for case in cases} == set(WORKLOADS)
-    assert {
-        case.setting.workload.num_heads for case in cases if "long" in case.setting.workload.name
-    } == {8}
-    assert suite.why_not(next(case for case in cases if "flux" in str(case))) is None
-    rows = {
-        (c.setting.workload.name, c.setting.passes, c.setting.dtype_name, c.contender)
-        for c in cases
-    }
+    entries = list(suite.entries())
+    workloads = [entry.setting.workload for entry in entries]
+    assert {workload.name for workload in workloads} == set(WORKLOADS)
+    assert {x.num_heads for x in workloads if "long" in x.name} == {8}
+    assert suite.why_not(next(entry for entry in entries if "flux" in str(entry))) is None
+    rows = {(x.setting.workload.name, x.setting.dtype_name, x) for x in entries}
     for name, family in families.families().items():
         if name != "attention":
-            rows |= {
-                (c.setting.workload, c.setting.passes, c.setting.dtype, c.contender)
-                for c in family.cases()
-            }
+            rows |= {(x.setting.workload, x.setting.dtype, x) for x in family.entries()}
+        assert set() < set(map(str, family.entries(quick=True))) < set(map(str, family.entries()))
+    rows = {(name, x.setting.passes, dtype, x.contender) for name, dtype, x in rows}
     for bar in GPU_BARS:
-        assert {
-            (bar.workload, bar.passes, bar.dtype, who) for who in (*bar.contenders, bar.way)
-        } <= rows
-    for family in families.families().values():
-        assert set() < set(map(str, family.cases(quick=True))) < set(map(str, family.cases()))
-    assert {name for *_, name in rows if name.endswith("-1g")} == set()
-    assert sum(case[0].endswith("-1g") for case in rows) == 5 * 4
-    reason = suite._too_much_memory(
-        next(c for c in cases if str(c) == "long-self-64k-fwd-bfloat16-eager"), 80e9
-    )
-    assert "GiB of scores" in reason
-
-
-def test_bars_of_a_gpu() -> None:
-    ratios = {"sdpa": 0.8, "sdpa-flash": 0.7, "dense_attn-sorted": 0.5}
-    rows = [BASE | {"contender": name, "ratio": ratio} for name, ratio in ratios.items()]
-    rows.append(BASE | {"contender": "sdpa-cudnn", "reason": "no kernel for 40 columns"})
-    bar = Bar("sd15-self-64", "fwd", "bfloat16", ("sdpa", "sdpa-flash", "sdpa-cudnn"), 0.67)
-    assert (bar.measured(rows), bar.verdict(rows)["verdict"]) == (0.7, "pass")
-    by_region = replace(bar, bound=1.5, way="dense_attn-sorted")
-    verdict = by_region.verdict(rows)
-    assert (verdict["measured"], verdict["verdict"]) == (1.4, "miss")
-    assert verdict["what"].endswith("sdpa-cudnn / dense_attn-sorted")
-    without = [row for row in rows if row["contender"] != "dense_attn-sorted"]
-    assert by_region.verdict(without)["verdict"] == "not measured"
-    assert bar.verdict(rows[:1])["verdict"] == "not measured"  # a row is missing, not left out
-    wrong = [
-        row | {"reason": "error 1", "wrong": True} if row["contender"] == "sdpa-cudnn" else row
-        for row in rows
-    ]
-    assert bar.verdict(wrong)["verdict"] == "not measured"
-    in_graph = Bar("sd15-self-64", "fwd", "bfloat16", (), 15e-6, "graph_seconds")
-    row = BASE | {
-        "contender": "dense_attn",
-        "seconds": 1e-5,
-        "timing": "graph",
-        "of_large_copy": 0.9,
-    }
-    assert in_graph.verdict([row])["verdict"] == "pass"
-    assert in_graph.verdict([row | {"seconds": 2e-5}])["verdict"] == "miss"
-    assert in_graph.verdict([row | {"timing": "events"}])["verdict"] == "not measured"
-    of_copy = Bar("sd15-self-64", "fwd", "bfloat16", (), 0.8, "of_large_copy")
-    assert of_copy.verdict([row])["verdict"] == "pass"
+        setting = (bar.workload, bar.passes, bar.dtype)
+        assert {(*setting, who) for who in (*bar.contenders, bar.way)} <= rows
+    assert sum(name.endswith("-1g") for name, *_ in rows) == 5 * 4
+    large = next(x for x in entries if str(x) == "long-self-64k-fwd-bfloat16-eager")
+    assert "GiB of scores" in suite._too_much_memory(large, 80e9)
 
 
 def test_a_bias_in_memory_is_the_modulation(
     gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel that takes the bias exists on GPUs alone: SDPA in its place shows that bias and
-    layout are right.
-    """
+    """The kernel that takes the bias is a GPU's: SDPA in its place shows that the bias is right."""
     inputs = make_inputs(replace(WORKLOADS["sd15-cross-8"], num_heads=2), torch.float32)
     biases = []
 
@@ -319,12 +171,9 @@ def test_the_backward_pass_alone_may_be_called_again(gpu: machine.Gpu) -> None:
     both = attention.run(baselines.sdpa(inputs), inputs, inputs.grad_out, backward=True)
     for got in (backward(inputs.grad_out), backward(inputs.grad_out)):
         assert all(map(torch.equal, got, both))
-    setting = suite.Setting(WORKLOADS["sd15-self-8"], torch.float32, backward=True, alone=True)
-    assert setting.passes == "bwd"
-    assert (
-        WORKLOADS["sd15-self-8"].gflop(True, alone=True)
-        == WORKLOADS["sd15-self-8"].gflop(False) * 2.5
-    )
+    workload = WORKLOADS["sd15-self-8"]
+    assert suite.Setting(workload, torch.float32, backward=True, alone=True).passes == "bwd"
+    assert workload.gflop(True, alone=True) == workload.gflop(False) * 2.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
@@ -355,18 +204,8 @@ def test_the_command_hands_on_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) 
     bench = pytest.importorskip("dense_attn.benchmarks.run")
     seen: list[str] = []
     monkeypatch.setattr(bench, "main", lambda argv: seen.extend(argv) or 0)
-    argv = [
-        "--quick",
-        "--dry-run",
-        "--family",
-        "sega",
-        "--family",
-        "steps",
-        "--device",
-        "cuda",
-        "--json",
-        "a.json",
-    ]
+    argv = ["--quick", "--dry-run", "--family", "sega", "--family", "steps"]
+    argv += ["--device", "cuda", "--json", "a.json"]
     assert main(["bench", *argv]) == 0
     assert seen == argv
 
@@ -374,6 +213,6 @@ def test_the_command_hands_on_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_cpu_has_no_rows_of_a_gpu() -> None:
     assert set(families.families()) == set(families.FAMILIES)
-    assert all(
-        case.setting.workload.device == "cpu" and not case.setting.alone for case in suite.cases()
-    )
+    for entry in suite.entries():
+        assert entry.setting.workload.device == "cpu"
+        assert not entry.setting.alone

@@ -1,6 +1,4 @@
-"""`bench --shape`: a user's own shapes are checked, measured beside everything else, and refused in
-one sentence.
-"""
+"""A user's own shapes, `bench --shape`: checked, measured beside everything else, or refused."""
 
 from __future__ import annotations
 
@@ -34,33 +32,21 @@ def _as_before(one_thread: None) -> Iterator[None]:
     workloads.WORKLOADS.update(before)
 
 
-def cases_of(
+def entries_of(
     shape: str, modulation: str | None = None, regions: str | None = None
-) -> list[suite.Case]:
-    return list(suite.cases(names=shapes.register([shape], modulation, regions)))
+) -> list[suite.Entry]:
+    return list(suite.entries(names=shapes.register([shape], modulation, regions)))
 
 
 def test_a_shape_is_a_workload() -> None:
-    own = shapes.parse(
-        [" 2, 8,4096,77,40,float16", "2,8,4096,77,40,float32", "1,3,77,77,8", "1,1,1,7,9"],
-        None,
-        None,
-    )
+    texts = [" 2, 8,4096,77,40,float16", "2,8,4096,77,40,float32", "1,3,77,77,8", "1,1,1,7,9"]
+    own = shapes.parse(texts, None, None)
     cross, joined, line = own.values()
     assert list(own) == ["2,8,4096,77,40", "1,3,77,77,8", "1,1,1,7,9"]
-    assert (cross.batch, cross.num_heads, cross.seqlen_q, cross.seqlen_k, cross.head_dim) == (
-        2,
-        8,
-        4096,
-        77,
-        40,
-    )
-    assert (cross.kind, cross.grid, cross.dtypes, cross.modulation) == (
-        "cross",
-        (64, 64),
-        ("float16", "float32"),
-        "range",
-    )
+    sizes = (cross.batch, cross.num_heads, cross.seqlen_q, cross.seqlen_k, cross.head_dim)
+    assert sizes == (2, 8, 4096, 77, 40)
+    assert (cross.kind, cross.grid, cross.modulation) == ("cross", (64, 64), "range")
+    assert cross.dtypes == ("float16", "float32")
     assert (joined.kind, joined.grid, joined.seqlen_k) == ("self", (7, 11), 77)
     assert joined.dtypes == ("float32", "bfloat16")
     assert (line.grid, line.seqlen_k) == ((1, 1), 7)
@@ -83,9 +69,9 @@ def test_regions_are_those_of_the_label_map_or_stripes() -> None:
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_every_contender_is_right(modulation: str, shape: str) -> None:
     rows = [
-        attention.measure(case, Stopwatch())
-        for case in cases_of(shape, modulation, "4")
-        if "flex" not in str(case)
+        attention.measure(entry, Stopwatch())
+        for entry in entries_of(shape, modulation, "4")
+        if "flex" not in str(entry)
     ]
     assert {(row["contender"], row["pass"], row["dtype"]) for row in rows} == {
         (contender, passes, dtype)
@@ -101,9 +87,9 @@ def test_flex_attention_is_right(modulation: str, monkeypatch: pytest.MonkeyPatc
     """In a dry run, which compiles nothing."""
     monkeypatch.setattr(machine, "_current", dry_run.DryGpu())
     rows = [
-        attention.measure(case, None)
-        for case in cases_of(f"{CROSS},float32", modulation, "4")
-        if "flex" in str(case)
+        attention.measure(entry, None)
+        for entry in entries_of(f"{CROSS},float32", modulation, "4")
+        if "flex" in str(entry)
     ]
     forward = [row["contender"] for row in rows if row["pass"] == "fwd"]
     assert forward == (["flex-naive", "flex-smart"] if modulation == "range" else ["flex-smart"])
@@ -112,78 +98,94 @@ def test_flex_attention_is_right(modulation: str, monkeypatch: pytest.MonkeyPatc
 
 def test_wrong_maths_of_a_shape_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = baselines.eager
-    monkeypatch.setitem(
-        baselines.CONTENDERS, "eager", lambda inputs: lambda q, k, v: eager(inputs)(q, k, v) + 1e-2
-    )
-    case = next(case for case in cases_of(CROSS, "mask") if case.contender == "eager")
-    row = attention.measure(case, Stopwatch())
+
+    def off(inputs: workloads.Inputs) -> baselines.Call:
+        return lambda q, k, v: eager(inputs)(q, k, v) + 1e-2
+
+    monkeypatch.setitem(baselines.CONTENDERS, "eager", off)
+    entry = next(entry for entry in entries_of(CROSS, "mask") if entry.contender == "eager")
+    row = attention.measure(entry, Stopwatch())
     assert row["wrong"]
     assert "seconds" not in row
 
 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_head_dim_without_kernels_says_so() -> None:
-    row = attention.measure(cases_of("1,1,8,8,300", regions="2")[0], Stopwatch())
+    row = attention.measure(entries_of("1,1,8,8,300", regions="2")[0], Stopwatch())
     assert (row["backend"], row["note"]) == ("reference", "cpu head_dim is at most 256, got 300")
     assert table.format_row(row).endswith("  (cpu head_dim is at most 256, got 300)")
-    assert "note" not in attention.describe(cases_of(SELF)[0])
+    assert "note" not in attention.describe(entries_of(SELF)[0])
 
 
 def test_what_does_not_fit_says_how_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.Cpu, "memory_bytes", lambda self: 10 * 2**30)
-    rows = {
-        case.contender: suite.why_not(case)
-        for case in cases_of("1,8,16384,16384,64,float32")
-        if "fwd-" in str(case)
-    }
+
+    def reasons(shape: str) -> dict[str, str | None]:
+        forward = [entry for entry in entries_of(shape) if "fwd-" in str(entry)]
+        return {entry.contender: suite.why_not(entry) for entry in forward}
+
+    rows = reasons("1,8,16384,16384,64,float32")
     assert rows["eager"] == "about 32.0 GiB of scores, more than the suite's 6.0 GiB"
     assert rows["dense_attn"] is rows["sdpa"] is None
-    huge = {
-        suite.why_not(case) for case in cases_of("2,64,999999,77,64,float16") if "fwd-" in str(case)
-    }
+    huge = set(reasons("2,64,999999,77,64,float16").values())
     assert huge == {"about 122.1 GiB of inputs and results, more than the suite's 6.0 GiB"}
 
 
 def test_the_quick_rows_of_a_shape_are_forward_and_compile_nothing() -> None:
     names = shapes.register([f"{SELF},float16"], None, None)
-    assert [str(case) for case in suite.cases(quick=True, names=names)] == [
+    assert [str(entry) for entry in suite.entries(quick=True, names=names)] == [
         f"{SELF}-fwd-float16-{contender}"
         for contender in ("dense_attn", "sdpa", "eager", "sdpa-bias")
     ]
 
 
 RULE = "--shape must be B,H,M,N,D[,dtype] of whole numbers from 1 to 2147483647, got "
+REGIONS = "--regions must be a whole number from 1 to 32, got"
 
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--shape", "2,8,64"], RULE + "'2,8,64'"),
-        (["--shape", "2,8,64,64,0"], RULE + "'2,8,64,64,0'"),
-        (["--shape", "2,8,64,64,4.5"], RULE + "'2,8,64,64,4.5'"),
-        (["--shape=-2,8,64,64,40"], RULE + "'-2,8,64,64,40'"),
-        (["--shape", "2,8,64,64,9999999999"], RULE + "'2,8,64,64,9999999999'"),
-        (["--shape", "2,8,64,64,40,float32,2"], RULE + "'2,8,64,64,40,float32,2'"),
-        (["--shape", "2,8,64,64,40,float64"],
-         "--shape must name a dtype of float32, bfloat16, float16, got '2,8,64,64,40,float64'"),
-        (["--shape", SELF, "--modulation", "soft"], "--modulation must be one of range, max, bias, mask, got 'soft'"),
-        (["--shape", SELF, "--regions", "33"], "--regions must be a whole number from 1 to 32, got '33'"),
-        (["--shape", SELF, "--regions", "7"],
-         f"--regions must be at most 6, the columns of the 4 x 6 grid of --shape {SELF}, got 7"),
-        (["--shape", "1,1,64,2,8", "--regions", "3"],
-         "--shape must have a key for each of 3 regions, got '1,1,64,2,8'"),
-        (["--shape", SELF, "--modulation", ""], "--modulation must be one of range, max, bias, mask, got ''"),
-        (["--shape", SELF, "--regions", ""], "--regions must be a whole number from 1 to 32, got ''"),
-        (["--shape", SELF, "--family", "sega", "--family", "chain"],
-         "--family must name attention beside --shape, got sega, chain"),
-        (["--modulation", "mask"], "--modulation must stand beside --shape, got no --shape"),
-        (["--regions", "3"], "--regions must stand beside --shape, got no --shape"),
+        ("--shape 2,8,64", RULE + "'2,8,64'"),
+        ("--shape 2,8,64,64,0", RULE + "'2,8,64,64,0'"),
+        ("--shape 2,8,64,64,4.5", RULE + "'2,8,64,64,4.5'"),
+        ("--shape=-2,8,64,64,40", RULE + "'-2,8,64,64,40'"),
+        ("--shape 2,8,64,64,9999999999", RULE + "'2,8,64,64,9999999999'"),
+        ("--shape 2,8,64,64,40,float32,2", RULE + "'2,8,64,64,40,float32,2'"),
+        (
+            "--shape 2,8,64,64,40,float64",
+            "--shape must name a dtype of float32, bfloat16, float16, got '2,8,64,64,40,float64'",
+        ),
+        (
+            f"--shape {SELF} --modulation soft",
+            "--modulation must be one of range, max, bias, mask, got 'soft'",
+        ),
+        (f"--shape {SELF} --regions 33", f"{REGIONS} '33'"),
+        (
+            f"--shape {SELF} --regions 7",
+            f"--regions must be at most 6, the columns of the 4 x 6 grid of --shape {SELF}, got 7",
+        ),
+        (
+            "--shape 1,1,64,2,8 --regions 3",
+            "--shape must have a key for each of 3 regions, got '1,1,64,2,8'",
+        ),
+        (
+            f"--shape {SELF} --modulation=",
+            "--modulation must be one of range, max, bias, mask, got ''",
+        ),
+        (f"--shape {SELF} --regions=", f"{REGIONS} ''"),
+        (
+            f"--shape {SELF} --family sega --family chain",
+            "--family must name attention beside --shape, got sega, chain",
+        ),
+        ("--modulation mask", "--modulation must stand beside --shape, got no --shape"),
+        ("--regions 3", "--regions must stand beside --shape, got no --shape"),
     ],
-)  # fmt: skip
-def test_refusals(argv: list[str], sentence: str, capsys: pytest.CaptureFixture) -> None:
+)
+def test_refusals(argv: str, sentence: str, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("pytest_benchmark")
     with pytest.raises(SystemExit) as refused:
-        main(["bench", *argv])
+        main(["bench", *argv.split()])
     assert refused.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {sentence}")
 
@@ -192,16 +194,8 @@ def test_a_dry_run_of_shapes(tmp_path: Path) -> None:
     for package in ("pytest_benchmark", "matplotlib", "tqdm", "triton"):
         pytest.importorskip(package)
     files = ["--json", str(tmp_path / "own.json"), "--plot", str(tmp_path / "own.png")]
-    own = [
-        "--shape",
-        "1,2,64,64,8",
-        "--shape",
-        "2,2,64,20,8,float32",
-        "--modulation",
-        "max",
-        "--regions",
-        "3",
-    ]
+    own = ["--shape", "1,2,64,64,8", "--shape", "2,2,64,20,8,float32"]
+    own += ["--modulation", "max", "--regions", "3"]
     command = [sys.executable, "-m", "dense_attn", "bench", "--dry-run", "--quick", *own, *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -219,18 +213,20 @@ def test_a_dry_run_of_shapes(tmp_path: Path) -> None:
 
 def test_a_figure_shows_every_dtype_and_pass_of_a_shape() -> None:
     pytest.importorskip("matplotlib")
-    cases = [
-        case for case in cases_of(f"{SELF},float16") + cases_of(CROSS) if case.contender == "eager"
+    entries = entries_of(f"{SELF},float16") + entries_of(CROSS)
+    entries = [entry for entry in entries if entry.contender == "eager"]
+    numbers = {"ratio": 2.0, "seconds": 1.0, "peak_extra_bytes": 1}
+    rows = [attention.describe(entry) | numbers for entry in entries]
+    axes = plots.attention(rows).figure.axes
+    assert [panel.get_title().partition(":")[0] for panel in axes] == [
+        "Forward, float16",
+        "Forward and backward, float16",
+        "Forward, float32",
+        "Forward, bfloat16",
+        "Forward and backward, float32",
+        "Forward and backward, bfloat16",
     ]
-    rows = [
-        attention.describe(case) | {"ratio": 2.0, "seconds": 1.0, "peak_extra_bytes": 1}
-        for case in cases
-    ]
-    assert [axes.get_title().partition(":")[0] for axes in plots.attention(rows).figure.axes] == [
-        "Forward, float16", "Forward and backward, float16", "Forward, float32", "Forward, bfloat16",
-        "Forward and backward, float32", "Forward and backward, bfloat16",
-    ]  # fmt: skip
-    assert plots.attention([attention.describe(case) for case in cases]) is None
+    assert plots.attention([attention.describe(entry) for entry in entries]) is None
     assert len(plots.attention([row | {"workload": "long-self-1k"} for row in rows]).axes) == 6 + 2
     for row in rows:
         del row["own"]

@@ -26,25 +26,16 @@ def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.M
         if compat.SEEN in arguments:
             place = Path("/elsewhere") if wrong == "place" else folder
             state = "the compiled library does not load" if wrong == "library" else "available"
-            out = "\n".join(
-                (
-                    str(place / "dense_attn"),
-                    folder.name.removeprefix("torch-"),
-                    "3.6",
-                    state,
-                    "no GPU",
-                )
-            )
+            torch = folder.name.removeprefix("torch-")
+            out = "\n".join((str(place / "dense_attn"), torch, "3.6", state, "no GPU"))
         elif "verify" in arguments:
-            code, out = (
-                (1, "cpu FAILED\n1 rows FAILED") if wrong == "verify" else (0, "every row passed")
-            )
+            code = int(wrong == "verify")
+            out = "cpu FAILED\n1 rows FAILED" if code else "every row passed"
         elif program.name == "pytest" and wrong != "no report":
             failures = int(wrong == "tests")
             counts = f'tests="5" failures="{failures}" errors="0" skipped="1"'
-            Path(arguments[arguments.index("--junitxml") + 1]).write_text(
-                f"<all><testsuite {counts}/></all>"
-            )
+            report = Path(arguments[arguments.index("--junitxml") + 1])
+            report.write_text(f"<all><testsuite {counts}/></all>")
             code = failures
         return CompletedProcess(arguments, code, out, "")
 
@@ -59,3 +50,10 @@ def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.M
     assert (lines[1] == right[1]) == (fault == "none")
     assert lines[1].startswith("| 2.13.0 | ")
     assert ("FAILED" in lines[1]) == (fault not in ("none", "library"))
+
+
+def test_the_core_tests_are_there() -> None:
+    words = [word for selection in compat.CORE for word in selection]
+    files = [compat.ROOT / "tests" / word for word in words if word.endswith(".py")]
+    assert len(files) == 8
+    assert [path for path in files if not path.is_file()] == []

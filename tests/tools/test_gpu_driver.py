@@ -1,10 +1,7 @@
-"""`make gpu`: a dry run of its steps, and what it makes of steps that fail, hang or come too
-late.
-"""
+"""`make gpu`: a dry run, and what becomes of steps that fail, hang or come too late."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,37 +10,27 @@ import sys
 import time
 from pathlib import Path
 
+import gpu
+import gpu_steps
 import pytest
 import torch
 
 from dense_attn.benchmarks.families import GPU_FAMILIES
 
-DRIVER = Path(__file__).resolve().parents[2] / ".ci" / "gpu.py"
-spec = importlib.util.spec_from_file_location("gpu_driver", DRIVER)
-gpu = importlib.util.module_from_spec(spec)
-sys.modules["gpu_driver"] = gpu  # dataclasses look their module up
-spec.loader.exec_module(gpu)
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = ROOT / ".ci" / "gpu.py"
+DRY = [sys.executable, str(DRIVER), "--dry-run"]
 
 
-def step(name: str, program: str, **options: object) -> object:
-    return gpu.Step(name, [sys.executable, "-c", program], **options)
+def step(name: str, program: str, **options: object) -> gpu_steps.Step:
+    return gpu_steps.Step(name, [sys.executable, "-c", program], **options)
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    """All steps but verify, which has tests of its own; without a compiler, and the benchmark's
-    smallest family.
-    """
+    """All steps but verify, which has its own tests; no compiler, the benchmark's smallest part."""
     pytest.importorskip("triton")
     pytest.importorskip("pytest_benchmark")
-    command = [
-        sys.executable,
-        str(DRIVER),
-        "--dry-run",
-        "--output",
-        str(tmp_path),
-        "--family",
-        "launch",
-    ]
+    command = [*DRY, "--output", str(tmp_path), "--family", "launch"]
     for name in ("environment", "wheels", "build", "tests", "sanitize", "bench"):
         command += ["--only", name]
     result = subprocess.run(
@@ -68,15 +55,7 @@ def test_dry_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_is_refused() -> None:
-    command = [
-        sys.executable,
-        str(DRIVER),
-        "--dry-run",
-        "--only",
-        "environment",
-        "--output",
-        "/dev/null/x",
-    ]
+    command = [*DRY, "--only", "environment", "--output", "/dev/null/x"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("make gpu: --output must be a folder that can be written: ")
@@ -87,10 +66,8 @@ def test_a_folder_that_cannot_be_is_refused() -> None:
 def test_without_a_gpu_it_says_so() -> None:
     result = subprocess.run([sys.executable, str(DRIVER)], capture_output=True, text=True)
     assert result.returncode == 2
-    assert (
-        result.stderr
-        == "make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one\n"
-    )
+    sentence = "make gpu: torch sees no GPU here; ARGS=--dry-run runs every step without one\n"
+    assert result.stderr == sentence
 
 
 def test_a_step_with_another_dense_attn_fails(tmp_path: Path) -> None:
@@ -98,9 +75,10 @@ def test_a_step_with_another_dense_attn_fails(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(text)
     environment = {"PYTHONPATH": str(tmp_path)}
     steps = [
-        gpu.Step(name, gpu._built(name), environment=environment) for name in ("module", "idle")
+        gpu_steps.Step(name, gpu._built(name), environment=environment)
+        for name in ("module", "idle")
     ]
-    assert [outcome.verdict for outcome in gpu.run(steps, tmp_path)] == ["exit code 1"] * 2
+    assert [outcome.verdict for outcome in gpu_steps.run(steps, tmp_path)] == ["exit code 1"] * 2
     rule = f"dense_attn must be the one in {gpu.LIBRARY}, got"
     assert (tmp_path / "module.log").read_text().endswith(f"{rule} {tmp_path / 'dense_attn.py'}\n")
     assert (tmp_path / "idle.log").read_text().endswith(f"{rule} None\n")
@@ -108,6 +86,28 @@ def test_a_step_with_another_dense_attn_fails(tmp_path: Path) -> None:
 
 def test_the_families_are_those_of_the_benchmark() -> None:
     assert list(gpu.TESTS) == list(GPU_FAMILIES)
+
+
+@pytest.mark.parametrize(("argv", "count"), [([], 5), (["--quick"], 3), (["--dry-run"], 1)])
+def test_the_driver_finds_its_files(argv: list[str], count: int, tmp_path: Path) -> None:
+    """Files that are gone end a run on a GPU, whose time is dear."""
+    assert gpu_steps.ROOT == ROOT
+    step = next(x for x in gpu._steps(gpu._parse(argv), "a GPU", tmp_path) if x.name == "tests")
+    tests = [word for word in step.command if word.endswith(".py")]
+    assert len(tests) == count
+    for path in (*tests, ROOT / "setup.py", ROOT / "dense_attn" / "_files.py"):
+        assert Path(path).is_file(), path
+
+
+def test_wheels_beside_the_project_are_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu._wheels().missing == "no wheels in .whl/"
+    wheel = tmp_path / ".whl" / "a-1-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.touch()
+    assert (gpu._wheels().missing, gpu._wheels().command[-1]) == ("", str(wheel))
 
 
 def selected(tmp_path: Path, *argv: str) -> set[str]:
@@ -137,8 +137,8 @@ def test_what_is_ended_leaves_no_step_and_a_summary(tmp_path: Path) -> None:
     argv = ["--dry-run", "--only", "environment", "--only", "build", "--output", str(tmp_path)]
     program = f"""
 import sys
-sys.path[:0] = [{str(Path(__file__).parent)!r}]
-from test_gpu_driver import gpu
+sys.path[:0] = [{str(DRIVER.parent)!r}]
+import gpu
 gpu._ENVIRONMENT = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 gpu.heed_requests_to_end()
 sys.exit(gpu.main({argv!r}))
@@ -176,7 +176,7 @@ def test_a_failing_step_is_told_and_the_others_run(
         step("two", "print('fine')"),
         step("three", "", missing="x"),
     ]
-    outcomes = gpu.run(steps, tmp_path)
+    outcomes = gpu_steps.run(steps, tmp_path)
     assert [outcome.verdict for outcome in outcomes] == ["exit code 3", "passed", "not here: x"]
     assert [outcome.failed for outcome in outcomes] == [True, False, False]
     assert "  why\n" in capsys.readouterr().out
@@ -186,11 +186,13 @@ def test_a_failing_step_is_told_and_the_others_run(
 def test_a_step_that_hangs_ends_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu_steps, "GRACE", 0.5)
     sleep = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    program = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleep!r}]); print(p.pid); "
-    program = f"{program} sys.stdout.flush(); p.wait()"
-    (outcome,) = gpu.run([step("hangs", program, most=2, least=0)], tmp_path)
+    program = (
+        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {sleep!r}]); "
+        "print(p.pid); sys.stdout.flush(); p.wait()"
+    )
+    (outcome,) = gpu_steps.run([step("hangs", program, most=2, least=0)], tmp_path)
     assert outcome.verdict == "ran past 2 s"
     assert ends(int((tmp_path / "hangs.log").read_text().split()[-1]))
 
@@ -198,14 +200,13 @@ def test_a_step_that_hangs_ends_with_its_children(
 def test_later_steps_keep_their_share_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 1)
+    monkeypatch.setattr(gpu_steps, "GRACE", 1)
     wait = "import time; time.sleep(60)"
     steps = [step("long", wait, least=0), step("last", "", least=2), step("late", "", least=90)]
-    verdicts = [outcome.verdict for outcome in gpu.run(steps[:2], tmp_path, seconds=5)]
+    verdicts = [outcome.verdict for outcome in gpu_steps.run(steps[:2], tmp_path, seconds=5)]
     assert verdicts == ["ran past 2 s", "passed"]
-    assert [outcome.verdict for outcome in gpu.run(steps[1:], tmp_path, seconds=5)] == [
-        "no time left"
-    ] * 2
+    verdicts = [outcome.verdict for outcome in gpu_steps.run(steps[1:], tmp_path, seconds=5)]
+    assert verdicts == ["no time left"] * 2
 
 
 @pytest.mark.parametrize(
