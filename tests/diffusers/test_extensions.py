@@ -11,7 +11,7 @@ import torch
 from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipeline
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import Edit, _state, apply_layout, semantic_guidance
+from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,7 +142,7 @@ def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.M
     """q, k and v reach the op as the transposed [B, tokens, heads, head dim] that the projections
     have made.
     """
-    seen, original = [], _state.layout_attention
+    seen, original = [], state.layout_attention
 
     def watched(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **options: object
@@ -150,7 +150,7 @@ def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.M
         seen.extend(x._base is not None and x.stride(1) == x.shape[3] for x in (q, k, v))
         return original(q, k, v, *args, **options)
 
-    monkeypatch.setattr(_state, "layout_attention", watched)
+    monkeypatch.setattr(state, "layout_attention", watched)
     with apply_layout(pipeline("sd"), PROMPT, REGIONS):
         latents(pipeline("sd"))
     assert seen

@@ -12,7 +12,7 @@ from pipelines import FAMILIES, PROMPT, REGIONS, Official, close, diffusers, lat
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import _state, apply_layout
+from dense_attn.integrations.diffusers import apply_layout, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -21,13 +21,13 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The strengths of all calls of layout_attention."""
-    seen, original = [], _state.layout_attention
+    seen, original = [], state.layout_attention
 
     def counted(q: Tensor, *args: Tensor, **options: object) -> Tensor:
         seen.append(args[4])
         return original(q, *args, **options)
 
-    monkeypatch.setattr(_state, "layout_attention", counted)
+    monkeypatch.setattr(state, "layout_attention", counted)
     return seen
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations import diffusers as integration
-from dense_attn.integrations.diffusers import Phrase, _state, apply_layout
+from dense_attn.integrations.diffusers import Phrase, apply_layout, state
 from dense_attn.integrations.diffusers.text.tokens import tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,13 +30,13 @@ OTHER = (0.5, 0.0, 1.0, 1.0)
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The region words of the keys of all calls of layout_attention."""
     words: list[Tensor] = []
-    original: Callable = _state.layout_attention
+    original: Callable = state.layout_attention
 
     def watched(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, **options: object) -> Tensor:
         words.append(rest[1])
         return original(q, k, v, *rest, **options)
 
-    monkeypatch.setattr(_state, "layout_attention", watched)
+    monkeypatch.setattr(state, "layout_attention", watched)
     return words
 
 

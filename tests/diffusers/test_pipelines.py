@@ -13,7 +13,7 @@ from pipeline_kinds import call, denoisers, family_name, kinds, made
 from pipelines import PROMPT, REGIONS, close, pipeline
 from torch import Tensor
 
-from dense_attn.integrations.diffusers import _state, apply_layout
+from dense_attn.integrations.diffusers import apply_layout, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,13 +105,13 @@ def test_refused_with_the_reason(name: str) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The queries of all calls of layout_attention."""
     seen: list[Tensor] = []
-    original: Callable = _state.layout_attention
+    original: Callable = state.layout_attention
 
     def watched(q: Tensor, *args: Tensor, **options: object) -> Tensor:
         seen.append(q)
         return original(q, *args, **options)
 
-    monkeypatch.setattr(_state, "layout_attention", watched)
+    monkeypatch.setattr(state, "layout_attention", watched)
     return seen
 
 

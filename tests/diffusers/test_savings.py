@@ -13,7 +13,7 @@ from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipe
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import _state, apply_layout
+from dense_attn.integrations.diffusers import apply_layout, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ATTENTION_LAYERS = {"sd": 32, "sdxl": 8, "sd3": 4, "flux": 3}
@@ -41,9 +41,9 @@ def off(a: Tensor, b: Tensor) -> float:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """One entry for each modulated call of a layer."""
-    seen, attend = [], _state.LayoutState.attend
+    seen, attend = [], state.LayoutState.attend
     monkeypatch.setattr(
-        _state.LayoutState, "attend", lambda *args: seen.append(args[2].shape) or attend(*args)
+        state.LayoutState, "attend", lambda *args: seen.append(args[2].shape) or attend(*args)
     )
     return seen
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
-from ._hooks import unwrapped, watched
-from ._rows import check_halves
-from ._steps import Steps
-from .models.families import family_of
+from .hooks import arguments, unwrapped, watched
+from .models import model_of
+from .rows import check_halves
+from .steps import Steps
 from .text.encoding import encode, heard, missing, options_of
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def semantic_guidance(
     unet = getattr(pipe, "unet", None)
     if type(unwrapped(unet)).__name__ != "UNet2DConditionModel":
         _checks.refuse("pipe", "have a UNet2DConditionModel", type(pipe).__name__)
-    family_of(pipe)
+    model_of(pipe)
     options = settings(edits, momentum_scale, momentum_beta, backend)
     for sentence in idle(edits):
         warnings.warn(sentence, stacklevel=3)  # at the user's `with`
@@ -189,7 +188,7 @@ class _Guided:
         """The same call with the concepts' rows after those of the prompt."""
         if self.paused:
             return None
-        bound = inspect.signature(type(unwrapped(unet)).forward).bind(unet, *args, **kwargs)
+        bound = arguments(unet, args, kwargs)
         given = bound.arguments
         self._check(given)
         begins = self.steps.follow(given["timestep"])

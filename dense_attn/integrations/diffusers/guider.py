@@ -66,7 +66,7 @@ def semantic_guider(
         StableDiffusionXLTextEncoderStep,
     )
 
-    from ._semantic_guider import SemanticGuider
+    from .modular_guider import SemanticGuider
 
     with torch.no_grad():
         encoded: Any = StableDiffusionXLTextEncoderStep.encode_prompt(

@@ -13,10 +13,10 @@ from torch import Tensor
 from dense_attn import _checks, _memory, optimize_latents
 from dense_attn.optimize.loop import OptimizeResult
 
-from ._chain import Chain, Settings, in_words
-from ._hooks import unwrapped
-from ._images import check_images, pixels_of
-from ._pipes import check_noise, check_pipe, noise_shape
+from .chain import Chain, Settings, in_words
+from .hooks import unwrapped
+from .images import check_images, pixels_of
+from .pipes import check_noise, check_pipe, noise_shape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from .._state import Image
+from ..state import Image
 from . import encoding, phrases
 from .same_prompt import other_prompt
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .._regions import Regions
+    from ..regions import Regions
     from .phrases import Place
     from .tokens import Span
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dense_attn import ReversibleSampler, _checks
 
-from ._hooks import unwrapped
+from .hooks import unwrapped
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiffusionPipeline

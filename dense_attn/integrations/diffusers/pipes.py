@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from ._hooks import unwrapped, watchers
+from .hooks import unwrapped, watchers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
