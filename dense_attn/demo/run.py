@@ -10,8 +10,9 @@ import torch
 
 from dense_attn import _files
 from dense_attn._backends import table as backends
+from dense_attn._command import UserError
 from dense_attn.demo import picture
-from dense_attn.demo.scene import Scene, UserError, load_scene
+from dense_attn.demo.scene import Scene, load_scene
 from dense_attn.demo.step import (
     NUM_HEADS,
     SD15_LAYERS,

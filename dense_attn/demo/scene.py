@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dense_attn import _pixels
+from dense_attn._command import UserError
 from dense_attn.demo.step import NUM_TOKENS
 from dense_attn.layout_attention.layout import Layout
 
@@ -21,10 +22,6 @@ SHIPPED_PHRASES = (
     "a grey cat",
 )  # of examples/scene.png
 PICTURE_GRID = 32
-
-
-class UserError(Exception):
-    """What the user gave cannot be used; the message is one sentence for stderr."""
 
 
 @dataclass(frozen=True)

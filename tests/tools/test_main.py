@@ -16,9 +16,10 @@ import torch
 from dense_attn import _kernel_report, layout_attention
 from dense_attn.__main__ import main
 from dense_attn._backends import table
+from dense_attn._command import UserError
 from dense_attn._kernel_hashes import kernel_hashes
 from dense_attn.demo import picture, step
-from dense_attn.demo.scene import UserError, load_scene
+from dense_attn.demo.scene import load_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Image = pytest.importorskip("PIL.Image")
@@ -110,8 +111,12 @@ def test_bench_hands_its_arguments_on(
     seen: list[str] = []
     monkeypatch.setattr(bench, "main", lambda argv: seen.extend(argv) or 1)
     argv = ("--quick", "--workload", "sd15-self-64", "--json", "a.json", "--plot", "a.png")
-    assert run(capsys, "bench", *argv)[0] == 1
-    assert seen == list(argv)
+    more = ("--device", "cuda", "--shape", "1,8,64,77,40", "--modulation", "max", "--dry-run")
+    assert run(capsys, "bench", *argv, *more)[0] == 1
+    assert " ".join(sorted(seen)) == (
+        "--device=cuda --dry-run --json=a.json --modulation=max --plot=a.png --quick "
+        "--shape=1,8,64,77,40 --workload=sd15-self-64"
+    )
 
 
 def test_bench_without_its_extra_says_so(
