@@ -155,3 +155,19 @@ def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.M
         latents(pipeline("sd"))
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_rows_share_their_projections(kind: str) -> None:
+    """A batch with guidance goes once through the weights of a layer, as it does without a layout."""
+    pipe, calls = tiny_pipeline(getattr(diffusers, kind)), []
+    for name, module in (getattr(pipe, "unet", None) or pipe.transformer).named_modules():
+        if name.endswith(".to_q"):
+            module.register_forward_hook(lambda _module, _args, out: calls.append(len(out)))
+    latents(pipe, steps=3)
+    without = list(calls)
+    calls.clear()
+    with apply_layout(pipe, PROMPT, REGIONS, active=1.0, encode_phrases=False):
+        latents(pipe, steps=3)
+    assert calls == without
+    assert set(calls) == {2}

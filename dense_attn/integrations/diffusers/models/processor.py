@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 Result = Tensor | tuple[Tensor, ...]
 
 
+# diffusers' processors of scaled_dot_product_attention, in whose rows nothing else happens
+PLAIN = ("AttnProcessor2_0", "FusedAttnProcessor2_0", "JointAttnProcessor2_0")
+
+
 class LayoutProcessor:
-    """What models share: which calls are a layout's; the others go to the processor before it."""
+    """What models share: calls and rows without a layout go to the processor that was there."""
 
     def __init__(self, original: Any, state: LayoutState, depth: int = 0) -> None:
         self.original, self.state = original, state
         self.depth = depth  # how often the grid of latents is halved where its layer is
+        self._plain = type(original).__name__ in PLAIN
 
     def __call__(
         self,
@@ -37,7 +42,26 @@ class LayoutProcessor:
             return self.original(attn, x, context, attention_mask, **kwargs)
         if attention_mask is not None:
             _checks.refuse("attention_mask", "be None while a layout is on", "a mask")
-        return self.modulated(attn, layer, x, context, **kwargs)
+        if self._plain or self.state.last - self.state.first == len(x):
+            return self.modulated(attn, layer, x, context, **kwargs)
+        return self._apart(attn, layer, x, context, **kwargs)
+
+    def _apart(
+        self, attn: Any, layer: Layer, x: Tensor, context: Tensor | None, **kwargs: Any
+    ) -> Result:
+        """Rows with and without a layout in calls of their own."""
+        parts: list[Any] = []
+        first, last = self.state.first, self.state.last
+        for rows in (slice(0, first), slice(first, last), slice(last, len(x))):
+            if rows.start < rows.stop:
+                some = x[rows], None if context is None else context[rows]
+                if rows.start == first:
+                    parts.append(self.modulated(attn, layer, *some, **kwargs))
+                else:
+                    parts.append(self.original(attn, *some, None, **kwargs))
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(tensors) for tensors in zip(*parts))
+        return torch.cat(parts)
 
     def layer(self, x: Tensor, context: Tensor | None) -> Layer | None:
         """The layout's layer that these tokens belong to, None where nothing is modulated."""
