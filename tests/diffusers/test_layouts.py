@@ -12,23 +12,10 @@ from pipelines import FAMILIES, PROMPT, REGIONS, Official, close, diffusers, lat
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import apply_layout, state
+from dense_attn.integrations.diffusers import apply_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The strengths of all calls of layout_attention."""
-    seen, original = [], state.layout_attention
-
-    def counted(q: Tensor, *args: Tensor, **options: object) -> Tensor:
-        seen.append(args[4])
-        return original(q, *args, **options)
-
-    monkeypatch.setattr(state, "layout_attention", counted)
-    return seen
 
 
 @every_family
@@ -179,7 +166,7 @@ def test_any_scheduler(name: str, calls: list) -> None:
             acting = -(-3 * pipe.num_timesteps // 10)  # rounded up: those before 30 %
             assert len(calls) == acting * len(pipe.unet.attn_processors)
             times = pipe.scheduler.timesteps[:acting].double() / 1000
-            widest = torch.tensor([strength.max() for strength in calls]).view(acting, -1).amax(1)
+            widest = torch.tensor([one[5].max() for one in calls]).view(acting, -1).amax(1)
             torch.testing.assert_close(
                 widest / widest[0], ((times / times[0]) ** 5).float(), rtol=1e-4, atol=0
             )
@@ -217,7 +204,7 @@ def test_schedulers_that_count_in_something_else(name: str, calls: list) -> None
     pipe.scheduler = getattr(diffusers, f"{name}Scheduler")()
     with apply_layout(pipe, PROMPT, REGIONS, self_weight=0, size_weight=0, exponent=1.0):
         latents(pipe)
-    acting = torch.tensor([strength.max() for strength in calls]).view(3, -1).amax(1)
+    acting = torch.tensor([one[5].max() for one in calls]).view(3, -1).amax(1)
     torch.testing.assert_close(acting, torch.tensor([1.0, 0.9, 0.8]))
 
 
@@ -235,9 +222,9 @@ def test_a_start_from_an_image(kind: str, calls: list) -> None:
         pipe(PROMPT, num_inference_steps=20, output_type="latent", **image)
     assert len(calls) == 4 * len(pipe.unet.attn_processors)
     first = float(pipe.scheduler.timesteps[10]) / 1000
-    assert max(
-        strength.max() for strength in calls[: len(pipe.unet.attn_processors)]
-    ) == pytest.approx(first**5)
+    assert max(one[5].max() for one in calls[: len(pipe.unet.attn_processors)]) == pytest.approx(
+        first**5
+    )
 
 
 def test_a_start_at_the_second_of_two_equal_timesteps(calls: list) -> None:

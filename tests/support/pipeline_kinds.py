@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from pipelines import PROMPT, diffusers, pipeline
 
-DENOISERS = re.compile(r"\b(UNet2DConditionModel|SD3Transformer2DModel|FluxTransformer2DModel)\b")
+from dense_attn.integrations.diffusers.models import MODELS
+
+DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in MODELS)})\b")
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 MASK = torch.zeros(1, 1, 16, 16)
 MASK[..., :8] = 1.0

@@ -158,3 +158,15 @@ class Official:
         c = ((1.0 if cross else 0.3) * self.time**5 * (1 - area))[:, None]
         top, bottom = s.amax(-1, keepdim=True), s.amin(-1, keepdim=True)
         return s + c * matched * (top - s) - c * (1 - matched) * (s - bottom)
+
+
+def denoiser_of(pipe: object) -> torch.nn.Module:
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def state_of(pipe: object) -> tuple:
+    """Processors by identity, hooks, and what lies in the denoiser's own dictionary."""
+    denoiser = denoiser_of(pipe)
+    processors = {name: id(processor) for name, processor in denoiser.attn_processors.items()}
+    hooks = len(denoiser._forward_pre_hooks), len(denoiser._forward_hooks)
+    return processors, hooks, set(denoiser.__dict__), set(pipe.scheduler.__dict__)
