@@ -116,11 +116,13 @@ def draw(scene: Scene, measurements: list[Measurement], output: Path) -> None:
     )
     _draw_costs(axes[2], axes[3], measurements)
     figure.supxlabel(
-        f"Queries and keys are random, smooth like an image's. Attention: {PICTURE_GRID} x {PICTURE_GRID} tokens, "
+        f"Queries and keys are random, smooth like an image's. Attention: {PICTURE_GRID} x "
+        f"{PICTURE_GRID} tokens, "
         "mean of 8 heads, first denoising step,\nbrightness = square root of the weight. "
         "Official code: its formula in plain PyTorch, every score and mask in memory.",
-        fontsize=9.5, color="#57606a",
-    )  # fmt: skip
+        fontsize=9.5,
+        color="#57606a",
+    )
     _files.write_by(output, partial(figure.savefig, format=output.suffix[1:]))
 
 
@@ -152,9 +154,15 @@ def _draw_layout(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, in
     )
     for letter, (row, column) in zip("ABC", marks.values()):
         axes.text(
-            column, row, letter, ha="center", va="center", fontsize=13, weight="bold",
+            column,
+            row,
+            letter,
+            ha="center",
+            va="center",
+            fontsize=13,
+            weight="bold",
             bbox={"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": "black"},
-        )  # fmt: skip
+        )
     axes.set(xticks=[], yticks=[])
     axes.set_title("The layout: what belongs where", fontsize=14, weight="bold")
     few = len(scene.phrases) <= len(REGION_COLOURS)
@@ -167,9 +175,13 @@ def _draw_layout(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, in
     if not few:  # colours repeat: numbers tell the regions apart
         _draw_numbers(axes, scene, marks)
     axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False,
-        ncols=2 if few else 4, fontsize=11 if few else 8,
-    )  # fmt: skip
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.01),
+        frameon=False,
+        ncols=2 if few else 4,
+        fontsize=11 if few else 8,
+    )
 
 
 def _draw_numbers(axes: Axes, scene: Scene, marks: dict[int, tuple[int, int]]) -> None:

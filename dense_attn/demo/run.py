@@ -35,13 +35,29 @@ def table(measurements: list[Measurement]) -> str:
         sum(m.layer.count for m in measurements),
         max(m.difference for m in measurements),
     )
-    return "\n".join((
-        "                              time per layer (ms)             extra peak memory (MB)     largest",
-        "layer            x count   official  dense_attn   ratio      official  dense_attn    difference",
-        *(_line(f"{m.layer.kind} {m.layer.grid} x {m.layer.grid}", m.layer.count, *map(median, m.seconds), m.peak_bytes,
-                m.difference) for m in measurements),
-        _line("whole step", count, official, ours, peaks(measurements), difference),
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            (
+                "                              time per layer (ms)             extra peak "
+                "memory (MB)     largest"
+            ),
+            (
+                "layer            x count   official  dense_attn   ratio      official  "
+                "dense_attn    difference"
+            ),
+            *(
+                _line(
+                    f"{m.layer.kind} {m.layer.grid} x {m.layer.grid}",
+                    m.layer.count,
+                    *map(median, m.seconds),
+                    m.peak_bytes,
+                    m.difference,
+                )
+                for m in measurements
+            ),
+            _line("whole step", count, official, ours, peaks(measurements), difference),
+        )
+    )
 
 
 def _line(
@@ -78,10 +94,16 @@ def main(
     print(f'"{scene.prompt}", {len(scene.layout)} of at most {MAX_REGIONS} regions')
     print(f"float32, batch 2, {NUM_HEADS} heads, backend {name}, {torch.get_num_threads()} threads")
     print(
-        "official: the formula as DenseDiffusion's code has it, in plain PyTorch, every score and mask in memory"
+
+            "official: the formula as DenseDiffusion's code has it, in plain PyTorch, every "
+            "score and mask in memory"
+
     )
     print(
-        "Queries, keys and values are random, smooth like an image's, of no trained model: this shows the op alone."
+
+            "Queries, keys and values are random, smooth like an image's, of no trained model: "
+            "this shows the op alone."
+
     )
     runs = _progress(measure(scene.layout, layers, backend), sum(layer.count for layer in layers))
     measurements = list({run.layer: run for run in runs}.values())
@@ -144,7 +166,10 @@ def _progress(steps: Iterator[Measurement], total: int) -> Iterator[Measurement]
     except ImportError:
         for done, step in enumerate(steps, 1):
             print(
-                f"layer {done} of {total}: {step.layer.kind}-attention, {step.layer.grid} x {step.layer.grid}"
+
+                    f"layer {done} of {total}: {step.layer.kind}-attention, {step.layer.grid} "
+                    f"x {step.layer.grid}"
+
             )
             yield step
         return

@@ -60,7 +60,10 @@ def load_scene(path: Path | None = None, phrases: list[str] | None = None) -> Sc
     layout = Layout.from_label_map(labels, _spans(phrases))
     if layout.spans[-1][1] >= NUM_TOKENS:
         raise UserError(
-            f"--phrases must fit into a prompt of {NUM_TOKENS} tokens, got {layout.spans[-1][1] + 1}"
+
+                f"--phrases must fit into a prompt of {NUM_TOKENS} tokens, got "
+                f"{layout.spans[-1][1] + 1}"
+
         )
     return Scene(layout, tuple(phrases))
 

@@ -157,10 +157,18 @@ def _before_and_after(
     row: dict[str, Any] = {"loss": [], "reached": []}
     for steps in (0, updates):
         found = optimize(
-            pipe, goal.prompts, lambda images: goal.weight * goal.loss(images).sum(), SALIENCY[way],
-            num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="pt", progress=False,
-            steps=steps, clip=CLIP, sampler={"backend": backend},
-        )  # fmt: skip
+            pipe,
+            goal.prompts,
+            lambda images: goal.weight * goal.loss(images).sum(),
+            SALIENCY[way],
+            num_inference_steps=10,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+            progress=False,
+            steps=steps,
+            clip=CLIP,
+            sampler={"backend": backend},
+        )
         losses = goal.loss(found.images * 2 - 1)
         row["loss"].append(summary(losses, len(losses)))
         row["reached"].append(summary(goal.reached(found.images).float(), len(losses)))
@@ -270,9 +278,10 @@ def chains_of(pipe: StableDiffusionPipeline, steps: int) -> dict[str, Callable[[
         return x
 
     return {
-        "exact EDICT": sampled, "DDIM, a checkpoint a step": checkpointed,
+        "exact EDICT": sampled,
+        "DDIM, a checkpoint a step": checkpointed,
         "DDIM, everything kept": lambda x: sampled(x, "ddim"),
-    }  # fmt: skip
+    }
 
 
 def _costs(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, float]]:
@@ -327,11 +336,18 @@ def optimisation_table(result: dict[str, Any]) -> str:
         "over DOODL",
     ]
     costs = result["gradient"]
-    return "\n\n".join((
-        markdown([*head, "reached before", "after"], rows),
-        markdown(["one gradient through", *(f"{steps} steps" for steps in costs)],
-                 [[way, *(_cost_of(found[way]) for found in costs.values())] for way in next(iter(costs.values()))]),
-    ))  # fmt: skip
+    return "\n\n".join(
+        (
+            markdown([*head, "reached before", "after"], rows),
+            markdown(
+                ["one gradient through", *(f"{steps} steps" for steps in costs)],
+                [
+                    [way, *(_cost_of(found[way]) for found in costs.values())]
+                    for way in next(iter(costs.values()))
+                ],
+            ),
+        )
+    )
 
 
 def _cost_of(found: dict[str, float]) -> str:

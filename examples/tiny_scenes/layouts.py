@@ -63,10 +63,13 @@ def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, Any]:
                 [float(mask.any() and shape_of(mask) == thing.shape) for thing, mask in seen]
             )
     return {
-        "prompts": count, "both present": sum(both) / count, "no other colour": sum(clean) / count,
+        "prompts": count,
+        "both present": sum(both) / count,
+        "no other colour": sum(clean) / count,
         "shape right": sum(map(sum, shapes)) / (2 * count),
-        "both present in their shapes": sum(there * min(pair) for there, pair in zip(both, shapes)) / count,
-    }  # fmt: skip
+        "both present in their shapes": sum(there * min(pair) for there, pair in zip(both, shapes))
+        / count,
+    }
 
 
 def study(
@@ -100,10 +103,14 @@ def study(
         for name, setting in settings.items():
             rows[name] = _scores(pipe, work, setting, backend, advance)
     return {
-        "layouts": count, "seeds": seeds, "things": 3 if similar else 2, "backend": backend,
+        "layouts": count,
+        "seeds": seeds,
+        "things": 3 if similar else 2,
+        "backend": backend,
         "settings": {name: setting for name, setting in settings.items() if setting is not None},
-        "tuned": weights, "rows": {name: _row(name, rows, count) for name in rows},
-    }  # fmt: skip
+        "tuned": weights,
+        "rows": {name: _row(name, rows, count) for name in rows},
+    }
 
 
 def matched(
@@ -139,8 +146,9 @@ def _row(name: str, rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str
     row = {metric: summary(values[metric], groups) for metric in METRICS}
     paired = {
         f"{metric} - {other}": summary(values[metric] - rows[other][metric], groups)
-        for metric in ("present", "iou") for other in others
-    }  # fmt: skip
+        for metric in ("present", "iou")
+        for other in others
+    }
     return row | paired
 
 
@@ -167,15 +175,22 @@ def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
             scores[metric].append(pair[0][metric] - pair[1][metric])
     apart = torch.stack([torch.cat(values).view(-1) for values in scores.values()])
     return {
-        "layouts": count, "settings": list(settings), "backend": name, "of a pixel": pixel,
-        "of an image": apart.abs().max().item(), "of a mean": apart.mean(1).abs().max().item(),
-    }  # fmt: skip
+        "layouts": count,
+        "settings": list(settings),
+        "backend": name,
+        "of a pixel": pixel,
+        "of an image": apart.abs().max().item(),
+        "of a mean": apart.mean(1).abs().max().item(),
+    }
 
 
 def _scores(
-    pipe: StableDiffusionPipeline, work: list[tuple[Scene, int]], setting: dict | None, backend: str,
+    pipe: StableDiffusionPipeline,
+    work: list[tuple[Scene, int]],
+    setting: dict | None,
+    backend: str,
     advance: Callable[[], object] = lambda: None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Of an image of each scene and seed."""
     parts = []
     for part in batches(work):
@@ -195,5 +210,16 @@ def table(study: dict[str, Any]) -> str:
         differences = [row.get(f"iou - {other}") if other != name else None for other in others]
         paired = ("-" if found is None else said(found, "+.3f") for found in differences)
         rows.append([name, *means, *paired, f"{row['off_palette']['mean']:.3f}"])
-    return markdown([title, "all things there", "IoU with the layout", "swapped layout", "IoU over plain",
-                     "IoU over DenseDiffusion", "IoU over chosen weight", "off palette"], rows)  # fmt: skip
+    return markdown(
+        [
+            title,
+            "all things there",
+            "IoU with the layout",
+            "swapped layout",
+            "IoU over plain",
+            "IoU over DenseDiffusion",
+            "IoU over chosen weight",
+            "off palette",
+        ],
+        rows,
+    )

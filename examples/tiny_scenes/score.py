@@ -22,8 +22,8 @@ BATCH = 25
 LAYOUTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "paint-with-words": {
-        "modulation": "max", "cross_weight": 1.1, "self_weight": 0.0, "exponent": 1.7, "size_weight": 0.0,
-        "active": 1.0, "encode_phrases": False,
+        "modulation": "max", "cross_weight": 1.1, "self_weight": 0.0, "exponent": 1.7,
+        "size_weight": 0.0, "active": 1.0, "encode_phrases": False,
     },
     "DenseDiffusion": {},
     "without cross-modulation": {"cross_weight": 0.0},
@@ -32,9 +32,12 @@ LAYOUTS: dict[str, dict[str, Any] | None] = {
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str] | None, seeds: Sequence[int], inside: Any = None,
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str] | None,
+    seeds: Sequence[int],
+    inside: Any = None,
     **options: Any,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Images [B, 3, 32, 32] in 0..1, each from the noise of its own seed."""
     block: AbstractContextManager = nullcontext() if inside is None else inside
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -184,9 +184,13 @@ def draw(rows: Sequence[Row], images: dict[str, Tensor], output: Path) -> None:
     for place, name in zip(axes[0], COLUMNS):
         place.set_title(name, fontsize=11, fontweight="bold")
     figure.supxlabel(
-        "Numbers: overlap (IoU) of each phrase's colour with its region. A model of 4 million parameters.",
-        fontsize=9, color="#666666",
-    )  # fmt: skip
+        (
+            "Numbers: overlap (IoU) of each phrase's colour with its region. A model of 4 "
+            "million parameters."
+        ),
+        fontsize=9,
+        color="#666666",
+    )
     _files.write_by(output, partial(figure.savefig, format=output.suffix[1:]))
 
 

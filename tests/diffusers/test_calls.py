@@ -46,7 +46,10 @@ def test_a_negative_half_that_the_pipeline_does_not_tell_of(calls: list) -> None
     """
     pipe = fresh()
     text, empty = pipe.encode_prompt(PROMPT, "cpu", 1, True)
-    sentence = "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same latents with two texts"
+    sentence = (
+        "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same "
+        "latents with two texts"
+    )
     with apply_layout(pipe, PROMPT, REGIONS):
         own_loop(pipe, text, 1)
     assert len(calls) == 3 * len(pipe.unet.attn_processors)
@@ -92,7 +95,10 @@ def test_guidance_that_is_no_two_halves(calls: list) -> None:
     latents(pipe, steps=1)
     assert pipe.do_classifier_free_guidance
     text = pipe.encode_prompt(PROMPT, "cpu", 2, False)[0]
-    sentence = "pipe must call its denoiser with two halves of the same latents when it guides, got other latents"
+    sentence = (
+        "pipe must call its denoiser with two halves of the same latents when it guides, got "
+        "other latents"
+    )
     with apply_layout(pipe, PROMPT, REGIONS), pytest.raises(ValueError, match=sentence):
         own_loop(pipe, text, 2)
     with semantic_guidance(pipe, [Edit("fog")]), pytest.raises(ValueError, match=sentence):

@@ -1,4 +1,4 @@
-"""Which pipelines invert and optimize take, the noise that they draw, and how they refuse others."""
+"""Which pipelines invert and optimize take, the noise that they draw, and what they refuse."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ def made(name: str) -> object:
         ),
         (
             {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16},
-            "pipe must have a U-Net of latents, .*, got .* encoder_hid_dim_type='image_proj', which wants an image",
+            (
+                "pipe must have a U-Net of latents, .*, got .* "
+                "encoder_hid_dim_type='image_proj', which wants an image"
+            ),
         ),
         (
             {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},

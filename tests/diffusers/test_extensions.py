@@ -159,7 +159,7 @@ def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
 def test_rows_share_their_projections(kind: str) -> None:
-    """A batch with guidance goes once through the weights of a layer, as it does without a layout."""
+    """A guided batch goes once through the weights of a layer, as it does without a layout."""
     pipe, calls = tiny_pipeline(getattr(diffusers, kind)), []
     for name, module in (getattr(pipe, "unet", None) or pipe.transformer).named_modules():
         if name.endswith(".to_q"):

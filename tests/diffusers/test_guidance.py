@@ -191,9 +191,18 @@ def test_pictures_in_and_out() -> None:
 def test_optimisation_lowers_a_loss(saliency: object) -> None:
     pipe = pipeline("sd")
     result = optimize(
-        pipe, "a cat", lambda image: (image - 0.5).square().mean(), saliency, num_inference_steps=4, guidance_scale=2.0,
-        steps=8, clip=3e-2, progress=False, generator=torch.Generator().manual_seed(0), output_type="pt",
-    )  # fmt: skip
+        pipe,
+        "a cat",
+        lambda image: (image - 0.5).square().mean(),
+        saliency,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        steps=8,
+        clip=3e-2,
+        progress=False,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    )
     assert result.images.shape == (1, 3, 16, 16)
     assert len(result.result.losses) == 8
     assert result.result.losses[-1] < result.result.losses[0]

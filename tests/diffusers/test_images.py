@@ -199,7 +199,10 @@ def test_right_images_are_taken_in_silence(image: object) -> None:
 )
 def test_sides_that_the_vae_has_not_are_said(image: object) -> None:
     """A latent is 2 x 2 pixels here."""
-    text = "image must have sides of multiples of 2 to be taken as it is, got 25 x 17: it is resized to 24 x 16$"
+    text = (
+        "image must have sides of multiples of 2 to be taken as it is, got 25 x 17: it is "
+        "resized to 24 x 16$"
+    )
     with pytest.warns(UserWarning, match=text) as caught:
         found = invert(pipeline("sd"), image, "a cat", num_inference_steps=1)
     assert found.latents[0].shape[2:] == (8, 12)

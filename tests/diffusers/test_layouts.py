@@ -150,8 +150,19 @@ def test_a_batch_of_layouts_is_each_image_by_itself(image: int) -> None:
     assert close(both[image : image + 1], alone)
 
 
-SCHEDULERS = ("DDIM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
-              "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DDPM", "LCM")  # fmt: skip
+SCHEDULERS = (
+    "DDIM",
+    "PNDM",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "KDPM2Discrete",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "UniPCMultistep",
+    "DDPM",
+    "LCM",
+)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -252,8 +263,14 @@ def test_masks_of_every_kind() -> None:
     pipe, mask = pipeline("sd"), np.zeros((64, 64), bool)
     mask[:, :32] = True
     results = []
-    for kind in (mask, torch.from_numpy(mask), Image.fromarray(mask), Image.fromarray(mask.astype(np.uint8) * 255),
-                 (0.0, 0.0, 0.5, 1.0), [0, 0, 0.5, 1]):  # fmt: skip
+    for kind in (
+        mask,
+        torch.from_numpy(mask),
+        Image.fromarray(mask),
+        Image.fromarray(mask.astype(np.uint8) * 255),
+        (0.0, 0.0, 0.5, 1.0),
+        [0, 0, 0.5, 1],
+    ):
         with apply_layout(pipe, PROMPT, [("cat", kind)]):
             results.append(latents(pipe))
     assert all(torch.equal(result, results[0]) for result in results)
@@ -263,9 +280,14 @@ def test_a_region_without_a_phrase_and_phrases_as_they_are() -> None:
     pipe = pipeline("sd")
     results = []
     for regions, options in (
-        (REGIONS, {}), (REGIONS, {"encode_phrases": False}), ([(None, REGIONS[0][1])], {}), (REGIONS, {"exponent": 0}),
-        (REGIONS, {"size_weight": 0.0}), (REGIONS, {"active": 1.0}), (REGIONS, {"cross_weight": 0}),
-    ):  # fmt: skip
+        (REGIONS, {}),
+        (REGIONS, {"encode_phrases": False}),
+        ([(None, REGIONS[0][1])], {}),
+        (REGIONS, {"exponent": 0}),
+        (REGIONS, {"size_weight": 0.0}),
+        (REGIONS, {"active": 1.0}),
+        (REGIONS, {"cross_weight": 0}),
+    ):
         with apply_layout(pipe, PROMPT, regions, **options):
             results.append(latents(pipe))
     assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])

@@ -49,9 +49,9 @@ def test_merged_tokens_are_told_of_once(share: int, calls: list) -> None:
     told = [str(warning.message) for warning in caught if warning.category is UserWarning]
     assert len(told) == 1
     assert (
-        "a layout leaves down_blocks.0.attentions.0.transformer_blocks.0.attn1, and layers like it, alone"
-        in told[0]
-    )
+        "a layout leaves down_blocks.0.attentions.0.transformer_blocks.0.attn1, and layers "
+        "like it, alone"
+    ) in told[0]
     assert "Merged" in told[0]
     assert len(calls) == 2 * 3 * len(blocks)
     assert all(call[1].shape[2] == 16 for call in calls)  # cross-attention alone

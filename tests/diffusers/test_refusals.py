@@ -25,29 +25,73 @@ MASK = np.ones((8, 8), bool)
 @pytest.mark.parametrize(
     ("arguments", "kind", "sentence"),
     [
-        ({"regions": [("bird", MASK)]}, ValueError, r"\[0\] must have a phrase of the prompt 'a cat dog', got 'bird'"),
-        ({"regions": [("", MASK)]}, ValueError, r"regions\[0\] must have a phrase of at least one token, got ''"),
-        ({"regions": [("cat", MASK), ("dog", ~MASK)]}, ValueError, r"\[1\] must have a mask of at least one pixel"),
-        ({"regions": [("cat", MASK), ("dog", MASK[1:])]}, ValueError, r"\[1\] must have a mask of the size \(8, 8\)"),
-        ({"regions": [("cat", MASK)] * 33}, ValueError, "regions must hold 1 to 32 regions, got 33"),
-        ({"regions": [("cat", MASK.astype(float))]}, TypeError, r"\[0\] must have a bool mask, .* ndarray of float64"),
-        ({"regions": [("cat", MASK[0])]}, ValueError, r"regions\[0\] must have a mask of 2 dimensions"),
-        ({"regions": [("cat", (0.0, 0.0, 2.0, 1.0))]}, ValueError, r"the box of regions\[0\] must have 0 <= x0"),
+        (
+            {"regions": [("bird", MASK)]},
+            ValueError,
+            r"\[0\] must have a phrase of the prompt 'a cat dog', got 'bird'",
+        ),
+        (
+            {"regions": [("", MASK)]},
+            ValueError,
+            r"regions\[0\] must have a phrase of at least one token, got ''",
+        ),
+        (
+            {"regions": [("cat", MASK), ("dog", ~MASK)]},
+            ValueError,
+            r"\[1\] must have a mask of at least one pixel",
+        ),
+        (
+            {"regions": [("cat", MASK), ("dog", MASK[1:])]},
+            ValueError,
+            r"\[1\] must have a mask of the size \(8, 8\)",
+        ),
+        (
+            {"regions": [("cat", MASK)] * 33},
+            ValueError,
+            "regions must hold 1 to 32 regions, got 33",
+        ),
+        (
+            {"regions": [("cat", MASK.astype(float))]},
+            TypeError,
+            r"\[0\] must have a bool mask, .* ndarray of float64",
+        ),
+        (
+            {"regions": [("cat", MASK[0])]},
+            ValueError,
+            r"regions\[0\] must have a mask of 2 dimensions",
+        ),
+        (
+            {"regions": [("cat", (0.0, 0.0, 2.0, 1.0))]},
+            ValueError,
+            r"the box of regions\[0\] must have 0 <= x0",
+        ),
         ({"regions": [("cat", "left")]}, TypeError, r"regions\[0\] must have a bool mask"),
         ({"regions": []}, TypeError, "regions must be a list of"),
         ({"regions": "cat"}, TypeError, "regions must be a list of"),
-        ({"regions": [[("cat", MASK)], [("dog", MASK)]]}, ValueError, "regions must hold one list for each of the 1"),
-        ({"regions": [("cat", MASK), "dog"]}, TypeError, r"regions\[1\] must be a pair \(phrase, mask\)"),
+        (
+            {"regions": [[("cat", MASK)], [("dog", MASK)]]},
+            ValueError,
+            "regions must hold one list for each of the 1",
+        ),
+        (
+            {"regions": [("cat", MASK), "dog"]},
+            TypeError,
+            r"regions\[1\] must be a pair \(phrase, mask\)",
+        ),
         ({"prompt": 3}, TypeError, "prompt must be a string or a list of strings, got 3"),
         ({"prompt": []}, TypeError, "prompt must be a string or a list of strings"),
         ({"active": 1.5}, ValueError, "active must be from 0 to 1, got 1.5"),
         ({"exponent": -1}, ValueError, "exponent must be at least 0, got -1"),
         ({"self_weight": float("nan")}, ValueError, "self_weight must be finite"),
-        ({"modulation": "min"}, ValueError, "modulation must be one of range, max, bias, mask, got 'min'"),
+        (
+            {"modulation": "min"},
+            ValueError,
+            "modulation must be one of range, max, bias, mask, got 'min'",
+        ),
         ({"encode_phrases": 1}, TypeError, "encode_phrases must be a bool"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
     ],
-)  # fmt: skip
+)
 def test_wrong_layouts_are_refused(arguments: dict, kind: type, sentence: str) -> None:
     pipe = pipeline("sd")
     before = state_of(pipe)
@@ -110,10 +154,16 @@ def test_pipelines_of_other_batches_are_refused() -> None:
     """What guides by more than two halves, or does not say whether it guides."""
     parts = tiny_pipeline(diffusers.StableDiffusionPipeline).components
     wrong = {
-        "StableDiffusionPAGPipeline": "make no estimates beside the prompt's .* .do_perturbed_attention_guidance.",
-        "StableDiffusionInstructPix2PixPipeline": "pipe must (have an encode_prompt|make no estimates|tell whether)",
+        "StableDiffusionPAGPipeline": (
+            "make no estimates beside the prompt's .* .do_perturbed_attention_guidance."
+        ),
+        "StableDiffusionInstructPix2PixPipeline": (
+            "pipe must (have an encode_prompt|make no estimates|tell whether)"
+        ),
         "SemanticStableDiffusionPipeline": "pipe must have an encode_prompt of a prompt",
-        "StableDiffusionUpscalePipeline": "tell whether it guides .do_classifier_free_guidance., got StableDiffusionUp",
+        "StableDiffusionUpscalePipeline": (
+            "tell whether it guides .do_classifier_free_guidance., got StableDiffusionUp"
+        ),
     }
     for name, sentence in wrong.items():
         pipe = getattr(diffusers, name).__new__(getattr(diffusers, name))

@@ -36,10 +36,20 @@ OWN = {  # arguments of calls by class, in the place of those below
     },
 }
 ARGUMENTS = {
-    "prompt": PROMPT, "height": 16, "width": 16, "num_inference_steps": 4, "output_type": "latent", "image": PICTURE,
-    "control_image": PICTURE, "mask_image": MASK, "control_mask": MASK, "depth_map": torch.rand(1, 16, 16),
-    "max_sequence_length": 24, "strength": 0.75, "true_cfg_scale": 2.0,
-}  # fmt: skip
+    "prompt": PROMPT,
+    "height": 16,
+    "width": 16,
+    "num_inference_steps": 4,
+    "output_type": "latent",
+    "image": PICTURE,
+    "control_image": PICTURE,
+    "mask_image": MASK,
+    "control_mask": MASK,
+    "depth_map": torch.rand(1, 16, 16),
+    "max_sequence_length": 24,
+    "strength": 0.75,
+    "true_cfg_scale": 2.0,
+}
 
 
 @cache
@@ -202,17 +212,28 @@ def kolors() -> dict[str, Any]:
 
     tokenizer = Tokenizer(own.get_vocab(), [], model_max_length=own.model_max_length)
     config = ChatGLMConfig(
-        num_layers=2, padded_vocab_size=len(own), hidden_size=16, ffn_hidden_size=16, kv_channels=8,
-        num_attention_heads=2, seq_length=512, original_rope=True, rmsnorm=True, add_qkv_bias=True,
+        num_layers=2,
+        padded_vocab_size=len(own),
+        hidden_size=16,
+        ffn_hidden_size=16,
+        kv_channels=8,
+        num_attention_heads=2,
+        seq_length=512,
+        original_rope=True,
+        rmsnorm=True,
+        add_qkv_bias=True,
         multi_query_attention=False,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = ChatGLMModel(config).eval()
         for parameter in encoder.parameters():  # its constructor leaves them as memory was
             torch.nn.init.normal_(parameter, std=0.5)
     unet = changed(
-        pipeline("sd").unet, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16, cross_attention_dim=16,
-    )  # fmt: skip
+        pipeline("sd").unet,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        cross_attention_dim=16,
+    )
     return {"tokenizer": tokenizer, "text_encoder": encoder, "unet": unet}

@@ -131,8 +131,10 @@ class Official:
         keys = x if context is None else context
         outs = []
         for i, (rows, columns) in enumerate(zip(x, keys)):
-            q, k, v = (f(t).unflatten(-1, (attn.heads, -1)).transpose(0, 1) for f, t in (
-                (attn.to_q, rows), (attn.to_k, columns), (attn.to_v, columns)))  # [H, tokens, D]  # fmt: skip
+            q, k, v = (
+                f(t).unflatten(-1, (attn.heads, -1)).transpose(0, 1)
+                for f, t in ((attn.to_q, rows), (attn.to_k, columns), (attn.to_v, columns))
+            )  # [H, tokens, D]
             s = q @ k.mT * q.shape[-1] ** -0.5
             conditional = i - len(x) // 2 if self.guided else i
             if conditional >= 0 and self.calls < 0.3 * self.steps:

@@ -21,7 +21,10 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 SENTENCES = [
-    "a catfish and a cat", "a red cat on the left of two dogs", 'a "cat" (dog, mat), the sky', "Katzen und Katze",
+    "a catfish and a cat", (
+"a red cat on the "
+"left of two dogs"
+), 'a "cat" (dog, mat), the sky', "Katzen und Katze",
     "une café au lait", "一只红猫在左边", "red cats, blue cats", "a dog's cat-house",
 ]  # fmt: skip
 TOKENS = 32
@@ -38,9 +41,12 @@ def clip(padding_side: str = "right") -> Any:
     )
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>",
-        initial_alphabet=alphabet, show_progress=False,
-    )  # fmt: skip
+        vocab_size=700,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     trained.train_from_iterator(SENTENCES * 3, trainer)
     model = json.loads(trained.to_str())["model"]
     vocabulary = model["vocab"]
@@ -91,8 +97,14 @@ class Glm(transformers.PreTrainedTokenizer):
         ]
         pieces += ["一只", "红", "猫在", "猫", *"abcdefghijklmnopqrstuvwxyz(),.2"]
         self.pieces = {piece: i for i, piece in enumerate(pieces)}
-        super().__init__(pad_token="<unk>", unk_token="<unk>", eos_token="</s>", padding_side="left",
-                         model_max_length=TOKENS, **options)  # fmt: skip
+        super().__init__(
+            pad_token="<unk>",
+            unk_token="<unk>",
+            eos_token="</s>",
+            padding_side="left",
+            model_max_length=TOKENS,
+            **options,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -177,8 +189,14 @@ def deep(family: str) -> object:
 def encoded(pipe: object, text: str, **options: object) -> Tensor:
     """The tokens of a prompt as the pipeline encodes it."""
     known = inspect.signature(pipe.encode_prompt).parameters
-    given = {"prompt_2": None, "prompt_3": None, "device": "cpu", "num_images_per_prompt": 1,
-             "do_classifier_free_guidance": False, **options}  # fmt: skip
+    given = {
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": "cpu",
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+        **options,
+    }
     with torch.no_grad():
         return pipe.encode_prompt(
             text, **{name: value for name, value in given.items() if name in known}

@@ -46,7 +46,7 @@ def test_without_kernels_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_edits_decide_what_the_prompt_leaves_open(pipe: object) -> None:
     for kind, enough in (("ground", 100), ("colour", 20)):
-        own = edits.cases(kind, 4)
+        own = edits.open_prompts(kind, 4)
         plain = score.generate(pipe, [case.prompt for case in own], range(4))
         assert edits.effect(pipe, own, plain, scale=12.0)["gain"]["mean"] > enough
         assert edits.effect(pipe, own, plain, scale=0.0)["changed"] < 0.01
@@ -54,7 +54,7 @@ def test_edits_decide_what_the_prompt_leaves_open(pipe: object) -> None:
 
 def test_edits_of_images_without_a_thing(pipe: object) -> None:
     """Nothing is inside of it, and a mean of one image has no error."""
-    own = edits.cases("colour", 2)
+    own = edits.open_prompts("colour", 2)
     bare = torch.full((2, 3, 32, 32), 0.5)
     found = edits.effect(pipe, own, bare)
     assert found["inside"] == {"mean": None, "error": None}
@@ -66,7 +66,7 @@ def test_edits_of_images_without_a_thing(pipe: object) -> None:
 
 
 def test_edits_turn_around(pipe: object) -> None:
-    own = edits.cases("size", 4)
+    own = edits.open_prompts("size", 4)
     plain = score.generate(pipe, [case.prompt for case in own], range(4))
     assert edits.effect(pipe, own, plain, scale=-12.0)["gain"]["mean"] < -10
 
@@ -74,7 +74,7 @@ def test_edits_turn_around(pipe: object) -> None:
 def test_the_control_of_edits_begins_with_the_same_image(
     pipe: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = edits.cases("ground", 2)
+    own = edits.open_prompts("ground", 2)
     plain = score.generate(pipe, [case.prompt for case in own], range(2))
     monkeypatch.setitem(edits.USUAL, "warmup", score.STEPS + 1)
     torch.testing.assert_close(edits._control(pipe, own), plain, atol=1e-4, rtol=0)
@@ -86,8 +86,12 @@ def test_the_table_and_plot_of_edits(
     pipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    for name, values in (("SCALES", (-6.0, 6.0)), ("THRESHOLDS", (0.5,)), ("WARMUPS", (2,)),
-                         ("KINDS", ("colour", "size"))):  # fmt: skip
+    for name, values in (
+        ("SCALES", (-6.0, 6.0)),
+        ("THRESHOLDS", (0.5,)),
+        ("WARMUPS", (2,)),
+        ("KINDS", ("colour", "size")),
+    ):
         monkeypatch.setattr(edits, name, values)
     found = edits.study(pipe, 2)
     assert all(kind in edits.table(found) for kind in edits.KINDS)
@@ -162,9 +166,12 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     results = json.loads((root / "benchmarks/results/tiny-scenes.json").read_text())
     page = (root / "docs/does_it_work.md").read_text("utf-8")
     shown = {
-        "layouts": layouts.table, "similar": layouts.table, "edits": edits.table,
-        "inversion": chains.inversion_table, "optimisation": chains.optimisation_table,
-    }  # fmt: skip
+        "layouts": layouts.table,
+        "similar": layouts.table,
+        "edits": edits.table,
+        "inversion": chains.inversion_table,
+        "optimisation": chains.optimisation_table,
+    }
     for part, shown_as in shown.items():
         for text in shown_as(results[part]).split("\n\n"):
             assert text in page, f"{part}:\n{text}"

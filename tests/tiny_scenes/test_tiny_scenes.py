@@ -103,8 +103,10 @@ def test_matched_strengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "laid_out", painted)
     settings, tried = layouts.matched(None, drawn, "auto")
     assert settings["without value-range adaptivity"] == {
-        "modulation": "bias", "cross_weight": 16.0, "self_weight": pytest.approx(4.8)
-    }  # fmt: skip
+        "modulation": "bias",
+        "cross_weight": 16.0,
+        "self_weight": pytest.approx(4.8),
+    }
     assert settings["without area adaptivity"]["cross_weight"] == 0.75
     assert settings[layouts.CHOSEN]["cross_weight"] == 0.75
     assert settings["DenseDiffusion"] == {}
@@ -113,9 +115,13 @@ def test_matched_strengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_differences_are_paired() -> None:
     """The error of a difference is that of the differences, not of both means."""
-    rows = {name: dict.fromkeys(layouts.METRICS, torch.tensor(values)) for name, values in {
-        "plain": [0.0, 0.5, 1.0], "DenseDiffusion": [0.1, 0.6, 1.1],
-    }.items()}  # fmt: skip
+    rows = {
+        name: dict.fromkeys(layouts.METRICS, torch.tensor(values))
+        for name, values in {
+            "plain": [0.0, 0.5, 1.0],
+            "DenseDiffusion": [0.1, 0.6, 1.1],
+        }.items()
+    }
     row = layouts._row("DenseDiffusion", rows, 3)
     assert row["iou"]["error"] == pytest.approx(0.5 / 3**0.5)
     assert row["iou - plain"] == pytest.approx({"mean": 0.1, "error": 0.0}, abs=1e-6)

@@ -119,7 +119,10 @@ def test_a_named_pipe_is_written_to(tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-PROGRAM = "from dense_attn._files import write; print('before'); write('/dev/stdout', 'written\\n'); print('after')"
+PROGRAM = (
+    "from dense_attn._files import write; print('before'); write('/dev/stdout', 'written\\n'); "
+    "print('after')"
+)
 
 
 def test_standard_output_takes_what_is_written_in_its_turn(tmp_path: Path) -> None:
@@ -200,9 +203,14 @@ def test_such_a_file_is_left_alone_where_there_is_no_room(full_disk: Path) -> No
 )
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("", "it is a folder"), ("no/such", "No such file or directory"), ("file/below", "Not a directory"),
-     ("loop", "Too many levels of symbolic links"), ("n" * 300, "File name too long")],
-)  # fmt: skip
+    [
+        ("", "it is a folder"),
+        ("no/such", "No such file or directory"),
+        ("file/below", "Not a directory"),
+        ("loop", "Too many levels of symbolic links"),
+        ("n" * 300, "File name too long"),
+    ],
+)
 def test_what_cannot_be_written_is_said_in_one_sentence(
     ask: object, name: str, reason: str, tmp_path: Path
 ) -> None:
@@ -280,8 +288,16 @@ def test_nothing_else_writes_a_file(folder: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["path.write_text(x)", "figure.savefig(output)", "image.save('x.png')", "os.replace(a, b)", "open(path, 'w')",
-     "torch.save(state, path)", 'log.open("w")', 'open(name, "wb")'],
-)  # fmt: skip
+    [
+        "path.write_text(x)",
+        "figure.savefig(output)",
+        "image.save('x.png')",
+        "os.replace(a, b)",
+        "open(path, 'w')",
+        "torch.save(state, path)",
+        'log.open("w")',
+        'open(name, "wb")',
+    ],
+)
 def test_what_writes_a_file_is_seen(line: str) -> None:
     assert WRITES.search(line)

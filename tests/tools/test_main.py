@@ -125,9 +125,9 @@ def test_bench_without_its_extra_says_so(
     monkeypatch.setitem(sys.modules, "dense_attn.benchmarks", None)
     code, _, err = run(capsys, "bench")
     assert code == 2
-    assert (
-        err
-        == "dense_attn bench: the benchmarks need dense_attn.benchmarks: pip install dense_attn[bench]\n"
+    assert err == (
+        "dense_attn bench: the benchmarks need dense_attn.benchmarks: pip install "
+        "dense_attn[bench]\n"
     )
 
 
@@ -176,8 +176,19 @@ def test_demo_paints_with_words_that_the_small_model_knows(
     assert re.search(r"DenseDiffusion +overlap with the layout: 0\.\d\d", out)
     with Image.open(label_map.with_name("mine-scenes.png")) as picture:
         assert picture.width == 1210
-    code, out, _ = run(capsys, "demo", "--layout", label_map, "--phrases", "a red fox", "a blue square", "--grids", 8,
-                       "--output", label_map.with_name("fox.png"))  # fmt: skip
+    code, out, _ = run(
+        capsys,
+        "demo",
+        "--layout",
+        label_map,
+        "--phrases",
+        "a red fox",
+        "a blue square",
+        "--grids",
+        8,
+        "--output",
+        label_map.with_name("fox.png"),
+    )
     assert code == 0
     assert "no generated images: the small model knows a, and, on" in out
     assert out.rstrip().endswith("; not fox")
@@ -210,14 +221,22 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 WRONG_FILES = {
     "{} does not exist": lambda path: None,
     "{} is not an image that can be read": lambda path: path.write_text("a cat on a hill"),
-    "{} is not a usable layout: label_map must hold 1 to 32 distinct labels besides 0, the background, got 0":
-        lambda path: _save(path, 0 * LABELS),
-    "{} is not a usable layout: label_map must hold 1 to 32 distinct labels besides 0, the background, got 33":
-        lambda path: _save(path, np.arange(34, dtype=np.uint8)[None].repeat(34, 0)),
-    "{} is not a usable layout: label_map must hold whole numbers, got others in an image of mode F":
-        lambda path: Image.fromarray(LABELS / np.float32(2)).save(path, format="TIFF"),
-    "--phrases must name each of the 2 regions of {}, got ['a cat']": lambda path: _save(path, LABELS),
-}  # fmt: skip
+    (
+        "{} is not a usable layout: label_map must hold 1 to 32 distinct labels besides 0, the "
+        "background, got 0"
+    ): lambda path: _save(path, 0 * LABELS),
+    (
+        "{} is not a usable layout: label_map must hold 1 to 32 distinct labels besides 0, the "
+        "background, got 33"
+    ): lambda path: _save(path, np.arange(34, dtype=np.uint8)[None].repeat(34, 0)),
+    (
+        "{} is not a usable layout: label_map must hold whole numbers, got others in an image "
+        "of mode F"
+    ): lambda path: Image.fromarray(LABELS / np.float32(2)).save(path, format="TIFF"),
+    "--phrases must name each of the 2 regions of {}, got ['a cat']": lambda path: _save(
+        path, LABELS
+    ),
+}
 
 
 @pytest.mark.parametrize("sentence", WRONG_FILES)

@@ -65,9 +65,12 @@ class Chain:
         final = 1.0 if scheduler.config.set_alpha_to_one else None
         with in_words():
             self.sampler = ReversibleSampler(
-                scheduler.alphas_cumprod, scheduler.timesteps, final_alpha_cumprod=final,
-                dtype=unwrapped(pipe.unet).dtype, **settings.sampler,
-            )  # fmt: skip
+                scheduler.alphas_cumprod,
+                scheduler.timesteps,
+                final_alpha_cumprod=final,
+                dtype=unwrapped(pipe.unet).dtype,
+                **settings.sampler,
+            )
         self.text = self._encoded(texts)
 
     def eps(self, x: Tensor, t: Tensor) -> Tensor:
@@ -94,7 +97,10 @@ class Chain:
         wanted = config.encoder_hid_dim or config.cross_attention_dim
         widths = {wanted} if isinstance(wanted, int) else set(wanted)
         if widths != {text.shape[-1]}:
-            rule = f"have a text encoder of the width that its U-Net takes, {', '.join(map(str, sorted(widths)))}"
+            rule = (
+                "have a text encoder of the width that its U-Net takes, "
+                f"{', '.join(map(str, sorted(widths)))}"
+            )
             _checks.refuse("pipe", rule, text.shape[-1])
         return torch.cat([negative, text]) if guided else text
 
@@ -154,6 +160,9 @@ def _schedule(pipe: DiffusionPipeline, steps: int) -> DDIMScheduler:
         rule = f"keep the timesteps of pipe's schedule below {len(alphas)}"
         _checks.refuse("num_inference_steps", rule, f"{steps}, which begin at {first}")
     if alphas[first] == 0:
-        rule = "have a scheduler that leaves signal at the first timestep, as timestep_spacing='leading' does"
+        rule = (
+            "have a scheduler that leaves signal at the first timestep, as "
+            "timestep_spacing='leading' does"
+        )
         _checks.refuse("pipe", rule, f"alpha_bar 0 at timestep {first}")
     return scheduler

@@ -38,7 +38,10 @@ def pixels_of(pipe: DiffusionPipeline, images: list[Any] | Tensor) -> Tensor:
     before, after = size_of(images), size_of(pixels)
     if before != after:
         unit = pipe.image_processor.config.vae_scale_factor
-        text = f"image must have sides of multiples of {unit} to be taken as it is, got {before[0]} x {before[1]}"
+        text = (
+            f"image must have sides of multiples of {unit} to be taken as it is, got "
+            f"{before[0]} x {before[1]}"
+        )
         warnings.warn(f"{text}: it is resized to {after[0]} x {after[1]}", stacklevel=3)
     return pixels.to(pipe._execution_device)
 
@@ -75,7 +78,10 @@ def _pictures(images: Any) -> list[Any]:
     if len(sizes) > 1:
         _checks.refuse("image", "hold pictures of one size", " and ".join(sizes))
     if any(_transparent(image) for image in listed):
-        text = "image must be opaque to be taken as it looks, got transparent pixels: their colours are taken instead"
+        text = (
+            "image must be opaque to be taken as it looks, got transparent pixels: their "
+            "colours are taken instead"
+        )
         warnings.warn(text, stacklevel=4)
     return [_in_colour(image) for image in listed]
 

@@ -74,7 +74,10 @@ def _check_inputs(kind: str, config: Any, channels: int) -> None:
     if config.encoder_hid_dim_type not in (None, "text_proj"):
         _not_alone(
             kind,
-            f"encoder_hid_dim_type={config.encoder_hid_dim_type!r}, which wants an image (IP-Adapter)",
+            (
+                f"encoder_hid_dim_type={config.encoder_hid_dim_type!r}, which wants an image "
+                "(IP-Adapter)"
+            ),
         )
 
 

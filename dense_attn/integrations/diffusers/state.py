@@ -174,7 +174,7 @@ class LayoutState:
     def before_call(
         self, denoiser: torch.nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        """A hook before each call of the denoiser: its place in the run, its phrases' embeddings."""
+        """A hook before each call of the denoiser: its step in the run, its phrases' embeddings."""
         self.first = self.last = 0
         if self.paused or not (self.options.cross_weight or self.options.self_weight):
             return None

@@ -130,8 +130,11 @@ def test_phrases_have_the_other_options_of_the_call(family: str, options: dict) 
 def test_options_stay_those_of_the_prompt_beside_negative_embeddings() -> None:
     """FLUX encodes the negative prompt in a call of its own, after the prompt's."""
     pipe = deep("flux")
-    negative = {"negative_prompt_embeds": encoded(pipe, "fog", max_sequence_length=28), "true_cfg_scale": 2.0,
-                "negative_pooled_prompt_embeds": torch.zeros(1, 16)}  # fmt: skip
+    negative = {
+        "negative_prompt_embeds": encoded(pipe, "fog", max_sequence_length=28),
+        "true_cfg_scale": 2.0,
+        "negative_pooled_prompt_embeds": torch.zeros(1, 16),
+    }
     with apply_layout(pipe, PROMPT, [("cat", (0.0, 0.0, 0.5, 1.0))]), texts_of(pipe) as texts:
         latents(pipe, steps=1, max_sequence_length=28, **negative)
     assert torch.equal(texts[0][0, 2:6], encoded(pipe, "cat", max_sequence_length=28)[0, :4])

@@ -55,10 +55,19 @@ def test_the_right_place_of_a_phrase_that_begins_another_word(kind: str, calls: 
 
 @pytest.mark.parametrize(
     ("prompt", "phrase"),
-    [("a catfish", "cat"), ("dogs", "dog"), ("35 dogs", "3"), ("une cafe\u0301", "cafe"), ("a café", "caf"),
-     ("a café", "cafe"), ("Katzen", "Katze"), ("a 👍🏽", "👍"), ("a catfish", "cat fish"),
-     ("a \ufb01re", "ire")],
-)  # fmt: skip
+    [
+        ("a catfish", "cat"),
+        ("dogs", "dog"),
+        ("35 dogs", "3"),
+        ("une cafe\u0301", "cafe"),
+        ("a café", "caf"),
+        ("a café", "cafe"),
+        ("Katzen", "Katze"),
+        ("a 👍🏽", "👍"),
+        ("a catfish", "cat fish"),
+        ("a \ufb01re", "ire"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 def test_a_part_of_a_word_is_no_phrase(kind: str, prompt: str, phrase: str) -> None:
     sentence = f"have a phrase of the prompt {prompt!r}, got {phrase!r}"

@@ -30,9 +30,8 @@ def test_another_prompt_is_told_once_a_block(family: str) -> None:
             latents(pipe, "a dog cat", steps=2)
 
     (said,) = told(pipe, PROMPT, twice)
-    assert (
-        said
-        == f"the call's prompt 'a dog cat' is not the layout's {PROMPT!r}, by which phrases are placed"
+    assert said == (
+        f"the call's prompt 'a dog cat' is not the layout's {PROMPT!r}, by which phrases are placed"
     )
     assert (
         len(told(pipe, [PROMPT, "cat dog"], lambda: latents(pipe, [PROMPT, "dog cat"], steps=1)))
@@ -55,9 +54,11 @@ def test_another_prompt_is_told_once_a_block(family: str) -> None:
 def test_what_is_the_same_prompt_is_not_told(family: str) -> None:
     pipe = deep(family)
     calls: list[tuple[object, dict]] = [
-        (PROMPT, {"num_images_per_prompt": 2}), (PROMPT, {"negative_prompt": "a dog cat"}), ([PROMPT] * 2, {}),
+        (PROMPT, {"num_images_per_prompt": 2}),
+        (PROMPT, {"negative_prompt": "a dog cat"}),
+        ([PROMPT] * 2, {}),
         (PROMPT, {"guidance_scale": 1.0}),
-    ]  # fmt: skip
+    ]
     calls += [(PROMPT, {"prompt_2": "fog"})] * (family == "sdxl") + [
         ("fog", {"prompt_2": PROMPT})
     ] * (family == "flux")
@@ -122,9 +123,9 @@ def test_embeddings_of_the_callers_own_are_compared(family: str) -> None:
     for embeddings in (other, empty, torch.cat([right, other])):
         run = lambda given=embeddings: latents(pipe, None, steps=2, **given_as(family, given, pipe))  # noqa: E731
         (said,) = told(pipe, [PROMPT] * len(embeddings), run, [REGIONS] * len(embeddings))
-        assert (
-            said
-            == f"the call's prompt_embeds are not what the layout's {PROMPT!r} encodes to, by which phrases are placed"
+        assert said == (
+            f"the call's prompt_embeds are not what the layout's {PROMPT!r} encodes to, by "
+            "which phrases are placed"
         )
 
 
@@ -134,8 +135,11 @@ def test_one_text_for_all_images_of_flux() -> None:
     given = given_as("flux", encoded(pipe, PROMPT, max_sequence_length=24), pipe)
     runs = []
     for times in (1, 2):
-        texts = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in given.items() if times > 1
-                 and isinstance(value, Tensor)}  # fmt: skip
+        texts = {
+            name: value.repeat(times, *[1] * (value.dim() - 1))
+            for name, value in given.items()
+            if times > 1 and isinstance(value, Tensor)
+        }
         with apply_layout(pipe, PROMPT, REGIONS):
             runs.append(
                 latents(pipe, None, steps=4, num_images_per_prompt=2 // times, **given | texts)

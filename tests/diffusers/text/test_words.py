@@ -113,9 +113,16 @@ def test_the_tokens_of_an_image_to_edit_are_of_no_region(calls: list) -> None:
     pipe.set_progress_bar_config(disable=True)
     with apply_layout(pipe, PROMPT, REGIONS):
         pipe(
-            torch.rand(1, 3, 16, 16), PROMPT, height=16, width=24, num_inference_steps=2, max_sequence_length=24,
-            max_area=16 * 24, _auto_resize=False, output_type="latent",
-        )  # fmt: skip
+            torch.rand(1, 3, 16, 16),
+            PROMPT,
+            height=16,
+            width=24,
+            num_inference_steps=2,
+            max_sequence_length=24,
+            max_area=16 * 24,
+            _auto_resize=False,
+            output_type="latent",
+        )
     assert len(calls) == len(pipe.transformer.attn_processors)
     image = 4 * 6
     for _, _, _, words, _, strength in calls:
@@ -130,9 +137,13 @@ def test_a_second_estimate_of_a_step_is_of_the_prompt(calls: list) -> None:
     pipe = pipeline("sd3")
     with apply_layout(pipe, PROMPT, REGIONS):
         latents(
-            pipe, ["a cat dog"] * 2, steps=2, skip_guidance_layers=[0], skip_layer_guidance_start=-1.0,
+            pipe,
+            ["a cat dog"] * 2,
+            steps=2,
+            skip_guidance_layers=[0],
+            skip_layer_guidance_start=-1.0,
             skip_layer_guidance_stop=2.0,
-        )  # fmt: skip
+        )
     assert {call[0].shape[0] for call in calls} == {2}
     layers = len(pipe.transformer.attn_processors)
     assert layers < len(calls) < 2 * layers

@@ -49,9 +49,10 @@ def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]
     """The options of a call of encode_prompt that are not its defaults and had an effect."""
     parameters = inspect.signature(pipe.encode_prompt).parameters
     return {
-        name: given[name] for name in (OPTIONS if given.get("prompt_embeds") is None else OPTIONS[:1])
+        name: given[name]
+        for name in (OPTIONS if given.get("prompt_embeds") is None else OPTIONS[:1])
         if given.get(name) is not None and given[name] != parameters[name].default
-    }  # fmt: skip
+    }
 
 
 def rows_of(given: dict[str, Any]) -> int:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 LONGEST = 512  # tokens that a T5 encoder of any pipeline is given
 # the scripts, by their letters' names, in which words stand beside each other or take endings
 WITHOUT_SPACES = (
-    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER",
-    "MYANMAR", "TIBETAN", "YI",
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
+    "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI",
 )  # fmt: skip
 JOINER = "\u200d"  # makes one sign of several
 TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"  # of the skin of the sign before
@@ -157,12 +157,18 @@ def characters(found: list[Segment], prompt: str, phrase: Phrase, argument: str)
     places = list(_places(prompt, phrase.text, caseless))
     if not places:  # spaces that tokenizers do not tell, as CLIP's of those beside a comma
         ids = [tokens_of(tokenizer, phrase.text).ids for tokenizer in tokenizers]
-        places = [place for place in _places(prompt, phrase.text, caseless, spaces=False)
-                  if [tokens_of(tokenizer, prompt[slice(*place)]).ids for tokenizer in tokenizers] == ids]  # fmt: skip
+        places = [
+            place
+            for place in _places(prompt, phrase.text, caseless, spaces=False)
+            if [tokens_of(tokenizer, prompt[slice(*place)]).ids for tokenizer in tokenizers] == ids
+        ]
     if not places:
         _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", repr(phrase.text))
     if phrase.occurrence > len(places):
-        got = f"occurrence {phrase.occurrence} of {phrase.text!r}, which stands there {len(places)} times"
+        got = (
+            f"occurrence {phrase.occurrence} of {phrase.text!r}, which stands there "
+            f"{len(places)} times"
+        )
         _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", got)
     return places[phrase.occurrence - 1]
 

@@ -130,8 +130,10 @@ class Reading:
     def _of(
         self, prompt: str, chars: Span, num_tokens: int | None, argument: str
     ) -> list[Place | None]:
-        found = [phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
-                 for segment in self.segments]  # fmt: skip
+        found = [
+            phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
+            for segment in self.segments
+        ]
         if not any(found):
             rule = f"have a phrase that its tokenizer keeps of the prompt {prompt!r}"
             _checks.refuse(argument, rule, repr(prompt[slice(*chars)]))
@@ -148,8 +150,9 @@ class Reading:
                 own = self._of(phrase, (0, len(phrase)), len(alone), self.argument(b, r))
                 embedded += [
                     ((place.start, place.stop), alone[phrases.matched(place, one)])
-                    for place, one in zip(places, own) if place and one
-                ]  # fmt: skip
+                    for place, one in zip(places, own)
+                    if place and one
+                ]
         return Image(self.regions[b].masks, spans, embedded)
 
     def _phrase(self, b: int, r: int) -> str:

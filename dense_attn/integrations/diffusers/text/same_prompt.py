@@ -43,7 +43,10 @@ def _other_text(reading: Reading, segment: Segment, i: int, given: Any) -> str |
                 for one in (text, ours)
             ]
             if read[0] != read[1]:
-                return f"the call's prompt {text!r} is not the layout's {ours!r}, by which phrases are placed"
+                return (
+                    f"the call's prompt {text!r} is not the layout's {ours!r}, by which "
+                    "phrases are placed"
+                )
     return None
 
 
@@ -66,7 +69,10 @@ def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
             return None
         if not right:
             ours = repr(reading.prompts[b])
-            return f"the call's prompt_embeds are not what the layout's {ours} encodes to, by which phrases are placed"
+            return (
+                f"the call's prompt_embeds are not what the layout's {ours} encodes to, by "
+                "which phrases are placed"
+            )
     return None
 
 
