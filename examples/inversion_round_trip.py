@@ -43,10 +43,8 @@ def show() -> None:
     """Print the errors, draw the images."""
     images, errors = main(*command_line(__doc__, MODEL))
     print(
-
-            f"latents after the round trip are off by {errors['exact']:.1e}, in floats by "
-            f"{errors['floats']:.1e}"
-
+        f"latents after the round trip are off by {errors['exact']:.1e}, in floats by "
+        f"{errors['floats']:.1e}"
     )
     side_by_side(images, "inversion_round_trip.png")
 

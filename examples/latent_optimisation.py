@@ -50,10 +50,8 @@ def main(model: str | None = None, steps: int = 20) -> tuple[list[Image.Image], 
             losses.append(found.result.losses)
             cost = f"{found.seconds:.1f} s, {(found.peak_bytes or 0) / 1e6:.0f} MB at the peak"
             print(
-
-                    f"{name}: loss {losses[-1][0]:.4f} to {losses[-1][-1]:.4f} in {updates} "
-                    f"updates, {cost}"
-
+                f"{name}: loss {losses[-1][0]:.4f} to {losses[-1][-1]:.4f} in {updates} "
+                f"updates, {cost}"
             )
     return images, losses
 

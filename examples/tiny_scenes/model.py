@@ -35,9 +35,9 @@ class PixelLatents(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.register_to_config(scaling_factor=1.0, force_upcast=False)
-        self.nothing = torch.nn.Parameter(
-            torch.zeros(()), requires_grad=False
-        )  # tells dtype and device
+        # tells dtype and device
+        nothing = torch.zeros((), dtype=torch.float32, device="cpu")
+        self.nothing = torch.nn.Parameter(nothing, requires_grad=False)
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
         """Images [B, 3, H, W] to latents [B, 12, H/2, W/2]."""

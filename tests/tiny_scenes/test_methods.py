@@ -12,7 +12,16 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from dense_attn._backends import table
-from dense_attn.examples.tiny_scenes import chains, edits, evaluate, layouts, scenes, score
+from dense_attn.examples.tiny_scenes import (
+    edits,
+    evaluate,
+    goals,
+    inversion,
+    layouts,
+    optimisation,
+    scenes,
+    score,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +36,7 @@ def test_kernels_and_reference_have_the_same_scores(
     for found in (
         layouts.same_tables(pipe, 2),
         edits.same_tables(pipe, 2),
-        chains.same_tables(pipe, 2, 2),
+        optimisation.same_tables(pipe, 2, 2),
     ):
         assert found["backend"] != "reference"
         assert max(value for name, value in found.items() if name.startswith("of ")) < 1e-3, found
@@ -38,7 +47,7 @@ def test_without_kernels_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) ->
     for compare, counts in (
         (layouts.same_tables, (2,)),
         (edits.same_tables, (2,)),
-        (chains.same_tables, (2, 2)),
+        (optimisation.same_tables, (2, 2)),
     ):
         with pytest.raises(RuntimeError, match="must have a backend that is not the reference"):
             compare(None, *counts)
@@ -101,9 +110,9 @@ def test_the_table_and_plot_of_edits(
 
 
 def test_chains(pipe: object) -> None:
-    errors = chains.inversion(pipe, 1, (4,))["rows"]
+    errors = inversion.study(pipe, 1, (4,))["rows"]
     assert errors["exact EDICT"]["4"]["all"] < 1e-6 < errors["float16 EDICT"]["4"]["all"]
-    for goal, ways in chains.optimisation(pipe, 2, 3, ())["goals"].items():
+    for goal, ways in optimisation.study(pipe, 2, 3, ())["goals"].items():
         for way in ("DOODL", "SGOOL"):
             assert ways[way]["loss"][1]["mean"] < ways[way]["loss"][0]["mean"], (goal, way)
         gap = ways["SGOOL"]["loss"][1]["mean"] - ways["DOODL"]["loss"][1]["mean"]
@@ -114,16 +123,16 @@ def test_gradients_of_all_three_ways_agree(pipe: object) -> None:
     """DDIM with checkpoints and without have one gradient, EDICT that of differences; all cost
     something.
     """
-    costs = chains._costs(pipe, 3)
+    costs = optimisation._costs(pipe, 3)
     assert all(way["seconds"] > 0 for way in costs.values())
     noise, gradients = torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(0)), {}
-    for name, chain in chains.chains_of(pipe, 3).items():
+    for name, chain in optimisation.chains_of(pipe, 3).items():
         x = noise.clone().requires_grad_()
         chain(x).square().sum().backward()
         gradients[name] = x.grad
     kept = gradients["DDIM, everything kept"]
     torch.testing.assert_close(gradients["DDIM, a checkpoint a step"], kept, atol=1e-4, rtol=1e-3)
-    edict, way = chains.chains_of(pipe, 3)["exact EDICT"], gradients["exact EDICT"]
+    edict, way = optimisation.chains_of(pipe, 3)["exact EDICT"], gradients["exact EDICT"]
     step = 0.02 * way / way.norm()
     with torch.no_grad():
         ahead, behind = (
@@ -137,13 +146,13 @@ def test_goals_of_optimisation() -> None:
     drawn = [scenes.Scene((scenes.Thing(name, "circle", 12, 20, 6),)) for name in ("red", "orange")]
     right = scenes.render(drawn)
     wrong = right.flip(0)
-    colour = chains.colour_goal(2)
+    colour = goals.colour_goal(2)
     assert colour.loss(right * 2 - 1).max() < 0.01 < 0.1 < colour.loss(wrong * 2 - 1).min()
     assert colour.reached(right).all()
     assert not colour.reached(wrong).any()
-    away = chains.place_loss(torch.tensor([[20.0, 12.0], [16.0, 9.0]]))(right * 2 - 1)
+    away = goals.place_loss([[20.0, 12.0], [16.0, 9.0]])(right * 2 - 1)
     assert away.tolist() == pytest.approx([0.0, 5.0], abs=0.01)
-    place = chains.place_goal(2)
+    place = goals.place_goal(2)
     near = [torch.roll(right, (y, x), (2, 3)) for y in range(-12, 4, 2) for x in range(-4, 12, 2)]
     assert torch.stack([place.reached(images) for images in near]).any(0).all()
     assert not torch.stack([place.reached(images.flip(1)) for images in near]).any()
@@ -169,8 +178,8 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
         "layouts": layouts.table,
         "similar": layouts.table,
         "edits": edits.table,
-        "inversion": chains.inversion_table,
-        "optimisation": chains.optimisation_table,
+        "inversion": inversion.table,
+        "optimisation": optimisation.table,
     }
     for part, shown_as in shown.items():
         for text in shown_as(results[part]).split("\n\n"):

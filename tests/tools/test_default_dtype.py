@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tree
 from cases import backends
 from surroundings import SURROUNDINGS, assert_same, surrounded
 from torch import Tensor
@@ -321,7 +322,7 @@ def test_the_cases_reach_every_public_name() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*ROOT.glob("dense_attn/**/*.py"), *ROOT.glob("triton_kernels/*.py")],
+    tree.python_files("dense_attn", "triton_kernels", "examples/tiny_scenes"),
     ids=lambda p: p.name,
 )
 def test_every_tensor_that_is_made_names_its_dtype_and_device(path: Path) -> None:
