@@ -16,7 +16,7 @@ REFUSED, INTERRUPTED, UNREAD = 2, 130, 141  # the last two as shells count SIGIN
 
 
 class UserError(Exception):
-    """What the user gave cannot be used; the message is one sentence for stderr."""
+    """Something that the user gave and that cannot be used, in one sentence for stderr."""
 
 
 def run(name: str, main: Callable[[], int | None]) -> int:

@@ -1,6 +1,4 @@
-"""Pipelines of random weights, shaped like the real ones: from 80,000 parameters, no download,
-pictures of noise.
-"""
+"""Pipelines of random weights in the shape of real ones: no download, pictures of noise."""
 
 from __future__ import annotations
 
@@ -27,8 +25,7 @@ WIDTH = 16  # of a text encoder
 def tiny_pipeline(
     kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2
 ) -> DiffusionPipeline:
-    """A pipeline built like StableDiffusionPipeline, its XL and 3, or FluxPipeline; a latent is 2 x
-    2 pixels.
+    """A pipeline built like Stable Diffusion's, its XL's and 3's, or FLUX's; 2 x 2 pixels a latent.
 
     Args:
         kind: the class, of which the constructor's arguments say what it is made of.
@@ -228,7 +225,7 @@ def _clip(suffix: str, projection: bool = False) -> dict[str, Any]:
 
 
 def _t5(suffix: str, width: int) -> dict[str, Any]:
-    """The same of the other kind."""
+    """A T5 text encoder that reads letters, and its tokenizer."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")] + [

@@ -1,6 +1,4 @@
-"""Change the noise until the image is red, then until its salient part is: DOODL and SGOOL on a
-pipeline.
-"""
+"""Change the noise until the image is red, then until its salient part is: DOODL and SGOOL."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The demo's picture: the layout, attention before and after, what stays inside the regions, time
-and memory.
-"""
+"""The demo's picture: the layout, attention before and after, time and memory."""
 
 from __future__ import annotations
 
@@ -46,18 +44,14 @@ MAX_MARKS, MAX_BARS = 3, 6
 
 @dataclass(frozen=True)
 class Attention:
-    """Probabilities of one kind of attention, averaged over heads, before (plain) and after
-    (modulated).
-    """
+    """Probabilities of one kind of attention, a mean over heads, before and after modulation."""
 
     before: Tensor  # [M, N]
     after: Tensor  # [M, N]
     matched: Tensor  # bool [M, N]
 
     def share(self, rows: Tensor | slice) -> tuple[float, float]:
-        """How much of the attention of some query tokens goes to the keys of their own regions,
-        before and after.
-        """
+        """The share of some queries' attention inside their own regions, before and after."""
         return tuple(
             (p[rows] * self.matched[rows]).sum(-1).mean().item() for p in (self.before, self.after)
         )
@@ -220,9 +214,8 @@ def _draw_marks(
             image = probabilities[token].view(PICTURE_GRID, -1).sqrt()
             panel.imshow(image.numpy(), cmap="magma", vmin=0, vmax=ceiling, interpolation="nearest")
             own = _in_region(words, region).view(PICTURE_GRID, -1)
-            padded = torch.nn.functional.pad(
-                own.float(), (1, 1, 1, 1)
-            )  # closes the outline at the image's edge
+            # a margin closes the outline at the image's edge
+            padded = torch.nn.functional.pad(own.float(), (1, 1, 1, 1))
             ticks = range(-1, PICTURE_GRID + 1)
             panel.contour(
                 ticks, ticks, padded.numpy(), levels=[0.5], colors="white", linewidths=1.1

@@ -39,7 +39,7 @@ def ratio(got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> floa
 
 
 def further(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
-    """Of two tensors, element by element, what lies further from the exact one."""
+    """The elements of a and b that lie further from the exact ones."""
     return torch.where((b - exact).abs() > (a - exact).abs(), b, a)
 
 

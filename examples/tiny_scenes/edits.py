@@ -1,6 +1,4 @@
-"""What semantic guidance does: monotone in the scale, confined, isolated, reversible; thresholds
-and warm-ups.
-"""
+"""The study of semantic guidance: scales, thresholds, warm-ups, and two concepts at once."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
 def effect(
     pipe: StableDiffusionPipeline, own: list[OpenPrompt], plain: Tensor, **options: Any
 ) -> dict[str, Any]:
-    """How many pixels of which colours are more; how much changes where things were and
-    elsewhere.
-    """
+    """The pixels that become a colour, and the change where things were and elsewhere."""
     edited = _edited(pipe, own, [[case.concept] for case in own], **options)
     change = (edited - plain).abs().mean(1)  # [B, H, W]
     thing = torch.stack(
@@ -122,9 +118,7 @@ def effect(
 
 
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
-    """How far kernels and reference are apart under edits: in a pixel, and in the pixels that an
-    image gains.
-    """
+    """How far kernels and reference are apart under edits: in a pixel, and in pixels gained."""
     name, pixel, gained = kernels("sega_guidance"), 0.0, 0
     for kind in _progress.track(KINDS, "edits, both backends", "kind"):
         own = open_prompts(kind, count)
@@ -183,9 +177,7 @@ def _edited(
 
 
 def _control(pipe: StableDiffusionPipeline, own: list[OpenPrompt]) -> Tensor:
-    """Images whose prompt becomes the one that says it all where an edit would begin: what the
-    model can express.
-    """
+    """Images whose prompt turns into the one that says it all where an edit would begin."""
     first, then = (
         pipe.encode_prompt(
             [getattr(case, name) for case in own], pipe.device, 1, True, [""] * len(own)

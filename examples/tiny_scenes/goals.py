@@ -1,4 +1,4 @@
-"""What noise is optimised for: a thing's colour or its place, which the prompt leaves open."""
+"""The goals of optimised noise: a thing's colour or its place, which a prompt leaves open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What exact inversion does: scenes inverted and made again, beside DDIM's and beside floats."""
+"""The study of exact inversion: scenes inverted and made again, beside DDIM's and floats'."""
 
 from __future__ import annotations
 

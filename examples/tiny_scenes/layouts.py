@@ -1,6 +1,4 @@
-"""What a layout does: plain, paint-with-words, DenseDiffusion and DenseDiffusion without each of
-its parts.
-"""
+"""The study of layouts: plain, paint-with-words, DenseDiffusion, and that without its parts."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ METRICS = ("present", "iou", "swapped", "off_palette")
 
 
 def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, Any]:
-    """Without layouts: the part of held-out two-thing prompts that show both in the right colour,
-    and right shapes.
-    """
+    """The shares of held-out prompts of two things, without layouts, that show what they say."""
     rng = random.Random(7)
     scenes = [draw_scene(rng, 2, unseen=True) for _ in range(count)]
     both, clean, shapes = [], [], []
@@ -138,9 +134,7 @@ def matched(
 
 
 def _row(name: str, rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str, Any]:
-    """Means, and differences to other settings on the same layouts and noises; chosen weights to
-    chosen ones too.
-    """
+    """Means, and differences to other settings on the same layouts and noises."""
     values = rows[name]
     others = ("plain", "DenseDiffusion", *([CHOSEN] if name in TUNED else []))
     row = {metric: summary(values[metric], groups) for metric in METRICS}
@@ -153,9 +147,7 @@ def _row(name: str, rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str
 
 
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
-    """How far kernels and reference are apart: in a pixel, a score of an image, and a mean that a
-    table shows.
-    """
+    """How far kernels and reference are apart: in a pixel, an image's score, and a table's mean."""
     name, rng = kernels("layout_attention"), random.Random(13)
     work = [(draw_scene(rng, 2), seed) for seed in range(count)]
     settings = {name: LAYOUTS[name] for name in ("paint-with-words", "DenseDiffusion")} | {
@@ -191,7 +183,7 @@ def _scores(
     backend: str,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Of an image of each scene and seed."""
+    """The scores of an image of each scene and seed."""
     parts = []
     for part in batches(work):
         scenes, seeds = zip(*part)

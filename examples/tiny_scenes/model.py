@@ -1,6 +1,4 @@
-"""The model: a Stable Diffusion pipeline in every part, on 12 x 16 x 16 latents that are the pixels
-themselves.
-"""
+"""The model: a whole Stable Diffusion pipeline, on 12 x 16 x 16 latents that are the pixels."""
 
 from __future__ import annotations
 
@@ -148,9 +146,7 @@ def set_weights(pipe: StableDiffusionPipeline, weights: dict[str, Tensor]) -> No
 
 
 def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline:
-    """The pipeline with trained weights, by default those that are shipped: in float32, whatever
-    torch's default is.
-    """
+    """The pipeline with trained weights, by default the shipped ones, in float32."""
     from safetensors.torch import load_file
 
     path = path or str(resources.files(__package__) / WEIGHTS)

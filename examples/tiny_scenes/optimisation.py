@@ -1,4 +1,4 @@
-"""What optimised noise does: DOODL and SGOOL towards colours and places, and a gradient's costs."""
+"""The study of optimised noise: DOODL and SGOOL towards two goals, and a gradient's costs."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ KEPT_EVERY = 250  # steps
 
 @dataclass
 class Run:
-    """What the processes of a training are told."""
+    """The settings that the processes of a training share."""
 
     output: Path
     steps: int

@@ -48,9 +48,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     return seen
 
 
-@pytest.mark.parametrize(
-    "family", ["sd", "flux"]
-)  # diffusers names no blocks of Stable Diffusion 3's
+# diffusers names no blocks of Stable Diffusion 3's
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_regional_compile(family: str) -> None:
     """A kind of block has at most three graphs under a layout, and a second run makes no more."""
     pipe = tiny_pipeline(FAMILIES[family][0])

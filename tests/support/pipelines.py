@@ -131,10 +131,8 @@ class Official:
         keys = x if context is None else context
         outs = []
         for i, (rows, columns) in enumerate(zip(x, keys)):
-            q, k, v = (
-                f(t).unflatten(-1, (attn.heads, -1)).transpose(0, 1)
-                for f, t in ((attn.to_q, rows), (attn.to_k, columns), (attn.to_v, columns))
-            )  # [H, tokens, D]
+            tokens = attn.to_q(rows), attn.to_k(columns), attn.to_v(columns)
+            q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(0, 1) for x in tokens)
             s = q @ k.mT * q.shape[-1] ** -0.5
             conditional = i - len(x) // 2 if self.guided else i
             if conditional >= 0 and self.calls < 0.3 * self.steps:
@@ -146,9 +144,8 @@ class Official:
     def modulated(self, s: Tensor, masks: Tensor, spans: list, cross: bool) -> Tensor:
         ratio = (masks.shape[1] * masks.shape[2] / s.shape[1]) ** 0.5
         size = tuple(-(-side // round(ratio)) for side in masks.shape[1:])
-        inside = torch.nn.functional.interpolate(masks[None], size, mode="nearest")[0].flatten(
-            1
-        )  # [R, M]
+        resized = torch.nn.functional.interpolate(masks[None], size, mode="nearest")
+        inside = resized[0].flatten(1)  # [R, M]
         area = (inside * inside.mean(1, keepdim=True)).sum(0)  # [M]
         keys = inside
         if cross:

@@ -257,9 +257,8 @@ def test_training_goes_on_where_it_ended(tmp_path: Path) -> None:
         assert len(json.loads((tmp_path / "losses.json").read_text())) == steps
         kept.append(torch.load(tmp_path / "checkpoint.pt"))
     first, second = (state["weights"]["unet.conv_in.weight"] for state in kept)
-    assert (
-        0 < (second - first).abs().max() < 2 * train.RATE
-    )  # from the first step's weights, not from new ones
+    # from the first step's weights, not from new ones
+    assert 0 < (second - first).abs().max() < 2 * train.RATE
     assert kept[1]["optimiser"]["state"][0]["step"] == 2
     assert kept[1]["losses"][0] == kept[0]["losses"][0]
     model.load_pipeline(tmp_path / "weights.safetensors")

@@ -28,7 +28,6 @@ from dense_attn.verify import layout_attention as verified
 from dense_attn.verify import reversible as verified_chains
 from dense_attn.verify import sega as verified_guidance
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMED = (
     "tensor",
     "as_tensor",

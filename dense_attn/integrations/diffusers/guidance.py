@@ -109,7 +109,7 @@ class _Guided:
     def before_call(
         self, unet: torch.nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        """The same call with the concepts' rows after those of the prompt."""
+        """The call with the concepts' rows after those of the prompt."""
         if self.paused:
             return None
         bound = arguments(unet, args, kwargs)

@@ -30,8 +30,7 @@ WANTED = {  # what a U-Net's config says that it wants beside latents, timestep 
 
 
 def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> None:
-    """Refuse what is no Stable Diffusion 1 or 2 whose U-Net takes latents, a timestep and a text
-    alone.
+    """Refuse all but Stable Diffusion 1 and 2, whose U-Net takes latents, time and text alone.
 
     Args:
         pipe: any.
@@ -92,9 +91,7 @@ def noise_shape(
     width: int | None,
     latents: Tensor | None,
 ) -> tuple[int, ...]:
-    """The shape of the noise of images: of the U-Net's own size by default, that of latents where
-    there are any.
-    """
+    """The shape of the noise of images: that of latents, or the U-Net's own by default."""
     config, unit = unwrapped(pipe.unet).config, pipe.vae_scale_factor
     for name, side in (("height", height), ("width", width)):
         if side is not None and (not isinstance(side, int) or side <= 0 or side % unit):

@@ -16,12 +16,8 @@ from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ENCODERS = {
-    "sd": [""],
-    "sdxl": ["", "_2"],
-    "sd3": ["", "_2"],
-    "flux": ["_2"],
-}  # whose tokens a denoiser sees
+# whose tokens a denoiser sees
+ENCODERS = {"sd": [""], "sdxl": ["", "_2"], "sd3": ["", "_2"], "flux": ["_2"]}
 OPTION = {"sd": "cross_attention_kwargs", "sdxl": "cross_attention_kwargs"}
 
 

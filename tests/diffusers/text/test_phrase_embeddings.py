@@ -111,9 +111,8 @@ def test_kolors_pads_on_the_left_to_the_length_of_its_own(
     calls: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """256 tokens, whatever the tokenizer's own limit is."""
-    from diffusers.pipelines.kolors.pipeline_kolors import (
-        KolorsPipeline,
-    )  # diffusers' own name asks for sentencepiece
+    # diffusers' own name asks for sentencepiece
+    from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
 
     from dense_attn.examples import _tiny_pipeline as tiny
 

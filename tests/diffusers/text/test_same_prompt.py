@@ -12,13 +12,6 @@ from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ENCODERS = {
-    "sd": [""],
-    "sdxl": ["", "_2"],
-    "sd3": ["", "_2"],
-    "flux": ["_2"],
-}  # whose tokens a denoiser sees
-OPTION = {"sd": "cross_attention_kwargs", "sdxl": "cross_attention_kwargs"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,9 +99,8 @@ def test_embeddings_of_the_callers_own_are_compared(family: str) -> None:
     ]
     same += [encoded(pipe, PROMPT, max_sequence_length=28)] if own else []
     if family == "sd":
-        same.append(
-            torch.cat([right, empty], 1)
-        )  # a longer prompt than the tokenizer takes, in parts
+        # a longer prompt than the tokenizer takes, in parts
+        same.append(torch.cat([right, empty], 1))
     for embeddings in same:
         assert (
             told(

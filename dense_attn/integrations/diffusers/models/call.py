@@ -1,4 +1,4 @@
-"""What a model's record holds: how its denoiser is called, and which tokens attend to which."""
+"""A model's record: how its denoiser is called, and which tokens attend to which."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ PLAIN = ("AttnProcessor2_0", "FusedAttnProcessor2_0", "JointAttnProcessor2_0")
 
 
 class LayoutProcessor:
-    """What models share: calls and rows without a layout go to the processor that was there."""
+    """The part that models share: without a layout, the processor that was there goes on."""
 
     def __init__(self, original: Any, state: LayoutState, depth: int = 0) -> None:
         self.original, self.state = original, state
