@@ -21,9 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def own_loop(
     pipe: object, texts: Tensor, rows: int, *, times: int = 1, copies: int = 1, steps: int = 10
 ) -> Tensor:
-    """A sampler that a user wrote: `copies` of `rows` latents in a batch, `times` calls in a
-    step.
-    """
+    """A user's sampler: `copies` of `rows` latents in a batch, `times` calls in a step."""
     pipe.scheduler.set_timesteps(steps)
     x = torch.randn(rows, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     for t in pipe.scheduler.timesteps:
@@ -41,9 +39,7 @@ def fresh(scheduler: str = "DDIM") -> object:
 
 
 def test_a_negative_half_that_the_pipeline_does_not_tell_of(calls: list) -> None:
-    """Rows of the same latents with other texts, from a user's loop or another pipeline around the
-    model.
-    """
+    """Rows of the same latents with other texts, as in a user's loop, or another pipeline's."""
     pipe = fresh()
     text, empty = pipe.encode_prompt(PROMPT, "cpu", 1, True)
     sentence = (
@@ -126,9 +122,7 @@ def test_guidance_may_end_within_a_run(calls: list) -> None:
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete", "PNDM", "HeunDiscrete"])
 def test_a_scheduler_that_is_copied_goes_on(scheduler: str, calls: list) -> None:
-    """Timesteps are compared by value; a second run with the same ones begins anew, after a broken
-    one too.
-    """
+    """Timesteps are compared by value; a second run with the same ones begins anew."""
     pipe = fresh(scheduler)
 
     def replaced(pipe: object, _step: int, _t: object, given: dict) -> dict:
@@ -183,9 +177,9 @@ def test_several_calls_of_a_step(scheduler: str, calls: list) -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "inference"])
-@pytest.mark.parametrize("family", ["sd", "flux"])
-def test_embeddings_that_a_callback_changes_in_place(family: str, mode: str) -> None:
-    pipe = pipeline(family)
+@pytest.mark.parametrize("model", ["sd", "flux"])
+def test_embeddings_that_a_callback_changes_in_place(model: str, mode: str) -> None:
+    pipe = pipeline(model)
 
     def in_place(_pipe: object, _step: int, _t: object, given: dict) -> dict:
         given["prompt_embeds"].mul_(1.5)

@@ -134,9 +134,7 @@ def test_pipelines_without_a_part_are_refused() -> None:
 
 @pytest.mark.parametrize("name", made_alike())
 def test_every_class_of_its_parts_runs_or_says_why_not(name: str) -> None:
-    """The latents are those of the plain pipeline: a chain calls U-Net, VAE and text encoder
-    alone.
-    """
+    """The latents are the plain pipeline's: a chain calls U-Net, VAE and text encoder alone."""
     pipe, plain = made(name), made("StableDiffusionPipeline")
     plain.vae = pipe.vae  # of which a constructor may change the scaling factor
     if name in REFUSED:

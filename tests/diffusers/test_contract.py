@@ -1,4 +1,4 @@
-"""What a pipeline is like inside of the blocks and after them."""
+"""Pipelines inside of the blocks, and after them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from pipelines import (
-    FAMILIES,
+    MODELS,
     PROMPT,
     REGIONS,
     close,
@@ -28,9 +28,9 @@ from dense_attn.integrations.diffusers import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_everything_is_restored(family: str) -> None:
-    pipe = pipeline(family)
+@pytest.mark.parametrize("model", MODELS)
+def test_everything_is_restored(model: str) -> None:
+    pipe = pipeline(model)
     plain, before = latents(pipe), state_of(pipe)
     with apply_layout(pipe, PROMPT, REGIONS):
         assert state_of(pipe) != before
@@ -114,9 +114,7 @@ def test_embeddings_of_the_callers_own() -> None:
 
 @pytest.mark.parametrize("way", ["module", "in-place"])
 def test_torch_compile(way: str) -> None:
-    """A compiled U-Net takes layouts and concepts, and needs no more than a graph with them and one
-    without.
-    """
+    """A compiled U-Net takes layouts and concepts in one graph, and needs one without."""
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
     with apply_layout(pipe, PROMPT, REGIONS):
         right = latents(pipe)

@@ -1,6 +1,4 @@
-"""Edits that can do nothing are warned of, with the numbers: at the `with` line, or where a run's
-length is known.
-"""
+"""Edits that can do nothing are warned of, at the `with` line or where a run's length is known."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The images that invert takes: of one size, opaque, in 8 bits a channel, and what it says of those
-that are not.
-"""
+"""The images that invert takes, of one size, opaque and in 8 bits, and its words for others."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def inverted(image: object) -> tuple[int, int]:
 
 
 def values(image: object) -> torch.Tensor:
-    """What the U-Net's latents are at the end of the way to the noise."""
+    """The U-Net's latents at the end of the way to the noise."""
     return invert(pipeline("sd"), image, "a cat", num_inference_steps=1).latents[0]
 
 

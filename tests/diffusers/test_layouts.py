@@ -1,6 +1,4 @@
-"""apply_layout on whole runs: against the reference, against the official formula, and against the
-plain pipeline.
-"""
+"""apply_layout on whole runs, against the reference, the official formula, and no layout."""
 
 from __future__ import annotations
 
@@ -8,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 from cases import REAL_LAYOUTS
-from pipelines import FAMILIES, PROMPT, REGIONS, Official, close, diffusers, latents, pipeline
+from pipelines import MODELS, PROMPT, REGIONS, Official, close, diffusers, latents, pipeline
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_model = pytest.mark.parametrize("model", MODELS)
 
 
-@every_family
+@every_model
 @pytest.mark.parametrize("modulation", ["range", "max", "bias", "mask"])
-def test_whole_runs_equal_the_reference(family: str, modulation: str) -> None:
-    pipe = pipeline(family)
+def test_whole_runs_equal_the_reference(model: str, modulation: str) -> None:
+    pipe = pipeline(model)
     plain = latents(pipe)
     with apply_layout(pipe, PROMPT, REGIONS, modulation=modulation):
         fused = latents(pipe)
@@ -94,18 +92,18 @@ def test_whole_runs_equal_the_official_formula(
     assert not close(ours, latents(pipe, texts, **shape))
 
 
-@every_family
-def test_without_weights_it_is_the_plain_pipeline(family: str, calls: list) -> None:
-    pipe = pipeline(family)
+@every_model
+def test_without_weights_it_is_the_plain_pipeline(model: str, calls: list) -> None:
+    pipe = pipeline(model)
     with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
         ours = latents(pipe)
     assert torch.equal(ours, latents(pipe))
     assert calls == []
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
-def test_the_unconditional_half_is_the_plain_pipeline(family: str) -> None:
-    pipe, halves = pipeline(family), []
+@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3"])
+def test_the_unconditional_half_is_the_plain_pipeline(model: str) -> None:
+    pipe, halves = pipeline(model), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     handle = denoiser.register_forward_hook(
         lambda _module, _args, out: halves.append(out[0].chunk(2))
@@ -183,10 +181,10 @@ def test_any_scheduler(name: str, calls: list) -> None:
             )
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_steps_of_a_loop_of_the_users_own(family: str, calls: list) -> None:
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_steps_of_a_loop_of_the_users_own(model: str, calls: list) -> None:
     """The number of steps that the pipeline's last call had says nothing of them."""
-    pipe = tiny_pipeline(FAMILIES[family][0])
+    pipe = tiny_pipeline(MODELS[model][0])
     latents(pipe, steps=2, guidance_scale=1.0)
     text, _, *pooled = pipe.encode_prompt(
         PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False

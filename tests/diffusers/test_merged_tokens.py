@@ -35,9 +35,7 @@ def merging(share: int, kind: type) -> type:
 
 @pytest.mark.parametrize("share", [2, 4])
 def test_merged_tokens_are_told_of_once(share: int, calls: list) -> None:
-    """A quarter of the tokens is as many as the next resolution has, and no layout of that is
-    taken.
-    """
+    """A quarter of the tokens is as many as the next resolution has, but gets no layout of it."""
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline, blocks=4)
     blocks = [m for m in pipe.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
     for block in blocks:

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from pipeline_kinds import call, denoisers, family_name, kinds, made
+from pipeline_kinds import call, denoisers, kinds, made, model_name
 from pipelines import PROMPT, REGIONS, close, diffusers, latents, pipeline
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
@@ -139,7 +139,7 @@ def test_a_run(name: str, calls: list) -> None:
         assert not close(estimates[0][-1:], plain[0][-1:])
         torch.testing.assert_close(estimates[0][:-1], plain[0][:-1], rtol=1e-5, atol=1e-6)
         assert len(estimates[0]) == (
-            1 if "Consistency" in name or family_name(kind) == "flux" else 2
+            1 if "Consistency" in name or model_name(kind) == "flux" else 2
         )
 
 

@@ -1,4 +1,4 @@
-"""What layouts and edits refuse, before anything is touched."""
+"""Refusals of layouts and edits, before anything is touched."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_ip_adapter_is_refused_with_the_reason() -> None:
 
 
 def test_pipelines_of_other_batches_are_refused() -> None:
-    """What guides by more than two halves, or does not say whether it guides."""
+    """Pipelines that guide by more than two halves, or do not say whether they guide."""
     parts = tiny_pipeline(diffusers.StableDiffusionPipeline).components
     wrong = {
         "StableDiffusionPAGPipeline": (

@@ -1,6 +1,4 @@
-"""The schedules of pipelines as chains: which are taken, and whose words the sampler's refusals
-use.
-"""
+"""The schedules of pipelines as chains, and whose words the sampler's refusals use."""
 
 from __future__ import annotations
 
@@ -172,7 +170,7 @@ def test_a_state_of_another_chain_is_refused_in_the_callers_words() -> None:
 
 
 class UsersError(ValueError):
-    """Of a user's function, with an attribute that means something to the user."""
+    """A user's error keeps its attribute, which means something to the user."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

@@ -1,6 +1,4 @@
-"""Tokenizers made of a few sentences: CLIP's, T5's, and one like ChatGLM's, slow and padded on the
-left.
-"""
+"""Tokenizers made of a few sentences, of every kind, and pipelines that read with them."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import FAMILIES, REGIONS, diffusers, latents
+from pipelines import MODELS, REGIONS, diffusers, latents
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
@@ -75,9 +73,7 @@ def t5() -> Any:
 
 
 class Glm(transformers.PreTrainedTokenizer):
-    """Slow: it tells no characters; two tokens of its own stand before the text, and padding before
-    them.
-    """
+    """Slow, it tells no characters; two tokens of its own and padding stand before the text."""
 
     def __init__(self, **options: Any) -> None:
         pieces = [
@@ -151,9 +147,7 @@ def with_tokenizer(tokenizer: object) -> object:
 
 
 def painted(pipe: object, prompt: str, regions: list, calls: list, **options: object) -> list[str]:
-    """The words that the text tokens of each region decode to, of those that the pipeline's own
-    call makes.
-    """
+    """The words that each region's text tokens decode to, in the pipeline's own call."""
     calls.clear()
     with apply_layout(pipe, prompt, regions, self_weight=0, active=1.0, **options):
         latents(pipe, prompt, steps=1)
@@ -175,10 +169,10 @@ def text_of(pipe: object, prompt: str, phrase: str) -> Tensor:
     return texts[0]
 
 
-def deep(family: str) -> object:
+def deep(model: str) -> object:
     """A pipeline whose CLIP encoders have layers to skip."""
-    pipe = tiny_pipeline(FAMILIES[family][0])
-    for suffix in ["", "_2"][: 1 if family in ("sd", "flux") else 2]:
+    pipe = tiny_pipeline(MODELS[model][0])
+    for suffix in ["", "_2"][: 1 if model in ("sd", "flux") else 2]:
         encoder = getattr(pipe, f"text_encoder{suffix}")
         encoder.config.num_hidden_layers = 4
         torch.manual_seed(0)

@@ -29,9 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_kernels_and_reference_have_the_same_scores(
     pipe: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images agree to rounding; each of these refuses where "auto" would be the reference
-    itself.
-    """
+    """Images agree to rounding; without kernels each of these would refuse."""
     monkeypatch.setattr(edits, "KINDS", ("colour", "ground"))
     for found in (
         layouts.same_tables(pipe, 2),
@@ -120,9 +118,7 @@ def test_chains(pipe: object) -> None:
 
 
 def test_gradients_of_all_three_ways_agree(pipe: object) -> None:
-    """DDIM with checkpoints and without have one gradient, EDICT that of differences; all cost
-    something.
-    """
+    """DDIM has one gradient with checkpoints and without, EDICT that of differences."""
     costs = optimisation._costs(pipe, 3)
     assert all(way["seconds"] > 0 for way in costs.values())
     noise, gradients = torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(0)), {}

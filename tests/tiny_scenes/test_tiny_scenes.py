@@ -1,6 +1,4 @@
-"""The small trained model: its scenes, captions and scores, layouts on it, its sheet and its
-training.
-"""
+"""The small trained model: scenes, captions, scores, layouts, its sheet and its training."""
 
 from __future__ import annotations
 

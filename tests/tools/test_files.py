@@ -1,6 +1,4 @@
-"""Written files: whole or not at all, in the place of regular files alone, with one sentence for
-what cannot be.
-"""
+"""Files are written whole or not at all, and one sentence says what cannot be."""
 
 from __future__ import annotations
 
@@ -250,7 +248,7 @@ for name in {UNWRITABLE}:
 
 
 def test_an_unwritable_folder_or_file() -> None:
-    """As a user who is not root, in a folder that this one may enter."""
+    """Act as a user who is not root, in a folder that this one may enter."""
     with tempfile.TemporaryDirectory() as name:
         folder, closed = Path(name), Path(name, "closed")
         closed.mkdir()
@@ -276,9 +274,7 @@ def test_an_unwritable_folder_or_file() -> None:
 
 @pytest.mark.parametrize("folder", ["dense_attn", "benchmarks", "examples", "triton_kernels"])
 def test_nothing_else_writes_a_file(folder: str) -> None:
-    """But for the logs of `make gpu`, which grow, a switch of the operating system, and examples in
-    docstrings.
-    """
+    """The exceptions are logs of `make gpu`, a switch of the system, and examples in docstrings."""
     others = {"_files.py", "gpu.py", "_memory.py"}
     for path in (SOURCES / folder).rglob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,4 @@
-"""The command line: what it prints, its exit codes, and one clear sentence for what a user gets
-wrong.
-"""
+"""The command line: its output, its exit codes, and one sentence for what a user gets wrong."""
 
 from __future__ import annotations
 

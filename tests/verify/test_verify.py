@@ -53,9 +53,7 @@ def _no_regions(
 
 @pytest.fixture
 def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A "triton" backend that is the reference but for one fault, and one small case to find it
-    with.
-    """
+    """A "triton" backend that is the reference but for one fault, and one small call."""
 
     def faulty(*tensors: Tensor, backend: str, **options: object) -> tuple[Tensor, Tensor]:
         if backend != "triton":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipeline
+from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from texts import deep, encoded, told
 from torch import Tensor
 
@@ -21,14 +21,14 @@ ENCODERS = {"sd": [""], "sdxl": ["", "_2"], "sd3": ["", "_2"], "flux": ["_2"]}
 OPTION = {"sd": "cross_attention_kwargs", "sdxl": "cross_attention_kwargs"}
 
 
-def with_lora(family: str) -> object:
+def with_lora(model: str) -> object:
     """A pipeline whose text encoders have a LoRA."""
     peft = pytest.importorskip("peft")
-    pipe = deep(family)
-    for suffix in ENCODERS[family]:
+    pipe = deep(model)
+    for suffix in ENCODERS[model]:
         encoder = getattr(pipe, f"text_encoder{suffix}")
         targets = (
-            ["q", "v", "k", "o"] if family == "flux" else ["q_proj", "k_proj", "v_proj", "out_proj"]
+            ["q", "v", "k", "o"] if model == "flux" else ["q_proj", "k_proj", "v_proj", "out_proj"]
         )
         torch.manual_seed(1)
         encoder.add_adapter(
@@ -52,28 +52,28 @@ def texts_of(pipe: object) -> Iterator[list[Tensor]]:
     handle.remove()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_phrases_have_the_lora_scale_of_the_call(family: str) -> None:
-    pipe, own = with_lora(family), FAMILIES[family][1]
-    start = {"sd": 2, "sdxl": 2, "sd3": 2, "flux": 2}[family]
-    length = 4 if family == "flux" else 3
+@pytest.mark.parametrize("model", MODELS)
+def test_phrases_have_the_lora_scale_of_the_call(model: str) -> None:
+    pipe, own = with_lora(model), MODELS[model][1]
+    start = {"sd": 2, "sdxl": 2, "sd3": 2, "flux": 2}[model]
+    length = 4 if model == "flux" else 3
     scales, found = [None, 0.5, 0.5, 0.0, None], []
     with apply_layout(pipe, PROMPT, [("cat", (0.0, 0.0, 0.5, 1.0))]), texts_of(pipe) as texts:
         for scale in scales:
             texts.clear()
-            option = OPTION.get(family, "joint_attention_kwargs")
+            option = OPTION.get(model, "joint_attention_kwargs")
             latents(pipe, steps=1, **({} if scale is None else {option: {"scale": scale}}))
             found.append(texts[0][-1, start : start + length])
     for scale, tokens in zip(scales, found):
         alone = encoded(pipe, "cat", lora_scale=scale, **own)[0]
-        assert torch.equal(tokens, alone[start - 1 - (family == "flux") :][:length])
+        assert torch.equal(tokens, alone[start - 1 - (model == "flux") :][:length])
     assert not close(found[1], found[0])
     assert not close(found[3], found[1])
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_concepts_have_the_lora_scale_of_the_call(family: str) -> None:
-    pipe, seen = with_lora(family), []
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_concepts_have_the_lora_scale_of_the_call(model: str) -> None:
+    pipe, seen = with_lora(model), []
     with semantic_guidance(pipe, [Edit("fog"), Edit("sky")]):
         for scale in (None, 0.5, 0.0, None):
             with texts_of(pipe) as texts:
@@ -107,14 +107,14 @@ def test_concepts_have_the_pooled_lora_scale_of_the_call() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [("sdxl", {"clip_skip": 1}), ("flux", {"max_sequence_length": 28})]
+    ("model", "options"), [("sdxl", {"clip_skip": 1}), ("flux", {"max_sequence_length": 28})]
 )
-def test_phrases_have_the_other_options_of_the_call(family: str, options: dict) -> None:
-    pipe, own = deep(family), FAMILIES[family][1]
+def test_phrases_have_the_other_options_of_the_call(model: str, options: dict) -> None:
+    pipe, own = deep(model), MODELS[model][1]
     with apply_layout(pipe, PROMPT, [("cat", (0.0, 0.0, 0.5, 1.0))]), texts_of(pipe) as texts:
         latents(pipe, steps=1, **options)
-    start, stop = (2, 6) if family == "flux" else (2, 5)
-    here = 0 if family == "flux" else 1
+    start, stop = (2, 6) if model == "flux" else (2, 5)
+    here = 0 if model == "flux" else 1
     right, other = (
         encoded(pipe, "cat", **options)[0][here:],
         encoded(pipe, "cat", **own)[0][here:],

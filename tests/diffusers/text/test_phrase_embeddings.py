@@ -40,9 +40,7 @@ def test_a_phrase_gets_the_embeddings_that_it_has_alone(kind: str, phrase: str) 
 
 
 def test_tokens_of_a_phrase_that_are_others_alone() -> None:
-    """After a bracket T5's word has no mark: its letters get what stands for them in the phrase
-    alone.
-    """
+    """After a bracket T5's word has no mark: letters get what stands for them in the phrase."""
     pipe = texts.with_tokenizer(KINDS["glm"]())
     given = texts.text_of(pipe, "a (dogs", "dogs")
     dog, s = pipe.encode_prompt("dogs", "cpu", 1, False)[0][0][-2:]  # "▁dog" and "s"
@@ -69,9 +67,7 @@ def test_padding_on_the_left_follows_the_length_of_the_call(calls: list) -> None
 
 
 def test_a_learned_word_of_several_tokens(calls: list) -> None:
-    """Textual inversion writes the word out before the tokenizer reads it; spans count the user's
-    own characters.
-    """
+    """Textual inversion writes a word out for tokenizers; spans count the user's characters."""
     pipe = texts.with_tokenizer(KINDS["clip"]())
     pipe.tokenizer.add_tokens(["<toy>", "<toy>_1", "<toy>_2"])
     pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
@@ -92,9 +88,7 @@ def test_a_learned_word_of_several_tokens(calls: list) -> None:
 
 
 class Kolors(torch.nn.Module):
-    """A text encoder with ChatGLM's way of being called: hidden states [L, B, C], of which the last
-    but one counts.
-    """
+    """A text encoder called as ChatGLM: hidden states [L, B, C]; the last but one counts."""
 
     dtype, device = torch.float32, torch.device("cpu")
 

@@ -100,9 +100,7 @@ def test_spaces_that_a_tokenizer_does_not_tell(prompt: str, phrase: str, calls: 
     ("kind", "tokens"), [("t5", "红猫"), ("glm", "红 猫在"), ("clip", "一只红猫在左边")]
 )
 def test_scripts_without_spaces(kind: str, tokens: str, calls: list) -> None:
-    """Words stand beside each other; a token that is of more than the phrase carries the phrase
-    too.
-    """
+    """Words stand beside each other; a token of more than the phrase carries the phrase too."""
     found = texts.painted(
         texts.with_tokenizer(KINDS[kind]()), "一只红猫在左边", [("红猫", BOX)], calls
     )
@@ -110,9 +108,7 @@ def test_scripts_without_spaces(kind: str, tokens: str, calls: list) -> None:
 
 
 def test_characters_of_a_slow_tokenizer() -> None:
-    """What decodes to nothing known gets what lies between its neighbours, a space's own token
-    nothing.
-    """
+    """A token of nothing known gets what lies between its neighbours, a space's own nothing."""
     text = "a ü é, cat"
     tokens = tokens_of(KINDS["glm"](), text)
     read = [place and text[slice(*place)] for place in tokens.chars]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipeline
+from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from texts import deep, encoded, told
 from torch import Tensor
 
@@ -14,9 +14,9 @@ from dense_attn.integrations.diffusers import apply_layout
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_another_prompt_is_told_once_a_block(family: str) -> None:
-    pipe = pipeline(family)
+@pytest.mark.parametrize("model", MODELS)
+def test_another_prompt_is_told_once_a_block(model: str) -> None:
+    pipe = pipeline(model)
 
     def twice() -> None:
         for _ in range(2):
@@ -43,22 +43,22 @@ def test_another_prompt_is_told_once_a_block(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_the_same_prompt_is_not_told(family: str) -> None:
-    pipe = deep(family)
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_the_same_prompt_is_not_told(model: str) -> None:
+    pipe = deep(model)
     calls: list[tuple[object, dict]] = [
         (PROMPT, {"num_images_per_prompt": 2}),
         (PROMPT, {"negative_prompt": "a dog cat"}),
         ([PROMPT] * 2, {}),
         (PROMPT, {"guidance_scale": 1.0}),
     ]
-    calls += [(PROMPT, {"prompt_2": "fog"})] * (family == "sdxl") + [
+    calls += [(PROMPT, {"prompt_2": "fog"})] * (model == "sdxl") + [
         ("fog", {"prompt_2": PROMPT})
-    ] * (family == "flux")
-    calls += [(PROMPT, {"clip_skip": 1})] * (family in ("sdxl", "sd3")) + [(PROMPT.upper(), {})] * (
-        family in ("sd", "sdxl")
+    ] * (model == "flux")
+    calls += [(PROMPT, {"clip_skip": 1})] * (model in ("sdxl", "sd3")) + [(PROMPT.upper(), {})] * (
+        model in ("sd", "sdxl")
     )
-    calls += [(PROMPT, {"negative_prompt": "fog", "true_cfg_scale": 2.0})] * (family == "flux")
+    calls += [(PROMPT, {"negative_prompt": "fog", "true_cfg_scale": 2.0})] * (model == "flux")
 
     def run() -> None:
         for prompt, options in calls:
@@ -67,28 +67,26 @@ def test_what_is_the_same_prompt_is_not_told(family: str) -> None:
     assert told(pipe, PROMPT, run) == []
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_another_prompt_for_the_tokenizer_whose_tokens_count(family: str) -> None:
-    pipe, name = pipeline(family), "prompt_2" if family == "flux" else "prompt_3"
+@pytest.mark.parametrize("model", ["flux", "sd3"])
+def test_another_prompt_for_the_tokenizer_whose_tokens_count(model: str) -> None:
+    pipe, name = pipeline(model), "prompt_2" if model == "flux" else "prompt_3"
     assert len(told(pipe, PROMPT, lambda: latents(pipe, steps=1, **{name: "a dog cat"}))) == 1
 
 
-def given_as(family: str, embeddings: Tensor, pipe: object) -> dict:
+def given_as(model: str, embeddings: Tensor, pipe: object) -> dict:
     """The arguments of a call with embeddings of the caller's own."""
     pooled = (
         {}
-        if family == "sd"
-        else {"pooled_prompt_embeds": torch.zeros(len(embeddings), 32 if family == "sd3" else 16)}
+        if model == "sd"
+        else {"pooled_prompt_embeds": torch.zeros(len(embeddings), 32 if model == "sd3" else 16)}
     )
     return {"prompt_embeds": embeddings, "guidance_scale": 1.0, **pooled}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_embeddings_of_the_callers_own_are_compared(family: str) -> None:
-    """The prompt's are its own in any weight, dtype and number of tokens; another prompt's are
-    told.
-    """
-    pipe, own = deep(family), FAMILIES[family][1]
+@pytest.mark.parametrize("model", MODELS)
+def test_embeddings_of_the_callers_own_are_compared(model: str) -> None:
+    """Embeddings of the prompt in any weight, dtype and length are its own; others are told."""
+    pipe, own = deep(model), MODELS[model][1]
     right, other, empty = (encoded(pipe, text, **own) for text in (PROMPT, "a dog cat", ""))
     same = [
         right,
@@ -98,7 +96,7 @@ def test_embeddings_of_the_callers_own_are_compared(family: str) -> None:
         right.repeat(2, 1, 1),
     ]
     same += [encoded(pipe, PROMPT, max_sequence_length=28)] if own else []
-    if family == "sd":
+    if model == "sd":
         # a longer prompt than the tokenizer takes, in parts
         same.append(torch.cat([right, empty], 1))
     for embeddings in same:
@@ -107,13 +105,13 @@ def test_embeddings_of_the_callers_own_are_compared(family: str) -> None:
                 pipe,
                 PROMPT,
                 lambda given=embeddings: latents(
-                    pipe, None, steps=1, **given_as(family, given, pipe)
+                    pipe, None, steps=1, **given_as(model, given, pipe)
                 ),
             )
             == []
         )
     for embeddings in (other, empty, torch.cat([right, other])):
-        run = lambda given=embeddings: latents(pipe, None, steps=2, **given_as(family, given, pipe))  # noqa: E731
+        run = lambda given=embeddings: latents(pipe, None, steps=2, **given_as(model, given, pipe))  # noqa: E731
         (said,) = told(pipe, [PROMPT] * len(embeddings), run, [REGIONS] * len(embeddings))
         assert said == (
             f"the call's prompt_embeds are not what the layout's {PROMPT!r} encodes to, by "
@@ -139,18 +137,16 @@ def test_one_text_for_all_images_of_flux() -> None:
     assert close(*runs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_one_seed_whose_embeddings_are_nearly_the_prompts(family: str) -> None:
-    """As many texts as the pipeline was given hold no negative half; other texts in the same rows
-    may.
-    """
-    pipe, own = pipeline(family), FAMILIES[family][1]
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_of_one_seed_whose_embeddings_are_nearly_the_prompts(model: str) -> None:
+    """As many texts as the pipeline was given hold no negative half; others may."""
+    pipe, own = pipeline(model), MODELS[model][1]
     right, empty = (encoded(pipe, text, **own) for text in (PROMPT, ""))
     noise = [torch.Generator().manual_seed(0) for _ in range(2)]
     with apply_layout(pipe, PROMPT, REGIONS):
-        given = given_as(family, torch.cat([right, 1.02 * right]), pipe)
+        given = given_as(model, torch.cat([right, 1.02 * right]), pipe)
         assert latents(pipe, None, steps=1, generator=noise, **given).isfinite().all()
-        given = given_as(family, torch.cat([empty, right]), pipe)
+        given = given_as(model, torch.cat([empty, right]), pipe)
         noise = [torch.Generator().manual_seed(0) for _ in range(2)]
         with (
             pytest.warns(UserWarning, match="prompt_embeds are not"),
@@ -172,9 +168,7 @@ def test_embeddings_that_cannot_be_compared() -> None:
 
 
 def test_embeddings_beside_an_encoder_that_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text encoders that were moved out of the way of the pipeline's device cannot be called any
-    more.
-    """
+    """Text encoders that were moved away from the pipeline's device cannot be called any more."""
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
     other = encoded(pipe, "a dog cat")
 
