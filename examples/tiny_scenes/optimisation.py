@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dense_attn import _memory, _progress, ddim_step, spectral_residual_saliency
+from dense_attn import _progress, ddim_step, spectral_residual_saliency
 from dense_attn.integrations.diffusers import optimize
 from dense_attn.integrations.diffusers.chain import Chain, Settings
+from dense_attn.integrations.diffusers.inversion import measured
 
 from .goals import GOALS, Goal, colour_goal, colour_loss
 from .score import kernels, markdown, said, summary
@@ -113,9 +114,8 @@ def _costs(pipe: StableDiffusionPipeline, steps: int) -> dict[str, dict[str, flo
     found = {}
     for name, chain in chains_of(pipe, steps).items():
         gradient(chain)
-        start = time.perf_counter()
-        peak, _ = _memory.peak_extra_bytes(lambda: gradient(chain))  # noqa: B023
-        found[name] = {"seconds": time.perf_counter() - start, "peak_bytes": peak or 0}
+        _, seconds, peak = measured(partial(gradient, chain), torch.device("cpu"))
+        found[name] = {"seconds": seconds, "peak_bytes": peak or 0}
     return found
 
 

@@ -116,7 +116,7 @@ def invert(
     with torch.no_grad(), in_words(x="the latents of image"):
         x = _encoded(pipe, pixels_of(pipe, image))
         call = partial(chain.sampler.invert, chain.eps, x, progress=progress)
-        latents, seconds, peak = _measured(call, x.device)
+        latents, seconds, peak = measured(call, x.device)
     return Inversion(latents, chain.settings, seconds, peak)
 
 
@@ -248,7 +248,7 @@ def optimize(
         )
 
     with in_words(x="latents", sampler="the chain of pipe, num_inference_steps and sampler"):
-        result, seconds, peak = _measured(call, latents.device)
+        result, seconds, peak = measured(call, latents.device)
         pair = result.latents if isinstance(result.latents, tuple) else (result.latents,)
         with torch.no_grad():
             images = _images(pipe, chain.sampler.sample(chain.eps, *pair)[0], output_type)
@@ -290,7 +290,7 @@ def _images(pipe: DiffusionPipeline, x: Tensor, output_type: str) -> Any:
     return pipe.image_processor.postprocess(_decoded(pipe, x), output_type=output_type)
 
 
-def _measured(call: Callable[[], Result], device: torch.device) -> tuple[Result, float, int | None]:
+def measured(call: Callable[[], Result], device: torch.device) -> tuple[Result, float, int | None]:
     """A call's result, its wall time and the memory that it adds at its peak."""
     start = time.perf_counter()
     if device.type == "cuda":

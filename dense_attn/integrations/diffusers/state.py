@@ -90,14 +90,16 @@ class Layer:
 
     def _tile_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
         """The tile lists, made once for all layers and steps of a shape."""
+        if torch.compiler.is_compiling():
+            return self._new_lists(q, k, backend)
         key = q.shape, k.shape, q.dtype
-        if key in self.lists and not torch.compiler.is_compiling():
-            return self.lists[key]
+        if key not in self.lists:
+            self.lists[key] = self._new_lists(q, k, backend)
+        return self.lists[key]
+
+    def _new_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
         orders = {"q_order": self.q_order, "k_order": self.k_order}
-        made = tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
-        if not torch.compiler.is_compiling():
-            self.lists[key] = made
-        return made
+        return tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
 
 
 class LayoutState:
