@@ -218,47 +218,20 @@ def table(result: dict[str, Any]) -> str:
     """Pixels gained over scales, and what else happens at the usual one, as Markdown."""
     gains, more = [], []
     for kind, found in result["kinds"].items():
-        cells = [found["scales"][str(scale)] for scale in SCALES]
-        gains.append(
-            [
-                kind,
-                *(said(cell["gain"], "+.0f") for cell in cells),
-                said(found["control"]["gain"], "+.0f"),
-            ]
-        )
+        cells, control = [found["scales"][str(scale)] for scale in SCALES], found["control"]
+        gained = (said(cell["gain"], "+.0f") for cell in (*cells, control))
+        gains.append([kind, *gained])
         usual = found["scales"][str(result["usual"]["scale"])]
-        others = (said(of["others"], "+.0f") for of in (usual, cells[-2], found["control"]))
+        others = (said(of["others"], "+.0f") for of in (usual, cells[-2], control))
         changes = (said(usual[where], ".2f") for where in ("inside", "outside"))
-        more.append(
-            [
-                kind,
-                *others,
-                *changes,
-                f"{usual['changed elsewhere']:.0%}",
-                f"{usual['elsewhere']:.0%}",
-            ]
-        )
+        shares = (f"{usual[where]:.0%}" for where in ("changed elsewhere", "elsewhere"))
+        more.append([kind, *others, *changes, *shares])
     scales = [f"{scale:g}" for scale in SCALES]
-    scale = f"scale {result['usual']['scale']:g}"
+    usual_scale = f"scale {result['usual']['scale']:g}"
     title = f"{result['prompts']} prompts a kind, pixels gained at scale"
-    return "\n\n".join(
-        (
-            markdown([title, *scales, "prompt swapped"], gains),
-            markdown(
-                [
-                    "pixels of other things gained",
-                    scale,
-                    scales[-2],
-                    "swapped",
-                    f"change inside, {scale}",
-                    "outside",
-                    "changed pixels outside",
-                    "of all pixels",
-                ],
-                more,
-            ),
-        )
-    )
+    head = ["pixels of other things gained", usual_scale, scales[-2], "swapped"]
+    head += [f"change inside, {usual_scale}", "outside", "changed pixels outside", "of all pixels"]
+    return f"{markdown([title, *scales, 'prompt swapped'], gains)}\n\n{markdown(head, more)}"
 
 
 def curves(result: dict[str, Any]) -> str:
