@@ -8,6 +8,7 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ import torch
 import dense_attn
 from dense_attn import _command, _kernel_report
 from dense_attn._backends import cpu, table
+from dense_attn._command import UserError
 from dense_attn.demo import run
-from dense_attn.demo.scene import UserError
 
 EXTRAS = {  # pyproject.toml's, which an installation need not have beside it
     "triton": ("triton",),
@@ -27,8 +28,9 @@ EXTRAS = {  # pyproject.toml's, which an installation need not have beside it
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; its exit code (0 well, 1 a check failed, 2 it cannot be done, 130 Ctrl-C,
-    141 nobody reads).
+    """Run one command and return its exit code.
+
+    0 well, 1 a check failed, 2 it cannot be done, 130 Ctrl-C, 141 nobody reads.
     """
     argv = sys.argv[1:] if argv is None else argv
     return _command.run(" ".join(["dense_attn", *argv[:1]]), lambda: _run(argv))
@@ -43,98 +45,85 @@ def _run(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dense_attn", description=dense_attn.__doc__)
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="info | verify | bench | demo"
-    )
+    names = "info | verify | bench | demo"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+    _add_info(commands)
+    _add_verify(commands)
+    _add_bench(commands)
+    _add_demo(commands)
+    return parser
 
-    info = commands.add_parser(
-        "info", help="versions, CPU features, backends and the reasons of those that are missing"
-    )
-    info.add_argument(
-        "--kernels",
-        action="store_true",
-        help="the Triton kernels as compiled, and where they have run",
-    )
+
+def _add_info(commands: Any) -> None:
+    shows = "versions, CPU features, backends and the reasons of those that are missing"
+    info = commands.add_parser("info", help=shows)
+    kernels = "the Triton kernels as compiled, and where they have run"
+    info.add_argument("--kernels", action="store_true", help=kernels)
     info.set_defaults(run=_info)
 
-    verify = commands.add_parser(
-        "verify", help="check every available backend against the reference on this machine"
-    )
+
+def _add_verify(commands: Any) -> None:
+    checks = "check every available backend against the reference on this machine"
+    verify = commands.add_parser("verify", help=checks)
+    _add_threads(verify)
     verify.set_defaults(run=_verify)
 
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="run the benchmark suite")
-    bench.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="what is measured (%(default)s)"
-    )
-    bench.add_argument(
-        "--dry-run", action="store_true", help="a GPU's rows on the smallest sizes, without a GPU"
-    )
-    bench.add_argument(
-        "--quick", action="store_true", help="the rows of a minute, of a GPU those of three"
-    )
+    add = bench.add_argument
+    device = "what is measured (%(default)s)"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=device)
+    dry = "a GPU's rows on the smallest sizes, without a GPU"
+    add("--dry-run", action="store_true", help=dry)
+    quick = "the rows of a minute, of a GPU those of three"
+    add("--quick", action="store_true", help=quick)
     for option in ("--workload", "--family"):
-        bench.add_argument(
-            option, action="append", default=[], metavar="NAME", help="only this; may be repeated"
-        )
+        only = "only this; may be repeated"
+        add(option, action="append", default=[], metavar="NAME", help=only)
     _add_shape(bench)
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
+    add("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
     bench.set_defaults(run=_bench)
 
-    demo = commands.add_parser(
-        "demo",
-        help="the attention layers of a Stable Diffusion 1.5 step under a layout, measured and drawn",
-        description="Runs the 32 attention layers of a Stable Diffusion 1.5 denoising step at 512 x 512 with a layout, "
-        "once as the official code of DenseDiffusion does it and once with this library, and draws what happened; then "
-        "lets a small trained model paint under layouts, into a second picture.",
-    )
-    label_map = (
-        "label map: one grey value, palette entry or colour per region, 0 or black = background"
-    )
-    demo.add_argument(
-        "--layout",
-        type=Path,
-        metavar="IMAGE",
-        help=f"{label_map} (default: a scene of four regions)",
-    )
+
+DEMO = """Runs the 32 attention layers of a Stable Diffusion 1.5 denoising step at 512 x 512 with a
+layout, once as the official code of DenseDiffusion does it and once with this library, and draws
+what happened; then lets a small trained model paint under layouts, into a second picture."""
+
+
+def _add_demo(commands: Any) -> None:
+    short = "the attention layers of a Stable Diffusion 1.5 step under a layout, measured and drawn"
+    demo = commands.add_parser("demo", help=short, description=DEMO)
+    add = demo.add_argument
+    label_map = "label map: one grey value, palette entry or colour per region"
+    label_map += ", 0 or black = background (default: a scene of four regions)"
+    add("--layout", type=Path, metavar="IMAGE", help=label_map)
     shows = "what each region shows, by rising label; commas may part them"
-    demo.add_argument("--phrases", nargs="+", type=_command.said, metavar="PHRASE", help=shows)
-    demo.add_argument(
-        "--output",
-        type=Path,
-        default=Path("demo.png"),
-        metavar="FILE",
-        help="the picture (%(default)s)",
-    )
+    add("--phrases", nargs="+", type=_command.said, metavar="PHRASE", help=shows)
+    output = "the picture (%(default)s)"
+    add("--output", type=Path, default=Path("demo.png"), metavar="FILE", help=output)
     grids = "token grids to run, of %(choices)s (default: all; the official code needs 4 GB for 64)"
-    demo.add_argument("--grids", type=int, nargs="+", choices=run.GRIDS, metavar="N", help=grids)
-    demo.add_argument(
-        "--backend", choices=("auto", *table.ORDER), default="auto", help="(%(default)s)"
-    )
+    add("--grids", type=int, nargs="+", choices=run.GRIDS, metavar="N", help=grids)
+    add("--backend", choices=("auto", *table.ORDER), default="auto", help="(%(default)s)")
+    _add_threads(demo)
     demo.set_defaults(run=_run_demo)
 
-    for command in (verify, demo):
-        command.add_argument(
-            "--threads",
-            type=_positive,
-            metavar="N",
-            help="CPU threads (default: torch's own choice)",
-        )
-    return parser
+
+def _add_threads(command: argparse.ArgumentParser) -> None:
+    threads = "CPU threads (default: torch's own choice)"
+    command.add_argument("--threads", type=_positive, metavar="N", help=threads)
 
 
 def _add_shape(bench: argparse.ArgumentParser) -> None:
     """The options of a user's own shapes, which the benchmark reads and checks."""
+    add = bench.add_argument
     shape = "layout attention on a shape of your own; may be repeated"
-    bench.add_argument(
-        "--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help=shape
-    )
-    bench.add_argument(
-        "--modulation", metavar="NAME", help="of these shapes: range (default), max, bias or mask"
-    )
-    bench.add_argument(
-        "--regions", metavar="N", help="stripes of their layout (default: a real label map)"
-    )
+    add("--shape", action="append", default=[], metavar="B,H,M,N,D[,dtype]", help=shape)
+    modulation = "of these shapes: range (default), max, bias or mask"
+    add("--modulation", metavar="NAME", help=modulation)
+    regions = "stripes of their layout (default: a real label map)"
+    add("--regions", metavar="N", help=regions)
 
 
 def _positive(text: str) -> int:
@@ -147,11 +136,13 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.kernels:
         print("\n".join(_kernel_report.report()))
         return 0
-    print(f"dense_attn {dense_attn.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
-          f"python {platform.python_version()}, {platform.system()} {platform.machine()}")  # fmt: skip
+    versions = f"dense_attn {dense_attn.__version__}, torch {torch.__version__}"
+    versions += f", numpy {np.__version__}, python {platform.python_version()}"
+    print(f"{versions}, {platform.system()} {platform.machine()}")
     compiled = "not loaded" if cpu.LOAD_ERROR is not None else torch.ops.dense_attn.cpu_isa()
-    print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch uses "
-          f"{torch.backends.cpu.get_cpu_capability()}, dense_attn's kernels: {compiled}")  # fmt: skip
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    uses = f"torch uses {torch.backends.cpu.get_cpu_capability()}"
+    print(f"CPU: {cores}, {uses}, dense_attn's kernels: {compiled}")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     print(f"GPU: {', '.join(devices) or 'none'}")
     print('\nbackends, in the order in which "auto" tries them')
@@ -176,42 +167,27 @@ def _version(package: str) -> str | None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from dense_attn.verify import attention, families
+    from dense_attn.verify import run as verification
 
-    for backend in table.ORDER:
-        reasons = attention.why_not(backend, "layout_attention")
-        if reasons and table.missing(backend, "layout_attention") is None:
-            print(f"{backend}: not checked, {'; '.join(reasons)}")
-    failed = attention.main() + families.main()
-    print("\n" + (f"{failed} rows FAILED" if failed else "every row passed"))
-    return 1 if failed else 0
+    return verification.main()
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     try:
         from dense_attn.benchmarks import run
     except ImportError as error:
-        raise UserError(
-            f"the benchmarks need {error.name}: pip install dense_attn[bench]"
-        ) from None
-    options = [("--workload", name) for name in arguments.workload]
-    options += [("--family", name) for name in arguments.family]
-    options += [("--device", arguments.device)] * (arguments.device != "cpu")
-    options += [
-        (option, path)
-        for option, path in (("--json", arguments.json), ("--plot", arguments.plot))
-        if path
-    ]
+        need = f"the benchmarks need {error.name}: pip install dense_attn[bench]"
+        raise UserError(need) from None
     flags = ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
-    flags += [
-        f"--shape={text}" for text in arguments.shape
-    ]  # a minus sign would be taken for an option
-    flags += [
-        f"--{name}={text}"
-        for name in ("modulation", "regions")
-        if (text := getattr(arguments, name)) is not None
-    ]
-    return run.main([*flags, *(str(text) for pair in options for text in pair)])
+    if arguments.device != "cpu":
+        flags.append(f"--device={arguments.device}")
+    for option in ("workload", "family", "shape"):
+        flags += [f"--{option}={value}" for value in getattr(arguments, option)]
+    for option in ("json", "plot", "modulation", "regions"):
+        value = getattr(arguments, option)
+        if value is not None:
+            flags.append(f"--{option}={value}")
+    return run.main(flags)
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,4 @@
-"""How every command ends: in one sentence where the user can mend it, quietly at Ctrl-C and where
-nobody reads on.
-"""
+"""How every command ends: in a sentence where the user can mend it, quietly where nobody reads."""
 
 from __future__ import annotations
 
@@ -13,15 +11,16 @@ import torch
 
 from dense_attn import _environment
 from dense_attn._backends import cpu
-from dense_attn.demo.scene import UserError
 
 REFUSED, INTERRUPTED, UNREAD = 2, 130, 141  # the last two as shells count SIGINT and SIGPIPE
 
 
+class UserError(Exception):
+    """Something that the user gave and that cannot be used, in one sentence for stderr."""
+
+
 def run(name: str, main: Callable[[], int | None]) -> int:
-    """The exit code of a command: main's own, 2 behind a sentence of what is wrong, 130 at Ctrl-C,
-    141 unread.
-    """
+    """The exit code: main's own, 2 behind a sentence that says why, 130 at Ctrl-C, 141 unread."""
     sentence = ""
     try:
         _take_any_letter()
@@ -49,9 +48,7 @@ def said(text: str) -> str:
 
 
 def _check_environment() -> None:
-    """Refuse a variable that a call would refuse, such as a DENSE_ATTN_ISA that this processor does
-    not have.
-    """
+    """Refuse a variable that a call would refuse, as a DENSE_ATTN_ISA that the processor lacks."""
     _environment.check()
     if cpu.LOAD_ERROR is not None:
         return

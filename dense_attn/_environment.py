@@ -1,5 +1,4 @@
-"""Environment variables have one reader: a value that means nothing is refused in the variable's
-name.
+"""The one reader of environment variables, which refuses a value that means nothing.
 
 Knows the standard library alone, so that setup.py can run it before anything is installed.
 """
@@ -8,17 +7,13 @@ from __future__ import annotations
 
 import os
 
-ON, OFF = (
-    ("1", "true", "yes", "on", "y"),
-    ("0", "false", "no", "off", "n"),
-)  # as Triton reads TRITON_INTERPRET
+ON = ("1", "true", "yes", "on", "y")  # as Triton reads TRITON_INTERPRET
+OFF = ("0", "false", "no", "off", "n")
 FLAGS = ("DENSE_ATTN_AUTOTUNE",)  # those that a call may read
 
 
 class VariableError(ValueError):
-    """An environment variable with a value that means nothing; the message is one sentence that
-    names it.
-    """
+    """A variable whose value means nothing; the message is one sentence that names it."""
 
 
 def flag(name: str, default: bool = False) -> bool:

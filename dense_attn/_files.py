@@ -39,9 +39,8 @@ def write(path: str | Path, content: str | bytes) -> None:
         with _part(target, found) as (part, file):
             file.write(data)
             file.flush()
-            os.fsync(
-                file.fileno()
-            )  # what a full disk keeps back shows here, not after the file has its name
+            # what a full disk keeps back shows here, not after the file has its name
+            os.fsync(file.fileno())
             try:
                 os.replace(part, target)
             except OSError as error:
@@ -58,9 +57,7 @@ def write_by(path: str | Path, save: Callable[[BinaryIO], object]) -> None:
 
 
 def check(path: str | Path) -> None:
-    """Raise FileError now if `write` would, as far as can be known; nothing is left, nothing is
-    changed.
-    """
+    """Raise FileError now if `write` would, as far as can be known; nothing is changed."""
     with _sentence(path):
         found = _status(path)
         if found is None or _is_replaced(found):
@@ -71,9 +68,7 @@ def check(path: str | Path) -> None:
 
 
 def is_kept(path: str | Path) -> bool:
-    """Whether a later `write` replaces what an earlier one wrote, which it does not in a pipe or on
-    a terminal.
-    """
+    """Whether a later `write` replaces an earlier one, which it does in no pipe or terminal."""
     with _sentence(path):
         found = _status(path)
     return found is None or _is_replaced(found)
@@ -101,9 +96,7 @@ def _status(path: str | Path) -> os.stat_result | None:
 
 
 def _is_replaced(found: os.stat_result) -> bool:
-    """A regular file, but for the one that output is redirected to, which other lines go to as
-    well.
-    """
+    """Whether it is a regular file, and not the one that output is redirected to."""
     return stat.S_ISREG(found.st_mode) and _stream_of(found) is None
 
 
@@ -144,9 +137,7 @@ def _overwrite(target: Path, found: os.stat_result, data: bytes) -> None:
 
 @contextmanager
 def _part(target: Path, found: os.stat_result | None) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside the target, with what the target's mode is to be; gone at the end unless it
-    was renamed.
-    """
+    """A new file beside the target, of the target's mode; gone at the end unless renamed."""
     if found is not None and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     part = target.parent / f".{secrets.token_hex(8)}.part"

@@ -1,6 +1,4 @@
-"""What stands in the kernels' source files, as short as it can be named: results of a run belong to
-these.
-"""
+"""Short names of the kernels' sources, to which the results of a run belong."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`info --kernels`: what the kernels became when they were compiled ahead of time, and the GPUs
-they ran on.
-"""
+"""`info --kernels`: the kernels as compiled ahead of time, and the GPUs they ran on."""
 
 from __future__ import annotations
 
@@ -8,8 +6,8 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from dense_attn._command import UserError
 from dense_attn._kernel_hashes import kernel_hashes
-from dense_attn.demo.scene import UserError
 
 _CALL = ("kernel", "target", "triton", "head_dim", "dtype", "modulation", "layout")
 COLUMNS = (*_CALL, "tile", "warps", "stages", "registers", "spills", "shared", "matrix")
@@ -22,33 +20,29 @@ def report() -> list[str]:
         raise UserError("the table of kernels is not installed: make kernels writes it")
     table = found["kernels.json"]
     header = table["header"]
-    lines = [
-        f"compiled ahead of time, not run, at {(header['git_revision'] or 'an unknown revision')[:12]}"
-    ]
-    lines += [
-        *_grid([COLUMNS, *([_cell(row, name) for name in COLUMNS] for row in table["rows"])]),
-        "",
-    ]
-    return lines + sources(
-        header["kernels"], {name: result["header"] for name, result in found.items()}
-    )
+    revision = (header["git_revision"] or "an unknown revision")[:12]
+    rows = [[_cell(row, name) for name in COLUMNS] for row in table["rows"]]
+    lines = [f"compiled ahead of time, not run, at {revision}", *_grid([COLUMNS, *rows]), ""]
+    headers = {name: result["header"] for name, result in found.items()}
+    return lines + sources(header["kernels"], headers)
 
 
 def stale(headers: dict[str, dict[str, Any]]) -> list[str]:
     """Results from GPUs whose kernels are no longer the sources'."""
-    now = kernel_hashes()
-    gpus = {name: header for name, header in headers.items() if _ran_on_gpu(header)}
-    return [
-        f"{name}: {header['device']} ran other sources of {', '.join(changed)}"
-        for name, header in gpus.items()
-        if (
-            changed := [file for file, value in now.items() if header["kernels"].get(file) != value]
-        )
-    ]
+    now, lines = kernel_hashes(), []
+    for name, header in headers.items():
+        if _ran_on_gpu(header):
+            ran = header["kernels"]
+            changed = [file for file, value in now.items() if ran.get(file) != value]
+            if changed:
+                lines.append(
+                    f"{name}: {header['device']} ran other sources of {', '.join(changed)}"
+                )
+    return lines
 
 
 def sources(table: dict[str, str], headers: dict[str, dict[str, Any]]) -> list[str]:
-    """Of each kernel file: whether the table is its own, and the GPUs that ran it as it is."""
+    """A line for each kernel file: whether the table is its own, and the GPUs that ran it."""
     lines = [["source", "table", "ran on"]]
     for file, value in kernel_hashes().items():
         ran = {
@@ -75,9 +69,7 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def _ran_on_gpu(header: dict[str, Any]) -> bool:
-    """Whether a result is one of kernels that ran: the table of compiled ones names no device, a
-    dry run no GPU.
-    """
+    """Whether a result is of kernels that ran; compiled ones name no device, a dry run no GPU."""
     return "kernels" in header and "device" in header and not header.get("dry_run", False)
 
 

@@ -1,6 +1,4 @@
-"""The pixels of a PIL image as the mask of a region or as labels: every mode, depth, palette, alpha
-and orientation.
-"""
+"""PIL images of every mode, depth, palette, alpha and orientation as a mask or as labels."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ WHOLE = 2.0**53  # float64 counts up to here
 
 
 def mask(argument: str, image: Image.Image) -> np.ndarray:
-    """The pixels of an image that are light and opaque, bool [H, W]: luminance * alpha at least
-    half of white.
+    """The light and opaque pixels, bool [H, W]: luminance * alpha at least half of white.
 
     White is 255. Modes of one wide channel ("I;16", "I", "F") have the smallest white of 1 ("F"
     alone), 255, 511, ... 65535, ... (8, 9, ... bits) that holds their largest value: scanners write
@@ -73,9 +70,7 @@ def _is_wide(image: Image.Image) -> bool:
 
 
 def _values(argument: str, image: Image.Image) -> np.ndarray:
-    """The values of a wide channel, float64 [H, W]; PIL's own conversion to 8 bits would cut them
-    off at 255.
-    """
+    """The values of a wide channel, float64 [H, W], which PIL's own conversion would cut off."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         _checks.refuse(argument, "hold finite values", f"others in an image of mode {image.mode}")
@@ -98,7 +93,6 @@ def _visible(image: Image.Image) -> np.ndarray:
 
 def _colours(image: Image.Image) -> Image.Image:
     """An image of 8-bit channels in the mode RGBA."""
-    between = {"La": "LA", "LAB": "RGB"}.get(
-        image.mode
-    )  # no way from the one, one without alpha from the other
+    # there is no way from the one, and one without alpha from the other
+    between = {"La": "LA", "LAB": "RGB"}.get(image.mode)
     return (image if between is None else image.convert(between)).convert("RGBA")

@@ -14,9 +14,7 @@ T = TypeVar("T")
 def bar(
     total: int, description: str, *, shown: bool, unit: str = "step"
 ) -> Iterator[Callable[..., None]]:
-    """`advance()`, to be called once a step, with numbers to show beside the bar as keywords:
-    `advance(loss=0.3)`.
-    """
+    """`advance()`, to be called once a step, with numbers to show: `advance(loss=0.3)`."""
     if not shown:
         yield lambda **_: None
         return

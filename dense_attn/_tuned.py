@@ -1,5 +1,4 @@
-"""Measured launch configurations in a file: what kernels, which know nothing of files, are handed
-to keep them in.
+"""Measured launch configurations in a file, which kernels know nothing of.
 
 A file that is of no use is as if it were not there: nothing here fails.
 """

@@ -1,3 +1,1 @@
-"""Short programs a user would start from: `python -m dense_attn.examples.<name>`; and the demo's
-layout, scene.png.
-"""
+"""Short programs to start from, `python -m dense_attn.examples.<name>`; scene.png is the demo's."""

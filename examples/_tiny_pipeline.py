@@ -1,6 +1,4 @@
-"""Pipelines of random weights, shaped like the real ones: from 80,000 parameters, no download,
-pictures of noise.
-"""
+"""Pipelines of random weights in the shape of real ones: no download, pictures of noise."""
 
 from __future__ import annotations
 
@@ -27,8 +25,7 @@ WIDTH = 16  # of a text encoder
 def tiny_pipeline(
     kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2
 ) -> DiffusionPipeline:
-    """A pipeline built like StableDiffusionPipeline, its XL and 3, or FluxPipeline; a latent is 2 x
-    2 pixels.
+    """A pipeline built like Stable Diffusion's, its XL's and 3's, or FLUX's; 2 x 2 pixels a latent.
 
     Args:
         kind: the class, of which the constructor's arguments say what it is made of.
@@ -115,9 +112,14 @@ def command(main: Callable[[], None]) -> None:
 
 def _stable_diffusion(blocks: int) -> dict[str, Any]:
     return {
-        **_clip(""), "unet": _unet(blocks), "vae": _vae(4), "scheduler": _ddim(),
-        "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
-    }  # fmt: skip
+        **_clip(""),
+        "unet": _unet(blocks),
+        "vae": _vae(4),
+        "scheduler": _ddim(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
 
 
 def _stable_diffusion_xl(blocks: int) -> dict[str, Any]:
@@ -140,10 +142,20 @@ def _stable_diffusion_3() -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH, out_channels=16,
-        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        out_channels=16,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
     encoders = {**_clip("", projection=True), **_clip("_2", projection=True), **_t5("_3", 32)}
     return {
         **encoders,
@@ -157,9 +169,15 @@ def _flux() -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
     scheduler = FlowMatchEulerDiscreteScheduler()
     return {
         **_clip(""),
@@ -192,9 +210,13 @@ def _clip(suffix: str, projection: bool = False) -> dict[str, Any]:
         "num_attention_heads": 2,
     }
     config = CLIPTextConfig(
-        vocab_size=len(tokens), max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, projection_dim=WIDTH,
+        vocab_size=len(tokens),
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+        projection_dim=WIDTH,
         **sizes,
-    )  # fmt: skip
+    )
     encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
     tokenizer = CLIPTokenizer(
         {token: i for i, token in enumerate(tokens)}, [], model_max_length=TOKENS
@@ -203,7 +225,7 @@ def _clip(suffix: str, projection: bool = False) -> dict[str, Any]:
 
 
 def _t5(suffix: str, width: int) -> dict[str, Any]:
-    """The same of the other kind."""
+    """A T5 text encoder that reads letters, and its tokenizer."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")] + [
@@ -224,25 +246,39 @@ def _unet(blocks: int, cross_attention_dim: int = WIDTH, **options: Any) -> torc
     if blocks == 2:  # attention in the middle of the depth alone
         down, up = down[::-1], up[::-1]
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16, 16, 16)[:blocks], layers_per_block=1 if blocks == 2 else 2,
-        norm_num_groups=4, cross_attention_dim=cross_attention_dim, attention_head_dim=4,
-        down_block_types=down, up_block_types=up, **options,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(8, 16, 16, 16)[:blocks],
+        layers_per_block=1 if blocks == 2 else 2,
+        norm_num_groups=4,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=4,
+        down_block_types=down,
+        up_block_types=up,
+        **options,
+    )
 
 
 def _vae(channels: int) -> torch.nn.Module:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=channels, shift_factor=0.0,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=channels,
+        shift_factor=0.0,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )
 
 
 def _ddim() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

@@ -1,6 +1,4 @@
-"""Strength 0 is plain attention: the result and the time beside torch's
-scaled_dot_product_attention.
-"""
+"""Strength 0 is plain attention: result and time beside torch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -26,9 +24,8 @@ def seconds(call: Callable[[], Tensor]) -> float:
 
 def main(grid: int = 32) -> float:
     """Print both times; the largest difference at strength 0."""
-    layout = Layout.from_boxes(
-        [(0.1, 0.1, 0.6, 0.9), (0.5, 0.3, 1.0, 1.0)], size=(64, 64)
-    )  # they overlap
+    boxes = [(0.1, 0.1, 0.6, 0.9), (0.5, 0.3, 1.0, 1.0)]  # they overlap
+    layout = Layout.from_boxes(boxes, size=(64, 64))
     words, order = layout.query_regions(grid, grid), layout.order(grid, grid)
     q, k, v = torch.randn(3, 2, 8, grid * grid, 80).unbind(0)
 

@@ -1,6 +1,4 @@
-"""Regional prompting with FLUX: each phrase of the prompt is seen by the tokens of its own region
-alone.
-"""
+"""Regional prompting with FLUX: tokens of a region alone see its phrase of the prompt."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A picture to its noise and back, and back under another prompt: exact inversion on a Stable
-Diffusion pipeline.
-"""
+"""A picture to its noise and back, and back under another prompt, by exact inversion."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def main(model: str | None = None, steps: int = 50) -> tuple[list[Image.Image], dict[str, float]]:
-    """A picture, its reconstruction and an edit of it; errors of the latents that come back,
-    largest over largest.
-    """
+    """A picture, its reconstruction and an edit; the latents' errors, largest over largest."""
     pipe = load("StableDiffusionPipeline", model)
     start = torch.Generator().manual_seed(0)
     picture = pipe("a cat", num_inference_steps=steps, generator=start).images[0]
@@ -43,7 +39,8 @@ def show() -> None:
     """Print the errors, draw the images."""
     images, errors = main(*command_line(__doc__, MODEL))
     print(
-        f"latents after the round trip are off by {errors['exact']:.1e}, in floats by {errors['floats']:.1e}"
+        f"latents after the round trip are off by {errors['exact']:.1e}, in floats by "
+        f"{errors['floats']:.1e}"
     )
     side_by_side(images, "inversion_round_trip.png")
 

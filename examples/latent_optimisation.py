@@ -1,6 +1,4 @@
-"""Change the noise until the image is red, then until its salient part is: DOODL and SGOOL on a
-pipeline.
-"""
+"""Change the noise until the image is red, then until its salient part is: DOODL and SGOOL."""
 
 from __future__ import annotations
 
@@ -35,15 +33,23 @@ def main(model: str | None = None, steps: int = 20) -> tuple[list[Image.Image], 
     ):
         start = torch.Generator().manual_seed(0)
         found = optimize(
-            pipe, "a bowl of fruit", not_red, saliency, num_inference_steps=steps, steps=updates, clip=3e-2,
-            generator=start, progress=False,
-        )  # fmt: skip
+            pipe,
+            "a bowl of fruit",
+            not_red,
+            saliency,
+            num_inference_steps=steps,
+            steps=updates,
+            clip=3e-2,
+            generator=start,
+            progress=False,
+        )
         images += found.images
         if updates:
             losses.append(found.result.losses)
             cost = f"{found.seconds:.1f} s, {(found.peak_bytes or 0) / 1e6:.0f} MB at the peak"
             print(
-                f"{name}: loss {losses[-1][0]:.4f} to {losses[-1][-1]:.4f} in {updates} updates, {cost}"
+                f"{name}: loss {losses[-1][0]:.4f} to {losses[-1][-1]:.4f} in {updates} "
+                f"updates, {cost}"
             )
     return images, losses
 

@@ -1,6 +1,4 @@
-"""Ten lines: keep the attention of two halves of an image apart, in self-attention and towards
-their phrases.
-"""
+"""Ten lines: keep two halves of an image apart, in self-attention and towards their phrases."""
 
 from __future__ import annotations
 
@@ -13,9 +11,8 @@ from dense_attn import Layout, layout_attention
 def main(grid: int = 64) -> tuple[Tensor, Tensor]:
     """Self- and cross-attention of one layer of grid x grid tokens under a layout of two boxes."""
     boxes = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]  # x0, y0, x1, y1 as fractions of the image
-    layout = Layout.from_boxes(
-        boxes, size=(64, 64), spans=[(2, 4), (6, 8)]
-    )  # the tokens of each box's phrase
+    phrases = [(2, 4), (6, 8)]  # the tokens of each box's phrase
+    layout = Layout.from_boxes(boxes, size=(64, 64), spans=phrases)
     image, text = layout.query_regions(grid, grid), layout.token_regions(77)
     order = layout.order(grid, grid)  # speed only
 

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROMPT = "a cat and a dog"
-REGIONS = [
-    ("a cat", (0.05, 0.4, 0.45, 1.0)),
-    ("a dog", (0.55, 0.2, 1.0, 1.0)),
-]  # x0, y0, x1, y1 of the image
+# x0, y0, x1, y1 of the image
+REGIONS = [("a cat", (0.05, 0.4, 0.45, 1.0)), ("a dog", (0.55, 0.2, 1.0, 1.0))]
 
 
 def main(model: str | None = None, steps: int = 50) -> list[Image.Image]:

@@ -1,6 +1,4 @@
-"""Layout attention is differentiable: gradient steps on the queries until a token attends where it
-is told to.
-"""
+"""Gradients of layout attention: steps on the queries until a token attends where it is told."""
 
 from __future__ import annotations
 
@@ -11,9 +9,7 @@ from dense_attn import Layout, layout_attention
 
 
 def main(grid: int = 16, steps: int = 20) -> list[float]:
-    """Pull the attention of every token of the left half to one value of v; the loss of each
-    step.
-    """
+    """Pull the attention of the left half's tokens to one value of v; the loss of each step."""
     torch.manual_seed(0)
     layout = Layout.from_boxes([(0.0, 0.0, 0.5, 1.0)], size=(grid, grid))
     words = layout.query_regions(grid, grid)

@@ -1,6 +1,4 @@
-"""One line turns concepts of an image up or down: semantic guidance on a Stable Diffusion
-pipeline.
-"""
+"""One line turns concepts of an image up or down, with Stable Diffusion."""
 
 from __future__ import annotations
 

@@ -59,16 +59,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
     """q, k, v, words of queries and keys, and strength of all calls of layout_attention inside of
     pipelines.
     """
-    from dense_attn.integrations.diffusers import _state
+    from dense_attn.integrations.diffusers import state
 
     seen: list[tuple[torch.Tensor, ...]] = []
-    original: Callable = _state.layout_attention
+    original: Callable = state.layout_attention
 
     def watched(*args: torch.Tensor, **options: object) -> torch.Tensor:
         seen.append(args)
         return original(*args, **options)
 
-    monkeypatch.setattr(_state, "layout_attention", watched)
+    monkeypatch.setattr(state, "layout_attention", watched)
     return seen
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dense_attn._backends import table
-from dense_attn.verify.attention import judge
+from dense_attn.verify.accuracy import judge
 
 from . import machine
 from .clocks import Trial, clock, timed

@@ -1,6 +1,4 @@
-"""The demo's picture: the layout, attention before and after, what stays inside the regions, time
-and memory.
-"""
+"""The demo's picture: the layout, attention before and after, time and memory."""
 
 from __future__ import annotations
 
@@ -46,18 +44,14 @@ MAX_MARKS, MAX_BARS = 3, 6
 
 @dataclass(frozen=True)
 class Attention:
-    """Probabilities of one kind of attention, averaged over heads, before (plain) and after
-    (modulated).
-    """
+    """Probabilities of one kind of attention, a mean over heads, before and after modulation."""
 
     before: Tensor  # [M, N]
     after: Tensor  # [M, N]
     matched: Tensor  # bool [M, N]
 
     def share(self, rows: Tensor | slice) -> tuple[float, float]:
-        """How much of the attention of some query tokens goes to the keys of their own regions,
-        before and after.
-        """
+        """The share of some queries' attention inside their own regions, before and after."""
         return tuple(
             (p[rows] * self.matched[rows]).sum(-1).mean().item() for p in (self.before, self.after)
         )
@@ -116,11 +110,13 @@ def draw(scene: Scene, measurements: list[Measurement], output: Path) -> None:
     )
     _draw_costs(axes[2], axes[3], measurements)
     figure.supxlabel(
-        f"Queries and keys are random, smooth like an image's. Attention: {PICTURE_GRID} x {PICTURE_GRID} tokens, "
+        f"Queries and keys are random, smooth like an image's. Attention: {PICTURE_GRID} x "
+        f"{PICTURE_GRID} tokens, "
         "mean of 8 heads, first denoising step,\nbrightness = square root of the weight. "
         "Official code: its formula in plain PyTorch, every score and mask in memory.",
-        fontsize=9.5, color="#57606a",
-    )  # fmt: skip
+        fontsize=9.5,
+        color="#57606a",
+    )
     _files.write_by(output, partial(figure.savefig, format=output.suffix[1:]))
 
 
@@ -152,9 +148,15 @@ def _draw_layout(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, in
     )
     for letter, (row, column) in zip("ABC", marks.values()):
         axes.text(
-            column, row, letter, ha="center", va="center", fontsize=13, weight="bold",
+            column,
+            row,
+            letter,
+            ha="center",
+            va="center",
+            fontsize=13,
+            weight="bold",
             bbox={"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": "black"},
-        )  # fmt: skip
+        )
     axes.set(xticks=[], yticks=[])
     axes.set_title("The layout: what belongs where", fontsize=14, weight="bold")
     few = len(scene.phrases) <= len(REGION_COLOURS)
@@ -167,9 +169,13 @@ def _draw_layout(figure: SubFigure, scene: Scene, marks: dict[int, tuple[int, in
     if not few:  # colours repeat: numbers tell the regions apart
         _draw_numbers(axes, scene, marks)
     axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False,
-        ncols=2 if few else 4, fontsize=11 if few else 8,
-    )  # fmt: skip
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.01),
+        frameon=False,
+        ncols=2 if few else 4,
+        fontsize=11 if few else 8,
+    )
 
 
 def _draw_numbers(axes: Axes, scene: Scene, marks: dict[int, tuple[int, int]]) -> None:
@@ -208,9 +214,8 @@ def _draw_marks(
             image = probabilities[token].view(PICTURE_GRID, -1).sqrt()
             panel.imshow(image.numpy(), cmap="magma", vmin=0, vmax=ceiling, interpolation="nearest")
             own = _in_region(words, region).view(PICTURE_GRID, -1)
-            padded = torch.nn.functional.pad(
-                own.float(), (1, 1, 1, 1)
-            )  # closes the outline at the image's edge
+            # a margin closes the outline at the image's edge
+            padded = torch.nn.functional.pad(own.float(), (1, 1, 1, 1))
             ticks = range(-1, PICTURE_GRID + 1)
             panel.contour(
                 ticks, ticks, padded.numpy(), levels=[0.5], colors="white", linewidths=1.1

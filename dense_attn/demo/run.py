@@ -10,8 +10,9 @@ import torch
 
 from dense_attn import _files
 from dense_attn._backends import table as backends
+from dense_attn._command import UserError
 from dense_attn.demo import picture
-from dense_attn.demo.scene import Scene, UserError, load_scene
+from dense_attn.demo.scene import Scene, load_scene
 from dense_attn.demo.step import (
     NUM_HEADS,
     SD15_LAYERS,
@@ -25,22 +26,35 @@ from dense_attn.layout_attention.layout import MAX_REGIONS
 
 GRIDS = tuple(dict.fromkeys(layer.grid for layer in SD15_LAYERS))
 PICTURE_FORMATS = (".png", ".svg", ".pdf", ".jpg")
+OFFICIAL = (
+    "official: the formula as DenseDiffusion's code has it, in plain PyTorch, "
+    "every score and mask in memory"
+)
+RANDOM = (
+    "Queries, keys and values are random, smooth like an image's, of no trained model: "
+    "this shows the op alone."
+)
+
+
+COLUMNS = "official  dense_attn"
+HEAD = f"""\
+{"":<30}{"time per layer (ms)":<32}{"extra peak memory (MB)":<27}largest
+{"layer":<17}{"x count":<10}{f"{COLUMNS}   ratio":<34}{COLUMNS:<24}difference"""
 
 
 def table(measurements: list[Measurement]) -> str:
     """The measurements and their sum as text."""
-    official, ours = totals(measurements)
-    count, difference = (
-        sum(m.layer.count for m in measurements),
-        max(m.difference for m in measurements),
-    )
-    return "\n".join((
-        "                              time per layer (ms)             extra peak memory (MB)     largest",
-        "layer            x count   official  dense_attn   ratio      official  dense_attn    difference",
-        *(_line(f"{m.layer.kind} {m.layer.grid} x {m.layer.grid}", m.layer.count, *map(median, m.seconds), m.peak_bytes,
-                m.difference) for m in measurements),
-        _line("whole step", count, official, ours, peaks(measurements), difference),
-    ))  # fmt: skip
+    lines = [HEAD]
+    for one in measurements:
+        name, times = (
+            f"{one.layer.kind} {one.layer.grid} x {one.layer.grid}",
+            map(median, one.seconds),
+        )
+        lines.append(_line(name, one.layer.count, *times, one.peak_bytes, one.difference))
+    count = sum(one.layer.count for one in measurements)
+    difference = max(one.difference for one in measurements)
+    total = *totals(measurements), peaks(measurements)
+    return "\n".join([*lines, _line("whole step", count, *total, difference)])
 
 
 def _line(
@@ -63,9 +77,7 @@ def main(
     grids: list[int] | None,
     backend: str = "auto",
 ) -> None:
-    """Run the demo: print the table, write the picture. Raises UserError for what the user can put
-    right.
-    """
+    """Print the table and draw the picture; a UserError says what the user can put right."""
     _check_output(output)
     scene = load_scene(layout, phrases)
     layers = tuple(layer for layer in SD15_LAYERS if layer.grid in (grids or GRIDS))
@@ -76,12 +88,8 @@ def main(
         raise UserError(str(error)) from None
     print(f'"{scene.prompt}", {len(scene.layout)} of at most {MAX_REGIONS} regions')
     print(f"float32, batch 2, {NUM_HEADS} heads, backend {name}, {torch.get_num_threads()} threads")
-    print(
-        "official: the formula as DenseDiffusion's code has it, in plain PyTorch, every score and mask in memory"
-    )
-    print(
-        "Queries, keys and values are random, smooth like an image's, of no trained model: this shows the op alone."
-    )
+    print(OFFICIAL)
+    print(RANDOM)
     runs = _progress(measure(scene.layout, layers, backend), sum(layer.count for layer in layers))
     measurements = list({run.layer: run for run in runs}.values())
     print("\n" + table(measurements))
@@ -102,11 +110,9 @@ def _generate(users: Scene | None, output: Path, backend: str) -> None:
     except ImportError as error:
         print(f"no generated images: they need {error.name} (pip install dense_attn[diffusers])")
         return
-    rows = (
-        sheet.shipped_rows()
-        if users is None
-        else [sheet.users_row(users.layout.masks, users.phrases)]
-    )
+    rows = sheet.shipped_rows()
+    if users is not None:
+        rows = [sheet.users_row(users.layout.masks, users.phrases)]
     if reasons := [reason for row in rows for reason in sheet.why_not(row)]:
         print(f"no generated images: {'; '.join(reasons)}")
         return
@@ -125,9 +131,8 @@ def _check_output(output: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError(
-            "the demo's picture needs matplotlib: pip install dense_attn[bench]"
-        ) from None
+        need = "the demo's picture needs matplotlib: pip install dense_attn[bench]"
+        raise UserError(need) from None
     if output.suffix.lower() not in PICTURE_FORMATS:
         raise UserError(f"--output must end in one of {', '.join(PICTURE_FORMATS)}, got {output}")
     if not output.parent.is_dir():
@@ -142,9 +147,8 @@ def _progress(steps: Iterator[Measurement], total: int) -> Iterator[Measurement]
         from tqdm import tqdm
     except ImportError:
         for done, step in enumerate(steps, 1):
-            print(
-                f"layer {done} of {total}: {step.layer.kind}-attention, {step.layer.grid} x {step.layer.grid}"
-            )
+            kind, grid = step.layer.kind, step.layer.grid
+            print(f"layer {done} of {total}: {kind}-attention, {grid} x {grid}")
             yield step
         return
     yield from tqdm(steps, total=total, unit="layer", desc="attention layers")

@@ -1,6 +1,4 @@
-"""A label map image and its phrases as the demo's scene; what is wrong with a user's own is said in
-one sentence.
-"""
+"""A label map image and its phrases as the demo's scene, or a sentence that says what is wrong."""
 
 from __future__ import annotations
 
@@ -11,20 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from dense_attn import _pixels
+from dense_attn._command import UserError
 from dense_attn.demo.step import NUM_TOKENS
 from dense_attn.layout_attention.layout import Layout
 
-SHIPPED_PHRASES = (
-    "a green hill",
-    "an oak tree",
-    "a red balloon",
-    "a grey cat",
-)  # of examples/scene.png
+# of examples/scene.png
+SHIPPED_PHRASES = ("a green hill", "an oak tree", "a red balloon", "a grey cat")
 PICTURE_GRID = 32
-
-
-class UserError(Exception):
-    """What the user gave cannot be used; the message is one sentence for stderr."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +32,7 @@ class Scene:
 
 
 def load_scene(path: Path | None = None, phrases: list[str] | None = None) -> Scene:
-    """The scene of a label map image, the shipped one by default; raises UserError with the reason
-    why it is none.
+    """The scene of a label map image, by default the shipped one; a UserError says why it is none.
 
     Palette and greyscale values are the labels, of any depth; in a colour image every distinct
     colour is a label, and black is 0. What is transparent is 0, too. Label 0 is the background. A
@@ -62,16 +52,13 @@ def load_scene(path: Path | None = None, phrases: list[str] | None = None) -> Sc
         )
     layout = Layout.from_label_map(labels, _spans(phrases))
     if layout.spans[-1][1] >= NUM_TOKENS:
-        raise UserError(
-            f"--phrases must fit into a prompt of {NUM_TOKENS} tokens, got {layout.spans[-1][1] + 1}"
-        )
+        got = layout.spans[-1][1] + 1
+        raise UserError(f"--phrases must fit into a prompt of {NUM_TOKENS} tokens, got {got}")
     return Scene(layout, tuple(phrases))
 
 
 def _spans(phrases: list[str]) -> list[tuple[int, int]]:
-    """Where each phrase stands in the tokens <start> a photo of <phrases> <end>, one token a
-    word.
-    """
+    """The place of each phrase in <start> a photo of <phrases> <end>, one token a word."""
     spans, start = [], len(("<start>", "a", "photo", "of"))
     for phrase in phrases:
         spans.append((start, start + len(phrase.split())))

@@ -1,6 +1,4 @@
-"""The attention layers of a Stable Diffusion 1.5 denoising step at 512 x 512, run two ways and
-measured.
-"""
+"""The attention layers of a Stable Diffusion 1.5 step at 512 x 512, run two ways and measured."""
 
 from __future__ import annotations
 
@@ -41,23 +39,18 @@ SD15_LAYERS = tuple(
 
 @dataclass
 class Measurement:
-    """What was measured for one kind of layer; index 0 of a pair is the official way, 1 this
-    library.
-    """
+    """The measurements of one kind of layer; of a pair, 0 is the official way, 1 this library."""
 
     layer: Layer
-    peak_bytes: tuple[
-        int | None, int | None
-    ]  # beyond inputs and output; None where the system cannot tell
-    seconds: tuple[list[float], list[float]] = field(
-        default_factory=lambda: ([], [])
-    )  # one per layer
+    # beyond inputs and output; None where the system cannot tell
+    peak_bytes: tuple[int | None, int | None]
+    # one per layer
+    seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     difference: float = 0.0  # largest of |ours - official|
 
 
 def make_inputs(layer: Layer, seed: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q, k, v [B, H, tokens, D] that behave like an image: near tokens and a few far places
-    are alike.
+    """Random q, k, v [B, H, tokens, D] like an image's: near and a few far places are alike.
 
     The keys of words resemble random places of the image. The layout plays no part: the model does
     not know it.
@@ -83,19 +76,16 @@ def make_inputs(layer: Layer, seed: int, batch: int = 2) -> tuple[Tensor, Tensor
 
 
 def modulation_of(layer: Layer, layout: Layout) -> dict[str, Tensor]:
-    """The layout's arguments to layout_attention: none for the unconditional half of the batch,
-    strength 0.
-    """
+    """The layout's arguments to layout_attention, strength 0 for the unconditional half."""
     q_regions = layout.query_regions(layer.grid, layer.grid)
     order = layout.order(layer.grid, layer.grid)
     conditional = layout.strength(layer.grid, layer.grid, weight=WEIGHTS[layer.kind], time=TIME)
+    strength = torch.stack((torch.zeros_like(conditional), conditional))  # [2, M]
     is_self = layer.kind == "self"
     return {
         "q_regions": q_regions,
         "k_regions": q_regions if is_self else layout.token_regions(NUM_TOKENS),
-        "strength": torch.stack((torch.zeros_like(conditional), conditional)).unsqueeze(
-            1
-        ),  # [2, 1, M]
+        "strength": strength[:, None],
         "q_order": order,
         "k_order": order if is_self else None,
     }
@@ -125,9 +115,7 @@ def official_attention(
 def measure(
     layout: Layout, layers: tuple[Layer, ...], backend: str = "auto"
 ) -> Iterator[Measurement]:
-    """Run every layer both ways, alternating; yields after each single layer the measurement of its
-    kind so far.
-    """
+    """Run every layer both ways in turn, and yield its kind's measurement after each."""
     warm_up = layers[-1]  # the libraries' own first-call buffers belong to no layer
     for call in _both_ways(warm_up, layout, backend, seed=0):
         call()
@@ -152,9 +140,8 @@ def _both_ways(
 ) -> tuple[Callable[[], Tensor], ...]:
     q, k, v = make_inputs(layer, seed)
     words = modulation_of(layer, layout)
-    dense_mask = ((words["q_regions"][:, None] & words["k_regions"]) != 0).float()[
-        None
-    ]  # [1, M, N]
+    matched = (words["q_regions"][:, None] & words["k_regions"]) != 0  # [M, N]
+    dense_mask = matched[None].float()
     strength = words["strength"][1].T  # [M, 1]
     return (
         lambda: official_attention(q, k, v, dense_mask, strength),
@@ -163,9 +150,7 @@ def _both_ways(
 
 
 def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """The result and the median time of a call: one run of a long one, up to five of a short
-    one.
-    """
+    """The result and the median time of a call: one run of a long one, up to five else."""
     times: list[float] = []
     while len(times) < 5 and sum(times) < 0.1:
         start = time.perf_counter()

@@ -1,6 +1,4 @@
-"""What semantic guidance does: monotone in the scale, confined, isolated, reversible; thresholds
-and warm-ups.
-"""
+"""The study of semantic guidance: scales, thresholds, warm-ups, and two concepts at once."""
 
 from __future__ import annotations
 
@@ -28,18 +26,16 @@ CURVES = ("colour", "ground")  # whose thresholds and warm-ups are tried
 CHANGED = 0.1  # of a pixel's mean difference, from which on it counts as changed
 
 
-class Case(NamedTuple):
-    """A prompt that leaves something open, the concept that decides it, and the colour whose pixels
-    tell.
-    """
+class OpenPrompt(NamedTuple):
+    """A prompt that leaves something open, and the concept that decides it."""
 
     prompt: str
     concept: str
     asked: str  # the prompt that says it all
-    counted: str
+    counted: str  # the colour whose pixels tell
 
 
-def cases(kind: str, count: int) -> list[Case]:
+def open_prompts(kind: str, count: int) -> list[OpenPrompt]:
     """Prompts of a kind; few concepts, so that those of one make a batch."""
     rng, found = random.Random(17), []
     for i in range(count):
@@ -47,14 +43,18 @@ def cases(kind: str, count: int) -> list[Case]:
         target = ("blue", "yellow")[i % 2]
         other = rng.choice([name for name in COLOURS if name != target])
         ground = ("white", "black")[i % 2]
+        plain, own = f"a {shape} on gray", f"a {colour} {shape}"
         thing, more = f"a {other} {shape} on gray", f"a {target} square"
-        found.append({
-            "colour": Case(f"a {shape} on gray", f"a {target} thing", f"a {target} {shape} on gray", target),
-            "ground": Case(f"a {colour} {shape}", f"on {ground}", f"a {colour} {shape} on {ground}", ground),
-            "presence": Case(thing, more, f"a {other} {shape} and {more} on gray", target),
-            "size": Case(f"a {colour} {shape} on gray", "a large thing", f"a large {colour} {shape} on gray", colour),
-            "contradiction": Case(thing, f"a {target} {shape} on gray", f"a {target} {shape} on gray", target),
-        }[kind])  # fmt: skip
+        asked, large = f"a {target} {shape} on gray", f"a large {colour} {shape} on gray"
+        both = f"a {other} {shape} and {more} on gray"
+        fields = {
+            "colour": (plain, f"a {target} thing", asked, target),
+            "ground": (own, f"on {ground}", f"{own} on {ground}", ground),
+            "presence": (thing, more, both, target),
+            "size": (f"{own} on gray", "a large thing", large, colour),
+            "contradiction": (thing, asked, asked, target),
+        }[kind]
+        found.append(OpenPrompt(*fields))
     return found
 
 
@@ -73,7 +73,7 @@ def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
     total = len(KINDS) * (len(SCALES) + 1) + len(CURVES) * (len(THRESHOLDS) + len(WARMUPS)) + 1
     with _progress.bar(total, "edits", shown=True, unit="setting") as advance:
         for kind in KINDS:
-            own = cases(kind, count)
+            own = open_prompts(kind, count)
             plain = generate(pipe, [case.prompt for case in own], range(count))
             found = result["kinds"][kind] = {"control": _gain(_control(pipe, own), plain, own)}
             advance()
@@ -95,11 +95,9 @@ def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
 
 
 def effect(
-    pipe: StableDiffusionPipeline, own: list[Case], plain: Tensor, **options: Any
+    pipe: StableDiffusionPipeline, own: list[OpenPrompt], plain: Tensor, **options: Any
 ) -> dict[str, Any]:
-    """How many pixels of which colours are more; how much changes where things were and
-    elsewhere.
-    """
+    """The pixels that become a colour, and the change where things were and elsewhere."""
     edited = _edited(pipe, own, [[case.concept] for case in own], **options)
     change = (edited - plain).abs().mean(1)  # [B, H, W]
     thing = torch.stack(
@@ -109,21 +107,21 @@ def effect(
     there = thing.flatten(1).any(1)  # not every plain image has one
     inside, outside = (
         (change * part).sum((1, 2))[there] / part.sum((1, 2))[there] for part in (thing, ~thing)
-    )  # fmt: skip
+    )
     return _gain(edited, plain, own) | {
-        "inside": summary(inside, len(inside)), "outside": summary(outside, len(outside)),
-        "changed": changed.float().mean().item(), "elsewhere": (~thing).float().mean().item(),
+        "inside": summary(inside, len(inside)),
+        "outside": summary(outside, len(outside)),
+        "changed": changed.float().mean().item(),
+        "elsewhere": (~thing).float().mean().item(),
         "changed elsewhere": ((changed & ~thing).sum().float() / changed.sum().clamp(min=1)).item(),
-    }  # fmt: skip
+    }
 
 
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
-    """How far kernels and reference are apart under edits: in a pixel, and in the pixels that an
-    image gains.
-    """
+    """How far kernels and reference are apart under edits: in a pixel, and in pixels gained."""
     name, pixel, gained = kernels("sega_guidance"), 0.0, 0
     for kind in _progress.track(KINDS, "edits, both backends", "kind"):
-        own = cases(kind, count)
+        own = open_prompts(kind, count)
         concepts = [[case.concept] for case in own]
         ours, theirs = (_edited(pipe, own, concepts, backend) for backend in ("auto", "reference"))
         pixel = max(pixel, (ours - theirs).abs().max().item())
@@ -132,13 +130,18 @@ def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
                 gained,
                 abs(int(has(ours[b : b + 1], case.counted) - has(theirs[b : b + 1], case.counted))),
             )
-    return {"prompts": count, "kinds": list(KINDS), "backend": name, "of a pixel": pixel,
-            "of pixels gained": gained}  # fmt: skip
+    return {
+        "prompts": count,
+        "kinds": list(KINDS),
+        "backend": name,
+        "of a pixel": pixel,
+        "of pixels gained": gained,
+    }
 
 
 def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
     """The gain of a ground and of a colour, each alone and both at once."""
-    own = cases("colour", count)
+    own = open_prompts("colour", count)
     own = [case._replace(prompt=case.prompt.removesuffix(" on gray")) for case in own]
     grounds = [case._replace(concept="on white", counted="white") for case in own]
     plain = generate(pipe, [case.prompt for case in own], range(count))
@@ -151,7 +154,7 @@ def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
 
 def _edited(
     pipe: StableDiffusionPipeline,
-    own: list[Case],
+    own: list[OpenPrompt],
     concepts: list[list[str]],
     backend: str = "auto",
     **options: Any,
@@ -173,10 +176,8 @@ def _edited(
     return torch.stack([images[b] for b in range(len(own))])
 
 
-def _control(pipe: StableDiffusionPipeline, own: list[Case]) -> Tensor:
-    """Images whose prompt becomes the one that says it all where an edit would begin: what the
-    model can express.
-    """
+def _control(pipe: StableDiffusionPipeline, own: list[OpenPrompt]) -> Tensor:
+    """Images whose prompt turns into the one that says it all where an edit would begin."""
     first, then = (
         pipe.encode_prompt(
             [getattr(case, name) for case in own], pipe.device, 1, True, [""] * len(own)
@@ -189,12 +190,17 @@ def _control(pipe: StableDiffusionPipeline, own: list[Case]) -> Tensor:
         return tensors | ({"prompt_embeds": swapped} if step + 1 == USUAL["warmup"] else {})
 
     return generate(
-        pipe, None, range(len(own)), prompt_embeds=first[0], negative_prompt_embeds=first[1], callback_on_step_end=swap,
+        pipe,
+        None,
+        range(len(own)),
+        prompt_embeds=first[0],
+        negative_prompt_embeds=first[1],
+        callback_on_step_end=swap,
         callback_on_step_end_tensor_inputs=["prompt_embeds"],
-    )  # fmt: skip
+    )
 
 
-def _gain(images: Tensor, plain: Tensor, own: list[Case]) -> dict[str, Any]:
+def _gain(images: Tensor, plain: Tensor, own: list[OpenPrompt]) -> dict[str, Any]:
     """Pixels of each case's colour that are more than before, and of all other things' colours."""
     before, after = colour_masks(plain), colour_masks(images)
     more = {name: (after[name].sum((1, 2)) - before[name].sum((1, 2))).float() for name in after}
@@ -212,34 +218,20 @@ def table(result: dict[str, Any]) -> str:
     """Pixels gained over scales, and what else happens at the usual one, as Markdown."""
     gains, more = [], []
     for kind, found in result["kinds"].items():
-        cells = [found["scales"][str(scale)] for scale in SCALES]
-        gains.append(
-            [
-                kind,
-                *(said(cell["gain"], "+.0f") for cell in cells),
-                said(found["control"]["gain"], "+.0f"),
-            ]
-        )
+        cells, control = [found["scales"][str(scale)] for scale in SCALES], found["control"]
+        gained = (said(cell["gain"], "+.0f") for cell in (*cells, control))
+        gains.append([kind, *gained])
         usual = found["scales"][str(result["usual"]["scale"])]
-        others = (said(of["others"], "+.0f") for of in (usual, cells[-2], found["control"]))
+        others = (said(of["others"], "+.0f") for of in (usual, cells[-2], control))
         changes = (said(usual[where], ".2f") for where in ("inside", "outside"))
-        more.append(
-            [
-                kind,
-                *others,
-                *changes,
-                f"{usual['changed elsewhere']:.0%}",
-                f"{usual['elsewhere']:.0%}",
-            ]
-        )
+        shares = (f"{usual[where]:.0%}" for where in ("changed elsewhere", "elsewhere"))
+        more.append([kind, *others, *changes, *shares])
     scales = [f"{scale:g}" for scale in SCALES]
-    scale = f"scale {result['usual']['scale']:g}"
+    usual_scale = f"scale {result['usual']['scale']:g}"
     title = f"{result['prompts']} prompts a kind, pixels gained at scale"
-    return "\n\n".join((
-        markdown([title, *scales, "prompt swapped"], gains),
-        markdown(["pixels of other things gained", scale, scales[-2], "swapped",
-                  f"change inside, {scale}", "outside", "changed pixels outside", "of all pixels"], more),
-    ))  # fmt: skip
+    head = ["pixels of other things gained", usual_scale, scales[-2], "swapped"]
+    head += [f"change inside, {usual_scale}", "outside", "changed pixels outside", "of all pixels"]
+    return f"{markdown([title, *scales, 'prompt swapped'], gains)}\n\n{markdown(head, more)}"
 
 
 def curves(result: dict[str, Any]) -> str:
@@ -269,8 +261,16 @@ def plot(result: dict[str, Any], output: Path) -> None:
         for kind, row in rows.items():
             gains = [cell["gain"] for cell in row.values()]
             errors = [gain["error"] or 0.0 for gain in gains]
-            axes.errorbar([float(key) for key in row], [gain["mean"] for gain in gains], errors,
-                          color=f"C{KINDS.index(kind)}", marker="o", markersize=3, capsize=2, label=kind)  # fmt: skip
+            axes.errorbar(
+                [float(key) for key in row],
+                [gain["mean"] for gain in gains],
+                errors,
+                color=f"C{KINDS.index(kind)}",
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=kind,
+            )
         axes.axhline(0, color="#888888", linewidth=0.6)
         axes.set_yscale("symlog", linthresh=10)
         axes.set(xlabel=name, ylabel="pixels gained" if name == "scale" else "")

@@ -1,6 +1,4 @@
-"""Does it work? `python -m dense_attn.examples.tiny_scenes.evaluate --json FILE`, or only a part of
-it.
-"""
+"""Does it work? `python -m dense_attn.examples.tiny_scenes.evaluate` tells, or a part of it."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import torch
 from dense_attn import _command, _files
 from dense_attn.benchmarks.harness.header import describe_run
 
-from . import chains, edits, layouts, sheet
+from . import edits, inversion, layouts, optimisation, sheet
 from .model import load_pipeline
 from .score import GUIDANCE, STEPS
 
@@ -31,70 +29,33 @@ PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
     "same": lambda pipe, quick, _: {
         "layouts": layouts.same_tables(pipe, 2 if quick else 200),
         "edits": edits.same_tables(pipe, 2 if quick else 24),
-        "optimisation": chains.same_tables(pipe, 2 if quick else 7, 2 if quick else 10),
+        "optimisation": optimisation.same_tables(pipe, 2 if quick else 7, 2 if quick else 10),
     },
     "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 24),
-    "inversion": lambda pipe, quick, _: chains.inversion(
+    "inversion": lambda pipe, quick, _: inversion.study(
         pipe, 1 if quick else 8, (4,) if quick else (25, 50, 100, 200)
     ),
-    "optimisation": lambda pipe, quick, _: chains.optimisation(
+    "optimisation": lambda pipe, quick, _: optimisation.study(
         pipe, 2 if quick else 14, 2 if quick else 10
     ),
 }
+RUN = ("date", "git_revision", "device", "threads", "quick")  # of the header, kept with each part
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the parts, add them to the file, print the tables of all that is in it."""
-    parser = argparse.ArgumentParser(
-        "python -m dense_attn.examples.tiny_scenes.evaluate", description=__doc__
-    )
-    parser.add_argument(
-        "--only", action="append", choices=PARTS, default=[], help="this part; may be repeated"
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=Path("tiny_scenes.json"),
-        help="results, added to (%(default)s)",
-    )
-    parser.add_argument(
-        "--weights", type=Path, help="of train.py (default: those that are shipped)"
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="noises of a layout (%(default)s; --quick: 1)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a few of everything: numbers mean nothing"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
-    pictures = (
-        arguments.json.with_name(f"{arguments.json.stem}-edits.png"),
-        arguments.json.with_suffix(".png"),
-    )
-    for file in (arguments.json, *pictures):
-        _files.check(file)
+    arguments = _parse(argv)
+    file, parts = arguments.json, arguments.only or list(PARTS)
+    pictures = file.with_name(f"{file.stem}-edits.png"), file.with_suffix(".png")
+    for path in (file, *pictures):
+        _files.check(path)
     pipe = load_pipeline(arguments.weights)
-    results = (
-        json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
-    )
-    parts = arguments.only or list(PARTS)
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in parts:
         results[name] = PARTS[name](pipe, arguments.quick, arguments.seeds)
-        run = {
-            "steps": STEPS,
-            "guidance": GUIDANCE,
-            "quick": arguments.quick,
-            "threads": torch.get_num_threads(),
-        }
-        results["header"] = header = (
-            describe_run(quick=arguments.quick) | run | {"regions": "drawn scenes"}
-        )
-        results[name]["run"] = {
-            key: header[key] for key in ("date", "git_revision", "device", "threads", "quick")
-        }
-        _files.write(arguments.json, json.dumps(results, indent=1) + "\n")
+        results["header"] = header = _header(arguments.quick)
+        results[name]["run"] = {key: header[key] for key in RUN}
+        _files.write(file, json.dumps(results, indent=1) + "\n")
     if "edits" in parts:
         edits.plot(results["edits"], pictures[0])
     if "layouts" in parts:
@@ -104,29 +65,52 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    name = "python -m dense_attn.examples.tiny_scenes.evaluate"
+    parser = argparse.ArgumentParser(name, description=__doc__)
+    add = parser.add_argument
+    part = "this part; may be repeated"
+    add("--only", action="append", choices=PARTS, default=[], help=part)
+    results = "results, added to (%(default)s)"
+    add("--json", type=Path, default=Path("tiny_scenes.json"), help=results)
+    add("--weights", type=Path, help="of train.py (default: those that are shipped)")
+    seeds = "noises of a layout (%(default)s; --quick: 1)"
+    add("--seeds", type=int, default=3, help=seeds)
+    quick = "a few of everything: numbers mean nothing"
+    add("--quick", action="store_true", help=quick)
+    arguments = parser.parse_args(argv)
+    if arguments.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
+    return arguments
+
+
+def _header(quick: bool) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    run = {"steps": STEPS, "guidance": GUIDANCE, "quick": quick, "threads": threads}
+    return describe_run(quick=quick) | run | {"regions": "drawn scenes"}
+
+
 def tables(results: dict[str, Any]) -> list[str]:
-    """What was found, as text."""
+    """The results as text."""
     shown = []
     if "gate" in results:
         gate = results["gate"]
         line = ", ".join(f"{name} {gate[name]:.3f}" for name in layouts.GATE)
         shown.append(f"held-out prompts of two things, no layout, {gate['prompts']} images: {line}")
-    for name in ("layouts", "similar"):
-        if name in results:
-            shown.append(layouts.table(results[name]))
+    shown += [layouts.table(results[name]) for name in ("layouts", "similar") if name in results]
     if "same" in results:
-        shown.append("kernels and reference, largest differences")
+        lines = ["kernels and reference, largest differences"]
         for name in ("layouts", "edits", "optimisation"):
             found = results["same"][name]
-            shown[-1] += "".join(
-                f"\n{name}, {key}: {found[key]:.1e}" for key in found if key.startswith("of ")
-            )
+            apart = [key for key in found if key.startswith("of ")]
+            lines += [f"{name}, {key}: {found[key]:.1e}" for key in apart]
+        shown.append("\n".join(lines))
     if "edits" in results:
         shown += [edits.table(results["edits"]), edits.curves(results["edits"])]
     if "inversion" in results:
-        shown.append(chains.inversion_table(results["inversion"]))
+        shown.append(inversion.table(results["inversion"]))
     if "optimisation" in results:
-        shown.append(chains.optimisation_table(results["optimisation"]))
+        shown.append(optimisation.table(results["optimisation"]))
     return shown
 
 

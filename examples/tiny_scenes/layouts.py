@@ -1,6 +1,4 @@
-"""What a layout does: plain, paint-with-words, DenseDiffusion and DenseDiffusion without each of
-its parts.
-"""
+"""The study of layouts: plain, paint-with-words, DenseDiffusion, and that without its parts."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ METRICS = ("present", "iou", "swapped", "off_palette")
 
 
 def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, Any]:
-    """Without layouts: the part of held-out two-thing prompts that show both in the right colour,
-    and right shapes.
-    """
+    """The shares of held-out prompts of two things, without layouts, that show what they say."""
     rng = random.Random(7)
     scenes = [draw_scene(rng, 2, unseen=True) for _ in range(count)]
     both, clean, shapes = [], [], []
@@ -63,10 +59,13 @@ def gate(pipe: StableDiffusionPipeline, count: int = 200) -> dict[str, Any]:
                 [float(mask.any() and shape_of(mask) == thing.shape) for thing, mask in seen]
             )
     return {
-        "prompts": count, "both present": sum(both) / count, "no other colour": sum(clean) / count,
+        "prompts": count,
+        "both present": sum(both) / count,
+        "no other colour": sum(clean) / count,
         "shape right": sum(map(sum, shapes)) / (2 * count),
-        "both present in their shapes": sum(there * min(pair) for there, pair in zip(both, shapes)) / count,
-    }  # fmt: skip
+        "both present in their shapes": sum(there * min(pair) for there, pair in zip(both, shapes))
+        / count,
+    }
 
 
 def study(
@@ -100,10 +99,14 @@ def study(
         for name, setting in settings.items():
             rows[name] = _scores(pipe, work, setting, backend, advance)
     return {
-        "layouts": count, "seeds": seeds, "things": 3 if similar else 2, "backend": backend,
+        "layouts": count,
+        "seeds": seeds,
+        "things": 3 if similar else 2,
+        "backend": backend,
         "settings": {name: setting for name, setting in settings.items() if setting is not None},
-        "tuned": weights, "rows": {name: _row(name, rows, count) for name in rows},
-    }  # fmt: skip
+        "tuned": weights,
+        "rows": {name: _row(name, rows, count) for name in rows},
+    }
 
 
 def matched(
@@ -131,23 +134,20 @@ def matched(
 
 
 def _row(name: str, rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str, Any]:
-    """Means, and differences to other settings on the same layouts and noises; chosen weights to
-    chosen ones too.
-    """
+    """Means, and differences to other settings on the same layouts and noises."""
     values = rows[name]
     others = ("plain", "DenseDiffusion", *([CHOSEN] if name in TUNED else []))
     row = {metric: summary(values[metric], groups) for metric in METRICS}
     paired = {
         f"{metric} - {other}": summary(values[metric] - rows[other][metric], groups)
-        for metric in ("present", "iou") for other in others
-    }  # fmt: skip
+        for metric in ("present", "iou")
+        for other in others
+    }
     return row | paired
 
 
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
-    """How far kernels and reference are apart: in a pixel, a score of an image, and a mean that a
-    table shows.
-    """
+    """How far kernels and reference are apart: in a pixel, an image's score, and a table's mean."""
     name, rng = kernels("layout_attention"), random.Random(13)
     work = [(draw_scene(rng, 2), seed) for seed in range(count)]
     settings = {name: LAYOUTS[name] for name in ("paint-with-words", "DenseDiffusion")} | {
@@ -167,16 +167,23 @@ def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
             scores[metric].append(pair[0][metric] - pair[1][metric])
     apart = torch.stack([torch.cat(values).view(-1) for values in scores.values()])
     return {
-        "layouts": count, "settings": list(settings), "backend": name, "of a pixel": pixel,
-        "of an image": apart.abs().max().item(), "of a mean": apart.mean(1).abs().max().item(),
-    }  # fmt: skip
+        "layouts": count,
+        "settings": list(settings),
+        "backend": name,
+        "of a pixel": pixel,
+        "of an image": apart.abs().max().item(),
+        "of a mean": apart.mean(1).abs().max().item(),
+    }
 
 
 def _scores(
-    pipe: StableDiffusionPipeline, work: list[tuple[Scene, int]], setting: dict | None, backend: str,
+    pipe: StableDiffusionPipeline,
+    work: list[tuple[Scene, int]],
+    setting: dict | None,
+    backend: str,
     advance: Callable[[], object] = lambda: None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Of an image of each scene and seed."""
+) -> dict[str, Tensor]:
+    """The scores of an image of each scene and seed."""
     parts = []
     for part in batches(work):
         scenes, seeds = zip(*part)
@@ -195,5 +202,6 @@ def table(study: dict[str, Any]) -> str:
         differences = [row.get(f"iou - {other}") if other != name else None for other in others]
         paired = ("-" if found is None else said(found, "+.3f") for found in differences)
         rows.append([name, *means, *paired, f"{row['off_palette']['mean']:.3f}"])
-    return markdown([title, "all things there", "IoU with the layout", "swapped layout", "IoU over plain",
-                     "IoU over DenseDiffusion", "IoU over chosen weight", "off palette"], rows)  # fmt: skip
+    head = [title, "all things there", "IoU with the layout", "swapped layout", "IoU over plain"]
+    head += ["IoU over DenseDiffusion", "IoU over chosen weight", "off palette"]
+    return markdown(head, rows)

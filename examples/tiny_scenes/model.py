@@ -1,6 +1,4 @@
-"""The model: a Stable Diffusion pipeline in every part, on 12 x 16 x 16 latents that are the pixels
-themselves.
-"""
+"""The model: a whole Stable Diffusion pipeline, on 12 x 16 x 16 latents that are the pixels."""
 
 from __future__ import annotations
 
@@ -35,9 +33,9 @@ class PixelLatents(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.register_to_config(scaling_factor=1.0, force_upcast=False)
-        self.nothing = torch.nn.Parameter(
-            torch.zeros(()), requires_grad=False
-        )  # tells dtype and device
+        # tells dtype and device
+        nothing = torch.zeros((), dtype=torch.float32, device="cpu")
+        self.nothing = torch.nn.Parameter(nothing, requires_grad=False)
 
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
         """Images [B, 3, H, W] to latents [B, 12, H/2, W/2]."""
@@ -63,26 +61,50 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ends = [(start, vocabulary[start]), (end, vocabulary[end])]
     words.post_processor = processors.TemplateProcessing(f"{start} $A {end}", special_tokens=ends)
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, model_max_length=TOKENS, bos_token=start, eos_token=end, pad_token=end,
+        tokenizer_object=words,
+        model_max_length=TOKENS,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
         unk_token=unknown,
-    )  # fmt: skip
+    )
 
 
 def untrained() -> StableDiffusionPipeline:
     """The pipeline with random weights."""
     text = CLIPTextConfig(
-        vocab_size=len(SPECIAL) + len(WORDS), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     unet = UNet2DConditionModel(
-        sample_size=SIDE // 2, in_channels=12, out_channels=12, block_out_channels=CHANNELS, layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=WIDTH, attention_head_dim=2, norm_num_groups=16,
-    )  # fmt: skip
+        sample_size=SIDE // 2,
+        in_channels=12,
+        out_channels=12,
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=16,
+    )
     pipe = StableDiffusionPipeline(
-        vae=PixelLatents(), text_encoder=CLIPTextModel(text), tokenizer=tokenizer(), unet=unet, scheduler=scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=PixelLatents(),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer(),
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -90,9 +112,15 @@ def untrained() -> StableDiffusionPipeline:
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion's, for velocities."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing",
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
 
 
 def weights_of(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
@@ -118,9 +146,7 @@ def set_weights(pipe: StableDiffusionPipeline, weights: dict[str, Tensor]) -> No
 
 
 def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline:
-    """The pipeline with trained weights, by default those that are shipped: in float32, whatever
-    torch's default is.
-    """
+    """The pipeline with trained weights, by default the shipped ones, in float32."""
     from safetensors.torch import load_file
 
     path = path or str(resources.files(__package__) / WEIGHTS)

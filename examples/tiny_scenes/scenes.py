@@ -1,6 +1,4 @@
-"""Scenes of one to three coloured shapes on a plain background: drawn, put into words, and found
-again in images.
-"""
+"""Scenes of one to three coloured shapes: drawn, put into words, and found in images."""
 
 from __future__ import annotations
 
@@ -15,16 +13,14 @@ from torch import Tensor
 
 SIDE = 32  # pixels
 COLOURS = {
-    "red": (1.0, 0.0, 0.0), "orange": (1.0, 0.5, 0.0), "yellow": (1.0, 1.0, 0.0), "green": (0.0, 1.0, 0.0),
-    "cyan": (0.0, 1.0, 1.0), "blue": (0.0, 0.0, 1.0), "magenta": (1.0, 0.0, 1.0),
+    "red": (1.0, 0.0, 0.0), "orange": (1.0, 0.5, 0.0), "yellow": (1.0, 1.0, 0.0),
+    "green": (0.0, 1.0, 0.0), "cyan": (0.0, 1.0, 1.0), "blue": (0.0, 0.0, 1.0),
+    "magenta": (1.0, 0.0, 1.0),
 }  # fmt: skip
 BACKGROUNDS = {"gray": (0.5, 0.5, 0.5), "white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0)}
 SHAPES = ("circle", "square", "triangle")
-SOLID = {
-    "circle": (3.14, 0.0),
-    "square": (3.03, 0.0),
-    "triangle": (1.62, 0.2),
-}  # area and centre of mass of radius 1
+# area and centre of mass of radius 1
+SOLID = {"circle": (3.14, 0.0), "square": (3.03, 0.0), "triangle": (1.62, 0.2)}
 RADII = {"small": (3.5, 5.0), "": (5.0, 8.0), "large": (7.5, 9.5)}
 WORDS = ("a", "and", "on", "small", "large", *COLOURS, *SHAPES, *BACKGROUNDS, "thing")
 # a pixel this close to a colour of the palette is of that colour; the closest two are 0.5 apart
@@ -48,7 +44,7 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """As a caption names it."""
+        """The thing as a caption names it."""
         return " ".join(word for word in ("a", self.size, self.colour, self.shape) if word)
 
 
@@ -61,7 +57,7 @@ class Scene:
 
     @property
     def phrases(self) -> list[str]:
-        """Of the things, in the caption's order."""
+        """The phrases of the things, in the caption's order."""
         return [thing.phrase for thing in self.things]
 
     @property
@@ -71,7 +67,7 @@ class Scene:
 
 
 def caption(phrases: Sequence[str], background: str = "") -> str:
-    """Phrases and ground in words; either may be left unsaid."""
+    """Phrases and ground of a caption that leaves something open, for an edit to decide."""
     ground = [f"on {background}"] if background else []
     return " ".join([" and ".join(phrases), *ground]).strip()
 
@@ -187,21 +183,16 @@ def _floats(values: Sequence) -> Tensor:
 
 
 def colour_masks(images: Tensor) -> dict[str, Tensor]:
-    """The pixels [B, H, W] of images [B, 3, H, W] in 0..1 that are of each colour of the palette,
-    to `NEAR`.
-    """
+    """The pixels [B, H, W] of images [B, 3, H, W] in 0..1 of each colour, to `NEAR`."""
     palette = _floats(list((COLOURS | BACKGROUNDS).values()))
-    distance = (
-        (images[:, None] - palette[None, :, :, None, None]).square().sum(2).sqrt()
-    )  # [B, P, H, W]
+    difference = images[:, None] - palette[None, :, :, None, None]  # [B, P, 3, H, W]
+    distance = difference.square().sum(2).sqrt()
     nearest, near = distance.argmin(1), distance.amin(1) < NEAR
     return {name: near & (nearest == p) for p, name in enumerate(COLOURS | BACKGROUNDS)}
 
 
 def shape_of(mask: Tensor) -> str:
-    """The shape that overlaps most with a mask [H, W] when it has the mask's area and centre of
-    mass.
-    """
+    """The shape that, with the area and centre of a mask [H, W], overlaps most with it."""
     area = mask.sum().float()
     y, x = (float(places.float().mean() + 0.5) for places in mask.nonzero(as_tuple=True))
     overlaps = {}

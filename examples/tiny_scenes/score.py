@@ -22,8 +22,8 @@ BATCH = 25
 LAYOUTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "paint-with-words": {
-        "modulation": "max", "cross_weight": 1.1, "self_weight": 0.0, "exponent": 1.7, "size_weight": 0.0,
-        "active": 1.0, "encode_phrases": False,
+        "modulation": "max", "cross_weight": 1.1, "self_weight": 0.0, "exponent": 1.7,
+        "size_weight": 0.0, "active": 1.0, "encode_phrases": False,
     },
     "DenseDiffusion": {},
     "without cross-modulation": {"cross_weight": 0.0},
@@ -32,9 +32,12 @@ LAYOUTS: dict[str, dict[str, Any] | None] = {
 
 
 def generate(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str] | None, seeds: Sequence[int], inside: Any = None,
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str] | None,
+    seeds: Sequence[int],
+    inside: Any = None,
     **options: Any,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Images [B, 3, 32, 32] in 0..1, each from the noise of its own seed."""
     block: AbstractContextManager = nullcontext() if inside is None else inside
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -53,9 +56,7 @@ def laid_out(
     setting: dict | None,
     backend: str,
 ) -> Tensor:
-    """An image of each scene's caption under its layout, with the options of `apply_layout`, or
-    without one.
-    """
+    """An image of each scene's caption, under its layout by the options of `apply_layout`."""
     prompts = [scene.caption for scene in scenes]
     if setting is None:
         return generate(pipe, prompts, seeds)
@@ -66,9 +67,7 @@ def laid_out(
 
 
 def kernels(op: str) -> str:
-    """The backend of an op here, that is not the reference; without one there is nothing to
-    compare.
-    """
+    """The backend of an op here, to be compared with the reference, which it must not be."""
     name = table.resolve("auto", op, torch.empty(1, 1, 1, 1, dtype=torch.float32, device="cpu"))
     if name == "reference":
         raise RuntimeError(f"{op} must have a backend that is not the reference, got {name}")
@@ -81,9 +80,7 @@ def batches(items: Sequence[Any], size: int = BATCH) -> Iterator[Sequence[Any]]:
 
 
 def score(images: Tensor, scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """Of each image: all things there, overlap with the target, with swapped targets, and what has
-    no colour.
-    """
+    """Each image's scores: all things there, overlap with right and swapped layouts, no colour."""
     found = colour_masks(images)
     rows: dict[str, list[float]] = {"present": [], "iou": [], "swapped": [], "off_palette": []}
     for b, scene in enumerate(scenes):
@@ -115,9 +112,7 @@ def only_palette(images: Tensor, colours: Sequence[str]) -> Tensor:
 
 
 def summary(values: Tensor, groups: int) -> dict[str, float | None]:
-    """The mean of values in groups (the seeds of a layout), and the standard error over groups;
-    None without any.
-    """
+    """The mean of values in groups (a layout's seeds), and the standard error over groups."""
     if not groups:
         return {"mean": None, "error": None}
     means = values.view(groups, -1).mean(1)

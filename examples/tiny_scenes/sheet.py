@@ -1,6 +1,4 @@
-"""The demo's contact sheet: layouts, plain images, paint-with-words, DenseDiffusion, and a semantic
-edit on top.
-"""
+"""The demo's contact sheet: layouts, and what becomes of them, with an edit on top."""
 
 from __future__ import annotations
 
@@ -76,9 +74,7 @@ def shipped_rows() -> list[Row]:
 
 
 def users_row(regions: Tensor, phrases: Sequence[str]) -> Row:
-    """A layout of one's own: masks bool [R, H, W] and what each shows, in words that the model
-    knows.
-    """
+    """A layout of one's own: masks bool [R, H, W], and what each shows in words of the model."""
     small = (
         torch.nn.functional.interpolate(regions[None].float(), (SIDE, SIDE), mode="area")[0] > 0.5
     )
@@ -155,9 +151,7 @@ def _image(
 
 
 def overlap(image: Tensor, row: Row) -> float | None:
-    """How well the pixels of each colour lie in the regions of its phrases, a mean over colours;
-    None without any.
-    """
+    """How well each colour's pixels lie in its phrases' regions, a mean; None without colours."""
     targets: dict[str, Tensor] = {}
     for phrase, mask in zip(row.phrases, row.masks):
         targets |= {
@@ -184,9 +178,13 @@ def draw(rows: Sequence[Row], images: dict[str, Tensor], output: Path) -> None:
     for place, name in zip(axes[0], COLUMNS):
         place.set_title(name, fontsize=11, fontweight="bold")
     figure.supxlabel(
-        "Numbers: overlap (IoU) of each phrase's colour with its region. A model of 4 million parameters.",
-        fontsize=9, color="#666666",
-    )  # fmt: skip
+        (
+            "Numbers: overlap (IoU) of each phrase's colour with its region. A model of 4 "
+            "million parameters."
+        ),
+        fontsize=9,
+        color="#666666",
+    )
     _files.write_by(output, partial(figure.savefig, format=output.suffix[1:]))
 
 

@@ -1,6 +1,4 @@
-"""Trains the model: `python -m dense_attn.examples.tiny_scenes.train --steps 3600 --output run`,
-again to go on.
-"""
+"""The training: `python -m dense_attn.examples.tiny_scenes.train`, again to go on."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import StableDiffusionPipeline
@@ -35,7 +34,7 @@ KEPT_EVERY = 250  # steps
 
 @dataclass
 class Run:
-    """What the processes of a training are told."""
+    """The settings that the processes of a training share."""
 
     output: Path
     steps: int
@@ -47,42 +46,36 @@ class Run:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, or go on where the last run ended, and write weights, losses and their plot."""
-    parser = argparse.ArgumentParser(
-        "python -m dense_attn.examples.tiny_scenes.train", description=__doc__
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("tiny_scenes_run"), help="folder (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=3600, help="of both together with what is done (%(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=32, help="scenes a process and step (%(default)s)"
-    )
-    parser.add_argument("--start", type=Path, help="weights to begin with (default: random ones)")
-    parser.add_argument(
-        "--processes", type=int, default=None, help="default: one a core, one on a GPU"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 1:
-        parser.error(f"--steps must be at least 1, got {arguments.steps}")
-    if arguments.start and (arguments.output / "checkpoint.pt").exists():
-        parser.error(
-            f"--start must begin in an empty folder, got the checkpoint of {arguments.output}"
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    processes = arguments.processes or (1 if device == "cuda" else os.cpu_count())
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    run = Run(
-        arguments.output, arguments.steps, arguments.batch, processes, device, arguments.start
-    )
-    if processes == 1:
+    run = _parse(argv)
+    run.output.mkdir(parents=True, exist_ok=True)
+    if run.processes == 1:
         _work(0, run)
     else:
         (run.output / "meeting").unlink(missing_ok=True)
-        torch.multiprocessing.spawn(_work, (run,), processes)
+        torch.multiprocessing.spawn(_work, (run,), run.processes)
     _plot(run.output)
     print(f"wrote {run.output / 'weights.safetensors'} and {run.output / 'loss.png'}")
+
+
+def _parse(argv: list[str] | None) -> Run:
+    name = "python -m dense_attn.examples.tiny_scenes.train"
+    parser = argparse.ArgumentParser(name, description=__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("tiny_scenes_run"), help="folder (%(default)s)")
+    steps = "of both together with what is done (%(default)s)"
+    add("--steps", type=int, default=3600, help=steps)
+    add("--batch", type=int, default=32, help="scenes a process and step (%(default)s)")
+    add("--start", type=Path, help="weights to begin with (default: random ones)")
+    add("--processes", type=int, default=None, help="default: one a core, one on a GPU")
+    given = parser.parse_args(argv)
+    if given.steps < 1:
+        parser.error(f"--steps must be at least 1, got {given.steps}")
+    if given.start and (given.output / "checkpoint.pt").exists():
+        got = f"the checkpoint of {given.output}"
+        parser.error(f"--start must begin in an empty folder, got {got}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = given.processes or (1 if device == "cuda" else os.cpu_count())
+    return Run(given.output, given.steps, given.batch, processes, device, given.start)
 
 
 def _work(rank: int, run: Run) -> None:
@@ -92,46 +85,88 @@ def _work(rank: int, run: Run) -> None:
         meeting = f"file://{(run.output / 'meeting').absolute()}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=run.processes)
     torch.manual_seed(0)  # the same weights everywhere
-    pipe = (load_pipeline(run.start) if run.start else untrained()).to(run.device)
-    pipe.unet.set_attn_processor(
-        AttnProcessor()
-    )  # the backward pass of torch's fused one is slow on a CPU
-    parameters = [
-        p
-        for part in (pipe.unet, pipe.text_encoder)
-        for p in part.train().requires_grad_(True).parameters()
-    ]
-    optimiser = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    average = {name: value.detach().clone() for name, value in weights_of(pipe).items()}
-    step, losses = _resume(run, pipe, optimiser, average)
+    training = Training(run)
+    step = len(training.losses)
     seed = 1_000_003 * step + rank
     rng = random.Random(seed)
     torch.manual_seed(seed)
     from tqdm import tqdm
 
-    for now in tqdm(
-        range(step, run.steps), initial=step, total=run.steps, disable=rank > 0, mininterval=10
-    ):
-        for group in optimiser.param_groups:
-            group["lr"] = (
-                RATE
-                * min(1, (now + 1) / WARM_UP)
-                * (0.5 + 0.5 * math.cos(math.pi * now / run.steps))
-            )
-        loss = _loss(pipe, [_draw(rng) for _ in range(run.batch)], rng)
-        optimiser.zero_grad()
-        loss.backward()
-        _share(parameters, run.processes)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        losses.append(loss.item())
-        keep = min(DECAY, (now + 1) / (now + 10))
-        for name, value in weights_of(pipe).items():
-            average[name].lerp_(value.detach(), 1 - keep) if value.is_floating_point() else average[
-                name
-            ].copy_(value)
+    shown = {"initial": step, "total": run.steps, "disable": rank > 0, "mininterval": 10}
+    for now in tqdm(range(step, run.steps), **shown):
+        training.update(now, _loss(training.pipe, [_draw(rng) for _ in range(run.batch)], rng))
         if rank == 0 and ((now + 1) % KEPT_EVERY == 0 or now + 1 == run.steps):
-            _keep(run, pipe, optimiser, average, losses)
+            training.keep()
+
+
+class Training:
+    """The model in one process, its optimiser, its average, and what is kept of them in files."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.pipe = (load_pipeline(run.start) if run.start else untrained()).to(run.device)
+        # the backward pass of torch's fused attention is slow on a CPU
+        self.pipe.unet.set_attn_processor(AttnProcessor())
+        trained = (self.pipe.unet, self.pipe.text_encoder)
+        self.parameters = [
+            p for part in trained for p in part.train().requires_grad_(True).parameters()
+        ]
+        options = {"lr": RATE, "betas": (0.9, 0.99), "weight_decay": 0.01}
+        self.optimiser = torch.optim.AdamW(self.parameters, **options)
+        weights = weights_of(self.pipe)
+        self.average = {name: value.detach().clone() for name, value in weights.items()}
+        self.losses: list[float] = []  # one a step
+        self._resume()
+
+    def update(self, step: int, loss: Tensor) -> None:
+        """One step of the optimiser, of all processes together, and of the average."""
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / self.run.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * decay
+        self.optimiser.zero_grad()
+        loss.backward()
+        _share(self.parameters, self.run.processes)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+        self.losses.append(loss.item())
+        keep = min(DECAY, (step + 1) / (step + 10))
+        for name, value in weights_of(self.pipe).items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value.detach(), 1 - keep)
+            else:
+                self.average[name].copy_(value)
+
+    def keep(self) -> None:
+        """Write a checkpoint and the average's weights; a file is whole or is not there."""
+        from safetensors.torch import save
+
+        output = self.run.output
+        state = {
+            "weights": weights_of(self.pipe),
+            "average": self.average,
+            "optimiser": self.optimiser.state_dict(),
+            "losses": self.losses,
+        }
+        _files.write_by(output / "checkpoint.pt", partial(torch.save, state))
+        halves = {
+            name: value.half() if value.is_floating_point() else value
+            for name, value in self.average.items()
+        }
+        _files.write(output / "weights.safetensors", save(halves))
+        losses = [round(loss, 5) for loss in self.losses]
+        _files.write(output / "losses.json", json.dumps(losses))
+
+    def _resume(self) -> None:
+        """Go on from a checkpoint where there is one."""
+        path = self.run.output / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.run.device)
+        set_weights(self.pipe, state["weights"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
+        self.losses = state["losses"]
 
 
 def _draw(rng: random.Random) -> Scene:
@@ -146,7 +181,7 @@ def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random
     times = [
         rng.randrange(600, 1000) if rng.random() < NOISY else rng.randrange(1000) for _ in scenes
     ]
-    times, noise = torch.tensor(times, device=device), torch.randn_like(latents)
+    times, noise = torch.tensor(times, dtype=torch.int64, device=device), torch.randn_like(latents)
     noisy = pipe.scheduler.add_noise(latents, noise, times)
     with torch.autocast(device.type, torch.bfloat16):
         text = encode(pipe, scenes, rng)
@@ -156,9 +191,7 @@ def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random
 
 
 def encode(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random) -> Tensor:
-    """Captions [B, L, C]; some are empty, some do not say all, in some the phrases are encoded
-    alone.
-    """
+    """Captions [B, L, C]; some are empty or do not say all, in some phrases are encoded alone."""
     said = [([], "") if rng.random() < EMPTY else _say(rng, scene) for scene in scenes]
     apart = [b for b in range(len(scenes)) if rng.random() < ALONE]
     alone = [phrase for b in apart for phrase in said[b][0]]
@@ -191,58 +224,15 @@ def _share(parameters: list[Tensor], processes: int) -> None:
         p.grad.copy_(grad.view_as(p))
 
 
-def _keep(
-    run: Run,
-    pipe: StableDiffusionPipeline,
-    optimiser: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-    losses: list,
-) -> None:
-    """A checkpoint to go on from and the average's weights; a file is whole or is not there."""
-    from safetensors.torch import save
-
-    state = {
-        "weights": weights_of(pipe),
-        "average": average,
-        "optimiser": optimiser.state_dict(),
-        "losses": losses,
-    }
-    _files.write_by(run.output / "checkpoint.pt", partial(torch.save, state))
-    halves = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in average.items()
-    }
-    _files.write(run.output / "weights.safetensors", save(halves))
-    _files.write(run.output / "losses.json", json.dumps([round(loss, 5) for loss in losses]))
-
-
-def _resume(
-    run: Run,
-    pipe: StableDiffusionPipeline,
-    optimiser: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-) -> tuple[int, list[float]]:
-    """Steps that a checkpoint has done, and its losses."""
-    path = run.output / "checkpoint.pt"
-    if not path.exists():
-        return 0, []
-    state = torch.load(path, map_location=run.device)
-    set_weights(pipe, state["weights"])
-    optimiser.load_state_dict(state["optimiser"])
-    for name, value in state["average"].items():
-        average[name].copy_(value)
-    return len(state["losses"]), state["losses"]
-
-
 def _plot(output: Path) -> None:
     from matplotlib.figure import Figure
 
-    losses = torch.tensor(json.loads((output / "losses.json").read_text(encoding="utf-8")))
+    losses = np.array(json.loads((output / "losses.json").read_text(encoding="utf-8")))
     window = max(1, len(losses) // 100)
-    smooth = losses[: len(losses) // window * window].view(-1, window).mean(1)
+    smooth = losses[: len(losses) // window * window].reshape(-1, window).mean(1)
     figure = Figure((6, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(torch.arange(len(smooth)) * window, smooth)
+    axes.plot(np.arange(len(smooth)) * window, smooth)
     axes.set(xlabel="step", ylabel="mean squared error of velocities", yscale="log")
     _files.write_by(output / "loss.png", partial(figure.savefig, format="png", dpi=120))
 

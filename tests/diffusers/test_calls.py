@@ -1,12 +1,9 @@
-"""How a network is really called: rows of a batch, calls of a step, tokens of a layer, tensors
-changed in place.
-"""
+"""How a network is really called: rows of a batch, calls of a step, tensors changed in place."""
 
 from __future__ import annotations
 
 import copy
 import types
-import warnings
 
 import pytest
 import torch
@@ -24,9 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def own_loop(
     pipe: object, texts: Tensor, rows: int, *, times: int = 1, copies: int = 1, steps: int = 10
 ) -> Tensor:
-    """A sampler that a user wrote: `copies` of `rows` latents in a batch, `times` calls in a
-    step.
-    """
+    """A user's sampler: `copies` of `rows` latents in a batch, `times` calls in a step."""
     pipe.scheduler.set_timesteps(steps)
     x = torch.randn(rows, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     for t in pipe.scheduler.timesteps:
@@ -44,12 +39,13 @@ def fresh(scheduler: str = "DDIM") -> object:
 
 
 def test_a_negative_half_that_the_pipeline_does_not_tell_of(calls: list) -> None:
-    """Rows of the same latents with other texts, from a user's loop or another pipeline around the
-    model.
-    """
+    """Rows of the same latents with other texts, as in a user's loop, or another pipeline's."""
     pipe = fresh()
     text, empty = pipe.encode_prompt(PROMPT, "cpu", 1, True)
-    sentence = "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same latents with two texts"
+    sentence = (
+        "pipe must tell that it guides .do_classifier_free_guidance., got rows of the same "
+        "latents with two texts"
+    )
     with apply_layout(pipe, PROMPT, REGIONS):
         own_loop(pipe, text, 1)
     assert len(calls) == 3 * len(pipe.unet.attn_processors)
@@ -95,7 +91,10 @@ def test_guidance_that_is_no_two_halves(calls: list) -> None:
     latents(pipe, steps=1)
     assert pipe.do_classifier_free_guidance
     text = pipe.encode_prompt(PROMPT, "cpu", 2, False)[0]
-    sentence = "pipe must call its denoiser with two halves of the same latents when it guides, got other latents"
+    sentence = (
+        "pipe must call its denoiser with two halves of the same latents when it guides, got "
+        "other latents"
+    )
     with apply_layout(pipe, PROMPT, REGIONS), pytest.raises(ValueError, match=sentence):
         own_loop(pipe, text, 2)
     with semantic_guidance(pipe, [Edit("fog")]), pytest.raises(ValueError, match=sentence):
@@ -123,9 +122,7 @@ def test_guidance_may_end_within_a_run(calls: list) -> None:
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete", "PNDM", "HeunDiscrete"])
 def test_a_scheduler_that_is_copied_goes_on(scheduler: str, calls: list) -> None:
-    """Timesteps are compared by value; a second run with the same ones begins anew, after a broken
-    one too.
-    """
+    """Timesteps are compared by value; a second run with the same ones begins anew."""
     pipe = fresh(scheduler)
 
     def replaced(pipe: object, _step: int, _t: object, given: dict) -> dict:
@@ -179,97 +176,10 @@ def test_several_calls_of_a_step(scheduler: str, calls: list) -> None:
         own_loop(pipe, both, 1, copies=2, times=2)
 
 
-def merging(share: int, kind: type) -> type:
-    """A block of a U-Net whose self-attention gets one of `share` tokens, as token merging does."""
-
-    class Merged(kind):
-        def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-            inner = self.attn1.forward
-
-            def fewer(x: Tensor, *rest: object, **options: object) -> Tensor:
-                return inner(x[:, ::share], *rest, **options).repeat_interleave(share, 1)
-
-            self.attn1.forward = fewer
-            try:
-                return super().forward(hidden_states, *args, **kwargs)
-            finally:
-                del self.attn1.forward
-
-    return Merged
-
-
-@pytest.mark.parametrize("share", [2, 4])
-def test_merged_tokens_are_told_of_once(share: int, calls: list) -> None:
-    """A quarter of the tokens is as many as the next resolution has, and no layout of that is
-    taken.
-    """
-    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline, blocks=4)
-    blocks = [m for m in pipe.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
-    for block in blocks:
-        block.__class__ = merging(share, type(block))
-    with warnings.catch_warnings(record=True) as caught, apply_layout(pipe, PROMPT, REGIONS):
-        warnings.simplefilter("always")
-        for _ in range(2):
-            latents(pipe, height=32, width=32)
-    told = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    assert len(told) == 1
-    assert (
-        "a layout leaves down_blocks.0.attentions.0.transformer_blocks.0.attn1, and layers like it, alone"
-        in told[0]
-    )
-    assert "Merged" in told[0]
-    assert len(calls) == 2 * 3 * len(blocks)
-    assert all(call[1].shape[2] == 16 for call in calls)  # cross-attention alone
-
-
-def test_merged_tokens_by_a_replaced_method_or_a_hook(calls: list) -> None:
-    for way in ("method", "hook"):
-        pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
-        layer = next(m for name, m in pipe.unet.named_modules() if name.endswith("attn1"))
-        if way == "method":
-            layer.forward = lambda x, *args, inner=layer.forward, **kwargs: inner(
-                x[:, ::2], *args, **kwargs
-            ).repeat_interleave(2, 1)
-        else:
-            layer.register_forward_pre_hook(lambda _, args: (args[0][:, ::2], *args[1:]))
-            layer.register_forward_hook(lambda _, __, out: out.repeat_interleave(2, 1))
-        with (
-            apply_layout(pipe, PROMPT, REGIONS),
-            pytest.warns(UserWarning, match="a layout leaves .* alone"),
-        ):
-            latents(pipe, steps=1)
-
-
-@pytest.mark.parametrize("offloaded", [False, True])
-def test_tokens_of_a_layers_own_that_no_layout_has(offloaded: bool) -> None:
-    """A U-Net that rounds odd sizes down; of even ones it has what a layout is for."""
-    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline, blocks=4)
-    for block in pipe.unet.down_blocks:
-        for sampler in block.downsamplers or ():
-            sampler.padding, sampler.conv.padding = 0, (0, 0)
-    if offloaded:
-        pytest.importorskip("accelerate").cpu_offload(pipe.unet, "cpu")
-    with apply_layout(pipe, PROMPT, REGIONS):
-        latents(pipe, height=32, width=32, steps=1)
-        with pytest.raises(ValueError, match=r"pipe must give mid_block.* 6 tokens .*, got 2"):
-            latents(pipe, height=24, width=40, steps=1)
-    latents(pipe, height=24, width=40, steps=1)
-
-
-def test_without_weights_of_a_kind_nothing_is_told() -> None:
-    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
-    for block in (m for m in pipe.unet.modules() if type(m).__name__ == "BasicTransformerBlock"):
-        block.__class__ = merging(2, type(block))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with apply_layout(pipe, PROMPT, REGIONS, self_weight=0):
-            latents(pipe, steps=1)
-
-
 @pytest.mark.parametrize("mode", ["plain", "inference"])
-@pytest.mark.parametrize("family", ["sd", "flux"])
-def test_embeddings_that_a_callback_changes_in_place(family: str, mode: str) -> None:
-    pipe = pipeline(family)
+@pytest.mark.parametrize("model", ["sd", "flux"])
+def test_embeddings_that_a_callback_changes_in_place(model: str, mode: str) -> None:
+    pipe = pipeline(model)
 
     def in_place(_pipe: object, _step: int, _t: object, given: dict) -> dict:
         given["prompt_embeds"].mul_(1.5)

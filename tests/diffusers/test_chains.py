@@ -1,12 +1,9 @@
-"""Which pipelines invert and optimize take, the noise that they draw, and whose words their
-refusals use.
-"""
+"""Which pipelines invert and optimize take, the noise that they draw, and what they refuse."""
 
 from __future__ import annotations
 
 import inspect
 
-import numpy as np
 import pytest
 import torch
 from pipelines import ALL, IMAGE, diffusers, other_unet, pipeline, refused
@@ -90,7 +87,10 @@ def made(name: str) -> object:
         ),
         (
             {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16},
-            "pipe must have a U-Net of latents, .*, got .* encoder_hid_dim_type='image_proj', which wants an image",
+            (
+                "pipe must have a U-Net of latents, .*, got .* "
+                "encoder_hid_dim_type='image_proj', which wants an image"
+            ),
         ),
         (
             {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
@@ -134,9 +134,7 @@ def test_pipelines_without_a_part_are_refused() -> None:
 
 @pytest.mark.parametrize("name", made_alike())
 def test_every_class_of_its_parts_runs_or_says_why_not(name: str) -> None:
-    """The latents are those of the plain pipeline: a chain calls U-Net, VAE and text encoder
-    alone.
-    """
+    """The latents are the plain pipeline's: a chain calls U-Net, VAE and text encoder alone."""
     pipe, plain = made(name), made("StableDiffusionPipeline")
     plain.vae = pipe.vae  # of which a constructor may change the scaling factor
     if name in REFUSED:
@@ -287,73 +285,3 @@ def test_inversions_of_another_pipeline_are_refused() -> None:
         ValueError, match="the latents of inversion must be on pipe's device cpu, got meta"
     ):
         reconstruct(pipe, moved)
-
-
-def test_a_vae_of_images_with_depth_is_refused() -> None:
-    pipe = made("StableDiffusionLDM3DPipeline")
-    pipe.vae = diffusers.AutoencoderKL.from_config(
-        {**pipe.vae.config, **ALL, "in_channels": 6, "out_channels": 6}
-    )
-    with pytest.raises(
-        ValueError, match=r"pipe must have a VAE of images of 3 channels, got .*3DPipeline with 6"
-    ):
-        invert(pipe, IMAGE, "a cat", num_inference_steps=2)
-
-
-def test_a_vae_that_overflows_is_refused() -> None:
-    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
-    pipe.vae.encoder.conv_out.weight.data.fill_(np.inf)
-    for exact in (True, False):
-        with pytest.raises(
-            ValueError, match="pipe must have a VAE that makes finite latents of image, got nan"
-        ):
-            invert(pipe, IMAGE, "a cat", num_inference_steps=2, exact=exact)
-
-
-def tiny_vae(kind: str) -> torch.nn.Module:
-    """An autoencoder of another class, whose results and config have other names."""
-    if kind == "AutoencoderTiny":
-        sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-        sizes |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
-    else:
-        encoder = {
-            "block_out_channels": (8, 8),
-            "norm_num_groups": 4,
-            "down_block_types": ["DownEncoderBlock2D"] * 2,
-        }
-        decoder = {
-            "block_out_channels": (8, 8),
-            "norm_num_groups": 4,
-            "up_block_types": ["ResnetUpsampleBlock2D"] * 2,
-        }
-        decoder["down_block_types"] = ["ResnetDownsampleBlock2D"] * 2
-        sizes = {f"encoder_{name}": value for name, value in encoder.items()}
-        sizes |= {f"decoder_{name}": value for name, value in decoder.items()}
-    return getattr(diffusers, kind)(**sizes).eval()
-
-
-@pytest.mark.parametrize("kind", ["AutoencoderTiny", "ConsistencyDecoderVAE"])
-def test_other_autoencoders(kind: str) -> None:
-    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
-    pipe.vae = tiny_vae(kind)
-    found = invert(pipe, IMAGE, "a cat", num_inference_steps=2)
-    with torch.no_grad():
-        coded = pipe.vae.encode(2 * IMAGE - 1)
-        x = coded.latents if kind == "AutoencoderTiny" else coded.latent_dist.mode()
-    expected = (x * pipe.vae.config.scaling_factor).double()
-    torch.testing.assert_close(
-        reconstruct(pipe, found, output_type="latent"), expected, rtol=0, atol=1e-6
-    )
-
-
-def test_latents_need_no_image_processor() -> None:
-    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
-    found = invert(pipe, IMAGE, "a cat", num_inference_steps=2)
-    del pipe.image_processor
-    assert reconstruct(pipe, found, output_type="latent").shape == (1, 4, 8, 8)
-    given = {"num_inference_steps": 2, "steps": 0, "progress": False, "output_type": "latent"}
-    assert optimize(pipe, "a cat", torch.mean, **given).images.shape == (1, 4, 8, 8)
-    with pytest.raises(
-        ValueError, match=r"of Stable Diffusion 1 or 2, got .*Pipeline without image_processor"
-    ):
-        reconstruct(pipe, found)

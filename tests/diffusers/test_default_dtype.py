@@ -1,6 +1,4 @@
-"""The integration under other defaults of torch: what diffusers itself can run there, it runs as
-under float32.
-"""
+"""The integration under other defaults of torch, where diffusers itself can run there."""
 
 from __future__ import annotations
 
@@ -33,8 +31,8 @@ EDITS = [
 Run = Callable[[], object]
 
 
-def layout_of(family: str, scheduler: str | None = None) -> Run:
-    pipe = pipeline(family)
+def layout_of(model: str, scheduler: str | None = None) -> Run:
+    pipe = pipeline(model)
 
     def run() -> object:
         before = pipe.scheduler
@@ -101,7 +99,7 @@ def optimisation() -> Run:
 
 
 def small_scenes() -> Run:
-    """What the demo and the scores of the small model are made of."""
+    """The parts of the demo and of the small model's scores."""
     names, regions = ["a red circle", "a blue square"], torch.rand(2, 64, 64) > 0.5
     smallest = min(workloads.WORKLOADS.values(), key=lambda one: one.seqlen_q * one.seqlen_k)
 
@@ -123,8 +121,8 @@ def small_scenes() -> Run:
 CASES = {
     "small scenes": small_scenes,
     **{
-        f"a layout on {family}": lambda family=family: layout_of(family)
-        for family in ("sd", "sdxl", "sd3", "flux")
+        f"a layout on {model}": lambda model=model: layout_of(model)
+        for model in ("sd", "sdxl", "sd3", "flux")
     },
     "a layout under Euler": lambda: layout_of("sd", "EulerDiscreteScheduler"),
     "concepts": concepts,
@@ -162,8 +160,8 @@ def test_the_small_model_is_in_float32(by: torch.dtype | torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
-def test_diffusers_itself_runs_there(family: str, dtype: torch.dtype) -> None:
-    expected = latents(pipeline(family), steps=2)
+@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux"])
+def test_diffusers_itself_runs_there(model: str, dtype: torch.dtype) -> None:
+    expected = latents(pipeline(model), steps=2)
     with surrounded(dtype):
-        assert_same(latents(pipeline(family), steps=2), expected)
+        assert_same(latents(pipeline(model), steps=2), expected)

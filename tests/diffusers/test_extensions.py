@@ -1,6 +1,4 @@
-"""What else a pipeline may carry beside a layout: LoRA, offloading, attention of another kind or
-library.
-"""
+"""Things beside a layout: LoRA, offloading, attention of another kind or library."""
 
 from __future__ import annotations
 
@@ -8,10 +6,10 @@ import types
 
 import pytest
 import torch
-from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipeline
+from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import Edit, _state, apply_layout, semantic_guidance
+from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,11 +19,11 @@ def with_layout(pipe: object, **options: object) -> torch.Tensor:
         return latents(pipe)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora(family: str) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_lora(model: str) -> None:
     """Its weights count in modulated attention too, by the scale that the pipeline has set."""
     peft = pytest.importorskip("peft")
-    pipe = tiny_pipeline(FAMILIES[family][0])
+    pipe = tiny_pipeline(MODELS[model][0])
     denoiser, without = getattr(pipe, "unet", None) or pipe.transformer, with_layout(pipe)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     denoiser.add_adapter(
@@ -42,29 +40,25 @@ def test_lora(family: str) -> None:
     assert torch.equal(with_layout(pipe), without)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("way", ["model", "sequential"])
-def test_offloading(family: str, way: str) -> None:
-    """The weights come for each call; without a GPU they come from one place of memory to
-    another.
-    """
+def test_offloading(model: str, way: str) -> None:
+    """The weights come for each call, here from one place of memory to another."""
     accelerate = pytest.importorskip("accelerate")
-    pipe = tiny_pipeline(FAMILIES[family][0])
+    pipe = tiny_pipeline(MODELS[model][0])
     right = with_layout(pipe)
     if way == "model":
         pipe.enable_model_cpu_offload(device="cpu")
     else:
         accelerate.cpu_offload(getattr(pipe, "unet", None) or pipe.transformer, "cpu")
     assert torch.equal(with_layout(pipe), right)
-    if family == "sd":
+    if model == "sd":
         with semantic_guidance(pipe, [Edit("fog", warmup=1)]):
             assert not close(with_layout(pipe), right)
 
 
 def test_latents_made_smaller_on_their_way(recwarn: pytest.WarningsRecorder) -> None:
-    """An extension that stands around none of the layers gives all of them fewer tokens: told, and
-    left alone.
-    """
+    """An extension around none of the layers gives all of them fewer tokens: told, left alone."""
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
 
     def scaled(factor: float, tokens: torch.Tensor) -> torch.Tensor:
@@ -81,9 +75,7 @@ def test_latents_made_smaller_on_their_way(recwarn: pytest.WarningsRecorder) -> 
 
 
 def test_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers without a layout go through its processor; xformers itself runs on GPUs alone, so its
-    sum stands here.
-    """
+    """Rows without a layout go through its processor; its sum stands here, for it needs a GPU."""
     from diffusers.models import attention_processor
 
     pipe, calls = tiny_pipeline(diffusers.StableDiffusionPipeline), []
@@ -139,10 +131,8 @@ def test_set_attention_backend_reaches_the_layers_below() -> None:
 
 
 def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """q, k and v reach the op as the transposed [B, tokens, heads, head dim] that the projections
-    have made.
-    """
-    seen, original = [], _state.layout_attention
+    """q, k and v reach the op as views of the projections, [B, tokens, heads, head dim]."""
+    seen, original = [], state.layout_attention
 
     def watched(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **options: object
@@ -150,8 +140,24 @@ def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.M
         seen.extend(x._base is not None and x.stride(1) == x.shape[3] for x in (q, k, v))
         return original(q, k, v, *args, **options)
 
-    monkeypatch.setattr(_state, "layout_attention", watched)
+    monkeypatch.setattr(state, "layout_attention", watched)
     with apply_layout(pipeline("sd"), PROMPT, REGIONS):
         latents(pipeline("sd"))
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def test_rows_share_their_projections(kind: str) -> None:
+    """A guided batch goes once through the weights of a layer, as it does without a layout."""
+    pipe, calls = tiny_pipeline(getattr(diffusers, kind)), []
+    for name, module in (getattr(pipe, "unet", None) or pipe.transformer).named_modules():
+        if name.endswith(".to_q"):
+            module.register_forward_hook(lambda _module, _args, out: calls.append(len(out)))
+    latents(pipe, steps=3)
+    without = list(calls)
+    calls.clear()
+    with apply_layout(pipe, PROMPT, REGIONS, active=1.0, encode_phrases=False):
+        latents(pipe, steps=3)
+    assert calls == without
+    assert set(calls) == {2}

@@ -1,6 +1,4 @@
-"""semantic_guidance on whole runs, against diffusers' own pipeline; invert, reconstruct and
-optimize on a tiny one.
-"""
+"""semantic_guidance on whole runs against diffusers' own; invert, reconstruct and optimize."""
 
 from __future__ import annotations
 
@@ -70,10 +68,10 @@ def test_latents_are_those_of_diffusers_own_pipeline(edits: list[Edit], count: i
         assert close(latents(pipe, prompts, **given), plain)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_it_composes_with_a_layout(family: str) -> None:
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_it_composes_with_a_layout(model: str) -> None:
     """In either order, with the concepts in the layout's batch but not under it."""
-    pipe, edits = pipeline(family), [Edit("fog", warmup=1), Edit("snow", warmup=2, reverse=True)]
+    pipe, edits = pipeline(model), [Edit("fog", warmup=1), Edit("snow", warmup=2, reverse=True)]
     with semantic_guidance(pipe, edits), apply_layout(pipe, PROMPT, REGIONS):
         one = latents(pipe)
     with apply_layout(pipe, PROMPT, REGIONS), semantic_guidance(pipe, edits):
@@ -191,9 +189,18 @@ def test_pictures_in_and_out() -> None:
 def test_optimisation_lowers_a_loss(saliency: object) -> None:
     pipe = pipeline("sd")
     result = optimize(
-        pipe, "a cat", lambda image: (image - 0.5).square().mean(), saliency, num_inference_steps=4, guidance_scale=2.0,
-        steps=8, clip=3e-2, progress=False, generator=torch.Generator().manual_seed(0), output_type="pt",
-    )  # fmt: skip
+        pipe,
+        "a cat",
+        lambda image: (image - 0.5).square().mean(),
+        saliency,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        steps=8,
+        clip=3e-2,
+        progress=False,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    )
     assert result.images.shape == (1, 3, 16, 16)
     assert len(result.result.losses) == 8
     assert result.result.losses[-1] < result.result.losses[0]

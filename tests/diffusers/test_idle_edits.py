@@ -1,6 +1,4 @@
-"""Edits that can do nothing are warned of, with the numbers: at the `with` line, or where a run's
-length is known.
-"""
+"""Edits that can do nothing are warned of, at the `with` line or where a run's length is known."""
 
 from __future__ import annotations
 
@@ -13,7 +11,10 @@ from pipelines import diffusers, latents, pipeline
 from dense_attn.examples._tiny_pipeline import tiny_modular_pipeline
 from dense_attn.integrations.diffusers import Edit, semantic_guidance, semantic_guider
 
-LATE = "edits[1].warmup must be at most {}, the last of the run's {} steps, for the concept to act, got {}"
+LATE = (
+    "edits[1].warmup must be at most {}, the last of the run's {} steps, for the concept to "
+    "act, got {}"
+)
 NOISE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -134,6 +135,9 @@ def test_what_can_act_in_no_run_is_told_at_once(guider: bool) -> None:
     assert [str(one.message) for one in caught] == [
         "edits[0].cooldown must be above its warmup of 5 for the concept to act, got 5",
         "edits[1].cooldown must be above its warmup of 0 for the concept to act, got 0",
-        "edits[2].weight must be above 0 for the concept to act (reverse=True turns away from it), got -1.0",
+        (
+            "edits[2].weight must be above 0 for the concept to act (reverse=True turns away "
+            "from it), got -1.0"
+        ),
     ]
     assert {one.filename for one in caught} == {__file__}

@@ -1,6 +1,4 @@
-"""The images that invert takes: of one size, opaque, in 8 bits a channel, and what it says of those
-that are not.
-"""
+"""The images that invert takes, of one size, opaque and in 8 bits, and its words for others."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def inverted(image: object) -> tuple[int, int]:
 
 
 def values(image: object) -> torch.Tensor:
-    """What the U-Net's latents are at the end of the way to the noise."""
+    """The U-Net's latents at the end of the way to the noise."""
     return invert(pipeline("sd"), image, "a cat", num_inference_steps=1).latents[0]
 
 
@@ -199,7 +197,10 @@ def test_right_images_are_taken_in_silence(image: object) -> None:
 )
 def test_sides_that_the_vae_has_not_are_said(image: object) -> None:
     """A latent is 2 x 2 pixels here."""
-    text = "image must have sides of multiples of 2 to be taken as it is, got 25 x 17: it is resized to 24 x 16$"
+    text = (
+        "image must have sides of multiples of 2 to be taken as it is, got 25 x 17: it is "
+        "resized to 24 x 16$"
+    )
     with pytest.warns(UserWarning, match=text) as caught:
         found = invert(pipeline("sd"), image, "a cat", num_inference_steps=1)
     assert found.latents[0].shape[2:] == (8, 12)

@@ -1,6 +1,4 @@
-"""apply_layout on whole runs: against the reference, against the official formula, and against the
-plain pipeline.
-"""
+"""apply_layout on whole runs, against the reference, the official formula, and no layout."""
 
 from __future__ import annotations
 
@@ -8,33 +6,20 @@ import numpy as np
 import pytest
 import torch
 from cases import REAL_LAYOUTS
-from pipelines import FAMILIES, PROMPT, REGIONS, Official, close, diffusers, latents, pipeline
+from pipelines import MODELS, PROMPT, REGIONS, Official, close, diffusers, latents, pipeline
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import _state, apply_layout
+from dense_attn.integrations.diffusers import apply_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_model = pytest.mark.parametrize("model", MODELS)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The strengths of all calls of layout_attention."""
-    seen, original = [], _state.layout_attention
-
-    def counted(q: Tensor, *args: Tensor, **options: object) -> Tensor:
-        seen.append(args[4])
-        return original(q, *args, **options)
-
-    monkeypatch.setattr(_state, "layout_attention", counted)
-    return seen
-
-
-@every_family
+@every_model
 @pytest.mark.parametrize("modulation", ["range", "max", "bias", "mask"])
-def test_whole_runs_equal_the_reference(family: str, modulation: str) -> None:
-    pipe = pipeline(family)
+def test_whole_runs_equal_the_reference(model: str, modulation: str) -> None:
+    pipe = pipeline(model)
     plain = latents(pipe)
     with apply_layout(pipe, PROMPT, REGIONS, modulation=modulation):
         fused = latents(pipe)
@@ -107,18 +92,18 @@ def test_whole_runs_equal_the_official_formula(
     assert not close(ours, latents(pipe, texts, **shape))
 
 
-@every_family
-def test_without_weights_it_is_the_plain_pipeline(family: str, calls: list) -> None:
-    pipe = pipeline(family)
+@every_model
+def test_without_weights_it_is_the_plain_pipeline(model: str, calls: list) -> None:
+    pipe = pipeline(model)
     with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
         ours = latents(pipe)
     assert torch.equal(ours, latents(pipe))
     assert calls == []
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
-def test_the_unconditional_half_is_the_plain_pipeline(family: str) -> None:
-    pipe, halves = pipeline(family), []
+@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3"])
+def test_the_unconditional_half_is_the_plain_pipeline(model: str) -> None:
+    pipe, halves = pipeline(model), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     handle = denoiser.register_forward_hook(
         lambda _module, _args, out: halves.append(out[0].chunk(2))
@@ -163,8 +148,19 @@ def test_a_batch_of_layouts_is_each_image_by_itself(image: int) -> None:
     assert close(both[image : image + 1], alone)
 
 
-SCHEDULERS = ("DDIM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
-              "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DDPM", "LCM")  # fmt: skip
+SCHEDULERS = (
+    "DDIM",
+    "PNDM",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "KDPM2Discrete",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "UniPCMultistep",
+    "DDPM",
+    "LCM",
+)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -179,16 +175,16 @@ def test_any_scheduler(name: str, calls: list) -> None:
             acting = -(-3 * pipe.num_timesteps // 10)  # rounded up: those before 30 %
             assert len(calls) == acting * len(pipe.unet.attn_processors)
             times = pipe.scheduler.timesteps[:acting].double() / 1000
-            widest = torch.tensor([strength.max() for strength in calls]).view(acting, -1).amax(1)
+            widest = torch.tensor([one[5].max() for one in calls]).view(acting, -1).amax(1)
             torch.testing.assert_close(
                 widest / widest[0], ((times / times[0]) ** 5).float(), rtol=1e-4, atol=0
             )
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_steps_of_a_loop_of_the_users_own(family: str, calls: list) -> None:
+@pytest.mark.parametrize("model", ["sd", "sdxl"])
+def test_steps_of_a_loop_of_the_users_own(model: str, calls: list) -> None:
     """The number of steps that the pipeline's last call had says nothing of them."""
-    pipe = tiny_pipeline(FAMILIES[family][0])
+    pipe = tiny_pipeline(MODELS[model][0])
     latents(pipe, steps=2, guidance_scale=1.0)
     text, _, *pooled = pipe.encode_prompt(
         PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -217,7 +213,7 @@ def test_schedulers_that_count_in_something_else(name: str, calls: list) -> None
     pipe.scheduler = getattr(diffusers, f"{name}Scheduler")()
     with apply_layout(pipe, PROMPT, REGIONS, self_weight=0, size_weight=0, exponent=1.0):
         latents(pipe)
-    acting = torch.tensor([strength.max() for strength in calls]).view(3, -1).amax(1)
+    acting = torch.tensor([one[5].max() for one in calls]).view(3, -1).amax(1)
     torch.testing.assert_close(acting, torch.tensor([1.0, 0.9, 0.8]))
 
 
@@ -235,9 +231,9 @@ def test_a_start_from_an_image(kind: str, calls: list) -> None:
         pipe(PROMPT, num_inference_steps=20, output_type="latent", **image)
     assert len(calls) == 4 * len(pipe.unet.attn_processors)
     first = float(pipe.scheduler.timesteps[10]) / 1000
-    assert max(
-        strength.max() for strength in calls[: len(pipe.unet.attn_processors)]
-    ) == pytest.approx(first**5)
+    assert max(one[5].max() for one in calls[: len(pipe.unet.attn_processors)]) == pytest.approx(
+        first**5
+    )
 
 
 def test_a_start_at_the_second_of_two_equal_timesteps(calls: list) -> None:
@@ -265,8 +261,14 @@ def test_masks_of_every_kind() -> None:
     pipe, mask = pipeline("sd"), np.zeros((64, 64), bool)
     mask[:, :32] = True
     results = []
-    for kind in (mask, torch.from_numpy(mask), Image.fromarray(mask), Image.fromarray(mask.astype(np.uint8) * 255),
-                 (0.0, 0.0, 0.5, 1.0), [0, 0, 0.5, 1]):  # fmt: skip
+    for kind in (
+        mask,
+        torch.from_numpy(mask),
+        Image.fromarray(mask),
+        Image.fromarray(mask.astype(np.uint8) * 255),
+        (0.0, 0.0, 0.5, 1.0),
+        [0, 0, 0.5, 1],
+    ):
         with apply_layout(pipe, PROMPT, [("cat", kind)]):
             results.append(latents(pipe))
     assert all(torch.equal(result, results[0]) for result in results)
@@ -276,9 +278,14 @@ def test_a_region_without_a_phrase_and_phrases_as_they_are() -> None:
     pipe = pipeline("sd")
     results = []
     for regions, options in (
-        (REGIONS, {}), (REGIONS, {"encode_phrases": False}), ([(None, REGIONS[0][1])], {}), (REGIONS, {"exponent": 0}),
-        (REGIONS, {"size_weight": 0.0}), (REGIONS, {"active": 1.0}), (REGIONS, {"cross_weight": 0}),
-    ):  # fmt: skip
+        (REGIONS, {}),
+        (REGIONS, {"encode_phrases": False}),
+        ([(None, REGIONS[0][1])], {}),
+        (REGIONS, {"exponent": 0}),
+        (REGIONS, {"size_weight": 0.0}),
+        (REGIONS, {"active": 1.0}),
+        (REGIONS, {"cross_weight": 0}),
+    ):
         with apply_layout(pipe, PROMPT, regions, **options):
             results.append(latents(pipe))
     assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])

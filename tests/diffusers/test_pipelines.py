@@ -1,67 +1,72 @@
-"""Every class of diffusers' pipelines around a known denoiser: it runs right under a layout, or is
-refused.
-"""
+"""Every class of pipelines around a known denoiser runs right under a layout, or is refused."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 import pytest
 import torch
-from pipeline_kinds import call, denoisers, family_name, kinds, made
-from pipelines import PROMPT, REGIONS, close, pipeline
-from torch import Tensor
+from pipeline_kinds import call, denoisers, kinds, made, model_name
+from pipelines import PROMPT, REGIONS, close, diffusers, latents, pipeline
 
-from dense_attn.integrations.diffusers import _state, apply_layout
+from dense_attn.examples._tiny_pipeline import tiny_pipeline
+from dense_attn.integrations.diffusers import apply_layout, models
+from dense_attn.integrations.diffusers.models.sd3 import SD3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RUNS = """
-    AltDiffusion AltDiffusionImg2Img Kolors KolorsImg2Img LatentConsistencyModel LatentConsistencyModelImg2Img
-    StableDiffusion StableDiffusionImg2Img StableDiffusionInpaint StableDiffusionDepth2Img StableDiffusionLDM3D
-    StableDiffusionAdapter StableDiffusionControlNet StableDiffusionControlNetImg2Img StableDiffusionControlNetInpaint
-    StableDiffusionXL StableDiffusionXLImg2Img StableDiffusionXLInpaint StableDiffusionXLAdapter
-    StableDiffusionXLControlNet StableDiffusionXLControlNetImg2Img StableDiffusionXLControlNetInpaint
-    StableDiffusionXLControlNetUnion StableDiffusionXLControlNetUnionImg2Img StableDiffusionXLControlNetUnionInpaint
+    AltDiffusion AltDiffusionImg2Img Kolors KolorsImg2Img LatentConsistencyModel
+    LatentConsistencyModelImg2Img StableDiffusion StableDiffusionImg2Img StableDiffusionInpaint
+    StableDiffusionDepth2Img StableDiffusionLDM3D StableDiffusionAdapter StableDiffusionControlNet
+    StableDiffusionControlNetImg2Img StableDiffusionControlNetInpaint StableDiffusionXL
+    StableDiffusionXLImg2Img StableDiffusionXLInpaint StableDiffusionXLAdapter
+    StableDiffusionXLControlNet StableDiffusionXLControlNetImg2Img
+    StableDiffusionXLControlNetInpaint StableDiffusionXLControlNetUnion
+    StableDiffusionXLControlNetUnionImg2Img StableDiffusionXLControlNetUnionInpaint
     StableDiffusion3 StableDiffusion3Img2Img StableDiffusion3Inpaint StableDiffusion3ControlNet
-    StableDiffusion3ControlNetInpainting Flux FluxImg2Img FluxInpaint FluxFill FluxKontext FluxKontextInpaint
-    FluxControl FluxControlImg2Img FluxControlInpaint FluxControlNet FluxControlNetImg2Img FluxControlNetInpaint
+    StableDiffusion3ControlNetInpainting Flux FluxImg2Img FluxInpaint FluxFill FluxKontext
+    FluxKontextInpaint FluxControl FluxControlImg2Img FluxControlInpaint FluxControlNet
+    FluxControlNetImg2Img FluxControlNetInpaint
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
-        BlipDiffusion BlipDiffusionControlNet CycleDiffusion IF IFImg2Img IFImg2ImgSuperResolution IFInpainting
-        IFInpaintingSuperResolution IFSuperResolution StableDiffusionAttendAndExcite StableDiffusionDiffEdit
-        StableDiffusionGLIGEN StableDiffusionGLIGENTextImage StableDiffusionInpaintPipelineLegacy
-        StableDiffusionLatentUpscale StableDiffusionModelEditing StableDiffusionParadigms StableDiffusionPix2PixZero
-        StableDiffusionSAG StableDiffusionUpscale StableDiffusionXLInstructPix2Pix StableUnCLIP StableUnCLIPImg2Img
-        TextToVideoZero TextToVideoZeroSDXL
+        BlipDiffusion BlipDiffusionControlNet CycleDiffusion IF IFImg2Img IFImg2ImgSuperResolution
+        IFInpainting IFInpaintingSuperResolution IFSuperResolution StableDiffusionAttendAndExcite
+        StableDiffusionDiffEdit StableDiffusionGLIGEN StableDiffusionGLIGENTextImage
+        StableDiffusionInpaintPipelineLegacy StableDiffusionLatentUpscale
+        StableDiffusionModelEditing StableDiffusionParadigms StableDiffusionPix2PixZero
+        StableDiffusionSAG StableDiffusionUpscale StableDiffusionXLInstructPix2Pix StableUnCLIP
+        StableUnCLIPImg2Img TextToVideoZero TextToVideoZeroSDXL
     """,
     "have an encode_prompt of a prompt": """
-        AudioDiffusion AudioLDM KandinskyCombined KandinskyImg2ImgCombined KandinskyImg2Img KandinskyInpaintCombined
-        KandinskyInpaint Kandinsky KandinskyV22Combined KandinskyV22ControlnetImg2Img KandinskyV22Controlnet
-        KandinskyV22Img2ImgCombined KandinskyV22Img2Img KandinskyV22InpaintCombined KandinskyV22Inpaint KandinskyV22
-        LDMTextToImage LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL MarigoldDepth
-        MarigoldIntrinsics MarigoldNormals MusicLDM PaintByExample SemanticStableDiffusion
-        StableDiffusionImageVariation StableDiffusionInstructPix2Pix StableDiffusionPipelineSafe VisualCloze
-        VisualClozeGeneration
+        AudioDiffusion AudioLDM KandinskyCombined KandinskyImg2ImgCombined KandinskyImg2Img
+        KandinskyInpaintCombined KandinskyInpaint Kandinsky KandinskyV22Combined
+        KandinskyV22ControlnetImg2Img KandinskyV22Controlnet KandinskyV22Img2ImgCombined
+        KandinskyV22Img2Img KandinskyV22InpaintCombined KandinskyV22Inpaint KandinskyV22
+        LDMTextToImage LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL
+        MarigoldDepth MarigoldIntrinsics MarigoldNormals MusicLDM PaintByExample
+        SemanticStableDiffusion StableDiffusionImageVariation StableDiffusionInstructPix2Pix
+        StableDiffusionPipelineSafe VisualCloze VisualClozeGeneration
     """,
     "make no estimates beside the prompt's and the negative one's": """
-        AnimateDiffPAG KolorsPAG StableDiffusion3PAG StableDiffusion3PAGImg2Img StableDiffusionControlNetPAG
-        StableDiffusionControlNetPAGInpaint StableDiffusionPAG StableDiffusionPAGImg2Img StableDiffusionPAGInpaint
-        StableDiffusionXLControlNetPAG StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG
-        StableDiffusionXLPAGImg2Img StableDiffusionXLPAGInpaint
+        AnimateDiffPAG KolorsPAG StableDiffusion3PAG StableDiffusion3PAGImg2Img
+        StableDiffusionControlNetPAG StableDiffusionControlNetPAGInpaint StableDiffusionPAG
+        StableDiffusionPAGImg2Img StableDiffusionPAGInpaint StableDiffusionXLControlNetPAG
+        StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG StableDiffusionXLPAGImg2Img
+        StableDiffusionXLPAGInpaint
     """,
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
-        UnCLIP UnCLIPImageVariation VersatileDiffusion VersatileDiffusionDualGuided VersatileDiffusionImageVariation
-        VersatileDiffusionTextToImage
+        UnCLIP UnCLIPImageVariation VersatileDiffusion VersatileDiffusionDualGuided
+        VersatileDiffusionImageVariation VersatileDiffusionTextToImage
     """,
     # which the constructor makes out of the U-Net
     "have a UNet2DConditionModel, .* with (UNetMotionModel|UNetControlNetXSModel)": """
-        AnimateDiff AnimateDiffControlNet AnimateDiffSDXL AnimateDiffSparseControlNet AnimateDiffVideoToVideo
-        AnimateDiffVideoToVideoControlNet PIA StableDiffusionControlNetXS StableDiffusionXLControlNetXS
+        AnimateDiff AnimateDiffControlNet AnimateDiffSDXL AnimateDiffSparseControlNet
+        AnimateDiffVideoToVideo AnimateDiffVideoToVideoControlNet PIA StableDiffusionControlNetXS
+        StableDiffusionXLControlNetXS
     """,
 }
 
@@ -101,24 +106,11 @@ def test_refused_with_the_reason(name: str) -> None:
         pytest.fail("the block must not run")
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The queries of all calls of layout_attention."""
-    seen: list[Tensor] = []
-    original: Callable = _state.layout_attention
-
-    def watched(q: Tensor, *args: Tensor, **options: object) -> Tensor:
-        seen.append(q)
-        return original(q, *args, **options)
-
-    monkeypatch.setattr(_state, "layout_attention", watched)
-    return seen
-
-
 @pytest.mark.parametrize("name", names(RUNS))
-def test_a_run(name: str, calls: list[Tensor]) -> None:
-    """The prompt's estimates alone are modulated, in every layer of the first steps; the rest is
-    the plain pipeline.
+def test_a_run(name: str, calls: list) -> None:
+    """The prompt's estimates alone are modulated, in every layer of the first steps.
+
+    The rest is the plain pipeline.
     """
     kind = kinds().get(name)
     if kind is None:
@@ -139,7 +131,7 @@ def test_a_run(name: str, calls: list[Tensor]) -> None:
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
     assert len(calls) == -(-3 * steps // 10) * len(denoiser.attn_processors)
-    assert {len(q) for q in calls} == {1}
+    assert {len(one[0]) for one in calls} == {1}
     if apart:  # the second call of a step is the negative prompt's
         assert not close(estimates[0], plain[0])
         assert torch.equal(estimates[1], plain[1])
@@ -147,5 +139,33 @@ def test_a_run(name: str, calls: list[Tensor]) -> None:
         assert not close(estimates[0][-1:], plain[0][-1:])
         torch.testing.assert_close(estimates[0][:-1], plain[0][:-1], rtol=1e-5, atol=1e-6)
         assert len(estimates[0]) == (
-            1 if "Consistency" in name or family_name(kind) == "flux" else 2
+            1 if "Consistency" in name or model_name(kind) == "flux" else 2
         )
+
+
+def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
+    """A new kind of denoiser needs a subclass of Model in the list, and nothing else."""
+
+    class Other(diffusers.SD3Transformer2DModel):
+        pass
+
+    pipe = tiny_pipeline(diffusers.StableDiffusion3Pipeline)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        right = latents(pipe)
+    pipe.transformer.__class__ = Other
+    of_others = "have a UNet2DConditionModel, SD3Transformer2DModel or FluxTransformer2DModel"
+    with pytest.raises(ValueError, match=f"^pipe must {of_others}, got .* with Other$"):
+        apply_layout(pipe, PROMPT, REGIONS).__enter__()
+
+    class Record(SD3):
+        denoiser = "Other"
+
+    monkeypatch.setattr(models, "MODELS", (*models.MODELS, Record))
+    with apply_layout(pipe, PROMPT, REGIONS):
+        assert torch.equal(latents(pipe), right)
+
+
+def test_a_model_has_a_file_of_its_own() -> None:
+    assert len({model.__module__ for model in models.MODELS}) == len(models.MODELS)
+    for model in models.MODELS:
+        assert model.processor.__module__ == model.__module__

@@ -1,6 +1,4 @@
-"""What saves time or memory in a pipeline under a layout: regional compile, fp8 weights, step
-caches, autocast.
-"""
+"""Savings under a layout: regional compile, fp8 weights, step caches, autocast."""
 
 from __future__ import annotations
 
@@ -9,15 +7,15 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipeline
+from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import _state, apply_layout
+from dense_attn.integrations.diffusers import apply_layout, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ATTENTION_LAYERS = {"sd": 32, "sdxl": 8, "sd3": 4, "flux": 3}
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_model = pytest.mark.parametrize("model", MODELS)
 
 
 def denoiser(pipe: object) -> torch.nn.Module:
@@ -41,19 +39,18 @@ def off(a: Tensor, b: Tensor) -> float:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """One entry for each modulated call of a layer."""
-    seen, attend = [], _state.LayoutState.attend
+    seen, attend = [], state.LayoutState.attend
     monkeypatch.setattr(
-        _state.LayoutState, "attend", lambda *args: seen.append(args[2].shape) or attend(*args)
+        state.LayoutState, "attend", lambda *args: seen.append(args[2].shape) or attend(*args)
     )
     return seen
 
 
-@pytest.mark.parametrize(
-    "family", ["sd", "flux"]
-)  # diffusers names no blocks of Stable Diffusion 3's
-def test_regional_compile(family: str) -> None:
+# diffusers names no blocks of Stable Diffusion 3's
+@pytest.mark.parametrize("model", ["sd", "flux"])
+def test_regional_compile(model: str) -> None:
     """A kind of block has at most three graphs under a layout, and a second run makes no more."""
-    pipe = tiny_pipeline(FAMILIES[family][0])
+    pipe = tiny_pipeline(MODELS[model][0])
     right = with_layout(pipe, {"steps": 4})
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -65,10 +62,10 @@ def test_regional_compile(family: str) -> None:
     assert 0 < graphs <= 3 * len(denoiser(pipe)._repeated_blocks)
 
 
-@every_family
-def test_weights_kept_in_fp8(family: str) -> None:
+@every_model
+def test_weights_kept_in_fp8(model: str) -> None:
     """Bit for bit the run of weights that were rounded to fp8 once."""
-    small, rounded = (tiny_pipeline(FAMILIES[family][0]) for _ in range(2))
+    small, rounded = (tiny_pipeline(MODELS[model][0]) for _ in range(2))
     denoiser(small).enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
     )
@@ -80,10 +77,10 @@ def test_weights_kept_in_fp8(family: str) -> None:
     assert not close(got, latents(small))
 
 
-@every_family
-def test_autocast(family: str) -> None:
-    """As far from float32 as the plain pipeline is under autocast."""
-    pipe = pipeline(family)
+@every_model
+def test_autocast(model: str) -> None:
+    """A run is as far from float32 as the plain pipeline's is under autocast."""
+    pipe = pipeline(model)
     exact, plain = with_layout(pipe), latents(pipe)
     with torch.autocast("cpu", torch.bfloat16):
         got, plain_got = with_layout(pipe), latents(pipe)
@@ -91,16 +88,14 @@ def test_autocast(family: str) -> None:
     assert 0 < off(got, exact) < 2 * off(plain_got, plain)
 
 
-@every_family
-def test_attention_of_some_steps_is_broadcast(family: str, calls: list) -> None:
-    """Modulated attention is skipped as other attention is, and what is kept is the modulated
-    result.
-    """
+@every_model
+def test_attention_of_some_steps_is_broadcast(model: str, calls: list) -> None:
+    """Modulated attention is skipped as other attention is; the kept result is modulated."""
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
     runs = {}
     for every, backend in ((0, "auto"), (1, "auto"), (2, "auto"), (2, "reference")):
-        pipe = tiny_pipeline(FAMILIES[family][0])
+        pipe = tiny_pipeline(MODELS[model][0])
         if every:
             both = {f"{kind}_attention_block_skip_range": every for kind in ("spatial", "cross")}
             both |= {
@@ -146,19 +141,17 @@ def test_step_caches(cache: str, options: dict, calls: list) -> None:
     assert torch.equal(with_layout(pipe, active=1.0), right)
 
 
-@every_family
-def test_odd_sizes(family: str, calls: list) -> None:
-    """9 x 11 latents of a U-Net become 5 x 6 and 3 x 3, 10 x 14 of a transformer 5 x 7 tokens: no
-    layer is left out.
-    """
-    if family in ("sd3", "flux"):
-        pipe, size = pipeline(family), {"height": 20, "width": 28}
+@every_model
+def test_odd_sizes(model: str, calls: list) -> None:
+    """9 x 11 latents, or 5 x 7 tokens of a transformer: no layer is left out."""
+    if model in ("sd3", "flux"):
+        pipe, size = pipeline(model), {"height": 20, "width": 28}
     else:
         pipe, size = (
-            pipeline(family, 4 if family == "sd" else 2),
+            pipeline(model, 4 if model == "sd" else 2),
             {"latents": torch.randn(1, 4, 9, 11)},
         )
     got = with_layout(pipe, size)
-    assert len(calls) == math.ceil(0.3 * 10) * ATTENTION_LAYERS[family]
+    assert len(calls) == math.ceil(0.3 * 10) * ATTENTION_LAYERS[model]
     assert close(got, with_layout(pipe, size, backend="reference"))
     assert not close(got, without(pipe, size))

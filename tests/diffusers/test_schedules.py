@@ -1,6 +1,4 @@
-"""The schedules of pipelines as chains: which are taken, and whose words the sampler's refusals
-use.
-"""
+"""The schedules of pipelines as chains, and whose words the sampler's refusals use."""
 
 from __future__ import annotations
 
@@ -24,7 +22,10 @@ def test_schedules_of_zero_terminal_signal(scheduler: str) -> None:
     found = invert(pipe, IMAGE, "a cat", num_inference_steps=4)
     again = reconstruct(pipe, found, output_type="latent")
     torch.testing.assert_close(again, encoded(pipe), rtol=0, atol=1e-6)
-    rule = "pipe must have a scheduler that leaves signal at the first timestep, as timestep_spacing='leading' does"
+    rule = (
+        "pipe must have a scheduler that leaves signal at the first timestep, as "
+        "timestep_spacing='leading' does"
+    )
     refused(
         on_schedule(scheduler, **zero, timestep_spacing="trailing"),
         f"{rule}, got alpha_bar 0 at timestep 999",
@@ -52,12 +53,18 @@ def test_schedules_of_zero_terminal_signal(scheduler: str) -> None:
         (
             {"trained_betas": [0.5, 0.5, -0.5, -0.5, -0.5], "num_train_timesteps": 5},
             {},
-            "the noise schedule of pipe must not rise with the timesteps used, got 0.5625 at timestep 3 and 0.25 at",
+            (
+                "the noise schedule of pipe must not rise with the timesteps used, got 0.5625 "
+                "at timestep 3 and 0.25 at"
+            ),
         ),
         (
             {"trained_betas": [0.5, -0.5, 0.5, 0.5, 0.5], "num_train_timesteps": 5},
             {},
-            "the noise schedule of pipe must not rise with the timesteps used, got 0.75 at timestep 1 and 0.5 at",
+            (
+                "the noise schedule of pipe must not rise with the timesteps used, got 0.75 at "
+                "timestep 1 and 0.5 at"
+            ),
         ),
         ({"prediction_type": "sample"}, {}, "pipe must predict epsilon or v, got sample"),
     ],
@@ -149,7 +156,10 @@ def test_further_arguments_of_invert_are_no_sampler_that_was_given() -> None:
 def test_a_state_of_another_chain_is_refused_in_the_callers_words() -> None:
     pipe, given = tiny_pipeline(diffusers.StableDiffusionPipeline), {"steps": 1, "progress": False}
     state = optimize(pipe, "a cat", torch.mean, num_inference_steps=2, **given).result.state
-    rule = "the chain of pipe, num_inference_steps and sampler must be that of state, with 2 timesteps, got 3"
+    rule = (
+        "the chain of pipe, num_inference_steps and sampler must be that of state, with 2 "
+        "timesteps, got 3"
+    )
     with pytest.raises(ValueError, match=f"^{rule}"):
         optimize(pipe, "a cat", torch.mean, num_inference_steps=3, state=state, **given)
     with pytest.raises(
@@ -160,7 +170,7 @@ def test_a_state_of_another_chain_is_refused_in_the_callers_words() -> None:
 
 
 class UsersError(ValueError):
-    """Of a user's function, with an attribute that means something to the user."""
+    """A user's error keeps its attribute, which means something to the user."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

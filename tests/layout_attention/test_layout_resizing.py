@@ -121,7 +121,7 @@ def test_thin_regions_in_a_run(family: str, thin: str, monkeypatch: pytest.Monke
     """The finest attention of a run has tokens of both regions."""
     pipelines = pytest.importorskip("pipelines")
     from dense_attn.integrations.diffusers import apply_layout
-    from dense_attn.integrations.diffusers._state import LayoutState
+    from dense_attn.integrations.diffusers.state import LayoutState
 
     mask = torch.zeros(512, 512, dtype=torch.bool)
     mask[THIN[thin]] = True
@@ -131,7 +131,7 @@ def test_thin_regions_in_a_run(family: str, thin: str, monkeypatch: pytest.Monke
         LayoutState, "image_side", lambda *args: sides.append(make(*args)) or sides[-1]
     )
     monkeypatch.setattr(
-        LayoutState, "attend", lambda *args: tokens.append(args[2].shape[2]) or attend(*args)
+        LayoutState, "attend", lambda *args: tokens.append(args[2].shape[1]) or attend(*args)
     )
     with apply_layout(
         pipelines.pipeline(family), pipelines.PROMPT, [("cat", mask), ("dog", ~mask)]

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from dense_attn import Layout
 from dense_attn.demo.scene import load_scene
-from dense_attn.integrations.diffusers import _regions
+from dense_attn.integrations.diffusers.regions import parse
 
 REGION = np.zeros((6, 8), bool)
 REGION[1:4, 2:7] = True
@@ -29,7 +29,7 @@ LIGHT = "have a mask of at least one pixel that is light and opaque, got none in
 
 
 def mask(image: Image.Image) -> np.ndarray:
-    return _regions.parse([("cat", image)], 1)[0].masks[0].numpy()
+    return parse([("cat", image)], 1)[0].masks[0].numpy()
 
 
 def grey(dark: float, light: float, dtype: str = "uint8") -> Image.Image:
@@ -134,13 +134,13 @@ def test_files_with_transparency(mode: str, tmp_path: Path) -> None:
 )
 def test_masks_that_say_nothing_are_refused(image: Image.Image, sentence: str) -> None:
     with pytest.raises(ValueError, match=rf"regions\[1\] must {sentence}"):
-        _regions.parse([("cat", (0, 0, 1, 1)), ("dog", image)], 1)
+        parse([("cat", (0, 0, 1, 1)), ("dog", image)], 1)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_an_empty_mask_is_named_before_the_boxes_on_its_grid(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"regions\[1\] must have a mask of at least one pixel"):
-        _regions.parse([("cat", (0, 0, 1, 1)), ("dog", np.zeros(shape, bool))], 1)
+        parse([("cat", (0, 0, 1, 1)), ("dog", np.zeros(shape, bool))], 1)
 
 
 @pytest.mark.parametrize("read", ["mask", "label map"])

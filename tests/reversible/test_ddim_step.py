@@ -13,7 +13,7 @@ from cases import backends
 from torch import Tensor
 
 from dense_attn import ddim_step, ddim_step_inverse
-from dense_attn.verify.attention import judge
+from dense_attn.verify.accuracy import judge
 
 GRAMMAR = re.compile(r"[a-z_]+ must .+, got .+", re.DOTALL)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

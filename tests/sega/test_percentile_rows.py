@@ -10,7 +10,7 @@ from cases import backends
 from torch import Tensor
 
 from dense_attn import percentile_mask
-from dense_attn.verify.families import exact_quantile
+from dense_attn.verify.sega import exact_quantile
 
 LENGTH = 150_001  # the CPU kernel gathers up to 65,536 candidates
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))

@@ -12,7 +12,7 @@ from cases import backends
 from torch import Tensor
 
 from dense_attn import _checks, percentile_mask, reference
-from dense_attn.verify.families import exact_quantile
+from dense_attn.verify.sega import exact_quantile
 
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
 every_dtype = pytest.mark.parametrize("dtype", _checks.DTYPES, ids=str)

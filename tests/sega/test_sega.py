@@ -27,8 +27,8 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks, percentile_mask, reference, sega_guidance
 from dense_attn._backends import table
-from dense_attn.verify.attention import judge
-from dense_attn.verify.families import exact_quantile
+from dense_attn.verify.accuracy import judge
+from dense_attn.verify.sega import exact_quantile
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))

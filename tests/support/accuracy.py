@@ -12,7 +12,7 @@ from cases import Inputs
 from torch import Tensor
 
 from dense_attn import reference
-from dense_attn.verify.attention import further, judge
+from dense_attn.verify.accuracy import further, judge
 
 Results = dict[str, Tensor]  # out, lse, dq, dk, dv, dstrength by name
 

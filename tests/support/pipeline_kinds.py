@@ -1,6 +1,4 @@
-"""Tiny pipelines of every class of diffusers' that a layout works with, and what each class is
-called with.
-"""
+"""Tiny pipelines of every class of diffusers' that a layout works with, and their calls."""
 
 from __future__ import annotations
 
@@ -15,7 +13,9 @@ from typing import Any
 import torch
 from pipelines import PROMPT, diffusers, pipeline
 
-DENOISERS = re.compile(r"\b(UNet2DConditionModel|SD3Transformer2DModel|FluxTransformer2DModel)\b")
+from dense_attn.integrations.diffusers import models
+
+DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in models.MODELS)})\b")
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 MASK = torch.zeros(1, 1, 16, 16)
 MASK[..., :8] = 1.0
@@ -34,10 +34,20 @@ OWN = {  # arguments of calls by class, in the place of those below
     },
 }
 ARGUMENTS = {
-    "prompt": PROMPT, "height": 16, "width": 16, "num_inference_steps": 4, "output_type": "latent", "image": PICTURE,
-    "control_image": PICTURE, "mask_image": MASK, "control_mask": MASK, "depth_map": torch.rand(1, 16, 16),
-    "max_sequence_length": 24, "strength": 0.75, "true_cfg_scale": 2.0,
-}  # fmt: skip
+    "prompt": PROMPT,
+    "height": 16,
+    "width": 16,
+    "num_inference_steps": 4,
+    "output_type": "latent",
+    "image": PICTURE,
+    "control_image": PICTURE,
+    "mask_image": MASK,
+    "control_mask": MASK,
+    "depth_map": torch.rand(1, 16, 16),
+    "max_sequence_length": 24,
+    "strength": 0.75,
+    "true_cfg_scale": 2.0,
+}
 
 
 @cache
@@ -66,7 +76,7 @@ def denoisers(kind: type) -> dict[str, str]:
     return {name: match[1] for name, match in found.items() if match}
 
 
-def family_name(kind: type) -> str:
+def model_name(kind: type) -> str:
     parts = inspect.signature(kind.__init__).parameters
     if "transformer" in parts:
         return "sd3" if "tokenizer_3" in parts else "flux"
@@ -76,17 +86,15 @@ def family_name(kind: type) -> str:
 
 
 def made(kind: type) -> Any:
-    """A pipeline of a class, of the parts of a tiny one of its family and of what it needs beside
-    them.
-    """
+    """A pipeline of a class, of the parts of a tiny one of its model and others beside them."""
     parts = inspect.signature(kind.__init__).parameters
-    given = parts_of(family_name(kind)) | {
+    given = parts_of(model_name(kind)) | {
         "safety_checker": None,
         "feature_extractor": None,
         "image_encoder": None,
     }
     given |= {"requires_safety_checker": False, "add_watermarker": False, "depth_estimator": None}
-    given |= extras(kind.__name__, family_name(kind), given)
+    given |= extras(kind.__name__, model_name(kind), given)
     pipe = kind(**{name: part for name, part in given.items() if name in parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -103,14 +111,14 @@ def call(pipe: Any) -> None:
     pipe(**given, generator=torch.Generator().manual_seed(0))
 
 
-def parts_of(family: str) -> dict[str, Any]:
-    if family == "kolors":
+def parts_of(model: str) -> dict[str, Any]:
+    if model == "kolors":
         return pipeline("sd").components | kolors()
-    return dict(pipeline(family).components)
+    return dict(pipeline(model).components)
 
 
-def extras(name: str, family: str, parts: dict[str, Any]) -> dict[str, Any]:
-    """What a class has in the place of a part, or beside the parts."""
+def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a class has in the place of others, or beside them."""
     from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, T2IAdapter
 
     if name.startswith(("AnimateDiff", "PIA")):
@@ -122,7 +130,7 @@ def extras(name: str, family: str, parts: dict[str, Any]) -> dict[str, Any]:
         }
         return {"motion_adapter": MotionAdapter((8, 16), **sizes), "controlnet": net}
     if "ControlNetXS" in name:
-        unet = pipeline(family, blocks=4).unet
+        unet = pipeline(model, blocks=4).unet
         net = ControlNetXSAdapter.from_unet(unet, 1.0, conditioning_embedding_out_channels=(8, 8))
         return {"unet": unet, "controlnet": net}
     if "ControlNet" in name:
@@ -182,9 +190,7 @@ def changed(model: torch.nn.Module, **config: object) -> torch.nn.Module:
 
 @cache
 def kolors() -> dict[str, Any]:
-    """A ChatGLM and a U-Net of its width; the tokenizer is CLIP's, which numbers its tokens as
-    ChatGLM's does.
-    """
+    """A ChatGLM and a U-Net of its width; CLIP's tokenizer numbers tokens as ChatGLM's does."""
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
     own = pipeline("sd").tokenizer
@@ -200,17 +206,28 @@ def kolors() -> dict[str, Any]:
 
     tokenizer = Tokenizer(own.get_vocab(), [], model_max_length=own.model_max_length)
     config = ChatGLMConfig(
-        num_layers=2, padded_vocab_size=len(own), hidden_size=16, ffn_hidden_size=16, kv_channels=8,
-        num_attention_heads=2, seq_length=512, original_rope=True, rmsnorm=True, add_qkv_bias=True,
+        num_layers=2,
+        padded_vocab_size=len(own),
+        hidden_size=16,
+        ffn_hidden_size=16,
+        kv_channels=8,
+        num_attention_heads=2,
+        seq_length=512,
+        original_rope=True,
+        rmsnorm=True,
+        add_qkv_bias=True,
         multi_query_attention=False,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = ChatGLMModel(config).eval()
         for parameter in encoder.parameters():  # its constructor leaves them as memory was
             torch.nn.init.normal_(parameter, std=0.5)
     unet = changed(
-        pipeline("sd").unet, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16, cross_attention_dim=16,
-    )  # fmt: skip
+        pipeline("sd").unet,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        cross_attention_dim=16,
+    )
     return {"tokenizer": tokenizer, "text_encoder": encoder, "unet": unet}

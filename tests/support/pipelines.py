@@ -1,6 +1,4 @@
-"""Tiny pipelines of every family, how a chain refuses others, and DenseDiffusion's attention from
-its formula.
-"""
+"""Tiny pipelines of every model, refusals of chains, and DenseDiffusion's formula."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from dense_attn.integrations.diffusers import invert, optimize  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 
-FAMILIES = {
+MODELS = {
     "sd": (diffusers.StableDiffusionPipeline, {}),
     "sdxl": (diffusers.StableDiffusionXLPipeline, {}),
     "sd3": (diffusers.StableDiffusion3Pipeline, {"max_sequence_length": 24}),
@@ -31,8 +29,8 @@ REGIONS = [("cat", (0.0, 0.0, 0.5, 1.0)), ("dog", (0.5, 0.2, 1.0, 1.0))]
 
 
 @cache
-def pipeline(family: str, blocks: int = 2) -> diffusers.DiffusionPipeline:
-    return tiny_pipeline(FAMILIES[family][0], blocks=blocks)
+def pipeline(model: str, blocks: int = 2) -> diffusers.DiffusionPipeline:
+    return tiny_pipeline(MODELS[model][0], blocks=blocks)
 
 
 def latents(
@@ -43,13 +41,13 @@ def latents(
     seed: int = 0,
     **options: object,
 ) -> Tensor:
-    """Of a whole run at 16 x 24 pixels, unless options say otherwise."""
-    family = next(options for kind, options in FAMILIES.values() if type(pipe) is kind)
+    """The latents of a whole run at 16 x 24 pixels, unless options say otherwise."""
+    own = next(options for kind, options in MODELS.values() if type(pipe) is kind)
     if prompt is not None:
         options["prompt"] = prompt
     options = (
         {"height": 16, "width": 24, "generator": torch.Generator().manual_seed(seed)}
-        | family
+        | own
         | options
     )
     return pipe(num_inference_steps=steps, output_type="latent", **options).images
@@ -86,7 +84,7 @@ def encoded(pipe: diffusers.DiffusionPipeline) -> Tensor:
 
 
 def refused(pipe: diffusers.DiffusionPipeline, sentence: str, **options: object) -> None:
-    """By both ways into a chain, before the text encoder or the VAE is called."""
+    """Both ways into a chain refuse, before the text encoder or the VAE is called."""
     calls = []
     for part in (pipe.text_encoder, pipe.vae.encoder):
         part.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -99,8 +97,7 @@ def refused(pipe: diffusers.DiffusionPipeline, sentence: str, **options: object)
 
 
 class Official:
-    """An attention processor of the formula alone: a loop over samples, dense masks and scores in
-    memory.
+    """An attention processor of the formula alone: a loop over samples, dense masks and scores.
 
     Args:
         pipe: whose U-Net's calls say the time.
@@ -131,8 +128,8 @@ class Official:
         keys = x if context is None else context
         outs = []
         for i, (rows, columns) in enumerate(zip(x, keys)):
-            q, k, v = (f(t).unflatten(-1, (attn.heads, -1)).transpose(0, 1) for f, t in (
-                (attn.to_q, rows), (attn.to_k, columns), (attn.to_v, columns)))  # [H, tokens, D]  # fmt: skip
+            tokens = attn.to_q(rows), attn.to_k(columns), attn.to_v(columns)
+            q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(0, 1) for x in tokens)
             s = q @ k.mT * q.shape[-1] ** -0.5
             conditional = i - len(x) // 2 if self.guided else i
             if conditional >= 0 and self.calls < 0.3 * self.steps:
@@ -144,9 +141,8 @@ class Official:
     def modulated(self, s: Tensor, masks: Tensor, spans: list, cross: bool) -> Tensor:
         ratio = (masks.shape[1] * masks.shape[2] / s.shape[1]) ** 0.5
         size = tuple(-(-side // round(ratio)) for side in masks.shape[1:])
-        inside = torch.nn.functional.interpolate(masks[None], size, mode="nearest")[0].flatten(
-            1
-        )  # [R, M]
+        resized = torch.nn.functional.interpolate(masks[None], size, mode="nearest")
+        inside = resized[0].flatten(1)  # [R, M]
         area = (inside * inside.mean(1, keepdim=True)).sum(0)  # [M]
         keys = inside
         if cross:
@@ -158,3 +154,15 @@ class Official:
         c = ((1.0 if cross else 0.3) * self.time**5 * (1 - area))[:, None]
         top, bottom = s.amax(-1, keepdim=True), s.amin(-1, keepdim=True)
         return s + c * matched * (top - s) - c * (1 - matched) * (s - bottom)
+
+
+def denoiser_of(pipe: object) -> torch.nn.Module:
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def state_of(pipe: object) -> tuple:
+    """Processors by identity, hooks, and what lies in the denoiser's own dictionary."""
+    denoiser = denoiser_of(pipe)
+    processors = {name: id(processor) for name, processor in denoiser.attn_processors.items()}
+    hooks = len(denoiser._forward_pre_hooks), len(denoiser._forward_hooks)
+    return processors, hooks, set(denoiser.__dict__), set(pipe.scheduler.__dict__)

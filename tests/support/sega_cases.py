@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dense_attn import reference
-from dense_attn.verify.attention import further
-from dense_attn.verify.families import exact_quantile
+from dense_attn.verify.accuracy import further
+from dense_attn.verify.sega import exact_quantile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDE_RANGE = (torch.float32, torch.bfloat16, torch.float64)

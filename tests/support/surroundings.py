@@ -1,6 +1,4 @@
-"""What a program may have set for all of torch: the dtype and the device of tensors that name
-none.
-"""
+"""The dtype and device that a program may have set for tensors that name none."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def surrounded(by: torch.dtype | torch.device) -> Iterator[None]:
 
 
 def assert_same(got: object, expected: object) -> None:
-    """The same bits, dtypes and devices, in whatever holds them."""
+    """Require equal bits, dtypes and devices, in whatever holds them."""
     if isinstance(expected, Tensor):
         assert (got.dtype, got.device, got.shape) == (
             expected.dtype,

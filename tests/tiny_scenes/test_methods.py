@@ -12,7 +12,16 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from dense_attn._backends import table
-from dense_attn.examples.tiny_scenes import chains, edits, evaluate, layouts, scenes, score
+from dense_attn.examples.tiny_scenes import (
+    edits,
+    evaluate,
+    goals,
+    inversion,
+    layouts,
+    optimisation,
+    scenes,
+    score,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,14 +29,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_kernels_and_reference_have_the_same_scores(
     pipe: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images agree to rounding; each of these refuses where "auto" would be the reference
-    itself.
-    """
+    """Images agree to rounding; without kernels each of these would refuse."""
     monkeypatch.setattr(edits, "KINDS", ("colour", "ground"))
     for found in (
         layouts.same_tables(pipe, 2),
         edits.same_tables(pipe, 2),
-        chains.same_tables(pipe, 2, 2),
+        optimisation.same_tables(pipe, 2, 2),
     ):
         assert found["backend"] != "reference"
         assert max(value for name, value in found.items() if name.startswith("of ")) < 1e-3, found
@@ -38,7 +45,7 @@ def test_without_kernels_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) ->
     for compare, counts in (
         (layouts.same_tables, (2,)),
         (edits.same_tables, (2,)),
-        (chains.same_tables, (2, 2)),
+        (optimisation.same_tables, (2, 2)),
     ):
         with pytest.raises(RuntimeError, match="must have a backend that is not the reference"):
             compare(None, *counts)
@@ -46,7 +53,7 @@ def test_without_kernels_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_edits_decide_what_the_prompt_leaves_open(pipe: object) -> None:
     for kind, enough in (("ground", 100), ("colour", 20)):
-        own = edits.cases(kind, 4)
+        own = edits.open_prompts(kind, 4)
         plain = score.generate(pipe, [case.prompt for case in own], range(4))
         assert edits.effect(pipe, own, plain, scale=12.0)["gain"]["mean"] > enough
         assert edits.effect(pipe, own, plain, scale=0.0)["changed"] < 0.01
@@ -54,7 +61,7 @@ def test_edits_decide_what_the_prompt_leaves_open(pipe: object) -> None:
 
 def test_edits_of_images_without_a_thing(pipe: object) -> None:
     """Nothing is inside of it, and a mean of one image has no error."""
-    own = edits.cases("colour", 2)
+    own = edits.open_prompts("colour", 2)
     bare = torch.full((2, 3, 32, 32), 0.5)
     found = edits.effect(pipe, own, bare)
     assert found["inside"] == {"mean": None, "error": None}
@@ -66,7 +73,7 @@ def test_edits_of_images_without_a_thing(pipe: object) -> None:
 
 
 def test_edits_turn_around(pipe: object) -> None:
-    own = edits.cases("size", 4)
+    own = edits.open_prompts("size", 4)
     plain = score.generate(pipe, [case.prompt for case in own], range(4))
     assert edits.effect(pipe, own, plain, scale=-12.0)["gain"]["mean"] < -10
 
@@ -74,7 +81,7 @@ def test_edits_turn_around(pipe: object) -> None:
 def test_the_control_of_edits_begins_with_the_same_image(
     pipe: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = edits.cases("ground", 2)
+    own = edits.open_prompts("ground", 2)
     plain = score.generate(pipe, [case.prompt for case in own], range(2))
     monkeypatch.setitem(edits.USUAL, "warmup", score.STEPS + 1)
     torch.testing.assert_close(edits._control(pipe, own), plain, atol=1e-4, rtol=0)
@@ -86,8 +93,12 @@ def test_the_table_and_plot_of_edits(
     pipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    for name, values in (("SCALES", (-6.0, 6.0)), ("THRESHOLDS", (0.5,)), ("WARMUPS", (2,)),
-                         ("KINDS", ("colour", "size"))):  # fmt: skip
+    for name, values in (
+        ("SCALES", (-6.0, 6.0)),
+        ("THRESHOLDS", (0.5,)),
+        ("WARMUPS", (2,)),
+        ("KINDS", ("colour", "size")),
+    ):
         monkeypatch.setattr(edits, name, values)
     found = edits.study(pipe, 2)
     assert all(kind in edits.table(found) for kind in edits.KINDS)
@@ -97,9 +108,9 @@ def test_the_table_and_plot_of_edits(
 
 
 def test_chains(pipe: object) -> None:
-    errors = chains.inversion(pipe, 1, (4,))["rows"]
+    errors = inversion.study(pipe, 1, (4,))["rows"]
     assert errors["exact EDICT"]["4"]["all"] < 1e-6 < errors["float16 EDICT"]["4"]["all"]
-    for goal, ways in chains.optimisation(pipe, 2, 3, ())["goals"].items():
+    for goal, ways in optimisation.study(pipe, 2, 3, ())["goals"].items():
         for way in ("DOODL", "SGOOL"):
             assert ways[way]["loss"][1]["mean"] < ways[way]["loss"][0]["mean"], (goal, way)
         gap = ways["SGOOL"]["loss"][1]["mean"] - ways["DOODL"]["loss"][1]["mean"]
@@ -107,19 +118,17 @@ def test_chains(pipe: object) -> None:
 
 
 def test_gradients_of_all_three_ways_agree(pipe: object) -> None:
-    """DDIM with checkpoints and without have one gradient, EDICT that of differences; all cost
-    something.
-    """
-    costs = chains._costs(pipe, 3)
+    """DDIM has one gradient with checkpoints and without, EDICT that of differences."""
+    costs = optimisation._costs(pipe, 3)
     assert all(way["seconds"] > 0 for way in costs.values())
     noise, gradients = torch.randn(1, 12, 16, 16, generator=torch.Generator().manual_seed(0)), {}
-    for name, chain in chains.chains_of(pipe, 3).items():
+    for name, chain in optimisation.chains_of(pipe, 3).items():
         x = noise.clone().requires_grad_()
         chain(x).square().sum().backward()
         gradients[name] = x.grad
     kept = gradients["DDIM, everything kept"]
     torch.testing.assert_close(gradients["DDIM, a checkpoint a step"], kept, atol=1e-4, rtol=1e-3)
-    edict, way = chains.chains_of(pipe, 3)["exact EDICT"], gradients["exact EDICT"]
+    edict, way = optimisation.chains_of(pipe, 3)["exact EDICT"], gradients["exact EDICT"]
     step = 0.02 * way / way.norm()
     with torch.no_grad():
         ahead, behind = (
@@ -133,13 +142,13 @@ def test_goals_of_optimisation() -> None:
     drawn = [scenes.Scene((scenes.Thing(name, "circle", 12, 20, 6),)) for name in ("red", "orange")]
     right = scenes.render(drawn)
     wrong = right.flip(0)
-    colour = chains.colour_goal(2)
+    colour = goals.colour_goal(2)
     assert colour.loss(right * 2 - 1).max() < 0.01 < 0.1 < colour.loss(wrong * 2 - 1).min()
     assert colour.reached(right).all()
     assert not colour.reached(wrong).any()
-    away = chains.place_loss(torch.tensor([[20.0, 12.0], [16.0, 9.0]]))(right * 2 - 1)
+    away = goals.place_loss([[20.0, 12.0], [16.0, 9.0]])(right * 2 - 1)
     assert away.tolist() == pytest.approx([0.0, 5.0], abs=0.01)
-    place = chains.place_goal(2)
+    place = goals.place_goal(2)
     near = [torch.roll(right, (y, x), (2, 3)) for y in range(-12, 4, 2) for x in range(-4, 12, 2)]
     assert torch.stack([place.reached(images) for images in near]).any(0).all()
     assert not torch.stack([place.reached(images.flip(1)) for images in near]).any()
@@ -162,9 +171,12 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     results = json.loads((root / "benchmarks/results/tiny-scenes.json").read_text())
     page = (root / "docs/does_it_work.md").read_text("utf-8")
     shown = {
-        "layouts": layouts.table, "similar": layouts.table, "edits": edits.table,
-        "inversion": chains.inversion_table, "optimisation": chains.optimisation_table,
-    }  # fmt: skip
+        "layouts": layouts.table,
+        "similar": layouts.table,
+        "edits": edits.table,
+        "inversion": inversion.table,
+        "optimisation": optimisation.table,
+    }
     for part, shown_as in shown.items():
         for text in shown_as(results[part]).split("\n\n"):
             assert text in page, f"{part}:\n{text}"

@@ -1,6 +1,4 @@
-"""The small trained model: its scenes, captions and scores, layouts on it, its sheet and its
-training.
-"""
+"""The small trained model: scenes, captions, scores, layouts, its sheet and its training."""
 
 from __future__ import annotations
 
@@ -103,8 +101,10 @@ def test_matched_strengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "laid_out", painted)
     settings, tried = layouts.matched(None, drawn, "auto")
     assert settings["without value-range adaptivity"] == {
-        "modulation": "bias", "cross_weight": 16.0, "self_weight": pytest.approx(4.8)
-    }  # fmt: skip
+        "modulation": "bias",
+        "cross_weight": 16.0,
+        "self_weight": pytest.approx(4.8),
+    }
     assert settings["without area adaptivity"]["cross_weight"] == 0.75
     assert settings[layouts.CHOSEN]["cross_weight"] == 0.75
     assert settings["DenseDiffusion"] == {}
@@ -113,9 +113,13 @@ def test_matched_strengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_differences_are_paired() -> None:
     """The error of a difference is that of the differences, not of both means."""
-    rows = {name: dict.fromkeys(layouts.METRICS, torch.tensor(values)) for name, values in {
-        "plain": [0.0, 0.5, 1.0], "DenseDiffusion": [0.1, 0.6, 1.1],
-    }.items()}  # fmt: skip
+    rows = {
+        name: dict.fromkeys(layouts.METRICS, torch.tensor(values))
+        for name, values in {
+            "plain": [0.0, 0.5, 1.0],
+            "DenseDiffusion": [0.1, 0.6, 1.1],
+        }.items()
+    }
     row = layouts._row("DenseDiffusion", rows, 3)
     assert row["iou"]["error"] == pytest.approx(0.5 / 3**0.5)
     assert row["iou - plain"] == pytest.approx({"mean": 0.1, "error": 0.0}, abs=1e-6)
@@ -251,9 +255,8 @@ def test_training_goes_on_where_it_ended(tmp_path: Path) -> None:
         assert len(json.loads((tmp_path / "losses.json").read_text())) == steps
         kept.append(torch.load(tmp_path / "checkpoint.pt"))
     first, second = (state["weights"]["unet.conv_in.weight"] for state in kept)
-    assert (
-        0 < (second - first).abs().max() < 2 * train.RATE
-    )  # from the first step's weights, not from new ones
+    # from the first step's weights, not from new ones
+    assert 0 < (second - first).abs().max() < 2 * train.RATE
     assert kept[1]["optimiser"]["state"][0]["step"] == 2
     assert kept[1]["losses"][0] == kept[0]["losses"][0]
     model.load_pipeline(tmp_path / "weights.safetensors")

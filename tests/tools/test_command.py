@@ -1,6 +1,4 @@
-"""How commands end: at Ctrl-C, into a closed pipe, on a full disk, and with letters outside of
-ASCII.
-"""
+"""How commands end: at Ctrl-C, into a closed pipe, on a full disk, and with any letters."""
 
 from __future__ import annotations
 
@@ -13,13 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import tree
 
 from dense_attn import _command
-from dense_attn.demo.scene import UserError
+from dense_attn._command import UserError
 
 COMMAND = [sys.executable, "-m", "dense_attn"]
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
 PICTURES = ("demo", "--grids", "8", "--backend", "reference")
+
+
+@pytest.mark.parametrize("below", ["_command", "_kernel_report", "verify"])
+def test_the_demo_stands_above(below: str) -> None:
+    """None of these imports the demo."""
+    modules = tree.modules()
+    paths = [path for name, path in modules.items() if tree.family_of(name) == below]
+    imported = {name for path in paths for name in tree.imports(path, modules)}
+    assert imported
+    assert "demo" not in map(tree.family_of, imported)
 
 
 def interruptible() -> None:
@@ -28,14 +37,17 @@ def interruptible() -> None:
 
 
 def interrupted(arguments: list[str], ready: str, folder: Path) -> tuple[int, str, str]:
-    """Exit code and output of a command that gets Ctrl-C once it has printed a line that begins
-    so.
-    """
+    """Exit code and output of a command that gets Ctrl-C at a line that begins with `ready`."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=folder, env=environment, text=True, preexec_fn=interruptible,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        preexec_fn=interruptible,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     out = ""
     for line in process.stdout:
         out += line

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tree
 from cases import backends
 from surroundings import SURROUNDINGS, assert_same, surrounded
 from torch import Tensor
@@ -23,10 +24,10 @@ from dense_attn import Layout, ReversibleSampler
 from dense_attn.demo import picture
 from dense_attn.demo import scene as scenes
 from dense_attn.demo import step as layers_of
-from dense_attn.verify import attention as verified
-from dense_attn.verify import families
+from dense_attn.verify import layout_attention as verified
+from dense_attn.verify import reversible as verified_chains
+from dense_attn.verify import sega as verified_guidance
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMED = (
     "tensor",
     "as_tensor",
@@ -273,10 +274,11 @@ def programs(backend: str) -> Thunk:
         measured = [run.difference for run in layers_of.measure(scene.layout, layers, backend)]
         inputs = [layers_of.make_inputs(layer, seed=1, batch=1) for layer in layers]
         attended = picture.attention(scene, "cross")
-        case = next(islice(verified.cases(), 3, None)).cast(torch.float64)
+        case = next(islice(verified.calls(), 3, None)).cast(torch.float64)
         expected = verified.exact_and_plain(case, "range")
-        rows = [case.run("range", backend), *expected, *families._guidance(backend, torch.float32)]
-        rows += [families._float_step(backend, torch.bfloat16)]
+        rows = [case.run("range", backend), *expected]
+        rows += verified_guidance._guidance(backend, torch.float32)
+        rows += [verified_chains._float_step(backend, torch.bfloat16)]
         return (
             measured,
             inputs,
@@ -319,7 +321,7 @@ def test_the_cases_reach_every_public_name() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*ROOT.glob("dense_attn/**/*.py"), *ROOT.glob("triton_kernels/*.py")],
+    tree.python_files("dense_attn", "triton_kernels", "examples/tiny_scenes"),
     ids=lambda p: p.name,
 )
 def test_every_tensor_that_is_made_names_its_dtype_and_device(path: Path) -> None:
@@ -361,6 +363,7 @@ def test_it_is_imported_under_them(by: torch.dtype | torch.device) -> None:
         if isinstance(by, torch.device)
         else f"torch.set_default_dtype({by})"
     )
-    code = f"import torch; {which}; from dense_attn.verify import families as v; print(v._ALPHAS_CUMPROD[-1].item())"
+    code = f"import torch; {which}; from dense_attn.verify.reversible import ALPHAS_CUMPROD as a; "
+    code += "print(a[-1].item())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == families._ALPHAS_CUMPROD[-1].item()
+    assert float(done.stdout) == verified_chains.ALPHAS_CUMPROD[-1].item()

@@ -1,6 +1,4 @@
-"""Written files: whole or not at all, in the place of regular files alone, with one sentence for
-what cannot be.
-"""
+"""Files are written whole or not at all, and one sentence says what cannot be."""
 
 from __future__ import annotations
 
@@ -119,7 +117,10 @@ def test_a_named_pipe_is_written_to(tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-PROGRAM = "from dense_attn._files import write; print('before'); write('/dev/stdout', 'written\\n'); print('after')"
+PROGRAM = (
+    "from dense_attn._files import write; print('before'); write('/dev/stdout', 'written\\n'); "
+    "print('after')"
+)
 
 
 def test_standard_output_takes_what_is_written_in_its_turn(tmp_path: Path) -> None:
@@ -200,9 +201,14 @@ def test_such_a_file_is_left_alone_where_there_is_no_room(full_disk: Path) -> No
 )
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("", "it is a folder"), ("no/such", "No such file or directory"), ("file/below", "Not a directory"),
-     ("loop", "Too many levels of symbolic links"), ("n" * 300, "File name too long")],
-)  # fmt: skip
+    [
+        ("", "it is a folder"),
+        ("no/such", "No such file or directory"),
+        ("file/below", "Not a directory"),
+        ("loop", "Too many levels of symbolic links"),
+        ("n" * 300, "File name too long"),
+    ],
+)
 def test_what_cannot_be_written_is_said_in_one_sentence(
     ask: object, name: str, reason: str, tmp_path: Path
 ) -> None:
@@ -242,7 +248,7 @@ for name in {UNWRITABLE}:
 
 
 def test_an_unwritable_folder_or_file() -> None:
-    """As a user who is not root, in a folder that this one may enter."""
+    """Act as a user who is not root, in a folder that this one may enter."""
     with tempfile.TemporaryDirectory() as name:
         folder, closed = Path(name), Path(name, "closed")
         closed.mkdir()
@@ -268,9 +274,7 @@ def test_an_unwritable_folder_or_file() -> None:
 
 @pytest.mark.parametrize("folder", ["dense_attn", "benchmarks", "examples", "triton_kernels"])
 def test_nothing_else_writes_a_file(folder: str) -> None:
-    """But for the logs of `make gpu`, which grow, a switch of the operating system, and examples in
-    docstrings.
-    """
+    """The exceptions are logs of `make gpu`, a switch of the system, and examples in docstrings."""
     others = {"_files.py", "gpu.py", "_memory.py"}
     for path in (SOURCES / folder).rglob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -280,8 +284,16 @@ def test_nothing_else_writes_a_file(folder: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["path.write_text(x)", "figure.savefig(output)", "image.save('x.png')", "os.replace(a, b)", "open(path, 'w')",
-     "torch.save(state, path)", 'log.open("w")', 'open(name, "wb")'],
-)  # fmt: skip
+    [
+        "path.write_text(x)",
+        "figure.savefig(output)",
+        "image.save('x.png')",
+        "os.replace(a, b)",
+        "open(path, 'w')",
+        "torch.save(state, path)",
+        'log.open("w")',
+        'open(name, "wb")',
+    ],
+)
 def test_what_writes_a_file_is_seen(line: str) -> None:
     assert WRITES.search(line)

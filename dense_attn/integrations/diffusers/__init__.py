@@ -1,8 +1,7 @@
-"""One line on a diffusers pipeline: layouts, semantic guidance, inversion and latent
-optimisation.
-"""
+"""One line on a diffusers pipeline: layouts, guidance, inversion and latent optimisation."""
 
-from .guidance import Edit, semantic_guidance
+from .concepts import Edit
+from .guidance import semantic_guidance
 from .guider import semantic_guider
 from .inversion import Inversion, Optimized, invert, optimize, reconstruct
 from .layouts import apply_layout

@@ -1,8 +1,7 @@
-"""semantic_guider: the same concepts for diffusers' modular pipelines."""
+"""semantic_guider: the concepts of semantic guidance in diffusers' modular pipelines."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 
 from dense_attn import _checks
 
-from .guidance import Edit, idle, settings
+from .concepts import Edit, settings, warn_of_idle
 
 if TYPE_CHECKING:
     from diffusers.guiders import BaseGuidance
@@ -26,8 +25,7 @@ def semantic_guider(
     momentum_beta: float = 0.4,
     backend: str = "auto",
 ) -> BaseGuidance:
-    """A guider that guides a modular pipeline by concepts too; its latents are those of
-    `semantic_guidance`.
+    """A guider of a modular pipeline by concepts, whose latents are those of `semantic_guidance`.
 
     The estimate that the scheduler gets is `SemanticGuidance`'s; a modular pipeline evaluates the
     prompt, the negative prompt and each concept in calls of their own.
@@ -53,20 +51,21 @@ def semantic_guider(
         >>> from dense_attn.examples._tiny_pipeline import tiny_modular_pipeline
         >>> from dense_attn.integrations.diffusers import Edit, semantic_guider
         >>> pipe = tiny_modular_pipeline()
-        >>> pipe.update_components(guider=semantic_guider(pipe, [Edit("smiling", scale=4, warmup=1)], 7.5))
-        >>> image = pipe(prompt="a face", num_inference_steps=4, height=16, width=16, output="images")[0]
+        >>> guider = semantic_guider(pipe, [Edit("smiling", scale=4, warmup=1)], 7.5)
+        >>> pipe.update_components(guider=guider)
+        >>> size = {"height": 16, "width": 16}
+        >>> image = pipe(prompt="a face", num_inference_steps=4, output="images", **size)[0]
     """
     if type(pipe).__name__ != "StableDiffusionXLModularPipeline":
         _checks.refuse("pipe", "be a StableDiffusionXLModularPipeline", type(pipe).__name__)
     options = settings(edits, momentum_scale, momentum_beta, backend)
-    for sentence in idle(edits):
-        warnings.warn(sentence, stacklevel=2)
+    warn_of_idle(edits, 2)
     options["guidance_scale"] = _checks.number("guidance_scale", guidance_scale)
     from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
         StableDiffusionXLTextEncoderStep,
     )
 
-    from ._semantic_guider import SemanticGuider
+    from .modular_guider import SemanticGuider
 
     with torch.no_grad():
         encoded: Any = StableDiffusionXLTextEncoderStep.encode_prompt(

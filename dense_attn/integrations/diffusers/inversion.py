@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 from dense_attn import _checks, _memory, optimize_latents
 from dense_attn.optimize.loop import OptimizeResult
 
-from ._chain import Chain, Settings, in_words
-from ._hooks import unwrapped
-from ._images import check_images, pixels_of
-from ._pipes import check_noise, check_pipe, noise_shape
+from .chain import Chain, Settings, in_words
+from .hooks import unwrapped
+from .images import check_images, pixels_of
+from .pipes import check_noise, check_pipe, noise_shape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -71,8 +72,7 @@ def invert(
     progress: bool = False,
     **sampler: Any,
 ) -> Inversion:
-    """The noise from which a reversible sampler makes an image: `reconstruct` gives it back, or
-    edits it.
+    """The noise of an image, from which `reconstruct` makes the image again, or an edit of it.
 
     The image is encoded, `z = scaling * vae(image)`, and `ReversibleSampler.invert` takes z to the
     noise; with exact chains, the default, the way back ends in the very bits of z.
@@ -110,16 +110,13 @@ def invert(
     """
     check_pipe(pipe)
     image = check_images(pipe, image)
+    settings = Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler)
     with in_words(sampler="a further argument"):
-        chain = Chain(
-            pipe,
-            Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler),
-            len(image),
-        )
+        chain = Chain(pipe, settings, len(image))
     with torch.no_grad(), in_words(x="the latents of image"):
         x = _encoded(pipe, pixels_of(pipe, image))
-        call = lambda: chain.sampler.invert(chain.eps, x, progress=progress)  # noqa: E731
-        latents, seconds, peak = _measured(call, x.device)
+        call = partial(chain.sampler.invert, chain.eps, x, progress=progress)
+        latents, seconds, peak = measured(call, x.device)
     return Inversion(latents, chain.settings, seconds, peak)
 
 
@@ -186,8 +183,7 @@ def optimize(
     sampler: dict[str, Any] | None = None,
     **options: Any,
 ) -> Optimized:
-    """The image of a prompt whose noise was changed until a loss fell: DOODL, or SGOOL with a
-    saliency function.
+    """The image of a prompt whose noise was changed until a loss fell: DOODL, with saliency SGOOL.
 
     `optimize_latents` on the pipeline's U-Net and VAE: gradients of
     `loss_fn(image) + w*loss_fn(salient crop)` go through the decoder and all steps of the chain, in
@@ -219,7 +215,8 @@ def optimize(
         >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
         >>> from dense_attn.integrations.diffusers import optimize
         >>> pipe = tiny_pipeline(StableDiffusionPipeline)
-        >>> darker = optimize(pipe, "a cat", lambda x: x.mean(), num_inference_steps=2, steps=2, progress=False)
+        >>> options = {"num_inference_steps": 2, "steps": 2, "progress": False}
+        >>> darker = optimize(pipe, "a cat", lambda x: x.mean(), **options)
         >>> darker.images[0].size, len(darker.result.losses)
         ((16, 16), 2)
     """
@@ -228,31 +225,30 @@ def optimize(
     check_pipe(pipe, pictures=output_type != "latent")
     _checks.choice("output_type", output_type, OUTPUTS)
     if generator is not None and not isinstance(generator, torch.Generator):
-        _checks.refuse(
-            "generator", "be a torch.Generator or None", type(generator).__name__, TypeError
-        )
+        got = type(generator).__name__
+        _checks.refuse("generator", "be a torch.Generator or None", got, TypeError)
     count = 1 if isinstance(prompt, str) or not isinstance(prompt, list) else len(prompt)
     shape = noise_shape(pipe, count, height, width, latents)
     sampler = {} if sampler is None else sampler
-    chain = Chain(
-        pipe, Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler), count
-    )
+    settings = Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, sampler)
+    chain = Chain(pipe, settings, count)
     if latents is None:
         latents = randn_tensor(shape, generator, pipe._execution_device, torch.float32)
 
-    def decode(x: Tensor) -> Tensor:
-        return pipe.vae.decode(
-            x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor
-        ).sample.float()
-
     def call() -> OptimizeResult:
         return optimize_latents(
-            chain.sampler, chain.eps, decode, _users(loss_fn), latents, saliency_fn=_users(saliency_fn),
-            generator=generator, **options,
-        )  # fmt: skip
+            chain.sampler,
+            chain.eps,
+            partial(_decoded, pipe),
+            _users(loss_fn),
+            latents,
+            saliency_fn=_users(saliency_fn),
+            generator=generator,
+            **options,
+        )
 
     with in_words(x="latents", sampler="the chain of pipe, num_inference_steps and sampler"):
-        result, seconds, peak = _measured(call, latents.device)
+        result, seconds, peak = measured(call, latents.device)
         pair = result.latents if isinstance(result.latents, tuple) else (result.latents,)
         with torch.no_grad():
             images = _images(pipe, chain.sampler.sample(chain.eps, *pair)[0], output_type)
@@ -273,29 +269,28 @@ def _encoded(pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
     """The latents of pixels, without noise."""
     dtype = unwrapped(pipe.vae).dtype
     encoded = pipe.vae.encode(pixels.to(dtype))
-    x = (
-        encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    )  # AutoencoderTiny's
+    tiny = not hasattr(encoded, "latent_dist")  # AutoencoderTiny, which draws nothing
+    x = encoded.latents if tiny else encoded.latent_dist.mode()
     x = x * pipe.vae.config.scaling_factor
     if not x.isfinite().all():
-        _checks.refuse(
-            "pipe",
-            "have a VAE that makes finite latents of image",
-            f"nan or inf in {_checks.name(dtype)}",
-        )
+        rule = "have a VAE that makes finite latents of image"
+        _checks.refuse("pipe", rule, f"nan or inf in {_checks.name(dtype)}")
     return x
+
+
+def _decoded(pipe: DiffusionPipeline, x: Tensor) -> Tensor:
+    """The images [B, 3, H, W] of latents, in -1..1."""
+    x = x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor
+    return pipe.vae.decode(x).sample.float()
 
 
 def _images(pipe: DiffusionPipeline, x: Tensor, output_type: str) -> Any:
     if output_type == "latent":
         return x
-    x = x.to(unwrapped(pipe.vae).dtype) / pipe.vae.config.scaling_factor
-    return pipe.image_processor.postprocess(
-        pipe.vae.decode(x).sample.float(), output_type=output_type
-    )
+    return pipe.image_processor.postprocess(_decoded(pipe, x), output_type=output_type)
 
 
-def _measured(call: Callable[[], Result], device: torch.device) -> tuple[Result, float, int | None]:
+def measured(call: Callable[[], Result], device: torch.device) -> tuple[Result, float, int | None]:
     """A call's result, its wall time and the memory that it adds at its peak."""
     start = time.perf_counter()
     if device.type == "cuda":

@@ -1,6 +1,4 @@
-"""apply_layout: each phrase of a prompt where the layout says, on any pipeline of the known
-families.
-"""
+"""apply_layout: each phrase of a prompt where the layout says, on a pipeline of a known model."""
 
 from __future__ import annotations
 
@@ -14,11 +12,10 @@ from dense_attn import _checks
 from dense_attn._backends import table
 from dense_attn.layout_attention.op import MODULATIONS
 
-from . import _regions
-from ._hooks import unwrapped, watched
-from ._state import LayoutState, Options
-from .models.families import Family, attention_layers, family_of
-from .models.processors import LayoutProcessor
+from .hooks import unwrapped, watched
+from .models import LayoutProcessor, Model, attention_layers, model_of
+from .regions import parse
+from .state import LayoutState, Options
 from .text.encoding import heard
 from .text.reading import Reading
 
@@ -88,7 +85,7 @@ def apply_layout(
         >>> with apply_layout(pipe, "a cat", [("cat", (0.0, 0.0, 0.5, 1.0))]):
         ...     image = pipe("a cat", num_inference_steps=4).images[0]
     """
-    family = family_of(pipe)
+    model = model_of(pipe)
     options = Options(
         cross_weight=_checks.number("cross_weight", cross_weight),
         self_weight=_checks.number("self_weight", self_weight),
@@ -99,14 +96,14 @@ def apply_layout(
         backend=_checks.choice("backend", backend, ("auto", *table.ORDER)),
     )
     prompts = _prompts(prompt)
-    parsed = _regions.parse(regions, len(prompts))
+    parsed = parse(regions, len(prompts))
     _checks.flag("encode_phrases", encode_phrases)
-    component = getattr(pipe, family.component)
-    layers = attention_layers(unwrapped(component), family)
+    component = getattr(pipe, model.component)
+    layers = attention_layers(unwrapped(component), model)
     reading = Reading(pipe, prompts, parsed, encode_phrases)
     with (
         heard(pipe, reading.hear),
-        _installed(component, layers, LayoutState(pipe, family, reading, options), family),
+        _installed(component, layers, LayoutState(pipe, model, reading, options), model),
     ):
         yield
 
@@ -130,14 +127,14 @@ def _prompts(prompt: object) -> list[str]:
 
 @contextmanager
 def _installed(
-    component: torch.nn.Module, layers: dict[str, Any], state: LayoutState, family: Family
+    component: torch.nn.Module, layers: dict[str, Any], state: LayoutState, model: Model
 ) -> Iterator[None]:
     """The layout's processors and hook, and afterwards whatever was there before."""
     before = {name: layer.processor for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            depth = family.depth(unwrapped(component), name)
-            layer.set_processor(family.processor(_below(before[name]), state, depth))
+            depth = model.depth(unwrapped(component), name)
+            layer.set_processor(model.processor(_below(before[name]), state, depth))
             state.installed[name] = layer, layer.processor
         with watched(component, state, state.before_call):
             yield

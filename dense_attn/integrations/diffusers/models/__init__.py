@@ -1,3 +1,70 @@
-"""The families of denoisers: how each is called, which tokens attend to which, and its attention
-processors.
-"""
+"""The kinds of denoisers, a file each, and which of them a pipeline has."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dense_attn import _checks
+
+from ..hooks import unwrapped
+from .call import Model
+from .flux import Flux
+from .processor import LayoutProcessor
+from .sd3 import SD3
+from .unet import UNet
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux)
+
+
+def model_of(pipe: DiffusionPipeline) -> Model:
+    """The record of a pipeline's denoiser, whose batches must be of a known kind."""
+    unet = getattr(pipe, "unet", None)
+    denoiser = unwrapped(getattr(pipe, "transformer", None) if unet is None else unet)
+    kind = type(denoiser).__name__
+    model = next((model.of(denoiser) for model in MODELS if model.denoiser == kind), None)
+    if model is None:
+        *names, last = (model.denoiser for model in MODELS)
+        got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
+        _checks.refuse("pipe", f"have a {', '.join(names)} or {last}", got)
+    _check_batches(type(pipe), model)
+    return model
+
+
+def _check_batches(kind: type, model: Model) -> None:
+    """Refuse a pipeline whose batches are neither halves where it guides, nor the prompt alone."""
+    encode = getattr(kind, "encode_prompt", None)
+    if encode is None or "prompt" not in inspect.signature(encode).parameters:
+        _checks.refuse("pipe", "have an encode_prompt of a prompt", kind.__name__)
+    if not model.guidance_apart and not hasattr(kind, "do_classifier_free_guidance"):
+        rule = "tell whether it guides (do_classifier_free_guidance)"
+        _checks.refuse("pipe", rule, kind.__name__)
+    for feature in ("do_perturbed_attention_guidance", "image_guidance_scale"):
+        if hasattr(kind, feature):
+            rule = f"make no estimates beside the prompt's and the negative one's ({feature})"
+            _checks.refuse("pipe", rule, kind.__name__)
+    if hasattr(kind, "get_views"):
+        rule = "denoise the whole image in each call, not views of it (get_views)"
+        _checks.refuse("pipe", rule, kind.__name__)
+
+
+def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, Any]:
+    """A denoiser's attention modules by name; each must have a processor that the model knows."""
+    modules = denoiser.named_modules()
+    layers = {name: module for name, module in modules if hasattr(module, "get_processor")}
+    for name, module in layers.items():
+        inner = module.processor
+        while isinstance(inner, LayoutProcessor):
+            inner = inner.original
+        kind = type(inner)
+        if kind.__name__ not in model.replaces or not kind.__module__.startswith("diffusers."):
+            adapter = "IPAdapter" in kind.__name__
+            why = ": IP-Adapter's image attention has no layout" if adapter else ""
+            rule = f"have attention processors of {', '.join(model.replaces)}"
+            _checks.refuse("pipe", rule, f"{kind.__name__} in {name}{why}")
+    return layers

@@ -1,6 +1,4 @@
-"""A pipeline's encode_prompt: called for texts of the library's own, and heard when a call of the
-pipeline uses it.
-"""
+"""A pipeline's encode_prompt, called for the library's texts, and heard in others' calls."""
 
 from __future__ import annotations
 
@@ -16,11 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-OPTIONS = (
-    "lora_scale",
-    "clip_skip",
-    "max_sequence_length",
-)  # of a call that its phrases and concepts share
+# of a call that its phrases and concepts share
+OPTIONS = ("lora_scale", "clip_skip", "max_sequence_length")
 
 
 def takes(pipe: DiffusionPipeline, argument: str) -> bool:
@@ -32,9 +27,7 @@ def takes(pipe: DiffusionPipeline, argument: str) -> bool:
 def encode(
     pipe: DiffusionPipeline, prompt: str | Sequence[str], **options: Any
 ) -> tuple[Tensor | None, ...]:
-    """The output of a pipeline's encode_prompt for a prompt without guidance; first come the text
-    tokens.
-    """
+    """The output of a pipeline's encode_prompt without guidance; first come the text tokens."""
     given = {
         "device": pipe._execution_device,
         "num_images_per_prompt": 1,
@@ -49,19 +42,17 @@ def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]
     """The options of a call of encode_prompt that are not its defaults and had an effect."""
     parameters = inspect.signature(pipe.encode_prompt).parameters
     return {
-        name: given[name] for name in (OPTIONS if given.get("prompt_embeds") is None else OPTIONS[:1])
+        name: given[name]
+        for name in (OPTIONS if given.get("prompt_embeds") is None else OPTIONS[:1])
         if given.get(name) is not None and given[name] != parameters[name].default
-    }  # fmt: skip
+    }
 
 
 def rows_of(given: dict[str, Any]) -> int:
     """How many texts a call of encode_prompt makes of its prompts."""
     embeddings, prompt = given.get("prompt_embeds"), given.get("prompt")
-    texts = (
-        ([prompt] if isinstance(prompt, str) else prompt or [])
-        if embeddings is None
-        else embeddings
-    )
+    prompts = [prompt] if isinstance(prompt, str) else prompt or []
+    texts = prompts if embeddings is None else embeddings
     return len(texts) * given.get("num_images_per_prompt", 1)
 
 
@@ -78,9 +69,7 @@ def missing(pipe: DiffusionPipeline) -> str | None:
 
 @contextmanager
 def heard(pipe: DiffusionPipeline, tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """`tell` gets the arguments of every call of the pipeline's encode_prompt inside the block,
-    after the call.
-    """
+    """`tell` gets the arguments of every call of encode_prompt inside the block, after it."""
     ears = vars(pipe).get("encode_prompt")
     if not isinstance(ears, _Heard):
         ears = _Heard(pipe, ears)

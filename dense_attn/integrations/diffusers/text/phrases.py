@@ -1,6 +1,4 @@
-"""Where the phrases of a prompt stand: in its characters, and from there among the text tokens of a
-pipeline.
-"""
+"""The places of a prompt's phrases, in its characters and among a pipeline's text tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +20,8 @@ if TYPE_CHECKING:
 LONGEST = 512  # tokens that a T5 encoder of any pipeline is given
 # the scripts, by their letters' names, in which words stand beside each other or take endings
 WITHOUT_SPACES = (
-    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER",
-    "MYANMAR", "TIBETAN", "YI",
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
+    "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI",
 )  # fmt: skip
 JOINER = "\u200d"  # makes one sign of several
 TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"  # of the skin of the sign before
@@ -31,8 +29,7 @@ TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"  # of the skin of t
 
 @dataclass(frozen=True)
 class Phrase:
-    """A part of a prompt that a string alone does not name: one of several places, or a stretch of
-    characters.
+    """A part of a prompt that its words alone do not name: one of several places, or characters.
 
     Args:
         text: the phrase's words, as they stand in the prompt.
@@ -73,10 +70,8 @@ class Phrase:
             return
         if self.text is not None or self.occurrence != 1:
             _checks.refuse("span", "stand in the place of a text and its occurrence", self.span)
-        if not isinstance(self.span, (tuple, list)) or [_is_whole(end) for end in self.span] != [
-            True,
-            True,
-        ]:
+        pair = isinstance(self.span, (tuple, list)) and len(self.span) == 2
+        if not pair or not all(map(_is_whole, self.span)):
             _checks.refuse("span", "be two whole numbers (start, stop)", repr(self.span), TypeError)
         if not 0 <= self.span[0] < self.span[1]:
             _checks.refuse("span", "have 0 <= start < stop", self.span)
@@ -92,9 +87,7 @@ class Segment(NamedTuple):
     longest: int | None = None  # tokens of every call; None: a call says it
 
     def tokens(self, num_tokens: int | None) -> int:
-        """The segment's tokens where the denoiser's are num_tokens, or the most that it can
-        have.
-        """
+        """The segment's tokens among num_tokens, or the most that it can have."""
         if self.longest is not None:
             return self.longest
         most = min(*(tokenizer.model_max_length for tokenizer in self.tokenizers), LONGEST)
@@ -112,9 +105,7 @@ class Place(NamedTuple):
 
 
 def segments(pipe: DiffusionPipeline) -> list[Segment]:
-    """The segments of a pipeline's text tokens; FLUX takes those of its second tokenizer alone, SD3
-    appends T5's.
-    """
+    """The segments of a pipeline's text tokens: of FLUX T5's alone, of SD3 T5's after CLIP's."""
     first, second, third = (
         getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
     )
@@ -157,12 +148,16 @@ def characters(found: list[Segment], prompt: str, phrase: Phrase, argument: str)
     places = list(_places(prompt, phrase.text, caseless))
     if not places:  # spaces that tokenizers do not tell, as CLIP's of those beside a comma
         ids = [tokens_of(tokenizer, phrase.text).ids for tokenizer in tokenizers]
-        places = [place for place in _places(prompt, phrase.text, caseless, spaces=False)
-                  if [tokens_of(tokenizer, prompt[slice(*place)]).ids for tokenizer in tokenizers] == ids]  # fmt: skip
+        places = [
+            place
+            for place in _places(prompt, phrase.text, caseless, spaces=False)
+            if [tokens_of(tokenizer, prompt[slice(*place)]).ids for tokenizer in tokenizers] == ids
+        ]
     if not places:
         _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", repr(phrase.text))
     if phrase.occurrence > len(places):
-        got = f"occurrence {phrase.occurrence} of {phrase.text!r}, which stands there {len(places)} times"
+        got = f"occurrence {phrase.occurrence} of {phrase.text!r}"
+        got += f", which stands there {len(places)} times"
         _checks.refuse(argument, f"have a phrase of the prompt {prompt!r}", got)
     return places[phrase.occurrence - 1]
 
@@ -175,9 +170,7 @@ def place_of(
     num_tokens: int | None,
     argument: str,
 ) -> Place | None:
-    """The tokens of a stretch of characters where the denoiser's are num_tokens; None past what a
-    tokenizer keeps.
-    """
+    """The tokens of a stretch of characters among num_tokens; None past what a tokenizer keeps."""
     length, found = segment.tokens(num_tokens), []
     for tokenizer in segment.tokenizers:
         text, inner = _converted(pipe, tokenizer, prompt, chars, argument)
@@ -200,9 +193,7 @@ def place_of(
 
 
 def matched(place: Place, alone: Place) -> list[int]:
-    """For each token of a phrase in its prompt, the token of the phrase alone that stands for the
-    same characters.
-    """
+    """The token of a phrase alone that stands for each of its tokens in a prompt, by characters."""
     ours, theirs = (range(*one.tokens.of(one.chars)) for one in (place, alone))
     if len(ours) == len(theirs):
         return list(range(alone.start, alone.stop))
@@ -210,9 +201,8 @@ def matched(place: Place, alone: Place) -> list[int]:
 
     def likeness(i: int, j: int) -> tuple[int, bool]:
         (start, stop), (first, last) = place.tokens.chars[i], alone.tokens.chars[j]
-        return min(stop + shift, last) - max(start + shift, first), place.tokens.ids[
-            i
-        ] == alone.tokens.ids[j]
+        common = min(stop + shift, last) - max(start + shift, first)
+        return common, place.tokens.ids[i] == alone.tokens.ids[j]
 
     return [offset + max(theirs, key=lambda j: likeness(i, j)) for i in ours]
 
@@ -228,9 +218,7 @@ def _reads_small(tokenizer: Any, text: str) -> bool:
 
 
 def _places(prompt: str, phrase: str, caseless: bool, spaces: bool = True) -> Iterator[Span]:
-    """The places of a phrase in a prompt, one after the other, compared with their spaces or
-    without them.
-    """
+    """The places of a phrase in a prompt, one after the other, with or without spaces."""
     text, wanted = folded(prompt, caseless), folded(phrase, caseless).letters.strip()
     if not spaces:
         text, wanted = text.joined(), wanted.replace(" ", "")
@@ -238,9 +226,8 @@ def _places(prompt: str, phrase: str, caseless: bool, spaces: bool = True) -> It
     while (begin := text.letters.find(wanted, begin)) >= 0:
         end = begin + len(wanted)
         start, stop = text.places[begin], text.places[end - 1] + 1
-        cut = (begin > 0 and text.places[begin - 1] == start) or text.places[end : end + 1] == [
-            stop - 1
-        ]
+        before, after = text.places[max(begin - 1, 0) : begin], text.places[end : end + 1]
+        cut = before == [start] or after == [stop - 1]
         if cut or _in_a_word(prompt, start) or _in_a_word(prompt, stop):
             begin += 1
         else:
@@ -268,9 +255,7 @@ def _in_a_word(text: str, place: int) -> bool:
 def _converted(
     pipe: DiffusionPipeline, tokenizer: Any, prompt: str, chars: Span, argument: str
 ) -> tuple[str, Span]:
-    """The prompt with learned words as the tokens that they are, and the place of the same
-    characters there.
-    """
+    """The prompt with learned words as tokens, and the place of the characters there."""
     if not hasattr(pipe, "maybe_convert_prompt"):
         return prompt, chars
     parts = prompt[: chars[0]], prompt[slice(*chars)], prompt[chars[1] :]

@@ -1,6 +1,4 @@
-"""What a layout reads in its prompts: the tokens of each region's phrase in a call, and their
-embeddings alone.
-"""
+"""A layout's reading of its prompts: each phrase's tokens in a call, and its embeddings alone."""
 
 from __future__ import annotations
 
@@ -12,14 +10,14 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from .._state import Image
+from ..state import Image
 from . import encoding, phrases
 from .same_prompt import other_prompt
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .._regions import Regions
+    from ..regions import Regions
     from .phrases import Place
     from .tokens import Span
 
@@ -45,39 +43,31 @@ class Reading:
         self.options: dict[str, Any] = {}  # of encode_prompt, as the last call had them
         self._embeddings: dict[tuple, Tensor] = {}  # of a text under options
         self._images: dict[tuple, list[Image]] = {}  # of a number of tokens under options
-        self._heard: list[
-            str | None
-        ] = []  # what there is to say of each prompt since the denoiser's last call
+        # what there is to say of each prompt since the denoiser's last call
+        self._heard: list[str | None] = []
         self._said = False
-        self.rows: int | None = (
-            None  # texts of the call at hand, None where they are no prompt of the layout's
-        )
+        # texts of the call at hand, None where they are no prompt of the layout's
+        self.rows: int | None = None
         if encode and any(phrase for image in self.regions for phrase in image.phrases):
             lacking = encoding.missing(pipe)
             if lacking is not None:
-                _checks.refuse(
-                    "encode_phrases", f"be False for a pipeline without its {lacking}", True
-                )
+                rule = f"be False for a pipeline without its {lacking}"
+                _checks.refuse("encode_phrases", rule, True)
         self.needed = self._needed()
         self._warn_of_lost()
         self.images()
 
     def images(self, num_tokens: int | None = None) -> list[Image]:
-        """The regions of each prompt where the denoiser has num_tokens text tokens, None before it
-        is known.
-        """
+        """The regions of each prompt among num_tokens text tokens, None before they are known."""
         key = num_tokens, *self.options.items()
         if key not in self._images:
             self._images[key] = [self._image(b, num_tokens) for b in range(len(self.prompts))]
         return self._images[key]
 
     def hear(self, given: dict[str, Any]) -> None:
-        """Take the arguments of a call of encode_prompt: phrases are encoded as its prompt is,
-        which must be theirs.
-        """
-        negative = (
-            self._heard and given.get("prompt_embeds") is not None
-        )  # after the prompt, with no options to tell
+        """Take the arguments of an encode_prompt that must encode the prompt; phrases follow it."""
+        # it comes after the prompt, with no options to tell
+        negative = self._heard and given.get("prompt_embeds") is not None
         if not negative and encoding.missing(self.pipe) is None:
             self.options = encoding.options_of(self.pipe, given)
             for phrase in self._phrases() if self.encode else ():
@@ -88,9 +78,8 @@ class Reading:
 
     def check(self) -> None:
         """Say once if the prompt of the call at hand is another than the layout's."""
-        if (
-            self._heard and all(self._heard) and not self._said
-        ):  # one of several is the prompt, others are negative
+        # one of several is the prompt, others are negative
+        if self._heard and all(self._heard) and not self._said:
             self._said = True
             warnings.warn(self._heard[0], stacklevel=2)
         self._heard.clear()
@@ -130,8 +119,10 @@ class Reading:
     def _of(
         self, prompt: str, chars: Span, num_tokens: int | None, argument: str
     ) -> list[Place | None]:
-        found = [phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
-                 for segment in self.segments]  # fmt: skip
+        found = [
+            phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
+            for segment in self.segments
+        ]
         if not any(found):
             rule = f"have a phrase that its tokenizer keeps of the prompt {prompt!r}"
             _checks.refuse(argument, rule, repr(prompt[slice(*chars)]))
@@ -148,8 +139,9 @@ class Reading:
                 own = self._of(phrase, (0, len(phrase)), len(alone), self.argument(b, r))
                 embedded += [
                     ((place.start, place.stop), alone[phrases.matched(place, one)])
-                    for place, one in zip(places, own) if place and one
-                ]  # fmt: skip
+                    for place, one in zip(places, own)
+                    if place and one
+                ]
         return Image(self.regions[b].masks, spans, embedded)
 
     def _phrase(self, b: int, r: int) -> str:

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from .phrases import Segment
     from .reading import Reading
 
-NEAR = (
-    0.1  # of a token's distance from the empty prompt's: far above rounding, far below another word
-)
+# of a token's distance from the empty prompt's: far above rounding, far below another word
+NEAR = 0.1
 
 
 def other_prompt(reading: Reading, given: dict[str, Any]) -> str | None:
@@ -43,14 +42,13 @@ def _other_text(reading: Reading, segment: Segment, i: int, given: Any) -> str |
                 for one in (text, ours)
             ]
             if read[0] != read[1]:
-                return f"the call's prompt {text!r} is not the layout's {ours!r}, by which phrases are placed"
+                theirs = f"the call's prompt {text!r}"
+                return f"{theirs} is not the layout's {ours!r}, by which phrases are placed"
     return None
 
 
 def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
-    """The words for embeddings in which a region's phrase is not what the layout's prompt has
-    there.
-    """
+    """The words for embeddings that hold another phrase where the layout's prompt has its own."""
     known = reading.segments and encoding.missing(reading.pipe) is None
     if not known or given.dim() != 3 or given.shape[1] < reading.needed:
         return None
@@ -60,13 +58,11 @@ def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
     for b, embeddings in _pairs(len(reading.prompts), given):
         try:
             right = _holds_phrases(reading, b, embeddings, **options)
-        except (
-            RuntimeError
-        ):  # the text encoders are not where the pipeline runs: nothing to compare with
-            return None
+        except RuntimeError:
+            return None  # the text encoders are not where the pipeline runs: nothing to compare
         if not right:
-            ours = repr(reading.prompts[b])
-            return f"the call's prompt_embeds are not what the layout's {ours} encodes to, by which phrases are placed"
+            ours = f"what the layout's {reading.prompts[b]!r} encodes to"
+            return f"the call's prompt_embeds are not {ours}, by which phrases are placed"
     return None
 
 
@@ -90,9 +86,7 @@ def _holds_phrases(reading: Reading, b: int, given: Tensor, **options: Any) -> b
 
 
 def _weighted(given: Tensor, right: Tensor, empty: Tensor) -> bool:
-    """Whether tokens [n, C] are multiples of the right ones, as they are or as they differ from the
-    empty prompt's.
-    """
+    """Whether tokens [n, C] are multiples of the right ones, from 0 or from the empty prompt's."""
     given, right, empty = (side.to(right.device).float() for side in (given, right, empty))
     far = NEAR * (given - empty).norm(dim=1)
     near = []
@@ -104,9 +98,7 @@ def _weighted(given: Tensor, right: Tensor, empty: Tensor) -> bool:
 
 
 def _pairs(images: int, given: Sequence[Any] | Tensor) -> Iterator[tuple[int, Any]]:
-    """Which image's prompt each entry of a call stands beside; none where they do not go
-    together.
-    """
+    """The image beside whose prompt each entry of a call stands; none where numbers do not fit."""
     longer, shorter = max(images, len(given)), min(images, len(given))
     if shorter and longer % shorter == 0:
         for row in range(longer):

@@ -1,6 +1,4 @@
-"""Which characters of a text each of a tokenizer's tokens stands for, in the ids that a network is
-given.
-"""
+"""The characters of a text that each token stands for, in the ids that a network is given."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ class Tokens(NamedTuple):
     chars: list[Span | None]  # None: special tokens and padding
 
     def of(self, chars: Span) -> Span | None:
-        """The tokens that have a part in a stretch of characters; a space's own before them counts
-        too.
-        """
+        """The tokens of a stretch of characters, with a space's own before them."""
         inside = [
             i
             for i, place in enumerate(self.chars)
@@ -39,9 +35,7 @@ class Tokens(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """A text in the form in which texts are compared, and the place in the text that each of its
-    letters is from.
-    """
+    """A text in the form in which texts are compared, and the place that each letter is from."""
 
     letters: str
     places: list[int]
@@ -53,16 +47,14 @@ class Folded(NamedTuple):
 
 
 def folded(text: str, lower: bool) -> Folded:
-    """Unicode's compatible decomposition, white space as one space, and small letters if those are
-    asked for.
-    """
+    """Unicode's compatible decomposition, with single spaces, in small letters if asked."""
     letters: list[str] = []
     places: list[int] = []
     for i, character in enumerate(text):
         parts = unicodedata.normalize("NFKD", character.lower() if lower else character)
-        for letter in (
-            parts if parts[:1] != " " else " " if character.isspace() else character
-        ):  # ¨ is no space
+        if parts[:1] == " ":  # but for ¨, which is none
+            parts = " " if character.isspace() else character
+        for letter in parts:
             if letter.isspace() and letters and letters[-1] == " ":
                 continue
             letters.append(" " if letter.isspace() else letter)
@@ -71,8 +63,7 @@ def folded(text: str, lower: bool) -> Folded:
 
 
 def tokens_of(tokenizer: Any, text: str, num_tokens: int | None = None) -> Tokens:
-    """The tokens of a whole text, or the ids that a network of num_tokens gets: cut and padded as
-    the tokenizer is set.
+    """The tokens of a text, whole, or cut and padded to the num_tokens of a network.
 
     Fast tokenizers say which characters a token is of; slow ones' tokens are aligned with the text.
     """
@@ -105,9 +96,7 @@ def tokens_of(tokenizer: Any, text: str, num_tokens: int | None = None) -> Token
 
 
 def _aligned(tokenizer: Any, text: str, ids: list[int]) -> list[Span | None]:
-    """The characters of each id, by what a token decodes to; those that decode to nothing known
-    share what is left.
-    """
+    """The characters of each id, by what it decodes to; unknown ones share what is left."""
     owners: list[int] = []
     letters: list[str] = []
     spaces: set[int] = set()
@@ -133,9 +122,7 @@ def _aligned(tokenizer: Any, text: str, ids: list[int]) -> list[Span | None]:
 
 
 def _filled(text: str, found: list[Span | None], spaces: set[int]) -> list[Span | None]:
-    """Tokens of unknown characters get those between their neighbours': a word each, or else all of
-    them.
-    """
+    """The characters, with unknown tokens' too: a word each, or all between neighbours."""
     filled, i = list(found), 0
     while i < len(found):
         stop = next((j for j in range(i, len(found)) if found[j]), len(found))

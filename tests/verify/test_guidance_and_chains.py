@@ -1,6 +1,4 @@
-"""`verify` of semantic guidance and reversible steps fails a backend that is wrong in one
-respect.
-"""
+"""`verify` of guidance and of reversible steps fails a backend that is wrong in one respect."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import torch
 
 from dense_attn import reference
 from dense_attn._backends import table
-from dense_attn.verify import families
+from dense_attn.verify import reversible, sega
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPS = [
@@ -55,18 +53,11 @@ def test_a_wrong_backend_fails(
 ) -> None:
     functions = {name: getattr(reference, name) for name in OPS} | {op: wrong}
     monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace(**functions))
-    monkeypatch.setattr(families, "DTYPES", (torch.float32,))
     monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
     monkeypatch.setattr(table, "device_of", lambda backend: "cpu")
-    monkeypatch.setattr(families, "usable", lambda op, dtype: ["triton"])
-    verdicts = list(families.verify())
+    for family in (sega, reversible):
+        monkeypatch.setattr(family, "DTYPES", (torch.float32,))
+        monkeypatch.setattr(family, "usable", lambda op, dtype: ["triton"])
+    verdicts = [*sega.verify(), *reversible.verify()]
     assert {verdict.what for verdict in verdicts if not verdict.passed} == rows
     assert len(verdicts) == 6
-
-
-def test_a_row_fails_where_its_control_does() -> None:
-    make = families.Verdict
-    assert make("cpu", "float32", "bits", {"bits": 0}, 0, 1).passed
-    assert not make("cpu", "float32", "bits", {"bits": 0}, 0, 0).passed
-    assert not make("cpu", "float32", "guidance", {"eps": 1.01}, 1, 5).passed
-    assert not make("cpu", "float32", "guidance", {"eps": 0.2}, 1, 0.9).passed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
-from .guidance import warn_of_late
+from .concepts import Runs
 
 
 class SemanticGuider(BaseGuidance):
@@ -26,17 +26,16 @@ class SemanticGuider(BaseGuidance):
 
     def __init__(self, concepts: dict[str, Tensor], options: dict[str, Any]) -> None:
         super().__init__()
-        self.concepts, self.options = concepts, options
+        self.concepts, self.runs = concepts, Runs(options)
         self.guidance_scale = options["guidance_scale"]
         self.register_to_config(**options)
         self._names = [f"pred_edit_{e}" for e in range(len(options["edit_guidance_scale"]))]
         self._guidance: SemanticGuidance | None = None
         self._last = -1
-        self._told: set[int] = set()  # concepts that a run was too short for
 
     def new(self, **changes: Any) -> SemanticGuider:
         """A copy, with other options where they are given."""
-        return SemanticGuider(self.concepts, self.options | changes)
+        return SemanticGuider(self.concepts, self.runs.options | changes)
 
     def prepare_inputs(self, data: dict[str, tuple[Tensor | None, Tensor | None]]) -> list[Any]:
         """The inputs of each call of the denoiser, from the prompt's and the negative prompt's."""
@@ -61,8 +60,7 @@ class SemanticGuider(BaseGuidance):
         if not self._enabled:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
         if self._guidance is None or self._step <= self._last:
-            warn_of_late(self.options, self._num_inference_steps, self._told)
-            self._guidance = SemanticGuidance(**self.options)
+            self._guidance = self.runs.begin(self._num_inference_steps)
         self._last = self._step
         pred = self._guidance(
             self._step, pred_uncond, pred_cond, [edits[name] for name in self._names]

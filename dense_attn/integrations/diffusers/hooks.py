@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,13 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-OWN = (
-    "diffusers",
-    "torch",
-    "accelerate",
-    "peft",
-    "dense_attn",
-)  # whose code leaves tokens as they are
+# packages whose code leaves tokens as they are
+OWN = ("diffusers", "torch", "accelerate", "peft", "dense_attn")
 
 _watchers: WeakKeyDictionary[torch.nn.Module, list[Any]] = WeakKeyDictionary()
 
@@ -25,27 +22,31 @@ def unwrapped(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def arguments(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> inspect.BoundArguments:
+    """The arguments of a module's call by their names."""
+    return _signature(type(unwrapped(module)).forward).bind(module, *args, **kwargs)
+
+
+_signature = functools.cache(inspect.signature)
+
+
 def watchers(module: Any) -> tuple[Any, ...]:
     """The blocks that watch a module now, outermost first."""
     return tuple(_watchers.get(unwrapped(module), ()))
 
 
 def foreign(root: torch.nn.Module, name: str) -> str | None:
-    """The function of another extension around a module inside of another, or elsewhere there; None
-    without one.
+    """Another extension's function around a module of root, or elsewhere in root; None without one.
+
+    Latents that are made smaller in one place are so in the layers behind it.
     """
     path = name.split(".")
     around = [root.get_submodule(".".join(path[:length])) for length in range(len(path), 0, -1)]
-    for module in [
-        *around,
-        *root.modules(),
-    ]:  # latents made smaller in one place are so in the layers behind it
-        calls = [
-            module.forward,
-            *module._forward_pre_hooks.values(),
-            *module._forward_hooks.values(),
-        ]
-        for call in calls:
+    for module in [*around, *root.modules()]:
+        hooks = module._forward_pre_hooks, module._forward_hooks
+        for call in [module.forward, *(call for own in hooks for call in own.values())]:
             function = getattr(getattr(call, "func", call), "__func__", getattr(call, "func", call))
             if getattr(function, "__globals__", {}).get("__name__", "").split(".")[0] not in OWN:
                 return getattr(function, "__qualname__", type(function).__qualname__)
@@ -59,10 +60,10 @@ def watched(
     before: Callable[..., Any],
     after: Callable[..., Any] | None = None,
 ) -> Iterator[None]:
-    """`before` changes the arguments of every call, ahead of others if there is no `after`, its
-    output.
+    """Inside the block, `before` changes the arguments of every call and `after` its output.
 
-    Blocks of the same kind around this one are paused.
+    Without `after`, `before` comes ahead of other hooks. Blocks of the same kind around this one
+    are paused.
     """
     with ExitStack() as stack:
         blocks = _watchers.setdefault(unwrapped(module), [])
@@ -93,7 +94,7 @@ def _resume(block: Any) -> None:
 def _around_compiled(
     module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any] | None
 ) -> Iterator[None]:
-    """The same for a module compiled in place, whose own hooks are compiled with the rest."""
+    """`before` and `after` for a module compiled in place, whose own hooks are compiled too."""
     inner = module._compiled_call_impl
     calls = inner if isinstance(inner, _Watched) else _Watched(module, inner)
     calls.before.insert(0 if after is None else len(calls.before), before)

@@ -18,13 +18,11 @@ DEEP = ("I", "F")  # how the modes begin of whose values PIL cuts off what 8 bit
 
 def check_images(pipe: DiffusionPipeline, images: Any) -> list[Any] | Tensor:
     """PIL images in colour and of one size, or a tensor [B, 3, H, W] in 0..1."""
-    channels = getattr(
-        pipe.vae.config, "in_channels", 3
-    )  # ConsistencyDecoderVAE has another name for it
+    # ConsistencyDecoderVAE has another name for it
+    channels = getattr(pipe.vae.config, "in_channels", 3)
     if channels != 3:
-        _checks.refuse(
-            "pipe", "have a VAE of images of 3 channels", f"{type(pipe).__name__} with {channels}"
-        )
+        got = f"{type(pipe).__name__} with {channels}"
+        _checks.refuse("pipe", "have a VAE of images of 3 channels", got)
     images = _tensor(images) if isinstance(images, Tensor) else _pictures(images)
     least, (width, height) = pipe.image_processor.config.vae_scale_factor, size_of(images)
     if min(width, height) < least:
@@ -38,7 +36,8 @@ def pixels_of(pipe: DiffusionPipeline, images: list[Any] | Tensor) -> Tensor:
     before, after = size_of(images), size_of(pixels)
     if before != after:
         unit = pipe.image_processor.config.vae_scale_factor
-        text = f"image must have sides of multiples of {unit} to be taken as it is, got {before[0]} x {before[1]}"
+        rule = f"have sides of multiples of {unit} to be taken as it is"
+        text = f"image must {rule}, got {before[0]} x {before[1]}"
         warnings.warn(f"{text}: it is resized to {after[0]} x {after[1]}", stacklevel=3)
     return pixels.to(pipe._execution_device)
 
@@ -52,9 +51,8 @@ def _tensor(images: Tensor) -> Tensor:
     if _checks.tensor("image", images).dim() != 4 or images.shape[1] != 3 or not images.numel():
         _checks.refuse("image", "have shape (B, 3, H, W)", tuple(images.shape))
     if images.dtype not in _checks.DTYPES:
-        _checks.refuse(
-            "image", "be a tensor of floats in 0..1", _checks.name(images.dtype), TypeError
-        )
+        got = _checks.name(images.dtype)
+        _checks.refuse("image", "be a tensor of floats in 0..1", got, TypeError)
     if images.is_meta:
         _checks.refuse("image", "hold values", "a meta tensor")
     if not bool(((images >= 0) & (images <= 1)).all()):
@@ -67,16 +65,14 @@ def _pictures(images: Any) -> list[Any]:
     listed = images if isinstance(images, (list, tuple)) else [images]
     if not listed or not all(hasattr(image, "convert") for image in listed):
         kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in listed)) or "nothing"
-        got = (
-            f"a {type(images).__name__} of {kinds}" if isinstance(images, (list, tuple)) else kinds
-        )
+        got = f"a {type(images).__name__} of {kinds}" if listed is images else kinds
         _checks.refuse("image", "be a PIL image, a list of them or a tensor", got, TypeError)
     sizes = dict.fromkeys(f"{image.width} x {image.height}" for image in listed)
     if len(sizes) > 1:
         _checks.refuse("image", "hold pictures of one size", " and ".join(sizes))
     if any(_transparent(image) for image in listed):
-        text = "image must be opaque to be taken as it looks, got transparent pixels: their colours are taken instead"
-        warnings.warn(text, stacklevel=4)
+        text = "image must be opaque to be taken as it looks, got transparent pixels"
+        warnings.warn(f"{text}: their colours are taken instead", stacklevel=4)
     return [_in_colour(image) for image in listed]
 
 

@@ -1,6 +1,4 @@
-"""Which rows of a denoiser's batch see the prompt: what the pipeline says, checked against the
-tensors of the call.
-"""
+"""The rows of a denoiser's batch that see the prompt, as the pipeline and the tensors say."""
 
 from __future__ import annotations
 
@@ -13,32 +11,24 @@ from dense_attn import _checks
 
 
 class Rows:
-    """Follows the batches of one block; tensors that were looked at once are not looked at
-    again.
-    """
+    """Follows the batches of one block, and looks at no tensor twice."""
 
     def __init__(self, pipe: Any, num_layouts: int, apart: bool) -> None:
         self.pipe, self.num_layouts, self.apart = pipe, num_layouts, apart
         self._step_text: Tensor | None = None  # of the first call of this step
         self._seen: Tensor | None = None  # the texts that were looked at
-        self._state: tuple[int | None, bool] = (
-            None,
-            False,
-        )  # their version, and whether the pipeline guided
+        # their version, and whether the pipeline guided
+        self._state: tuple[int | None, bool] = (None, False)
 
     def of(
         self, latents: Tensor, text: Tensor, repeated: bool, known: int | None = None
     ) -> tuple[int, int] | None:
-        """The first and last row that see the prompt, None if none does; `known`: how many the
-        pipeline encoded.
-        """
+        """The first and last row that see the prompt; `known`: how many the pipeline encoded."""
         batch, before = len(latents), self._step_text
-        if len(text) != batch and not (
-            self.apart and len(text) == 1
-        ):  # FLUX takes one text for all rows
-            _checks.refuse(
-                "pipe", "give each row of latents its text", f"{len(text)} texts for {batch} rows"
-            )
+        shared = self.apart and len(text) == 1  # FLUX takes one text for all rows
+        if len(text) != batch and not shared:
+            got = f"{len(text)} texts for {batch} rows"
+            _checks.refuse("pipe", "give each row of latents its text", got)
         if not repeated:
             self._step_text = text
         if self.apart:  # the unconditional estimate is a second call of the same step
@@ -49,11 +39,9 @@ class Rows:
             guides = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
             if guides and repeated and before is not None and 2 * batch == len(before):
                 negative, prompt = before.chunk(2)  # one of them again
-                return (
-                    None
-                    if torch.equal(text, negative) and not torch.equal(text, prompt)
-                    else self._whole(0, batch)
-                )
+                if torch.equal(text, negative) and not torch.equal(text, prompt):
+                    return None
+                return self._whole(0, batch)
         first, last = self._whole(batch // 2 if guides else 0, batch)
         state = version(text), guides
         new = text is not self._seen or state[0] is None or state != self._state
@@ -71,15 +59,12 @@ class Rows:
         return first, last
 
     def _check_texts(self, latents: Tensor, text: Tensor) -> None:
-        """Refuse a negative half where the pipeline tells of none: the same latents, and texts that
-        are no prompts'.
-        """
+        """Refuse a negative half that is not told of: the same latents, and texts of no prompt."""
         batch = len(text)
         if batch == 1:
             return
-        owner = torch.arange(batch, dtype=torch.int64, device=text.device) // (
-            batch // self.num_layouts
-        )
+        rows = torch.arange(batch, dtype=torch.int64, device=text.device)
+        owner = rows // (batch // self.num_layouts)
         others = ~_twins(text)
         if bool((others & (owner[:, None] == owner)).any() and (others & _twins(latents)).any()):
             rule = "tell that it guides (do_classifier_free_guidance)"

@@ -1,29 +1,27 @@
-"""What the attention layers of a denoiser read while a layout is on: rows, region words and
-strengths of this step.
-"""
+"""The state of a layout that is on: rows, region words and strengths of this step."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
 from dense_attn.layout_attention.layout import _BITS, nearest, resized
 
-from ._hooks import foreign, unwrapped
-from ._rows import Rows
-from ._steps import Steps
+from .hooks import arguments, foreign, unwrapped
+from .rows import Rows
+from .steps import Steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .models.families import Call, Family
-    from .models.processors import LayoutProcessor
+    from .models.call import Call, Model
+    from .models.processor import LayoutProcessor
     from .text.reading import Reading
 
 
@@ -41,9 +39,7 @@ class Options:
 
 
 class Image(NamedTuple):
-    """The regions of one prompt: masks, the tokens of each phrase, and those tokens' embeddings on
-    their own.
-    """
+    """The regions of one prompt: masks, each phrase's tokens, and their embeddings alone."""
 
     masks: Tensor  # bool [R, H, W]
     spans: list[list[tuple[int, int]]]  # of each region, none without a phrase
@@ -51,9 +47,7 @@ class Image(NamedTuple):
 
 
 class NearestLayout(Layout):
-    """A layout by nearest pixels alone, as DenseDiffusion's code has it: a grid may have no token
-    of a region.
-    """
+    """A layout by nearest pixels alone, as in DenseDiffusion's code; a region may lose a grid."""
 
     def _resized(self, height: int, width: int) -> Tensor:
         return nearest(self.masks, (height, width)).flatten(1)
@@ -73,46 +67,58 @@ class Layer:
     q_words: Tensor  # int32 [B|1, M]
     k_words: Tensor  # int32 [B|1, N]
     strength: Tensor  # float32 [B|1, 1, M], at time 1
-    order: Tensor | None  # int32 [B|1, M], of queries and keys where they are the same tokens
+    q_order: Tensor  # int32 [B|1, M]
+    k_order: Tensor | None  # int32 [B|1, N], where queries and keys are the same tokens
+    now: Tensor | None = None  # the strength of this step
     lists: dict[tuple, Any] = field(default_factory=dict)
 
-    def tile_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
-        """Made once for all layers and steps of a shape."""
-        orders = {"q_order": self.order, "k_order": self.order if q.shape == k.shape else None}
-        key = q.shape, k.shape, q.dtype
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        """Modulated attention of q, k, v [B, H, tokens, D] of the rows that see the prompt."""
+        return layout_attention(
+            q,
+            k,
+            v,
+            self.q_words,
+            self.k_words,
+            self.now,
+            modulation=options.modulation,
+            q_order=self.q_order,
+            k_order=self.k_order,
+            tile_lists=self._tile_lists(q, k, options.backend),
+            backend=options.backend,
+        )
+
+    def _tile_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
+        """The tile lists, made once for all layers and steps of a shape."""
         if torch.compiler.is_compiling():
-            return tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
+            return self._new_lists(q, k, backend)
+        key = q.shape, k.shape, q.dtype
         if key not in self.lists:
-            self.lists[key] = tile_lists(
-                q, k, self.q_words, self.k_words, **orders, backend=backend
-            )
+            self.lists[key] = self._new_lists(q, k, backend)
         return self.lists[key]
+
+    def _new_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
+        orders = {"q_order": self.q_order, "k_order": self.k_order}
+        return tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
 
 
 class LayoutState:
     """One `apply_layout` block."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, family: Family, reading: Reading, options: Options
+        self, pipe: DiffusionPipeline, model: Model, reading: Reading, options: Options
     ) -> None:
-        self.family, self.reading, self.images, self.options = (
-            family,
-            reading,
-            reading.images(),
-            options,
-        )
+        self.pipe, self.model, self.options = pipe, model, options
+        self.reading, self.images = reading, reading.images()
         self.steps = Steps(pipe)
-        self.pipe = pipe
         self.longest = reading.needed
         self.paused = 0  # blocks inside of this one
         self.ended = False
-        self.installed: dict[
-            str, tuple[Any, Any]
-        ] = {}  # attention modules and the processors that they were given
+        # attention modules by name, and the processors that they were given
+        self.installed: dict[str, tuple[Any, Any]] = {}
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
-        self.factor: Tensor | None = None  # time**exponent
-        self._rows = Rows(pipe, len(self.images), family.guidance_apart)
+        self._rows = Rows(pipe, len(self.images), model.guidance_apart)
         self._told = False  # of layers left alone
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
@@ -124,9 +130,7 @@ class LayoutState:
     def layer(
         self, processor: LayoutProcessor, kind: str, hidden_states: Tensor, num_tokens: int
     ) -> Layer | None:
-        """The layer that a call of a processor belongs to, None where nothing is to be
-        modulated.
-        """
+        """The layer of a processor's call, None where nothing is to be modulated."""
         if self.first == self.last:
             return None
         layer = self.layers.get((kind, processor.depth))
@@ -141,54 +145,52 @@ class LayoutState:
     def _tell(
         self, processor: LayoutProcessor, shape: tuple[int, ...], num_tokens: int, expected: int
     ) -> None:
-        """Refuse tokens of a layer's own that no layout is for; once a block, warn of those that an
-        extension makes.
-        """
+        """Refuse a layer's own number of tokens; once a block, warn of an extension's."""
         name = next(name for name, (_, own) in self.installed.items() if own is processor)
-        other = foreign(unwrapped(getattr(self.pipe, self.family.component)), name)
+        other = foreign(unwrapped(getattr(self.pipe, self.model.component)), name)
         if other is None and len(shape) == 3:
-            _checks.refuse(
-                "pipe", f"give {name} the {expected} tokens of its latents' grid", num_tokens
-            )
+            rule = f"give {name} the {expected} tokens of its latents' grid"
+            _checks.refuse("pipe", rule, num_tokens)
         if not self._told:
             self._told = True
             why = f"{other} gives it" if other else "it has"
-            text = f"a layout leaves {name}, and layers like it, alone: {why} {shape} where {expected} tokens have a place"
-            warnings.warn(text, stacklevel=2)
+            text = f"{why} {shape} where {expected} tokens have a place"
+            warnings.warn(
+                f"a layout leaves {name}, and layers like it, alone: {text}", stacklevel=2
+            )
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Modulated attention of q, k, v [B, H, tokens, D]."""
-        orders = {"q_order": layer.order, "k_order": layer.order if q.shape == k.shape else None}
-        options = {"modulation": self.options.modulation, "backend": self.options.backend}
-        lists = layer.tile_lists(q, k, self.options.backend)
-        strength = layer.strength * self.factor
-        return layout_attention(
-            q, k, v, layer.q_words, layer.k_words, strength, tile_lists=lists, **orders, **options
-        )
+        """Attention of q, k, v [B, N, H, D] as [B, M, H*D]: plain in rows without a layout."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        first, last, end = self.first, self.last, len(q)
+        if last - first == end:
+            return _whole(layer.attention(q, k, v, self.options))
+        modulated = layer.attention(q[first:last], k[first:last], v[first:last], self.options)
+        parts = [_whole(modulated)]
+        if first:
+            parts.insert(0, _whole(scaled_dot_product_attention(q[:first], k[:first], v[:first])))
+        if last < end:
+            parts.append(_whole(scaled_dot_product_attention(q[last:], k[last:], v[last:])))
+        return torch.cat(parts)
 
     def before_call(
         self, denoiser: torch.nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        """A hook before each call of the denoiser: where in the run it is, and its phrases' own
-        embeddings.
-        """
+        """A hook before each call of the denoiser: its step in the run, its phrases' embeddings."""
         self.first = self.last = 0
         if self.paused or not (self.options.cross_weight or self.options.self_weight):
             return None
         for name, (layer, processor) in self.installed.items():
             if layer.processor is not processor:
-                _checks.refuse("pipe", "keep the layout's attention processors inside of the block",
-                               f"{type(layer.processor).__name__} in {name}")  # fmt: skip
-        bound = inspect.signature(type(unwrapped(denoiser)).forward).bind(denoiser, *args, **kwargs)
-        call = self.family.read(bound.arguments)
+                rule = "keep the layout's attention processors inside of the block"
+                _checks.refuse("pipe", rule, f"{type(layer.processor).__name__} in {name}")
+        bound = arguments(denoiser, args, kwargs)
+        call = self.model.read(bound.arguments)
         if self.longest > call.text.shape[1]:
-            _checks.refuse(
-                "prompt",
-                f"have its phrases in the {call.text.shape[1]} tokens of the call",
-                self.longest,
-            )
+            rule = f"have its phrases in the {call.text.shape[1]} tokens of the call"
+            _checks.refuse("prompt", rule, self.longest)
         self._read(call.text.shape[1])
-        self.steps.follow(call.timestep, self.family.unit)
+        self.steps.follow(call.timestep, self.model.unit)
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, self.reading.rows)
         if rows is None:
             return None
@@ -196,7 +198,8 @@ class LayoutState:
         if self.steps.index < self.options.active * self.steps.total:
             self._make_layers(call, rows[1] - rows[0])
             factor = self.steps.time**self.options.exponent
-            self.factor = torch.full((), factor, dtype=torch.float32, device=call.text.device)
+            for layer in self.layers.values():
+                layer.now = layer.strength * factor
             self.first, self.last = rows
         return bound.args[1:], bound.kwargs
 
@@ -208,9 +211,7 @@ class LayoutState:
             self.images, self._made_for = images, None
 
     def _with_phrases(self, text: Tensor, first: int, last: int) -> Tensor:
-        """The text tokens with each phrase's embeddings as it has them alone, in the rows that see
-        the prompt.
-        """
+        """The text tokens, with phrases' embeddings alone in the rows that see the prompt."""
         if not any(image.alone for image in self.images):
             return text
         replaced = text.expand(last, -1, -1).clone()  # anew: callbacks change text in place
@@ -225,24 +226,27 @@ class LayoutState:
         made_for = call.key, call.text.shape[1], call.text.device, rows
         if made_for == self._made_for:
             return
-        grid = self.family.grid(call)
+        grid = self.model.grid(call)
         layouts = [Layout(resized(image.masks, grid).to(call.text.device)) for image in self.images]
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
-        for key, q, k, order in self.family.layers(self, layouts, text, call):
-            spread = (
-                (lambda x: x) if len(self.images) == 1 else (lambda x: x.repeat_interleave(each, 0))
+
+        def spread(side: Tensor) -> Tensor:
+            return side if len(self.images) == 1 else side.repeat_interleave(each, 0)
+
+        for entry in self.model.layers(self, layouts, text, call):
+            order = spread(entry.order)
+            self.layers[entry.kind, entry.depth] = Layer(
+                q_words=spread(self._words(entry.q)),
+                k_words=spread(self._words(entry.k)),
+                strength=spread(entry.q.strength)[:, None],
+                q_order=order,
+                k_order=order if entry.k is entry.q else None,
             )
-            self.layers[key] = Layer(
-                spread(self._words(q)), spread(self._words(k)), spread(q.strength)[:, None],
-                None if order is None else spread(order),
-            )  # fmt: skip
         self._made_for, self._call = made_for, call
 
     def _words(self, side: Side) -> Tensor:
-        """Under a mask, tokens of no region take part in all: a row that sees nothing would be
-        0.
-        """
+        """A side's words; under a mask tokens of no region see all, for no row may see nothing."""
         if self.options.modulation != "mask":
             return side.words
         return torch.where(side.words == 0, -1, side.words)
@@ -257,9 +261,8 @@ class LayoutState:
         return Side(*(torch.nn.functional.pad(x, (0, others)) for x in (words, strength)))
 
     def _text_side(self, layouts: list[Layout], text: Tensor) -> Side:
-        """The tokens of a prompt; as queries, which only joint attention has, those of a phrase are
-        modulated.
-        """
+        """The tokens of a prompt; as queries, in joint attention, a phrase's are modulated."""
+        cross_weight, size_weight = self.options.cross_weight, self.options.size_weight
         words = torch.zeros(len(layouts), text.shape[1], dtype=torch.int32, device="cpu")
         strength = torch.zeros(len(layouts), text.shape[1], dtype=torch.float32, device="cpu")
         for i, (image, layout) in enumerate(zip(self.images, layouts)):
@@ -267,10 +270,13 @@ class LayoutState:
                 share = layout.masks[r].float().mean().item()
                 for start, stop in places:
                     words[i, start:stop] = _BITS[r]
-                    strength[i, start:stop] = self.options.cross_weight * (
-                        1 - self.options.size_weight * share
-                    )
+                    strength[i, start:stop] = cross_weight * (1 - size_weight * share)
         return Side(words.to(text.device), strength.to(text.device))
+
+
+def _whole(out: Tensor) -> Tensor:
+    """[B, H, M, D] as [B, M, H*D], a view where heads stand beside each other in memory."""
+    return out.transpose(1, 2).flatten(2)
 
 
 def joined(*sides: Side) -> Side:

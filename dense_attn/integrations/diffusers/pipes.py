@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from ._hooks import unwrapped, watchers
+from .hooks import unwrapped, watchers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,8 +30,7 @@ WANTED = {  # what a U-Net's config says that it wants beside latents, timestep 
 
 
 def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> None:
-    """Refuse what is no Stable Diffusion 1 or 2 whose U-Net takes latents, a timestep and a text
-    alone.
+    """Refuse all but Stable Diffusion 1 and 2, whose U-Net takes latents, time and text alone.
 
     Args:
         pipe: any.
@@ -74,7 +73,10 @@ def _check_inputs(kind: str, config: Any, channels: int) -> None:
     if config.encoder_hid_dim_type not in (None, "text_proj"):
         _not_alone(
             kind,
-            f"encoder_hid_dim_type={config.encoder_hid_dim_type!r}, which wants an image (IP-Adapter)",
+            (
+                f"encoder_hid_dim_type={config.encoder_hid_dim_type!r}, which wants an image "
+                "(IP-Adapter)"
+            ),
         )
 
 
@@ -89,9 +91,7 @@ def noise_shape(
     width: int | None,
     latents: Tensor | None,
 ) -> tuple[int, ...]:
-    """The shape of the noise of images: of the U-Net's own size by default, that of latents where
-    there are any.
-    """
+    """The shape of the noise of images: that of latents, or the U-Net's own by default."""
     config, unit = unwrapped(pipe.unet).config, pipe.vae_scale_factor
     for name, side in (("height", height), ("width", width)):
         if side is not None and (not isinstance(side, int) or side <= 0 or side % unit):

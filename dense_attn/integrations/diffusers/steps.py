@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """Follows a pipeline by its scheduler: any scheduler, any number of steps and of calls in a
-    step, from any start.
+    """Follows a pipeline by its scheduler, through any number of steps and of calls in a step.
 
     Timesteps are read once a run, which is the one wait for a GPU, and again only where they come
     in other memory.
@@ -33,19 +32,15 @@ class Steps:
         self._count: int | None = None  # the scheduler's, where it counts, at the last call
 
     def follow(self, timestep: Tensor | float, unit: float = 1.0) -> bool:
-        """Take one call's timestep, which counts in units of the scheduler's; whether a run
-        begins.
-        """
+        """Take a call's timestep, in units of the scheduler's, and tell whether a run begins."""
         scheduler = self.pipe.scheduler
         count = getattr(scheduler, "step_index", None)
-        # Schedulers that count their steps tell the calls of one step; with the others the timestep
-        # does.
+        # schedulers that count their steps tell the calls of one; with others the timestep does
         same = bool(self.times) and (
             _equal(timestep, self._last) if count is None else count == self._count
         )
-        begins = self._is_new(timestep, unit, count) or (
-            self.index + 1 >= len(self.times) and not same
-        )
+        ended = self.index + 1 >= len(self.times)
+        begins = self._is_new(timestep, unit, count) or (ended and not same)
         self.repeated = same and not begins
         self._timesteps, self._last, self._count = scheduler.timesteps, timestep, count
         if begins:
@@ -56,15 +51,11 @@ class Steps:
 
     @property
     def time(self) -> float:
-        """1 at pure noise, 0 at the image: the timestep's part of the training's, or a flow model's
-        sigma.
-        """
+        """1 at pure noise, 0 at the image: the timestep over the training's, or a flow's sigma."""
         return self.times[self.index]
 
     def _is_new(self, timestep: Tensor | float, unit: float, count: int | None) -> bool:
-        """Whether the scheduler's timesteps were set for another run, and not copied in the middle
-        of this one.
-        """
+        """Whether the timesteps were set for another run, not copied in the middle of this one."""
         timesteps = self.pipe.scheduler.timesteps
         if timesteps is self._timesteps:
             return False
@@ -86,12 +77,10 @@ class Steps:
         if told is not None and told < len(far) and far[told] == far[self._first]:
             self._first = told  # images skip the first steps, and some schedules repeat values
         span = self.pipe.scheduler.config.num_train_timesteps
-        if (
-            schedule.max() <= 2
-        ):  # what this scheduler counts in is no timestep: its steps are taken as even
-            schedule = torch.linspace(
-                span, 0, len(schedule) + 1, dtype=torch.float64, device="cpu"
-            )[:-1]
+        if schedule.max() <= 2:
+            # this scheduler counts in something else: its steps are taken as even
+            ends = span, 0, len(schedule) + 1
+            schedule = torch.linspace(*ends, dtype=torch.float64, device="cpu")[:-1]
         self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[self._first :].tolist()]
         self.index, self.total = 0, len(self.times)
         if getattr(self.pipe, "denoising_end", 0) is not None and _takes_end(self.pipe):
@@ -99,9 +88,7 @@ class Steps:
 
 
 def _takes_end(pipe: DiffusionPipeline) -> bool:
-    """Whether a pipeline's call may end before its schedule does; with others its number of steps
-    may be an old one.
-    """
+    """Whether a pipeline's call may end early; others' number of steps may be an old one."""
     return "denoising_end" in inspect.signature(type(pipe).__call__).parameters
 
 
@@ -110,9 +97,7 @@ def _value(timestep: Tensor | float) -> float:
 
 
 def _equal(a: Tensor | float, b: Tensor | float) -> bool:
-    """Elements of one tensor of timesteps are told apart by their place: no wait, and some
-    schedules repeat values.
-    """
+    """Whether two timesteps are one; elements of a tensor are told apart by their place."""
     tensors = [x for x in (a, b) if isinstance(x, Tensor)]
     if len(tensors) == 2 and len({x.untyped_storage().data_ptr() for x in tensors}) == 1:
         return a.data_ptr() == b.data_ptr()

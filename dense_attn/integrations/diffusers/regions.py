@@ -1,6 +1,4 @@
-"""What a user gives as regions, phrases with masks of several kinds, as phrases and one tensor of
-masks.
-"""
+"""A user's regions, phrases with masks of several kinds, as phrases and one tensor of masks."""
 
 from __future__ import annotations
 
@@ -32,9 +30,8 @@ def parse(regions: object, num_prompts: int) -> list[Regions]:
         _checks.refuse("regions", "be a list of (phrase, mask)", _kind(regions), TypeError)
     if not _is_region(regions[0]):
         if len(regions) != num_prompts:
-            _checks.refuse(
-                "regions", f"hold one list for each of the {num_prompts} prompts", len(regions)
-            )
+            rule = f"hold one list for each of the {num_prompts} prompts"
+            _checks.refuse("regions", rule, len(regions))
         return [_one_image(f"regions[{b}]", image) for b, image in enumerate(regions)]
     return [_one_image("regions", regions)]
 
@@ -63,11 +60,8 @@ def _one_image(argument: str, regions: object) -> Regions:
         if drawn[r] is None:
             drawn[r] = _box(f"{argument}[{r}]", box, size)
         if tuple(drawn[r].shape) != size:
-            _checks.refuse(
-                f"{argument}[{r}]",
-                f"have a mask of the size {size} of the others",
-                tuple(drawn[r].shape),
-            )
+            rule = f"have a mask of the size {size} of the others"
+            _checks.refuse(f"{argument}[{r}]", rule, tuple(drawn[r].shape))
     phrases = [Phrase(phrase) if isinstance(phrase, str) else phrase for phrase, _ in regions]
     return Regions(phrases, torch.stack(drawn))
 
@@ -77,10 +71,8 @@ def _is_box(mask: object) -> bool:
 
 
 def _box(argument: str, box: Any, size: tuple[int, int]) -> Tensor:
-    try:
+    with _checks.renamed({"boxes[0]": f"the box of {argument}"}):
         return Layout.from_boxes([tuple(box)], size).masks[0]
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("boxes[0]", f"the box of {argument}")) from None
 
 
 def _mask(argument: str, mask: Any) -> Tensor:
@@ -92,12 +84,8 @@ def _mask(argument: str, mask: Any) -> Tensor:
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.array(mask)) if mask.dtype == bool else mask
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        _checks.refuse(
-            argument,
-            "have a bool mask, a PIL image or a box (x0, y0, x1, y1)",
-            _kind(mask),
-            TypeError,
-        )
+        rule = "have a bool mask, a PIL image or a box (x0, y0, x1, y1)"
+        _checks.refuse(argument, rule, _kind(mask), TypeError)
     if mask.dim() != 2:
         _checks.refuse(argument, "have a mask of 2 dimensions [height, width]", tuple(mask.shape))
     if not mask.any():
@@ -107,4 +95,4 @@ def _mask(argument: str, mask: Any) -> Tensor:
 
 def _kind(value: object) -> str:
     kind, dtype = type(value).__name__, getattr(value, "dtype", None)
-    return kind if dtype is None else f"{kind} of {str(dtype).removeprefix('torch.')}"
+    return kind if dtype is None else f"{kind} of {_checks.name(dtype)}"

@@ -11,19 +11,14 @@ from torch import Tensor
 
 from dense_attn import ReversibleSampler, _checks
 
-from ._hooks import unwrapped
+from .hooks import unwrapped
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiffusionPipeline
 
 SAMPLER = ("method", "mix", "gamma", "alternate", "exact", "backend")
-NOISE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-)  # also where by default
+# taken from a config also where they are its defaults
+NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 WORDS = {  # what the sampler is given here, as a caller knows it
     "timesteps": "num_inference_steps",
     "alphas_cumprod": "the noise schedule of pipe",
@@ -46,9 +41,7 @@ class Settings:
 
 
 class Chain:
-    """A reversible sampler on a pipeline's schedule, and its U-Net as the function of latents that
-    it takes.
-    """
+    """A reversible sampler on a pipeline's schedule, with its U-Net as the network."""
 
     def __init__(self, pipe: DiffusionPipeline, settings: Settings, count: int) -> None:
         self.pipe, self.settings = pipe, settings
@@ -59,15 +52,17 @@ class Chain:
         for name in settings.sampler:
             _checks.choice("sampler", name, SAMPLER)
         scheduler = _schedule(pipe, settings.num_inference_steps)
-        self.alphas = (
-            scheduler.alphas_cumprod if scheduler.config.prediction_type == "v_prediction" else None
-        )
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        self.alphas = scheduler.alphas_cumprod if velocity else None
         final = 1.0 if scheduler.config.set_alpha_to_one else None
         with in_words():
             self.sampler = ReversibleSampler(
-                scheduler.alphas_cumprod, scheduler.timesteps, final_alpha_cumprod=final,
-                dtype=unwrapped(pipe.unet).dtype, **settings.sampler,
-            )  # fmt: skip
+                scheduler.alphas_cumprod,
+                scheduler.timesteps,
+                final_alpha_cumprod=final,
+                dtype=unwrapped(pipe.unet).dtype,
+                **settings.sampler,
+            )
         self.text = self._encoded(texts)
 
     def eps(self, x: Tensor, t: Tensor) -> Tensor:
@@ -94,13 +89,14 @@ class Chain:
         wanted = config.encoder_hid_dim or config.cross_attention_dim
         widths = {wanted} if isinstance(wanted, int) else set(wanted)
         if widths != {text.shape[-1]}:
-            rule = f"have a text encoder of the width that its U-Net takes, {', '.join(map(str, sorted(widths)))}"
+            listed = ", ".join(map(str, sorted(widths)))
+            rule = f"have a text encoder of the width that its U-Net takes, {listed}"
             _checks.refuse("pipe", rule, text.shape[-1])
         return torch.cat([negative, text]) if guided else text
 
 
 def in_words(**more: str) -> AbstractContextManager[None]:
-    """What a sampler refuses inside, in the words of who called invert, reconstruct or optimize."""
+    """A sampler's refusals in the words of who called invert, reconstruct or optimize."""
     return _checks.renamed(WORDS | more)
 
 
@@ -154,6 +150,7 @@ def _schedule(pipe: DiffusionPipeline, steps: int) -> DDIMScheduler:
         rule = f"keep the timesteps of pipe's schedule below {len(alphas)}"
         _checks.refuse("num_inference_steps", rule, f"{steps}, which begin at {first}")
     if alphas[first] == 0:
-        rule = "have a scheduler that leaves signal at the first timestep, as timestep_spacing='leading' does"
+        rule = "have a scheduler that leaves signal at the first timestep"
+        rule += ", as timestep_spacing='leading' does"
         _checks.refuse("pipe", rule, f"alpha_bar 0 at timestep {first}")
     return scheduler

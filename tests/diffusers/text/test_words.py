@@ -1,12 +1,10 @@
-"""Which tokens a layout reaches, in every family and size, against words and strengths counted out
-by hand.
-"""
+"""The tokens that a layout reaches, in every model and size, counted out by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from pipelines import FAMILIES, PROMPT, REGIONS, close, diffusers, latents, pipeline
+from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout
@@ -20,12 +18,10 @@ def refused(pipe: object, sentence: str, prompt: str = PROMPT, phrase: str = "do
 
 
 @pytest.mark.parametrize("modulation", ["range", "mask"])
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_words_and_strengths_of_joint_attention(family: str, modulation: str, calls: list) -> None:
-    """4 x 6 image tokens; "a cat dog" is <start> a c a t d o g for CLIP and _ a _ c a t _ d o g for
-    T5.
-    """
-    pipe, masks = pipeline(family), torch.zeros(2, 8, 12, dtype=torch.bool)
+@pytest.mark.parametrize("model", ["sd3", "flux"])
+def test_words_and_strengths_of_joint_attention(model: str, modulation: str, calls: list) -> None:
+    """4 x 6 image tokens; CLIP reads <start> a c a t d o g, T5 _ a _ c a t _ d o g."""
+    pipe, masks = pipeline(model), torch.zeros(2, 8, 12, dtype=torch.bool)
     masks[0, :, :6] = True
     masks[1, 4:, 2:] = True
     with apply_layout(
@@ -34,10 +30,10 @@ def test_words_and_strengths_of_joint_attention(family: str, modulation: str, ca
         latents(pipe)
     clip, t5 = {"cat": range(2, 5), "dog": range(5, 8)}, {"cat": range(2, 6), "dog": range(6, 10)}
     text_words, image_words, image_strength = [0] * 24, [], []
-    if family == "sd3":
+    if model == "sd3":
         text_words = [0] * (16 + 24)
     for bit, phrase in ((1, "cat"), (2, "dog")):
-        places = [*clip[phrase], *(16 + i for i in t5[phrase])] if family == "sd3" else t5[phrase]
+        places = [*clip[phrase], *(16 + i for i in t5[phrase])] if model == "sd3" else t5[phrase]
         for place in places:
             text_words[place] = bit
     share = {1: 0.5, 2: 20 / 48, 0: 0.0}
@@ -48,7 +44,7 @@ def test_words_and_strengths_of_joint_attention(family: str, modulation: str, ca
             image_words.append(cat + 2 * dog)
             area = cat * share[1] + dog * share[2]
             image_strength.append(0.3 * (1 - area))
-    if family == "sd3":
+    if model == "sd3":
         words, strength = (
             torch.tensor(image_words + text_words),
             torch.tensor(image_strength + text_strength),
@@ -69,11 +65,11 @@ def test_words_and_strengths_of_joint_attention(family: str, modulation: str, ca
         torch.testing.assert_close(c[0, 0][inside], strength[inside])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_strength_of_nothing_is_the_plain_layer(family: str) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_a_strength_of_nothing_is_the_plain_layer(model: str) -> None:
     """Projections, norms and outputs are those of the processor that was there."""
-    pipe = tiny_pipeline(FAMILIES[family][0])
-    if family == "sd":
+    pipe = tiny_pipeline(MODELS[model][0])
+    if model == "sd":
         for layer in pipe.unet.modules():
             if getattr(layer, "is_cross_attention", False):
                 layer.norm_cross = torch.nn.LayerNorm(16, elementwise_affine=False)
@@ -113,9 +109,16 @@ def test_the_tokens_of_an_image_to_edit_are_of_no_region(calls: list) -> None:
     pipe.set_progress_bar_config(disable=True)
     with apply_layout(pipe, PROMPT, REGIONS):
         pipe(
-            torch.rand(1, 3, 16, 16), PROMPT, height=16, width=24, num_inference_steps=2, max_sequence_length=24,
-            max_area=16 * 24, _auto_resize=False, output_type="latent",
-        )  # fmt: skip
+            torch.rand(1, 3, 16, 16),
+            PROMPT,
+            height=16,
+            width=24,
+            num_inference_steps=2,
+            max_sequence_length=24,
+            max_area=16 * 24,
+            _auto_resize=False,
+            output_type="latent",
+        )
     assert len(calls) == len(pipe.transformer.attn_processors)
     image = 4 * 6
     for _, _, _, words, _, strength in calls:
@@ -130,9 +133,13 @@ def test_a_second_estimate_of_a_step_is_of_the_prompt(calls: list) -> None:
     pipe = pipeline("sd3")
     with apply_layout(pipe, PROMPT, REGIONS):
         latents(
-            pipe, ["a cat dog"] * 2, steps=2, skip_guidance_layers=[0], skip_layer_guidance_start=-1.0,
+            pipe,
+            ["a cat dog"] * 2,
+            steps=2,
+            skip_guidance_layers=[0],
+            skip_layer_guidance_start=-1.0,
             skip_layer_guidance_stop=2.0,
-        )  # fmt: skip
+        )
     assert {call[0].shape[0] for call in calls} == {2}
     layers = len(pipe.transformer.attn_processors)
     assert layers < len(calls) < 2 * layers
@@ -150,12 +157,12 @@ def test_pipelines_without_their_text_parts() -> None:
 
 
 def test_phrases_past_what_a_tokenizer_keeps() -> None:
-    """Of SD3's tokenizers T5's keeps more than CLIP's."""
+    """T5's tokenizer keeps more of SD3's prompt than CLIP's."""
     prompt = "a big wide green fox dog"
-    for family in ("sd", "sdxl"):
+    for model in ("sd", "sdxl"):
         for phrase in ("fox", "dog"):  # of the fox, its first letter is kept
             sentence = f"have a phrase that its tokenizer keeps of the prompt .*, got '{phrase}'"
-            refused(pipeline(family), sentence, prompt, phrase)
+            refused(pipeline(model), sentence, prompt, phrase)
     pipe = pipeline("sd3")
     with apply_layout(pipe, prompt, [("dog", (0.0, 0.0, 0.5, 1.0))]):
         ours = latents(pipe, prompt, max_sequence_length=32)

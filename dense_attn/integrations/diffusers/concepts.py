@@ -1,0 +1,92 @@
+"""The concepts of semantic guidance, as its two integrations share them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dense_attn import SemanticGuidance, _checks
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A concept that an image gets more of, or less.
+
+    Args:
+        prompt: the concept in words.
+        scale: how strongly it pulls.
+        threshold: 0 to 1, the share of entries that it leaves alone.
+        warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end. Schedulers
+            of two calls of the network a step (Heun, PNDM's first) count both. A warning names a
+            concept that ends before it begins, or begins after the last step of a run.
+        weight: against other concepts; a negative one counts as 0, with a warning.
+        reverse: away from the concept, not towards it.
+    """
+
+    prompt: str
+    scale: float = 5.0
+    threshold: float = 0.9
+    warmup: float = 10
+    cooldown: float | None = None
+    weight: float = 1.0
+    reverse: bool = False
+
+
+def settings(
+    edits: Sequence[Edit], momentum_scale: float, momentum_beta: float, backend: str
+) -> dict[str, Any]:
+    """The arguments of `SemanticGuidance` that concepts stand for, all of them good."""
+    if isinstance(edits, Edit) or not isinstance(edits, Sequence) or not edits:
+        _checks.refuse("edits", "be a list of Edit", repr(edits), TypeError)
+    for i, edit in enumerate(edits):
+        if not isinstance(edit, Edit):
+            _checks.refuse(f"edits[{i}]", "be an Edit", type(edit).__name__, TypeError)
+        if not isinstance(edit.prompt, str):
+            got = type(edit.prompt).__name__
+            _checks.refuse(f"edits[{i}].prompt", "be a string", got, TypeError)
+    options = {
+        "edit_guidance_scale": [edit.scale for edit in edits],
+        "edit_threshold": [edit.threshold for edit in edits],
+        "edit_warmup_steps": [edit.warmup for edit in edits],
+        "edit_cooldown_steps": [edit.cooldown for edit in edits],
+        "edit_weights": [edit.weight for edit in edits],
+        "reverse_editing_direction": [edit.reverse for edit in edits],
+        "edit_momentum_scale": momentum_scale,
+        "edit_mom_beta": momentum_beta,
+        "backend": backend,
+    }
+    SemanticGuidance(**options)
+    return options
+
+
+def warn_of_idle(edits: Sequence[Edit], level: int) -> None:
+    """Name each concept that can act in no run; `level` frames up stands the user's line."""
+    for i, edit in enumerate(edits):
+        if edit.cooldown is not None and edit.cooldown <= edit.warmup:
+            rule = f"be above its warmup of {edit.warmup} for the concept to act"
+            text = f"edits[{i}].cooldown must {rule}, got {edit.cooldown}"
+            warnings.warn(text, stacklevel=level + 1)
+        if edit.weight < 0:
+            rule = "be above 0 for the concept to act (reverse=True turns away from it)"
+            text = f"edits[{i}].weight must {rule}, got {edit.weight}"
+            warnings.warn(text, stacklevel=level + 1)
+
+
+class Runs:
+    """Semantic guidance of one run after the other, by the same concepts."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options  # arguments of SemanticGuidance
+        self._told: set[int] = set()  # concepts that a run was too short for
+
+    def begin(self, steps: int) -> SemanticGuidance:
+        """Guidance that knows of no step yet; a concept that begins too late is named once."""
+        for i, warmup in enumerate(self.options["edit_warmup_steps"]):
+            if warmup > steps - 1 and i not in self._told:
+                self._told.add(i)
+                last = f"{steps - 1}, the last of the run's {steps} steps"
+                text = f"edits[{i}].warmup must be at most {last}, for the concept to act"
+                warnings.warn(f"{text}, got {warmup}", stacklevel=3)
+        return SemanticGuidance(**self.options)

@@ -1,0 +1,60 @@
+"""The tables of `python -m dense_attn verify`."""
+
+from __future__ import annotations
+
+from dense_attn._backends import table
+
+from . import layout_attention, reversible, sega
+from .accuracy import Verdict, why_not
+
+
+def main() -> int:
+    """Check every available backend and print the tables; 1 where a row failed."""
+    for backend in table.ORDER:
+        reasons = why_not(backend, "layout_attention")
+        if reasons and table.missing(backend, "layout_attention") is None:
+            print(f"{backend}: not checked, {'; '.join(reasons)}")
+    failed = _attention() + _others()
+    print("\n" + (f"{failed} rows FAILED" if failed else "every row passed"))
+    return 1 if failed else 0
+
+
+def _attention() -> int:
+    """A column for each result of the calls; how many rows failed."""
+    rule = "allowed = 2*max|plain - exact| + eps*max|exact|; right when <= 1"
+    print(f"error / allowed, worst of all cases; {rule}")
+    print("flipped: the same for an output with one region bit flipped; the check works when > 1\n")
+    columns = (*layout_attention.RESULTS, "flipped")
+    names = " ".join(f"{name:>9}" for name in columns)
+    print(f"{'backend':<10} {'dtype':<9} {'modulation':<10} {names}")
+    failed = 0
+    for verdict in layout_attention.verify():
+        numbers = (*verdict.numbers.values(), verdict.control)
+        shown = " ".join(f"{number:9.2g}" for number in numbers)
+        print(f"{_name(verdict)} {verdict.what:<10} {shown}", end="")
+        print("" if verdict.passed else f"  FAILED ({verdict.worst})", flush=True)
+        failed += not verdict.passed
+    return failed
+
+
+def _others() -> int:
+    """The other families' rows, numbers with their names; how many failed."""
+    rule = "error / allowed, right when <= 1"
+    print(f"\nbits: how many elements differ, right when 0; the rest: {rule}")
+    wrong = "a result that is wrong on purpose"
+    print(f"control: the same for {wrong}; the check works when it fails\n")
+    failed = 0
+    for family in (sega, reversible):
+        for verdict in family.verify():
+            shown = ", ".join(f"{name} {number:.2g}" for name, number in verdict.numbers.items())
+            print(
+                f"{_name(verdict)} {verdict.what:<18} {shown}; control {verdict.control:.2g}",
+                end="",
+            )
+            print("" if verdict.passed else "  FAILED", flush=True)
+            failed += not verdict.passed
+    return failed
+
+
+def _name(verdict: Verdict) -> str:
+    return f"{verdict.backend:<10} {verdict.dtype:<9}"
