@@ -7,9 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-GRID_LIMIT = (
-    2.0**50
-)  # largest grid coordinate: float64 holds its latent, and the latent gives it back, exactly
+# largest grid coordinate: float64 holds its latent, and the latent gives it back, exactly
+GRID_LIMIT = 2.0**50
+
+
+class OffGridError(RuntimeError):
+    """A step that leaves the grid of exact chains; `steps` is a coordinate that it would reach."""
+
+    @property
+    def steps(self) -> float:
+        """The coordinate, of a grid that ends at 2^50."""
+        return self.args[0]
+
+    def __str__(self) -> str:
+        rule = "be finite and keep the latents within the grid of 2^50 steps"
+        return f"eps must {rule}, got {self.steps:g} steps"
 
 
 def layout_attention(
@@ -324,18 +336,12 @@ def _rounded(change: Tensor) -> Tensor:
     """Half to even; refuses what int64 could not hold."""
     inside = change.abs() <= GRID_LIMIT
     if not inside.all():
-        _off_grid(change[~inside][0].item())
+        raise OffGridError(change[~inside][0].item())
     return change.round().long()
 
 
 def _checked(z: Tensor) -> Tensor:
     inside = z.double().abs() <= GRID_LIMIT  # torch would compare int64 with a number in float32
     if not inside.all():
-        _off_grid(z[~inside][0].item())
+        raise OffGridError(z[~inside][0].item())
     return z
-
-
-def _off_grid(got: float) -> None:
-    raise RuntimeError(
-        f"eps must be finite and keep the latents within the grid of 2^50 steps, got {got:g} steps"
-    )

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from accuracy import same_bits
 from cases import backends
 from torch import Tensor
 
@@ -44,10 +45,6 @@ def rows(kind: str, count: int, dtype: torch.dtype) -> Tensor:
         if kind == "neighbours"
         else x
     )
-
-
-def same_bits(result: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @every_backend
