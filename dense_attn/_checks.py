@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
 
 
 def refuse(
@@ -90,7 +90,7 @@ def number(
             refuse(argument, rule, f"{type(value).__name__}{where}", TypeError)
         if isinstance(value, (np.integer, np.floating)):
             value = float(value)  # numpy would bring the bound to its own dtype
-    if not abs(value) <= _LARGEST[dtype]:  # math.isfinite would break the graph of torch.compile
+    if not abs(value) <= LARGEST[dtype]:  # math.isfinite would break the graph of torch.compile
         finite = "be finite" if dtype == torch.float64 else f"be finite in {name(dtype)}"
         refuse(argument, finite, f"{value}{where}")
     return float(value)
@@ -131,6 +131,13 @@ def readable(argument: str, value: object, what: str = "values") -> Tensor:
     return value
 
 
+def same_dtype(argument: str, value: Tensor, other: Tensor, name_of_other: str = "q") -> None:
+    """Require a tensor of another's dtype."""
+    if value.dtype != other.dtype:
+        rule = f"have {name_of_other}'s dtype {name(other.dtype)}"
+        refuse(argument, rule, name(value.dtype), TypeError)
+
+
 def same_device(argument: str, value: Tensor, other: Placed, name_of_other: str = "q") -> None:
     """Require a tensor to live where another lives."""
     if value.device != other.device:
@@ -153,9 +160,7 @@ def floats(argument: str, value: object) -> Tensor:
 
 def like(argument: str, value: object, other: Tensor, name_of_other: str) -> Tensor:
     """Require a tensor of another's shape, dtype and device."""
-    if tensor(argument, value).dtype != other.dtype:
-        rule = f"have {name_of_other}'s dtype {name(other.dtype)}"
-        refuse(argument, rule, name(value.dtype), TypeError)
+    same_dtype(argument, tensor(argument, value), other, name_of_other)
     shaped_like(argument, value, other, name_of_other)
     return value
 
@@ -167,8 +172,7 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         if value.dim() != 4:
             rule = "have 4 dimensions [batch, heads, tokens, head_dim]"
             refuse(argument, rule, tuple(value.shape))
-        if value.dtype != q.dtype:
-            refuse(argument, f"have q's dtype {name(q.dtype)}", name(value.dtype), TypeError)
+        same_dtype(argument, value, q)
         if value.shape[3] > 1 and value.stride(3) != 1:
             refuse(argument, "have a contiguous last dimension", f"strides {value.stride()}")
         same_device(argument, value, q)

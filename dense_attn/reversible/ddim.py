@@ -105,7 +105,7 @@ def _coefficients(
     if inverse:
         a, b, argument, divisor = 1 / a, -b / a, "alpha_bar_prev", prev
     wide = reference.accumulation_dtype(_checks.floats("x", x).dtype)
-    most = torch.finfo(wide).max
+    most = _checks.LARGEST[wide]
     if not (abs(a) <= most and abs(b) <= most):
         rule = f"be large enough for coefficients that are finite in {_checks.name(wide)}"
         _checks.refuse(argument, rule, divisor)

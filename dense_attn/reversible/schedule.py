@@ -16,6 +16,8 @@ _ROUNDING = 2.0**-8  # bfloat16's: by this part an entry may rise above its neig
 
 def alpha_bar(argument: str, value: float | Tensor, where: str = "") -> float:
     """Require a number or a 0-d tensor in (0, 1]."""
+    if type(value) is float and 0 < value <= 1:
+        return value
     if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
         value = _checks.readable(argument, value).item()
     return above_0(argument, value, where, "be a number or a 0-d tensor")
