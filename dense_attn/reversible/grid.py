@@ -53,7 +53,7 @@ def call(kernels: ModuleType, op: str, *arguments: object) -> tuple[Tensor, ...]
 
 
 def _reason(op: str, arguments: tuple[object, ...]) -> OffGridError | None:
-    """What leaves the grid in a call that failed, None if nothing does."""
+    """The number that left the grid in a call that failed, None if none did."""
     try:
         getattr(reference, op)(*arguments)
     except OffGridError as error:
@@ -86,5 +86,5 @@ def require_on_grid(chain: Chain, *latents: Tensor) -> None:
 
 
 def _advice(chain: Chain) -> str:
-    """What may keep a chain on the grid."""
+    """Advice on how a chain stays on the grid."""
     return _PARTED if chain.first == "unmix" and chain.mix < 1 else ""

@@ -19,7 +19,7 @@ def sega_guidance(
     momentum: Tensor | None,  # [B, C, ...]
     *,
     guidance_scale: float,
-    edit_guidance_scale: float | Sequence[float],  # one for all, or one for each of E, as all below
+    edit_guidance_scale: float | Sequence[float],  # one value, or E, as for those below
     edit_threshold: float | Sequence[float],
     edit_weights: float | Sequence[float],
     warm: bool | Sequence[bool],
@@ -33,9 +33,10 @@ def sega_guidance(
 ) -> tuple[Tensor, Tensor]:
     """One step of semantic guidance: the noise estimate pushed towards or away from edit concepts.
 
-    There may be any number of concepts. For each concept e: `d = ±edit_guidance_scale*(eps_edit - eps_uncond)`, minus where `reverse`;
-    of each sample and channel what is below `quantile(|d|, edit_threshold)` is set to 0. With w the
-    weights, 0 where negative or not `enabled`,
+    There may be any number of concepts. For each concept e:
+    `d = ±edit_guidance_scale*(eps_edit - eps_uncond)`, minus where `reverse`; of each sample and
+    channel what is below `quantile(|d|, edit_threshold)` is set to 0. With w the weights, 0 where
+    negative or not `enabled`,
 
     - `steer = sum_e w_e*d_e + edit_momentum_scale*momentum`,
     - `momentum <- edit_mom_beta*momentum + (1 - edit_mom_beta)*steer`,
@@ -80,11 +81,10 @@ def sega_guidance(
     Example:
         >>> import torch, dense_attn
         >>> uncond, text, smile, hat = torch.randn(4, 1, 4, 64, 64)
-        >>> numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
-        >>> each = {"edit_guidance_scale": 5.0, "edit_threshold": [0.9, 0.95], "edit_weights": 1.0}
-        >>> rules = {"warm": True, "enabled": True, "reverse": [False, True]}
         >>> eps, momentum = dense_attn.sega_guidance(
-        ...     uncond, text, [smile, hat], None, **numbers, **each, **rules
+        ...     uncond, text, [smile, hat], None, guidance_scale=7.5, edit_guidance_scale=5.0,
+        ...     edit_threshold=[0.9, 0.95], edit_weights=1.0, warm=True, enabled=True,
+        ...     reverse=[False, True], edit_momentum_scale=0.1, edit_mom_beta=0.4,
         ... )
         >>> eps.shape
         torch.Size([1, 4, 64, 64])

@@ -12,12 +12,13 @@ from torch import Tensor
 from dense_attn import _checks, _memory
 from dense_attn._backends import dispatch, table
 
+LAST_TWO = (-2, -1)
+
 
 def percentile_mask(
-    x: Tensor, level: float, *, dim: int | Sequence[int] = (-2, -1), backend: str = "auto"
+    x: Tensor, level: float, *, dim: int | Sequence[int] = LAST_TWO, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The entries of x that are largest in magnitude, the others set to 0, and the threshold
-    between them.
+    """The entries of x of largest magnitude, the others set to 0, and the threshold between them.
 
     `threshold = quantile(|x|, level)` over the axes `dim`, for rows of any length: with the rank
     `level*(n - 1)`, its fraction f and the two order statistics beside it,
@@ -56,11 +57,12 @@ def percentile_mask(
     count = x.dim() - len(reduced)
     order = None if reduced[0] == count else _order(x, reduced)
     moved = x if order is None else x.permute(order)
-    lead, row = moved.shape[:count], moved.shape[count:]
-    if 0 in row:
+    sizes = moved.shape
+    length = prod(sizes[count:])
+    if length == 0:
         _checks.refuse("x", "have at least one entry along dim", tuple(x.shape))
     try:
-        rows = moved.reshape(prod(lead), prod(row))  # [R, N]
+        rows = moved.reshape(-1, length)  # [R, N]
         name = table.resolve(backend, "percentile_mask", x)
         masked, threshold = dispatch.run(_PercentileMask, rows, level, name)
     except RuntimeError as error:
@@ -69,16 +71,18 @@ def percentile_mask(
     masked = masked.reshape_as(moved)
     if order is not None:
         masked = masked.permute(sorted(range(x.dim()), key=order.__getitem__))
-    return masked, threshold.reshape(*lead) if lead else threshold.squeeze(0)
+    return masked, torch.reshape(threshold, sizes[:count])
 
 
 def _axes(argument: str, value: object, x: Tensor) -> list[int]:
     """The axes of x that an int or a sequence of ints names, in order."""
+    total = x.dim()
+    if type(value) is tuple and value == LAST_TWO and total >= 2:  # the default, at once
+        return [total - 2, total - 1]
     axes = value if isinstance(value, (list, tuple)) else (value,)
     for axis in axes or (None,):
         if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
             _checks.refuse(argument, "be an int or a sequence of ints", repr(value), TypeError)
-    total = x.dim()
     wrapped = sorted({int(axis) + (total if axis < 0 else 0) for axis in axes})
     if wrapped[0] < 0 or wrapped[-1] >= total or len(wrapped) < len(axes):
         _checks.refuse(argument, f"name distinct axes of x's {total}", repr(value))

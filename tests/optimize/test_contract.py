@@ -1,4 +1,4 @@
-"""How the optimisation of latents stops, what it refuses and what it shows."""
+"""Refusals of the optimisation of latents, and numbers at the ends of their dtypes."""
 
 from __future__ import annotations
 
@@ -54,6 +54,9 @@ def state(**changes: object) -> dict[str, object]:
 
 
 SCALAR = "loss_fn must return a scalar tensor that depends on the image, got "
+IMAGES = "decode_fn must return images, a tensor that depends on the latents, got "
+OF_FOUR = "decode_fn must return images [batch, channels, height, width] for a saliency_fn, got "
+REAL = "decode_fn must return real images, none of them empty, for a saliency_fn, got "
 MAP = "saliency_fn must return a tensor of shape (2, 16, 16), got "
 STATE = "state must be the state of an OptimizeResult, got "
 WRONG_KIND: dict[str, Callable[[], dict[str, object]]] = {
@@ -100,8 +103,12 @@ WRONG_KIND: dict[str, Callable[[], dict[str, object]]] = {
     },
 }
 WRONG_MEANING: dict[str, Callable[[], dict[str, object]]] = {
-    "x must have a batch dimension and others, none of them empty, got (3,)": lambda: {"x": torch.ones(3)},
-    "x must have a batch dimension and others, none of them empty, got (0, 3)": lambda: {"x": torch.ones(0, 3)},
+    "x must have a batch dimension and others, none of them empty, got (3,)": lambda: {
+        "x": torch.ones(3)
+    },
+    "x must have a batch dimension and others, none of them empty, got (0, 3)": lambda: {
+        "x": torch.ones(0, 3)
+    },
     "x must be finite, got nan": lambda: {"x": latents() * math.nan},
     "steps must be at least 0, got -1": lambda: {"steps": -1},
     "salient_weight must be finite, got nan": lambda: {"salient_weight": math.nan},
@@ -111,59 +118,86 @@ WRONG_MEANING: dict[str, Callable[[], dict[str, object]]] = {
     "noise must be at least 0, got -0.0001": lambda: {"noise": -1e-4},
     "noise must be finite, got inf": lambda: {"noise": math.inf},
     SCALAR + "float": lambda: {"loss_fn": lambda image: 0.0},
-    SCALAR + "a float64 tensor of shape (2,)": lambda: {"loss_fn": lambda image: image.sum((1, 2, 3))},
-    SCALAR + "a float64 tensor of shape () without gradient": lambda: {"loss_fn": lambda image: image.detach().sum()},
-    SCALAR + "one that does not": lambda: {"loss_fn": lambda image: torch.ones((), requires_grad=True)},
-    "decode_fn must return images, a tensor that depends on the latents, got tuple": lambda: {
-        "decode_fn": lambda x: (x,)
+    SCALAR + "a float64 tensor of shape (2,)": lambda: {
+        "loss_fn": lambda image: image.sum((1, 2, 3))
     },
-    "decode_fn must return images, a tensor that depends on the latents, got a float64 tensor of shape (2, 3, 8, 8) "
-    "without gradient": lambda: {"decode_fn": torch.no_grad()(lambda x: x.clone())},
-    "decode_fn must return images [batch, channels, height, width] for a saliency_fn, got a float64 tensor of shape "
-    "(2, 192)": lambda: {"decode_fn": lambda x: x.flatten(1), "saliency_fn": lambda image: image},
+    SCALAR + "a float64 tensor of shape () without gradient": lambda: {
+        "loss_fn": lambda image: image.detach().sum()
+    },
+    SCALAR + "one that does not": lambda: {
+        "loss_fn": lambda image: torch.ones((), requires_grad=True)
+    },
+    IMAGES + "tuple": lambda: {"decode_fn": lambda x: (x,)},
+    IMAGES + "a float64 tensor of shape (2, 3, 8, 8) without gradient": lambda: {
+        "decode_fn": torch.no_grad()(lambda x: x.clone())
+    },
+    OF_FOUR + "a float64 tensor of shape (2, 192)": lambda: {
+        "decode_fn": lambda x: x.flatten(1),
+        "saliency_fn": lambda image: image,
+    },
     MAP + "a float64 tensor of shape (2, 3, 16, 16)": lambda: {"saliency_fn": lambda image: image},
     MAP + "NoneType": lambda: {"saliency_fn": lambda image: None},
-    "saliency_fn must return finite values, got nan": lambda: {"saliency_fn": lambda image: image.mean(1) * math.nan},
+    "saliency_fn must return finite values, got nan": lambda: {
+        "saliency_fn": lambda image: image.mean(1) * math.nan
+    },
     STATE + "a dict with the keys ['step']": lambda: {"state": {"step": 1}},
     STATE + "one with a dict with the keys [] for previous": lambda: {"state": state(previous={})},
     STATE + "one with -1 for step": lambda: {"state": state(step=-1)},
-    STATE + "one with what is not 1 numbers for losses": lambda: {"state": state(losses=[1.0, 2.0])},
+    STATE + "one with what is not 1 numbers for losses": lambda: {
+        "state": state(losses=[1.0, 2.0])
+    },
     STATE + "one with 0 tensors after 1 steps for momentum": lambda: {"state": state(momentum=[])},
-    STATE + "one with what is not finite for latents": lambda: {"state": state(latents=[latents() * math.nan])},
+    STATE + "one with what is not finite for latents": lambda: {
+        "state": state(latents=[latents() * math.nan])
+    },
     STATE + "one with a float64 tensor of shape (3,) for norms": lambda: {
         "state": state(norms=torch.ones(3, dtype=torch.float64))
     },
-    STATE + "one with a float32 tensor of shape (2,) for norms": lambda: {"state": state(norms=torch.ones(2))},
+    STATE + "one with a float32 tensor of shape (2,) for norms": lambda: {
+        "state": state(norms=torch.ones(2))
+    },
     STATE + "one with what is not at least 0 for norms": lambda: {
         "state": state(norms=torch.tensor([1.0, math.nan], dtype=torch.float64))
     },
     STATE + "one with 'foo' for generator_device": lambda: {"state": state(generator_device="foo")},
-    STATE + "one with 'meta' for generator_device": lambda: {"state": state(generator_device="meta")},
-    STATE + "one with a float32 tensor of shape (8,) for generator": lambda: {"state": state(generator=torch.ones(8))},
+    STATE + "one with 'meta' for generator_device": lambda: {
+        "state": state(generator_device="meta")
+    },
+    STATE + "one with a float32 tensor of shape (8,) for generator": lambda: {
+        "state": state(generator=torch.ones(8))
+    },
     STATE + "one with 8 bytes that no generator of cpu has for generator": lambda: {
         "state": state(generator=torch.ones(8, dtype=torch.uint8))
     },
     STATE + "one with a state for previous previous": lambda: {
         "state": state(previous=state()["previous"] | {"previous": state()})
     },
-    STATE + "one with 1 for previous step": lambda: {"state": state(previous=state() | {"previous": None})},
+    STATE + "one with 1 for previous step": lambda: {
+        "state": state(previous=state() | {"previous": None})
+    },
     "x must hold numbers, got a meta tensor": lambda: {"x": torch.ones(1, 3, 8, 8, device="meta")},
-    "decode_fn must return real images, none of them empty, for a saliency_fn, got a float64 tensor of shape "
-    "(2, 3, 0, 16)": lambda: {"decode_fn": lambda x: decode(x)[:, :, :0], "saliency_fn": lambda image: image[:, 0]},
-    "decode_fn must return real images, none of them empty, for a saliency_fn, got a complex128 tensor of shape "
-    "(2, 3, 16, 16)": lambda: {
+    REAL + "a float64 tensor of shape (2, 3, 0, 16)": lambda: {
+        "decode_fn": lambda x: decode(x)[:, :, :0],
+        "saliency_fn": lambda image: image[:, 0],
+    },
+    REAL + "a complex128 tensor of shape (2, 3, 16, 16)": lambda: {
         "decode_fn": lambda x: decode(x) + 0j,
         "loss_fn": lambda image: image.abs().sum(),
         "saliency_fn": lambda image: image[:, 0],
     },
-    "state must hold 2 latents for this sampler and tie, got 1": lambda: {"state": state(), "tie": False},
+    "state must hold 2 latents for this sampler and tie, got 1": lambda: {
+        "state": state(),
+        "tie": False,
+    },
     "state must hold float64 latents of shape (1, 3, 8, 8), got float64 (2, 3, 8, 8)": lambda: {
-        "state": state(), "x": latents(1)
+        "state": state(),
+        "x": latents(1),
     },
     "state must hold float32 latents of shape (2, 3, 8, 8), got float64 (2, 3, 8, 8)": lambda: {
-        "state": state(), "x": latents().half()
+        "state": state(),
+        "x": latents().half(),
     },
-}  # fmt: skip
+}
 REFUSALS = [(TypeError, *item) for item in WRONG_KIND.items()] + [
     (ValueError, *item) for item in WRONG_MEANING.items()
 ]

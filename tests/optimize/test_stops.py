@@ -38,9 +38,8 @@ def test_what_is_not_finite_stops_with_the_last_good_latents(kind: str, at: int)
         result = optimize_latents(
             sampler(), network, decode, failing(kind, at), x, steps=9, **options
         )
-    good = (
-        at if kind == "gradient" else max(0, at - 1)
-    )  # the loss of step `at` is finite where its gradient is not
+    # The loss of step `at` is finite where its gradient is not.
+    good = at if kind == "gradient" else max(0, at - 1)
     before = optimize_latents(sampler(), network, decode, loss, x, steps=good, **options)
     assert torch.equal(result.latents, before.latents)
     assert len(result.losses) == (at + 1 if kind == "gradient" else at)
@@ -127,7 +126,8 @@ def test_an_update_that_overflows_stops_with_the_latents_before_it(
     arguments = (sampler(), Network(), decode, loss, latents(dtype=torch.float32))
     options = {"renormalize": renormalize, "progress": False}
     before = optimize_latents(*arguments, steps=done, **options)
-    text = rf"the updated latents must be finite, got \S+ at step {done}; returned the latents of step {done}"
+    rule = rf"the updated latents must be finite, got \S+ at step {done}"
+    text = f"{rule}; returned the latents of step {done}"
     with pytest.warns(UserWarning, match=text):
         result = optimize_latents(*arguments, steps=3, state=before.state, noise=3e38, **options)
     assert torch.equal(result.latents, before.latents)

@@ -1,4 +1,4 @@
-"""What ReversibleSampler refuses, what it asks of a network, and what it hands to one."""
+"""Refusals of ReversibleSampler: options, calls, a network's results, what leaves the grid."""
 
 from __future__ import annotations
 
@@ -120,7 +120,10 @@ BAD_SAMPLERS = [  # options, error, message
     (
         {"method": "belm", "exact": False, "timesteps": [1, 0]},
         ValueError,
-        "alphas_cumprod must grow at every step, the last one included, for method='belm', got 0.9 after 0.9 at step 1",
+        (
+            "alphas_cumprod must grow at every step, the last one included, for method='belm', "
+            "got 0.9 after 0.9 at step 1"
+        ),
     ),
 ]
 
@@ -220,9 +223,7 @@ def test_a_bad_call_is_refused(
 def test_a_first_step_of_one_latent_that_is_not_finite(
     forward: bool, where: str, backend: str
 ) -> None:
-    """The DDIM step that makes the other latent is a step of the chain, and what goes wrong in it
-    is the network's.
-    """
+    """The DDIM step that makes the other latent is one of the chain: its fault is the network's."""
     chain = sampler(4, method="bdia", backend=backend)
     call = chain.sample if forward else chain.invert
     for factor in (torch.nan, torch.inf, 1e30):

@@ -1,6 +1,4 @@
-"""Gradients through reversible samplers: those of plain autograd, in memory that does not grow with
-the steps.
-"""
+"""Gradients through reversible samplers are those of plain autograd."""
 
 from __future__ import annotations
 
@@ -48,9 +46,7 @@ def close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
 def test_gradients_are_those_of_plain_autograd(
     method: str, options: dict, pair: bool, used: str, backend: str
 ) -> None:
-    """To 1e-4 of a chain of float64, for latents and parameters; in float64 nothing but the grid is
-    between them.
-    """
+    """To 1e-4 of a chain of float64, for latents and parameters; but for the grid, to rounding."""
     for steps, tolerance in ((1, 1e-6), (2, 1e-6), (12, 1e-5)):
         network, inputs = Network(dtype=torch.float64), leaves(pair)
         chain = sampler(steps, method=method, **options, dtype=torch.float64, backend=backend)
@@ -144,9 +140,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_autocast_is_that_of_the_forward_pass(exact: bool) -> None:
-    """The network runs again in bfloat16 although backward is called outside of autocast, and the
-    other way round.
-    """
+    """The network runs again in bfloat16 where backward is outside of autocast, and vice versa."""
     for inside in (True, False):
         network, (x,) = Network(), leaves(False, torch.float32)
         seen = []
@@ -175,9 +169,7 @@ def test_autocast_around_both_passes() -> None:
 
 
 class Attentive(nn.Module):
-    """Gives other bits when it records: as kernels do that are chosen by whether a gradient is
-    wanted.
-    """
+    """A network of other bits when it records, as from kernels chosen by whether a gradient is."""
 
     def forward(self, x: Tensor, t: int) -> Tensor:
         return torch.tanh(x) * (1 + 1e-6 * torch.is_grad_enabled())

@@ -47,7 +47,7 @@ CORE = [
 
 
 def dtype_pairs() -> list:
-    """Of the latent and of eps; some of them run again on every instruction set."""
+    """Dtypes of the latent and of eps; some of them run again on every instruction set."""
     pairs = []
     for dtype, eps_dtype in itertools.product(DTYPES, DTYPES):
         core = [pytest.mark.core] * ((dtype, eps_dtype) in CORE)
@@ -79,9 +79,7 @@ def test_float_steps(step: str, dtype: torch.dtype, eps_dtype: torch.dtype) -> N
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_checks.name)
 def test_a_step_on_the_neighbour_is_rejected(step: str, dtype: torch.dtype) -> None:
-    """The negative control: the rule must see every operand that is moved by one element, in every
-    result.
-    """
+    """The negative control: the rule sees each operand moved by one element, in every result."""
     op, changes = STEPS[step]
     given = arguments((513,), dtype, b=1.0, mix=0.6, **changes)
     exact, plain = exact_and_plain(op, given)
@@ -213,31 +211,18 @@ def test_what_leaves_the_grid_is_refused(op: str, value: float, length: int) -> 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
-    """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is
-    loaded.
-    """
+    """The core cases again, in processes of their own: DENSE_ATTN_ISA is read at the start."""
     options = {"env": os.environ | {"DENSE_ATTN_ISA": isa}, "capture_output": True, "text": True}
-    call = "import torch, dense_attn as d; x = torch.ones(2); d.ddim_step(x, x, 0.5, 0.9, backend='cpu')"
+    step = "d.ddim_step(x, x, 0.5, 0.9, backend='cpu')"
+    call = f"import torch, dense_attn as d; x = torch.ones(2); {step}"
     probe = subprocess.run([sys.executable, "-c", call], **options)
-    if (
-        f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}"
-        in probe.stderr
-    ):
+    refusal = "DENSE_ATTN_ISA must name an instruction set that this processor has"
+    if f"{refusal}, got {isa}" in probe.stderr:
         assert isa != "portable"
         pytest.skip(f"{isa}: not on this processor")
     if isa == torch.ops.dense_attn.cpu_isa():
         return  # this file has it all
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "core",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-    ]
-    tests = subprocess.run(command, **options)
+    pytest_core = ["pytest", "-q", "-m", "core", "-p", "no:cacheprovider", __file__]
+    tests = subprocess.run([sys.executable, "-m", *pytest_core], **options)
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout

@@ -16,7 +16,7 @@ on_cpu = pytest.mark.parametrize("backend", backends("reference", "cpu"))
 
 
 class Counted(nn.Module):
-    """What a network was handed."""
+    """A network that keeps the arguments of its calls."""
 
     def __init__(self) -> None:
         super().__init__()

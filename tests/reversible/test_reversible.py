@@ -1,6 +1,4 @@
-"""Reversible samplers: round trips to the last bit, chains against a plain implementation and
-diffusers.
-"""
+"""Reversible samplers: round trips to the last bit, plain implementations, diffusers."""
 
 from __future__ import annotations
 
@@ -118,9 +116,15 @@ def test_backends_give_the_same_bits(method: str, steps: int, mix: float) -> Non
     shape=st.sampled_from([(3,), (2, 5), (0, 4), (1, 2, 3, 1, 2)]),
 )
 def test_any_chain_is_undone_exactly(
-    seed: int, method: str, mix: float, alternate: bool, steps: int, final: float | None, dtype: torch.dtype,
+    seed: int,
+    method: str,
+    mix: float,
+    alternate: bool,
+    steps: int,
+    final: float | None,
+    dtype: torch.dtype,
     shape: tuple[int, ...],
-) -> None:  # fmt: skip
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     schedule = (
         torch.rand(30, generator=generator, dtype=torch.float64)
@@ -226,9 +230,13 @@ def test_float_round_trips_lose_the_digits_that_they_must() -> None:
 def test_ddim_is_that_of_diffusers(steps: int, offset: int, to_one: bool, backend: str) -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=to_one, steps_offset=offset,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=to_one,
+        steps_offset=offset,
+    )
     scheduler.set_timesteps(steps)
     network, noise = function(torch.float32), torch.randn(1, 4, 5, 7)
     x = noise
@@ -240,15 +248,12 @@ def test_ddim_is_that_of_diffusers(steps: int, offset: int, to_one: bool, backen
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
     assert got is same
     image = ReversibleSampler(*schedule, mix=1.0, **options).sample(network, noise)[0]
-    assert (
-        image - x
-    ).abs().mean() < 0.1 * x.abs().mean()  # EDICT without its mix is DDIM with the other's eps
+    # EDICT without its mix is DDIM with the other's eps.
+    assert (image - x).abs().mean() < 0.1 * x.abs().mean()
 
 
 def test_a_pair_of_leapfrogs_is_two_neighbours_in_time() -> None:
-    """What comes out is the last latent and the one before it, for odd and even numbers of
-    steps.
-    """
+    """The last latent and the one before it come out, for odd and even numbers of steps."""
     for steps in (2, 3, 4, 5):
         chain = sampler(steps, method="bdia", exact=False, dtype=torch.float64)
         x, y = torch.full((2, 1), 2.0).double().unbind()

@@ -1,6 +1,4 @@
-"""PyTorch's own machinery around semantic guidance: derivatives, opcheck, compile, export,
-functional transforms.
-"""
+"""PyTorch around semantic guidance: derivatives, opcheck, compile, export, transforms."""
 
 from __future__ import annotations
 
@@ -20,9 +18,8 @@ from dense_attn import percentile_mask, sega_guidance
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
 needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 OPTIONS = {**{name: list(values[:3]) for name, values in LISTS.items()}, **NUMBERS}
-OPS = {name: getattr(torch.ops.dense_attn, name).default for name in ("percentile_mask", "sega_guidance")} if (
-    why_skip("cpu") is None
-) else {}  # fmt: skip
+NAMES = ("percentile_mask", "sega_guidance") if why_skip("cpu") is None else ()
+OPS = {name: getattr(torch.ops.dense_attn, name).default for name in NAMES}
 
 
 @every_backend

@@ -69,9 +69,7 @@ def test_percentile_mask_is_its_definition(backend: str, problem: tuple) -> None
 @every_backend
 @pytest.mark.parametrize("level", [0.5, 0.9999999])
 def test_a_row_longer_than_2_to_the_24(backend: str, level: float) -> None:
-    """Which torch.quantile refuses before torch 2.14; small integers, whose counts give the order
-    statistics.
-    """
+    """torch.quantile refuses it before torch 2.14; small integers, whose counts order them."""
     length = 2**24 + 3
     x = torch.randint(-1000, 1001, (length,)).float()
     masked, threshold = percentile_mask(x, level, dim=0, backend=backend)
@@ -124,9 +122,8 @@ def test_long_rows(
 ) -> None:
     torch.set_num_threads(threads)
     x = row(kind, dtype)
-    middle = (LENGTH // 2 - 1) / (
-        LENGTH - 1
-    )  # the last of the first half; a little more lies between the halves
+    # the last of the first half; a little more lies between the halves
+    middle = (LENGTH // 2 - 1) / (LENGTH - 1)
     for level in (0.0, 0.25, middle, middle + 2e-6, 0.9, 1.0):
         masked, threshold = percentile_mask(x, level, dim=0, backend=backend)
         expected = exact_quantile(x.abs(), level)

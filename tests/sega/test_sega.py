@@ -1,6 +1,4 @@
-"""Semantic guidance and the percentile mask: accuracy on every backend, and the properties of their
-definitions.
-"""
+"""Semantic guidance: accuracy on every backend, and the properties of its definition."""
 
 from __future__ import annotations
 
@@ -75,10 +73,16 @@ def test_thresholds_are_their_definition(backend: str, case: Case, dtype: torch.
         name: options[name] if isinstance(options[name], list) else [options[name]] * count
         for name in LISTS
     }
+    momentum = uncond.to(reference.accumulation_dtype(dtype))
     *_, thresholds = table.NAMESPACES[backend].sega_guidance(
-        uncond, text, inputs.eps_edits.reshape(count, *uncond.shape), uncond.to(reference.accumulation_dtype(dtype)),
-        **{**NUMBERS, **lists}, user_mask=None, sum_channels=options.get("sum_channels", False),
-    )  # fmt: skip
+        uncond,
+        text,
+        inputs.eps_edits.reshape(count, *uncond.shape),
+        momentum,
+        **{**NUMBERS, **lists},
+        user_mask=None,
+        sum_channels=options.get("sum_channels", False),
+    )
     same_bits(thresholds, kept_entries(inputs, options)[1])
 
 
@@ -241,9 +245,7 @@ def test_samples_know_nothing_of_each_other(backend: str, problem: tuple) -> Non
 @properties
 @given(problem=steps())
 def test_a_mask_weighs_what_is_kept(backend: str, problem: tuple) -> None:
-    """All ones change nothing; a mask of one number a concept is its weight, where no other depends
-    on it.
-    """
+    """All ones change nothing; one number a concept is its weight, where no other depends on it."""
     tensors, options = problem
     call = partial(sega_guidance, *tensors, backend=backend)
     for ones in (torch.ones((), dtype=torch.bool), torch.ones(1, 1, dtype=tensors[0].dtype)):
@@ -279,9 +281,7 @@ def test_a_sequence_of_edits_is_their_stack(backend: str, sequence: type) -> Non
 
 @every_backend
 def test_zero_over_zero_is_no_addition(backend: str) -> None:
-    """All warm concepts are over while another warms up: the public implementation divides 0 by 0
-    there.
-    """
+    """All warm concepts are over while another warms up: diffusers divides 0 by 0 there."""
     eps = torch.randn(4, 1, 4, 8, 8, dtype=torch.float64)
     guidance = SemanticGuidance(
         guidance_scale=3.0, edit_warmup_steps=[0, 9], edit_cooldown_steps=[0, None], backend=backend
@@ -307,9 +307,16 @@ def test_the_class_is_the_rules_of_the_steps(backend: str) -> None:
         momentum = None
         for step, (uncond, text, *edits) in enumerate(eps):
             expected, momentum = sega_guidance(
-                uncond, text, edits, momentum, **{**options, "edit_weights": 1.0}, reverse=True, backend=backend,
-                warm=[True, step >= 2, step >= 3], enabled=[step < 5, True, step < 4],
-            )  # fmt: skip
+                uncond,
+                text,
+                edits,
+                momentum,
+                **{**options, "edit_weights": 1.0},
+                warm=[True, step >= 2, step >= 3],
+                enabled=[step < 5, True, step < 4],
+                reverse=True,
+                backend=backend,
+            )
             same_bits(guidance(step, uncond, text, edits), expected)
             same_bits(guidance.momentum, momentum)
         guidance.reset()

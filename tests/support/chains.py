@@ -1,6 +1,4 @@
-"""Schedules, small networks and a plain implementation of the reversible samplers, for the tests of
-chains.
-"""
+"""Schedules, networks, plain chains and the arguments of raw steps, for the tests of reversible."""
 
 from __future__ import annotations
 
@@ -14,9 +12,8 @@ from torch import Tensor, nn
 
 from dense_attn import ReversibleSampler, reference
 
-BETAS = (
-    torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-)  # "scaled_linear", Stable Diffusion's
+# "scaled_linear", Stable Diffusion's
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS = (1 - BETAS).cumprod(0)
 Pair = tuple[Tensor, Tensor]
 ONE = (1, 4, 5, 6)  # one sample
@@ -52,9 +49,7 @@ EVERY_STEP = {**STEPS, **{f"exact-{name}": step for name, step in EXACT_STEPS.it
 
 
 def timesteps(num_steps: int) -> list[int]:
-    """Evenly spaced and descending, the last one 1, as Stable Diffusion has them (0 for 1000
-    steps).
-    """
+    """Evenly spaced, descending to 1 as Stable Diffusion has them (to 0 for 1000 steps)."""
     return [i * (1000 // num_steps) + (num_steps < 1000) for i in reversed(range(num_steps))]
 
 
@@ -79,12 +74,17 @@ def sampler(num_steps: int, **options: object) -> ReversibleSampler:
 
 
 def plain(
-    network: Callable, steps: Sequence[int], x: Tensor, y: Tensor | None = None, *, method: str, mix: float = 0.93,
-    gamma: float = 1.0, alternate: bool = True,
-) -> Pair:  # fmt: skip
-    """`sample` as the formulas of the papers have it, in plain PyTorch in the dtype of x;
-    differentiable.
-    """
+    network: Callable,
+    steps: Sequence[int],
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    method: str,
+    mix: float = 0.93,
+    gamma: float = 1.0,
+    alternate: bool = True,
+) -> Pair:
+    """`sample` as the papers' formulas have it, in plain PyTorch in x's dtype; differentiable."""
     bars = [*ALPHAS[list(steps)].tolist(), ALPHAS[0].item()]
     if method == "edict":
         return _edict(network, steps, bars, x, x if y is None else y, mix, alternate)
@@ -97,18 +97,15 @@ def plain(
     for i in range(1, len(steps)):
         eps = network(latent, steps[i])
         if method == "bdia":
-            onward, back = (
-                _moved(latent, eps, bars[i], bars[i + 1]),
-                _moved(latent, eps, bars[i], bars[i - 1]),
-            )
+            onward = _moved(latent, eps, bars[i], bars[i + 1])
+            back = _moved(latent, eps, bars[i], bars[i - 1])
             before, latent = latent, gamma * before - gamma * back + onward
         else:
             root = [bar**0.5 for bar in bars]
             sigma = [(1 / bar - 1) ** 0.5 for bar in bars]
             h, h_before = sigma[i] - sigma[i + 1], sigma[i - 1] - sigma[i]
-            z = (h / h_before) ** 2 * before / root[i - 1] + (
-                1 - (h / h_before) ** 2
-            ) * latent / root[i]
+            share = (h / h_before) ** 2
+            z = share * before / root[i - 1] + (1 - share) * latent / root[i]
             before, latent = latent, (z - h * (h + h_before) / h_before * eps) * root[i + 1]
     return latent, before
 
@@ -195,7 +192,7 @@ def exact_arguments(
     eps_dtype: torch.dtype = torch.float32,
     **changes: object,
 ) -> raw.Arguments:
-    """The same for the ops on the grid."""
+    """A call of any of the ops on the grid that is right in every respect."""
     good = arguments(shape, eps_dtype=eps_dtype) | {
         name: coordinates(shape, 48) for name in LATENTS
     }
