@@ -127,13 +127,15 @@ def _guide(
     lists = {
         "edit_guidance_scale": [5.0] * 3,
         "edit_threshold": [0.9] * 3,
-        "edit_weights": [1.0] * 3,
+        "weights": [1.0] * 3,
+        "partials": [0.0] * 3,
+        "reverse": [False] * 3,
     }
-    lists |= {"warm": [True] * 3, "enabled": [True] * 3, "reverse": [False] * 3}
     numbers = {
         "guidance_scale": 7.5,
         "edit_momentum_scale": 0.3,
         "edit_mom_beta": 0.4,
+        "all_warm": True,
         "sum_channels": sum_channels,
     }
     sega.sega_guidance(uncond, uncond, edits, uncond.float(), **lists, **numbers, user_mask=None)

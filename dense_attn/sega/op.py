@@ -92,6 +92,11 @@ def sega_guidance(
     edits = inputs.estimates(eps_uncond, eps_text, eps_edits)
     count, wide = len(edits), reference.accumulation_dtype(eps_uncond.dtype)
     number, fraction, flag = inputs.number_of(wide), _checks.fraction, _checks.flag
+    concepts = reference.sega_weights(
+        inputs.each("edit_weights", edit_weights, number, count),
+        inputs.each("warm", warm, flag, count),
+        inputs.each("enabled", enabled, flag, count),
+    )
     return guided(
         eps_uncond,
         eps_text,
@@ -102,9 +107,7 @@ def sega_guidance(
             _checks.number("guidance_scale", guidance_scale, wide),
             inputs.each("edit_guidance_scale", edit_guidance_scale, number, count),
             inputs.each("edit_threshold", edit_threshold, fraction, count),
-            inputs.each("edit_weights", edit_weights, number, count),
-            inputs.each("warm", warm, flag, count),
-            inputs.each("enabled", enabled, flag, count),
+            *concepts,
             inputs.each("reverse", reverse, flag, count),
             _checks.number("edit_momentum_scale", edit_momentum_scale, wide),
             _checks.number("edit_mom_beta", edit_mom_beta, wide),
@@ -155,9 +158,9 @@ class _SegaGuidance(torch.autograd.Function):
         guidance_scale,  # noqa: ANN001
         edit_guidance_scale,  # noqa: ANN001
         edit_threshold,  # noqa: ANN001
-        edit_weights,  # noqa: ANN001
-        warm,  # noqa: ANN001
-        enabled,  # noqa: ANN001
+        weights,  # noqa: ANN001
+        partials,  # noqa: ANN001
+        all_warm,  # noqa: ANN001
         reverse,  # noqa: ANN001
         edit_momentum_scale,  # noqa: ANN001
         edit_mom_beta,  # noqa: ANN001
@@ -172,9 +175,9 @@ class _SegaGuidance(torch.autograd.Function):
             guidance_scale=guidance_scale,
             edit_guidance_scale=edit_guidance_scale,
             edit_threshold=edit_threshold,
-            edit_weights=edit_weights,
-            warm=warm,
-            enabled=enabled,
+            weights=weights,
+            partials=partials,
+            all_warm=all_warm,
             reverse=reverse,
             edit_momentum_scale=edit_momentum_scale,
             edit_mom_beta=edit_mom_beta,
@@ -192,16 +195,15 @@ class _SegaGuidance(torch.autograd.Function):
     def backward(ctx, grad_eps, grad_momentum, _):  # noqa: ANN001, ANN205
         """The transpose of a step that is linear, but in user_mask, given the kept entries."""
         eps_uncond, eps_edits, user_mask, thresholds = ctx.saved_tensors
-        guidance_scale, scales, _, weights, warm, enabled, reverse = ctx.options[:7]
+        guidance_scale, scales, _, weights, partials, all_warm, reverse = ctx.options[:7]
         momentum_scale, beta, sum_channels = ctx.options[7:]
         steered = reference.sega_differences(
             eps_uncond.to(thresholds.dtype), eps_edits.to(thresholds.dtype), scales, reverse
         )
         kept = reference.sega_magnitudes(steered, sum_channels) >= thresholds.unsqueeze(-1)
         flow = grad_eps.to(thresholds.dtype)
-        grad_steer = (1 - beta) * grad_momentum + (flow if all(warm) else 0)
-        rates = zip(*reference.sega_weights(weights, warm, enabled))
-        grads = [weight * grad_steer + partial * flow for weight, partial in rates]
+        grad_steer = (1 - beta) * grad_momentum + (flow if all_warm else 0)
+        grads = [weight * grad_steer + partial * flow for weight, partial in zip(weights, partials)]
         grads = torch.stack(grads) if grads else torch.zeros_like(steered)  # [E, B, C, N]
         grads = torch.where(kept, grads, 0)
         grad_mask = grads * torch.where(kept, steered, 0) if ctx.needs_input_grad[4] else None

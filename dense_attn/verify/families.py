@@ -125,15 +125,15 @@ def _guidance(backend: str, dtype: torch.dtype) -> Iterator[Verdict]:
     numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
     lists = {"edit_guidance_scale": [5.0, 3.0, 4.0], "edit_threshold": [0.9, 0.0, 0.95]}
     plain = {
-        "edit_weights": [1.0] * 3,
-        "warm": [True] * 3,
-        "enabled": [True] * 3,
+        "weights": [1.0] * 3,
+        "partials": [0.0] * 3,
+        "all_warm": True,
         "reverse": [False] * 3,
     }
-    mixed = {
-        "edit_weights": [1.0, 0.5, 2.0],
-        "warm": [True, False, True],
-        "enabled": [True, True, False],
+    mixed = {  # concept 1 warms up, concept 2 is over
+        "weights": [1.0, 0.5, 0.0],
+        "partials": [1.0, 0.0, 0.0],
+        "all_warm": False,
     }
     for what, options in (
         ("guidance", {**plain, "user_mask": None, "sum_channels": False}),
@@ -219,9 +219,9 @@ def _combined(tensors: list[Tensor], options: dict[str, object], kept: Tensor) -
         steered = steered * options["user_mask"].to(steered.dtype)
     names = (
         "guidance_scale",
-        "edit_weights",
-        "warm",
-        "enabled",
+        "weights",
+        "partials",
+        "all_warm",
         "edit_momentum_scale",
         "edit_mom_beta",
     )

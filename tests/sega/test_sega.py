@@ -19,6 +19,7 @@ from sega_cases import (
     exact_and_plain,
     kept_entries,
     make_inputs,
+    raw_options,
 )
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def test_thresholds_are_their_definition(backend: str, case: Case, dtype: torch.
         text,
         inputs.eps_edits.reshape(count, *uncond.shape),
         momentum,
-        **{**NUMBERS, **lists},
+        **raw_options({**NUMBERS, **lists}),
         user_mask=None,
         sum_channels=options.get("sum_channels", False),
     )
