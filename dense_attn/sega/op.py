@@ -149,24 +149,24 @@ class _SegaGuidance(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # noqa: ANN205
-        eps_uncond,  # noqa: ANN001
-        eps_text,  # noqa: ANN001
-        eps_edits,  # noqa: ANN001
-        momentum,  # noqa: ANN001
-        user_mask,  # noqa: ANN001
-        guidance_scale,  # noqa: ANN001
-        edit_guidance_scale,  # noqa: ANN001
-        edit_threshold,  # noqa: ANN001
-        weights,  # noqa: ANN001
-        partials,  # noqa: ANN001
-        all_warm,  # noqa: ANN001
-        reverse,  # noqa: ANN001
-        edit_momentum_scale,  # noqa: ANN001
-        edit_mom_beta,  # noqa: ANN001
-        sum_channels,  # noqa: ANN001
-        backend,  # noqa: ANN001
-    ):
+    def forward(
+        eps_uncond: Tensor,
+        eps_text: Tensor,
+        eps_edits: Tensor,
+        momentum: Tensor,
+        user_mask: Tensor | None,
+        guidance_scale: float,
+        edit_guidance_scale: list[float],
+        edit_threshold: list[float],
+        weights: list[float],
+        partials: list[float],
+        all_warm: bool,
+        reverse: list[bool],
+        edit_momentum_scale: float,
+        edit_mom_beta: float,
+        sum_channels: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return table.NAMESPACES[backend].sega_guidance(
             eps_uncond,
             eps_text,
