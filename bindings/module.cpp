@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(dense_attn, m) {
   m.def("percentile_mask(Tensor x, float level) -> (Tensor masked, Tensor threshold)");
   m.def(
       "sega_guidance(Tensor eps_uncond, Tensor eps_text, Tensor eps_edits, Tensor momentum, *, float guidance_scale, "
-      "float[] edit_guidance_scale, float[] edit_threshold, float[] edit_weights, bool[] warm, bool[] enabled, "
+      "float[] edit_guidance_scale, float[] edit_threshold, float[] weights, float[] partials, bool all_warm, "
       "bool[] reverse, float edit_momentum_scale, float edit_mom_beta, Tensor? user_mask, bool sum_channels) -> "
       "(Tensor eps, Tensor momentum_out, Tensor thresholds)");
   m.def("ddim_step(Tensor x, Tensor eps, Tensor? eps_uncond, float a, float b, float guidance_scale) -> Tensor");

@@ -99,26 +99,6 @@ void require_entries(const char* name, const std::vector<T>& list, int64_t conce
   REQUIRE(static_cast<int64_t>(list.size()) == concepts, name, " must have ", concepts, " entries, got ", list.size());
 }
 
-// What each concept is multiplied with, as the reference has it: in double, rounded once.
-struct Weights {
-  std::vector<double> scales, momentum, partial;
-  bool all_warm = true;
-
-  Weights(const std::vector<double>& edit_guidance_scale, const std::vector<double>& edit_weights,
-          const std::vector<bool>& warm, const std::vector<bool>& enabled, const std::vector<bool>& reverse) {
-    double total = 0;
-    bool any_warm = false;
-    for (size_t e = 0; e < warm.size(); ++e) {
-      scales.push_back(reverse[e] ? -edit_guidance_scale[e] : edit_guidance_scale[e]);
-      momentum.push_back((edit_weights[e] < 0 ? 0.0 : edit_weights[e]) * (enabled[e] ? 1.0 : 0.0));
-      total += warm[e] ? momentum[e] : 0.0;
-      any_warm = any_warm || warm[e], all_warm = all_warm && warm[e];
-    }
-    const bool partly = any_warm && !all_warm && total > 0;
-    for (size_t e = 0; e < warm.size(); ++e) partial.push_back(partly && warm[e] ? momentum[e] / total : 0.0);
-  }
-};
-
 // What is read; returns the shape of eps_uncond.
 std::vector<int64_t> fill_inputs(SegaParams& p, const Tensor& eps_uncond, const Tensor& eps_text,
                                  const Tensor& eps_edits, const Tensor& momentum,
@@ -140,22 +120,19 @@ std::vector<int64_t> fill_inputs(SegaParams& p, const Tensor& eps_uncond, const 
   return shape;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sega_guidance(const Tensor& eps_uncond, const Tensor& eps_text,
-                                                 const Tensor& eps_edits, const Tensor& momentum, double guidance_scale,
-                                                 const std::vector<double>& edit_guidance_scale,
-                                                 const std::vector<double>& edit_threshold,
-                                                 const std::vector<double>& edit_weights, const std::vector<bool>& warm,
-                                                 const std::vector<bool>& enabled, const std::vector<bool>& reverse,
-                                                 double edit_momentum_scale, double edit_mom_beta,
-                                                 const std::optional<Tensor>& user_mask, bool sum_channels) {
+std::tuple<Tensor, Tensor, Tensor> sega_guidance(
+    const Tensor& eps_uncond, const Tensor& eps_text, const Tensor& eps_edits, const Tensor& momentum,
+    double guidance_scale, const std::vector<double>& edit_guidance_scale, const std::vector<double>& edit_threshold,
+    const std::vector<double>& weights, const std::vector<double>& partials, bool all_warm,
+    const std::vector<bool>& reverse, double edit_momentum_scale, double edit_mom_beta,
+    const std::optional<Tensor>& user_mask, bool sum_channels) {
   SegaParams p{};
   const std::vector<int64_t> shape = fill_inputs(p, eps_uncond, eps_text, eps_edits, momentum, user_mask);
   p.sum_channels = sum_channels;
   require_entries("edit_guidance_scale", edit_guidance_scale, p.concepts);
   require_entries("edit_threshold", edit_threshold, p.concepts);
-  require_entries("edit_weights", edit_weights, p.concepts);
-  require_entries("warm", warm, p.concepts);
-  require_entries("enabled", enabled, p.concepts);
+  require_entries("weights", weights, p.concepts);
+  require_entries("partials", partials, p.concepts);
   require_entries("reverse", reverse, p.concepts);
   for (const double level : edit_threshold) require_level("edit_threshold", level);
   const SegaCpu& cpu = kernels().sega;
@@ -163,9 +140,10 @@ std::tuple<Tensor, Tensor, Tensor> sega_guidance(const Tensor& eps_uncond, const
   REQUIRE(p.count > 0 || items * p.concepts == 0, "eps_uncond must have values in each channel, got ",
           shape_of(eps_uncond));
 
-  const Weights weights(edit_guidance_scale, edit_weights, warm, enabled, reverse);
-  p.scales = weights.scales.data(), p.levels = edit_threshold.data();
-  p.weights = weights.momentum.data(), p.partial_weights = weights.partial.data(), p.all_warm = weights.all_warm;
+  std::vector<double> scales = edit_guidance_scale;
+  for (int64_t e = 0; e < p.concepts; ++e) scales[e] = reverse[e] ? -scales[e] : scales[e];
+  p.scales = scales.data(), p.levels = edit_threshold.data();
+  p.weights = weights.data(), p.partials = partials.data(), p.all_warm = all_warm;
   p.guidance_scale = guidance_scale, p.momentum_scale = edit_momentum_scale, p.momentum_beta = edit_mom_beta;
   const ScalarType dtype = eps_uncond.scalar_type(), wide = accumulation_dtype(eps_uncond);
   const Tensor eps = allocate(eps_uncond, shape, dtype);

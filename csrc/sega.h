@@ -20,17 +20,17 @@ struct SegaParams {
   DType dtype;
   int64_t concepts, batch, channels, count;  // E, B, C, and N values in each channel
   bool sum_channels;
-  TensorView<3> uncond, text;     // [B, C, N]
-  TensorView<4> edits;            // [E, B, C, N]
-  TensorView<3> momentum;         // [B, C, N], float or, with double inputs, double; so are the three below
-  TensorView<4> user_mask;        // [E, B, C, N] or no data
-  TensorView<3> eps;              // [B, C, N], contiguous
-  TensorView<3> momentum_out;     // [B, C, N], contiguous
-  TensorView<3> thresholds;       // [E, B, C or 1]
-  const double* scales;           // [E]: of the differences, negative for a reversed concept
-  const double* levels;           // [E]
-  const double* weights;          // [E]: in the momentum, 0 for a concept that adds nothing
-  const double* partial_weights;  // [E]: in what is added while other concepts warm up
+  TensorView<3> uncond, text;  // [B, C, N]
+  TensorView<4> edits;         // [E, B, C, N]
+  TensorView<3> momentum;      // [B, C, N], float or, with double inputs, double; so are the three below
+  TensorView<4> user_mask;     // [E, B, C, N] or no data
+  TensorView<3> eps;           // [B, C, N], contiguous
+  TensorView<3> momentum_out;  // [B, C, N], contiguous
+  TensorView<3> thresholds;    // [E, B, C or 1]
+  const double* scales;        // [E]: of the differences, negative for a reversed concept
+  const double* levels;        // [E]
+  const double* weights;       // [E]: in the momentum
+  const double* partials;      // [E]: in what is added to eps beside the momentum
   bool all_warm;
   double guidance_scale, momentum_scale, momentum_beta;
 };

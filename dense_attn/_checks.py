@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
 
 
-def refuse(argument: str, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
-    """Raise the library's one kind of error message."""
+def refuse(
+    argument: str,
+    rule: str,
+    got: object,
+    kind: type[Exception] = ValueError,
+    cause: Exception | None = None,
+) -> NoReturn:
+    """Raise the library's one kind of error message, from the error that is its reason if any."""
     error = kind(f"{argument} must {rule}, got {got}")
     if not torch.compiler.is_compiling():  # which knows no attributes of errors
         error._refused = argument, f"must {rule}, got {got}"  # for `renamed`
+    if cause is not None:
+        raise error from cause
     raise error
 
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Refusals raised inside name the arguments of an outer function, whose caller gave no
-    others.
-    """
+    """Refusals raised inside name the arguments that the caller of an outer function gave."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
@@ -37,9 +44,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def not_renamed() -> Iterator[None]:
-    """Refusals raised inside, in a user's function, keep their words: they name arguments that the
-    user gave.
-    """
+    """Refusals raised inside, in a user's function, keep their words: they name its arguments."""
     try:
         yield
     except Exception as error:
@@ -51,6 +56,16 @@ def not_renamed() -> Iterator[None]:
 def name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+DTYPE_RULE = f"be one of {', '.join(map(name, DTYPES))}"
+
+
+class Placed(Protocol):
+    """A tensor, or what is known of one."""
+
+    shape: torch.Size
+    device: torch.device
 
 
 def tensor(argument: str, value: object) -> Tensor:
@@ -69,19 +84,15 @@ def number(
     rule: str = "be a number",
     where: str = "",
 ) -> float:
-    """Require a number that is finite in a dtype; math.isfinite would make torch.compile break its
-    graph.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        refuse(argument, rule, f"{type(value).__name__}{where}", TypeError)
-    if isinstance(value, (np.integer, np.floating)):
-        value = float(value)  # numpy would bring the bound to its own dtype
-    if not abs(value) <= torch.finfo(dtype).max:
-        refuse(
-            argument,
-            "be finite" if dtype == torch.float64 else f"be finite in {name(dtype)}",
-            f"{value}{where}",
-        )
+    """Require a number that is finite in a dtype."""
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            refuse(argument, rule, f"{type(value).__name__}{where}", TypeError)
+        if isinstance(value, (np.integer, np.floating)):
+            value = float(value)  # numpy would bring the bound to its own dtype
+    if not abs(value) <= LARGEST[dtype]:  # math.isfinite would break the graph of torch.compile
+        finite = "be finite" if dtype == torch.float64 else f"be finite in {name(dtype)}"
+        refuse(argument, finite, f"{value}{where}")
     return float(value)
 
 
@@ -90,6 +101,12 @@ def flag(argument: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         refuse(argument, "be a bool", type(value).__name__, TypeError)
     return bool(value)
+
+
+def function(argument: str, value: object) -> None:
+    """Require what can be called."""
+    if not callable(value):
+        refuse(argument, "be callable", type(value).__name__, TypeError)
 
 
 def choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
@@ -101,36 +118,50 @@ def choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
 
 def fraction(argument: str, value: object) -> float:
     """Require a number from 0 to 1."""
-    if not 0 <= number(argument, value) <= 1:
+    checked = number(argument, value)
+    if not 0 <= checked <= 1:
         refuse(argument, "be from 0 to 1", value)
-    return float(value)
+    return checked
 
 
-def same_device(argument: str, value: Tensor, other: Tensor, name_of_other: str = "q") -> None:
+def readable(argument: str, value: object, what: str = "values") -> Tensor:
+    """Require a strided tensor whose numbers can be looked at."""
+    if tensor(argument, value).is_meta:
+        refuse(argument, f"hold {what}", "a meta tensor")
+    return value
+
+
+def same_dtype(argument: str, value: Tensor, other: Tensor, name_of_other: str = "q") -> None:
+    """Require a tensor of another's dtype."""
+    if value.dtype != other.dtype:
+        rule = f"have {name_of_other}'s dtype {name(other.dtype)}"
+        refuse(argument, rule, name(value.dtype), TypeError)
+
+
+def same_device(argument: str, value: Tensor, other: Placed, name_of_other: str = "q") -> None:
     """Require a tensor to live where another lives."""
     if value.device != other.device:
         refuse(argument, f"be on {name_of_other}'s device {other.device}", value.device)
 
 
+def shaped_like(argument: str, value: Tensor, other: Placed, name_of_other: str) -> None:
+    """Require a tensor of another's shape and device."""
+    if value.shape != other.shape:
+        refuse(argument, f"have {name_of_other}'s shape {tuple(other.shape)}", tuple(value.shape))
+    same_device(argument, value, other, name_of_other)
+
+
 def floats(argument: str, value: object) -> Tensor:
     """Require a tensor of a dtype that kernels compute with."""
     if tensor(argument, value).dtype not in DTYPES:
-        refuse(argument, f"be one of {', '.join(map(name, DTYPES))}", name(value.dtype), TypeError)
+        refuse(argument, DTYPE_RULE, name(value.dtype), TypeError)
     return value
 
 
 def like(argument: str, value: object, other: Tensor, name_of_other: str) -> Tensor:
     """Require a tensor of another's shape, dtype and device."""
-    if tensor(argument, value).dtype != other.dtype:
-        refuse(
-            argument,
-            f"have {name_of_other}'s dtype {name(other.dtype)}",
-            name(value.dtype),
-            TypeError,
-        )
-    if value.shape != other.shape:
-        refuse(argument, f"have {name_of_other}'s shape {tuple(other.shape)}", tuple(value.shape))
-    same_device(argument, value, other, name_of_other)
+    same_dtype(argument, tensor(argument, value), other, name_of_other)
+    shaped_like(argument, value, other, name_of_other)
     return value
 
 
@@ -139,11 +170,9 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for argument, value in (("q", q), ("k", k), ("v", v)):
         floats(argument, value)
         if value.dim() != 4:
-            refuse(
-                argument, "have 4 dimensions [batch, heads, tokens, head_dim]", tuple(value.shape)
-            )
-        if value.dtype != q.dtype:
-            refuse(argument, f"have q's dtype {name(q.dtype)}", name(value.dtype), TypeError)
+            rule = "have 4 dimensions [batch, heads, tokens, head_dim]"
+            refuse(argument, rule, tuple(value.shape))
+        same_dtype(argument, value, q)
         if value.shape[3] > 1 and value.stride(3) != 1:
             refuse(argument, "have a contiguous last dimension", f"strides {value.stride()}")
         same_device(argument, value, q)

@@ -7,9 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-GRID_LIMIT = (
-    2.0**50
-)  # largest grid coordinate: float64 holds its latent, and the latent gives it back, exactly
+# largest grid coordinate: float64 holds its latent, and the latent gives it back, exactly
+GRID_LIMIT = 2.0**50
+
+
+class OffGridError(RuntimeError):
+    """A step that leaves the grid of exact chains; `steps` is a coordinate that it would reach."""
+
+    @property
+    def steps(self) -> float:
+        """The coordinate, of a grid that ends at 2^50."""
+        return self.args[0]
+
+    def __str__(self) -> str:
+        rule = "be finite and keep the latents within the grid of 2^50 steps"
+        return f"eps must {rule}, got {self.steps:g} steps"
 
 
 def layout_attention(
@@ -98,18 +110,16 @@ def sega_guidance(
     guidance_scale: float,
     edit_guidance_scale: Sequence[float],  # E of each
     edit_threshold: Sequence[float],
-    edit_weights: Sequence[float],
-    warm: Sequence[bool],
-    enabled: Sequence[bool],
+    weights: Sequence[float],  # these three as `sega_weights` has them
+    partials: Sequence[float],
+    all_warm: bool,
     reverse: Sequence[bool],
     edit_momentum_scale: float,
     edit_mom_beta: float,
     user_mask: Tensor | None = None,  # broadcastable to eps_edits
     sum_channels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch implementation of `dense_attn.sega_guidance`: returns (eps, momentum, thresholds [E,
-    B, C or 1]).
-    """
+    """PyTorch implementation of `dense_attn.sega_guidance`: eps, momentum, thresholds [E, B, C|1]."""
     wide = accumulation_dtype(eps_uncond.dtype)
     uncond, text, edits, momentum = (
         x.to(wide) for x in (eps_uncond, eps_text, eps_edits, momentum)
@@ -129,9 +139,9 @@ def sega_guidance(
         steered,
         momentum,
         guidance_scale,
-        edit_weights,
-        warm,
-        enabled,
+        weights,
+        partials,
+        all_warm,
         edit_momentum_scale,
         edit_mom_beta,
     )
@@ -168,16 +178,17 @@ def sega_magnitudes(steered: Tensor, sum_channels: bool) -> Tensor:
 
 def sega_weights(
     edit_weights: Sequence[float], warm: Sequence[bool], enabled: Sequence[bool]
-) -> tuple[list[float], list[float]]:
-    """Of each concept: its weight in the momentum, and in what is added while others warm up (all 0
-    when none is).
+) -> tuple[list[float], list[float], bool]:
+    """Weights of concepts in the momentum and, while others warm up, in eps; whether all are warm.
+
+    A concept that is not enabled, or of a negative weight, has none.
     """
-    weights = [max(weight, 0.0) * on for weight, on in zip(edit_weights, enabled)]
-    total = sum(weight for weight, ready in zip(weights, warm) if ready)
-    partly = any(warm) and not all(warm) and total > 0
-    return weights, [
-        weight / total if partly and ready else 0.0 for weight, ready in zip(weights, warm)
-    ]
+    weights = [max(weight, 0.0) if on else 0.0 for weight, on in zip(edit_weights, enabled)]
+    if all(warm):
+        return weights, [0.0] * len(weights), True
+    ready = [weight if one else 0.0 for weight, one in zip(weights, warm)]
+    total = sum(ready)
+    return weights, [weight / total if total > 0 else 0.0 for weight in ready], False
 
 
 def sega_combine(
@@ -186,21 +197,21 @@ def sega_combine(
     steered: Tensor,  # [E, B, C, ...]: what is left of the differences
     momentum: Tensor,  # [B, C, ...]
     guidance_scale: float,
-    edit_weights: Sequence[float],
-    warm: Sequence[bool],
-    enabled: Sequence[bool],
+    weights: Sequence[float],
+    partials: Sequence[float],
+    all_warm: bool,
     edit_momentum_scale: float,
     edit_mom_beta: float,
 ) -> tuple[Tensor, Tensor]:
     """(eps, momentum) of one step once the thresholds have been applied."""
     eps = eps_uncond + guidance_scale * (eps_text - eps_uncond)
     steer = edit_momentum_scale * momentum
-    for direction, weight, partial in zip(steered, *sega_weights(edit_weights, warm, enabled)):
+    for direction, weight, partial in zip(steered, weights, partials):
         if weight:
             steer = steer + weight * direction
         if partial:
             eps = eps + partial * direction
-    if all(warm):
+    if all_warm:
         eps = eps + steer
     return eps, edit_mom_beta * momentum + (1 - edit_mom_beta) * steer
 
@@ -324,18 +335,12 @@ def _rounded(change: Tensor) -> Tensor:
     """Half to even; refuses what int64 could not hold."""
     inside = change.abs() <= GRID_LIMIT
     if not inside.all():
-        _off_grid(change[~inside][0].item())
+        raise OffGridError(change[~inside][0].item())
     return change.round().long()
 
 
 def _checked(z: Tensor) -> Tensor:
     inside = z.double().abs() <= GRID_LIMIT  # torch would compare int64 with a number in float32
     if not inside.all():
-        _off_grid(z[~inside][0].item())
+        raise OffGridError(z[~inside][0].item())
     return z
-
-
-def _off_grid(got: float) -> None:
-    raise RuntimeError(
-        f"eps must be finite and keep the latents within the grid of 2^50 steps, got {got:g} steps"
-    )

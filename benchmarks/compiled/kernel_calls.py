@@ -116,23 +116,21 @@ def _guide(
     edits = empty((3, 1, 4, num_values), dtype=dtype)
     if apart:
         uncond, edits = (x.mT.contiguous().mT for x in (uncond, edits))
-    sega.sega_guidance(
-        uncond,
-        uncond,
-        edits,
-        uncond.float(),
-        guidance_scale=7.5,
-        edit_guidance_scale=[5.0] * 3,
-        edit_threshold=[0.9] * 3,
-        edit_weights=[1.0] * 3,
-        warm=[True] * 3,
-        enabled=[True] * 3,
-        reverse=[False] * 3,
-        edit_momentum_scale=0.3,
-        edit_mom_beta=0.4,
-        user_mask=None,
-        sum_channels=sum_channels,
-    )
+    lists = {
+        "edit_guidance_scale": [5.0] * 3,
+        "edit_threshold": [0.9] * 3,
+        "weights": [1.0] * 3,
+        "partials": [0.0] * 3,
+        "reverse": [False] * 3,
+    }
+    numbers = {
+        "guidance_scale": 7.5,
+        "edit_momentum_scale": 0.3,
+        "edit_mom_beta": 0.4,
+        "all_warm": True,
+        "sum_channels": sum_channels,
+    }
+    sega.sega_guidance(uncond, uncond, edits, uncond.float(), **lists, **numbers, user_mask=None)
 
 
 def _sega() -> None:

@@ -183,9 +183,9 @@ struct Guidance {
 
   void add_concept(int64_t e, int64_t batch, int64_t channel, int64_t plane, int64_t begin, int64_t count,
                    Acc* __restrict eps, Acc* __restrict steer) const {
-    if (p.weights[e] == 0) return;
+    if (p.weights[e] == 0 && p.partials[e] == 0) return;
     alignas(kVecBytes) Acc kept[kKeyBlock], user[kKeyBlock];
-    const Acc weight = p.weights[e], partial = p.partial_weights[e];
+    const Acc weight = p.weights[e], partial = p.partials[e];
     const Acc* values = compared(e, plane) + begin;
     const Acc* from = difference(e, plane) + begin;
     const Acc threshold = thresholds[e];
@@ -194,9 +194,12 @@ struct Guidance {
       load_row(p.user_mask.at<Acc>(e, batch, channel, begin), p.user_mask.strides[3], count, user);
       for (int64_t i = 0; i < count; ++i) kept[i] *= user[i];
     }
-    for (int64_t i = 0; i < count; ++i) steer[i] += weight * kept[i];
-    if (p.partial_weights[e] == 0) return;
-    for (int64_t i = 0; i < count; ++i) eps[i] += partial * kept[i];
+    if (p.weights[e] != 0) {
+      for (int64_t i = 0; i < count; ++i) steer[i] += weight * kept[i];
+    }
+    if (p.partials[e] != 0) {
+      for (int64_t i = 0; i < count; ++i) eps[i] += partial * kept[i];
+    }
   }
 };
 

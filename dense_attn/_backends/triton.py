@@ -141,7 +141,7 @@ SCHEMAS = {  # those of the compiled ops, but for what has a default
     "percentile_mask": "(Tensor x, float level) -> (Tensor masked, Tensor threshold)",
     "sega_guidance": (
         "(Tensor eps_uncond, Tensor eps_text, Tensor eps_edits, Tensor momentum, *, float guidance_scale, "
-        "float[] edit_guidance_scale, float[] edit_threshold, float[] edit_weights, bool[] warm, bool[] enabled, "
+        "float[] edit_guidance_scale, float[] edit_threshold, float[] weights, float[] partials, bool all_warm, "
         "bool[] reverse, float edit_momentum_scale, float edit_mom_beta, Tensor? user_mask, bool sum_channels) -> "
         "(Tensor eps, Tensor momentum_out, Tensor thresholds)"
     ),

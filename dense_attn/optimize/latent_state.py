@@ -1,6 +1,4 @@
-"""The state of an optimisation of latents: where it starts, how it goes on, and what one that is
-given must be.
-"""
+"""The state of an optimisation of latents: its start, its next step, and what one must be."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ State = dict[str, object]
 
 
 def identity(sampler: ReversibleSampler) -> dict[str, object]:
-    """The numbers that make a sampler's chain what it is: not its backend, nor the dtype of the
-    network.
-    """
+    """The numbers that make a sampler's chain: not its backend, nor the dtype of the network."""
     names = ("method", "exact", *READ.get(sampler.method, ()))
     steps = {
         "timesteps": [int(t) for t in sampler.timesteps],
@@ -45,13 +41,10 @@ def identity(sampler: ReversibleSampler) -> dict[str, object]:
 def first(
     x: Tensor, sampler: ReversibleSampler, count: int, generator: torch.Generator | None
 ) -> tuple[State, torch.Generator]:
-    """The state before the first step on a number of latents that start as x, and the generator of
-    the noise.
-    """
+    """The state before the first step on latents that start as x, and the noise's generator."""
     if generator is None:
-        generator = torch.Generator(x.device).manual_seed(
-            int(torch.randint(2**62, (), device="cpu"))
-        )
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        generator = torch.Generator(x.device).manual_seed(seed)
     latent = x.detach().to(_working(x.dtype)).clone()
     return {
         "step": 0,
@@ -95,9 +88,7 @@ def normalized(x: Tensor, norms: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample by a power of two, so that no square of it overflows and no digit is lost; and
-    these powers, [B].
-    """
+    """Samples by powers of two, where no square overflows and no digit is lost; the powers, [B]."""
     largest = x.flatten(1).abs().amax(1)
     scale = torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
     return x / scale.view(-1, *(1,) * (x.dim() - 1)), scale
@@ -172,18 +163,15 @@ def _alike(a: object, b: object) -> bool:
 
 
 def _check(state: State, x: Tensor, count: int, of: str = "") -> None:
-    """Require numbers that fit x and the number of free latents, in a state that stands under the
-    key `of`.
-    """
+    """Require numbers that fit x and the number of free latents; `of` is the state's own key."""
     step, losses, previous = state["step"], state["losses"], state["previous"]
     if step < 0:
         _refuse(step, of, "step")
     if len(losses) != step or not all(isinstance(loss, (int, float)) for loss in losses):
         _refuse(f"what is not {step} numbers", of, "losses")
     if len(state["latents"]) != count:
-        _checks.refuse(
-            "state", f"hold {count} latents for this sampler and tie", len(state["latents"])
-        )
+        rule = f"hold {count} latents for this sampler and tie"
+        _checks.refuse("state", rule, len(state["latents"]))
     if len(state["momentum"]) != (count if step else 0):
         _refuse(f"{len(state['momentum'])} tensors after {step} steps", of, "momentum")
     _check_tensors(state, x, of)
@@ -197,9 +185,7 @@ def _check(state: State, x: Tensor, count: int, of: str = "") -> None:
 
 
 def _check_tensors(state: State, x: Tensor, of: str) -> None:
-    """Require latents and momentum of x's shape, a norm for each sample, and bytes of a
-    generator.
-    """
+    """Require latents and momentum of x's shape, a norm a sample, and bytes of a generator."""
     working = _working(x.dtype)
     for key in ("latents", "momentum"):
         for value in state[key]:
@@ -210,10 +196,8 @@ def _check_tensors(state: State, x: Tensor, of: str) -> None:
                 _checks.refuse("state", rule, f"{_checks.name(value.dtype)} {tuple(value.shape)}")
             if not _holds_numbers(value) or not value.isfinite().all():
                 _refuse("what is not finite", of, key)
-    for key, dtype, shape in (
-        ("norms", working, x.shape[:1]),
-        ("generator", torch.uint8, state["generator"].shape),
-    ):
+    others = {"norms": (working, x.shape[:1]), "generator": (torch.uint8, state["generator"].shape)}
+    for key, (dtype, shape) in others.items():
         value = state[key]
         if (value.shape, value.dtype) != (shape, dtype) or not _holds_numbers(value):
             _refuse(f"a {_checks.name(value.dtype)} tensor of shape {tuple(value.shape)}", of, key)

@@ -1,6 +1,4 @@
-"""Optimisation of the noise that a diffusion chain starts from: the loop of DOODL, and the loss of
-SGOOL.
-"""
+"""Optimisation of the noise that a chain starts from: DOODL's loop, with SGOOL's loss."""
 
 from __future__ import annotations
 
@@ -16,15 +14,14 @@ from torch import Tensor
 
 from dense_attn import _checks, _progress
 from dense_attn.optimize import latent_state
-from dense_attn.optimize.image_loss import X_OFF_THE_GRID, ImageLoss, NotFiniteError, require_finite
+from dense_attn.optimize.image_loss import ImageLoss, NotFiniteError, require_finite
 from dense_attn.optimize.latent_state import State
 from dense_attn.reversible.sampler import ReversibleSampler
 
 
 @dataclass(frozen=True, repr=False)
 class OptimizeResult:
-    """The latents that `optimize_latents` found: `loss = losses[i]` is that of the latents before
-    update i.
+    """The latents that `optimize_latents` found; `losses[i]` is the loss before update i.
 
     Attributes:
         latents: the latents to sample from, as x; a pair where `tie=False` lets the two part.
@@ -36,7 +33,8 @@ class OptimizeResult:
 
     Example:
         >>> import tempfile, torch, dense_attn
-        >>> sampler = dense_attn.ReversibleSampler(torch.linspace(0.999, 0.01, 1000), [750, 500, 250])
+        >>> alphas = torch.linspace(0.999, 0.01, 1000)
+        >>> sampler = dense_attn.ReversibleSampler(alphas, [750, 500, 250])
         >>> def loss_fn(image): return (image - 0.5).square().mean()
         >>> arguments = sampler, lambda x, t: 0.1 * x, torch.tanh, loss_fn, torch.zeros(1, 3, 8, 8)
         >>> result = dense_attn.optimize_latents(*arguments, steps=2, progress=False)
@@ -84,8 +82,7 @@ def optimize_latents(
     progress: bool = True,
     state: State | None = None,
 ) -> OptimizeResult:
-    """Change the noise x until the image sampled from it has a lower loss, with gradients through
-    the whole chain.
+    """Change the noise x until its image has a lower loss, by gradients through the whole chain.
 
     With `a, b` the latents sampled from the pair `(x, y)`, x = y at first, every step does
     `g = -(1/2) d(loss(decode(a)) + loss(decode(b))) / d(x, y)`, averaged over x and y when tied,
@@ -166,19 +163,13 @@ class _Update:
     def __init__(
         self, clip: float | None, momentum: float | None, noise: float | None, renormalize: bool
     ) -> None:
-        if clip is not None and not _checks.number("clip", clip, rule="be a number or None") > 0:
+        if clip is not None and not _number_or_none("clip", clip) > 0:
             _checks.refuse("clip", "be above 0 or None", clip)
         self.clip, self.renormalize = clip, renormalize
-        self.momentum = (
-            0.0
-            if momentum is None
-            else _checks.number("momentum", momentum, rule="be a number or None")
-        )
+        self.momentum = _number_or_none("momentum", momentum)
         if not 0 <= self.momentum < 1:
             _checks.refuse("momentum", "be from 0 to 1, 1 excluded", momentum)
-        self.noise = (
-            0.0 if noise is None else _checks.number("noise", noise, rule="be a number or None")
-        )
+        self.noise = _number_or_none("noise", noise)
         if not self.noise >= 0:
             _checks.refuse("noise", "be at least 0", noise)
 
@@ -189,10 +180,8 @@ class _Update:
         x = state["latents"][0]
         shift = 0.0
         if self.noise:  # the same for both latents
-            shift = self.noise * torch.randn(
-                x.shape, generator=generator, device=generator.device, dtype=x.dtype
-            )
-            shift = shift.to(x.device)
+            there = {"device": generator.device, "dtype": x.dtype}
+            shift = self.noise * torch.randn(x.shape, generator=generator, **there).to(x.device)
         latents, buffers = [], []
         for index, (x, gradient) in enumerate(zip(state["latents"], gradients)):
             limit = min(self.clip or math.inf, torch.finfo(x.dtype).max)
@@ -213,6 +202,11 @@ class _Update:
             "sampler": state["sampler"],
             "previous": {**state, "previous": None},
         }
+
+
+def _number_or_none(argument: str, value: object) -> float:
+    """A number, 0 for None."""
+    return 0.0 if value is None else _checks.number(argument, value, rule="be a number or None")
 
 
 def _run(
@@ -237,18 +231,15 @@ def _run(
                 state = updated
                 advance(loss=value)
         except NotFiniteError as error:
-            if state["step"] == 0 and str(error).startswith(X_OFF_THE_GRID):  # x as it was given
+            if state["step"] == 0 and isinstance(error.__cause__, ValueError):  # x as it was given
                 raise error.__cause__ from None
             problem = f"{error} at step {state['step']}"
-            if (
-                len(losses) == state["step"] and state["previous"] is not None
-            ):  # without a loss these are not good
+            without_a_loss = len(losses) == state["step"]  # so these latents are not good
+            if without_a_loss and state["previous"] is not None:
                 state = state["previous"]
         except KeyboardInterrupt:
-            problem, losses = (
-                f"optimize_latents was interrupted in step {state['step']}",
-                state["losses"],
-            )
+            problem = f"optimize_latents was interrupted in step {state['step']}"
+            losses = state["losses"]
         except BaseException as error:  # SystemExit as well: how jobs are ended
             if state["step"]:
                 _keep(error, state)
@@ -267,17 +258,15 @@ def _result(state: State, losses: list[float], message: str) -> OptimizeResult:
 def _keep(error: BaseException, state: State) -> None:
     """Hand out what the finished steps have reached with the exception that ends the run."""
     step = state["step"]
-    message = f"optimize_latents was stopped by {type(error).__name__} in step {step}"
+    stopped = f"optimize_latents was stopped by {type(error).__name__} in step {step}"
     with suppress(Exception):  # it may take no attributes, in any way; a device may be lost
         if not isinstance(getattr(error, "result", None), (OptimizeResult, NoneType)):
             return  # its own
-        error.result = _result(
-            state, state["losses"], f"{message}; these are the latents of step {step}"
-        )
+        message = f"{stopped}; these are the latents of step {step}"
+        error.result = _result(state, state["losses"], message)
         if hasattr(error, "add_note"):  # from Python 3.11
-            error.add_note(
-                f"{message}; the steps before are this exception's `result`: `state=result.state` goes on"
-            )
+            note = "the steps before are this exception's `result`: `state=result.state` goes on"
+            error.add_note(f"{stopped}; {note}")
 
 
 def _start(
@@ -285,9 +274,8 @@ def _start(
 ) -> tuple[State, torch.Generator]:
     """The state before the next step, and the generator of its noise."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        _checks.refuse(
-            "generator", "be a torch.Generator or None", type(generator).__name__, TypeError
-        )
+        got = type(generator).__name__
+        _checks.refuse("generator", "be a torch.Generator or None", got, TypeError)
     if state is not None:
         return latent_state.resumed(state, x, loss.sampler, loss.count, generator)
     return latent_state.first(x, loss.sampler, loss.count, generator)
@@ -297,8 +285,7 @@ def _check_latents(x: Tensor) -> None:
     _checks.floats("x", x)
     if x.dim() < 2 or x.numel() == 0:
         _checks.refuse("x", "have a batch dimension and others, none of them empty", tuple(x.shape))
-    if x.is_meta:
-        _checks.refuse("x", "hold numbers", "a meta tensor")
+    _checks.readable("x", x, "numbers")
     finite = x.isfinite()
     if not finite.all():
         _checks.refuse("x", "be finite", x[~finite][0].item())

@@ -53,8 +53,7 @@ def spectral_residual_saliency(image: Tensor) -> Tensor:
     _checks.floats("image", image)
     if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape[2:]:
         _checks.refuse("image", "have shape [batch, 3, height, width]", tuple(image.shape))
-    if image.is_meta:
-        _checks.refuse("image", "hold numbers", "a meta tensor")
+    _checks.readable("image", image, "numbers")
     inside = (image >= 0) & (image <= 1)
     if not inside.all():
         _checks.refuse("image", "be from 0 to 1", image[~inside][0].item())
@@ -66,36 +65,30 @@ def spectral_residual_saliency(image: Tensor) -> Tensor:
 
 def _autocast_off(device: str) -> AbstractContextManager[object]:
     """Autocast would round the grey image and the blur to its own dtype."""
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.amp.is_autocast_available(device)
-        else nullcontext()
-    )
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _spectral_residual(image: Tensor) -> Tensor:
     wide = torch.promote_types(image.dtype, torch.float32)
-    grey = torch.einsum(
-        "bchw,c->bhw", image.to(wide), image.new_tensor(LUMA, dtype=wide)
-    )  # [B, H, W]
+    luma = image.new_tensor(LUMA, dtype=wide)
+    grey = torch.einsum("bchw,c->bhw", image.to(wide), luma)  # [B, H, W]
     height, width = grey.shape[1:]
     longer = max(height, width)
     side = min(WORKING_SIDE, longer)
     size = max(1, round(side * height / longer)), max(1, round(side * width / longer))
-    small = F.adaptive_avg_pool2d(
-        grey, size
-    )  # means of boxes: any other filter would make the borders stand out
+    # Means of boxes: any other filter would make the borders stand out.
+    small = F.adaptive_avg_pool2d(grey, size)
     spectrum = torch.fft.fft2(small)
     log_amplitude = spectrum.abs().clamp_min(FLOOR * size[0] * size[1]).log()
     # F exp(-mean) is exp(log A - mean + i P), and damps what lies below the floor. A spectrum is
     # periodic.
-    mean = F.avg_pool2d(F.pad(log_amplitude[:, None], (1, 1, 1, 1), mode="circular"), 3, stride=1)[
-        :, 0
-    ]
+    padded = F.pad(log_amplitude[:, None], (1, 1, 1, 1), mode="circular")
+    mean = F.avg_pool2d(padded, 3, stride=1)[:, 0]
     energy = torch.fft.ifft2(spectrum * torch.exp(-mean)).abs().square()
-    raw = _enlarged(_blurred(energy, BLUR_SIGMA * side / WORKING_SIDE)[:, None], (height, width))[
-        :, 0
-    ]
+    blurred = _blurred(energy, BLUR_SIGMA * side / WORKING_SIDE)
+    raw = _enlarged(blurred[:, None], (height, width))[:, 0]
     low, high = raw.amin((1, 2), keepdim=True), raw.amax((1, 2), keepdim=True)
     constant = grey.amax((1, 2), keepdim=True) - grey.amin((1, 2), keepdim=True) <= CONSTANT
     scaled = (raw - low) / (high - low).clamp_min(torch.finfo(wide).tiny)
@@ -107,9 +100,7 @@ def _enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _blurred(x: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur of [B, H, W], with zeros around it: the seam of the periodic spectrum stands
-    out less.
-    """
+    """A Gaussian blur of [B, H, W] in zeros: the seam of the periodic spectrum stands out less."""
     radius = max(1, round(3 * sigma))
     offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / sigma).square())
@@ -119,25 +110,21 @@ def _blurred(x: Tensor, sigma: float) -> Tensor:
 
 
 def salient_boxes(saliency: Tensor) -> list[Box]:
-    """For each map of [B, H, W], the box of the pixels halfway or more from the map's mean to its
-    maximum.
+    """Boxes of the pixels halfway or more from a map's mean to its maximum, one a map of [B, H, W].
 
     So neither a factor on a map nor a constant added to it changes its box, a map that is the same
     everywhere gives the whole image, and no box is empty; at least 4 pixels and 1/8 of each side,
     as far as the image has them.
     """
     high = saliency.amax((1, 2), keepdim=True)
-    threshold = torch.minimum(
-        (saliency.mean((1, 2), keepdim=True) + high) / 2, high
-    )  # a mean may round above it
+    halfway = (saliency.mean((1, 2), keepdim=True) + high) / 2
+    threshold = torch.minimum(halfway, high)  # a mean may round above it
     salient = saliency >= threshold
     return [(*_span(one.any(1)), *_span(one.any(0))) for one in salient]
 
 
 def _span(salient: Tensor) -> tuple[int, int]:
-    """From the first to the last salient line, widened evenly within the image to the smallest
-    box.
-    """
+    """The first to the last salient line, widened evenly within the image to the smallest box."""
     lines, total = salient.nonzero(), len(salient)
     start, stop = int(lines[0]), int(lines[-1]) + 1
     size = max(stop - start, min(total, max(SMALLEST_BOX, round(SMALLEST_SHARE * total))))
@@ -146,9 +133,7 @@ def _span(salient: Tensor) -> tuple[int, int]:
 
 
 def salient_crop(image: Tensor, saliency: Tensor) -> Tensor:
-    """The salient box of each image of [B, C, H, W], resized to the image's own size;
-    differentiable in the image.
-    """
+    """The salient boxes of images [B, C, H, W] at the images' own size; differentiable in them."""
     size = image.shape[2:]
     crops = [
         _enlarged(one[None, :, top:bottom, left:right], size)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dense_attn import reference
-from dense_attn.reversible import trajectory
+from dense_attn.reversible import pairs, trajectory
 from dense_attn.reversible.links import Link
-from dense_attn.reversible.trajectory import Network, Plan, laid_out, slots
+from dense_attn.reversible.network import Network
+from dense_attn.reversible.pairs import slots
+from dense_attn.reversible.plan import Plan
+from dense_attn.reversible.strides import laid_out
 
 _ONE_DERIVATIVE = "ReversibleSampler must be differentiated once, got a second derivative"
 
@@ -34,17 +37,14 @@ def run(plan: Plan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _parameters(plan: Plan) -> list[Tensor]:
-    return (
-        [p for p in plan.eps_fn.parameters() if p.requires_grad]
-        if isinstance(plan.eps_fn, nn.Module)
-        else []
-    )
+    """The parameters of eps_fn that are to get a gradient."""
+    if not plan.parameters or not isinstance(plan.eps_fn, nn.Module):
+        return []
+    return [p for p in plan.eps_fn.parameters() if p.requires_grad]
 
 
 class _Run(torch.autograd.Function):
-    """A whole chain: its ends are saved, and every latent between them is found again on the way
-    back.
-    """
+    """A whole chain: its ends are saved, what lies between is found again on the way back."""
 
     @staticmethod
     def forward(ctx, plan: Plan, x: Tensor, y: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
@@ -86,13 +86,12 @@ class _WayBack:
         self.plan, self.network, self.params = plan, network, params
         self.of_params: list[Tensor | None] = [None] * len(params)
         self.inverse = plan.chain.inverse()
-        self.pair = trajectory.start(plan, self.inverse, x, y)
+        self.pair = pairs.start(plan, self.inverse, x, y)
         wide = reference.accumulation_dtype(x.dtype)
         grads = (laid_out(grad.to(wide), network.strides) for grad in (grad_x, grad_y))
         self.x, self.y = slots(plan.chain.end, *grads)
-        self.same_bits = (
-            not plan.exact
-        )  # whether a call that records gives what a call without gradients gives
+        # whether a call that records gives what a call without gradients gives
+        self.same_bits = not plan.exact
 
     def walk(self) -> None:
         for at, link in enumerate(reversed(self.plan.chain.links)):
@@ -119,7 +118,7 @@ class _WayBack:
         with torch.enable_grad():
             fed.requires_grad_()
             eps = self.network(fed, link.step)
-        if recorded:
+        if recorded and self.plan.parameters:
             _warn_of_captured(eps, {fed, *self.params})
         updated = self.x if link.update_x else self.y
         if not eps.requires_grad:
@@ -130,9 +129,9 @@ class _WayBack:
         for i, grad in enumerate(grads):
             if grad is not None:
                 self.of_params[i] = grad if self.of_params[i] is None else self.of_params[i] + grad
-        return eps.detach(), torch.zeros_like(fed) if grad_fed is None else laid_out(
-            grad_fed, self.network.strides
-        )
+        if grad_fed is None:
+            return eps.detach(), torch.zeros_like(fed)
+        return eps.detach(), laid_out(grad_fed, self.network.strides)
 
     def _through_link(self, link: Link, grad_fed: Tensor) -> None:
         updated, fed = (self.x, self.y) if link.update_x else (self.y, self.x)
@@ -141,9 +140,7 @@ class _WayBack:
         self.x, self.y = (updated, fed) if link.update_x else (fed, updated)
 
     def _through_mix(self, direction: str) -> None:
-        """The transpose of the mix x <- p x + q y, y <- q x + p y with the new x, or of its
-        inverse.
-        """
+        """The transpose of the mix x <- p x + q y, y <- q x + p y, or of its inverse."""
         if not direction:
             return
         p, q, combine = self.plan.chain.mix, 1 - self.plan.chain.mix, self.plan.kernels.ddim_step
@@ -156,9 +153,7 @@ class _WayBack:
 
 
 def _warn_of_captured(eps: Tensor, known: set[Tensor]) -> None:
-    """Say so when eps depends on tensors that get no gradient, because eps_fn is no module that
-    owns them.
-    """
+    """Warn when eps depends on tensors that get no gradient, as eps_fn is no module with them."""
     seen, waiting, lost = set(), [eps.grad_fn], 0
     while waiting:
         node = waiting.pop()
@@ -168,16 +163,14 @@ def _warn_of_captured(eps: Tensor, known: set[Tensor]) -> None:
         lost += hasattr(node, "variable") and all(node.variable is not tensor for tensor in known)
         waiting += [following for following, _ in node.next_functions]
     if lost:
-        text = f"eps_fn must be an nn.Module to hand gradients to its parameters, got {lost} tensors that it captures"
-        warnings.warn(
-            f"{text}, which get none (requires_grad_(False) says that they need none)", stacklevel=2
-        )
+        rule = "eps_fn must be an nn.Module to hand gradients to its parameters"
+        got = f"got {lost} tensors that it captures, which get none"
+        advice = "(requires_grad_(False) says that they need none)"
+        warnings.warn(f"{rule}, {got} {advice}", stacklevel=2)
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as functions of what they depend on, so that a second derivative is refused and not
-    0.
-    """
+    """Gradients as functions of what they depend on: a second derivative is refused, not 0."""
 
     @staticmethod
     def forward(ctx, num_grads: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN001

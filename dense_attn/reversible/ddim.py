@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dense_attn import _checks, _memory, reference
 from dense_attn._backends import dispatch, table
-from dense_attn.reversible import links
-from dense_attn.reversible.trajectory import dense_strides, laid_out
+from dense_attn.reversible import links, schedule
+from dense_attn.reversible.strides import dense_strides, laid_out
 
 
 def ddim_step(
@@ -55,7 +55,7 @@ def ddim_step(
         True
     """
     a, b = _coefficients(x, alpha_bar_t, alpha_bar_prev)
-    return step(x, eps, eps_uncond, a, b, guidance_scale, backend)
+    return _step(x, eps, eps_uncond, a, b, guidance_scale, backend)
 
 
 def ddim_step_inverse(
@@ -91,32 +91,28 @@ def ddim_step_inverse(
         torch.Size([1, 4, 64, 64])
     """
     a, b = _coefficients(x, alpha_bar_t, alpha_bar_prev, inverse=True)
-    return step(x, eps, eps_uncond, a, b, guidance_scale, backend)
+    return _step(x, eps, eps_uncond, a, b, guidance_scale, backend)
 
 
 def _coefficients(
     x: Tensor, alpha_bar_t: float | Tensor, alpha_bar_prev: float | Tensor, *, inverse: bool = False
 ) -> tuple[float, float]:
     """(a, b) of the step or of its inverse, finite in the dtype that kernels compute in."""
-    now, prev = (
-        links.alpha_bar("alpha_bar_t", alpha_bar_t),
-        links.alpha_bar("alpha_bar_prev", alpha_bar_prev),
-    )
+    now = schedule.alpha_bar("alpha_bar_t", alpha_bar_t)
+    prev = schedule.alpha_bar("alpha_bar_prev", alpha_bar_prev)
     a, b = links.ddim(now, prev)
     argument, divisor = "alpha_bar_t", now
     if inverse:
         a, b, argument, divisor = 1 / a, -b / a, "alpha_bar_prev", prev
     wide = reference.accumulation_dtype(_checks.floats("x", x).dtype)
-    if not (abs(a) <= torch.finfo(wide).max and abs(b) <= torch.finfo(wide).max):
-        _checks.refuse(
-            argument,
-            f"be large enough for coefficients that are finite in {_checks.name(wide)}",
-            divisor,
-        )
+    most = _checks.LARGEST[wide]
+    if not (abs(a) <= most and abs(b) <= most):
+        rule = f"be large enough for coefficients that are finite in {_checks.name(wide)}"
+        _checks.refuse(argument, rule, divisor)
     return a, b
 
 
-def step(
+def _step(
     x: Tensor,
     eps: Tensor,
     eps_uncond: Tensor | None,
@@ -126,38 +122,39 @@ def step(
     backend: str,
 ) -> Tensor:
     """`a*x + b*(eps_uncond + guidance_scale*(eps - eps_uncond))`, checked and dispatched."""
-    _checks.floats("x", x)
-    _shaped_like("eps", eps, x)
+    _checks.shaped_like("eps", _checks.floats("eps", eps), x, "x")
     if eps_uncond is not None:
         _checks.like("eps_uncond", eps_uncond, eps, "eps")
-    guidance_scale = _checks.number(
-        "guidance_scale", guidance_scale, reference.accumulation_dtype(x.dtype)
-    )
+    wide = reference.accumulation_dtype(x.dtype)
+    guidance_scale = _checks.number("guidance_scale", guidance_scale, wide)
     name = table.resolve(backend, "ddim_step", x)
-    eps = (
-        eps.view_as(eps) if eps is x else eps
-    )  # torch.compile takes no tensor twice into an autograd.Function
-    eps_uncond = eps_uncond.view_as(eps) if eps_uncond is x or eps_uncond is eps else eps_uncond
     try:
-        if name == "reference":
-            return reference.ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
-        return dispatch.run(_DdimStep, x, eps, eps_uncond, a, b, guidance_scale, name)
+        return apply(x, eps, eps_uncond, a, b, guidance_scale, name)
     except RuntimeError as error:
         _memory.explain(error, "ddim_step", x.numel() * x.element_size(), x=x)
         raise
 
 
-def _shaped_like(argument: str, value: Tensor, x: Tensor) -> None:
-    _checks.floats(argument, value)
-    if value.shape != x.shape:
-        _checks.refuse(argument, f"have x's shape {tuple(x.shape)}", tuple(value.shape))
-    _checks.same_device(argument, value, x, "x")
+def apply(
+    x: Tensor,
+    eps: Tensor,
+    eps_uncond: Tensor | None,
+    a: float,
+    b: float,
+    guidance_scale: float,
+    backend: str,
+) -> Tensor:
+    """The step on tensors that go together and a backend that can; differentiable."""
+    if backend == "reference":
+        return reference.ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
+    # torch.compile takes no tensor twice into an autograd.Function.
+    eps = eps.view_as(eps) if eps is x else eps
+    eps_uncond = eps_uncond.view_as(eps) if eps_uncond is x or eps_uncond is eps else eps_uncond
+    return dispatch.run(_DdimStep, x, eps, eps_uncond, a, b, guidance_scale, backend)
 
 
 class _DdimStep(torch.autograd.Function):
-    """Linear in its tensors, so its gradients are made of torch's own operators and have gradients
-    themselves.
-    """
+    """Linear in its tensors: gradients are torch's own operators, and have gradients themselves."""
 
     @staticmethod
     def forward(x, eps, eps_uncond, a, b, guidance_scale, backend):  # noqa: ANN001, ANN205
@@ -176,16 +173,10 @@ class _DdimStep(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: ANN001, ANN205
         wide = grad.to(reference.accumulation_dtype(grad.dtype))
         grads = [(wide * factor).to(dtype) for factor, dtype in zip(ctx.factors, ctx.dtypes)]
-        return (
-            *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)),
-            None,
-            None,
-            None,
-            None,
-        )
+        grads = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))
+        return *grads, *[None] * 4
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
-        raise NotImplementedError(
-            "ddim_step must be called outside of vmap, got a vmapped input: use the batch"
-        )
+        rule = "ddim_step must be called outside of vmap"
+        raise NotImplementedError(f"{rule}, got a vmapped input: use the batch")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from dense_attn import _checks, _memory, _progress
+from dense_attn import _checks
 from dense_attn._backends import table
-from dense_attn.reversible import backward, ddim, links, trajectory
-from dense_attn.reversible.trajectory import dense_strides, laid_out
+from dense_attn.reversible import backward, links, network, schedule, trajectory
+from dense_attn.reversible.plan import EpsFn, Memory, Plan
+from dense_attn.reversible.strides import contiguous_strides, dense_strides, laid_out
 
 METHODS = ("edict", "bdia", "belm", "ddim")
 _MOST_AMPLIFIED = 100.0
@@ -22,9 +22,7 @@ Method = TypeVar("Method", bound=Callable)
 
 
 def _eager(method: Method) -> Method:
-    """The method, opaque to torch.compile: forward and backward must call one and the same
-    network.
-    """
+    """The method, opaque to torch.compile: both directions must call the very same network."""
 
     @wraps(method)
     def opaque(*arguments: object, **named: object) -> object:
@@ -36,8 +34,7 @@ def _eager(method: Method) -> Method:
 
 
 class ReversibleSampler:
-    """DDIM samplers that run backwards: from noise to image latents and back, exactly, and with
-    cheap gradients.
+    """DDIM that runs backwards: from noise to images and back, exactly, and with cheap gradients.
 
     A chain keeps a pair of latents. With `D` the DDIM step, `eps(x)` the network and q = 1 - mix,
     one step is
@@ -94,7 +91,8 @@ class ReversibleSampler:
 
     Example:
         >>> import torch, dense_attn
-        >>> sampler = dense_attn.ReversibleSampler(torch.linspace(0.999, 0.01, 1000), range(981, 0, -20))
+        >>> alphas = torch.linspace(0.999, 0.01, 1000)
+        >>> sampler = dense_attn.ReversibleSampler(alphas, range(981, 0, -20))
         >>> image = sampler.sample(lambda x, t: torch.tanh(x), torch.randn(1, 4, 8, 8))
         >>> noise = sampler.invert(lambda x, t: torch.tanh(x), *image)
         >>> all(map(torch.equal, sampler.sample(lambda x, t: torch.tanh(x), *noise), image))
@@ -116,19 +114,14 @@ class ReversibleSampler:
         backend: str = "auto",
     ) -> None:
         self.method = _checks.choice("method", method, METHODS)
-        self.mix, self.gamma = links.above_0("mix", mix), links.above_0("gamma", gamma)
+        self.mix, self.gamma = schedule.above_0("mix", mix), schedule.above_0("gamma", gamma)
         self.alternate = _checks.flag("alternate", alternate)
         self.exact = _checks.flag("exact", exact) and method != "ddim"
         if dtype not in _checks.DTYPES:
-            _checks.refuse(
-                "dtype",
-                f"be one of {', '.join(map(_checks.name, _checks.DTYPES))}",
-                dtype,
-                TypeError,
-            )
+            _checks.refuse("dtype", _checks.DTYPE_RULE, dtype, TypeError)
         self.dtype, self.backend = dtype, _checks.choice("backend", backend, ("auto", *table.ORDER))
-        self.timesteps, numbers = links.descending(timesteps)
-        self.alpha_bars = links.schedule(alphas_cumprod, numbers, final_alpha_cumprod)
+        self.timesteps, numbers = schedule.descending(timesteps)
+        self.alpha_bars = schedule.schedule(alphas_cumprod, numbers, final_alpha_cumprod)
         self._chain = links.build(
             self.method, self.alpha_bars, self.mix, self.gamma, self.alternate, self.exact
         )
@@ -136,7 +129,7 @@ class ReversibleSampler:
     @_eager
     def sample(
         self,
-        eps_fn: trajectory.EpsFn,
+        eps_fn: EpsFn,
         x: Tensor,
         y: Tensor | None = None,
         *,
@@ -155,11 +148,10 @@ class ReversibleSampler:
 
         Returns:
             The pair at the end: float64 with exact=True, x's dtype otherwise. Differentiable once
-                in x, y and, where
-            eps_fn is an nn.Module, in its parameters; memory does not grow with the number of
-            steps, the chain is inverted on the way back. Gradients do not reach other tensors that
-            eps_fn captures (a warning says so). For `"ddim"`: plain autograd, whose memory grows
-            with the steps and whose gradients reach such tensors.
+            in x, y and, where eps_fn is an nn.Module, in its parameters; memory does not grow with
+            the number of steps, the chain is inverted on the way back. Gradients do not reach other
+            tensors that eps_fn captures (a warning says so). For `"ddim"`: plain autograd, whose
+            memory grows with the steps and whose gradients reach such tensors.
 
         Raises:
             ValueError, TypeError: an argument breaks the rule that the message names, or eps_fn's
@@ -171,7 +163,7 @@ class ReversibleSampler:
     @_eager
     def invert(
         self,
-        eps_fn: trajectory.EpsFn,
+        eps_fn: EpsFn,
         x: Tensor,
         y: Tensor | None = None,
         *,
@@ -201,40 +193,50 @@ class ReversibleSampler:
 
     def _run(
         self,
-        eps_fn: trajectory.EpsFn,
+        eps_fn: EpsFn,
         x: Tensor,
         y: Tensor | None,
-        progress: bool,
+        progress: bool = False,
         *,
         forward: bool,
+        parameters: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        if not callable(eps_fn):
-            _checks.refuse("eps_fn", "be callable", type(eps_fn).__name__, TypeError)
+        """The latents at the other end; `parameters` says whether those of eps_fn get gradients."""
+        _checks.function("eps_fn", eps_fn)
         shown = _checks.flag("progress", progress)
+        _checks.readable("x", _checks.floats("x", x))
         if self.method != "ddim":
-            trajectory.refuse_transforms(
-                x=_checks.floats("x", x), y=y if isinstance(y, Tensor) else None
-            )
-        links.readable("x", _checks.floats("x", x))
-        strides = trajectory.contiguous_strides(x) if self.exact else dense_strides(x)
-        each = torch.int64.itemsize if self.exact else x.element_size()
-        memory = _memory.Explained(
-            "ReversibleSampler", (1 if self.method == "ddim" else 2) * x.numel() * each, x=x
+            network.refuse_transforms(x, y)
+        x, y, memory = self._inputs(x, y)
+        plan = Plan(
+            backend=table.resolve(self.backend, "ReversibleSampler", x),
+            chain=self._way(forward, lone=y is None),
+            eps_fn=eps_fn,
+            timesteps=self.timesteps,
+            dtype=self.dtype,
+            exact=self.exact,
+            memory=memory,
+            parameters=parameters,
+            progress=f"{self.method} {'sample' if forward else 'invert'}" if shown else "",
         )
+        if self.method == "ddim":
+            if y is not None:
+                _checks.refuse("y", "be None for method='ddim'", "a tensor")
+            x = trajectory.run_ddim(plan, self.alpha_bars, x)
+            return x, x
+        self._check_growth(plan, x, y, forward)
+        return backward.run(plan, x, x if y is None else y)
+
+    def _inputs(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, Memory]:
+        """The latents in the memory order of the run, and the memory that it takes at least."""
+        strides = contiguous_strides(x) if self.exact else dense_strides(x)
+        each = torch.int64.itemsize if self.exact else x.element_size()
+        memory = Memory(x, (1 if self.method == "ddim" else 2) * x.numel() * each)
         with memory:
             x = laid_out(x, strides)
             if y is not None:
                 y = laid_out(_checks.like("y", y, x, "x"), strides)
-        kernels = table.NAMESPACES[table.resolve(self.backend, "ReversibleSampler", x)]
-        description = f"{self.method} {'sample' if forward else 'invert'}" if shown else ""
-        chain = self._way(forward, lone=y is None)
-        plan = trajectory.Plan(
-            kernels, chain, eps_fn, self.timesteps, self.dtype, self.exact, memory, description
-        )
-        if self.method == "ddim":
-            return self._ddim(plan, x, y)
-        self._check_growth(plan, x, y, forward)
-        return backward.run(plan, x, x if y is None else y)
+        return x, y, memory
 
     def _way(self, forward: bool, *, lone: bool) -> links.Chain | None:
         """The chain in one direction, from a pair or from one latent in the place of both."""
@@ -247,27 +249,20 @@ class ReversibleSampler:
         now, then = bars[step : step + 2] if forward else bars[step : step + 2][::-1]
         return chain.from_one(step, *links.ddim(now, then))
 
-    def _ddim(self, plan: trajectory.Plan, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        if y is not None:
-            _checks.refuse("y", "be None for method='ddim'", "a tensor")
-        network, bars = trajectory.Network(plan, x), self.alpha_bars
-        with _progress.bar(
-            len(self.timesteps), plan.progress, shown=bool(plan.progress)
-        ) as advance:
-            for step, (now, prev) in enumerate(pairwise(bars)):
-                eps = network(x.to(self.dtype), step)
-                x = ddim.step(x, eps, None, *links.ddim(now, prev), 1.0, self.backend)
-                advance()
-        return x, x
-
-    def _check_growth(
-        self, plan: trajectory.Plan, x: Tensor, y: Tensor | None, forward: bool
-    ) -> None:
+    def _check_growth(self, plan: Plan, x: Tensor, y: Tensor | None, forward: bool) -> None:
         """Refuse to invert a BDIA chain, also for a gradient, whose errors would grow too far."""
         growth = self.gamma ** (1 - len(self.timesteps))
         if self.method != "bdia" or growth <= _MOST_AMPLIFIED:
             return
         if not forward or backward.differentiable(plan, x, y):
-            what = "a gradient" if forward else "invert"
-            rule = f"be large enough for {what} that errors grow at most {_MOST_AMPLIFIED:g} times, gamma^(1 - steps)"
+            enough = f"errors grow at most {_MOST_AMPLIFIED:g} times, gamma^(1 - steps)"
+            rule = f"be large enough for {'a gradient' if forward else 'invert'} that {enough}"
             _checks.refuse("gamma", rule, f"{self.gamma:g}, {growth:.3g} times")
+
+
+@_eager
+def sample_for_latents(
+    sampler: ReversibleSampler, eps_fn: EpsFn, x: Tensor, y: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`sampler.sample`, differentiable in the latents alone and not in eps_fn's parameters."""
+    return sampler._run(eps_fn, x, y, forward=True, parameters=False)

@@ -1,22 +1,32 @@
-"""Semantic guidance over a whole sampling loop: the momentum and the step rules, on top of
-sega_guidance.
-"""
+"""Semantic guidance over a whole sampling loop: the momentum and the rules of the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dense_attn import _checks, reference
 from dense_attn._backends import table
-from dense_attn.sega import op
+from dense_attn.sega import inputs, op
+
+
+class _Lists(NamedTuple):
+    """The options that concepts have of their own, one value for each."""
+
+    scales: list[float]
+    thresholds: list[float]
+    weights: list[float]
+    warmups: list[float]
+    cooldowns: list[float | None]
+    reverse: list[bool]
 
 
 class SemanticGuidance:
-    """Semantic guidance over whole sampling loops: keeps the momentum, and knows who is warm at
-    which step.
+    """Semantic guidance over whole sampling loops: the momentum, and who is warm at which step.
 
     Every call is one step of `sega_guidance` with `warm = step >= edit_warmup_steps`,
     `enabled = step < edit_cooldown_steps` and the momentum of the call before (0 at first): the
@@ -77,23 +87,39 @@ class SemanticGuidance:
         sum_channels: bool = False,
         backend: str = "auto",
     ) -> None:
-        each = {
-            "edit_guidance_scale": (edit_guidance_scale, _checks.number),
-            "edit_threshold": (edit_threshold, _checks.fraction),
-            "edit_warmup_steps": (edit_warmup_steps, _steps),
-            "edit_cooldown_steps": (edit_cooldown_steps, _steps_or_none),
-            "edit_weights": (1.0 if edit_weights is None else edit_weights, _checks.number),
-            "reverse_editing_direction": (reverse_editing_direction, _checks.flag),
+        number, flag = _checks.number, _checks.flag
+        weights = 1.0 if edit_weights is None else edit_weights
+        self._values = {
+            name: inputs.values(name, value, check)
+            for name, value, check in (
+                ("edit_guidance_scale", edit_guidance_scale, number),
+                ("edit_threshold", edit_threshold, _checks.fraction),
+                ("edit_weights", weights, number),
+                ("edit_warmup_steps", edit_warmup_steps, _steps),
+                ("edit_cooldown_steps", edit_cooldown_steps, _steps_or_none),
+                ("reverse_editing_direction", reverse_editing_direction, flag),
+            )
         }
-        self._each = {name: op.values(name, value, check) for name, (value, check) in each.items()}
-        self.guidance_scale = _checks.number("guidance_scale", guidance_scale)
-        self._options = {
-            "edit_momentum_scale": _checks.number("edit_momentum_scale", edit_momentum_scale),
-            "edit_mom_beta": _checks.number("edit_mom_beta", edit_mom_beta),
-            "sum_channels": _checks.flag("sum_channels", sum_channels),
-            "backend": _checks.choice("backend", backend, ("auto", *table.ORDER)),
-        }
+        self.guidance_scale = number("guidance_scale", guidance_scale)
+        self._momentum_scale = number("edit_momentum_scale", edit_momentum_scale)
+        self._mom_beta = number("edit_mom_beta", edit_mom_beta)
+        self._sum_channels = flag("sum_channels", sum_channels)
+        self._backend = _checks.choice("backend", backend, ("auto", *table.ORDER))
+        self._beyond_float32 = self._large_numbers()
+        self._lists: dict[int, _Lists] = {}
         self.reset()
+
+    def _large_numbers(self) -> list[tuple[str, float]]:
+        """The numbers that only float64 holds: a call on other estimates refuses them."""
+        numbers = [
+            ("edit_momentum_scale", self._momentum_scale),
+            ("edit_mom_beta", self._mom_beta),
+        ]
+        for name in ("edit_guidance_scale", "edit_weights"):
+            values = self._values[name]
+            numbers += [(name, one) for one in (values if isinstance(values, tuple) else [values])]
+        largest = _checks.LARGEST[torch.float32]
+        return [(name, number) for name, number in numbers if abs(number) > largest]
 
     def __call__(
         self,
@@ -104,34 +130,43 @@ class SemanticGuidance:
         *,
         user_mask: Tensor | None = None,  # broadcastable to [E, B, C, ...]
     ) -> Tensor:
-        """The guided noise estimate of step 0, 1, ... of a run, [B, C, ...]; the momentum moves
-        on.
-        """
+        """The guided estimate of step 0, 1, ... of a run, [B, C, ...]; the momentum moves on."""
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
             _checks.refuse("step", "be an int", type(step).__name__, TypeError)
-        _steps("step", step)
-        edits = op.check_eps(eps_uncond, eps_text, eps_edits)
+        if step < 0:
+            _checks.refuse("step", "be at least 0", step)
+        edits = inputs.estimates(eps_uncond, eps_text, eps_edits)
         momentum = None if step == 0 or step < self._last else self.momentum
         _check_momentum(momentum, eps_uncond)
-        each = {
-            name: op.spread(name, values, edits.shape[0]) for name, values in self._each.items()
-        }
-        warmups, cooldowns = each.pop("edit_warmup_steps"), each.pop("edit_cooldown_steps")
-        eps, self.momentum = op.sega_guidance(
-            eps_uncond,
-            eps_text,
-            edits,
-            momentum,
-            warm=[step >= first for first in warmups],
-            enabled=[end is None or step < end for end in cooldowns],
-            reverse=each.pop("reverse_editing_direction"),
-            user_mask=user_mask,
-            **each,
-            guidance_scale=self.guidance_scale,
-            **self._options,
+        wide = reference.accumulation_dtype(eps_uncond.dtype)
+        for name, number in self._beyond_float32:
+            _checks.number(name, number, wide)
+        lists = self._lists.get(len(edits)) or self._spread(len(edits))
+        options = (
+            _checks.number("guidance_scale", self.guidance_scale, wide),
+            lists.scales,
+            lists.thresholds,
+            *reference.sega_weights(
+                lists.weights,
+                [step >= first for first in lists.warmups],
+                [end is None or step < end for end in lists.cooldowns],
+            ),
+            lists.reverse,
+            self._momentum_scale,
+            self._mom_beta,
+            self._sum_channels,
+        )
+        eps, self.momentum = op.guided(
+            eps_uncond, eps_text, edits, momentum, user_mask, options, self._backend
         )
         self._last = int(step)
         return eps
+
+    def _spread(self, count: int) -> _Lists:
+        """The options of a number of concepts, kept for the steps that follow."""
+        lists = _Lists(*[inputs.spread(*named, count) for named in self._values.items()])
+        self._lists[count] = lists
+        return lists
 
     def reset(self) -> None:
         """Forget the momentum: the next call begins another run, whatever its step."""
@@ -140,20 +175,19 @@ class SemanticGuidance:
 
 
 def _check_momentum(momentum: Tensor | None, eps: Tensor) -> None:
-    if momentum is None:
+    if momentum is None or _kept_as(momentum) == _kept_as(eps):
         return
     was, now = (
-        (tuple(x.shape), reference.accumulation_dtype(x.dtype), x.device) for x in (momentum, eps)
+        f"{shape} in {_checks.name(dtype)} on {device}"
+        for shape, dtype, device in map(_kept_as, (momentum, eps))
     )
-    if was != now:
-        was, now = (
-            f"{shape} in {_checks.name(dtype)} on {device}" for shape, dtype, device in (was, now)
-        )
-        _checks.refuse(
-            "eps_uncond",
-            f"go with the momentum of the steps before, {was}, or reset() come first",
-            now,
-        )
+    rule = f"go with the momentum of the steps before, {was}, or reset() come first"
+    _checks.refuse("eps_uncond", rule, now)
+
+
+def _kept_as(x: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    """The shape, dtype and device of an estimate's momentum, or of a momentum."""
+    return tuple(x.shape), reference.accumulation_dtype(x.dtype), x.device
 
 
 def _steps(argument: str, value: object) -> float:

@@ -73,17 +73,17 @@ def _guidance(backend: str, dtype: torch.dtype) -> Iterator[Verdict]:
         "edit_mom_beta": 0.4,
         "edit_guidance_scale": [5.0, 3.0, 4.0],
         "edit_threshold": [0.9, 0.0, 0.95],
-        "edit_weights": [1.0] * CONCEPTS,
-        "warm": [True] * CONCEPTS,
-        "enabled": [True] * CONCEPTS,
+        "weights": [1.0] * CONCEPTS,
+        "partials": [0.0] * CONCEPTS,
+        "all_warm": True,
         "reverse": [False] * CONCEPTS,
         "user_mask": None,
         "sum_channels": False,
     }
     mixed = plain | {
-        "edit_weights": [1.0, 0.5, 2.0],
-        "warm": [True, False, True],
-        "enabled": [True, True, False],
+        "weights": [1.0, 0.5, 0.0],  # the last concept is over
+        "partials": [1.0, 0.0, 0.0],  # the one between warms up
+        "all_warm": False,
         "reverse": [False, True, False],
         "user_mask": mask,
         "sum_channels": True,
@@ -153,9 +153,9 @@ def _combined(tensors: list[Tensor], options: dict[str, object], kept: Tensor) -
         steered = steered * options["user_mask"].to(steered.dtype)
     names = (
         "guidance_scale",
-        "edit_weights",
-        "warm",
-        "enabled",
+        "weights",
+        "partials",
+        "all_warm",
         "edit_momentum_scale",
         "edit_mom_beta",
     )

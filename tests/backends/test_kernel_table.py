@@ -264,11 +264,11 @@ def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.Monkey
     each = {
         "edit_guidance_scale": [5.0],
         "edit_threshold": [0.9],
-        "edit_weights": [1.0],
-        "warm": [True],
+        "weights": [1.0],
+        "partials": [0.0],
     }
     each |= {
-        "enabled": [True],
+        "all_warm": True,
         "reverse": [False],
         "edit_momentum_scale": 0.1,
         "edit_mom_beta": 0.4,

@@ -144,9 +144,9 @@ def guidance(
         "guidance_scale": 7.5,
         "edit_guidance_scale": [5.0, -3.0, 0.7, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5][:num_edits],
         "edit_threshold": [0.9, 0.37, 0.95, 0.0, 1.0, 0.5, 0.6, 0.7, 0.8][:num_edits],
-        "edit_weights": [1.0, 2.0, 0.5, -1.0, 1.0, 1.0, 1.0, 1.0, 0.3][:num_edits],
-        "warm": [True] * num_edits,
-        "enabled": [e != 2 for e in range(num_edits)],
+        "weights": [1.0, 2.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.3][:num_edits],
+        "partials": [0.0] * num_edits,
+        "all_warm": True,
         "reverse": [not one for one in ready],
         "edit_momentum_scale": 0.3,
         "edit_mom_beta": 0.4,
@@ -154,7 +154,8 @@ def guidance(
         "sum_channels": False,
     }
     if change.pop("warming", None):
-        options["warm"] = ready
+        weights = [0.25 * weight if one else 0.0 for weight, one in zip(options["weights"], ready)]
+        options |= {"partials": weights, "all_warm": False}
     if change.pop("masked", None):
         options["user_mask"] = torch.rand(num_edits, 1, 1, height, width).expand(edits.shape)
     return [uncond, text, edits, momentum.float()], options | change
@@ -163,7 +164,7 @@ def guidance(
 SEGA_CASES = {
     "one": (1, {}),
     "warming": (3, {"warming": True}),
-    "cold": (3, {"warm": [False] * 3}),
+    "cold": (3, {"all_warm": False}),
     "masked": (3, {"masked": True}),
     "summed": (3, {"sum_channels": True, "warming": True, "masked": True}),
     "channels last": (3, {"view": "channels_last"}),
@@ -184,7 +185,7 @@ def test_sega_guidance(name: str, dtype: torch.dtype, programs: None) -> None:
 @staged_too
 def test_sega_guidance_of_what_is_not_finite(programs: None) -> None:
     """NaN keeps nothing of its row; an infinity times a weight of 0 is not added."""
-    arguments, options = guidance(3, torch.float32, edit_weights=[1.0, 0.0, 1.0])
+    arguments, options = guidance(3, torch.float32, weights=[1.0, 0.0, 1.0])
     arguments[2][0, 0, 0, 3, 4], arguments[2][1, 0, 1, 2, 2] = torch.nan, torch.inf
     got = sega.sega_guidance(*arguments, **options)
     same(got, reference.sega_guidance(*arguments, **options))
@@ -398,6 +399,6 @@ def test_sega_refusals(name: str) -> None:
 
 
 def test_sega_refuses_lists_of_another_length() -> None:
-    arguments, options = guidance(2, torch.float32, warm=[True])
-    with pytest.raises(RuntimeError, match="warm must have 2 entries, got 1"):
+    arguments, options = guidance(2, torch.float32, partials=[0.0])
+    with pytest.raises(RuntimeError, match="partials must have 2 entries, got 1"):
         sega.sega_guidance(*arguments, **options)

@@ -1,4 +1,4 @@
-"""How the optimisation of latents stops, what it refuses and what it shows."""
+"""Refusals of the optimisation of latents, and numbers at the ends of their dtypes."""
 
 from __future__ import annotations
 
@@ -8,133 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from tiny_chain import Network, decode, latents, loss, sampler
-from torch import Tensor
 
 from dense_attn import optimize_latents
-
-
-def failing(kind: str, at: int) -> Callable[[Tensor], Tensor]:
-    """A loss (or its gradient) that is not finite in the call of a step's first image."""
-    calls = []
-
-    def loss_fn(image: Tensor) -> Tensor:
-        calls.append(image)
-        if len(calls) != 2 * at + 1:
-            return loss(image)
-        if kind == "gradient":
-            return loss(image) + (image - image.detach()).abs().sqrt().sum()
-        return loss(image) * float(kind)
-
-    return loss_fn
-
-
-@pytest.mark.parametrize("at", [0, 1, 3])
-@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-def test_what_is_not_finite_stops_with_the_last_good_latents(kind: str, at: int) -> None:
-    network, x = Network(), latents()
-    options = {"noise": None, "progress": False}
-    with pytest.warns(UserWarning, match="loss_fn must") as caught:
-        result = optimize_latents(
-            sampler(), network, decode, failing(kind, at), x, steps=9, **options
-        )
-    good = (
-        at if kind == "gradient" else max(0, at - 1)
-    )  # the loss of step `at` is finite where its gradient is not
-    before = optimize_latents(sampler(), network, decode, loss, x, steps=good, **options)
-    assert torch.equal(result.latents, before.latents)
-    assert len(result.losses) == (at + 1 if kind == "gradient" else at)
-    rule = (
-        "have finite gradients, got nan"
-        if kind == "gradient"
-        else f"return finite values, got {kind}"
-    )
-    assert (
-        result.message == f"loss_fn must {rule} at step {at}; returned the latents of step {good}"
-    )
-    assert [str(warning.message) for warning in caught] == [result.message]
-    resumed = optimize_latents(
-        sampler(), network, decode, loss, x, steps=5 - good, state=result.state, **options
-    )
-    whole = optimize_latents(sampler(), network, decode, loss, x, steps=5, **options)
-    assert torch.equal(resumed.latents, whole.latents)
-    assert resumed.losses == whole.losses
-
-
-def test_a_resumed_run_remembers_the_last_good_latents() -> None:
-    network, x = Network(), latents()
-    first = optimize_latents(sampler(), network, decode, loss, x, steps=3, progress=False)
-    with pytest.warns(UserWarning, match="got nan at step 3; returned the latents of step 2"):
-        result = optimize_latents(
-            sampler(),
-            network,
-            decode,
-            failing("nan", 0),
-            x,
-            steps=3,
-            state=first.state,
-            progress=False,
-        )
-    assert result.losses == first.losses
-    assert torch.equal(result.latents, first.state["previous"]["latents"][0])
-
-
-@pytest.mark.parametrize(("method", "tie"), [("edict", True), ("edict", False), ("bdia", True)])
-@pytest.mark.parametrize(
-    "last", range(15, 30)
-)  # on the way to the image, from its first call on, and on the way back
-def test_a_network_that_fails_in_an_exact_chain_stops_it_too(
-    method: str, tie: bool, last: int
-) -> None:
-    network, calls = Network(), []
-
-    def breaking(x: Tensor, t: int) -> Tensor:
-        calls.append(t)
-        return network(x, t) * (math.nan if len(calls) > last else 1.0)
-
-    run = sampler(method, exact=True)
-    with pytest.warns(
-        UserWarning, match=r"eps_fn's result must be finite .* at step \d; returned the latents of"
-    ):
-        result = optimize_latents(
-            run, breaking, decode, loss, latents(), steps=9, tie=tie, progress=False
-        )
-    assert 0 < len(result.losses) < 9
-    assert all(
-        x.isfinite().all()
-        for x in (result.latents if isinstance(result.latents, tuple) else [result.latents])
-    )
-
-
-def test_a_second_latent_that_leaves_the_grid_stops_it_too() -> None:
-    arguments = (sampler(exact=True), Network(), decode, loss, latents())
-    options = {"tie": False, "progress": False}
-    state = optimize_latents(*arguments, steps=1, **options).state
-    state["latents"] = [state["latents"][0], torch.full_like(state["latents"][1], 1e20)]
-    with pytest.warns(
-        UserWarning,
-        match=r"y must be finite .* got 1e\+20 at step 1; returned the latents of step 0",
-    ):
-        result = optimize_latents(*arguments, steps=1, state=state, **options)
-    assert all(map(torch.equal, result.latents, state["previous"]["latents"]))
-
-
-@pytest.mark.parametrize("done", [0, 2])
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_an_update_that_overflows_stops_with_the_latents_before_it(
-    renormalize: bool, done: int
-) -> None:
-    arguments = (sampler(), Network(), decode, loss, latents(dtype=torch.float32))
-    options = {"renormalize": renormalize, "progress": False}
-    before = optimize_latents(*arguments, steps=done, **options)
-    text = rf"the updated latents must be finite, got \S+ at step {done}; returned the latents of step {done}"
-    with pytest.warns(UserWarning, match=text):
-        result = optimize_latents(*arguments, steps=3, state=before.state, noise=3e38, **options)
-    assert torch.equal(result.latents, before.latents)
-    assert len(result.losses) == done + 1
-    rest = optimize_latents(*arguments, steps=2, state=result.state, **options)
-    assert torch.equal(
-        rest.latents, optimize_latents(*arguments, steps=2, state=before.state, **options).latents
-    )
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])  # their squares are 0 and infinite in float32
@@ -163,67 +38,6 @@ def test_two_large_losses_have_a_finite_mean() -> None:
     assert result.losses == [1.5e308]
 
 
-def test_noise_beyond_the_grid_is_refused_as_it_is_without_optimisation() -> None:
-    with pytest.raises(
-        ValueError, match=r"x must be finite and at most \S+ in size for exact=True, got 1e\+20"
-    ):
-        optimize_latents(
-            sampler(exact=True),
-            Network(),
-            decode,
-            loss,
-            torch.full((1, 3, 8, 8), 1e20),
-            steps=1,
-            progress=False,
-        )
-
-
-@pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("where", ["loss", "update"])
-def test_an_interrupt_returns_what_is_done(
-    where: str, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network, x, calls = Network(), latents(), []
-    randn = torch.randn
-
-    def interrupted(of: str, function: Callable, last: int) -> Callable:
-        def call(*arguments: object, **options: object) -> object:
-            calls.append(of)
-            if of == where and calls.count(of) == last:
-                raise KeyboardInterrupt
-            return function(*arguments, **options)
-
-        return call
-
-    options = {"generator": torch.Generator().manual_seed(1), "progress": False}
-    loss_fn = interrupted("loss", loss, 2 * at + 2)
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "randn", interrupted("update", randn, at + 1))
-        with pytest.warns(
-            UserWarning, match=f"interrupted in step {at}; returned the latents of step {at}"
-        ):
-            result = optimize_latents(sampler(), network, decode, loss_fn, x, steps=5, **options)
-    rest = optimize_latents(
-        sampler(), network, decode, loss, x, steps=4 - at, state=result.state, progress=False
-    )
-    options["generator"].manual_seed(1)
-    whole = optimize_latents(sampler(), network, decode, loss, x, steps=4, **options)
-    assert result.losses == whole.losses[:at]
-    assert torch.equal(rest.latents, whole.latents)
-
-
-def test_the_bar_shows_the_loss(capfd: pytest.CaptureFixture) -> None:
-    arguments = (sampler(), Network(), decode, loss, latents())
-    result = optimize_latents(*arguments, steps=2)
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "latent optimisation: 100%" in err
-    assert "2/2" in err
-    assert f"loss={result.losses[-1]:.3g}"[:8] in err
-    optimize_latents(*arguments, steps=2, progress=False)
-    assert capfd.readouterr() == ("", "")
-
-
 def call(**changes: object) -> object:
     arguments = {
         "sampler": sampler(),
@@ -240,6 +54,9 @@ def state(**changes: object) -> dict[str, object]:
 
 
 SCALAR = "loss_fn must return a scalar tensor that depends on the image, got "
+IMAGES = "decode_fn must return images, a tensor that depends on the latents, got "
+OF_FOUR = "decode_fn must return images [batch, channels, height, width] for a saliency_fn, got "
+REAL = "decode_fn must return real images, none of them empty, for a saliency_fn, got "
 MAP = "saliency_fn must return a tensor of shape (2, 16, 16), got "
 STATE = "state must be the state of an OptimizeResult, got "
 WRONG_KIND: dict[str, Callable[[], dict[str, object]]] = {
@@ -286,8 +103,12 @@ WRONG_KIND: dict[str, Callable[[], dict[str, object]]] = {
     },
 }
 WRONG_MEANING: dict[str, Callable[[], dict[str, object]]] = {
-    "x must have a batch dimension and others, none of them empty, got (3,)": lambda: {"x": torch.ones(3)},
-    "x must have a batch dimension and others, none of them empty, got (0, 3)": lambda: {"x": torch.ones(0, 3)},
+    "x must have a batch dimension and others, none of them empty, got (3,)": lambda: {
+        "x": torch.ones(3)
+    },
+    "x must have a batch dimension and others, none of them empty, got (0, 3)": lambda: {
+        "x": torch.ones(0, 3)
+    },
     "x must be finite, got nan": lambda: {"x": latents() * math.nan},
     "steps must be at least 0, got -1": lambda: {"steps": -1},
     "salient_weight must be finite, got nan": lambda: {"salient_weight": math.nan},
@@ -297,59 +118,86 @@ WRONG_MEANING: dict[str, Callable[[], dict[str, object]]] = {
     "noise must be at least 0, got -0.0001": lambda: {"noise": -1e-4},
     "noise must be finite, got inf": lambda: {"noise": math.inf},
     SCALAR + "float": lambda: {"loss_fn": lambda image: 0.0},
-    SCALAR + "a float64 tensor of shape (2,)": lambda: {"loss_fn": lambda image: image.sum((1, 2, 3))},
-    SCALAR + "a float64 tensor of shape () without gradient": lambda: {"loss_fn": lambda image: image.detach().sum()},
-    SCALAR + "one that does not": lambda: {"loss_fn": lambda image: torch.ones((), requires_grad=True)},
-    "decode_fn must return images, a tensor that depends on the latents, got tuple": lambda: {
-        "decode_fn": lambda x: (x,)
+    SCALAR + "a float64 tensor of shape (2,)": lambda: {
+        "loss_fn": lambda image: image.sum((1, 2, 3))
     },
-    "decode_fn must return images, a tensor that depends on the latents, got a float64 tensor of shape (2, 3, 8, 8) "
-    "without gradient": lambda: {"decode_fn": torch.no_grad()(lambda x: x.clone())},
-    "decode_fn must return images [batch, channels, height, width] for a saliency_fn, got a float64 tensor of shape "
-    "(2, 192)": lambda: {"decode_fn": lambda x: x.flatten(1), "saliency_fn": lambda image: image},
+    SCALAR + "a float64 tensor of shape () without gradient": lambda: {
+        "loss_fn": lambda image: image.detach().sum()
+    },
+    SCALAR + "one that does not": lambda: {
+        "loss_fn": lambda image: torch.ones((), requires_grad=True)
+    },
+    IMAGES + "tuple": lambda: {"decode_fn": lambda x: (x,)},
+    IMAGES + "a float64 tensor of shape (2, 3, 8, 8) without gradient": lambda: {
+        "decode_fn": torch.no_grad()(lambda x: x.clone())
+    },
+    OF_FOUR + "a float64 tensor of shape (2, 192)": lambda: {
+        "decode_fn": lambda x: x.flatten(1),
+        "saliency_fn": lambda image: image,
+    },
     MAP + "a float64 tensor of shape (2, 3, 16, 16)": lambda: {"saliency_fn": lambda image: image},
     MAP + "NoneType": lambda: {"saliency_fn": lambda image: None},
-    "saliency_fn must return finite values, got nan": lambda: {"saliency_fn": lambda image: image.mean(1) * math.nan},
+    "saliency_fn must return finite values, got nan": lambda: {
+        "saliency_fn": lambda image: image.mean(1) * math.nan
+    },
     STATE + "a dict with the keys ['step']": lambda: {"state": {"step": 1}},
     STATE + "one with a dict with the keys [] for previous": lambda: {"state": state(previous={})},
     STATE + "one with -1 for step": lambda: {"state": state(step=-1)},
-    STATE + "one with what is not 1 numbers for losses": lambda: {"state": state(losses=[1.0, 2.0])},
+    STATE + "one with what is not 1 numbers for losses": lambda: {
+        "state": state(losses=[1.0, 2.0])
+    },
     STATE + "one with 0 tensors after 1 steps for momentum": lambda: {"state": state(momentum=[])},
-    STATE + "one with what is not finite for latents": lambda: {"state": state(latents=[latents() * math.nan])},
+    STATE + "one with what is not finite for latents": lambda: {
+        "state": state(latents=[latents() * math.nan])
+    },
     STATE + "one with a float64 tensor of shape (3,) for norms": lambda: {
         "state": state(norms=torch.ones(3, dtype=torch.float64))
     },
-    STATE + "one with a float32 tensor of shape (2,) for norms": lambda: {"state": state(norms=torch.ones(2))},
+    STATE + "one with a float32 tensor of shape (2,) for norms": lambda: {
+        "state": state(norms=torch.ones(2))
+    },
     STATE + "one with what is not at least 0 for norms": lambda: {
         "state": state(norms=torch.tensor([1.0, math.nan], dtype=torch.float64))
     },
     STATE + "one with 'foo' for generator_device": lambda: {"state": state(generator_device="foo")},
-    STATE + "one with 'meta' for generator_device": lambda: {"state": state(generator_device="meta")},
-    STATE + "one with a float32 tensor of shape (8,) for generator": lambda: {"state": state(generator=torch.ones(8))},
+    STATE + "one with 'meta' for generator_device": lambda: {
+        "state": state(generator_device="meta")
+    },
+    STATE + "one with a float32 tensor of shape (8,) for generator": lambda: {
+        "state": state(generator=torch.ones(8))
+    },
     STATE + "one with 8 bytes that no generator of cpu has for generator": lambda: {
         "state": state(generator=torch.ones(8, dtype=torch.uint8))
     },
     STATE + "one with a state for previous previous": lambda: {
         "state": state(previous=state()["previous"] | {"previous": state()})
     },
-    STATE + "one with 1 for previous step": lambda: {"state": state(previous=state() | {"previous": None})},
+    STATE + "one with 1 for previous step": lambda: {
+        "state": state(previous=state() | {"previous": None})
+    },
     "x must hold numbers, got a meta tensor": lambda: {"x": torch.ones(1, 3, 8, 8, device="meta")},
-    "decode_fn must return real images, none of them empty, for a saliency_fn, got a float64 tensor of shape "
-    "(2, 3, 0, 16)": lambda: {"decode_fn": lambda x: decode(x)[:, :, :0], "saliency_fn": lambda image: image[:, 0]},
-    "decode_fn must return real images, none of them empty, for a saliency_fn, got a complex128 tensor of shape "
-    "(2, 3, 16, 16)": lambda: {
+    REAL + "a float64 tensor of shape (2, 3, 0, 16)": lambda: {
+        "decode_fn": lambda x: decode(x)[:, :, :0],
+        "saliency_fn": lambda image: image[:, 0],
+    },
+    REAL + "a complex128 tensor of shape (2, 3, 16, 16)": lambda: {
         "decode_fn": lambda x: decode(x) + 0j,
         "loss_fn": lambda image: image.abs().sum(),
         "saliency_fn": lambda image: image[:, 0],
     },
-    "state must hold 2 latents for this sampler and tie, got 1": lambda: {"state": state(), "tie": False},
+    "state must hold 2 latents for this sampler and tie, got 1": lambda: {
+        "state": state(),
+        "tie": False,
+    },
     "state must hold float64 latents of shape (1, 3, 8, 8), got float64 (2, 3, 8, 8)": lambda: {
-        "state": state(), "x": latents(1)
+        "state": state(),
+        "x": latents(1),
     },
     "state must hold float32 latents of shape (2, 3, 8, 8), got float64 (2, 3, 8, 8)": lambda: {
-        "state": state(), "x": latents().half()
+        "state": state(),
+        "x": latents().half(),
     },
-}  # fmt: skip
+}
 REFUSALS = [(TypeError, *item) for item in WRONG_KIND.items()] + [
     (ValueError, *item) for item in WRONG_MEANING.items()
 ]

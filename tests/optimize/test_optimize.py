@@ -1,6 +1,4 @@
-"""The optimisation of latents against the same loop written out on plain autograd, and how it goes
-on.
-"""
+"""The optimisation of latents against its loop on plain autograd, and how it goes on."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ def small_box(image: Tensor) -> Tensor:
 
 
 def crop_by_hand(image: Tensor) -> Tensor:
-    """The 8 x 8 box of 16 x 16 pixels at double size: pixel i reads the place (i + 0.5)/2 - 0.5,
-    held to the box.
-    """
+    """The 8 x 8 box at double size: pixel i reads the place (i + 0.5)/2 - 0.5, held to the box."""
     top, bottom, left, right = SMALL_BOX
     place = ((torch.arange(16) + 0.5) / 2 - 0.5).clamp(0, 7).double()
     weights = (1 - (place[:, None] - torch.arange(8)).abs()).clamp_min(0)  # [16, 8]
@@ -53,9 +49,18 @@ def chain(network: Network, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def doodl(
-    network: Network, x: Tensor, generator: torch.Generator, steps: int, *, clip: float | None, momentum: float,
-    noise: float, renormalize: bool, tie: bool, salient_weight: float,
-) -> tuple[list[Tensor], list[float]]:  # fmt: skip
+    network: Network,
+    x: Tensor,
+    generator: torch.Generator,
+    steps: int,
+    *,
+    clip: float | None,
+    momentum: float,
+    noise: float,
+    renormalize: bool,
+    tie: bool,
+    salient_weight: float,
+) -> tuple[list[Tensor], list[float]]:
     """The loop, written out."""
     norm = x.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     pair, buffers, losses = [x, x], [None, None], []
@@ -127,10 +132,9 @@ def test_is_the_loop_on_plain_autograd(name: str, exact: bool) -> None:
 
 
 def test_the_loop_of_the_test_clips_some_and_not_all() -> None:
-    result = optimize_latents(
-        sampler(), Network(), decode, loss, x := latents(), steps=1, clip=None, noise=None, renormalize=False,
-        progress=False,
-    )  # fmt: skip
+    options = {"clip": None, "noise": None, "renormalize": False, "progress": False}
+    x = latents()
+    result = optimize_latents(sampler(), Network(), decode, loss, x, steps=1, **options)
     clipped = ((result.latents - x).abs() > 2e-3).float().mean()
     assert 0.1 < clipped < 0.9
 
@@ -281,9 +285,8 @@ def test_noise_comes_from_the_generator_or_from_torchs_own_seed() -> None:
 
 @pytest.mark.parametrize("saliency_fn", [None, spectral_residual_saliency])
 def test_the_loss_falls(saliency_fn: object) -> None:
-    result = optimize_latents(
-        sampler(exact=True), Network(), decode, loss, latents(), steps=20, clip=1e-2, saliency_fn=saliency_fn,
-        progress=False,
-    )  # fmt: skip
+    options = {"clip": 1e-2, "saliency_fn": saliency_fn, "progress": False}
+    arguments = (sampler(exact=True), Network(), decode, loss, latents())
+    result = optimize_latents(*arguments, steps=20, **options)
     assert result.losses[-1] < 0.7 * result.losses[0]
     assert len(result.losses) == 20

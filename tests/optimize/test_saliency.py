@@ -1,6 +1,4 @@
-"""Spectral-residual saliency finds what does not belong, and the box around what is salient is the
-one defined.
-"""
+"""Spectral-residual saliency finds what does not belong, and boxes are those defined."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from dense_attn.optimize.saliency import salient_boxes, salient_crop
 
 
 def odd_patch(size: int, top: int, left: int, seed: int) -> tuple[Tensor, int]:
-    """Upright stripes with a little noise, and a square of level stripes in them; the image and the
-    square's side.
-    """
+    """An image of upright stripes with noise and a square of level ones, and the square's side."""
     noise = 0.05 * torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
     stripes = 0.5 + 0.3 * torch.sin(torch.arange(size) * torch.pi / 4)
     texture = stripes.expand(size, size).clone()
@@ -41,9 +37,7 @@ def test_the_peak_lies_in_the_odd_patch(size: int, top: float, left: float) -> N
 
 
 def by_definition(image: Tensor) -> Tensor:
-    """The paper's formula on an image of 64 x 64, with log amplitude, phase and sums written
-    out.
-    """
+    """The paper's formula on 64 x 64 pixels, with log amplitude, phase and sums written out."""
     red, green, blue = image.double().unbind(1)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     spectrum = torch.fft.fft2(grey)
@@ -117,28 +111,38 @@ def test_a_constant_image_has_a_map_of_zeros(colour: tuple[float, float, float])
 REFUSALS = {
     "image must be a tensor, got list": (TypeError, lambda: spectral_residual_saliency([[0.0]])),
     "image must be one of float32, bfloat16, float16, float64, got uint8": (
-        TypeError, lambda: spectral_residual_saliency(torch.ones(1, 3, 4, 4, dtype=torch.uint8))
+        TypeError,
+        lambda: spectral_residual_saliency(torch.ones(1, 3, 4, 4, dtype=torch.uint8)),
     ),
     "image must have shape [batch, 3, height, width], got (3, 4, 4)": (
-        ValueError, lambda: spectral_residual_saliency(torch.ones(3, 4, 4))
+        ValueError,
+        lambda: spectral_residual_saliency(torch.ones(3, 4, 4)),
     ),
     "image must have shape [batch, 3, height, width], got (1, 1, 4, 4)": (
-        ValueError, lambda: spectral_residual_saliency(torch.ones(1, 1, 4, 4))
+        ValueError,
+        lambda: spectral_residual_saliency(torch.ones(1, 1, 4, 4)),
     ),
     "image must have shape [batch, 3, height, width], got (1, 3, 0, 4)": (
-        ValueError, lambda: spectral_residual_saliency(torch.ones(1, 3, 0, 4))
+        ValueError,
+        lambda: spectral_residual_saliency(torch.ones(1, 3, 0, 4)),
     ),
     "image must hold numbers, got a meta tensor": (
-        ValueError, lambda: spectral_residual_saliency(torch.ones(1, 3, 4, 4, device="meta"))
+        ValueError,
+        lambda: spectral_residual_saliency(torch.ones(1, 3, 4, 4, device="meta")),
     ),
-    "image must be from 0 to 1, got -1.0": (ValueError, lambda: spectral_residual_saliency(-torch.ones(1, 3, 4, 4))),
+    "image must be from 0 to 1, got -1.0": (
+        ValueError,
+        lambda: spectral_residual_saliency(-torch.ones(1, 3, 4, 4)),
+    ),
     "image must be from 0 to 1, got 1.5": (
-        ValueError, lambda: spectral_residual_saliency(1.5 * torch.ones(1, 3, 4, 4))
+        ValueError,
+        lambda: spectral_residual_saliency(1.5 * torch.ones(1, 3, 4, 4)),
     ),
     "image must be from 0 to 1, got nan": (
-        ValueError, lambda: spectral_residual_saliency(torch.nan * torch.ones(1, 3, 4, 4))
+        ValueError,
+        lambda: spectral_residual_saliency(torch.nan * torch.ones(1, 3, 4, 4)),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", REFUSALS)
@@ -210,9 +214,8 @@ def test_the_crop_is_the_box_resized_and_differentiable() -> None:
     crop = salient_crop(image, saliency)
     assert torch.equal(crop[1], image[1])  # a map without a maximum: the whole image
     half, three_quarters = image[0, :, 4:6, 0:2], torch.tensor([0.75, 0.25], dtype=torch.float64)
-    by_hand = torch.einsum(
-        "cyx,y,x->c", half, three_quarters, three_quarters
-    )  # pixel (1, 1): a quarter of the way
+    # Pixel (1, 1): a quarter of the way.
+    by_hand = torch.einsum("cyx,y,x->c", half, three_quarters, three_quarters)
     torch.testing.assert_close(crop[0, :, 1, 1], by_hand)
     (gradient,) = torch.autograd.grad(crop[0].sum(), image)
     inside = torch.zeros(2, 16, 12, dtype=torch.bool)

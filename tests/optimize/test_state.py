@@ -1,6 +1,4 @@
-"""What an optimisation of latents leaves behind: a result to look at, a state to save, and both
-after an exception.
-"""
+"""The result and the state of an optimisation of latents, also after an exception."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ OPTIONS = {"generator": None, "progress": False}
 
 
 class UsersError(Exception):
-    """Of a user's function."""
+    """The error of a user's function."""
 
 
 class OwnResultError(Exception):
@@ -196,10 +194,8 @@ def test_the_result_is_short_to_look_at() -> None:
     arguments = (sampler(), Network(), decode, loss)
     result = optimize_latents(*arguments, latents(), steps=3, **OPTIONS)
     first, last = result.losses[0], result.losses[-1]
-    assert (
-        repr(result)
-        == f"OptimizeResult(3 steps, loss {first:.4g} to {last:.4g}, latents (2, 3, 8, 8) in float64)"
-    )
+    losses = f"loss {first:.4g} to {last:.4g}"
+    assert repr(result) == f"OptimizeResult(3 steps, {losses}, latents (2, 3, 8, 8) in float64)"
     none = optimize_latents(*arguments, latents(1, torch.float32), steps=0, tie=False, **OPTIONS)
     assert repr(none) == "OptimizeResult(0 steps, 2 latents (1, 3, 8, 8) in float32)"
     broken = raising(loss, 3, KeyboardInterrupt())
@@ -253,9 +249,7 @@ def test_another_sampler_is_refused(what: str) -> None:
 
 
 def test_the_same_sampler_in_other_words_goes_on() -> None:
-    """Arguments that its method does not read, another backend or dtype, a schedule rounded to
-    float32.
-    """
+    """Arguments that its method ignores, another backend or dtype, a schedule in float32."""
     arguments = (Network(), decode, loss, latents())
     options = {"exact": False, "mix": 0.93}
     state = optimize_latents(sampler(), *arguments, steps=1, **OPTIONS).state

@@ -1,6 +1,4 @@
-"""ddim_step and its inverse: the formula, guidance, gradients of every order, torch.compile,
-refusals.
-"""
+"""ddim_step and its inverse: formula, guidance, gradients of every order, compiling, refusals."""
 
 from __future__ import annotations
 
@@ -147,7 +145,8 @@ def test_coefficients_beyond_float32_are_refused(dtype: torch.dtype, backend: st
         if dtype == torch.float64:
             assert step(x, x, now, prev, backend=backend).isfinite().all()
             continue
-        message = f"{argument} must be large enough for coefficients that are finite in float32, got 1e-90"
+        rule = "be large enough for coefficients that are finite in float32"
+        message = f"{argument} must {rule}, got 1e-90"
         with pytest.raises(ValueError, match=message):
             step(x, x, now, prev, backend=backend)
     assert ddim_step(x, x, 0.5, 1e-90, backend=backend).isfinite().all()

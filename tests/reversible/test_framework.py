@@ -1,6 +1,4 @@
-"""ReversibleSampler among the machinery of PyTorch: memory formats, writes in place, transforms,
-torch.compile.
-"""
+"""ReversibleSampler in PyTorch: memory formats, writes in place, transforms, torch.compile."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ def quick(one_thread: None) -> None:
 
 
 def reordered(pair: Pair) -> Pair:
-    """The same values in the other order of memory."""
+    """A tensor's values in the other order of memory."""
     order = torch.contiguous_format if not pair[0].is_contiguous() else torch.channels_last
     return tuple(latent.contiguous(memory_format=order) for latent in pair)
 

@@ -1,50 +1,34 @@
-"""Gradients through reversible samplers: those of plain autograd, in memory that does not grow with
-the steps.
-"""
+"""Gradients through reversible samplers are those of plain autograd."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 from cases import backends
-from chains import ALPHAS, Network, plain, sampler, timesteps
+from chains import (
+    ALPHAS,
+    INVERTIBLE,
+    METHODS,
+    ONE,
+    Network,
+    leaves,
+    plain,
+    sampler,
+    timesteps,
+    weighted,
+)
 from torch import Tensor, nn
 
 from dense_attn import ReversibleSampler
-from dense_attn._memory import peak_extra_bytes
 
 on_cpu = pytest.mark.parametrize("backend", backends("reference", "cpu"))
-METHODS = [
-    ("edict", {}),
-    ("edict", {"exact": False, "alternate": False, "mix": 0.8}),
-    ("bdia", {}),
-    ("bdia", {"exact": False, "gamma": 0.7}),
-    ("belm", {"exact": False}),
-    ("ddim", {}),  # takes no pair
-]
-INVERTIBLE = METHODS[:-1]
-SHAPE = (1, 4, 5, 6)
 
 
 @pytest.fixture(autouse=True)
 def quick(one_thread: None) -> None:
     pass
-
-
-def leaves(pair: bool, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [torch.randn(SHAPE, dtype=dtype, requires_grad=True) for _ in range(1 + pair)]
-
-
-def weighted(latents: tuple[Tensor, Tensor], used: str) -> Tensor:
-    """A loss that tells the two latents apart and uses one or both."""
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(2, *SHAPE, generator=generator, dtype=torch.float64)
-    return sum(
-        (w * x.double().sin()).sum() for w, x, name in zip(weights, latents, "xy") if name in used
-    )
 
 
 def close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -62,9 +46,7 @@ def close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
 def test_gradients_are_those_of_plain_autograd(
     method: str, options: dict, pair: bool, used: str, backend: str
 ) -> None:
-    """To 1e-4 of a chain of float64, for latents and parameters; in float64 nothing but the grid is
-    between them.
-    """
+    """To 1e-4 of a chain of float64, for latents and parameters; but for the grid, to rounding."""
     for steps, tolerance in ((1, 1e-6), (2, 1e-6), (12, 1e-5)):
         network, inputs = Network(dtype=torch.float64), leaves(pair)
         chain = sampler(steps, method=method, **options, dtype=torch.float64, backend=backend)
@@ -114,56 +96,11 @@ def test_gradients_of_the_inversion(
         for which, grad in enumerate(got):
             moved, step = [x.detach() for x in inputs], 1e-3 if chain.exact else 1e-6
             slope = torch.zeros(())
-            direction = torch.randn(SHAPE, dtype=torch.float64)
+            direction = torch.randn(ONE, dtype=torch.float64)
             for sign in (1, -1):
                 moved[which] = inputs[which].detach() + sign * step * direction
                 slope = slope + sign * weighted(chain.invert(network, *moved), used) / (2 * step)
             torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-3, atol=1e-4)
-
-
-class Wide(nn.Module):
-    """A network whose activations are many times its input."""
-
-    def forward(self, x: Tensor, t: int) -> Tensor:
-        return x.repeat(256, 1, 1, 1).tanh().mean(0, keepdim=True)
-
-
-@pytest.mark.parametrize(("method", "options"), INVERTIBLE)
-def test_memory_does_not_grow_with_the_steps(method: str, options: dict) -> None:
-    saved = {}
-    for steps in (6, 60):
-        chain, counted = sampler(steps, method=method, **{**options, "gamma": 1.0}), []
-        x = torch.randn(SHAPE, requires_grad=True)
-
-        def pack(tensor: Tensor, counted: list[int] = counted) -> Tensor:
-            counted.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            weighted(chain.sample(Wide(), x), "xy")
-        saved[steps] = sum(counted)
-    assert saved[60] == saved[6]
-
-
-def test_peak_memory_does_not_grow_with_the_steps() -> None:
-    def peak(steps: int, side: int, chain: Callable) -> int:
-        x = torch.randn(1, 4, side, side, requires_grad=True)
-        extra, _ = peak_extra_bytes(lambda: torch.autograd.grad(chain(steps, x)[0].sum(), x))
-        return extra or pytest.skip("no peak of memory on this system")
-
-    def ours(steps: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        return sampler(steps, exact=False).sample(Wide(), x)
-
-    def autograd(steps: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        return plain(Wide(), timesteps(steps), x, method="edict")
-
-    for chain in (ours, autograd):  # loads code
-        peak(1, 9, chain)
-    one, three = (
-        peak(steps, 100, ours) for steps in (1, 3)
-    )  # 41 MB an activation: malloc keeps none that is freed
-    assert three < 1.1 * one
-    assert peak(3, 100, autograd) > 1.5 * three
 
 
 @on_cpu
@@ -201,46 +138,9 @@ def test_a_second_derivative_is_refused() -> None:
             grad.sum().backward()
 
 
-def test_nothing_is_recorded_without_need() -> None:
-    network, trained, chain, x = (
-        Network().requires_grad_(False),
-        Network(),
-        sampler(3),
-        torch.randn(SHAPE),
-    )
-    assert not chain.sample(network, x)[0].requires_grad
-    assert not chain.sample(lambda x, t: trained(x, t), x)[0].requires_grad
-    with torch.no_grad():
-        assert not chain.sample(trained, x.requires_grad_())[0].requires_grad
-    with torch.inference_mode():
-        assert torch.equal(chain.sample(network, x.detach())[0], chain.sample(network, x)[0])
-
-
-@pytest.mark.parametrize(("method", "options"), INVERTIBLE)
-def test_captured_tensors_are_warned_of(method: str, options: dict) -> None:
-    """And get no gradient at all, not that of a first step alone."""
-    network, (x,), chain = (
-        Network(),
-        leaves(False, torch.float32),
-        sampler(3, method=method, **options),
-    )
-    loss = chain.sample(lambda x, t: network(x, t), x)[0].sum()
-    with pytest.warns(UserWarning, match=r"eps_fn must be an nn.Module .* got 5 tensors"):
-        loss.backward()
-    assert all(p.grad is None for p in network.parameters())
-    for call in (chain.sample, chain.invert):
-        assert not call(lambda x, t: network(x, t), x.detach())[1].requires_grad
-    network.requires_grad_(False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sampler(3).sample(lambda x, t: network(x, t), x)[0].sum().backward()
-
-
 @pytest.mark.parametrize("exact", [True, False])
 def test_autocast_is_that_of_the_forward_pass(exact: bool) -> None:
-    """The network runs again in bfloat16 although backward is called outside of autocast, and the
-    other way round.
-    """
+    """The network runs again in bfloat16 where backward is outside of autocast, and vice versa."""
     for inside in (True, False):
         network, (x,) = Network(), leaves(False, torch.float32)
         seen = []
@@ -269,9 +169,7 @@ def test_autocast_around_both_passes() -> None:
 
 
 class Attentive(nn.Module):
-    """Gives other bits when it records: as kernels do that are chosen by whether a gradient is
-    wanted.
-    """
+    """A network of other bits when it records, as from kernels chosen by whether a gradient is."""
 
     def forward(self, x: Tensor, t: int) -> Tensor:
         return torch.tanh(x) * (1 + 1e-6 * torch.is_grad_enabled())
@@ -309,7 +207,7 @@ def test_a_way_back_that_misses_its_start_is_seen() -> None:
 @pytest.mark.parametrize("forward", [True, False])
 def test_growing_errors_are_refused(forward: bool) -> None:
     """BDIA with gamma below 1: a handful of steps can be inverted, also for a gradient."""
-    x = torch.randn(SHAPE)
+    x = torch.randn(ONE)
     for steps, fits in ((7, True), (8, False)):  # 0.5^-6 = 64, 0.5^-7 = 128
         chain = sampler(steps, method="bdia", gamma=0.5, exact=False)
         call, network = chain.sample if forward else chain.invert, Network().requires_grad_(forward)
@@ -328,7 +226,7 @@ def test_half_precision_latents() -> None:
     network = Network(dtype=torch.bfloat16)
     for exact in (True, False):
         chain = ReversibleSampler(ALPHAS, timesteps(6), exact=exact, dtype=torch.bfloat16)
-        x = torch.randn(SHAPE, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(ONE, dtype=torch.bfloat16, requires_grad=True)
         image = chain.sample(network, x)[0]
         assert image.dtype == (torch.float64 if exact else torch.bfloat16)
         with warnings.catch_warnings():

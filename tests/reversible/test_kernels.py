@@ -1,6 +1,4 @@
-"""The raw ops of the reversible steps against the reference: floats by the rule of accuracy, the
-grid bit by bit.
-"""
+"""The raw ops of the reversible steps against the reference: accurate floats, the grid's bits."""
 
 from __future__ import annotations
 
@@ -16,42 +14,32 @@ import raw
 import torch
 from accuracy import assert_accurate
 from cases import DTYPES, why_skip
+from chains import (
+    EXACT_STEPS,
+    LATENTS,
+    STEPS,
+    arguments,
+    coordinates,
+    exact_arguments,
+    expected,
+    kernel,
+)
 from torch import Tensor
 
-from dense_attn import _checks, reference
+from dense_attn import _checks
 
 pytestmark = [
     pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu"))),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
-LATENTS, LIMIT = ("x", "y", "far", "near", "z"), 2**50
-COUPLINGS = {"x": {"couple_x": True}, "y": {"couple_x": False}, "none": {"eps": None}}
-STEPS = {  # what each step may be asked for: the op and what differs from `arguments`
-    "ddim": ("ddim_step", {"eps_uncond": None}),
-    "ddim-guided": ("ddim_step", {}),
-    "leapfrog": ("leapfrog_step", {}),
-    **{
-        f"{op}-{which}": (op, change)
-        for op in ("edict_mix", "edict_unmix")
-        for which, change in COUPLINGS.items()
-    },
-}
-EXACT_STEPS = {"couple": ("exact_couple", {}), "leapfrog": ("exact_leapfrog", {})}
-EXACT_STEPS |= {
-    f"{op}-{which}": (op, {**change, "latent_x": which == "y"})
-    for op in ("exact_mix", "exact_unmix")
-    for which, change in COUPLINGS.items()
-}
-EVERY_STEP = {**STEPS, **{f"exact-{name}": step for name, step in EXACT_STEPS.items()}}
+LIMIT = 2**50
 MESSAGE = re.escape("eps must be finite and keep the latents within the grid of 2^50 steps, got ")
 SHAPES = [(), (0,), (3, 0, 2), (1,), (2, 3, 5, 7), (511,), (512,), (513,), (40000,), (2, 4, 65, 64)]
 CORE = [
     (torch.float32, torch.float32),
     (torch.float16, torch.bfloat16),
     (torch.float64, torch.float16),
-]
-CORE += [
     (torch.bfloat16, torch.float64),
     (torch.float64, torch.float64),
     (torch.float32, torch.float16),
@@ -59,7 +47,7 @@ CORE += [
 
 
 def dtype_pairs() -> list:
-    """Of the latent and of eps; some of them run again on every instruction set."""
+    """Dtypes of the latent and of eps; some of them run again on every instruction set."""
     pairs = []
     for dtype, eps_dtype in itertools.product(DTYPES, DTYPES):
         core = [pytest.mark.core] * ((dtype, eps_dtype) in CORE)
@@ -69,76 +57,6 @@ def dtype_pairs() -> list:
             )
         )
     return pairs
-
-
-def coordinates(shape: tuple[int, ...], bits: int) -> Tensor:
-    """Integers of all magnitudes below 2^bits."""
-    return torch.randint(-(2**bits), 2**bits, shape) >> torch.randint(0, bits, shape)
-
-
-def arguments(
-    shape: tuple[int, ...] = (2, 3, 5, 7),
-    dtype: torch.dtype = torch.float32,
-    eps_dtype: torch.dtype = torch.float32,
-    **changes: object,
-) -> raw.Arguments:
-    """A call of any of the float ops that is right in every respect."""
-    latents = {name: torch.randn(shape).to(dtype) for name in LATENTS}
-    eps = {name: torch.randn(shape).to(eps_dtype) for name in ("eps", "eps_uncond")}
-    numbers = {
-        "a": 0.98,
-        "b": 0.13,
-        "guidance_scale": 7.5,
-        "c_far": 1.1,
-        "c_near": -0.4,
-        "c_eps": 0.3,
-        "mix": 0.93,
-    }
-    return {**latents, **eps, **numbers, "couple_x": True, **changes}
-
-
-def exact_arguments(
-    shape: tuple[int, ...] = (2, 3, 5, 7),
-    dtype: torch.dtype = torch.float32,
-    eps_dtype: torch.dtype = torch.float32,
-    **changes: object,
-) -> raw.Arguments:
-    """The same for the ops on the grid."""
-    good = arguments(shape, eps_dtype=eps_dtype) | {
-        name: coordinates(shape, 48) for name in LATENTS
-    }
-    numbers = {"step": 12345678.9, "c_eps": -3456789.1, "to_latent": 0.7**5 * 2.0**-46}
-    return {**good, **numbers, "couple_x": True, "latent_x": True, "dtype": dtype, **changes}
-
-
-def any_arguments(step: str) -> tuple[str, raw.Arguments]:
-    op, changes = EVERY_STEP[step]
-    return op, (exact_arguments if op.startswith("exact") else arguments)(**changes)
-
-
-def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
-def kernel(op: str, given: raw.Arguments) -> tuple[Tensor, ...]:
-    return as_tuple(raw.call(op, given))
-
-
-def expected(op: str, given: raw.Arguments) -> tuple[Tensor, ...]:
-    return as_tuple(
-        getattr(reference, op)(**{name: given[name] for name in raw.argument_names(op)})
-    )
-
-
-def in_memory_order(x: object, order: str) -> object:
-    """A 4-D tensor under the strides that the order names."""
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        return x
-    if order == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if order == "transposed":
-        return x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)  # unaligned
 
 
 def exact_and_plain(op: str, given: raw.Arguments) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -161,9 +79,7 @@ def test_float_steps(step: str, dtype: torch.dtype, eps_dtype: torch.dtype) -> N
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_checks.name)
 def test_a_step_on_the_neighbour_is_rejected(step: str, dtype: torch.dtype) -> None:
-    """The negative control: the rule must see every operand that is moved by one element, in every
-    result.
-    """
+    """The negative control: the rule sees each operand moved by one element, in every result."""
     op, changes = STEPS[step]
     given = arguments((513,), dtype, b=1.0, mix=0.6, **changes)
     exact, plain = exact_and_plain(op, given)
@@ -293,145 +209,20 @@ def test_what_leaves_the_grid_is_refused(op: str, value: float, length: int) -> 
         )
 
 
-@pytest.mark.parametrize("order", ["channels_last", "transposed", "unaligned"])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 8, 33, 65), (2, 1, 1, 9), (0, 3, 5, 7)])
-@pytest.mark.parametrize("step", EVERY_STEP)
-def test_dense_memory_in_any_order(step: str, shape: tuple[int, ...], order: str) -> None:
-    op, changes = EVERY_STEP[step]
-    given = (exact_arguments if op.startswith("exact") else arguments)(shape, **changes)
-    given = {name: in_memory_order(x, order) for name, x in given.items()}
-    first = given[raw.argument_names(op)[0]]
-    for result, right in zip(kernel(op, given), expected(op, given)):
-        torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-6)
-        assert result.stride() == torch.empty_like(first).stride()
-
-
-def test_the_stride_of_an_axis_of_one_does_not_matter() -> None:
-    given = arguments((4, 1, 6))
-    given["eps"] = given["eps"].as_strided((4, 1, 6), (6, 17, 1))
-    torch.testing.assert_close(raw.call("ddim_step", given), expected("ddim_step", given)[0])
-
-
-def spoiled(good: Tensor, first: bool) -> list[Tensor]:
-    """Wrong shapes, strides, dtypes, devices and layouts of a tensor argument."""
-    wrong = [
-        good.mT,
-        good[:, :, ::2],
-        good[..., :1].expand(good.shape),
-        good.repeat(1, 1, 1, 2)[..., ::2],
-    ]
-    wrong += [
-        good.contiguous(memory_format=torch.channels_last),
-        good[None],
-        good[0],
-        good.new_zeros(()),
-    ]
-    wrong = [x for x in wrong if not (first and x.is_contiguous())]
-    wrong += [
-        good.to(torch.complex64),
-        good.to(torch.int32),
-        good.bool(),
-        good.to("meta"),
-        good.to_sparse(),
-    ]
-    return wrong + ([] if good.is_floating_point() else [good.float()])
-
-
-@pytest.mark.parametrize("step", EVERY_STEP)
-def test_raw_calls_refuse(step: str) -> None:
-    op, good = any_arguments(step)
-    names = [name for name in raw.argument_names(op) if isinstance(good[name], Tensor)]
-    for name in names:
-        for value in spoiled(good[name], name == names[0]):
-            with pytest.raises(RuntimeError) as refusal:
-                raw.call(op, {**good, name: value})
-            if value.layout == torch.strided:
-                assert re.match(r"(\w+, \S+, )?[a-z_]+ must .+, got .+", str(refusal.value)), (
-                    refusal.value
-                )
-
-
-@pytest.mark.parametrize("step", EVERY_STEP)
-def test_gaps_and_overlaps_are_refused(step: str) -> None:
-    """Though every operand has them."""
-    op, good = any_arguments(step)
-    for view in (
-        lambda x: x[..., ::2],
-        lambda x: x[:, :, 1:],
-        lambda x: x[..., :1].expand(x.shape),
-    ):
-        views = {name: view(x) if isinstance(x, Tensor) else x for name, x in good.items()}
-        with pytest.raises(
-            RuntimeError,
-            match=f"{raw.argument_names(op)[0]} must be dense, got shape .+ and strides ",
-        ):
-            raw.call(op, views)
-
-
-def test_raw_calls_refuse_other_dtypes() -> None:
-    half = torch.zeros(2, 3, 5, 7).half()
-    for op, name in (
-        ("leapfrog_step", "near"),
-        ("edict_mix", "y"),
-        ("edict_unmix", "y"),
-        ("ddim_step", "eps_uncond"),
-    ):
-        with pytest.raises(RuntimeError, match=f"{name} must have dtype Float, got Half"):
-            raw.call(op, arguments(**{name: half}))
-    for op, name in (
-        ("exact_couple", "z"),
-        ("exact_leapfrog", "near"),
-        ("exact_mix", "y"),
-        ("exact_unmix", "x"),
-    ):
-        with pytest.raises(RuntimeError, match=f"{name} must have dtype Long, got Half"):
-            raw.call(op, exact_arguments(**{name: half}))
-        with pytest.raises(
-            RuntimeError, match="dtype must be float32, float64, float16 or bfloat16, got Int"
-        ):
-            raw.call(op, exact_arguments(dtype=torch.int32))
-    for op in ("exact_mix", "exact_unmix"):
-        with pytest.raises(RuntimeError, match="mix must not be 0, got 0"):
-            raw.call(op, exact_arguments(mix=0.0))
-
-
-@pytest.mark.parametrize("step", EVERY_STEP)
-@pytest.mark.parametrize("order", ["contiguous", "channels_last"])
-def test_opcheck(step: str, order: str) -> None:
-    op, given = any_arguments(step)
-    if order == "channels_last":
-        given = {name: in_memory_order(x, order) for name, x in given.items()}
-    positional, by_name = raw.select(op, given)
-    torch.library.opcheck(getattr(torch.ops.dense_attn, op).default, positional, by_name)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
-    """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is
-    loaded.
-    """
+    """The core cases again, in processes of their own: DENSE_ATTN_ISA is read at the start."""
     options = {"env": os.environ | {"DENSE_ATTN_ISA": isa}, "capture_output": True, "text": True}
-    call = "import torch, dense_attn as d; x = torch.ones(2); d.ddim_step(x, x, 0.5, 0.9, backend='cpu')"
+    step = "d.ddim_step(x, x, 0.5, 0.9, backend='cpu')"
+    call = f"import torch, dense_attn as d; x = torch.ones(2); {step}"
     probe = subprocess.run([sys.executable, "-c", call], **options)
-    if (
-        f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}"
-        in probe.stderr
-    ):
+    refusal = "DENSE_ATTN_ISA must name an instruction set that this processor has"
+    if f"{refusal}, got {isa}" in probe.stderr:
         assert isa != "portable"
         pytest.skip(f"{isa}: not on this processor")
     if isa == torch.ops.dense_attn.cpu_isa():
         return  # this file has it all
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "core",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-    ]
-    tests = subprocess.run(command, **options)
+    pytest_core = ["pytest", "-q", "-m", "core", "-p", "no:cacheprovider", __file__]
+    tests = subprocess.run([sys.executable, "-m", *pytest_core], **options)
     assert tests.returncode == 0, tests.stdout[-4000:]
     assert " passed" in tests.stdout

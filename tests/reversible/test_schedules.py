@@ -1,6 +1,4 @@
-"""Tables of alphas_cumprod: the entries that a chain uses fall with the timesteps, others are
-nobody's business.
-"""
+"""Tables of alphas_cumprod: entries in use fall with the timesteps, others may be anything."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ UNUSED = [0.0, -1.0, 1.5, float("nan"), float("inf"), 1e-300]
 @each_method
 @pytest.mark.parametrize("unused", UNUSED)
 def test_entries_not_used_may_be_anything(unused: float, method: str, exact: bool) -> None:
-    """As the last of a schedule of zero terminal signal is, where no timestep comes to it."""
+    """The last entry of a schedule of zero terminal signal is one, which no timestep reaches."""
     table, steps = ALPHAS.clone(), timesteps(4)
     others = torch.ones(1000, dtype=torch.bool)
     others[[0, *steps]] = False

@@ -1,6 +1,4 @@
-"""PyTorch's own machinery around semantic guidance: derivatives, opcheck, compile, export,
-functional transforms.
-"""
+"""PyTorch around semantic guidance: derivatives, opcheck, compile, export, transforms."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import pytest
 import raw
 import torch
 from cases import backends, why_skip
-from sega_cases import LISTS, NUMBERS
+from sega_cases import LISTS, NUMBERS, raw_options
 from torch import Tensor
 
 from dense_attn import percentile_mask, sega_guidance
@@ -20,9 +18,9 @@ from dense_attn import percentile_mask, sega_guidance
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
 needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 OPTIONS = {**{name: list(values[:3]) for name, values in LISTS.items()}, **NUMBERS}
-OPS = {name: getattr(torch.ops.dense_attn, name).default for name in ("percentile_mask", "sega_guidance")} if (
-    why_skip("cpu") is None
-) else {}  # fmt: skip
+RAW_LISTS = ("edit_guidance_scale", "edit_threshold", "weights", "partials", "reverse")
+NAMES = ("percentile_mask", "sega_guidance") if why_skip("cpu") is None else ()
+OPS = {name: getattr(torch.ops.dense_attn, name).default for name in NAMES}
 
 
 @every_backend
@@ -91,7 +89,7 @@ def raw_step(
         "eps_edits": eps[2:],
         "momentum": torch.randn(shape).to(wide),
     }
-    return {**tensors, **OPTIONS, "user_mask": mask, "sum_channels": masked}
+    return {**tensors, **raw_options(OPTIONS), "user_mask": mask, "sum_channels": masked}
 
 
 @needs_cpu_kernels
@@ -135,7 +133,7 @@ def test_raw_steps_refuse_tensors(argument: str) -> None:
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("argument", LISTS)
+@pytest.mark.parametrize("argument", RAW_LISTS)
 def test_raw_steps_refuse_lists(argument: str) -> None:
     good = raw_step()
     for values in ([], good[argument][:2], good[argument] * 2):

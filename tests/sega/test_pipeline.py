@@ -69,9 +69,7 @@ def denoise(
     noise: Tensor,
     steps: int,
 ) -> Tensor:
-    """Latents [B, C, H, W] of B prompts under E concepts, all 2 + E estimates of a step from one
-    call of the U-Net.
-    """
+    """Latents [B, C, H, W] of B prompts under E concepts, one call of the U-Net a step."""
     texts = [""] * len(prompts) + prompts + [concept for concept in concepts for _ in prompts]
     tokens = pipe.tokenizer(
         texts,
@@ -95,9 +93,7 @@ def denoise(
 
 
 class Watched(SemanticGuidance):
-    """The library's class, and the narrowest gap that a threshold fell into, as a part of the
-    magnitude above it.
-    """
+    """The library's class, and the narrowest relative gap that a threshold fell into."""
 
     narrowest = float("inf")
 
@@ -130,9 +126,7 @@ def ours(
 
 
 def divides_zero_by_zero(options: Options, count: int) -> bool:
-    """Whether at some step a few concepts are warm, not all, and the warm ones have no weight: the
-    pipeline's NaN.
-    """
+    """Whether at some step all warm concepts, but not all, lack weight: the pipeline's NaN."""
 
     def each(name: str, default: object) -> list:
         value = options.get(name, default)
@@ -155,9 +149,7 @@ def divides_zero_by_zero(options: Options, count: int) -> bool:
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[Options, int, int]:
-    """Arguments of the pipeline, left out, one for all or one for each concept; number of concepts;
-    batch.
-    """
+    """Arguments of the pipeline (none, one or one a concept), number of concepts, batch."""
     count = draw(st.integers(1, 3))
     steps = st.integers(0, STEPS + 1)
     each = {
@@ -225,9 +217,7 @@ WRONG = {
 
 @every_backend
 def test_a_run_in_float64_equals_the_pipeline(backend: str) -> None:
-    """Far below what float32 could show; thresholds are interpolated, so that its rounding of them
-    moves nothing.
-    """
+    """Float32 would not show it; its rounding of thresholds, between two values, moves nothing."""
     expected = theirs(FULL, 3, 2, torch.float64)
     torch.testing.assert_close(
         ours(FULL, 3, 2, torch.float64, backend)[0], expected, rtol=0, atol=1e-11
@@ -248,9 +238,7 @@ def test_a_wrong_argument_is_seen(argument: str) -> None:
 
 @every_backend
 def test_zero_over_zero_adds_nothing(backend: str) -> None:
-    """Concept 0 is warm and over from the first step on, concept 1 never warm: the pipeline's
-    NaN.
-    """
+    """Concept 0 is warm and over from the start, concept 1 never warm: the pipeline's NaN."""
     options = {"edit_warmup_steps": [0, STEPS + 1], "edit_cooldown_steps": [0, STEPS + 1]}
     assert theirs(options, 2).isnan().all()
     assert divides_zero_by_zero(options, 2)

@@ -1,6 +1,4 @@
-"""Thresholds follow one rule to the last bit, on every backend and torch, and torch.quantile to its
-own roundings.
-"""
+"""Thresholds follow one rule to the last bit on every backend, and torch.quantile but rounded."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import math
 
 import pytest
 import torch
+from accuracy import same_bits
 from cases import backends
 from torch import Tensor
 
@@ -44,10 +43,6 @@ def rows(kind: str, count: int, dtype: torch.dtype) -> Tensor:
         if kind == "neighbours"
         else x
     )
-
-
-def same_bits(result: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @every_backend
@@ -100,9 +95,7 @@ def units_apart(a: Tensor, b: Tensor) -> int:
 @every_dtype
 @pytest.mark.parametrize("kind", ["normal", "ties", "neighbours", "spread", "denormal"])
 def test_torch_quantile_in_float64(backend: str, dtype: torch.dtype, kind: str) -> None:
-    """However this torch interpolates: what it finds with a rank of float64 is one unit away at
-    most, its mask ours.
-    """
+    """However it interpolates, with a rank of float64: one unit away at most, its mask ours."""
     for count in LENGTHS:
         x = rows(kind, count, dtype)
         wide = reference.accumulation_dtype(dtype)
@@ -122,19 +115,15 @@ def ends(rank: float) -> tuple[int, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties", "spread"])
 def test_torch_quantile_in_float32(backend: str, dtype: torch.dtype, kind: str) -> None:
-    """One unit away at most, but for what its level or rank of float32 is off; its mask ours beside
-    the same values.
-    """
+    """One unit away, and what its rank of float32 is off; its mask ours beside the same values."""
     compared = 0
     for count in LENGTHS:
         x = rows(kind, count, dtype)
         ordered = x.double().abs().sort(1).values
         for level in LEVELS:
             rank, narrow = level * (count - 1), torch.tensor(level)
-            others = (
-                (narrow * (count - 1)).item(),
-                narrow.item() * (count - 1),
-            )  # before torch 2.14, and from it on
+            # before torch 2.14, and from it on
+            others = ((narrow * (count - 1)).item(), narrow.item() * (count - 1))
             if not ends(rank) == ends(others[0]) == ends(others[1]):
                 continue
             compared += 1
@@ -151,9 +140,7 @@ def test_torch_quantile_in_float32(backend: str, dtype: torch.dtype, kind: str) 
 
 @every_backend
 def test_a_rank_that_float32_rounds_to_a_whole_number(backend: str) -> None:
-    """0.999*39,999 is 39,959.001: a torch with ranks of float32 stops at the 39,959th value, and
-    keeps one more.
-    """
+    """0.999*39,999 is 39,959.001, and 39,959 in float32: such a rank keeps one value more."""
     x = torch.arange(40_000.0).sub(39_000).clamp(min=0)
     masked, threshold = percentile_mask(x, 0.999, dim=0, backend=backend)
     assert threshold == torch.quantile(x.double(), 0.999).float() == torch.tensor(959.001)

@@ -1,6 +1,4 @@
-"""Where a run of semantic guidance begins and ends: one object for any number of images, edits that
-never begin.
-"""
+"""Where a run of semantic guidance begins and ends: many images, edits that never begin."""
 
 from __future__ import annotations
 
@@ -65,9 +63,7 @@ def test_a_second_run_may_have_another_shape_and_dtype() -> None:
 
 
 def test_momentum_goes_on_within_a_run() -> None:
-    """Also where a scheduler calls the network twice a step, and where a run of later steps follows
-    none.
-    """
+    """Also with a network called twice a step, and in a run of later steps that follows none."""
     for steps in ([0, 1, 2], [0, 1, 1, 2, 2], [4, 4, 5]):
         guidance, anew = SemanticGuidance(**RULES), []
         momenta = []

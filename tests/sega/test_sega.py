@@ -1,15 +1,12 @@
-"""Semantic guidance and the percentile mask: accuracy on every backend, and the properties of their
-definitions.
-"""
+"""Semantic guidance: accuracy on every backend, and the properties of its definition."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import pytest
 import torch
-from accuracy import assert_accurate
+from accuracy import assert_accurate, same_bits
 from cases import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,13 +19,13 @@ from sega_cases import (
     exact_and_plain,
     kept_entries,
     make_inputs,
+    raw_options,
 )
 from torch import Tensor
 
-from dense_attn import SemanticGuidance, _checks, percentile_mask, reference, sega_guidance
+from dense_attn import SemanticGuidance, _checks, reference, sega_guidance
 from dense_attn._backends import table
 from dense_attn.verify.accuracy import judge
-from dense_attn.verify.sega import exact_quantile
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
@@ -39,10 +36,6 @@ CALLS = [
     for dtype in case.dtypes
 ]
 CASE = CASES[0]
-
-
-def same_bits(result: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @every_backend
@@ -81,10 +74,16 @@ def test_thresholds_are_their_definition(backend: str, case: Case, dtype: torch.
         name: options[name] if isinstance(options[name], list) else [options[name]] * count
         for name in LISTS
     }
+    momentum = uncond.to(reference.accumulation_dtype(dtype))
     *_, thresholds = table.NAMESPACES[backend].sega_guidance(
-        uncond, text, inputs.eps_edits.reshape(count, *uncond.shape), uncond.to(reference.accumulation_dtype(dtype)),
-        **{**NUMBERS, **lists}, user_mask=None, sum_channels=options.get("sum_channels", False),
-    )  # fmt: skip
+        uncond,
+        text,
+        inputs.eps_edits.reshape(count, *uncond.shape),
+        momentum,
+        **raw_options({**NUMBERS, **lists}),
+        user_mask=None,
+        sum_channels=options.get("sum_channels", False),
+    )
     same_bits(thresholds, kept_entries(inputs, options)[1])
 
 
@@ -110,83 +109,6 @@ def test_the_rule_of_accuracy_can_fail(change: str) -> None:
         for name, result in results.items()
     }
     assert any(error > allowed for error, allowed in verdicts.values())
-
-
-@st.composite
-def row_problems(draw: st.DrawFn) -> tuple[Tensor, float, tuple[int, ...]]:
-    """A tensor in some memory order, a level, and the axes to reduce."""
-    shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
-    if draw(st.booleans()):
-        shape[-1] = draw(st.integers(1, 3000))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0 ** draw(
-        st.integers(-6, 4)
-    )
-    kind = draw(st.sampled_from(["normal", "ties", "equal", "infinite", "nan"]))
-    if kind == "ties":
-        x = x.sign() * (x.abs() > x.abs().median())
-    elif kind == "equal":
-        x = torch.full_like(x, x.flatten()[0])
-    elif kind in ("infinite", "nan"):
-        x[torch.rand(shape, generator=generator) < 0.1] = {
-            "infinite": -torch.inf,
-            "nan": torch.nan,
-        }[kind]
-    dims = draw(st.permutations(range(len(shape))))
-    x = x.to(dtype).permute(dims).contiguous().permute(torch.tensor(dims).argsort().tolist())
-    level = draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]) | st.floats(0, 1))
-    axes = draw(
-        st.lists(
-            st.integers(-len(shape), len(shape) - 1), min_size=1, unique_by=lambda i: i % len(shape)
-        )
-    )
-    return x, level, tuple(axes)
-
-
-@every_backend
-@settings(properties, max_examples=200)
-@given(problem=row_problems())
-def test_percentile_mask_is_its_definition(backend: str, problem: tuple) -> None:
-    x, level, axes = problem
-    masked, threshold = percentile_mask(x, level, dim=axes, backend=backend)
-    kept_axes = [axis for axis in range(x.dim()) if axis not in {a % x.dim() for a in axes}]
-    magnitudes = x.to(reference.accumulation_dtype(x.dtype)).abs()
-    rows = magnitudes.movedim(kept_axes, list(range(len(kept_axes)))).flatten(len(kept_axes))
-    expected = exact_quantile(rows, level)
-    same_bits(threshold, expected)
-    shape = [n if axis in kept_axes else 1 for axis, n in enumerate(x.shape)]
-    same_bits(masked, torch.where(magnitudes >= expected.reshape(shape), x, 0))
-
-
-@every_backend
-@pytest.mark.parametrize("level", [0.5, 0.9999999])
-def test_a_row_longer_than_2_to_the_24(backend: str, level: float) -> None:
-    """Which torch.quantile refuses before torch 2.14; small integers, whose counts give the order
-    statistics.
-    """
-    length = 2**24 + 3
-    x = torch.randint(-1000, 1001, (length,)).float()
-    masked, threshold = percentile_mask(x, level, dim=0, backend=backend)
-    rank = level * (length - 1)
-    below = x.abs().long().bincount().cumsum(0)
-    lower, upper = (
-        torch.searchsorted(below, index, right=True).item()
-        for index in (int(rank), math.ceil(rank))
-    )
-    assert threshold == torch.tensor(lower + (upper - lower) * (rank - int(rank)))
-    assert torch.equal(masked, x.where(x.abs() >= threshold, torch.zeros(())))
-
-
-@every_backend
-@pytest.mark.parametrize("length", [1, 2, 10, 1001])
-def test_how_many_entries_stay(backend: str, length: int) -> None:
-    x = torch.randperm(length).sub(length // 3).mul(3).add(1).double()  # no two magnitudes alike
-    for level in (0.0, 0.1, 0.5, 0.9, 0.99, 1.0):
-        masked, threshold = percentile_mask(x, level, dim=0, backend=backend)
-        rank = level * (length - 1)
-        assert (masked != 0).sum() == length - int(-(-rank // 1)), level
-        assert percentile_mask(-8 * x, level, dim=0, backend=backend)[1] == 8 * threshold
 
 
 Estimates = tuple[Tensor, Tensor, Tensor, Tensor]  # eps_uncond, eps_text, eps_edits, momentum
@@ -324,9 +246,7 @@ def test_samples_know_nothing_of_each_other(backend: str, problem: tuple) -> Non
 @properties
 @given(problem=steps())
 def test_a_mask_weighs_what_is_kept(backend: str, problem: tuple) -> None:
-    """All ones change nothing; a mask of one number a concept is its weight, where no other depends
-    on it.
-    """
+    """All ones change nothing; one number a concept is its weight, where no other depends on it."""
     tensors, options = problem
     call = partial(sega_guidance, *tensors, backend=backend)
     for ones in (torch.ones((), dtype=torch.bool), torch.ones(1, 1, dtype=tensors[0].dtype)):
@@ -362,9 +282,7 @@ def test_a_sequence_of_edits_is_their_stack(backend: str, sequence: type) -> Non
 
 @every_backend
 def test_zero_over_zero_is_no_addition(backend: str) -> None:
-    """All warm concepts are over while another warms up: the public implementation divides 0 by 0
-    there.
-    """
+    """All warm concepts are over while another warms up: diffusers divides 0 by 0 there."""
     eps = torch.randn(4, 1, 4, 8, 8, dtype=torch.float64)
     guidance = SemanticGuidance(
         guidance_scale=3.0, edit_warmup_steps=[0, 9], edit_cooldown_steps=[0, None], backend=backend
@@ -390,9 +308,16 @@ def test_the_class_is_the_rules_of_the_steps(backend: str) -> None:
         momentum = None
         for step, (uncond, text, *edits) in enumerate(eps):
             expected, momentum = sega_guidance(
-                uncond, text, edits, momentum, **{**options, "edit_weights": 1.0}, reverse=True, backend=backend,
-                warm=[True, step >= 2, step >= 3], enabled=[step < 5, True, step < 4],
-            )  # fmt: skip
+                uncond,
+                text,
+                edits,
+                momentum,
+                **{**options, "edit_weights": 1.0},
+                warm=[True, step >= 2, step >= 3],
+                enabled=[step < 5, True, step < 4],
+                reverse=True,
+                backend=backend,
+            )
             same_bits(guidance(step, uncond, text, edits), expected)
             same_bits(guidance.momentum, momentum)
         guidance.reset()

@@ -97,3 +97,8 @@ def _unlike(result: Tensor, exact: Tensor) -> Tensor:
     """Infinite where a result is not the very infinity or NaN that exact is, else 0."""
     same = (result.isnan() & exact.isnan()) | (result == exact)
     return torch.where(same, 0.0, torch.inf).double()
+
+
+def same_bits(result: Tensor, expected: Tensor) -> None:
+    """Require equal bits, any NaN for a NaN."""
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)

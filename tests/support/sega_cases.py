@@ -229,6 +229,13 @@ def _each(options: Options, name: str, count: int) -> list:
     return value if isinstance(value, list) else [value] * count
 
 
+def raw_options(options: Options) -> Options:
+    """The options of the public op, one value a concept in each list, as a raw call takes them."""
+    options = dict(options)
+    rules = [options.pop(name) for name in ("edit_weights", "warm", "enabled")]
+    return options | dict(zip(("weights", "partials", "all_warm"), reference.sega_weights(*rules)))
+
+
 def given_the_kept(kept: Tensor, options: Options, order: list[int]) -> Callable:
     """The step as a formula of its tensors once the kept entries are known, concepts added up in an
     order.
@@ -249,9 +256,15 @@ def given_the_kept(kept: Tensor, options: Options, order: list[int]) -> Callable
         if mask is not None:
             steered = steered * mask.expand(edits.shape)[order]
         eps, momentum = reference.sega_combine(
-            widened, text.to(wide), steered, momentum.to(wide), options["guidance_scale"], weights, warm, enabled,
-            options["edit_momentum_scale"], options["edit_mom_beta"],
-        )  # fmt: skip
+            widened,
+            text.to(wide),
+            steered,
+            momentum.to(wide),
+            options["guidance_scale"],
+            *reference.sega_weights(weights, warm, enabled),
+            options["edit_momentum_scale"],
+            options["edit_mom_beta"],
+        )
         return eps.to(uncond.dtype), momentum
 
     return step

@@ -1,6 +1,4 @@
-"""A chain small enough to be written out: a network, a sampler, a decoder, a loss and noise, all in
-float64.
-"""
+"""A chain small enough to be written out, in float64: network, sampler, decoder, loss, noise."""
 
 from __future__ import annotations
 

@@ -226,9 +226,9 @@ def sega_guidance(
     guidance_scale: float,
     edit_guidance_scale: Sequence[float],
     edit_threshold: Sequence[float],
-    edit_weights: Sequence[float],
-    warm: Sequence[bool],
-    enabled: Sequence[bool],
+    weights: Sequence[float],
+    partials: Sequence[float],
+    all_warm: bool,
     reverse: Sequence[bool],
     edit_momentum_scale: float,
     edit_mom_beta: float,
@@ -239,9 +239,10 @@ def sega_guidance(
     lists = {
         "edit_guidance_scale": edit_guidance_scale,
         "edit_threshold": edit_threshold,
-        "edit_weights": edit_weights,
+        "weights": weights,
+        "partials": partials,
+        "reverse": reverse,
     }
-    lists |= {"warm": warm, "enabled": enabled, "reverse": reverse}
     _check_sega(eps_uncond, eps_text, eps_edits, momentum, user_mask, lists)
     num_edits, (batch, channels) = eps_edits.shape[0], eps_uncond.shape[:2]
     eps = eps_uncond.new_empty(eps_uncond.shape)
@@ -260,7 +261,6 @@ def sega_guidance(
         if num_edits > GROUP
         else momentum_out.new_empty((0, *eps.shape))
     )
-    weights, partials = _weights(edit_weights, warm, enabled)
     signed = [
         -scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)
     ]
@@ -286,7 +286,7 @@ def sega_guidance(
         group.append(selection.ranks_of(edit_threshold[part], num_values))
         tensors = (uncond, text, edits, nu, masks, *results)
         _step(
-            tensors, thresholds[part], group, step, all(warm), (batch, channels, num_values), flags
+            tensors, thresholds[part], group, step, all_warm, (batch, channels, num_values), flags
         )
     return eps, momentum_out, thresholds
 
@@ -322,20 +322,6 @@ def _step(
     grid = (batch * channels * triton.cdiv(num_values, TILE),)
     options = {"TILE": TILE, "num_warps": selection.warps(TILE), **EXACT}
     sega_combine_kernel[grid](*tensors, scales, weights, partials, *last, **flags, **options)
-
-
-def _weights(
-    edit_weights: Sequence[float], warm: Sequence[bool], enabled: Sequence[bool]
-) -> tuple[list[float], list[float]]:
-    """Of each concept: its weight in the momentum, and in what is added while others warm up (all 0
-    when none is).
-    """
-    weights = [max(weight, 0.0) if on else 0.0 for weight, on in zip(edit_weights, enabled)]
-    total = sum(weight for weight, ready in zip(weights, warm) if ready)
-    partly = not all(warm) and total > 0
-    return weights, [
-        weight / total if partly and ready else 0.0 for weight, ready in zip(weights, warm)
-    ]
 
 
 def _whole_row(num_values: int) -> dict[str, object]:
