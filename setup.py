@@ -79,6 +79,11 @@ BINDINGS = [
 ]
 
 
+def contract() -> str:
+    """The digest of the schemas that the kernels are compiled for."""
+    return runpy.run_path("dense_attn/_backends/contract.py")["DIGEST"]
+
+
 def switch(name: str, default: bool) -> bool:
     """Whether an environment variable is switched on, as the library reads it."""
     try:
@@ -118,6 +123,7 @@ class BuildExt(build_ext):
         include_paths, library_paths = self._torch_folders()
         stable_abi = [
             f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+            f'-DDENSE_ATTN_CONTRACT="{contract()}"',
             "-Ibindings",
             *(f"-isystem{p}" for p in include_paths),
         ]
@@ -236,7 +242,11 @@ setup(
         Extension(
             "dense_attn._C",
             [*KERNELS, *DISPATCH, *BINDINGS],
-            depends=[*glob("csrc/**/*.h", recursive=True), *glob("bindings/*.h")],
+            depends=[
+                *glob("csrc/**/*.h", recursive=True),
+                *glob("bindings/*.h"),
+                "dense_attn/_backends/contract.py",
+            ],
         )
     ]
     if switch("DENSE_ATTN_CPU_KERNELS", True)

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dense_attn import _checks
-
 BLOCK = 1024  # 8 elements a thread: loads of 16 bytes in every dtype, at most 64 registers
 # No product melts into a sum: every step rounds as on the CPU, so that either device undoes the
 # other's.
@@ -177,15 +175,8 @@ def ddim_step(
     x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float
 ) -> Tensor:
     """As `reference.ddim_step`."""
-    wide = _check_floats("x", x, eps=eps, eps_uncond=eps_uncond)
-    if eps_uncond is not None and eps_uncond.dtype != eps.dtype:
-        _refuse(
-            "eps_uncond",
-            f"have eps' dtype {_checks.name(eps.dtype)}",
-            _checks.name(eps_uncond.dtype),
-        )
     out = torch.empty_like(x)
-    _launch(ddim_step_kernel, (x, eps, eps_uncond, out), (a, b, guidance_scale), WIDE=wide)
+    _launch(ddim_step_kernel, (x, eps, eps_uncond, out), (a, b, guidance_scale), WIDE=_wide(x))
     return out
 
 
@@ -193,9 +184,8 @@ def leapfrog_step(
     far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float
 ) -> Tensor:
     """As `reference.leapfrog_step`."""
-    wide = _check_floats("far", far, near=near, eps=eps)
     out = torch.empty_like(far)
-    _launch(leapfrog_step_kernel, (far, near, eps, out), (c_far, c_near, c_eps), WIDE=wide)
+    _launch(leapfrog_step_kernel, (far, near, eps, out), (c_far, c_near, c_eps), WIDE=_wide(far))
     return out
 
 
@@ -216,10 +206,7 @@ def edict_unmix(
 def exact_couple(
     z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.exact_couple`; on a GPU, what leaves the grid becomes OFF_GRID, its latent
-    NaN.
-    """
-    _check_grid("z", z, dtype, eps=eps)
+    """As `reference.exact_couple`; what leaves the grid becomes OFF_GRID, its latent NaN."""
     return _exact_leapfrog(z, None, eps, 0.0, step, to_latent, dtype)
 
 
@@ -232,28 +219,37 @@ def exact_leapfrog(
     to_latent: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.exact_leapfrog`; on a GPU, what leaves the grid becomes OFF_GRID, its latent
-    NaN.
-    """
-    _check_grid("far", far, dtype, near=near, eps=eps)
+    """As `reference.exact_leapfrog`; what leaves the grid becomes OFF_GRID, its latent NaN."""
     return _exact_leapfrog(far, near, eps, c_near, c_eps, to_latent, dtype)
 
 
 def exact_mix(
-    x: Tensor, y: Tensor, eps: Tensor | None, step: float, mix: float, couple_x: bool,
-    to_latent: float, latent_x: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `reference.exact_mix`; on a GPU, what leaves the grid becomes OFF_GRID, its latent NaN."""
+    x: Tensor,
+    y: Tensor,
+    eps: Tensor | None,
+    step: float,
+    mix: float,
+    couple_x: bool,
+    to_latent: float,
+    latent_x: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.exact_mix`; what leaves the grid becomes OFF_GRID, its latent NaN."""
     return _exact_edict(x, y, eps, step, mix, couple_x, to_latent, latent_x, dtype, inverse=False)
 
 
 def exact_unmix(
-    x: Tensor, y: Tensor, eps: Tensor | None, step: float, mix: float, couple_x: bool,
-    to_latent: float, latent_x: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `reference.exact_unmix`; on a GPU, what leaves the grid becomes OFF_GRID, its latent
-    NaN.
-    """
+    x: Tensor,
+    y: Tensor,
+    eps: Tensor | None,
+    step: float,
+    mix: float,
+    couple_x: bool,
+    to_latent: float,
+    latent_x: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.exact_unmix`; what leaves the grid becomes OFF_GRID, its latent NaN."""
     return _exact_edict(x, y, eps, step, mix, couple_x, to_latent, latent_x, dtype, inverse=True)
 
 
@@ -267,9 +263,8 @@ def _edict(
     couple_x: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide = _check_floats("x", x, y=y, eps=eps)
     x_out, y_out = torch.empty_like(x), torch.empty_like(y)
-    flags = {"COUPLE_X": couple_x, "INVERSE": inverse, "WIDE": wide}
+    flags = {"COUPLE_X": couple_x, "INVERSE": inverse, "WIDE": _wide(x)}
     _launch(edict_kernel, (x, y, eps, x_out, y_out), (a, b, mix, 1 - mix), **flags)
     return x_out, y_out
 
@@ -285,31 +280,33 @@ def _exact_leapfrog(
 ) -> tuple[Tensor, Tensor]:
     z, latent = torch.empty_like(far), torch.empty_like(far, dtype=dtype)
     _launch(exact_leapfrog_kernel, (far, near, eps, z, latent), (c_near, c_eps, to_latent))
-    _refuse_off_grid(z)
     return z, latent
 
 
 def _exact_edict(
-    x: Tensor, y: Tensor, eps: Tensor | None, step: float, mix: float, couple_x: bool,
-    to_latent: float, latent_x: bool, dtype: torch.dtype, inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_grid("x", x, dtype, y=y, eps=eps)
-    x_out, y_out, latent = (
-        torch.empty_like(x),
-        torch.empty_like(y),
-        torch.empty_like(x, dtype=dtype),
-    )
-    if mix == 0:
-        _refuse("mix", "not be 0", mix)
-    tensors, numbers = (
-        (x, y, eps, x_out, y_out, latent),
-        (step, (1 - mix) / mix, 1 - mix, to_latent),
-    )
-    _launch(
-        exact_edict_kernel, tensors, numbers, COUPLE_X=couple_x, LATENT_X=latent_x, INVERSE=inverse
-    )
-    _refuse_off_grid(x_out, y_out)
+    x: Tensor,
+    y: Tensor,
+    eps: Tensor | None,
+    step: float,
+    mix: float,
+    couple_x: bool,
+    to_latent: float,
+    latent_x: bool,
+    dtype: torch.dtype,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_out, y_out = torch.empty_like(x), torch.empty_like(y)
+    latent = torch.empty_like(x, dtype=dtype)
+    tensors = (x, y, eps, x_out, y_out, latent)
+    numbers = (step, (1 - mix) / mix, 1 - mix, to_latent)
+    flags = {"COUPLE_X": couple_x, "LATENT_X": latent_x, "INVERSE": inverse}
+    _launch(exact_edict_kernel, tensors, numbers, **flags)
     return x_out, y_out, latent
+
+
+def _wide(x: Tensor) -> tl.dtype:
+    """The dtype that a kernel of floats computes in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def _launch(
@@ -317,81 +314,3 @@ def _launch(
 ) -> None:
     if (numel := tensors[0].numel()) > 0:
         kernel[(triton.cdiv(numel, BLOCK),)](*tensors, numel, *numbers, **options, **LAUNCH)
-
-
-def _check_floats(name: str, x: Tensor, **others: Tensor | None) -> tl.dtype:
-    """Refuse what the float kernels cannot run on; what they compute with."""
-    _check_flat(name, x, **others)
-    _check_dtype(name, x.dtype)
-    for other, value in others.items():
-        if value is not None and not other.startswith("eps") and value.dtype != x.dtype:
-            _refuse(
-                other, f"have {name}'s dtype {_checks.name(x.dtype)}", _checks.name(value.dtype)
-            )
-        if value is not None:
-            _check_dtype(other, value.dtype)
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def _check_grid(name: str, z: Tensor, dtype: torch.dtype, **others: Tensor | None) -> None:
-    """Refuse what the kernels of the grid cannot run on."""
-    _check_flat(name, z, **others)
-    _check_dtype("dtype", dtype)
-    for other, value in ((name, z), *others.items()):
-        if other == "eps" and value is not None:
-            _check_dtype(other, value.dtype)
-        elif other != "eps" and value.dtype != torch.int64:
-            _refuse(other, "be int64", _checks.name(value.dtype))
-
-
-def _check_flat(name: str, x: Tensor, **others: Tensor | None) -> None:
-    """Require dense memory, each element of one tensor beside those of the others."""
-    if not _is_dense(x):
-        _refuse(name, "be dense", f"strides {x.stride()}")
-    for other, value in others.items():
-        if value is None or value is x:
-            continue
-        if value.shape != x.shape:
-            _refuse(other, f"have {name}'s shape {tuple(x.shape)}", tuple(value.shape))
-        strides = zip(x.shape, x.stride(), value.stride())
-        if any(stride != wanted for size, wanted, stride in strides if size > 1) and x.numel() > 0:
-            _refuse(
-                other,
-                f"be dense and have {name}'s strides {x.stride()}",
-                f"strides {value.stride()}",
-            )
-        if value.device != x.device:
-            _refuse(other, f"be on {name}'s device {x.device}", value.device)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in any order of the axes."""
-    filled = 1
-    for stride, size in sorted(zip(x.stride(), x.shape)):
-        if size > 1 and stride != filled:
-            return x.numel() == 0
-        filled *= size
-    return True
-
-
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in _checks.DTYPES:
-        _refuse(
-            name, f"be one of {', '.join(map(_checks.name, _checks.DTYPES))}", _checks.name(dtype)
-        )
-
-
-def _refuse_off_grid(*grids: Tensor) -> None:
-    """At once under the interpreter; a GPU's caller looks for OFF_GRID when the chain ends, and
-    waits only then.
-    """
-    if grids[0].device.type == "cpu" and any((z == OFF_GRID).any() for z in grids):
-        _refuse(
-            "eps",
-            "be finite and keep the latents within the grid of 2^50 steps",
-            f"{OFF_GRID:g} steps",
-        )
-
-
-def _refuse(argument: str, rule: str, got: object) -> None:
-    _checks.refuse(argument, rule, got, RuntimeError)

@@ -1,6 +1,4 @@
-"""How an op runs: recorded for its gradient where something asks for one, bare where nothing
-does.
-"""
+"""How an op runs: recorded for its gradient where one is asked for, bare elsewhere."""
 
 from __future__ import annotations
 
@@ -11,14 +9,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dense_attn._backends import table
+
 
 def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
-    """The results of an autograd.Function, which costs more than a small call and is left out where
-    it can be.
+    """The results of an autograd.Function, which is left out where it can be: it costs more than a
+    small call.
 
+    Its last input names the backend. One that torch's own autograd differentiates never needs it.
     The compiler and functional transforms take the Function as it is; forward-mode differentiation
     is refused by it, where a bare kernel would answer with the derivative 0.
     """
+    if table.NAMESPACES[inputs[-1]].AUTOGRAD:
+        return function.forward(*inputs)
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -34,9 +37,7 @@ def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
 
 @cache
 def _recorded(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The Function with forward and setup_context joined: apart, torch binds their arguments at every
-    call.
-    """
+    """The Function with forward and setup_context joined: torch binds arguments where they are apart."""
 
     def forward(ctx: Any, *inputs: object) -> Any:
         output = function.forward(*inputs)

@@ -4,15 +4,13 @@ dispatch.
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
-from dense_attn import _checks, _memory, reference
+from dense_attn import _checks, _memory
 from dense_attn._backends import dispatch, table
-
-MODULATIONS = ("range", "max", "bias", "mask")
+from dense_attn._backends.contract import MODULATIONS
+from dense_attn._dtypes import accumulation_dtype
 
 
 def layout_attention(
@@ -92,22 +90,15 @@ def layout_attention(
     )
     strength = _row_strength(strength, q)
     name = table.resolve(backend, "layout_attention", q)
+    tokens = q_regions, k_regions, strength
+    inputs = (q, k, v, *tokens, modulation, scale, q_order, k_order, *lists)
+    if torch.compiler.is_compiling():
+        inputs = _distinct(inputs)
     try:
-        if name == "reference":
-            out, lse = reference.layout_attention(
-                q, k, v, q_regions, k_regions, strength, modulation=modulation, scale=scale
-            )
-            lse = lse.to(strength.dtype)
-        else:
-            tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order, k_order, *lists)
-            out, lse, _ = dispatch.run(_LayoutAttention, *tensors, modulation, scale, name)
+        out, lse, _ = dispatch.run(_LayoutAttention, *inputs, name)
     except RuntimeError as error:
-        row = (
-            k.shape[2] if name == "reference" else q.shape[3]
-        )  # all scores in memory, or the result alone
-        _memory.explain(
-            error, "layout_attention", prod((*q.shape[:3], row)) * q.element_size(), q=q, k=k
-        )
+        least = table.NAMESPACES[name].attention_bytes(q, k)
+        _memory.explain(error, "layout_attention", least, q=q, k=k)
         raise
     return (out, lse) if return_lse else out
 
@@ -158,43 +149,53 @@ def tile_lists(
     _checks.attention_inputs(q, k, k)
     _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
     name = table.resolve(backend, "layout_attention", q)
-    lists_of = getattr(table.NAMESPACES[name], "lists_of", None)
-    return None if lists_of is None else lists_of(q, k, q_regions, k_regions, q_order, k_order)
+    lists_for = table.NAMESPACES[name].tile_lists_for
+    return lists_for(q, k, q_regions, k_regions, q_order, k_order)
 
 
 class _LayoutAttention(torch.autograd.Function):
+    """Takes the arguments of the raw forward op, and the name of the backend that runs it."""
+
     @staticmethod
-    def forward(  # noqa: ANN205
-        q, k, v, strength, q_regions, k_regions, q_order, k_order, tiles, counts, k_words,  # noqa: ANN001
-        modulation, scale, backend,  # noqa: ANN001
-    ):  # fmt: skip
-        lists = None if tiles is None else [tiles, counts, k_words]
-        orders = (q_order, k_order, lists) if backend == "triton" else (q_order,)
-        return table.NAMESPACES[backend].layout_attention_fwd(
-            q, k, v, q_regions, k_regions, strength, modulation, scale, *orders
-        )
+    def forward(  # torch.compile counts the parameters: no *arguments
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_regions: Tensor,
+        k_regions: Tensor,
+        strength: Tensor,
+        modulation: str,
+        scale: float,
+        q_order: Tensor | None,
+        k_order: Tensor | None,
+        tiles: Tensor | None,
+        counts: Tensor | None,
+        k_words: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, rule = (q_regions, k_regions, strength), (modulation, scale)
+        orders, lists = (q_order, k_order), (tiles, counts, k_words)
+        run = table.NAMESPACES[backend].layout_attention_fwd
+        return run(q, k, v, *tokens, *rule, *orders, *lists)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-        q, k, v, strength, q_regions, k_regions, q_order, k_order = inputs[:8]
-        ctx.modulation, ctx.scale, ctx.backend = inputs[-3:]
+        *tensors, ctx.modulation, ctx.scale, q_order, k_order, _, _, _, ctx.backend = inputs
         out, _, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, q_regions, k_regions, strength, q_order, k_order, out, stats)
+        ctx.save_for_backward(*tensors, out, stats, q_order, k_order)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse, *_):  # noqa: ANN001, ANN002, ANN205
-        q, k, v, q_regions, k_regions, strength, q_order, k_order, out, stats = ctx.saved_tensors
+        *tensors, out, stats, q_order, k_order = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_out.stride(-1) != 1:  # the gradient of a sum is one number under stride 0
             grad_out = grad_out.contiguous()
-        dq, dk, dv, dstrength = dispatch.run(
-            _Backward, grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats,
-            ctx.modulation, ctx.scale, q_order, k_order, ctx.backend,
-        )  # fmt: skip
-        return dq, dk, dv, dstrength, *[None] * 10
+        arguments = (*tensors, out, stats, ctx.modulation, ctx.scale, q_order, k_order)
+        dq, dk, dv, dstrength = dispatch.run(_Backward, grad_out, grad_lse, *arguments, ctx.backend)
+        return dq, dk, dv, None, None, dstrength, *[None] * 8
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
@@ -209,27 +210,27 @@ class _Backward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: ANN205
-        grad_out, grad_lse, q, k, v, q_regions, k_regions, strength,  # noqa: ANN001
-        out, stats, modulation, scale, q_order, k_order, backend,  # noqa: ANN001
-    ):  # fmt: skip
-        orders = (q_order, k_order) if backend == "triton" else (q_order,)
+    def forward(
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_regions: Tensor,
+        k_regions: Tensor,
+        strength: Tensor,
+        out: Tensor,
+        stats: Tensor,
+        modulation: str,
+        scale: float,
+        q_order: Tensor | None,
+        k_order: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs, saved = (q, k, v, q_regions, k_regions, strength), (out, stats)
+        run = table.NAMESPACES[backend].layout_attention_bwd
         try:
-            return table.NAMESPACES[backend].layout_attention_bwd(
-                grad_out,
-                grad_lse,
-                q,
-                k,
-                v,
-                q_regions,
-                k_regions,
-                strength,
-                out,
-                stats,
-                modulation,
-                scale,
-                *orders,
-            )
+            return run(grad_out, grad_lse, *inputs, *saved, modulation, scale, q_order, k_order)
         except RuntimeError as error:
             least = (q.numel() + 2 * k.numel()) * q.element_size()
             _memory.explain(error, "layout_attention's backward pass", least, q=q, k=k)
@@ -244,16 +245,14 @@ class _Backward(torch.autograd.Function):
         raise RuntimeError("layout_attention must be differentiated once, got a second derivative")
 
 
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The same tensors, each as an object of its own: torch.compile takes none twice into an
+def _distinct(inputs: tuple[object, ...]) -> list[object]:
+    """The inputs, each tensor an object of its own: torch.compile takes none twice into an
     autograd.Function.
     """
-    if not torch.compiler.is_compiling():
-        return list(tensors)
-    distinct: list[Tensor | None] = []
-    for tensor in tensors:
-        again = tensor is not None and any(tensor is other for other in distinct)
-        distinct.append(tensor.view_as(tensor) if again else tensor)
+    distinct: list[object] = []
+    for x in inputs:
+        again = isinstance(x, Tensor) and any(x is other for other in distinct)
+        distinct.append(x.view_as(x) if again else x)
     return distinct
 
 
@@ -310,7 +309,7 @@ def _check_lists(lists: tuple[Tensor, ...] | None) -> tuple[Tensor | None, ...]:
 
 def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:
     """strength as a [B, H, M] view in the accumulation dtype."""
-    dtype = reference.accumulation_dtype(q.dtype)
+    dtype = accumulation_dtype(q.dtype)
     shape = q.shape[:3]
     if not isinstance(strength, Tensor):
         strength = _checks.number("strength", strength, dtype, "be a number or a tensor")

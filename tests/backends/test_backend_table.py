@@ -16,7 +16,7 @@ import torch
 from cases import why_skip
 
 import dense_attn
-from dense_attn._backends import cpu, ops, table, triton
+from dense_attn._backends import contract, cpu, ops, table, triton
 
 ALPHAS_CUMPROD = torch.linspace(0.999, 0.01, 20, dtype=torch.float64)
 CALLS: dict[str, Callable[[torch.Tensor, str], object]] = {
@@ -221,7 +221,7 @@ def test_another_triton_does_not_take_the_library_along(
 def test_a_library_that_does_not_load_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "_native.py"))
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "_backends" / "cpu.py"))
     assert cpu._load().startswith("the compiled library is missing: ")
     (tmp_path / "_C.so").write_bytes(b"no library")
     reason = cpu._load()
@@ -231,8 +231,20 @@ def test_a_library_that_does_not_load_is_named(
 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other arguments, which it would read wrongly, or without a kernel."""
+    version, advice = "the compiled library is of another version", "install it again"
     monkeypatch.setitem(ops.OPS, "an_op_of_tomorrow", None)
-    assert (
-        cpu._load()
-        == "the compiled library is of another version, without an_op_of_tomorrow: install it again"
-    )
+    assert cpu._load() == f"{version}, without an_op_of_tomorrow: {advice}"
+    monkeypatch.setattr(contract, "DIGEST", "of tomorrow")
+    assert cpu._load() == f"{version}, with other arguments of its ops: {advice}"
+
+
+def test_every_change_of_the_contract_is_another_version() -> None:
+    """The digest that the build compiles in is that of the module, and names all of it."""
+    path = Path(contract.__file__)
+    source = path.read_text()
+    for change in ("float scale,", '"bias"', "MAX_HEAD_DIM = 256", "STATS = 4"):
+        assert source.count(change) >= 1
+        changed: dict[str, object] = {"__name__": "changed"}
+        exec(source.replace(change, change.replace("a", "o").replace("6", "7").replace("4", "5"), 1), changed)
+        assert changed["DIGEST"] != contract.DIGEST

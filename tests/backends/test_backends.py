@@ -30,6 +30,7 @@ from cases import (
 from torch import Tensor
 
 from dense_attn import _checks, layout_attention
+from dense_attn._backends import contract
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 KERNELS = backends("cpu", "triton", "cuda")
@@ -243,7 +244,7 @@ def test_a_flipped_region_bit_is_rejected(
 
 
 def test_every_modulation_is_among_the_cases() -> None:
-    assert MODULATIONS == sys.modules["dense_attn.layout_attention"].MODULATIONS
+    assert MODULATIONS == contract.MODULATIONS
 
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess:

@@ -193,7 +193,9 @@ def failing(error: Exception) -> SimpleNamespace:
         raise error
 
     return SimpleNamespace(
-        layout_attention_fwd=layout_attention_fwd, layout_attention_bwd=layout_attention_bwd
+        AUTOGRAD=False,
+        layout_attention_fwd=layout_attention_fwd,
+        layout_attention_bwd=layout_attention_bwd,
     )
 
 

@@ -1,0 +1,156 @@
+"""Exact quantiles, percentile masks and one step of semantic guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dense_attn._dtypes import accumulation_dtype
+
+
+def quantile(values: Tensor, level: float) -> Tensor:
+    """Quantiles of rows of any length, linear between two values, NaN where there is one: [..., N]
+    -> [...].
+
+    Rank `level*(N - 1)` and interpolation `lower + (upper - lower)*fraction` in float64, rounded
+    once.
+    """
+    ordered, last = values.sort(-1).values, values.shape[-1] - 1  # NaN comes last
+    where = "cpu" if values.device.type == "mps" else values.device  # which has no float64
+    rank = torch.full((), level, dtype=torch.float64, device=where) * last
+    rank = torch.where(values.isnan().any(-1).to(where), last, rank)
+    ends = (
+        ordered.gather(-1, index.long().to(values.device).unsqueeze(-1))
+        for index in (rank.floor(), rank.ceil())
+    )
+    lower, upper = (end.squeeze(-1).to(where) for end in ends)
+    between = lower.double() + (upper.double() - lower.double()) * (rank - rank.floor())
+    # Between equals there is nothing, and inf - inf is no number.
+    return torch.where(lower == upper, lower, between.to(values.dtype)).to(values.device)
+
+
+def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """PyTorch implementation of `dense_attn.percentile_mask` over the last axis: x [R, N] -> x or
+    0, threshold [R].
+    """
+    magnitudes = x.to(accumulation_dtype(x.dtype)).abs()
+    threshold = quantile(magnitudes, level)
+    return torch.where(magnitudes >= threshold.unsqueeze(-1), x, 0), threshold
+
+
+def sega_guidance(
+    eps_uncond: Tensor,  # [B, C, ...]
+    eps_text: Tensor,  # [B, C, ...]
+    eps_edits: Tensor,  # [E, B, C, ...]
+    momentum: Tensor,  # [B, C, ...]
+    *,
+    guidance_scale: float,
+    edit_guidance_scale: Sequence[float],  # E of each
+    edit_threshold: Sequence[float],
+    edit_weights: Sequence[float],
+    warm: Sequence[bool],
+    enabled: Sequence[bool],
+    reverse: Sequence[bool],
+    edit_momentum_scale: float,
+    edit_mom_beta: float,
+    user_mask: Tensor | None = None,  # broadcastable to eps_edits
+    sum_channels: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch implementation of `dense_attn.sega_guidance`: returns (eps, momentum, thresholds [E,
+    B, C or 1]).
+    """
+    wide = accumulation_dtype(eps_uncond.dtype)
+    uncond, text, edits, momentum = (
+        x.to(wide) for x in (eps_uncond, eps_text, eps_edits, momentum)
+    )
+    steered = sega_differences(uncond, edits, edit_guidance_scale, reverse)
+    magnitudes = sega_magnitudes(steered, sum_channels)
+    rows = magnitudes.unsqueeze(-1).flatten(3)  # [E, B, C or 1, N]
+    thresholds = [quantile(concept, level) for concept, level in zip(rows, edit_threshold)]
+    thresholds = torch.stack(thresholds) if thresholds else uncond.new_empty(rows.shape[:3])
+    kept = magnitudes >= thresholds.reshape(*thresholds.shape, *[1] * (uncond.dim() - 2))
+    steered = torch.where(kept, steered, 0)
+    if user_mask is not None:
+        steered = steered * user_mask
+    eps, momentum = sega_combine(
+        uncond,
+        text,
+        steered,
+        momentum,
+        guidance_scale,
+        edit_weights,
+        warm,
+        enabled,
+        edit_momentum_scale,
+        edit_mom_beta,
+    )
+    # Compiled, torch 2.11 would lose the gradient of what a conversion hands through.
+    return eps if eps.dtype == eps_uncond.dtype else eps.to(eps_uncond.dtype), momentum, thresholds
+
+
+def sega_differences(
+    eps_uncond: Tensor,
+    eps_edits: Tensor,
+    edit_guidance_scale: Sequence[float],
+    reverse: Sequence[bool],
+) -> Tensor:
+    """What each concept asks for: sign * scale * (eps_edit - eps_uncond), [E, B, C, ...]."""
+    signed = [
+        -scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)
+    ]
+    scales = torch.tensor(signed, dtype=eps_uncond.dtype, device=eps_uncond.device)
+    return (eps_edits - eps_uncond) * scales.reshape(-1, *[1] * eps_uncond.dim())
+
+
+def sega_magnitudes(steered: Tensor, sum_channels: bool) -> Tensor:
+    """What is compared with the threshold: |d|, or its sum over the channels, added up in their
+    order.
+    """
+    magnitudes = steered.abs()
+    if not sum_channels:
+        return magnitudes
+    total = magnitudes.new_zeros((*magnitudes.shape[:2], 1, *magnitudes.shape[3:]))
+    for channel in range(magnitudes.shape[2]):
+        total = total + magnitudes[:, :, channel : channel + 1]
+    return total
+
+
+def sega_weights(
+    edit_weights: Sequence[float], warm: Sequence[bool], enabled: Sequence[bool]
+) -> tuple[list[float], list[float]]:
+    """Of each concept: its weight in the momentum, and in what is added while others warm up (all 0
+    when none is).
+    """
+    weights = [max(weight, 0.0) * on for weight, on in zip(edit_weights, enabled)]
+    total = sum(weight for weight, ready in zip(weights, warm) if ready)
+    partly = any(warm) and not all(warm) and total > 0
+    return weights, [
+        weight / total if partly and ready else 0.0 for weight, ready in zip(weights, warm)
+    ]
+
+
+def sega_combine(
+    eps_uncond: Tensor,  # [B, C, ...]
+    eps_text: Tensor,  # [B, C, ...]
+    steered: Tensor,  # [E, B, C, ...]: what is left of the differences
+    momentum: Tensor,  # [B, C, ...]
+    guidance_scale: float,
+    edit_weights: Sequence[float],
+    warm: Sequence[bool],
+    enabled: Sequence[bool],
+    edit_momentum_scale: float,
+    edit_mom_beta: float,
+) -> tuple[Tensor, Tensor]:
+    """(eps, momentum) of one step once the thresholds have been applied."""
+    eps = eps_uncond + guidance_scale * (eps_text - eps_uncond)
+    steer = edit_momentum_scale * momentum
+    for direction, weight, partial in zip(steered, *sega_weights(edit_weights, warm, enabled)):
+        if weight:
+            steer = steer + weight * direction
+        if partial:
+            eps = eps + partial * direction
+    if all(warm):
+        eps = eps + steer
+    return eps, edit_mom_beta * momentum + (1 - edit_mom_beta) * steer
