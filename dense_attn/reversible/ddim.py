@@ -139,8 +139,6 @@ def step(
     )  # torch.compile takes no tensor twice into an autograd.Function
     eps_uncond = eps_uncond.view_as(eps) if eps_uncond is x or eps_uncond is eps else eps_uncond
     try:
-        if name == "reference":
-            return reference.ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
         return dispatch.run(_DdimStep, x, eps, eps_uncond, a, b, guidance_scale, name)
     except RuntimeError as error:
         _memory.explain(error, "ddim_step", x.numel() * x.element_size(), x=x)

@@ -16,11 +16,13 @@ from placed import Placed
 from torch import Tensor
 
 from dense_attn import reference
+from dense_attn._backends import triton
 from dense_attn.triton_kernels import reversible as _reversible
 from dense_attn.triton_kernels import sega as _sega
 from dense_attn.triton_kernels.sega import selection
 
-reversible, sega = Placed(_reversible), Placed(_sega)
+launched = Placed(_reversible)  # without the checks of raw calls
+reversible = sega = Placed(triton)
 
 DTYPES = (torch.float32, torch.float16, torch.float64)  # of results
 INPUTS = (*DTYPES, torch.bfloat16)
@@ -284,14 +286,12 @@ OFFENDERS = [  # z, eps, what becomes of z
         (-(2**50), -1.0, None),
     ),
     *((0, eps, None) for eps in (1e300, -1e300, -float("inf"), float("inf"), float("nan"))),
-    (reversible.OFF_GRID, -1.0, None),
+    (launched.OFF_GRID, -1.0, None),
 ]
 
 
 @pytest.mark.parametrize(("z", "eps", "expected"), OFFENDERS)
-def test_the_edge_of_the_grid(
-    z: int, eps: float, expected: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None) -> None:
     arguments = (
         torch.tensor([5, z]),
         torch.tensor([0.0, eps], dtype=torch.float64),
@@ -305,21 +305,19 @@ def test_the_edge_of_the_grid(
     if INTERPRETED:  # a GPU's caller waits for no kernel
         with pytest.raises(RuntimeError, match=OFF_GRID_TEXT):
             reversible.exact_couple(*arguments)
-    monkeypatch.setattr(_reversible, "_refuse_off_grid", lambda *_: None)  # as on a GPU
-    moved, latent = reversible.exact_couple(*arguments)
-    assert moved.tolist() == [5, reversible.OFF_GRID]
+    moved, latent = launched.exact_couple(*arguments)  # as on a GPU
+    assert moved.tolist() == [5, launched.OFF_GRID]
     assert latent.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("op", ["exact_mix", "exact_unmix"])
-def test_what_left_the_grid_stays_off_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_left_the_grid_stays_off_it(op: str) -> None:
     """Its partner follows, whatever the mix: the shear of a lost coordinate is no number."""
-    monkeypatch.setattr(_reversible, "_refuse_off_grid", lambda *_: None)
-    lost, good = torch.tensor([reversible.OFF_GRID, 3]), torch.tensor([7, 4])
-    x, y, latent = getattr(reversible, op)(
+    lost, good = torch.tensor([launched.OFF_GRID, 3]), torch.tensor([7, 4])
+    x, y, latent = getattr(launched, op)(
         lost, good, None, 0.0, 0.999999, True, 1.0, False, torch.float32
     )
-    assert x[0] == y[0] == reversible.OFF_GRID
+    assert x[0] == y[0] == launched.OFF_GRID
     assert latent.isnan().tolist() == [True, False]
 
 
