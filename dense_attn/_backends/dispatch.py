@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 
 from dense_attn._backends import table
 
+# isinstance(x, Tensor) takes long to say no.
+_NO_TENSORS = frozenset((type(None), str, float, bool, int, list, tuple))
+
 
 def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
     """The results of an autograd.Function, which is left out where it can be: it costs more than a
@@ -30,8 +33,9 @@ def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
         return function.apply(*inputs)
     if torch.is_grad_enabled():
         for x in inputs:
-            if isinstance(x, Tensor) and x.requires_grad:
-                return _recorded(function).apply(*inputs)
+            if x.__class__ not in _NO_TENSORS and isinstance(x, Tensor) and x.requires_grad:
+                # Past what torch.autograd.Function does for the transforms that are not here.
+                return super(torch.autograd.Function, _recorded(function)).apply(*inputs)
     return function.forward(*inputs)
 
 

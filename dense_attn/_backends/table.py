@@ -26,14 +26,14 @@ NAMESPACES: dict[str, ModuleType | None] = {
     "cpu": cpu,
     "reference": reference,
 }
-_NOT_THERE = "no {} kernels in this version of dense_attn"
+_NOT_THERE = {name: f"no {name} kernels in this version of dense_attn" for name in ORDER}
 _OLDEST_GPU = (8, 0)  # asynchronous copies and products of bfloat16
 
 
 def missing(backend: str, op: str) -> str | None:
     """The reason why a backend lacks an op here, whatever the inputs; None if it has it."""
     kernels = NAMESPACES[backend]
-    return _NOT_THERE.format(backend) if kernels is None else getattr(kernels, "LOAD_ERROR", None)
+    return _NOT_THERE[backend] if kernels is None else getattr(kernels, "LOAD_ERROR", None)
 
 
 def unavailable(backend: str, op: str) -> str | None:
@@ -73,7 +73,7 @@ def _too_old(device: torch.device) -> str | None:
 
 def device_of(backend: str) -> str:
     """The kind of tensors that a backend takes; the reference takes any."""
-    return {"cuda": "cuda", "triton": triton.DEVICE}.get(backend, "cpu")
+    return triton.DEVICE if backend == "triton" else "cuda" if backend == "cuda" else "cpu"
 
 
 def why_not(backend: str, op: str, x: Tensor) -> list[str]:
@@ -101,9 +101,11 @@ def resolve(backend: str, op: str, x: Tensor) -> str:
     """The name of the backend that runs the call: the named one or an error, or the first that
     can.
     """
-    _checks.choice("backend", backend, ("auto", *ORDER))
     if backend == "auto":
-        return next(candidate for candidate in ORDER if not why_not(candidate, op, x))
+        for name in ORDER:
+            if missing(name, op) is None and not why_not(name, op, x):
+                return name
+    _checks.choice("backend", backend, ("auto", *ORDER))
     reasons = why_not(backend, op, x)
     if reasons:
         _checks.refuse(

@@ -79,15 +79,13 @@ def layout_attention(
         torch.Size([1, 8, 256, 40])
     """
     q, k, v = _autocast(q, k, v)
-    _checks.attention_inputs(q, k, v)
-    _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
+    _check_tensors(q, k, v, q_regions, k_regions, q_order, k_order)
     _checks.choice("modulation", modulation, MODULATIONS)
     lists = _check_lists(tile_lists)
-    scale = (
-        q.shape[-1] ** -0.5
-        if scale is None
-        else _checks.number("scale", scale, rule="be a number or None")
-    )
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    else:
+        scale = _checks.number("scale", scale, rule="be a number or None")
     strength = _row_strength(strength, q)
     name = table.resolve(backend, "layout_attention", q)
     tokens = q_regions, k_regions, strength
@@ -146,8 +144,7 @@ def tile_lists(
         torch.Size([1, 8, 256, 40])
     """
     q, k, _ = _autocast(q, k, k)
-    _checks.attention_inputs(q, k, k)
-    _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
+    _check_tensors(q, k, k, q_regions, k_regions, q_order, k_order)
     name = table.resolve(backend, "layout_attention", q)
     lists_for = table.NAMESPACES[name].tile_lists_for
     return lists_for(q, k, q_regions, k_regions, q_order, k_order)
@@ -173,10 +170,9 @@ class _LayoutAttention(torch.autograd.Function):
         k_words: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, rule = (q_regions, k_regions, strength), (modulation, scale)
-        orders, lists = (q_order, k_order), (tiles, counts, k_words)
-        run = table.NAMESPACES[backend].layout_attention_fwd
-        return run(q, k, v, *tokens, *rule, *orders, *lists)
+        run, words = table.NAMESPACES[backend].layout_attention_fwd, (q_regions, k_regions)
+        rule, orders = (strength, modulation, scale), (q_order, k_order)
+        return run(q, k, v, *words, *rule, *orders, tiles, counts, k_words)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -260,37 +256,70 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     # torch 2.11 cannot trace the question; what code is compiled for has autocast, but for meta.
-    known = (
-        device != "meta"
-        if torch.compiler.is_compiling()
-        else torch.amp.is_autocast_available(device)
-    )
+    if torch.compiler.is_compiling():
+        known = device != "meta"
+    else:
+        known = torch.amp.is_autocast_available(device)
     if not known or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype)
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        else x
-        for x in (q, k, v)
-    )
+    return tuple(x.to(dtype) if _is_cast(x) else x for x in (q, k, v))
 
 
-def _check_tokens(
+def _is_cast(x: object) -> bool:
+    """Whether autocast has a dtype for x."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+
+def _check_tensors(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     q_regions: Tensor,
     k_regions: Tensor,
     q_order: Tensor | None,
     k_order: Tensor | None,
 ) -> None:
-    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
-    _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
-    _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
+    """Refuse tensors that do not go together; one look finds that most do."""
+    words_fit = _rows_fit(q, k, v) and _words_fit(q_regions, q) and _words_fit(k_regions, k)
+    if not words_fit:
+        _checks.attention_inputs(q, k, v)
+        _checks.token_words("q_regions", q_regions, q.shape[0], q.shape[2], q)
+        _checks.token_words("k_regions", k_regions, q.shape[0], k.shape[2], q)
     if q_order is not None:
-        _checks.token_words("q_order", q_order, batch, seqlen_q, q)
+        _checks.token_words("q_order", q_order, q.shape[0], q.shape[2], q)
     if k_order is not None:
-        _checks.token_words("k_order", k_order, batch, seqlen_k, q)
+        _checks.token_words("k_order", k_order, q.shape[0], k.shape[2], q)
+
+
+def _rows_fit(q: object, k: object, v: object) -> bool:
+    """Whether `_checks.attention_inputs` has nothing to refuse; no about what is rare."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    shape, keys, dtype, device = q.shape, k.shape, q.dtype, q.device
+    return (
+        len(shape) == len(keys) == 4
+        and v.shape == keys
+        and keys[0] == shape[0]
+        and keys[1] == shape[1]
+        and keys[3] == shape[3] > 1
+        and dtype in _checks.DTYPES
+        and k.dtype == dtype == v.dtype
+        and q.layout == k.layout == v.layout == torch.strided
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and k.device == device == v.device
+    )
+
+
+def _words_fit(words: object, rows: Tensor) -> bool:
+    """Whether `_checks.token_words` has nothing to refuse; no about what is rare."""
+    return (
+        isinstance(words, Tensor)
+        and words.dtype == torch.int32
+        and words.shape == rows.shape[2:3]
+        and words.layout == torch.strided
+        and words.device == rows.device
+    )
 
 
 def _check_lists(lists: tuple[Tensor, ...] | None) -> tuple[Tensor | None, ...]:
@@ -310,18 +339,20 @@ def _check_lists(lists: tuple[Tensor, ...] | None) -> tuple[Tensor | None, ...]:
 def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:
     """strength as a [B, H, M] view in the accumulation dtype."""
     dtype = accumulation_dtype(q.dtype)
-    shape = q.shape[:3]
+    batch, num_heads, seqlen_q, _ = q.shape
     if not isinstance(strength, Tensor):
         strength = _checks.number("strength", strength, dtype, "be a number or a tensor")
-        return q.new_full((), strength, dtype=dtype).expand(shape)
+        return q.new_full((), strength, dtype=dtype).expand(batch, num_heads, seqlen_q)
     _checks.tensor("strength", strength)
     if strength.dtype not in (torch.float32, dtype):
         rule = "be float32" if dtype == torch.float32 else "be float32 or float64"
         _checks.refuse("strength", rule, _checks.name(strength.dtype), TypeError)
     _checks.same_device("strength", strength, q)
-    padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
-    if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
-        _checks.refuse(
-            "strength", f"broadcast to [B, H, M] = {tuple(shape)}", tuple(strength.shape)
-        )
-    return strength.to(dtype).expand(shape)
+    shape = (batch, num_heads, seqlen_q)
+    if strength.shape != shape:
+        padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
+        if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
+            rule = f"broadcast to [B, H, M] = {shape}"
+            _checks.refuse("strength", rule, tuple(strength.shape))
+        strength = strength.expand(batch, num_heads, seqlen_q)
+    return strength if strength.dtype == dtype else strength.to(dtype)
