@@ -94,7 +94,7 @@ def _attention_ways(workload: str) -> Ways:
     kept = triton.layout_attention.TileLists(*lists) if lists else None
     return Ways(
         lambda: dense_attn.layout_attention(q, k, v, *words, strength, tile_lists=lists),
-        lambda: triton.layout_attention_fwd(*raw, lists)[0],
+        lambda: triton.layout_attention_fwd(*raw, *(lists or (None,) * 3))[0],
         lambda: triton.layout_attention.layout_attention_fwd(*raw, kept)[0],
         triton.layout_attention,
     )
