@@ -116,6 +116,45 @@ def store_rows(
 
 
 @triton.jit
+def load_head(
+    x,
+    batch,
+    head,
+    tokens,
+    exist,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Both parts of rows of one head of x [B, H, tokens, D]."""
+    base, stride = head_of(x, batch, head), row_stride(x)
+    return load_rows(base, stride, tokens, exist, PART_0, PART_1, HEAD_DIM)
+
+
+@triton.jit
+def store_head(
+    x,
+    batch,
+    head,
+    tokens,
+    exist,
+    rows,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """The inverse of `load_head`."""
+    base, stride = head_of(x, batch, head), row_stride(x)
+    store_rows(base, stride, tokens, exist, rows, PART_0, PART_1, HEAD_DIM)
+
+
+@triton.jit
+def load_numbers(x, batch, head, tokens, exist):
+    """The numbers of rows of one head of x [B, H, tokens], 0 for those that do not exist."""
+    return tl.load(head_of(x, batch, head) + tokens * row_stride(x), mask=exist, other=0.0)
+
+
+@triton.jit
 def products(a, b, PART_1: tl.constexpr, PRECISION: tl.constexpr):
     """Inner products of the rows of a [I, D] and of b [J, D], both in parts: [I, J]."""
     scores = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)

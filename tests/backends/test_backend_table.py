@@ -246,5 +246,8 @@ def test_every_change_of_the_contract_is_another_version() -> None:
     for change in ("float scale,", '"bias"', "MAX_HEAD_DIM = 256", "STATS = 4"):
         assert source.count(change) >= 1
         changed: dict[str, object] = {"__name__": "changed"}
-        exec(source.replace(change, change.replace("a", "o").replace("6", "7").replace("4", "5"), 1), changed)
+        exec(
+            source.replace(change, change.replace("a", "o").replace("6", "7").replace("4", "5"), 1),
+            changed,
+        )
         assert changed["DIGEST"] != contract.DIGEST

@@ -57,7 +57,9 @@ def test_the_modulations_of_the_compiled_library() -> None:
         attention(8, "other")
     enum = re.search(r"enum class Modulation \{(.*?)\}", header("layout_attention.h"))[1]
     names = [name.strip().removeprefix("k").lower() for name in enum.split(",")]
-    assert names == re.findall(r'"(\w+)"', re.search("kModulations.*", header("layout_attention.h"))[0])
+    assert names == re.findall(
+        r'"(\w+)"', re.search("kModulations.*", header("layout_attention.h"))[0]
+    )
 
 
 @needs_cpu_kernels
@@ -67,11 +69,12 @@ def test_the_numbers_of_a_row_of_the_compiled_library() -> None:
 
 def test_the_kernels_of_triton() -> None:
     pytest.importorskip("triton")
-    from dense_attn.triton_kernels import configs, layout_attention, reversible
+    from dense_attn.triton_kernels import configs, layout_attention
     from dense_attn.triton_kernels.layout_attention import records
+    from dense_attn.triton_kernels.reversible import grid
 
-    assert reversible.LIMIT.value == reference.GRID_LIMIT
-    assert reversible.OFF_GRID > reference.GRID_LIMIT
+    assert grid.LIMIT.value == reference.GRID_LIMIT
+    assert grid.OFF_GRID > reference.GRID_LIMIT
     assert layout_attention.STATS == contract.STATS
     columns = [getattr(records, name).value for name in records.STATS_COLUMNS]
     assert columns == list(range(contract.STATS))

@@ -19,6 +19,7 @@ from dense_attn import reference
 from dense_attn._backends import triton
 from dense_attn.triton_kernels import reversible as _reversible
 from dense_attn.triton_kernels import sega as _sega
+from dense_attn.triton_kernels.reversible.grid import OFF_GRID
 from dense_attn.triton_kernels.sega import selection
 
 launched = Placed(_reversible)  # without the checks of raw calls
@@ -286,7 +287,7 @@ OFFENDERS = [  # z, eps, what becomes of z
         (-(2**50), -1.0, None),
     ),
     *((0, eps, None) for eps in (1e300, -1e300, -float("inf"), float("inf"), float("nan"))),
-    (launched.OFF_GRID, -1.0, None),
+    (OFF_GRID, -1.0, None),
 ]
 
 
@@ -306,18 +307,18 @@ def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None) -> None:
         with pytest.raises(RuntimeError, match=OFF_GRID_TEXT):
             reversible.exact_couple(*arguments)
     moved, latent = launched.exact_couple(*arguments)  # as on a GPU
-    assert moved.tolist() == [5, launched.OFF_GRID]
+    assert moved.tolist() == [5, OFF_GRID]
     assert latent.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("op", ["exact_mix", "exact_unmix"])
 def test_what_left_the_grid_stays_off_it(op: str) -> None:
     """Its partner follows, whatever the mix: the shear of a lost coordinate is no number."""
-    lost, good = torch.tensor([launched.OFF_GRID, 3]), torch.tensor([7, 4])
+    lost, good = torch.tensor([OFF_GRID, 3]), torch.tensor([7, 4])
     x, y, latent = getattr(launched, op)(
         lost, good, None, 0.0, 0.999999, True, 1.0, False, torch.float32
     )
-    assert x[0] == y[0] == launched.OFF_GRID
+    assert x[0] == y[0] == OFF_GRID
     assert latent.isnan().tolist() == [True, False]
 
 

@@ -11,25 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
-from dense_attn.triton_kernels.layout_attention.bwd import (
-    layout_attention_bwd_kv_kernel,
-    layout_attention_bwd_q_kernel,
-)
-from dense_attn.triton_kernels.layout_attention.fwd import (
-    layout_attention_fwd_kernel,
-    layout_attention_row_fwd_kernel,
-)
+from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
+from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
+from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel
+from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
+from dense_attn.triton_kernels.layout_attention.row_fwd import layout_attention_row_fwd_kernel
 from dense_attn.triton_kernels.layout_attention.tiles import tile_lists_kernel, word_bounds_kernel
-
-STATS = 4  # numbers a row that the backward pass takes from the forward pass
-NUMBERS = 8  # numbers a row that its second pass takes from its first
 
 
 class TileLists(NamedTuple):
-    """Of each tile of query rows: its key tiles by kind, for one size of tile."""
+    """The key tiles of each tile of query rows by kind, for one size of tile."""
 
-    # int32 [B|1, query tiles, 2, key tiles]: matched from the left, unmatched from the right; in
-    # doubt
+    # int32 [B|1, query tiles, 2, key tiles]: matched from the left and unmatched from the right; in
+    # doubt.
     tiles: Tensor
     counts: Tensor  # int32 [B|1, query tiles, 3]: matched, in doubt, unmatched
     k_words: Tensor  # int32 [B|1, keys]: their words as they are visited
@@ -54,10 +48,10 @@ def tile_lists(
     counts = q_bounds.new_empty((batch, query_tiles, 3))
     if batch * query_tiles * key_tiles == 0:
         return TileLists(tiles, counts.zero_(), k_words)
-    tile_lists_kernel[(batch * query_tiles,)](
-        _tokens(q_bounds), _tokens(k_bounds), tiles, counts, query_tiles, key_tiles, k_regions.shape[-1],
-        BLOCK_N=block_n, KEY_TILES=triton.next_power_of_2(key_tiles),
-    )  # fmt: skip
+    sizes = (query_tiles, key_tiles, k_regions.shape[-1])
+    options = {"BLOCK_N": block_n, "KEY_TILES": triton.next_power_of_2(key_tiles)}
+    bounds = (_tokens(q_bounds), _tokens(k_bounds))
+    tile_lists_kernel[(batch * query_tiles,)](*bounds, tiles, counts, *sizes, **options)
     return TileLists(tiles, counts, k_words)
 
 
@@ -89,23 +83,20 @@ def layout_attention_fwd(
     results, numbers = (_rows(out), lse, stats), (num_heads, seqlen_q, seqlen_k, abs(scale))
     constants = _constants(q, modulation, scale)
     grid = (batch * num_heads * triton.cdiv(seqlen_q, config.BLOCK_M),)
-    inputs = _rows(q), _rows(k), _rows(v), _tokens(q_regions)
+    inputs, strengths = (_rows(q), _rows(k), _rows(v), _tokens(q_regions)), _rows(strength)
     if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
-        layout_attention_row_fwd_kernel[grid](
-            *inputs, _tokens(k_regions), _rows(strength), *results, *numbers, **constants, **config.launch
-        )  # fmt: skip
+        tensors = (*inputs, _tokens(k_regions), strengths, *results)
+        layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
         return out, lse, stats
     if lists is None:
         lists = tile_lists(q_regions, k_regions, q_order, k_order, config.BLOCK_M, config.BLOCK_N)
     parked = None
     if config.parks and modulation != "mask":
-        parked = q.new_empty(
-            (*q.shape[:3], constants["PART_0"] + constants["PART_1"]), dtype=torch.float32
-        )
-    layout_attention_fwd_kernel[grid](
-        *inputs, _tokens(q_order), _tokens(k_order), _rows(strength), *map(_tokens, lists),
-        *results, parked, *numbers, **constants, **config.launch,
-    )  # fmt: skip
+        columns = constants["PART_0"] + constants["PART_1"]
+        parked = q.new_empty((*q.shape[:3], columns), dtype=torch.float32)
+    visits = (_tokens(q_order), _tokens(k_order), strengths, *map(_tokens, lists))
+    tensors = (*inputs, *visits, *results, parked)
+    layout_attention_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
     return out, lse, stats
 
 
@@ -136,37 +127,40 @@ def layout_attention_bwd(
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
     words, orders = (_tokens(q_regions), _tokens(k_regions)), (_tokens(q_order), _tokens(k_order))
     numbers = q.new_empty((*q.shape[:3], NUMBERS), dtype=torch.float32)
-    places = q.new_empty((*q.shape[:3], 2), dtype=torch.int32)
+    places = q.new_empty((*q.shape[:3], PLACES), dtype=torch.int32)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
-    inputs = _rows(q), _rows(k), _rows(v), *words, *orders
+    inputs, grad_rows = (_rows(q), _rows(k), _rows(v), *words, *orders), _rows(grad_out)
     constants = _constants(q, modulation, scale)
     by_query, by_key = config or bwd_config(q, k)
-    lists = _mask_lists(
-        modulation, q_regions, k_regions, q_order, k_order, by_query.BLOCK_M, by_query.BLOCK_N
-    )
+    lists = (None, None)
+    if modulation == "mask":
+        tokens = (q_regions, k_regions, q_order, k_order)
+        lists = _mask_lists(*tokens, by_query.BLOCK_M, by_query.BLOCK_N)
+    saved = (_rows(strength), _rows(out), stats)
+    results = (_rows(dq), dstrength, numbers, places)
+    grads_of = (grad_rows, None if grad_lse is None else _rows(grad_lse))
     layout_attention_bwd_q_kernel[(batch * num_heads * triton.cdiv(seqlen_q, by_query.BLOCK_M),)](
-        _rows(grad_out), None if grad_lse is None else _rows(grad_lse), *inputs, _rows(strength), _rows(out), stats,
-        *lists, _rows(dq), dstrength, numbers, places, *sizes, **constants, **by_query.launch,
-    )  # fmt: skip
-    lists = _mask_lists(
-        modulation, k_regions, q_regions, k_order, q_order, by_key.BLOCK_N, by_key.BLOCK_M
+        *grads_of, *inputs, *saved, *lists, *results, *sizes, **constants, **by_query.launch
     )
+    if modulation == "mask":
+        tokens = (k_regions, q_regions, k_order, q_order)
+        lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M)
+    results = (numbers, places, *lists, _rows(dk), _rows(dv))
     layout_attention_bwd_kv_kernel[(batch * num_heads * triton.cdiv(seqlen_k, by_key.BLOCK_N),)](
-        _rows(grad_out), *inputs, numbers, places, *lists,
-        _rows(dk), _rows(dv), *sizes, **constants, **by_key.launch,
-    )  # fmt: skip
+        grad_rows, *inputs, *results, *sizes, **constants, **by_key.launch
+    )
     return grads
 
 
 def _mask_lists(
-    modulation: str, rows: Tensor, columns: Tensor, row_order: Tensor | None, column_order: Tensor | None,
-    block_rows: int, block_columns: int,
-) -> tuple[tuple | None, tuple | None]:  # fmt: skip
-    """Lists as the backward kernels take them, for the modulation that visits matched tiles
-    alone.
-    """
-    if modulation != "mask":
-        return None, None
+    rows: Tensor,
+    columns: Tensor,
+    row_order: Tensor | None,
+    column_order: Tensor | None,
+    block_rows: int,
+    block_columns: int,
+) -> tuple[tuple, tuple]:
+    """Lists as the backward kernels take them for "mask", which visits matched tiles alone."""
     lists = tile_lists(rows, columns, row_order, column_order, block_rows, block_columns)
     return _tokens(lists.tiles), _tokens(lists.counts)
 

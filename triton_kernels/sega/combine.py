@@ -21,13 +21,27 @@ from dense_attn.triton_kernels.sega.selection import quantile_of
 
 @triton.jit
 def combine_tile(
-    uncond, text, edits, momentum, user_mask, eps, momentum_out, carry, thresholds, scales, weights, partials, step,
-    all_warm, num_edits, num_channels, b, c, offs, mask,
-    FIRST: tl.constexpr, LAST: tl.constexpr, SUM_CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    tensors,
+    thresholds,
+    concepts,
+    step,
+    all_warm,
+    num_edits,
+    num_channels,
+    b,
+    c,
+    offs,
+    mask,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """eps and momentum of one tile once the thresholds [GROUP] are known; carry is what one group
     hands to the next.
     """
+    uncond, text, edits, momentum, user_mask, eps, momentum_out, carry = tensors
+    scales, weights, partials = concepts
     guidance_scale, momentum_scale, beta, rest = step
     if FIRST:
         guided = load_row(uncond, 0, b, c, offs, mask)
@@ -64,11 +78,32 @@ def combine_tile(
 
 @triton.jit
 def sega_guidance_kernel(
-    uncond, text, edits, momentum, user_mask, eps, momentum_out, carry, thresholds, staged_ptr, scales, ranks, weights,
-    partials, step, all_warm, num_edits, num_channels, num_values,
-    FIRST: tl.constexpr, LAST: tl.constexpr, SUM_CHANNELS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    uncond,
+    text,
+    edits,
+    momentum,
+    user_mask,
+    eps,
+    momentum_out,
+    carry,
+    thresholds,
+    staged_ptr,
+    scales,
+    ranks,
+    weights,
+    partials,
+    step,
+    all_warm,
+    num_edits,
+    num_channels,
+    num_values,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     """A whole channel: its thresholds, one concept after the other, then the step."""
     row = tl.program_id(0).to(tl.int64)
     b, c = row // num_channels, row % num_channels
@@ -96,20 +131,54 @@ def sega_guidance_kernel(
     at = thresholds[0] + concepts * thresholds[1] + b * thresholds[2] + c * thresholds[3]
     tl.store(at, found, mask=concepts < num_edits)  # every channel of a sum stores the same
 
+    tensors = (uncond, text, edits, momentum, user_mask, eps, momentum_out, carry)
+    numbers = (scales, weights, partials)
     for start in range(0, num_values, TILE):
         offs = start + tl.arange(0, TILE)
         combine_tile(
-            uncond, text, edits, momentum, user_mask, eps, momentum_out, carry, found, scales, weights, partials, step,
-            all_warm, num_edits, num_channels, b, c, offs, offs < num_values, FIRST, LAST, SUM_CHANNELS, GROUP,
-        )  # fmt: skip
+            tensors,
+            found,
+            numbers,
+            step,
+            all_warm,
+            num_edits,
+            num_channels,
+            b,
+            c,
+            offs,
+            offs < num_values,
+            FIRST,
+            LAST,
+            SUM_CHANNELS,
+            GROUP,
+        )
 
 
 @triton.jit
 def sega_combine_kernel(
-    uncond, text, edits, momentum, user_mask, eps, momentum_out, carry, thresholds, scales, weights, partials,
-    step, all_warm, num_edits, num_channels, num_values,
-    FIRST: tl.constexpr, LAST: tl.constexpr, SUM_CHANNELS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    uncond,
+    text,
+    edits,
+    momentum,
+    user_mask,
+    eps,
+    momentum_out,
+    carry,
+    thresholds,
+    scales,
+    weights,
+    partials,
+    step,
+    all_warm,
+    num_edits,
+    num_channels,
+    num_values,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """One tile of a channel whose thresholds are known."""
     tiles = tl.cdiv(num_values, TILE)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -118,7 +187,22 @@ def sega_combine_kernel(
     at = thresholds[0] + concepts * thresholds[1] + b * thresholds[2] + c * thresholds[3]
     found = tl.load(at, mask=concepts < num_edits, other=0.0)
     offs = (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tensors = (uncond, text, edits, momentum, user_mask, eps, momentum_out, carry)
+    numbers = (scales, weights, partials)
     combine_tile(
-        uncond, text, edits, momentum, user_mask, eps, momentum_out, carry, found, scales, weights, partials, step,
-        all_warm, num_edits, num_channels, b, c, offs, offs < num_values, FIRST, LAST, SUM_CHANNELS, GROUP,
-    )  # fmt: skip
+        tensors,
+        found,
+        numbers,
+        step,
+        all_warm,
+        num_edits,
+        num_channels,
+        b,
+        c,
+        offs,
+        offs < num_values,
+        FIRST,
+        LAST,
+        SUM_CHANNELS,
+        GROUP,
+    )

@@ -21,9 +21,15 @@ def mask_tile(x, masked_ptr, threshold, row, num_values, start, BLOCK: tl.conste
 
 @triton.jit
 def percentile_mask_kernel(
-    x, masked_ptr, thresholds_ptr, num_values, rank: tl.float64,
-    LOW_BIT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    x,
+    masked_ptr,
+    thresholds_ptr,
+    num_values,
+    rank: tl.float64,
+    LOW_BIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """A whole row."""
     row = tl.program_id(0).to(tl.int64)
     candidates = load_candidates(x, None, 1.0, 0, 0, row, 1, num_values, None, False, BLOCK, TILE)

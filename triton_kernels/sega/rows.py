@@ -71,9 +71,19 @@ def load_magnitudes(
 
 @triton.jit
 def load_candidates(
-    edits, uncond, scale, e, b, c, num_channels, num_values, staged,
-    SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    edits,
+    uncond,
+    scale,
+    e,
+    b,
+    c,
+    num_channels,
+    num_values,
+    staged,
+    SUM_CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Bits of a whole row, MAX_BITS beyond its end; by way of `staged`, if there is one, where
     registers are few.
     """

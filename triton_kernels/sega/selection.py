@@ -79,10 +79,21 @@ def span_of(num_values, span):
 
 @triton.jit
 def digit_counts_kernel(
-    edits, uncond, scales, counts_ptr, found_ptr, sizes, num_channels, num_values, span, shift,
-    GROUP: tl.constexpr, SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of the values whose bits above the digit are those found so far: how many have each digit."""
+    edits,
+    uncond,
+    scales,
+    counts_ptr,
+    found_ptr,
+    sizes,
+    num_channels,
+    num_values,
+    span,
+    shift,
+    GROUP: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many values have each digit, of those whose bits above it are the ones found so far."""
     e, b, c = row_of(sizes)
     scale = number_of(scales, e, GROUP)
     found = tl.load(found_ptr + tl.program_id(0).to(tl.int64) * 3)
@@ -102,9 +113,15 @@ def digit_counts_kernel(
 
 @triton.jit
 def digit_kernel(
-    counts_ptr, found_ptr, ranks, sizes, num_programs, FIRST: tl.constexpr, GROUP: tl.constexpr,
+    counts_ptr,
+    found_ptr,
+    ranks,
+    sizes,
+    num_programs,
+    FIRST: tl.constexpr,
+    GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
-):  # fmt: skip
+):
     """The next digit of a row's order statistic; found is (its bits so far, its rank and their
     number among those).
     """
@@ -135,9 +152,20 @@ def digit_kernel(
 
 @triton.jit
 def extremes_kernel(
-    edits, uncond, scales, extremes_ptr, found_ptr, sizes, num_channels, num_values, span, low_bit,
-    GROUP: tl.constexpr, SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    edits,
+    uncond,
+    scales,
+    extremes_ptr,
+    found_ptr,
+    sizes,
+    num_channels,
+    num_values,
+    span,
+    low_bit,
+    GROUP: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The smallest value above a row's order statistic, and its largest value, which tells of
     NaN.
     """
@@ -162,10 +190,17 @@ def extremes_kernel(
 
 @triton.jit
 def thresholds_kernel(
-    extremes_ptr, found_ptr, thresholds_ptr, ranks, sizes, num_programs, low_bit,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """Of each row: between the two order statistics, or NaN where it has one."""
+    extremes_ptr,
+    found_ptr,
+    thresholds_ptr,
+    ranks,
+    sizes,
+    num_programs,
+    low_bit,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Each row's threshold, between two order statistics, or NaN where the row has one."""
     row = tl.program_id(0).to(tl.int64)
     e, _, _ = row_of(sizes)
     rank = rank_of(ranks, e, GROUP)
@@ -178,15 +213,13 @@ def thresholds_kernel(
         largest = tl.maximum(largest, tl.load(at + 1, mask=programs < num_programs, other=0))
 
     lower = (tl.load(found_ptr + row * 3) << low_bit).to(tl.int32)
-    equal = tl.load(found_ptr + row * 3 + 2) - tl.load(
-        found_ptr + row * 3 + 1
-    )  # values of this bits from its rank on
+    # Values of these bits from its rank on.
+    equal = tl.load(found_ptr + row * 3 + 2) - tl.load(found_ptr + row * 3 + 1)
     fraction = rank - rank.to(tl.int64).to(tl.float64)
     next_bits = tl.where((fraction == 0.0) | (equal > 1), lower, tl.min(upper, axis=0))
     threshold = interpolate(lower, next_bits, fraction)
-    tl.store(
-        thresholds_ptr + row, tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold)
-    )
+    threshold = tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold)
+    tl.store(thresholds_ptr + row, threshold)
 
 
 def fits_one_program(longest: int, num_values: int, *tensors: tuple | None) -> bool:
@@ -225,9 +258,16 @@ def warps(num_values: int) -> int:
 
 
 def long_thresholds(
-    thresholds: Tensor, edits: tuple, uncond: tuple | None, scales: tuple[float, ...], ranks: tuple[tuple, ...],
-    num_channels: int, num_values: int, low_bit: int = 0, sum_channels: bool = False,
-) -> None:  # fmt: skip
+    thresholds: Tensor,
+    edits: tuple,
+    uncond: tuple | None,
+    scales: tuple[float, ...],
+    ranks: tuple[tuple, ...],
+    num_channels: int,
+    num_values: int,
+    low_bit: int = 0,
+    sum_channels: bool = False,
+) -> None:
     """Quantiles of rows of any length, into thresholds [E, B, C or 1]: a digit of 8 bits at a
     time.
     """
@@ -238,47 +278,18 @@ def long_thresholds(
     found = thresholds.new_zeros((num_rows, 3), dtype=torch.int64)
     counts = thresholds.new_empty((num_rows, programs, BINS.value), dtype=torch.int32)
     extremes = thresholds.new_empty((num_rows, programs, 2), dtype=torch.int32)
-    source = {
-        "GROUP": GROUP,
-        "SUM_CHANNELS": sum_channels,
-        "BLOCK": TILE,
-        "num_warps": warps(TILE),
-        **EXACT,
-    }
+    source = {"GROUP": GROUP, "SUM_CHANNELS": sum_channels, "BLOCK": TILE}
+    source |= {"num_warps": warps(TILE), **EXACT}
+    numbers = (sizes, num_channels, num_values, span)
 
     shifts = [shift for shift in (24, 16, 8, 0) if shift + 8 > low_bit]
     for shift in shifts:
-        digit_counts_kernel[grid](
-            edits,
-            uncond,
-            scales,
-            counts,
-            found,
-            sizes,
-            num_channels,
-            num_values,
-            span,
-            shift,
-            **source,
-        )
-        digit_kernel[(num_rows,)](
-            counts, found, ranks, sizes, programs,
-            FIRST=shift == 24, GROUP=GROUP, PROGRAMS=16, num_warps=8, **EXACT,
-        )  # fmt: skip
-    extremes_kernel[grid](
-        edits,
-        uncond,
-        scales,
-        extremes,
-        found,
-        sizes,
-        num_channels,
-        num_values,
-        span,
-        shifts[-1],
-        **source,
-    )
-    thresholds_kernel[(num_rows,)](
-        extremes, found, thresholds, ranks, sizes, programs, shifts[-1],
-        GROUP=GROUP, PROGRAMS=256, num_warps=4, **EXACT,
-    )  # fmt: skip
+        tensors = (edits, uncond, scales, counts, found)
+        digit_counts_kernel[grid](*tensors, *numbers, shift, **source)
+        options = {"FIRST": shift == 24, "GROUP": GROUP, "PROGRAMS": 16, "num_warps": 8, **EXACT}
+        digit_kernel[(num_rows,)](counts, found, ranks, sizes, programs, **options)
+    tensors = (edits, uncond, scales, extremes, found)
+    extremes_kernel[grid](*tensors, *numbers, shifts[-1], **source)
+    options = {"GROUP": GROUP, "PROGRAMS": 256, "num_warps": 4, **EXACT}
+    tensors = (extremes, found, thresholds, ranks)
+    thresholds_kernel[(num_rows,)](*tensors, sizes, programs, shifts[-1], **options)
