@@ -94,7 +94,7 @@ def _fastest(options: list[Config], launch: Launch) -> Config:
 def _key(kernel: str, q: Tensor, k: Tensor) -> str:
     """What a measurement is good for: sizes up to the next power of two."""
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else "interpreted"
-    tokens = (triton.next_power_of_2(max(x.shape[2], 1)) for x in (q, k))
+    tokens = (configs.next_power_of_2(x.shape[2]) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
     return " ".join(
         map(str, (device, triton.__version__, kernel, q.dtype, configs.precision(q), *sizes))

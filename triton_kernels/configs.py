@@ -190,7 +190,7 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
         )
     if not row:
         return config
-    return replace(config, BLOCK_N=max(16, triton.next_power_of_2(seqlen_k)), parks=False)
+    return replace(config, BLOCK_N=max(16, next_power_of_2(seqlen_k)), parks=False)
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:
@@ -236,6 +236,11 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a number; Triton's own takes long to say it."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 def head_parts(head_dim: int) -> tuple[int, int]:
     """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
     least.
@@ -249,5 +254,5 @@ def head_parts(head_dim: int) -> tuple[int, int]:
     rest = head_dim - first
     if rest <= 0:
         return first, 0
-    second = max(16, triton.next_power_of_2(rest))
+    second = max(16, next_power_of_2(rest))
     return (first, second) if second < first else (2 * first, 0)

@@ -25,11 +25,9 @@ def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
     """
     if table.NAMESPACES[inputs[-1]].AUTOGRAD:
         return function.forward(*inputs)
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(inputs))
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*inputs)
     if torch.is_grad_enabled():
         for x in inputs:
@@ -39,9 +37,20 @@ def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
     return function.forward(*inputs)
 
 
+def _distinct(inputs: tuple[object, ...]) -> list[object]:
+    """The inputs, each tensor an object of its own: torch.compile takes none twice into an
+    autograd.Function.
+    """
+    distinct: list[object] = []
+    for x in inputs:
+        again = isinstance(x, Tensor) and any(x is other for other in distinct)
+        distinct.append(x.view_as(x) if again else x)
+    return distinct
+
+
 @cache
 def _recorded(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The Function with forward and setup_context joined: torch binds arguments where they are apart."""
+    """The Function with forward and setup_context in one: torch binds the arguments of two."""
 
     def forward(ctx: Any, *inputs: object) -> Any:
         output = function.forward(*inputs)

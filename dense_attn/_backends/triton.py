@@ -59,11 +59,13 @@ def _on_its_device(launch: Callable) -> Callable:
 def _layout_attention_fwd(q: Tensor, k: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     """The launcher with tile lists as one argument, of the shapes that its tiles have."""
     *arguments, tiles, counts, k_words = others
-    lists = None
+    lists = config = None
     if tiles is not None:
         lists = layout_attention.TileLists(tiles, counts, k_words)
-        raw_checks.lists(lists, q, k, layout_attention.fwd_blocks(q, k))
-    return layout_attention.layout_attention_fwd(q, k, *arguments, lists)
+        config = layout_attention.fwd_tiles(q, k)
+        blocks = None if config is None else (config.BLOCK_M, config.BLOCK_N)
+        raw_checks.lists(lists, q, k, blocks)
+    return layout_attention.layout_attention_fwd(q, k, *arguments, lists, config)
 
 
 def _on_the_grid(launch: Callable) -> Callable:

@@ -12,6 +12,8 @@ from dense_attn._backends import dispatch, table
 from dense_attn._backends.contract import MODULATIONS
 from dense_attn._dtypes import accumulation_dtype
 
+_NO_LISTS = (None, None, None)
+
 
 def layout_attention(
     q: Tensor,  # [B, H, M, D]
@@ -81,7 +83,7 @@ def layout_attention(
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, q_regions, k_regions, q_order, k_order)
     _checks.choice("modulation", modulation, MODULATIONS)
-    lists = _check_lists(tile_lists)
+    lists = _NO_LISTS if tile_lists is None else _check_lists(tile_lists)
     if scale is None:
         scale = q.shape[3] ** -0.5
     else:
@@ -90,8 +92,6 @@ def layout_attention(
     name = table.resolve(backend, "layout_attention", q)
     tokens = q_regions, k_regions, strength
     inputs = (q, k, v, *tokens, modulation, scale, q_order, k_order, *lists)
-    if torch.compiler.is_compiling():
-        inputs = _distinct(inputs)
     try:
         out, lse, _ = dispatch.run(_LayoutAttention, *inputs, name)
     except RuntimeError as error:
@@ -241,29 +241,22 @@ class _Backward(torch.autograd.Function):
         raise RuntimeError("layout_attention must be differentiated once, got a second derivative")
 
 
-def _distinct(inputs: tuple[object, ...]) -> list[object]:
-    """The inputs, each tensor an object of its own: torch.compile takes none twice into an
-    autograd.Function.
-    """
-    distinct: list[object] = []
-    for x in inputs:
-        again = isinstance(x, Tensor) and any(x is other for other in distinct)
-        distinct.append(x.view_as(x) if again else x)
-    return distinct
-
-
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    # torch 2.11 cannot trace the question; what code is compiled for has autocast, but for meta.
-    if torch.compiler.is_compiling():
-        known = device != "meta"
-    else:
-        known = torch.amp.is_autocast_available(device)
-    if not known or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") and not _has_autocast(device):
+        return q, k, v
+    if not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if _is_cast(x) else x for x in (q, k, v))
+
+
+def _has_autocast(device: str) -> bool:
+    """torch 2.11 cannot trace the question; what code is compiled for has autocast, but for meta."""
+    if torch.compiler.is_compiling():
+        return device != "meta"
+    return torch.amp.is_autocast_available(device)
 
 
 def _is_cast(x: object) -> bool:
@@ -280,59 +273,22 @@ def _check_tensors(
     q_order: Tensor | None,
     k_order: Tensor | None,
 ) -> None:
-    """Refuse tensors that do not go together; one look finds that most do."""
-    words_fit = _rows_fit(q, k, v) and _words_fit(q_regions, q) and _words_fit(k_regions, k)
-    if not words_fit:
-        _checks.attention_inputs(q, k, v)
-        _checks.token_words("q_regions", q_regions, q.shape[0], q.shape[2], q)
-        _checks.token_words("k_regions", k_regions, q.shape[0], k.shape[2], q)
+    """Refuse tensors that do not go together."""
+    _checks.attention_inputs(q, k, v)
+    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
+    _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
+    _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
     if q_order is not None:
-        _checks.token_words("q_order", q_order, q.shape[0], q.shape[2], q)
+        _checks.token_words("q_order", q_order, batch, seqlen_q, q)
     if k_order is not None:
-        _checks.token_words("k_order", k_order, q.shape[0], k.shape[2], q)
+        _checks.token_words("k_order", k_order, batch, seqlen_k, q)
 
 
-def _rows_fit(q: object, k: object, v: object) -> bool:
-    """Whether `_checks.attention_inputs` has nothing to refuse; no about what is rare."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        return False
-    shape, keys, dtype, device = q.shape, k.shape, q.dtype, q.device
-    return (
-        len(shape) == len(keys) == 4
-        and v.shape == keys
-        and keys[0] == shape[0]
-        and keys[1] == shape[1]
-        and keys[3] == shape[3] > 1
-        and dtype in _checks.DTYPES
-        and k.dtype == dtype == v.dtype
-        and q.layout == k.layout == v.layout == torch.strided
-        and q.stride(3) == k.stride(3) == v.stride(3) == 1
-        and k.device == device == v.device
-    )
-
-
-def _words_fit(words: object, rows: Tensor) -> bool:
-    """Whether `_checks.token_words` has nothing to refuse; no about what is rare."""
-    return (
-        isinstance(words, Tensor)
-        and words.dtype == torch.int32
-        and words.shape == rows.shape[2:3]
-        and words.layout == torch.strided
-        and words.device == rows.device
-    )
-
-
-def _check_lists(lists: tuple[Tensor, ...] | None) -> tuple[Tensor | None, ...]:
-    """The three lists, None each where there are none."""
-    if lists is None:
-        return None, None, None
+def _check_lists(lists: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Require the three lists that `tile_lists` returns."""
     if not isinstance(lists, (tuple, list)) or len(lists) != 3:
-        _checks.refuse(
-            "tile_lists",
-            "be the 3 tensors that tile_lists returns",
-            type(lists).__name__,
-            TypeError,
-        )
+        rule = "be the 3 tensors that tile_lists returns"
+        _checks.refuse("tile_lists", rule, type(lists).__name__, TypeError)
     return tuple(_checks.tensor("tile_lists", x) for x in lists)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -17,6 +16,8 @@ from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_
 from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
 from dense_attn.triton_kernels.layout_attention.row_fwd import layout_attention_row_fwd_kernel
 from dense_attn.triton_kernels.layout_attention.tiles import tile_lists_kernel, word_bounds_kernel
+
+_GRAIN, _ONE = tl.constexpr(configs.GRAIN), tl.constexpr(1)
 
 
 class TileLists(NamedTuple):
@@ -49,7 +50,7 @@ def tile_lists(
     if batch * query_tiles * key_tiles == 0:
         return TileLists(tiles, counts.zero_(), k_words)
     sizes = (query_tiles, key_tiles, k_regions.shape[-1])
-    options = {"BLOCK_N": block_n, "KEY_TILES": triton.next_power_of_2(key_tiles)}
+    options = {"BLOCK_N": block_n, "KEY_TILES": configs.next_power_of_2(key_tiles)}
     bounds = (_tokens(q_bounds), _tokens(k_bounds))
     tile_lists_kernel[(batch * query_tiles,)](*bounds, tiles, counts, *sizes, **options)
     return TileLists(tiles, counts, k_words)
@@ -82,7 +83,7 @@ def layout_attention_fwd(
     config = config or fwd_config(q, k)
     results, numbers = (_rows(out), lse, stats), (num_heads, seqlen_q, seqlen_k, abs(scale))
     constants = _constants(q, modulation, scale)
-    grid = (batch * num_heads * triton.cdiv(seqlen_q, config.BLOCK_M),)
+    grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs, strengths = (_rows(q), _rows(k), _rows(v), _tokens(q_regions)), _rows(strength)
     if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
         tensors = (*inputs, _tokens(k_regions), strengths, *results)
@@ -139,14 +140,14 @@ def layout_attention_bwd(
     saved = (_rows(strength), _rows(out), stats)
     results = (_rows(dq), dstrength, numbers, places)
     grads_of = (grad_rows, None if grad_lse is None else _rows(grad_lse))
-    layout_attention_bwd_q_kernel[(batch * num_heads * triton.cdiv(seqlen_q, by_query.BLOCK_M),)](
+    layout_attention_bwd_q_kernel[(batch * num_heads * -(-seqlen_q // by_query.BLOCK_M),)](
         *grads_of, *inputs, *saved, *lists, *results, *sizes, **constants, **by_query.launch
     )
     if modulation == "mask":
         tokens = (k_regions, q_regions, k_order, q_order)
         lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M)
     results = (numbers, places, *lists, _rows(dk), _rows(dv))
-    layout_attention_bwd_kv_kernel[(batch * num_heads * triton.cdiv(seqlen_k, by_key.BLOCK_N),)](
+    layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
         grad_rows, *inputs, *results, *sizes, **constants, **by_key.launch
     )
     return grads
@@ -232,16 +233,20 @@ def _bwd_launch(q: Tensor, k: Tensor, pair: Callable[[configs.Config], tuple]) -
     return lambda config: lambda: layout_attention_bwd(*arguments, config=pair(config))
 
 
+def fwd_tiles(q: Tensor, k: Tensor) -> configs.Config | None:
+    """The configuration of a forward call in tiles; None where a row of scores is one tile."""
+    kind = configs.architecture(q.device), configs.precision(q)
+    if k.shape[2] == 0 or configs.row_at_once(*kind, k.shape[2]):
+        return None
+    return fwd_config(q, k)
+
+
 def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
     """Rows and keys of a forward call's tiles, which lists made beforehand must share; None where
     it has no tiles.
     """
-    if k.shape[2] == 0 or configs.row_at_once(
-        configs.architecture(q.device), configs.precision(q), k.shape[2]
-    ):
-        return None
-    config = fwd_config(q, k)
-    return config.BLOCK_M, config.BLOCK_N
+    config = fwd_tiles(q, k)
+    return None if config is None else (config.BLOCK_M, config.BLOCK_N)
 
 
 def fwd_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +272,7 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
     2].
     """
     samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
-    tiles = triton.cdiv(words.shape[-1], block)
+    tiles = -(-words.shape[-1] // block)
     visited, bounds = (
         words.new_empty((samples, words.shape[-1])),
         words.new_empty((samples, tiles, 2)),
@@ -295,9 +300,12 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
     """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's
     left out.
     """
-    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape)]
-    grain = configs.GRAIN if all(stride % configs.GRAIN == 0 for stride in strides) else 1
-    return x, *(stride // grain for stride in strides), tl.constexpr(grain)
+    batch, num_heads, tokens = x.shape[:3]
+    a, b, c = x.stride()[:3]
+    a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
+    if (a | b | c) % configs.GRAIN == 0:  # a power of two
+        return x, a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
+    return x, a, b, c, _ONE
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor, int, int] | None:

@@ -79,13 +79,12 @@ def _inner_products(
 ):
     """Inner products of the rows of two [B, H, tokens, D] tensors, one part after the other."""
     a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
-    x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM)
-    y = load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM)
-    total = tl.sum(x.to(tl.float32) * y, 1)
+    x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM).to(tl.float32)
+    total = tl.sum(x * load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM), 1)
     if PART_1 > 0:
-        x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM)
+        x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM).to(tl.float32)
         y = load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += tl.sum(x.to(tl.float32) * y, 1)
+        total += tl.sum(x * y, 1)
     return total
 
 

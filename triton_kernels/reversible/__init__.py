@@ -162,4 +162,4 @@ def _launch(
     kernel: triton.JITFunction, tensors: tuple, numbers: tuple[float, ...], **options: object
 ) -> None:
     if (numel := tensors[0].numel()) > 0:
-        kernel[(triton.cdiv(numel, BLOCK),)](*tensors, numel, *numbers, **options, **LAUNCH)
+        kernel[(-(-numel // BLOCK),)](*tensors, numel, *numbers, **options, **LAUNCH)

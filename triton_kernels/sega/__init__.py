@@ -5,12 +5,13 @@ where it does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
+from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.sega import selection
 from dense_attn.triton_kernels.sega.combine import sega_combine_kernel, sega_guidance_kernel
 from dense_attn.triton_kernels.sega.mask import mask_kernel, percentile_mask_kernel
@@ -39,7 +40,7 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
         ranks = selection.ranks_of([level], num_values)
         numbers = (selection.group_of(()), ranks, num_rows, num_values, LOW_BITS[x.dtype])
         selection.long_thresholds(threshold.view(1, 1, -1), rows, None, *numbers)
-        grid = (num_rows * triton.cdiv(num_values, TILE),)  # a second axis holds 65,535 programs
+        grid = (num_rows * -(-num_values // TILE),)  # a second axis holds 65,535 programs
         mask_kernel[grid](
             rows, masked, threshold, num_values, TILE=TILE, num_warps=selection.warps(TILE), **EXACT
         )
@@ -74,13 +75,15 @@ def sega_guidance(
     if eps.numel() == 0:
         return eps, momentum_out, thresholds
 
-    carry = momentum_out.new_empty((2 if num_edits > GROUP else 0, *eps.shape))
-    weights, partials = _weights(edit_weights, warm, enabled)
-    signed = [
-        -scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)
-    ]
+    carry = momentum_out  # which one group of concepts does not touch
+    if num_edits > GROUP:
+        carry = momentum_out.new_empty((2, *eps.shape))
+    signed = (-s if negative else s for s, negative in zip(edit_guidance_scale, reverse))
+    of_each = (edit_weights, warm, enabled, edit_threshold)
+    groups = _groups(tuple(signed), *map(tuple, of_each), num_values)
     uncond, text, nu = _rows(eps_uncond, 2), _rows(eps_text, 2), _rows(momentum, 2)
-    results = _rows(eps, 2), _rows(momentum_out, 2), _rows(carry, 3)
+    own = (channels * num_values, num_values, 1)  # strides of what is contiguous
+    results = (eps, 0, *own), (momentum_out, 0, *own), (carry, batch * own[0], *own)
     step = (guidance_scale, edit_momentum_scale, edit_mom_beta, 1 - edit_mom_beta)
     for first in range(0, max(num_edits, 1), GROUP):
         part = slice(first, first + GROUP)
@@ -92,18 +95,16 @@ def sega_guidance(
             "SUM_CHANNELS": sum_channels,
             "GROUP": GROUP,
         }
-        group = [selection.group_of(tuple(values[part])) for values in (signed, weights, partials)]
-        group.append(selection.ranks_of(edit_threshold[part], num_values))
         tensors = (uncond, text, edits, nu, masks, *results)
         sizes = batch, channels, num_values
-        _step(tensors, thresholds[part], group, step, all(warm), sizes, flags)
+        _step(tensors, thresholds[part], groups[first // GROUP], step, all(warm), sizes, flags)
     return eps, momentum_out, thresholds
 
 
 def _step(
     tensors: tuple,
     thresholds: Tensor,
-    group: list[tuple],
+    group: tuple,
     step: tuple[float, ...],
     all_warm: bool,
     sizes: tuple[int, int, int],
@@ -132,9 +133,28 @@ def _step(
         selection.long_thresholds(
             thresholds, edits, uncond, scales, ranks, channels, num_values, 0, sums
         )
-    grid = (batch * channels * triton.cdiv(num_values, TILE),)
+    grid = (batch * channels * -(-num_values // TILE),)
     options = {"TILE": TILE, "num_warps": selection.warps(TILE), **EXACT}
     sega_combine_kernel[grid](*tensors, scales, weights, partials, *last, **flags, **options)
+
+
+@lru_cache(maxsize=64)  # steps have their numbers in common
+def _groups(
+    scales: tuple[float, ...],
+    edit_weights: tuple[float, ...],
+    warm: tuple[bool, ...],
+    enabled: tuple[bool, ...],
+    levels: tuple[float, ...],
+    num_values: int,
+) -> list[tuple]:
+    """The numbers of each launch's concepts: (scales, weights, partial weights, ranks)."""
+    of_each = (scales, *_weights(edit_weights, warm, enabled))
+    found = []
+    for first in range(0, max(len(scales), 1), GROUP):
+        part = slice(first, first + GROUP)
+        padded = (selection.group_of(tuple(numbers[part])) for numbers in of_each)
+        found.append((*padded, selection.ranks_of(list(levels[part]), num_values)))
+    return found
 
 
 def _weights(
@@ -152,7 +172,7 @@ def _weights(
 
 
 def _whole_row(num_values: int) -> dict[str, object]:
-    block = max(16, triton.next_power_of_2(num_values))
+    block = max(16, configs.next_power_of_2(num_values))
     return {"BLOCK": block, "TILE": min(block, TILE), "num_warps": selection.warps(block), **EXACT}
 
 

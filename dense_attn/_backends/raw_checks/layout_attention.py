@@ -33,7 +33,7 @@ def layout_attention_fwd(
 ) -> None:
     """Refuse what the kernels cannot run on, but for the shapes of the tile lists: `lists`."""
     _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
-    given = 3 - (tiles, counts, k_words).count(None)
+    given = 3 - (tiles is None) - (counts is None) - (k_words is None)
     if given not in (0, 3):
         _checks.refuse("tile_lists", "be 3 tensors", given)
 

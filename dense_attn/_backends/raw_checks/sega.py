@@ -11,6 +11,7 @@ from dense_attn import _checks
 from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LISTS = ("edit_guidance_scale", "edit_threshold", "edit_weights", "warm", "enabled", "reverse")
 
 
 @of_a_raw_call
@@ -54,12 +55,10 @@ def sega_guidance(
     _channels("momentum", momentum, one, torch.float32, eps_uncond)
     if user_mask is not None:
         _channels("user_mask", user_mask, (count, *one), torch.float32, eps_uncond)
-    _entries("edit_guidance_scale", edit_guidance_scale, count)
-    _entries("edit_threshold", edit_threshold, count)
-    _entries("edit_weights", edit_weights, count)
-    _entries("warm", warm, count)
-    _entries("enabled", enabled, count)
-    _entries("reverse", reverse, count)
+    lists = (edit_guidance_scale, edit_threshold, edit_weights, warm, enabled, reverse)
+    for name, values in zip(_LISTS, lists):
+        if len(values) != count:
+            _checks.refuse(name, f"have {count} entries", len(values))
     for level in edit_threshold:
         _level("edit_threshold", level)
     rows = count * one[0] * (1 if sum_channels else one[1])
@@ -76,7 +75,8 @@ def _channels(
     if x.dtype != dtype:
         _checks.refuse(name, f"be {_checks.name(dtype)}", _checks.name(x.dtype))
     _checks.same_device(name, x, eps_uncond, "eps_uncond")
-    _collapsing(name, x, x.dim() - eps_uncond.dim() + 2)
+    if not x.is_contiguous():
+        _collapsing(name, x, x.dim() - eps_uncond.dim() + 2)
 
 
 def _collapsing(name: str, x: Tensor, lead: int) -> None:
@@ -89,11 +89,6 @@ def _collapsing(name: str, x: Tensor, lead: int) -> None:
         if expected not in (None, strides[axis]) and x.numel() > 0:
             _checks.refuse(name, "have trailing axes that collapse", f"strides {strides}")
         expected = strides[axis] * sizes[axis]
-
-
-def _entries(name: str, values: Sequence, count: int) -> None:
-    if len(values) != count:
-        _checks.refuse(name, f"have {count} entries", len(values))
 
 
 def _level(name: str, level: float) -> None:
