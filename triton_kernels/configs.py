@@ -206,16 +206,19 @@ def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tu
     exact = FLOAT32_BACKWARD[architecture]
     if precision == "half" and head_dim % GRAIN:
         return exact[256], exact[256]
-    tables = {
-        "half": (BACKWARD_Q[architecture], BACKWARD_KV[architecture]),
-        "tf32": (TF32_BACKWARD_Q, TF32_BACKWARD_KV),
-        "ieee": (exact, exact),
-    }
-    return tuple(_pick(rows, head_dim) for rows in tables[precision])
+    if precision == "half":
+        by_query, by_key = BACKWARD_Q[architecture], BACKWARD_KV[architecture]
+        return _pick(by_query, head_dim), _pick(by_key, head_dim)
+    if precision == "tf32":
+        return _pick(TF32_BACKWARD_Q, head_dim), _pick(TF32_BACKWARD_KV, head_dim)
+    return _pick(exact, head_dim), _pick(exact, head_dim)
 
 
 def _pick(rows: dict[int, Config], head_dim: int) -> Config:
-    return next(config for largest, config in rows.items() if head_dim <= largest)
+    for largest, config in rows.items():
+        if head_dim <= largest:
+            return config
+    raise KeyError(head_dim)
 
 
 @cache

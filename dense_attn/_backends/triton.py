@@ -43,11 +43,14 @@ def _load() -> str | None:
     return None
 
 
-def _on_its_device(launch: Callable) -> Callable:
-    """The launcher on the device of its first tensor: kernels go to the current one."""
+def _kernel(check: Callable, launch: Callable) -> Callable:
+    """The launcher behind the check of its arguments, on the device of its first tensor: kernels
+    go to the current one.
+    """
 
     @wraps(launch)
     def launched(first: Tensor, *arguments: object, **named: object) -> object:
+        check(first, *arguments, **named)
         if not first.is_cuda or first.device.index == torch.cuda.current_device():
             return launch(first, *arguments, **named)
         with torch.cuda.device(first.device):
@@ -80,17 +83,6 @@ def _on_the_grid(launch: Callable) -> Callable:
     return looked_at
 
 
-def _checked(check: Callable, launch: Callable) -> Callable:
-    """The launcher behind the check of its arguments."""
-
-    @wraps(launch)
-    def called(*arguments: object, **named: object) -> object:
-        check(*arguments, **named)
-        return launch(*arguments, **named)
-
-    return called
-
-
 def _launchers() -> dict[str, Callable]:
     """What runs each op once its arguments are checked."""
     modules = (layout_attention, sega, reversible)
@@ -120,6 +112,5 @@ if LOAD_ERROR is None:
     DEVICE = "cpu" if layout_attention.configs.interpreted() else "cuda"
     _library = ops.define("dense_attn_triton")
     for _name, _launch in _launchers().items():
-        _kernel = _on_its_device(_checked(getattr(raw_checks, _name), _launch))
-        _library.impl(_name, _kernel, DEVICE.upper())
+        _library.impl(_name, _kernel(getattr(raw_checks, _name), _launch), DEVICE.upper())
     globals().update(ops.overloads("dense_attn_triton"))

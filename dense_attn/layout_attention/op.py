@@ -253,7 +253,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _has_autocast(device: str) -> bool:
-    """torch 2.11 cannot trace the question; what code is compiled for has autocast, but for meta."""
+    """torch 2.11 cannot trace the question: what it compiles for has autocast, but for meta."""
     if torch.compiler.is_compiling():
         return device != "meta"
     return torch.amp.is_autocast_available(device)

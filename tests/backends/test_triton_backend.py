@@ -44,7 +44,7 @@ def test_a_launch_goes_to_the_device_of_its_first_tensor(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    launch = triton._on_its_device(lambda x, *, y: events.append(y))
+    launch = triton._kernel(lambda x, *, y: None, lambda x, *, y: events.append(y))
     first, second = (
         SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (0, 1)
     )

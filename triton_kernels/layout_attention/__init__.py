@@ -127,8 +127,9 @@ def layout_attention_bwd(
     if modulation != "mask":
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
     words, orders = (_tokens(q_regions), _tokens(k_regions)), (_tokens(q_order), _tokens(k_order))
-    numbers = q.new_empty((*q.shape[:3], NUMBERS), dtype=torch.float32)
-    places = q.new_empty((*q.shape[:3], PLACES), dtype=torch.int32)
+    rows = (batch, num_heads, seqlen_q)
+    numbers = torch.empty((*rows, NUMBERS), dtype=torch.float32, device=q.device)
+    places = torch.empty((*rows, PLACES), dtype=torch.int32, device=q.device)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
     inputs, grad_rows = (_rows(q), _rows(k), _rows(v), *words, *orders), _rows(grad_out)
     constants = _constants(q, modulation, scale)
@@ -168,7 +169,9 @@ def _mask_lists(
 
 def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unwritten (dq, dk, dv, dstrength)."""
-    return *(empty_rows_like(x) for x in (q, k, v)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    batch, num_heads, seqlen_q, _ = q.shape
+    dstrength = torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=q.device)
+    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v), dstrength
 
 
 def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
@@ -251,11 +254,9 @@ def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
 
 def fwd_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten (out, lse, stats)."""
-    rows = q.shape[:3]
-    lse, stats = (
-        q.new_empty(rows, dtype=torch.float32),
-        q.new_empty((*rows, STATS), dtype=torch.float32),
-    )
+    batch, num_heads, seqlen_q, _ = q.shape
+    rows, options = (batch, num_heads, seqlen_q), {"dtype": torch.float32, "device": q.device}
+    lse, stats = torch.empty(rows, **options), torch.empty((*rows, STATS), **options)
     return empty_rows_like(q), lse, stats
 
 

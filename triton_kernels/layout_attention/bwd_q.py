@@ -47,10 +47,10 @@ from dense_attn.triton_kernels.primitives import (
 @triton.jit
 def _first_extreme(best, best_key, raw, there, keys, LARGEST: tl.constexpr):
     """Running extreme of raw scores [rows, keys] and the first key that has it."""
+    there, places = there[None, :], keys.to(tl.int32)[None, :]
     sign = 1.0 if LARGEST else -1.0
-    signed = tl.where(there[None, :], raw * sign, float("-inf"))
+    signed = tl.where(there, raw * sign, float("-inf"))
     extreme = tl.max(signed, 1)
-    places = keys.to(tl.int32)[None, :]
     key = tl.min(tl.where(signed == extreme[:, None], places, 2147483647), 1)
     better = extreme > best
     return tl.where(better, extreme, best), tl.where(better, key, best_key)
@@ -139,12 +139,11 @@ def layout_attention_bwd_q_kernel(
     c = load_numbers(strength, batch, head, tokens, exist)
     tau = temperature(c, MODULATION) * sm_scale
     row = index * seqlen_q + tokens
-    factor = tau * LOG2_E
     high, low, anchor, add_in, add_out = load_stats(
-        stats_ptr, row, exist, factor, MODULATION, EXACT
+        stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT
     )
     record = numbers_ptr + row * NUM_NUMBERS
-    store_record(record, exist, factor, add_in, add_out, anchor, temperature(c, MODULATION))
+    store_record(record, exist, tau * LOG2_E, add_in, add_out, anchor, temperature(c, MODULATION))
 
     k_base, v_base = head_of(k, batch, head), head_of(v, batch, head)
     nothing = tl.zeros([BLOCK_M], tl.float32)
@@ -162,7 +161,7 @@ def layout_attention_bwd_q_kernel(
         raw = products(rows, columns, PART_1, PRECISION)
         raw = -raw if NEGATE else raw
         offsets = tl.where(meets, add_in[:, None], add_out[:, None])
-        weights = weights_of(raw, factor[:, None], anchor[:, None], offsets, EXACT)
+        weights = weights_of(raw, (tau * LOG2_E)[:, None], anchor[:, None], offsets, EXACT)
         weights = tl.where(there[None, :] & ((MODULATION != "mask") | meets), weights, 0.0)
         grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
         grad_in += tl.sum(tl.where(meets, grad, 0.0), 1)

@@ -218,8 +218,8 @@ def thresholds_kernel(
     fraction = rank - rank.to(tl.int64).to(tl.float64)
     next_bits = tl.where((fraction == 0.0) | (equal > 1), lower, tl.min(upper, axis=0))
     threshold = interpolate(lower, next_bits, fraction)
-    threshold = tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold)
-    tl.store(thresholds_ptr + row, threshold)
+    at = thresholds_ptr + row
+    tl.store(at, tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold))
 
 
 def fits_one_program(longest: int, num_values: int, *tensors: tuple | None) -> bool:
