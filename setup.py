@@ -96,9 +96,7 @@ SANITIZED = switch("DENSE_ATTN_SANITIZE", False)
 
 
 def check_setuptools() -> None:
-    """End with a sentence where setuptools is older than pyproject.toml, which it would refuse at
-    length.
-    """
+    """End with a sentence where setuptools is too old to read pyproject.toml."""
     if int(re.match(r"\d*", setuptools.__version__)[0] or OLDEST_SETUPTOOLS) < OLDEST_SETUPTOOLS:
         needed = f"setuptools {OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}"
         sys.exit(
@@ -107,9 +105,7 @@ def check_setuptools() -> None:
 
 
 class BuildExt(build_ext):
-    """Compiles every kernel for every instruction set, side by side, and links one library that
-    knows no Python.
-    """
+    """Compiles every kernel for every instruction set; links one library that knows no Python."""
 
     def run(self) -> None:
         self._compiler()  # refuses a name that setuptools would fall over
@@ -142,17 +138,8 @@ class BuildExt(build_ext):
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             objects = list(pool.map(lambda job: self._compile(*job), jobs))
-            self.spawn(
-                [
-                    *self._compiler(),
-                    "-shared",
-                    *objects,
-                    *folders,
-                    "-ltorch_cpu",
-                    "-o",
-                    str(library),
-                ]
-            )
+            linked = ["-shared", *objects, *folders, "-ltorch_cpu", "-o", str(library)]
+            self.spawn([*self._compiler(), *linked])
         except BaseError as error:
             pool.shutdown(cancel_futures=True)  # so that what is said last stands last
             raise PlatformError(
@@ -165,7 +152,8 @@ class BuildExt(build_ext):
 
     def _torch_folders(self) -> tuple[list[str], list[str]]:
         """Where torch's headers and its libraries are."""
-        needed = f"the CPU kernels must be built where torch {'.'.join(map(str, OLDEST_TORCH))} or newer is"
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        needed = f"the CPU kernels must be built where torch {oldest} or newer is"
         try:
             import torch
             from torch.utils.cpp_extension import include_paths, library_paths
@@ -191,9 +179,8 @@ class BuildExt(build_ext):
         except OSError as error:
             done, lines = None, [str(error.strerror)]
         if done is None or done.returncode:
-            said = next(
-                (line for line in lines if "error" in line), lines[0]
-            )  # warnings may stand before it
+            # Warnings may stand before it.
+            said = next((line for line in lines if "error" in line), lines[0])
             got = f"got {command[0]!r} ({said})"
             raise PlatformError(f"{NEEDED}, {got}: {ADVICE}; {WITHOUT}")
 
@@ -207,19 +194,15 @@ class BuildExt(build_ext):
     def _compiler(self, flags: list[str] = ()) -> list[str]:
         named = os.environ.get("CXX", "")
         try:
-            command = (
-                shlex.split(named) or shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1]
-            )
+            usual = sysconfig.get_config_var("CXX") or "c++"
+            command = shlex.split(named) or shlex.split(usual)[:1]
         except ValueError as error:
             raise PlatformError(f"CXX must name a compiler, got {named!r}: {error}") from None
         return [*command, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if SANITIZED else [])]
 
 
-BESIDE = (
-    "benchmarks",
-    "examples",
-    "triton_kernels",
-)  # folders that are installed inside of the package
+# Folders that are installed inside of the package.
+BESIDE = ("benchmarks", "examples", "triton_kernels")
 
 check_setuptools()
 setup(

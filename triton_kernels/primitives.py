@@ -18,6 +18,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def tile_of_program(num_heads, seqlen, BLOCK: tl.constexpr):
+    """This program's tile of tokens: (head among all samples', tile, sample, head)."""
+    tiles_per_head = tl.cdiv(seqlen, BLOCK)
+    index = (tl.program_id(0) // tiles_per_head).to(tl.int64)
+    tile = tl.program_id(0) % tiles_per_head
+    return index, tile, index // num_heads, index % num_heads
+
+
+@triton.jit
 def head_of(tensor, batch, head):
     """Pointer to the rows of one head of a [B, H, tokens, ...] tensor."""
     return tensor[0] + (batch * tensor[1] + head * tensor[2]) * tensor[4]

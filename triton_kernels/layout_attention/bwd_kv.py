@@ -27,6 +27,7 @@ from dense_attn.triton_kernels.primitives import (
     products,
     scale_rows,
     store_head,
+    tile_of_program,
     tokens_at,
     words_at,
     zero_rows,
@@ -66,10 +67,7 @@ def layout_attention_bwd_kv_kernel(
 ):
     """One tile of keys against all query rows: dk and dv."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    tiles_per_head = tl.cdiv(seqlen_k, BLOCK_N)
-    index = (tl.program_id(0) // tiles_per_head).to(tl.int64)
-    tile = tl.program_id(0) % tiles_per_head
-    batch, head = index // num_heads, index % num_heads
+    index, tile, batch, head = tile_of_program(num_heads, seqlen_k, BLOCK_N)
     keys, there = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
     columns = load_head(k, batch, head, keys, there, PART_0, PART_1, HEAD_DIM)
     values = load_head(v, batch, head, keys, there, PART_0, PART_1, HEAD_DIM)

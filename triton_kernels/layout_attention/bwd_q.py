@@ -38,6 +38,7 @@ from dense_attn.triton_kernels.primitives import (
     scale_rows,
     store_part,
     temperature,
+    tile_of_program,
     tokens_at,
     words_at,
     zero_rows,
@@ -126,10 +127,7 @@ def layout_attention_bwd_q_kernel(
     each row.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    tiles_per_head = tl.cdiv(seqlen_q, BLOCK_M)
-    index = (tl.program_id(0) // tiles_per_head).to(tl.int64)
-    tile = tl.program_id(0) % tiles_per_head
-    batch, head = index // num_heads, index % num_heads
+    index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     shift = _inner_products(grad_out, out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)

@@ -28,6 +28,7 @@ from dense_attn.triton_kernels.primitives import (
     store_part,
     store_rows,
     temperature,
+    tile_of_program,
     tokens_at,
     words_at,
     zero_rows,
@@ -191,10 +192,7 @@ def layout_attention_fwd_kernel(
     """One tile of query rows: phase IN over matched keys, phase OUT over the others, and the merge
     of both states.
     """
-    tiles_per_head = tl.cdiv(seqlen_q, BLOCK_M)
-    index = (tl.program_id(0) // tiles_per_head).to(tl.int64)
-    tile = tl.program_id(0) % tiles_per_head
-    batch, head = index // num_heads, index % num_heads
+    index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)
