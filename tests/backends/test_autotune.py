@@ -191,7 +191,7 @@ for backend in ("triton", "reference"):
     found.append([out, *torch.autograd.grad(out.cos().sum(), leaves)])
 for got, right in zip(*found):
     torch.testing.assert_close(got, right)
-assert len(timed) == 6, len(timed)  # two configurations of the forward pass and of each backward pass
+assert len(timed) == 6, len(timed)  # two configurations of each of three passes
 print("right")
 """
 

@@ -34,10 +34,8 @@ from dense_attn._backends import contract
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 KERNELS = backends("cpu", "triton", "cuda")
-ROW_KEYS, FLOAT32_ROW_KEYS = (
-    128,
-    32,
-)  # that Triton's kernels take as one tile, exact float32 on a GPU
+# Keys that Triton's kernels take as one tile, of exact float32 on a GPU.
+ROW_KEYS, FLOAT32_ROW_KEYS = 128, 32
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -254,8 +252,12 @@ def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
     )
 
 
-CALL = "import torch, dense_attn as d; x = torch.ones(1, 1, 2, 3); w = torch.ones(2, dtype=torch.int32); "
-CALL += "d.layout_attention(x, x, x, w, w, backend='cpu'); print(torch.ops.dense_attn.cpu_isa())"
+CALL = """
+import torch, dense_attn
+x, words = torch.ones(1, 1, 2, 3), torch.ones(2, dtype=torch.int32)
+dense_attn.layout_attention(x, x, x, words, words, backend="cpu")
+print(torch.ops.dense_attn.cpu_isa())
+"""
 needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 
 

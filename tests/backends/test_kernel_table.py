@@ -261,21 +261,10 @@ def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.Monkey
         monkeypatch.setattr(sega, kernel, Recorder())
     x = torch.empty(1, 2**27, device="meta")
     sega.percentile_mask(x, 0.9)
-    each = {
-        "edit_guidance_scale": [5.0],
-        "edit_threshold": [0.9],
-        "edit_weights": [1.0],
-        "warm": [True],
-    }
-    each |= {
-        "enabled": [True],
-        "reverse": [False],
-        "edit_momentum_scale": 0.1,
-        "edit_mom_beta": 0.4,
-    }
+    each = {"edit_guidance_scale": [5.0], "edit_threshold": [0.9], "edit_weights": [1.0]}
+    each |= {"warm": [True], "enabled": [True], "reverse": [False]}
+    numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
     eps = x[None]
-    sega.sega_guidance(
-        eps, eps, eps[None], eps, guidance_scale=7.5, user_mask=None, sum_channels=False, **each
-    )  # fmt: skip
+    sega.sega_guidance(eps, eps, eps[None], eps, **each, **numbers)
     assert len(grids) == 2
     assert all(len(grid) == 1 and grid[0] >= 2**27 // sega.TILE for grid in grids)
