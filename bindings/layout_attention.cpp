@@ -73,14 +73,11 @@ Tensor empty_rows_like(const Tensor& q) {
   return allocate(q, q.sizes(), q.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                        const Tensor& q_regions, const Tensor& k_regions,
-                                                        const Tensor& strength, const std::string& modulation,
-                                                        double scale, const std::optional<Tensor>& q_order,
-                                                        const std::optional<Tensor>& k_order,
-                                                        const std::optional<Tensor>& tiles,
-                                                        const std::optional<Tensor>& counts,
-                                                        const std::optional<Tensor>& k_words) {
+std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions, const Tensor& k_regions,
+    const Tensor& strength, const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
+    const std::optional<Tensor>& k_order, const std::optional<Tensor>& tiles, const std::optional<Tensor>& counts,
+    const std::optional<Tensor>& k_words) {
   LayoutAttentionParams p{};
   fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order);
   if (tiles) require_kind("tiles", *tiles, ScalarType::Int);  // the lists are for kernels that skip tiles

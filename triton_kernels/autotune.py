@@ -92,7 +92,7 @@ def _fastest(options: list[Config], launch: Launch) -> Config:
 
 
 def _key(kernel: str, q: Tensor, k: Tensor) -> str:
-    """What a measurement is good for: sizes up to the next power of two."""
+    """The calls that a measurement is good for: sizes up to the next power of two."""
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else "interpreted"
     tokens = (configs.next_power_of_2(x.shape[2]) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])

@@ -28,7 +28,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """What the compiler takes; sums and products may fuse."""
+        """The compiler's options; sums and products may fuse."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -37,7 +37,7 @@ class Config:
 
     @property
     def launch(self) -> dict[str, int | bool]:
-        """What a launch takes beside the kernel's other arguments."""
+        """The arguments of a launch that are the configuration's."""
         return {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, **self.options}
 
 

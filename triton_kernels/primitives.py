@@ -204,7 +204,7 @@ def scale_rows(rows, factor, PART_1: tl.constexpr):
 
 @triton.jit
 def finite_or_zero(x):
-    """X, or 0 where it is infinite: what exponents of a row without keys are measured from."""
+    """x, or 0 where it is infinite: exponents of a row without keys are measured from 0."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
@@ -230,9 +230,7 @@ def temperature(strength, MODULATION: tl.constexpr):
 
 @triton.jit
 def additions(strength, score_max, score_min, MODULATION: tl.constexpr):
-    """What the rule adds to matched scores and to others, (matched, others, what was taken off
-    both).
-    """
+    """The rule's additions to matched scores and to others: (matched, others, taken off both)."""
     matched = tl.zeros_like(strength)
     others, common = matched, matched
     if MODULATION == "range":

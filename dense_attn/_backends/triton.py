@@ -84,7 +84,7 @@ def _on_the_grid(launch: Callable) -> Callable:
 
 
 def _launchers() -> dict[str, Callable]:
-    """What runs each op once its arguments are checked."""
+    """The launcher of each op, for arguments that are checked."""
     modules = (layout_attention, sega, reversible)
     found = {op: getattr(m, op) for op in ops.OPS for m in modules if hasattr(m, op)}
     on_grid = {op: _on_the_grid(run) for op, run in found.items() if op.startswith("exact_")}

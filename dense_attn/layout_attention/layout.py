@@ -156,7 +156,7 @@ class Layout:
         return f"Layout({len(self)} regions, {height} x {width}, spans={self.spans})"
 
     def to(self, device: torch.device | str) -> Layout:
-        """The same layout with its masks, and so everything made from them, on another device."""
+        """A layout of these masks on another device, and so everything made from them."""
         return Layout(self.masks.to(device), self.spans)
 
     def query_regions(self, height: int, width: int) -> Tensor:

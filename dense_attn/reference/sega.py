@@ -96,7 +96,7 @@ def sega_differences(
     edit_guidance_scale: Sequence[float],
     reverse: Sequence[bool],
 ) -> Tensor:
-    """What each concept asks for: sign * scale * (eps_edit - eps_uncond), [E, B, C, ...]."""
+    """The change that each concept asks for: sign * scale * (eps_edit - eps_uncond), [E, B, C, ...]."""
     signed = [
         -scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)
     ]
@@ -105,9 +105,7 @@ def sega_differences(
 
 
 def sega_magnitudes(steered: Tensor, sum_channels: bool) -> Tensor:
-    """What is compared with the threshold: |d|, or its sum over the channels, added up in their
-    order.
-    """
+    """The numbers that thresholds are of: |d|, or its sum over the channels, in their order."""
     magnitudes = steered.abs()
     if not sum_channels:
         return magnitudes
@@ -120,8 +118,8 @@ def sega_magnitudes(steered: Tensor, sum_channels: bool) -> Tensor:
 def sega_weights(
     edit_weights: Sequence[float], warm: Sequence[bool], enabled: Sequence[bool]
 ) -> tuple[list[float], list[float]]:
-    """Of each concept: its weight in the momentum, and in what is added while others warm up (all 0
-    when none is).
+    """Each concept's weight in the momentum, and in the addition while others warm up (0 when none
+    is warm).
     """
     weights = [max(weight, 0.0) * on for weight, on in zip(edit_weights, enabled)]
     total = sum(weight for weight, ready in zip(weights, warm) if ready)

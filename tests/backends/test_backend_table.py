@@ -94,7 +94,7 @@ def test_the_table_looks_for_a_gpu(
 def test_the_table_names_a_gpu_that_cannot_be_asked(
     gpus: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a process that was forked from one that had used it."""
+    """A process that was forked from one that had used it says so."""
 
     def refuse(_: object) -> None:
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess\nand more")
@@ -139,7 +139,7 @@ def test_what_is_available_runs(backend: str, op: str) -> None:
 
 
 def run(program: str, **environment: str) -> str:
-    """What a program prints in a process of its own."""
+    """The output of a program in a process of its own."""
     command = [sys.executable, "-c", program]
     done = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False
@@ -232,7 +232,7 @@ def test_a_library_that_does_not_load_is_named(
 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of other arguments, which it would read wrongly, or without a kernel."""
+    """A library of other arguments, which it would read wrongly, or without a kernel."""
     version, advice = "the compiled library is of another version", "install it again"
     monkeypatch.setitem(ops.OPS, "an_op_of_tomorrow", None)
     assert cpu._load() == f"{version}, without an_op_of_tomorrow: {advice}"

@@ -146,7 +146,7 @@ def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...
 
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
-    """Of the Triton kernels: a row at once, which takes few keys, and two phases, with a parked
+    """The forms of a call of the Triton kernels: a row at once, which takes few keys, and two phases, with a parked
     state at times.
     """
     if backend != "triton":

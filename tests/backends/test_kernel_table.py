@@ -36,7 +36,7 @@ Table = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled is compiled, not found."""
+    """Kernels are compiled, not found."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
@@ -220,7 +220,7 @@ def test_missing_matrix_instructions_are_seen(committed: Table) -> None:
 
 
 def test_warp_groups_are_in_the_machine_code() -> None:
-    """What the PTX calls wgmma, the binary for sm_90 calls HGMMA."""
+    """The PTX calls them wgmma, the binary for sm_90 HGMMA."""
     with ahead_of_time.compiled("sm_90") as launches:
         kernel_calls.Attention("sm_90", "row_fwd", 64)()
     (launch,) = launches

@@ -92,7 +92,7 @@ def test_exact_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
 
 
 def test_latents_are_rounded_by_way_of_float32() -> None:
-    """As torch does: just above the middle of two float16 neighbours, which in float32 is the
+    """torch does so: just above the middle of two float16 neighbours, which in float32 is the
     middle.
     """
     z = torch.tensor([2**40 + 2**29 + 1])

@@ -117,7 +117,7 @@ def test_order_is_the_permutation_that_sorts_words_and_keeps_raster_order_within
 
 
 def test_order_leaves_few_mixed_tiles() -> None:
-    """What the order is for: 128 x 64 tiles of one kind; the bound is far below the raster's and
+    """The order is for this: 128 x 64 tiles of one kind; the bound is far below the raster's and
     above the order's.
     """
     layout = load_scene().layout

@@ -174,7 +174,7 @@ def backends(*names: str) -> list:
 
 
 def moved(inputs: Inputs, device: str) -> Inputs:
-    """The same inputs on a device, with their strides, overlaps, offsets and lazy minus."""
+    """The inputs on a device, with their strides, overlaps, offsets and lazy minus."""
     values = {one.name: getattr(inputs, one.name) for one in fields(inputs)}
     there = {name: copied(x, device) for name, x in values.items() if isinstance(x, Tensor)}
     return replace(

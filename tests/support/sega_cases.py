@@ -32,7 +32,7 @@ NUMBERS = {"guidance_scale": 7.5, "edit_momentum_scale": 0.3, "edit_mom_beta": 0
 
 @dataclass(frozen=True)
 class Case:
-    """What a case changes in an ordinary call: three concepts, all warm."""
+    """A call's differences from an ordinary one: three concepts, all warm."""
 
     name: str
     size: tuple[int, ...] = (3, 2, 4, 7, 9)  # E, B, C, ...

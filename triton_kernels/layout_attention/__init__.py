@@ -285,7 +285,7 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
 
 
 def _constants(q: Tensor, modulation: str, scale: float) -> dict[str, object]:
-    """What the kernels are compiled for beside the tile."""
+    """The constants that the kernels are compiled for beside the tile."""
     first, second = configs.head_parts(q.shape[3])
     return {
         "MODULATION": modulation,

@@ -59,7 +59,7 @@ def _first_extreme(best, best_key, raw, there, keys, LARGEST: tl.constexpr):
 
 @triton.jit
 def _lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
-    """What flows back into rows' lse; 0 where nothing does."""
+    """The gradient of rows' lse; 0 where there is none."""
     gradient = tl.zeros([ROWS], tl.float32)
     if grad_lse is not None:
         gradient = load_numbers(grad_lse, batch, head, tokens, exist)
@@ -191,9 +191,8 @@ def layout_attention_bwd_q_kernel(
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
     record = numbers_ptr + row * NUM_NUMBERS
     tl.store(record + SHIFT, shift, mask=exist)
-    grad_strength, through_max, through_min = nothing, nothing, nothing
-    if MODULATION == "bias":
-        grad_strength = grad_in
+    grad_strength = grad_in if MODULATION == "bias" else nothing
+    through_max, through_min = nothing, nothing
     if MODULATION == "max" or MODULATION == "range":
         high = tl.load(stats_ptr + row * NUM_STATS + RAW_MAX, mask=exist, other=0.0)
         grad_strength = sm_scale * high * grad_in

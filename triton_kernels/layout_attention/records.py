@@ -1,4 +1,4 @@
-"""What one kernel leaves of a row for another, by column.
+"""The numbers of a row that one kernel leaves for another, by column.
 
 Of the forward pass, STATS numbers: the largest and smallest raw score, and for matched keys and for
 others the offset under which weights are exp2((raw - anchor)*factor + offset). Of the backward pass

@@ -23,7 +23,7 @@ LAUNCH = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
 def ddim_step(
     x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float
 ) -> Tensor:
-    """As `reference.ddim_step`."""
+    """Launches `reference.ddim_step`."""
     out = torch.empty_like(x)
     _launch(ddim_step_kernel, (x, eps, eps_uncond, out), (a, b, guidance_scale), WIDE=_wide(x))
     return out
@@ -32,7 +32,7 @@ def ddim_step(
 def leapfrog_step(
     far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float
 ) -> Tensor:
-    """As `reference.leapfrog_step`."""
+    """Launches `reference.leapfrog_step`."""
     out = torch.empty_like(far)
     _launch(leapfrog_step_kernel, (far, near, eps, out), (c_far, c_near, c_eps), WIDE=_wide(far))
     return out
@@ -41,21 +41,21 @@ def leapfrog_step(
 def edict_mix(
     x: Tensor, y: Tensor, eps: Tensor | None, a: float, b: float, mix: float, couple_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.edict_mix`."""
+    """Launches `reference.edict_mix`."""
     return _edict(x, y, eps, a, b, mix, couple_x, inverse=False)
 
 
 def edict_unmix(
     x: Tensor, y: Tensor, eps: Tensor | None, a: float, b: float, mix: float, couple_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.edict_unmix`."""
+    """Launches `reference.edict_unmix`."""
     return _edict(x, y, eps, a, b, mix, couple_x, inverse=True)
 
 
 def exact_couple(
     z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.exact_couple`; what leaves the grid becomes OFF_GRID, its latent NaN."""
+    """Launches `reference.exact_couple`; what leaves the grid becomes OFF_GRID, its latent NaN."""
     return _exact_leapfrog(z, None, eps, 0.0, step, to_latent, dtype)
 
 
@@ -68,7 +68,7 @@ def exact_leapfrog(
     to_latent: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.exact_leapfrog`; what leaves the grid becomes OFF_GRID, its latent NaN."""
+    """Launches `reference.exact_leapfrog`; what leaves the grid becomes OFF_GRID, its latent NaN."""
     return _exact_leapfrog(far, near, eps, c_near, c_eps, to_latent, dtype)
 
 
@@ -83,7 +83,7 @@ def exact_mix(
     latent_x: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.exact_mix`; what leaves the grid becomes OFF_GRID, its latent NaN."""
+    """Launches `reference.exact_mix`; what leaves the grid becomes OFF_GRID, its latent NaN."""
     return _exact_edict(x, y, eps, step, mix, couple_x, to_latent, latent_x, dtype, inverse=False)
 
 
@@ -98,7 +98,7 @@ def exact_unmix(
     latent_x: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.exact_unmix`; what leaves the grid becomes OFF_GRID, its latent NaN."""
+    """Launches `reference.exact_unmix`; what leaves the grid becomes OFF_GRID, its latent NaN."""
     return _exact_edict(x, y, eps, step, mix, couple_x, to_latent, latent_x, dtype, inverse=True)
 
 

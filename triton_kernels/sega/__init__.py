@@ -25,7 +25,7 @@ LOW_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """As `reference.percentile_mask`."""
+    """Launches `reference.percentile_mask`."""
     num_rows, num_values = x.shape
     masked = x.new_empty(x.shape)
     threshold = x.new_empty((num_rows,), dtype=torch.float32)
@@ -65,7 +65,7 @@ def sega_guidance(
     user_mask: Tensor | None = None,  # float32 [E, B, C, ...]
     sum_channels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.sega_guidance`; tensors with trailing axes that collapse to one."""
+    """Launches `reference.sega_guidance`; tensors with trailing axes that collapse to one."""
     num_edits, (batch, channels) = eps_edits.shape[0], eps_uncond.shape[:2]
     eps = eps_uncond.new_empty(eps_uncond.shape)
     momentum_out = eps_uncond.new_empty(eps_uncond.shape, dtype=torch.float32)
