@@ -96,7 +96,7 @@ def sega_differences(
     edit_guidance_scale: Sequence[float],
     reverse: Sequence[bool],
 ) -> Tensor:
-    """The change that each concept asks for: sign * scale * (eps_edit - eps_uncond), [E, B, C, ...]."""
+    """Each concept's direction: sign * scale * (eps_edit - eps_uncond), [E, B, C, ...]."""
     signed = [
         -scale if negative else scale for scale, negative in zip(edit_guidance_scale, reverse)
     ]

@@ -146,9 +146,7 @@ def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...
 
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
-    """The forms of a call of the Triton kernels: a row at once, which takes few keys, and two phases, with a parked
-    state at times.
-    """
+    """The forms of a call of Triton's kernels: a row at once, or two phases, at times parked."""
     if backend != "triton":
         return ("",)
     most = ROW_KEYS if dtype != torch.float32 or INTERPRETED else FLOAT32_ROW_KEYS

@@ -68,7 +68,7 @@ def exact_leapfrog(
     to_latent: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Launches `reference.exact_leapfrog`; what leaves the grid becomes OFF_GRID, its latent NaN."""
+    """Launches `reference.exact_leapfrog`; what leaves the grid is OFF_GRID, its latent NaN."""
     return _exact_leapfrog(far, near, eps, c_near, c_eps, to_latent, dtype)
 
 
