@@ -79,6 +79,11 @@ BINDINGS = [
 ]
 
 
+def contract() -> str:
+    """The digest of the schemas that the kernels are compiled for."""
+    return runpy.run_path("dense_attn/_backends/contract.py")["DIGEST"]
+
+
 def switch(name: str, default: bool) -> bool:
     """Whether an environment variable is switched on, as the library reads it."""
     try:
@@ -91,9 +96,7 @@ SANITIZED = switch("DENSE_ATTN_SANITIZE", False)
 
 
 def check_setuptools() -> None:
-    """End with a sentence where setuptools is older than pyproject.toml, which it would refuse at
-    length.
-    """
+    """End with a sentence where setuptools is too old to read pyproject.toml."""
     if int(re.match(r"\d*", setuptools.__version__)[0] or OLDEST_SETUPTOOLS) < OLDEST_SETUPTOOLS:
         needed = f"setuptools {OLDEST_SETUPTOOLS} or newer, got {setuptools.__version__}"
         sys.exit(
@@ -102,9 +105,7 @@ def check_setuptools() -> None:
 
 
 class BuildExt(build_ext):
-    """Compiles every kernel for every instruction set, side by side, and links one library that
-    knows no Python.
-    """
+    """Compiles every kernel for every instruction set; links one library that knows no Python."""
 
     def run(self) -> None:
         self._compiler()  # refuses a name that setuptools would fall over
@@ -118,6 +119,7 @@ class BuildExt(build_ext):
         include_paths, library_paths = self._torch_folders()
         stable_abi = [
             f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+            f'-DDENSE_ATTN_CONTRACT="{contract()}"',
             "-Ibindings",
             *(f"-isystem{p}" for p in include_paths),
         ]
@@ -136,17 +138,8 @@ class BuildExt(build_ext):
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             objects = list(pool.map(lambda job: self._compile(*job), jobs))
-            self.spawn(
-                [
-                    *self._compiler(),
-                    "-shared",
-                    *objects,
-                    *folders,
-                    "-ltorch_cpu",
-                    "-o",
-                    str(library),
-                ]
-            )
+            linked = ["-shared", *objects, *folders, "-ltorch_cpu", "-o", str(library)]
+            self.spawn([*self._compiler(), *linked])
         except BaseError as error:
             pool.shutdown(cancel_futures=True)  # so that what is said last stands last
             raise PlatformError(
@@ -159,7 +152,8 @@ class BuildExt(build_ext):
 
     def _torch_folders(self) -> tuple[list[str], list[str]]:
         """Where torch's headers and its libraries are."""
-        needed = f"the CPU kernels must be built where torch {'.'.join(map(str, OLDEST_TORCH))} or newer is"
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        needed = f"the CPU kernels must be built where torch {oldest} or newer is"
         try:
             import torch
             from torch.utils.cpp_extension import include_paths, library_paths
@@ -185,9 +179,8 @@ class BuildExt(build_ext):
         except OSError as error:
             done, lines = None, [str(error.strerror)]
         if done is None or done.returncode:
-            said = next(
-                (line for line in lines if "error" in line), lines[0]
-            )  # warnings may stand before it
+            # Warnings may stand before it.
+            said = next((line for line in lines if "error" in line), lines[0])
             got = f"got {command[0]!r} ({said})"
             raise PlatformError(f"{NEEDED}, {got}: {ADVICE}; {WITHOUT}")
 
@@ -201,19 +194,15 @@ class BuildExt(build_ext):
     def _compiler(self, flags: list[str] = ()) -> list[str]:
         named = os.environ.get("CXX", "")
         try:
-            command = (
-                shlex.split(named) or shlex.split(sysconfig.get_config_var("CXX") or "c++")[:1]
-            )
+            usual = sysconfig.get_config_var("CXX") or "c++"
+            command = shlex.split(named) or shlex.split(usual)[:1]
         except ValueError as error:
             raise PlatformError(f"CXX must name a compiler, got {named!r}: {error}") from None
         return [*command, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if SANITIZED else [])]
 
 
-BESIDE = (
-    "benchmarks",
-    "examples",
-    "triton_kernels",
-)  # folders that are installed inside of the package
+# Folders that are installed inside of the package.
+BESIDE = ("benchmarks", "examples", "triton_kernels")
 
 check_setuptools()
 setup(
@@ -236,7 +225,11 @@ setup(
         Extension(
             "dense_attn._C",
             [*KERNELS, *DISPATCH, *BINDINGS],
-            depends=[*glob("csrc/**/*.h", recursive=True), *glob("bindings/*.h")],
+            depends=[
+                *glob("csrc/**/*.h", recursive=True),
+                *glob("bindings/*.h"),
+                "dense_attn/_backends/contract.py",
+            ],
         )
     ]
     if switch("DENSE_ATTN_CPU_KERNELS", True)

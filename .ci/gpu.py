@@ -148,7 +148,7 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
     elif arguments.quick:
         selection += f" and {QUICK_TESTS}"
     else:
-        files += ["triton_attention", "triton_steps"]
+        files += ["triton_attention", "triton_sega", "triton_steps"]
     paths = [str(ROOT / "tests" / "backends" / f"{file}.py") for file in files]
     none = arguments.family and not chosen and not arguments.dry_run
     command = _built("pytest", *options, "--rootdir", str(ROOT), *paths, "-k", selection)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -13,11 +14,12 @@
 namespace {
 
 Modulation modulation_of(const std::string& name) {
-  const char* names[] = {"range", "max", "bias", "mask"};
-  for (int i = 0; i < 4; ++i) {
-    if (name == names[i]) return static_cast<Modulation>(i);
+  std::string all;
+  for (size_t i = 0; i < std::size(kModulations); ++i) {
+    if (name == kModulations[i]) return static_cast<Modulation>(i);
+    all += (i ? ", " : "") + std::string(kModulations[i]);
   }
-  refuse("modulation must be one of range, max, bias, mask, got ", name);
+  refuse("modulation must be one of ", all, ", got ", name);
 }
 
 // An order that misses a row would leave it unwritten, one that leaves the range would write elsewhere.
@@ -38,7 +40,7 @@ void require_permutation(const TensorView<2>& order) {
 // q, k, v, words, strength and order: what both passes read.
 void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions,
                  const Tensor& k_regions, const Tensor& strength, const std::string& modulation, double scale,
-                 const std::optional<Tensor>& q_order) {
+                 const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order) {
   p.dtype = dtype_of("q", q);
   p.modulation = modulation_of(modulation);
   p.scale = scale;
@@ -59,6 +61,7 @@ void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor& k, con
     p.q_order = view_words("q_order", *q_order, p.batch, p.seqlen_q);
     require_permutation(p.q_order);
   }
+  if (k_order) view_words("k_order", *k_order, p.batch, p.seqlen_k);  // keys are visited as they lie
 }
 
 Tensor new_rows(const Tensor& q) { return allocate(q, {q.size(0), q.size(1), q.size(2)}, accumulation_dtype(q)); }
@@ -70,12 +73,16 @@ Tensor empty_rows_like(const Tensor& q) {
   return allocate(q, q.sizes(), q.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                        const Tensor& q_regions, const Tensor& k_regions,
-                                                        const Tensor& strength, const std::string& modulation,
-                                                        double scale, const std::optional<Tensor>& q_order) {
+std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions, const Tensor& k_regions,
+    const Tensor& strength, const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
+    const std::optional<Tensor>& k_order, const std::optional<Tensor>& tiles, const std::optional<Tensor>& counts,
+    const std::optional<Tensor>& k_words) {
   LayoutAttentionParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order);
+  if (tiles) require_kind("tiles", *tiles, ScalarType::Int);  // the lists are for kernels that skip tiles
+  if (counts) require_kind("counts", *counts, ScalarType::Int);
+  if (k_words) require_kind("k_words", *k_words, ScalarType::Int);
   const Tensor out = empty_rows_like(q);
   const Tensor lse = new_rows(q);
   const Tensor stats = allocate(q, {p.batch, p.num_heads, p.seqlen_q, kStats}, accumulation_dtype(q));
@@ -106,9 +113,10 @@ int64_t parts_per_head(int64_t heads, int64_t seqlen_q) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& q_regions, const Tensor& k_regions, const Tensor& strength, const Tensor& out, const Tensor& stats,
-    const std::string& modulation, double scale, const std::optional<Tensor>& q_order) {
+    const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
+    const std::optional<Tensor>& k_order) {
   LayoutAttentionBwdParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order);
   const int64_t out_sizes[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
   const int64_t rows[3] = {p.batch, p.num_heads, p.seqlen_q};
   p.grad_out = view_rows("grad_out", grad_out, q.scalar_type(), out_sizes);

@@ -1,4 +1,4 @@
-// Layout attention: parameters and entry points, shared by every device. The maths is in dense_attn/reference.py.
+// Layout attention: parameters and entry points, shared by every device. The maths is in dense_attn/reference/.
 #pragma once
 
 #include <cstddef>
@@ -7,6 +7,7 @@
 #include "common/tensor_view.h"
 
 enum class Modulation { kRange, kMax, kBias, kMask };
+constexpr const char* kModulations[] = {"range", "max", "bias", "mask"};  // their names, in this order
 
 constexpr int64_t kMaxHeadDim = 256;
 

@@ -1,4 +1,4 @@
-// Reversible DDIM steps: parameters and entry points, shared by every device. The maths is in dense_attn/reference.py.
+// Reversible DDIM steps: parameters and entry points, shared by every device. The maths is in dense_attn/reference/.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Semantic guidance and exact percentiles: parameters and entry points. The maths is in dense_attn/reference.py.
+// Semantic guidance and exact percentiles: parameters and entry points. The maths is in dense_attn/reference/.
 #pragma once
 
 #include <cstddef>

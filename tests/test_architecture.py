@@ -11,13 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import raw
+import torch
 import tree
-from cases import why_skip
 from tree import ROOT
 
 import dense_attn
-from dense_attn._backends import table
+from dense_attn import reference
+from dense_attn._backends import ops, table
 
 MODULES = tree.modules()
 PYTHON = tree.python_files("dense_attn", "triton_kernels", "benchmarks", "tests", "examples", ".ci")
@@ -76,10 +76,10 @@ def test_no_import_goes_in_a_circle() -> None:
 
 def test_backends_do_not_import_each_other() -> None:
     """Nor the table of them; what they share is the contract, and the maths under it."""
-    for backend in ("cpu", "triton"):
+    shared = {f"dense_attn._backends.{name}" for name in ("contract", "ops", "raw_checks")}
+    for backend in ("cpu", "reference", "triton"):
         imported = tree.imports(MODULES[f"dense_attn._backends.{backend}"], MODULES)
-        inside = {name for name in imported if tree.family_of(name) == "_backends"}
-        assert inside <= {"dense_attn._backends.ops", "dense_attn._backends.raw_checks"}
+        assert {name for name in imported if tree.family_of(name) == "_backends"} <= shared
 
 
 def test_a_wrong_arrow_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +114,7 @@ def test_the_library_imports_torch_and_numpy_alone(path: Path) -> None:
             modules.add(node.module.split(".")[0])
     standard = __import__("sys").stdlib_module_names
     allowed = {"torch", "numpy", "dense_attn"}
-    if (
-        path.name == "modular_guider.py"
-    ):  # a subclass of diffusers' own, imported where it is made
+    if path.name == "modular_guider.py":  # a subclass of diffusers' own, imported where it is made
         allowed |= {"diffusers"}
     assert {name for name in modules if name not in standard} <= allowed
 
@@ -148,17 +146,16 @@ def test_the_reference_has_the_public_parameters(op: str) -> None:
     """And, in the place of the options that make them, the rates of semantic guidance."""
     rates = dict(zip(("edit_weights", "warm", "enabled"), ("weights", "partials", "all_warm")))
     public = inspect.signature(getattr(dense_attn, op)).parameters
-    parameters = inspect.signature(getattr(table.reference, op)).parameters
+    parameters = inspect.signature(getattr(reference, op)).parameters
     named = [rates.get(name, name) for name in public]
     assert [name for name in named if name in parameters] == list(parameters)
 
 
-@pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
-@pytest.mark.parametrize("op", sorted(raw.registered() - {raw.FWD, raw.BWD}))
-def test_a_kernel_has_the_name_and_parameters_of_its_reference(op: str) -> None:
-    assert raw.argument_names(op) == list(
-        inspect.signature(getattr(table.reference, op)).parameters
-    )
+@pytest.mark.parametrize("op", sorted(ops.OPS.keys() - table.reference.NO_KERNELS))
+def test_the_reference_has_the_names_and_parameters_of_the_raw_ops(op: str) -> None:
+    parameters = inspect.signature(getattr(table.reference, op)).parameters
+    schema = torch._C.parse_schema(op + ops.OPS[op].schema)
+    assert list(parameters) == [argument.name for argument in schema.arguments]
 
 
 def test_public_names_are_those_of_the_api() -> None:

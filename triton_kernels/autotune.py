@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
 
 import torch
@@ -23,9 +25,8 @@ from dense_attn.triton_kernels.configs import Config
 
 Launch = Callable[[Config], Callable[[], object]]
 store: ModuleType | None = None  # requested, cache_file, read and keep; without it tables serve
-_found: dict[
-    Path | None, dict[str, dict]
-] = {}  # by file, as it was when it was first asked for, and what came since
+# By file, as it was when it was first asked for, and what came since.
+_found: dict[Path | None, dict[str, dict]] = {}
 
 
 def requested() -> bool:
@@ -63,16 +64,21 @@ def neighbours(table: Config, same_keys: bool = False) -> list[Config]:
     """The table's configuration first, then half and double tiles, other warps and stages."""
     m, n = table.BLOCK_M, table.BLOCK_N
     tiles = [(m, n), (2 * m, n), (m // 2, n), *([] if same_keys else [(m, 2 * n), (m, n // 2)])]
+    near = [stages for stages in (1, 2, 3) if abs(stages - table.num_stages) <= 1]
     around = (
         replace(table, BLOCK_M=rows, BLOCK_N=keys, num_warps=warps, num_stages=stages)
-        for rows, keys in tiles for warps in (4, 8) for stages in (1, 2, 3)
-        if 16 <= rows <= 128 and 16 <= keys <= 128 and abs(stages - table.num_stages) <= 1
-    )  # fmt: skip
+        for (rows, keys), warps, stages in product(tiles, (4, 8), near)
+        if 16 <= rows <= 128 and 16 <= keys <= 128
+    )
     return [table, *(config for config in around if config != table)]
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Time of a call on the GPU."""
+    """Time of a call on the GPU, or through the interpreter, which is the host's."""
+    if configs.interpreted():
+        start = perf_counter()
+        call()
+        return perf_counter() - start
     return 1e-3 * triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")
 
 
@@ -86,9 +92,9 @@ def _fastest(options: list[Config], launch: Launch) -> Config:
 
 
 def _key(kernel: str, q: Tensor, k: Tensor) -> str:
-    """What a measurement is good for: sizes up to the next power of two."""
+    """The calls that a measurement is good for: sizes up to the next power of two."""
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else "interpreted"
-    tokens = (triton.next_power_of_2(max(x.shape[2], 1)) for x in (q, k))
+    tokens = (configs.next_power_of_2(x.shape[2]) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
     return " ".join(
         map(str, (device, triton.__version__, kernel, q.dtype, configs.precision(q), *sizes))

@@ -23,13 +23,12 @@ class Config:
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    parks: bool = (
-        False  # the first phase's accumulator waits in memory: registers would not hold both
-    )
+    # The first phase's accumulator waits in memory: registers would not hold both.
+    parks: bool = False
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """What the compiler takes; sums and products may fuse."""
+        """The compiler's options; sums and products may fuse."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -38,16 +37,15 @@ class Config:
 
     @property
     def launch(self) -> dict[str, int | bool]:
-        """What a launch takes beside the kernel's other arguments."""
+        """The arguments of a launch that are the configuration's."""
         return {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, **self.options}
 
 
 Table = dict[str, dict[int, Config]]  # architecture -> largest head dim -> configuration
 
 GRAIN = 8  # elements: 16 bytes, the widest load, in the narrowest dtype
-ROW_KEYS = (
-    128  # up to here a row of scores is one tile; more would not leave room for the accumulator
-)
+# Up to here a row of scores is one tile; more would not leave room for the accumulator.
+ROW_KEYS = 128
 INTERPRETED = Config(64, 32, 1, 1)  # small, so that small cases have several tiles of every kind
 
 FORWARD: Table = {
@@ -82,9 +80,7 @@ ROW_FORWARD: Table = {  # BLOCK_N is the number of keys, rounded up to a power o
         80: Config(128, 128, 8, 1),
         96: Config(64, 128, 4, 1),  # eight warps spill 8 bytes
         128: Config(64, 128, 8, 1),  # 128 rows spill 64 bytes
-        192: Config(
-            16, 128, 4, 1
-        ),  # the transposed keys are held in registers: 64 rows spill 400 bytes
+        192: Config(16, 128, 4, 1),  # registers hold the transposed keys: 64 rows spill 400 bytes
         256: Config(64, 128, 8, 1),
     },
     "sm_90": {128: Config(128, 128, 8, 1), 256: Config(64, 128, 8, 1)},
@@ -149,10 +145,8 @@ TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Co
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for
 # every architecture.
 _FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
-_FLOAT32_BACKWARD = {
-    64: Config(32, 16, 8, 1),
-    256: Config(16, 16, 8, 1),
-}  # four warps spill 32 bytes on sm_90
+# Four warps spill 32 bytes on sm_90.
+_FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 FLOAT32: Table = {
     **dict.fromkeys(("sm_80", "sm_90", "gfx942"), _FLOAT32),
     "sm_100": {256: Config(16, 16, 8, 1, parks=True)},  # 32 rows spill 16 bytes by Triton 3.6
@@ -167,8 +161,8 @@ FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
 UNALIGNED = Config(32, 16, 4, 1, parks=True)
 UNALIGNED_ROW = {
     "sm_80": Config(16, 128, 8, 1),
-    "gfx942": Config(16, 128, 4, 1),
-}  # eight warps spill 12 bytes there
+    "gfx942": Config(16, 128, 4, 1),  # eight warps spill 12 bytes
+}
 
 
 def precision(q: Tensor) -> str:
@@ -182,7 +176,7 @@ def precision(q: Tensor) -> str:
 
 
 def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqlen_k: int) -> Config:
-    """Of a forward call; few keys are one tile, whose size is theirs."""
+    """The configuration of a forward call; few keys are one tile, whose size is theirs."""
     row = row_at_once(architecture, precision, seqlen_k)
     if architecture == "interpreted":
         config = INTERPRETED
@@ -196,7 +190,7 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
         )
     if not row:
         return config
-    return replace(config, BLOCK_N=max(16, triton.next_power_of_2(seqlen_k)), parks=False)
+    return replace(config, BLOCK_N=max(16, next_power_of_2(seqlen_k)), parks=False)
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:
@@ -206,19 +200,25 @@ def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:
 
 
 def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tuple[Config, Config]:
-    """Of a backward call: the pass over query tiles, the pass over key tiles."""
+    """The configurations of a backward call: of the pass over query tiles, and over key tiles."""
     if architecture == "interpreted":
         return INTERPRETED, INTERPRETED
     exact = FLOAT32_BACKWARD[architecture]
     if precision == "half" and head_dim % GRAIN:
         return exact[256], exact[256]
-    tables = {"half": (BACKWARD_Q[architecture], BACKWARD_KV[architecture]),
-              "tf32": (TF32_BACKWARD_Q, TF32_BACKWARD_KV), "ieee": (exact, exact)}  # fmt: skip
-    return tuple(_pick(rows, head_dim) for rows in tables[precision])
+    if precision == "half":
+        by_query, by_key = BACKWARD_Q[architecture], BACKWARD_KV[architecture]
+        return _pick(by_query, head_dim), _pick(by_key, head_dim)
+    if precision == "tf32":
+        return _pick(TF32_BACKWARD_Q, head_dim), _pick(TF32_BACKWARD_KV, head_dim)
+    return _pick(exact, head_dim), _pick(exact, head_dim)
 
 
 def _pick(rows: dict[int, Config], head_dim: int) -> Config:
-    return next(config for largest, config in rows.items() if head_dim <= largest)
+    for largest, config in rows.items():
+        if head_dim <= largest:
+            return config
+    raise KeyError(head_dim)
 
 
 @cache
@@ -239,6 +239,11 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a number; Triton's own takes long to say it."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 def head_parts(head_dim: int) -> tuple[int, int]:
     """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
     least.
@@ -252,5 +257,5 @@ def head_parts(head_dim: int) -> tuple[int, int]:
     rest = head_dim - first
     if rest <= 0:
         return first, 0
-    second = max(16, triton.next_power_of_2(rest))
+    second = max(16, next_power_of_2(rest))
     return (first, second) if second < first else (2 * first, 0)

@@ -18,6 +18,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def tile_of_program(num_heads, seqlen, BLOCK: tl.constexpr):
+    """This program's tile of tokens: (head among all samples', tile, sample, head)."""
+    tiles_per_head = tl.cdiv(seqlen, BLOCK)
+    index = (tl.program_id(0) // tiles_per_head).to(tl.int64)
+    tile = tl.program_id(0) % tiles_per_head
+    return index, tile, index // num_heads, index % num_heads
+
+
+@triton.jit
 def head_of(tensor, batch, head):
     """Pointer to the rows of one head of a [B, H, tokens, ...] tensor."""
     return tensor[0] + (batch * tensor[1] + head * tensor[2]) * tensor[4]
@@ -116,6 +125,45 @@ def store_rows(
 
 
 @triton.jit
+def load_head(
+    x,
+    batch,
+    head,
+    tokens,
+    exist,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Both parts of rows of one head of x [B, H, tokens, D]."""
+    base, stride = head_of(x, batch, head), row_stride(x)
+    return load_rows(base, stride, tokens, exist, PART_0, PART_1, HEAD_DIM)
+
+
+@triton.jit
+def store_head(
+    x,
+    batch,
+    head,
+    tokens,
+    exist,
+    rows,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """The inverse of `load_head`."""
+    base, stride = head_of(x, batch, head), row_stride(x)
+    store_rows(base, stride, tokens, exist, rows, PART_0, PART_1, HEAD_DIM)
+
+
+@triton.jit
+def load_numbers(x, batch, head, tokens, exist):
+    """The numbers of rows of one head of x [B, H, tokens], 0 for those that do not exist."""
+    return tl.load(head_of(x, batch, head) + tokens * row_stride(x), mask=exist, other=0.0)
+
+
+@triton.jit
 def products(a, b, PART_1: tl.constexpr, PRECISION: tl.constexpr):
     """Inner products of the rows of a [I, D] and of b [J, D], both in parts: [I, J]."""
     scores = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
@@ -156,7 +204,7 @@ def scale_rows(rows, factor, PART_1: tl.constexpr):
 
 @triton.jit
 def finite_or_zero(x):
-    """X, or 0 where it is infinite: what exponents of a row without keys are measured from."""
+    """x, or 0 where it is infinite: exponents of a row without keys are measured from 0."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
@@ -182,9 +230,7 @@ def temperature(strength, MODULATION: tl.constexpr):
 
 @triton.jit
 def additions(strength, score_max, score_min, MODULATION: tl.constexpr):
-    """What the rule adds to matched scores and to others, (matched, others, what was taken off
-    both).
-    """
+    """The rule's additions to matched scores and to others: (matched, others, taken off both)."""
     matched = tl.zeros_like(strength)
     others, common = matched, matched
     if MODULATION == "range":

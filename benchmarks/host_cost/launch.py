@@ -60,7 +60,7 @@ def _ways(workload: str) -> Ways:
     public, launchers = _public(workload)
     raw = raw_calls(public)[0][-1]
     launcher = getattr(launchers, raw.name)
-    arguments = [_as_launched(x) for x in raw.arguments]
+    arguments = _as_launched(raw)
     return Ways(public, raw.call, lambda: launcher(*arguments, **raw.named), launchers)
 
 
@@ -80,9 +80,13 @@ def _public(workload: str) -> tuple[Call, ModuleType]:
     return lambda: dense_attn.ddim_step(x, eps, *_ALPHA_BARS), triton.reversible
 
 
-def _as_launched(argument: object) -> object:
-    """An argument of a raw op as its launcher takes it."""
-    return triton.layout_attention.TileLists(*argument) if type(argument) is list else argument
+def _as_launched(raw: RawCall) -> list[object]:
+    """The arguments of a raw op as its launcher takes them: tile lists are one of them."""
+    if raw.name != "layout_attention_fwd":
+        return list(raw.arguments)
+    *arguments, tiles, counts, k_words = raw.arguments
+    lists = triton.layout_attention.TileLists(tiles, counts, k_words)
+    return [*arguments, None if tiles is None else lists]
 
 
 class _Recorder:

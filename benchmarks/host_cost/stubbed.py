@@ -85,7 +85,7 @@ def launches_left_out() -> Iterator[list[str]]:
     # The second looks at results at once where kernels are interpreted, and nowhere else.
     with (
         mock.patch.object(kind, "run", noted),
-        mock.patch.object(triton.reversible, "_refuse_off_grid"),
+        mock.patch.object(triton.raw_checks, "on_the_grid"),
     ):
         yield launched
 

@@ -1,29 +1,42 @@
-"""The CPU backend: the compiled library's ops under the names of the table, and their fake
-kernels.
-"""
+"""The CPU backend: the compiled library's ops under the names of the contract."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from dense_attn._backends import ops
+from dense_attn._backends import contract, ops
+
+AUTOGRAD = False  # torch does not see into its kernels
+NO_KERNELS = {"tile_lists"}  # rows of queries meet keys one by one
+_OTHER_VERSION = "the compiled library is of another version, {}: install it again"
 
 
 def _load() -> str | None:
     """Load the compiled library; the reason why not, or None."""
     libraries = sorted(Path(__file__).parents[1].glob("_C*.so"))
     if not libraries:
-        return "the compiled library is missing: install dense_attn from a wheel or with a C++ compiler"
+        advice = "install dense_attn from a wheel or with a C++ compiler"
+        return f"the compiled library is missing: {advice}"
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:
         return f"the compiled library does not load: {str(error).splitlines()[0]}"
-    absent = [name for name in ops.OPS if not hasattr(torch.ops.dense_attn, name)]
-    if absent:
-        return f"the compiled library is of another version, without {', '.join(absent)}: install it again"
-    return None
+    # Kernels of another contract would read arguments that are not theirs.
+    known = getattr(torch.ops.dense_attn, "contract", None)
+    if known is None or known() != contract.DIGEST:
+        return _OTHER_VERSION.format("with other arguments of its ops")
+    lacking = [name for name in ops.OPS if name not in NO_KERNELS and not _has_kernel(name)]
+    return _OTHER_VERSION.format(f"without {', '.join(lacking)}") if lacking else None
+
+
+def _has_kernel(name: str) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"dense_attn::{name}", "CPU")
+    except RuntimeError:  # not even its name is known
+        return False
 
 
 def isa_error() -> str | None:
@@ -35,21 +48,17 @@ def isa_error() -> str | None:
     return None
 
 
+def attention_bytes(q: Tensor, k: Tensor) -> int:
+    """The bytes that a call of layout attention takes at least: its result."""
+    return q.numel() * q.element_size()
+
+
+def tile_lists_for(q: Tensor, k: Tensor, *tokens: Tensor | None) -> None:
+    """None: calls take no tile lists."""
+
+
 LOAD_ERROR = _load()
 
-if LOAD_ERROR is None:
-    layout_attention_fwd = torch.ops.dense_attn.layout_attention_fwd.default
-    layout_attention_bwd = torch.ops.dense_attn.layout_attention_bwd.default
-    percentile_mask = torch.ops.dense_attn.percentile_mask.default
-    sega_guidance = torch.ops.dense_attn.sega_guidance.default
-    ddim_step = torch.ops.dense_attn.ddim_step.default
-    leapfrog_step = torch.ops.dense_attn.leapfrog_step.default
-    edict_mix = torch.ops.dense_attn.edict_mix.default
-    edict_unmix = torch.ops.dense_attn.edict_unmix.default
-    exact_couple = torch.ops.dense_attn.exact_couple.default
-    exact_leapfrog = torch.ops.dense_attn.exact_leapfrog.default
-    exact_mix = torch.ops.dense_attn.exact_mix.default
-    exact_unmix = torch.ops.dense_attn.exact_unmix.default
-
-    for _name, _fake in ops.OPS.items():
-        torch.library.register_fake(f"dense_attn::{_name}", _fake)
+if LOAD_ERROR is None:  # the kernels first: a library of another version brings ops of its own
+    _library = ops.define("dense_attn")
+    globals().update(ops.overloads("dense_attn"))

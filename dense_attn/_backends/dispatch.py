@@ -1,6 +1,4 @@
-"""How an op runs: recorded for its gradient where something asks for one, bare where nothing
-does.
-"""
+"""How an op runs: recorded for its gradient where one is asked for, bare elsewhere."""
 
 from __future__ import annotations
 
@@ -11,32 +9,48 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dense_attn._backends import table
+
+# isinstance(x, Tensor) takes long to say no.
+_NO_TENSORS = frozenset((type(None), str, float, bool, int, list, tuple))
+
 
 def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
-    """The results of an autograd.Function, which costs more than a small call and is left out where
-    it can be.
+    """The results of an autograd.Function, which is left out where it can be: it costs more than a
+    small call.
 
+    Its last input names the backend. One that torch's own autograd differentiates never needs it.
     The compiler and functional transforms take the Function as it is; forward-mode differentiation
     is refused by it, where a bare kernel would answer with the derivative 0.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if table.NAMESPACES[inputs[-1]].AUTOGRAD:
+        return function.forward(*inputs)
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(inputs))
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*inputs)
     if torch.is_grad_enabled():
         for x in inputs:
-            if isinstance(x, Tensor) and x.requires_grad:
-                return _recorded(function).apply(*inputs)
+            if x.__class__ not in _NO_TENSORS and isinstance(x, Tensor) and x.requires_grad:
+                # Past what torch.autograd.Function does for the transforms that are not here.
+                return super(torch.autograd.Function, _recorded(function)).apply(*inputs)
     return function.forward(*inputs)
+
+
+def _distinct(inputs: tuple[object, ...]) -> list[object]:
+    """The inputs, each tensor an object of its own: torch.compile takes none twice into an
+    autograd.Function.
+    """
+    distinct: list[object] = []
+    for x in inputs:
+        again = isinstance(x, Tensor) and any(x is other for other in distinct)
+        distinct.append(x.view_as(x) if again else x)
+    return distinct
 
 
 @cache
 def _recorded(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The Function with forward and setup_context joined: apart, torch binds their arguments at every
-    call.
-    """
+    """The Function with forward and setup_context in one: torch binds the arguments of two."""
 
     def forward(ctx: Any, *inputs: object) -> Any:
         output = function.forward(*inputs)

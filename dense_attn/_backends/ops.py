@@ -1,15 +1,17 @@
-"""Fake kernels: the shapes, dtypes and memory order of every op's results, which no backend chooses
-for itself.
+"""The raw ops: the schema of each, and its fake kernel, which says the shapes, dtypes and memory
+order of results that no backend chooses for itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from dense_attn import reference
-
-STATS = 4  # numbers a row that the backward pass of layout attention takes from the forward pass
+from dense_attn._backends.contract import SCHEMAS, STATS
+from dense_attn._dtypes import accumulation_dtype
 
 
 def check_devices(first: Tensor, **others: Tensor | None) -> None:
@@ -24,9 +26,7 @@ def check_devices(first: Tensor, **others: Tensor | None) -> None:
 
 
 def _empty_rows_like(q: Tensor) -> Tensor:
-    """In q's memory order, unless that leaves the last axis apart; the kernels have the same
-    rule.
-    """
+    """Rows in q's memory order, unless that leaves the last axis apart: the kernels' rule too."""
     like = torch.empty_like(q)
     return like if q.shape[3] == 1 or like.stride(3) == 1 else q.new_empty(q.shape)
 
@@ -41,19 +41,16 @@ def layout_attention_fwd(
     modulation: str,
     scale: float,
     q_order: Tensor | None,
-    k_order: Tensor | None = None,
-    lists: list[Tensor] | None = None,
+    k_order: Tensor | None,
+    tiles: Tensor | None,
+    counts: Tensor | None,
+    k_words: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, stats); k_order and lists are for kernels that take them."""
-    tokens = {
-        "q_regions": q_regions,
-        "k_regions": k_regions,
-        "q_order": q_order,
-        "k_order": k_order,
-    }
-    check_devices(q, k=k, v=v, strength=strength, **tokens)
-    for listed in lists or ():
-        check_devices(q, lists=listed)
+    """(out, lse, stats); k_order and the tile lists are for kernels that take them."""
+    words = {"q_regions": q_regions, "k_regions": k_regions}
+    orders = {"q_order": q_order, "k_order": k_order}
+    lists = {"tiles": tiles, "counts": counts, "k_words": k_words}
+    check_devices(q, k=k, v=v, strength=strength, **words, **orders, **lists)
     lse = q.new_empty(q.shape[:3], dtype=strength.dtype)
     return _empty_rows_like(q), lse, q.new_empty((*q.shape[:3], STATS), dtype=strength.dtype)
 
@@ -72,17 +69,13 @@ def layout_attention_bwd(
     modulation: str,
     scale: float,
     q_order: Tensor | None,
-    k_order: Tensor | None = None,
+    k_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength); k_order is for kernels that take it."""
-    tokens = {
-        "q_regions": q_regions,
-        "k_regions": k_regions,
-        "q_order": q_order,
-        "k_order": k_order,
-    }
+    words = {"q_regions": q_regions, "k_regions": k_regions}
+    orders = {"q_order": q_order, "k_order": k_order}
     saved = {"grad_out": grad_out, "grad_lse": grad_lse, "out": out, "stats": stats}
-    check_devices(q, k=k, v=v, strength=strength, **tokens, **saved)
+    check_devices(q, k=k, v=v, strength=strength, **words, **orders, **saved)
     grads = [_empty_rows_like(x) for x in (q, k, v)]
     return *grads, q.new_empty(q.shape[:3], dtype=strength.dtype)
 
@@ -105,15 +98,14 @@ def tile_lists(
 
 
 def _samples(*tokens: Tensor | None) -> int:
-    """Of [tokens] or [B|1, tokens] tensors that go together."""
+    """The samples of [tokens] or [B|1, tokens] tensors that go together."""
     return max([x.shape[0] for x in tokens if x is not None and x.dim() == 2], default=1)
 
 
 def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """(masked, threshold)."""
-    return x.new_empty(x.shape), x.new_empty(
-        x.shape[:1], dtype=reference.accumulation_dtype(x.dtype)
-    )
+    wide = accumulation_dtype(x.dtype)
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide)
 
 
 def sega_guidance(
@@ -127,29 +119,20 @@ def sega_guidance(
     **numbers: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(eps, momentum_out, thresholds)."""
-    others = {
-        "eps_text": eps_text,
-        "eps_edits": eps_edits,
-        "momentum": momentum,
-        "user_mask": user_mask,
-    }
-    check_devices(eps_uncond, **others)
+    check_devices(
+        eps_uncond, eps_text=eps_text, eps_edits=eps_edits, momentum=momentum, user_mask=user_mask
+    )
     batch, channels = eps_uncond.shape[:2]
-    wide = reference.accumulation_dtype(eps_uncond.dtype)
-    thresholds = eps_uncond.new_empty(
-        (len(eps_edits), batch, 1 if sum_channels else channels), dtype=wide
-    )
-    return (
-        eps_uncond.new_empty(eps_uncond.shape),
-        eps_uncond.new_empty(eps_uncond.shape, dtype=wide),
-        thresholds,
-    )
+    wide = accumulation_dtype(eps_uncond.dtype)
+    rows = (len(eps_edits), batch, 1 if sum_channels else channels)
+    eps = eps_uncond.new_empty(eps_uncond.shape)
+    return eps, eps.new_empty(eps.shape, dtype=wide), eps.new_empty(rows, dtype=wide)
 
 
 def ddim_step(
     x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float
 ) -> Tensor:
-    """What becomes of x."""
+    """The new x."""
     check_devices(x, eps=eps, eps_uncond=eps_uncond)
     return torch.empty_like(x)
 
@@ -157,7 +140,7 @@ def ddim_step(
 def leapfrog_step(
     far: Tensor, near: Tensor, eps: Tensor, c_far: float, c_near: float, c_eps: float
 ) -> Tensor:
-    """What becomes of far."""
+    """The new far."""
     check_devices(far, near=near, eps=eps)
     return torch.empty_like(far)
 
@@ -193,17 +176,32 @@ def exact_leapfrog(
 
 
 def exact_mix(
-    x: Tensor, y: Tensor, eps: Tensor | None, step: float, mix: float, couple_x: bool,
-    to_latent: float, latent_x: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    eps: Tensor | None,
+    step: float,
+    mix: float,
+    couple_x: bool,
+    to_latent: float,
+    latent_x: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(x, y, latent)."""
     check_devices(x, y=y, eps=eps)
     return torch.empty_like(x), torch.empty_like(y), torch.empty_like(x, dtype=dtype)
 
 
-OPS = {
+class Op(NamedTuple):
+    """A raw op as a library is told of it."""
+
+    schema: str
+    fake: Callable
+
+
+FAKES = {
     "layout_attention_fwd": layout_attention_fwd,
     "layout_attention_bwd": layout_attention_bwd,
+    "tile_lists": tile_lists,
     "percentile_mask": percentile_mask,
     "sega_guidance": sega_guidance,
     "ddim_step": ddim_step,
@@ -215,3 +213,19 @@ OPS = {
     "exact_mix": exact_mix,
     "exact_unmix": exact_mix,
 }
+OPS = {name: Op(schema, FAKES[name]) for name, schema in SCHEMAS.items()}
+
+
+def define(name: str) -> torch.library.Library:
+    """A library of all ops under a name; whoever holds it adds the kernels."""
+    library = torch.library.Library(name, "DEF")
+    for op, (schema, fake) in OPS.items():
+        library.define(op + schema)
+        torch.library.register_fake(f"{name}::{op}", fake, lib=library)
+    return library
+
+
+def overloads(name: str) -> dict[str, torch._ops.OpOverload]:
+    """The ops of a library by their names, as a backend's namespace has them."""
+    library = getattr(torch.ops, name)
+    return {op: getattr(library, op).default for op in OPS}

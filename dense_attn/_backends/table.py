@@ -7,8 +7,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dense_attn import _checks, _environment, reference
-from dense_attn._backends import cpu, triton
+from dense_attn import _checks, _environment
+from dense_attn._backends import cpu, reference, triton
+from dense_attn._backends.contract import MAX_HEAD_DIM
 
 OPS = {  # each op and the file that holds it, of the same name in every folder
     "layout_attention": "layout_attention",
@@ -17,29 +18,22 @@ OPS = {  # each op and the file that holds it, of the same name in every folder
     "ddim_step": "reversible",
     "ReversibleSampler": "reversible",
 }
-ORDER = (
-    "cuda",
-    "triton",
-    "cpu",
-    "reference",
-)  # under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU
+# Under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU.
+ORDER = ("cuda", "triton", "cpu", "reference")
 NAMESPACES: dict[str, ModuleType | None] = {
     "cuda": None,
     "triton": triton,
     "cpu": cpu,
     "reference": reference,
 }
-_NOT_THERE = "no {} kernels in this version of dense_attn"
-_MAX_HEAD_DIM = 256
+_NOT_THERE = {name: f"no {name} kernels in this version of dense_attn" for name in ORDER}
 _OLDEST_GPU = (8, 0)  # asynchronous copies and products of bfloat16
 
 
 def missing(backend: str, op: str) -> str | None:
-    """The reason why a backend lacks an op on this machine, whatever the inputs; None if it has
-    it.
-    """
+    """The reason why a backend lacks an op here, whatever the inputs; None if it has it."""
     kernels = NAMESPACES[backend]
-    return _NOT_THERE.format(backend) if kernels is None else getattr(kernels, "LOAD_ERROR", None)
+    return _NOT_THERE[backend] if kernels is None else getattr(kernels, "LOAD_ERROR", None)
 
 
 def unavailable(backend: str, op: str) -> str | None:
@@ -50,11 +44,8 @@ def unavailable(backend: str, op: str) -> str | None:
     reason = missing(backend, op)
     if reason is None and device_of(backend) == "cuda":
         reason = _no_gpu()
-    if reason is None and (backend, op) == (
-        "triton",
-        "layout_attention",
-    ):  # which reads DENSE_ATTN_AUTOTUNE
-        reason = _environment.error()
+    if reason is None and (backend, op) == ("triton", "layout_attention"):
+        reason = _environment.error()  # of DENSE_ATTN_AUTOTUNE, which it reads
     return cpu.isa_error() if reason is None and backend == "cpu" else reason
 
 
@@ -75,15 +66,14 @@ def _too_old(device: torch.device) -> str | None:
     """The reason why a GPU cannot run the kernels; None if it can."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) >= _OLDEST_GPU:
         return None
-    oldest, got = (
-        "{}.{}".format(*pair) for pair in (_OLDEST_GPU, torch.cuda.get_device_capability(device))
-    )
+    pairs = (_OLDEST_GPU, torch.cuda.get_device_capability(device))
+    oldest, got = ("{}.{}".format(*pair) for pair in pairs)
     return f"needs a GPU of compute capability {oldest} or newer, got {got}"
 
 
 def device_of(backend: str) -> str:
     """The kind of tensors that a backend takes; the reference takes any."""
-    return {"cuda": "cuda", "triton": triton.DEVICE}.get(backend, "cpu")
+    return triton.DEVICE if backend == "triton" else "cuda" if backend == "cuda" else "cpu"
 
 
 def why_not(backend: str, op: str, x: Tensor) -> list[str]:
@@ -98,8 +88,8 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
         reasons.append(f"runs on {device} tensors, got {x.device}")
     elif device == "cuda" and (reason := _too_old(x.device)):
         reasons.append(reason)
-    if op == "layout_attention" and x.shape[-1] > _MAX_HEAD_DIM:
-        reasons.append(f"head_dim is at most {_MAX_HEAD_DIM}, got {x.shape[-1]}")
+    if op == "layout_attention" and x.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head_dim is at most {MAX_HEAD_DIM}, got {x.shape[-1]}")
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:
         reasons.append("has no float64 kernels")
     if backend == "triton" and device == "cpu" and x.dtype == torch.bfloat16:
@@ -111,9 +101,11 @@ def resolve(backend: str, op: str, x: Tensor) -> str:
     """The name of the backend that runs the call: the named one or an error, or the first that
     can.
     """
-    _checks.choice("backend", backend, ("auto", *ORDER))
     if backend == "auto":
-        return next(candidate for candidate in ORDER if not why_not(candidate, op, x))
+        for name in ORDER:
+            if missing(name, op) is None and not why_not(name, op, x):
+                return name
+    _checks.choice("backend", backend, ("auto", *ORDER))
     reasons = why_not(backend, op, x)
     if reasons:
         _checks.refuse(

@@ -1,12 +1,9 @@
-"""The Triton backend: launchers as opaque ops under the names of the table, with the fake kernels
-of every backend.
-"""
+"""The Triton backend: launchers as opaque ops under the names of the contract."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 from importlib.util import find_spec
 
@@ -16,15 +13,18 @@ from torch import Tensor
 from dense_attn import _environment, _tuned
 from dense_attn._backends import ops, raw_checks
 
+AUTOGRAD = False  # torch does not see into its kernels
+NO_KERNELS: set[str] = set()
 _OLDEST = (3, 6)
 _NO_GPU = "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
+_ADVICE = "pip install dense_attn[triton]"
 
 
 def _load() -> str | None:
     """Load Triton and the launchers; the reason why not, or None."""
     global layout_attention, reversible, sega
     if find_spec("triton") is None:
-        return "Triton is not installed: pip install dense_attn[triton]"
+        return f"Triton is not installed: {_ADVICE}"
     knows_gpu = torch.version.cuda is not None or torch.version.hip is not None
     try:
         if not knows_gpu and not _environment.flag("TRITON_INTERPRET"):
@@ -33,7 +33,7 @@ def _load() -> str | None:
 
         if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < _OLDEST:
             oldest = ".".join(map(str, _OLDEST))
-            return f"needs Triton {oldest} or newer, got {triton.__version__}: pip install dense_attn[triton]"
+            return f"needs Triton {oldest} or newer, got {triton.__version__}: {_ADVICE}"
         from dense_attn.triton_kernels import autotune, layout_attention, reversible, sega
     except _environment.VariableError as error:
         return str(error)
@@ -43,143 +43,66 @@ def _load() -> str | None:
     return None
 
 
-def _on_its_device(launch: Callable) -> Callable:
-    """The same launcher: kernels go to the current device, which this makes that of the first
-    tensor.
+def _kernel(check: Callable, launch: Callable) -> Callable:
+    """The launcher behind the check of its arguments, on the device of its first tensor: kernels
+    go to the current one.
     """
 
     @wraps(launch)
     def launched(first: Tensor, *arguments: object, **named: object) -> object:
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        check(first, *arguments, **named)
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return launch(first, *arguments, **named)
+        with torch.cuda.device(first.device):
             return launch(first, *arguments, **named)
 
     return launched
 
 
-def _layout_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, strength: Tensor, modulation: str,
-    scale: float, q_order: Tensor | None, k_order: Tensor | None = None,
-    lists: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    raw_checks.inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
-    if lists is not None:
-        raw_checks.lists(lists, q, k, layout_attention.fwd_blocks(q, k))
-        lists = layout_attention.TileLists(*lists)
-    return layout_attention.layout_attention_fwd(
-        q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, lists
-    )
+def _layout_attention_fwd(q: Tensor, k: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+    """The launcher with tile lists as one argument, of the shapes that its tiles have."""
+    *arguments, tiles, counts, k_words = others
+    lists = config = None
+    if tiles is not None:
+        lists = layout_attention.TileLists(tiles, counts, k_words)
+        config = layout_attention.fwd_tiles(q, k)
+        blocks = None if config is None else (config.BLOCK_M, config.BLOCK_N)
+        raw_checks.lists(lists, q, k, blocks)
+    return layout_attention.layout_attention_fwd(q, k, *arguments, lists, config)
 
 
-def _layout_attention_bwd(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor,
-    strength: Tensor, out: Tensor, stats: Tensor, modulation: str, scale: float, q_order: Tensor | None,
-    k_order: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    raw_checks.inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
-    raw_checks.saved(grad_out, grad_lse, q, out, stats)
-    return layout_attention.layout_attention_bwd(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        q_regions,
-        k_regions,
-        strength,
-        out,
-        stats,
-        modulation,
-        scale,
-        q_order,
-        k_order,
-    )
+def _on_the_grid(launch: Callable) -> Callable:
+    """The launcher of a step on the grid, whose results, but for the latent, must be there."""
 
+    @wraps(launch)
+    def looked_at(*arguments: object) -> tuple[Tensor, ...]:
+        results = launch(*arguments)
+        raw_checks.on_the_grid(*results[:-1])
+        return results
 
-def _tile_lists(
-    q_regions: Tensor,
-    k_regions: Tensor,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-    block_m: int,
-    block_n: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    raw_checks.tokens(q_regions, k_regions, q_order, k_order, block_m, block_n)
-    return tuple(
-        layout_attention.tile_lists(q_regions, k_regions, q_order, k_order, block_m, block_n)
-    )
-
-
-def lists_of(
-    q: Tensor,
-    k: Tensor,
-    q_regions: Tensor,
-    k_regions: Tensor,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Tile lists of calls like this one, None for those that visit no tiles."""
-    blocks = layout_attention.fwd_blocks(q, k)
-    return None if blocks is None else tile_lists(q_regions, k_regions, q_order, k_order, *blocks)
-
-
-_EDICT = "(Tensor x, Tensor y, Tensor? eps, float a, float b, float mix, bool couple_x) -> (Tensor x_out, Tensor y_out)"
-_EXACT_EDICT = (
-    "(Tensor x, Tensor y, Tensor? eps, float step, float mix, bool couple_x, float to_latent, bool latent_x, "
-    "ScalarType dtype) -> (Tensor x_out, Tensor y_out, Tensor latent)"
-)
-SCHEMAS = {  # those of the compiled ops, but for what has a default
-    "layout_attention_fwd": (
-        "(Tensor q, Tensor k, Tensor v, Tensor q_regions, Tensor k_regions, Tensor strength, str modulation, "
-        "float scale, Tensor? q_order, Tensor? k_order=None, Tensor[]? lists=None) -> "
-        "(Tensor out, Tensor lse, Tensor stats)"
-    ),
-    "layout_attention_bwd": (
-        "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor q_regions, Tensor k_regions, "
-        "Tensor strength, Tensor out, Tensor stats, str modulation, float scale, Tensor? q_order, "
-        "Tensor? k_order=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dstrength)"
-    ),
-    "percentile_mask": "(Tensor x, float level) -> (Tensor masked, Tensor threshold)",
-    "sega_guidance": (
-        "(Tensor eps_uncond, Tensor eps_text, Tensor eps_edits, Tensor momentum, *, float guidance_scale, "
-        "float[] edit_guidance_scale, float[] edit_threshold, float[] weights, float[] partials, bool all_warm, "
-        "bool[] reverse, float edit_momentum_scale, float edit_mom_beta, Tensor? user_mask, bool sum_channels) -> "
-        "(Tensor eps, Tensor momentum_out, Tensor thresholds)"
-    ),
-    "ddim_step": "(Tensor x, Tensor eps, Tensor? eps_uncond, float a, float b, float guidance_scale) -> Tensor",
-    "leapfrog_step": "(Tensor far, Tensor near, Tensor eps, float c_far, float c_near, float c_eps) -> Tensor",
-    "edict_mix": _EDICT,
-    "edict_unmix": _EDICT,
-    "exact_couple": (
-        "(Tensor z, Tensor eps, float step, float to_latent, ScalarType dtype) -> (Tensor z_out, Tensor latent)"
-    ),
-    "exact_leapfrog": (
-        "(Tensor far, Tensor near, Tensor eps, float c_near, float c_eps, float to_latent, ScalarType dtype) -> "
-        "(Tensor z_out, Tensor latent)"
-    ),
-    "exact_mix": _EXACT_EDICT,
-    "exact_unmix": _EXACT_EDICT,
-}
-
-OWN_SCHEMAS = {  # those that no other backend has
-    "tile_lists": (
-        "(Tensor q_regions, Tensor k_regions, Tensor? q_order, Tensor? k_order, int block_m, int block_n) -> "
-        "(Tensor tiles, Tensor counts, Tensor k_words)"
-    ),
-}
+    return looked_at
 
 
 def _launchers() -> dict[str, Callable]:
-    """What runs each op."""
-    attention = {
-        "layout_attention_fwd": _layout_attention_fwd,
-        "layout_attention_bwd": _layout_attention_bwd,
-    }
-    guidance = {"percentile_mask": sega.percentile_mask, "sega_guidance": sega.sega_guidance}
-    steps = {
-        name: getattr(reversible, name)
-        for name in SCHEMAS.keys() - attention.keys() - guidance.keys()
-    }
-    return attention | guidance | steps | {"tile_lists": _tile_lists}
+    """The launcher of each op, for arguments that are checked."""
+    modules = (layout_attention, sega, reversible)
+    found = {op: getattr(m, op) for op in ops.OPS for m in modules if hasattr(m, op)}
+    on_grid = {op: _on_the_grid(run) for op, run in found.items() if op.startswith("exact_")}
+    return found | on_grid | {"layout_attention_fwd": _layout_attention_fwd}
+
+
+def attention_bytes(q: Tensor, k: Tensor) -> int:
+    """The bytes that a call of layout attention takes at least: its result."""
+    return q.numel() * q.element_size()
+
+
+def tile_lists_for(
+    q: Tensor, k: Tensor, *tokens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The tile lists of calls like this one, None for those that visit no tiles."""
+    blocks = layout_attention.fwd_blocks(q, k)
+    made = torch.ops.dense_attn_triton.tile_lists.default
+    return None if blocks is None else made(*tokens, *blocks)
 
 
 LOAD_ERROR = _load()
@@ -187,22 +110,7 @@ DEVICE = "cuda"  # the kind of tensors that the ops take
 
 if LOAD_ERROR is None:
     DEVICE = "cpu" if layout_attention.configs.interpreted() else "cuda"
-    _library = torch.library.Library("dense_attn_triton", "DEF")
-    _all_fakes = ops.OPS | {"tile_lists": ops.tile_lists}
+    _library = ops.define("dense_attn_triton")
     for _name, _launch in _launchers().items():
-        _library.define(_name + (SCHEMAS | OWN_SCHEMAS)[_name])
-        _library.impl(_name, _on_its_device(_launch), DEVICE.upper())
-        torch.library.register_fake(f"dense_attn_triton::{_name}", _all_fakes[_name], lib=_library)
-    tile_lists = torch.ops.dense_attn_triton.tile_lists.default
-    layout_attention_fwd = torch.ops.dense_attn_triton.layout_attention_fwd.default
-    layout_attention_bwd = torch.ops.dense_attn_triton.layout_attention_bwd.default
-    percentile_mask = torch.ops.dense_attn_triton.percentile_mask.default
-    sega_guidance = torch.ops.dense_attn_triton.sega_guidance.default
-    ddim_step = torch.ops.dense_attn_triton.ddim_step.default
-    leapfrog_step = torch.ops.dense_attn_triton.leapfrog_step.default
-    edict_mix = torch.ops.dense_attn_triton.edict_mix.default
-    edict_unmix = torch.ops.dense_attn_triton.edict_unmix.default
-    exact_couple = torch.ops.dense_attn_triton.exact_couple.default
-    exact_leapfrog = torch.ops.dense_attn_triton.exact_leapfrog.default
-    exact_mix = torch.ops.dense_attn_triton.exact_mix.default
-    exact_unmix = torch.ops.dense_attn_triton.exact_unmix.default
+        _library.impl(_name, _kernel(getattr(raw_checks, _name), _launch), DEVICE.upper())
+    globals().update(ops.overloads("dense_attn_triton"))

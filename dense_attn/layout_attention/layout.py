@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
+from dense_attn.layout_attention._layout_checks import (
+    MAX_REGIONS,
+    Span,
+    as_tensor,
+    check_box,
+    check_masks,
+    check_spans,
+    integer,
+)
 
-MAX_REGIONS = 32  # the bits of an int32 word
 _BITS = (*(1 << r for r in range(MAX_REGIONS - 1)), -(1 << (MAX_REGIONS - 1)))  # bit 31 is the sign
-Span = tuple[int, int]
 Box = tuple[float, float, float, float]
 
 
@@ -46,7 +53,8 @@ class Layout:
     Example:
         >>> import torch
         >>> from dense_attn import Layout
-        >>> layout = Layout.from_boxes([(0.0, 0.0, 0.5, 1.0)], size=(64, 64), spans=[(1, 3)])  # the left half
+        >>> left = [(0.0, 0.0, 0.5, 1.0)]
+        >>> layout = Layout.from_boxes(left, size=(64, 64), spans=[(1, 3)])
         >>> layout.query_regions(2, 2).tolist(), layout.token_regions(4).tolist()
         ([1, 0, 1, 0], [0, 1, 1, 0])
         >>> layout.strength(2, 2, weight=1.0, time=1.0).tolist()
@@ -56,8 +64,8 @@ class Layout:
     def __init__(
         self, masks: Tensor | np.ndarray, spans: Sequence[Span | None] | None = None
     ) -> None:
-        self.masks = _check_masks(_as_tensor("masks", masks))  # bool [R, H, W]
-        self.spans = None if spans is None else _check_spans(spans, len(self.masks))
+        self.masks = check_masks(as_tensor("masks", masks))  # bool [R, H, W]
+        self.spans = None if spans is None else check_spans(spans, len(self.masks))
 
     @classmethod
     def from_label_map(
@@ -76,12 +84,12 @@ class Layout:
         Example:
             >>> import torch
             >>> labels = torch.tensor([[0, 7], [2, 7]])
-            >>> Layout.from_label_map(labels).query_regions(2, 2).tolist()  # label 2 is bit 0, label 7 is bit 1
+            >>> Layout.from_label_map(labels).query_regions(2, 2).tolist()  # 2 is bit 0, 7 is bit 1
             [0, 2, 1, 2]
             >>> Layout.from_label_map(labels, background=True).query_regions(2, 2).tolist()
             [1, 4, 2, 4]
         """
-        labels = _as_tensor("label_map", label_map)
+        labels = as_tensor("label_map", label_map)
         if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
             _checks.refuse(
                 "label_map", "be of an integer dtype", _checks.name(labels.dtype), TypeError
@@ -95,7 +103,8 @@ class Layout:
         if not background:
             present = present[present != 0]
         if not 1 <= len(present) <= MAX_REGIONS:
-            rule = f"hold 1 to {MAX_REGIONS} distinct labels{'' if background else ' besides 0, the background'}"
+            besides = "" if background else " besides 0, the background"
+            rule = f"hold 1 to {MAX_REGIONS} distinct labels{besides}"
             _checks.refuse("label_map", rule, len(present))
         return cls(labels == present[:, None, None], spans)
 
@@ -109,12 +118,13 @@ class Layout:
         A pixel belongs to a box when its centre lies in it; each box must hold at least one centre.
 
         Example:
-            >>> Layout.from_boxes([(0.5, 0.0, 1.0, 0.5)], size=(4, 4)).query_regions(4, 4).view(4, 4).tolist()
+            >>> layout = Layout.from_boxes([(0.5, 0.0, 1.0, 0.5)], size=(4, 4))
+            >>> layout.query_regions(4, 4).view(4, 4).tolist()
             [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
         """
         if not isinstance(size, Sequence) or len(size) != 2:
             _checks.refuse("size", "be a pair (height, width)", size)
-        height, width = (_integer(f"size[{axis}]", extent, 1) for axis, extent in enumerate(size))
+        height, width = (integer(f"size[{axis}]", extent, 1) for axis, extent in enumerate(size))
         if not isinstance(boxes, Sequence):
             _checks.refuse(
                 "boxes", "be a list of (x0, y0, x1, y1)", type(boxes).__name__, TypeError
@@ -122,7 +132,7 @@ class Layout:
         if not 1 <= len(boxes) <= MAX_REGIONS:
             _checks.refuse("boxes", f"hold 1 to {MAX_REGIONS} boxes", len(boxes))
         for r, box in enumerate(boxes):
-            _check_box(f"boxes[{r}]", box)
+            check_box(f"boxes[{r}]", box)
         corners = torch.tensor(boxes, dtype=torch.float64, device="cpu")  # [R, 4]
         x0, y0, x1, y1 = corners.reshape(-1, 4, 1).unbind(1)  # [R, 1] each
         x = (torch.arange(width, dtype=torch.float64, device="cpu") + 0.5) / width
@@ -146,7 +156,7 @@ class Layout:
         return f"Layout({len(self)} regions, {height} x {width}, spans={self.spans})"
 
     def to(self, device: torch.device | str) -> Layout:
-        """The same layout with its masks, and so everything made from them, on another device."""
+        """A layout of these masks on another device, and so everything made from them."""
         return Layout(self.masks.to(device), self.spans)
 
     def query_regions(self, height: int, width: int) -> Tensor:
@@ -161,7 +171,7 @@ class Layout:
         """Region words of a prompt of num_tokens tokens, int32 `[num_tokens]`; 0 for tokens of no
         phrase.
         """
-        num_tokens = _integer("num_tokens", num_tokens, 1)
+        num_tokens = integer("num_tokens", num_tokens, 1)
         if self.spans is None:
             _checks.refuse("spans", "be given to the Layout for its token words", None)
         words = torch.zeros(num_tokens, dtype=torch.int32, device="cpu")
@@ -233,7 +243,7 @@ class Layout:
 
     def _resized(self, height: int, width: int) -> Tensor:
         """The masks at another resolution, bool [R, height*width]."""
-        size = (_integer("height", height, 1), _integer("width", width, 1))
+        size = (integer("height", height, 1), integer("width", width, 1))
         return resized(self.masks, size).flatten(1)
 
 
@@ -241,9 +251,8 @@ def nearest(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks [R, H, W] on the grid of a size by nearest pixels, bool [R, height, width]; small
     regions may be lost.
     """
-    return torch.nn.functional.interpolate(masks[None].to(torch.uint8), size, mode="nearest")[
-        0
-    ].bool()
+    batch = masks[None].to(torch.uint8)
+    return torch.nn.functional.interpolate(batch, size, mode="nearest")[0].bool()
 
 
 def resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
@@ -255,80 +264,6 @@ def resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """
     sampled = nearest(masks, size)
     cells = torch.nn.functional.adaptive_max_pool2d(masks.to(torch.float32), size).bool()
-    kept = sampled.flatten(1).any(
-        1
-    )  # no branch on it: that would wait for a GPU and break a compiled graph
+    # No branch on it: that would wait for a GPU and break a compiled graph.
+    kept = sampled.flatten(1).any(1)
     return torch.where(kept[:, None, None], sampled, cells)
-
-
-def _as_tensor(argument: str, value: object) -> Tensor:
-    """A copy of a tensor or numpy array as a tensor: the caller's later writes do not reach the
-    layout.
-    """
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "biufc":
-            _checks.refuse(argument, "be an array of numbers or bools", value.dtype, TypeError)
-        native = value.astype(
-            value.dtype.newbyteorder("="), order="C"
-        )  # torch knows this machine's byte order alone
-        return torch.from_numpy(native)
-    if not isinstance(value, Tensor):
-        _checks.refuse(argument, "be a tensor or a numpy array", type(value).__name__, TypeError)
-    return _checks.tensor(argument, value).detach().clone()
-
-
-def _check_masks(masks: Tensor) -> Tensor:
-    if masks.dtype != torch.bool:
-        _checks.refuse("masks", "be bool", _checks.name(masks.dtype), TypeError)
-    if masks.dim() != 3:
-        _checks.refuse("masks", "have 3 dimensions [regions, height, width]", tuple(masks.shape))
-    if not 1 <= len(masks) <= MAX_REGIONS:
-        _checks.refuse("masks", f"hold 1 to {MAX_REGIONS} regions", len(masks))
-    empty = ~masks.flatten(1).any(1)
-    if empty.any():
-        _checks.refuse(
-            "masks", "each hold at least one pixel", f"none in region {int(empty.nonzero()[0])}"
-        )
-    return masks
-
-
-def _check_spans(spans: object, num_regions: int) -> tuple[Span | None, ...]:
-    if not isinstance(spans, Sequence) or isinstance(spans, str):
-        _checks.refuse(
-            "spans",
-            "be a list with (start, stop) or None for each region",
-            type(spans).__name__,
-            TypeError,
-        )
-    if len(spans) != num_regions:
-        _checks.refuse("spans", f"hold one entry for each of the {num_regions} regions", len(spans))
-    return tuple(
-        None if span is None else _check_span(f"spans[{r}]", span) for r, span in enumerate(spans)
-    )
-
-
-def _check_span(argument: str, span: object) -> Span:
-    if not isinstance(span, Sequence) or isinstance(span, str) or len(span) != 2:
-        _checks.refuse(argument, "be a pair (start, stop) or None", repr(span), TypeError)
-    start, stop = (_integer(argument, bound, 0) for bound in span)
-    if start >= stop:
-        _checks.refuse(argument, "be a pair (start, stop) with start < stop", (start, stop))
-    return start, stop
-
-
-def _check_box(argument: str, box: object) -> None:
-    if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
-        _checks.refuse(argument, "be (x0, y0, x1, y1)", repr(box), TypeError)
-    for value in box:
-        _checks.number(argument, value)
-    x0, y0, x1, y1 = box
-    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        _checks.refuse(argument, "have 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1", tuple(box))
-
-
-def _integer(argument: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        _checks.refuse(argument, "be an integer", repr(value), TypeError)
-    if value < least:
-        _checks.refuse(argument, f"be at least {least}", value)
-    return int(value)

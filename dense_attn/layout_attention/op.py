@@ -4,15 +4,15 @@ dispatch.
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
-from dense_attn import _checks, _memory, reference
+from dense_attn import _checks, _memory
 from dense_attn._backends import dispatch, table
+from dense_attn._backends.contract import MODULATIONS
+from dense_attn._dtypes import accumulation_dtype
 
-MODULATIONS = ("range", "max", "bias", "mask")
+_NO_LISTS = (None, None, None)
 
 
 def layout_attention(
@@ -81,33 +81,22 @@ def layout_attention(
         torch.Size([1, 8, 256, 40])
     """
     q, k, v = _autocast(q, k, v)
-    _checks.attention_inputs(q, k, v)
-    _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
+    _check_tensors(q, k, v, q_regions, k_regions, q_order, k_order)
     _checks.choice("modulation", modulation, MODULATIONS)
-    lists = _check_lists(tile_lists)
-    scale = (
-        q.shape[-1] ** -0.5
-        if scale is None
-        else _checks.number("scale", scale, rule="be a number or None")
-    )
+    lists = _NO_LISTS if tile_lists is None else _check_lists(tile_lists)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    else:
+        scale = _checks.number("scale", scale, rule="be a number or None")
     strength = _row_strength(strength, q)
     name = table.resolve(backend, "layout_attention", q)
+    tokens = q_regions, k_regions, strength
+    inputs = (q, k, v, *tokens, modulation, scale, q_order, k_order, *lists)
     try:
-        if name == "reference":
-            out, lse = reference.layout_attention(
-                q, k, v, q_regions, k_regions, strength, modulation=modulation, scale=scale
-            )
-            lse = lse.to(strength.dtype)
-        else:
-            tensors = _distinct(q, k, v, strength, q_regions, k_regions, q_order, k_order, *lists)
-            out, lse, _ = dispatch.run(_LayoutAttention, *tensors, modulation, scale, name)
+        out, lse, _ = dispatch.run(_LayoutAttention, *inputs, name)
     except RuntimeError as error:
-        row = (
-            k.shape[2] if name == "reference" else q.shape[3]
-        )  # all scores in memory, or the result alone
-        _memory.explain(
-            error, "layout_attention", prod((*q.shape[:3], row)) * q.element_size(), q=q, k=k
-        )
+        least = table.NAMESPACES[name].attention_bytes(q, k)
+        _memory.explain(error, "layout_attention", least, q=q, k=k)
         raise
     return (out, lse) if return_lse else out
 
@@ -155,46 +144,54 @@ def tile_lists(
         torch.Size([1, 8, 256, 40])
     """
     q, k, _ = _autocast(q, k, k)
-    _checks.attention_inputs(q, k, k)
-    _check_tokens(q, k, q_regions, k_regions, q_order, k_order)
+    _check_tensors(q, k, k, q_regions, k_regions, q_order, k_order)
     name = table.resolve(backend, "layout_attention", q)
-    lists_of = getattr(table.NAMESPACES[name], "lists_of", None)
-    return None if lists_of is None else lists_of(q, k, q_regions, k_regions, q_order, k_order)
+    lists_for = table.NAMESPACES[name].tile_lists_for
+    return lists_for(q, k, q_regions, k_regions, q_order, k_order)
 
 
 class _LayoutAttention(torch.autograd.Function):
+    """Takes the arguments of the raw forward op, and the name of the backend that runs it."""
+
     @staticmethod
-    def forward(  # noqa: ANN205
-        q, k, v, strength, q_regions, k_regions, q_order, k_order, tiles, counts, k_words,  # noqa: ANN001
-        modulation, scale, backend,  # noqa: ANN001
-    ):  # fmt: skip
-        lists = None if tiles is None else [tiles, counts, k_words]
-        orders = (q_order, k_order, lists) if backend == "triton" else (q_order,)
-        return table.NAMESPACES[backend].layout_attention_fwd(
-            q, k, v, q_regions, k_regions, strength, modulation, scale, *orders
-        )
+    def forward(  # torch.compile counts the parameters: no *arguments
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_regions: Tensor,
+        k_regions: Tensor,
+        strength: Tensor,
+        modulation: str,
+        scale: float,
+        q_order: Tensor | None,
+        k_order: Tensor | None,
+        tiles: Tensor | None,
+        counts: Tensor | None,
+        k_words: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        run, words = table.NAMESPACES[backend].layout_attention_fwd, (q_regions, k_regions)
+        rule, orders = (strength, modulation, scale), (q_order, k_order)
+        return run(q, k, v, *words, *rule, *orders, tiles, counts, k_words)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-        q, k, v, strength, q_regions, k_regions, q_order, k_order = inputs[:8]
-        ctx.modulation, ctx.scale, ctx.backend = inputs[-3:]
+        *tensors, ctx.modulation, ctx.scale, q_order, k_order, _, _, _, ctx.backend = inputs
         out, _, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, q_regions, k_regions, strength, q_order, k_order, out, stats)
+        ctx.save_for_backward(*tensors, out, stats, q_order, k_order)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse, *_):  # noqa: ANN001, ANN002, ANN205
-        q, k, v, q_regions, k_regions, strength, q_order, k_order, out, stats = ctx.saved_tensors
+        *tensors, out, stats, q_order, k_order = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_out.stride(-1) != 1:  # the gradient of a sum is one number under stride 0
             grad_out = grad_out.contiguous()
-        dq, dk, dv, dstrength = dispatch.run(
-            _Backward, grad_out, grad_lse, q, k, v, q_regions, k_regions, strength, out, stats,
-            ctx.modulation, ctx.scale, q_order, k_order, ctx.backend,
-        )  # fmt: skip
-        return dq, dk, dv, dstrength, *[None] * 10
+        arguments = (*tensors, out, stats, ctx.modulation, ctx.scale, q_order, k_order)
+        dq, dk, dv, dstrength = dispatch.run(_Backward, grad_out, grad_lse, *arguments, ctx.backend)
+        return dq, dk, dv, None, None, dstrength, *[None] * 8
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
@@ -209,27 +206,27 @@ class _Backward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: ANN205
-        grad_out, grad_lse, q, k, v, q_regions, k_regions, strength,  # noqa: ANN001
-        out, stats, modulation, scale, q_order, k_order, backend,  # noqa: ANN001
-    ):  # fmt: skip
-        orders = (q_order, k_order) if backend == "triton" else (q_order,)
+    def forward(
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_regions: Tensor,
+        k_regions: Tensor,
+        strength: Tensor,
+        out: Tensor,
+        stats: Tensor,
+        modulation: str,
+        scale: float,
+        q_order: Tensor | None,
+        k_order: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        inputs, saved = (q, k, v, q_regions, k_regions, strength), (out, stats)
+        run = table.NAMESPACES[backend].layout_attention_bwd
         try:
-            return table.NAMESPACES[backend].layout_attention_bwd(
-                grad_out,
-                grad_lse,
-                q,
-                k,
-                v,
-                q_regions,
-                k_regions,
-                strength,
-                out,
-                stats,
-                modulation,
-                scale,
-                *orders,
-            )
+            return run(grad_out, grad_lse, *inputs, *saved, modulation, scale, q_order, k_order)
         except RuntimeError as error:
             least = (q.numel() + 2 * k.numel()) * q.element_size()
             _memory.explain(error, "layout_attention's backward pass", least, q=q, k=k)
@@ -244,47 +241,40 @@ class _Backward(torch.autograd.Function):
         raise RuntimeError("layout_attention must be differentiated once, got a second derivative")
 
 
-def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The same tensors, each as an object of its own: torch.compile takes none twice into an
-    autograd.Function.
-    """
-    if not torch.compiler.is_compiling():
-        return list(tensors)
-    distinct: list[Tensor | None] = []
-    for tensor in tensors:
-        again = tensor is not None and any(tensor is other for other in distinct)
-        distinct.append(tensor.view_as(tensor) if again else tensor)
-    return distinct
-
-
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    # torch 2.11 cannot trace the question; what code is compiled for has autocast, but for meta.
-    known = (
-        device != "meta"
-        if torch.compiler.is_compiling()
-        else torch.amp.is_autocast_available(device)
-    )
-    if not known or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") and not _has_autocast(device):
+        return q, k, v
+    if not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype)
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        else x
-        for x in (q, k, v)
-    )
+    return tuple(x.to(dtype) if _is_cast(x) else x for x in (q, k, v))
 
 
-def _check_tokens(
+def _has_autocast(device: str) -> bool:
+    """torch 2.11 cannot trace the question: what it compiles for has autocast, but for meta."""
+    if torch.compiler.is_compiling():
+        return device != "meta"
+    return torch.amp.is_autocast_available(device)
+
+
+def _is_cast(x: object) -> bool:
+    """Whether autocast has a dtype for x."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+
+def _check_tensors(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     q_regions: Tensor,
     k_regions: Tensor,
     q_order: Tensor | None,
     k_order: Tensor | None,
 ) -> None:
+    """Refuse tensors that do not go together."""
+    _checks.attention_inputs(q, k, v)
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
     _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
     _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
@@ -294,35 +284,31 @@ def _check_tokens(
         _checks.token_words("k_order", k_order, batch, seqlen_k, q)
 
 
-def _check_lists(lists: tuple[Tensor, ...] | None) -> tuple[Tensor | None, ...]:
-    """The three lists, None each where there are none."""
-    if lists is None:
-        return None, None, None
+def _check_lists(lists: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Require the three lists that `tile_lists` returns."""
     if not isinstance(lists, (tuple, list)) or len(lists) != 3:
-        _checks.refuse(
-            "tile_lists",
-            "be the 3 tensors that tile_lists returns",
-            type(lists).__name__,
-            TypeError,
-        )
+        rule = "be the 3 tensors that tile_lists returns"
+        _checks.refuse("tile_lists", rule, type(lists).__name__, TypeError)
     return tuple(_checks.tensor("tile_lists", x) for x in lists)
 
 
 def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:
     """strength as a [B, H, M] view in the accumulation dtype."""
-    dtype = reference.accumulation_dtype(q.dtype)
-    shape = q.shape[:3]
+    dtype = accumulation_dtype(q.dtype)
+    batch, num_heads, seqlen_q, _ = q.shape
     if not isinstance(strength, Tensor):
         strength = _checks.number("strength", strength, dtype, "be a number or a tensor")
-        return q.new_full((), strength, dtype=dtype).expand(shape)
+        return q.new_full((), strength, dtype=dtype).expand(batch, num_heads, seqlen_q)
     _checks.tensor("strength", strength)
     if strength.dtype not in (torch.float32, dtype):
         rule = "be float32" if dtype == torch.float32 else "be float32 or float64"
         _checks.refuse("strength", rule, _checks.name(strength.dtype), TypeError)
     _checks.same_device("strength", strength, q)
-    padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
-    if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
-        _checks.refuse(
-            "strength", f"broadcast to [B, H, M] = {tuple(shape)}", tuple(strength.shape)
-        )
-    return strength.to(dtype).expand(shape)
+    shape = (batch, num_heads, seqlen_q)
+    if strength.shape != shape:
+        padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
+        if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
+            rule = f"broadcast to [B, H, M] = {shape}"
+            _checks.refuse("strength", rule, tuple(strength.shape))
+        strength = strength.expand(batch, num_heads, seqlen_q)
+    return strength if strength.dtype == dtype else strength.to(dtype)

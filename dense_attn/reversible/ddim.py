@@ -145,11 +145,6 @@ def apply(
     backend: str,
 ) -> Tensor:
     """The step on tensors that go together and a backend that can; differentiable."""
-    if backend == "reference":
-        return reference.ddim_step(x, eps, eps_uncond, a, b, guidance_scale)
-    # torch.compile takes no tensor twice into an autograd.Function.
-    eps = eps.view_as(eps) if eps is x else eps
-    eps_uncond = eps_uncond.view_as(eps) if eps_uncond is x or eps_uncond is eps else eps_uncond
     return dispatch.run(_DdimStep, x, eps, eps_uncond, a, b, guidance_scale, backend)
 
 

@@ -191,7 +191,7 @@ for backend in ("triton", "reference"):
     found.append([out, *torch.autograd.grad(out.cos().sum(), leaves)])
 for got, right in zip(*found):
     torch.testing.assert_close(got, right)
-assert len(timed) == 6, len(timed)  # two configurations of the forward pass and of each backward pass
+assert len(timed) == 6, len(timed)  # two configurations of each of three passes
 print("right")
 """
 
@@ -208,3 +208,29 @@ def test_calls_and_lists_take_what_was_found(tmp_path: Path) -> None:
     )
     assert result.stdout == "right\n", result.stderr
     assert len(json.loads((tmp_path / "f.json").read_text())) == 3
+
+
+ON_THE_HOST = """
+import torch
+from dense_attn import layout_attention
+from dense_attn.triton_kernels import autotune, configs
+
+configs.INTERPRETED = configs.Config(32, 16, 1, 1)
+autotune.neighbours = lambda table, same_keys=False: [table, configs.Config(16, 16, 1, 1)]
+q, words = torch.randn(1, 1, 20, 16), torch.ones(20, dtype=torch.int32)
+times = []
+seconds = autotune.seconds
+autotune.seconds = lambda call: times.append(seconds(call)) or times[-1]
+assert layout_attention(q, q, q, words, words, 0.5, backend="triton").isfinite().all()
+assert len(times) == 2 and all(1e-5 < time < 100 for time in times), times
+print("right")
+"""
+
+
+def test_the_interpreter_is_timed_by_the_hosts_clock(tmp_path: Path) -> None:
+    """There may be no GPU whose clock could be asked."""
+    asked = {"TRITON_INTERPRET": "1", "DENSE_ATTN_AUTOTUNE": "1"}
+    asked["DENSE_ATTN_AUTOTUNE_CACHE"] = str(tmp_path / "f.json")
+    command = [sys.executable, "-c", ON_THE_HOST]
+    result = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
+    assert result.stdout == "right\n", result.stderr

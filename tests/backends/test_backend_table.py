@@ -16,7 +16,7 @@ import torch
 from cases import why_skip
 
 import dense_attn
-from dense_attn._backends import cpu, ops, table, triton
+from dense_attn._backends import contract, cpu, ops, table, triton
 
 ALPHAS_CUMPROD = torch.linspace(0.999, 0.01, 20, dtype=torch.float64)
 CALLS: dict[str, Callable[[torch.Tensor, str], object]] = {
@@ -94,7 +94,7 @@ def test_the_table_looks_for_a_gpu(
 def test_the_table_names_a_gpu_that_cannot_be_asked(
     gpus: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a process that was forked from one that had used it."""
+    """A process that was forked from one that had used it says so."""
 
     def refuse(_: object) -> None:
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess\nand more")
@@ -123,7 +123,8 @@ def test_the_import_loads_no_compiler() -> None:
 
 
 def test_the_import_asks_no_gpu() -> None:
-    asked = "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = torch.cuda._lazy_init = None"
+    names = ("is_available", "device_count", "init", "_lazy_init")
+    asked = "; ".join(f"torch.cuda.{name} = None" for name in names)
     assert run(f"import torch; {asked}; import dense_attn; print('imported')") == "imported"
 
 
@@ -138,7 +139,7 @@ def test_what_is_available_runs(backend: str, op: str) -> None:
 
 
 def run(program: str, **environment: str) -> str:
-    """What a program prints in a process of its own."""
+    """The output of a program in a process of its own."""
     command = [sys.executable, "-c", program]
     done = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False
@@ -221,7 +222,7 @@ def test_another_triton_does_not_take_the_library_along(
 def test_a_library_that_does_not_load_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "_native.py"))
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "_backends" / "cpu.py"))
     assert cpu._load().startswith("the compiled library is missing: ")
     (tmp_path / "_C.so").write_bytes(b"no library")
     reason = cpu._load()
@@ -231,8 +232,23 @@ def test_a_library_that_does_not_load_is_named(
 
 @pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 def test_a_library_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of other arguments, which it would read wrongly, or without a kernel."""
+    version, advice = "the compiled library is of another version", "install it again"
     monkeypatch.setitem(ops.OPS, "an_op_of_tomorrow", None)
-    assert (
-        cpu._load()
-        == "the compiled library is of another version, without an_op_of_tomorrow: install it again"
-    )
+    assert cpu._load() == f"{version}, without an_op_of_tomorrow: {advice}"
+    monkeypatch.setattr(contract, "DIGEST", "of tomorrow")
+    assert cpu._load() == f"{version}, with other arguments of its ops: {advice}"
+
+
+def test_every_change_of_the_contract_is_another_version() -> None:
+    """The digest that the build compiles in is that of the module, and names all of it."""
+    path = Path(contract.__file__)
+    source = path.read_text()
+    for change in ("float scale,", '"bias"', "MAX_HEAD_DIM = 256", "STATS = 4"):
+        assert source.count(change) >= 1
+        changed: dict[str, object] = {"__name__": "changed"}
+        exec(
+            source.replace(change, change.replace("a", "o").replace("6", "7").replace("4", "5"), 1),
+            changed,
+        )
+        assert changed["DIGEST"] != contract.DIGEST

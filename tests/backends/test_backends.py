@@ -30,13 +30,12 @@ from cases import (
 from torch import Tensor
 
 from dense_attn import _checks, layout_attention
+from dense_attn._backends import contract
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 KERNELS = backends("cpu", "triton", "cuda")
-ROW_KEYS, FLOAT32_ROW_KEYS = (
-    128,
-    32,
-)  # that Triton's kernels take as one tile, exact float32 on a GPU
+# Keys that Triton's kernels take as one tile, of exact float32 on a GPU.
+ROW_KEYS, FLOAT32_ROW_KEYS = 128, 32
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -147,9 +146,7 @@ def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...
 
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
-    """Of the Triton kernels: a row at once, which takes few keys, and two phases, with a parked
-    state at times.
-    """
+    """The forms of a call of Triton's kernels: a row at once, or two phases, at times parked."""
     if backend != "triton":
         return ("",)
     most = ROW_KEYS if dtype != torch.float32 or INTERPRETED else FLOAT32_ROW_KEYS
@@ -243,7 +240,7 @@ def test_a_flipped_region_bit_is_rejected(
 
 
 def test_every_modulation_is_among_the_cases() -> None:
-    assert MODULATIONS == sys.modules["dense_attn.layout_attention"].MODULATIONS
+    assert MODULATIONS == contract.MODULATIONS
 
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
@@ -253,8 +250,12 @@ def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
     )
 
 
-CALL = "import torch, dense_attn as d; x = torch.ones(1, 1, 2, 3); w = torch.ones(2, dtype=torch.int32); "
-CALL += "d.layout_attention(x, x, x, w, w, backend='cpu'); print(torch.ops.dense_attn.cpu_isa())"
+CALL = """
+import torch, dense_attn
+x, words = torch.ones(1, 1, 2, 3), torch.ones(2, dtype=torch.int32)
+dense_attn.layout_attention(x, x, x, words, words, backend="cpu")
+print(torch.ops.dense_attn.cpu_isa())
+"""
 needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows: captured graphs, Inductor, no waiting, large offsets, streams; some of it
+"""Behaviour that only a GPU shows: graphs, Inductor, no waiting, large offsets, streams; some of it
 interpreted too.
 """
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 PARTS = {
     "attention in two phases": ("test_backends.py", "-k", "test_accuracy and triton and phases"),
-    "guidance and steps": ("triton_steps.py",),
+    "guidance and steps": ("triton_sega.py", "triton_steps.py"),
     "attention": ("test_backends.py", "triton_attention.py", "-k", "triton and not phases"),
     "public ops": ("triton_backend.py", "test_gpu.py", "test_out_of_memory.py"),
 }

@@ -36,7 +36,7 @@ Table = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled is compiled, not found."""
+    """Kernels are compiled, not found."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
@@ -220,7 +220,7 @@ def test_missing_matrix_instructions_are_seen(committed: Table) -> None:
 
 
 def test_warp_groups_are_in_the_machine_code() -> None:
-    """What the PTX calls wgmma, the binary for sm_90 calls HGMMA."""
+    """The PTX calls them wgmma, the binary for sm_90 HGMMA."""
     with ahead_of_time.compiled("sm_90") as launches:
         kernel_calls.Attention("sm_90", "row_fwd", 64)()
     (launch,) = launches
@@ -261,21 +261,10 @@ def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.Monkey
         monkeypatch.setattr(sega, kernel, Recorder())
     x = torch.empty(1, 2**27, device="meta")
     sega.percentile_mask(x, 0.9)
-    each = {
-        "edit_guidance_scale": [5.0],
-        "edit_threshold": [0.9],
-        "weights": [1.0],
-        "partials": [0.0],
-    }
-    each |= {
-        "all_warm": True,
-        "reverse": [False],
-        "edit_momentum_scale": 0.1,
-        "edit_mom_beta": 0.4,
-    }
+    each = {"edit_guidance_scale": [5.0], "edit_threshold": [0.9], "weights": [1.0]}
+    each |= {"partials": [0.0], "all_warm": True, "reverse": [False]}
+    numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
     eps = x[None]
-    sega.sega_guidance(
-        eps, eps, eps[None], eps, guidance_scale=7.5, user_mask=None, sum_channels=False, **each
-    )  # fmt: skip
+    sega.sega_guidance(eps, eps, eps[None], eps, **each, **numbers)
     assert len(grids) == 2
     assert all(len(grid) == 1 and grid[0] >= 2**27 // sega.TILE for grid in grids)

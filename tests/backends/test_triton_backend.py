@@ -43,11 +43,16 @@ def test_a_launch_goes_to_the_device_of_its_first_tensor(monkeypatch: pytest.Mon
         events.append("back")
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    launch = triton._on_its_device(lambda x, *, y: events.append(y))
-    launch(SimpleNamespace(is_cuda=True, device="cuda:1"), y="launched")
-    assert events == ["cuda:1", "launched", "back"]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    launch = triton._kernel(lambda x, *, y: None, lambda x, *, y: events.append(y))
+    first, second = (
+        SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (0, 1)
+    )
+    launch(second, y="launched")
+    assert events == [second.device, "launched", "back"]
+    launch(first, y="launched where it is")
     launch(torch.zeros(2), y="on the CPU")
-    assert events[3:] == ["on the CPU"]
+    assert events[3:] == ["launched where it is", "on the CPU"]
 
 
 def poisons(after: int) -> SimpleNamespace:

@@ -25,9 +25,13 @@ def test_what_was_kept_is_read_and_others_stay(tmp_path: Path) -> None:
 
 
 NONSENSE = {
-    "half": "{", "a list": "[]", "a number for an entry": '{"a": 3}', "no UTF-8": b"\xff\xfe", "nothing": "",
+    "half": "{",
+    "a list": "[]",
+    "a number for an entry": '{"a": 3}',
+    "no UTF-8": b"\xff\xfe",
+    "nothing": "",
     "deep": "[" * 10**5,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("content", NONSENSE.values(), ids=NONSENSE)

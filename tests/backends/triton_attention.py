@@ -19,6 +19,7 @@ from dense_attn.triton_kernels import layout_attention as launchers
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = DEVICES["triton"]
 CASE = {case.name: case for case in CASES}
+NO_LISTS = (None, None, None)
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
@@ -92,14 +93,14 @@ def test_lists_made_beforehand() -> None:
     q, k, strength = inputs.q, inputs.k, inputs.strength.expand(inputs.q.shape[:3])
     arguments = (q, k, inputs.v, inputs.q_regions, inputs.k_regions, strength, "range", 0.2)
     orders = tuple(inputs.orders.values())
-    lists = triton.lists_of(q, k, inputs.q_regions, inputs.k_regions, *orders)
-    plain = triton.layout_attention_fwd(*arguments, *orders)
-    for a, b in zip(plain, triton.layout_attention_fwd(*arguments, *orders, list(lists))):
+    lists = triton.tile_lists_for(q, k, inputs.q_regions, inputs.k_regions, *orders)
+    plain = triton.layout_attention_fwd(*arguments, *orders, *NO_LISTS)
+    for a, b in zip(plain, triton.layout_attention_fwd(*arguments, *orders, *lists)):
         assert torch.equal(a, b)
     with pytest.raises(RuntimeError, match="tile_lists must be 3 tensors, got 2"):
-        triton.layout_attention_fwd(*arguments, *orders, list(lists[:2]))
+        triton.layout_attention_fwd(*arguments, *orders, *lists[:2], None)
     with pytest.raises(RuntimeError, match="tile_lists must have contiguous tensors of shape"):
-        triton.layout_attention_fwd(*arguments, *orders, [lists[0][:, 1:], *lists[1:]])
+        triton.layout_attention_fwd(*arguments, *orders, lists[0][:, 1:], *lists[1:])
 
 
 def test_lists_of_another_length_are_refused() -> None:
@@ -111,7 +112,7 @@ def test_lists_of_another_length_are_refused() -> None:
         torch.ones(160, dtype=torch.int32, device=DEVICE),
         torch.ones(1, 1, 20, device=DEVICE),
     )
-    lists = triton.lists_of(q, k, words[:20], words, None, None)
+    lists = triton.tile_lists_for(q, k, words[:20], words, None, None)
     block = triton.layout_attention.fwd_blocks(q, k)[1]
     fewer = 160 - block + 1
     short = (
@@ -129,7 +130,7 @@ def test_lists_of_another_length_are_refused() -> None:
     with pytest.raises(
         RuntimeError, match=rf"tile_lists must have contiguous tensors of shape \[1 or B, {fewer}\]"
     ):
-        triton.layout_attention_fwd(*short, list(lists))
+        triton.layout_attention_fwd(*short, *lists)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_raw_calls_are_refused(argument: str, bad: object, message: str) -> None
     }
     arguments[argument] = bad(arguments[argument])
     with pytest.raises(RuntimeError, match=message):
-        triton.layout_attention_fwd(*arguments.values())
+        triton.layout_attention_fwd(*arguments.values(), None, *NO_LISTS)
 
 
 def test_tile_lists_inside_of_a_compiled_function() -> None:
@@ -200,8 +201,8 @@ def test_opcheck() -> None:
     inputs = make_inputs(Case("opcheck", (1, 1, 5, 6, 16)), torch.float32)
     tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions
     arguments = (*tensors, inputs.strength.expand(1, 1, 5).contiguous())
-    rest = ("range", 0.25, None)
-    out, _, stats = triton.layout_attention_fwd(*arguments, *rest)
-    torch.library.opcheck(triton.layout_attention_fwd, (*arguments, *rest))
+    rest = ("range", 0.25, None, None)
+    out, _, stats = triton.layout_attention_fwd(*arguments, *rest, *NO_LISTS)
+    torch.library.opcheck(triton.layout_attention_fwd, (*arguments, *rest, *NO_LISTS))
     backward = (inputs.grad_out, inputs.grad_lse, *arguments, out, stats, *rest)
     torch.library.opcheck(triton.layout_attention_bwd, backward)

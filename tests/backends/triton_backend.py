@@ -17,8 +17,7 @@ from sega_cases import LISTS, NUMBERS
 from torch import Tensor
 
 from dense_attn import ddim_step, layout_attention, percentile_mask, sega_guidance
-from dense_attn._backends import table, triton
-from dense_attn.triton_kernels import reversible
+from dense_attn._backends import ops, raw_checks, table, triton
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -56,29 +55,18 @@ def test_the_table() -> None:
         percentile_mask(x.double(), 0.5, backend="triton")
 
 
-@pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
-def test_schemas_are_those_of_the_compiled_ops() -> None:
-    assert triton.SCHEMAS.keys() == raw.registered()
-    for name, schema in triton.SCHEMAS.items():
-        compiled = str(getattr(torch.ops.dense_attn, name).default._schema)
-        own = schema.replace(", Tensor? k_order=None", "").replace(", Tensor[]? lists=None", "")
-        assert f"dense_attn::{name}{own}" == compiled
-
-
 @pytest.mark.parametrize("modulation", ["range", "mask"])
 def test_layout_attention(modulation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both orders reach both launchers."""
+    """Both orders reach both ops."""
     orders = []
     for name in ("layout_attention_fwd", "layout_attention_bwd"):
-        launch = getattr(triton.layout_attention, name)
+        launch = getattr(triton, name)
 
         def spying(*arguments: object, launch: Callable = launch, q_at: int) -> object:
             orders.append(arguments[q_at : q_at + 2])
             return launch(*arguments)
 
-        monkeypatch.setattr(
-            triton.layout_attention, name, partial(spying, q_at=8 if "fwd" in name else 12)
-        )
+        monkeypatch.setattr(triton, name, partial(spying, q_at=8 if "fwd" in name else 12))
     inputs = make_inputs(ATTENTION, torch.float32)
     exact, plain = exact_and_plain(inputs, modulation=modulation)
     there = moved(inputs, DEVICE)
@@ -182,7 +170,7 @@ def test_what_left_the_grid_is_seen_at_the_end(monkeypatch: pytest.MonkeyPatch) 
     if INTERPRETED:
         with pytest.raises(RuntimeError, match=rule + r"4.6\S+ grid steps at step 1"):
             chain.sample(huge, x)
-    monkeypatch.setattr(reversible, "_refuse_off_grid", lambda *_: None)  # as on a GPU
+    monkeypatch.setattr(raw_checks, "on_the_grid", lambda *_: None)  # as on a GPU
     with pytest.raises(RuntimeError, match=rule + "latents that left it on the way"):
         chain.sample(huge, x)
 
@@ -239,7 +227,7 @@ def raw_calls() -> dict[str, tuple[tuple, dict]]:
 
 
 def test_every_op_has_a_raw_call() -> None:
-    assert raw_calls().keys() == triton.SCHEMAS.keys() - {raw.FWD, raw.BWD}
+    assert raw_calls().keys() == ops.OPS.keys() - {raw.FWD, raw.BWD, "tile_lists"}
 
 
 @pytest.mark.parametrize("name", raw_calls())

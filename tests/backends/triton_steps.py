@@ -1,8 +1,8 @@
-"""Triton kernels of semantic guidance and of reversible steps against the reference, on a GPU or
-interpreted.
+"""Triton's kernels of reversible steps against the reference, on a GPU or interpreted: the very
+bits.
 
-Run by test_interpreted, and by `make gpu`. All results have the reference's very bits; bfloat16 is
-an input only, because the interpreter cuts a float32 down to it where a GPU rounds.
+Run by test_interpreted, and by `make gpu`. bfloat16 is an input only, because the interpreter cuts
+a float32 down to it where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -12,185 +12,28 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import INTERPRETED
-from placed import Placed
+from placed import Placed, same
 from torch import Tensor
 
 from dense_attn import reference
+from dense_attn._backends import triton
 from dense_attn.triton_kernels import reversible as _reversible
-from dense_attn.triton_kernels import sega as _sega
-from dense_attn.triton_kernels.sega import selection
+from dense_attn.triton_kernels.reversible.grid import OFF_GRID
 
-reversible, sega = Placed(_reversible), Placed(_sega)
+launched = Placed(_reversible)  # without the checks of raw calls
+reversible = Placed(triton)
 
 DTYPES = (torch.float32, torch.float16, torch.float64)  # of results
 INPUTS = (*DTYPES, torch.bfloat16)
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
-LEVELS = (0.0, 1e-42, 0.123456, 0.5, 0.9, 1 - 2**-53, 1.0)
 SHAPES = ((), (1,), (2, 3, 17, 33), (0, 3))
 OFF_GRID_TEXT = (
     r"eps must be finite and keep the latents within the grid of 2\^50 steps, got \S+ steps"
 )
 
+# numpy's own
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(invalid value|overflow) encountered:RuntimeWarning"
-)  # numpy's own
-
-
-def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in one program, there by way of memory or not, or, however short, in several, each with
-    several tiles.
-    """
-    if form == "staged":
-        monkeypatch.setattr(_sega, "UNSTAGED", 0)
-        monkeypatch.setattr(_sega, "TILE", 64)
-    if form == "several":
-        monkeypatch.setattr(_sega, "LONGEST", 0)
-        monkeypatch.setattr(_sega, "TILE", 64)
-        monkeypatch.setattr(selection, "TILE", 64)
-        monkeypatch.setattr(selection, "SPAN", 128)
-        monkeypatch.setattr(selection, "MAX_PROGRAMS", 20)
-
-
-@pytest.fixture(params=("whole", "several"))
-def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(request.param, monkeypatch)
-
-
-staged_too = pytest.mark.parametrize("programs", ["whole", "staged", "several"], indirect=True)
-
-
-def same(got: object, expected: object) -> None:
-    """Equal bits, shapes and dtypes; one NaN is like another."""
-    for one, other in zip(
-        *((x,) if isinstance(x, Tensor) else x for x in (got, expected)), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def rows(values: str, dtype: torch.dtype) -> Tensor:
-    x = torch.randn(3, 140)
-    if values == "ties":
-        x = x.round()
-    elif values == "equal":
-        x = x[:, :1].expand(3, 140)
-    elif values == "denormal":
-        x = x * 1e-42
-    elif values == "not finite":
-        x[0, 5], x[1, 3], x[1, 4], x[2, 7:] = torch.nan, torch.inf, -torch.inf, torch.inf
-    elif values == "transposed":
-        x = torch.randn(140, 3).t()
-    elif values == "one":
-        x = x[:, :1]
-    return x.to(dtype)
-
-
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize(
-    "values", ["normal", "ties", "equal", "denormal", "not finite", "transposed", "one"]
 )
-def test_percentile_mask(values: str, dtype: torch.dtype, programs: None) -> None:
-    x = rows(values, dtype)
-    for level in LEVELS:
-        same(sega.percentile_mask(x, level), reference.percentile_mask(x, level))
-
-
-@pytest.mark.parametrize("level", [0.1, 0.3, 0.71])
-@pytest.mark.parametrize("num_rows", [0, 40])
-def test_interpolation(num_rows: int, level: float, programs: None) -> None:
-    """Between neighbours on either side of the middle, to the last bit."""
-    x = torch.randn(num_rows, 7)
-    same(sega.percentile_mask(x, level), reference.percentile_mask(x, level))
-
-
-def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them than one program adds up at a time, 16 of their counts and 256 of their
-    extremes.
-    """
-    for name, value in (("TILE", 16), ("SPAN", 16), ("MAX_PROGRAMS", 300)):
-        monkeypatch.setattr(selection, name, value)
-    monkeypatch.setattr(_sega, "LONGEST", 0)
-    x = torch.randn(1, 16 * 270 + 3)
-    same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
-
-
-@pytest.mark.parametrize("num_values", [1, 2, 4096, 2**24 + 2, 2**31 + 7])
-def test_ranks_of_float64_travel_in_float32(num_values: int) -> None:
-    """In pieces that it holds exactly, which together are the bits."""
-    pieces = torch.tensor(selection.ranks_of(LEVELS, num_values)).tolist()
-    bits = [int(high) << 44 | int(middle) << 22 | int(low) for high, middle, low in zip(*pieces)]
-    assert torch.tensor(bits).view(torch.float64).tolist() == [
-        level * (num_values - 1) for level in LEVELS
-    ] + [0.0]
-
-
-def test_offsets_beyond_int32_go_to_the_programs_that_have_int64() -> None:
-    row = (None, 0, 0, 0, 2**20)
-    assert selection.fits_one_program(4096, 2047, row, None)
-    assert not selection.fits_one_program(4096, 2048, row)
-    assert not selection.fits_one_program(2046, 2047, row)
-
-
-def guidance(
-    num_edits: int, dtype: torch.dtype, view: str = "contiguous", **change: object
-) -> tuple[list, dict]:
-    batch, channels, height, width = 1, 2, 9, 15
-    uncond, text, momentum = torch.randn(3, batch, channels, height, width).to(dtype)
-    edits = torch.randn(num_edits, batch, channels, height, width).to(dtype)
-    if view == "channels_last":
-        uncond, text = (x.contiguous(memory_format=torch.channels_last) for x in (uncond, text))
-        edits = edits.movedim(2, -1).contiguous().movedim(-1, 2)
-    ready = [e % 2 == 0 for e in range(num_edits)]
-    options = {
-        "guidance_scale": 7.5,
-        "edit_guidance_scale": [5.0, -3.0, 0.7, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5][:num_edits],
-        "edit_threshold": [0.9, 0.37, 0.95, 0.0, 1.0, 0.5, 0.6, 0.7, 0.8][:num_edits],
-        "weights": [1.0, 2.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.3][:num_edits],
-        "partials": [0.0] * num_edits,
-        "all_warm": True,
-        "reverse": [not one for one in ready],
-        "edit_momentum_scale": 0.3,
-        "edit_mom_beta": 0.4,
-        "user_mask": None,
-        "sum_channels": False,
-    }
-    if change.pop("warming", None):
-        weights = [0.25 * weight if one else 0.0 for weight, one in zip(options["weights"], ready)]
-        options |= {"partials": weights, "all_warm": False}
-    if change.pop("masked", None):
-        options["user_mask"] = torch.rand(num_edits, 1, 1, height, width).expand(edits.shape)
-    return [uncond, text, edits, momentum.float()], options | change
-
-
-SEGA_CASES = {
-    "one": (1, {}),
-    "warming": (3, {"warming": True}),
-    "cold": (3, {"all_warm": False}),
-    "masked": (3, {"masked": True}),
-    "summed": (3, {"sum_channels": True, "warming": True, "masked": True}),
-    "channels last": (3, {"view": "channels_last"}),
-    "two groups": (9, {"warming": True}),
-    "none": (0, {}),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", SEGA_CASES)
-@staged_too
-def test_sega_guidance(name: str, dtype: torch.dtype, programs: None) -> None:
-    num_edits, change = SEGA_CASES[name]
-    arguments, options = guidance(num_edits, dtype, **change)
-    same(sega.sega_guidance(*arguments, **options), reference.sega_guidance(*arguments, **options))
-
-
-@staged_too
-def test_sega_guidance_of_what_is_not_finite(programs: None) -> None:
-    """NaN keeps nothing of its row; an infinity times a weight of 0 is not added."""
-    arguments, options = guidance(3, torch.float32, weights=[1.0, 0.0, 1.0])
-    arguments[2][0, 0, 0, 3, 4], arguments[2][1, 0, 1, 2, 2] = torch.nan, torch.inf
-    got = sega.sega_guidance(*arguments, **options)
-    same(got, reference.sega_guidance(*arguments, **options))
-    assert got[0].isfinite().all()
-    assert got[2][0, 0, 0].isnan()
 
 
 def pair(
@@ -249,7 +92,7 @@ def test_exact_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
 
 
 def test_latents_are_rounded_by_way_of_float32() -> None:
-    """As torch does: just above the middle of two float16 neighbours, which in float32 is the
+    """torch does so: just above the middle of two float16 neighbours, which in float32 is the
     middle.
     """
     z = torch.tensor([2**40 + 2**29 + 1])
@@ -285,14 +128,12 @@ OFFENDERS = [  # z, eps, what becomes of z
         (-(2**50), -1.0, None),
     ),
     *((0, eps, None) for eps in (1e300, -1e300, -float("inf"), float("inf"), float("nan"))),
-    (reversible.OFF_GRID, -1.0, None),
+    (OFF_GRID, -1.0, None),
 ]
 
 
 @pytest.mark.parametrize(("z", "eps", "expected"), OFFENDERS)
-def test_the_edge_of_the_grid(
-    z: int, eps: float, expected: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None) -> None:
     arguments = (
         torch.tensor([5, z]),
         torch.tensor([0.0, eps], dtype=torch.float64),
@@ -306,21 +147,19 @@ def test_the_edge_of_the_grid(
     if INTERPRETED:  # a GPU's caller waits for no kernel
         with pytest.raises(RuntimeError, match=OFF_GRID_TEXT):
             reversible.exact_couple(*arguments)
-    monkeypatch.setattr(_reversible, "_refuse_off_grid", lambda *_: None)  # as on a GPU
-    moved, latent = reversible.exact_couple(*arguments)
-    assert moved.tolist() == [5, reversible.OFF_GRID]
+    moved, latent = launched.exact_couple(*arguments)  # as on a GPU
+    assert moved.tolist() == [5, OFF_GRID]
     assert latent.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("op", ["exact_mix", "exact_unmix"])
-def test_what_left_the_grid_stays_off_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_left_the_grid_stays_off_it(op: str) -> None:
     """Its partner follows, whatever the mix: the shear of a lost coordinate is no number."""
-    monkeypatch.setattr(_reversible, "_refuse_off_grid", lambda *_: None)
-    lost, good = torch.tensor([reversible.OFF_GRID, 3]), torch.tensor([7, 4])
-    x, y, latent = getattr(reversible, op)(
+    lost, good = torch.tensor([OFF_GRID, 3]), torch.tensor([7, 4])
+    x, y, latent = getattr(launched, op)(
         lost, good, None, 0.0, 0.999999, True, 1.0, False, torch.float32
     )
-    assert x[0] == y[0] == reversible.OFF_GRID
+    assert x[0] == y[0] == OFF_GRID
     assert latent.isnan().tolist() == [True, False]
 
 
@@ -358,15 +197,6 @@ REFUSALS: dict[str, tuple[Callable, str]] = {
         lambda: reversible.exact_couple(GRID, X, 1, 1, torch.int32),
         "dtype must be one of .*, got int32",
     ),
-    "float64": (
-        lambda: sega.percentile_mask(X.double(), 0.5),
-        "x must be one of float32, bfloat16, float16, got",
-    ),
-    "level": (lambda: sega.percentile_mask(X, float("nan")), "level must be from 0 to 1, got nan"),
-    "values": (
-        lambda: sega.percentile_mask(X[:, :0], 0.5),
-        r"x must have 2 dimensions and values in each row, got",
-    ),
 }
 
 
@@ -375,30 +205,3 @@ def test_refusals(name: str) -> None:
     call, message = REFUSALS[name]
     with pytest.raises(RuntimeError, match=message):
         call()
-
-
-SEGA_REFUSALS = {
-    "text": (1, lambda x: x[:, :1], "eps_text must have shape"),
-    "edits": (2, lambda x: x.half(), "eps_edits must be float32, got float16"),
-    "momentum": (3, lambda x: x.double(), "momentum must be float32, got float64"),
-    "axes": (
-        0,
-        lambda x: x.repeat(1, 1, 1, 2)[..., ::2].transpose(2, 3).contiguous().transpose(2, 3),
-        "collapse",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SEGA_REFUSALS)
-def test_sega_refusals(name: str) -> None:
-    index, change, message = SEGA_REFUSALS[name]
-    arguments, options = guidance(1, torch.float32)
-    arguments[index] = change(arguments[index])
-    with pytest.raises(RuntimeError, match=message):
-        sega.sega_guidance(*arguments, **options)
-
-
-def test_sega_refuses_lists_of_another_length() -> None:
-    arguments, options = guidance(2, torch.float32, partials=[0.0])
-    with pytest.raises(RuntimeError, match="partials must have 2 entries, got 1"):
-        sega.sega_guidance(*arguments, **options)

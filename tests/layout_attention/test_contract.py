@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 
 import pytest
-import raw
 import torch
 from cases import backends, why_skip
 from torch import Tensor
@@ -251,97 +250,3 @@ def test_an_order_that_is_no_permutation_never_harms(backend: str, argument: str
         assert all(
             f"{argument} must be a permutation of the tokens, got " in text for text in refusals
         )
-
-
-ROWS = (B, H, M)
-RAW = [] if why_skip("cpu") else [
-    (op, name)
-    for op in (raw.FWD, raw.BWD)
-    for name in raw.argument_names(op)
-    if name not in ("modulation", "scale")
-]  # fmt: skip
-
-
-def raw_arguments() -> raw.Arguments:
-    """Raw calls that are right in every respect."""
-    good = {
-        **arguments(),
-        "modulation": "range",
-        "scale": 0.3,
-        "q_order": torch.arange(M, dtype=torch.int32),
-    }
-    good["strength"] = good["strength"].expand(ROWS)
-    return raw.with_saved(good, grad_out=torch.randn(B, H, M, D), grad_lse=torch.randn(ROWS))
-
-
-def spoiled(good: Tensor, argument: str) -> list[Tensor]:
-    """Wrong ranks, lengths, dtypes, devices and layouts of a tensor argument."""
-    wrong = [good[None, None, None], good[..., 0], good.new_zeros(0), good.new_zeros(())]
-    wrong += [
-        good.new_zeros(*good.shape[:-1], good.shape[-1] + 3),
-        good.new_zeros(3, *good.shape[1:]),
-    ]
-    wrong += [
-        good.to(dtype)
-        for dtype in (torch.float64, torch.int64, torch.bool, torch.float16, torch.complex64)
-    ]
-    wrong += [good.to("meta"), good.to_sparse()]
-    if good.is_floating_point() and good.dim() == 4:  # the last axis not contiguous
-        wrong.append(good.new_zeros(*good.shape[:-1], 2 * good.shape[-1])[..., ::2])
-    if argument == "q_order":  # no permutations
-        wrong += [good * 0, good + 1, good - 1, good * 2**30]
-    return wrong
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize(("op", "argument"), RAW)
-def test_raw_calls_refuse(op: str, argument: str) -> None:
-    good = raw_arguments()
-    raw.call(op, good)
-    before = {name: x.clone() for name, x in good.items() if isinstance(x, Tensor)}
-    for value in spoiled(good[argument], argument):
-        with pytest.raises(RuntimeError) as refusal:
-            raw.call(op, {**good, argument: value})
-        if value.layout == torch.strided:
-            assert re.match(r"(\w+, \S+, )?[a-z_]+ must .+, got .+", str(refusal.value)), (
-                refusal.value
-            )
-    assert all(torch.equal(good[name], x) for name, x in before.items())
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("op", [raw.FWD, raw.BWD])
-def test_raw_calls_refuse_options(op: str) -> None:
-    good = raw_arguments()
-    for change in (
-        {"modulation": ""},
-        {"modulation": "rangee"},
-        {"scale": float("nan")},
-        {"scale": float("inf")},
-    ):
-        if change.keys() <= set(raw.argument_names(op)):
-            with pytest.raises(RuntimeError, match=r"(modulation|scale) must .+, got "):
-                raw.call(op, {**good, **change})
-
-
-@needs_cpu_kernels
-def test_a_raw_call_refuses_a_wide_head() -> None:
-    wide = torch.randn(B, H, M, 257)
-    good = {**raw_arguments(), "q": wide, "k": wide, "v": wide, "k_regions": words(M)}
-    with pytest.raises(RuntimeError, match="q must have a head dim of 1 to 256, got 257"):
-        raw.call(raw.FWD, good)
-
-
-@needs_cpu_kernels
-def test_saved_tensors_from_elsewhere_never_harm() -> None:
-    """Numbers that no forward call wrote: the results are anyone's guess, but every read stays
-    inside.
-    """
-    good = raw_arguments()
-    saved = [
-        name
-        for name in raw.argument_names(raw.BWD)
-        if name in ("out", "lse", "stats", "row_max", "row_min")
-    ]
-    for value in (torch.nan, torch.inf, -torch.inf, -1.0, 1e30, 3e9, float(N)):
-        raw.call(raw.BWD, {**good, **{name: torch.full_like(good[name], value) for name in saved}})

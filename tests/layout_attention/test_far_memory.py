@@ -61,14 +61,17 @@ def test_layout_attention(dim: int, modulation: str, backend: str) -> None:
 def test_one_step_of_the_others(backend: str) -> None:
     near = list(torch.randn(4, 2, 4, 6, 5).bfloat16())
     apart = [far(x, 0, place) for place, x in enumerate(near)]
-    options = {"guidance_scale": 7.5, "edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0,
-               "warm": [True], "enabled": [True], "reverse": [False], "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4,
-               "backend": backend}  # fmt: skip
+    options = {"edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0}
+    options |= {"warm": [True], "enabled": [True], "reverse": [False], "backend": backend}
+    options |= {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
     results = []
     for x, text, edit, momentum in (near, apart):
-        results.append((
-            *percentile_mask(x, 0.7, backend=backend),
-            *sega_guidance(x, text, edit[None], momentum, **options),
-            ddim_step(x, text, 0.5, 0.6, eps_uncond=edit, guidance_scale=3.0, backend=backend),
-        ))  # fmt: skip
+        guided = {"eps_uncond": edit, "guidance_scale": 3.0, "backend": backend}
+        results.append(
+            (
+                *percentile_mask(x, 0.7, backend=backend),
+                *sega_guidance(x, text, edit[None], momentum, **options),
+                ddim_step(x, text, 0.5, 0.6, **guided),
+            )
+        )
     assert all(map(torch.equal, *results))

@@ -38,7 +38,9 @@ def raw_arguments(
         "modulation": modulation,
         "scale": 0.25,
     }
-    arguments["q_order"] = torch.randperm(x.q.shape[2]).int() if ordered else None
+    arguments |= dict.fromkeys(("tiles", "counts", "k_words"))
+    for name, tokens in (("q_order", x.q), ("k_order", x.k)):
+        arguments[name] = torch.randperm(tokens.shape[2]).int() if ordered else None
     return raw.with_saved(arguments, grad_out=x.grad_out, grad_lse=x.grad_lse if ordered else None)
 
 

@@ -90,12 +90,8 @@ def test_area_counts_pixels_at_the_resolution_asked_for() -> None:
     assert Layout(masks).area(4, 4)[0] == 1 / 16
     assert Layout(masks).area(2, 2).tolist() == [0.25, 0, 0, 0]
     masks[0, 0, 0], masks[0, 1, 1] = False, True
-    assert Layout(masks).area(2, 2).tolist() == [
-        0.25,
-        0,
-        0,
-        0,
-    ]  # no nearest pixel, but one in the cell
+    # No nearest pixel, but one in the cell.
+    assert Layout(masks).area(2, 2).tolist() == [0.25, 0, 0, 0]
 
 
 def test_strength_is_the_formula() -> None:
@@ -104,10 +100,8 @@ def test_strength_is_the_formula() -> None:
     strength = layout.strength(1, 2, weight=0.3, time=0.9, exponent=2, size_weight=0.5)
     assert strength.dtype == torch.float32
     torch.testing.assert_close(strength, torch.tensor([left, right]))
-    by_default = layout.strength(1, 2, weight=1.0, time=0.5)
-    torch.testing.assert_close(
-        by_default, 0.5**5 * (1 - torch.tensor([1.5, 1.0]))
-    )  # below 0 where masks overlap
+    by_default = layout.strength(1, 2, weight=1.0, time=0.5)  # below 0 where masks overlap
+    torch.testing.assert_close(by_default, 0.5**5 * (1 - torch.tensor([1.5, 1.0])))
 
 
 @settings(max_examples=30, deadline=None)
@@ -123,7 +117,7 @@ def test_order_is_the_permutation_that_sorts_words_and_keeps_raster_order_within
 
 
 def test_order_leaves_few_mixed_tiles() -> None:
-    """What the order is for: 128 x 64 tiles of one kind; the bound is far below the raster's and
+    """The order is for this: 128 x 64 tiles of one kind; the bound is far below the raster's and
     above the order's.
     """
     layout = load_scene().layout
@@ -230,10 +224,8 @@ def test_the_layout_keeps_a_copy() -> None:
 def test_to_moves_what_is_made() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layout = Layout(HALVES, [(0, 1), None]).to(device)
-    made = (
-        layout.query_regions(2, 2), layout.token_regions(3), layout.order(2, 2), layout.area(2, 2),
-        layout.strength(2, 2, weight=1.0, time=1.0),
-    )  # fmt: skip
+    made = [layout.query_regions(2, 2), layout.token_regions(3), layout.order(2, 2)]
+    made += [layout.area(2, 2), layout.strength(2, 2, weight=1.0, time=1.0)]
     assert {x.device.type for x in made} == {device}
     assert layout.spans == ((0, 1), None)
     assert made[0].tolist() == [1, 2, 1, 2]

@@ -34,7 +34,7 @@ def few_pixels(draw: st.DrawFn) -> Tensor:
 
 
 def regions_of(layout: Layout, height: int, width: int) -> Tensor:
-    """What the words say: bool [R, height, width]."""
+    """The masks that words say: bool [R, height, width]."""
     words = layout.query_regions(height, width).view(height, width)
     return torch.stack([(words >> r) & 1 == 1 for r in range(len(layout))])
 

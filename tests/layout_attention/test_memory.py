@@ -18,19 +18,22 @@ PROGRAM = """
 import re, sys, torch
 from pathlib import Path
 from dense_attn import layout_attention
-backend, seqlen_q, seqlen_k, head_dim, modulation, gradients = sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:]
+backend, modulation, gradients = sys.argv[1], *sys.argv[5:]
+seqlen_q, seqlen_k, head_dim = map(int, sys.argv[2:5])
 torch.set_num_threads(2)
 q, k, v = (torch.randn(1, 1, n, head_dim) for n in (seqlen_q, seqlen_k, seqlen_k))
 words = [torch.arange(n, dtype=torch.int32) * 5 // n + 1 for n in (seqlen_q, seqlen_k)]
 grad = torch.randn_like(q)
 def megabytes(field):
-    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) / 1024
 def call(q, k, v, words, grad):
     q, k, v = (x.detach().requires_grad_(gradients == "yes") for x in (q, k, v))
     out = layout_attention(q, k, v, *words, 0.5, modulation=modulation, backend=backend)
     if gradients == "yes":
         out.backward(grad)
-call(*(x[:, :, :9] for x in (q, k, v)), [x[:9] for x in words], grad[:, :, :9])  # loads what it loads
+few = [x[:, :, :9] for x in (q, k, v)]
+call(*few, [x[:9] for x in words], grad[:, :, :9])  # loads what it loads
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = megabytes("VmRSS")
 call(q, k, v, words, grad)

@@ -109,9 +109,15 @@ def test_a_mask_is_where_an_image_is_light_and_opaque(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1", "I;16"])
 def test_files_with_transparency(mode: str, tmp_path: Path) -> None:
-    """As PNG has it: a channel, or one entry, value or colour of the file, which is light here."""
-    image = {"P": of_palette([255] * 6), "L": grey(250, 255), "RGB": Image.merge("RGB", [grey(250, 255)] * 3),
-             "1": grey(0, 255).convert("1"), "I;16": grey(65000, 65535, "uint16")}.get(mode)  # fmt: skip
+    """PNG has these: a channel, or one entry, value or colour of the file, which is light here."""
+    images = {
+        "P": of_palette([255] * 6),
+        "L": grey(250, 255),
+        "RGB": Image.merge("RGB", [grey(250, 255)] * 3),
+        "1": grey(0, 255).convert("1"),
+        "I;16": grey(65000, 65535, "uint16"),
+    }
+    image = images.get(mode)
     if image is None:
         with_alpha(WHITE.convert(mode.removesuffix("A"))).save(tmp_path / "mask.png")
     else:

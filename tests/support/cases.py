@@ -19,9 +19,8 @@ from dense_attn._backends import table, triton
 
 MODULATIONS = ("range", "max", "bias", "mask")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NARROW = DTYPES[
-    :3
-]  # where the reference in float64 is exact; against itself it is not, nor are some sums reordered
+# Where the reference in float64 is exact; against itself it is not, nor are some sums reordered.
+NARROW = DTYPES[:3]
 DEVICES = {backend: table.device_of(backend) for backend in ("reference", "cpu", "triton", "cuda")}
 INTERPRETED = triton.LOAD_ERROR is None and triton.DEVICE == "cpu"
 TIED = ("equal", "zero", "ties")
@@ -31,9 +30,7 @@ REAL_LAYOUTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "layout
 
 @dataclass(frozen=True)
 class Case:
-    """What a case changes in an ordinary call: small, odd sizes, overlapping regions, one strength
-    per row.
-    """
+    """A call's differences from an ordinary one: small, odd sizes, overlapping regions."""
 
     name: str
     size: tuple[int, int, int, int, int] = (2, 2, 37, 53, 40)  # B, H, M, N, D
@@ -66,22 +63,21 @@ class Inputs:
     tied: bool = False  # equal scores, whose first key must stay the first
 
 
+ONLY_RANGE = ("range",)
 HEAD_DIMS = (8, 40, 41, 64, 80, 96, 128, 160, 256)
 CASES = (
     *(Case(f"head-dim-{d}", (1, 2, 50, 70, d), core=d in (40, 41, 64, 128)) for d in HEAD_DIMS),
-    Case(
-        "head-dim-1", (1, 2, 50, 70, 1), dtypes=NARROW
-    ),  # scores of one product are exact, and the reference with them
-    # Rows and keys around the kernels' tiles: 16, 32 and 48 rows, 8 keys, chunks of some thousand
-    # keys.
+    # Scores of one product are exact, and the reference with them.
+    Case("head-dim-1", (1, 2, 50, 70, 1), dtypes=NARROW),
+    # Rows and keys around the kernels' tiles: 16, 32 and 48 rows, 8 keys, some thousand keys.
     Case("one-query", (2, 8, 1, 53, 40)),
     # A single key weighs 1 whatever its score: gradients of the output are 0, nothing to measure a
     # rounding by.
     Case("one-key", (2, 2, 37, 1, 40), through="lse", modulations=MODULATIONS[1:], dtypes=NARROW),
-    Case("one-key-range", (2, 2, 37, 1, 40), through="none", modulations=("range",), dtypes=NARROW),
+    Case("one-key-range", (2, 2, 37, 1, 40), through="none", modulations=ONLY_RANGE, dtypes=NARROW),
     Case("one-by-one", (1, 1, 1, 1, 1), through="lse", modulations=MODULATIONS[1:], dtypes=NARROW),
     Case(
-        "one-by-one-range", (1, 1, 1, 1, 1), through="none", modulations=("range",), dtypes=NARROW
+        "one-by-one-range", (1, 1, 1, 1, 1), through="none", modulations=ONLY_RANGE, dtypes=NARROW
     ),
     Case("two-keys", (2, 2, 37, 2, 40)),
     Case("full-tiles", (1, 2, 96, 64, 64)),
@@ -112,9 +108,8 @@ CASES = (
     Case("broadcast-batch", view="broadcast-batch"),
     Case("broadcast-heads", view="broadcast-heads"),
     Case("broadcast-queries", view="broadcast-queries"),
-    Case(
-        "broadcast-tokens", view="broadcast-tokens", through="none"
-    ),  # gradients of equal keys and values are 0
+    # Gradients of equal keys and values are 0.
+    Case("broadcast-tokens", view="broadcast-tokens", through="none"),
     Case("words-per-sample", words="per-sample", core=True),
     Case("words-of-one-sample", words="one-sample"),
     Case("words-strided", words="strided"),
@@ -137,9 +132,8 @@ CASES = (
     Case("nan-in-v", values="nan-in-v", through="none", modulations=("range", "max", "bias")),
     Case("inf-in-q", values="inf-in-q", through="none"),
     Case("inf-in-k", values="inf-in-k", through="none"),  # scores of -inf leave finite rows
-    Case(
-        "low-scores", (1, 2, 17, 23, 64), values="low"
-    ),  # so low that a score of 0 beside them would overflow
+    # So low that a score of 0 beside them would overflow.
+    Case("low-scores", (1, 2, 17, 23, 64), values="low"),
     Case("scale", scale=-0.7),
     Case("ordered", ordered=True, core=True),
     Case("ordered-in-runs", (1, 2, 200, 180, 40), words="runs", ordered=True),
@@ -168,9 +162,7 @@ def why_skip(
 
 
 def backends(*names: str) -> list:
-    """Parameters for a test of these backends, or of all; those that are not here are skipped with
-    their reason.
-    """
+    """Parameters of these backends, or of all; skipped with their reason where they are absent."""
     params = []
     for backend in names or DEVICES:
         reason = why_skip(backend)
@@ -182,7 +174,7 @@ def backends(*names: str) -> list:
 
 
 def moved(inputs: Inputs, device: str) -> Inputs:
-    """The same inputs on a device, with their strides, overlaps, offsets and lazy minus."""
+    """The inputs on a device, with their strides, overlaps, offsets and lazy minus."""
     values = {one.name: getattr(inputs, one.name) for one in fields(inputs)}
     there = {name: copied(x, device) for name, x in values.items() if isinstance(x, Tensor)}
     return replace(
@@ -222,18 +214,8 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     if case.view == "expanded-gradient":  # as sum().backward() makes it
         grad_out = torch.tensor(0.7, dtype=dtype).expand(q.shape)
     orders = {"q_order": _order(q_regions), "k_order": _order(k_regions)} if case.ordered else {}
-    return Inputs(
-        q,
-        k,
-        v,
-        q_regions,
-        k_regions,
-        strength,
-        grad_out,
-        grad_lse.to(wide),
-        orders,
-        case.values in TIED,
-    )
+    words, grads = (q_regions, k_regions), (grad_out, grad_lse.to(wide))
+    return Inputs(q, k, v, *words, strength, *grads, orders, case.values in TIED)
 
 
 def _values(
@@ -321,9 +303,7 @@ def _view(view: str, x: Tensor) -> Tensor:
         return x.repeat_interleave(2, 2)[:, :, ::2]
     if view == "unaligned":
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    if (
-        view == "sliding-windows"
-    ):  # token i + 1 begins one element after token i: rows overlap in memory
+    if view == "sliding-windows":  # token i + 1 begins one element after token i: rows overlap
         flat = torch.cat([x.flatten(), x.new_zeros(x.shape[3])])
         return flat.as_strided(x.shape, (*x.stride()[:2], 1, 1))
     if view == "negated":  # a lazy minus, as the imaginary part of a conjugate has it

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from cases import copied
 from torch import Tensor
 
@@ -34,3 +35,11 @@ def _placed(op: object) -> object:
 
 def _there(x: object) -> object:
     return copied(x, triton.DEVICE) if isinstance(x, Tensor) else x
+
+
+def same(got: object, expected: object) -> None:
+    """Equal bits, shapes and dtypes; one NaN is like another."""
+    for one, other in zip(
+        *((x,) if isinstance(x, Tensor) else x for x in (got, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

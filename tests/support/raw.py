@@ -5,18 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dense_attn._backends import cpu, ops
+
 Arguments = dict[str, object]
 FWD, BWD = "layout_attention_fwd", "layout_attention_bwd"
 
 
 def registered() -> set[str]:
-    """Names of all ops of the library that take tensors."""
-    names = (
-        name.split("::")[1]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("dense_attn::")
-    )
-    return {name.split(".")[0] for name in names} - {"cpu_isa"}
+    """Names of the ops that the compiled library has kernels of."""
+    return set() if cpu.LOAD_ERROR is not None else ops.OPS.keys() - cpu.NO_KERNELS
 
 
 def _op(name: str) -> torch._ops.OpOverload:

@@ -17,6 +17,7 @@ PACKAGES = {  # where the modules of a package lie, the longest name first
 }
 ARROWS: dict[str, set[str]] = {  # what each family of modules may import; no other arrow exists
     "_checks": set(),
+    "_dtypes": set(),
     "_environment": set(),
     "_files": set(),
     "_kernel_hashes": set(),
@@ -24,10 +25,10 @@ ARROWS: dict[str, set[str]] = {  # what each family of modules may import; no ot
     "_progress": set(),
     "_pixels": {"_checks"},
     "_tuned": {"_environment", "_files"},
-    "reference": set(),
-    "triton_kernels": {"_checks"},
-    "_backends": {"_checks", "_environment", "_tuned", "reference", "triton_kernels"},
-    "layout_attention": {"_backends", "_checks", "_memory", "reference"},
+    "reference": {"_dtypes"},
+    "triton_kernels": set(),
+    "_backends": {"_checks", "_dtypes", "_environment", "_tuned", "reference", "triton_kernels"},
+    "layout_attention": {"_backends", "_checks", "_dtypes", "_memory"},
     "sega": {"_backends", "_checks", "_memory", "reference"},
     "reversible": {"_backends", "_checks", "_memory", "_progress", "reference"},
     "optimize": {"_checks", "_progress", "reversible"},

@@ -6,30 +6,25 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
-from dense_attn.triton_kernels.layout_attention.bwd import (
-    layout_attention_bwd_kv_kernel,
-    layout_attention_bwd_q_kernel,
-)
-from dense_attn.triton_kernels.layout_attention.fwd import (
-    layout_attention_fwd_kernel,
-    layout_attention_row_fwd_kernel,
-)
+from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
+from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
+from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel
+from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
+from dense_attn.triton_kernels.layout_attention.row_fwd import layout_attention_row_fwd_kernel
 from dense_attn.triton_kernels.layout_attention.tiles import tile_lists_kernel, word_bounds_kernel
 
-STATS = 4  # numbers a row that the backward pass takes from the forward pass
-NUMBERS = 8  # numbers a row that its second pass takes from its first
+_GRAIN, _ONE = tl.constexpr(configs.GRAIN), tl.constexpr(1)
 
 
 class TileLists(NamedTuple):
-    """Of each tile of query rows: its key tiles by kind, for one size of tile."""
+    """The key tiles of each tile of query rows by kind, for one size of tile."""
 
-    # int32 [B|1, query tiles, 2, key tiles]: matched from the left, unmatched from the right; in
-    # doubt
+    # int32 [B|1, query tiles, 2, key tiles]: matched from the left and unmatched from the right; in
+    # doubt.
     tiles: Tensor
     counts: Tensor  # int32 [B|1, query tiles, 3]: matched, in doubt, unmatched
     k_words: Tensor  # int32 [B|1, keys]: their words as they are visited
@@ -54,10 +49,10 @@ def tile_lists(
     counts = q_bounds.new_empty((batch, query_tiles, 3))
     if batch * query_tiles * key_tiles == 0:
         return TileLists(tiles, counts.zero_(), k_words)
-    tile_lists_kernel[(batch * query_tiles,)](
-        _tokens(q_bounds), _tokens(k_bounds), tiles, counts, query_tiles, key_tiles, k_regions.shape[-1],
-        BLOCK_N=block_n, KEY_TILES=triton.next_power_of_2(key_tiles),
-    )  # fmt: skip
+    sizes = (query_tiles, key_tiles, k_regions.shape[-1])
+    options = {"BLOCK_N": block_n, "KEY_TILES": configs.next_power_of_2(key_tiles)}
+    bounds = (_tokens(q_bounds), _tokens(k_bounds))
+    tile_lists_kernel[(batch * query_tiles,)](*bounds, tiles, counts, *sizes, **options)
     return TileLists(tiles, counts, k_words)
 
 
@@ -88,24 +83,21 @@ def layout_attention_fwd(
     config = config or fwd_config(q, k)
     results, numbers = (_rows(out), lse, stats), (num_heads, seqlen_q, seqlen_k, abs(scale))
     constants = _constants(q, modulation, scale)
-    grid = (batch * num_heads * triton.cdiv(seqlen_q, config.BLOCK_M),)
-    inputs = _rows(q), _rows(k), _rows(v), _tokens(q_regions)
+    grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
+    inputs, strengths = (_rows(q), _rows(k), _rows(v), _tokens(q_regions)), _rows(strength)
     if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
-        layout_attention_row_fwd_kernel[grid](
-            *inputs, _tokens(k_regions), _rows(strength), *results, *numbers, **constants, **config.launch
-        )  # fmt: skip
+        tensors = (*inputs, _tokens(k_regions), strengths, *results)
+        layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
         return out, lse, stats
     if lists is None:
         lists = tile_lists(q_regions, k_regions, q_order, k_order, config.BLOCK_M, config.BLOCK_N)
     parked = None
     if config.parks and modulation != "mask":
-        parked = q.new_empty(
-            (*q.shape[:3], constants["PART_0"] + constants["PART_1"]), dtype=torch.float32
-        )
-    layout_attention_fwd_kernel[grid](
-        *inputs, _tokens(q_order), _tokens(k_order), _rows(strength), *map(_tokens, lists),
-        *results, parked, *numbers, **constants, **config.launch,
-    )  # fmt: skip
+        columns = constants["PART_0"] + constants["PART_1"]
+        parked = q.new_empty((*q.shape[:3], columns), dtype=torch.float32)
+    visits = (_tokens(q_order), _tokens(k_order), strengths, *map(_tokens, lists))
+    tensors = (*inputs, *visits, *results, parked)
+    layout_attention_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
     return out, lse, stats
 
 
@@ -135,45 +127,51 @@ def layout_attention_bwd(
     if modulation != "mask":
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
     words, orders = (_tokens(q_regions), _tokens(k_regions)), (_tokens(q_order), _tokens(k_order))
-    numbers = q.new_empty((*q.shape[:3], NUMBERS), dtype=torch.float32)
-    places = q.new_empty((*q.shape[:3], 2), dtype=torch.int32)
+    rows = (batch, num_heads, seqlen_q)
+    numbers = torch.empty((*rows, NUMBERS), dtype=torch.float32, device=q.device)
+    places = torch.empty((*rows, PLACES), dtype=torch.int32, device=q.device)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
-    inputs = _rows(q), _rows(k), _rows(v), *words, *orders
+    inputs, grad_rows = (_rows(q), _rows(k), _rows(v), *words, *orders), _rows(grad_out)
     constants = _constants(q, modulation, scale)
     by_query, by_key = config or bwd_config(q, k)
-    lists = _mask_lists(
-        modulation, q_regions, k_regions, q_order, k_order, by_query.BLOCK_M, by_query.BLOCK_N
+    lists = (None, None)
+    if modulation == "mask":
+        tokens = (q_regions, k_regions, q_order, k_order)
+        lists = _mask_lists(*tokens, by_query.BLOCK_M, by_query.BLOCK_N)
+    saved = (_rows(strength), _rows(out), stats)
+    results = (_rows(dq), dstrength, numbers, places)
+    grads_of = (grad_rows, None if grad_lse is None else _rows(grad_lse))
+    layout_attention_bwd_q_kernel[(batch * num_heads * -(-seqlen_q // by_query.BLOCK_M),)](
+        *grads_of, *inputs, *saved, *lists, *results, *sizes, **constants, **by_query.launch
     )
-    layout_attention_bwd_q_kernel[(batch * num_heads * triton.cdiv(seqlen_q, by_query.BLOCK_M),)](
-        _rows(grad_out), None if grad_lse is None else _rows(grad_lse), *inputs, _rows(strength), _rows(out), stats,
-        *lists, _rows(dq), dstrength, numbers, places, *sizes, **constants, **by_query.launch,
-    )  # fmt: skip
-    lists = _mask_lists(
-        modulation, k_regions, q_regions, k_order, q_order, by_key.BLOCK_N, by_key.BLOCK_M
+    if modulation == "mask":
+        tokens = (k_regions, q_regions, k_order, q_order)
+        lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M)
+    results = (numbers, places, *lists, _rows(dk), _rows(dv))
+    layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
+        grad_rows, *inputs, *results, *sizes, **constants, **by_key.launch
     )
-    layout_attention_bwd_kv_kernel[(batch * num_heads * triton.cdiv(seqlen_k, by_key.BLOCK_N),)](
-        _rows(grad_out), *inputs, numbers, places, *lists,
-        _rows(dk), _rows(dv), *sizes, **constants, **by_key.launch,
-    )  # fmt: skip
     return grads
 
 
 def _mask_lists(
-    modulation: str, rows: Tensor, columns: Tensor, row_order: Tensor | None, column_order: Tensor | None,
-    block_rows: int, block_columns: int,
-) -> tuple[tuple | None, tuple | None]:  # fmt: skip
-    """Lists as the backward kernels take them, for the modulation that visits matched tiles
-    alone.
-    """
-    if modulation != "mask":
-        return None, None
+    rows: Tensor,
+    columns: Tensor,
+    row_order: Tensor | None,
+    column_order: Tensor | None,
+    block_rows: int,
+    block_columns: int,
+) -> tuple[tuple, tuple]:
+    """Lists as the backward kernels take them for "mask", which visits matched tiles alone."""
     lists = tile_lists(rows, columns, row_order, column_order, block_rows, block_columns)
     return _tokens(lists.tiles), _tokens(lists.counts)
 
 
 def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unwritten (dq, dk, dv, dstrength)."""
-    return *(empty_rows_like(x) for x in (q, k, v)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    batch, num_heads, seqlen_q, _ = q.shape
+    dstrength = torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=q.device)
+    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v), dstrength
 
 
 def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
@@ -238,25 +236,27 @@ def _bwd_launch(q: Tensor, k: Tensor, pair: Callable[[configs.Config], tuple]) -
     return lambda config: lambda: layout_attention_bwd(*arguments, config=pair(config))
 
 
+def fwd_tiles(q: Tensor, k: Tensor) -> configs.Config | None:
+    """The configuration of a forward call in tiles; None where a row of scores is one tile."""
+    kind = configs.architecture(q.device), configs.precision(q)
+    if k.shape[2] == 0 or configs.row_at_once(*kind, k.shape[2]):
+        return None
+    return fwd_config(q, k)
+
+
 def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
     """Rows and keys of a forward call's tiles, which lists made beforehand must share; None where
     it has no tiles.
     """
-    if k.shape[2] == 0 or configs.row_at_once(
-        configs.architecture(q.device), configs.precision(q), k.shape[2]
-    ):
-        return None
-    config = fwd_config(q, k)
-    return config.BLOCK_M, config.BLOCK_N
+    config = fwd_tiles(q, k)
+    return None if config is None else (config.BLOCK_M, config.BLOCK_N)
 
 
 def fwd_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten (out, lse, stats)."""
-    rows = q.shape[:3]
-    lse, stats = (
-        q.new_empty(rows, dtype=torch.float32),
-        q.new_empty((*rows, STATS), dtype=torch.float32),
-    )
+    batch, num_heads, seqlen_q, _ = q.shape
+    rows, options = (batch, num_heads, seqlen_q), {"dtype": torch.float32, "device": q.device}
+    lse, stats = torch.empty(rows, **options), torch.empty((*rows, STATS), **options)
     return empty_rows_like(q), lse, stats
 
 
@@ -273,7 +273,7 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
     2].
     """
     samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
-    tiles = triton.cdiv(words.shape[-1], block)
+    tiles = -(-words.shape[-1] // block)
     visited, bounds = (
         words.new_empty((samples, words.shape[-1])),
         words.new_empty((samples, tiles, 2)),
@@ -285,7 +285,7 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
 
 
 def _constants(q: Tensor, modulation: str, scale: float) -> dict[str, object]:
-    """What the kernels are compiled for beside the tile."""
+    """The constants that the kernels are compiled for beside the tile."""
     first, second = configs.head_parts(q.shape[3])
     return {
         "MODULATION": modulation,
@@ -301,9 +301,12 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
     """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's
     left out.
     """
-    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape)]
-    grain = configs.GRAIN if all(stride % configs.GRAIN == 0 for stride in strides) else 1
-    return x, *(stride // grain for stride in strides), tl.constexpr(grain)
+    batch, num_heads, tokens = x.shape[:3]
+    a, b, c = x.stride()[:3]
+    a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
+    if (a | b | c) % configs.GRAIN == 0:  # a power of two
+        return x, a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
+    return x, a, b, c, _ONE
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor, int, int] | None:

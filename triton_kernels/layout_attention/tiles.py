@@ -10,9 +10,7 @@ from dense_attn.triton_kernels.primitives import tokens_at, words_at
 
 @triton.jit
 def word_bounds_kernel(words, order, visited_ptr, bounds_ptr, seqlen, BLOCK: tl.constexpr):
-    """Of one tile of tokens: its words as visited [B|1, tokens], and their or and and [B|1, tiles,
-    2].
-    """
+    """One tile of tokens: its words as visited [B|1, tokens], and their bounds [B|1, tiles, 2]."""
     tiles = tl.cdiv(seqlen, BLOCK)
     index = tl.program_id(0).to(tl.int64)
     batch, tile = index // tiles, (index % tiles).to(tl.int32)
@@ -30,9 +28,16 @@ def word_bounds_kernel(words, order, visited_ptr, bounds_ptr, seqlen, BLOCK: tl.
 
 @triton.jit
 def tile_lists_kernel(
-    q_bounds, k_bounds, tiles_ptr, counts_ptr, query_tiles, key_tiles, seqlen_k,
-    BLOCK_N: tl.constexpr, KEY_TILES: tl.constexpr,
-):  # fmt: skip
+    q_bounds,
+    k_bounds,
+    tiles_ptr,
+    counts_ptr,
+    query_tiles,
+    key_tiles,
+    seqlen_k,
+    BLOCK_N: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+):
     """One tile of query rows: its wholly matched key tiles, those in doubt, and its wholly
     unmatched ones.
     """
@@ -44,16 +49,13 @@ def tile_lists_kernel(
     exist = key_tile < key_tiles
     at = k_bounds[0] + batch * k_bounds[1] + key_tile * 2
     k_some, k_every = tl.load(at, mask=exist, other=0), tl.load(at + 1, mask=exist, other=0)
-    whole = exist & (
-        (key_tile + 1) * BLOCK_N <= seqlen_k
-    )  # the tile that the keys end in is tested key by key
+    # The tile that the keys end in is tested key by key.
+    whole = exist & ((key_tile + 1) * BLOCK_N <= seqlen_k)
     matched = whole & ((q_every & k_every) != 0)
     others = whole & ((q_some & k_some) == 0)
     mixed = exist & ~matched & ~others
-    place_in, place_mixed = (
-        tl.cumsum(matched.to(tl.int32), 0) - 1,
-        tl.cumsum(mixed.to(tl.int32), 0) - 1,
-    )
+    place_in = tl.cumsum(matched.to(tl.int32), 0) - 1
+    place_mixed = tl.cumsum(mixed.to(tl.int32), 0) - 1
     place_out = tl.cumsum(others.to(tl.int32), 0)
     listed = tiles_ptr + index * (2 * key_tiles)
     tl.store(listed + place_in, key_tile, mask=matched)
@@ -62,3 +64,27 @@ def tile_lists_kernel(
     tl.store(counts_ptr + index * 3, tl.sum(matched.to(tl.int32), 0))
     tl.store(counts_ptr + index * 3 + 1, tl.sum(mixed.to(tl.int32), 0))
     tl.store(counts_ptr + index * 3 + 2, tl.sum(others.to(tl.int32), 0))
+
+
+@triton.jit
+def tile_at(listed, tiles_listed, place, num_whole, tiles):
+    """Tile at a place of a list, matched ones first; without a list, the place."""
+    tile = place
+    if tiles is not None:
+        tile = tl.load(listed + place + tl.where(place < num_whole, 0, tiles_listed - num_whole))
+    return tile
+
+
+@triton.jit
+def listed_tiles(tiles, counts, batch, tile, num_tiles):
+    """(list, its wholly matched tiles, all tiles to visit) of one tile; every tile where there is
+    no list.
+    """
+    listed, num_whole, count = tile, 0, num_tiles
+    if tiles is not None:
+        # A size of 1 is no tensor, hence the cast.
+        listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * num_tiles, tl.int64)
+        at = counts[0] + batch * counts[1] + tile * 3
+        num_whole = tl.load(at)
+        count = num_whole + tl.load(at + 1)
+    return listed, num_whole, count

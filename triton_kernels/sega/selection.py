@@ -1,8 +1,5 @@
 """Exact quantiles: non-negative floats order like their bits, so bits of the answer are found by
 counting.
-
-A row of magnitudes is |edits|, or |(edits - uncond)*scale| where there is an uncond, or the sum of
-those over the channels. Tensors travel as (pointer, stride, stride, ...), strides in elements.
 """
 
 from __future__ import annotations
@@ -14,26 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LONGEST = (
-    32768  # values that one program holds: 32 of the 64 registers of each of its 1,024 threads
+from dense_attn.triton_kernels.sega.rows import (
+    GROUP,
+    MAX_BITS,
+    PIECE,
+    bits_of,
+    load_magnitudes,
+    number_of,
+    rank_of,
 )
+
+# Values that one program holds: 32 of the 64 registers of each of its 1,024 threads.
+LONGEST = 32768
 SPAN = 16384  # values of a longer row that one program counts
 TILE = 2048  # of which it holds so many at a time
 MAX_PROGRAMS = 1024  # that share a row: what they counted is added up by one program
-GROUP = 8  # concepts of one launch: their numbers are arguments, which needs no copy and no waiting
 WARP_SIZE = 64 if torch.version.hip else 32
 EXACT = {"enable_fp_fusion": False}  # thresholds have the very bits of the reference
 
 INF_BITS = tl.constexpr(0x7F800000)
-MAX_BITS = tl.constexpr(0x7FFFFFFF)
 BINS = tl.constexpr(256)  # of a digit: 8 bits
-PIECE = tl.constexpr(22)  # bits of a float64 that one float32 carries
-
-
-@triton.jit
-def bits_of(magnitudes):
-    """Bits of float32 magnitudes, int32, in the same order."""
-    return magnitudes.to(tl.int32, bitcast=True) & MAX_BITS
 
 
 @triton.jit
@@ -67,92 +64,6 @@ def quantile_of(candidates, num_values, rank, LOW_BIT: tl.constexpr):
 
 
 @triton.jit
-def row_at(tensor, e, b, c, offs):
-    """Pointers to elements of row [e, b, c] of a tensor [E, B, C, N]."""
-    base = (
-        tensor[0]
-        + tl.cast(e, tl.int64) * tensor[1]
-        + b * tensor[2]
-        + tl.cast(c, tl.int64) * tensor[3]
-    )
-    return base + offs * tensor[4]
-
-
-@triton.jit
-def load_row(tensor, e, b, c, offs, mask):
-    """Elements of row [e, b, c] of a tensor [E, B, C, N], as float32."""
-    return tl.load(row_at(tensor, e, b, c, offs), mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_difference(edits, uncond, scale, e, b, c, offs, mask):
-    """(edits - uncond)*scale with exactly two roundings; edits where there is no uncond."""
-    value = load_row(edits, e, b, c, offs, mask)
-    if uncond is not None:
-        value = (value - load_row(uncond, 0, b, c, offs, mask)) * scale
-    return value
-
-
-@triton.jit
-def load_magnitudes(
-    edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS: tl.constexpr
-):
-    """Magnitudes of a row, or their sum over the channels, added up in their order."""
-    if SUM_CHANNELS:
-        total = tl.abs(load_difference(edits, uncond, scale, e, b, 0, offs, mask))
-        for channel in range(1, num_channels):
-            total += tl.abs(load_difference(edits, uncond, scale, e, b, channel, offs, mask))
-        return total
-    else:  # noqa: RET505  what follows a return is compiled all the same
-        return tl.abs(load_difference(edits, uncond, scale, e, b, c, offs, mask))
-
-
-@triton.jit
-def load_candidates(
-    edits, uncond, scale, e, b, c, num_channels, num_values, staged,
-    SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Bits of a whole row, MAX_BITS beyond its end; by way of `staged`, if there is one, where
-    registers are few.
-    """
-    if staged is None:
-        offs = tl.arange(0, BLOCK)
-        magnitudes = load_magnitudes(
-            edits, uncond, scale, e, b, c, num_channels, offs, offs < num_values, SUM_CHANNELS
-        )
-        return tl.where(offs < num_values, bits_of(magnitudes), MAX_BITS)
-    else:  # noqa: RET505  what follows a return is compiled all the same
-        for start in range(0, num_values, TILE):
-            offs = start + tl.arange(0, TILE)
-            mask = offs < num_values
-            magnitudes = load_magnitudes(
-                edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS
-            )
-            tl.store(staged + offs, bits_of(magnitudes), mask=mask)
-        tl.debug_barrier()  # what one thread has staged another may fetch
-        offs = tl.arange(0, BLOCK)
-        return tl.load(staged + offs, mask=offs < num_values, other=MAX_BITS)
-
-
-@triton.jit
-def number_of(numbers, e, GROUP: tl.constexpr):
-    """The e-th of a tuple of GROUP numbers."""
-    found = tl.full((), numbers[0], tl.float32)
-    for i in tl.static_range(1, GROUP):
-        found = tl.where(e == i, tl.full((), numbers[i], tl.float32), found)
-    return found
-
-
-@triton.jit
-def rank_of(ranks, e, GROUP: tl.constexpr):
-    """The e-th rank of what `ranks_of` made, float64."""
-    bits = number_of(ranks[0], e, GROUP).to(tl.int32).to(tl.int64) << (2 * PIECE)
-    bits |= number_of(ranks[1], e, GROUP).to(tl.int32).to(tl.int64) << PIECE
-    bits |= number_of(ranks[2], e, GROUP).to(tl.int32).to(tl.int64)
-    return bits.to(tl.float64, bitcast=True)
-
-
-@triton.jit
 def row_of(sizes):
     """(e, b, c) of this program's row, int64; sizes is (rows of a concept's sample, samples)."""
     row = tl.program_id(0).to(tl.int64)
@@ -168,10 +79,21 @@ def span_of(num_values, span):
 
 @triton.jit
 def digit_counts_kernel(
-    edits, uncond, scales, counts_ptr, found_ptr, sizes, num_channels, num_values, span, shift,
-    GROUP: tl.constexpr, SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of the values whose bits above the digit are those found so far: how many have each digit."""
+    edits,
+    uncond,
+    scales,
+    counts_ptr,
+    found_ptr,
+    sizes,
+    num_channels,
+    num_values,
+    span,
+    shift,
+    GROUP: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many values have each digit, of those whose bits above it are the ones found so far."""
     e, b, c = row_of(sizes)
     scale = number_of(scales, e, GROUP)
     found = tl.load(found_ptr + tl.program_id(0).to(tl.int64) * 3)
@@ -191,9 +113,15 @@ def digit_counts_kernel(
 
 @triton.jit
 def digit_kernel(
-    counts_ptr, found_ptr, ranks, sizes, num_programs, FIRST: tl.constexpr, GROUP: tl.constexpr,
+    counts_ptr,
+    found_ptr,
+    ranks,
+    sizes,
+    num_programs,
+    FIRST: tl.constexpr,
+    GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
-):  # fmt: skip
+):
     """The next digit of a row's order statistic; found is (its bits so far, its rank and their
     number among those).
     """
@@ -224,9 +152,20 @@ def digit_kernel(
 
 @triton.jit
 def extremes_kernel(
-    edits, uncond, scales, extremes_ptr, found_ptr, sizes, num_channels, num_values, span, low_bit,
-    GROUP: tl.constexpr, SUM_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    edits,
+    uncond,
+    scales,
+    extremes_ptr,
+    found_ptr,
+    sizes,
+    num_channels,
+    num_values,
+    span,
+    low_bit,
+    GROUP: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The smallest value above a row's order statistic, and its largest value, which tells of
     NaN.
     """
@@ -251,10 +190,17 @@ def extremes_kernel(
 
 @triton.jit
 def thresholds_kernel(
-    extremes_ptr, found_ptr, thresholds_ptr, ranks, sizes, num_programs, low_bit,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """Of each row: between the two order statistics, or NaN where it has one."""
+    extremes_ptr,
+    found_ptr,
+    thresholds_ptr,
+    ranks,
+    sizes,
+    num_programs,
+    low_bit,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Each row's threshold, between two order statistics, or NaN where the row has one."""
     row = tl.program_id(0).to(tl.int64)
     e, _, _ = row_of(sizes)
     rank = rank_of(ranks, e, GROUP)
@@ -267,15 +213,13 @@ def thresholds_kernel(
         largest = tl.maximum(largest, tl.load(at + 1, mask=programs < num_programs, other=0))
 
     lower = (tl.load(found_ptr + row * 3) << low_bit).to(tl.int32)
-    equal = tl.load(found_ptr + row * 3 + 2) - tl.load(
-        found_ptr + row * 3 + 1
-    )  # values of this bits from its rank on
+    # Values of these bits from its rank on.
+    equal = tl.load(found_ptr + row * 3 + 2) - tl.load(found_ptr + row * 3 + 1)
     fraction = rank - rank.to(tl.int64).to(tl.float64)
     next_bits = tl.where((fraction == 0.0) | (equal > 1), lower, tl.min(upper, axis=0))
     threshold = interpolate(lower, next_bits, fraction)
-    tl.store(
-        thresholds_ptr + row, tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold)
-    )
+    at = thresholds_ptr + row
+    tl.store(at, tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold))
 
 
 def fits_one_program(longest: int, num_values: int, *tensors: tuple | None) -> bool:
@@ -314,9 +258,16 @@ def warps(num_values: int) -> int:
 
 
 def long_thresholds(
-    thresholds: Tensor, edits: tuple, uncond: tuple | None, scales: tuple[float, ...], ranks: tuple[tuple, ...],
-    num_channels: int, num_values: int, low_bit: int = 0, sum_channels: bool = False,
-) -> None:  # fmt: skip
+    thresholds: Tensor,
+    edits: tuple,
+    uncond: tuple | None,
+    scales: tuple[float, ...],
+    ranks: tuple[tuple, ...],
+    num_channels: int,
+    num_values: int,
+    low_bit: int = 0,
+    sum_channels: bool = False,
+) -> None:
     """Quantiles of rows of any length, into thresholds [E, B, C or 1]: a digit of 8 bits at a
     time.
     """
@@ -327,47 +278,18 @@ def long_thresholds(
     found = thresholds.new_zeros((num_rows, 3), dtype=torch.int64)
     counts = thresholds.new_empty((num_rows, programs, BINS.value), dtype=torch.int32)
     extremes = thresholds.new_empty((num_rows, programs, 2), dtype=torch.int32)
-    source = {
-        "GROUP": GROUP,
-        "SUM_CHANNELS": sum_channels,
-        "BLOCK": TILE,
-        "num_warps": warps(TILE),
-        **EXACT,
-    }
+    source = {"GROUP": GROUP, "SUM_CHANNELS": sum_channels, "BLOCK": TILE}
+    source |= {"num_warps": warps(TILE), **EXACT}
+    numbers = (sizes, num_channels, num_values, span)
 
     shifts = [shift for shift in (24, 16, 8, 0) if shift + 8 > low_bit]
     for shift in shifts:
-        digit_counts_kernel[grid](
-            edits,
-            uncond,
-            scales,
-            counts,
-            found,
-            sizes,
-            num_channels,
-            num_values,
-            span,
-            shift,
-            **source,
-        )
-        digit_kernel[(num_rows,)](
-            counts, found, ranks, sizes, programs,
-            FIRST=shift == 24, GROUP=GROUP, PROGRAMS=16, num_warps=8, **EXACT,
-        )  # fmt: skip
-    extremes_kernel[grid](
-        edits,
-        uncond,
-        scales,
-        extremes,
-        found,
-        sizes,
-        num_channels,
-        num_values,
-        span,
-        shifts[-1],
-        **source,
-    )
-    thresholds_kernel[(num_rows,)](
-        extremes, found, thresholds, ranks, sizes, programs, shifts[-1],
-        GROUP=GROUP, PROGRAMS=256, num_warps=4, **EXACT,
-    )  # fmt: skip
+        tensors = (edits, uncond, scales, counts, found)
+        digit_counts_kernel[grid](*tensors, *numbers, shift, **source)
+        options = {"FIRST": shift == 24, "GROUP": GROUP, "PROGRAMS": 16, "num_warps": 8, **EXACT}
+        digit_kernel[(num_rows,)](counts, found, ranks, sizes, programs, **options)
+    tensors = (edits, uncond, scales, extremes, found)
+    extremes_kernel[grid](*tensors, *numbers, shifts[-1], **source)
+    options = {"GROUP": GROUP, "PROGRAMS": 256, "num_warps": 4, **EXACT}
+    tensors = (extremes, found, thresholds, ranks)
+    thresholds_kernel[(num_rows,)](*tensors, sizes, programs, shifts[-1], **options)

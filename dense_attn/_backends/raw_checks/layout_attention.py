@@ -1,80 +1,74 @@
-"""What raw calls of the Triton backend's layout attention refuse; the other launchers have their
-checks beside them.
-"""
+"""The checks of raw calls of layout attention and of tile lists."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dense_attn import _checks
-from dense_attn._backends import ops
+from dense_attn._backends.contract import MAX_HEAD_DIM, MODULATIONS, STATS
+from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
 BLOCKS = (16, 32, 64, 128, 256)  # tokens of a tile
-_Check = TypeVar("_Check", bound=Callable)
 
 
-def _of_a_raw_call(check: _Check) -> _Check:
-    """The same check, whose refusals are the RuntimeError that every raw op raises."""
-
-    @wraps(check)
-    def checked(*arguments: object, **named: object) -> None:
-        try:
-            check(*arguments, **named)
-        except (ValueError, TypeError) as error:
-            raise RuntimeError(*error.args) from None
-
-    return checked
-
-
-@_of_a_raw_call
-def inputs(
-    q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, strength: Tensor, modulation: str,
-    scale: float, q_order: Tensor | None, k_order: Tensor | None,
-) -> None:  # fmt: skip
-    """What the kernels rely on; no value on a GPU is looked at, since that would wait for it."""
-    _checks.attention_inputs(q, k, v)
-    if q.dtype not in DTYPES:
-        _checks.refuse(
-            "q",
-            f"be one of {', '.join(map(_checks.name, DTYPES))}",
-            _checks.name(q.dtype),
-            TypeError,
-        )
-    if q.shape[3] > MAX_HEAD_DIM:
-        _checks.refuse("q", f"have a head dim of 1 to {MAX_HEAD_DIM}", q.shape[3])
-    _checks.choice("modulation", modulation, ("range", "max", "bias", "mask"))
-    if not math.isfinite(scale):
-        _checks.refuse("scale", "be finite", scale)
-    _rows("strength", strength, q)
-    _checks.token_words("q_regions", q_regions, q.shape[0], q.shape[2], q)
-    _checks.token_words("k_regions", k_regions, q.shape[0], k.shape[2], q)
-    _order("q_order", q_order, q.shape[0], q.shape[2], q)
-    _order("k_order", k_order, q.shape[0], k.shape[2], q)
+@of_a_raw_call
+def layout_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    tiles: Tensor | None,
+    counts: Tensor | None,
+    k_words: Tensor | None,
+) -> None:
+    """Refuse what the kernels cannot run on, but for the shapes of the tile lists: `lists`."""
+    _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
+    given = 3 - (tiles is None) - (counts is None) - (k_words is None)
+    if given not in (0, 3):
+        _checks.refuse("tile_lists", "be 3 tensors", given)
 
 
-@_of_a_raw_call
-def saved(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, out: Tensor, stats: Tensor) -> None:
-    """What the backward pass takes beside the inputs of the forward pass."""
+@of_a_raw_call
+def layout_attention_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+) -> None:
+    """Refuse what the kernels cannot run on."""
+    _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
     head_dim = (q.shape[3],)
     _rows("grad_out", grad_out, q, q.dtype, head_dim)
     _rows("out", out, q, q.dtype, head_dim)
-    _rows("stats", stats, q, last=(ops.STATS,))
+    _rows("stats", stats, q, last=(STATS,))
     if not stats.is_contiguous():
         _checks.refuse("stats", "be contiguous", f"strides {stats.stride()}")
     if grad_lse is not None:
         _rows("grad_lse", grad_lse, q)
 
 
-@_of_a_raw_call
-def tokens(
+@of_a_raw_call
+def tile_lists(
     q_regions: Tensor,
     k_regions: Tensor,
     q_order: Tensor | None,
@@ -82,15 +76,13 @@ def tokens(
     block_m: int,
     block_n: int,
 ) -> None:
-    """What tile lists are made of."""
-    both = {"q_regions": q_regions, "k_regions": k_regions}
-    batch = max(
-        [1]
-        + [x.shape[0] for x in (*both.values(), q_order, k_order) if x is not None and x.dim() == 2]
-    )
-    for name, words in both.items():
+    """Refuse words, orders and tiles of which no lists can be made."""
+    for name, words in (("q_regions", q_regions), ("k_regions", k_regions)):
         if words.dim() not in (1, 2):
             _checks.refuse(name, "have 1 or 2 dimensions", tuple(words.shape))
+    tokens = (q_regions, k_regions, q_order, k_order)
+    batch = max([x.shape[0] for x in tokens if x is not None and x.dim() == 2], default=1)
+    for name, words in (("q_regions", q_regions), ("k_regions", k_regions)):
         _checks.token_words(name, words, batch, words.shape[-1], q_regions)
     _order("q_order", q_order, batch, q_regions.shape[-1], q_regions)
     _order("k_order", k_order, batch, k_regions.shape[-1], q_regions)
@@ -99,20 +91,17 @@ def tokens(
             _checks.refuse(name, f"be one of {', '.join(map(str, BLOCKS))}", block)
 
 
-@_of_a_raw_call
-def lists(tensors: list[Tensor], q: Tensor, k: Tensor, blocks: tuple[int, int] | None) -> None:
-    """The shapes that `tile_lists` gives for these sizes; what the lists say is the caller's
-    affair.
-    """
+@of_a_raw_call
+def lists(
+    tensors: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, blocks: tuple[int, int] | None
+) -> None:
+    """Require the shapes that `tile_lists` gives; what the lists say is the caller's affair."""
     if blocks is None:
-        _checks.refuse(
-            "tile_lists", "be None for so few keys", f"{len(tensors)} tensors for {k.shape[2]} keys"
-        )
+        got = f"{len(tensors)} tensors for {k.shape[2]} keys"
+        _checks.refuse("tile_lists", "be None for so few keys", got)
     block_m, block_n = blocks
     query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
     shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (k.shape[2],))
-    if len(tensors) != len(shapes):
-        _checks.refuse("tile_lists", f"be {len(shapes)} tensors", len(tensors))
     for x, shape in zip(tensors, shapes):
         if x.dtype != torch.int32:
             _checks.refuse("tile_lists", "be int32", _checks.name(x.dtype), TypeError)
@@ -120,6 +109,33 @@ def lists(tensors: list[Tensor], q: Tensor, k: Tensor, blocks: tuple[int, int] |
             rule = f"have contiguous tensors of shape [1 or B, {', '.join(map(str, shape))}]"
             _checks.refuse("tile_lists", rule, tuple(x.shape))
         _checks.same_device("tile_lists", x, q)
+
+
+def _inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+) -> None:
+    """Require what both passes rely on."""
+    _checks.attention_inputs(q, k, v)
+    one_of("q", q.dtype, DTYPES)
+    if q.shape[3] > MAX_HEAD_DIM:
+        _checks.refuse("q", f"have a head dim of 1 to {MAX_HEAD_DIM}", q.shape[3])
+    _checks.choice("modulation", modulation, MODULATIONS)
+    if not math.isfinite(scale):
+        _checks.refuse("scale", "be finite", scale)
+    _rows("strength", strength, q)
+    _checks.token_words("q_regions", q_regions, q.shape[0], q.shape[2], q)
+    _checks.token_words("k_regions", k_regions, q.shape[0], k.shape[2], q)
+    _order("q_order", q_order, q.shape[0], q.shape[2], q)
+    _order("k_order", k_order, q.shape[0], k.shape[2], q)
 
 
 def _rows(

@@ -1,0 +1,70 @@
+"""The reference as a backend: the maths under the names and signatures of the raw ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+from torch import Tensor
+
+from dense_attn import reference
+from dense_attn.reference import (  # noqa: F401  under their own names
+    ddim_step,
+    edict_mix,
+    edict_unmix,
+    exact_couple,
+    exact_leapfrog,
+    exact_mix,
+    exact_unmix,
+    leapfrog_step,
+)
+
+LOAD_ERROR = None
+AUTOGRAD = True  # torch differentiates it
+NO_KERNELS = {"layout_attention_bwd", "tile_lists"}
+
+
+def layout_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    tiles: Tensor | None,
+    counts: Tensor | None,
+    k_words: Tensor | None,
+) -> tuple[Tensor, Tensor, None]:
+    """(out, lse) of `reference.layout_attention`, and no numbers for a backward pass."""
+    out, lse = reference.layout_attention(
+        q, k, v, q_regions, k_regions, strength, modulation=modulation, scale=scale
+    )
+    return out, lse.to(strength.dtype), None
+
+
+def attention_bytes(q: Tensor, k: Tensor) -> int:
+    """The bytes that a call of layout attention takes at least: all of its scores."""
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+
+
+def tile_lists_for(q: Tensor, k: Tensor, *tokens: Tensor | None) -> None:
+    """None: calls take no tile lists."""
+
+
+def _with_constant_thresholds(op: Callable) -> Callable:
+    """An op whose last result, the thresholds, has no gradient."""
+
+    @wraps(op)
+    def detached(*tensors: object, **options: object) -> tuple[Tensor, ...]:
+        *results, thresholds = op(*tensors, **options)
+        return *results, thresholds.detach()
+
+    return detached
+
+
+percentile_mask = _with_constant_thresholds(reference.percentile_mask)
+sega_guidance = _with_constant_thresholds(reference.sega_guidance)
