@@ -14,6 +14,7 @@ from itertools import combinations
 import pytest
 
 LARGE = 32  # the most cells of a test that is no matrix
+PARTS = ("not full", pytest.param("full", marks=pytest.mark.full))  # of a test that runs others
 Cell = dict[str, object]  # a value by the name of its axis
 
 
@@ -48,10 +49,10 @@ def keys(cell: Cell) -> list[tuple]:
     ]
 
 
-def is_matrix(cells: Sequence[Cell]) -> bool:
-    """Whether a test has many cells, and each value of its longest axis in several of them."""
+def is_matrix(cells: Sequence[Cell], costly: bool = False) -> bool:
+    """Whether a test has many cells, or costly ones, and several of each of its values."""
     lengths = Counter(axis for axis, *_ in {key for cell in cells for key in keys(cell)})
-    return len(cells) > LARGE and len(cells) >= 2 * max(lengths.values())
+    return (costly or len(cells) > LARGE) and len(cells) >= 2 * max(lengths.values())
 
 
 def mark(items: Sequence[pytest.Function]) -> None:
@@ -66,7 +67,7 @@ def mark(items: Sequence[pytest.Function]) -> None:
             tests[item.path, item.originalname, core].append(item)
     for test in tests.values():
         cells = [item.callspec.params for item in test]
-        if is_matrix(cells):
+        if is_matrix(cells, test[0].get_closest_marker("costly") is not None):
             covers = covering(cells)
             for position, item in enumerate(test):
                 if position not in covers:

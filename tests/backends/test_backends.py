@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import selection
 import torch
 from accuracy import assert_accurate, evaluate, exact_and_plain
 from cases import (
@@ -259,8 +260,9 @@ needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(w
 
 
 @needs_cpu_kernels
+@pytest.mark.parametrize("cells", selection.PARTS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
+def test_every_instruction_set(isa: str, cells: str) -> None:
     """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is
     loaded.
     """
@@ -281,7 +283,7 @@ def test_every_instruction_set(isa: str) -> None:
         "pytest",
         "-q",
         "-m",
-        "core",
+        f"core and {cells}",
         "-k",
         "test_accuracy and cpu",
         "-p",

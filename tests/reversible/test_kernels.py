@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import raw
+import selection
 import torch
 from accuracy import assert_accurate
 from cases import DTYPES, why_skip
@@ -405,8 +406,9 @@ def test_opcheck(step: str, order: str) -> None:
     torch.library.opcheck(getattr(torch.ops.dense_attn, op).default, positional, by_name)
 
 
+@pytest.mark.parametrize("cells", selection.PARTS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
+def test_every_instruction_set(isa: str, cells: str) -> None:
     """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is
     loaded.
     """
@@ -427,7 +429,7 @@ def test_every_instruction_set(isa: str) -> None:
         "pytest",
         "-q",
         "-m",
-        "core",
+        f"core and {cells}",
         "-p",
         "no:cacheprovider",
         __file__,
