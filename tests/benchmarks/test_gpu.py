@@ -55,6 +55,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, subprocess.Comp
     return json.loads((folder / "gpu.json").read_text()), done, folder
 
 
+@pytest.mark.full
 def test_a_dry_run_goes_through_every_family_and_contender(dry: tuple) -> None:
     results, _, folder = dry
     rows = results["rows"]
@@ -85,6 +86,7 @@ def test_a_dry_run_goes_through_every_family_and_contender(dry: tuple) -> None:
     )
 
 
+@pytest.mark.full
 def test_a_dry_run_gives_no_number_of_a_gpu(dry: tuple) -> None:
     results, done, _ = dry
     assert results["header"]["dry_run"]

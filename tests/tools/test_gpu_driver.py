@@ -29,6 +29,7 @@ def step(name: str, program: str, **options: object) -> object:
     return gpu.Step(name, [sys.executable, "-c", program], **options)
 
 
+@pytest.mark.full
 def test_dry_run(tmp_path: Path) -> None:
     """All steps but verify, which has tests of its own; without a compiler, and the benchmark's
     smallest family.
