@@ -22,7 +22,7 @@ demo: $(VENV)/.built  ## layout attention on a real layout: a table and a pictur
 	@$(BIN)/python -m dense_attn demo $(ARGS)
 
 test: $(VENV)/.built $(if $(findstring full,$(ARGS)),$(OLDEST_TRITON)/.installed)  ## the test suite (ARGS="-k name" for a part, "-m full" for the rest)
-	@$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile -m "not full" $(ARGS)
+	@$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m "not full" $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, clang-format and the rules of .pre-commit-config.yaml, over all files
 	@git ls-files -z --cached --others --exclude-standard --deduplicate | \

@@ -13,6 +13,7 @@ from itertools import combinations
 
 import pytest
 
+BEYOND = pytest.mark.full("beyond a covering")
 LARGE = 32  # the most cells of a test that is no matrix
 PARTS = ("not full", pytest.param("full", marks=pytest.mark.full))  # of a test that runs others
 Cell = dict[str, object]  # a value by the name of its axis
@@ -71,4 +72,4 @@ def mark(items: Sequence[pytest.Function]) -> None:
             covers = covering(cells)
             for position, item in enumerate(test):
                 if position not in covers:
-                    item.add_marker("full")
+                    item.add_marker(BEYOND)
