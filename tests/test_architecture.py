@@ -68,10 +68,8 @@ def test_import_arrows(module: str) -> None:
 
 
 def test_no_import_goes_in_a_circle() -> None:
-    assert (
-        tree.cycles({name: tree.imports(path, MODULES, top=True) for name, path in MODULES.items()})
-        == []
-    )
+    graph = {name: tree.imports(path, MODULES, top=True) for name, path in MODULES.items()}
+    assert tree.cycles(graph) == []
 
 
 def test_backends_do_not_import_each_other() -> None:
@@ -114,9 +112,7 @@ def test_the_library_imports_torch_and_numpy_alone(path: Path) -> None:
             modules.add(node.module.split(".")[0])
     standard = __import__("sys").stdlib_module_names
     allowed = {"torch", "numpy", "dense_attn"}
-    if (
-        path.name == "_semantic_guider.py"
-    ):  # a subclass of diffusers' own, imported where it is made
+    if path.name == "_semantic_guider.py":  # a subclass of diffusers' own
         allowed |= {"diffusers"}
     assert {name for name in modules if name not in standard} <= allowed
 
@@ -168,43 +164,47 @@ def test_public_names_are_those_of_the_api() -> None:
 
 
 def test_the_signature_is_that_of_the_api() -> None:
-    assert str(inspect.signature(dense_attn.layout_attention)).replace("'", "") == (
-        "(q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor, strength: Tensor | float = 1.0, *, "
-        "modulation: str = range, scale: float | None = None, return_lse: bool = False, "
-        "q_order: Tensor | None = None, k_order: Tensor | None = None, tile_lists: tuple[Tensor, ...] | None = None, "
-        "backend: str = auto) "
-        "-> Tensor | tuple[Tensor, Tensor]"
+    parameters = (
+        "q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor",
+        "strength: Tensor | float = 1.0, *, modulation: str = range, scale: float | None = None",
+        "return_lse: bool = False, q_order: Tensor | None = None, k_order: Tensor | None = None",
+        "tile_lists: tuple[Tensor, ...] | None = None, backend: str = auto",
     )
+    expected = f"({', '.join(parameters)}) -> Tensor | tuple[Tensor, Tensor]"
+    assert str(inspect.signature(dense_attn.layout_attention)).replace("'", "") == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    {
-        "percentile_mask": "x level dim backend",
-        "sega_guidance": "eps_uncond eps_text eps_edits momentum guidance_scale edit_guidance_scale edit_threshold "
-        "edit_weights warm enabled reverse edit_momentum_scale edit_mom_beta backend",
-        "SemanticGuidance": "guidance_scale edit_guidance_scale edit_threshold edit_warmup_steps edit_cooldown_steps "
-        "edit_weights reverse_editing_direction edit_momentum_scale edit_mom_beta backend",
-        "ddim_step": "x eps alpha_bar_t alpha_bar_prev eps_uncond guidance_scale backend",
-        "ddim_step_inverse": "x eps alpha_bar_t alpha_bar_prev eps_uncond guidance_scale backend",
-        "ReversibleSampler": "alphas_cumprod timesteps method mix gamma alternate exact final_alpha_cumprod dtype "
-        "backend",
-        "optimize_latents": "sampler eps_fn decode_fn loss_fn x steps saliency_fn salient_weight clip momentum noise "
-        "renormalize tie generator progress",
-        "spectral_residual_saliency": "image",
-    }.items(),
-)
-def test_the_parameters_are_those_of_the_api(name: str, parameters: str) -> None:
+PARAMETERS = {
+    "percentile_mask": "x level dim backend",
+    "sega_guidance": """
+        eps_uncond eps_text eps_edits momentum guidance_scale edit_guidance_scale edit_threshold
+        edit_weights warm enabled reverse edit_momentum_scale edit_mom_beta backend""",
+    "SemanticGuidance": """
+        guidance_scale edit_guidance_scale edit_threshold edit_warmup_steps edit_cooldown_steps
+        edit_weights reverse_editing_direction edit_momentum_scale edit_mom_beta backend""",
+    "ddim_step": "x eps alpha_bar_t alpha_bar_prev eps_uncond guidance_scale backend",
+    "ddim_step_inverse": "x eps alpha_bar_t alpha_bar_prev eps_uncond guidance_scale backend",
+    "ReversibleSampler": """
+        alphas_cumprod timesteps method mix gamma alternate exact final_alpha_cumprod dtype
+        backend""",
+    "optimize_latents": """
+        sampler eps_fn decode_fn loss_fn x steps saliency_fn salient_weight clip momentum noise
+        renormalize tie generator progress""",
+    "spectral_residual_saliency": "image",
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_parameters_are_those_of_the_api(name: str) -> None:
     """In its order; others may stand beside them."""
-    expected = parameters.split()
-    assert [
-        name for name in inspect.signature(getattr(dense_attn, name)).parameters if name in expected
-    ] == expected
+    expected = PARAMETERS[name].split()
+    found = inspect.signature(getattr(dense_attn, name)).parameters
+    assert [parameter for parameter in found if parameter in expected] == expected
 
 
 @pytest.mark.parametrize("path", [*PYTHON, *CPP], ids=relative)
 def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= (330 if path.suffix == ".py" else 400)  # about 300
+    assert len(path.read_text().splitlines()) <= (330 if path.suffix == ".py" else 400)
 
 
 def function_sizes(source: str) -> dict[str, int]:
@@ -219,12 +219,9 @@ def function_sizes(source: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("path", PYTHON, ids=relative)
 def test_functions_are_short(path: Path) -> None:
-    most = (
-        84 if relative(path).startswith("triton_kernels/") else 44
-    )  # about 80 a kernel, 40 a function
-    assert {
-        name: size for name, size in function_sizes(path.read_text()).items() if size > most
-    } == {}
+    most = 84 if relative(path).startswith("triton_kernels/") else 44
+    sizes = function_sizes(path.read_text())
+    assert {name: size for name, size in sizes.items() if size > most} == {}
 
 
 UNREADABLE_ALONE = re.compile("(Of|What|As|By|The same) ")
