@@ -188,6 +188,7 @@ def test_refusals(argv: list[str], sentence: str, capsys: pytest.CaptureFixture)
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {sentence}")
 
 
+@pytest.mark.full
 def test_a_dry_run_of_shapes(tmp_path: Path) -> None:
     for package in ("pytest_benchmark", "matplotlib", "tqdm", "triton"):
         pytest.importorskip(package)

@@ -5,15 +5,11 @@ grid bit by bit.
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import raw
-import selection
 import torch
 from accuracy import assert_accurate
 from cases import DTYPES, why_skip
@@ -25,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu"))),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 LATENTS, LIMIT = ("x", "y", "far", "near", "z"), 2**50
 COUPLINGS = {"x": {"couple_x": True}, "y": {"couple_x": False}, "none": {"eps": None}}
 STEPS = {  # what each step may be asked for: the op and what differs from `arguments`
@@ -404,36 +399,3 @@ def test_opcheck(step: str, order: str) -> None:
         given = {name: in_memory_order(x, order) for name, x in given.items()}
     positional, by_name = raw.select(op, given)
     torch.library.opcheck(getattr(torch.ops.dense_attn, op).default, positional, by_name)
-
-
-@pytest.mark.parametrize("cells", selection.PARTS)
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str, cells: str) -> None:
-    """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is
-    loaded.
-    """
-    options = {"env": os.environ | {"DENSE_ATTN_ISA": isa}, "capture_output": True, "text": True}
-    call = "import torch, dense_attn as d; x = torch.ones(2); d.ddim_step(x, x, 0.5, 0.9, backend='cpu')"
-    probe = subprocess.run([sys.executable, "-c", call], **options)
-    if (
-        f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}"
-        in probe.stderr
-    ):
-        assert isa != "portable"
-        pytest.skip(f"{isa}: not on this processor")
-    if isa == torch.ops.dense_attn.cpu_isa():
-        return  # this file has it all
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        f"core and {cells}",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-    ]
-    tests = subprocess.run(command, **options)
-    assert tests.returncode == 0, tests.stdout[-4000:]
-    assert " passed" in tests.stdout
