@@ -23,6 +23,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "STEPS", 5)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("few_steps")
 def test_kernels_and_reference_have_the_same_scores(
     pipe: object, monkeypatch: pytest.MonkeyPatch
