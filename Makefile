@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := 3.6.0
 OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
-NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp bindings/*.h bindings/*.cpp)
+NATIVE := setup.py $(shell find csrc bindings -name '*.h' -o -name '*.cpp')
+PYTHON_SOURCES := $(shell find dense_attn triton_kernels benchmarks examples -name '*.py')
 SANITIZED := build/sanitize
 SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)" \
@@ -20,8 +21,8 @@ help:  ## this list
 demo: $(VENV)/.built  ## layout attention on a real layout: a table and a picture
 	@$(BIN)/python -m dense_attn demo $(ARGS)
 
-test: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## the test suite (ARGS="-k name" for a part)
-	@$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+test: $(VENV)/.built $(if $(findstring full,$(ARGS)),$(OLDEST_TRITON)/.installed)  ## the test suite (ARGS="-k name" for a part, "-m full" for the rest)
+	@$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m "not full" $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, clang-format and the rules of .pre-commit-config.yaml, over all files
 	@git ls-files -z --cached --others --exclude-standard --deduplicate | \
@@ -77,7 +78,7 @@ $(OLDEST_TRITON)/.installed: $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(OLDEST_TRITON) triton==$(OLDEST)
 	@touch $@
 
-$(SANITIZED)/.built: $(VENV)/.installed $(NATIVE) $(wildcard dense_attn/*.py dense_attn/*/*.py dense_attn/*/*/*.py)
+$(SANITIZED)/.built: $(VENV)/.installed $(NATIVE) $(PYTHON_SOURCES)
 	@echo "Building dense_attn with sanitizers"
 	@rm -rf $(SANITIZED)
 	@DENSE_ATTN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -1,27 +1,45 @@
-"""Fixtures of every test: seeded random numbers and memory that shows when a kernel leaves some of
-it unwritten.
-"""
+"""Fixtures of every test, and which cells of large matrices `make test` takes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # small calls on shared cores: threads that spin cost 3x the time
-
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # without it deterministic mode refuses products on a GPU
-
-os.environ.pop(
-    "PYTEST_XDIST_WORKER", None
-)  # beside it no benchmark that a test starts would be timed
+# Small calls on shared cores: threads that spin cost three times as much.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Deterministic mode refuses products on a GPU without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Benchmarks that a test starts would not be timed beside it.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 import pytest
+import selection
 import torch
 from cases import INTERPRETED
+
+MODULES = pytest.StashKey[set[Path]]()
+ITEMS = pytest.StashKey[list[pytest.Item]]()
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
+    """Note every file that is collected."""
+    parent.config.stash.setdefault(MODULES, set()).add(module_path)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cells of large matrices, and note every test, selected or not."""
+    selection.mark(items)
+    config.stash[ITEMS] = list(items)
+
+
+@pytest.fixture
+def collected(pytestconfig: pytest.Config) -> tuple[set[Path], list[pytest.Item]]:
+    """The files and tests of a run of the whole suite, whatever is selected of them."""
+    if pytestconfig.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        pytest.skip("looks at a run of the whole suite")
+    return pytestconfig.stash[MODULES], pytestconfig.stash[ITEMS]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=INTERPRETED)
 def interpreted(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As fast as the interpreter goes."""
+    """Triton's interpreter, as fast as it goes."""
     import interpreter
 
     interpreter.install(monkeypatch)
@@ -56,9 +74,7 @@ def pipe() -> object:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
-    """q, k, v, words of queries and keys, and strength of all calls of layout_attention inside of
-    pipelines.
-    """
+    """The positional arguments of every call of layout_attention inside of pipelines."""
     from dense_attn.integrations.diffusers import state
 
     seen: list[tuple[torch.Tensor, ...]] = []

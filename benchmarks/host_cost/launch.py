@@ -22,7 +22,7 @@ from ..harness.measure import OURS, Entry, Failure, Latest, Row, Setting, attemp
 from ..layout_attention.workloads import WORKLOADS as ATTENTION
 from ..layout_attention.workloads import make_inputs
 from .public import randn
-from .recorded import Call, listed, raw_calls
+from .recorded import Call, RawCall, listed, raw_calls
 
 _CALLS, _ROUNDS = 100, 21  # calls a round: fewer than a GPU's queue holds
 # So small that the GPU keeps up.

@@ -58,7 +58,7 @@ def sega_guidance(
     user_mask: Tensor | None = None,  # broadcastable to eps_edits
     sum_channels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch implementation of `dense_attn.sega_guidance`: eps, momentum, thresholds [E, B, C|1]."""
+    """`dense_attn.sega_guidance` in PyTorch: eps, momentum and thresholds [E, B, C|1]."""
     wide = accumulation_dtype(eps_uncond.dtype)
     uncond, text, edits, momentum = (
         x.to(wide) for x in (eps_uncond, eps_text, eps_edits, momentum)

@@ -5,9 +5,6 @@ reason.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -32,7 +29,6 @@ from torch import Tensor
 from dense_attn import _checks, layout_attention
 from dense_attn._backends import contract
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 KERNELS = backends("cpu", "triton", "cuda")
 # Keys that Triton's kernels take as one tile, of exact float32 on a GPU.
 ROW_KEYS, FLOAT32_ROW_KEYS = 128, 32
@@ -241,64 +237,3 @@ def test_a_flipped_region_bit_is_rejected(
 
 def test_every_modulation_is_among_the_cases() -> None:
     assert MODULATIONS == contract.MODULATIONS
-
-
-def _run(isa: str, *command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "DENSE_ATTN_ISA": isa}
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-    )
-
-
-CALL = """
-import torch, dense_attn
-x, words = torch.ones(1, 1, 2, 3), torch.ones(2, dtype=torch.int32)
-dense_attn.layout_attention(x, x, x, words, words, backend="cpu")
-print(torch.ops.dense_attn.cpu_isa())
-"""
-needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The core cases again, in a process of their own: the library reads DENSE_ATTN_ISA when it is
-    loaded.
-    """
-    probe = _run(isa, "-c", CALL)
-    if probe.returncode:
-        assert isa != "portable"
-        assert (
-            f"DENSE_ATTN_ISA must name an instruction set that this processor has, got {isa}"
-            in probe.stderr
-        )
-        pytest.skip(f"{isa}: not on this processor")
-    assert probe.stdout.strip() == isa
-    if isa == torch.ops.dense_attn.cpu_isa():
-        return  # this file has it all
-    tests = _run(
-        isa,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "core",
-        "-k",
-        "test_accuracy and cpu",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-    )
-    assert tests.returncode == 0, tests.stdout[-4000:]
-    assert " passed" in tests.stdout
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["sse9", "AVX2", "avx2,"])
-def test_an_unknown_instruction_set_is_refused(isa: str) -> None:
-    probe = _run(isa, "-c", CALL)
-    assert probe.returncode == 1
-    assert (
-        "DENSE_ATTN_ISA must be one of avx512_bf16, avx512, avx2, portable, got " + isa
-        in probe.stderr
-    )

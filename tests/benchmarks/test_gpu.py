@@ -50,6 +50,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, subprocess.Comp
     return json.loads((folder / "gpu.json").read_text()), done, folder
 
 
+@pytest.mark.full
 def test_a_dry_run_goes_through_every_family_and_contender(dry: tuple) -> None:
     results, _, folder = dry
     rows = results["rows"]
@@ -74,6 +75,7 @@ def test_a_dry_run_goes_through_every_family_and_contender(dry: tuple) -> None:
         assert (folder / f"gpu{part}.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_a_dry_run_gives_no_number_of_a_gpu(dry: tuple) -> None:
     results, done, _ = dry
     assert results["header"]["dry_run"]

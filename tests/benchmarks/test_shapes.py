@@ -190,6 +190,7 @@ def test_refusals(argv: str, sentence: str, capsys: pytest.CaptureFixture) -> No
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {sentence}")
 
 
+@pytest.mark.full
 def test_a_dry_run_of_shapes(tmp_path: Path) -> None:
     for package in ("pytest_benchmark", "matplotlib", "tqdm", "triton"):
         pytest.importorskip(package)

@@ -52,6 +52,7 @@ def theirs(edits: list[Edit], prompts: list[str], **options: float) -> torch.Ten
     ).images
 
 
+@pytest.mark.filterwarnings("ignore:edits.*warmup must be at most")  # fewer steps than that
 @pytest.mark.parametrize("edits", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_latents_are_those_of_diffusers_own_pipeline(edits: list[Edit], count: int) -> None:
@@ -68,6 +69,7 @@ def test_latents_are_those_of_diffusers_own_pipeline(edits: list[Edit], count: i
         assert close(latents(pipe, prompts, **given), plain)
 
 
+@pytest.mark.filterwarnings("ignore:edits.*warmup must be at most")  # fewer steps than that
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_it_composes_with_a_layout(model: str) -> None:
     """In either order, with the concepts in the layout's batch but not under it."""

@@ -78,6 +78,7 @@ def loss_of(call: Callable, leaves: list[Tensor]) -> list[Tensor]:
     return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)]
 
 
+@pytest.mark.costly
 @on_cpu
 @pytest.mark.parametrize(
     ("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", None)]

@@ -48,6 +48,7 @@ def extra_megabytes(*arguments: object) -> float:
     return float(run.stdout)
 
 
+@pytest.mark.costly
 @needs_proc
 @pytest.mark.parametrize("backend", backends("cpu"))
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_gradients_have_their_own_dtypes(backend: str) -> None:
     torch.testing.assert_close(x.grad, torch.full((4,), (0.4 / 0.3) ** 0.5))
 
 
+@pytest.mark.costly
 @on_cpu
 @both
 @pytest.mark.parametrize(

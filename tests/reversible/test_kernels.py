@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -32,7 +29,6 @@ pytestmark = [
     pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu"))),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 LIMIT = 2**50
 MESSAGE = re.escape("eps must be finite and keep the latents within the grid of 2^50 steps, got ")
 SHAPES = [(), (0,), (3, 0, 2), (1,), (2, 3, 5, 7), (511,), (512,), (513,), (40000,), (2, 4, 65, 64)]
@@ -207,22 +203,3 @@ def test_what_leaves_the_grid_is_refused(op: str, value: float, length: int) -> 
         assert all(
             torch.equal(given[name].nan_to_num(), x.nan_to_num()) for name, x in before.items()
         )
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The core cases again, in processes of their own: DENSE_ATTN_ISA is read at the start."""
-    options = {"env": os.environ | {"DENSE_ATTN_ISA": isa}, "capture_output": True, "text": True}
-    step = "d.ddim_step(x, x, 0.5, 0.9, backend='cpu')"
-    call = f"import torch, dense_attn as d; x = torch.ones(2); {step}"
-    probe = subprocess.run([sys.executable, "-c", call], **options)
-    refusal = "DENSE_ATTN_ISA must name an instruction set that this processor has"
-    if f"{refusal}, got {isa}" in probe.stderr:
-        assert isa != "portable"
-        pytest.skip(f"{isa}: not on this processor")
-    if isa == torch.ops.dense_attn.cpu_isa():
-        return  # this file has it all
-    pytest_core = ["pytest", "-q", "-m", "core", "-p", "no:cacheprovider", __file__]
-    tests = subprocess.run([sys.executable, "-m", *pytest_core], **options)
-    assert tests.returncode == 0, tests.stdout[-4000:]
-    assert " passed" in tests.stdout

@@ -190,6 +190,7 @@ def loss_of(call: Callable, leaves: list[Tensor]) -> list[Tensor]:
     ]
 
 
+@pytest.mark.costly
 @every_backend
 @pytest.mark.parametrize(
     ("compiler", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", None)]

@@ -1,5 +1,4 @@
-"""Random calls, most of them wrong: each either runs or raises a clear error, and changes no
-argument.
+"""Random calls, most of them wrong: each runs or raises a clear error, and changes no argument.
 
 python tests/support/fuzz.py --calls 10000 [--seed 0]
 """
@@ -43,9 +42,7 @@ class Fuzzer:
         return self.rng.choice((0, 1, 2, 7, 8, 9, 16, 17, 33, self.rng.randint(0, 130)))
 
     def floats(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Random numbers, sometimes huge or not numbers, under random strides with a contiguous
-        last axis.
-        """
+        """Random numbers, some huge or none at all, under random strides with a contiguous end."""
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
         if x.numel() and self.chance(0.15):
             x.view(-1)[self.rng.randrange(x.numel())] = self.rng.choice(ODD_NUMBERS)
@@ -141,9 +138,7 @@ class Fuzzer:
         }
 
     def _step_arguments(self) -> raw.Arguments:
-        """What the step kernels take, each its part of it; `exact` ones get integers for
-        latents.
-        """
+        """Arguments of all step kernels, of which each takes its part."""
         shape = self.rng.choice(
             ((1, 4, 8, 8), (2, 3, 5, 7), (self.length(),), (0, 4), (3, self.length()), ())
         )
@@ -218,17 +213,7 @@ class Fuzzer:
         if self.chance(0.6):
             name = self.rng.choice(list(arguments))
             arguments[name] = self.spoil(arguments[name])
-        leaves = [
-            x
-            for x in arguments.values()
-            if isinstance(x, Tensor) and x.is_floating_point() and self.chance(0.5)
-        ]
-        leaves = [x.requires_grad_() for x in leaves if x.layout == torch.strided]
-        out, lse = layout_attention(**arguments, return_lse=True)
-        if leaves and out.requires_grad:
-            torch.autograd.grad(
-                (out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)), allow_unused=True
-            )
+        self.differentiated(partial(layout_attention, return_lse=True), arguments)
 
     def raw_call(self, arguments: raw.Arguments) -> None:
         op = self.rng.choice((raw.FWD, raw.BWD))
@@ -261,21 +246,25 @@ class Fuzzer:
         if self.chance(0.5):
             name = self.rng.choice(list(arguments))
             arguments[name] = self.spoil(arguments[name])
+        self.differentiated(call, arguments)
+
+    def differentiated(self, call: Callable, arguments: raw.Arguments) -> None:
+        """The call, and the gradients of some of its arguments."""
         leaves = [
             x
             for x in arguments.values()
             if isinstance(x, Tensor) and x.is_floating_point() and self.chance(0.5)
         ]
         leaves = [x.requires_grad_() for x in leaves if x.layout == torch.strided]
-        result = call(**arguments)
-        result = result if isinstance(result, Tensor) else result[0]
-        if leaves and result.requires_grad:
-            torch.autograd.grad(result, leaves, torch.ones_like(result), allow_unused=True)
+        results = call(**arguments)
+        results = [results] if isinstance(results, Tensor) else results
+        results = [x for x in results if x.requires_grad]
+        if leaves and results:
+            ones = [torch.ones_like(x) for x in results]
+            torch.autograd.grad(results, leaves, ones, allow_unused=True)
 
     def pick(self) -> tuple[str, raw.Arguments, Callable[[raw.Arguments], None]]:
-        """A kind of call, arguments for it that are right, and the call that spoils some of
-        them.
-        """
+        """A kind of call, arguments that are right for it, and the call that spoils some."""
         kind = self.rng.choice(("attention public", "attention raw", "family raw", "family public"))
         if kind.startswith("attention"):
             return (

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 
 
 class Stopwatch:
-    """Stands in for pytest-benchmark: runs setup and target in turn and keeps the times it is
-    told.
-    """
+    """A stand-in for pytest-benchmark that runs what it is given, and says a time it is told."""
 
     def __init__(self, seconds: float = 1.0) -> None:
         self.seconds = seconds

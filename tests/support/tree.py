@@ -1,10 +1,10 @@
-"""The project's files and the arrows between its modules, as the tests of its structure see
-them.
-"""
+"""The project's files, the arrows between its modules, and its prose, as tests of them see them."""
 
 from __future__ import annotations
 
 import ast
+import io
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,9 +65,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: dict[str, Path], *, top: bool = False) -> set[str]:
-    """The modules among `known` that a file imports, relative ones too; with `top` only those of
-    its import itself.
-    """
+    """The modules among `known` that a file imports; with `top` only those of its import itself."""
     here, names = module_of(path), set()
     for node in statements(ast.parse(path.read_text("utf-8")), top):
         if isinstance(node, ast.Import):
@@ -82,9 +80,7 @@ def imports(path: Path, known: dict[str, Path], *, top: bool = False) -> set[str
 
 
 def statements(tree: ast.Module, top: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The import statements of a module; those inside of functions and of `if TYPE_CHECKING` are
-    not its import's.
-    """
+    """The import statements of a module; `top` leaves out functions and `if TYPE_CHECKING`."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -130,7 +126,40 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
 
 
 def family_of(module: str) -> str:
-    """The first folder or file below the package in which a module lies; the package's own file is
-    "dense_attn".
-    """
+    """The folder or file of the package that a module lies in; its own file is "dense_attn"."""
     return module.split(".")[1] if "." in module else module
+
+
+def docstrings(source: str) -> dict[str, str]:
+    """The docstrings of a file by the names and lines of what they describe."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return {
+        f"{getattr(node, 'name', 'module')}:{getattr(node, 'lineno', 1)}": text
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node))
+    }
+
+
+def unformatted(source: str) -> dict[int, bool]:
+    """The lines of a file that end in `# fmt: skip`, and whether each ends a table of data."""
+    lines = [
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT and "fmt: skip" in token.string
+    ]
+    ends = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and is_data(node.value):
+            ends.add(node.end_lineno)
+        for decorator in getattr(node, "decorator_list", ()):
+            if ast.unparse(decorator).startswith("pytest.mark.parametrize("):
+                ends.add(decorator.end_lineno)
+    return {line: line in ends for line in lines}
+
+
+def is_data(value: ast.expr | None) -> bool:
+    """Whether an expression is a table: a display of several entries, or several displays."""
+    if isinstance(value, ast.BinOp):
+        return is_data(value.left) and is_data(value.right)
+    entries = getattr(value, "keys", None) or getattr(value, "elts", ())
+    return isinstance(value, (ast.Tuple, ast.List, ast.Set, ast.Dict)) and len(entries) > 1

@@ -26,6 +26,14 @@ from dense_attn.examples.tiny_scenes import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of a few steps, where nothing is asked of what they show."""
+    monkeypatch.setattr(score, "STEPS", 5)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("few_steps")
 def test_kernels_and_reference_have_the_same_scores(
     pipe: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +59,7 @@ def test_without_kernels_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) ->
             compare(None, *counts)
 
 
+@pytest.mark.full
 def test_edits_decide_what_the_prompt_leaves_open(pipe: object) -> None:
     for kind, enough in (("ground", 100), ("colour", 20)):
         own = edits.open_prompts(kind, 4)
@@ -59,6 +68,7 @@ def test_edits_decide_what_the_prompt_leaves_open(pipe: object) -> None:
         assert edits.effect(pipe, own, plain, scale=0.0)["changed"] < 0.01
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_edits_of_images_without_a_thing(pipe: object) -> None:
     """Nothing is inside of it, and a mean of one image has no error."""
     own = edits.open_prompts("colour", 2)
@@ -89,6 +99,7 @@ def test_the_control_of_edits_begins_with_the_same_image(
     assert edits._gain(edits._control(pipe, own), plain, own)["gain"]["mean"] > 100
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_the_table_and_plot_of_edits(
     pipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +118,7 @@ def test_the_table_and_plot_of_edits(
     assert (tmp_path / "edits.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_chains(pipe: object) -> None:
     errors = inversion.study(pipe, 1, (4,))["rows"]
     assert errors["exact EDICT"]["4"]["all"] < 1e-6 < errors["float16 EDICT"]["4"]["all"]

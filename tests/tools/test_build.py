@@ -1,6 +1,4 @@
-"""What is compiled and shipped: kernels for other processors, and distributions that hold every
-file they need.
-"""
+"""Builds: kernels for other processors, distributions that hold every file, and clear refusals."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from dense_attn.__main__ import EXTRAS
 ROOT = Path(__file__).resolve().parents[2]
 CROSS = shutil.which("aarch64-linux-gnu-g++")
 BESIDE = ("benchmarks/", "examples/", "triton_kernels/")  # installed inside of the package
+PACKAGES = ("dense_attn", *(folder.rstrip("/") for folder in BESIDE))
 MADE = {"PKG-INFO", "setup.cfg"}  # by setuptools, in every source distribution
 needs_git = pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(),
@@ -29,32 +28,14 @@ needs_git = pytest.mark.skipif(
 @pytest.mark.skipif(CROSS is None, reason="no compiler for aarch64 on this machine")
 @pytest.mark.parametrize("source", ["layout_attention.cpp", "dispatch.cpp"])
 def test_kernels_compile_for_aarch64(source: str, tmp_path: Path) -> None:
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-Icsrc",
-        "-DDENSE_ATTN_ISA=portable",
-        "-Wall",
-        "-Wextra",
-        "-Wno-psabi",
-        "-Werror",
-    ]
-    command = [
-        str(CROSS),
-        *flags,
-        "-Wno-maybe-uninitialized",
-        "-c",
-        f"csrc/cpu/{source}",
-        "-o",
-        str(tmp_path / "a.o"),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    warnings = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Werror")
+    flags = ("-std=c++20", "-O1", "-Icsrc", "-DDENSE_ATTN_ISA=portable")
+    output = ("-c", f"csrc/cpu/{source}", "-o", str(tmp_path / "a.o"))
+    subprocess.run([str(CROSS), *flags, *warnings, *output], cwd=ROOT, check=True)
 
 
 def setup(root: Path, folder: Path, *command: str) -> None:
-    """Runs a command of setup.py; what setuptools notes about the project goes to `folder`, not
-    into the sources.
-    """
+    """Run a command of setup.py; setuptools keeps its notes in `folder`, not in the sources."""
     folder.mkdir(exist_ok=True)
     quiet = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(folder)]
     subprocess.run([*quiet, *command], cwd=root, check=True, capture_output=True)
@@ -94,6 +75,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_source_distribution_holds_what_git_tracks(sdist: Path) -> None:
     """Tests, their helpers, pictures and the Makefile too: its own test suite runs from it."""
     tracked, shipped = git_files(), files(sdist) - MADE
+    assert len(tracked) >= 280
+    assert {name.split("/")[0] for name in tracked} >= {*PACKAGES, "tests", "csrc", "docs", ".ci"}
     assert tracked - shipped == set()
     assert shipped - tracked - git_files("--others", "--exclude-standard") == set()
 
@@ -105,9 +88,7 @@ def test_a_source_distribution_without_git_holds_the_same(sdist: Path, tmp_path:
 
 @needs_git
 def test_an_installation_holds_what_git_tracks(tmp_path: Path) -> None:
-    """Every module, the weights, results, model cards and `py.typed`; pictures of results are for
-    the README alone.
-    """
+    """Modules, weights, results, model cards, `py.typed`; results' pictures are the README's."""
     setup(ROOT, tmp_path / "egg", "build_py", "--build-lib", str(tmp_path / "lib"))
 
     def installed(names: set[str]) -> set[str]:
@@ -121,12 +102,30 @@ def test_an_installation_holds_what_git_tracks(tmp_path: Path) -> None:
         }
 
     tracked, shipped = installed(git_files()), files(tmp_path / "lib")
-    assert {
+    assert len(tracked) >= 150
+    assert tracked >= {
         "dense_attn/py.typed",
+        "dense_attn/integrations/diffusers/models/__init__.py",
+        "dense_attn/triton_kernels/sega/__init__.py",
+        "dense_attn/benchmarks/harness/__init__.py",
         "dense_attn/examples/tiny_scenes/tiny_scenes.safetensors",
-    } <= tracked
+    }
     assert tracked - shipped == set()
     assert shipped - tracked - installed(git_files("--others", "--exclude-standard")) == set()
+
+
+@needs_git
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_a_changed_source_is_built_again() -> None:
+    """The Makefile names every source of the sanitized library, however deep it lies."""
+    command = ["make", "--dry-run", "--print-data-base", "fuzz"]
+    database = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (line,) = re.findall(r"^build/sanitize/\.built: (.*)", database, re.M)
+    native = {name for name in git_files("csrc", "bindings") if name.endswith((".h", ".cpp"))}
+    modules = {name for name in git_files(*PACKAGES) if name.endswith(".py")}
+    assert len(native) >= 20
+    assert len(modules) >= 130
+    assert (native | modules) - set(line.split()) == set()
 
 
 def test_info_lists_the_extras() -> None:
@@ -146,15 +145,11 @@ def test_info_lists_the_extras() -> None:
 
 
 def refusal(tmp_path: Path, script: str = "", **environment: str) -> str:
-    """The last line of a build that ends with an error, after a script that changes what setup.py
-    finds.
-    """
+    """The last line of a build that fails, after a script that changes what setup.py finds."""
     program = f"import runpy, sys\n{script}\nrunpy.run_path('setup.py')"
-    egg, out = (
-        ["egg_info", "--egg-base", str(tmp_path)],
-        ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
-    )
-    command = [sys.executable, "-c", program, "--quiet", *egg, "build_ext", *out]
+    egg = ("egg_info", "--egg-base", str(tmp_path))
+    out = ("build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
+    command = [sys.executable, "-c", program, "--quiet", *egg, *out]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -164,7 +159,7 @@ def refusal(tmp_path: Path, script: str = "", **environment: str) -> str:
 
 
 def compiler(tmp_path: Path, text: str) -> str:
-    """A compiler of its own kind."""
+    """The path of a script that stands in for a compiler."""
     path = tmp_path / "cxx"
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
@@ -172,8 +167,8 @@ def compiler(tmp_path: Path, text: str) -> str:
 
 
 WITHOUT = (
-    "; without CPU kernels the library still runs, on its PyTorch reference and, on GPUs, on Triton: "
-    "DENSE_ATTN_CPU_KERNELS=0 pip install --no-build-isolation ."
+    "; without CPU kernels the library still runs, on its PyTorch reference and, on GPUs, on "
+    "Triton: DENSE_ATTN_CPU_KERNELS=0 pip install --no-build-isolation ."
 )
 
 
@@ -185,9 +180,10 @@ def test_an_old_setuptools_is_named(tmp_path: Path) -> None:
 
 
 def test_a_build_without_a_compiler_ends_with_what_to_install(tmp_path: Path) -> None:
-    needed = "error: the CPU kernels must have a C++20 compiler, got '/no/compiler' (No such file or directory)"
+    needed = "error: the CPU kernels must have a C++20 compiler, got '/no/compiler'"
     advice = "install g++ 12 or newer, or name a compiler in CXX"
-    assert refusal(tmp_path, CXX="/no/compiler") == f"{needed}: {advice}{WITHOUT}"
+    expected = f"{needed} (No such file or directory): {advice}{WITHOUT}"
+    assert refusal(tmp_path, CXX="/no/compiler") == expected
 
 
 def test_a_compiler_that_writes_nothing_is_no_compiler(tmp_path: Path) -> None:
@@ -214,24 +210,18 @@ def test_an_empty_name_is_as_if_it_were_not_there(named: str, tmp_path: Path) ->
 
 
 def test_a_build_with_an_old_compiler_ends_with_what_to_install(tmp_path: Path) -> None:
-    old = compiler(
-        tmp_path, "echo \"g++: error: unrecognized command-line option '-std=c++20'\" >&2; exit 1"
-    )
+    error = "g++: error: unrecognized command-line option '-std=c++20'"
+    old = compiler(tmp_path, f'echo "{error}" >&2; exit 1')
     said = refusal(tmp_path, CXX=old)
-    assert (
-        f"must have a C++20 compiler, got {old!r} (g++: error: unrecognized command-line option '-std=c++20'): "
-        in said
-    )
+    assert f"must have a C++20 compiler, got {old!r} ({error}): " in said
     assert said.endswith(WITHOUT)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 def test_a_compiler_without_vector_shuffles_is_named(tmp_path: Path) -> None:
     said = refusal(tmp_path, CXX="g++ -D__has_builtin(x)=0")
-    assert (
-        "got 'g++' (<stdin>:5:2: error: #error no __builtin_shufflevector, which g++ has from 12 on): install "
-        in said
-    )
+    error = "<stdin>:5:2: error: #error no __builtin_shufflevector, which g++ has from 12 on"
+    assert f"got 'g++' ({error}): install " in said
 
 
 def test_a_build_that_does_not_compile_ends_with_what_works_without(tmp_path: Path) -> None:
@@ -246,23 +236,29 @@ def test_a_build_that_does_not_compile_ends_with_what_works_without(tmp_path: Pa
     assert said.endswith(WITHOUT)
 
 
-@pytest.mark.parametrize(
-    ("script", "sentence"),
-    {
-        "sys.modules['torch'] = None": "is, got import of torch halted; None in sys.modules: pip install torch",
-        "import torch; torch.__version__ = '2.9.1+cpu'": "is, got 2.9.1+cpu: pip install --upgrade torch",
-        "import torch.utils.cpp_extension as c; c.include_paths = lambda: ['/nowhere']":
-            "is with its headers, got none in /nowhere: pip install torch",
-    }.items(),
-    ids=["no torch", "an old torch", "no headers"],
-)  # fmt: skip
+NO_TORCH = {  # a script that takes it away, and the end of the sentence
+    "no torch": (
+        "sys.modules['torch'] = None",
+        "is, got import of torch halted; None in sys.modules: pip install torch",
+    ),
+    "an old torch": (
+        "import torch; torch.__version__ = '2.9.1+cpu'",
+        "is, got 2.9.1+cpu: pip install --upgrade torch",
+    ),
+    "no headers": (
+        "import torch.utils.cpp_extension as c; c.include_paths = lambda: ['/nowhere']",
+        "is with its headers, got none in /nowhere: pip install torch",
+    ),
+}
+
+
+@pytest.mark.parametrize("missing", NO_TORCH)
 def test_a_build_without_a_usable_torch_ends_with_what_to_install(
-    script: str, sentence: str, tmp_path: Path
+    missing: str, tmp_path: Path
 ) -> None:
-    assert (
-        refusal(tmp_path, script)
-        == f"error: the CPU kernels must be built where torch 2.11 or newer {sentence}{WITHOUT}"
-    )
+    script, sentence = NO_TORCH[missing]
+    needed = "error: the CPU kernels must be built where torch 2.11 or newer"
+    assert refusal(tmp_path, script) == f"{needed} {sentence}{WITHOUT}"
 
 
 def test_a_build_without_cpu_kernels_needs_no_compiler(
@@ -274,14 +270,7 @@ def test_a_build_without_cpu_kernels_needs_no_compiler(
     )
     monkeypatch.setenv("DENSE_ATTN_CPU_KERNELS", "0")
     monkeypatch.setenv("CXX", "/no/compiler")
-    setup(
-        ROOT,
-        tmp_path / "egg",
-        "build",
-        "--build-base",
-        str(tmp_path),
-        "--build-lib",
-        str(tmp_path / "lib"),
-    )
+    folders = ("--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib"))
+    setup(ROOT, tmp_path / "egg", "build", *folders)
     assert (tmp_path / "lib/dense_attn/__init__.py").is_file()
     assert list((tmp_path / "lib").rglob("*.so")) == []

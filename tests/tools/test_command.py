@@ -107,7 +107,13 @@ def test_output_that_cannot_be_written_is_one_sentence() -> None:
     )
 
 
-@pytest.mark.parametrize("locale", [ASCII, {"PYTHONIOENCODING": "ascii"}], ids=["C", "ascii"])
+@pytest.mark.parametrize(
+    "locale",
+    [
+        pytest.param(ASCII, id="C"),
+        pytest.param({"PYTHONIOENCODING": "ascii"}, id="ascii", marks=pytest.mark.full),
+    ],
+)
 def test_letters_outside_of_ascii(locale: dict[str, str], tmp_path: Path) -> None:
     """In a file's name, in phrases, in what is printed and drawn."""
     for package in ("matplotlib", "tqdm", "PIL"):

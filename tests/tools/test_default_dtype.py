@@ -1,10 +1,7 @@
-"""Every tensor that the library makes names its dtype and device: defaults of the caller's program
-change no bit.
-"""
+"""Defaults that a program sets for torch, of dtype and device, change no bit of any result."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tree
 from cases import backends
 from surroundings import SURROUNDINGS, assert_same, surrounded
 from torch import Tensor
@@ -28,21 +24,6 @@ from dense_attn.verify import layout_attention as verified
 from dense_attn.verify import reversible as verified_chains
 from dense_attn.verify import sega as verified_guidance
 
-NAMED = (
-    "tensor",
-    "as_tensor",
-    "asarray",
-    "scalar_tensor",
-    "full",
-    "zeros",
-    "ones",
-    "empty",
-    "rand",
-    "randn",
-    "eye",
-)
-NAMED += ("arange", "linspace", "logspace")  # of floats, whatever their arguments are today
-PLACED = ("randint", "randperm")  # integers by themselves
 BOXES = [(0.0, 0.1, 1 / 3, 1.0), (0.3, 0.0, 0.7, 0.9), (0.123, 0.456, 0.789, 1.0)]
 SPANS = [(1, 3), None, (4, 7)]
 ALPHAS = [0.999 * 0.995**t for t in range(1000)]
@@ -51,7 +32,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 Thunk = Callable[[], object]
 every_surrounding = pytest.mark.parametrize("by", SURROUNDINGS, ids=str)
-every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -120,57 +100,45 @@ def attention(backend: str) -> Thunk:
     return run
 
 
+NUMBERS = {
+    "guidance_scale": 7.5,
+    "edit_threshold": 0.9,
+    "edit_weights": 1 / 3,
+    "enabled": True,
+    "edit_momentum_scale": 0.1,
+    "edit_mom_beta": 0.4,
+}
+LISTS = {"edit_guidance_scale": [5.0, 0.3], "warm": [True, False], "reverse": [False, True]}
+ALIKE = {"edit_guidance_scale": 5.0, "warm": True, "reverse": False}
+RULES = ({"sum_channels": True}, {"edit_warmup_steps": [0, 1], "edit_cooldown_steps": [None, 2]})
+
+
 def guidance(backend: str) -> Thunk:
     inputs = [randn(5, 1, 4, 6, 7, dtype=dtype).requires_grad_() for dtype in DTYPES]
-    mask = torch.rand(6, 7) > 0.5
-    numbers = {
-        "guidance_scale": 7.5,
-        "edit_guidance_scale": [5.0, 0.3],
-        "edit_threshold": 0.9,
-        "edit_weights": 1 / 3,
-    }
-    numbers |= {
-        "warm": [True, False],
-        "enabled": True,
-        "reverse": [False, True],
-        "edit_momentum_scale": 0.1,
-    }
+    masked = {"user_mask": torch.rand(6, 7) > 0.5, "backend": backend, **NUMBERS}
 
     def run() -> object:
         results = []
         for x in inputs:
-            concepts = {
-                "eps_edits": x[2:4],
-                "user_mask": mask,
-                "edit_mom_beta": 0.4,
-                "backend": backend,
-            }
-            results.append(
-                with_gradients(
-                    dense_attn.sega_guidance(x[0], x[1], momentum=None, **concepts, **numbers), x
-                )
+            step = dense_attn.sega_guidance(x[0], x[1], x[2:4], None, **masked, **LISTS)
+            none = dense_attn.sega_guidance(
+                x[0], x[1], [], x[4].detach(), backend=backend, **NUMBERS, **ALIKE
             )
-            none = numbers | {
-                "edit_guidance_scale": 5.0,
-                "warm": True,
-                "reverse": False,
-                "edit_mom_beta": 0.4,
-            }
-            none["backend"] = backend
-            results.append(dense_attn.sega_guidance(x[0], x[1], [], x[4].detach(), **none))
-            for rule in (
-                {"sum_channels": True},
-                {"edit_warmup_steps": [0, 1], "edit_cooldown_steps": [None, 2]},
-            ):
+            results += [with_gradients(step, x), none]
+            for rule in RULES:
                 loop = dense_attn.SemanticGuidance(edit_threshold=0.7, backend=backend, **rule)
                 results.append([loop(step, x[0], x[1], [x[2], x[3]]) for step in range(3)])
-            results.append(
-                with_gradients(
-                    dense_attn.percentile_mask(x, 0.37, dim=(1, -1), backend=backend)[:1], x
-                )
-            )
-            results.append(dense_attn.percentile_mask(x, 0.37, dim=(1, -1), backend=backend))
         return results
+
+    return run
+
+
+def percentiles(backend: str) -> Thunk:
+    inputs = [randn(5, 1, 4, 6, 7, dtype=dtype).requires_grad_() for dtype in DTYPES]
+
+    def run() -> object:
+        masks = [dense_attn.percentile_mask(x, 0.37, dim=(1, -1), backend=backend) for x in inputs]
+        return masks, [with_gradients(mask[:1], x) for mask, x in zip(masks, inputs)]
 
     return run
 
@@ -291,18 +259,29 @@ def programs(backend: str) -> Thunk:
     return run
 
 
-CASES = (layouts, attention, guidance, steps, chains, optimisation, saliency, programs)
+CASES = (
+    *(layouts, attention, guidance, percentiles, steps, chains, optimisation),
+    *(saliency, programs),
+)
+WITHOUT_BACKEND = (layouts, saliency)
+
+
+CELLS = [
+    pytest.param(
+        case, *backend.values, marks=backend.marks, id=f"{case.__name__}-{backend.values[0]}"
+    )
+    for case in CASES
+    for backend in backends("reference", "cpu")
+    if case not in WITHOUT_BACKEND or backend.values == ("reference",)
+]
 
 
 @every_surrounding
-@every_backend
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize(("case", "backend"), CELLS)
 @pytest.mark.filterwarnings("ignore:the way back must lead")  # in bfloat16 without a grid
 def test_results_are_those_of_float32(
     case: Callable[[str], Thunk], backend: str, by: torch.dtype | torch.device
 ) -> None:
-    if backend == "cpu" and case in (layouts, saliency):
-        pytest.skip("has no backend")
     run = case(backend)
     expected = run()
     with surrounded(by):
@@ -317,43 +296,6 @@ def test_the_cases_reach_every_public_name() -> None:
         for name in {*dense_attn.__all__} - returned
         if f".{name}" not in source and f" {name}(" not in source
     ] == []
-
-
-@pytest.mark.parametrize(
-    "path",
-    tree.python_files("dense_attn", "triton_kernels", "examples/tiny_scenes"),
-    ids=lambda p: p.name,
-)
-def test_every_tensor_that_is_made_names_its_dtype_and_device(path: Path) -> None:
-    assert nameless(path.read_text()) == []
-
-
-def nameless(source: str) -> list[int]:
-    """Lines on which torch makes a tensor of a default dtype, or on a default device."""
-    lines = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
-        needed = (
-            {"dtype", "device"}
-            if node.func.attr in NAMED
-            else {"device"}
-            if node.func.attr in PLACED
-            else set()
-        )
-        if of_torch and not needed <= {keyword.arg for keyword in node.keywords}:
-            lines.append(node.lineno)
-    return lines
-
-
-def test_a_tensor_without_a_name_is_found() -> None:
-    assert nameless(
-        "x = torch.zeros(3, device=d)\ny = torch.ones(3, dtype=t, device=d)\nz = torch.randperm(3)"
-    ) == [
-        1,
-        3,
-    ]
 
 
 @pytest.mark.parametrize("by", [torch.bfloat16, torch.device("meta")], ids=str)

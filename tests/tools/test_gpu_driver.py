@@ -26,6 +26,7 @@ def step(name: str, program: str, **options: object) -> gpu_steps.Step:
     return gpu_steps.Step(name, [sys.executable, "-c", program], **options)
 
 
+@pytest.mark.full
 def test_dry_run(tmp_path: Path) -> None:
     """All steps but verify, which has its own tests; no compiler, the benchmark's smallest part."""
     pytest.importorskip("triton")

@@ -71,6 +71,7 @@ def test_phrases_have_the_lora_scale_of_the_call(model: str) -> None:
     assert not close(found[3], found[1])
 
 
+@pytest.mark.filterwarnings("ignore:edits.*warmup must be at most")  # fewer steps than that
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_concepts_have_the_lora_scale_of_the_call(model: str) -> None:
     pipe, seen = with_lora(model), []
@@ -91,6 +92,7 @@ def test_concepts_have_the_lora_scale_of_the_call(model: str) -> None:
     assert not close(seen[1], seen[0])
 
 
+@pytest.mark.filterwarnings("ignore:edits.*warmup must be at most")  # fewer steps than that
 def test_concepts_have_the_pooled_lora_scale_of_the_call() -> None:
     """Stable Diffusion XL's U-Net sees the pooled embeddings too."""
     pipe, pooled = with_lora("sdxl"), []
