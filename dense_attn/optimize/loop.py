@@ -180,8 +180,8 @@ class _Update:
         x = state["latents"][0]
         shift = 0.0
         if self.noise:  # the same for both latents
-            there = {"device": generator.device, "dtype": x.dtype}
-            shift = self.noise * torch.randn(x.shape, generator=generator, **there).to(x.device)
+            made = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
+            shift = self.noise * made.to(x.device)
         latents, buffers = [], []
         for index, (x, gradient) in enumerate(zip(state["latents"], gradients)):
             limit = min(self.clip or math.inf, torch.finfo(x.dtype).max)

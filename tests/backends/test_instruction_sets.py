@@ -53,7 +53,7 @@ def test_every_instruction_set(isa: str, cells: str) -> None:
 
 
 def test_core_cases_are_found() -> None:
-    """Of attention and of the reversible steps, beside the one here."""
+    """Files of attention and of the reversible steps, beside this one."""
     assert {path.parent.name for path in CORE} >= {"backends", "reversible"}
     assert len(CORE) >= 3
 

@@ -1,4 +1,4 @@
-"""What names a file, a module or a kernel by text still finds it."""
+"""Names of files, modules and kernels in texts, which still find them."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_the_bar_shows_the_loss(capfd: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("where", ["there", "back"])
 def test_an_error_of_the_network_with_a_chains_words_goes_on(where: str) -> None:
-    """What stops the loop is told from other errors by type, not by text."""
+    """Errors that stop the loop are told from others by type, not by text."""
     network, calls = Network(), []
 
     def breaking(x: Tensor, t: int) -> Tensor:

@@ -255,8 +255,9 @@ def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
 def fwd_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten (out, lse, stats)."""
     batch, num_heads, seqlen_q, _ = q.shape
-    rows, options = (batch, num_heads, seqlen_q), {"dtype": torch.float32, "device": q.device}
-    lse, stats = torch.empty(rows, **options), torch.empty((*rows, STATS), **options)
+    rows, device = (batch, num_heads, seqlen_q), q.device
+    lse = torch.empty(rows, dtype=torch.float32, device=device)
+    stats = torch.empty((*rows, STATS), dtype=torch.float32, device=device)
     return empty_rows_like(q), lse, stats
 
 

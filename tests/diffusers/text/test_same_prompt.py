@@ -139,7 +139,7 @@ def test_one_text_for_all_images_of_flux() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_rows_of_one_seed_whose_embeddings_are_nearly_the_prompts(model: str) -> None:
-    """As many texts as the pipeline was given hold no negative half; others may."""
+    """Texts as many as the pipeline was given hold no negative half; others may."""
     pipe, own = pipeline(model), MODELS[model][1]
     right, empty = (encoded(pipe, text, **own) for text in (PROMPT, ""))
     noise = [torch.Generator().manual_seed(0) for _ in range(2)]
