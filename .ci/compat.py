@@ -27,6 +27,7 @@ CORE = (
         "sega/test_quantile.py",
         "sega/test_framework.py",
         "reversible/test_kernels.py",
+        "reversible/test_raw_calls.py",
         "reversible/test_framework.py",
         "reversible/test_ddim_step.py",
     ),

@@ -141,7 +141,7 @@ def _prepared(setting: Setting) -> tuple[Step, list[Tensor], list[Tensor], dict[
 
 def expected(step: Step) -> tuple[list[Tensor], list[Tensor]]:
     """(eps, momentum) in float64 and float32, of the entries that float32's thresholds keep."""
-    on = [True] * len(step.eps_edits)
+    nothing = [0.0] * len(step.eps_edits)  # is added for concepts while others warm up
     steered = reference.sega_differences(step.eps_uncond, step.eps_edits, step.scales, step.reverse)
     rows = steered.abs().flatten(3)  # [E, B, C, values]
     levels = zip(rows, step.thresholds)
@@ -153,7 +153,7 @@ def expected(step: Step) -> tuple[list[Tensor], list[Tensor]]:
         uncond, text, edits, momentum = (x.to(dtype) for x in tensors)
         kept = reference.sega_differences(uncond, edits, step.scales, step.reverse)
         kept = kept.masked_fill(dropped, 0)
-        numbers = _GUIDANCE, step.weights, on, on, _MOMENTUM, _BETA
+        numbers = _GUIDANCE, step.weights, nothing, True, _MOMENTUM, _BETA
         return list(reference.sega_combine(uncond, text, kept, momentum, *numbers))
 
     return results(torch.float64), results(torch.float32)

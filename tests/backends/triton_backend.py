@@ -13,7 +13,7 @@ import torch
 from accuracy import assert_accurate, evaluate, exact_and_plain
 from cases import DEVICES, INTERPRETED, Case, make_inputs, moved, why_skip
 from chains import Network, sampler
-from sega_cases import LISTS, NUMBERS
+from sega_cases import LISTS, NUMBERS, raw_options
 from torch import Tensor
 
 from dense_attn import ddim_step, layout_attention, percentile_mask, sega_guidance
@@ -220,7 +220,7 @@ def raw_calls() -> dict[str, tuple[tuple, dict]]:
     calls |= dict.fromkeys(
         ("exact_mix", "exact_unmix"), (z, w, None, 0.0, 0.93, True, 1e-6, False, narrow)
     )
-    named = {**GUIDANCE, "user_mask": None, "sum_channels": False}
+    named = {**raw_options(GUIDANCE), "user_mask": None, "sum_channels": False}
     return {name: (arguments, {}) for name, arguments in calls.items()} | {
         "sega_guidance": (sega_tensors(), named)
     }

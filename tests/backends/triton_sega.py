@@ -221,6 +221,6 @@ def test_sega_refusals(name: str) -> None:
 
 
 def test_sega_refuses_lists_of_another_length() -> None:
-    arguments, options = guidance(2, torch.float32, warm=[True])
-    with pytest.raises(RuntimeError, match="warm must have 2 entries, got 1"):
+    arguments, options = guidance(2, torch.float32, partials=[0.0])
+    with pytest.raises(RuntimeError, match="partials must have 2 entries, got 1"):
         sega.sega_guidance(*arguments, **options)

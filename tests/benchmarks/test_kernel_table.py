@@ -183,14 +183,14 @@ def test_results_of_other_sources_are_told() -> None:
 
 def test_the_stale_are_told_from_the_fresh() -> None:
     fresh = {"device": "Some GPU", "kernels": kernel_hashes()}
-    old = fresh | {"kernels": fresh["kernels"] | {"sega.py": "0" * 16}}
+    old = fresh | {"kernels": fresh["kernels"] | {"sega/mask.py": "0" * 16}}
     headers = {
         "new.json": fresh,
         "old.json": old,
         "dry.json": old | {"dry_run": True},
         "cpu.json": {"device": "CPU"},
     }
-    assert _kernel_report.stale(headers) == ["old.json: Some GPU ran other sources of sega.py"]
+    assert _kernel_report.stale(headers) == ["old.json: Some GPU ran other sources of sega/mask.py"]
 
 
 def test_a_changed_number_is_noticed(committed: Table) -> None:

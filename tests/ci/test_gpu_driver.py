@@ -89,7 +89,7 @@ def test_the_families_are_those_of_the_benchmark() -> None:
     assert list(gpu.TESTS) == list(GPU_FAMILIES)
 
 
-@pytest.mark.parametrize(("argv", "count"), [([], 5), (["--quick"], 3), (["--dry-run"], 1)])
+@pytest.mark.parametrize(("argv", "count"), [([], 6), (["--quick"], 3), (["--dry-run"], 1)])
 def test_the_driver_finds_its_files(argv: list[str], count: int, tmp_path: Path) -> None:
     """Files that are gone end a run on a GPU, whose time is dear."""
     assert gpu_steps.ROOT == ROOT

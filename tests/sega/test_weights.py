@@ -10,6 +10,7 @@ from cases import why_skip
 from sega_cases import NUMBERS
 
 from dense_attn import reference, sega_guidance
+from dense_attn._backends import table
 
 T, F = True, False
 RULES = {  # edit_weights, warm, enabled; weights, partials, whether all are warm
@@ -29,13 +30,14 @@ def test_the_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stands once: what kernels are handed are these numbers."""
     (edit_weights, warm, enabled), expected = RULES[name]
     assert reference.sega_weights(edit_weights, warm, enabled) == expected
-    handed, kernel = [], reference.sega_guidance
+    backend = table.NAMESPACES["reference"]
+    handed, kernel = [], backend.sega_guidance
 
     def seen(*tensors: torch.Tensor, **options: object) -> tuple:
         handed.append(tuple(options[name] for name in ("weights", "partials", "all_warm")))
         return kernel(*tensors, **options)
 
-    monkeypatch.setattr(reference, "sega_guidance", seen)
+    monkeypatch.setattr(backend, "sega_guidance", seen)
     eps = torch.randn(2 + len(warm), 1, 2, 5)
     rules = {"edit_weights": edit_weights, "warm": warm, "enabled": enabled, "reverse": False}
     options = {"edit_guidance_scale": 5.0, "edit_threshold": 0.5, **rules, **NUMBERS}

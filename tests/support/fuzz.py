@@ -87,6 +87,8 @@ class Fuzzer:
             "modulation": self.rng.choice(("range", "max", "bias", "mask")),
             "scale": self.rng.choice((0.1, -1.0, 0.0, 1e4)),
             "q_order": self.order(seqlen_q),
+            "k_order": self.order(seqlen_k),
+            **dict.fromkeys(("tiles", "counts", "k_words")),
         }
 
     def _percentile_arguments(self) -> raw.Arguments:
