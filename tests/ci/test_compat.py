@@ -55,5 +55,5 @@ def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.M
 def test_the_core_tests_are_there() -> None:
     words = [word for selection in compat.CORE for word in selection]
     files = [compat.ROOT / "tests" / word for word in words if word.endswith(".py")]
-    assert len(files) == 8
+    assert len(files) == 9
     assert [path for path in files if not path.is_file()] == []
