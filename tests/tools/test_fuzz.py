@@ -13,4 +13,4 @@ def test_random_calls_run_or_refuse() -> None:
     outcomes = fuzz(calls=2000, seed=1)
     kinds = ("attention public", "attention raw", "family public", "family raw")
     assert outcomes.keys() == {f"{kind} {end}" for kind in kinds for end in ("ran", "refused")}
-    assert min(outcomes.values()) > 100
+    assert min(outcomes.values()) > 80
