@@ -8,7 +8,7 @@ registers and the shared memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -26,7 +26,7 @@ class Config:
     # The first phase's accumulator waits in memory: registers would not hold both.
     parks: bool = False
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int | bool]:
         """The compiler's options; sums and products may fuse."""
         return {
@@ -35,7 +35,7 @@ class Config:
             "enable_fp_fusion": True,
         }
 
-    @property
+    @cached_property
     def launch(self) -> dict[str, int | bool]:
         """The arguments of a launch that are the configuration's."""
         return {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, **self.options}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def layout_attention_fwd(
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
     config = config or fwd_config(q, k)
     results, numbers = (_rows(out), lse, stats), (num_heads, seqlen_q, seqlen_k, abs(scale))
-    constants = _constants(q, modulation, scale)
+    constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs, strengths = (_rows(q), _rows(k), _rows(v), _tokens(q_regions)), _rows(strength)
     if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
@@ -127,12 +128,11 @@ def layout_attention_bwd(
     if modulation != "mask":
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
     words, orders = (_tokens(q_regions), _tokens(k_regions)), (_tokens(q_order), _tokens(k_order))
-    rows = (batch, num_heads, seqlen_q)
-    numbers = torch.empty((*rows, NUMBERS), dtype=torch.float32, device=q.device)
-    places = torch.empty((*rows, PLACES), dtype=torch.int32, device=q.device)
+    numbers = q.new_empty(batch, num_heads, seqlen_q, NUMBERS, dtype=torch.float32)
+    places = q.new_empty(batch, num_heads, seqlen_q, PLACES, dtype=torch.int32)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
     inputs, grad_rows = (_rows(q), _rows(k), _rows(v), *words, *orders), _rows(grad_out)
-    constants = _constants(q, modulation, scale)
+    constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
     by_query, by_key = config or bwd_config(q, k)
     lists = (None, None)
     if modulation == "mask":
@@ -170,7 +170,7 @@ def _mask_lists(
 def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unwritten (dq, dk, dv, dstrength)."""
     batch, num_heads, seqlen_q, _ = q.shape
-    dstrength = torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=q.device)
+    dstrength = q.new_empty(batch, num_heads, seqlen_q, dtype=torch.float32)
     return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v), dstrength
 
 
@@ -255,9 +255,8 @@ def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
 def fwd_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten (out, lse, stats)."""
     batch, num_heads, seqlen_q, _ = q.shape
-    rows, device = (batch, num_heads, seqlen_q), q.device
-    lse = torch.empty(rows, dtype=torch.float32, device=device)
-    stats = torch.empty((*rows, STATS), dtype=torch.float32, device=device)
+    lse = q.new_empty(batch, num_heads, seqlen_q, dtype=torch.float32)
+    stats = q.new_empty(batch, num_heads, seqlen_q, STATS, dtype=torch.float32)
     return empty_rows_like(q), lse, stats
 
 
@@ -266,6 +265,8 @@ def empty_rows_like(q: Tensor) -> Tensor:
     rule.
     """
     like = torch.empty_like(q)
+    if like.is_contiguous():
+        return like
     return like if q.shape[3] == 1 or like.stride(3) == 1 else q.new_empty(q.shape)
 
 
@@ -285,14 +286,15 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
     return visited, bounds
 
 
-def _constants(q: Tensor, modulation: str, scale: float) -> dict[str, object]:
+@lru_cache(maxsize=256)
+def _constants(head_dim: int, modulation: str, negate: bool, precision: str) -> dict[str, object]:
     """The constants that the kernels are compiled for beside the tile."""
-    first, second = configs.head_parts(q.shape[3])
+    first, second = configs.head_parts(head_dim)
     return {
         "MODULATION": modulation,
-        "NEGATE": scale < 0,
-        "PRECISION": "tf32" if configs.precision(q) == "tf32" else "ieee",
-        "HEAD_DIM": q.shape[3],
+        "NEGATE": negate,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "HEAD_DIM": head_dim,
         "PART_0": first,
         "PART_1": second,
     }
@@ -302,12 +304,18 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
     """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's
     left out.
     """
-    batch, num_heads, tokens = x.shape[:3]
-    a, b, c = x.stride()[:3]
+    return x, *_grains(x.shape, x.stride())
+
+
+@lru_cache(maxsize=1024)
+def _grains(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, tl.constexpr]:
+    """The strides of [B, H, tokens, ...] as kernels take them."""
+    batch, num_heads, tokens = shape[:3]
+    a, b, c = strides[:3]
     a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
     if (a | b | c) % configs.GRAIN == 0:  # a power of two
-        return x, a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
-    return x, a, b, c, _ONE
+        return a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
+    return a, b, c, _ONE
 
 
 def _tokens(x: Tensor | None) -> tuple[Tensor, int, int] | None:

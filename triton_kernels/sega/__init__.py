@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
         return masked, threshold
     rows = (x, 0, 0, *x.stride())
     if selection.fits_one_program(LONGEST, num_values, rows):
-        options = {"LOW_BIT": LOW_BITS[x.dtype], **_whole_row(num_values)}
+        options = {"LOW_BIT": LOW_BITS[x.dtype], **_whole_row(num_values, TILE)}
         rank = selection.rank(level, num_values)
         percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, rank, **options)
     else:
@@ -67,36 +66,39 @@ def sega_guidance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches `reference.sega_guidance`; tensors with trailing axes that collapse to one."""
     num_edits, (batch, channels) = eps_edits.shape[0], eps_uncond.shape[:2]
-    eps = eps_uncond.new_empty(eps_uncond.shape)
-    momentum_out = eps_uncond.new_empty(eps_uncond.shape, dtype=torch.float32)
-    rows = (num_edits, batch, 1 if sum_channels else channels)
-    thresholds = eps.new_empty(rows, dtype=torch.float32)
-    num_values = prod(eps.shape[2:])
+    eps = torch.empty_like(eps_uncond, memory_format=torch.contiguous_format)
+    momentum_out = torch.empty_like(eps, dtype=torch.float32)
+    columns = 1 if sum_channels else channels
+    thresholds = eps.new_empty(num_edits, batch, columns, dtype=torch.float32)
     if eps.numel() == 0:
         return eps, momentum_out, thresholds
 
+    num_values = eps.numel() // (batch * channels)
     carry = momentum_out  # which one group of concepts does not touch
     if num_edits > GROUP:
         carry = momentum_out.new_empty((2, *eps.shape))
-    signed = (-s if negative else s for s, negative in zip(edit_guidance_scale, reverse))
-    groups = _groups(*map(tuple, (signed, weights, partials, edit_threshold)), num_values)
+    lists = (edit_guidance_scale, reverse, weights, partials, edit_threshold)
+    groups = _groups(*map(tuple, lists), num_values)
     uncond, text, nu = _rows(eps_uncond, 2), _rows(eps_text, 2), _rows(momentum, 2)
     own = (channels * num_values, num_values, 1)  # strides of what is contiguous
     results = (eps, 0, *own), (momentum_out, 0, *own), (carry, batch * own[0], *own)
     step = (guidance_scale, edit_momentum_scale, edit_mom_beta, 1 - edit_mom_beta)
     for first in range(0, max(num_edits, 1), GROUP):
-        part = slice(first, first + GROUP)
-        edits = _rows(eps_edits[part], 3)
-        masks = None if user_mask is None else _rows(user_mask[part], 3)
+        edits, masks, levels = eps_edits, user_mask, thresholds
+        if num_edits > GROUP:
+            part = slice(first, first + GROUP)
+            edits, levels = edits[part], levels[part]
+            masks = None if masks is None else masks[part]
         flags = {
             "FIRST": first == 0,
             "LAST": first + GROUP >= num_edits,
             "SUM_CHANNELS": sum_channels,
             "GROUP": GROUP,
         }
-        tensors = (uncond, text, edits, nu, masks, *results)
+        masked = None if masks is None else _rows(masks, 3)
+        tensors = (uncond, text, _rows(edits, 3), nu, masked, *results)
         sizes = batch, channels, num_values
-        _step(tensors, thresholds[part], groups[first // GROUP], step, all_warm, sizes, flags)
+        _step(tensors, levels, groups[first // GROUP], step, all_warm, sizes, flags)
     return eps, momentum_out, thresholds
 
 
@@ -119,7 +121,7 @@ def _step(
     tensors = (*tensors, (thresholds, *thresholds.stride()[:2], 0 if sums else 1))
     last = (step, all_warm, thresholds.shape[0], channels, num_values)
     if whole:
-        options = _whole_row(num_values)
+        options = _whole_row(num_values, TILE)
         staged = None
         if num_values > UNSTAGED >> sums >> apart:
             staged = thresholds.new_empty((batch * channels, num_values), dtype=torch.int32)
@@ -140,6 +142,7 @@ def _step(
 @lru_cache(maxsize=64)  # steps have their numbers in common
 def _groups(
     scales: tuple[float, ...],
+    reverse: tuple[bool, ...],
     weights: tuple[float, ...],
     partials: tuple[float, ...],
     levels: tuple[float, ...],
@@ -147,6 +150,7 @@ def _groups(
 ) -> list[tuple]:
     """The numbers of each launch's concepts: (scales, weights, partial weights, ranks)."""
     found = []
+    scales = tuple(-s if negative else s for s, negative in zip(scales, reverse))
     for first in range(0, max(len(scales), 1), GROUP):
         part = slice(first, first + GROUP)
         padded = (
@@ -156,15 +160,22 @@ def _groups(
     return found
 
 
-def _whole_row(num_values: int) -> dict[str, object]:
+@lru_cache(maxsize=64)
+def _whole_row(num_values: int, tile: int) -> dict[str, object]:
     block = max(16, configs.next_power_of_2(num_values))
-    return {"BLOCK": block, "TILE": min(block, TILE), "num_warps": selection.warps(block), **EXACT}
+    return {"BLOCK": block, "TILE": min(block, tile), "num_warps": selection.warps(block), **EXACT}
 
 
 def _rows(x: Tensor, lead: int) -> tuple[Tensor, int, int, int, int]:
     """(x, strides) of x as [E, B, C, N], its axes after the first `lead` as one."""
-    sizes, strides, last = x.shape, x.stride(), 1
-    for axis in range(lead, x.dim()):
-        if sizes[axis] > 1:
-            last = strides[axis]
-    return x, *[0] * (3 - lead), *strides[:lead], last
+    return x, *_strides(x.shape, x.stride(), lead)
+
+
+@lru_cache(maxsize=256)
+def _strides(sizes: tuple[int, ...], strides: tuple[int, ...], lead: int) -> tuple[int, ...]:
+    """The strides of [E, B, C, N]."""
+    last = 1
+    for size, stride in zip(sizes[lead:], strides[lead:]):
+        if size > 1:
+            last = stride
+    return *[0] * (3 - lead), *strides[:lead], last

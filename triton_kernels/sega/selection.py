@@ -226,7 +226,7 @@ def fits_one_program(longest: int, num_values: int, *tensors: tuple | None) -> b
     """Whether one program holds a row: not too long, and offsets in it are int32; those of its
     tiles are int64.
     """
-    largest = max(tensor[4] for tensor in tensors if tensor is not None)
+    largest = max([tensor[4] for tensor in tensors if tensor is not None])
     return num_values <= longest and num_values * largest < 2**31
 
 

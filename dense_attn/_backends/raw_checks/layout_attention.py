@@ -57,14 +57,15 @@ def layout_attention_bwd(
 ) -> None:
     """Refuse what the kernels cannot run on."""
     _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
-    head_dim = (q.shape[3],)
-    _rows("grad_out", grad_out, q, q.dtype, head_dim)
-    _rows("out", out, q, q.dtype, head_dim)
-    _rows("stats", stats, q, last=(STATS,))
+    shape, dtype = q.shape, q.dtype
+    rows = shape[:3]
+    _rows("grad_out", grad_out, q, shape, dtype)
+    _rows("out", out, q, shape, dtype)
+    _rows("stats", stats, q, (*rows, STATS))
     if not stats.is_contiguous():
         _checks.refuse("stats", "be contiguous", f"strides {stats.stride()}")
     if grad_lse is not None:
-        _rows("grad_lse", grad_lse, q)
+        _rows("grad_lse", grad_lse, q, rows)
 
 
 @of_a_raw_call
@@ -126,29 +127,31 @@ def _inputs(
     """Require what both passes rely on."""
     _checks.attention_inputs(q, k, v)
     one_of("q", q.dtype, DTYPES)
-    if q.shape[3] > MAX_HEAD_DIM:
-        _checks.refuse("q", f"have a head dim of 1 to {MAX_HEAD_DIM}", q.shape[3])
+    shape = q.shape
+    batch, _, seqlen_q, head_dim = shape
+    seqlen_k = k.shape[2]
+    if head_dim > MAX_HEAD_DIM:
+        _checks.refuse("q", f"have a head dim of 1 to {MAX_HEAD_DIM}", head_dim)
     _checks.choice("modulation", modulation, MODULATIONS)
     if not math.isfinite(scale):
         _checks.refuse("scale", "be finite", scale)
-    _rows("strength", strength, q)
-    _checks.token_words("q_regions", q_regions, q.shape[0], q.shape[2], q)
-    _checks.token_words("k_regions", k_regions, q.shape[0], k.shape[2], q)
-    _order("q_order", q_order, q.shape[0], q.shape[2], q)
-    _order("k_order", k_order, q.shape[0], k.shape[2], q)
+    _rows("strength", strength, q, shape[:3])
+    _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
+    _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
+    _order("q_order", q_order, batch, seqlen_q, q)
+    _order("k_order", k_order, batch, seqlen_k, q)
 
 
 def _rows(
-    name: str, x: Tensor, q: Tensor, dtype: torch.dtype = torch.float32, last: tuple[int, ...] = ()
+    name: str, x: Tensor, q: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Require x [B, H, M, *last] of a dtype on q's device."""
+    """Require x [B, H, M] or [B, H, M, columns] of a dtype on q's device."""
     _checks.tensor(name, x)
-    shape = (*q.shape[:3], *last)
     if x.dtype != dtype:
         _checks.refuse(name, f"be {_checks.name(dtype)}", _checks.name(x.dtype), TypeError)
     if x.shape != shape:
         _checks.refuse(name, f"have shape {tuple(shape)}", tuple(x.shape))
-    if last and last[0] > 1 and x.stride(3) != 1:
+    if not x.is_contiguous() and len(shape) == 4 and shape[3] > 1 and x.stride(3) != 1:
         _checks.refuse(name, "have a contiguous last dimension", f"strides {x.stride()}")
     _checks.same_device(name, x, q)
 

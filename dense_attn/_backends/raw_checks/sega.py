@@ -48,10 +48,10 @@ def sega_guidance(
         _checks.refuse("eps_uncond", "have at least 2 dimensions", tuple(eps_uncond.shape))
     if eps_edits.dim() == 0:
         _checks.refuse("eps_edits", "have a dimension of concepts", tuple(eps_edits.shape))
-    count, one = eps_edits.shape[0], eps_uncond.shape
-    _channels("eps_uncond", eps_uncond, one, eps_uncond.dtype, eps_uncond)
-    _channels("eps_text", eps_text, one, eps_uncond.dtype, eps_uncond)
-    _channels("eps_edits", eps_edits, (count, *one), eps_uncond.dtype, eps_uncond)
+    count, one, dtype = eps_edits.shape[0], eps_uncond.shape, eps_uncond.dtype
+    _channels("eps_uncond", eps_uncond, one, dtype, eps_uncond)
+    _channels("eps_text", eps_text, one, dtype, eps_uncond)
+    _channels("eps_edits", eps_edits, (count, *one), dtype, eps_uncond)
     _channels("momentum", momentum, one, torch.float32, eps_uncond)
     if user_mask is not None:
         _channels("user_mask", user_mask, (count, *one), torch.float32, eps_uncond)
