@@ -210,12 +210,14 @@ def test_files_are_short(path: Path) -> None:
 
 
 def function_sizes(source: str) -> dict[str, int]:
-    """Lines of each function's body, its docstring left out."""
+    """Lines of each function's body, its docstring left out, by its name and line."""
     sizes = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node) else node.body
-            sizes[node.name] = node.end_lineno - body[0].lineno + 1 if body else 0
+            sizes[f"{node.name}:{node.lineno}"] = (
+                node.end_lineno - body[0].lineno + 1 if body else 0
+            )
     return sizes
 
 
@@ -224,6 +226,19 @@ def test_functions_are_short(path: Path) -> None:
     most = 84 if relative(path).startswith("triton_kernels/") else 44
     sizes = function_sizes(path.read_text())
     assert {name: size for name, size in sizes.items() if size > most} == {}
+
+
+def test_functions_of_one_name_are_measured_each() -> None:
+    source = '''
+class A:
+    def f(self):
+        """Two lines."""
+        x = 1
+        return x
+class B:
+    def f(self): pass
+'''
+    assert function_sizes(source) == {"f:3": 2, "f:8": 1}
 
 
 UNREADABLE_ALONE = re.compile("(Of|What|As|By|The same) ")

@@ -126,8 +126,7 @@ def tile_lists(
 
     Returns:
         int32 tensors for the argument `tile_lists` of `layout_attention`, or None where a call
-            needs none: few keys
-        (one tile), or a backend without lists.
+        needs none: few keys (one tile), or a backend without lists.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
