@@ -114,9 +114,7 @@ def _bench(arguments: argparse.Namespace, name: str, output: Path) -> list[str]:
 
 
 def _built(module: str, *arguments: str) -> list[str]:
-    """The command of a module, which fails if the dense_attn that it used is not the one that was
-    built.
-    """
+    """A module's command, which fails where it used another dense_attn than the one built."""
     return [sys.executable, "-c", _RUN, str(LIBRARY), module, *arguments]
 
 

@@ -3,12 +3,18 @@
 from dense_attn._backends.table import backends
 from dense_attn.layout_attention import Layout, layout_attention, tile_lists
 from dense_attn.optimize import OptimizeResult, optimize_latents, spectral_residual_saliency
-from dense_attn.reversible import ReversibleSampler, ddim_step, ddim_step_inverse
+from dense_attn.reversible import (
+    OffGridError,
+    ReversibleSampler,
+    ddim_step,
+    ddim_step_inverse,
+)
 from dense_attn.sega import SemanticGuidance, percentile_mask, sega_guidance
 
 __version__ = "0.1.0"
 __all__ = [
     "Layout",
+    "OffGridError",
     "OptimizeResult",
     "ReversibleSampler",
     "SemanticGuidance",

@@ -33,6 +33,7 @@ PUBLIC = {
     "backends",
     "optimize_latents",
     "OptimizeResult",
+    "OffGridError",
     "percentile_mask",
     "layout_attention",
     "Layout",

@@ -80,9 +80,7 @@ class _Driver:
 
 @contextmanager
 def compiled(target: str) -> Iterator[list[Launch]]:
-    """Collects the kernels that are launched in its body, each once for each of its
-    specialisations.
-    """
+    """Collects the kernels launched in its body, each once for each of its specialisations."""
     launches: list[Launch] = []
     known: set[int] = set()
     run = JITFunction.run

@@ -34,9 +34,7 @@ def test_matmul(dtype: str, benchmark: BenchmarkFixture, record_property: Record
 
 
 def _side(dtype: torch.dtype) -> int:
-    """The side of matrices whose product takes seconds at most: not every processor multiplies
-    bfloat16 fast.
-    """
+    """Sides of matrices whose product takes seconds at most: bfloat16 is slow on some CPUs."""
     here = machine.current()
     side = _SIDE[here.suite]
     small = torch.randn(side // 8, side // 8).to(here.device, dtype)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -54,7 +55,9 @@ def _us(row: Row) -> str:
 
 def main() -> int:
     """Print the tables of a file of results."""
-    print(tables(json.loads(Path(sys.argv[1]).read_text("utf-8"))["rows"]))
+    parser = argparse.ArgumentParser(f"python -m {__spec__.name}", description=__doc__)
+    parser.add_argument("results", type=Path, help="what `bench --family host_cost --json` wrote")
+    print(tables(json.loads(parser.parse_args().results.read_text("utf-8"))["rows"]))
     return 0
 
 

@@ -47,9 +47,7 @@ def no_lists(inputs: Inputs) -> Call:
 
 
 def gathered(inputs: Inputs) -> Call:
-    """This library on copies of the tokens by region, made and undone in the call: what an order
-    must beat.
-    """
+    """This library on tokens copied by region and back in the call: an order must beat it."""
     by_query, by_key = _order(inputs.q_regions).long(), _order(inputs.k_regions).long()
     back = by_query.argsort()
     strength = inputs.strength[..., by_query]

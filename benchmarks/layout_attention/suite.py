@@ -83,9 +83,7 @@ class Entry:
 
     @property
     def gpu_quick(self) -> bool:
-        """Whether it is in a GPU's suite of three minutes: what the bars ask for, and the library's
-        ways.
-        """
+        """Whether a GPU's suite of three minutes has it: what bars ask for, the library's ways."""
         setting = self.setting
         if setting.workload.own:
             return self._own_quick

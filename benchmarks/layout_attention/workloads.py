@@ -173,9 +173,7 @@ def own_layout(workload: Workload) -> Layout:
 
 
 def _with_phrases(labels: np.ndarray, num_tokens: int) -> Layout:
-    """The regions of a label map with phrases: three tokens behind the BOS token, or equal parts of
-    few tokens.
-    """
+    """A label map's regions with phrases: three tokens behind BOS, or equal parts of few tokens."""
     num_regions = len(np.unique(labels))
     spans = [(3 * r + 1, 3 * r + 4) for r in range(num_regions)]
     if spans[-1][1] > num_tokens:

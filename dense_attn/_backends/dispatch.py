@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from dense_attn._backends import table
@@ -32,15 +33,15 @@ def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
     if torch.is_grad_enabled():
         for x in inputs:
             if x.__class__ not in _NO_TENSORS and isinstance(x, Tensor) and x.requires_grad:
-                # Past what torch.autograd.Function does for the transforms that are not here.
-                return super(torch.autograd.Function, _recorded(function)).apply(*inputs)
+                # Past what torch.autograd.Function does for the transforms that are not here, but
+                # for wrappers that those of before have left.
+                live = unwrap_dead_wrappers(inputs)
+                return super(torch.autograd.Function, _recorded(function)).apply(*live)
     return function.forward(*inputs)
 
 
 def _distinct(inputs: tuple[object, ...]) -> list[object]:
-    """The inputs, each tensor an object of its own: torch.compile takes none twice into an
-    autograd.Function.
-    """
+    """Inputs without a tensor twice, which torch.compile takes into no autograd.Function."""
     distinct: list[object] = []
     for x in inputs:
         again = isinstance(x, Tensor) and any(x is other for other in distinct)

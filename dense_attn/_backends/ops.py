@@ -15,9 +15,7 @@ from dense_attn._dtypes import accumulation_dtype
 
 
 def check_devices(first: Tensor, **others: Tensor | None) -> None:
-    """One meta tensor among real ones brings a real call here, where it would get results without
-    values.
-    """
+    """One meta tensor among real ones brings a call here, whose results would have no values."""
     for name, other in others.items():
         if other is not None and other.device != first.device:
             raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 
+import torch
 from torch import Tensor
 
 from dense_attn import reference
@@ -55,16 +56,23 @@ def tile_lists_for(q: Tensor, k: Tensor, *tokens: Tensor | None) -> None:
     """None: calls take no tile lists."""
 
 
-def _with_constant_thresholds(op: Callable) -> Callable:
-    """An op whose last result, the thresholds, has no gradient."""
+def _with_gradients_of_kernels(op: Callable) -> Callable:
+    """An op whose thresholds, its last result, have no gradient, and whose other results have one
+    in every tensor: 0 where a weight is.
+    """
 
     @wraps(op)
-    def detached(*tensors: object, **options: object) -> tuple[Tensor, ...]:
+    def connected(*tensors: object, **options: object) -> tuple[Tensor, ...]:
         *results, thresholds = op(*tensors, **options)
+        given = [x for x in (*tensors, *options.values()) if isinstance(x, Tensor)]
+        for x in given if torch.is_grad_enabled() else ():
+            if x.requires_grad:
+                never = torch.zeros((), dtype=torch.bool, device=x.device)
+                results = [torch.where(never, x.sum().to(y.dtype), y) for y in results]
         return *results, thresholds.detach()
 
-    return detached
+    return connected
 
 
-percentile_mask = _with_constant_thresholds(reference.percentile_mask)
-sega_guidance = _with_constant_thresholds(reference.sega_guidance)
+percentile_mask = _with_gradients_of_kernels(reference.percentile_mask)
+sega_guidance = _with_gradients_of_kernels(reference.sega_guidance)

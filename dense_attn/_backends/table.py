@@ -98,9 +98,7 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
 
 
 def resolve(backend: str, op: str, x: Tensor) -> str:
-    """The name of the backend that runs the call: the named one or an error, or the first that
-    can.
-    """
+    """The backend that runs the call: the named one or an error, or the first that can."""
     if backend == "auto":
         for name in ORDER:
             if missing(name, op) is None and not why_not(name, op, x):

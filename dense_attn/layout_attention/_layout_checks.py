@@ -15,9 +15,7 @@ Span = tuple[int, int]
 
 
 def as_tensor(argument: str, value: object) -> Tensor:
-    """A copy of a tensor or numpy array as a tensor: the caller's later writes do not reach the
-    layout.
-    """
+    """A tensor of a tensor's or array's values, which later writes of the caller do not reach."""
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biufc":
             _checks.refuse(argument, "be an array of numbers or bools", value.dtype, TypeError)

@@ -1,6 +1,4 @@
-"""Layout: regions of an image and the prompt tokens that describe them, as the tensors layout
-attention takes.
-"""
+"""Regions of an image and of the prompt that describes them, as layout attention takes them."""
 
 from __future__ import annotations
 
@@ -160,17 +158,13 @@ class Layout:
         return Layout(self.masks.to(device), self.spans)
 
     def query_regions(self, height: int, width: int) -> Tensor:
-        """Region words of a height x width grid of image tokens, int32 `[height*width]` in raster
-        order.
-        """
+        """Words of a height x width grid of image tokens in their order, int32 `[height*width]`."""
         masks = self._resized(height, width)  # [R, height*width]
         bits = torch.tensor(_BITS[: len(self)], dtype=torch.int32, device=masks.device)
         return (masks * bits[:, None]).sum(0, dtype=torch.int32)
 
     def token_regions(self, num_tokens: int) -> Tensor:
-        """Region words of a prompt of num_tokens tokens, int32 `[num_tokens]`; 0 for tokens of no
-        phrase.
-        """
+        """Words of a prompt's num_tokens tokens, int32 `[num_tokens]`; 0 where no phrase is."""
         num_tokens = integer("num_tokens", num_tokens, 1)
         if self.spans is None:
             _checks.refuse("spans", "be given to the Layout for its token words", None)
@@ -195,9 +189,7 @@ class Layout:
         return self.query_regions(height, width).argsort(stable=True).to(torch.int32)
 
     def area(self, height: int, width: int) -> Tensor:
-        """For each image token the summed share of the image of the regions it is in, float32
-        `[height*width]`.
-        """
+        """Shares of the image that a token's regions cover together, float32 `[height*width]`."""
         masks = self._resized(height, width)  # [R, height*width]
         share = masks.sum(1, keepdim=True).float() / masks.shape[1]  # [R, 1]
         return (masks * share).sum(0)

@@ -1,6 +1,4 @@
-"""Layout-modulated softmax attention: the public op, its checks, its autograd and one line of
-dispatch.
-"""
+"""Layout-modulated softmax attention: the public op, its checks, its autograd, its dispatch."""
 
 from __future__ import annotations
 
@@ -200,9 +198,7 @@ class _LayoutAttention(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """The backward pass as a function of q, k and v too, so that a second derivative is refused and
-    not 0.
-    """
+    """The backward pass as a function of q, k and v too: a second derivative is refused, not 0."""
 
     @staticmethod
     def forward(

@@ -13,6 +13,7 @@ from dense_attn.reference.reversible import (
     exact_mix,
     exact_unmix,
     leapfrog_step,
+    off_grid,
 )
 from dense_attn.reference.sega import (
     percentile_mask,
@@ -38,6 +39,7 @@ __all__ = [
     "layout_attention",
     "leapfrog_step",
     "modulate",
+    "off_grid",
     "percentile_mask",
     "quantile",
     "sega_combine",

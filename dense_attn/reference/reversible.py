@@ -12,24 +12,42 @@ GRID_LIMIT = 2.0**50
 
 
 class OffGridError(RuntimeError):
-    """A step that leaves the grid of exact chains; `steps` is a coordinate that it would reach."""
+    """The error of a latent that leaves the grid of an exact chain: larger than 2^50 steps, or NaN.
 
-    @property
-    def steps(self) -> float:
-        """The coordinate, of a grid that ends at 2^50."""
-        return self.args[0]
+    Args:
+        message: a sentence.
+        coordinate: the number in steps of the grid, where it is known.
+        step: the chain's step, counted from 0 at the noise; None outside of a chain.
 
-    def __str__(self) -> str:
-        rule = "be finite and keep the latents within the grid of 2^50 steps"
-        return f"eps must {rule}, got {self.steps:g} steps"
+    Source: the integer grid of `ReversibleSampler(exact=True)`.
+
+    Example:
+        >>> import torch, dense_attn
+        >>> chain = dense_attn.ReversibleSampler(torch.linspace(0.999, 0.01, 1000), (900, 500, 100))
+        >>> try:
+        ...     chain.sample(lambda x, t: 1e30 * x, torch.ones(1, 4, 8, 8))
+        ... except dense_attn.OffGridError as error:
+        ...     error.step
+        0
+    """
+
+    def __init__(
+        self, message: str, coordinate: float | None = None, step: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.coordinate, self.step = coordinate, step
+
+
+def off_grid(coordinate: float) -> OffGridError:
+    """The error of a step that leads to a coordinate."""
+    rule = "be finite and keep the latents within the grid of 2^50 steps"
+    return OffGridError(f"eps must {rule}, got {coordinate:g} steps", coordinate)
 
 
 def ddim_step(
     x: Tensor, eps: Tensor, eps_uncond: Tensor | None, a: float, b: float, guidance_scale: float
 ) -> Tensor:
-    """a*x + b*(eps_uncond + guidance_scale*(eps - eps_uncond)): a DDIM step, its inverse, one EDICT
-    coupling.
-    """
+    """A DDIM step or its inverse, a*x + b*(eps_uncond + guidance_scale*(eps - eps_uncond))."""
     wide = accumulation_dtype(x.dtype)
     direction = eps.to(wide)
     if eps_uncond is not None:
@@ -81,9 +99,7 @@ def _coupled(
 def exact_couple(
     z: Tensor, eps: Tensor, step: float, to_latent: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """z + round(step*eps) on the int64 grid, and its latent to_latent*z in a dtype: undone by
-    -step.
-    """
+    """z + round(step*eps) on the grid, and its latent to_latent*z in a dtype; -step undoes it."""
     z = z + _rounded(step * eps.double())
     return _checked(z), (to_latent * z.double()).to(dtype)
 
@@ -97,9 +113,7 @@ def exact_leapfrog(
     to_latent: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """far + round(c_near*near + c_eps*eps) on the int64 grid, and its latent: undone by -c_near,
-    -c_eps.
-    """
+    """far + round(c_near*near + c_eps*eps) on the grid, and its latent; -c_near, -c_eps undo it."""
     z = far + _rounded(c_near * near.double() + c_eps * eps.double())
     return _checked(z), (to_latent * z.double()).to(dtype)
 
@@ -135,9 +149,7 @@ def exact_unmix(
     latent_x: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A coupling (unless eps is None), then the inverse shears of `exact_mix`; the latent of x or
-    y.
-    """
+    """A coupling, unless eps is None, the inverse shears of `exact_mix`, and a latent."""
     x, y = _coupled_exactly(x, y, eps, step, couple_x)
     y = _checked(y - _rounded((1 - mix) * x.double()))
     x = _checked(x - _rounded((1 - mix) / mix * y.double()))
@@ -157,12 +169,12 @@ def _rounded(change: Tensor) -> Tensor:
     """Half to even; refuses what int64 could not hold."""
     inside = change.abs() <= GRID_LIMIT
     if not inside.all():
-        raise OffGridError(change[~inside][0].item())
+        raise off_grid(change[~inside][0].item())
     return change.round().long()
 
 
 def _checked(z: Tensor) -> Tensor:
     inside = z.double().abs() <= GRID_LIMIT  # torch would compare int64 with a number in float32
     if not inside.all():
-        raise OffGridError(z[~inside][0].item())
+        raise off_grid(z[~inside][0].item())
     return z

@@ -1,6 +1,7 @@
 """Reversible DDIM: one step and its inverse, and samplers that run backwards to the last bit."""
 
+from dense_attn.reference import OffGridError
 from dense_attn.reversible.ddim import ddim_step, ddim_step_inverse
 from dense_attn.reversible.sampler import ReversibleSampler
 
-__all__ = ["ReversibleSampler", "ddim_step", "ddim_step_inverse"]
+__all__ = ["OffGridError", "ReversibleSampler", "ddim_step", "ddim_step_inverse"]

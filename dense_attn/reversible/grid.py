@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import ModuleType
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ def to_grid(x: Tensor, scale: float, argument: str) -> Tensor:
     largest = z.abs().max().item() if z.numel() else 0.0
     if not largest <= reference.GRID_LIMIT:
         rule = f"be finite and at most {reference.GRID_LIMIT * scale:.3g} in size for exact=True"
-        got, cause = f"{largest * scale:.3g}", OffGridError(largest)
+        got, cause = f"{largest * scale:.3g}", reference.off_grid(largest)
         _checks.refuse(argument, rule, got, cause=cause)
     return z.long()
 
@@ -65,15 +66,19 @@ def _reason(op: str, arguments: tuple[object, ...]) -> OffGridError | None:
 
 def left(error: Exception) -> bool:
     """Whether a run was refused because the latents it was given, or became, are off the grid."""
-    return isinstance(error.__cause__, OffGridError)
+    return isinstance(error, OffGridError) or isinstance(error.__cause__, OffGridError)
 
 
-def refuse(
-    argument: str, chain: Chain, error: OffGridError, kind: type[Exception], where: str = ""
-) -> NoReturn:
-    """Raise an OffGridError again in the words of the chain."""
-    advice = _advice(chain) if math.isfinite(error.steps) else ""
-    _checks.refuse(argument, _RULE, f"{error.steps:g} grid steps{where}{advice}", kind, error)
+def refuse_given(argument: str, chain: Chain, error: OffGridError) -> NoReturn:
+    """Refuse latents that a chain cannot start from."""
+    _checks.refuse(argument, _RULE, _found(chain, error), cause=error)
+
+
+def refuse_eps(chain: Chain, error: OffGridError, step: int, timestep: object) -> NoReturn:
+    """Raise an OffGridError again in the words of the chain, with its step."""
+    got = _found(chain, error, f" at step {step} (timestep {timestep})")
+    kind = partial(OffGridError, coordinate=error.coordinate, step=step)
+    _checks.refuse("eps_fn's result", _RULE, got, kind, error)
 
 
 def require_on_grid(chain: Chain, *latents: Tensor) -> None:
@@ -82,7 +87,12 @@ def require_on_grid(chain: Chain, *latents: Tensor) -> None:
         largest = z.abs().max().item() if z.numel() else 0
         if largest > reference.GRID_LIMIT:
             got = f"latents that left it on the way{_advice(chain)}"
-            _checks.refuse("eps_fn's result", _RULE, got, RuntimeError, OffGridError(largest))
+            _checks.refuse("eps_fn's result", _RULE, got, OffGridError)
+
+
+def _found(chain: Chain, error: OffGridError, where: str = "") -> str:
+    advice = _advice(chain) if math.isfinite(error.coordinate) else ""
+    return f"{error.coordinate:g} grid steps{where}{advice}"
 
 
 def _advice(chain: Chain) -> str:

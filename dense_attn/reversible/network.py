@@ -92,5 +92,4 @@ class Network:
             try:
                 pair.update(eps)
             except grid.OffGridError as error:
-                where = f" at step {step} (timestep {self.plan.timesteps[step]})"
-                grid.refuse("eps_fn's result", pair.chain, error, RuntimeError, where)
+                grid.refuse_eps(pair.chain, error, step, self.plan.timesteps[step])

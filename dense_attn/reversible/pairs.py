@@ -79,7 +79,7 @@ class ExactPair:
             try:
                 self._shear(chain.first, None, 0.0, link, True)
             except grid.OffGridError as error:
-                grid.refuse("x and y", chain, error, ValueError)
+                grid.refuse_given("x and y", chain, error)
         elif link:
             self.fed = from_grid(self.y if link.update_x else self.x, link.scale).to(self.dtype)
 

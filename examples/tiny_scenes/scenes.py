@@ -73,9 +73,7 @@ def caption(phrases: Sequence[str], background: str = "") -> str:
 
 
 def left_out(rng: random.Random, scene: Scene) -> tuple[list[str], str]:
-    """Phrases and ground of a caption that does not say all: what it leaves open, an edit may
-    decide.
-    """
+    """Phrases and ground of a caption that leaves something open, which an edit may decide."""
     if rng.random() < 0.1:
         return [], scene.background
     phrases = []

@@ -1,6 +1,4 @@
-"""Configurations by measurement: what is measured, what is kept where, and that calls take what was
-found.
-"""
+"""Configurations by measurement: what is measured and kept, and that calls take it."""
 
 from __future__ import annotations
 

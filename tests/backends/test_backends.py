@@ -1,6 +1,4 @@
-"""Every op x backend x dtype x case against the reference in float64; a skip prints the table's own
-reason.
-"""
+"""Every op x backend x dtype x case against the float64 reference; skips name their reason."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from cases import why_skip
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dense_attn import layout_attention
+from dense_attn import ddim_step, layout_attention
 from dense_attn._backends import dispatch, table
 from dense_attn.layout_attention import op
 
@@ -139,3 +139,11 @@ def test_a_namespace_has_every_op_or_says_that_it_lacks_it(name: str) -> None:
     there = {op for op in ops.OPS if callable(getattr(kernels, op, None))}
     assert ops.OPS.keys() - kernels.NO_KERNELS <= there
     assert isinstance(kernels.AUTOGRAD, bool)
+
+
+def test_what_a_finished_transform_has_left_asks_for_no_gradient() -> None:
+    kept, x = [], torch.randn(3)
+    torch.func.grad(lambda x: (kept.append(x * 1.0), x.sum())[1])(x)
+    step = ddim_step(kept[0], x, 0.5, 0.6, backend="cpu")
+    assert not step.requires_grad
+    assert torch.equal(step, ddim_step(x, x, 0.5, 0.6, backend="cpu"))

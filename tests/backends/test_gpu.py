@@ -1,6 +1,4 @@
-"""Behaviour that only a GPU shows: graphs, Inductor, no waiting, large offsets, streams; some of it
-interpreted too.
-"""
+"""Behaviour that only a GPU shows: graphs, Inductor, no waiting, large offsets, streams."""
 
 from __future__ import annotations
 

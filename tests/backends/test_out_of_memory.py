@@ -1,6 +1,4 @@
-"""Too little memory is said in one sentence with shapes, dtype and bytes, whatever runs the
-call.
-"""
+"""Too little memory is said in one sentence with shapes, dtype and bytes by every backend."""
 
 from __future__ import annotations
 

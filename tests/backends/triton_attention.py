@@ -42,9 +42,7 @@ def run(case: Case, modulation: str, inputs: Inputs, monkeypatch: pytest.MonkeyP
     not INTERPRETED, reason="a GPU's compiler may sum otherwise where registers are fewer"
 )
 def test_a_parked_state_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The accumulator that waits in memory gives the same bits as the one that waits in
-    registers.
-    """
+    """An accumulator that waits in memory gives the bits of one that waits in registers."""
     inputs = make_inputs(CASE["head-dim-80"], torch.float32)
     results = run(CASE["head-dim-80"], "range", inputs, monkeypatch)
     monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, parks=True))
@@ -104,9 +102,7 @@ def test_lists_made_beforehand() -> None:
 
 
 def test_lists_of_another_length_are_refused() -> None:
-    """Also where the number of tiles is the same: whole tiles are read without a look at where the
-    keys end.
-    """
+    """Whole tiles are read without a look at where the keys end, also of as many tiles."""
     q, k = torch.randn(1, 1, 20, 16, device=DEVICE), torch.randn(1, 1, 160, 16, device=DEVICE)
     words, strength = (
         torch.ones(160, dtype=torch.int32, device=DEVICE),

@@ -1,6 +1,4 @@
-"""The Triton backend behind the public ops: on a GPU (`make gpu`), or interpreted
-(test_interpreted.py).
-"""
+"""The Triton backend behind the public ops, on a GPU or interpreted."""
 
 from __future__ import annotations
 
@@ -82,9 +80,7 @@ def test_layout_attention(modulation: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def compare(call: Callable, *tensors: Tensor) -> None:
-    """Results and gradients of call(*tensors, backend=...) against the reference's, to float32's
-    last digits.
-    """
+    """Results and gradients of a call against the reference's, to float32's last digits."""
     leaves = [x.detach().to(DEVICE).requires_grad_() for x in tensors]
     found = []
     for backend in ("triton", "reference"):
@@ -203,9 +199,7 @@ def test_torch_compile_has_no_graph_breaks() -> None:
 
 
 def raw_calls() -> dict[str, tuple[tuple, dict]]:
-    """Positional and named arguments of every op but layout attention's, which triton_attention.py
-    checks.
-    """
+    """Arguments of every op but layout attention's, which triton_attention.py checks."""
     x, y, eps = torch.randn(3, 2, 7)
     z, w = (torch.randint(-(2**40), 2**40, (2, 7)) for _ in range(2))
     narrow = torch.float16

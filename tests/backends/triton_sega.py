@@ -30,9 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in one program, there by way of memory or not, or, however short, in several, each with
-    several tiles.
-    """
+    """A row in one program, by way of memory or not, or in several, however short it is."""
     if form == "staged":
         monkeypatch.setattr(_sega, "UNSTAGED", 0)
         monkeypatch.setattr(_sega, "TILE", 64)
@@ -88,9 +86,7 @@ def test_interpolation(num_rows: int, level: float, programs: None) -> None:
 
 
 def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them than one program adds up at a time, 16 of their counts and 256 of their
-    extremes.
-    """
+    """More rows than one program adds up at a time: 16 of their counts, 256 of their extremes."""
     for name, value in (("TILE", 16), ("SPAN", 16), ("MAX_PROGRAMS", 300)):
         monkeypatch.setattr(selection, name, value)
     monkeypatch.setattr(_sega, "LONGEST", 0)

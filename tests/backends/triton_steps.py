@@ -92,9 +92,7 @@ def test_exact_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
 
 
 def test_latents_are_rounded_by_way_of_float32() -> None:
-    """torch does so: just above the middle of two float16 neighbours, which in float32 is the
-    middle.
-    """
+    """Rounding by way of float32, as torch has it: just above the middle of two float16 numbers."""
     z = torch.tensor([2**40 + 2**29 + 1])
     arguments = (z, torch.zeros(1), 1.0, 2.0**-40, torch.float16)
     same(reversible.exact_couple(*arguments), reference.exact_couple(*arguments))

@@ -239,9 +239,7 @@ def test_warp_groups_are_in_the_machine_code() -> None:
 
 
 def test_what_is_compiled_is_what_is_launched() -> None:
-    """Layouts of memory that differ in the strides' divisors are kernels of their own; sizes alike
-    are not.
-    """
+    """Strides with other divisors are kernels of their own; sizes alike are not."""
     q, words, numbers = (
         torch.empty(1, 2, 512, 64, device="meta", dtype=torch.bfloat16) for _ in range(3)
     )

@@ -1,6 +1,4 @@
-"""Tensors whose parts lie more than 2^31 elements apart, of which only the pages that are written
-take memory.
-"""
+"""Tensors whose parts lie more than 2^31 elements apart; only written pages take memory."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ def memory() -> Tensor:
 
 
 def far(x: Tensor, dim: int, place: int) -> Tensor:
-    """The values of x where every index of a dimension is `APART` further, at a place that no other
-    tensor takes.
-    """
+    """The values of x where each index of a dimension is `APART` further, at a place of its own."""
     strides = [stride if i != dim else APART for i, stride in enumerate(x.stride())]
     assert x.shape[dim] == 2
     return memory().as_strided(x.shape, strides, place * 4096).copy_(x)

@@ -1,6 +1,4 @@
-"""PyTorch's own machinery around the op: opcheck, compile, export, autocast, vmap, deterministic
-mode.
-"""
+"""PyTorch's machinery around the op: opcheck, compile, export, autocast, vmap, determinism."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ def raw_arguments(
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("modulation", ["range", "mask"])
 def test_opcheck(name: str, dtype: torch.dtype, modulation: str) -> None:
-    """All four utilities: schema, autograd registration, fake tensors, AOT dispatch with dynamic
-    shapes.
-    """
+    """Opcheck's four utilities: schema, autograd registration, fake tensors, dynamic shapes."""
     arguments = raw_arguments(CALLS[name], dtype, modulation, ordered=name == "plain")
     torch.library.opcheck(
         torch.ops.dense_attn.layout_attention_fwd.default, *raw.select(raw.FWD, arguments)

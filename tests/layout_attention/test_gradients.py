@@ -55,9 +55,7 @@ def test_the_reference_is_differentiable_twice(modulation: str) -> None:
     "loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "squares"]
 )
 def test_a_kernel_refuses_a_second_derivative(backend: str, loss: Callable) -> None:
-    """Also where the gradient that comes in is a constant and only q, k and v remain to be
-    differentiated.
-    """
+    """Gradients of constant gradients too, where q, k and v alone remain to be differentiated."""
     leaves, call = small_problem()
     out, _ = call(*leaves, backend=backend)
     grads = torch.autograd.grad(loss(out), leaves, create_graph=True)
@@ -96,9 +94,7 @@ def test_every_number_of_threads_obeys_the_rule(backend: str, modulation: str) -
 
 @pytest.mark.parametrize("backend", backends("reference", "cpu"))
 def test_the_gradient_of_a_tie_goes_to_its_first_key(backend: str) -> None:
-    """Keys 1 and 2 tie for the maximum, keys 3 and 4 for the minimum; dk shows which of them moved
-    it.
-    """
+    """Keys 1 and 2 tie for the maximum, 3 and 4 for the minimum; dk shows which one moved it."""
     q = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     k = torch.tensor([0.0, 1, 1, -1, -1], dtype=torch.float64).view(1, 1, 5, 1).requires_grad_()
     v = torch.arange(5.0, dtype=torch.float64).view(1, 1, 5, 1)

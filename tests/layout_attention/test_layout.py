@@ -37,9 +37,7 @@ def masks(draw: st.DrawFn) -> Tensor:
 
 
 def words_by_definition(masks: Tensor, height: int, width: int) -> list[int]:
-    """The nearest pixel of token (y, x) is (floor(y*H/h), floor(x*W/w)); bit 31 of an int32 is its
-    sign.
-    """
+    """Token (y, x)'s nearest pixel is (floor(y*H/h), floor(x*W/w)); an int32's bit 31 its sign."""
     _, grid_height, grid_width = masks.shape
     words = []
     for y in range(height):

@@ -1,6 +1,4 @@
-"""Properties that follow from the definition, on random problems, for the reference and every
-kernel.
-"""
+"""Properties by definition, on random problems, of the reference and of every kernel."""
 
 from __future__ import annotations
 

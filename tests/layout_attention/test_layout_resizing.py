@@ -1,6 +1,4 @@
-"""Resized layouts: nearest pixels, and the cells of a region that these would lose; on pipelines
-too.
-"""
+"""Resized layouts: nearest pixels, and the cells of a region that these would lose."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ SIDES = st.integers(1, 70)
 
 @st.composite
 def few_pixels(draw: st.DrawFn) -> Tensor:
-    """Masks of a strip or of scattered pixels, most of which a coarse grid's nearest pixels
-    miss.
-    """
+    """Masks of a strip or of scattered pixels, which a coarse grid's nearest pixels miss."""
     regions, height, width = draw(st.integers(1, 6)), draw(SIDES), draw(SIDES)
     masks = torch.zeros(regions, height, width, dtype=torch.bool)
     for mask in masks:
@@ -40,9 +36,7 @@ def regions_of(layout: Layout, height: int, width: int) -> Tensor:
 
 
 def by_definition(mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The tokens whose nearest pixel is in a mask, and those whose cell holds a part of one of its
-    pixels.
-    """
+    """Tokens whose nearest pixel is in a mask, and those whose cell holds a part of a pixel."""
     nearest, cells = torch.zeros(2, height, width, dtype=torch.bool)
     (rows, columns), pixels = mask.shape, set(map(tuple, mask.nonzero().tolist()))
     for y in range(height):
@@ -57,9 +51,7 @@ def by_definition(mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
 @settings(max_examples=60, deadline=None)
 @given(few_pixels(), st.integers(1, 20), st.integers(1, 20))
 def test_every_region_has_a_token_on_every_grid(masks: Tensor, height: int, width: int) -> None:
-    """Those that nearest pixels keep are as they say, to the bit; the others take every cell that
-    they touch.
-    """
+    """Regions that nearest pixels keep are theirs to the bit; others take each cell they touch."""
     resized = regions_of(Layout(masks), height, width)
     sampled = torch.nn.functional.interpolate(masks[None].byte(), (height, width), mode="nearest")[
         0

@@ -1,6 +1,4 @@
-"""Extra memory does not grow with M*N: peak resident size of a process of its own, against an
-allowance.
-"""
+"""Extra memory does not grow with M*N: the peak resident size of a process of its own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Images as masks and as label maps: every mode, depth, palette, alpha and orientation that PIL
-has.
-"""
+"""Images as masks and label maps: every mode, depth, palette, alpha and orientation of PIL."""
 
 from __future__ import annotations
 

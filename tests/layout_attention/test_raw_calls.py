@@ -1,6 +1,4 @@
-"""Raw calls of layout attention's compiled ops: they refuse what their kernels cannot run on, and
-never crash.
-"""
+"""Raw calls of layout attention's compiled ops: they refuse, and never crash."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ def test_a_raw_call_refuses_a_wide_head() -> None:
 
 @needs_cpu_kernels
 def test_saved_tensors_from_elsewhere_never_harm() -> None:
-    """Numbers that no forward call wrote: the results are anyone's guess, but every read stays
-    inside.
-    """
+    """Numbers that no forward call wrote: results are anyone's guess, reads stay inside."""
     good = raw_arguments()
     saved = [
         name

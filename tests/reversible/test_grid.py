@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dense_attn import ReversibleSampler
+import dense_attn
+from dense_attn import ReversibleSampler, reference
 from dense_attn.reversible import grid
 from dense_attn.reversible.grid import from_grid, to_grid
 
@@ -85,7 +86,7 @@ def test_why_a_kernel_failed_is_known_by_type(step: str) -> None:
     good = [x.clone().zero_() if isinstance(x, Tensor) else x for x in good]
     with pytest.raises(grid.OffGridError) as found:
         grid.call(failing(RuntimeError("something else")), op, *bad)
-    assert abs(found.value.steps) > 2**50
+    assert abs(found.value.coordinate) > 2**50
     words = RuntimeError("eps must be finite and keep the latents within the grid of 2^50 steps")
     for error, arguments in ((words, good), (torch.OutOfMemoryError("too little"), bad)):
         with pytest.raises(type(error)) as left_alone:
@@ -102,7 +103,7 @@ def test_a_run_off_the_grid_is_told_by_its_cause(method: str, backend: str) -> N
         lambda: chain.sample(torch.tanh, x * torch.inf),
         lambda: chain.sample(lambda x, t: torch.tanh(x), x, torch.full_like(x, 1e20)),
     ]
-    for call, kind in zip(calls, (RuntimeError, ValueError, ValueError)):
+    for call, kind in zip(calls, (dense_attn.OffGridError, ValueError, ValueError)):
         with pytest.raises(kind, match="must be finite and") as refusal:
             call()
         assert grid.left(refusal.value)
@@ -116,6 +117,19 @@ def test_a_run_off_the_grid_is_told_by_its_cause(method: str, backend: str) -> N
 
 
 def test_an_error_off_the_grid_can_be_sent() -> None:
-    error = pickle.loads(pickle.dumps(grid.OffGridError(2.0**51)))
-    assert error.steps == 2.0**51
+    error = pickle.loads(pickle.dumps(reference.off_grid(2.0**51)))
+    assert error.coordinate == 2.0**51
     assert str(error).endswith("within the grid of 2^50 steps, got 2.2518e+15 steps")
+
+
+@pytest.mark.parametrize("backend", backends("reference", "cpu"))
+@pytest.mark.parametrize("method", ["edict", "bdia"])
+def test_the_error_knows_the_step(method: str, backend: str) -> None:
+    """A step counted from the noise, also on the way to it."""
+    chain, x = sampler(4, method=method, backend=backend), torch.ones(2, 3)
+    late = chain.timesteps[2]
+    for run, step in ((chain.sample, 2), (chain.invert, 2)):
+        with pytest.raises(dense_attn.OffGridError, match="at step 2 ") as left:
+            run(lambda x, t: x * (1e30 if t == late else 0.1), x, x)
+        assert left.value.step == step
+        assert abs(left.value.coordinate) > 2**50

@@ -6,7 +6,7 @@ import pytest
 import raw
 import torch
 from accuracy import same_bits
-from cases import why_skip
+from cases import backends, why_skip
 from sega_cases import NUMBERS
 
 from dense_attn import reference, sega_guidance
@@ -70,3 +70,20 @@ def test_kernels_take_any_weights(all_warm: bool, sum_channels: bool) -> None:
     for result, right in zip(got[:2], expected):
         torch.testing.assert_close(result, right, rtol=1e-6, atol=1e-5)
     same_bits(got[2], expected[2])
+
+
+@pytest.mark.parametrize("backend", backends("reference", "cpu"))
+@pytest.mark.parametrize("rules", ["cold", "over", "none"])
+def test_what_has_no_weight_has_a_gradient_of_zero(rules: str, backend: str) -> None:
+    """Warm-up steps are such, after which a loop's gradients go on."""
+    concepts = 0 if rules == "none" else 2
+    eps = torch.randn(2 + concepts, 1, 2, 5)
+    momentum = torch.randn(1, 2, 5)
+    leaves = [x.requires_grad_() for x in (eps[0].clone(), eps[1].clone(), eps[2:].clone())]
+    momentum.requires_grad_()
+    options = {"edit_guidance_scale": 5.0, "edit_threshold": 0.5, "edit_weights": 1.0}
+    options |= {"warm": rules != "cold", "enabled": rules != "over", "reverse": False, **NUMBERS}
+    out, after = sega_guidance(*leaves, momentum, **options, backend=backend)
+    for result in (out,) if rules == "cold" else (out, after):
+        grads = torch.autograd.grad(result.sum(), [*leaves, momentum], retain_graph=True)
+        assert grads[2].count_nonzero() == 0

@@ -1,6 +1,4 @@
-"""The one accuracy rule, as an assertion, and what it is applied to: outputs, lse and every
-gradient.
-"""
+"""The one accuracy rule as an assertion, for outputs, lse and every gradient."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The table of cases that every backend of `layout_attention` runs, the tensors behind each, and
-the backends.
-"""
+"""The cases of `layout_attention` that every backend runs, their tensors, and the backends."""
 
 from __future__ import annotations
 
@@ -294,9 +292,7 @@ def _strength(
 
 
 def _view(view: str, x: Tensor) -> Tensor:
-    """The values of x [B, H, tokens, D], or some of them repeated, under the strides that the view
-    names.
-    """
+    """The values of x [B, H, tokens, D], or some repeated, under the strides that a view names."""
     if view == "transposed":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if view == "every-other-token":

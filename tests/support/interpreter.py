@@ -24,9 +24,7 @@ def patch_once(fn: object) -> object:
 
 
 def dot_in_order(_: object, a: object, b: object, d: object, *__: object) -> object:
-    """A product as a GPU sums it, one column after the other: equal rows give equal scores, either
-    way around.
-    """
+    """A product as a GPU sums it, column after column: equal rows give equal scores."""
     total = d.data.copy()
     for i in range(a.data.shape[1]):
         total += a.data[:, i, None].astype(total.dtype) * b.data[None, i].astype(total.dtype)

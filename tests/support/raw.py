@@ -43,8 +43,6 @@ def call(op: str, arguments: Arguments) -> tuple[Tensor, ...] | Tensor:
 
 
 def with_saved(arguments: Arguments, **grads: Tensor | None) -> Arguments:
-    """The arguments of layout attention, its results by name, and the gradients: all that its
-    backward takes.
-    """
+    """Layout attention's arguments, results and gradients by name: all that its backward takes."""
     results = dict(zip((result.name for result in _op(FWD)._schema.returns), call(FWD, arguments)))
     return {**arguments, **results, **grads}

@@ -180,9 +180,7 @@ def _values(values: str, eps: Tensor) -> Tensor:
 
 
 def _view(view: str, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """eps_uncond, eps_text [B, C, ...] and eps_edits [E, B, C, ...] under the strides that the view
-    names.
-    """
+    """eps_uncond, eps_text [B, C, ...], eps_edits [E, B, C, ...] under a view's strides."""
     if view == "channels-last":
         eps = eps.movedim(2, -1).contiguous().movedim(-1, 2)
     elif view == "transposed":
@@ -200,9 +198,7 @@ def _view(view: str, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kept_entries(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """The entries that stay, and the thresholds by their definition, of the dtype that kernels
-    accumulate in.
-    """
+    """Kept entries, and thresholds by their definition, of the dtype kernels accumulate in."""
     wide = reference.accumulation_dtype(inputs.eps_uncond.dtype)
     uncond, edits = inputs.eps_uncond.to(wide), inputs.eps_edits.to(wide)
     count, trailing = len(edits), uncond.dim() - 2
@@ -241,9 +237,7 @@ def raw_options(options: Options) -> Options:
 
 
 def given_the_kept(kept: Tensor, options: Options, order: list[int]) -> Callable:
-    """The step as a formula of its tensors once the kept entries are known, concepts added up in an
-    order.
-    """
+    """The step as a formula of its tensors for given kept entries, concepts added in an order."""
     names = ("edit_guidance_scale", "edit_weights", "warm", "enabled", "reverse")
     scales, weights, warm, enabled, reverse = (
         [_each(options, name, len(kept))[concept] for concept in order] for name in names

@@ -164,9 +164,7 @@ def _order(name: str, order: Tensor | None, batch: int, num_tokens: int, like: T
 
 
 def _permutation(name: str, order: Tensor) -> None:
-    """On the CPU alone: kernels never leave the tokens, but a row that no place names would stay
-    unwritten.
-    """
+    """A look at values, on the CPU alone: a row that no place names would stay unwritten."""
     if order.device.type != "cpu":
         return
     tokens = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device).expand_as(order)
