@@ -9,7 +9,7 @@ import torch
 from cases import backends
 from chains import ALPHAS, Network, refused, sampler
 
-from dense_attn import ReversibleSampler
+from dense_attn import OffGridError, ReversibleSampler
 
 SHAPE = (2, 4, 5, 6)
 on_cpu = pytest.mark.parametrize("backend", backends("reference", "cpu"))
@@ -189,17 +189,17 @@ BAD_CALLS = [
     ),
     (
         {"eps_fn": lambda x, t: x / 0},
-        RuntimeError,
+        OffGridError,
         "eps_fn's result must be finite and keep the latents within the grid",
     ),
     (
         {"eps_fn": lambda x, t: x * torch.nan},
-        RuntimeError,
+        OffGridError,
         "got nan grid steps at step 0 (timestep 751)",
     ),
     (
         {"eps_fn": lambda x, t: x * 9e6 if t < 400 else x},
-        RuntimeError,
+        OffGridError,
         "grid steps at step 2 (timestep 251)",
     ),
 ]
@@ -231,10 +231,10 @@ def test_a_first_step_of_one_latent_that_is_not_finite(
             "eps_fn's result must be finite and keep the latents within the grid of 2^50 steps, got"
         )
         refused(
-            RuntimeError, message, call, lambda x, t, factor=factor: x * factor, torch.ones(SHAPE)
+            OffGridError, message, call, lambda x, t, factor=factor: x * factor, torch.ones(SHAPE)
         )
         refused(
-            RuntimeError, where, call, lambda x, t, factor=factor: x * factor, torch.ones(SHAPE)
+            OffGridError, where, call, lambda x, t, factor=factor: x * factor, torch.ones(SHAPE)
         )
 
 
@@ -244,11 +244,11 @@ def test_a_pair_that_parts_beyond_the_grid_says_what_may_help(backend: str) -> N
         sampler(200, backend=backend),
         "a pair that was sampled, fewer steps or a mix nearer 1 may help",
     )
-    refused(RuntimeError, advice, chain.invert, Network(), torch.randn(SHAPE))
+    refused(OffGridError, advice, chain.invert, Network(), torch.randn(SHAPE))
     refused(
-        RuntimeError, "eps_fn's result must be finite", chain.invert, Network(), torch.randn(SHAPE)
+        OffGridError, "eps_fn's result must be finite", chain.invert, Network(), torch.randn(SHAPE)
     )
-    with pytest.raises(RuntimeError) as refusal:
+    with pytest.raises(OffGridError) as refusal:
         chain.invert(lambda x, t: x * torch.nan, torch.randn(SHAPE))
     assert "may help" not in str(refusal.value)
     far = torch.full(SHAPE, 2.0**50 * chain._chain.end.scale, dtype=torch.float64)
