@@ -118,6 +118,7 @@ def test_workloads_are_those_of_the_design() -> None:
             assert len(inputs.k_regions.unique()) > 1
 
 
+@pytest.mark.full
 def test_the_command_writes_results_and_a_figure(tmp_path: Path) -> None:
     for package in ("pytest_benchmark", "matplotlib", "tqdm"):
         pytest.importorskip(package)

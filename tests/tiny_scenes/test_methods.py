@@ -99,6 +99,7 @@ def test_the_control_of_edits_begins_with_the_same_image(
     assert edits._gain(edits._control(pipe, own), plain, own)["gain"]["mean"] > 100
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("few_steps")
 def test_the_table_and_plot_of_edits(
     pipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +167,7 @@ def test_goals_of_optimisation() -> None:
     assert not torch.stack([place.reached(images.flip(1)) for images in near]).any()
 
 
+@pytest.mark.full
 def test_parts_of_an_evaluation_add_up(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for part in ("gate", "inversion"):
         assert (

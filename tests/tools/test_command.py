@@ -61,12 +61,20 @@ def interrupted(arguments: list[str], ready: str, folder: Path) -> tuple[int, st
 @pytest.mark.parametrize(
     ("arguments", "ready"),
     [
-        (["-m", "dense_attn", "verify"], "backend"),
-        (["-m", "dense_attn", "demo", "--backend", "reference"], "Queries"),
-        (["-m", "dense_attn", "bench", "--family", "sega", "--json", "rows.json"], "sega-"),
-        (["-m", "dense_attn.examples.layout_to_image", "--steps", "500"], "no --model"),
+        pytest.param(["-m", "dense_attn", "verify"], "backend", id="verify"),
+        pytest.param(["-m", "dense_attn", "demo", "--backend", "reference"], "Queries", id="demo"),
+        pytest.param(
+            ["-m", "dense_attn", "bench", "--family", "sega", "--json", "rows.json"],
+            "sega-",
+            id="bench",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            ["-m", "dense_attn.examples.layout_to_image", "--steps", "500"],
+            "no --model",
+            id="example",
+        ),
     ],
-    ids=["verify", "demo", "bench", "example"],
 )
 def test_ctrl_c_ends_a_command_without_a_traceback(
     arguments: list[str], ready: str, tmp_path: Path
