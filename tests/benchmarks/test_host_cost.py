@@ -223,7 +223,6 @@ def test_the_tables_of_a_page() -> None:
     ]
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="host costs are not among the results")
 def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     """Not a number of them is typed by hand."""
     text = (ROOT / "docs" / "measured.md").read_text("utf-8")
