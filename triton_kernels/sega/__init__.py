@@ -32,7 +32,7 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
         return masked, threshold
     rows = (x, 0, 0, *x.stride())
     if selection.fits_one_program(LONGEST, num_values, rows):
-        options = {"LOW_BIT": LOW_BITS[x.dtype], **_whole_row(num_values, TILE)}
+        options = {"LOW_BIT": LOW_BITS[x.dtype], **_whole_row(num_values)}
         rank = selection.rank(level, num_values)
         percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, rank, **options)
     else:
@@ -121,7 +121,7 @@ def _step(
     tensors = (*tensors, (thresholds, *thresholds.stride()[:2], 0 if sums else 1))
     last = (step, all_warm, thresholds.shape[0], channels, num_values)
     if whole:
-        options = _whole_row(num_values, TILE)
+        options = _whole_row(num_values)
         staged = None
         if num_values > UNSTAGED >> sums >> apart:
             staged = thresholds.new_empty((batch * channels, num_values), dtype=torch.int32)
@@ -160,10 +160,9 @@ def _groups(
     return found
 
 
-@lru_cache(maxsize=64)
-def _whole_row(num_values: int, tile: int) -> dict[str, object]:
+def _whole_row(num_values: int) -> dict[str, object]:
     block = max(16, configs.next_power_of_2(num_values))
-    return {"BLOCK": block, "TILE": min(block, tile), "num_warps": selection.warps(block), **EXACT}
+    return {"BLOCK": block, "TILE": min(block, TILE), "num_warps": selection.warps(block), **EXACT}
 
 
 def _rows(x: Tensor, lead: int) -> tuple[Tensor, int, int, int, int]:
