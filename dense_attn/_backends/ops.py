@@ -5,6 +5,7 @@ order of results that no backend chooses for itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -214,12 +215,28 @@ FAKES = {
 OPS = {name: Op(schema, FAKES[name]) for name, schema in SCHEMAS.items()}
 
 
+def _refusing_none(op: str, schema: str, fake: Callable) -> Callable:
+    """The fake behind a look for None in the place of a tensor, which torch lets through."""
+    arguments = torch._C.parse_schema(op + schema).arguments
+    names = [argument.name for argument in arguments]
+    required = {argument.name for argument in arguments if str(argument.type) == "Tensor"}
+
+    @wraps(fake)
+    def checked(*given: object, **named: object) -> object:
+        for argument, value in (*zip(names, given), *named.items()):
+            if value is None and argument in required:
+                raise RuntimeError(f"{argument} must be a tensor, got None")
+        return fake(*given, **named)
+
+    return checked
+
+
 def define(name: str) -> torch.library.Library:
     """A library of all ops under a name; whoever holds it adds the kernels."""
     library = torch.library.Library(name, "DEF")
     for op, (schema, fake) in OPS.items():
         library.define(op + schema)
-        torch.library.register_fake(f"{name}::{op}", fake, lib=library)
+        torch.library.register_fake(f"{name}::{op}", _refusing_none(op, schema, fake), lib=library)
     return library
 
 

@@ -114,3 +114,13 @@ def test_saved_tensors_from_elsewhere_never_harm() -> None:
     ]
     for value in (torch.nan, torch.inf, -torch.inf, -1.0, 1e30, 3e9, float(N)):
         raw.call(raw.BWD, {**good, **{name: torch.full_like(good[name], value) for name in saved}})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_none_beside_a_meta_tensor_is_refused(op: str) -> None:
+    """Fake kernels run then, where torch hands None through in the place of a tensor."""
+    arguments = raw_arguments()
+    meta = {"k_regions": arguments["k_regions"].to("meta")}
+    for name in ("q", "v", "strength"):
+        with pytest.raises(RuntimeError, match=f"{name} must be a tensor, got None"):
+            raw.call(op, {**arguments, **meta, name: None})
