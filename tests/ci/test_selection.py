@@ -50,7 +50,7 @@ def test_a_table_is_no_matrix() -> None:
 
 
 def test_every_file_is_collected(collected: Collected) -> None:
-    """Those of one name in different folders too."""
+    """Test files are all collected, also where folders hold files of one name."""
     files, _ = collected
     there = set((ROOT / "tests").rglob("test_*.py"))
     assert len(there) >= 60
