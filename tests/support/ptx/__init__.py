@@ -1,0 +1,6 @@
+"""An emulator of the PTX that kernels compile to: README.md says how it judges."""
+
+from .launch import emulated
+from .module import Fault, Module, Unsupported
+
+__all__ = ["Fault", "Module", "Unsupported", "emulated"]

@@ -1,0 +1,223 @@
+"""A kernel's statements as the numbers that the machine runs."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .build import names
+from .parse import SIZES, Expansion, Statement, Unsupported, split
+
+OPS, TYPES, MODES, FLAGS, SPACES, SPECIALS = (
+    {name: number for number, name in enumerate(names(which))} for which in range(6)
+)
+WINDOW = {"shared": 1 << 56, "local": 1 << 57}  # generic addresses
+SOURCES = {  # how many operands follow the target
+    **dict.fromkeys(("abs", "neg", "not", "cnot", "mov", "popc", "clz", "brev", "bfind"), 1),
+    **dict.fromkeys(("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh"), 1),
+    **dict.fromkeys(("add", "sub", "mul", "mul_hi", "mul_wide", "div", "rem", "min", "max"), 2),
+    **dict.fromkeys(("and", "or", "xor", "shl", "shr", "copysign"), 2),
+    **dict.fromkeys(("mad", "mad_hi", "mad_wide", "fma", "selp", "bfe", "prmt", "shf"), 3),
+    "bfi": 4,
+}
+FLAG_WORDS = {"NaN": "propagate", "approx": "approx", "full": "full", "ftz": "ftz", "sat": "sat"}
+ROUNDINGS = ("rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna")
+INTEGER_COMPARISONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}  # of unsigned numbers
+SCOPES = ("cta", "gpu", "sys", "cluster", "relaxed", "acquire", "release", "acq_rel", "volatile")
+CACHES = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "L1::evict_first")
+CACHES = (*CACHES, "L1::evict_last", "L1::no_allocate", "L2::128B", "L2::256B", "L2::cache_hint")
+
+
+@dataclass
+class Encoded:
+    """A kernel's code, numbers, constants and the memory that it asks for."""
+
+    code: np.ndarray  # int32 [instructions, fields]
+    operands: np.ndarray  # int32
+    constants: np.ndarray  # uint64 [constants, lanes]
+    num_registers: int
+    local_bytes: int
+
+
+@dataclass
+class _Row:
+    """An instruction before its places are known."""
+
+    op: str
+    type: str = "none"
+    from_type: str = "none"
+    mode: str = "plain"
+    flags: int = 0
+    numbers: list[int] = field(default_factory=list)
+    space: str = "generic"
+    label: str = ""
+
+
+class Encoder:
+    """The instructions of one kernel."""
+
+    def __init__(self, expansion: Expansion, global_address: Callable[[int], int]) -> None:
+        self._expansion = expansion
+        self._global_address = global_address  # of an array of the module
+        first = len(SPECIALS)
+        self._index = {name: first + i for i, name in enumerate(expansion.registers)}
+        self.num_registers = first + len(self._index)
+        self._constants: dict[int, int] = {}
+
+    def encode(self) -> Encoded:
+        """Every statement in turn, and an exit behind the last one."""
+        statements = [*self._expansion.statements, Statement(-1, "exit")]
+        rows = []
+        for one in statements:
+            try:
+                rows.append(self._row(one))
+            except (KeyError, IndexError, ValueError) as error:
+                raise Unsupported(f"line {one.line}: {_text(one)} ({error!r})") from error
+        targets = [self._expansion.labels[row.label] if row.label else -1 for row in rows]
+        meets = _meeting_points(statements, rows, targets)
+        code, operands = [], []
+        for one, row, target, meet in zip(statements, rows, targets, meets):
+            guard = self._index[one.guard] if one.guard else -1
+            flags = row.flags | (one.negated << FLAGS["negated_guard"])
+            places = (len(operands), len(row.numbers), one.line, SPACES[row.space])
+            kinds = (OPS[row.op], TYPES[row.type], TYPES[row.from_type], MODES[row.mode], flags)
+            code.append((*kinds, guard, target, meet, *places))
+            operands += row.numbers
+        constants = np.repeat(np.array(list(self._constants) or [0], np.uint64)[:, None], 32, 1)
+        as_int32 = np.array(operands or [0], np.int64).astype(np.uint32).view(np.int32)
+        local = self._expansion.local_bytes
+        return Encoded(np.array(code, np.int32), as_int32, constants, self.num_registers, local)
+
+    def value(self, text: str, kind: str = "b64") -> int:
+        """The place of a register, special register or constant."""
+        if text in self._index:
+            return self._index[text]
+        if text.startswith("%") and text[1:] in SPECIALS:
+            return SPECIALS[text[1:]]
+        if text == "WARP_SZ":
+            text = "32"
+        return self._constant(self._bits(text, kind))
+
+    def _bits(self, text: str, kind: str) -> int:
+        if symbol := re.fullmatch(r"&(\w+):(\d+)&(?:\+(\d+))?", text):
+            address = int(symbol[2])
+            if symbol[1] == "global":
+                address = self._global_address(address)
+            return address + int(symbol[3] or 0)
+        if real := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
+            number = int(real[2], 16)
+            if (real[1] in "dD") == (kind == "f64"):
+                return number
+            single = struct.unpack("<f", struct.pack("<I", number & 0xFFFFFFFF))[0]
+            wide = struct.unpack("<d", struct.pack("<Q", number))[0]
+            if kind == "f64":
+                return int.from_bytes(struct.pack("<d", single), "little")
+            if real[1] in "fF":
+                return number
+            return int.from_bytes(struct.pack("<f", wide), "little")
+        number = text.rstrip("U")
+        if not re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)", number):
+            raise ValueError(f"operand {text!r}")
+        octal = re.fullmatch(r"(-?)0(\d+)", number)
+        whole = int(octal[1] + octal[2], 8) if octal else int(number, 0)
+        return whole & (1 << 64) - 1
+
+    def _constant(self, bits: int) -> int:
+        return self.num_registers + self._constants.setdefault(bits, len(self._constants))
+
+    def target(self, text: str) -> int:
+        """A register that is written, -1 for none."""
+        return -1 if text == "_" else self._index[text]
+
+    def address(self, text: str) -> tuple[int, int]:
+        """(the place of its base, its offset)."""
+        inner = text.strip("[] ")
+        found = re.fullmatch(r"(\S+?)\s*(?:\+\s*(-?\w+))?", inner)
+        return self.value(found[1]), int(found[2] or "0", 0)
+
+    def type_of(self, register: str) -> str:
+        """The type that a register is declared with, by its bits."""
+        return self._expansion.registers[register]
+
+    def _row(self, one: Statement) -> _Row:
+        name, *words = one.op.replace("::cta", "").split(".")
+        special = getattr(self, f"_{name}", None)
+        if special is not None:
+            return special(words, one.operands)
+        if name in ("mul", "mad"):
+            kind = words.pop(0) if words[0] in ("lo", "hi", "wide") else "lo"
+            name += "" if kind == "lo" else f"_{kind}"
+        row = _modifiers(_Row(name), words)
+        if len(one.operands) != SOURCES[name] + 1:
+            raise ValueError("number of operands")
+        target, *sources = one.operands
+        row.numbers = [self.target(target), *(self._source(x, row.type) for x in sources)]
+        return row
+
+    def _source(self, text: str, kind: str) -> int:
+        return self.value(text, kind)
+
+
+def _modifiers(row: _Row, words: list[str]) -> _Row:
+    """The row with its type, rounding and flags; a word that is not known is refused."""
+    types = [word for word in words if word in TYPES]
+    for word in words:
+        if word in ROUNDINGS:
+            row.mode = word
+        elif word in FLAG_WORDS:
+            row.flags |= 1 << FLAGS[FLAG_WORDS[word]]
+        elif word not in TYPES:
+            raise ValueError(f"modifier .{word}")
+    row.type = types[0]
+    row.from_type = types[-1]
+    if len(types) > (2 if row.op in ("cvt", "cvt_pack") else 1):
+        raise ValueError("types")
+    return row
+
+
+def _text(one: Statement) -> str:
+    guard = f"@{'!' * one.negated}{one.guard} " if one.guard else ""
+    return f"{guard}{one.op} {', '.join(one.operands)}"
+
+
+def _meeting_points(statements: list[Statement], rows: list[_Row], targets: list[int]) -> list[int]:
+    """Where the two sides of each branch come together: its block's nearest post-dominator."""
+    leads = {0, *(t for t in targets if t >= 0)}
+    ends = [i for i, row in enumerate(rows) if row.op in ("bra", "exit")]
+    leads |= {i + 1 for i in ends if i + 1 < len(rows)}
+    starts = sorted(leads)
+    number = {start: block for block, start in enumerate(starts)}
+    away, after = len(starts), []  # away: the end of every path
+    for block, start in enumerate(starts):
+        last = (starts[block + 1] if block + 1 < away else len(rows)) - 1
+        row, follows = rows[last], set()
+        if row.op == "bra":
+            follows.add(number[targets[last]])
+        elif row.op == "exit":
+            follows.add(away)
+        if (row.op not in ("bra", "exit") or statements[last].guard) and last + 1 < len(rows):
+            follows.add(number[last + 1])
+        after.append(follows or {away})
+    everything = (1 << away + 1) - 1
+    behind = [everything] * away + [1 << away]  # the post-dominators of each block, as bits
+    changed = True
+    while changed:
+        changed = False
+        for block in reversed(range(away)):
+            common = everything
+            for other in after[block]:
+                common &= behind[other]
+            common |= 1 << block
+            changed |= common != behind[block]
+            behind[block] = common
+    meets = [-1] * len(rows)
+    for last in ends:
+        block = number[max(start for start in starts if start <= last)]
+        others = [b for b in range(away + 1) if behind[block] >> b & 1 and b != block]
+        nearest = max(others, key=lambda b: behind[b].bit_count())
+        meets[last] = len(rows) if nearest == away else starts[nearest]
+    return meets

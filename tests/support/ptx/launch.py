@@ -1,0 +1,105 @@
+"""Triton's launches, emulated: kernels are compiled for a target and run on tensors of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from dense_attn.triton_kernels import configs
+
+from .module import Module
+
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+modules: dict[tuple[int, object], Module] = {}  # by the compiled kernel and its edit
+
+
+@dataclass(frozen=True)
+class Run:
+    """A launch that has been emulated."""
+
+    kernel: str
+    executed: int  # instructions of warps
+    ptx: str
+
+
+class _Driver:
+    """The answers to what a launch asks of a device before its kernel is compiled."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> GPUTarget:
+        return self._target
+
+    def get_current_stream(self, device: GPUTarget) -> None:
+        return None
+
+
+@contextmanager
+def emulated(
+    target: str,
+    order: str = "forward",
+    harsh: bool = False,
+    seed: int = 0,
+    edit: Callable[[str], str] | None = None,
+) -> Iterator[list[Run]]:
+    """Every launch in its body is emulated, its PTX edited first; raises Fault."""
+    runs: list[Run] = []
+    compile_kernel = JITFunction.run
+
+    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+        with mock.patch.object(triton.knobs.runtime, "interpret", False):
+            kernel = compile_kernel(self, *args, grid=grid, warmup=True, **kwargs)
+        if warmup:
+            return kernel
+        bound = self.device_caches[TARGETS[target]][4](*args, **kwargs)[0]
+        sizes = grid(bound) if callable(grid) else grid
+        text = kernel.asm["ptx"] if edit is None else edit(kernel.asm["ptx"])
+        module = modules.setdefault((id(kernel), edit and text), Module(text))
+        before = module.executed
+        module.launch(
+            kernel.metadata.name,
+            [*arguments(kernel.src.signature, bound), 0, 0],  # no scratch memory
+            sizes,
+            (32 * kernel.metadata.num_warps,),
+            kernel.metadata.shared,
+            order,
+            harsh,
+            seed,
+        )
+        runs.append(Run(kernel.metadata.name, module.executed - before, text))
+        return kernel
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(driver, "_active", _Driver(TARGETS[target])))
+        patches.enter_context(mock.patch.object(JITFunction, "run", run))
+        patches.enter_context(mock.patch.object(configs, "architecture", return_value=target))
+        yield runs
+
+
+def arguments(signature: dict[str, object], bound: dict[str, object]) -> list[Tensor | int | float]:
+    """The arguments that a kernel takes at run time, tuples flattened."""
+    found: list[Tensor | int | float] = []
+
+    def walk(kind: object, value: object) -> None:
+        if isinstance(kind, (tuple, list)):
+            for one_kind, one in zip(kind, value, strict=True):
+                walk(one_kind, one)
+        elif kind != "constexpr":
+            is_float = isinstance(kind, str) and kind.startswith("fp")
+            found.append(float(value) if is_float else value)
+
+    for name, kind in signature.items():
+        walk(kind, bound[name])
+    return found

@@ -1,0 +1,119 @@
+"""A PTX file whose kernels run on tensors of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from .build import Options, library
+from .encode import Encoded
+from .instructions import Instructions
+from .parse import Expansion, Unit, Unsupported
+
+ORDERS = ("forward", "backward", "random")
+Number = int | float | bool
+
+
+class Fault(Exception):
+    """What a kernel must not do; the text says what, which line and which thread."""
+
+
+class Module:
+    """The kernels of a PTX text."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = text.split("\n")
+        self._unit = Unit(text)
+        self._arrays = [np.frombuffer(bytearray(x), np.uint8) for x in self._unit.globals.values()]
+        self._encoded: dict[str, Encoded] = {}
+        self.executed = 0  # instructions of warps, of all launches
+
+    def launch(
+        self,
+        kernel: str,
+        arguments: Sequence[Tensor | Number],
+        grid: Sequence[int],
+        block: Sequence[int],
+        dynamic_shared: int = 0,
+        order: str = "forward",
+        harsh: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Run every program, its warps in an order between barriers; raises Fault."""
+        code = self._code(kernel)
+        params = self._params(kernel, arguments)
+        storages = self._storages(arguments)
+        shared = -(-(self._unit.shared_bytes + dynamic_shared) // 16) * 16
+        three = ctypes.c_int32 * 3
+        options = Options(
+            three(*grid, *[1] * (3 - len(grid))),
+            three(*block, *[1] * (3 - len(block))),
+            ORDERS.index(order),
+            harsh,
+            seed,
+            code.num_registers,
+            len(params),
+            code.local_bytes,
+            shared,
+            len(storages) // 2,
+        )
+        message, executed = ctypes.create_string_buffer(512), ctypes.c_uint64()
+        line = library().ptx_run(
+            *(_pointer(x) for x in (code.code, code.operands, code.constants)),
+            params,
+            _pointer(np.array(storages, np.uint64)),
+            ctypes.byref(options),
+            message,
+            len(message),
+            ctypes.byref(executed),
+        )
+        self.executed += executed.value
+        if line:
+            raise Fault(self._told(kernel, line, message.value.decode()))
+
+    def _code(self, kernel: str) -> Encoded:
+        if kernel not in self._encoded:
+            expansion = Expansion(self._unit, kernel)
+            arrays = iter(self._arrays)
+            places = [x.ctypes.data for x in self._arrays] if arrays else []
+            self._encoded[kernel] = Instructions(expansion, places.__getitem__).encode()
+        return self._encoded[kernel]
+
+    def _params(self, kernel: str, arguments: Sequence[Tensor | Number]) -> bytes:
+        places = self._unit.functions[kernel].params.values()
+        if len(places) != len(arguments):
+            raise ValueError(f"arguments must be {len(places)}, got {len(arguments)}")
+        params = bytearray(max((place + size for place, size in places), default=0))
+        for (place, size), value in zip(places, arguments):
+            params[place : place + size] = _bytes(value, size)
+        return bytes(params)
+
+    def _storages(self, arguments: Sequence[Tensor | Number]) -> list[int]:
+        """The beginning and the end of all memory that the launch may touch."""
+        storages = [x.untyped_storage() for x in arguments if isinstance(x, Tensor)]
+        spans = {(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages if x.nbytes()}
+        spans |= {(x.ctypes.data, x.ctypes.data + x.nbytes) for x in self._arrays}
+        return [number for span in sorted(spans) for number in span] or [0, 0]
+
+    def _told(self, kernel: str, line: int, message: str) -> str:
+        text = self._lines[line - 1].strip() if line > 0 else ""
+        return f"{kernel}: {message} at line {line}, {self._unit.source.get(line, '')}: {text}"
+
+
+def _pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def _bytes(value: Tensor | Number, size: int) -> bytes:
+    if isinstance(value, Tensor):
+        return value.data_ptr().to_bytes(8, "little")
+    if isinstance(value, float):
+        return struct.pack({4: "<f", 8: "<d"}[size], value)
+    return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+
+__all__ = ["ORDERS", "Fault", "Module", "Unsupported"]
