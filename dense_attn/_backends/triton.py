@@ -105,11 +105,15 @@ def tile_lists_for(
     return None if blocks is None else made(*tokens, *blocks)
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on tensors of the CPU."""
+    return LOAD_ERROR is None and layout_attention.configs.interpreted()
+
+
 LOAD_ERROR = _load()
-DEVICE = "cuda"  # the kind of tensors that the ops take
+DEVICE = "cpu" if interpreted() else "cuda"  # the kind of tensors that the ops take
 
 if LOAD_ERROR is None:
-    DEVICE = "cpu" if layout_attention.configs.interpreted() else "cuda"
     _library = ops.define("dense_attn_triton")
     for _name, _launch in _launchers().items():
         _library.impl(_name, _kernel(getattr(raw_checks, _name), _launch), DEVICE.upper())
