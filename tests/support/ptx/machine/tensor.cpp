@@ -163,7 +163,13 @@ void finish(Step& step, const Product& product) {
   int columns = step.number(0), depth = step.number(1), type = step.in.from;
   int first_row = kRows * (warp.index % 4);
   Rows a;
+  auto unchanged = [&](int index) {
+    if (warp.written[index] > product.issued)
+      throw Fault("a register of a product changes before its wait");
+  };
+  for (int i = first_d(step); i < step.in.count; ++i) unchanged(step.number(i));
   if (step.number(2)) {
+    for (int i = 0; i < 4; ++i) unchanged(step.number(kA + i));
     a = rows_of([&](int reg) { return step.source(kA + reg); }, 4, type);
   } else {
     Tile tile(product.descriptors[0], step.number(6), type);
