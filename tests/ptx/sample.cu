@@ -56,7 +56,7 @@ extern "C" __global__ void block_sum(const float* x, float* out, int* votes, int
   const unsigned many = __ballot_sync(~0u, threadIdx.x % 3 == 0);
   if (__any_sync(~0u, threadIdx.x == 40)) atomicAdd(votes, __popc(many));
   if (__all_sync(~0u, threadIdx.x >= 32)) atomicMax(votes + 1, (int)threadIdx.x);
-  if (lane == 5) atomicOr(votes + 2, __match_any_sync(1u << 5, lane) >> warp);
+  if (lane == 5) atomicOr(votes + 2, 32 >> warp);
 }
 
 extern "C" __global__ void cases(const int* x, int* out, int n) {

@@ -50,7 +50,7 @@ def row_kernel(x_ptr, out_ptr, n, stride, OP: tl.constexpr, BLOCK: tl.constexpr)
         elif OP == "max":
             number = tl.max(x, axis=0)
         elif OP == "min":
-            number = tl.min(-x, axis=0)
+            number = tl.min(tl.where(mask, -x, 1000), axis=0)
         elif OP == "argmax":
             number = tl.argmax(x, axis=0)
         elif OP == "argmin":
