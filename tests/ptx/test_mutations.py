@@ -68,13 +68,13 @@ FORWARD, ROWS = "layout_attention_fwd_kernel", "layout_attention_row_fwd_kernel"
 BACKWARD = ("layout_attention_bwd_q_kernel", "layout_attention_bwd_kv_kernel")
 # The call, and the kernels of it that are mutated; None: all.
 CALLS: dict[str, tuple[Callable[[], None], tuple[str, ...] | None]] = {
-    "forward": (partial(forward, (1, 1, 100, 300, 40), BFLOAT16), None),
-    "forward of 128 columns": (partial(forward, (1, 1, 70, 300, 128), FLOAT16), (FORWARD,)),
-    "forward of float32": (partial(forward, (1, 1, 40, 150, 40), FLOAT32), (FORWARD,)),
-    "row": (partial(forward, (1, 2, 100, 77, 40), BFLOAT16), (ROWS,)),
-    "backward": (partial(backward, (1, 1, 150, 300, 40), BFLOAT16), BACKWARD),
-    "backward of 128 columns": (partial(backward, (1, 1, 100, 150, 128), FLOAT16), BACKWARD),
-    "backward of float32": (partial(backward, (1, 1, 40, 70, 40), FLOAT32), BACKWARD),
+    "forward": (partial(forward, (1, 1, 130, 257, 40), BFLOAT16), None),
+    "forward of 128 columns": (partial(forward, (1, 1, 66, 193, 128), FLOAT16), (FORWARD,)),
+    "forward of float32": (partial(forward, (1, 1, 34, 145, 40), FLOAT32), (FORWARD,)),
+    "row": (partial(forward, (1, 1, 130, 65, 40), BFLOAT16), (ROWS,)),
+    "backward": (partial(backward, (1, 1, 130, 257, 40), BFLOAT16), BACKWARD),
+    "backward of 128 columns": (partial(backward, (1, 1, 66, 129, 128), FLOAT16), BACKWARD),
+    "backward of float32": (partial(backward, (1, 1, 34, 65, 40), FLOAT32), BACKWARD),
     "percentile": (partial(percentile, FLOAT32), None),
     "percentile of bfloat16": (partial(percentile, BFLOAT16), None),
     "guidance": (guidance, None),
