@@ -12,6 +12,7 @@ from cases import Case, make_inputs
 
 pytest.importorskip("triton")
 
+from ptx import Module
 from ptx.mutations import Mutant, launches, mutants, same_bits
 
 from dense_attn.triton_kernels import configs, layout_attention, sega
@@ -104,9 +105,10 @@ def test_mutants(name: str, target: str, tiles: None) -> None:
     for launch in launches(call, target):
         if kernels is not None and launch.kernel not in kernels:
             continue
-        expected = launch.run(launch.text, "forward")
+        whole = Module(launch.text)
+        expected = launch.run(whole, "forward")
         for order in ("backward", "random"):
-            assert all(map(same_bits, launch.run(launch.text, order), expected)), launch.kernel
+            assert all(map(same_bits, launch.run(whole, order), expected)), launch.kernel
         for mutant in mutants(launch.text):
             seen[mutant.kind] += 1
             if launch.finds(mutant, expected):

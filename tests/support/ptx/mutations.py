@@ -82,17 +82,18 @@ class Launch:
     arguments: list[Tensor | int | float]
     sizes: tuple  # grid, block, bytes of shared memory
 
-    def run(self, text: str, order: str) -> list[Tensor]:
-        """The tensors after the launch of a text, from the same beginning."""
+    def run(self, module: Module, order: str) -> list[Tensor]:
+        """The tensors after the launch of a module's kernel, from the same beginning."""
         arguments = [x.clone() if isinstance(x, Tensor) else x for x in self.arguments]
-        Module(text).launch(self.kernel, arguments, *self.sizes, order)
+        module.launch(self.kernel, arguments, *self.sizes, order)
         return [x for x in arguments if isinstance(x, Tensor)]
 
     def finds(self, mutant: Mutant, expected: list[Tensor]) -> bool:
         """Whether a mutant faults, or has other results, in an order of warps."""
+        module = Module(mutant.text)
         for order in ORDERS:
             try:
-                results = self.run(mutant.text, order)
+                results = self.run(module, order)
             except Fault:
                 return True
             if not all(map(same_bits, results, expected)):
