@@ -139,9 +139,10 @@ void issue(Step& step) {
   Product product{&step.in, {}, step.source(3)[0] != 0, step.tick()};
   bool registers = step.number(2);
   auto fenced = [&](int index) {
-    if (warp.register_fence == 0 || warp.written[index] >= warp.register_fence)
+    if (warp.written[index] >= warp.register_fence)
       throw Fault("a product uses a register written since the last wgmma.fence");
   };
+  if (warp.register_fence == 0) throw Fault("a product must have a wgmma.fence before the first one");
   for (int i = 0; registers && i < 4; ++i) fenced(step.number(kA + i));
   if (!registers) product.descriptors[0] = step.source(kA)[0];
   product.descriptors[1] = step.source(first_d(step) - 1)[0];
