@@ -191,6 +191,24 @@ PRODUCTS = {
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;
     {STORE}"""),
+    "no fence before a product that keeps nothing": wgmma(f"""
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    + wgmma.fence.sync.aligned;
+    {BY_MEMORY.replace("%b, 1", "%b, 0")}
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    {STORE}"""),
+    "a sum overwritten before its wait": wgmma(f"""
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    wgmma.fence.sync.aligned;
+    {BY_MEMORY}
+    wgmma.commit_group.sync.aligned;
+    + wgmma.wait_group.sync.aligned 0;
+    mov.b32 %f1, 0f3F800000;
+    wgmma.wait_group.sync.aligned 0;
+    {STORE}"""),
 }  # fmt: skip
 PLANTED = COPIES | PRODUCTS
 

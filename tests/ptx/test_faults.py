@@ -74,6 +74,14 @@ RACES = {
     - bar.warp.sync -1;
     ld.shared.b32 %r2, [%other];
     st.global.b32 [%to], %r2;"""),
+    "lanes without a barrier of their warp": Planted("""
+    ld.global.b32 %r1, [%from];
+    st.shared.b32 [%own], %r1;
+    + bar.warp.sync -1;
+    xor.b32 %r2, %t4, 4;
+    add.u32 %r2, %r2, %s;
+    ld.shared.b32 %r1, [%r2];
+    st.global.b32 [%to], %r1;""", lambda x: x.view(-1, 2).flip(1).flatten()),
     "two warps write one place": Planted("""
     ld.global.b32 %r1, [%from];
     and.b32 %r2, %t, 31;
@@ -156,7 +164,41 @@ FEW:
 JOIN:
     st.global.b32 [%to], %r1;""", lambda x: x),
 }  # fmt: skip
-PLANTED = ACCESSES | RACES | BARRIERS
+EXCHANGES = {
+    "a shuffle that names lanes which skip it": Planted("""
+    setp.lt.u32 %p1, %t, 16;
+    mov.b32 %r1, 7;
+    @!%p1 bra JOIN;
+    - shfl.sync.idx.b32 %r1, %t, 3, 31, -1;
+    + shfl.sync.idx.b32 %r1, %t, 3, 31, 0xFFFF;
+JOIN:
+    st.global.b32 [%to], %r1;""", lambda x: torch.where(x < 148, 3, 7).int()),
+    "a value of a lane that skips the shuffle": Planted("""
+    setp.lt.u32 %p1, %t, 16;
+    mov.b32 %r1, 7;
+    @!%p1 bra JOIN;
+    - shfl.sync.idx.b32 %r1, %t, 20, 31, 0xFFFF;
+    + shfl.sync.idx.b32 %r1, %t, 2, 31, 0xFFFF;
+JOIN:
+    st.global.b32 [%to], %r1;""", lambda x: torch.where(x < 148, 2, 7).int(), faults=False),
+    "a vote that names lanes which skip it": Planted("""
+    setp.lt.u32 %p1, %t, 16;
+    mov.b32 %r1, 7;
+    @!%p1 bra JOIN;
+    - vote.sync.ballot.b32 %r1, %p1, -1;
+    + vote.sync.ballot.b32 %r1, %p1, 0xFFFF;
+JOIN:
+    st.global.b32 [%to], %r1;""", lambda x: torch.where(x < 148, 0xFFFF, 7).int()),
+    "a sum that names lanes which skip it": Planted("""
+    setp.lt.u32 %p1, %t, 16;
+    mov.b32 %r1, 7;
+    @!%p1 bra JOIN;
+    - redux.sync.add.s32 %r1, %t, -1;
+    + redux.sync.add.s32 %r1, %t, 0xFFFF;
+JOIN:
+    st.global.b32 [%to], %r1;""", lambda x: torch.where(x < 148, 120, 7).int()),
+}  # fmt: skip
+PLANTED = ACCESSES | RACES | BARRIERS | EXCHANGES
 
 
 @pytest.mark.parametrize("order", ["forward", "backward", "random"])

@@ -18,6 +18,7 @@ GONE = "// gone: "
 SEPARATED = r"^\s*(?P<line>{}\s*;)"
 KINDS = {
     "barrier": SEPARATED.format(r"(?:bar|barrier)(?:\.cta)?\.sync(?:\.aligned)?\s+[^;]+"),
+    "warp barrier": SEPARATED.format(r"bar\.warp\.sync\s+[^;]+"),
     "copy wait": SEPARATED.format(r"cp\.async\.wait_(?:group\s+\d+|all)"),
     "wgmma wait": SEPARATED.format(r"wgmma\.wait_group\.sync\.aligned\s+\d+"),
     "wgmma fence": SEPARATED.format(r"wgmma\.fence\.sync\.aligned"),
