@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+pytestmark = pytest.mark.costly
 Run = Callable[..., Tensor]
 
 
@@ -149,7 +150,6 @@ def allowed(a: Tensor, b: Tensor) -> Tensor:
     return a.shape[1] * 2.0**-23 * (a.abs() @ b.abs())
 
 
-@pytest.mark.costly
 @pytest.mark.parametrize("case", products(), ids=str)
 def test_products(case: Product, same_in_every_order: Run) -> None:
     whole = operands(case, whole=True)

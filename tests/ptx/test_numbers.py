@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+pytestmark = pytest.mark.costly
 Run = Callable[..., Tensor]
 INF, NAN = float("inf"), float("nan")
 BLOCK = 256

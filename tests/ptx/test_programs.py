@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+pytestmark = pytest.mark.costly
 Run = Callable[..., Tensor]
 
 
