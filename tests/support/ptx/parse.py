@@ -74,8 +74,8 @@ class Unit:
                 continue
             depth = 1
             while depth:
-                at += 1
-                depth += {"{": 1, "}": -1}.get(text[at - 1], 0)
+                brace = re.compile(r"[{}]").search(text, at)
+                at, depth = brace.end(), depth + (1 if brace[0] == "{" else -1)
             body, line = text[found.end() : at - 1], text.count("\n", 0, found.end()) + 1
             results = list(_params(found[2][1:-1])) if found[2] else []
             self.functions[found[3]] = Function(found[3], _params(found[4]), results, body, line)
@@ -264,13 +264,14 @@ class Expansion:
 def _pieces(body: str, line: int) -> Iterator[tuple[int, str]]:
     """(line, statement, label, brace or directive) in turn."""
     start = re.compile(r"\s*(?:([{}])|([\w$]+:)(?!:)|(\.(?:loc|file)\b[^\n]*)|([^;]*);)", flags=re.S)
-    at = 0
+    at = counted = 0
     while found := start.match(body, at):
         text = " ".join(next(x for x in found.groups() if x is not None).split())
-        here = line + body.count("\n", 0, found.start(found.lastindex))
+        place = found.start(found.lastindex)
+        line, counted = line + body.count("\n", counted, place), place
         at = found.end()
         if text:
-            yield here, text
+            yield line, text
     if body[at:].strip():
         raise Unsupported(body[at:].strip()[:80])
 
