@@ -18,7 +18,7 @@ ORDERS = ("forward", "backward", "random")
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> str:
-    """What kernels are compiled for."""
+    """The architecture that kernels are compiled for."""
     return request.param
 
 

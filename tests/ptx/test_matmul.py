@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from ptx import emulated
 
 pytestmark = pytest.mark.costly
 Run = Callable[..., Tensor]
@@ -161,6 +162,19 @@ def test_products(case: Product, same_in_every_order: Run) -> None:
     for harsh in (False, True):
         found = same_in_every_order(lambda: multiply(case, a, b), harsh=harsh)
         assert ((found - exact).abs() <= allowed(*seen)).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "orders"), [("float16", "nt"), ("bfloat16", "tn"), ("tf32", "nt"), ("ieee", "nn")]
+)
+def test_products_are_those_of_tensor_cores(dtype: str, orders: str, target: str) -> None:
+    """The instructions that the matrix of cases is about are in its kernels."""
+    case = Product(dtype, orders, TILES[1], 3)
+    with emulated(target) as runs:
+        multiply(case, *operands(case, whole=True))
+    instruction = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}[target]
+    assert (instruction in runs[0].ptx) == (dtype != "ieee")
+    assert "cp.async.wait_group" in runs[0].ptx
 
 
 def test_the_bound_can_fail() -> None:

@@ -1,4 +1,4 @@
-"""What the emulator finds of the faults that a kernel has without one of its instructions."""
+"""The share found of the faults that kernels have without one of their instructions."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_softmax(same_in_every_order: Run) -> None:
 @pytest.mark.parametrize("n", [5, 77, 1024])
 @pytest.mark.parametrize("op", ["cumsum", "reversed cumsum", "sum", "max", "min", "xor", "sort"])
 def test_scans_and_reductions(op: str, n: int, same_in_every_order: Run) -> None:
-    """Of integers, whose order of summation leaves no trace."""
+    """Integers, whose order of summation leaves no trace."""
     x = torch.randint(-1000, 1000, (2, n), dtype=torch.int32)
     out = row(op, x, same_in_every_order)
     expected = {
