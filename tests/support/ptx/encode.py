@@ -109,16 +109,14 @@ class Encoder:
                 address = self._global_address(address)
             return address + int(symbol[3] or 0)
         if real := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
-            number = int(real[2], 16)
-            if (real[1] in "dD") == (kind == "f64"):
-                return number
-            single = struct.unpack("<f", struct.pack("<I", number & 0xFFFFFFFF))[0]
-            wide = struct.unpack("<d", struct.pack("<Q", number))[0]
-            if kind == "f64":
-                return int.from_bytes(struct.pack("<d", single), "little")
-            if real[1] in "fF":
-                return number
-            return int.from_bytes(struct.pack("<f", wide), "little")
+            number, double = int(real[2], 16), real[1] in "dD"
+            if double and kind == "f32":
+                value = struct.unpack("<d", struct.pack("<Q", number))[0]
+                return int.from_bytes(struct.pack("<f", value), "little")
+            if not double and kind == "f64":
+                value = struct.unpack("<f", struct.pack("<I", number))[0]
+                return int.from_bytes(struct.pack("<d", value), "little")
+            return number
         number = text.rstrip("U")
         if not re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)", number):
             raise ValueError(f"operand {text!r}")

@@ -81,8 +81,11 @@ class Unit:
             self.functions[found[3]] = Function(found[3], _params(found[4]), results, body, line)
         return "".join([*outside, text[at:]])
 
-    def _arrays(self, text: str) -> None:
-        for statement in re.findall(r"\.(?:shared|global|const)\b[^;]*", text):
+    def _arrays(self, outside: str) -> None:
+        """Place all arrays but those of a thread; shared memory of a launch's size comes last."""
+        texts = (outside, *(function.body for function in self.functions.values()))
+        found = [x for text in texts for x in re.findall(r"(?<!\w)\.(?:shared|global|const)\s[^;]*", text)]
+        for statement in sorted(found, key=lambda x: bool(re.search(r"\[\s*\]\s*$", x))):
             self.declare(statement)
 
     def declare(self, statement: str, local: int = 0) -> tuple[str, int]:
@@ -102,6 +105,8 @@ class Unit:
         if re.search(r"\[\s*\]", lengths):
             size = 0  # as many bytes as a launch asks for
         aligned = int(align or SIZES[kind])
+        if name in self.symbols:
+            return name, size
         if space == "shared":
             start = -(-self.shared_bytes // aligned) * aligned
             self.symbols[name] = ("shared", SHARED_BASE + start)

@@ -186,9 +186,9 @@ double number_of(Bits x, int type, bool ftz) {
   }
 }
 
-Bits to_integer(double value, int type) {
-  if (std::isnan(value)) return bytes_of(type) == 8 ? Bits(1) << 63 : 0;
+Bits to_integer(double value, int type, int from) {
   int width = 8 * bytes_of(type);
+  if (std::isnan(value)) return width == 64 || from == f64_ ? Bits(1) << (width - 1) : 0;
   double low = is_signed(type) ? -std::ldexp(1.0, width - 1) : 0;
   double high = std::ldexp(1.0, is_signed(type) ? width - 1 : width);  // one above the most
   if (value <= low) return Bits(int64_t(low));
@@ -200,7 +200,8 @@ Bits converted(const Instruction& in, Bits x) {  // in.type from in.from
   if (!is_float(in.from) && !is_float(in.type)) {
     int64_t value = integer(x, in.from);
     if (!in.has(sat_flag)) return Bits(value);
-    return to_integer(in.from == u64_ ? double(uint64_t(value)) : double(value), in.type);
+    return to_integer(in.from == u64_ ? double(uint64_t(value)) : double(value), in.type,
+                      in.from);
   }
   if (!is_float(in.from)) {
     int64_t value = integer(x, in.from);
@@ -211,7 +212,7 @@ Bits converted(const Instruction& in, Bits x) {  // in.type from in.from
     return in.type == f32_ ? bits(to_f32(exact, in.mode)) : to_narrow(exact, in.type, in.mode);
   }
   double value = number_of(x, in.from, in.has(ftz_flag));
-  if (!is_float(in.type)) return to_integer(whole(value, in.mode), in.type);
+  if (!is_float(in.type)) return to_integer(whole(value, in.mode), in.type, in.from);
   if (in.mode >= rni_ && in.mode <= rpi_) value = whole(value, in.mode);
   if (in.has(sat_flag)) value = std::isnan(value) ? 0 : std::clamp(value, 0.0, 1.0);
   switch (in.type) {

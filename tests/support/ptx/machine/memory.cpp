@@ -162,7 +162,7 @@ void Memory::read_async(Region& region, uint64_t address, int size, const Who& w
     Cell& cell = region.at(a);
     if (cell.read_tick < order.last[who.warp]) cell.read_warps = 0;
     cell.read_warps |= 1u << (who.warp & 31);
-    cell.read_bytes = 3;
+    cell.read_bytes = (1 << kCellBytes) - 1;
     cell.read_program = who.program;
     cell.read_lane = kManyLanes;
     cell.read_tick = who.tick;

@@ -167,6 +167,12 @@ bool Step::exchange() {
   auto together = [&](const char* what) {
     if (lanes != (kAll & ~warp.exited)) throw Fault(std::string(what) + " in code that some lanes skip");
   };
+  auto all_named_here = [&](int members) {
+    each([&](int lane) {
+      if (source(members)[lane] & ~warp.exited & ~lanes & kAll)
+        throw Fault("an exchange names lanes that skip it");
+    });
+  };
   switch (in.op) {
     case bra_: {
       uint32_t others = path.lanes & ~lanes;
@@ -200,8 +206,8 @@ bool Step::exchange() {
       std::array<Bits, kLanes> from;
       std::copy_n(source(2), kLanes, from.begin());
       std::array<Bits, kLanes> found, inside;
+      all_named_here(5);
       each([&](int lane) {
-        if (source(5)[lane] & ~warp.exited & ~lanes) throw Fault("shfl.sync names lanes that skip it");
         int by = source(3)[lane] & 31, bounds = int(source(4)[lane]), segment = bounds >> 8 & 31;
         int most = (lane & segment) | (bounds & 31 & ~segment);
         int other = in.mode == up_ ? lane - by : in.mode == down_ ? lane + by
@@ -221,6 +227,7 @@ bool Step::exchange() {
     case vote_: {  // [to, predicate, whether negated, members]
       uint32_t passes = 0;
       const Bits* p = source(1);
+      all_named_here(3);
       each([&](int lane) { passes |= uint32_t((p[lane] != 0) != (number(2) != 0)) << lane; });
       bool all = passes == lanes, any = passes != 0;
       Bits found = in.mode == ballot_ ? passes : in.mode == all_ ? all : in.mode == any_ ? any : all || !any;
@@ -232,6 +239,7 @@ bool Step::exchange() {
       const Bits* from = source(1);
       int64_t sum = 0;
       bool first = true;
+      all_named_here(2);
       each([&](int lane) {
         int64_t x = integer(from[lane], in.type);
         sum = first             ? x

@@ -139,9 +139,10 @@ void issue(Step& step) {
   Product product{&step.in, {}, step.source(3)[0] != 0, step.tick()};
   bool registers = step.number(2);
   auto fenced = [&](int index) {
-    if (warp.register_fence == 0 || warp.written[index] >= warp.register_fence)
+    if (warp.written[index] >= warp.register_fence)
       throw Fault("a product uses a register written since the last wgmma.fence");
   };
+  if (warp.register_fence == 0) throw Fault("a product must have a wgmma.fence before the first one");
   for (int i = 0; registers && i < 4; ++i) fenced(step.number(kA + i));
   if (!registers) product.descriptors[0] = step.source(kA)[0];
   product.descriptors[1] = step.source(first_d(step) - 1)[0];
@@ -163,7 +164,13 @@ void finish(Step& step, const Product& product) {
   int columns = step.number(0), depth = step.number(1), type = step.in.from;
   int first_row = kRows * (warp.index % 4);
   Rows a;
+  auto unchanged = [&](int index) {
+    if (warp.written[index] > product.issued)
+      throw Fault("a register of a product changes before its wait");
+  };
+  for (int i = first_d(step); i < step.in.count; ++i) unchanged(step.number(i));
   if (step.number(2)) {
+    for (int i = 0; i < 4; ++i) unchanged(step.number(kA + i));
     a = rows_of([&](int reg) { return step.source(kA + reg); }, 4, type);
   } else {
     Tile tile(product.descriptors[0], step.number(6), type);

@@ -1,0 +1,123 @@
+"""What the emulator finds of the faults that a kernel has without one of its instructions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from cases import Case, make_inputs
+
+pytest.importorskip("triton")
+
+from ptx import Module
+from ptx.mutations import Mutant, launches, mutants, same_bits
+
+from dense_attn.triton_kernels import configs, layout_attention, sega
+from dense_attn.triton_kernels.sega import selection
+
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("poisoned_memory", "one_thread")]
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def forward(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """In tiles of all kinds."""
+    case = make_inputs(Case("mutated", size, words="runs", ordered=True), dtype)
+    tensors = (case.q, case.k, case.v, case.q_regions, case.k_regions)
+    strength = case.strength.expand(case.q.shape[:3])
+    orders = case.orders if size[3] > configs.ROW_KEYS else {}
+    layout_attention.layout_attention_fwd(*tensors, strength, "range", 0.3, **orders)
+
+
+def backward(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Both passes, and the forward pass that they need."""
+    case = make_inputs(Case("mutated", size, words="runs"), dtype)
+    tensors = (case.q, case.k, case.v, case.q_regions, case.k_regions)
+    last = (case.strength.expand(case.q.shape[:3]),)
+    out, _, stats = layout_attention.layout_attention_fwd(*tensors, *last, "range", 0.3)
+    layout_attention.layout_attention_bwd(
+        case.grad_out, case.grad_lse, *tensors, *last, out, stats, "range", 0.3
+    )
+
+
+def percentile(dtype: torch.dtype) -> None:
+    sega.percentile_mask(torch.randn(2, 1100).to(dtype), 0.77)
+
+
+def guidance() -> None:
+    """Two concepts, one of which has its channels summed."""
+    uncond, text, momentum = torch.randn(3, 1, 2, 1100)
+    options = {
+        "guidance_scale": 7.5,
+        "edit_guidance_scale": [5.0, -3.0],
+        "edit_threshold": [0.9, 0.37],
+        "weights": [1.0, 2.0],
+        "partials": [0.0, 0.0],
+        "all_warm": True,
+        "reverse": [False, True],
+        "edit_momentum_scale": 0.3,
+        "edit_mom_beta": 0.4,
+    }
+    for sums in (False, True):
+        edits = torch.randn(2, 1, 2, 1100)
+        sega.sega_guidance(uncond, text, edits, momentum, **options, sum_channels=sums)
+
+
+FORWARD, ROWS = "layout_attention_fwd_kernel", "layout_attention_row_fwd_kernel"
+BACKWARD = ("layout_attention_bwd_q_kernel", "layout_attention_bwd_kv_kernel")
+# The call, and the kernels of it that are mutated; None: all.
+CALLS: dict[str, tuple[Callable[[], None], tuple[str, ...] | None]] = {
+    "forward": (partial(forward, (1, 1, 130, 257, 40), BFLOAT16), None),
+    "forward of 128 columns": (partial(forward, (1, 1, 66, 193, 128), FLOAT16), (FORWARD,)),
+    "forward of float32": (partial(forward, (1, 1, 34, 145, 40), FLOAT32), (FORWARD,)),
+    "row": (partial(forward, (1, 1, 130, 65, 40), BFLOAT16), (ROWS,)),
+    "backward": (partial(backward, (1, 1, 130, 257, 40), BFLOAT16), BACKWARD),
+    "backward of 128 columns": (partial(backward, (1, 1, 66, 129, 128), FLOAT16), BACKWARD),
+    "backward of float32": (partial(backward, (1, 1, 34, 65, 40), FLOAT32), BACKWARD),
+    "percentile": (partial(percentile, FLOAT32), None),
+    "percentile of bfloat16": (partial(percentile, BFLOAT16), None),
+    "guidance": (guidance, None),
+    "staged guidance": (guidance, None),
+    "guidance by several programs": (guidance, None),
+}
+
+
+@pytest.fixture
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of semantic guidance as longer ones are launched."""
+    name = request.getfixturevalue("name")
+    if name.startswith("staged"):
+        monkeypatch.setattr(sega, "UNSTAGED", 0)
+        monkeypatch.setattr(sega, "TILE", 256)
+    if name.endswith("several programs"):
+        monkeypatch.setattr(sega, "LONGEST", 0)
+        monkeypatch.setattr(sega, "TILE", 256)
+        monkeypatch.setattr(selection, "TILE", 256)
+        monkeypatch.setattr(selection, "SPAN", 512)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_mutants(name: str, target: str, tiles: None) -> None:
+    call, kernels = CALLS[name]
+    seen, found, missed = Counter(), Counter(), []
+    for launch in launches(call, target):
+        if kernels is not None and launch.kernel not in kernels:
+            continue
+        whole = Module(launch.text)
+        expected = launch.run(whole, "forward")
+        for order in ("backward", "random"):
+            assert all(map(same_bits, launch.run(whole, order), expected)), launch.kernel
+        for mutant in mutants(launch.text):
+            seen[mutant.kind] += 1
+            if launch.finds(mutant, expected):
+                found[mutant.kind] += 1
+            else:
+                missed.append(told(launch.kernel, mutant))
+    print(f"\n{target}, {name}: " + ", ".join(f"{k} {found[k]}/{seen[k]}" for k in seen))
+    print("\n".join(missed))
+
+
+def told(kernel: str, mutant: Mutant) -> str:
+    return f"  {mutant.kind:18} {kernel}:{mutant.line}, {mutant.place}: {mutant.was}"
