@@ -81,12 +81,21 @@ def _inner_products(
     """Inner products of the rows of two [B, H, tokens, D] tensors, one part after the other."""
     a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
     x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM).to(tl.float32)
-    total = tl.sum(x * load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM), 1)
+    y = load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM)
+    total = _sums(x * y, exist[:, None])
     if PART_1 > 0:
         x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM).to(tl.float32)
         y = load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += tl.sum(x * y, 1)
+        total += _sums(x * y, exist[:, None])
     return total
+
+
+@triton.jit
+def _sums(products, there):
+    """Each row's sum of products. One that fused with the first exchange between lanes would leave
+    them with sums that differ: a select lies between.
+    """
+    return tl.sum(tl.where(there, products, 0.0), 1)
 
 
 @triton.jit
@@ -164,13 +173,15 @@ def layout_attention_bwd_q_kernel(
         grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
         grad_in += tl.sum(tl.where(meets, grad, 0.0), 1)
         if EXACT:
-            grad_all += tl.sum(grad, 1)
+            grad_all += _sums(grad, there[None, :])
             weight_in += tl.sum(tl.where(meets, weights, 0.0), 1)
         if MODULATION == "range":
             distance = tl.where(meets, high[:, None], low[:, None]) - raw
-            grad_distance += tl.sum(grad * distance, 1)
             if EXACT:
-                weight_distance += tl.sum(weights * distance, 1)
+                grad_distance += _sums(grad * distance, there[None, :])
+                weight_distance += _sums(weights * distance, there[None, :])
+            else:  # a lane sums several keys before it exchanges
+                grad_distance += tl.sum(grad * distance, 1)
             least, least_key = _first_extreme(least, least_key, raw, there, keys, False)
         if MODULATION == "range" or MODULATION == "max":
             best, best_key = _first_extreme(best, best_key, raw, there, keys, True)

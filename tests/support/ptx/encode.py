@@ -24,7 +24,7 @@ SOURCES = {  # how many operands follow the target
     **dict.fromkeys(("mad", "mad_hi", "mad_wide", "fma", "selp", "bfe", "prmt", "shf"), 3),
     "bfi": 4,
 }
-FLAG_WORDS = {"NaN": "propagate", "approx": "approx", "full": "full", "ftz": "ftz", "sat": "sat"}
+FLAG_WORDS = {"NaN": "propagate"} | {x: x for x in ("approx", "full", "ftz", "sat", "relu")}
 ROUNDINGS = ("rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna")
 INTEGER_COMPARISONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}  # of unsigned numbers
 SCOPES = ("cta", "gpu", "sys", "cluster", "relaxed", "acquire", "release", "acq_rel", "volatile")
@@ -170,6 +170,8 @@ def _modifiers(row: _Row, words: list[str]) -> _Row:
             row.flags |= 1 << FLAGS[FLAG_WORDS[word]]
         elif word not in TYPES:
             raise ValueError(f"modifier .{word}")
+    if "relu" in words and (row.op not in ("min", "max") or types != ["s32"]):
+        raise ValueError("modifier .relu")
     row.type = types[0]
     row.from_type = types[-1]
     if len(types) > (2 if row.op in ("cvt", "cvt_pack") else 1):

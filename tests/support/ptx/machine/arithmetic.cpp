@@ -335,7 +335,10 @@ bool Step::arithmetic() {
     bool counts = in.op == popc_ || in.op == clz_ || in.op == bfind_;
     bool wide = in.op == mul_wide_ || in.op == mad_wide_;
     int type = counts ? u32_ : wide ? (bytes_of(in.type) == 4 ? u64_ : u32_) : in.type;
-    each([&](int i) { to[i] = cut(whole_number(in, x[i], y[i], z[i]), type); });
+    each([&](int i) {
+      Bits found = whole_number(in, x[i], y[i], z[i]);
+      to[i] = in.has(relu_flag) && int64_t(found) < 0 ? 0 : cut(found, type);
+    });
   }
   return true;
 }

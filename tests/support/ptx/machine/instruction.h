@@ -27,7 +27,7 @@ namespace ptx {
   X(m_xor) X(exch) X(cas) X(inc) X(dec) X(left) X(right)
 
 #define PTX_FLAGS(X) \
-  X(ftz) X(sat) X(propagate) X(approx) X(full) X(negated_guard) X(wrap) X(trans) X(fence_async)
+  X(ftz) X(sat) X(propagate) X(approx) X(full) X(negated_guard) X(wrap) X(trans) X(relu)
 
 #define PTX_SPACES(X) X(generic) X(global) X(shared) X(local) X(param)
 
