@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import Case, make_inputs
+from cases import Case, Inputs, make_inputs
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -22,24 +23,31 @@ pytestmark = [pytest.mark.full, pytest.mark.usefixtures("poisoned_memory", "one_
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
 
+def inputs(size: tuple[int, ...], dtype: torch.dtype) -> tuple[Inputs, tuple[Tensor, ...]]:
+    """A case and its first arguments: a third of the keys matches each query, a third none, and in
+    the middle they take turns, so that there are tiles of every kind.
+    """
+    case = make_inputs(Case("mutated", size), dtype)
+    queries, keys = torch.ones(size[2], dtype=torch.int32), torch.arange(size[3], dtype=torch.int32)
+    part = 3 * keys // size[3]
+    words = torch.where(part == 1, 1 + keys % 2, 1 + part // 2)
+    return case, (case.q, case.k, case.v, queries, words, case.strength.expand(case.q.shape[:3]))
+
+
 def forward(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    """In tiles of all kinds."""
-    case = make_inputs(Case("mutated", size, words="runs", ordered=True), dtype)
-    tensors = (case.q, case.k, case.v, case.q_regions, case.k_regions)
-    strength = case.strength.expand(case.q.shape[:3])
-    orders = case.orders if size[3] > configs.ROW_KEYS else {}
-    layout_attention.layout_attention_fwd(*tensors, strength, "range", 0.3, **orders)
+    """In an order of the tokens, where there is one."""
+    _, tensors = inputs(size, dtype)
+    orders = (torch.arange(n - 1, -1, -1, dtype=torch.int32) for n in size[2:4])
+    row = size[3] <= configs.ROW_KEYS and dtype != FLOAT32
+    layout_attention.layout_attention_fwd(*tensors, "range", 0.3, *(() if row else orders))
 
 
-def backward(size: tuple[int, ...], dtype: torch.dtype) -> None:
+def backward(size: tuple[int, ...], dtype: torch.dtype, modulation: str = "range") -> None:
     """Both passes, and the forward pass that they need."""
-    case = make_inputs(Case("mutated", size, words="runs"), dtype)
-    tensors = (case.q, case.k, case.v, case.q_regions, case.k_regions)
-    last = (case.strength.expand(case.q.shape[:3]),)
-    out, _, stats = layout_attention.layout_attention_fwd(*tensors, *last, "range", 0.3)
-    layout_attention.layout_attention_bwd(
-        case.grad_out, case.grad_lse, *tensors, *last, out, stats, "range", 0.3
-    )
+    case, tensors = inputs(size, dtype)
+    out, _, stats = layout_attention.layout_attention_fwd(*tensors, modulation, 0.3)
+    grads, last = (case.grad_out, case.grad_lse), (out, stats, modulation, 0.3)
+    layout_attention.layout_attention_bwd(*grads, *tensors, *last)
 
 
 def percentile(dtype: torch.dtype) -> None:
@@ -69,13 +77,14 @@ FORWARD, ROWS = "layout_attention_fwd_kernel", "layout_attention_row_fwd_kernel"
 BACKWARD = ("layout_attention_bwd_q_kernel", "layout_attention_bwd_kv_kernel")
 # The call, and the kernels of it that are mutated; None: all.
 CALLS: dict[str, tuple[Callable[[], None], tuple[str, ...] | None]] = {
-    "forward": (partial(forward, (1, 1, 130, 257, 40), BFLOAT16), None),
-    "forward of 128 columns": (partial(forward, (1, 1, 66, 193, 128), FLOAT16), (FORWARD,)),
+    "forward": (partial(forward, (1, 1, 130, 577, 40), BFLOAT16), None),
+    "forward of 128 columns": (partial(forward, (1, 1, 66, 577, 128), FLOAT16), (FORWARD,)),
     "forward of float32": (partial(forward, (1, 1, 34, 145, 40), FLOAT32), (FORWARD,)),
     "row": (partial(forward, (1, 1, 130, 65, 40), BFLOAT16), (ROWS,)),
     "backward": (partial(backward, (1, 1, 130, 257, 40), BFLOAT16), BACKWARD),
     "backward of 128 columns": (partial(backward, (1, 1, 66, 129, 128), FLOAT16), BACKWARD),
     "backward of float32": (partial(backward, (1, 1, 34, 65, 40), FLOAT32), BACKWARD),
+    "masked backward": (partial(backward, (1, 1, 130, 577, 40), BFLOAT16, "mask"), BACKWARD),
     "percentile": (partial(percentile, FLOAT32), None),
     "percentile of bfloat16": (partial(percentile, BFLOAT16), None),
     "guidance": (guidance, None),
