@@ -69,7 +69,12 @@ def _add_verify(commands: Any) -> None:
     emulated = "instead the Triton kernels as compiled for sm_90 or TARGET, emulated on the CPU"
     emulated += " (in a checkout; minutes)"
     verify.add_argument(
-        "--emulated", nargs="?", const="sm_90", choices=("sm_80", "sm_90"), metavar="TARGET", help=emulated
+        "--emulated",
+        nargs="?",
+        const="sm_90",
+        choices=("sm_80", "sm_90"),
+        metavar="TARGET",
+        help=emulated,
     )
     verify.set_defaults(run=_verify)
 

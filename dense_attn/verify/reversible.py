@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ CHAINS = {"edict": {"mix": 0.93}, "bdia": {}}
 
 
 def verify(backends: Sequence[str]) -> Iterator[Verdict]:
-    """One verdict for each available backend, dtype and kind of result."""
+    """One verdict for each of these backends that is available, dtype and kind of result."""
     for dtype in DTYPES:
         for backend in usable("ReversibleSampler", dtype, backends):
             yield _float_step(backend, dtype)

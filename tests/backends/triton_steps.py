@@ -1,5 +1,5 @@
-"""Triton's kernels of reversible steps against the reference, on a GPU, emulated or interpreted: the
-very bits.
+"""Triton's kernels of reversible steps against the reference, to the bit: on a GPU, emulated or
+interpreted.
 
 Run by test_interpreted, test_emulated and `make gpu`. Interpreted, bfloat16 is an input only: the
 interpreter cuts a float32 down to it where a GPU rounds.

@@ -44,7 +44,17 @@ TABLES = {
 
 def emulate(files: tuple[str, ...], selection: str, *options: str, path: Path | None = None) -> str:
     """The output of a run of these files, which must pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rN",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     command += ["-p", "ptx.plugin", "-k", selection, *options]
     done = subprocess.run(
         [*command, *files],

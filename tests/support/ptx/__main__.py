@@ -15,7 +15,6 @@ def main(target: str = "sm_90") -> int:
     compiled_backend()
     from dense_attn import _command
     from dense_attn.verify import run
-
     from ptx import emulated
 
     print(f"Triton kernels as compiled for {target}, emulated")

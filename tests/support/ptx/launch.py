@@ -57,7 +57,9 @@ def emulated(
     runs: list[Run] = []
     compile_kernel = JITFunction.run
 
-    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+    def run(
+        self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object
+    ) -> object:
         kernel = compile_kernel(self, *args, grid=grid, warmup=True, **kwargs)
         if warmup:
             return kernel
