@@ -33,7 +33,7 @@ from dense_attn import __version__, _command, _files
 from dense_attn._kernel_hashes import kernel_hashes
 
 from ..harness.revision import git_revision
-from . import kernel_calls
+from . import kernel_calls, model
 from .ahead_of_time import SHARED_LIMITS, Launch, compiled
 from .kernel_calls import Attention, Other
 
@@ -49,6 +49,7 @@ SPILLS = 16  # bytes that a backward kernel may spill
 SLOWEST = ("gfx942", "sm_100")  # to compile for, which therefore comes first
 NUMBERS = ("registers", "spills", "shared")
 MEASURED = (*NUMBERS, "matrix", "fused", "divisions")
+MODELLED = ("programs", "loops", "bodies", "plain", "waves")  # what `model` adds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,11 +103,13 @@ def _use_cache(folder: str) -> None:
     torch.set_num_threads(1)
 
 
-def compile_call(call: Attention | Other) -> list[Row]:
+def compile_call(call: Attention | Other, modelled: bool = True) -> list[Row]:
     """Rows of the kernels that one call launches."""
     with compiled(call.target) as launches:
         call()
     rows = [row_of(call, launch) for launch in launches]
+    if modelled:
+        rows = [row | model.of_launch(call, launch) for row, launch in zip(rows, launches)]
     # Variants are kernels that differ in what Triton knows of their arguments alone.
     for index, row in enumerate(rows):
         row["variant"] = sum(key(row) == key(before | {"variant": 0}) for before in rows[:index])
@@ -157,8 +160,9 @@ def row_of(call: Attention | Other, launch: Launch) -> Row:
 
 
 def key(row: Row) -> str:
-    """A row's difference from the others: all that was not measured."""
-    facts = {name: value for name, value in row.items() if name not in MEASURED}
+    """A row's difference from the others: all that was not found in it."""
+    found = (*MEASURED, *MODELLED)
+    facts = {name: value for name, value in row.items() if name not in found}
     return json.dumps(facts, sort_keys=True)
 
 
@@ -212,6 +216,11 @@ def differences(committed: Iterable[Row], now: Iterable[Row]) -> list[str]:
         for what in NUMBERS:
             if before[what] != row[what]:
                 found.append(f"{name(row)}: {what} {before[what]}, now {row[what]}")
+        found += [
+            f"{name(row)}: {what} is another now"
+            for what in MODELLED
+            if what in row and row[what] != before.get(what)
+        ]
     return found
 
 

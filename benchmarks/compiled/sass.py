@@ -67,9 +67,10 @@ class Function:
         return tuple(sorted(seen))
 
     @property
-    def instructions(self) -> list[Instruction]:
-        """All that can run, each once."""
-        return [instruction for block in self.reached for instruction in self.blocks[block]]
+    def straight(self) -> list[Instruction]:
+        """All that can run outside of loops."""
+        within = frozenset().union(*self.loops)
+        return [x for block in self.reached if block not in within for x in self.blocks[block]]
 
     @cached_property
     def loops(self) -> tuple[frozenset[int], ...]:
