@@ -11,12 +11,12 @@ from dense_attn._kernel_hashes import kernel_hashes
 
 _CALL = ("kernel", "target", "triton", "head_dim", "dtype", "modulation", "layout")
 COLUMNS = (*_CALL, "tile", "warps", "stages", "registers", "spills", "shared", "matrix")
-_COUNTED = ("instructions", "issue", "busiest", "copies", "programs", "registers", "waves")
+_COUNTED = ("instructions", "issue", "binding", "copies", "programs", "registers", "waves")
 MODEL_COLUMNS = (*_CALL, "tile", *_COUNTED)
 _MODEL = """\
-a model, not measured: ours / plain flash attention under the same tile, loop by loop; instructions
-of a round of a warp, cycles that the scheduler issues and the pipe that is kept busy longest for
-128 x 64 scores, copies in flight after each wait, programs an SM, waves of the workloads"""
+a model, not measured: ours / plain flash attention under the same tile, loop by loop: instructions
+of a warp's round; for 128 x 64 scores the cycles that they take to issue, and the pipe that they
+keep longest; copies in flight at each wait; programs an SM; waves of workloads on one {devices}"""
 
 
 def report() -> list[str]:
@@ -30,7 +30,9 @@ def report() -> list[str]:
     rows = [[_cell(row, name) for name in COLUMNS] for row in table["rows"]]
     lines = [f"compiled ahead of time, not run, at {revision}", *_grid([COLUMNS, *rows]), ""]
     counted = [_counted(row) for row in table["rows"] if "plain" in row]
-    lines += [*_MODEL.splitlines(), *_grid([MODEL_COLUMNS, *counted]), ""]
+    devices = ", ".join(f"{device} ({target})" for target, device in header["devices"].items())
+    model = _MODEL.format(devices=devices)
+    lines += [*model.splitlines(), *_grid([MODEL_COLUMNS, *counted]), ""]
     headers = {name: result["header"] for name, result in found.items()}
     return lines + sources(header["kernels"], headers)
 

@@ -59,6 +59,7 @@ class Launch:
     matrix: dict[str, int]  # instructions of the matrix units by kind
     fused: int  # multiply-adds
     divisions: dict[str, int]  # instructions by kind
+    assembly: str = field(repr=False)  # PTX, or that of gfx942
     binary: bytes = field(repr=False)
 
 
@@ -123,6 +124,7 @@ def _launch(target: str, kernel: CompiledKernel, constants: dict[str, object]) -
         _count(MATRIX, assembly),
         len(FUSED.findall(assembly)),
         _count(DIVISIONS, assembly),
+        assembly,
         binary,
     )
 

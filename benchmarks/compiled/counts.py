@@ -25,7 +25,8 @@ KINDS = {
         VIMNMX3 FMNMX3 LEA SHF SHL SHR PRMT SGXT BMSK IABS MOV F2FP I2FP CS2R FCHK HSETP2 HMNMX2
         VABSDIFF ISCADD I2I F2IP I2IP IADD2 FSWZADD VOTE""",
     "fp64": "DADD DFMA DMUL DSETP",
-    "lsu": "LDS STS LDG STG LDL STL LD ST LDSM STSM ATOM ATOMS ATOMG RED REDG REDUX MATCH",
+    "lsu": "LDS STS LDG STG LD ST LDSM STSM ATOM ATOMS ATOMG RED REDG REDUX MATCH",
+    "local": "LDL STL",
     "copy": "LDGSTS UTMALDG UTMASTG UBLKCP",
     "shuffle": "SHFL",
     "barrier": "BAR MEMBAR FENCE ERRBAR WARPSYNC WARPGROUP DEPBAR LDGDEPBAR SYNCS CCTL ARRIVES",
@@ -107,7 +108,10 @@ def _products_a_cycle(opcode: str, target: str) -> float:
 
 def _shared_cycles(instruction: Instruction) -> int:
     """Cycles of the shared unit for a warp's bytes, as if no two met in a bank."""
-    if kind_of(instruction) not in ("lsu", "copy", "shuffle") or instruction.name[0] == "U":
+    if (
+        kind_of(instruction) not in ("lsu", "local", "copy", "shuffle")
+        or instruction.name[0] == "U"
+    ):
         return 0
     modifiers = instruction.opcode.split(".")[1:]
     if instruction.name in ("LDSM", "STSM"):  # matrices of 128 bytes

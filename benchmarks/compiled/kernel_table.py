@@ -36,6 +36,7 @@ from ..harness.revision import git_revision
 from . import kernel_calls, model
 from .ahead_of_time import SHARED_LIMITS, Launch, compiled
 from .kernel_calls import Attention, Other
+from .occupancy import DEVICES
 
 MODULE = "dense_attn.benchmarks.compiled.kernel_table"
 Row = dict[str, Any]
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions | {"triton": triton.__version__},
         "git_revision": git_revision(),
         "kernels": kernel_hashes(),
+        "devices": {target: device.name for target, device in DEVICES.items()},  # of waves
     }
     text = ",\n  ".join(map(json.dumps, rows))
     text = f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n'

@@ -146,7 +146,8 @@ def _function(name: str, lines: list[str]) -> Function:
             blocks[-1].append(instruction)
             if instruction.target or instruction.name in _ENDS:
                 blocks.append([])
-    blocks = [block for block in blocks if block] if not blocks[-1] else blocks
+    if not blocks[-1]:
+        blocks.pop()
     successors = []
     for index, block in enumerate(blocks):
         last = block[-1]

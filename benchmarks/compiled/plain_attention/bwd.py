@@ -107,9 +107,9 @@ def _add_dkv(
     queries = load(tensors[0], at, first, seqlen, BLOCK_M, MASKED, PARTS)
     grads = load(tensors[1], at, first, seqlen, BLOCK_M, MASKED, PARTS)
     rows = tl.arange(0, BLOCK_M)
-    if MASKED:  # no weight to rows that do not exist
+    if MASKED:  # rows that do not exist are zeros, which add nothing
         exist = first + rows < seqlen
-        lse = tl.load(numbers[0] + first + rows, mask=exist, other=float("inf"))
+        lse = tl.load(numbers[0] + first + rows, mask=exist, other=0.0)
         delta = tl.load(numbers[1] + first + rows, mask=exist, other=0.0)
     else:
         lse, delta = tl.load(numbers[0] + first + rows), tl.load(numbers[1] + first + rows)
