@@ -14,7 +14,7 @@ from math import prod
 from .sass import Instruction
 
 SCORES = 128 * 64  # of the tile that cycles are counted for
-PARTITIONS = 4  # of an SM, each with a scheduler and pipes of its own
+PARTITIONS = 4  # of an SM or a compute unit, each with a scheduler and pipes of its own
 # Where each instruction goes, by Nsight Compute's list of pipes: conversions of floats to half
 # floats are the ALU's, those between floats and integers XU's, integer products FMA's.
 KINDS = {
@@ -53,7 +53,6 @@ PRODUCTS: dict[str, dict[str, int]] = {
     "sm_80": {"HMMA": 256},
     "sm_90": {"HGMMA": 512, "HMMA": 320},
 }
-SHARED_BYTES = 128  # a cycle, of the unit for loads and stores that the partitions share
 _SIZE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16|8)(8|16)(4|8|16)\b")
 
 
@@ -73,7 +72,7 @@ def tensor(instructions: Sequence[Instruction]) -> dict[str, int]:
 
 
 def multiply_adds(opcode: str) -> int:
-    """Of one warp; a warp has a quarter of the rows of its group."""
+    """Multiply-adds of one warp, which has a quarter of the rows of a group."""
     found = _SIZE.match(opcode)
     if found is None:
         raise ValueError(f"the shape of {opcode} must be known")
@@ -88,10 +87,8 @@ def cycles(
 
     "issue" is a slot an instruction; "lsu" is the unit that the partitions share.
     """
-    kinds, rates = count(instructions), RATES[target]
-    of_warp = {"issue": len(instructions)} | {
-        pipe: kinds.get(pipe, 0) * rates[pipe] for pipe in rates
-    }
+    kinds, of_warp = count(instructions), {"issue": len(instructions)}
+    of_warp |= {pipe: kinds.get(pipe, 0) * rate for pipe, rate in RATES[target].items()}
     of_warp["tensor"] = sum(
         number * multiply_adds(opcode) / _products_a_cycle(opcode, target)
         for opcode, number in tensor(instructions).items()
@@ -107,11 +104,11 @@ def _products_a_cycle(opcode: str, target: str) -> float:
 
 
 def _shared_cycles(instruction: Instruction) -> int:
-    """Cycles of the shared unit for a warp's bytes, as if no two met in a bank."""
-    if (
-        kind_of(instruction) not in ("lsu", "local", "copy", "shuffle")
-        or instruction.name[0] == "U"
-    ):
+    """Cycles of the unit for loads and stores, which the partitions share, at 128 bytes a cycle, as
+    if no two of a warp met in a bank, nor in an address.
+    """
+    bulk = instruction.name.startswith("U")
+    if bulk or kind_of(instruction) not in ("lsu", "local", "copy", "shuffle"):
         return 0
     modifiers = instruction.opcode.split(".")[1:]
     if instruction.name in ("LDSM", "STSM"):  # matrices of 128 bytes

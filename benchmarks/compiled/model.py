@@ -23,7 +23,7 @@ empty = partial(torch.empty, device="meta")
 
 
 def of_launch(call: Attention | Other, launch: Launch) -> Facts:
-    """What a row of the table has beside the compiler's own numbers."""
+    """Facts of a row of the table beside the compiler's own numbers."""
     attention = launch.kernel.startswith(PREFIX)
     tile = tuple(launch.constants[side] for side in ("BLOCK_M", "BLOCK_N")) if attention else None
     found = _facts(call.target, launch, tile)

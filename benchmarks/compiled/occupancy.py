@@ -6,8 +6,8 @@ from math import ceil
 from typing import NamedTuple
 
 from ..layout_attention.workloads import Workload, on_a_gpu
+from .counts import PARTITIONS
 
-PARTITIONS = 4  # of an SM or a compute unit, which its warps are dealt out to
 REGISTERS = 512  # a lane of a partition: 65,536 an SM of NVIDIA's; gfx942 has them as well
 GRANULE = 8  # registers a lane that are given together
 MOST_PROGRAMS = 32  # an SM

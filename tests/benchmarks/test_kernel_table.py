@@ -260,6 +260,8 @@ def test_a_changed_number_is_noticed(committed: Table) -> None:
     for number in kernel_table.NUMBERS:
         changed = row | {number: row[number] + 1}
         assert kernel_table.differences([row], [changed]) != []
+    for what in kernel_table.MODELLED:
+        assert kernel_table.differences([row], [row | {what: "another"}]) != []
     assert kernel_table.differences([row], [row | {"target": "sm_70"}]) != []
     assert kernel_table.differences([row], [row]) == []
 
