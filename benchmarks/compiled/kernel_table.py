@@ -2,7 +2,9 @@
 or `make kernels`.
 
 Every kernel under every launch configuration, compiled ahead of time; no GPU is needed and nothing
-is run. A row says which call launched the kernel and what the compiler made of it.
+is run. A row says which call launched the kernel, what the compiler made of it and how many
+programs a device holds; for sm_80 and sm_90 also what its loops are made of, beside plain
+attention's: `loops` is their number, `bodies` their counts, or those of a kernel without any.
 
     --json FILE      write the table
     --calls NAME     everything; configurations, each once; tested, those of the test suite; few
