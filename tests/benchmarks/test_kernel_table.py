@@ -197,16 +197,20 @@ def test_every_loop_is_found(table: Table, committed: Table) -> None:
 
 
 def test_a_round_has_the_products_of_a_tile(table: Table, committed: Table) -> None:
-    """No more and no fewer: a round of each loop is one tile, and all of it is counted."""
+    """A round of each loop is one tile, and all of its products are counted; warps that have no 16
+    rows of their own repeat some, in plain attention too.
+    """
     products = {"fwd": 2, "row_fwd": 2, "bwd_q": 3, "bwd_kv": 4}
     for row, facts in sides(table, committed):
         if row["dtype"] == "float32":
             continue
-        scores = math.prod(map(int, row["tile"].split("x")))
-        columns = sum(configs.head_parts(row["head_dim"]))
+        tile, kernel = [int(side) for side in row["tile"].split("x")], kernel_of(row)
+        needed = products[kernel] * math.prod(tile) * sum(configs.head_parts(row["head_dim"]))
+        alone = tile[kernel == "bwd_kv"] >= 16 * row["warps"]
         for body in facts["bodies"]:
             of_warp = (n * counts.multiply_adds(shape) for shape, n in body["tensor"].items())
-            assert row["warps"] * sum(of_warp) == products[kernel_of(row)] * scores * columns, row
+            made = row["warps"] * sum(of_warp)
+            assert made == needed if alone else needed <= made <= 2.5 * needed, row
 
 
 def test_what_is_kept_in_local_memory_is_a_spill(table: Table, committed: Table) -> None:

@@ -26,10 +26,11 @@ class Tile(NamedTuple):
     num_stages: int = 3
 
     @property
-    def launch(self) -> dict[str, int]:
-        """The arguments of a launch that are the tile's."""
+    def launch(self) -> dict[str, int | bool]:
+        """The arguments of a launch that are the tile's; sums and products may fuse, as theirs."""
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
-        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return blocks | options | {"enable_fp_fusion": True}
 
 
 # Those of head dim 64 on sm_90.
