@@ -1,4 +1,4 @@
-"""What `make gpu` does, in the order of evidence, and the seconds that each step is planned to take.
+"""The steps of `make gpu`, in the order of evidence, and the seconds that each is planned to take.
 
 Kernels are compiled first, side by side, then seen to be right, then measured; what needs long
 compilations and tells of others comes last, for a run's time may end.
@@ -71,8 +71,10 @@ def steps(arguments: argparse.Namespace, folder: Path) -> list[Step]:
         _wheels(),
         _step("environment", [sys.executable, "-c", _ENVIRONMENT], environment=here),
         _step("build", _build("python"), fresh=LIBRARY),
-        _step("cpu-kernels", _build("cpu"), environment={"PYTHONPATH": str(WHEELS)}, background=True),
-        _program("prewarm", here, dry),
+        _step(
+            "cpu-kernels", _build("cpu"), environment={"PYTHONPATH": str(WHEELS)}, background=True
+        ),
+        _program("prewarm", here, dry, partial=True),
         _program("real-sizes", here, dry),
         _bench("own", arguments, here, folder),
         _program("sweep", here, dry, quiet=True, partial=True),
@@ -152,9 +154,10 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
     else:
         files += ["triton_attention", "triton_sega", "triton_steps"]
     paths = [str(ROOT / "tests" / "backends" / f"{file}.py") for file in files]
-    testers, note = min(MOST_TESTERS, os.cpu_count() or 1), "in one process: xdist is missing"
-    if has("xdist") and not arguments.dry_run:
-        options, note = [*options, "-n", str(testers)], f"in {testers} processes"
+    testers, note = min(MOST_TESTERS, os.cpu_count() or 1), ""
+    if not arguments.dry_run:
+        note = f"in {testers} processes" if has("xdist") else "in one process: xdist is missing"
+        options += ["-n", str(testers)] if has("xdist") else []
     command = built("pytest", *options, "--rootdir", str(ROOT), *paths, "-k", selection)
     none = arguments.family and not chosen and not arguments.dry_run
     missing = "tests of these families" if none else _needs("pytest")
@@ -205,7 +208,8 @@ import os, platform, shutil, subprocess, sys
 from importlib import metadata
 print("python", sys.version)
 print("cores", len(os.sched_getaffinity(0)), platform.platform())
-for name in ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-benchmark", "setuptools"):
+packages = "torch triton numpy pytest pytest-xdist pytest-benchmark matplotlib setuptools"
+for name in packages.split():
     try:
         print(name, metadata.version(name))
     except metadata.PackageNotFoundError:

@@ -26,7 +26,8 @@ GRACE = 4  # seconds from the request to end to the end
 SKIPPED = 77  # the exit code of a step whose tool is not to be had; its last line says why
 TO_END = 15  # seconds that a timed step's program has to start and to end its last row
 LONGEST_LOG = 1 << 28  # bytes, at which a step ends
-_TICK = 0.2
+_SHOWN = 300  # characters of a row
+_TICK, _TOLD = 0.2, 10  # seconds between two looks at what runs, and two reports
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,17 @@ class Running:
         """Keep, and print, the rows that came since."""
         with self.log.open("rb") as file:
             file.seek(self._read)
-            new = file.read(1 << 22)
+            new = file.read()
         self._read += len(new)
         *lines, self._tail = (self._tail + new).split(b"\n")
         for line in lines:
+            text = line.decode(errors="replace")[:_SHOWN]
             if line.startswith(b"{"):
                 with suppress(ValueError):
                     self.rows.append(json.loads(line))
-                    print(f"{self.step.name} {line.decode(errors='replace')[:400]}", flush=True)
+                    print(f"{self.step.name} {text}", flush=True)
+            elif self.step.rows is not None:
+                print(text, flush=True)
 
     def end(self) -> None:
         """End the process and what it has started, whether it heeds a request or not."""
@@ -172,27 +176,33 @@ class Runner:
                 self._one(index, step)
             self._wait(None)
         except KeyboardInterrupt:
+            self._interrupt()
+        finally:
             for running in self.running:
                 running.end()
-                running.read()
-            ended = {outcome.step for outcome in self.outcomes}
-            rows = {running.step.name: running.rows for running in self.running}
-            for step in self.steps:
-                if step.name not in ended:
-                    lost = Outcome(step.name, "interrupted", 0, "", rows.get(step.name, []))
-                    self.outcomes.append(lost)
+        self.running.clear()
         self._tell(self)
         return self.outcomes
 
+    def _interrupt(self) -> None:
+        """End what runs, and keep its rows."""
+        for running in self.running:
+            running.end()
+            running.read()
+        ended = {outcome.step for outcome in self.outcomes}
+        rows = {running.step.name: running.rows for running in self.running}
+        for step in self.steps:
+            if step.name not in ended:
+                lost = Outcome(step.name, "interrupted", 0, "", rows.get(step.name, []))
+                self.outcomes.append(lost)
+
     def share(self, index: int) -> float:
         """The seconds of a step: of those left, in proportion to what is planned from it on; one
-        in the background has what is planned, in the proportion of the whole.
+        in the background takes none from the others.
         """
         left, step = max(0.0, self.end - time.monotonic()), self.steps[index]
         rest = sum(x.planned for x in self.steps[index:] if not (x.missing or x.background))
-        if step.background:
-            return min(left, step.planned * max(1.0, left / rest if rest else 1.0))
-        return left * step.planned / rest
+        return min(left, left * step.planned / rest) if rest else left
 
     def _one(self, index: int, step: Step) -> None:
         """Start a step, and wait for it unless it runs in the background."""
@@ -225,16 +235,20 @@ class Runner:
                     outcome = running.outcome(gone)
                     self.running.remove(running)
                     self._add(outcome)
-            if time.monotonic() - self._told > 10:
-                self._told = time.monotonic()
-                self._tell(self)
+            if time.monotonic() - self._told > _TOLD:
+                self._report()
             time.sleep(_TICK)
 
     def _add(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         print(f"{outcome.step}: {outcome.verdict} ({outcome.seconds:.0f} s)", flush=True)
+        self._report()
+
+    def _report(self) -> None:
+        """Tell of what there is; where that cannot be written now, it may be later."""
         self._told = time.monotonic()
-        self._tell(self)
+        with suppress(OSError):
+            self._tell(self)
 
     def _print_plan(self) -> None:
         """Each step's seconds and end, as planned for the time there is."""
@@ -260,4 +274,5 @@ def heed_requests_to_end() -> None:
         raise KeyboardInterrupt
 
     for request in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(request, interrupted)
+        if signal.getsignal(request) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(request, interrupted)

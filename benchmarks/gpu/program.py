@@ -1,4 +1,4 @@
-"""A program of the GPU's: its options, its lines of JSON as they come, and a dry run without one."""
+"""A program for a GPU: its options, its lines of JSON as they come, a dry run without one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Run:
 
 
 def say(**row: object) -> None:
-    """Print a row as a line of JSON, now; as one write, which lines of other processes leave whole."""
+    """Print a row as a line of JSON, now, in one piece where other processes print too."""
     sys.stdout.write(json.dumps(row) + "\n")
     sys.stdout.flush()
 

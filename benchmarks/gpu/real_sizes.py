@@ -62,13 +62,14 @@ class Case:
 def attention_cases(dry: bool = False) -> list[Case]:
     """Those whose failure matters most come first."""
     dims, dtypes, size = (40, 64, 128), DTYPES, {}
+    orders = (True,) if dry else (True, False)
     if dry:  # the interpreter has no bfloat16
         dims, dtypes, size = (40,), DTYPES[1:2], {"side": 12, "heads": 1}
     cases = [
         Case(head_dim, dtype, ordered, **size)
         for dtype in dtypes
         for head_dim in dims
-        for ordered in (True, False)
+        for ordered in orders
     ]
     return cases + [Case(d, dtype, kind="cross", **size) for dtype in dtypes for d in dims]
 
@@ -185,9 +186,7 @@ def expected(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference's results of some heads and rows, in float64 and in the dtype under test."""
     strength = inputs.strength.expand(inputs.q.shape[:3])[..., None]
-    picked = [
-        _heads(x, heads) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out, strength)
-    ]
+    picked = [_heads(x, heads) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out, strength)]
     q, k, v, grad_out, strength = picked
     q, grad_out, strength = (x[:, :, rows] for x in (q, grad_out, strength[..., 0]))
 

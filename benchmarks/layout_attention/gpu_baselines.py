@@ -181,4 +181,5 @@ TRAINED = (  # whose backward pass is asked for: the lines to reach, the best of
     "eager",
     "flex-smart",
 )
-MATERIALISED = ("eager", "sdpa-bias", "sdpa-math", "efficient-bias", "xformers")  # matrices of scores in memory
+# Matrices of scores in memory.
+MATERIALISED = ("eager", "sdpa-bias", "sdpa-math", "efficient-bias", "xformers")
