@@ -61,8 +61,9 @@ MOST_TESTERS = 8  # processes
 def steps(arguments: argparse.Namespace, folder: Path) -> list[Step]:
     """The steps wanted, in their order; benchmarks write into a folder."""
     dry = arguments.dry_run
+    found = (str(LIBRARY), str(WHEELS), os.environ.get("PYTHONPATH"))
     here = {
-        "PYTHONPATH": f"{LIBRARY}{os.pathsep}{WHEELS}",
+        "PYTHONPATH": os.pathsep.join(filter(None, found)),
         "TRITON_CACHE_DIR": str(BUILD / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(BUILD / "inductor"),
     }

@@ -28,6 +28,7 @@ class Run:
 
     dry: bool = False
     end: float = math.inf  # of time.monotonic()
+    first: int = 0  # the place of the item to begin with
     options: argparse.Namespace = field(default_factory=argparse.Namespace)  # the program's own
 
     @property
@@ -58,6 +59,9 @@ def start(
 def _started(module: str, main: Callable[[Run], int], parser: argparse.ArgumentParser) -> int:
     parser.add_argument("--dry-run", action="store_true", help="small, without a GPU")
     parser.add_argument("--seconds", type=float, metavar="N", help="begin nothing after this time")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="I", help="begin with the I-th item"
+    )
     arguments = parser.parse_args()
     if arguments.dry_run and not _environment.flag("TRITON_INTERPRET"):
         if find_spec("triton") is None:
@@ -71,7 +75,30 @@ def _started(module: str, main: Callable[[Run], int], parser: argparse.ArgumentP
     if arguments.dry_run:
         torch.set_num_threads(1)
     seconds = math.inf if arguments.seconds is None else arguments.seconds
-    return main(Run(arguments.dry_run, time.monotonic() + seconds, arguments))
+    end = time.monotonic() + seconds
+    return main(Run(arguments.dry_run, end, arguments.first, arguments))
+
+
+def is_usable() -> bool:
+    """Whether the device still takes calls, as it does not after an illegal access."""
+    try:
+        machine.current().release()
+        machine.current().synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def continued(module: str, run: Run, first: int) -> int:
+    """The exit code of a process of its own that goes on with an item, this one's device being
+    lost.
+    """
+    say(continued_at=first)
+    rest = ["--first", str(first)]
+    if run.end < math.inf:
+        rest += ["--seconds", f"{max(0.0, run.end - time.monotonic()):.0f}"]
+    command = [sys.executable, "-m", module, *sys.argv[1:], *rest]
+    return subprocess.run(command, check=False).returncode
 
 
 class Compilations:

@@ -78,13 +78,18 @@ def main(run: program.Run) -> int:
     """A line for each case, as it ends; 1 if one was wrong or not reached."""
     wrong, late, start = [], [], time.monotonic()
     with program.Compilations() as compilations:
-        for name, check in checks(run.dry):
+        for index, (name, check) in enumerate(checks(run.dry)):
+            if index < run.first:
+                continue
             if not run.time_left:
                 late.append(name)
                 continue
             row = outcome(check)
             program.say(case=name, **row)
             wrong += [name] * (not row["right"])
+            if not program.is_usable():
+                program.continued(MODULE, run, index + 1)
+                break
     cache = {"compiled": compilations.made, "from_cache": compilations.found}
     seconds = round(time.monotonic() - start, 1)
     program.say(wrong=wrong, not_reached=late, seconds=seconds, **cache)
@@ -114,7 +119,6 @@ def outcome(check: Callable[[], dict[str, object]]) -> dict[str, object]:
         lines = str(error).strip().splitlines() or [""]
         traceback.print_exc()
         row = {"right": False, "error": f"{type(error).__name__}: {lines[0]}"}
-    machine.current().release()
     return row | {"seconds": round(time.monotonic() - start, 2)}
 
 

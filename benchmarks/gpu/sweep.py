@@ -88,7 +88,9 @@ def main(run: program.Run) -> int:
     """A line for each configuration, as it is timed; 1 if one gave another result."""
     wrong, late, best = [], 0, {}
     with program.Compilations() as compilations:
-        for trial in trials(run.dry):
+        for index, trial in enumerate(trials(run.dry)):
+            if index < run.first:
+                continue
             if not run.time_left:
                 late += 1
                 continue
@@ -98,6 +100,10 @@ def main(run: program.Run) -> int:
             group = f"{trial.kernel}-{trial.case}"
             if "seconds" in row and not row.get("wrong"):
                 best[group] = min(best.get(group, (1e9, "")), (row["seconds"], str(trial)))
+            if not program.is_usable():
+                wrong.append(f"{trial}, which lost the device")
+                program.continued(MODULE, run, index + 1)
+                break
     cache_use = {"compiled": compilations.made, "from_cache": compilations.found}
     program.say(best=best, wrong=wrong, not_reached=late, **cache_use)
     return 1 if wrong else 0
@@ -111,14 +117,14 @@ def measured(trial: Trial, dry: bool) -> dict[str, object]:
             call = trial.call()
             got = [x.float() for x in call()]
             machine.current().synchronize()
-        row["seconds"] = autotune.seconds(call)
+        difference = max(map(_difference, got, _of_table(trial.case, trial.kernel)))
+        row |= {"seconds": autotune.seconds(call), "difference": difference}
     except OutOfResources as error:
         return row | {"reason": str(error).splitlines()[0]}
     except Exception as error:  # the compiler's, of any kind
         return row | {"reason": f"{type(error).__name__}: {str(error).splitlines()[:1]}"}
-    row["difference"] = max(map(_difference, got, _of_table(trial.case, trial.kernel)))
     eps = torch.finfo(getattr(torch, trial.case.dtype)).eps
-    row |= {"wrong": True} if not row["difference"] <= _ROUNDINGS * eps else {}
+    row |= {"wrong": True} if not difference <= _ROUNDINGS * eps else {}
     return row | {"kernels": kernels}
 
 

@@ -194,9 +194,38 @@ def test_the_sweep_tells_wrong_results_and_what_does_not_fit(
     assert lines(capsys.readouterr().out)[-1]["not_reached"] == 4
 
 
+def test_a_lost_device_costs_one_case(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The rest goes on in a process of its own."""
+    cases = [(str(n), lambda: {"right": True}) for n in range(3)]
+    monkeypatch.setattr(real_sizes, "checks", lambda dry: iter(cases))
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    commands = []
+
+    def process(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(machine.current(), "synchronize", lost, raising=False)
+    monkeypatch.setattr(program.subprocess, "run", process)
+    monkeypatch.setattr(sys, "argv", ["real_sizes", "--dry-run"])
+    end = time.monotonic() + 100
+    assert real_sizes.main(program.Run(dry=True, first=1, end=end)) == 1
+    found, continued, last = lines(capsys.readouterr().out)
+    assert (found["case"], continued, last["wrong"]) == ("1", {"continued_at": 2}, ["1"])
+    ((*start, seconds),) = commands
+    rest = ["--dry-run", "--first", "2", "--seconds"]
+    assert start == [sys.executable, "-m", real_sizes.MODULE, *rest]
+    assert 90 < float(seconds) <= 100
+
+
 COUNTERS = """==PROF== Connected to process 1
 {"case": "of the program itself"}
-"ID","Kernel Name","launch__registers_per_thread","smsp__issue_active.avg.pct","launch__thread_count"
+"ID","Kernel Name","launch__registers_per_thread","smsp__issue_active.avg.pct","other"
 "","","register/thread","%",""
 "0","layout_attention_fwd_kernel","191","40.5","256"
 "1","layout_attention_fwd_kernel","191","41.5","256"
