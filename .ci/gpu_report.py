@@ -1,4 +1,4 @@
-"""What a run of `make gpu` leaves: one JSON and one archive, written anew whenever a step ends."""
+"""The results of `make gpu`: one JSON and one archive, written anew whenever a step ends."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class Running:
         return outcome
 
     def _wrong(self) -> str:
-        """What the rows of an ended step tell."""
+        """The wrong rows of a step whose time ended, "" without any."""
         rows = list(self.rows)
         if self.step.rows is not None:
             with suppress(OSError, ValueError):

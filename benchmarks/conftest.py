@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """What matters most comes first on a GPU; elsewhere a family's rows stay together."""
+    """A GPU's rows come in the order of their evidence; elsewhere a family's stay together."""
     if machine.on_gpu():
         items.sort(key=_place)
 

@@ -124,7 +124,7 @@ def main(run: program.Run) -> int:
 
 
 def processes(dry: bool) -> int:
-    """As many as cores and memory allow, two cores left to others."""
+    """The number that cores and memory allow, two cores left to others."""
     if dry:
         return 1
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

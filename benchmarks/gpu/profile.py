@@ -1,4 +1,4 @@
-"""What binds the kernels, by Nsight Compute: `python -m dense_attn.benchmarks.gpu.profile`.
+"""The limits of the kernels, by Nsight Compute: `python -m dense_attn.benchmarks.gpu.profile`.
 
 A line for each kernel: issue, pipes, stalls, registers and time. Exit code 77 where the profiler
 is not there or may not read the counters.

@@ -84,7 +84,7 @@ def test_a_step_that_hangs_ends_with_its_children(tmp_path: Path) -> None:
 
 
 def test_steps_share_the_time_as_planned(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """What an early one leaves, and that alone, later ones have."""
+    """Later ones have what an early one leaves, and no more."""
     steps = [
         step("a", "", planned=1, missing="x"),
         step("b", SLEEP, planned=1),
