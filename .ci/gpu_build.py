@@ -45,10 +45,10 @@ def build_cpu() -> int:
         return _skipped("no setuptools")
     if int(re.match(r"\d*", version)[0] or 0) < OLDEST_SETUPTOOLS:
         return _skipped(f"setuptools {version}, and {OLDEST_SETUPTOOLS} is needed")
-    os.nice(10)
     folders = ["--build-temp", str(BUILD / "temp"), "--build-lib", str(BUILD / "native")]
     command = [sys.executable, "setup.py", "--quiet", "build_ext", *folders]
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    behind = {"preexec_fn": lambda: os.nice(10)}
+    code = subprocess.run(command, cwd=ROOT, check=False, **behind).returncode
     if code == 0:
         os.replace(BUILD / "native" / NATIVE, LIBRARY / NATIVE)
     return code

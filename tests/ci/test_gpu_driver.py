@@ -160,6 +160,28 @@ def test_old_setuptools_cost_the_cpu_kernels_alone(
     assert capsys.readouterr().out == reason
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_cpu_kernels_come_whole_into_their_place(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_build, "BUILD", tmp_path)
+    monkeypatch.setattr(gpu_build, "LIBRARY", tmp_path / "lib")
+    monkeypatch.setattr(gpu_build.shutil, "which", lambda compiler: compiler)
+    for folder in ("lib", "native"):
+        (tmp_path / folder / "dense_attn").mkdir(parents=True)
+
+    def compiled(command: list[str], cwd: Path, **_: object) -> subprocess.CompletedProcess:
+        assert command[1:4] == ["setup.py", "--quiet", "build_ext"]
+        assert command[-2:] == ["--build-lib", str(tmp_path / "native")]
+        (tmp_path / "native" / gpu_build.NATIVE).write_text("kernels")
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(gpu_build.metadata, "version", lambda name: "80.1")
+    monkeypatch.setattr(gpu_build.subprocess, "run", compiled)
+    assert gpu_build.build_cpu() == code
+    assert (tmp_path / "lib" / gpu_build.NATIVE).exists() == (code == 0)
+
+
 def test_wheels_beside_the_project_are_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
