@@ -42,6 +42,7 @@ class Step:
     folder: Path = BUILD  # where nothing of the checkout can be imported by chance
     fresh: Path | None = None  # emptied first
     note: str = ""  # what a reader of "passed" must know
+    lead: int = 0  # an exit code that is a hint to follow, and no verdict
     background: bool = False  # runs beside the next steps, until one that is quiet
     quiet: bool = False  # times something, so that nothing may run beside it
     timed: bool = False  # takes --seconds, and ends by itself
@@ -54,7 +55,7 @@ class Outcome:
     """The end of a step."""
 
     step: str
-    verdict: str  # "passed", "not here: ...", "ended after ...", or what is wrong
+    verdict: str  # "passed", "not here: ...", "ended after ...", "a lead ...", or what is wrong
     seconds: float
     log: str
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -62,7 +63,7 @@ class Outcome:
     @property
     def failed(self) -> bool:
         """Whether something is wrong."""
-        return not self.verdict.startswith(("passed", "not here", "ended after"))
+        return not self.verdict.startswith(("passed", "not here", "ended after", "a lead"))
 
 
 class Running:
@@ -134,6 +135,8 @@ class Running:
                 verdict = f"ended after {self.limit:.0f} s, its rows are kept"
         elif code == SKIPPED:
             verdict = f"not here: {lines[-1] if lines else ''}"
+        elif code and code == self.step.lead:
+            verdict = f"a lead: exit code {code}, {self.step.note}"
         else:
             note = f", {self.step.note}" if self.step.note else ""
             verdict = f"passed{note}" if code == 0 else f"exit code {code}"

@@ -124,12 +124,13 @@ def main(run: program.Run) -> int:
 
 
 def processes(dry: bool) -> int:
-    """The number that cores and memory allow, two cores left to others."""
-    if dry:
-        return 1
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cores = len(os.sched_getaffinity(0)) - 2
-    return max(1, min(MOST_PROCESSES, cores, memory // _MEMORY))
+    """The number that cores and memory allow, two cores left to others; half of the cores at least,
+    for some machines get their memory as they use it.
+    """
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = min(MOST_PROCESSES, cores - 2, max(cores // 2, memory // _MEMORY))
+    return 1 if dry else max(1, most)
 
 
 def _work(run: program.Run) -> int:

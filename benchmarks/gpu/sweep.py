@@ -113,8 +113,8 @@ def measured(trial: Trial, dry: bool) -> dict[str, object]:
     """The row of a configuration; one that does not fit the device has a reason alone."""
     row: dict[str, object] = asdict(trial.config)
     try:
+        call = trial.call()
         with nullcontext([]) if dry else recorded() as kernels:
-            call = trial.call()
             got = [x.float() for x in call()]
             machine.current().synchronize()
         difference = max(map(_difference, got, _of_table(trial.case, trial.kernel)))

@@ -176,6 +176,20 @@ def test_processes_share_all_tasks_and_one_that_fails_is_told(
     assert [row["failed"] for row in rows if "failed" in row] == ["ValueError: ['a layout']"]
 
 
+@pytest.mark.parametrize(
+    ("cores", "gigabytes", "count"),
+    [(16, 128, 14), (64, 512, 14), (16, 32, 10), (16, 2, 8), (2, 8, 1), (1, 8, 1)],
+)
+def test_processes_fit_cores_and_memory(
+    cores: int, gigabytes: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = {"SC_PHYS_PAGES": gigabytes << 18, "SC_PAGE_SIZE": 1 << 12}
+    monkeypatch.setattr(prewarm.os, "sched_getaffinity", lambda process: range(cores))
+    monkeypatch.setattr(prewarm.os, "sysconf", pages.__getitem__)
+    assert prewarm.processes(dry=False) == count
+    assert prewarm.processes(dry=True) == 1
+
+
 def test_the_tasks_are_those_of_the_later_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     names = [name for name, _ in prewarm.tasks()]

@@ -56,15 +56,17 @@ def test_a_failing_step_is_told_and_the_others_run(
         step("two", "print('fine')"),
         step("three", "", missing="x"),
         step("four", f"print('no counters'); raise SystemExit({gpu_steps.SKIPPED})"),
+        step("hint", "raise SystemExit(9)", lead=9, note="or none"),
         step("five", "", folder=tmp_path / "logs" / "two.log"),
     ]
     found = run(steps, tmp_path)
     expected = ["exit code 3", "passed", "not here: x", "not here: no counters"]
+    expected.append("a lead: exit code 9, or none")
     *most, last = found.values()
     assert [outcome.verdict for outcome in most] == expected
     assert last.verdict.startswith("does not start: ")
     failed = [outcome.failed for outcome in found.values()]
-    assert failed == [True, False, False, False, True]
+    assert failed == [True, False, False, False, False, True]
     output = capsys.readouterr().out
     assert "  why\n" in output
     assert "two: from 0 s, until " in output
