@@ -25,6 +25,7 @@ FAMILIES = {  # the test of a family is named after it; in the order in which th
 GPU_FAMILIES = FAMILIES | {"launch": launch}
 WORKLOADS = [str(name) for family in FAMILIES.values() for name in family.WORKLOADS]
 GPU_WORKLOADS = [*WORKLOADS, *steps.GPU_WORKLOADS, *round_trip.GPU_WORKLOADS, *launch.WORKLOADS]
+_OF_KERNELS = ("percentile", "sega", "steps", "launch")
 # Of the library and what it is compared with, in every family.
 CONTENDERS = sorted(
     {*baselines.CONTENDERS, *gpu_baselines.GPU_CONTENDERS}
@@ -44,10 +45,11 @@ def families() -> dict[str, ModuleType]:
 
 def place(name: str, contender: str) -> int:
     """A row's turn on a GPU, whose time may end: the library's ways beside plain attention, then
-    the other families, then what the library is compared with, last what compiles for each shape.
+    the other families, those of kernels first, then what the library's attention is compared with,
+    last what compiles for each shape.
     """
     if name != "attention":
-        return 1
+        return 1 if name in _OF_KERNELS else 2
     if contender.startswith(OURS) or contender in baselines.PLAIN:
         return 0
-    return 3 if contender in NEED_FLEX else 2
+    return 4 if contender in NEED_FLEX else 3

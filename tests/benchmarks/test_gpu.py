@@ -185,9 +185,9 @@ def test_what_matters_most_comes_first() -> None:
     assert first == {x for x in places if x.startswith(("dense_attn", "sdpa"))} - {"sdpa-bias"} | {
         "flash-attn"
     }
-    assert {x for x, place in places.items() if place == 3} == set(suite.NEED_FLEX)
-    assert families.place("sega", "diffusers") == families.place("sega", "dense_attn") == 1
-    assert places["eager"] == 2
+    assert {x for x, place in places.items() if place == 4} == set(suite.NEED_FLEX)
+    assert families.place("sega", "diffusers") == families.place("launch", "dense_attn") == 1
+    assert (families.place("chain", "dense_attn"), places["eager"]) == (2, 3)
     assert set(gpu_baselines.GPU_CONTENDERS) < set(families.CONTENDERS)
     assert {"copy", "diffusers", "triton-empty"} < set(families.CONTENDERS)
 
