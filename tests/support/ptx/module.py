@@ -19,7 +19,7 @@ Number = int | float | bool
 
 
 class Fault(Exception):
-    """What a kernel must not do; the text says what, which line and which thread."""
+    """A breach by a kernel; the text says which, at what line and by which thread."""
 
 
 class Module:
