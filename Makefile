@@ -12,8 +12,11 @@ SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_TH
 	LD_PRELOAD="$(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
+PTX_FILES := $(patsubst %,tests/backends/%.py,test_backends triton_attention triton_sega triton_steps triton_backend)
+PTX_TABLE = $(BIN)/pytest -q --numprocesses=auto -p ptx.plugin $(PTX_FILES) -m "full or not full" -k "not (cpu or cuda)"
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench kernels compat gpu fuzz sanitize clean
+.PHONY: help demo test lint docs bench kernels ptx compat gpu fuzz sanitize clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +43,10 @@ gpu:  ## on a machine with a GPU: build, test and measure, no network needed (AR
 
 kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton kernels for GPUs that are not here: a table
 	@$(BIN)/python -m dense_attn.benchmarks.compiled.kernel_table --triton $(OLDEST_TRITON) --json benchmarks/results/kernels.json
+
+ptx: $(VENV)/.built  ## every case on the kernels as compiled for sm_80 and sm_90, emulated: hours (ARGS="-k name")
+	@$(BIN)/pytest -q --numprocesses=auto tests/ptx -m "full or not full" -k "not emulated"
+	@for target in sm_80 sm_90; do $(PTX_TABLE) --ptx-target $$target $(ARGS) || failed=1; done; exit $${failed:-0}
 
 compat: $(VENV)/.built  ## one wheel beside torch 2.11, 2.13 and the newest: core tests, verify, docs/compatibility.md
 	@$(BIN)/python .ci/compat.py

@@ -66,6 +66,16 @@ def _add_verify(commands: Any) -> None:
     checks = "check every available backend against the reference on this machine"
     verify = commands.add_parser("verify", help=checks)
     _add_threads(verify)
+    emulated = "instead the Triton kernels as compiled for sm_90 or TARGET, emulated on the CPU"
+    emulated += " (in a checkout; minutes)"
+    verify.add_argument(
+        "--emulated",
+        nargs="?",
+        const="sm_90",
+        choices=("sm_80", "sm_90"),
+        metavar="TARGET",
+        help=emulated,
+    )
     verify.set_defaults(run=_verify)
 
 
@@ -169,7 +179,7 @@ def _version(package: str) -> str | None:
 def _verify(arguments: argparse.Namespace) -> int:
     from dense_attn.verify import run as verification
 
-    return verification.main()
+    return verification.emulated(arguments.emulated) if arguments.emulated else verification.main()
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -175,11 +175,23 @@ def products(a, b, PART_1: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def add_product(acc, weights, rows, PART_1: tl.constexpr, PRECISION: tl.constexpr):
     """acc + weights [I, J] @ rows [J, D], in parts."""
-    first = tl.dot(weights, rows[0], acc[0], input_precision=PRECISION)
-    second = acc[1]
+    first, second = _add_product(acc[0], weights, rows[0], PRECISION), acc[1]
     if PART_1 > 0:
-        second = tl.dot(weights, rows[1], second, input_precision=PRECISION)
+        second = _add_product(second, weights, rows[1], PRECISION)
     return first, second
+
+
+@triton.jit
+def _add_product(acc, weights, rows, PRECISION: tl.constexpr):
+    """One part. In exact float32 a tile is summed by itself: one chain of all tokens, each sum
+    rounded, would be several times less exact than PyTorch's.
+    """
+    if weights.dtype == tl.float32 and PRECISION == "ieee":
+        # A plain addition would melt into the product.
+        acc = tl.fma(tl.dot(weights, rows, input_precision=PRECISION), 1.0, acc)
+    else:
+        acc = tl.dot(weights, rows, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

@@ -92,7 +92,12 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
         reasons.append(f"head_dim is at most {MAX_HEAD_DIM}, got {x.shape[-1]}")
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:
         reasons.append("has no float64 kernels")
-    if device == "cpu" and x.dtype == torch.bfloat16 and backend == "triton" and triton.interpreted():
+    if (
+        device == "cpu"
+        and x.dtype == torch.bfloat16
+        and backend == "triton"
+        and triton.interpreted()
+    ):
         reasons.append("computes bfloat16 wrongly in Triton's interpreter")
     return reasons
 

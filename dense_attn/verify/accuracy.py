@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +79,9 @@ def why_not(backend: str, op: str, dtype: torch.dtype = torch.float32) -> list[s
     return table.why_not(backend, op, torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
 
 
-def usable(op: str, dtype: torch.dtype) -> list[str]:
-    """The backends that run an op in a dtype on this machine."""
-    return [name for name in table.ORDER if not why_not(name, op, dtype)]
+def usable(op: str, dtype: torch.dtype, among: Sequence[str]) -> list[str]:
+    """Those of these backends that run an op in a dtype on this machine."""
+    return [name for name in among if not why_not(name, op, dtype)]
 
 
 def randn(generator: torch.Generator, *shape: int) -> Tensor:

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
 from dense_attn._backends import table
+from dense_attn._command import UserError
 
 from . import layout_attention, reversible, sega
 from .accuracy import Verdict, why_not
 
+EMULATOR = Path(__file__).resolve().parents[2] / "tests" / "support" / "ptx"  # of a checkout
 
-def main() -> int:
-    """Check every available backend and print the tables; 1 where a row failed."""
-    for backend in table.ORDER:
+
+def main(backends: Sequence[str] | None = None) -> int:
+    """Check these backends, or all, and print the tables; 1 where a row failed."""
+    backends = table.ORDER if backends is None else backends
+    for backend in backends:
         reasons = why_not(backend, "layout_attention")
-        if reasons and table.missing(backend, "layout_attention") is None:
-            print(f"{backend}: not checked, {'; '.join(reasons)}")
-    failed = _attention() + _others()
+        if reasons and (backend == "triton" or table.missing(backend, "layout_attention") is None):
+            emulates = backend == "triton" and EMULATOR.is_dir()
+            hint = "; --emulated checks its kernels as compiled" if emulates else ""
+            print(f"{backend}: not checked, {'; '.join(reasons)}{hint}")
+    failed = _attention(backends) + _others(backends)
     print("\n" + (f"{failed} rows FAILED" if failed else "every row passed"))
     return 1 if failed else 0
 
 
-def _attention() -> int:
+def emulated(target: str) -> int:
+    """Check the Triton kernels as compiled for a target, by the emulator that tests have.
+
+    A process of its own: the backend takes tensors of the CPU only where it is loaded for that.
+    """
+    if not EMULATOR.is_dir():
+        raise UserError(
+            "--emulated must run in a checkout, whose tests hold the emulator, got an installation "
+            "without tests: the compiled Triton kernels are not checked"
+        )
+    if find_spec("triton") is None:
+        raise UserError("--emulated must find Triton, got none: pip install dense_attn[triton]")
+    return subprocess.run([sys.executable, str(EMULATOR), target], check=False).returncode
+
+
+def _attention(backends: Sequence[str]) -> int:
     """A column for each result of the calls; how many rows failed."""
     rule = "allowed = 2*max|plain - exact| + eps*max|exact|; right when <= 1"
     print(f"error / allowed, worst of all cases; {rule}")
@@ -28,7 +55,7 @@ def _attention() -> int:
     names = " ".join(f"{name:>9}" for name in columns)
     print(f"{'backend':<10} {'dtype':<9} {'modulation':<10} {names}")
     failed = 0
-    for verdict in layout_attention.verify():
+    for verdict in layout_attention.verify(backends):
         numbers = (*verdict.numbers.values(), verdict.control)
         shown = " ".join(f"{number:9.2g}" for number in numbers)
         print(f"{_name(verdict)} {verdict.what:<10} {shown}", end="")
@@ -37,7 +64,7 @@ def _attention() -> int:
     return failed
 
 
-def _others() -> int:
+def _others(backends: Sequence[str]) -> int:
     """The other families' rows, numbers with their names; how many failed."""
     rule = "error / allowed, right when <= 1"
     print(f"\nbits: how many elements differ, right when 0; the rest: {rule}")
@@ -45,7 +72,7 @@ def _others() -> int:
     print(f"control: the same for {wrong}; the check works when it fails\n")
     failed = 0
     for family in (sega, reversible):
-        for verdict in family.verify():
+        for verdict in family.verify(backends):
             shown = ", ".join(f"{name} {number:.2g}" for name, number in verdict.numbers.items())
             print(
                 f"{_name(verdict)} {verdict.what:<18} {shown}; control {verdict.control:.2g}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -34,10 +34,10 @@ def exact_quantile(magnitudes: Tensor, level: float) -> Tensor:
     return rounded.masked_fill(magnitudes.isnan().any(-1), torch.nan)
 
 
-def verify() -> Iterator[Verdict]:
-    """One verdict for each available backend, dtype and kind of result."""
+def verify(backends: Sequence[str]) -> Iterator[Verdict]:
+    """One verdict for each of these backends that is available, dtype and kind of result."""
     for dtype in DTYPES:
-        for backend in usable("sega_guidance", dtype):
+        for backend in usable("sega_guidance", dtype, backends):
             yield _thresholds(backend, dtype)
             yield from _guidance(backend, dtype)
 

@@ -1,8 +1,8 @@
-"""Triton's kernels of reversible steps against the reference, on a GPU or interpreted: the very
-bits.
+"""Triton's kernels of reversible steps against the reference, to the bit: on a GPU, emulated or
+interpreted.
 
-Run by test_interpreted, and by `make gpu`. bfloat16 is an input only, because the interpreter cuts
-a float32 down to it where a GPU rounds.
+Run by test_interpreted, test_emulated and `make gpu`. Interpreted, bfloat16 is an input only: the
+interpreter cuts a float32 down to it where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dense_attn.triton_kernels.reversible.grid import OFF_GRID
 launched = Placed(_reversible)  # without the checks of raw calls
 reversible = Placed(triton)
 
-DTYPES = (torch.float32, torch.float16, torch.float64)  # of results
-INPUTS = (*DTYPES, torch.bfloat16)
+INPUTS = (torch.float32, torch.float16, torch.float64, torch.bfloat16)
+DTYPES = INPUTS[: 3 if INTERPRETED else 4]  # of results
 SHAPES = ((), (1,), (2, 3, 17, 33), (0, 3))
 OFF_GRID_TEXT = (
     r"eps must be finite and keep the latents within the grid of 2\^50 steps, got \S+ steps"

@@ -57,7 +57,7 @@ def test_a_wrong_backend_fails(
     monkeypatch.setattr(table, "device_of", lambda backend: "cpu")
     for family in (sega, reversible):
         monkeypatch.setattr(family, "DTYPES", (torch.float32,))
-        monkeypatch.setattr(family, "usable", lambda op, dtype: ["triton"])
-    verdicts = [*sega.verify(), *reversible.verify()]
+        monkeypatch.setattr(family, "usable", lambda op, dtype, among: list(among))
+    verdicts = [verdict for family in (sega, reversible) for verdict in family.verify(["triton"])]
     assert {verdict.what for verdict in verdicts if not verdict.passed} == rows
     assert len(verdicts) == 6

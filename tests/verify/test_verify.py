@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 from dense_attn import layout_attention
 from dense_attn.__main__ import main
 from dense_attn._backends import table
-from dense_attn.verify import accuracy, reversible, sega
+from dense_attn.verify import accuracy, reversible, run, sega
 from dense_attn.verify import layout_attention as attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +69,7 @@ def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attention, "layout_attention", faulty)
     monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace())
     for family in (sega, reversible):
-        monkeypatch.setattr(family, "verify", lambda: iter(()))
+        monkeypatch.setattr(family, "verify", lambda backends: iter(()))
     monkeypatch.setattr(table, "ORDER", ("triton", "reference"))
     monkeypatch.setattr(table, "device_of", lambda backend: "cpu")
     monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
@@ -83,7 +86,7 @@ def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 )
 @pytest.mark.usefixtures("wrong_backend")
 def test_verify_fails_a_wrong_backend(results: set[str], capsys: pytest.CaptureFixture) -> None:
-    verdicts = [verdict for verdict in attention.verify() if verdict.backend == "triton"]
+    verdicts = [verdict for verdict in attention.verify(table.ORDER) if verdict.backend == "triton"]
     assert len(verdicts) == 4
     for verdict in verdicts:
         assert {name for name, ratio in verdict.numbers.items() if ratio > 1} >= results
@@ -102,6 +105,58 @@ def test_verify_names_a_backend_for_other_tensors(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(table, "device_of", lambda backend: "cuda")
     for module in (attention, sega, reversible):
-        monkeypatch.setattr(module, "verify", lambda: iter(()))
+        monkeypatch.setattr(module, "verify", lambda backends: iter(()))
     assert main(["verify"]) == 0
-    assert "triton: not checked, no GPU on this machine\n" in capsys.readouterr().out
+    assert "triton: not checked, no GPU on this machine" in capsys.readouterr().out
+
+
+def test_emulated_needs_a_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run, "EMULATOR", tmp_path / "nowhere")
+    assert main(["verify", "--emulated"]) == 2
+    sentence = capsys.readouterr().err
+    assert "--emulated must run in a checkout" in sentence
+    assert "the compiled Triton kernels are not checked" in sentence
+
+
+def test_without_a_gpu_verify_says_what_it_did_not_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for module in (attention, sega, reversible):
+        monkeypatch.setattr(module, "verify", lambda backends: iter(()))
+    monkeypatch.setattr(table, "missing", lambda *_: "no GPU")
+    monkeypatch.setattr(table, "unavailable", lambda *_: "no GPU")
+    assert main(["verify"]) == 0
+    assert "triton: not checked, no GPU; --emulated checks" in capsys.readouterr().out
+    monkeypatch.setattr(run, "EMULATOR", tmp_path / "nowhere")
+    assert main(["verify"]) == 0
+    assert "triton: not checked, no GPU\n" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_emulated_kernels_pass_and_wrong_ones_do_not() -> None:
+    """One dtype and modulation of each family, in a process whose backend is emulated."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from ptx.compiled import compiled_backend; compiled_backend()\n"
+        "import torch; from ptx import __main__; from ptx.module import Module\n"
+        "from dense_attn.verify import layout_attention, sega, reversible\n"
+        "calls = list(layout_attention.calls())[:1]\n"
+        "layout_attention.calls = lambda: iter(calls)\n"
+        "layout_attention.MODULATIONS = ('range',)\n"
+        "for family in (layout_attention, sega, reversible): family.DTYPES = (torch.float16,)\n"
+        "launch = Module.launch\n"
+        "def wrong(self, kernel, arguments, *others):\n"
+        "    launch(self, kernel, arguments, *others)\n"
+        "    if 'row_fwd' in kernel:\n"
+        "        next(x for x in arguments if isinstance(x, torch.Tensor)).mul_(2)\n"
+        "if len(sys.argv) > 2: Module.launch = wrong\n"
+        "sys.exit(__main__.main('sm_80'))\n"
+    )
+    for arguments, code, words in (((), 0, "every row passed"), (("wrong",), 1, "rows FAILED")):
+        command = [sys.executable, "-c", program, str(run.EMULATOR.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert words in done.stdout
+        assert done.stdout.count("triton     float16") == 7

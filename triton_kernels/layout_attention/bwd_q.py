@@ -91,6 +91,20 @@ def _inner_products(
 
 
 @triton.jit
+def _add(total, x, EXACT: tl.constexpr):
+    """(total, what its last rounding took too much) + x. Many tiles of small weights would each be
+    lost in a plain sum of a few large ones.
+    """
+    if EXACT:
+        x -= total[1]
+        larger = total[0] + x
+        found = larger, (larger - total[0]) - x
+    else:
+        found = total[0] + x, total[1]
+    return found
+
+
+@triton.jit
 def _sums(products, there):
     """Each row's sum of products. One that fused with the first exchange between lanes would leave
     them with sums that differ: a select lies between.
@@ -156,8 +170,9 @@ def layout_attention_bwd_q_kernel(
     nothing = tl.zeros([BLOCK_M], tl.float32)
     best, best_key = nothing + float("-inf"), tl.zeros([BLOCK_M], tl.int32)
     least, least_key = best, best_key
-    grad_in, grad_distance, acc = nothing, nothing, zero_rows(BLOCK_M, PART_0, PART_1)
-    grad_all, weight_in, weight_distance = nothing, nothing, nothing
+    acc, zero = zero_rows(BLOCK_M, PART_0, PART_1), (nothing, nothing)
+    grad_in, grad_distance, grad_all = zero, zero, zero
+    weight_in, weight_distance = nothing, nothing
     listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
     for place in range(count):
         first = tile_at(listed, tl.cdiv(seqlen_k, BLOCK_N), place, num_whole, tiles) * BLOCK_N
@@ -171,17 +186,17 @@ def layout_attention_bwd_q_kernel(
         weights = weights_of(raw, (tau * LOG2_E)[:, None], anchor[:, None], offsets, EXACT)
         weights = tl.where(there[None, :] & ((MODULATION != "mask") | meets), weights, 0.0)
         grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
-        grad_in += tl.sum(tl.where(meets, grad, 0.0), 1)
+        grad_in = _add(grad_in, tl.sum(tl.where(meets, grad, 0.0), 1), EXACT)
         if EXACT:
-            grad_all += _sums(grad, there[None, :])
+            grad_all = _add(grad_all, _sums(grad, there[None, :]), EXACT)
             weight_in += tl.sum(tl.where(meets, weights, 0.0), 1)
         if MODULATION == "range":
             distance = tl.where(meets, high[:, None], low[:, None]) - raw
             if EXACT:
-                grad_distance += _sums(grad * distance, there[None, :])
+                grad_distance = _add(grad_distance, _sums(grad * distance, there[None, :]), EXACT)
                 weight_distance += _sums(weights * distance, there[None, :])
             else:  # a lane sums several keys before it exchanges
-                grad_distance += tl.sum(grad * distance, 1)
+                grad_distance = _add(grad_distance, tl.sum(grad * distance, 1), EXACT)
             least, least_key = _first_extreme(least, least_key, raw, there, keys, False)
         if MODULATION == "range" or MODULATION == "max":
             best, best_key = _first_extreme(best, best_key, raw, there, keys, True)
@@ -193,8 +208,9 @@ def layout_attention_bwd_q_kernel(
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     # ds' sums to grad_lse over a row: what is left delta has missed, and is taken out of the sums.
+    grad_in, grad_distance = grad_in[0], grad_distance[0]
     if EXACT:
-        missed = grad_all - through_lse
+        missed = grad_all[0] - through_lse
         grad_in = grad_in - missed * weight_in
         grad_distance = grad_distance - missed * weight_distance
         shift += missed

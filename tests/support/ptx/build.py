@@ -38,7 +38,10 @@ def library() -> ctypes.CDLL:
     files = sorted(SOURCES.iterdir())
     processor = Path("/proc/cpuinfo")
     seen = processor.read_text().split("flags", 2)[1] if processor.exists() else ""
-    state = [*(file.read_bytes() for file in files), " ".join((*FLAGS, seen.split("\n")[0])).encode()]
+    state = [
+        *(file.read_bytes() for file in files),
+        " ".join((*FLAGS, seen.split("\n")[0])).encode(),
+    ]
     path = BUILD / f"machine-{hashlib.sha256(b'|'.join(state)).hexdigest()[:16]}.so"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,7 @@ def _compile(files: list[Path], path: Path) -> None:
             subprocess.Popen([compiler, *FLAGS, "-c", str(file), "-o", str(made)])
             for file, made in zip(files, objects)
         ]
-        if any([process.wait() for process in running]):
+        if sum(process.wait() for process in running):  # every one is waited for
             raise RuntimeError("the machine does not compile")
         linked = Path(folder) / path.name
         subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(linked)], check=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .build import names
-from .parse import SIZES, Expansion, Statement, Unsupported, split
+from .flow import meeting_points
+from .parse import Expansion, Statement, Unsupported
 
 OPS, TYPES, MODES, FLAGS, SPACES, SPECIALS = (
     {name: number for number, name in enumerate(names(which))} for which in range(6)
@@ -78,7 +79,9 @@ class Encoder:
             except (KeyError, IndexError, ValueError) as error:
                 raise Unsupported(f"line {one.line}: {_text(one)} ({error!r})") from error
         targets = [self._expansion.labels[row.label] if row.label else -1 for row in rows]
-        meets = _meeting_points(statements, rows, targets)
+        ends = {i: row.op for i, row in enumerate(rows) if row.op in ("bra", "exit")}
+        always = {i for i in ends if not statements[i].guard}
+        meets = meeting_points(len(rows), ends, always, targets)
         code, operands = [], []
         for one, row, target, meet in zip(statements, rows, targets, meets):
             guard = self._index[one.guard] if one.guard else -1
@@ -182,42 +185,3 @@ def _modifiers(row: _Row, words: list[str]) -> _Row:
 def _text(one: Statement) -> str:
     guard = f"@{'!' * one.negated}{one.guard} " if one.guard else ""
     return f"{guard}{one.op} {', '.join(one.operands)}"
-
-
-def _meeting_points(statements: list[Statement], rows: list[_Row], targets: list[int]) -> list[int]:
-    """Where the two sides of each branch come together: its block's nearest post-dominator."""
-    leads = {0, *(t for t in targets if t >= 0)}
-    ends = [i for i, row in enumerate(rows) if row.op in ("bra", "exit")]
-    leads |= {i + 1 for i in ends if i + 1 < len(rows)}
-    starts = sorted(leads)
-    number = {start: block for block, start in enumerate(starts)}
-    away, after = len(starts), []  # away: the end of every path
-    for block, start in enumerate(starts):
-        last = (starts[block + 1] if block + 1 < away else len(rows)) - 1
-        row, follows = rows[last], set()
-        if row.op == "bra":
-            follows.add(number[targets[last]])
-        elif row.op == "exit":
-            follows.add(away)
-        if (row.op not in ("bra", "exit") or statements[last].guard) and last + 1 < len(rows):
-            follows.add(number[last + 1])
-        after.append(follows or {away})
-    everything = (1 << away + 1) - 1
-    behind = [everything] * away + [1 << away]  # the post-dominators of each block, as bits
-    changed = True
-    while changed:
-        changed = False
-        for block in reversed(range(away)):
-            common = everything
-            for other in after[block]:
-                common &= behind[other]
-            common |= 1 << block
-            changed |= common != behind[block]
-            behind[block] = common
-    meets = [-1] * len(rows)
-    for last in ends:
-        block = number[max(start for start in starts if start <= last)]
-        others = [b for b in range(away + 1) if behind[block] >> b & 1 and b != block]
-        nearest = max(others, key=lambda b: behind[b].bit_count())
-        meets[last] = len(rows) if nearest == away else starts[nearest]
-    return meets

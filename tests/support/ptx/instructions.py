@@ -36,7 +36,9 @@ def _untyped(words: list[str], *known: str) -> str:
 
 
 def _space(words: list[str]) -> str:
-    return next((w for w in words if w in ("global", "shared", "local", "param", "const")), "generic")
+    return next(
+        (w for w in words if w in ("global", "shared", "local", "param", "const")), "generic"
+    )
 
 
 class Instructions(Encoder):
@@ -170,7 +172,9 @@ class Instructions(Encoder):
         if "m8n8" not in words or "b16" not in words or len(registers) != int(count[1]):
             raise ValueError("shape")
         flags = ("trans" in words) << FLAGS["trans"]
-        return _Row(op, "b16", flags=flags, numbers=[*self.address(place), len(registers), *registers])
+        return _Row(
+            op, "b16", flags=flags, numbers=[*self.address(place), len(registers), *registers]
+        )
 
     def _shfl(self, words: list[str], operands: tuple[str, ...]) -> _Row:
         sync, mode, kind = words
@@ -186,7 +190,12 @@ class Instructions(Encoder):
         _, mode, kind = words
         target, source, members = operands
         negated = int(source.startswith("!"))
-        numbers = [self.target(target), self.value(source.lstrip("!")), negated, self.value(members)]
+        numbers = [
+            self.target(target),
+            self.value(source.lstrip("!")),
+            negated,
+            self.value(members),
+        ]
         return _Row("vote", kind, mode=mode, numbers=numbers)
 
     def _redux(self, words: list[str], operands: tuple[str, ...]) -> _Row:
@@ -237,7 +246,14 @@ class Instructions(Encoder):
         *order, shape, row, column, d, a, b, c = words
         depth = int(re.fullmatch(r"m16n8k(\d+)", shape)[1])
         most = {"f16": 16, "bf16": 16, "tf32": 8}[a]
-        known = (order, row, column, d, c, a) == (["sync", "aligned"], "row", "col", "f32", "f32", b)
+        known = (order, row, column, d, c, a) == (
+            ["sync", "aligned"],
+            "row",
+            "col",
+            "f32",
+            "f32",
+            b,
+        )
         if not known or depth > most:
             raise ValueError("kind of product")
         to, *sources = ([*_parts(x)] for x in operands)

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from .module import Module
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
-modules: dict[tuple[int, object], Module] = {}  # by the compiled kernel and its edit
+modules: dict[str, Module] = {}  # by their PTX
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,18 @@ def emulated(
     runs: list[Run] = []
     compile_kernel = JITFunction.run
 
-    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+    def run(
+        self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object
+    ) -> object:
         kernel = compile_kernel(self, *args, grid=grid, warmup=True, **kwargs)
         if warmup:
             return kernel
         bound = self.device_caches[TARGETS[target]][4](*args, **kwargs)[0]
         sizes = grid(bound) if callable(grid) else grid
         text = kernel.asm["ptx"] if edit is None else edit(kernel.asm["ptx"])
-        module = modules.setdefault((id(kernel), edit and text), Module(text))
+        if text not in modules:
+            modules[text] = Module(text)
+        module = modules[text]
         before = module.executed
         module.launch(
             kernel.metadata.name,

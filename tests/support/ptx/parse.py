@@ -65,7 +65,9 @@ class Unit:
 
     def _functions(self, text: str) -> str:
         """Note every function with a body; the text between them."""
-        head = re.compile(r"\.(entry|func)\s*(\([^)]*\))?\s*([\w$.]+)\s*(?:\(([^)]*)\))?([^{;]*)([{;])")
+        head = re.compile(
+            r"\.(entry|func)\s*(\([^)]*\))?\s*([\w$.]+)\s*(?:\(([^)]*)\))?([^{;]*)([{;])"
+        )
         outside, at = [], 0
         while found := head.search(text, at):
             outside.append(text[at : found.start()])
@@ -84,7 +86,11 @@ class Unit:
     def _arrays(self, outside: str) -> None:
         """Place all arrays but those of a thread; shared memory of a launch's size comes last."""
         texts = (outside, *(function.body for function in self.functions.values()))
-        found = [x for text in texts for x in re.findall(r"(?<!\w)\.(?:shared|global|const)\s[^;]*", text)]
+        found = [
+            x
+            for text in texts
+            for x in re.findall(r"(?<!\w)\.(?:shared|global|const)\s[^;]*", text)
+        ]
         for statement in sorted(found, key=lambda x: bool(re.search(r"\[\s*\]\s*$", x))):
             self.declare(statement)
 
@@ -146,7 +152,7 @@ def _params(text: str | None) -> dict[str, tuple[int, int]]:
 
 def _source_lines(text: str) -> dict[int, str]:
     """The source line of each line of PTX behind a `.loc`."""
-    files = {n: name for n, name in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text))
     found, now = {}, ""
     for number, line in enumerate(text.split("\n"), 1):
         if loc := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
@@ -263,7 +269,9 @@ class Expansion:
 
 def _pieces(body: str, line: int) -> Iterator[tuple[int, str]]:
     """(line, statement, label, brace or directive) in turn."""
-    start = re.compile(r"\s*(?:([{}])|([\w$]+:)(?!:)|(\.(?:loc|file)\b[^\n]*)|([^;]*);)", flags=re.S)
+    start = re.compile(
+        r"\s*(?:([{}])|([\w$]+:)(?!:)|(\.(?:loc|file)\b[^\n]*)|([^;]*);)", flags=re.S
+    )
     at = counted = 0
     while found := start.match(body, at):
         text = " ".join(next(x for x in found.groups() if x is not None).split())

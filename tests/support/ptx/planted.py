@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 import triton
-from ptx import Fault, Module
 from torch import Tensor
+
+from ptx import Fault, Module
 
 KERNEL = """
 .version 8.0

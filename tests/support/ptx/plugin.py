@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p ptx.plugin`: the Triton backend's kernels, compiled, on tensors of the CPU."""
+"""A pytest plugin, `-p ptx.plugin`: the Triton backend's compiled kernels on CPU tensors."""
 
 from __future__ import annotations
 

@@ -1,0 +1,93 @@
+"""The tables of cases on kernels as they are compiled, emulated in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKENDS = ROOT / "tests" / "backends"
+OLDEST = ROOT / ".venv" / "triton-3.6.0"
+ATTENTION = (  # each compiles three to five kernels
+    "row-head-dim-40-bfloat16-range",
+    "row-head-dim-128-float16-mask",
+    "phases-long-in-runs-bfloat16-range",
+    "parked-head-dim-128-bfloat16-range",
+    "phases-real-layout-float32-bias",
+)
+OTHERS = (
+    "test_interpolation and whole-40-0.3",
+    "test_percentile_mask and several and random-bfloat16",
+    "test_sega_guidance and float32",
+    "test_exact_steps and float32-bfloat16",
+    "test_float_steps and float16-float32",
+)
+CORE = {
+    "attention": (("test_backends.py",), f"triton and ({' or '.join(ATTENTION)})"),
+    "guidance and steps": (
+        ("triton_sega.py", "triton_steps.py"),
+        " or ".join(f"({part})" for part in OTHERS),
+    ),
+}
+TABLES = {
+    "attention": (("test_backends.py", "triton_attention.py"), "triton"),
+    "guidance and steps": (("triton_sega.py", "triton_steps.py"), ""),
+    "public ops": (("triton_backend.py",), ""),
+}
+
+
+def emulate(files: tuple[str, ...], selection: str, *options: str, path: Path | None = None) -> str:
+    """The output of a run of these files, which must pass."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rN",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    command += ["-p", "ptx.plugin", "-k", selection, *options]
+    done = subprocess.run(
+        [*command, *files],
+        cwd=BACKENDS,
+        env=os.environ | ({"PYTHONPATH": str(path)} if path else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("part", CORE)
+def test_core(part: str) -> None:
+    assert f"{len(ATTENTION)} passed" in emulate(*CORE[part]) or part != "attention"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", CORE)
+def test_core_by_the_oldest_triton(part: str) -> None:
+    if not OLDEST.exists():
+        pytest.skip("Triton 3.6.0 is not installed: make test ARGS='-m full' does it")
+    emulate(*CORE[part], path=OLDEST)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("target", "order"), [("sm_80", "random"), ("sm_90", "backward")])
+@pytest.mark.parametrize("part", TABLES)
+def test_tables(part: str, target: str, order: str) -> None:
+    emulate(*TABLES[part], "-m", "not full", "--ptx-target", target, "--ptx-order", order)
+
+
+@pytest.mark.full
+def test_inexact_units_as_far_off_as_they_may() -> None:
+    emulate(*CORE["attention"], "--ptx-harsh")

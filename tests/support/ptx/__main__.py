@@ -1,0 +1,26 @@
+"""`python tests/support/ptx [TARGET]`: `verify` of the Triton kernels as compiled for a target."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ptx.compiled import compiled_backend
+
+
+def main(target: str = "sm_90") -> int:
+    """The exit code of `verify`."""
+    compiled_backend()
+    from dense_attn import _command
+    from dense_attn.verify import run
+    from ptx import emulated
+
+    print(f"Triton kernels as compiled for {target}, emulated")
+    with emulated(target):
+        return _command.run("dense_attn verify", lambda: run.main(("triton",)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
