@@ -26,11 +26,12 @@ KINDS = {
 }
 # Guards: of an access, its predicate; of a copy that fills with zeros, the number of bytes it
 # takes.
-PREDICATE = re.compile(r"@!?%p\d+\s+(?=(?:ld|st|atom|red|cp\.async)\.)")
-BYTES = re.compile(r"(cp\.async\.c[ag]\.shared\.global[^;]*,\s*(?:0x)?\d+)\s*,\s*%r\d+\s*;")
+PREDICATE = re.compile(r"@(!?)(%p\d+)\s+(?=(?:ld|st|atom|red|cp\.async)\.)")
+BYTES = re.compile(r"(cp\.async\.c[ag]\.shared\.global[^;]*,\s*)(\w+)\s*,\s*(%r\d+)\s*;")
 WAIT = re.compile(r"(wait_group(?:\.sync\.aligned)?\s+)(\d+)")
 PLACE = re.compile(r"\.loc\s.*//\s*(\S+):(\d+):\d+")
 MOST_GUARDS = 24  # of one kernel, spread over it
+MOST_LAUNCHES = 3  # of one kernel: buffers that take turns differ with the number of turns
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Mutant:
     place: str  # the line of the source that it comes from, as "fwd.py:88"
     was: str
     text: str = field(repr=False)
+    probe: str = field(repr=False)  # the text with a trap where the mutant makes a difference
 
 
 def mutants(ptx: str) -> Iterator[Mutant]:
@@ -50,9 +52,9 @@ def mutants(ptx: str) -> Iterator[Mutant]:
     for at, line in enumerate(lines):
         if located := PLACE.search(line):
             place = f"{located[1]}:{located[2]}"
-        for kind, changed in _changes(line):
-            text = "\n".join([*lines[:at], changed, *lines[at + 1 :]])
-            mutant = Mutant(kind, at + 1, place, line.strip(), text)
+        for kind, changed, trap in _changes(line):
+            text, probe = ("\n".join([*lines[:at], x, *lines[at + 1 :]]) for x in (changed, trap))
+            mutant = Mutant(kind, at + 1, place, line.strip(), text, probe)
             if kind == "guard":
                 guards.append(mutant)
             else:
@@ -61,64 +63,82 @@ def mutants(ptx: str) -> Iterator[Mutant]:
     yield from guards[::step]
 
 
-def _changes(line: str) -> Iterator[tuple[str, str]]:
-    """(kind, what stands in the line's place) of every mutant of one line."""
+def _changes(line: str) -> Iterator[tuple[str, str, str]]:
+    """(kind, what stands in the line's place, a trap where that matters) of a line's mutants."""
     for kind, pattern in KINDS.items():
         if re.match(pattern, line):
-            yield kind, GONE + line.strip()
+            yield kind, GONE + line.strip(), "trap;"
             if wait := WAIT.search(line):
-                yield f"{kind} weakened", WAIT.sub(rf"\g<1>{int(wait[2]) + 1}", line)
-    if PREDICATE.search(line):
-        yield "guard", PREDICATE.sub("", line)
-    if BYTES.search(line):
-        yield "guard", BYTES.sub(r"\1;", line)
+                weaker = WAIT.sub(rf"\g<1>{int(wait[2]) + 1}", line)
+                yield f"{kind} weakened", weaker, "trap;"
+    if guard := PREDICATE.search(line):
+        otherwise = "@" + ("" if guard[1] else "!") + guard[2]
+        yield "guard", PREDICATE.sub("", line), f"{otherwise} trap; {line}"
+    if size := BYTES.search(line):
+        fewer = f"setp.ne.s32 %fewer, {size[3]}, {size[2]}; @%fewer trap;"
+        yield "guard", BYTES.sub(r"\1\2;", line), f"{{ .reg .pred %fewer; {fewer} }} {line}"
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A launch as it was called, to be repeated with other texts."""
+class Kernel:
+    """A compiled kernel and its launches, to be repeated with other texts."""
 
-    kernel: str
-    text: str
-    arguments: list[Tensor | int | float]
-    sizes: tuple  # grid, block, bytes of shared memory
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text
+        self._launches: list[tuple[list, tuple]] = []  # arguments; grid, block, shared memory
+        self._results: list[list[Tensor]] = []
 
-    def run(self, module: Module, order: str) -> list[Tensor]:
-        """The tensors after the launch of a module's kernel, from the same beginning."""
-        arguments = [x.clone() if isinstance(x, Tensor) else x for x in self.arguments]
-        module.launch(self.kernel, arguments, *self.sizes, order)
-        return [x for x in arguments if isinstance(x, Tensor)]
+    def add(self, arguments: list[Tensor | int | float], sizes: tuple) -> None:
+        """Note a launch, unless there are enough."""
+        if len(self._launches) < MOST_LAUNCHES:
+            self._launches.append((_copied(arguments), sizes))
 
-    def finds(self, mutant: Mutant, expected: list[Tensor]) -> bool:
-        """Whether a mutant faults, or has other results, in an order of warps."""
+    def check(self) -> None:
+        """Require the same bits in every order of warps; mutants are compared with them."""
+        module = Module(self.text)
+        for launch in range(len(self._launches)):
+            results = [self._run(module, launch, order) for order in ORDERS]
+            assert all(all(map(_same_bits, one, results[0])) for one in results), self.name
+            self._results.append(results[0])
+
+    def finds(self, mutant: Mutant) -> bool:
+        """Whether a mutant faults, or has other results, in a launch in an order of warps."""
         module = Module(mutant.text)
-        for order in ORDERS:
-            try:
-                results = self.run(module, order)
-            except Fault:
-                return True
-            if not all(map(same_bits, results, expected)):
-                return True
+        for launch, expected in enumerate(self._results):
+            for order in ORDERS:
+                try:
+                    results = self._run(module, launch, order)
+                except Fault:
+                    return True
+                if not all(map(_same_bits, results, expected)):
+                    return True
         return False
 
+    def reaches(self, mutant: Mutant) -> bool:
+        """Whether a mutant makes a difference to what runs: see Mutant.probe."""
+        module = Module(mutant.probe)
+        try:
+            for launch in range(len(self._launches)):
+                self._run(module, launch, ORDERS[0])
+        except Fault:
+            return True
+        return False
 
-def same_bits(x: Tensor, y: Tensor) -> bool:
-    """Whether the bits are equal, of NaN too."""
-    return torch.equal(
-        x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8)
-    )
+    def _run(self, module: Module, launch: int, order: str) -> list[Tensor]:
+        arguments, sizes = self._launches[launch]
+        arguments = _copied(arguments)
+        module.launch(self.name, arguments, *sizes, order)
+        return [x for x in arguments if isinstance(x, Tensor)]
 
 
-def launches(call: Callable[[], object], target: str) -> list[Launch]:
-    """The launches of a call on small tensors, each compiled kernel once."""
-    found: dict[str, Launch] = {}
+def kernels(call: Callable[[], object], target: str) -> list[Kernel]:
+    """The kernels that a call on small tensors launches."""
+    found: dict[str, Kernel] = {}
     texts: list[str] = []
     launch = Module.launch
 
-    def note(module: Module, kernel: str, arguments: list, *rest: object) -> None:
-        copies = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
-        found.setdefault(texts[-1], Launch(kernel, texts[-1], copies, rest[:3]))
-        launch(module, kernel, arguments, *rest)
+    def note(module: Module, name: str, arguments: list, *rest: object) -> None:
+        found.setdefault(texts[-1], Kernel(name, texts[-1])).add(arguments, rest[:3])
+        launch(module, name, arguments, *rest)
 
     def read(ptx: str) -> str:
         texts.append(ptx)
@@ -127,3 +147,11 @@ def launches(call: Callable[[], object], target: str) -> list[Launch]:
     with mock.patch.object(Module, "launch", note), emulated(target, edit=read):
         call()
     return list(found.values())
+
+
+def _copied(arguments: list[Tensor | int | float]) -> list[Tensor | int | float]:
+    return [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(*(z.contiguous().view(-1).view(torch.uint8) for z in (x, y)))

@@ -51,6 +51,7 @@ void Machine::start(Warp& warp, uint32_t program) {
   warp.index = index;
   warp.registers.resize(size_t(options_.num_registers) * kLanes);
   warp.written.assign(size_t(options_.num_registers), 0);
+  warp.read = warp.written;
   uint32_t garbage = options_.seed;
   for (Bits& bits : warp.registers) bits = 0xffc00000u | next_random(garbage);  // NaN, a far address
   const int32_t *grid = options_.grid, *block = options_.block;

@@ -139,8 +139,8 @@ void issue(Step& step) {
   Product product{&step.in, {}, step.source(3)[0] != 0, step.tick()};
   bool registers = step.number(2);
   auto fenced = [&](int index) {
-    if (warp.written[index] >= warp.register_fence)
-      throw Fault("a product uses a register written since the last wgmma.fence");
+    if (std::max(warp.written[index], warp.read[index]) >= warp.register_fence)
+      throw Fault("a product uses a register that others used since the last wgmma.fence");
   };
   if (warp.register_fence == 0) throw Fault("a product must have a wgmma.fence before the first one");
   for (int i = 0; registers && i < 4; ++i) fenced(step.number(kA + i));
@@ -148,7 +148,7 @@ void issue(Step& step) {
   product.descriptors[1] = step.source(first_d(step) - 1)[0];
   for (int i = first_d(step); i < step.in.count; ++i) {
     int index = step.number(i);
-    if (product.accumulate) fenced(index);
+    fenced(index);
     Bits* at = &warp.registers[size_t(index) * kLanes];
     if (!warp.accumulators.contains(index)) {
       auto& kept = warp.accumulators[index];
@@ -171,7 +171,7 @@ void finish(Step& step, const Product& product) {
   for (int i = first_d(step); i < step.in.count; ++i) unchanged(step.number(i));
   if (step.number(2)) {
     for (int i = 0; i < 4; ++i) unchanged(step.number(kA + i));
-    a = rows_of([&](int reg) { return step.source(kA + reg); }, 4, type);
+    a = rows_of([&](int reg) { return step.value(step.number(kA + reg)); }, 4, type);
   } else {
     Tile tile(product.descriptors[0], step.number(6), type);
     for (int row = 0; row < kRows; ++row)

@@ -36,7 +36,7 @@ struct Product {  // a wgmma on its way
 struct Warp {
   int index;
   std::vector<Bits> registers;       // [register][lane]
-  std::vector<uint32_t> written;     // tick of the last write of each register
+  std::vector<uint32_t> written, read;  // ticks of the last write and read of each register
   std::vector<Path> paths;           // the last one runs
   std::vector<std::vector<uint8_t>> local;  // [lane][byte]
   std::vector<Copy> open_copies;
@@ -106,7 +106,11 @@ struct Step {
   uint32_t lanes;
 
   int number(int i) const { return machine.operands_[in.first + i]; }
-  const Bits* source(int i) const { return value(number(i)); }
+  const Bits* source(int i) const {
+    int index = number(i);
+    if (index < machine.options_.num_registers) warp.read[index] = machine.tick_;
+    return value(index);
+  }
   const Bits* value(int index) const {
     int registers = machine.options_.num_registers;
     return index < registers ? &warp.registers[size_t(index) * kLanes]
