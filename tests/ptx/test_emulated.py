@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import REAL_LAYOUTS
 
 pytest.importorskip("triton")
 
@@ -19,7 +20,7 @@ ATTENTION = (  # each compiles three to five kernels
     "row-head-dim-128-float16-mask",
     "phases-long-in-runs-bfloat16-range",
     "parked-head-dim-128-bfloat16-range",
-    "phases-real-layout-float32-bias",
+    *(["phases-real-layout-float32-bias"] if REAL_LAYOUTS.exists() else []),
 )
 OTHERS = (
     "test_interpolation and whole-40-0.3",
