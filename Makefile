@@ -38,7 +38,7 @@ docs: $(VENV)/.docs  ## the documentation as a site, in build/docs
 bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE"; "--shape B,H,M,N,D")
 	@$(BIN)/python -m dense_attn bench $(ARGS)
 
-gpu:  ## on a machine with a GPU: build, test and measure, no network needed (ARGS="--quick", "--dry-run")
+gpu:  ## on a machine with a GPU: build, test and measure in 9 minutes, no network needed (ARGS="--minutes 60", "--dry-run")
 	@$(PYTHON) .ci/gpu.py $(ARGS)
 
 kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton kernels for GPUs that are not here: a table

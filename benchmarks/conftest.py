@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .families import families
+from .families import families, place
 from .harness import dry_run, machine
 from .harness.measure import Latest
 from .layout_attention import shapes
@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--quick", action="store_true", help="the suite of a minute")
     add("--workload", **several, help="only this workload; may be repeated")
     add("--family", **several, help="only this family; may be repeated")
+    add("--contender", **several, help="only rows of this contender; may be repeated")
     shape = {"action": "append", "default": [], "metavar": "B,H,M,N,D[,dtype]"}
     add("--shape", **shape, help="a shape of your own")
     add("--modulation", metavar="NAME", help="of the shapes")
@@ -44,9 +45,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         here = name in families() and name in (option("--family") or families())
         names = [*(option("--workload") or ()), *metafunc.config.stash[_OWN]]
         rows = families()[name].entries(option("--quick"), names or None) if here else ()
+        contenders = option("--contender")
+        rows = (x for x in rows if not contenders or x.contender in contenders)
         if machine.current().dry_run:
             rows = dry_run.chosen(rows)
         metafunc.parametrize("entry", list(rows), ids=str)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """A GPU's rows come in the order of their evidence; elsewhere a family's stay together."""
+    if machine.on_gpu():
+        items.sort(key=_place)
+
+
+def _place(item: pytest.Function) -> int:
+    callspec = getattr(item, "callspec", None)
+    contender = getattr(callspec and callspec.params.get("entry"), "contender", None)
+    name = item.originalname.removeprefix("test_")
+    return -1 if contender is None else place(name, contender)
 
 
 def pytest_runtest_teardown(item: pytest.Function, nextitem: pytest.Function | None) -> None:

@@ -27,6 +27,7 @@ STYLE = {  # contender: (label, colour)
     "sdpa-flash": ("SDPA, flash", "#6b7a90"),
     "sdpa-cudnn": ("SDPA, cuDNN", "#4d5a6d"),
     "sdpa-efficient": ("SDPA, memory-efficient", "#b8c2d0"),
+    "sdpa-math": ("SDPA, math", "#d9dfe6"),
     "flash-attn": ("flash-attn", "#303a48"),
     "efficient-bias": ("memory-efficient + bias", "#f0c777"),
     "xformers": ("xformers + bias", "#b97a10"),

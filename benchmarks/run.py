@@ -5,6 +5,8 @@ own tables.
     python -m dense_attn bench --quick                  the rows of a minute
     python -m dense_attn bench --workload sd15-self-64  one workload; may be repeated
     python -m dense_attn bench --family sega            one family; may be repeated
+    python -m dense_attn bench --contender sdpa         one contender; may be repeated
+    python -m dense_attn bench --seconds 60             begin no row after a minute
     python -m dense_attn bench --shape 2,8,4096,77,40   a shape B,H,M,N,D[,dtype]; may be repeated
     ... --modulation mask --regions 8                   its modulation, its layout of 8 stripes
     python -m dense_attn bench --json FILE --plot FILE  write the results, draw them as .png or .svg
@@ -54,7 +56,7 @@ from dense_attn import _command, _environment, _files
 from dense_attn.layout_attention.op import MODULATIONS
 
 from . import plots
-from .families import FAMILIES, GPU_FAMILIES, GPU_WORKLOADS, WORKLOADS
+from .families import CONTENDERS, FAMILIES, GPU_FAMILIES, GPU_WORKLOADS, WORKLOADS
 from .harness import machine
 from .harness.bars import BARS, GPU_BARS
 from .harness.header import describe_run, state_of_gpu
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is loaded
         return subprocess.run(again, env=environment, check=False).returncode
     machine.use(arguments.device, arguments.dry_run)
-    report = Report(describe_run(arguments.quick), arguments.json)
+    report = Report(describe_run(arguments.quick), arguments.json, arguments.seconds)
     if arguments.regions:
         report.header["regions"] = f"{arguments.regions} stripes"
     tests = [str(_FOLDER / name) for name in _TESTS]
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dense_attn bench: pytest ended with {code!r}", file=sys.stderr)
         return 2
 
-    if not report.rows:
+    if not report.rows and not report.not_reached:
         print("dense_attn bench: none of these workloads has rows here", file=sys.stderr)
         return 2
 
@@ -113,7 +115,7 @@ def _options(arguments: argparse.Namespace) -> list[str]:
     """The options as `conftest.py` takes them."""
     options = [f"--device={arguments.device}"]
     options += ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
-    for name in ("workload", "family", "shape"):
+    for name in ("workload", "family", "contender", "shape"):
         options += [f"--{name}={value}" for value in getattr(arguments, name)]
     for name in ("modulation", "regions"):
         if value := getattr(arguments, name):
@@ -129,6 +131,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="the rows of a minute")
     add("--workload", **several, metavar="NAME", help="only this; may be repeated")
     add("--family", **several, metavar="NAME", help="only this; may be repeated")
+    add("--contender", **several, metavar="NAME", help="only its rows; may be repeated")
+    add("--seconds", type=_positive, metavar="N", help="begin no row after this time")
     add("--shape", **several, metavar="B,H,M,N,D[,dtype]", help="a shape of your own")
     add("--modulation", metavar="NAME", help=f"of the shapes: {', '.join(MODULATIONS)} (range)")
     stripes = "stripes of the shapes' layout (default: a real label map)"
@@ -148,6 +152,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return number
+
+
 def _fault(arguments: argparse.Namespace) -> str | None:
     """The rule that the arguments break, or None."""
     gpu = arguments.device == "cuda"
@@ -159,6 +173,7 @@ def _fault(arguments: argparse.Namespace) -> str | None:
     allowed = {
         "workload": GPU_WORKLOADS if gpu else WORKLOADS,
         "family": list(GPU_FAMILIES if gpu else FAMILIES),
+        "contender": CONTENDERS,
     }
     for option, names in allowed.items():
         for name in getattr(arguments, option):
@@ -186,15 +201,25 @@ def _fault(arguments: argparse.Namespace) -> str | None:
 class Report:
     """The pytest plugin that gathers, prints and writes the rows as they come, above a bar."""
 
-    def __init__(self, header: dict[str, Any], path: Path | None = None) -> None:
+    def __init__(
+        self, header: dict[str, Any], path: Path | None = None, seconds: float | None = None
+    ) -> None:
         self.header, self._path, self._start = header, path, time.perf_counter()
+        self._seconds, self.not_reached = seconds, 0
         self.rows: list[dict[str, Any]] = []
         self.limits: dict[str, float] = {}
         self.failed = self.interrupted = False
-        self.bar = tqdm(unit="row", dynamic_ncols=True, leave=False)
+        self.bar = tqdm(unit="row", dynamic_ncols=True, leave=False, disable=None)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.bar.reset(total=len(session.items))
+
+    def pytest_runtest_protocol(self) -> bool | None:
+        """No row begins when the time is over."""
+        if self._seconds is None or time.perf_counter() - self._start < self._seconds:
+            return None
+        self.not_reached += 1
+        return True
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.bar.set_postfix_str(nodeid.partition("[")[2].rstrip("]"))
@@ -234,6 +259,7 @@ class Report:
     def results(self) -> dict[str, Any]:
         """The results by now."""
         header = self.header | {"seconds": round(time.perf_counter() - self._start, 1)}
+        header |= {"not_reached": self.not_reached} if self.not_reached else {}
         rows = [] if machine.current().dry_run else self.rows
         bars = [bar.verdict(rows) for bar in (GPU_BARS if machine.on_gpu() else BARS)]
         return {"header": header, "limits": self.limits, "bars": bars, "rows": self.rows}
@@ -272,6 +298,8 @@ def _print_end(results: dict[str, Any]) -> None:
     header = results["header"]
     if header.get("dry_run"):
         print("a dry run without a GPU: every time and ratio above means nothing")
+    if header.get("not_reached"):
+        print(f"{header['not_reached']} rows were not reached in the time given")
     print(f"{len(results['rows'])} rows in {header['seconds']:.0f} s; regions: {header['regions']}")
 
 

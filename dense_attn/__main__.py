@@ -88,9 +88,10 @@ def _add_bench(commands: Any) -> None:
     add("--dry-run", action="store_true", help=dry)
     quick = "the rows of a minute, of a GPU those of three"
     add("--quick", action="store_true", help=quick)
-    for option in ("--workload", "--family"):
+    for option in ("--workload", "--family", "--contender"):
         only = "only this; may be repeated"
         add(option, action="append", default=[], metavar="NAME", help=only)
+    add("--seconds", metavar="N", help="begin no row after this time")
     _add_shape(bench)
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add("--plot", type=Path, metavar="FILE", help="draw the results (.png or .svg)")
@@ -191,9 +192,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     flags = ["--quick"] * arguments.quick + ["--dry-run"] * arguments.dry_run
     if arguments.device != "cpu":
         flags.append(f"--device={arguments.device}")
-    for option in ("workload", "family", "shape"):
+    for option in ("workload", "family", "contender", "shape"):
         flags += [f"--{option}={value}" for value in getattr(arguments, option)]
-    for option in ("json", "plot", "modulation", "regions"):
+    for option in ("json", "plot", "modulation", "regions", "seconds"):
         value = getattr(arguments, option)
         if value is not None:
             flags.append(f"--{option}={value}")

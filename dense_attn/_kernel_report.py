@@ -11,6 +11,12 @@ from dense_attn._kernel_hashes import kernel_hashes
 
 _CALL = ("kernel", "target", "triton", "head_dim", "dtype", "modulation", "layout")
 COLUMNS = (*_CALL, "tile", "warps", "stages", "registers", "spills", "shared", "matrix")
+_COUNTED = ("instructions", "issue", "binding", "copies", "programs", "registers", "waves")
+MODEL_COLUMNS = (*_CALL, "tile", *_COUNTED)
+_MODEL = """\
+a model, not measured: ours / plain flash attention under the same tile, loop by loop: instructions
+of a warp's round; for 128 x 64 scores the cycles that they take to issue, and the pipe that they
+keep longest; copies in flight at each wait; programs an SM; waves of workloads on one {devices}"""
 
 
 def report() -> list[str]:
@@ -23,6 +29,10 @@ def report() -> list[str]:
     revision = (header["git_revision"] or "an unknown revision")[:12]
     rows = [[_cell(row, name) for name in COLUMNS] for row in table["rows"]]
     lines = [f"compiled ahead of time, not run, at {revision}", *_grid([COLUMNS, *rows]), ""]
+    counted = [_counted(row) for row in table["rows"] if "plain" in row]
+    devices = ", ".join(f"{device} ({target})" for target, device in header["devices"].items())
+    model = _MODEL.format(devices=devices)
+    lines += [*model.splitlines(), *_grid([MODEL_COLUMNS, *counted]), ""]
     headers = {name: result["header"] for name, result in found.items()}
     return lines + sources(header["kernels"], headers)
 
@@ -71,6 +81,25 @@ def results() -> dict[str, dict[str, Any]]:
 def _ran_on_gpu(header: dict[str, Any]) -> bool:
     """Whether a result is of kernels that ran; compiled ones name no device, a dry run no GPU."""
     return "kernels" in header and "device" in header and not header.get("dry_run", False)
+
+
+def _counted(row: dict[str, Any]) -> list[str]:
+    """The line of a row that has plain attention beside it."""
+    sides = [_side(row), _side(row["plain"])]
+    both = [" / ".join(cells) if cells[0] or cells[1] else "-" for cells in zip(*sides)]
+    waves = ", ".join(f"{name} {number}" for name, number in row.get("waves", {}).items())
+    return [*(_cell(row, name) for name in (*_CALL, "tile")), *both, waves or "-"]
+
+
+def _side(facts: dict[str, Any]) -> list[str]:
+    """The cells of ours or of plain attention."""
+    bodies = facts["bodies"]
+    cells = [[body["instructions"] for body in bodies]]
+    cells.append([body["cycles"]["issue"] for body in bodies])
+    cells.append([max(body["cycles"], key=body["cycles"].get) for body in bodies])
+    cells.append([wait for body in bodies for wait in body.get("copy_waits", ())])
+    cells += [[facts["programs"]], [facts["registers"]]]
+    return [" ".join(map(str, cell)) for cell in cells]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

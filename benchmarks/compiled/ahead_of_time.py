@@ -59,6 +59,7 @@ class Launch:
     matrix: dict[str, int]  # instructions of the matrix units by kind
     fused: int  # multiply-adds
     divisions: dict[str, int]  # instructions by kind
+    assembly: str = field(repr=False)  # PTX, or that of gfx942
     binary: bytes = field(repr=False)
 
 
@@ -123,6 +124,7 @@ def _launch(target: str, kernel: CompiledKernel, constants: dict[str, object]) -
         _count(MATRIX, assembly),
         len(FUSED.findall(assembly)),
         _count(DIVISIONS, assembly),
+        assembly,
         binary,
     )
 
@@ -143,12 +145,12 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def inspect(cubin: bytes, option: str) -> str:
-    """The words of Triton's own cuobjdump on a binary."""
+def inspect(cubin: bytes, option: str, tool: str = "cuobjdump") -> str:
+    """The words of one of Triton's own tools on a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool("cuobjdump"), option, file.name]
+        command = [_tool(tool), option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

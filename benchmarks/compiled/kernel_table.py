@@ -2,7 +2,9 @@
 or `make kernels`.
 
 Every kernel under every launch configuration, compiled ahead of time; no GPU is needed and nothing
-is run. A row says which call launched the kernel and what the compiler made of it.
+is run. A row says which call launched the kernel, what the compiler made of it and how many
+programs a device holds; for sm_80 and sm_90 also what its loops are made of, beside plain
+attention's: `loops` is their number, `bodies` their counts, or those of a kernel without any.
 
     --json FILE      write the table
     --calls NAME     everything; configurations, each once; tested, those of the test suite; few
@@ -33,9 +35,10 @@ from dense_attn import __version__, _command, _files
 from dense_attn._kernel_hashes import kernel_hashes
 
 from ..harness.revision import git_revision
-from . import kernel_calls
+from . import kernel_calls, model
 from .ahead_of_time import SHARED_LIMITS, Launch, compiled
 from .kernel_calls import Attention, Other
+from .occupancy import DEVICES
 
 MODULE = "dense_attn.benchmarks.compiled.kernel_table"
 Row = dict[str, Any]
@@ -49,6 +52,7 @@ SPILLS = 16  # bytes that a backward kernel may spill
 SLOWEST = ("gfx942", "sm_100")  # to compile for, which therefore comes first
 NUMBERS = ("registers", "spills", "shared")
 MEASURED = (*NUMBERS, "matrix", "fused", "divisions")
+MODELLED = ("programs", "loops", "bodies", "plain", "waves")  # what `model` adds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions | {"triton": triton.__version__},
         "git_revision": git_revision(),
         "kernels": kernel_hashes(),
+        "devices": {target: device.name for target, device in DEVICES.items()},  # of waves
     }
     text = ",\n  ".join(map(json.dumps, rows))
     text = f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n'
@@ -102,11 +107,13 @@ def _use_cache(folder: str) -> None:
     torch.set_num_threads(1)
 
 
-def compile_call(call: Attention | Other) -> list[Row]:
+def compile_call(call: Attention | Other, modelled: bool = True) -> list[Row]:
     """Rows of the kernels that one call launches."""
     with compiled(call.target) as launches:
         call()
     rows = [row_of(call, launch) for launch in launches]
+    if modelled:
+        rows = [row | model.of_launch(call, launch) for row, launch in zip(rows, launches)]
     # Variants are kernels that differ in what Triton knows of their arguments alone.
     for index, row in enumerate(rows):
         row["variant"] = sum(key(row) == key(before | {"variant": 0}) for before in rows[:index])
@@ -157,8 +164,9 @@ def row_of(call: Attention | Other, launch: Launch) -> Row:
 
 
 def key(row: Row) -> str:
-    """A row's difference from the others: all that was not measured."""
-    facts = {name: value for name, value in row.items() if name not in MEASURED}
+    """A row's difference from the others: all that was not found in it."""
+    found = (*MEASURED, *MODELLED)
+    facts = {name: value for name, value in row.items() if name not in found}
     return json.dumps(facts, sort_keys=True)
 
 
@@ -212,6 +220,11 @@ def differences(committed: Iterable[Row], now: Iterable[Row]) -> list[str]:
         for what in NUMBERS:
             if before[what] != row[what]:
                 found.append(f"{name(row)}: {what} {before[what]}, now {row[what]}")
+        found += [
+            f"{name(row)}: {what} is another now"
+            for what in MODELLED
+            if what in row and row[what] != before.get(what)
+        ]
     return found
 
 

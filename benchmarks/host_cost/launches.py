@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -58,6 +59,11 @@ def watch() -> set[str]:
     return idle
 
 
+def check(*results: torch.Tensor) -> None:
+    """Results are finite."""
+    assert all(x.isfinite().all() for x in results)
+
+
 def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype) -> None:
     """Forward and backward, in one tile of keys or in two phases."""
     q, k, v = (
@@ -70,7 +76,7 @@ def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype)
     orders = {"q_order": q_order, "k_order": k_order}
     out = layout_attention(q, k, v, *words, 0.6, modulation=modulation, backend="triton", **orders)
     out.float().square().sum().backward()
-    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    check(q.grad, k.grad, v.grad)
 
 
 def guidance(size: int) -> None:
@@ -82,16 +88,16 @@ def guidance(size: int) -> None:
     edits = torch.randn(2, 1, 2, size, device=DEVICE)
     for together in (False, True):
         eps, _ = sega_guidance(uncond, text, edits, momentum, **options, sum_channels=together)
-        assert eps.isfinite().all()
+        check(eps)
     masked, _ = percentile_mask(edits.flatten(0, 2), 0.9, dim=-1, backend="triton")
-    assert masked.isfinite().all()
+    check(masked)
 
 
 def step() -> None:
     """One step of DDIM, with guidance."""
     x, eps, uncond = torch.randn(3, 1, 4, 9, 7, device=DEVICE)
     options = {"eps_uncond": uncond, "guidance_scale": 7.5, "backend": "triton"}
-    assert ddim_step(x, eps, 0.5, 0.6, **options).isfinite().all()
+    check(ddim_step(x, eps, 0.5, 0.6, **options))
 
 
 def chain(method: str, exact: bool) -> None:
@@ -102,26 +108,33 @@ def chain(method: str, exact: bool) -> None:
     )
     noise = torch.randn(1, 4, 9, 7, device=DEVICE)
     found = sampler.invert(_network, *sampler.sample(_network, noise))
-    assert all(x.isfinite().all() for x in found)
+    check(*found)
 
 
 def _network(x: torch.Tensor, t: int) -> torch.Tensor:
     return torch.tanh(x)
 
 
+ATTENTION = (
+    *(
+        partial(attention, modulation, seqlen_k, head_dim, torch.float16)
+        for modulation in ("range", "mask")
+        for seqlen_k, head_dim in ((77, 40), (200, 80))
+    ),
+    partial(attention, "max", 200, 128, torch.float32),
+)
+GUIDANCE = tuple(partial(guidance, size) for size in (1000, 33_000))
+STEPS = (
+    step,
+    *(partial(chain, method, exact) for method in ("edict", "bdia") for exact in (True, False)),
+)
+
+
 def main() -> int:
     """Every kernel once or twice; 1 if one was left out."""
     idle = watch()
-    for modulation in ("range", "mask"):
-        for seqlen_k, head_dim in ((77, 40), (200, 80)):
-            attention(modulation, seqlen_k, head_dim, torch.float16)
-    attention("max", 200, 128, torch.float32)
-    for size in (1000, 33_000):
-        guidance(size)
-    step()
-    for method in ("edict", "bdia"):
-        for exact in (True, False):
-            chain(method, exact)
+    for part in (*ATTENTION, *GUIDANCE, *STEPS):
+        part()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print(f"never launched: {', '.join(sorted(idle))}" if idle else "every kernel was launched")

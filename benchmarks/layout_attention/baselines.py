@@ -137,7 +137,7 @@ CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
 # Other modulations have one way of FlexAttention, or no channels.
 RANGE_ALONE = ("flex-naive", "flash-channels")
 # Without modulation: the line to reach.
-PLAIN = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn")
+PLAIN = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flash-attn")
 
 
 def matched(inputs: Inputs) -> Tensor:

@@ -160,6 +160,7 @@ GPU_CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "sdpa-flash": pinned(SDPBackend.FLASH_ATTENTION),
     "sdpa-cudnn": pinned(SDPBackend.CUDNN_ATTENTION),
     "sdpa-efficient": pinned(SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa-math": pinned(SDPBackend.MATH),
     "flash-attn": flash_attn,
     "eager": eager,
     "sdpa-bias": sdpa_bias,
@@ -180,4 +181,5 @@ TRAINED = (  # whose backward pass is asked for: the lines to reach, the best of
     "eager",
     "flex-smart",
 )
-MATERIALISED = ("eager", "sdpa-bias", "efficient-bias", "xformers")  # matrices of scores in memory
+# Matrices of scores in memory.
+MATERIALISED = ("eager", "sdpa-bias", "sdpa-math", "efficient-bias", "xformers")

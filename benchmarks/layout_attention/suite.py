@@ -20,7 +20,7 @@ MAX_SCORES = 5 * GIB  # what the N x N matrices of one call may take together on
 MAX_GFLOP = {False: 1200, True: 320}  # forward, with backward: some seconds a call on two cores
 _SHARE = 0.6  # of the memory of a GPU, and of a CPU for a user's own shapes
 _QUICK = ("sd15-self-64", "sd15-cross-64", "long-self-1k", "long-self-2k")
-_GPU_QUICK = ("sd15-self-64", "sd15-cross-64", "flux-joint-1024")
+_GPU_QUICK = ("sd15-self-64", "sdxl-self-64", "sd15-cross-64", "flux-joint-1024")
 _ASKED = {
     torch.bfloat16: tuple(GPU_CONTENDERS),
     torch.float16: (*(name for name in GPU_CONTENDERS if name.startswith(OURS)), *PLAIN),

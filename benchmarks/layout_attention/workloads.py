@@ -104,9 +104,12 @@ _GPU_FLEX = ("sd15-self-64", "sdxl-self-64", "flux-joint-1024", "long-self-16k")
 
 
 def workloads() -> list[Workload]:
-    """The workloads of this machine, as it runs them: a GPU has all, with every head."""
-    if not machine.on_gpu():
-        return list(WORKLOADS.values())
+    """The workloads of this machine, as it runs them."""
+    return on_a_gpu() if machine.on_gpu() else list(WORKLOADS.values())
+
+
+def on_a_gpu() -> list[Workload]:
+    """All workloads, as a GPU runs them: with every head."""
     flex = {name: x.own or name in _GPU_FLEX for name, x in WORKLOADS.items()}
     heads = {name: 8 for name in WORKLOADS if name.startswith("long")}
     return [

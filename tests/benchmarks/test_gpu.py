@@ -178,6 +178,46 @@ def test_the_backward_pass_alone_may_be_called_again(gpu: machine.Gpu) -> None:
     assert workload.gflop(True, alone=True) == workload.gflop(False) * 2.5
 
 
+def test_what_matters_most_comes_first() -> None:
+    """And what compiles for each shape last."""
+    places = {name: families.place("attention", name) for name in gpu_baselines.GPU_CONTENDERS}
+    first = {name for name, place in places.items() if place == 0}
+    assert first == {x for x in places if x.startswith(("dense_attn", "sdpa"))} - {"sdpa-bias"} | {
+        "flash-attn"
+    }
+    assert {x for x, place in places.items() if place == 4} == set(suite.NEED_FLEX)
+    assert families.place("sega", "diffusers") == families.place("launch", "dense_attn") == 1
+    assert (families.place("chain", "dense_attn"), places["eager"]) == (2, 3)
+    assert set(gpu_baselines.GPU_CONTENDERS) < set(families.CONTENDERS)
+    assert {"copy", "diffusers", "triton-empty"} < set(families.CONTENDERS)
+
+
+def chosen(folder: Path, *argv: str) -> dict:
+    """The results of a dry run of two workloads and three contenders."""
+    for package in ("pytest_benchmark", "tqdm", "triton"):
+        pytest.importorskip(package)
+    words = [f"--contender={name}" for name in ("eager", "sdpa", "dense_attn")]
+    words += ["--workload=sega-1-64", "--workload=sd15-cross-64", "--dry-run", *argv]
+    command = [sys.executable, "-m", "dense_attn", "bench", *words, "--json", "rows.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "rows.json").read_text())
+
+
+def test_contenders_are_left_out_and_rows_in_order(tmp_path: Path) -> None:
+    rows = chosen(tmp_path)["rows"]
+    who = [(row["family"], row["contender"]) for row in rows]
+    assert who == sorted(who, key=lambda row: families.place(*row))
+    ours = [("attention", x) for x in ("dense_attn", "sdpa", "eager")]
+    assert set(who) == {*ours, ("sega", "dense_attn")}
+
+
+def test_no_row_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    results = chosen(tmp_path, "--seconds=0.001")
+    assert results["rows"] == []
+    assert results["header"]["not_reached"] >= 5
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 @pytest.mark.parametrize(
     ("argv", "sentence"),
@@ -191,6 +231,8 @@ def test_the_backward_pass_alone_may_be_called_again(gpu: machine.Gpu) -> None:
             "--family must be one of attention, percentile, sega, steps, chain, gradient, round_",
         ),
         (("--dry-run", "--workload", "sega-9"), "--workload must be one of sd15-self-64"),
+        (("--contender", "paint"), "--contender must be one of autograd, checkpoint, clone"),
+        (("--seconds", "0"), "argument --seconds: must be a positive number, got '0'"),
     ],
 )
 def test_refusals(argv: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture) -> None:
@@ -207,7 +249,7 @@ def test_the_command_hands_on_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) 
     seen: list[str] = []
     monkeypatch.setattr(bench, "main", lambda argv: seen.extend(argv) or 0)
     argv = ["--quick", "--dry-run", "--device=cuda"]
-    argv += ["--family=sega", "--family=steps", "--json=a.json"]
+    argv += ["--family=sega", "--family=steps", "--contender=copy", "--json=a.json", "--seconds=7"]
     assert main(["bench", *argv]) == 0
     assert seen == argv
 

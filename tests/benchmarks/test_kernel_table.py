@@ -9,21 +9,19 @@ configuration for every device with both; the test of the sources' hashes says w
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
 from dense_attn import _kernel_report
 from dense_attn._kernel_hashes import kernel_hashes
-from dense_attn.benchmarks.compiled import ahead_of_time, kernel_calls, kernel_table
-from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
-from dense_attn.triton_kernels.sega import selection
+from dense_attn.benchmarks.compiled import ahead_of_time, counts, kernel_calls, kernel_table
+from dense_attn.triton_kernels import configs
 
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = sorted((ROOT / ".venv").glob("triton-*"))
@@ -52,7 +50,9 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "smallest":
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-            rows = [row for call in smallest() for row in kernel_table.compile_call(call)]
+            # Of attention's loops, facts are certain; reading the code of all takes a third more.
+            calls = [(call, isinstance(call, kernel_calls.Attention)) for call in smallest()]
+            rows = [row for call in calls for row in kernel_table.compile_call(*call)]
         return {"calls": "smallest", "rows": rows}
     if request.param == "this":
         return kernel_table.compile_elsewhere() | {"calls": "tested"}
@@ -71,9 +71,14 @@ def rows_of_configs() -> set[tuple]:
     return {(*kind, d) for kind, rows in kernel_calls.tables().items() for d in rows}
 
 
+def kernel_of(row: dict[str, Any]) -> str:
+    """An attention kernel by its short name."""
+    return row["kernel"].removeprefix("layout_attention_").removesuffix("_kernel")
+
+
 def reached(row: dict[str, Any]) -> tuple:
     """The row of `configs` that a kernel was launched under, which must have its tile."""
-    kernel = row["kernel"].removeprefix("layout_attention_").removesuffix("_kernel")
+    kernel = kernel_of(row)
     precision = "half" if row["dtype"] != "float32" else "tf32" if row["tf32"] else "ieee"
     rows = kernel_calls.tables()[kernel, row["target"], precision]
     largest, config = next(item for item in rows.items() if row["head_dim"] <= item[0])
@@ -174,6 +179,67 @@ def test_the_committed_table_is_of_these_sources(committed: Table) -> None:
     assert [kernel_table.name(row) for row in committed["rows"] if kernel_table.faults(row)] == []
 
 
+def sides(*tables: Table) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows of attention whose loops are counted, beside their own facts and plain attention's."""
+    rows = [row for table in tables for row in attention(table["rows"]) if "plain" in row]
+    return [(row, facts) for row in rows for facts in (row, row["plain"])]
+
+
+def test_every_loop_is_found(table: Table, committed: Table) -> None:
+    """Forward, one for whole tiles and one for those in doubt, in each phase; "mask" has one."""
+    assert len(sides(table)) >= 8
+    for row, facts in sides(table, committed):
+        kernel, ours = kernel_of(row), facts is row
+        loops = {"fwd": 2 if row["modulation"] == "mask" else 4, "row_fwd": 0}.get(kernel, 1)
+        assert facts["loops"] == (loops if ours or kernel == "row_fwd" else 1), row
+        assert len(facts["bodies"]) == max(1, facts["loops"])
+        assert not any("unknown" in body["kinds"] for body in facts["bodies"]), row
+
+
+def test_a_round_has_the_products_of_a_tile(table: Table, committed: Table) -> None:
+    """A round of each loop is one tile, and all of its products are counted; warps that have no 16
+    rows of their own repeat some, in plain attention too.
+    """
+    products = {"fwd": 2, "row_fwd": 2, "bwd_q": 3, "bwd_kv": 4}
+    for row, facts in sides(table, committed):
+        if row["dtype"] == "float32":
+            continue
+        tile, kernel = [int(side) for side in row["tile"].split("x")], kernel_of(row)
+        needed = products[kernel] * math.prod(tile) * sum(configs.head_parts(row["head_dim"]))
+        alone = tile[kernel == "bwd_kv"] >= 16 * row["warps"]
+        for body in facts["bodies"]:
+            of_warp = (n * counts.multiply_adds(shape) for shape, n in body["tensor"].items())
+            made = row["warps"] * sum(of_warp)
+            assert made == needed if alone else needed <= made <= 2.5 * needed, row
+
+
+def test_what_is_kept_in_local_memory_is_a_spill(table: Table, committed: Table) -> None:
+    for row, facts in sides(table, committed):
+        local = any("local" in body["kinds"] for body in facts["bodies"])
+        assert not local or facts["spills"] > 0, row
+
+
+def test_copies_in_flight(table: Table) -> None:
+    """Facts, not wishes: 0 is a loop that waits for all of its copies at once."""
+    ours = {"fwd": [0, 0, 0, 0], "row_fwd": [], "bwd_q": [5], "bwd_kv": [0]}
+    plain = {"fwd": [4], "row_fwd": [], "bwd_q": [4], "bwd_kv": [0]}
+    found = 0
+    for row, facts in sides(table):
+        if row["target"] == "sm_90" and row["head_dim"] == 40 and row["layout"] == "[B,H,N,D]":
+            waits = [wait for body in facts["bodies"] for wait in body.get("copy_waits", ())]
+            assert waits == (ours if facts is row else plain)[kernel_of(row)], row
+            found += 1
+    assert found >= 8
+
+
+def test_the_model_is_shown(table: Table) -> None:
+    """Beside plain attention, and not judged."""
+    lines = [_kernel_report._counted(row) for row, facts in sides(table) if facts is row]
+    print("\n".join(_kernel_report._grid([_kernel_report.MODEL_COLUMNS, *lines])))
+    column = _kernel_report.MODEL_COLUMNS.index("issue")
+    assert all(re.fullmatch(r"[\d ]+ / \d+", line[column]) for line in lines)
+
+
 def test_results_of_other_sources_are_told() -> None:
     """No failure, and shown as the reason of a skip: nobody can run a GPU at will."""
     headers = {name: result["header"] for name, result in _kernel_report.results().items()}
@@ -198,27 +264,10 @@ def test_a_changed_number_is_noticed(committed: Table) -> None:
     for number in kernel_table.NUMBERS:
         changed = row | {number: row[number] + 1}
         assert kernel_table.differences([row], [changed]) != []
+    for what in kernel_table.MODELLED:
+        assert kernel_table.differences([row], [row | {what: "another"}]) != []
     assert kernel_table.differences([row], [row | {"target": "sm_70"}]) != []
     assert kernel_table.differences([row], [row]) == []
-
-
-def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control: a tile too large for four warps."""
-    monkeypatch.setitem(configs.FORWARD["sm_90"], 96, configs.Config(128, 64, 4, 3))
-    rows = kernel_table.compile_call(kernel_calls.Attention("sm_90", "fwd", 64))
-    assert any("spilled" in fault for row in rows for fault in kernel_table.faults(row))
-
-
-def test_too_much_shared_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ahead_of_time.SHARED_LIMITS, "sm_90", 1024)
-    rows = kernel_table.compile_call(kernel_calls.Attention("sm_90", "row_fwd", 40))
-    assert any("shared memory" in fault for row in rows for fault in kernel_table.faults(row))
-
-
-def test_fusion_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(reversible.LAUNCH, "enable_fp_fusion", True)
-    rows = kernel_table.compile_call(kernel_calls.Other("sm_90", "reversible"))
-    assert any("fused multiply-adds" in fault for row in rows for fault in kernel_table.faults(row))
 
 
 def test_missing_matrix_instructions_are_seen(committed: Table) -> None:
@@ -227,52 +276,3 @@ def test_missing_matrix_instructions_are_seen(committed: Table) -> None:
             row for row in committed["rows"] if row["target"] == target and kind in row["matrix"]
         )
         assert kernel_table.faults(row | {"matrix": {"mma.other": 4}}) == [f"no {kind}"]
-
-
-def test_warp_groups_are_in_the_machine_code() -> None:
-    """The PTX calls them wgmma, the binary for sm_90 HGMMA."""
-    with ahead_of_time.compiled("sm_90") as launches:
-        kernel_calls.Attention("sm_90", "row_fwd", 64)()
-    (launch,) = launches
-    assert launch.matrix["wgmma.mma_async"] > 0
-    assert ahead_of_time.inspect(launch.binary, "--dump-sass").count("HGMMA") > 0
-
-
-def test_what_is_compiled_is_what_is_launched() -> None:
-    """Strides with other divisors are kernels of their own; sizes alike are not."""
-    q, words, numbers = (
-        torch.empty(1, 2, 512, 64, device="meta", dtype=torch.bfloat16) for _ in range(3)
-    )
-    words, numbers = (
-        words.new_empty(512, dtype=torch.int32),
-        numbers.new_empty(1, 2, 512, dtype=torch.float32),
-    )
-    keys = q[:, :, :32]
-    with ahead_of_time.compiled("sm_90") as launches:
-        for rows in (q, q.clone(), q.new_empty(1, 2, 512, 65)[..., :64]):
-            layout_attention.layout_attention_fwd(
-                rows, keys, keys, words, words[:32], numbers, "max", 1.0
-            )
-    assert [launch.kernel for launch in launches] == ["layout_attention_row_fwd_kernel"] * 2
-
-
-def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others hold 65,535 programs."""
-    grids = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple) -> Callable:
-            return lambda *_, **__: grids.append(grid)
-
-    monkeypatch.setattr(selection, "long_thresholds", lambda *_: None)
-    for kernel in ("mask_kernel", "sega_combine_kernel"):
-        monkeypatch.setattr(sega, kernel, Recorder())
-    x = torch.empty(1, 2**27, device="meta")
-    sega.percentile_mask(x, 0.9)
-    each = {"edit_guidance_scale": [5.0], "edit_threshold": [0.9], "weights": [1.0]}
-    each |= {"partials": [0.0], "all_warm": True, "reverse": [False]}
-    numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
-    eps = x[None]
-    sega.sega_guidance(eps, eps, eps[None], eps, **each, **numbers)
-    assert len(grids) == 2
-    assert all(len(grid) == 1 and grid[0] >= 2**27 // sega.TILE for grid in grids)

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from ptx import Fault, emulated
 
 pytestmark = pytest.mark.costly
 Run = Callable[..., Tensor]
@@ -232,3 +233,18 @@ def test_atomics(same_in_every_order: Run) -> None:
     odd = torch.arange(512) % 2 == 1
     assert torch.equal(out[6:518], torch.where(odd, torch.arange(512) - 1, swapped).int())
     assert (out[518:] == 1).all()
+
+
+@triton.jit
+def add_to_one(x_ptr, sum_ptr):
+    tl.atomic_add(sum_ptr, tl.load(x_ptr + tl.program_id(0)))
+
+
+def test_a_result_that_depends_on_the_order_is_a_fault(target: str) -> None:
+    """Sums of floats by atomics: no race, and yet not the same bits in each order."""
+    numbers = torch.tensor([1.0, 2.0**30, 3.0, -(2.0**30)], dtype=torch.float32, device="cpu")
+    with emulated(target, order="each"):
+        add_to_one[(4,)](numbers.abs(), total := numbers.new_zeros(1))
+        with pytest.raises(Fault, match="the result of backward order is not that of forward"):
+            add_to_one[(4,)](numbers, numbers.new_zeros(1))
+    assert total.item() == 2.0**31

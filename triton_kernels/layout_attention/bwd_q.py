@@ -82,12 +82,38 @@ def _inner_products(
     a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
     x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM).to(tl.float32)
     y = load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM)
-    total = _sums(x * y, exist[:, None])
+    total = _sum(x * y, exist[:, None], True)
     if PART_1 > 0:
         x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM).to(tl.float32)
         y = load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += _sums(x * y, exist[:, None])
+        total += _sum(x * y, exist[:, None], True)
     return total
+
+
+@triton.jit
+def _add_sums(
+    sums,
+    grad,
+    weights,
+    distance,
+    meets,
+    there,
+    MODULATION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """A row's sums over keys, one tile further: of matched keys' ds', of ds' times the distance to
+    the key's extreme, of all ds', and of weights as of the first two.
+    """
+    grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
+    grad_in = _add(grad_in, tl.sum(tl.where(meets, grad, 0.0), 1), EXACT)
+    if EXACT:
+        grad_all = _add(grad_all, _sum(grad, there, EXACT), EXACT)
+        weight_in += tl.sum(tl.where(meets, weights, 0.0), 1)
+    if MODULATION == "range":
+        grad_distance = _add(grad_distance, _sum(grad * distance, there, EXACT), EXACT)
+        if EXACT:
+            weight_distance += _sum(weights * distance, there, EXACT)
+    return grad_in, grad_distance, grad_all, weight_in, weight_distance
 
 
 @triton.jit
@@ -105,11 +131,11 @@ def _add(total, x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _sums(products, there):
-    """Each row's sum of products. One that fused with the first exchange between lanes would leave
-    them with sums that differ: a select lies between.
+def _sum(products, there, APART: tl.constexpr):
+    """Each row's sum of products. Where a lane has one product of a row, it would fuse with the
+    first exchange between lanes and leave them with sums that differ: a select keeps them apart.
     """
-    return tl.sum(tl.where(there, products, 0.0), 1)
+    return tl.sum(tl.where(there, products, 0.0) if APART else products, 1)
 
 
 @triton.jit
@@ -171,8 +197,7 @@ def layout_attention_bwd_q_kernel(
     best, best_key = nothing + float("-inf"), tl.zeros([BLOCK_M], tl.int32)
     least, least_key = best, best_key
     acc, zero = zero_rows(BLOCK_M, PART_0, PART_1), (nothing, nothing)
-    grad_in, grad_distance, grad_all = zero, zero, zero
-    weight_in, weight_distance = nothing, nothing
+    sums = zero, zero, zero, nothing, nothing
     listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
     for place in range(count):
         first = tile_at(listed, tl.cdiv(seqlen_k, BLOCK_N), place, num_whole, tiles) * BLOCK_N
@@ -186,17 +211,9 @@ def layout_attention_bwd_q_kernel(
         weights = weights_of(raw, (tau * LOG2_E)[:, None], anchor[:, None], offsets, EXACT)
         weights = tl.where(there[None, :] & ((MODULATION != "mask") | meets), weights, 0.0)
         grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
-        grad_in = _add(grad_in, tl.sum(tl.where(meets, grad, 0.0), 1), EXACT)
-        if EXACT:
-            grad_all = _add(grad_all, _sums(grad, there[None, :]), EXACT)
-            weight_in += tl.sum(tl.where(meets, weights, 0.0), 1)
+        distance = tl.where(meets, high[:, None], low[:, None]) - raw
+        sums = _add_sums(sums, grad, weights, distance, meets, there[None, :], MODULATION, EXACT)
         if MODULATION == "range":
-            distance = tl.where(meets, high[:, None], low[:, None]) - raw
-            if EXACT:
-                grad_distance = _add(grad_distance, _sums(grad * distance, there[None, :]), EXACT)
-                weight_distance += _sums(weights * distance, there[None, :])
-            else:  # a lane sums several keys before it exchanges
-                grad_distance = _add(grad_distance, tl.sum(grad * distance, 1), EXACT)
             least, least_key = _first_extreme(least, least_key, raw, there, keys, False)
         if MODULATION == "range" or MODULATION == "max":
             best, best_key = _first_extreme(best, best_key, raw, there, keys, True)
@@ -207,10 +224,10 @@ def layout_attention_bwd_q_kernel(
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    (grad_in, _), (grad_distance, _), (grad_all, _), weight_in, weight_distance = sums
     # ds' sums to grad_lse over a row: what is left delta has missed, and is taken out of the sums.
-    grad_in, grad_distance = grad_in[0], grad_distance[0]
     if EXACT:
-        missed = grad_all[0] - through_lse
+        missed = grad_all - through_lse
         grad_in = grad_in - missed * weight_in
         grad_distance = grad_distance - missed * weight_distance
         shift += missed

@@ -51,7 +51,9 @@ def emulated(
     seed: int = 0,
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[list[Run]]:
-    """Every launch in its body is emulated, its PTX edited first; raises Fault."""
+    """Every launch in its body is emulated, its PTX edited first; raises Fault. With the order
+    "each" every launch runs in all of them, and must give the same bits.
+    """
     from dense_attn.triton_kernels import configs  # whose package reads the environment
 
     runs: list[Run] = []
@@ -70,16 +72,17 @@ def emulated(
             modules[text] = Module(text)
         module = modules[text]
         before = module.executed
-        module.launch(
+        given = (
             kernel.metadata.name,
             [*arguments(kernel.src.signature, bound), 0, 0],  # no scratch memory
             sizes,
             (32 * kernel.metadata.num_warps,),
             kernel.metadata.shared,
-            order,
-            harsh,
-            seed,
         )
+        if order == "each":
+            module.launch_in_every_order(*given, harsh=harsh, seed=seed)
+        else:
+            module.launch(*given, order=order, harsh=harsh, seed=seed)
         runs.append(Run(kernel.metadata.name, module.executed - before, text))
         return kernel
 

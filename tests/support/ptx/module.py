@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .build import Options, library
@@ -19,7 +20,7 @@ Number = int | float | bool
 
 
 class Fault(Exception):
-    """What a kernel must not do; the text says what, which line and which thread."""
+    """A breach by a kernel; the text says which, at what line and by which thread."""
 
 
 class Module:
@@ -31,6 +32,27 @@ class Module:
         self._arrays = [np.frombuffer(bytearray(x), np.uint8) for x in self._unit.globals.values()]
         self._encoded: dict[str, Encoded] = {}
         self.executed = 0  # instructions of warps, of all launches
+
+    def launch_in_every_order(
+        self,
+        kernel: str,
+        arguments: Sequence[Tensor | Number],
+        *others: object,
+        **named: object,
+    ) -> None:
+        """Launch in each order of warps and programs; Fault where the bits are not the same."""
+        storages = {x.untyped_storage().data_ptr(): x for x in arguments if isinstance(x, Tensor)}
+        memory = [_memory(x) for x in storages.values()]
+        before, first = [x.clone() for x in memory], None
+        for order in ORDERS:
+            for now, then in zip(memory, before):
+                now.copy_(then)
+            self.launch(kernel, arguments, *others, **named, order=order)
+            first = first or [x.clone() for x in memory]
+            if not all(torch.equal(x, y) for x, y in zip(memory, first)):
+                raise Fault(
+                    f"{kernel}: the result of {order} order is not that of {ORDERS[0]} order"
+                )
 
     def launch(
         self,
@@ -102,6 +124,11 @@ class Module:
     def _told(self, kernel: str, line: int, message: str) -> str:
         text = self._lines[line - 1].strip() if line > 0 else ""
         return f"{kernel}: {message} at line {line}, {self._unit.source.get(line, '')}: {text}"
+
+
+def _memory(x: Tensor) -> Tensor:
+    """All bytes of the storage under a tensor."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(x.untyped_storage())
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

@@ -15,7 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """How the kernels are compiled and run."""
     group = parser.getgroup("emulated kernels")
     group.addoption("--ptx-target", default="sm_90", choices=("sm_80", "sm_90"))
-    group.addoption("--ptx-order", default="forward", choices=("forward", "backward", "random"))
+    orders = ("forward", "backward", "random", "each")
+    group.addoption("--ptx-order", default="forward", choices=orders)
     group.addoption("--ptx-harsh", action="store_true", help="inexact units as far off as they may")
 
 

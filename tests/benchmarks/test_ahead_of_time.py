@@ -1,0 +1,124 @@
+"""Kernels compiled for devices that are not here: what breaks a rule is seen, and what is compiled
+is what is launched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dense_attn.benchmarks.compiled import (
+    ahead_of_time,
+    counts,
+    kernel_calls,
+    kernel_table,
+    model,
+    plain_attention,
+)
+from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
+from dense_attn.triton_kernels.sega import selection
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled, not found."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled_rows(call: kernel_calls.Attention | kernel_calls.Other) -> list[kernel_table.Row]:
+    return kernel_table.compile_call(call, modelled=False)
+
+
+def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: a tile too large for four warps."""
+    monkeypatch.setitem(configs.FORWARD["sm_90"], 96, configs.Config(128, 64, 4, 3))
+    rows = compiled_rows(kernel_calls.Attention("sm_90", "fwd", 64))
+    assert any("spilled" in fault for row in rows for fault in kernel_table.faults(row))
+
+
+def test_too_much_shared_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ahead_of_time.SHARED_LIMITS, "sm_90", 1024)
+    rows = compiled_rows(kernel_calls.Attention("sm_90", "row_fwd", 40))
+    assert any("shared memory" in fault for row in rows for fault in kernel_table.faults(row))
+
+
+def test_fusion_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(reversible.LAUNCH, "enable_fp_fusion", True)
+    rows = compiled_rows(kernel_calls.Other("sm_90", "reversible"))
+    assert any("fused multiply-adds" in fault for row in rows for fault in kernel_table.faults(row))
+
+
+def test_warp_groups_are_in_the_machine_code() -> None:
+    """The PTX calls them wgmma, the binary for sm_90 HGMMA."""
+    with ahead_of_time.compiled("sm_90") as launches:
+        kernel_calls.Attention("sm_90", "row_fwd", 64)()
+    (launch,) = launches
+    assert launch.matrix["wgmma.mma_async"] > 0
+    assert ahead_of_time.inspect(launch.binary, "--dump-sass").count("HGMMA") > 0
+
+
+def test_what_is_compiled_is_what_is_launched() -> None:
+    """Strides with other divisors are kernels of their own; sizes alike are not."""
+    q, words, numbers = (
+        torch.empty(1, 2, 512, 64, device="meta", dtype=torch.bfloat16) for _ in range(3)
+    )
+    words, numbers = (
+        words.new_empty(512, dtype=torch.int32),
+        numbers.new_empty(1, 2, 512, dtype=torch.float32),
+    )
+    keys = q[:, :, :32]
+    with ahead_of_time.compiled("sm_90") as launches:
+        for rows in (q, q.clone(), q.new_empty(1, 2, 512, 65)[..., :64]):
+            layout_attention.layout_attention_fwd(
+                rows, keys, keys, words, words[:32], numbers, "max", 1.0
+            )
+    assert [launch.kernel for launch in launches] == ["layout_attention_row_fwd_kernel"] * 2
+
+
+def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others hold 65,535 programs."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple) -> Callable:
+            return lambda *_, **__: grids.append(grid)
+
+    monkeypatch.setattr(selection, "long_thresholds", lambda *_: None)
+    for kernel in ("mask_kernel", "sega_combine_kernel"):
+        monkeypatch.setattr(sega, kernel, Recorder())
+    x = torch.empty(1, 2**27, device="meta")
+    sega.percentile_mask(x, 0.9)
+    each = {"edit_guidance_scale": [5.0], "edit_threshold": [0.9], "weights": [1.0]}
+    each |= {"partials": [0.0], "all_warm": True, "reverse": [False]}
+    numbers = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
+    eps = x[None]
+    sega.sega_guidance(eps, eps, eps[None], eps, **each, **numbers)
+    assert len(grids) == 2
+    assert all(len(grid) == 1 and grid[0] >= 2**27 // sega.TILE for grid in grids)
+
+
+def test_the_machine_code_has_the_waits_and_products_of_the_ptx() -> None:
+    """In the loop of plain attention, whose copies run ahead."""
+    q = torch.empty(1, 1, 64, 64, device="meta", dtype=torch.float16)
+    with ahead_of_time.compiled("sm_90") as launches:
+        plain_attention.attention_fwd(q, q, q, 1.0, plain_attention.Tile(64, 32, 4, 3))
+    (launch,) = launches
+    (loop,) = model.function_of(launch).inner_loops
+    (ptx,) = re.finditer(r"(?ms)^(\$L__BB0_\d+):.*?\bbra\s+\1;", launch.assembly)
+    waits = [
+        [int(found) for found in re.findall(rf"{kind}\.wait_group\D*(\d+);", ptx.group())]
+        for kind in ("cp.async", "wgmma")
+    ]
+    assert list(counts.waits(loop)) == waits == [[2], [0]]
+    shapes = Counter(re.findall(r"wgmma.mma_async.sync.aligned.m(\w+)\.", ptx.group()))
+    found = Counter()
+    for opcode, count in counts.tensor(loop).items():
+        found[re.sub(r"HGMMA\.(\d+)x(\d+)x(\d+)\..*", r"\1n\2k\3", opcode)] += count
+    assert found == shapes == {"64n32k16": 4, "64n64k16": 2}
