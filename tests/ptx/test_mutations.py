@@ -148,7 +148,7 @@ FOUND = {  # of those that change what runs; a share a column
         "percentile of bfloat16":      "7/7      -    -      -     -     -     -      -     6/7",
         "guidance":                    "16/16    -    -      -     -     -     -      -     17/20",
         "staged guidance":             "16/16    -    -      -     -     -     -      -     15/19",
-        "guidance by several programs":"84/86    2/2  -      -      -     -     -      -      62/99",
+        "guidance by several programs": "84/86  2/2  -      -      -     -     -      -      62/99",
     },
     "sm_90": {
         "forward":                     "44/56    1/1  12/12  8/12  9/16  1/16  12/12  8/12  31/55",
@@ -163,7 +163,7 @@ FOUND = {  # of those that change what runs; a share a column
         "percentile of bfloat16":      "35/35    -    -      -     -     -     -      -     6/7",
         "guidance":                    "16/16    -    -      -     -     -     -      -     16/20",
         "staged guidance":             "16/16    -    -      -     -     -     -      -     15/19",
-        "guidance by several programs":"84/86    6/6  -      -      -     -     -      -      65/99",
+        "guidance by several programs": "84/86  6/6  -      -      -     -     -      -      65/99",
     },
 }  # fmt: skip
 SLACK = 0.05  # another compiler's kernels have other mutants
