@@ -177,7 +177,7 @@ def shares(target: str, name: str) -> dict[str, str]:
 @pytest.mark.full
 @pytest.mark.parametrize("name", CALLS)
 def test_mutants(name: str, target: str, tiles: None) -> None:
-    """As many are found as the table says, of those that change what runs."""
+    """The shares found are those of the table; mutants that change nothing of a run do not count."""
     call, arguments, names = CALLS[name]
     seen, found, idle, missed = Counter(), Counter(), Counter(), []
     for kernel in kernels(lambda: [call(*one) for one in arguments], target):
