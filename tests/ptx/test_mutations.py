@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
 from ptx.mutations import kernels, mutants
 
 from dense_attn.triton_kernels import configs, layout_attention, sega
@@ -166,7 +167,8 @@ FOUND = {  # of those that change what runs; a share a column
         "guidance by several programs": "84/86  6/6  -      -      -     -     -      -      65/99",
     },
 }  # fmt: skip
-SLACK = 0.05  # another compiler's kernels have other mutants
+SLACK = 0.05  # a kernel that changes a little has other mutants
+COMPILER = "3.9."  # whose kernels the table is about
 
 
 def shares(target: str, name: str) -> dict[str, str]:
@@ -175,9 +177,12 @@ def shares(target: str, name: str) -> dict[str, str]:
 
 
 @pytest.mark.full
+@pytest.mark.skipif(
+    not triton.__version__.startswith(COMPILER), reason=f"the table is of Triton {COMPILER}"
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_mutants(name: str, target: str, tiles: None) -> None:
-    """The shares found are those of the table; mutants that change nothing of a run do not count."""
+    """The shares of the table are found; what changes nothing of a run does not count."""
     call, arguments, names = CALLS[name]
     seen, found, idle, missed = Counter(), Counter(), Counter(), []
     for kernel in kernels(lambda: [call(*one) for one in arguments], target):
