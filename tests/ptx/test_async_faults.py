@@ -19,6 +19,12 @@ COPIES = {
     + cp.async.wait_group 0;
     ld.shared.b32 %r1, [%own];
     st.global.b32 [%to], %r1;""", lambda x: x),
+    "a copy that outlives its warp": Planted("""
+    ld.global.b32 %r1, [%from];
+    cp.async.ca.shared.global [%own], [%from], 4;
+    cp.async.commit_group;
+    + cp.async.wait_group 0;
+    st.global.b32 [%to], %r1;""", lambda x: x),
     "a wait for all but the last": Planted("""
     cp.async.ca.shared.global [%own], [%from], 4;
     cp.async.commit_group;

@@ -82,6 +82,17 @@ RACES = {
     add.u32 %r2, %r2, %s;
     ld.shared.b32 %r1, [%r2];
     st.global.b32 [%to], %r1;""", lambda x: x.view(-1, 2).flip(1).flatten()),
+    "a matrix of several lanes without a barrier of their warp": Planted("""
+    mov.b32 %r1, 0x00070007;
+    shr.u32 %r2, %t, 5;
+    and.b32 %r3, %t, 7;
+    mad.lo.u32 %r2, %r2, 8, %r3;
+    shl.b32 %r2, %r2, 4;
+    add.u32 %r2, %r2, %s;
+    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r2], {%r1};
+    + bar.warp.sync -1;
+    ld.shared.u16 %r3, [%r2 + 6];
+    st.global.b32 [%to], %r3;""", lambda x: x * 0 + 7, target="sm_90a"),
     "two warps write one place": Planted("""
     ld.global.b32 %r1, [%from];
     and.b32 %r2, %t, 31;

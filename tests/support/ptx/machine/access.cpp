@@ -152,7 +152,9 @@ void matrices(Step& step, bool stores) {  // [base, offset, how many, registers 
         int lane = 8 * matrix + row;
         auto value = reinterpret_cast<uint8_t*>(values[row]);
         step.machine.at_lane(lane);
-        step.memory().write(*regions[lane], rows[lane], value, 16, step.who(lane));
+        Who all = step.who(lane);
+        all.lane = kManyLanes;  // each brings a part of every row
+        step.memory().write(*regions[lane], rows[lane], value, 16, all);
       }
     } else {
       for (int row = 0; row < 8; ++row) std::memcpy(values[row], rows[8 * matrix + row], 16);

@@ -125,12 +125,13 @@ void Memory::write(Region& region, uint8_t* at, const uint8_t* value, int size, 
     }
     if (cell.read_bytes & bytes && !who.atomic) {
       bool others = cell.many_programs || cell.read_program != who.program;
-      for (uint32_t warps = cell.read_warps; warps && !others; warps &= warps - 1)
-        others = !ordered(cell.read_tick, std::countr_zero(warps), cell.read_lane, who);
+      int reader = std::countr_zero(cell.read_warps);
+      for (uint32_t warps = cell.read_warps; warps && !others; warps &= warps - 1) {
+        reader = std::countr_zero(warps);
+        others = !ordered(cell.read_tick, reader, cell.read_lane, who);
+      }
       if (others && !(same && cell.read_program != who.program))
-        throw Fault("race: writes what " +
-                    thread(cell.read_program, std::countr_zero(cell.read_warps), cell.read_lane) +
-                    " reads");
+        throw Fault("race: writes what " + thread(cell.read_program, reader, cell.read_lane) + " reads");
     }
     bool keeps = cell.write_program == who.program && cell.write_tick == who.tick;
     cell.write_bytes = (keeps ? cell.write_bytes : 0) | bytes;

@@ -144,6 +144,10 @@ void Machine::run_warp(Warp& warp) {
       warp.paths.pop_back();
     }
     if (warp.paths.empty()) {
+      bool products = !warp.open_products.empty() || !warp.products.empty();
+      auto any = [](const std::vector<Copy>& group) { return !group.empty(); };
+      if (products || any(warp.open_copies) || std::any_of(warp.copies.begin(), warp.copies.end(), any))
+        throw Fault("a warp ends before the copies and products that it has not waited for");
       warp.done = true;
       return;
     }
