@@ -40,9 +40,10 @@ void Memory::start_program(uint32_t garbage, int warps) {
   order = Order(warps);
 }
 
-uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region) {
-  if (address % std::min(size, 16))
-    throw Fault("address " + hex(address) + " must be aligned to " + std::to_string(size) + " bytes");
+uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region, int aligned) {
+  if (aligned == 0) aligned = size;
+  if (address % std::min(aligned, 16))
+    throw Fault("address " + hex(address) + " must be aligned to " + std::to_string(aligned) + " bytes");
   if (space == generic_ && address & kSharedWindow) space = shared_, address &= ~kSharedWindow;
   if (space == shared_) {
     address = uint32_t(address);
@@ -55,7 +56,7 @@ uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region) {
   for (size_t i = 0; i <= storages_.size(); ++i) {
     size_t at = i ? i - 1 : last_found_;
     if (at < storages_.size() && address >= storages_[at].begin &&
-        address + size <= storages_[at].end) {
+        address < storages_[at].end && uint64_t(size) <= storages_[at].end - address) {
       last_found_ = at;
       region = &storages_[at];
       return reinterpret_cast<uint8_t*>(address);

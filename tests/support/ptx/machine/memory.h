@@ -65,7 +65,8 @@ class Memory {
   void start_program(uint32_t garbage, int warps);
 
   // The memory of an access of `size` bytes, checked; Fault otherwise.
-  uint8_t* find(int space, uint64_t address, int size, Region*& region);
+  // An address must be a multiple of `aligned`, or of the size where it is 0.
+  uint8_t* find(int space, uint64_t address, int size, Region*& region, int aligned = 0);
   void read(Region& region, const uint8_t* at, int size, const Who& who);
   void write(Region& region, uint8_t* at, const uint8_t* value, int size, const Who& who);
   // The bytes that an asynchronous product reads: unchanged since `issued`, and fenced.
