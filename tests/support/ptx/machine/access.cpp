@@ -121,7 +121,7 @@ void start_copy(Step& step) {  // [to, offset, from, offset, bytes, bytes read o
     if (step.number(6) >= 0 && step.source(6)[lane]) copy.read = 0;
     Region* region;
     uint8_t* to = step.memory().find(shared_, copy.to, copy.size, region);
-    step.memory().announce(*region, to, copy.size);
+    step.memory().announce(*region, to, copy.size, step.who(lane));
     if (copy.read) step.memory().find(global_, copy.from, copy.read, region, copy.size);
     std::memset(to, 0xa5, copy.size);
     step.warp.open_copies.push_back(copy);

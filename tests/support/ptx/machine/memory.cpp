@@ -106,6 +106,29 @@ void Memory::read(Region& region, const uint8_t* at, int size, const Who& who) {
   }
 }
 
+void Memory::refuse_race(const Cell& cell, uint8_t bytes, bool same, const Who& who) const {
+  bool both_atomic = cell.atomic && who.atomic;
+  if (cell.write_bytes & bytes && !same && !both_atomic) {
+    bool mine = cell.write_program == who.program;
+    bool at_once = mine && cell.write_tick == who.tick && cell.write_warp == who.warp;
+    if (at_once && cell.write_lane != who.lane)
+      throw Fault("lane " + std::to_string(cell.write_lane) +
+                  " of this instruction writes another value to the same address");
+    if (!mine || !ordered(cell.write_tick, cell.write_warp, cell.write_lane, who))
+      throw Fault("race: overwrites what " +
+                  thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
+  }
+  if (cell.read_bytes & bytes && !who.atomic) {
+    bool others = cell.many_programs || cell.read_program != who.program;
+    for (uint32_t warps = cell.read_warps; warps && !others; warps &= warps - 1)
+      others = !ordered(cell.read_tick, std::countr_zero(warps), cell.read_lane, who);
+    if (others && !(same && cell.read_program != who.program))
+      throw Fault("race: writes what " +
+                  thread(cell.read_program, std::countr_zero(cell.read_warps), cell.read_lane) +
+                  " reads");
+  }
+}
+
 void Memory::write(Region& region, uint8_t* at, const uint8_t* value, int size, const Who& who) {
   uint64_t begin = offset_of(region, at), end = begin + size;
   bool same = std::memcmp(at, value, size) == 0;
@@ -113,26 +136,7 @@ void Memory::write(Region& region, uint8_t* at, const uint8_t* value, int size, 
     Cell& cell = region.at(a);
     uint8_t bytes = touched(a, begin, end);
     if (cell.coming) throw Fault("writes bytes of a copy that has not been waited for");
-    bool both_atomic = cell.atomic && who.atomic;
-    if (cell.write_bytes & bytes && !same && !both_atomic) {
-      bool mine = cell.write_program == who.program;
-      bool at_once = mine && cell.write_tick == who.tick && cell.write_warp == who.warp;
-      if (at_once && cell.write_lane != who.lane)
-        throw Fault("lane " + std::to_string(cell.write_lane) +
-                    " of this instruction writes another value to the same address");
-      if (!mine || !ordered(cell.write_tick, cell.write_warp, cell.write_lane, who))
-        throw Fault("race: overwrites what " +
-                    thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
-    }
-    if (cell.read_bytes & bytes && !who.atomic) {
-      bool others = cell.many_programs || cell.read_program != who.program;
-      for (uint32_t warps = cell.read_warps; warps && !others; warps &= warps - 1)
-        others = !ordered(cell.read_tick, std::countr_zero(warps), cell.read_lane, who);
-      if (others && !(same && cell.read_program != who.program))
-        throw Fault("race: writes what " +
-                    thread(cell.read_program, std::countr_zero(cell.read_warps), cell.read_lane) +
-                    " reads");
-    }
+    refuse_race(cell, bytes, same, who);
     bool keeps = cell.write_program == who.program && cell.write_tick == who.tick;
     cell.write_bytes = (keeps ? cell.write_bytes : 0) | bytes;
     cell.write_program = who.program;
@@ -170,11 +174,12 @@ void Memory::read_async(Region& region, uint64_t address, int size, const Who& w
   }
 }
 
-void Memory::announce(Region& region, uint8_t* at, int size) {
+void Memory::announce(Region& region, uint8_t* at, int size, const Who& who) {
   uint64_t begin = offset_of(region, at);
   for (uint64_t a = begin; a < begin + size; a += kCellBytes) {
     Cell& cell = region.at(a);
     if (cell.coming) throw Fault("a copy goes where another is on its way");
+    refuse_race(cell, touched(a, begin, begin + size), false, who);
     cell.coming = true;
   }
 }
