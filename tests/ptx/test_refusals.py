@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+import ptx
 from ptx import Fault, Module, Unsupported
 
 KERNEL = """
@@ -155,3 +162,16 @@ def test_a_module_begins_every_order_alike() -> None:
     body = "mov.u64 %x5, counter; atom.global.add.u32 %r1, [%x5], 1;"
     module, out = Module(KERNEL.replace("BODY", body)), torch.zeros(1, device="cpu")
     module.launch_in_every_order("edge", [out], (1,), (1,))
+
+
+def test_verify_says_that_a_compiler_is_missing(tmp_path: Path) -> None:
+    folder = shutil.copytree(Path(ptx.__file__).parent, tmp_path / "tests" / "support" / "ptx")
+    done = subprocess.run(
+        [sys.executable, folder],
+        env=os.environ | {"CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    says = "dense_attn verify: CXX must be a C++ compiler, got 'no-such-compiler'\n"
+    assert (done.returncode, done.stderr) == (2, says)

@@ -136,9 +136,9 @@ def kernels(call: Callable[[], object], target: str) -> list[Kernel]:
     texts: list[str] = []
     launch = Module.launch
 
-    def note(module: Module, name: str, arguments: list, *rest: object) -> None:
-        found.setdefault(texts[-1], Kernel(name, texts[-1])).add(arguments, rest[:3])
-        launch(module, name, arguments, *rest)
+    def note(module: Module, name: str, arguments: list, *sizes: object, **how: object) -> None:
+        found.setdefault(texts[-1], Kernel(name, texts[-1])).add(arguments, sizes)
+        launch(module, name, arguments, *sizes, **how)
 
     def read(ptx: str) -> str:
         texts.append(ptx)
