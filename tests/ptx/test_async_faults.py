@@ -67,6 +67,17 @@ COPIES = {
     cp.async.commit_group;
     cp.async.wait_group 0;
     st.global.b32 [%to], %r2;"""),
+    "a copy on its way into what others read, a barrier before its wait": Planted("""
+    ld.global.b32 %r1, [%from];
+    st.shared.b32 [%own], %r1;
+    bar.sync 0;
+    ld.shared.b32 %r2, [%other];
+    + bar.sync 0;
+    cp.async.ca.shared.global [%own], [%from], 4;
+    cp.async.commit_group;
+    bar.sync 0;
+    cp.async.wait_group 0;
+    st.global.b32 [%to], %r2;"""),
     "a copy out of bounds": Planted("""
     mov.b32 %r1, 4;
     + setp.eq.u32 %p1, %t, 63;

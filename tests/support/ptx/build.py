@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -52,17 +54,19 @@ def library() -> ctypes.CDLL:
 
 
 def _compile(files: list[Path], path: Path) -> None:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"CXX must be a C++ compiler, got {compiler[0]!r}")
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         objects = [Path(folder) / f"{file.stem}.o" for file in files]
         running = [
-            subprocess.Popen([compiler, *FLAGS, "-c", str(file), "-o", str(made)])
+            subprocess.Popen([*compiler, *FLAGS, "-c", str(file), "-o", str(made)])
             for file, made in zip(files, objects)
         ]
         if sum(process.wait() for process in running):  # every one is waited for
-            raise RuntimeError("the machine does not compile")
+            raise OSError("the emulator's machine must compile, see above")
         linked = Path(folder) / path.name
-        subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(linked)], check=True)
+        subprocess.run([*compiler, "-shared", *map(str, objects), "-o", str(linked)], check=True)
         linked.replace(path)
 
 

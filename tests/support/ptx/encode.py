@@ -17,6 +17,7 @@ OPS, TYPES, MODES, FLAGS, SPACES, SPECIALS = (
     {name: number for number, name in enumerate(names(which))} for which in range(6)
 )
 WINDOW = {"shared": 1 << 56, "local": 1 << 57}  # generic addresses
+MOST_LOCAL = 512 << 10  # bytes of a thread, of every GPU
 SOURCES = {  # how many operands follow the target
     **dict.fromkeys(("abs", "neg", "not", "cnot", "mov", "popc", "clz", "brev", "bfind"), 1),
     **dict.fromkeys(("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh"), 1),
@@ -75,7 +76,9 @@ class Encoder:
         rows = []
         for one in statements:
             try:
-                rows.append(self._row(one))
+                rows.append(row := self._row(one))
+                if row.mode not in MODES or row.label not in ("", *self._expansion.labels):
+                    raise ValueError(f"{row.mode} {row.label}")
             except (KeyError, IndexError, ValueError) as error:
                 raise Unsupported(f"line {one.line}: {_text(one)} ({error!r})") from error
         targets = [self._expansion.labels[row.label] if row.label else -1 for row in rows]
@@ -93,6 +96,8 @@ class Encoder:
         constants = np.repeat(np.array(list(self._constants) or [0], np.uint64)[:, None], 32, 1)
         as_int32 = np.array(operands or [0], np.int64).astype(np.uint32).view(np.int32)
         local = self._expansion.local_bytes
+        if local > MOST_LOCAL:
+            raise Unsupported(f"{local} bytes of local memory a thread")
         return Encoded(np.array(code, np.int32), as_int32, constants, self.num_registers, local)
 
     def value(self, text: str, kind: str = "b64") -> int:
@@ -131,8 +136,12 @@ class Encoder:
         return self.num_registers + self._constants.setdefault(bits, len(self._constants))
 
     def target(self, text: str) -> int:
+        """A register that is written."""
+        return self._index[text]
+
+    def sink(self, text: str) -> int:
         """A register that is written, -1 for none."""
-        return -1 if text == "_" else self._index[text]
+        return -1 if text == "_" else self.target(text)
 
     def address(self, text: str) -> tuple[int, int]:
         """(the place of its base, its offset)."""
@@ -153,6 +162,7 @@ class Encoder:
             kind = words.pop(0) if words[0] in ("lo", "hi", "wide") else "lo"
             name += "" if kind == "lo" else f"_{kind}"
         row = _modifiers(_Row(name), words)
+        _refuse_unknown(row)
         if len(one.operands) != SOURCES[name] + 1:
             raise ValueError("number of operands")
         target, *sources = one.operands
@@ -173,13 +183,32 @@ def _modifiers(row: _Row, words: list[str]) -> _Row:
             row.flags |= 1 << FLAGS[FLAG_WORDS[word]]
         elif word not in TYPES:
             raise ValueError(f"modifier .{word}")
-    if "relu" in words and (row.op not in ("min", "max") or types != ["s32"]):
-        raise ValueError("modifier .relu")
     row.type = types[0]
     row.from_type = types[-1]
     if len(types) > (2 if row.op in ("cvt", "cvt_pack") else 1):
         raise ValueError("types")
     return row
+
+
+def _refuse_unknown(row: _Row) -> None:
+    """Refuse modifiers and types that the machine would pass over."""
+    arithmetic, extreme = row.op in ("add", "sub", "mul", "fma", "mad"), row.op in ("min", "max")
+    modes, flags = {"plain"}, set()
+    if row.type == "f32":
+        modes |= set(ROUNDINGS[:4]) if arithmetic else {"rn"}
+        flags = {"ftz", "approx", "full"} | ({"sat"} if arithmetic else set())
+    elif row.type in ("f64", "f16", "bf16", "f16x2", "bf16x2"):
+        modes |= {"rn"}
+        others = ("div", "rcp", "sqrt", "copysign") if row.type == "f64" else ()
+        if not (arithmetic or extreme or row.op in ("abs", "neg", "mov", "selp", *others)):
+            raise ValueError("types")
+        flags = {"approx", "ftz"} if (row.op, row.type) == ("rcp", "f64") else set()
+    elif row.type == "s32" and extreme:
+        flags = {"relu"}
+    if extreme and row.type in ("f32", "f16", "bf16", "f16x2", "bf16x2"):
+        flags |= {"propagate"}
+    if row.mode not in modes or row.flags & ~sum(1 << FLAGS[flag] for flag in flags):
+        raise ValueError("modifiers")
 
 
 def _text(one: Statement) -> str:

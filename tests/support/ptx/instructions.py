@@ -35,6 +35,15 @@ def _untyped(words: list[str], *known: str) -> str:
     return kinds[0]
 
 
+def _vector(words: list[str]) -> int:
+    """How many registers a load or store has."""
+    return next((int(w[1]) for w in words if w in ("v2", "v4", "v8")), 1)
+
+
+def _is_float(row: _Row) -> bool:
+    return row.type[0] in "fbt" and row.type not in ("b8", "b16", "b32", "b64")
+
+
 def _space(words: list[str]) -> str:
     return next(
         (w for w in words if w in ("global", "shared", "local", "param", "const")), "generic"
@@ -51,7 +60,7 @@ class Instructions(Encoder):
             parts = [self.value(x, kind) for x in _parts(source)]
             return _Row("pack", kind, numbers=[self.target(target), *parts])
         if target.startswith("{"):
-            parts = [self.target(x) for x in _parts(target)]
+            parts = [self.sink(x) for x in _parts(target)]
             return _Row("unpack", kind, numbers=[*parts, self.value(source)])
         return _Row("mov", kind, numbers=[self.target(target), self.value(source, kind)])
 
@@ -62,6 +71,9 @@ class Instructions(Encoder):
         mode = INTEGER_COMPARISONS.get(comparison, comparison)
         if mode in INTEGER_COMPARISONS.values() and comparison in INTEGER_COMPARISONS:
             row.type = row.type.replace("b", "u")
+        narrow = row.type in ("f16", "bf16")
+        if row.flags & ~(0 if narrow else 1 << FLAGS["ftz"]) or "x2" in row.type:
+            raise ValueError("modifiers")
         targets, left, right, *third = operands
         p, _, q = targets.partition("|")
         if bool(third) != bool(joins):
@@ -85,6 +97,10 @@ class Instructions(Encoder):
             return row
         if "x2" in row.type + row.from_type:
             raise ValueError("types")
+        known = (1 << FLAGS["ftz"]) | (1 << FLAGS["sat"])
+        from_integer = row.from_type[0] in "us" and _is_float(row)
+        if row.flags & ~known or ("sat" in words and from_integer):
+            raise ValueError("modifiers")
         width = TYPES[self.type_of(target)]
         row.numbers = [self.target(target), self.value(sources[0], row.from_type), width]
         return row
@@ -105,9 +121,9 @@ class Instructions(Encoder):
         kind = _untyped(words, "v2", "v4", "v8", "const")
         target, place = operands[:2]
         parts = _parts(target)
-        if (len(parts) > 1) != any(w in words for w in ("v2", "v4", "v8")) or len(operands) > 2:
+        if len(parts) != _vector(words) or len(operands) > 2:
             raise ValueError("operands")
-        registers = [self.target(x) for x in parts]
+        registers = [self.sink(x) for x in parts]
         width = TYPES[next(self.type_of(x) for x in parts if x != "_")]
         space = _symbol_space(place) or _space(words)
         space = "global" if space == "const" else space
@@ -117,6 +133,8 @@ class Instructions(Encoder):
         kind = _untyped(words, "v2", "v4", "v8")
         place, source = operands
         values = [self.value(x, kind) for x in _parts(source)]
+        if len(values) != _vector(words):
+            raise ValueError("operands")
         space = _symbol_space(place) or _space(words)
         return _Row("st", kind, numbers=[*self.address(place), *values], space=space)
 
@@ -125,7 +143,7 @@ class Instructions(Encoder):
         kind = _untyped(words, *ways)
         target, place, by, *other = operands
         mode = ways[0] if ways[0] in MODES else f"m_{ways[0]}"
-        numbers = [self.target(target) if target else -1, *self.address(place)]
+        numbers = [self.sink(target or "_"), *self.address(place)]
         numbers += [self.value(by, kind), self.value(other[0], kind) if other else -1]
         return _Row("atom", kind, mode=mode, numbers=numbers, space=_space(words))
 
@@ -148,6 +166,8 @@ class Instructions(Encoder):
         if words[:2] == ["async", "wait_all"]:
             return _Row("cp_async_wait_group", numbers=[-1])
         known = ("async", "shared", "global", *CACHES)
+        if int(operands[2], 0) not in (4, 8, 16):
+            raise ValueError("size")
         if unknown := [word for word in words if word not in known]:
             raise ValueError(f"modifier .{unknown[0]}")
         to, source, size, *rest = operands
@@ -220,10 +240,12 @@ class Instructions(Encoder):
     _barrier = _bar
 
     def _fence(self, words: list[str], operands: tuple[str, ...]) -> _Row:
-        if words[0] == "proxy":
+        if words[0] == "proxy" and len(words) > 1:
             if words[1] != "async":
                 raise ValueError("kind of fence")
             return _Row("fence_proxy")
+        if not set(words) <= {*SCOPES, "sc", "gl"}:
+            raise ValueError("kind of fence")
         return _Row("fence")
 
     _membar = _fence
@@ -254,9 +276,11 @@ class Instructions(Encoder):
             "f32",
             b,
         )
-        if not known or depth > most:
+        if not known or depth not in (most // 2, most):
             raise ValueError("kind of product")
         to, *sources = ([*_parts(x)] for x in operands)
+        if [len(x) for x in (to, *sources)] != [4, 4 * depth // most, 2 * depth // most, 4]:
+            raise ValueError("operands")
         numbers = [depth, *(self.target(x) for x in to)]
         numbers += [self.value(x, "f32") for source in sources for x in source]
         return _Row("mma", "f32", a, numbers=numbers)

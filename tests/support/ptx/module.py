@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from .encode import Encoded
 from .instructions import Instructions
 from .parse import Expansion, Unit, Unsupported
 
+MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+MOST_THREADS, MOST_SHARED = 1024, 227 << 10  # of sm_90
 ORDERS = ("forward", "backward", "random")
 Number = int | float | bool
 
@@ -43,6 +46,7 @@ class Module:
         """Launch in each order of warps and programs; Fault where the bits are not the same."""
         storages = {x.untyped_storage().data_ptr(): x for x in arguments if isinstance(x, Tensor)}
         memory = [_memory(x) for x in storages.values()]
+        memory += [torch.from_numpy(x) for x in self._arrays if x.size]
         before, first = [x.clone() for x in memory], None
         for order in ORDERS:
             for now, then in zip(memory, before):
@@ -66,6 +70,7 @@ class Module:
         seed: int = 0,
     ) -> None:
         """Run every program, its warps in an order between barriers; raises Fault."""
+        _check(grid, block, dynamic_shared)
         code = self._code(kernel)
         params = self._params(kernel, arguments)
         storages = self._storages(arguments)
@@ -111,6 +116,8 @@ class Module:
             raise ValueError(f"arguments must be {len(places)}, got {len(arguments)}")
         params = bytearray(max((place + size for place, size in places), default=0))
         for (place, size), value in zip(places, arguments):
+            if isinstance(value, Tensor) and (size != 8 or value.device.type != "cpu"):
+                raise ValueError(f"a tensor must be a pointer to the CPU's, got {value.device}")
             params[place : place + size] = _bytes(value, size)
         return bytes(params)
 
@@ -124,6 +131,16 @@ class Module:
     def _told(self, kernel: str, line: int, message: str) -> str:
         text = self._lines[line - 1].strip() if line > 0 else ""
         return f"{kernel}: {message} at line {line}, {self._unit.source.get(line, '')}: {text}"
+
+
+def _check(grid: Sequence[int], block: Sequence[int], dynamic_shared: int) -> None:
+    """Refuse what a device refuses to launch; a grid of no programs is left to the machine."""
+    if len(grid) > 3 or not all(0 <= n <= most for n, most in zip(grid, MOST_PROGRAMS)):
+        raise ValueError(f"grid must be at most {MOST_PROGRAMS}, got {tuple(grid)}")
+    if len(block) > 3 or min(block) < 1 or math.prod(block) > MOST_THREADS:
+        raise ValueError(f"block must be 1 to {MOST_THREADS} threads, got {tuple(block)}")
+    if not 0 <= dynamic_shared <= MOST_SHARED:
+        raise ValueError(f"dynamic_shared must be 0 to {MOST_SHARED}, got {dynamic_shared}")
 
 
 def _memory(x: Tensor) -> Tensor:

@@ -185,7 +185,10 @@ class Expansion:
             elif text == "}":
                 frame.scopes.pop()
             elif text.endswith(":"):
-                self.labels[frame.prefix + text[:-1]] = len(self.statements)
+                label = frame.prefix + text[:-1]
+                if label in self.labels:
+                    raise Unsupported(f"line {line}: two labels {text[:-1]}")
+                self.labels[label] = len(self.statements)
             elif text.startswith("."):
                 self._declare(text, frame)
             else:
@@ -201,6 +204,8 @@ class Expansion:
                 each = [f"{found[1]}{i}" for i in range(int(found[2]))] if many else [found[1]]
                 for one in each:
                     unique = f"{frame.prefix}{one}{'~' * (len(frame.scopes) - 1)}"
+                    if self.registers.get(unique, type_[1:]) != type_[1:]:
+                        unique += type_  # of another scope
                     frame.scopes[-1][one] = unique
                     self.registers[unique] = type_[1:]
         elif kind in (".local", ".param"):
@@ -229,6 +234,8 @@ class Expansion:
             if guard:
                 raise Unsupported("a call under a guard")
             self._call(split(rest), frame, callers)
+        elif op.split(".")[0] == "bra":
+            self.statements.append(replace(one, operands=(frame.prefix + rest.strip(),)))
         elif op.split(".")[0] == "ret" and frame.end:
             self.statements.append(replace(one, op="bra", operands=(frame.end,)))
         else:
@@ -262,7 +269,7 @@ class Expansion:
             if name in self.symbols:
                 space, address = self.symbols[name]
                 return f"&{space}:{address}&"
-            return frame.prefix + name if name.startswith(("$", "BB", "L_")) else name
+            return name
 
         return re.sub(r"[$%A-Za-z_][\w$]*(?:\.[xyz])?", unique, operand)
 

@@ -50,7 +50,8 @@ void load(Step& step) {  // [base, offset, type of the registers, registers ...]
     uint64_t address = step.address(0, lane);
     const uint8_t* from;
     if (in.space == param_) {
-      if (address + whole > uint64_t(step.options().num_params)) throw Fault("parameter out of range");
+      uint64_t most = uint64_t(step.options().num_params);
+      if (address > most || most - address < uint64_t(whole)) throw Fault("parameter out of range");
       from = step.params() + address;
     } else if (is_local(in.space, address)) {
       from = local_memory(step.warp, address, whole, lane);
@@ -120,8 +121,8 @@ void start_copy(Step& step) {  // [to, offset, from, offset, bytes, bytes read o
     if (step.number(6) >= 0 && step.source(6)[lane]) copy.read = 0;
     Region* region;
     uint8_t* to = step.memory().find(shared_, copy.to, copy.size, region);
-    step.memory().announce(*region, to, copy.size);
-    if (copy.read) step.memory().find(global_, copy.from, copy.size, region);
+    step.memory().announce(*region, to, copy.size, step.who(lane));
+    if (copy.read) step.memory().find(global_, copy.from, copy.read, region, copy.size);
     std::memset(to, 0xa5, copy.size);
     step.warp.open_copies.push_back(copy);
   });
@@ -174,7 +175,7 @@ void Step::wait_copies(size_t pending) {
       uint8_t value[16] = {};
       Region* region;
       if (copy.read) {
-        const uint8_t* from = memory().find(global_, copy.from, copy.size, region);
+        const uint8_t* from = memory().find(global_, copy.from, copy.read, region, copy.size);
         memory().read(*region, from, copy.read, who(copy.lane));
         std::memcpy(value, from, copy.read);
       }

@@ -113,10 +113,10 @@ float single(const Instruction& in, Bits xb, Bits yb, Bits zb, bool harsh, uint3
   float x = flush(f32(xb), ftz), y = flush(f32(yb), ftz), z = flush(f32(zb), ftz);
   auto near = [&](float value, bool exact = false) { return exact ? value : off(value, seed, harsh); };
   switch (in.op) {
-    case add_: return in.mode <= rn_ ? x + y : to_f32(double(x) + y, in.mode);
-    case sub_: return in.mode <= rn_ ? x - y : to_f32(double(x) - y, in.mode);
+    case add_: return in.mode <= rn_ ? x + y : to_f32(sum_to_odd(x, y), in.mode);
+    case sub_: return in.mode <= rn_ ? x - y : to_f32(sum_to_odd(x, -y), in.mode);
     case mul_: return in.mode <= rn_ ? x * y : to_f32(double(x) * y, in.mode);
-    case fma_: case mad_: return in.mode <= rn_ ? std::fma(x, y, z) : to_f32(std::fma(double(x), y, z), in.mode);
+    case fma_: case mad_: return in.mode <= rn_ ? std::fma(x, y, z) : to_f32(sum_to_odd(double(x) * y, z), in.mode);
     case div_: return in.has(approx_flag) || in.has(full_flag) ? near(x / y) : x / y;
     case min_: return extreme(x, y, false, in.has(propagate_flag));
     case max_: return extreme(x, y, true, in.has(propagate_flag));
@@ -171,6 +171,7 @@ Bits floating(const Instruction& in, Bits x, Bits y, Bits z, bool harsh, uint32_
     Bits a = x >> shift & 0xffff, b = y >> shift & 0xffff, c = z >> shift & 0xffff, one;
     if (in.op == neg_) one = a ^ 0x8000;
     else if (in.op == abs_) one = a & 0x7fff;
+    else if (in.op == fma_) one = to_narrow(sum_to_odd(narrow(a, part) * narrow(b, part), narrow(c, part)), part, rn_);
     else one = to_narrow(twice(in, narrow(a, part), narrow(b, part), narrow(c, part)), part, rn_);
     found |= one << shift;
   }
@@ -200,8 +201,9 @@ Bits converted(const Instruction& in, Bits x) {  // in.type from in.from
   if (!is_float(in.from) && !is_float(in.type)) {
     int64_t value = integer(x, in.from);
     if (!in.has(sat_flag)) return Bits(value);
-    return to_integer(in.from == u64_ ? double(uint64_t(value)) : double(value), in.type,
-                      in.from);
+    Wide whole = in.from == u64_ ? Wide(uint64_t(value)) : Wide(value), one = 1;
+    int digits = 8 * bytes_of(in.type) - is_signed(in.type);
+    return Bits(std::clamp(whole, is_signed(in.type) ? -(one << digits) : 0, (one << digits) - 1));
   }
   if (!is_float(in.from)) {
     int64_t value = integer(x, in.from);

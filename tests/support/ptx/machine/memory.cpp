@@ -40,9 +40,10 @@ void Memory::start_program(uint32_t garbage, int warps) {
   order = Order(warps);
 }
 
-uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region) {
-  if (address % std::min(size, 16))
-    throw Fault("address " + hex(address) + " must be aligned to " + std::to_string(size) + " bytes");
+uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region, int aligned) {
+  if (aligned == 0) aligned = size;
+  if (address % std::min(aligned, 16))
+    throw Fault("address " + hex(address) + " must be aligned to " + std::to_string(aligned) + " bytes");
   if (space == generic_ && address & kSharedWindow) space = shared_, address &= ~kSharedWindow;
   if (space == shared_) {
     address = uint32_t(address);
@@ -55,7 +56,7 @@ uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region) {
   for (size_t i = 0; i <= storages_.size(); ++i) {
     size_t at = i ? i - 1 : last_found_;
     if (at < storages_.size() && address >= storages_[at].begin &&
-        address + size <= storages_[at].end) {
+        address < storages_[at].end && uint64_t(size) <= storages_[at].end - address) {
       last_found_ = at;
       region = &storages_[at];
       return reinterpret_cast<uint8_t*>(address);
@@ -105,6 +106,31 @@ void Memory::read(Region& region, const uint8_t* at, int size, const Who& who) {
   }
 }
 
+void Memory::refuse_race(const Cell& cell, uint8_t bytes, bool same, const Who& who) const {
+  bool both_atomic = cell.atomic && who.atomic;
+  if (cell.write_bytes & bytes && !same && !both_atomic) {
+    bool mine = cell.write_program == who.program;
+    bool at_once = mine && cell.write_tick == who.tick && cell.write_warp == who.warp;
+    if (at_once && cell.write_lane != who.lane)
+      throw Fault("lane " + std::to_string(cell.write_lane) +
+                  " of this instruction writes another value to the same address");
+    if (!mine || !ordered(cell.write_tick, cell.write_warp, cell.write_lane, who))
+      throw Fault("race: overwrites what " +
+                  thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
+  }
+  if (cell.read_bytes & bytes && !who.atomic) {
+    bool others = cell.many_programs || cell.read_program != who.program;
+    int reader = std::countr_zero(cell.read_warps);
+    for (uint32_t warps = cell.read_warps; warps && !others; warps &= warps - 1) {
+      reader = std::countr_zero(warps);
+      others = !ordered(cell.read_tick, reader, cell.read_lane, who);
+    }
+    if (others && !(same && cell.read_program != who.program))
+      throw Fault("race: writes what " + thread(cell.read_program, reader, cell.read_lane) +
+                  " reads");
+  }
+}
+
 void Memory::write(Region& region, uint8_t* at, const uint8_t* value, int size, const Who& who) {
   uint64_t begin = offset_of(region, at), end = begin + size;
   bool same = std::memcmp(at, value, size) == 0;
@@ -112,27 +138,7 @@ void Memory::write(Region& region, uint8_t* at, const uint8_t* value, int size, 
     Cell& cell = region.at(a);
     uint8_t bytes = touched(a, begin, end);
     if (cell.coming) throw Fault("writes bytes of a copy that has not been waited for");
-    bool both_atomic = cell.atomic && who.atomic;
-    if (cell.write_bytes & bytes && !same && !both_atomic) {
-      bool mine = cell.write_program == who.program;
-      bool at_once = mine && cell.write_tick == who.tick && cell.write_warp == who.warp;
-      if (at_once && cell.write_lane != who.lane)
-        throw Fault("lane " + std::to_string(cell.write_lane) +
-                    " of this instruction writes another value to the same address");
-      if (!mine || !ordered(cell.write_tick, cell.write_warp, cell.write_lane, who))
-        throw Fault("race: overwrites what " +
-                    thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
-    }
-    if (cell.read_bytes & bytes && !who.atomic) {
-      bool others = cell.many_programs || cell.read_program != who.program;
-      int reader = std::countr_zero(cell.read_warps);
-      for (uint32_t warps = cell.read_warps; warps && !others; warps &= warps - 1) {
-        reader = std::countr_zero(warps);
-        others = !ordered(cell.read_tick, reader, cell.read_lane, who);
-      }
-      if (others && !(same && cell.read_program != who.program))
-        throw Fault("race: writes what " + thread(cell.read_program, reader, cell.read_lane) + " reads");
-    }
+    refuse_race(cell, bytes, same, who);
     bool keeps = cell.write_program == who.program && cell.write_tick == who.tick;
     cell.write_bytes = (keeps ? cell.write_bytes : 0) | bytes;
     cell.write_program = who.program;
@@ -170,11 +176,12 @@ void Memory::read_async(Region& region, uint64_t address, int size, const Who& w
   }
 }
 
-void Memory::announce(Region& region, uint8_t* at, int size) {
+void Memory::announce(Region& region, uint8_t* at, int size, const Who& who) {
   uint64_t begin = offset_of(region, at);
   for (uint64_t a = begin; a < begin + size; a += kCellBytes) {
     Cell& cell = region.at(a);
     if (cell.coming) throw Fault("a copy goes where another is on its way");
+    refuse_race(cell, touched(a, begin, begin + size), false, who);
     cell.coming = true;
   }
 }

@@ -65,18 +65,20 @@ class Memory {
   void start_program(uint32_t garbage, int warps);
 
   // The memory of an access of `size` bytes, checked; Fault otherwise.
-  uint8_t* find(int space, uint64_t address, int size, Region*& region);
+  // An address must be a multiple of `aligned`, or of the size where it is 0.
+  uint8_t* find(int space, uint64_t address, int size, Region*& region, int aligned = 0);
   void read(Region& region, const uint8_t* at, int size, const Who& who);
   void write(Region& region, uint8_t* at, const uint8_t* value, int size, const Who& who);
   // The bytes that an asynchronous product reads: unchanged since `issued`, and fenced.
   void read_async(Region& region, uint64_t offset, int size, const Who& who, uint32_t issued);
-  void announce(Region& region, uint8_t* at, int size);  // a copy is on its way here
+  void announce(Region& region, uint8_t* at, int size, const Who& who);  // a copy is on its way here
   void land(Region& region, uint8_t* at, const uint8_t* value, int size, const Who& who);
 
   std::vector<uint8_t> shared;
   Order order{1};
 
  private:
+  void refuse_race(const Cell& cell, uint8_t bytes, bool same, const Who& who) const;  // of a write
   bool ordered(uint32_t tick, int other_warp, uint8_t other_lane, const Who& who) const;
   uint64_t offset_of(const Region& region, const uint8_t* at) const;
   std::vector<Region> storages_;

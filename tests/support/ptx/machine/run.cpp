@@ -174,6 +174,7 @@ bool Step::exchange() {
   };
   auto all_named_here = [&](int members) {
     each([&](int lane) {
+      if (~source(members)[lane] >> lane & 1) throw Fault("an exchange does not name its own lane");
       if (source(members)[lane] & ~warp.exited & ~lanes & kAll)
         throw Fault("an exchange names lanes that skip it");
     });
@@ -283,14 +284,19 @@ extern "C" const char* ptx_names(int which) {
 extern "C" int ptx_run(const ptx::Instruction* code, const int32_t* operands, const uint64_t* constants,
                        const uint8_t* params, const uint64_t* storages, const ptx::Options* options,
                        char* message, int room, uint64_t* executed) {
-  ptx::Machine machine(code, operands, constants, params, storages, *options);
   try {
-    machine.run();
-  } catch (const ptx::Fault& fault) {
-    snprintf(message, size_t(room), "%s (%s)", fault.what(), machine.where().c_str());
+    ptx::Machine machine(code, operands, constants, params, storages, *options);
+    int line = 0;
+    try {
+      machine.run();
+    } catch (const ptx::Fault& fault) {
+      snprintf(message, size_t(room), "%s (%s)", fault.what(), machine.where().c_str());
+      line = machine.now ? machine.now->line : -1;
+    }
     *executed = machine.executed;
-    return machine.now ? machine.now->line : -1;
+    return line;
+  } catch (const std::exception& error) {  // no memory for what the kernel asks for
+    snprintf(message, size_t(room), "%s", error.what());
+    return -1;
   }
-  *executed = machine.executed;
-  return 0;
 }

@@ -49,13 +49,18 @@ inline double rounded(double x, int digits, int lowest, int mode) {
   }
 }
 
+// Whether a number beyond the most stays finite, as the rounding has it.
+inline bool stays_finite(double x, int mode) {
+  return mode == rz_ || mode == (x > 0 ? rm_ : rp_);
+}
+
 inline Bits to_narrow(double x, int type, int mode) {
   if (std::isnan(x)) return kNaN16;
   bool is_half = type == f16_;
   double value = is_half ? rounded(x, 11, -14, mode) : rounded(x, 8, -126, mode);
   double most = is_half ? 65504.0 : double(bit_cast<float>(0x7f7f0000u));
   if (std::fabs(value) > most && std::isfinite(x))
-    value = std::copysign(mode == rz_ ? most : INFINITY, x);
+    value = std::copysign(stays_finite(x, mode) ? most : INFINITY, x);
   if (is_half) return bit_cast<uint16_t>(_Float16(float(value)));
   return bits(float(value)) >> 16;
 }
@@ -63,9 +68,16 @@ inline Bits to_narrow(double x, int type, int mode) {
 inline float to_f32(double x, int mode) {
   if (mode == plain_ || mode == rn_ || !std::isfinite(x)) return float(x);
   double value = rounded(x, 24, -126, mode);
-  if (std::fabs(value) > std::numeric_limits<float>::max() && mode == rz_)
+  if (std::fabs(value) > std::numeric_limits<float>::max() && stays_finite(x, mode))
     return std::copysign(std::numeric_limits<float>::max(), float(x));
   return float(value);
+}
+
+// x + y rounded to odd, so that a second rounding to fewer digits is that of the exact sum.
+inline double sum_to_odd(double x, double y) {
+  double sum = x + y, part = sum - x, lost = (x - (sum - part)) + (y - part);
+  if (lost == 0 || !std::isfinite(sum) || bit_cast<uint64_t>(sum) & 1) return sum;
+  return std::nextafter(sum, lost > 0 ? INFINITY : -INFINITY);
 }
 
 // tf32 keeps ten bits below the leading one.
@@ -133,7 +145,7 @@ inline Bits cut(Bits x, int type) {
 
 // A number nearby in place of what an approximation gives: up to two units in the last place off.
 inline float off(float x, uint32_t seed, bool harsh) {
-  if (!harsh || !std::isfinite(x) || x == 0) return x;
+  if (!harsh || !std::isnormal(x) || std::fabs(x) > 1e38f || std::fabs(x) < 1.2e-38f) return x;
   uint32_t hash = (uint32_t(bits(x)) ^ seed) * 2654435761u;
   return bit_cast<float>(uint32_t(int32_t(bits(x)) + int32_t((hash >> 16) % 5) - 2));
 }
