@@ -8,9 +8,7 @@
 namespace ptx {
 namespace {
 
-bool is_local(int space, uint64_t address) {
-  return space == local_ || (space == generic_ && address & kLocalWindow);
-}
+bool is_local(int space, uint64_t address) { return space == local_ || (space == generic_ && address & kLocalWindow); }
 
 uint8_t* local_memory(Warp& warp, uint64_t address, int size, int lane) {
   address &= ~kLocalWindow;
@@ -28,16 +26,26 @@ Bits changed(int type, int how, Bits old, Bits by, Bits other) {  // what an ato
       if (type == f32_) return result(f32(old) + f32(by), false);
       if (type == f64_) return result(f64(old) + f64(by));
       return Bits(a + b);
-    case m_min_: return less ? old : by;
-    case m_max_: return less ? by : old;
-    case m_and_: return old & by;
-    case m_or_: return old | by;
-    case m_xor_: return old ^ by;
-    case exch_: return by;
-    case cas_: return old == by ? other : old;
-    case inc_: return uint64_t(a) >= uint64_t(b) ? 0 : Bits(a + 1);
-    case dec_: return a == 0 || uint64_t(a) > uint64_t(b) ? by : Bits(a - 1);
-    default: throw Fault("no such atomic");
+    case m_min_:
+      return less ? old : by;
+    case m_max_:
+      return less ? by : old;
+    case m_and_:
+      return old & by;
+    case m_or_:
+      return old | by;
+    case m_xor_:
+      return old ^ by;
+    case exch_:
+      return by;
+    case cas_:
+      return old == by ? other : old;
+    case inc_:
+      return uint64_t(a) >= uint64_t(b) ? 0 : Bits(a + 1);
+    case dec_:
+      return a == 0 || uint64_t(a) > uint64_t(b) ? by : Bits(a - 1);
+    default:
+      throw Fault("no such atomic");
   }
 }
 
@@ -78,8 +86,7 @@ void store(Step& step) {  // [base, offset, registers ...]
   int size = bytes_of(in.type), parts = in.count - 2, whole = size * parts;
   step.each_in_turn([&](int lane) {
     uint8_t value[64];
-    for (int part = 0; part < parts; ++part)
-      std::memcpy(value + part * size, &step.source(2 + part)[lane], size);
+    for (int part = 0; part < parts; ++part) std::memcpy(value + part * size, &step.source(2 + part)[lane], size);
     uint64_t address = step.address(0, lane);
     if (is_local(in.space, address)) {
       std::memcpy(local_memory(step.warp, address, whole, lane), value, whole);
@@ -115,8 +122,7 @@ void atomic(Step& step) {  // [register or -1, base, offset, by, other or -1]
 
 void start_copy(Step& step) {  // [to, offset, from, offset, bytes, bytes read or -1, unless or -1]
   step.each_in_turn([&](int lane) {
-    Copy copy{step.address(0, lane), step.address(2, lane), step.number(4), step.number(4),
-              uint8_t(lane), &step.in};
+    Copy copy{step.address(0, lane), step.address(2, lane), step.number(4), step.number(4), uint8_t(lane), &step.in};
     if (step.number(5) >= 0) copy.read = std::min<int>(copy.size, uint32_t(step.source(5)[lane]));
     if (step.number(6) >= 0 && step.source(6)[lane]) copy.read = 0;
     Region* region;
@@ -188,10 +194,18 @@ void Step::wait_copies(size_t pending) {
 
 bool Step::access() {
   switch (in.op) {
-    case ld_: load(*this); return true;
-    case st_: store(*this); return true;
-    case atom_: atomic(*this); return true;
-    case cp_async_: start_copy(*this); return true;
+    case ld_:
+      load(*this);
+      return true;
+    case st_:
+      store(*this);
+      return true;
+    case atom_:
+      atomic(*this);
+      return true;
+    case cp_async_:
+      start_copy(*this);
+      return true;
     case cp_async_commit_group_:
       warp.copies.push_back(std::move(warp.open_copies));
       warp.open_copies.clear();
@@ -203,8 +217,12 @@ bool Step::access() {
       }
       wait_copies(size_t(std::max(number(0), 0)));
       return true;
-    case ldmatrix_: matrices(*this, false); return true;
-    case stmatrix_: matrices(*this, true); return true;
+    case ldmatrix_:
+      matrices(*this, false);
+      return true;
+    case stmatrix_:
+      matrices(*this, true);
+      return true;
     case cvta_: {  // [to, from, to a space?]; addresses of global memory are the same in both
       uint64_t window = in.space == shared_ ? kSharedWindow : in.space == local_ ? kLocalWindow : 0;
       const Bits* from = source(1);
@@ -212,7 +230,8 @@ bool Step::access() {
       each([&](int lane) { to[lane] = number(2) ? from[lane] & ~window : from[lane] | window; });
       return true;
     }
-    default: return false;
+    default:
+      return false;
   }
 }
 

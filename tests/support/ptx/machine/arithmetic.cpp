@@ -2,154 +2,88 @@
 #include <algorithm>
 #include <bit>
 
+#include "integers.h"
 #include "warp.h"
 
 namespace ptx {
 namespace {
-
-using Wide = __int128;
-
-Bits whole_number(const Instruction& in, Bits x, Bits y, Bits z) {
-  int type = in.type, width = 8 * bytes_of(type);
-  int64_t a = integer(x, type), b = integer(y, type);
-  auto ua = uint64_t(a), ub = uint64_t(b);
-  bool sign = is_signed(type);
-  auto product = [&] { return sign ? Wide(a) * b : Wide((unsigned __int128)(ua)*ub); };
-  uint64_t places = std::min<uint64_t>(uint32_t(y), width);
-  switch (in.op) {
-    case add_: return ua + ub;
-    case sub_: return ua - ub;
-    case mul_: return ua * ub;
-    case mul_hi_: return Bits(product() >> width);
-    case mul_wide_: return Bits(product());
-    case mad_: return ua * ub + z;
-    case mad_hi_: return Bits(product() >> width) + z;
-    case mad_wide_: return Bits(product()) + z;
-    case div_:
-      if (b == 0) return ~Bits(0);
-      if (sign && b == -1) return -ua;
-      return sign ? Bits(a / b) : ua / ub;
-    case rem_:
-      if (b == 0) return ua;
-      if (sign && b == -1) return 0;
-      return sign ? Bits(a % b) : ua % ub;
-    case min_: return (sign ? a < b : ua < ub) ? ua : ub;
-    case max_: return (sign ? a > b : ua > ub) ? ua : ub;
-    case abs_: return a < 0 ? -ua : ua;
-    case neg_: return -ua;
-    case not_: return type == pred_ ? !x : ~ua;
-    case cnot_: return ua == 0;
-    case and_: return ua & ub;
-    case or_: return ua | ub;
-    case xor_: return ua ^ ub;
-    case shl_: return places >= 64 ? 0 : ua << places;
-    case shr_:
-      if (places >= 64) return a < 0 && sign ? ~Bits(0) : 0;
-      return sign ? Bits(a >> places) : ua >> places;
-    case popc_: return std::popcount(ua);
-    case clz_: return std::countl_zero(ua) - (64 - width);
-    case brev_: {
-      uint64_t reversed = 0;
-      for (int i = 0; i < width; ++i) reversed |= (ua >> i & 1) << (width - 1 - i);
-      return reversed;
-    }
-    case bfind_: {
-      uint64_t value = sign && a < 0 ? ~ua : ua;
-      return value == 0 ? 0xffffffff : 63 - std::countl_zero(value);
-    }
-    default: throw Fault("no such operation on whole numbers");
-  }
-}
-
-Bits field(const Instruction& in, Bits x, Bits start_bits, Bits length_bits) {  // bfe
-  int width = 8 * bytes_of(in.type), start = start_bits & 255, length = length_bits & 255;
-  uint64_t value = uint64_t(integer(x, in.type)), found = 0;
-  bool fill = is_signed(in.type) && length &&
-              value >> std::min(start + length - 1, width - 1) & 1;
-  for (int i = 0; i < width; ++i) {
-    bool inside = i < length && start + i < width;
-    found |= uint64_t(inside ? value >> (start + i) & 1 : fill) << i;
-  }
-  return found;
-}
-
-Bits inserted(const Instruction& in, Bits piece, Bits into, Bits start_bits, Bits length_bits) {
-  int width = 8 * bytes_of(in.type), start = start_bits & 255, length = length_bits & 255;
-  for (int i = 0; i < length && start + i < width; ++i) {
-    Bits bit = Bits(1) << (start + i);
-    into = (into & ~bit) | (piece >> i & 1 ? bit : 0);
-  }
-  return into;
-}
-
-Bits permuted(Bits low, Bits high, Bits selector) {  // prmt
-  uint64_t bytes = uint32_t(low) | high << 32;
-  uint32_t found = 0;
-  for (int i = 0; i < 4; ++i) {
-    int choice = selector >> 4 * i & 15;
-    uint8_t byte = bytes >> 8 * (choice & 7);
-    if (choice & 8) byte = byte & 128 ? 255 : 0;
-    found |= uint32_t(byte) << 8 * i;
-  }
-  return found;
-}
-
-Bits looked_up(Bits a, Bits b, Bits c, int table) {  // lop3
-  uint32_t found = 0;
-  for (int i = 0; i < 8; ++i)
-    if (table >> i & 1)
-      found |= uint32_t(i & 4 ? a : ~a) & uint32_t(i & 2 ? b : ~b) & uint32_t(i & 1 ? c : ~c);
-  return found;
-}
-
-Bits funnel(const Instruction& in, Bits low, Bits high, Bits by) {  // shf
-  uint32_t places = in.has(wrap_flag) ? by & 31 : std::min<uint32_t>(uint32_t(by), 32);
-  uint64_t both = uint32_t(low) | high << 32;
-  return in.mode == left_ ? uint32_t((both << places) >> 32) : uint32_t(both >> places);
-}
 
 float single(const Instruction& in, Bits xb, Bits yb, Bits zb, bool harsh, uint32_t seed) {
   bool ftz = in.has(ftz_flag);
   float x = flush(f32(xb), ftz), y = flush(f32(yb), ftz), z = flush(f32(zb), ftz);
   auto near = [&](float value, bool exact = false) { return exact ? value : off(value, seed, harsh); };
   switch (in.op) {
-    case add_: return in.mode <= rn_ ? x + y : to_f32(sum_to_odd(x, y), in.mode);
-    case sub_: return in.mode <= rn_ ? x - y : to_f32(sum_to_odd(x, -y), in.mode);
-    case mul_: return in.mode <= rn_ ? x * y : to_f32(double(x) * y, in.mode);
-    case fma_: case mad_: return in.mode <= rn_ ? std::fma(x, y, z) : to_f32(sum_to_odd(double(x) * y, z), in.mode);
-    case div_: return in.has(approx_flag) || in.has(full_flag) ? near(x / y) : x / y;
-    case min_: return extreme(x, y, false, in.has(propagate_flag));
-    case max_: return extreme(x, y, true, in.has(propagate_flag));
-    case abs_: return std::fabs(x);
-    case neg_: return -x;
-    case copysign_: return std::copysign(y, x);
-    case ex2_: return near(float(std::exp2(double(x))), x == 0);
-    case lg2_: return near(float(std::log2(double(x))), x == 1);
-    case rcp_: return in.has(approx_flag) ? near(1 / x, x == 1) : 1 / x;
-    case sqrt_: return in.has(approx_flag) ? near(std::sqrt(x)) : std::sqrt(x);
-    case rsqrt_: return near(float(1 / std::sqrt(double(x))), x == 1);
-    case sin_: return near(float(std::sin(double(x))), x == 0);
-    case cos_: return near(float(std::cos(double(x))), x == 0);
-    case tanh_: return near(float(std::tanh(double(x))), x == 0);
-    default: throw Fault("no such operation on float32");
+    case add_:
+      return in.mode <= rn_ ? x + y : to_f32(sum_to_odd(x, y), in.mode);
+    case sub_:
+      return in.mode <= rn_ ? x - y : to_f32(sum_to_odd(x, -y), in.mode);
+    case mul_:
+      return in.mode <= rn_ ? x * y : to_f32(double(x) * y, in.mode);
+    case fma_:
+    case mad_:
+      return in.mode <= rn_ ? std::fma(x, y, z) : to_f32(sum_to_odd(double(x) * y, z), in.mode);
+    case div_:
+      return in.has(approx_flag) || in.has(full_flag) ? near(x / y) : x / y;
+    case min_:
+      return extreme(x, y, false, in.has(propagate_flag));
+    case max_:
+      return extreme(x, y, true, in.has(propagate_flag));
+    case abs_:
+      return std::fabs(x);
+    case neg_:
+      return -x;
+    case copysign_:
+      return std::copysign(y, x);
+    case ex2_:
+      return near(float(std::exp2(double(x))), x == 0);
+    case lg2_:
+      return near(float(std::log2(double(x))), x == 1);
+    case rcp_:
+      return in.has(approx_flag) ? near(1 / x, x == 1) : 1 / x;
+    case sqrt_:
+      return in.has(approx_flag) ? near(std::sqrt(x)) : std::sqrt(x);
+    case rsqrt_:
+      return near(float(1 / std::sqrt(double(x))), x == 1);
+    case sin_:
+      return near(float(std::sin(double(x))), x == 0);
+    case cos_:
+      return near(float(std::cos(double(x))), x == 0);
+    case tanh_:
+      return near(float(std::tanh(double(x))), x == 0);
+    default:
+      throw Fault("no such operation on float32");
   }
 }
 
 double twice(const Instruction& in, double x, double y, double z) {
   switch (in.op) {
-    case add_: return x + y;
-    case sub_: return x - y;
-    case mul_: return x * y;
-    case fma_: case mad_: return std::fma(x, y, z);
-    case div_: return x / y;
-    case min_: return extreme(x, y, false, in.has(propagate_flag));
-    case max_: return extreme(x, y, true, in.has(propagate_flag));
-    case abs_: return std::fabs(x);
-    case neg_: return -x;
-    case copysign_: return std::copysign(y, x);
-    case rcp_: return 1 / x;
-    case sqrt_: return std::sqrt(x);
-    default: throw Fault("no such operation on float64");
+    case add_:
+      return x + y;
+    case sub_:
+      return x - y;
+    case mul_:
+      return x * y;
+    case fma_:
+    case mad_:
+      return std::fma(x, y, z);
+    case div_:
+      return x / y;
+    case min_:
+      return extreme(x, y, false, in.has(propagate_flag));
+    case max_:
+      return extreme(x, y, true, in.has(propagate_flag));
+    case abs_:
+      return std::fabs(x);
+    case neg_:
+      return -x;
+    case copysign_:
+      return std::copysign(y, x);
+    case rcp_:
+      return 1 / x;
+    case sqrt_:
+      return std::sqrt(x);
+    default:
+      throw Fault("no such operation on float64");
   }
 }
 
@@ -169,10 +103,14 @@ Bits floating(const Instruction& in, Bits x, Bits y, Bits z, bool harsh, uint32_
   Bits found = 0;
   for (int shift = 0; shift <= (pairs ? 16 : 0); shift += 16) {
     Bits a = x >> shift & 0xffff, b = y >> shift & 0xffff, c = z >> shift & 0xffff, one;
-    if (in.op == neg_) one = a ^ 0x8000;
-    else if (in.op == abs_) one = a & 0x7fff;
-    else if (in.op == fma_) one = to_narrow(sum_to_odd(narrow(a, part) * narrow(b, part), narrow(c, part)), part, rn_);
-    else one = to_narrow(twice(in, narrow(a, part), narrow(b, part), narrow(c, part)), part, rn_);
+    if (in.op == neg_)
+      one = a ^ 0x8000;
+    else if (in.op == abs_)
+      one = a & 0x7fff;
+    else if (in.op == fma_)
+      one = to_narrow(sum_to_odd(narrow(a, part) * narrow(b, part), narrow(c, part)), part, rn_);
+    else
+      one = to_narrow(twice(in, narrow(a, part), narrow(b, part), narrow(c, part)), part, rn_);
     found |= one << shift;
   }
   return found;
@@ -180,10 +118,14 @@ Bits floating(const Instruction& in, Bits x, Bits y, Bits z, bool harsh, uint32_
 
 double number_of(Bits x, int type, bool ftz) {
   switch (type) {
-    case f64_: return f64(x);
-    case f32_: return flush(f32(x), ftz);
-    case tf32_: return tf32(x);
-    default: return narrow(x, type);
+    case f64_:
+      return f64(x);
+    case f32_:
+      return flush(f32(x), ftz);
+    case tf32_:
+      return tf32(x);
+    default:
+      return narrow(x, type);
   }
 }
 
@@ -218,10 +160,14 @@ Bits converted(const Instruction& in, Bits x) {  // in.type from in.from
   if (in.mode >= rni_ && in.mode <= rpi_) value = whole(value, in.mode);
   if (in.has(sat_flag)) value = std::isnan(value) ? 0 : std::clamp(value, 0.0, 1.0);
   switch (in.type) {
-    case f64_: return result(value);
-    case f32_: return result(to_f32(value, in.mode), in.has(ftz_flag));
-    case tf32_: return std::isnan(value) ? kNaN32 : bits(float(rounded(value, 11, -126, in.mode)));
-    default: return to_narrow(value, in.type, in.mode);
+    case f64_:
+      return result(value);
+    case f32_:
+      return result(to_f32(value, in.mode), in.has(ftz_flag));
+    case tf32_:
+      return std::isnan(value) ? kNaN32 : bits(float(rounded(value, 11, -126, in.mode)));
+    default:
+      return to_narrow(value, in.type, in.mode);
   }
 }
 
@@ -279,9 +225,8 @@ bool Step::arithmetic() {
       const Bits *high = source(1), *low = source(2);
       Bits* to = target(0);
       int part = in.type == f16x2_ ? f16_ : bf16_;
-      each([&](int i) {
-        to[i] = to_narrow(f32(high[i]), part, in.mode) << 16 | to_narrow(f32(low[i]), part, in.mode);
-      });
+      each(
+          [&](int i) { to[i] = to_narrow(f32(high[i]), part, in.mode) << 16 | to_narrow(f32(low[i]), part, in.mode); });
       return true;
     }
     case pack_: {  // one register of several, the first one lowest
@@ -306,7 +251,11 @@ bool Step::arithmetic() {
       }
       return true;
     }
-    case bfe_: case bfi_: case prmt_: case lop3_: case shf_: {
+    case bfe_:
+    case bfi_:
+    case prmt_:
+    case lop3_:
+    case shf_: {
       const Bits *x = source(1), *y = source(2), *z = source(3);
       Bits* to = target(0);
       each([&](int i) {
@@ -319,7 +268,8 @@ bool Step::arithmetic() {
       });
       return true;
     }
-    default: break;
+    default:
+      break;
   }
   if (in.op > copysign_) return false;
   const Bits* x = source(1);

@@ -49,14 +49,14 @@ uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region, in
     address = uint32_t(address);
     region = &shared_region_;
     if (address < region->begin || address + size > region->end)
-      throw Fault("shared address " + std::to_string(int64_t(address) - int64_t(kSharedBase)) +
-                  " is outside of the " + std::to_string(shared.size()) + " bytes");
+      throw Fault("shared address " + std::to_string(int64_t(address) - int64_t(kSharedBase)) + " is outside of the " +
+                  std::to_string(shared.size()) + " bytes");
     return shared.data() + (address - region->begin);
   }
   for (size_t i = 0; i <= storages_.size(); ++i) {
     size_t at = i ? i - 1 : last_found_;
-    if (at < storages_.size() && address >= storages_[at].begin &&
-        address < storages_[at].end && uint64_t(size) <= storages_[at].end - address) {
+    if (at < storages_.size() && address >= storages_[at].begin && address < storages_[at].end &&
+        uint64_t(size) <= storages_[at].end - address) {
       last_found_ = at;
       region = &storages_[at];
       return reinterpret_cast<uint8_t*>(address);
@@ -66,8 +66,7 @@ uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region, in
   for (const Region& one : storages_)
     if (address >= one.begin) distance = std::min(distance, address - one.end);
   throw Fault("global address is outside of every tensor" +
-              (distance < (1 << 30) ? ", " + std::to_string(distance) + " bytes behind one"
-                                    : std::string()));
+              (distance < (1 << 30) ? ", " + std::to_string(distance) + " bytes behind one" : std::string()));
 }
 
 bool Memory::ordered(uint32_t tick, int warp, uint8_t lane, const Who& who) const {
@@ -86,11 +85,9 @@ void Memory::read(Region& region, const uint8_t* at, int size, const Who& who) {
     Cell& cell = region.at(a);
     if (cell.coming) throw Fault("reads bytes of a copy that has not been waited for");
     bool mine = cell.write_program == who.program;
-    if (cell.write_bytes && !(cell.atomic && who.atomic) &&
-        cell.write_bytes & touched(a, begin, end) &&
+    if (cell.write_bytes && !(cell.atomic && who.atomic) && cell.write_bytes & touched(a, begin, end) &&
         !(mine && ordered(cell.write_tick, cell.write_warp, cell.write_lane, who)))
-      throw Fault("race: reads what " +
-                  thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
+      throw Fault("race: reads what " + thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
     if (cell.read_program != who.program) {
       cell.many_programs |= cell.read_bytes != 0;
       cell.read_warps = 0;
@@ -115,8 +112,7 @@ void Memory::refuse_race(const Cell& cell, uint8_t bytes, bool same, const Who& 
       throw Fault("lane " + std::to_string(cell.write_lane) +
                   " of this instruction writes another value to the same address");
     if (!mine || !ordered(cell.write_tick, cell.write_warp, cell.write_lane, who))
-      throw Fault("race: overwrites what " +
-                  thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
+      throw Fault("race: overwrites what " + thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
   }
   if (cell.read_bytes & bytes && !who.atomic) {
     bool others = cell.many_programs || cell.read_program != who.program;
@@ -126,8 +122,7 @@ void Memory::refuse_race(const Cell& cell, uint8_t bytes, bool same, const Who& 
       others = !ordered(cell.read_tick, reader, cell.read_lane, who);
     }
     if (others && !(same && cell.read_program != who.program))
-      throw Fault("race: writes what " + thread(cell.read_program, reader, cell.read_lane) +
-                  " reads");
+      throw Fault("race: writes what " + thread(cell.read_program, reader, cell.read_lane) + " reads");
   }
 }
 
@@ -151,16 +146,15 @@ void Memory::write(Region& region, uint8_t* at, const uint8_t* value, int size, 
   std::memcpy(at, value, size);
 }
 
-void Memory::read_async(Region& region, uint64_t address, int size, const Who& who,
-                        uint32_t issued) {
+void Memory::read_async(Region& region, uint64_t address, int size, const Who& who, uint32_t issued) {
   for (uint64_t a = address; a < address + size; a += kCellBytes) {
     Cell& cell = region.at(a);
     if (cell.coming) throw Fault("a product reads bytes of a copy that has not been waited for");
     if (!cell.write_bytes) continue;
     if (cell.write_tick >= issued) throw Fault("an operand of a product changes before its wait");
     if (!ordered(cell.write_tick, cell.write_warp, kManyLanes, who))
-      throw Fault("race: a product reads what " +
-                  thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
+      throw Fault("race: a product reads what " + thread(cell.write_program, cell.write_warp, cell.write_lane) +
+                  " writes");
     if (cell.generic && order.proxy_fence[cell.write_warp] <= cell.write_tick &&
         order.proxy_fence[who.warp] < order.last[who.warp])
       throw Fault("a product reads what was stored without fence.proxy.async");

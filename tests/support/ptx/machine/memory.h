@@ -52,11 +52,10 @@ constexpr uint64_t kSharedBase = 1024;  // so that a wrong pointer of 0 is seen
 // What has happened between warps: before `seen[a][b]` all that b did is known to a.
 struct Order {
   std::vector<std::vector<uint32_t>> seen;
-  std::vector<uint32_t> own;         // the tick of each warp's last barrier among its own lanes
-  std::vector<uint32_t> last;        // the tick of each warp's last barrier with others
+  std::vector<uint32_t> own;          // the tick of each warp's last barrier among its own lanes
+  std::vector<uint32_t> last;         // the tick of each warp's last barrier with others
   std::vector<uint32_t> proxy_fence;  // the tick of each warp's last fence of the async proxy
-  explicit Order(int warps)
-      : seen(warps, std::vector<uint32_t>(warps)), own(warps), last(warps), proxy_fence(warps) {}
+  explicit Order(int warps) : seen(warps, std::vector<uint32_t>(warps)), own(warps), last(warps), proxy_fence(warps) {}
 };
 
 class Memory {

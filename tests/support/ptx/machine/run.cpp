@@ -9,9 +9,25 @@ namespace ptx {
 namespace {
 
 enum Special {
-  tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z,
-  nctaid_x, nctaid_y, nctaid_z, laneid, warpid, lanemask_eq, lanemask_lt, lanemask_le,
-  lanemask_gt, lanemask_ge,
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  nctaid_y,
+  nctaid_z,
+  laneid,
+  warpid,
+  lanemask_eq,
+  lanemask_lt,
+  lanemask_le,
+  lanemask_gt,
+  lanemask_ge,
 };
 constexpr const char* kSpecials =
     "tid.x,tid.y,tid.z,ntid.x,ntid.y,ntid.z,ctaid.x,ctaid.y,ctaid.z,nctaid.x,nctaid.y,nctaid.z,"
@@ -25,10 +41,15 @@ uint32_t next_random(uint32_t& state) {
 
 }  // namespace
 
-Machine::Machine(const Instruction* code, const int32_t* operands, const Bits* constants,
-                 const uint8_t* params, const uint64_t* storages, const Options& options)
-    : code_(code), operands_(operands), constants_(constants), params_(params), options_(options),
-      memory_(storages, options.num_storages, size_t(options.shared_bytes)), random_(options.seed) {
+Machine::Machine(const Instruction* code, const int32_t* operands, const Bits* constants, const uint8_t* params,
+                 const uint64_t* storages, const Options& options)
+    : code_(code),
+      operands_(operands),
+      constants_(constants),
+      params_(params),
+      options_(options),
+      memory_(storages, options.num_storages, size_t(options.shared_bytes)),
+      random_(options.seed) {
   const int32_t* block = options.block;
   int threads = block[0] * block[1] * block[2];
   warps_.resize(size_t(threads + kLanes - 1) / kLanes);
@@ -123,8 +144,7 @@ bool Machine::release(std::vector<Warp*>& waiting) {
   Order& order = memory_.order;
   std::vector<uint32_t> known(warps_.size());
   for (Warp* warp : met)
-    for (size_t i = 0; i < known.size(); ++i)
-      known[i] = std::max(known[i], order.seen[size_t(warp->index)][i]);
+    for (size_t i = 0; i < known.size(); ++i) known[i] = std::max(known[i], order.seen[size_t(warp->index)][i]);
   for (Warp* warp : met) known[size_t(warp->index)] = tick_;
   for (Warp* warp : met) {
     order.seen[size_t(warp->index)] = known;
@@ -162,8 +182,7 @@ void Machine::run_warp(Warp& warp) {
       step.lanes &= now->has(negated_guard_flag) ? ~passes : passes;
       if (!step.lanes) continue;
     }
-    if (!step.arithmetic() && !step.access() && !step.exchange() && !step.tensor())
-      throw Fault("no such instruction");
+    if (!step.arithmetic() && !step.access() && !step.exchange() && !step.tensor()) throw Fault("no such instruction");
   }
 }
 
@@ -175,8 +194,7 @@ bool Step::exchange() {
   auto all_named_here = [&](int members) {
     each([&](int lane) {
       if (~source(members)[lane] >> lane & 1) throw Fault("an exchange does not name its own lane");
-      if (source(members)[lane] & ~warp.exited & ~lanes & kAll)
-        throw Fault("an exchange names lanes that skip it");
+      if (source(members)[lane] & ~warp.exited & ~lanes & kAll) throw Fault("an exchange names lanes that skip it");
     });
   };
   switch (in.op) {
@@ -192,17 +210,26 @@ bool Step::exchange() {
       }
       return true;
     }
-    case exit_: warp.exited |= lanes; return true;
-    case trap_: throw Fault("trap");
-    case nop_: return true;
+    case exit_:
+      warp.exited |= lanes;
+      return true;
+    case trap_:
+      throw Fault("trap");
+    case nop_:
+      return true;
     case bar_:  // [number, threads or 0]
       together("a barrier");
       warp.barrier = int(source(0)[0]);
       warp.expected = int(source(1)[0]) / kLanes;
       return true;
-    case bar_warp_: memory().order.own[size_t(warp.index)] = tick(); return true;
-    case fence_: return true;
-    case fence_proxy_: memory().order.proxy_fence[size_t(warp.index)] = tick(); return true;
+    case bar_warp_:
+      memory().order.own[size_t(warp.index)] = tick();
+      return true;
+    case fence_:
+      return true;
+    case fence_proxy_:
+      memory().order.proxy_fence[size_t(warp.index)] = tick();
+      return true;
     case activemask_: {
       Bits* to = target(0);
       each([&](int lane) { to[lane] = lanes; });
@@ -216,8 +243,10 @@ bool Step::exchange() {
       each([&](int lane) {
         int by = source(3)[lane] & 31, bounds = int(source(4)[lane]), segment = bounds >> 8 & 31;
         int most = (lane & segment) | (bounds & 31 & ~segment);
-        int other = in.mode == up_ ? lane - by : in.mode == down_ ? lane + by
-                    : in.mode == bfly_ ? lane ^ by : (lane & segment) | (by & ~segment);
+        int other = in.mode == up_     ? lane - by
+                    : in.mode == down_ ? lane + by
+                    : in.mode == bfly_ ? lane ^ by
+                                       : (lane & segment) | (by & ~segment);
         inside[lane] = in.mode == up_ ? other >= most : other <= most;
         int taken = inside[lane] ? other : lane;
         found[lane] = lanes >> taken & 1 ? from[taken] : Bits(0x7fc0beef);
@@ -248,7 +277,7 @@ bool Step::exchange() {
       all_named_here(2);
       each([&](int lane) {
         int64_t x = integer(from[lane], in.type);
-        sum = first             ? x
+        sum = first               ? x
               : in.mode == m_add_ ? sum + x
               : in.mode == m_min_ ? std::min(sum, x)
               : in.mode == m_max_ ? std::max(sum, x)
@@ -261,7 +290,8 @@ bool Step::exchange() {
       each([&](int lane) { to[lane] = cut(Bits(sum), b32_); });
       return true;
     }
-    default: return false;
+    default:
+      return false;
   }
 }
 
@@ -282,8 +312,8 @@ extern "C" const char* ptx_names(int which) {
 
 // The line of the fault, 0 without one; its text goes into `message`.
 extern "C" int ptx_run(const ptx::Instruction* code, const int32_t* operands, const uint64_t* constants,
-                       const uint8_t* params, const uint64_t* storages, const ptx::Options* options,
-                       char* message, int room, uint64_t* executed) {
+                       const uint8_t* params, const uint64_t* storages, const ptx::Options* options, char* message,
+                       int room, uint64_t* executed) {
   try {
     ptx::Machine machine(code, operands, constants, params, storages, *options);
     int line = 0;

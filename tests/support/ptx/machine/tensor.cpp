@@ -8,8 +8,8 @@
 namespace ptx {
 namespace {
 
-constexpr int kRows = 16;     // of a warp's part of a product
-constexpr int kDepth = 16;    // the most columns of a that one instruction takes
+constexpr int kRows = 16;       // of a warp's part of a product
+constexpr int kDepth = 16;      // the most columns of a that one instruction takes
 constexpr int kGuardBits = 24;  // below the largest addend, where a tensor core cuts
 
 // c + a . b, rounded once; harsh: every addend cut below the largest, as tensor cores do.
@@ -19,8 +19,7 @@ float dot(const float* a, const float* b, int depth, float c, bool harsh) {
   for (int k = 0; k < depth; ++k) {
     double product = double(a[k]) * b[k];
     sum += product;
-    if (harsh && product != 0 && std::isfinite(product))
-      highest = std::max(highest, std::ilogb(product));
+    if (harsh && product != 0 && std::isfinite(product)) highest = std::max(highest, std::ilogb(product));
   }
   if (!harsh || !std::isfinite(sum)) return float(sum);
   double unit = std::ldexp(1.0, highest - kGuardBits), steps = std::trunc(c / unit);
@@ -89,8 +88,11 @@ void multiply(Step& step) {  // [depth, d 4, a ..., b ..., c 4]
 class Tile {
  public:
   Tile(uint64_t descriptor, bool trans, int type)
-      : start_((descriptor & 0x3fff) << 4), lead_((descriptor >> 16 & 0x3fff) << 4),
-        stride_((descriptor >> 32 & 0x3fff) << 4), trans_(trans), type_(type) {
+      : start_((descriptor & 0x3fff) << 4),
+        lead_((descriptor >> 16 & 0x3fff) << 4),
+        stride_((descriptor >> 32 & 0x3fff) << 4),
+        trans_(trans),
+        type_(type) {
     int kind = descriptor >> 62;
     row_ = kind == 0 ? 16 : 256 >> kind;  // bytes: 128, 64, 32
     swizzle_ = kind == 0 ? 0 : 4 - kind;  // bits
@@ -165,8 +167,7 @@ void finish(Step& step, const Product& product) {
   int first_row = kRows * (warp.index % 4);
   Rows a;
   auto unchanged = [&](int index) {
-    if (warp.written[index] > product.issued)
-      throw Fault("a register of a product changes before its wait");
+    if (warp.written[index] > product.issued) throw Fault("a register of a product changes before its wait");
   };
   for (int i = first_d(step); i < step.in.count; ++i) unchanged(step.number(i));
   if (step.number(2)) {
@@ -224,15 +225,24 @@ void Step::wait_products(size_t pending) {
 
 bool Step::tensor() {
   switch (in.op) {
-    case mma_: multiply(*this); return true;
-    case wgmma_: issue(*this); return true;
-    case wgmma_fence_: warp.register_fence = tick(); return true;
+    case mma_:
+      multiply(*this);
+      return true;
+    case wgmma_:
+      issue(*this);
+      return true;
+    case wgmma_fence_:
+      warp.register_fence = tick();
+      return true;
     case wgmma_commit_group_:
       warp.products.push_back(std::move(warp.open_products));
       warp.open_products.clear();
       return true;
-    case wgmma_wait_group_: wait_products(size_t(number(0))); return true;
-    default: return false;
+    case wgmma_wait_group_:
+      wait_products(size_t(number(0)));
+      return true;
+    default:
+      return false;
   }
 }
 

@@ -25,9 +25,7 @@ constexpr uint32_t kNaN32 = 0x7fffffff;  // the one that every f32 operation mak
 constexpr uint64_t kNaN64 = 0xfff8000000000000;
 constexpr uint16_t kNaN16 = 0x7fff;
 
-inline float flush(float x, bool ftz) {
-  return ftz && std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
-}
+inline float flush(float x, bool ftz) { return ftz && std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 inline Bits result(float x, bool ftz) { return std::isnan(x) ? kNaN32 : bits(flush(x, ftz)); }
 inline Bits result(double x) { return std::isnan(x) ? kNaN64 : bits(x); }
 
@@ -41,26 +39,28 @@ inline double rounded(double x, int digits, int lowest, int mode) {
   int exponent = std::max(std::ilogb(x), lowest);
   double unit = std::ldexp(1.0, exponent - digits + 1), steps = x / unit;
   switch (mode) {
-    case rz_: return std::trunc(steps) * unit;
-    case rm_: return std::floor(steps) * unit;
-    case rp_: return std::ceil(steps) * unit;
-    case rna_: return std::round(steps) * unit;
-    default: return std::nearbyint(steps) * unit;
+    case rz_:
+      return std::trunc(steps) * unit;
+    case rm_:
+      return std::floor(steps) * unit;
+    case rp_:
+      return std::ceil(steps) * unit;
+    case rna_:
+      return std::round(steps) * unit;
+    default:
+      return std::nearbyint(steps) * unit;
   }
 }
 
 // Whether a number beyond the most stays finite, as the rounding has it.
-inline bool stays_finite(double x, int mode) {
-  return mode == rz_ || mode == (x > 0 ? rm_ : rp_);
-}
+inline bool stays_finite(double x, int mode) { return mode == rz_ || mode == (x > 0 ? rm_ : rp_); }
 
 inline Bits to_narrow(double x, int type, int mode) {
   if (std::isnan(x)) return kNaN16;
   bool is_half = type == f16_;
   double value = is_half ? rounded(x, 11, -14, mode) : rounded(x, 8, -126, mode);
   double most = is_half ? 65504.0 : double(bit_cast<float>(0x7f7f0000u));
-  if (std::fabs(value) > most && std::isfinite(x))
-    value = std::copysign(stays_finite(x, mode) ? most : INFINITY, x);
+  if (std::fabs(value) > most && std::isfinite(x)) value = std::copysign(stays_finite(x, mode) ? most : INFINITY, x);
   if (is_half) return bit_cast<uint16_t>(_Float16(float(value)));
   return bits(float(value)) >> 16;
 }
@@ -85,10 +85,17 @@ inline float tf32(Bits x) { return bit_cast<float>(uint32_t(x) & 0xffffe000u); }
 
 inline double whole(double x, int mode) {
   switch (mode) {
-    case rzi_: case rz_: return std::trunc(x);
-    case rmi_: case rm_: return std::floor(x);
-    case rpi_: case rp_: return std::ceil(x);
-    default: return std::nearbyint(x);
+    case rzi_:
+    case rz_:
+      return std::trunc(x);
+    case rmi_:
+    case rm_:
+      return std::floor(x);
+    case rpi_:
+    case rp_:
+      return std::ceil(x);
+    default:
+      return std::nearbyint(x);
   }
 }
 
@@ -107,33 +114,57 @@ bool compare(T a, T b, int mode) {
   bool unordered = false;
   if constexpr (std::is_floating_point_v<T>) unordered = std::isnan(a) || std::isnan(b);
   switch (mode) {
-    case eq_: return !unordered && a == b;
-    case ne_: return !unordered && a != b;
-    case lt_: return !unordered && a < b;
-    case le_: return !unordered && a <= b;
-    case gt_: return !unordered && a > b;
-    case ge_: return !unordered && a >= b;
-    case equ_: return unordered || a == b;
-    case neu_: return unordered || a != b;
-    case ltu_: return unordered || a < b;
-    case leu_: return unordered || a <= b;
-    case gtu_: return unordered || a > b;
-    case geu_: return unordered || a >= b;
-    case num_: return !unordered;
-    default: return unordered;
+    case eq_:
+      return !unordered && a == b;
+    case ne_:
+      return !unordered && a != b;
+    case lt_:
+      return !unordered && a < b;
+    case le_:
+      return !unordered && a <= b;
+    case gt_:
+      return !unordered && a > b;
+    case ge_:
+      return !unordered && a >= b;
+    case equ_:
+      return unordered || a == b;
+    case neu_:
+      return unordered || a != b;
+    case ltu_:
+      return unordered || a < b;
+    case leu_:
+      return unordered || a <= b;
+    case gtu_:
+      return unordered || a > b;
+    case geu_:
+      return unordered || a >= b;
+    case num_:
+      return !unordered;
+    default:
+      return unordered;
   }
 }
 
 // An integer of the type in the low bits, sign extended where the type has a sign.
 inline int64_t integer(Bits x, int type) {
   switch (type) {
-    case s8_: return int8_t(x);
-    case s16_: return int16_t(x);
-    case s32_: return int32_t(x);
-    case b8_: case u8_: return uint8_t(x);
-    case b16_: case u16_: return uint16_t(x);
-    case b32_: case u32_: return uint32_t(x);
-    default: return int64_t(x);
+    case s8_:
+      return int8_t(x);
+    case s16_:
+      return int16_t(x);
+    case s32_:
+      return int32_t(x);
+    case b8_:
+    case u8_:
+      return uint8_t(x);
+    case b16_:
+    case u16_:
+      return uint16_t(x);
+    case b32_:
+    case u32_:
+      return uint32_t(x);
+    default:
+      return int64_t(x);
   }
 }
 inline bool is_signed(int type) { return type == s8_ || type == s16_ || type == s32_ || type == s64_; }

@@ -35,16 +35,16 @@ struct Product {  // a wgmma on its way
 
 struct Warp {
   int index;
-  std::vector<Bits> registers;       // [register][lane]
-  std::vector<uint32_t> written, read;  // ticks of the last write and read of each register
-  std::vector<Path> paths;           // the last one runs
+  std::vector<Bits> registers;              // [register][lane]
+  std::vector<uint32_t> written, read;      // ticks of the last write and read of each register
+  std::vector<Path> paths;                  // the last one runs
   std::vector<std::vector<uint8_t>> local;  // [lane][byte]
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> copies;
   std::vector<Product> open_products;
   std::deque<std::vector<Product>> products;
   std::map<int, std::array<float, kLanes>> accumulators;  // of products on their way
-  uint32_t register_fence = 0;  // tick of the last wgmma.fence
+  uint32_t register_fence = 0;                            // tick of the last wgmma.fence
   uint32_t exited = 0;
   int barrier = -1, expected = 0;  // the one it waits at, and for how many warps
   bool done = false;
@@ -70,8 +70,8 @@ struct Options {
 
 class Machine {
  public:
-  Machine(const Instruction* code, const int32_t* operands, const Bits* constants,
-          const uint8_t* params, const uint64_t* storages, const Options& options);
+  Machine(const Instruction* code, const int32_t* operands, const Bits* constants, const uint8_t* params,
+          const uint64_t* storages, const Options& options);
   void run();
   std::string where() const;
   const Instruction* now = nullptr;
@@ -137,9 +137,7 @@ struct Step {
   void need_all(const char* what) const {
     if (lanes != kAll) throw Fault(std::string(what) + " must be run by all lanes of a warp");
   }
-  Who who(int lane) const {
-    return {machine.program_, machine.tick_, uint16_t(warp.index), uint8_t(lane)};
-  }
+  Who who(int lane) const { return {machine.program_, machine.tick_, uint16_t(warp.index), uint8_t(lane)}; }
   Memory& memory() const { return machine.memory_; }
   const Options& options() const { return machine.options_; }
   const uint8_t* params() const { return machine.params_; }
