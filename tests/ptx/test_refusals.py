@@ -158,7 +158,7 @@ def test_approximations_at_the_ends_stay_numbers(seed: int) -> None:
 
 
 def test_a_module_begins_every_order_alike() -> None:
-    """What a kernel leaves in an array of its module is taken back before the next order."""
+    """An array of a module has its first values again before the next order."""
     body = "mov.u64 %x5, counter; atom.global.add.u32 %r1, [%x5], 1;"
     module, out = Module(KERNEL.replace("BODY", body)), torch.zeros(1, device="cpu")
     module.launch_in_every_order("edge", [out], (1,), (1,))

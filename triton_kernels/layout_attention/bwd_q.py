@@ -224,7 +224,8 @@ def layout_attention_bwd_q_kernel(
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
-    (grad_in, _), (grad_distance, _), (grad_all, _), weight_in, weight_distance = sums
+    grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
+    grad_in, grad_distance, grad_all = grad_in[0], grad_distance[0], grad_all[0]
     # ds' sums to grad_lse over a row: what is left delta has missed, and is taken out of the sums.
     if EXACT:
         missed = grad_all - through_lse
