@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
+import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -89,8 +90,13 @@ def emulated(
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(driver, "_active", _Driver(TARGETS[target])))
         patches.enter_context(mock.patch.object(JITFunction, "run", run))
-        patches.enter_context(mock.patch.object(configs, "architecture", return_value=target))
+        patches.enter_context(mock.patch.object(configs, "architecture", constant(target)))
         yield runs
+
+
+def constant(target: str) -> Callable[[object], str]:
+    """The answer for every device, which torch.compile takes as it is."""
+    return torch.compiler.assume_constant_result(lambda device: target)
 
 
 def arguments(signature: dict[str, object], bound: dict[str, object]) -> list[Tensor | int | float]:
