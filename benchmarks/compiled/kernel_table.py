@@ -89,7 +89,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", **several, choices=MATRIX, help="only for this device")
     beside = "each configuration also with this Triton; may be repeated"
     parser.add_argument("--triton", **several, type=Path, metavar="FOLDER", help=beside)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for folder in arguments.triton:
+        if not (folder / "triton").is_dir():
+            parser.error(f"--triton must be a folder with Triton in it, got {folder}")
+    return arguments
 
 
 def compile_rows(calls: Iterable[Attention | Other]) -> list[Row]:

@@ -175,3 +175,10 @@ def test_verify_says_that_a_compiler_is_missing(tmp_path: Path) -> None:
     )
     says = "dense_attn verify: CXX must be a C++ compiler, got 'no-such-compiler'\n"
     assert (done.returncode, done.stderr) == (2, says)
+
+
+def test_a_kernel_without_an_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptx.module, "MOST", 10_000)
+    text = KERNEL.replace("BODY", "AGAIN: bra.uni AGAIN;")
+    with pytest.raises(Fault, match="runs on without an end"):
+        Module(text).launch("edge", [torch.zeros(32, dtype=torch.int32)], (1,), (32,))

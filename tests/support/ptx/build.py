@@ -31,6 +31,7 @@ class Options(ctypes.Structure):
         ("local_bytes", ctypes.c_int32),
         ("shared_bytes", ctypes.c_int32),
         ("num_storages", ctypes.c_int32),
+        ("most", ctypes.c_uint64),
     )
 
 

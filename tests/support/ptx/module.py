@@ -19,6 +19,7 @@ from .parse import Expansion, Unit, Unsupported
 MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 MOST_THREADS, MOST_SHARED = 1024, 227 << 10  # of sm_90
 ORDERS = ("forward", "backward", "random")
+MOST = 500_000_000  # instructions of a launch, minutes: a kernel that runs longer has no end
 Number = int | float | bool
 
 
@@ -87,6 +88,7 @@ class Module:
             code.local_bytes,
             shared,
             len(storages) // 2,
+            MOST,
         )
         message, executed = ctypes.create_string_buffer(512), ctypes.c_uint64()
         line = library().ptx_run(

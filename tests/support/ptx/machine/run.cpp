@@ -173,7 +173,8 @@ void Machine::run_warp(Warp& warp) {
     }
     Path& path = warp.paths.back();
     now = &code_[path.next++];
-    ++tick_, ++executed;
+    ++tick_;
+    if (++executed > options_.most) throw Fault("runs on without an end");
     Step step{*this, warp, *now, path.lanes};
     if (now->guard >= 0) {
       const Bits* guard = step.value(now->guard);

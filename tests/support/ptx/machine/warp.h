@@ -50,22 +50,13 @@ struct Warp {
   bool done = false;
 };
 
-struct Program {
-  const Instruction* code;
-  const int32_t* operands;
-  int num_registers;  // special ones among them
-  const Bits* constants;
-  const uint8_t* params;
-  int num_params, local_bytes;
-  std::array<int, 7> specials;  // registers that hold tid, ctaid, laneid, -1 for those not used
-};
-
 struct Options {
   int32_t grid[3], block[3];
   int32_t order;  // 0 forward, 1 backward, 2 random
   int32_t harsh;
   uint32_t seed;
   int32_t num_registers, num_params, local_bytes, shared_bytes, num_storages;
+  uint64_t most;  // instructions of a launch
 };
 
 class Machine {
