@@ -159,8 +159,9 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
     paths = [str(ROOT / "tests" / "backends" / f"{file}.py") for file in files]
     testers, note = min(MOST_TESTERS, os.cpu_count() or 1), ""
     if not arguments.dry_run:
-        note = f"in {testers} processes" if has("xdist") else "in one process: xdist is missing"
-        options += ["-n", str(testers)] if has("xdist") else []
+        absent = _needs("xdist", "execnet")
+        note = f"in one process: {absent} is missing" if absent else f"in {testers} processes"
+        options += [] if absent else ["-n", str(testers)]
     command = built("pytest", *options, "--rootdir", str(ROOT), *paths, "-k", selection)
     none = arguments.family and not chosen and not arguments.dry_run
     missing = "tests of these families" if none else _needs("pytest")

@@ -82,10 +82,10 @@ def parse(text: str) -> list[tuple[str, dict[str, str]]]:
     """Each kernel's name and counters, of the table that the profiler prints among other lines."""
     lines = text.splitlines()
     heads = [place for place, line in enumerate(lines) if line.startswith('"ID"')]
-    if not heads:
+    found = list(csv.DictReader(io.StringIO("\n".join(lines[heads[0] :])))) if heads else []
+    if not found:
         return []
-    units, *rows = csv.DictReader(io.StringIO("\n".join(lines[heads[0] :])))
-    rows = [row for row in rows if row.get("Kernel Name")]
+    units, rows = found[0], [row for row in found[1:] if row.get("Kernel Name")]
     names = [row["Kernel Name"] for row in rows]
     if len(rows) == TIMES * len(KERNELS):
         rows, names = rows[TIMES - 1 :: TIMES], KERNELS

@@ -97,6 +97,7 @@ def test_counters_are_read() -> None:
     many = COUNTERS + "".join(COUNTERS.splitlines(keepends=True)[-2:]) * 3
     assert profile.parse(many) == [(name, expected[1]) for name in profile.KERNELS]
     assert profile.parse("==ERROR== ERR_NVGPUCTRPERM") == []
+    assert profile.parse('"ID","Kernel Name"\n') == []
 
 
 def test_without_counters_the_profile_is_skipped(

@@ -64,13 +64,25 @@ extern "C" __global__ void cases(const int* x, int* out, int n) {
   if (i >= n) return;
   int y = x[i];
   switch (y % 7) {
-    case 0: y = y * y + 1; break;
-    case 1: y = __clz(y); break;
-    case 2: y = __brev(y); break;
-    case 3: y = __popc(y) - 5;  // and on
-    case 4: y ^= 0x5555; break;
-    case 5: y = __funnelshift_l(y, ~y, 7); break;
-    default: y = -y;
+    case 0:
+      y = y * y + 1;
+      break;
+    case 1:
+      y = __clz(y);
+      break;
+    case 2:
+      y = __brev(y);
+      break;
+    case 3:
+      y = __popc(y) - 5;  // and on
+    case 4:
+      y ^= 0x5555;
+      break;
+    case 5:
+      y = __funnelshift_l(y, ~y, 7);
+      break;
+    default:
+      y = -y;
   }
   while (y > 1000) y = y % 2 ? y / 3 : y / 2;  // as many steps as a lane needs
   out[i] = y;
