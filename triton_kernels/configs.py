@@ -149,7 +149,7 @@ _FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, park
 _FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 FLOAT32: Table = {
     **dict.fromkeys(("sm_80", "gfx942"), _FLOAT32),
-    "sm_90": _FLOAT32 | {64: Config(32, 16, 8, 2, parks=True)},  # one stage spills 8 bytes
+    "sm_90": {256: Config(16, 16, 8, 1, parks=True)},  # 32 rows spill 8 bytes, or 16 in two stages
     "sm_100": {256: Config(16, 16, 8, 1, parks=True)},  # 32 rows spill 16 bytes by Triton 3.6
 }
 FLOAT32_BACKWARD: Table = {
