@@ -202,7 +202,7 @@ def test_a_round_has_the_products_of_a_tile(table: Table, committed: Table) -> N
     """
     products = {"fwd": 2, "row_fwd": 2, "bwd_q": 3, "bwd_kv": 4}
     for row, facts in sides(table, committed):
-        if row["dtype"] == "float32":
+        if row["dtype"] == "float32" or row["seqlen"] == 1:  # a key alone: the others' are dropped
             continue
         tile, kernel = [int(side) for side in row["tile"].split("x")], kernel_of(row)
         needed = products[kernel] * math.prod(tile) * sum(configs.head_parts(row["head_dim"]))
