@@ -5,34 +5,34 @@
 
 namespace ptx {
 
-#define PTX_OPS(X)                                                                                                   \
-  X(add)                                                                                                             \
-  X(sub)                                                                                                             \
-  X(mul) X(mul_hi) X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) X(min) X(max) X(abs) X(neg) X(not)  \
-      X(cnot) X(and) X(or) X(xor) X(shl) X(shr) X(setp) X(selp) X(mov) X(cvt) X(cvt_pack) X(pack) X(unpack) X(ex2)   \
-          X(lg2) X(rcp) X(sqrt) X(rsqrt) X(sin) X(cos) X(tanh) X(popc) X(clz) X(brev) X(bfind) X(bfe) X(bfi) X(prmt) \
-              X(lop3) X(shf) X(copysign) X(ld) X(st) X(atom) X(cp_async) X(cp_async_commit_group)                    \
-                  X(cp_async_wait_group) X(ldmatrix) X(stmatrix) X(shfl) X(vote) X(redux) X(activemask) X(bar)       \
-                      X(bar_warp) X(fence) X(fence_proxy) X(bra) X(exit) X(trap) X(mma) X(wgmma) X(wgmma_fence)      \
-                          X(wgmma_commit_group) X(wgmma_wait_group) X(cvta) X(nop)
+// clang-format off
+#define PTX_OPS(X) \
+  X(add) X(sub) X(mul) X(mul_hi) X(mul_wide) X(mad) X(mad_hi) X(mad_wide) X(fma) X(div) X(rem) \
+  X(min) X(max) X(abs) X(neg) X(not) X(cnot) X(and) X(or) X(xor) X(shl) X(shr) X(setp) X(selp) \
+  X(mov) X(cvt) X(cvt_pack) X(pack) X(unpack) X(ex2) X(lg2) X(rcp) X(sqrt) X(rsqrt) X(sin) X(cos) \
+  X(tanh) X(popc) X(clz) X(brev) X(bfind) X(bfe) X(bfi) X(prmt) X(lop3) X(shf) X(copysign) X(ld) \
+  X(st) X(atom) X(cp_async) X(cp_async_commit_group) X(cp_async_wait_group) X(ldmatrix) \
+  X(stmatrix) X(shfl) X(vote) X(redux) X(activemask) X(bar) X(bar_warp) X(fence) X(fence_proxy) \
+  X(bra) X(exit) X(trap) X(mma) X(wgmma) X(wgmma_fence) X(wgmma_commit_group) X(wgmma_wait_group) \
+  X(cvta) X(nop)
 
-#define PTX_TYPES(X)                                                                                               \
-  X(none)                                                                                                          \
-  X(pred)                                                                                                          \
-  X(b8) X(u8) X(s8) X(b16) X(u16) X(s16) X(b32) X(u32) X(s32) X(b64) X(u64) X(s64) X(f16) X(bf16) X(tf32) X(f16x2) \
-      X(bf16x2) X(f32) X(f64)
+#define PTX_TYPES(X) \
+  X(none) X(pred) X(b8) X(u8) X(s8) X(b16) X(u16) X(s16) X(b32) X(u32) X(s32) X(b64) X(u64) X(s64) \
+  X(f16) X(bf16) X(tf32) X(f16x2) X(bf16x2) X(f32) X(f64)
 
 // How an instruction rounds, compares, combines or what it asks of its lanes.
-#define PTX_MODES(X)                                                                                                   \
-  X(plain)                                                                                                             \
-  X(rn)                                                                                                                \
-  X(rz) X(rm) X(rp) X(rni) X(rzi) X(rmi) X(rpi) X(rna) X(eq) X(ne) X(lt) X(le) X(gt) X(ge) X(equ) X(neu) X(ltu) X(leu) \
-      X(gtu) X(geu) X(num) X(nan) X(up) X(down) X(bfly) X(idx) X(all) X(any) X(uni) X(ballot) X(m_add) X(m_min)        \
-          X(m_max) X(m_and) X(m_or) X(m_xor) X(exch) X(cas) X(inc) X(dec) X(left) X(right)
+#define PTX_MODES(X) \
+  X(plain) X(rn) X(rz) X(rm) X(rp) X(rni) X(rzi) X(rmi) X(rpi) X(rna) X(eq) X(ne) X(lt) X(le) \
+  X(gt) X(ge) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(num) X(nan) X(up) X(down) X(bfly) X(idx) \
+  X(all) X(any) X(uni) X(ballot) X(m_add) X(m_min) X(m_max) X(m_and) X(m_or) X(m_xor) X(exch) \
+  X(cas) X(inc) X(dec) X(left) X(right)
 
-#define PTX_FLAGS(X) X(ftz) X(sat) X(propagate) X(approx) X(full) X(negated_guard) X(wrap) X(trans) X(relu)
+#define PTX_FLAGS(X) \
+  X(ftz) X(sat) X(propagate) X(approx) X(full) X(negated_guard) X(wrap) X(trans) X(relu)
 
-#define PTX_SPACES(X) X(generic) X(global) X(shared) X(local) X(param)
+#define PTX_SPACES(X) \
+  X(generic) X(global) X(shared) X(local) X(param)
+// clang-format on
 
 #define PTX_ENUM(name) name##_,
 enum Op { PTX_OPS(PTX_ENUM) };
