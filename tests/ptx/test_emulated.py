@@ -86,12 +86,16 @@ def test_core_by_the_oldest_triton(part: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("target", "order"), [("sm_80", "random"), ("sm_90", "backward")])
+@pytest.mark.parametrize(
+    ("target", "order"),
+    [("sm_80", "random"), pytest.param("sm_90", "backward", marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("part", TABLES)
 def test_tables(part: str, target: str, order: str) -> None:
     emulate(*TABLES[part], "-m", "not full", "--ptx-target", target, "--ptx-order", order)
 
 
 @pytest.mark.full
+@pytest.mark.long
 def test_inexact_units_as_far_off_as_they_may() -> None:
     emulate(*CORE["attention"], "--ptx-harsh")

@@ -168,6 +168,7 @@ FOUND = {  # of those that change what runs; a share a column
     },
 }  # fmt: skip
 SLACK = 0.05  # a kernel that changes a little has other mutants
+SHORT = ("forward", "row", "percentile")  # the calls that continuous integration takes
 COMPILER = "3.9."  # whose kernels the table is about
 
 
@@ -180,7 +181,9 @@ def shares(target: str, name: str) -> dict[str, str]:
 @pytest.mark.skipif(
     not triton.__version__.startswith(COMPILER), reason=f"the table is of Triton {COMPILER}"
 )
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.long] * (x not in SHORT)) for x in CALLS]
+)
 def test_mutants(name: str, target: str, tiles: None) -> None:
     """The shares of the table are found; what changes nothing of a run does not count."""
     call, arguments, names = CALLS[name]
