@@ -60,7 +60,7 @@ class Case:
 
 
 def attention_cases(dry: bool = False) -> list[Case]:
-    """Those whose failure matters most come first."""
+    """The cases of layout attention; what matters most comes first."""
     dims, dtypes, size = (40, 64, 128), DTYPES, {}
     orders = (True,) if dry else (True, False)
     if dry:  # the interpreter has no bfloat16

@@ -80,7 +80,7 @@ def why_not(backend: str, op: str, dtype: torch.dtype = torch.float32) -> list[s
 
 
 def usable(op: str, dtype: torch.dtype, among: Sequence[str]) -> list[str]:
-    """Those of these backends that run an op in a dtype on this machine."""
+    """The backends among these that run an op in a dtype on this machine."""
     return [name for name in among if not why_not(name, op, dtype)]
 
 
