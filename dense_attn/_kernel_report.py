@@ -13,6 +13,8 @@ _CALL = ("kernel", "target", "triton", "head_dim", "dtype", "modulation", "layou
 COLUMNS = (*_CALL, "tile", "warps", "stages", "registers", "spills", "shared", "matrix")
 _COUNTED = ("instructions", "issue", "binding", "copies", "programs", "registers", "waves")
 MODEL_COLUMNS = (*_CALL, "tile", *_COUNTED)
+BAR_COLUMNS = ("target", "triton", "head_dim", "what", "value", "bound", "verdict", "issued")
+_BARS = "bars of the model, not measured: ours / plain by the busiest pipe; issued: of instructions"
 _MODEL = """\
 a model, not measured: ours / plain flash attention under the same tile, loop by loop: instructions
 of a warp's round; for 128 x 64 scores the cycles that they take to issue, and the pipe that they
@@ -33,6 +35,8 @@ def report() -> list[str]:
     devices = ", ".join(f"{device} ({target})" for target, device in header["devices"].items())
     model = _MODEL.format(devices=devices)
     lines += [*model.splitlines(), *_grid([MODEL_COLUMNS, *counted]), ""]
+    judged = [[_cell(bar, name) for name in BAR_COLUMNS] for bar in table["bars"]]
+    lines += [_BARS, *_grid([BAR_COLUMNS, *judged]), ""]
     headers = {name: result["header"] for name, result in found.items()}
     return lines + sources(header["kernels"], headers)
 

@@ -35,7 +35,7 @@ from dense_attn import __version__, _command, _files
 from dense_attn._kernel_hashes import kernel_hashes
 
 from ..harness.revision import git_revision
-from . import kernel_calls, model
+from . import bars, kernel_calls, model
 from .ahead_of_time import SHARED_LIMITS, Launch, compiled
 from .kernel_calls import Attention, Other
 from .occupancy import DEVICES
@@ -73,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "devices": {target: device.name for target, device in DEVICES.items()},  # of waves
     }
     text = ",\n  ".join(map(json.dumps, rows))
-    text = f'{{\n "header": {json.dumps(header)},\n "rows": [\n  {text}\n ]\n}}\n'
+    judged = ",\n  ".join(map(json.dumps, bars.bars(rows)))
+    text = (
+        f'{{\n "header": {json.dumps(header)},\n "bars": [\n  {judged}\n ],\n'
+        f' "rows": [\n  {text}\n ]\n}}\n'
+    )
     _files.write(arguments.json, text)
     broken = [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
     print("\n".join([*broken, f"{len(rows)} kernels, {len(broken)} faults"]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from dense_attn.benchmarks.families import FAMILIES
 from dense_attn.benchmarks.harness.bars import BARS, Bar
 from dense_attn.benchmarks.layout_attention import attention, suite
@@ -89,3 +91,45 @@ def test_bars_of_host_costs() -> None:
     assert bar.verdict(rows[:1])["verdict"] == "not measured"
     row = base | {"contender": "dense_attn", "of_op": 3.5}
     assert Bar("triton-fwd", "fwd", "float32", (), 3, "of_op").verdict([row])["verdict"] == "miss"
+
+
+def compiled_row(kernel: str, triton: str, ours: list[int], plain: int) -> dict:
+    """A row of the compiled table on sm_90 whose loops' busiest pipe is the ALU's half-rate one."""
+    from dense_attn.benchmarks.compiled.kernel_calls import Attention
+
+    which = "bwd" if kernel.startswith("bwd") else kernel
+    bodies = [{"cycles": {"issue": cycles, "alu": 2 * cycles}} for cycles in ours]
+    beside = {"bodies": [{"cycles": {"issue": plain, "alu": plain // 2}}]}
+    name = {"kernel": f"layout_attention_{kernel}_kernel", "triton": triton, "tile": "64x80"}
+    return name | Attention("sm_90", which, 40).facts | {"bodies": bodies, "plain": beside}
+
+
+def test_bars_of_compiled_kernels_by_hand() -> None:
+    pytest.importorskip("triton")
+    from dense_attn.benchmarks.compiled import bars as compiled_bars
+
+    rows = [
+        compiled_row("fwd", "3.10.0", [315, 600, 315], 300),
+        compiled_row("fwd", "3.6.0", [300, 600, 300], 300),
+        compiled_row("bwd_q", "3.10.0", [500], 400),
+        compiled_row("bwd_kv", "3.10.0", [310], 200),
+        compiled_row("row_fwd", "3.10.0", [1000], 500),
+    ]
+    other = rows[0] | {"modulation": "max"}
+    found = {(x["triton"], x["what"]): x for x in compiled_bars.bars([*rows, other])}
+    values = {what: bar["value"] for (triton, what), bar in found.items() if triton == "3.10.0"}
+    rows_of_keys = 2 * 8 * 4096, 2 * 8 * 77
+    copied = (4 * 40 * sum(rows_of_keys) + 20 * rows_of_keys[0]) / compiled_bars.COPY
+    cycles = 2000 * 64 * 80 / 8192 * (2 * 8 * 64) / 132
+    assert values == {
+        "untested tile": 1.05,  # to issue
+        "mixed tile": 4.0,
+        "forward in region order": round(0.94 * 2.1 + 0.06 * 4, 2),
+        "forward in raster order": round(0.09 * 2.1 + 0.91 * 4, 2),
+        "backward": 2.7,
+        "sd15-cross-64, of its copy": round(cycles / compiled_bars.CLOCK / copied, 2),
+    }
+    assert found["3.10.0", "untested tile"]["verdict"] == "holds"
+    assert found["3.10.0", "mixed tile"]["verdict"] == "missed"
+    oldest = found["3.6.0", "fwd, of Triton 3.10.0's"]
+    assert (oldest["value"], oldest["verdict"]) == (pytest.approx(0.98), "holds")

@@ -42,7 +42,7 @@ def test_info_tells_backends_with_reasons_and_missing_extras(
 def test_info_of_kernels(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("info", "--kernels")
     assert code == 0
-    kernels, model, sources = (part.splitlines() for part in out.split("\n\n"))
+    kernels, model, bars, sources = (part.splitlines() for part in out.split("\n\n"))
     table = _kernel_report.results()["kernels.json"]
     assert len(kernels) == 2 + len(table["rows"])
     assert kernels[1].split() == list(_kernel_report.COLUMNS)
@@ -50,6 +50,8 @@ def test_info_of_kernels(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None
     assert "faster" not in out
     assert len(model) == 4 + sum("plain" in row for row in table["rows"])
     assert model[3].split() == list(_kernel_report.MODEL_COLUMNS)
+    assert bars[1].split() == list(_kernel_report.BAR_COLUMNS)
+    assert len(bars) == 2 + len(table["bars"])
     assert [line.split()[0] for line in sources[1:]] == list(kernel_hashes())
 
     monkeypatch.setattr(_kernel_report, "results", dict)

@@ -1,0 +1,132 @@
+"""Bars of the compiled kernels, in the cycles of the model: ours beside plain attention under the
+same tile, by the same compiler.
+
+Not measured. Cycles are those of the busiest pipe, an untested tile's those that its instructions
+take to issue; loops alone count, as if nothing of a program lay outside of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ..layout_attention.workloads import WORKLOADS
+from .counts import SCORES
+from .kernel_calls import Attention
+from .occupancy import DEVICES
+
+Row = dict[str, Any]
+HEAD_DIMS = (40, 64, 128)
+SLACK = {"sm_80": 0.1, "sm_90": 0.0}
+UNTESTED = {40: 1.05, 64: 1.05, 128: 1.0}
+MIXED = 2.6
+# Share of tiles of 128 x 64 with matched and unmatched pairs by the order of 64 x 64 image tokens,
+# mean of 200 layouts of the DenseDiffusion benchmark; and the bar.
+FORWARD = {"in region order": (0.06, 1.2), "in raster order": (0.91, 2.0)}
+BACKWARD = 1.35
+OLDEST = 1.1  # cycles by the oldest Triton, of those by this one
+FEW_KEYS, FEW_KEYS_BAR = "sd15-cross-64", 2.5  # time of the row kernel, of that to copy its bytes
+CLOCK, COPY = 1.83e9, 4.3e12  # a second, of sm_90; bytes a second that an H200 copies
+
+
+def bars(rows: Iterable[Row]) -> list[Row]:
+    """Each bar with its value, and whether it holds."""
+    calls: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        if _is_judged(row):
+            kernel = row["kernel"].removeprefix("layout_attention_").removesuffix("_kernel")
+            calls.setdefault((row["target"], row["triton"], row["head_dim"]), {})[kernel] = row
+    found = [
+        dict(zip(("target", "triton", "head_dim"), call)) | bar
+        for call, kernels in calls.items()
+        for bar in (*_of_call(*call, kernels), *_by_the_oldest(call, kernels, calls))
+    ]
+    for bar in found:
+        bar["verdict"] = "holds" if bar["value"] <= bar["bound"] else "missed"
+    return found
+
+
+def _is_judged(row: Row) -> bool:
+    """Whether a row is of a default call whose loops are counted."""
+    if "plain" not in row or row["head_dim"] not in HEAD_DIMS:
+        return False
+    default = Attention(row["target"], row["which"], row["head_dim"])
+    return all(row[name] == value for name, value in default.facts.items())
+
+
+def _of_call(target: str, triton: str, head_dim: int, kernels: dict[str, Row]) -> Iterator[Row]:
+    """Bars of one head dim by one compiler."""
+    slack = SLACK[target]
+    if "fwd" in kernels:
+        (plain,) = kernels["fwd"]["plain"]["bodies"]
+        whole, mixed = kernels["fwd"]["bodies"][:2]
+        one = [(1, whole)]
+        yield _bar("untested tile", one, [plain], UNTESTED[head_dim] + slack, _issued)
+        yield _bar("mixed tile", [(1, mixed)], [plain], MIXED + slack)
+        for order, (share, bound) in FORWARD.items():
+            tiles = [(1 - share, whole), (share, mixed)]
+            yield _bar(f"forward {order}", tiles, [plain], bound + slack)
+    if {"bwd_q", "bwd_kv"} <= kernels.keys():
+        passes = kernels["bwd_q"], kernels["bwd_kv"]
+        ours = [(1, row["bodies"][0]) for row in passes]
+        plain = [row["plain"]["bodies"][0] for row in passes]
+        yield _bar("backward", ours, plain, BACKWARD + slack)
+    if "row_fwd" in kernels and target == "sm_90" and head_dim == 40:
+        value = round(_few_keys(kernels["row_fwd"]), 2)
+        yield {"what": f"{FEW_KEYS}, of its copy", "value": value, "bound": FEW_KEYS_BAR}
+
+
+def _by_the_oldest(
+    call: tuple[str, str, int], kernels: dict[str, Row], calls: dict[tuple, dict[str, Row]]
+) -> Iterator[Row]:
+    """Each kernel's loops by an older Triton, of those by the newest."""
+    target, triton, head_dim = call
+    newest = max((t for of, t, d in calls if (of, d) == (target, head_dim)), key=_version)
+    if triton == newest:
+        return
+    for kernel, row in kernels.items():
+        if kernel in (others := calls[target, newest, head_dim]):
+            ours = [(1, body) for body in row["bodies"]]
+            yield _bar(f"{kernel}, of Triton {newest}'s", ours, others[kernel]["bodies"], OLDEST)
+
+
+def _few_keys(row: Row) -> float:
+    """Time of the row kernel's busiest pipe on all SMs, of that to copy its bytes."""
+    workload = WORKLOADS[FEW_KEYS]
+    block_m, block_n = map(int, row["tile"].split("x"))
+    rows = workload.batch * workload.num_heads * workload.seqlen_q
+    keys = workload.batch * workload.num_heads * workload.seqlen_k
+    cycles = sum(map(_busiest, row["bodies"])) * block_m * block_n / SCORES
+    programs = rows // workload.seqlen_q * math.ceil(workload.seqlen_q / block_m)
+    seconds = cycles * programs / DEVICES[row["target"]].processors / CLOCK
+    half_floats, statistics = 2 * (rows + keys) * workload.head_dim, 5 * rows
+    return seconds / ((2 * half_floats + 4 * statistics) / COPY)
+
+
+def _bar(
+    what: str,
+    ours: list[tuple[float, Row]],  # bodies, each with its share
+    others: list[Row],
+    bound: float,
+    cycles: Callable[[Row], int] | None = None,
+) -> Row:
+    """Ours / others by the busiest pipe or as `cycles` says, and to issue."""
+
+    def ratio(of: Callable[[Row], int]) -> float:
+        return round(sum(share * of(body) for share, body in ours) / sum(map(of, others)), 2)
+
+    value = ratio(cycles or _busiest)
+    return {"what": what, "value": value, "bound": round(bound, 2), "issued": ratio(_issued)}
+
+
+def _busiest(body: Row) -> int:
+    return max(body["cycles"].values())
+
+
+def _issued(body: Row) -> int:
+    return body["cycles"]["issue"]
+
+
+def _version(triton: str) -> tuple[int, ...]:
+    return tuple(map(int, triton.split(".")[:2]))
