@@ -44,8 +44,10 @@ class Config:
 Table = dict[str, dict[int, Config]]  # architecture -> largest head dim -> configuration
 
 GRAIN = 8  # elements: 16 bytes, the widest load, in the narrowest dtype
-# Up to here a row of scores is one tile; more would not leave room for the accumulator.
-ROW_KEYS = 128
+# Keys of a tile that holds a whole row of scores: 80 and 96 are 64 and a second part. More would
+# not leave room for the accumulator.
+ROW_TILES = (16, 32, 64, 80, 96, 128)
+ROW_KEYS = ROW_TILES[-1]
 INTERPRETED = Config(64, 32, 1, 1)  # small, so that small cases have several tiles of every kind
 
 FORWARD: Table = {
@@ -75,7 +77,7 @@ FORWARD: Table = {
         256: Config(64, 32, 4, 1, parks=True),
     },
 }
-ROW_FORWARD: Table = {  # BLOCK_N is the number of keys, rounded up to a power of two
+ROW_FORWARD: Table = {  # BLOCK_N is the least of ROW_TILES that holds the keys
     "sm_80": {
         80: Config(128, 128, 8, 1),
         96: Config(64, 128, 4, 1),  # eight warps spill 8 bytes
@@ -191,7 +193,12 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
         )
     if not row:
         return config
-    return replace(config, BLOCK_N=max(16, next_power_of_2(seqlen_k)), parks=False)
+    return replace(config, BLOCK_N=row_tile(seqlen_k), parks=False)
+
+
+def row_tile(seqlen_k: int) -> int:
+    """Keys of the tile that holds a whole row of scores."""
+    return next(keys for keys in ROW_TILES if seqlen_k <= keys)
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:

@@ -21,9 +21,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def tile_of_program(num_heads, seqlen, BLOCK: tl.constexpr):
     """This program's tile of tokens: (head among all samples', tile, sample, head)."""
     tiles_per_head = tl.cdiv(seqlen, BLOCK)
-    index = (tl.program_id(0) // tiles_per_head).to(tl.int64)
+    index = tl.program_id(0) // tiles_per_head
     tile = tl.program_id(0) % tiles_per_head
-    return index, tile, index // num_heads, index % num_heads
+    batch, head = index // num_heads, index % num_heads  # quotients of int64 take long
+    return index.to(tl.int64), tile, batch.to(tl.int64), head.to(tl.int64)
 
 
 @triton.jit

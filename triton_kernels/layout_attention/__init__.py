@@ -70,19 +70,22 @@ def layout_attention_fwd(
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
     lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks(q, k)`
     config: configs.Config | None = None,
+    with_lse: bool = True,
+    with_stats: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of
-    each row.
+    each row. What is not asked for is empty.
     """
     batch, num_heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
-    out, lse, stats = fwd_results(q)
+    out, lse, stats = fwd_results(q, with_lse, with_stats)
     if batch * num_heads * seqlen_q == 0:
         return out, lse, stats
     if seqlen_k == 0:
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
     config = config or fwd_config(q, k)
-    results, numbers = (_rows(out), lse, stats), (num_heads, seqlen_q, seqlen_k, abs(scale))
+    results = _rows(out), lse if with_lse else None, stats if with_stats else None
+    numbers = num_heads, seqlen_q, seqlen_k, abs(scale)
     constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs, strengths = (_rows(q), _rows(k), _rows(v), _tokens(q_regions)), _rows(strength)
@@ -252,11 +255,11 @@ def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
     return None if config is None else (config.BLOCK_M, config.BLOCK_N)
 
 
-def fwd_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unwritten (out, lse, stats)."""
-    batch, num_heads, seqlen_q, _ = q.shape
-    lse = q.new_empty(batch, num_heads, seqlen_q, dtype=torch.float32)
-    stats = q.new_empty(batch, num_heads, seqlen_q, STATS, dtype=torch.float32)
+def fwd_results(q: Tensor, with_lse: bool, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten (out, lse, stats), [0] where they are not asked for."""
+    rows = q.shape[:3]
+    lse = q.new_empty(rows if with_lse else 0, dtype=torch.float32)
+    stats = q.new_empty((*rows, STATS) if with_stats else 0, dtype=torch.float32)
     return empty_rows_like(q), lse, stats
 
 

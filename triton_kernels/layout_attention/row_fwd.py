@@ -1,4 +1,8 @@
-"""Layout attention forward where the whole row of scores is one tile."""
+"""Layout attention forward where the whole row of scores is one tile.
+
+Its keys come in two parts, as head dims do: 80 = 64 + 16. All keys of a first part exist. Without a
+second its place is taken by the first's twin, which the compiler drops.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,147 @@ from dense_attn.triton_kernels.primitives import (
     scale_rows,
     store_head,
     temperature,
+    tile_of_program,
     tokens_at,
     words_at,
     zero_rows,
 )
+
+
+@triton.jit
+def _keys_at(seqlen_k, FIRST: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr):
+    """KEYS keys from FIRST on; behind the last key it comes again, which changes no extreme."""
+    keys = FIRST + tl.arange(0, KEYS)
+    if LAST:
+        keys = tl.minimum(keys, seqlen_k - 1)
+    return keys.to(tl.int64), tl.full([KEYS], True, tl.int1)
+
+
+@triton.jit
+def _key_rows(
+    x,
+    batch,
+    head,
+    seqlen_k,
+    KEYS_0: tl.constexpr,
+    KEYS_1: tl.constexpr,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Rows of both parts of the keys of one head of x [B, H, N, D]."""
+    keys, exist = _keys_at(seqlen_k, 0, KEYS_0, KEYS_1 == 0)
+    first = load_head(x, batch, head, keys, exist, PART_0, PART_1, HEAD_DIM)
+    second = first
+    if KEYS_1 > 0:
+        keys, exist = _keys_at(seqlen_k, KEYS_0, KEYS_1, True)
+        second = load_head(x, batch, head, keys, exist, PART_0, PART_1, HEAD_DIM)
+    return first, second
+
+
+@triton.jit
+def _scores(
+    rows,
+    keys,
+    KEYS_1: tl.constexpr,
+    NEGATE: tl.constexpr,
+    PART_1: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Raw scores with both parts, as <q, k>, or minus that."""
+    first = products(rows, keys[0], PART_1, PRECISION)
+    second = first
+    if KEYS_1 > 0:
+        second = products(rows, keys[1], PART_1, PRECISION)
+    if NEGATE:
+        first, second = -first, -second
+    return first, second
+
+
+@triton.jit
+def _meets(row_words, k_words, batch, seqlen_k, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr):
+    """Which pairs are matched, of both parts."""
+    keys, exist = _keys_at(seqlen_k, 0, KEYS_0, KEYS_1 == 0)
+    first = (row_words[:, None] & words_at(k_words, batch, keys, exist)[None, :]) != 0
+    second = first
+    if KEYS_1 > 0:
+        keys, exist = _keys_at(seqlen_k, KEYS_0, KEYS_1, True)
+        second = (row_words[:, None] & words_at(k_words, batch, keys, exist)[None, :]) != 0
+    return first, second
+
+
+@triton.jit
+def _folded(x, KEYS: tl.constexpr):
+    """[rows, several * KEYS] as [rows, several, KEYS], which one thread reduces to [rows, KEYS]."""
+    return tl.reshape(x, [x.shape[0], x.shape[1] // KEYS, KEYS])
+
+
+@triton.jit
+def _highest(parts, KEYS_1: tl.constexpr):
+    """The largest number of each row, in both parts."""
+    highest = parts[0]
+    if KEYS_1 > 0:
+        highest = tl.maximum(tl.max(_folded(highest, KEYS_1), 1), parts[1])
+    return tl.max(highest, 1)
+
+
+@triton.jit
+def _lowest(parts, KEYS_1: tl.constexpr):
+    """The smallest number of each row, in both parts."""
+    lowest = parts[0]
+    if KEYS_1 > 0:
+        lowest = tl.minimum(tl.min(_folded(lowest, KEYS_1), 1), parts[1])
+    return tl.min(lowest, 1)
+
+
+@triton.jit
+def _total(parts, KEYS_1: tl.constexpr):
+    """The sum of each row, over both parts."""
+    total = parts[0]
+    if KEYS_1 > 0:
+        total = tl.sum(_folded(total, KEYS_1), 1) + parts[1]
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _exponents(raw, meets, row, MODULATION: tl.constexpr, EXACT: tl.constexpr):
+    """raw*factor + addition, from an anchor if the difference must not be rounded late; scores of
+    "mask" are selected before.
+    """
+    factor, anchor, add_in, add_out = row
+    addition = add_in[:, None]
+    if MODULATION != "mask":
+        addition = tl.where(meets, addition, add_out[:, None])
+    return tl.fma(raw - anchor[:, None] if EXACT else raw, factor[:, None], addition)
+
+
+@triton.jit
+def _weights(
+    raw, meets, row, seqlen_k, KEYS_1: tl.constexpr, MODULATION: tl.constexpr, EXACT: tl.constexpr
+):
+    """Weights of both parts, at most 1, and the exponent of each row that they are measured from."""
+    factor, anchor, add_in, add_out = row
+    if not EXACT:  # one fused multiply-add a score
+        row = (factor, anchor, add_in - anchor * factor, add_out - anchor * factor)
+    first = _exponents(raw[0], meets[0], row, MODULATION, EXACT)
+    second = _exponents(raw[1], meets[1], row, MODULATION, EXACT)
+    largest = tl.zeros_like(anchor)
+    if MODULATION != "mask":
+        largest = finite_or_zero(_highest((first, second), KEYS_1))
+    if EXACT:  # taken off before the sum, which would round the distances off
+        row = (factor, anchor, add_in - largest, add_out - largest)
+        first = _exponents(raw[0], meets[0], row, MODULATION, EXACT)
+        second = _exponents(raw[1], meets[1], row, MODULATION, EXACT)
+    elif MODULATION != "mask":
+        first, second = first - largest[:, None], second - largest[:, None]
+    first, second = tl.exp2(first), tl.exp2(second)
+    # Only the last part has keys that come again.
+    SECOND: tl.constexpr = raw[1].shape[1]
+    there = raw[0].shape[1] * (KEYS_1 > 0) + tl.arange(0, SECOND) < seqlen_k
+    second = tl.where(there[None, :], second, 0.0)
+    if KEYS_1 == 0:
+        first = second
+    return first, second, largest
 
 
 @triton.jit
@@ -34,8 +175,8 @@ def layout_attention_row_fwd_kernel(
     k_words,
     strength,  # (pointer, strides)
     out,
-    lse_ptr,
-    stats_ptr,
+    lse_ptr,  # or None
+    stats_ptr,  # or None
     num_heads,
     seqlen_q,
     seqlen_k,
@@ -50,45 +191,41 @@ def layout_attention_row_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One tile of query rows against all keys, which fit one tile: no state, no lists."""
-    tiles_per_head = tl.cdiv(seqlen_q, BLOCK_M)
-    index = (tl.program_id(0) // tiles_per_head).to(tl.int64)
-    batch, head = index // num_heads, index % num_heads
-    tile = tl.program_id(0) % tiles_per_head
+    KEYS_0: tl.constexpr = 64 if BLOCK_N > 64 else BLOCK_N
+    KEYS_1: tl.constexpr = BLOCK_N - KEYS_0
+    index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, None, batch, seqlen_q, BLOCK_M)
-    keys, there = tokens_at(0, None, batch, seqlen_k, BLOCK_N)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
-    columns = load_head(k, batch, head, keys, there, PART_0, PART_1, HEAD_DIM)
+    keys = _key_rows(k, batch, head, seqlen_k, KEYS_0, KEYS_1, PART_0, PART_1, HEAD_DIM)
+    values = _key_rows(v, batch, head, seqlen_k, KEYS_0, KEYS_1, PART_0, PART_1, HEAD_DIM)
+    raw = _scores(rows, keys, KEYS_1, NEGATE, PART_1, PRECISION)
+    # Words are read behind the products, which need the registers before.
     c = load_numbers(strength, batch, head, tokens, exist)
-    tau = temperature(c, MODULATION) * sm_scale
     row_words = words_at(q_words, batch, tokens, exist)
-    key_words = words_at(k_words, batch, keys, there)
-
-    raw = products(rows, columns, PART_1, PRECISION)
-    raw = -raw if NEGATE else raw
-    meets = (row_words[:, None] & key_words[None, :]) != 0
-    inside = (meets & there[None, :]) if MODULATION == "mask" else there[None, :]
-    row_max = tl.max(tl.where(inside, raw, float("-inf")), 1)
-    row_min = tl.min(tl.where(inside, raw, float("inf")), 1) if MODULATION == "range" else row_max
+    meets = _meets(row_words, k_words, batch, seqlen_k, KEYS_0, KEYS_1)
+    if MODULATION == "mask":
+        raw = tl.where(meets[0], raw[0], float("-inf")), tl.where(meets[1], raw[1], float("-inf"))
+        sm_scale = tl.maximum(sm_scale, 1e-30)  # 0 times -inf would be no number
+    row_max = _highest(raw, KEYS_1)
+    row_min = _lowest(raw, KEYS_1) if MODULATION == "range" else row_max
+    tau = temperature(c, MODULATION) * sm_scale
     add_in, add_out, common = additions(c, sm_scale * row_max, sm_scale * row_min, MODULATION)
     add_in, add_out = add_in * LOG2_E, add_out * LOG2_E
-    anchor, factor = anchor_of(row_max, row_min, tau, MODULATION), (tau * LOG2_E)[:, None]
-    distance = raw - anchor[:, None]
-    exponents = tl.fma(distance, factor, tl.where(meets, add_in[:, None], add_out[:, None]))
-    largest = finite_or_zero(tl.max(tl.where(inside, exponents, float("-inf")), 1))
-    # Before the sum, which would round the distances off.
-    add_in, add_out = add_in - largest, add_out - largest
-    exponents = tl.fma(distance, factor, tl.where(meets, add_in[:, None], add_out[:, None]))
-    weights = tl.where(inside, tl.exp2(exponents), 0.0)
-    row_sum = tl.sum(weights, 1)
-    inverse = tl.where(row_sum == 0, 0.0, 1 / row_sum)
-    values = load_head(v, batch, head, keys, there, PART_0, PART_1, HEAD_DIM)
+    anchor = anchor_of(row_max, row_min, tau, MODULATION)
+    row = (tau * LOG2_E, anchor, add_in, add_out)
+    EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
+    first, second, largest = _weights(raw, meets, row, seqlen_k, KEYS_1, MODULATION, EXACT)
+    row_sum = _total((first, second), KEYS_1)
+
     acc = zero_rows(BLOCK_M, PART_0, PART_1)
-    acc = add_product(acc, weights.to(values[0].dtype), values, PART_1, PRECISION)
+    acc = add_product(acc, first.to(v[0].dtype.element_ty), values[0], PART_1, PRECISION)
+    if KEYS_1 > 0:
+        acc = add_product(acc, second.to(v[0].dtype.element_ty), values[1], PART_1, PRECISION)
+    acc = scale_rows(acc, tl.where(row_sum == 0, 0.0, 1 / row_sum), PART_1)
+    store_head(out, batch, head, tokens, exist, acc, PART_0, PART_1, HEAD_DIM)
     log_sum = tl.log2(row_sum)
     lse = tl.where(row_sum == 0, float("-inf"), (largest + log_sum) * LN_2 + anchor * tau + common)
-    acc = scale_rows(acc, inverse, PART_1)
-    store_head(out, batch, head, tokens, exist, acc, PART_0, PART_1, HEAD_DIM)
     # A row without keys has offsets of -inf, so that it weighs nothing.
     shift = tl.where(row_sum == 0, float("inf"), log_sum)
-    stats = (row_max, row_min, add_in - shift, add_out - shift)
+    stats = (row_max, row_min, add_in - largest - shift, add_out - largest - shift)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
