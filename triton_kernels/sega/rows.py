@@ -84,25 +84,24 @@ def load_candidates(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Bits of a whole row, MAX_BITS beyond its end; by way of `staged`, if there is one, where
-    registers are few.
+    """Bits of whole rows [CONCEPTS, BLOCK], of the concepts e [CONCEPTS, 1], MAX_BITS beyond their
+    end; by way of `staged`, if there is one, where registers are few.
     """
+    offs = tl.arange(0, BLOCK)[None, :]
     if staged is None:
-        offs = tl.arange(0, BLOCK)
         magnitudes = load_magnitudes(
             edits, uncond, scale, e, b, c, num_channels, offs, offs < num_values, SUM_CHANNELS
         )
         return tl.where(offs < num_values, bits_of(magnitudes), MAX_BITS)
     else:  # noqa: RET505  what follows a return is compiled all the same
         for start in range(0, num_values, TILE):
-            offs = start + tl.arange(0, TILE)
-            mask = offs < num_values
+            part = start + tl.arange(0, TILE)[None, :]
+            mask = part < num_values
             magnitudes = load_magnitudes(
-                edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS
+                edits, uncond, scale, e, b, c, num_channels, part, mask, SUM_CHANNELS
             )
-            tl.store(staged + offs, bits_of(magnitudes), mask=mask)
+            tl.store(staged + part, bits_of(magnitudes), mask=mask)
         tl.debug_barrier()  # what one thread has staged another may fetch
-        offs = tl.arange(0, BLOCK)
         return tl.load(staged + offs, mask=offs < num_values, other=MAX_BITS)
 
 

@@ -44,23 +44,32 @@ def interpolate(lower_bits, upper_bits, fraction):
 
 
 @triton.jit
-def quantile_of(candidates, num_values, rank, LOW_BIT: tl.constexpr):
-    """Quantile of a block of bits at a float64 rank with a fraction; bits below LOW_BIT are 0 in
-    every value.
+def quantiles_of(candidates, there, num_values, ranks, LOW_BIT: tl.constexpr):
+    """Quantiles of rows of bits [CONCEPTS, BLOCK], each at its own float64 rank with a fraction;
+    bits below LOW_BIT are 0 in every value. Of rows that are not `there` nothing is counted.
     """
-    below = rank.to(tl.int32)
-    numbers = tl.sum((candidates <= INF_BITS).to(tl.int32))
+    below = ranks.to(tl.int32)
     lower = below * 0
     # From the highest bit: the largest number that has at most `below` values below it.
     for i in range(31 - LOW_BIT):
         higher = lower | (1 << (30 - i))
-        smaller = tl.sum((candidates < higher).to(tl.int32))
+        smaller = _sum_smaller(candidates, higher, there)
         lower = tl.where(smaller <= below, higher, lower)
-    not_above = tl.sum((candidates <= lower).to(tl.int32))
-    upper = tl.min(tl.where(candidates > lower, candidates, MAX_BITS))
-    fraction = rank - below.to(tl.float64)
+    not_above = _sum_smaller(candidates, lower + 1, there)
+    numbers = tl.sum((candidates <= INF_BITS).to(tl.int32), axis=1)
+    upper = tl.min(tl.where(candidates > lower[:, None], candidates, MAX_BITS), axis=1)
+    fraction = ranks - below.to(tl.float64)
     upper = tl.where((fraction == 0.0) | (not_above > below + 1), lower, upper)
     return tl.where(numbers < num_values, float("nan"), interpolate(lower, upper, fraction))
+
+
+@triton.jit
+def _sum_smaller(candidates, limits, there):
+    """How many of each row's candidates are below its limit: the signs of differences, which take
+    half of the instructions that comparisons do.
+    """
+    signs = (candidates - limits[:, None]).to(tl.uint32, bitcast=True) >> 31
+    return tl.sum(tl.where(there, signs.to(tl.int32), 0), axis=1)
 
 
 @triton.jit
@@ -252,9 +261,9 @@ def group_of(numbers: tuple[float, ...]) -> tuple[float, ...]:
     return (*numbers, *[0.0] * (GROUP - len(numbers)))
 
 
-def warps(num_values: int) -> int:
-    """8 values a thread, on at most the 1,024 threads that a program has."""
-    return min(max(num_values // (8 * WARP_SIZE), 1), 1024 // WARP_SIZE)
+def warps(num_values: int, values: int = 8) -> int:
+    """So many values a thread, on at most the 1,024 threads that a program has."""
+    return min(max(num_values // (values * WARP_SIZE), 1), 1024 // WARP_SIZE)
 
 
 def long_thresholds(
