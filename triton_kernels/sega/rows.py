@@ -115,9 +115,23 @@ def number_of(numbers, e, GROUP: tl.constexpr):
 
 
 @triton.jit
-def rank_of(ranks, e, GROUP: tl.constexpr):
-    """The e-th rank of what `ranks_of` made, float64."""
+def rank_bits(ranks, e, GROUP: tl.constexpr):
+    """Bits of the e-th rank, a float64, of what `ranks_of` made."""
     bits = number_of(ranks[0], e, GROUP).to(tl.int32).to(tl.int64) << (2 * PIECE)
     bits |= number_of(ranks[1], e, GROUP).to(tl.int32).to(tl.int64) << PIECE
-    bits |= number_of(ranks[2], e, GROUP).to(tl.int32).to(tl.int64)
-    return bits.to(tl.float64, bitcast=True)
+    return bits | number_of(ranks[2], e, GROUP).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def rank_of(ranks, e, GROUP: tl.constexpr):
+    """The e-th rank of what `ranks_of` made, float64."""
+    return rank_bits(ranks, e, GROUP).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def whole_rank_of(ranks, e, GROUP: tl.constexpr):
+    """The e-th rank without its fraction, int64, by integers alone: conversions fuse products."""
+    bits = rank_bits(ranks, e, GROUP)
+    places = 1075 - (bits >> 52)  # of the significand behind the point
+    significand = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
+    return significand >> tl.minimum(places, 63)
