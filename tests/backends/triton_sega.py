@@ -37,8 +37,7 @@ def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form == "several":
         monkeypatch.setattr(_sega, "LONGEST", 0)
         monkeypatch.setattr(_sega, "TILE", 64)
-        monkeypatch.setattr(selection, "TILE", 64)
-        monkeypatch.setattr(selection, "SPAN", 128)
+        monkeypatch.setattr(selection, "SPAN", 64)
         monkeypatch.setattr(selection, "MAX_PROGRAMS", 20)
 
 
@@ -87,7 +86,7 @@ def test_interpolation(num_rows: int, level: float, programs: None) -> None:
 
 def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than one program adds up at a time: 16 of their counts, 256 of their extremes."""
-    for name, value in (("TILE", 16), ("SPAN", 16), ("MAX_PROGRAMS", 300)):
+    for name, value in (("SPAN", 16), ("MAX_PROGRAMS", 100)):
         monkeypatch.setattr(selection, name, value)
     monkeypatch.setattr(_sega, "LONGEST", 0)
     x = torch.randn(1, 16 * 270 + 3)

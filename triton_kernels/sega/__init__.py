@@ -94,6 +94,7 @@ def sega_guidance(
             "LAST": first + GROUP >= num_edits,
             "SUM_CHANNELS": sum_channels,
             "GROUP": GROUP,
+            "EDITS": min(num_edits - first, GROUP),
         }
         masked = None if masks is None else _rows(masks, 3)
         tensors = (uncond, text, _rows(edits, 3), nu, masked, *results)
@@ -119,12 +120,15 @@ def _step(
     apart = tensors[0][4] != 1 or tensors[2][4] != 1
     whole = selection.fits_one_program(LONGEST >> apart, num_values, *tensors)
     tensors = (*tensors, (thresholds, *thresholds.stride()[:2], 0 if sums else 1))
-    last = (step, all_warm, thresholds.shape[0], channels, num_values)
+    last = (step, all_warm, channels, num_values)
     if whole:
         options = _whole_row(num_values)
+        held, edits = UNSTAGED >> sums >> apart, configs.next_power_of_2(flags["EDITS"])
+        together = max(1, min(edits, held // options["BLOCK"]))
         staged = None
-        if num_values > UNSTAGED >> sums >> apart:
-            staged = thresholds.new_empty((batch * channels, num_values), dtype=torch.int32)
+        if num_values > held:
+            staged = thresholds.new_empty((batch * channels, together, num_values), dtype=torch.int32)
+        options |= {"TOGETHER": together}
         sega_guidance_kernel[(batch * channels,)](
             *tensors, staged, scales, ranks, weights, partials, *last, **flags, **options
         )
@@ -162,7 +166,9 @@ def _groups(
 
 def _whole_row(num_values: int) -> dict[str, object]:
     block = max(16, configs.next_power_of_2(num_values))
-    return {"BLOCK": block, "TILE": min(block, TILE), "num_warps": selection.warps(block), **EXACT}
+    # Each warp adds up all others' counts in every round, so few of them have many values each.
+    warps = selection.warps(block, 16)
+    return {"BLOCK": block, "TILE": min(block, TILE // 2), "num_warps": warps, **EXACT}
 
 
 def _rows(x: Tensor, lead: int) -> tuple[Tensor, int, int, int, int]:

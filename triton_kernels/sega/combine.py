@@ -16,7 +16,7 @@ from dense_attn.triton_kernels.sega.rows import (
     rank_of,
     store_row,
 )
-from dense_attn.triton_kernels.sega.selection import quantile_of
+from dense_attn.triton_kernels.sega.selection import quantiles_of
 
 
 @triton.jit
@@ -26,7 +26,6 @@ def combine_tile(
     concepts,
     step,
     all_warm,
-    num_edits,
     num_channels,
     b,
     c,
@@ -36,6 +35,7 @@ def combine_tile(
     LAST: tl.constexpr,
     SUM_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
+    EDITS: tl.constexpr,
 ):
     """eps and momentum of one tile once the thresholds [GROUP] are known; carry is what one group
     hands to the next.
@@ -51,7 +51,9 @@ def combine_tile(
         guided = load_row(carry, 0, b, c, offs, mask)
         steer = load_row(carry, 1, b, c, offs, mask)
 
-    for e in range(num_edits):
+    # Unrolled, all concepts are loaded at once; sums over channels would take too many registers.
+    UNROLLED: tl.constexpr = 1 if SUM_CHANNELS else max(EDITS, 1)
+    for e in tl.range(0, EDITS, loop_unroll_factor=UNROLLED):
         scale, weight = number_of(scales, e, GROUP), number_of(weights, e, GROUP)
         partial = number_of(partials, e, GROUP)
         threshold = tl.sum(tl.where(tl.arange(0, GROUP) == e, thresholds, 0.0), axis=0)
@@ -94,13 +96,14 @@ def sega_guidance_kernel(
     partials,
     step,
     all_warm,
-    num_edits,
     num_channels,
     num_values,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     SUM_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
+    EDITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -109,14 +112,19 @@ def sega_guidance_kernel(
     b, c = row // num_channels, row % num_channels
     concepts = tl.arange(0, GROUP).to(tl.int64)
     found = tl.zeros((GROUP,), tl.float32)
-    staged = None if staged_ptr is None else staged_ptr + row * num_values
-    for e in range(num_edits):
-        scale = number_of(scales, e, GROUP)
+    for first in range(0, EDITS, TOGETHER):
+        some = first + tl.arange(0, TOGETHER)
+        there = (some < EDITS)[:, None]
+        e = tl.minimum(some, EDITS - 1)
+        staged = None
+        if staged_ptr is not None:
+            rows = row * TOGETHER + tl.arange(0, TOGETHER)
+            staged = staged_ptr + rows[:, None] * num_values
         candidates = load_candidates(
             edits,
             uncond,
-            scale,
-            e,
+            number_of(scales, e, GROUP)[:, None],
+            e[:, None],
             b,
             c,
             num_channels,
@@ -126,10 +134,12 @@ def sega_guidance_kernel(
             BLOCK,
             TILE,
         )
-        threshold = quantile_of(candidates, num_values, rank_of(ranks, e, GROUP), 0)
-        found = tl.where(concepts == e, threshold, found)
+        rank = rank_of(ranks, e, GROUP)
+        quantiles = quantiles_of(candidates, there, num_values, rank, 0)
+        own = some[:, None] == concepts[None, :]
+        found += tl.sum(tl.where(own, quantiles[:, None], 0.0), axis=0)
     at = thresholds[0] + concepts * thresholds[1] + b * thresholds[2] + c * thresholds[3]
-    tl.store(at, found, mask=concepts < num_edits)  # every channel of a sum stores the same
+    tl.store(at, found, mask=concepts < EDITS)  # every channel of a sum stores the same
 
     tensors = (uncond, text, edits, momentum, user_mask, eps, momentum_out, carry)
     numbers = (scales, weights, partials)
@@ -141,7 +151,6 @@ def sega_guidance_kernel(
             numbers,
             step,
             all_warm,
-            num_edits,
             num_channels,
             b,
             c,
@@ -151,6 +160,7 @@ def sega_guidance_kernel(
             LAST,
             SUM_CHANNELS,
             GROUP,
+            EDITS,
         )
 
 
@@ -170,13 +180,13 @@ def sega_combine_kernel(
     partials,
     step,
     all_warm,
-    num_edits,
     num_channels,
     num_values,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     SUM_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
+    EDITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One tile of a channel whose thresholds are known."""
@@ -185,7 +195,7 @@ def sega_combine_kernel(
     b, c = row // num_channels, row % num_channels
     concepts = tl.arange(0, GROUP).to(tl.int64)
     at = thresholds[0] + concepts * thresholds[1] + b * thresholds[2] + c * thresholds[3]
-    found = tl.load(at, mask=concepts < num_edits, other=0.0)
+    found = tl.load(at, mask=concepts < EDITS, other=0.0)
     offs = (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
     tensors = (uncond, text, edits, momentum, user_mask, eps, momentum_out, carry)
     numbers = (scales, weights, partials)
@@ -195,7 +205,6 @@ def sega_combine_kernel(
         numbers,
         step,
         all_warm,
-        num_edits,
         num_channels,
         b,
         c,
@@ -205,4 +214,5 @@ def sega_combine_kernel(
         LAST,
         SUM_CHANNELS,
         GROUP,
+        EDITS,
     )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.sega.rows import load_candidates
-from dense_attn.triton_kernels.sega.selection import quantile_of
+from dense_attn.triton_kernels.sega.selection import quantiles_of
 
 
 @triton.jit
@@ -32,8 +32,10 @@ def percentile_mask_kernel(
 ):
     """A whole row."""
     row = tl.program_id(0).to(tl.int64)
+    there = tl.full((1, 1), True, tl.int1)
     candidates = load_candidates(x, None, 1.0, 0, 0, row, 1, num_values, None, False, BLOCK, TILE)
-    threshold = quantile_of(candidates, num_values, tl.full((), rank, tl.float64), LOW_BIT)
+    ranks = tl.full((1,), rank, tl.float64)
+    threshold = tl.sum(quantiles_of(candidates, there, num_values, ranks, LOW_BIT), axis=0)
     tl.store(thresholds_ptr + row, threshold)
     for start in range(0, num_values, TILE):
         mask_tile(x, masked_ptr, threshold, row, num_values, start, TILE)

@@ -84,25 +84,24 @@ def load_candidates(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Bits of a whole row, MAX_BITS beyond its end; by way of `staged`, if there is one, where
-    registers are few.
+    """Bits of whole rows [CONCEPTS, BLOCK], of the concepts e [CONCEPTS, 1], MAX_BITS beyond their
+    end; by way of `staged`, if there is one, where registers are few.
     """
+    offs = tl.arange(0, BLOCK)[None, :]
     if staged is None:
-        offs = tl.arange(0, BLOCK)
         magnitudes = load_magnitudes(
             edits, uncond, scale, e, b, c, num_channels, offs, offs < num_values, SUM_CHANNELS
         )
         return tl.where(offs < num_values, bits_of(magnitudes), MAX_BITS)
     else:  # noqa: RET505  what follows a return is compiled all the same
         for start in range(0, num_values, TILE):
-            offs = start + tl.arange(0, TILE)
-            mask = offs < num_values
+            part = start + tl.arange(0, TILE)[None, :]
+            mask = part < num_values
             magnitudes = load_magnitudes(
-                edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS
+                edits, uncond, scale, e, b, c, num_channels, part, mask, SUM_CHANNELS
             )
-            tl.store(staged + offs, bits_of(magnitudes), mask=mask)
+            tl.store(staged + part, bits_of(magnitudes), mask=mask)
         tl.debug_barrier()  # what one thread has staged another may fetch
-        offs = tl.arange(0, BLOCK)
         return tl.load(staged + offs, mask=offs < num_values, other=MAX_BITS)
 
 
@@ -116,9 +115,23 @@ def number_of(numbers, e, GROUP: tl.constexpr):
 
 
 @triton.jit
-def rank_of(ranks, e, GROUP: tl.constexpr):
-    """The e-th rank of what `ranks_of` made, float64."""
+def rank_bits(ranks, e, GROUP: tl.constexpr):
+    """Bits of the e-th rank, a float64, of what `ranks_of` made."""
     bits = number_of(ranks[0], e, GROUP).to(tl.int32).to(tl.int64) << (2 * PIECE)
     bits |= number_of(ranks[1], e, GROUP).to(tl.int32).to(tl.int64) << PIECE
-    bits |= number_of(ranks[2], e, GROUP).to(tl.int32).to(tl.int64)
-    return bits.to(tl.float64, bitcast=True)
+    return bits | number_of(ranks[2], e, GROUP).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def rank_of(ranks, e, GROUP: tl.constexpr):
+    """The e-th rank of what `ranks_of` made, float64."""
+    return rank_bits(ranks, e, GROUP).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def whole_rank_of(ranks, e, GROUP: tl.constexpr):
+    """The e-th rank without its fraction, int64, by integers alone: conversions fuse products."""
+    bits = rank_bits(ranks, e, GROUP)
+    places = 1075 - (bits >> 52)  # of the significand behind the point
+    significand = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
+    return significand >> tl.minimum(places, 63)

@@ -19,18 +19,21 @@ from dense_attn.triton_kernels.sega.rows import (
     load_magnitudes,
     number_of,
     rank_of,
+    whole_rank_of,
 )
 
 # Values that one program holds: 32 of the 64 registers of each of its 1,024 threads.
 LONGEST = 32768
-SPAN = 16384  # values of a longer row that one program counts
-TILE = 2048  # of which it holds so many at a time
-MAX_PROGRAMS = 1024  # that share a row: what they counted is added up by one program
+SPAN = 8192  # values of a longer row that one program counts at a time
+TILE = 2048  # that one masks or combines
+MAX_PROGRAMS = 1024  # that count a row: each begins with adding up what all have counted before
 WARP_SIZE = 64 if torch.version.hip else 32
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 EXACT = {"enable_fp_fusion": False}  # thresholds have the very bits of the reference
 
 INF_BITS = tl.constexpr(0x7F800000)
-BINS = tl.constexpr(256)  # of a digit: 8 bits
+# Numbers of a row before its counts: its extremes, then (bits, rank) found before each pass.
+EXTREMES = tl.constexpr(16)
 
 
 @triton.jit
@@ -44,23 +47,32 @@ def interpolate(lower_bits, upper_bits, fraction):
 
 
 @triton.jit
-def quantile_of(candidates, num_values, rank, LOW_BIT: tl.constexpr):
-    """Quantile of a block of bits at a float64 rank with a fraction; bits below LOW_BIT are 0 in
-    every value.
+def quantiles_of(candidates, there, num_values, ranks, LOW_BIT: tl.constexpr):
+    """Quantiles of rows of bits [CONCEPTS, BLOCK], each at its own float64 rank with a fraction;
+    bits below LOW_BIT are 0 in every value. Of rows that are not `there` nothing is counted.
     """
-    below = rank.to(tl.int32)
-    numbers = tl.sum((candidates <= INF_BITS).to(tl.int32))
+    below = ranks.to(tl.int32)
     lower = below * 0
     # From the highest bit: the largest number that has at most `below` values below it.
     for i in range(31 - LOW_BIT):
         higher = lower | (1 << (30 - i))
-        smaller = tl.sum((candidates < higher).to(tl.int32))
+        smaller = _sum_smaller(candidates, higher, there)
         lower = tl.where(smaller <= below, higher, lower)
-    not_above = tl.sum((candidates <= lower).to(tl.int32))
-    upper = tl.min(tl.where(candidates > lower, candidates, MAX_BITS))
-    fraction = rank - below.to(tl.float64)
+    not_above = _sum_smaller(candidates, lower + 1, there)
+    numbers = tl.sum((candidates <= INF_BITS).to(tl.int32), axis=1)
+    upper = tl.min(tl.where(candidates > lower[:, None], candidates, MAX_BITS), axis=1)
+    fraction = ranks - below.to(tl.float64)
     upper = tl.where((fraction == 0.0) | (not_above > below + 1), lower, upper)
     return tl.where(numbers < num_values, float("nan"), interpolate(lower, upper, fraction))
+
+
+@triton.jit
+def _sum_smaller(candidates, limits, there):
+    """How many of each row's candidates are below its limit: the signs of differences, which take
+    half of the instructions that comparisons do.
+    """
+    signs = (candidates - limits[:, None]).to(tl.uint32, bitcast=True) >> 31
+    return tl.sum(tl.where(there, signs.to(tl.int32), 0), axis=1)
 
 
 @triton.jit
@@ -78,102 +90,64 @@ def span_of(num_values, span):
 
 
 @triton.jit
+def digit_found(notes, rank, INDEX: tl.constexpr, WIDTH: tl.constexpr, BINS: tl.constexpr):
+    """The digits up to INDEX of a row's order statistic: (its bits so far, its rank among the
+    values that share them, their number, the next digit that another value has, or BINS).
+    """
+    bins = tl.arange(0, BINS)
+    counts = tl.load(notes + EXTREMES + INDEX * BINS + bins)
+    found = rank * 0
+    if INDEX > 0:
+        found = tl.load(notes + 2 * INDEX).to(tl.int64)
+        rank = tl.load(notes + 2 * INDEX + 1).to(tl.int64)
+    up_to = tl.cumsum(counts, axis=0)
+    digit = tl.sum((up_to <= rank).to(tl.int32), axis=0)
+    rank -= tl.max(tl.where(up_to <= rank, up_to, 0), axis=0)
+    number = tl.sum(tl.where(bins == digit, counts, 0), axis=0)
+    following = tl.min(tl.where((bins > digit) & (counts > 0), bins, BINS), axis=0)
+    return (found << WIDTH) + digit, rank, number, following
+
+
+@triton.jit
 def digit_counts_kernel(
     edits,
     uncond,
     scales,
-    counts_ptr,
-    found_ptr,
-    sizes,
-    num_channels,
-    num_values,
-    span,
-    shift,
-    GROUP: tl.constexpr,
-    SUM_CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """How many values have each digit, of those whose bits above it are the ones found so far."""
-    e, b, c = row_of(sizes)
-    scale = number_of(scales, e, GROUP)
-    found = tl.load(found_ptr + tl.program_id(0).to(tl.int64) * 3)
-    counts = tl.zeros((BINS,), tl.int32)
-    first, last = span_of(num_values, span)
-    for start in range(first, last, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < last
-        bits = bits_of(
-            load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS)
-        )
-        digits = bits >> shift
-        counts += tl.histogram(digits & (BINS - 1), BINS, mask=mask & ((digits >> 8) == found))
-    slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(counts_ptr + slot * BINS + tl.arange(0, BINS), counts)
-
-
-@triton.jit
-def digit_kernel(
-    counts_ptr,
-    found_ptr,
     ranks,
-    sizes,
-    num_programs,
-    FIRST: tl.constexpr,
-    GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):
-    """The next digit of a row's order statistic; found is (its bits so far, its rank and their
-    number among those).
-    """
-    row = tl.program_id(0).to(tl.int64)
-    bins = tl.arange(0, BINS)
-    counts = tl.zeros((BINS,), tl.int64)
-    for first in range(0, num_programs, PROGRAMS):
-        programs = first + tl.arange(0, PROGRAMS)
-        at = (row * num_programs + programs)[:, None] * BINS + bins[None, :]
-        counts += tl.sum(
-            tl.load(counts_ptr + at, mask=(programs < num_programs)[:, None], other=0).to(tl.int64),
-            axis=0,
-        )
-
-    if FIRST:
-        e, _, _ = row_of(sizes)
-        found = row * 0
-        rank = rank_of(ranks, e, GROUP).to(tl.int64)
-    else:
-        found = tl.load(found_ptr + row * 3)
-        rank = tl.load(found_ptr + row * 3 + 1)
-    up_to = tl.cumsum(counts, axis=0)
-    digit = tl.sum((up_to <= rank).to(tl.int64), axis=0)
-    tl.store(found_ptr + row * 3, found * BINS + digit)
-    tl.store(found_ptr + row * 3 + 1, rank - tl.sum(tl.where(bins < digit, counts, 0), axis=0))
-    tl.store(found_ptr + row * 3 + 2, tl.sum(tl.where(bins == digit, counts, 0), axis=0))
-
-
-@triton.jit
-def extremes_kernel(
-    edits,
-    uncond,
-    scales,
-    extremes_ptr,
-    found_ptr,
+    notes_ptr,
     sizes,
     num_channels,
     num_values,
     span,
-    low_bit,
+    row_notes,
     GROUP: tl.constexpr,
     SUM_CHANNELS: tl.constexpr,
+    INDEX: tl.constexpr,
+    LAST: tl.constexpr,
+    BEFORE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The smallest value above a row's order statistic, and its largest value, which tells of
-    NaN.
+    """How many values have each digit, of those whose bits above it are the ones found so far.
+
+    The first digit comes with the largest value, which tells of NaN, the last one with the smallest
+    value above the ones that are counted.
     """
     e, b, c = row_of(sizes)
     scale = number_of(scales, e, GROUP)
-    lower = (tl.load(found_ptr + tl.program_id(0).to(tl.int64) * 3) << low_bit).to(tl.int32)
-    upper = tl.full((BLOCK,), MAX_BITS, tl.int32)
-    largest = tl.zeros((BLOCK,), tl.int32)
+    notes = notes_ptr + tl.program_id(0).to(tl.int64) * row_notes
+    found = tl.full((), 0, tl.int32)
+    if INDEX > 0:
+        rank = whole_rank_of(ranks, e, GROUP)
+        digit, rank, _, _ = digit_found(notes, rank, INDEX - 1, BEFORE, BINS)
+        found = digit.to(tl.int32)
+        if tl.program_id(1) == 0:
+            tl.store(notes + 2 * INDEX, found)
+            tl.store(notes + 2 * INDEX + 1, rank)
+    counts = tl.zeros((BINS,), tl.int32)
+    extreme = tl.zeros((BLOCK,), tl.int32)
     first, last = span_of(num_values, span)
     for start in range(first, last, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -181,45 +155,49 @@ def extremes_kernel(
         bits = bits_of(
             load_magnitudes(edits, uncond, scale, e, b, c, num_channels, offs, mask, SUM_CHANNELS)
         )
-        upper = tl.where(mask & (bits > lower), tl.minimum(upper, bits), upper)
-        largest = tl.where(mask, tl.maximum(largest, bits), largest)
-    slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(extremes_ptr + slot * 2, tl.min(upper, axis=0))
-    tl.store(extremes_ptr + slot * 2 + 1, tl.max(largest, axis=0))
+        above = bits >> (SHIFT + WIDTH)
+        digits = (bits >> SHIFT) & ((1 << WIDTH) - 1)
+        counts += tl.histogram(digits, BINS, mask=mask & (above == found))
+        if INDEX == 0:
+            extreme = tl.maximum(extreme, bits)
+        if LAST:
+            extreme = tl.maximum(extreme, tl.where(above > found, bits ^ MAX_BITS, 0))
+    at = notes + EXTREMES + INDEX * BINS + tl.arange(0, BINS)
+    counts = counts.to(notes_ptr.dtype.element_ty)
+    tl.atomic_add(at, counts, mask=counts > 0, sem="relaxed")
+    if INDEX == 0 or LAST:
+        furthest = tl.max(extreme, axis=0).to(notes_ptr.dtype.element_ty)
+        tl.atomic_max(notes + (1 if LAST else 0), furthest, sem="relaxed")
 
 
 @triton.jit
 def thresholds_kernel(
-    extremes_ptr,
-    found_ptr,
+    notes_ptr,
     thresholds_ptr,
     ranks,
     sizes,
-    num_programs,
-    low_bit,
+    row_notes,
     GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    INDEX: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BINS: tl.constexpr,
 ):
     """Each row's threshold, between two order statistics, or NaN where the row has one."""
     row = tl.program_id(0).to(tl.int64)
     e, _, _ = row_of(sizes)
-    rank = rank_of(ranks, e, GROUP)
-    upper = tl.full((PROGRAMS,), MAX_BITS, tl.int32)
-    largest = tl.zeros((PROGRAMS,), tl.int32)
-    for first in range(0, num_programs, PROGRAMS):
-        programs = first + tl.arange(0, PROGRAMS)
-        at = extremes_ptr + (row * num_programs + programs) * 2
-        upper = tl.minimum(upper, tl.load(at, mask=programs < num_programs, other=MAX_BITS))
-        largest = tl.maximum(largest, tl.load(at + 1, mask=programs < num_programs, other=0))
-
-    lower = (tl.load(found_ptr + row * 3) << low_bit).to(tl.int32)
-    # Values of these bits from its rank on.
-    equal = tl.load(found_ptr + row * 3 + 2) - tl.load(found_ptr + row * 3 + 1)
-    fraction = rank - rank.to(tl.int64).to(tl.float64)
-    next_bits = tl.where((fraction == 0.0) | (equal > 1), lower, tl.min(upper, axis=0))
+    notes = notes_ptr + row * row_notes
+    whole = whole_rank_of(ranks, e, GROUP)
+    found, rank, number, following = digit_found(notes, whole, INDEX, WIDTH, BINS)
+    largest, above = tl.load(notes), tl.load(notes + 1).to(tl.int32) ^ MAX_BITS
+    lower = (found << SHIFT).to(tl.int32)
+    next_bits = (((found >> WIDTH << WIDTH) + following) << SHIFT).to(tl.int32)
+    next_bits = tl.where(following < BINS, next_bits, above)
+    exact = rank_of(ranks, e, GROUP)
+    fraction = exact - exact.to(tl.int64).to(tl.float64)
+    next_bits = tl.where((fraction == 0.0) | (number > rank + 1), lower, next_bits)
     threshold = interpolate(lower, next_bits, fraction)
-    at = thresholds_ptr + row
-    tl.store(at, tl.where(tl.max(largest, axis=0) > INF_BITS, float("nan"), threshold))
+    tl.store(thresholds_ptr + row, tl.where(largest > INF_BITS, float("nan"), threshold))
 
 
 def fits_one_program(longest: int, num_values: int, *tensors: tuple | None) -> bool:
@@ -252,9 +230,9 @@ def group_of(numbers: tuple[float, ...]) -> tuple[float, ...]:
     return (*numbers, *[0.0] * (GROUP - len(numbers)))
 
 
-def warps(num_values: int) -> int:
-    """8 values a thread, on at most the 1,024 threads that a program has."""
-    return min(max(num_values // (8 * WARP_SIZE), 1), 1024 // WARP_SIZE)
+def warps(num_values: int, values: int = 8) -> int:
+    """So many values a thread, on at most the 1,024 threads that a program has."""
+    return min(max(num_values // (values * WARP_SIZE), 1), 1024 // WARP_SIZE)
 
 
 def long_thresholds(
@@ -268,28 +246,37 @@ def long_thresholds(
     low_bit: int = 0,
     sum_channels: bool = False,
 ) -> None:
-    """Quantiles of rows of any length, into thresholds [E, B, C or 1]: a digit of 8 bits at a
-    time.
+    """Quantiles of rows of any length, into thresholds [E, B, C or 1]: one pass over the values for
+    each digit.
     """
     num_rows, sizes = thresholds.numel(), (thresholds.shape[2], thresholds.shape[1])
-    span = triton.cdiv(max(SPAN, triton.cdiv(num_values, MAX_PROGRAMS)), TILE) * TILE
-    programs = triton.cdiv(num_values, span)
-    grid = (num_rows, programs)
-    found = thresholds.new_zeros((num_rows, 3), dtype=torch.int64)
-    counts = thresholds.new_empty((num_rows, programs, BINS.value), dtype=torch.int32)
-    extremes = thresholds.new_empty((num_rows, programs, 2), dtype=torch.int32)
-    source = {"GROUP": GROUP, "SUM_CHANNELS": sum_channels, "BLOCK": TILE}
-    source |= {"num_warps": warps(TILE), **EXACT}
-    numbers = (sizes, num_channels, num_values, span)
+    span = triton.cdiv(max(SPAN, triton.cdiv(num_values, MAX_PROGRAMS)), SPAN) * SPAN
+    widths = digits(31 - low_bit)
+    bins = 1 << widths[0]
+    # Extremes and what each pass has found, then how many values have each digit.
+    row_notes = EXTREMES.value + len(widths) * bins
+    kind = torch.int32 if num_values < 2**31 else torch.int64
+    notes = thresholds.new_zeros((num_rows, row_notes), dtype=kind)
+    source = {"GROUP": GROUP, "SUM_CHANNELS": sum_channels, "BLOCK": SPAN}
+    source |= {"num_warps": warps(SPAN, 32), "BINS": bins, **EXACT}
+    numbers = (sizes, num_channels, num_values, span, row_notes)
+    grid, shift = (num_rows, triton.cdiv(num_values, span)), 31
+    for index, width in enumerate(widths):
+        shift -= width
+        digit = {"INDEX": index, "SHIFT": shift, "WIDTH": width}
+        before = {"LAST": index + 1 == len(widths), "BEFORE": widths[index - 1]}
+        tensors = (edits, uncond, scales, ranks, notes)
+        digit_counts_kernel[grid](*tensors, *numbers, **digit, **before, **source)
+    options = {"GROUP": GROUP, "BINS": bins, "num_warps": warps(bins), **EXACT}
+    thresholds_kernel[(num_rows,)](
+        notes, thresholds, ranks, sizes, row_notes, **digit, **options
+    )
 
-    shifts = [shift for shift in (24, 16, 8, 0) if shift + 8 > low_bit]
-    for shift in shifts:
-        tensors = (edits, uncond, scales, counts, found)
-        digit_counts_kernel[grid](*tensors, *numbers, shift, **source)
-        options = {"FIRST": shift == 24, "GROUP": GROUP, "PROGRAMS": 16, "num_warps": 8, **EXACT}
-        digit_kernel[(num_rows,)](counts, found, ranks, sizes, programs, **options)
-    tensors = (edits, uncond, scales, extremes, found)
-    extremes_kernel[grid](*tensors, *numbers, shifts[-1], **source)
-    options = {"GROUP": GROUP, "PROGRAMS": 256, "num_warps": 4, **EXACT}
-    tensors = (extremes, found, thresholds, ranks)
-    thresholds_kernel[(num_rows,)](*tensors, sizes, programs, shifts[-1], **options)
+
+def digits(bits: int) -> list[int]:
+    """Widths of the digits in which bits are found, the widest first: as few as histograms allow,
+    which count by atomics on NVIDIA's from Triton 3.8 on, and else by a vote for each bin.
+    """
+    atomics = WARP_SIZE == 32 and _TRITON >= (3, 8)
+    count = triton.cdiv(bits, 11 if atomics else 8)
+    return [bits // count + (index < bits % count) for index in range(count)]
