@@ -23,7 +23,10 @@ def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
 
 def is_recorded(*inputs: object) -> bool:
     """Whether a gradient may be asked of what is made of these; inside of transforms always."""
-    if not torch.compiler.is_compiling() and _in_a_transform():
+    if torch.compiler.is_compiling():  # which cannot trace what is quicker
+        wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        return torch.is_grad_enabled() and len(wanted) > 0
+    if _in_a_transform():
         return True
     if torch.is_grad_enabled():
         for x in inputs:
