@@ -45,14 +45,16 @@ def layout_attention_fwd(
         return out, lse, stats
     if seqlen_k == 0:
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
-    config = config or fwd_config(q, k)
+    if config is None:
+        config = fwd_config(q, k)
+    precision = configs.precision(q)
     results = rows_of(out), lse if with_lse else None, stats if with_stats else None
     numbers = num_heads, seqlen_q, seqlen_k, abs(scale)
-    constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
+    constants = _constants(q.shape[3], modulation, scale < 0, precision)
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs = rows_of(q), rows_of(k), rows_of(v), tokens_of(q_regions)
     strengths = numbers_of(strength, every_strength)
-    if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
+    if lists is None and configs.row_at_once(configs.architecture(q.device), precision, seqlen_k):
         tensors = (*inputs, tokens_of(k_regions), strengths, *results)
         layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
         return out, lse, stats
@@ -146,6 +148,8 @@ def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
     """The configuration of a forward call."""
     kind = configs.architecture(q.device), configs.precision(q)
     config = configs.layout_attention_fwd(*kind, q.shape[3], k.shape[2])
+    heads = q.shape[0] * q.shape[1]
+    config = configs.filling(config, q.shape[2], heads, configs.processors(q.device))
     if not autotune.requested():
         return config
     row = configs.row_at_once(*kind, k.shape[2])

@@ -107,12 +107,14 @@ def lists(
         got = f"{len(tensors)} tensors for {k.shape[2]} keys"
         _checks.refuse("tile_lists", "be None for so few keys", got)
     block_m, block_n = blocks
-    query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
-    shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (k.shape[2],))
+    batch, seqlen_k = q.shape[0], k.shape[2]
+    query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-seqlen_k // block_n)
+    shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (seqlen_k,))
     for x, shape in zip(tensors, shapes):
         if x.dtype != torch.int32:
             _checks.refuse("tile_lists", "be int32", _checks.name(x.dtype), TypeError)
-        if tuple(x.shape) not in ((1, *shape), (q.shape[0], *shape)) or not x.is_contiguous():
+        found = x.shape
+        if (found != (1, *shape) and found != (batch, *shape)) or not x.is_contiguous():
             rule = f"have contiguous tensors of shape [1 or B, {', '.join(map(str, shape))}]"
             _checks.refuse("tile_lists", rule, tuple(x.shape))
         _checks.same_device("tile_lists", x, q)
