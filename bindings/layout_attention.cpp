@@ -37,10 +37,27 @@ void require_permutation(const TensorView<2>& order) {
   }
 }
 
+// The strength of all rows, where they have no tensor of their own.
+struct EveryStrength {
+  EveryStrength(double number, const Tensor& q) : wide(number), narrow(static_cast<float>(number)) {
+    REQUIRE(std::isfinite(number), "every_strength must be finite, got ", number);
+    is_wide = accumulation_dtype(q) == ScalarType::Double;
+  }
+  TensorView<3> view() {
+    TensorView<3> result;
+    result.data = is_wide ? static_cast<void*>(&wide) : static_cast<void*>(&narrow);
+    return result;
+  }
+  double wide;
+  float narrow;
+  bool is_wide;
+};
+
 // q, k, v, words, strength and order: what both passes read.
 void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions,
-                 const Tensor& k_regions, const Tensor& strength, const std::string& modulation, double scale,
-                 const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order) {
+                 const Tensor& k_regions, const std::optional<Tensor>& strength, const std::string& modulation,
+                 double scale, const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order,
+                 EveryStrength& every) {
   p.dtype = dtype_of("q", q);
   p.modulation = modulation_of(modulation);
   p.scale = scale;
@@ -56,7 +73,8 @@ void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor& k, con
   p.v = view_rows("v", v, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
   p.q_regions = view_words("q_regions", q_regions, p.batch, p.seqlen_q);
   p.k_regions = view_words("k_regions", k_regions, p.batch, p.seqlen_k);
-  p.strength = view("strength", strength, accumulation_dtype(q), {p.batch, p.num_heads, p.seqlen_q});
+  p.strength = every.view();
+  if (strength) p.strength = view("strength", *strength, accumulation_dtype(q), {p.batch, p.num_heads, p.seqlen_q});
   if (q_order) {
     p.q_order = view_words("q_order", *q_order, p.batch, p.seqlen_q);
     require_permutation(p.q_order);
@@ -75,20 +93,23 @@ Tensor empty_rows_like(const Tensor& q) {
 
 std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_regions, const Tensor& k_regions,
-    const Tensor& strength, const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
-    const std::optional<Tensor>& k_order, const std::optional<Tensor>& tiles, const std::optional<Tensor>& counts,
-    const std::optional<Tensor>& k_words) {
+    const std::optional<Tensor>& strength, const std::string& modulation, double scale,
+    const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order, const std::optional<Tensor>& tiles,
+    const std::optional<Tensor>& counts, const std::optional<Tensor>& k_words, double every_strength, bool with_lse,
+    bool with_stats) {
   LayoutAttentionParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order);
+  EveryStrength every(every_strength, q);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every);
   if (tiles) require_kind("tiles", *tiles, ScalarType::Int);  // the lists are for kernels that skip tiles
   if (counts) require_kind("counts", *counts, ScalarType::Int);
   if (k_words) require_kind("k_words", *k_words, ScalarType::Int);
   const Tensor out = empty_rows_like(q);
-  const Tensor lse = new_rows(q);
-  const Tensor stats = allocate(q, {p.batch, p.num_heads, p.seqlen_q, kStats}, accumulation_dtype(q));
+  const ScalarType wide = accumulation_dtype(q);
+  const Tensor lse = with_lse ? new_rows(q) : allocate(q, {0}, wide);
+  const Tensor stats = with_stats ? allocate(q, {q.size(0), q.size(1), q.size(2), kStats}, wide) : allocate(q, {0}, wide);
   p.out = view_rows("out", out, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
-  p.lse = view("lse", lse, accumulation_dtype(q), {p.batch, p.num_heads, p.seqlen_q});
-  p.stats = view_rows("stats", stats, accumulation_dtype(q), {p.batch, p.num_heads, p.seqlen_q, kStats});
+  if (with_lse) p.lse = view("lse", lse, wide, {p.batch, p.num_heads, p.seqlen_q});
+  if (with_stats) p.stats = view_rows("stats", stats, wide, {p.batch, p.num_heads, p.seqlen_q, kStats});
   const LayoutAttentionCpu& cpu = kernels().layout_attention;
   const int64_t items = p.batch * p.num_heads * p.seqlen_q > 0 ? cpu.fwd_items(p) : 0;
   if (items) {
@@ -112,11 +133,12 @@ int64_t parts_per_head(int64_t heads, int64_t seqlen_q) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& q_regions, const Tensor& k_regions, const Tensor& strength, const Tensor& out, const Tensor& stats,
-    const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
-    const std::optional<Tensor>& k_order) {
+    const Tensor& q_regions, const Tensor& k_regions, const std::optional<Tensor>& strength, const Tensor& out,
+    const Tensor& stats, const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
+    const std::optional<Tensor>& k_order, double every_strength) {
   LayoutAttentionBwdParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order);
+  EveryStrength every(every_strength, q);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every);
   const int64_t out_sizes[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
   const int64_t rows[3] = {p.batch, p.num_heads, p.seqlen_q};
   p.grad_out = view_rows("grad_out", grad_out, q.scalar_type(), out_sizes);

@@ -22,8 +22,8 @@ struct LayoutAttentionParams {
   TensorView<2> q_order;    // int32 [B, M] or no data: the order in which query rows are visited
   TensorView<3> strength;   // [B, H, M], float or, with double inputs, double; so are the statistics
   TensorView<4> out;        // [B, H, M, D]
-  TensorView<3> lse;        // [B, H, M]
-  TensorView<4> stats;      // [B, H, M, kStats], contiguous: what the backward pass needs of each row
+  TensorView<3> lse;        // [B, H, M] or no data
+  TensorView<4> stats;      // [B, H, M, kStats], contiguous, or no data: what the backward pass needs of each row
 };
 
 // Largest and smallest <q, k>; the softmax's maximum in log2 units and its sum, both without the terms common to the

@@ -8,7 +8,7 @@ registers and the shared memory.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 import triton
@@ -191,14 +191,34 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
         config = _pick(
             (TF32_FORWARD if precision == "tf32" and not row else FLOAT32)[architecture], head_dim
         )
-    if not row:
-        return config
+    return _one_tile(config, seqlen_k) if row else config
+
+
+@lru_cache(maxsize=256)  # the same object, which keeps its arguments of a launch
+def _one_tile(config: Config, seqlen_k: int) -> Config:
+    """A configuration whose tile holds all keys."""
     return replace(config, BLOCK_N=row_tile(seqlen_k), parks=False)
 
 
 def row_tile(seqlen_k: int) -> int:
     """Keys of the tile that holds a whole row of scores."""
     return next(keys for keys in ROW_TILES if seqlen_k <= keys)
+
+
+def filling(config: Config, seqlen_q: int, heads: int, processors: int) -> Config:
+    """A configuration with half of the rows and warps, where its tiles find a processor each, of
+    which whole tiles would leave half without one. A warp's part of a tile stays what it is.
+    """
+    if config.BLOCK_M < 128 or config.num_warps < 8:  # 64 rows are four warps' product at least
+        return config
+    if heads * -(-2 * seqlen_q // config.BLOCK_M) > processors:
+        return config
+    return _half_tile(config)
+
+
+@lru_cache(maxsize=64)
+def _half_tile(config: Config) -> Config:
+    return replace(config, BLOCK_M=config.BLOCK_M // 2, num_warps=config.num_warps // 2)
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:
@@ -239,6 +259,15 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+
+
+@cache
+@torch.compiler.assume_constant_result
+def processors(device: torch.device) -> int:
+    """Processors that run tiles at once; 1 where none is known, so that tiles are the tables'."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @torch.compiler.assume_constant_result

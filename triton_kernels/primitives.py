@@ -160,8 +160,15 @@ def store_head(
 
 @triton.jit
 def load_numbers(x, batch, head, tokens, exist):
-    """The numbers of rows of one head of x [B, H, tokens], 0 for those that do not exist."""
-    return tl.load(head_of(x, batch, head) + tokens * row_stride(x), mask=exist, other=0.0)
+    """The numbers of rows of one head of x [B, H, tokens], 0 for those that do not exist; all are
+    x[1] where x has no pointer.
+    """
+    if x[0] is None:
+        numbers = tl.where(exist, tl.cast(x[1], tl.float32), 0.0)
+    else:
+        at = head_of(x, batch, head) + tokens * row_stride(x)
+        numbers = tl.load(at, mask=exist, other=0.0)
+    return numbers
 
 
 @triton.jit

@@ -26,6 +26,8 @@ from triton.runtime.jit import JITFunction
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.sega import selection
 
+from . import occupancy
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -100,6 +102,8 @@ def compiled(target: str) -> Iterator[list[Launch]]:
         patches.enter_context(mock.patch.object(driver, "_active", _Driver(TARGETS[target])))
         patches.enter_context(mock.patch.object(JITFunction, "run", compile_alone))
         patches.enter_context(mock.patch.object(configs, "architecture", return_value=target))
+        processors = occupancy.DEVICES[target].processors
+        patches.enter_context(mock.patch.object(configs, "processors", return_value=processors))
         patches.enter_context(mock.patch.object(selection, "WARP_SIZE", TARGETS[target].warp_size))
         yield launches
 

@@ -370,7 +370,8 @@ struct Forward {
     for (int64_t r = 0; r < rows.count; ++r) {
       const Acc sum = sums.x[r], log_sum = sizeof(Acc) == 4 ? __builtin_logf(sum) : __builtin_log(sum);
       const double lse = shift.x[r] * kLn2 + log_sum + offset[r];
-      *p.lse.at<Acc>(rows.batch, rows.head, rows.token[r]) = sum == 0 ? log_sum : lse;
+      if (p.lse.data) *p.lse.at<Acc>(rows.batch, rows.head, rows.token[r]) = sum == 0 ? log_sum : lse;
+      if (!p.stats.data) continue;
       Acc* stats = p.stats.at<Acc>(rows.batch, rows.head, rows.token[r]);
       stats[kRawMax] = raw_max(r / kLanes<Acc>)[r % kLanes<Acc>];
       stats[kRawMin] = raw_min(r / kLanes<Acc>)[r % kLanes<Acc>];

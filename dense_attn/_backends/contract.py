@@ -22,14 +22,16 @@ _EXACT_EDICT = (
 )
 SCHEMAS = {
     "layout_attention_fwd": (
-        "(Tensor q, Tensor k, Tensor v, Tensor q_regions, Tensor k_regions, Tensor strength, "
+        "(Tensor q, Tensor k, Tensor v, Tensor q_regions, Tensor k_regions, Tensor? strength, "
         "str modulation, float scale, Tensor? q_order, Tensor? k_order, Tensor? tiles, "
-        "Tensor? counts, Tensor? k_words) -> (Tensor out, Tensor lse, Tensor stats)"
+        "Tensor? counts, Tensor? k_words, float every_strength=1., bool with_lse=True, "
+        "bool with_stats=True) -> (Tensor out, Tensor lse, Tensor stats)"
     ),
     "layout_attention_bwd": (
         "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor q_regions, "
-        "Tensor k_regions, Tensor strength, Tensor out, Tensor stats, str modulation, float scale, "
-        "Tensor? q_order, Tensor? k_order) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dstrength)"
+        "Tensor k_regions, Tensor? strength, Tensor out, Tensor stats, str modulation, "
+        "float scale, Tensor? q_order, Tensor? k_order, float every_strength=1.) -> "
+        "(Tensor dq, Tensor dk, Tensor dv, Tensor dstrength)"
     ),
     "tile_lists": (
         "(Tensor q_regions, Tensor k_regions, Tensor? q_order, Tensor? k_order, int block_m, "

@@ -17,6 +17,25 @@ _NO_TENSORS = frozenset((type(None), str, float, bool, int, list, tuple))
 
 
 def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
+    """The results of an autograd.Function whose last input names the backend."""
+    return run_as(function, is_recorded(*inputs), *inputs)
+
+
+def is_recorded(*inputs: object) -> bool:
+    """Whether a gradient may be asked of what is made of these; inside of transforms always."""
+    if torch.compiler.is_compiling():  # which cannot trace what is quicker
+        wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        return torch.is_grad_enabled() and len(wanted) > 0
+    if _in_a_transform():
+        return True
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if x.__class__ not in _NO_TENSORS and isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
+
+
+def run_as(function: type[torch.autograd.Function], recorded: bool, *inputs: object) -> Any:
     """The results of an autograd.Function, which is left out where it can be: it costs more than a
     small call.
 
@@ -28,16 +47,19 @@ def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
         return function.forward(*inputs)
     if torch.compiler.is_compiling():
         return function.apply(*_distinct(inputs))
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not recorded:
+        return function.forward(*inputs)
+    if _in_a_transform():
         return function.apply(*inputs)
-    if torch.is_grad_enabled():
-        for x in inputs:
-            if x.__class__ not in _NO_TENSORS and isinstance(x, Tensor) and x.requires_grad:
-                # Past what torch.autograd.Function does for the transforms that are not here, but
-                # for wrappers that those of before have left.
-                live = unwrap_dead_wrappers(inputs)
-                return super(torch.autograd.Function, _recorded(function)).apply(*live)
-    return function.forward(*inputs)
+    # Past what torch.autograd.Function does for the transforms that are not here, but for wrappers
+    # that those of before have left.
+    live = unwrap_dead_wrappers(inputs)
+    return super(torch.autograd.Function, _recorded(function)).apply(*live)
+
+
+def _in_a_transform() -> bool:
+    """Whether a functional transform or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _distinct(inputs: tuple[object, ...]) -> list[object]:

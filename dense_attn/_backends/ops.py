@@ -36,7 +36,7 @@ def layout_attention_fwd(
     v: Tensor,
     q_regions: Tensor,
     k_regions: Tensor,
-    strength: Tensor,
+    strength: Tensor | None,
     modulation: str,
     scale: float,
     q_order: Tensor | None,
@@ -44,14 +44,21 @@ def layout_attention_fwd(
     tiles: Tensor | None,
     counts: Tensor | None,
     k_words: Tensor | None,
+    every_strength: float = 1.0,
+    with_lse: bool = True,
+    with_stats: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, stats); k_order and the tile lists are for kernels that take them."""
+    """(out, lse, stats), the latter [0] where they are not asked for; k_order and the tile lists
+    are for kernels that take them.
+    """
     words = {"q_regions": q_regions, "k_regions": k_regions}
     orders = {"q_order": q_order, "k_order": k_order}
     lists = {"tiles": tiles, "counts": counts, "k_words": k_words}
     check_devices(q, k=k, v=v, strength=strength, **words, **orders, **lists)
-    lse = q.new_empty(q.shape[:3], dtype=strength.dtype)
-    return _empty_rows_like(q), lse, q.new_empty((*q.shape[:3], STATS), dtype=strength.dtype)
+    rows, dtype = q.shape[:3], accumulation_dtype(q.dtype)
+    lse = q.new_empty(rows if with_lse else (0,), dtype=dtype)
+    stats = q.new_empty((*rows, STATS) if with_stats else (0,), dtype=dtype)
+    return _empty_rows_like(q), lse, stats
 
 
 def layout_attention_bwd(
@@ -62,13 +69,14 @@ def layout_attention_bwd(
     v: Tensor,
     q_regions: Tensor,
     k_regions: Tensor,
-    strength: Tensor,
+    strength: Tensor | None,
     out: Tensor,
     stats: Tensor,
     modulation: str,
     scale: float,
     q_order: Tensor | None,
     k_order: Tensor | None,
+    every_strength: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength); k_order is for kernels that take it."""
     words = {"q_regions": q_regions, "k_regions": k_regions}
@@ -76,7 +84,7 @@ def layout_attention_bwd(
     saved = {"grad_out": grad_out, "grad_lse": grad_lse, "out": out, "stats": stats}
     check_devices(q, k=k, v=v, strength=strength, **words, **orders, **saved)
     grads = [_empty_rows_like(x) for x in (q, k, v)]
-    return *grads, q.new_empty(q.shape[:3], dtype=strength.dtype)
+    return *grads, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
 def tile_lists(

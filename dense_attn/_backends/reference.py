@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import reference
+from dense_attn._dtypes import accumulation_dtype
 from dense_attn.reference import (  # noqa: F401  under their own names
     ddim_step,
     edict_mix,
@@ -31,7 +32,7 @@ def layout_attention_fwd(
     v: Tensor,
     q_regions: Tensor,
     k_regions: Tensor,
-    strength: Tensor,
+    strength: Tensor | None,
     modulation: str,
     scale: float,
     q_order: Tensor | None,
@@ -39,12 +40,18 @@ def layout_attention_fwd(
     tiles: Tensor | None,
     counts: Tensor | None,
     k_words: Tensor | None,
+    every_strength: float = 1.0,
+    with_lse: bool = True,
+    with_stats: bool = True,
 ) -> tuple[Tensor, Tensor, None]:
-    """(out, lse) of `reference.layout_attention`, and no numbers for a backward pass."""
+    """(out, lse) of `reference.layout_attention`, lse in any case, and no numbers for a backward
+    pass.
+    """
+    c = every_strength if strength is None else strength
     out, lse = reference.layout_attention(
-        q, k, v, q_regions, k_regions, strength, modulation=modulation, scale=scale
+        q, k, v, q_regions, k_regions, c, modulation=modulation, scale=scale
     )
-    return out, lse.to(strength.dtype), None
+    return out, lse.to(accumulation_dtype(q.dtype)), None
 
 
 def attention_bytes(q: Tensor, k: Tensor) -> int:
@@ -52,7 +59,7 @@ def attention_bytes(q: Tensor, k: Tensor) -> int:
     return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
 
 
-def tile_lists_for(q: Tensor, k: Tensor, *tokens: Tensor | None) -> None:
+def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, kept: bool) -> None:
     """None: calls take no tile lists."""
 
 

@@ -16,6 +16,7 @@ from dense_attn._backends import ops, raw_checks
 AUTOGRAD = False  # torch does not see into its kernels
 NO_KERNELS: set[str] = set()
 _OLDEST = (3, 6)
+_MIXED = 3  # what a tile of matched and unmatched pairs costs, in tiles of one kind
 _NO_GPU = "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
 _ADVICE = "pip install dense_attn[triton]"
 
@@ -59,16 +60,32 @@ def _kernel(check: Callable, launch: Callable) -> Callable:
     return launched
 
 
-def _layout_attention_fwd(q: Tensor, k: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+def _layout_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor | None,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    tiles: Tensor | None,
+    counts: Tensor | None,
+    k_words: Tensor | None,
+    *last: object,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The launcher with tile lists as one argument, of the shapes that its tiles have."""
-    *arguments, tiles, counts, k_words = others
     lists = config = None
     if tiles is not None:
         lists = layout_attention.TileLists(tiles, counts, k_words)
         config = layout_attention.fwd_tiles(q, k)
         blocks = None if config is None else (config.BLOCK_M, config.BLOCK_N)
         raw_checks.lists(lists, q, k, blocks)
-    return layout_attention.layout_attention_fwd(q, k, *arguments, lists, config)
+    tokens, rule = (q_regions, k_regions, strength), (modulation, scale)
+    run = layout_attention.layout_attention_fwd
+    return run(q, k, v, *tokens, *rule, q_order, k_order, lists, *last, config=config)
 
 
 def _on_the_grid(launch: Callable) -> Callable:
@@ -97,12 +114,58 @@ def attention_bytes(q: Tensor, k: Tensor) -> int:
 
 
 def tile_lists_for(
-    q: Tensor, k: Tensor, *tokens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The tile lists of calls like this one, None for those that visit no tiles."""
+    q: Tensor,
+    k: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    q_order: Tensor | bool | None,
+    k_order: Tensor | bool | None,
+    kept: bool,
+) -> tuple[Tensor | None, ...] | None:
+    """The tile lists of calls like this one and the orders that they are of, None for calls that
+    visit no tiles. Lists that are kept for many calls are worth more launches.
+    """
     blocks = layout_attention.fwd_blocks(q, k)
+    if blocks is None:
+        return None
+    ours = q_order is None
+    if ours:
+        q_order = _by_region(q_regions)
+    if k_order is None:
+        k_order = q_order if ours and k_regions is q_regions else _by_region(k_regions)
+    q_order, k_order = (None if order is False else order for order in (q_order, k_order))
     made = torch.ops.dense_attn_triton.tile_lists.default
-    return None if blocks is None else made(*tokens, *blocks)
+    lists = made(q_regions, k_regions, q_order, k_order, *blocks)
+    if ours and kept:
+        q_order, *lists = _longest_first(q_order, *lists, blocks[0])
+    return *lists, q_order, k_order
+
+
+def _by_region(words: Tensor) -> Tensor:
+    """The order in which tokens of one region word stand together, int32 [tokens] or [B|1,
+    tokens].
+    """
+    return words.argsort(dim=-1, stable=True).to(torch.int32)
+
+
+def _longest_first(
+    q_order: Tensor, tiles: Tensor, counts: Tensor, k_words: Tensor, block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An order of the queries and its lists with the tiles that take longest in front, so that none
+    of them is waited for at the end. The tile that the queries end in stays there.
+    """
+    samples, query_tiles = counts.shape[:2]
+    num_tokens = q_order.shape[-1]
+    work = counts[:, :, 0] + _MIXED * counts[:, :, 1]  # unmatched tiles are the rest, or left out
+    last = torch.arange(query_tiles, device=work.device) == num_tokens // block
+    turns = work.masked_fill(last, -1).argsort(dim=1, descending=True, stable=True)
+    padded = (0, query_tiles * block - num_tokens)
+    places = torch.nn.functional.pad(q_order.expand(samples, num_tokens), padded)
+    places = places.view(samples, query_tiles, block).take_along_dim(turns[:, :, None], 1)
+    order = places.flatten(1)[:, :num_tokens]
+    tiles = tiles.take_along_dim(turns[:, :, None, None], 1)
+    counts = counts.take_along_dim(turns[:, :, None], 1)
+    return order if samples > 1 else order[0], tiles, counts, k_words
 
 
 def interpreted() -> bool:

@@ -8,9 +8,7 @@ from torch import Tensor
 from dense_attn import _checks, _memory
 from dense_attn._backends import dispatch, table
 from dense_attn._backends.contract import MODULATIONS
-from dense_attn._dtypes import accumulation_dtype
-
-_NO_LISTS = (None, None, None)
+from dense_attn.layout_attention import inputs
 
 
 def layout_attention(
@@ -24,9 +22,9 @@ def layout_attention(
     modulation: str = "range",
     scale: float | None = None,
     return_lse: bool = False,
-    q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
-    k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
-    tile_lists: tuple[Tensor, ...] | None = None,
+    q_order: Tensor | bool | None = None,  # int32 [M] or [B|1, M]
+    k_order: Tensor | bool | None = None,  # int32 [N] or [B|1, N]
+    tile_lists: tuple[Tensor | None, ...] | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention whose scores are pulled up inside a query's regions and down outside of
@@ -52,10 +50,11 @@ def layout_attention(
         modulation: the rule above.
         scale: factor on the scores, `1/sqrt(D)` when None.
         return_lse: also return `logsumexp(s')`, float32 (float64 with float64 inputs), `[B, H, M]`.
-        q_order, k_order: permutations of the tokens, the order in which a kernel visits them
-            (`Layout.order`); they change speed, never the result.
-        tile_lists: what `tile_lists` has made of these regions and orders; without it a GPU makes
-            it in every call.
+        q_order, k_order: permutations of the tokens, the order in which a kernel visits them; None
+            for one that suits it (a GPU's: tokens of one region word together), False for raster.
+            They change speed, never the result.
+        tile_lists: what `tile_lists` has made of these regions, which is in its own orders; without
+            it a GPU makes it in every call.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or
             raises.
 
@@ -78,22 +77,29 @@ def layout_attention(
         >>> dense_attn.layout_attention(q, k, v, words, words, 0.5).shape
         torch.Size([1, 8, 256, 40])
     """
-    q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v, q_regions, k_regions, q_order, k_order)
+    q, k, v = inputs.autocast(q, k, v)
+    inputs.check_tensors(q, k, v, q_regions, k_regions, q_order, k_order)
     _checks.choice("modulation", modulation, MODULATIONS)
-    lists = _NO_LISTS if tile_lists is None else _check_lists(tile_lists)
+    if tile_lists is not None:
+        inputs.check_lists(tile_lists)
     if scale is None:
         scale = q.shape[3] ** -0.5
     else:
         scale = _checks.number("scale", scale, rule="be a number or None")
-    strength = _row_strength(strength, q)
+    strength, every = inputs.row_strength(strength, q)
     name = table.resolve(backend, "layout_attention", q)
-    tokens = q_regions, k_regions, strength
-    inputs = (q, k, v, *tokens, modulation, scale, q_order, k_order, *lists)
+    kernels = table.NAMESPACES[name]
+    recorded = dispatch.is_recorded(q, k, v, strength)
     try:
-        out, lse, _ = dispatch.run(_LayoutAttention, *inputs, name)
+        if tile_lists is None:
+            tokens = q_regions, k_regions, q_order, k_order
+            tile_lists = kernels.tile_lists_for(q, k, *tokens, kept=False)
+        *lists, q_order, k_order = inputs.with_orders(tile_lists, q_order, k_order)
+        given = (q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
+        last = every, return_lse, recorded, name
+        out, lse, _ = dispatch.run_as(_LayoutAttention, recorded, *given, *lists, *last)
     except RuntimeError as error:
-        least = table.NAMESPACES[name].attention_bytes(q, k)
+        least = kernels.attention_bytes(q, k)
         _memory.explain(error, "layout_attention", least, q=q, k=k)
         raise
     return (out, lse) if return_lse else out
@@ -105,26 +111,28 @@ def tile_lists(
     q_regions: Tensor,  # int32 [M] or [B|1, M]
     k_regions: Tensor,  # int32 [N] or [B|1, N]
     *,
-    q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
-    k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
+    q_order: Tensor | bool | None = None,  # int32 [M] or [B|1, M]
+    k_order: Tensor | bool | None = None,  # int32 [N] or [B|1, N]
     backend: str = "auto",
-) -> tuple[Tensor, ...] | None:
+) -> tuple[Tensor | None, ...] | None:
     """Which tiles of keys each tile of queries meets, made once for all layers and steps that share
     a layout.
 
     For tiles I of queries and J of keys, in the given orders, `(and_I & and_J) != 0` finds those
     whose pairs all match and `(or_I & or_J) == 0` those of which none does, where and_I, or_I
-    combine the words of a tile bit by bit.
+    combine the words of a tile bit by bit. Without an order tokens are sorted by their words, and
+    the tiles of queries that take longest come first.
 
     Args:
         q, k: any tensors of the shapes, dtype and device of the calls to come; their values are not
             looked at.
-        q_regions, k_regions, q_order, k_order, backend: as in `layout_attention`, to which the
-            result belongs.
+        q_regions, k_regions, backend: as in `layout_attention`, to which the result belongs.
+        q_order, k_order: permutations of the tokens; None to sort them, False for raster.
 
     Returns:
-        int32 tensors for the argument `tile_lists` of `layout_attention`, or None where a call
-        needs none: few keys (one tile), or a backend without lists.
+        int32 tensors for the argument `tile_lists` of `layout_attention`, the last two the orders
+        (None for raster); or None where a call needs none: few keys (one tile), or a backend
+        without lists.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
@@ -140,11 +148,11 @@ def tile_lists(
         >>> dense_attn.layout_attention(q, k, v, words, words, 0.5, tile_lists=lists).shape
         torch.Size([1, 8, 256, 40])
     """
-    q, k, _ = _autocast(q, k, k)
-    _check_tensors(q, k, k, q_regions, k_regions, q_order, k_order)
+    q, k, _ = inputs.autocast(q, k, k)
+    inputs.check_tensors(q, k, k, q_regions, k_regions, q_order, k_order)
     name = table.resolve(backend, "layout_attention", q)
     lists_for = table.NAMESPACES[name].tile_lists_for
-    return lists_for(q, k, q_regions, k_regions, q_order, k_order)
+    return lists_for(q, k, q_regions, k_regions, q_order, k_order, kept=True)
 
 
 class _LayoutAttention(torch.autograd.Function):
@@ -157,7 +165,7 @@ class _LayoutAttention(torch.autograd.Function):
         v: Tensor,
         q_regions: Tensor,
         k_regions: Tensor,
-        strength: Tensor,
+        strength: Tensor | None,
         modulation: str,
         scale: float,
         q_order: Tensor | None,
@@ -165,15 +173,19 @@ class _LayoutAttention(torch.autograd.Function):
         tiles: Tensor | None,
         counts: Tensor | None,
         k_words: Tensor | None,
+        every_strength: float,
+        with_lse: bool,
+        with_stats: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         run, words = table.NAMESPACES[backend].layout_attention_fwd, (q_regions, k_regions)
-        rule, orders = (strength, modulation, scale), (q_order, k_order)
-        return run(q, k, v, *words, *rule, *orders, tiles, counts, k_words)
+        rule, lists = (strength, modulation, scale), (q_order, k_order, tiles, counts, k_words)
+        return run(q, k, v, *words, *rule, *lists, every_strength, with_lse, with_stats)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-        *tensors, ctx.modulation, ctx.scale, q_order, k_order, _, _, _, ctx.backend = inputs
+        *tensors, ctx.modulation, ctx.scale, q_order, k_order = inputs[:10]
+        *_, ctx.every_strength, _, _, ctx.backend = inputs
         out, _, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -186,9 +198,11 @@ class _LayoutAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         if grad_out.stride(-1) != 1:  # the gradient of a sum is one number under stride 0
             grad_out = grad_out.contiguous()
-        arguments = (*tensors, out, stats, ctx.modulation, ctx.scale, q_order, k_order)
+        orders = q_order, k_order
+        arguments = (*tensors, out, stats, ctx.modulation, ctx.scale, *orders, ctx.every_strength)
         dq, dk, dv, dstrength = dispatch.run(_Backward, grad_out, grad_lse, *arguments, ctx.backend)
-        return dq, dk, dv, None, None, dstrength, *[None] * 8
+        dstrength = None if tensors[-1] is None else dstrength
+        return dq, dk, dv, None, None, dstrength, *[None] * 11
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
@@ -209,19 +223,21 @@ class _Backward(torch.autograd.Function):
         v: Tensor,
         q_regions: Tensor,
         k_regions: Tensor,
-        strength: Tensor,
+        strength: Tensor | None,
         out: Tensor,
         stats: Tensor,
         modulation: str,
         scale: float,
         q_order: Tensor | None,
         k_order: Tensor | None,
+        every_strength: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        inputs, saved = (q, k, v, q_regions, k_regions, strength), (out, stats)
+        given, saved = (q, k, v, q_regions, k_regions, strength), (out, stats)
+        rule, orders = (modulation, scale), (q_order, k_order)
         run = table.NAMESPACES[backend].layout_attention_bwd
         try:
-            return run(grad_out, grad_lse, *inputs, *saved, modulation, scale, q_order, k_order)
+            return run(grad_out, grad_lse, *given, *saved, *rule, *orders, every_strength)
         except RuntimeError as error:
             least = (q.numel() + 2 * k.numel()) * q.element_size()
             _memory.explain(error, "layout_attention's backward pass", least, q=q, k=k)
@@ -234,76 +250,3 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # noqa: ANN001, ANN002, ANN205
         raise RuntimeError("layout_attention must be differentiated once, got a second derivative")
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
-    device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if device not in ("cpu", "cuda") and not _has_autocast(device):
-        return q, k, v
-    if not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if _is_cast(x) else x for x in (q, k, v))
-
-
-def _has_autocast(device: str) -> bool:
-    """torch 2.11 cannot trace the question: what it compiles for has autocast, but for meta."""
-    if torch.compiler.is_compiling():
-        return device != "meta"
-    return torch.amp.is_autocast_available(device)
-
-
-def _is_cast(x: object) -> bool:
-    """Whether autocast has a dtype for x."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-
-
-def _check_tensors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_regions: Tensor,
-    k_regions: Tensor,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-) -> None:
-    """Refuse tensors that do not go together."""
-    _checks.attention_inputs(q, k, v)
-    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
-    _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
-    _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
-    if q_order is not None:
-        _checks.token_words("q_order", q_order, batch, seqlen_q, q)
-    if k_order is not None:
-        _checks.token_words("k_order", k_order, batch, seqlen_k, q)
-
-
-def _check_lists(lists: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Require the three lists that `tile_lists` returns."""
-    if not isinstance(lists, (tuple, list)) or len(lists) != 3:
-        rule = "be the 3 tensors that tile_lists returns"
-        _checks.refuse("tile_lists", rule, type(lists).__name__, TypeError)
-    return tuple(_checks.tensor("tile_lists", x) for x in lists)
-
-
-def _row_strength(strength: Tensor | float, q: Tensor) -> Tensor:
-    """strength as a [B, H, M] view in the accumulation dtype."""
-    dtype = accumulation_dtype(q.dtype)
-    batch, num_heads, seqlen_q, _ = q.shape
-    if not isinstance(strength, Tensor):
-        strength = _checks.number("strength", strength, dtype, "be a number or a tensor")
-        return q.new_full((), strength, dtype=dtype).expand(batch, num_heads, seqlen_q)
-    _checks.tensor("strength", strength)
-    if strength.dtype not in (torch.float32, dtype):
-        rule = "be float32" if dtype == torch.float32 else "be float32 or float64"
-        _checks.refuse("strength", rule, _checks.name(strength.dtype), TypeError)
-    _checks.same_device("strength", strength, q)
-    shape = (batch, num_heads, seqlen_q)
-    if strength.shape != shape:
-        padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
-        if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
-            rule = f"broadcast to [B, H, M] = {shape}"
-            _checks.refuse("strength", rule, tuple(strength.shape))
-        strength = strength.expand(batch, num_heads, seqlen_q)
-    return strength if strength.dtype == dtype else strength.to(dtype)

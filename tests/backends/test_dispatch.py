@@ -13,6 +13,7 @@ import torch
 from cases import why_skip
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_attn import ddim_step, layout_attention
 from dense_attn._backends import dispatch, table
@@ -68,7 +69,7 @@ def test_with_a_gradient_one_function_is_recorded_and_no_argument_bound() -> Non
 
 def test_gradients_are_those_of_the_plain_function() -> None:
     tensors, strength = leaves(grad=True), torch.rand(1, 2, 6, requires_grad=True)
-    inputs = (*tensors, WORDS, WORDS, strength, "range", 0.3, *[None] * 5, "cpu")
+    inputs = (*tensors, WORDS, WORDS, strength, "range", 0.3, *[None] * 5, 1.0, True, True, "cpu")
     found = []
     for run in (lambda *x: dispatch.run(op._LayoutAttention, *x), op._LayoutAttention.apply):
         out, lse, _ = run(*inputs)
@@ -113,6 +114,36 @@ def test_compiled_without_graph_breaks(grad: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*tensors), attention(*tensors))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("lse", [False, True])
+def test_what_no_gradient_needs_is_not_written(grad: bool, lse: bool) -> None:
+    """Of a compiled call too."""
+    shapes = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return layout_attention(q, k, v, WORDS, WORDS, 0.5, return_lse=lse, backend="cpu")
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: object, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
+            results = op(*args, **(kwargs or {}))
+            if "layout_attention_fwd" in str(op):
+                shapes.append(tuple(tuple(x.shape) for x in results))
+            return results
+
+    tensors = leaves(grad=grad)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    compiled(*tensors)
+    for call in (attend, compiled):
+        with Watched():
+            call(*tensors)
+    expected = ((1, 2, 6, 8), (1, 2, 6) if lse else (0,), (1, 2, 6, 4) if grad else (0,))
+    assert shapes == [expected] * len(shapes)
+    assert shapes
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -13,13 +13,9 @@ from torch import Tensor
 B, H, M, N, D = 2, 3, 5, 7, 8
 needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 ROWS = (B, H, M)
+OPTIONS = ("modulation", "scale", "every_strength", "with_lse", "with_stats")
 OPS = () if why_skip("cpu") else (raw.FWD, raw.BWD)
-RAW = [
-    (op, name)
-    for op in OPS
-    for name in raw.argument_names(op)
-    if name not in ("modulation", "scale")
-]
+RAW = [(op, name) for op in OPS for name in raw.argument_names(op) if name not in OPTIONS]
 LISTS = ("tiles", "counts", "k_words")  # which the CPU does not read: any size of them will do
 
 
@@ -83,9 +79,12 @@ def test_raw_calls_refuse_options(op: str) -> None:
         {"modulation": "rangee"},
         {"scale": float("nan")},
         {"scale": float("inf")},
+        {"every_strength": float("nan")},
     ):
         if change.keys() <= set(raw.argument_names(op)):
-            with pytest.raises(RuntimeError, match=r"(modulation|scale) must .+, got "):
+            with pytest.raises(
+                RuntimeError, match=r"(modulation|scale|every_strength) must .+, got "
+            ):
                 raw.call(op, {**good, **change})
 
 
@@ -121,6 +120,33 @@ def test_none_beside_a_meta_tensor_is_refused(op: str) -> None:
     """Fake kernels run then, where torch hands None through in the place of a tensor."""
     arguments = raw_arguments()
     meta = {"k_regions": arguments["k_regions"].to("meta")}
-    for name in ("q", "v", "strength"):
+    for name in ("q", "v", "q_regions"):
         with pytest.raises(RuntimeError, match=f"{name} must be a tensor, got None"):
             raw.call(op, {**arguments, **meta, name: None})
+
+
+@needs_cpu_kernels
+def test_what_is_not_asked_for_is_empty() -> None:
+    """And the rest is what it is with all of it."""
+    good = raw_arguments()
+    results = raw.call(raw.FWD, good)
+    for with_lse, with_stats in ((False, True), (True, False), (False, False)):
+        asked = (True, with_lse, with_stats)
+        found = raw.call(raw.FWD, good | {"with_lse": with_lse, "with_stats": with_stats})
+        for x, expected, wanted in zip(found, results, asked, strict=True):
+            assert torch.equal(x, expected if wanted else expected.new_empty(0))
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_strength_of_every_row_is_that_of_a_tensor(dtype: torch.dtype) -> None:
+    floats = raw_arguments()
+    good = {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in floats.items()
+    }
+    spread = good | {"strength": torch.full(ROWS, 0.3, dtype=dtype)}
+    every = good | {"strength": None, "every_strength": 0.3}
+    for op in (raw.FWD, raw.BWD):
+        for x, expected in zip(raw.call(op, every), raw.call(op, spread), strict=True):
+            assert torch.equal(x, expected)

@@ -19,7 +19,7 @@ def test_a_backend_without_lists_makes_none_and_ignores_those_of_others(backend:
         tile_lists(Q, Q, WORDS, WORDS, q_order=WORDS.cumsum(0).int() - 1, backend=backend) is None
     )
     plain = layout_attention(Q, Q, Q, WORDS, WORDS, backend=backend)
-    other = tuple(torch.zeros(3, 1, n, dtype=torch.int32) for n in (2, 3, 4))
+    other = (*(torch.zeros(3, 1, n, dtype=torch.int32) for n in (2, 3, 4)), None, None)
     assert torch.equal(
         layout_attention(Q, Q, Q, WORDS, WORDS, tile_lists=other, backend=backend), plain
     )
@@ -47,9 +47,26 @@ def test_wrong_arguments_are_refused(change: dict[str, object], message: str) ->
         tile_lists(**arguments)
 
 
-@pytest.mark.parametrize("lists", [WORDS, (WORDS, WORDS), "lists", (WORDS, WORDS, None)])
+LISTS = (WORDS, WORDS, WORDS)
+
+
+@pytest.mark.parametrize(
+    "lists", [WORDS, LISTS, "lists", (WORDS, WORDS, None, WORDS, WORDS), (*LISTS, WORDS, False)]
+)
 def test_what_are_no_lists_is_refused(lists: object) -> None:
     with pytest.raises(
-        TypeError, match=r"tile_lists must be (the 3 tensors that tile_lists returns|a tensor), got"
+        TypeError, match=r"tile_lists must be (what tile_lists returns|a tensor), got"
     ):
         layout_attention(Q, Q, Q, WORDS, WORDS, tile_lists=lists)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "got"), [(None, WORDS, "an order"), (WORDS, False, "raster")]
+)
+@pytest.mark.parametrize("name", ["q_order", "k_order"])
+def test_another_order_than_that_of_the_lists_is_refused(
+    name: str, own: torch.Tensor | None, given: object, got: str
+) -> None:
+    lists = (*LISTS, *(own if name == order else None for order in ("q_order", "k_order")))
+    with pytest.raises(ValueError, match=f"{name} must be that of tile_lists, or None, got {got}"):
+        layout_attention(Q, Q, Q, WORDS, WORDS, tile_lists=lists, **{name: given})

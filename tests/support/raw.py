@@ -26,14 +26,18 @@ def argument_names(op: str) -> list[str]:
 
 
 def select(op: str, arguments: Arguments) -> tuple[tuple, Arguments]:
-    """The op's positional arguments in its order, and those it takes by keyword."""
+    """The op's positional arguments in its order, and those it takes by keyword; what is not there
+    has the schema's default.
+    """
     schema = _op(op)._schema.arguments
-    by_name = {
-        argument.name: arguments[argument.name] for argument in schema if argument.kwarg_only
-    }
-    return tuple(
-        arguments[argument.name] for argument in schema if not argument.kwarg_only
-    ), by_name
+
+    def value(argument: torch._C.Argument) -> object:
+        if argument.name not in arguments and argument.has_default_value():
+            return argument.default_value
+        return arguments[argument.name]
+
+    by_name = {argument.name: value(argument) for argument in schema if argument.kwarg_only}
+    return tuple(value(argument) for argument in schema if not argument.kwarg_only), by_name
 
 
 def call(op: str, arguments: Arguments) -> tuple[Tensor, ...] | Tensor:

@@ -4,57 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
+from dense_attn.triton_kernels.layout_attention.arguments import numbers_of, rows_of, tokens_of
 from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
 from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
 from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel
+from dense_attn.triton_kernels.layout_attention.lists import TileLists, tile_lists
 from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
 from dense_attn.triton_kernels.layout_attention.row_fwd import layout_attention_row_fwd_kernel
-from dense_attn.triton_kernels.layout_attention.tiles import tile_lists_kernel, word_bounds_kernel
-
-_GRAIN, _ONE = tl.constexpr(configs.GRAIN), tl.constexpr(1)
-
-
-class TileLists(NamedTuple):
-    """The key tiles of each tile of query rows by kind, for one size of tile."""
-
-    # int32 [B|1, query tiles, 2, key tiles]: matched from the left and unmatched from the right; in
-    # doubt.
-    tiles: Tensor
-    counts: Tensor  # int32 [B|1, query tiles, 3]: matched, in doubt, unmatched
-    k_words: Tensor  # int32 [B|1, keys]: their words as they are visited
-
-
-def tile_lists(
-    q_regions: Tensor,  # int32 [M] or [B|1, M]
-    k_regions: Tensor,  # int32 [N] or [B|1, N]
-    q_order: Tensor | None,  # int32 [M] or [B|1, M]
-    k_order: Tensor | None,  # int32 [N] or [B|1, N]
-    block_m: int,
-    block_n: int,
-) -> TileLists:
-    """Lists of a layout, which depend on nothing else: made once, they serve every head, layer and
-    step.
-    """
-    _, q_bounds = _word_bounds(q_regions, q_order, block_m)
-    k_words, k_bounds = _word_bounds(k_regions, k_order, block_n)
-    batch, query_tiles = max(len(q_bounds), len(k_bounds)), q_bounds.shape[1]
-    key_tiles = k_bounds.shape[1]
-    tiles = q_bounds.new_empty((batch, query_tiles, 2, key_tiles))
-    counts = q_bounds.new_empty((batch, query_tiles, 3))
-    if batch * query_tiles * key_tiles == 0:
-        return TileLists(tiles, counts.zero_(), k_words)
-    sizes = (query_tiles, key_tiles, k_regions.shape[-1])
-    options = {"BLOCK_N": block_n, "KEY_TILES": configs.next_power_of_2(key_tiles)}
-    bounds = (_tokens(q_bounds), _tokens(k_bounds))
-    tile_lists_kernel[(batch * query_tiles,)](*bounds, tiles, counts, *sizes, **options)
-    return TileLists(tiles, counts, k_words)
 
 
 def layout_attention_fwd(
@@ -63,15 +24,16 @@ def layout_attention_fwd(
     v: Tensor,  # [B, H, N, D]
     q_regions: Tensor,  # int32 [M] or [B|1, M]
     k_regions: Tensor,  # int32 [N] or [B|1, N]
-    strength: Tensor,  # [B, H, M]
+    strength: Tensor | None,  # [B, H, M]
     modulation: str,
     scale: float,
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
     lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks(q, k)`
-    config: configs.Config | None = None,
+    every_strength: float = 1.0,  # of all rows, where strength is None
     with_lse: bool = True,
     with_stats: bool = True,
+    config: configs.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of
     each row. What is not asked for is empty.
@@ -83,14 +45,17 @@ def layout_attention_fwd(
         return out, lse, stats
     if seqlen_k == 0:
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
-    config = config or fwd_config(q, k)
-    results = _rows(out), lse if with_lse else None, stats if with_stats else None
+    if config is None:
+        config = fwd_config(q, k)
+    precision = configs.precision(q)
+    results = rows_of(out), lse if with_lse else None, stats if with_stats else None
     numbers = num_heads, seqlen_q, seqlen_k, abs(scale)
-    constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
+    constants = _constants(q.shape[3], modulation, scale < 0, precision)
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
-    inputs, strengths = (_rows(q), _rows(k), _rows(v), _tokens(q_regions)), _rows(strength)
-    if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
-        tensors = (*inputs, _tokens(k_regions), strengths, *results)
+    inputs = rows_of(q), rows_of(k), rows_of(v), tokens_of(q_regions)
+    strengths = numbers_of(strength, every_strength)
+    if lists is None and configs.row_at_once(configs.architecture(q.device), precision, seqlen_k):
+        tensors = (*inputs, tokens_of(k_regions), strengths, *results)
         layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
         return out, lse, stats
     if lists is None:
@@ -99,7 +64,7 @@ def layout_attention_fwd(
     if config.parks and modulation != "mask":
         columns = constants["PART_0"] + constants["PART_1"]
         parked = q.new_empty((*q.shape[:3], columns), dtype=torch.float32)
-    visits = (_tokens(q_order), _tokens(k_order), strengths, *map(_tokens, lists))
+    visits = (tokens_of(q_order), tokens_of(k_order), strengths, *map(tokens_of, lists))
     tensors = (*inputs, *visits, *results, parked)
     layout_attention_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
     return out, lse, stats
@@ -113,13 +78,14 @@ def layout_attention_bwd(
     v: Tensor,  # [B, H, N, D]
     q_regions: Tensor,  # int32 [M] or [B|1, M]
     k_regions: Tensor,  # int32 [N] or [B|1, N]
-    strength: Tensor,  # [B, H, M]
+    strength: Tensor | None,  # [B, H, M]
     out: Tensor,  # [B, H, M, D]
     stats: Tensor,  # [B, H, M, STATS]
     modulation: str,
     scale: float,
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
+    every_strength: float = 1.0,  # of all rows, where strength is None
     config: tuple[configs.Config, configs.Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength) of `reference.layout_attention`, the same bits on every run."""
@@ -130,27 +96,28 @@ def layout_attention_bwd(
         return tuple(grad.zero_() for grad in grads)
     if modulation != "mask":
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
-    words, orders = (_tokens(q_regions), _tokens(k_regions)), (_tokens(q_order), _tokens(k_order))
+    words = tokens_of(q_regions), tokens_of(k_regions)
+    orders = tokens_of(q_order), tokens_of(k_order)
     numbers = q.new_empty(batch, num_heads, seqlen_q, NUMBERS, dtype=torch.float32)
     places = q.new_empty(batch, num_heads, seqlen_q, PLACES, dtype=torch.int32)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
-    inputs, grad_rows = (_rows(q), _rows(k), _rows(v), *words, *orders), _rows(grad_out)
+    inputs, grad_rows = (rows_of(q), rows_of(k), rows_of(v), *words, *orders), rows_of(grad_out)
     constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
     by_query, by_key = config or bwd_config(q, k)
     lists = (None, None)
     if modulation == "mask":
         tokens = (q_regions, k_regions, q_order, k_order)
         lists = _mask_lists(*tokens, by_query.BLOCK_M, by_query.BLOCK_N)
-    saved = (_rows(strength), _rows(out), stats)
-    results = (_rows(dq), dstrength, numbers, places)
-    grads_of = (grad_rows, None if grad_lse is None else _rows(grad_lse))
+    saved = (numbers_of(strength, every_strength), rows_of(out), stats)
+    results = (rows_of(dq), dstrength, numbers, places)
+    grads_of = (grad_rows, None if grad_lse is None else rows_of(grad_lse))
     layout_attention_bwd_q_kernel[(batch * num_heads * -(-seqlen_q // by_query.BLOCK_M),)](
         *grads_of, *inputs, *saved, *lists, *results, *sizes, **constants, **by_query.launch
     )
     if modulation == "mask":
         tokens = (k_regions, q_regions, k_order, q_order)
         lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M)
-    results = (numbers, places, *lists, _rows(dk), _rows(dv))
+    results = (numbers, places, *lists, rows_of(dk), rows_of(dv))
     layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
         grad_rows, *inputs, *results, *sizes, **constants, **by_key.launch
     )
@@ -167,7 +134,7 @@ def _mask_lists(
 ) -> tuple[tuple, tuple]:
     """Lists as the backward kernels take them for "mask", which visits matched tiles alone."""
     lists = tile_lists(rows, columns, row_order, column_order, block_rows, block_columns)
-    return _tokens(lists.tiles), _tokens(lists.counts)
+    return tokens_of(lists.tiles), tokens_of(lists.counts)
 
 
 def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -181,6 +148,8 @@ def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
     """The configuration of a forward call."""
     kind = configs.architecture(q.device), configs.precision(q)
     config = configs.layout_attention_fwd(*kind, q.shape[3], k.shape[2])
+    heads = q.shape[0] * q.shape[1]
+    config = configs.filling(config, q.shape[2], heads, configs.processors(q.device))
     if not autotune.requested():
         return config
     row = configs.row_at_once(*kind, k.shape[2])
@@ -273,22 +242,6 @@ def empty_rows_like(q: Tensor) -> Tensor:
     return like if q.shape[3] == 1 or like.stride(3) == 1 else q.new_empty(q.shape)
 
 
-def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    """Int32: words as visited [B|1, tokens], and the or and the and of each tile's [B|1, tiles,
-    2].
-    """
-    samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
-    tiles = -(-words.shape[-1] // block)
-    visited, bounds = (
-        words.new_empty((samples, words.shape[-1])),
-        words.new_empty((samples, tiles, 2)),
-    )
-    word_bounds_kernel[(samples * tiles,)](
-        _tokens(words), _tokens(order), visited, bounds, words.shape[-1], BLOCK=block
-    )
-    return visited, bounds
-
-
 @lru_cache(maxsize=256)
 def _constants(head_dim: int, modulation: str, negate: bool, precision: str) -> dict[str, object]:
     """The constants that the kernels are compiled for beside the tile."""
@@ -301,32 +254,3 @@ def _constants(head_dim: int, modulation: str, negate: bool, precision: str) -> 
         "PART_0": first,
         "PART_1": second,
     }
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
-    """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's
-    left out.
-    """
-    return x, *_grains(x.shape, x.stride())
-
-
-@lru_cache(maxsize=1024)
-def _grains(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, tl.constexpr]:
-    """The strides of [B, H, tokens, ...] as kernels take them."""
-    batch, num_heads, tokens = shape[:3]
-    a, b, c = strides[:3]
-    a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
-    if (a | b | c) % configs.GRAIN == 0:  # a power of two
-        return a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
-    return a, b, c, _ONE
-
-
-def _tokens(x: Tensor | None) -> tuple[Tensor, int, int] | None:
-    """[tokens] or [B|1, tokens, ...] as kernels take it: the tensor and two strides, 0 where
-    samples share one row.
-    """
-    if x is None:
-        return None
-    if x.dim() == 1:
-        return x, 0, x.stride(0)
-    return x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)

@@ -22,7 +22,7 @@ def layout_attention_fwd(
     v: Tensor,
     q_regions: Tensor,
     k_regions: Tensor,
-    strength: Tensor,
+    strength: Tensor | None,
     modulation: str,
     scale: float,
     q_order: Tensor | None,
@@ -30,9 +30,13 @@ def layout_attention_fwd(
     tiles: Tensor | None,
     counts: Tensor | None,
     k_words: Tensor | None,
+    every_strength: float = 1.0,
+    with_lse: bool = True,
+    with_stats: bool = True,
 ) -> None:
     """Refuse what the kernels cannot run on, but for the shapes of the tile lists: `lists`."""
     _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
+    _every_strength(every_strength)
     given = 3 - (tiles is None) - (counts is None) - (k_words is None)
     if given not in (0, 3):
         _checks.refuse("tile_lists", "be 3 tensors", given)
@@ -47,16 +51,18 @@ def layout_attention_bwd(
     v: Tensor,
     q_regions: Tensor,
     k_regions: Tensor,
-    strength: Tensor,
+    strength: Tensor | None,
     out: Tensor,
     stats: Tensor,
     modulation: str,
     scale: float,
     q_order: Tensor | None,
     k_order: Tensor | None,
+    every_strength: float = 1.0,
 ) -> None:
     """Refuse what the kernels cannot run on."""
     _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
+    _every_strength(every_strength)
     shape, dtype = q.shape, q.dtype
     rows = shape[:3]
     _rows("grad_out", grad_out, q, shape, dtype)
@@ -101,12 +107,14 @@ def lists(
         got = f"{len(tensors)} tensors for {k.shape[2]} keys"
         _checks.refuse("tile_lists", "be None for so few keys", got)
     block_m, block_n = blocks
-    query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-k.shape[2] // block_n)
-    shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (k.shape[2],))
+    batch, seqlen_k = q.shape[0], k.shape[2]
+    query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-seqlen_k // block_n)
+    shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (seqlen_k,))
     for x, shape in zip(tensors, shapes):
         if x.dtype != torch.int32:
             _checks.refuse("tile_lists", "be int32", _checks.name(x.dtype), TypeError)
-        if tuple(x.shape) not in ((1, *shape), (q.shape[0], *shape)) or not x.is_contiguous():
+        found = x.shape
+        if (found != (1, *shape) and found != (batch, *shape)) or not x.is_contiguous():
             rule = f"have contiguous tensors of shape [1 or B, {', '.join(map(str, shape))}]"
             _checks.refuse("tile_lists", rule, tuple(x.shape))
         _checks.same_device("tile_lists", x, q)
@@ -118,7 +126,7 @@ def _inputs(
     v: Tensor,
     q_regions: Tensor,
     k_regions: Tensor,
-    strength: Tensor,
+    strength: Tensor | None,
     modulation: str,
     scale: float,
     q_order: Tensor | None,
@@ -135,11 +143,18 @@ def _inputs(
     _checks.choice("modulation", modulation, MODULATIONS)
     if not math.isfinite(scale):
         _checks.refuse("scale", "be finite", scale)
-    _rows("strength", strength, q, shape[:3])
+    if strength is not None:
+        _rows("strength", strength, q, shape[:3])
     _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
     _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
     _order("q_order", q_order, batch, seqlen_q, q)
     _order("k_order", k_order, batch, seqlen_k, q)
+
+
+def _every_strength(number: float) -> None:
+    """Require a strength that float32 holds."""
+    if not abs(number) <= _checks.LARGEST[torch.float32]:
+        _checks.refuse("every_strength", "be finite in float32", number)
 
 
 def _rows(
