@@ -32,6 +32,7 @@ class Options(ctypes.Structure):
         ("shared_bytes", ctypes.c_int32),
         ("num_storages", ctypes.c_int32),
         ("most", ctypes.c_uint64),
+        ("max_registers", ctypes.c_int32),
     )
 
 
