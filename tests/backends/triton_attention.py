@@ -91,7 +91,9 @@ def test_lists_made_beforehand() -> None:
     q, k, strength = inputs.q, inputs.k, inputs.strength.expand(inputs.q.shape[:3])
     arguments = (q, k, inputs.v, inputs.q_regions, inputs.k_regions, strength, "range", 0.2)
     orders = tuple(inputs.orders.values())
-    lists = triton.tile_lists_for(q, k, inputs.q_regions, inputs.k_regions, *orders)
+    words = inputs.q_regions, inputs.k_regions
+    *lists, q_order, k_order = triton.tile_lists_for(q, k, *words, *orders, kept=True)
+    assert (q_order, k_order) == orders  # the very tensors
     plain = triton.layout_attention_fwd(*arguments, *orders, *NO_LISTS)
     for a, b in zip(plain, triton.layout_attention_fwd(*arguments, *orders, *lists)):
         assert torch.equal(a, b)
@@ -108,7 +110,7 @@ def test_lists_of_another_length_are_refused() -> None:
         torch.ones(160, dtype=torch.int32, device=DEVICE),
         torch.ones(1, 1, 20, device=DEVICE),
     )
-    lists = triton.tile_lists_for(q, k, words[:20], words, None, None)
+    *lists, _, _ = triton.tile_lists_for(q, k, words[:20], words, False, False, kept=True)
     block = triton.layout_attention.fwd_blocks(q, k)[1]
     fewer = 160 - block + 1
     short = (
@@ -127,6 +129,67 @@ def test_lists_of_another_length_are_refused() -> None:
         RuntimeError, match=rf"tile_lists must have contiguous tensors of shape \[1 or B, {fewer}\]"
     ):
         triton.layout_attention_fwd(*short, *lists)
+
+
+def in_tiles(case: str) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """q, k, v and both words of a case, and its strengths."""
+    inputs = make_inputs(CASE[case], torch.float32)
+    tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions
+    return tensors, inputs.strength
+
+
+@pytest.mark.parametrize("case", ["ordered-in-runs", "words-of-one-sample", "bit-31", "ordered-per-sample"])
+def test_tokens_are_sorted_where_no_order_is_given(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their words as signed numbers, in raster order within a word; False leaves them alone."""
+    given = []
+    launch = triton.layout_attention_fwd
+    monkeypatch.setattr(configs, "ROW_KEYS", 0)
+    monkeypatch.setattr(
+        triton, "layout_attention_fwd", lambda *x: (given.append(x[8:10]), launch(*x))[1]
+    )
+    tensors, strength = in_tiles(case)
+    lists = tile_lists(*tensors[:2], *tensors[3:], backend="triton")
+    raster = {"q_order": False, "k_order": False}
+    results = [
+        layout_attention(*tensors, strength, backend="triton", **how)
+        for how in ({}, {"tile_lists": lists}, raster)
+    ]
+    assert torch.equal(results[0], results[1])  # the same tiles of rows in another turn
+    torch.testing.assert_close(results[0], results[2])
+    for words, order, kept in zip(tensors[3:], *given[:2], strict=True):
+        assert order.dtype == kept.dtype == torch.int32
+        expected = words.cpu().numpy().argsort(axis=-1, kind="stable")
+        assert order.tolist() == expected.tolist()
+        tokens = torch.arange(words.shape[-1], dtype=torch.int32, device=DEVICE)
+        assert torch.equal(kept.sort(-1).values, tokens.expand_as(kept))
+    assert given[2] == (None, None)
+
+
+def test_kept_lists_begin_with_the_tiles_that_take_longest() -> None:
+    """And end with the tile that the queries end in; each is what it is without."""
+    (q, k, _, *words), _ = in_tiles("ordered-in-runs")
+    blocks = triton.layout_attention.fwd_blocks(q, k)
+    tiles, counts, _, q_order, k_order = tile_lists(q, k, *words, backend="triton")
+    *_, by_region, _ = triton.tile_lists_for(q, k, *words, None, None, kept=False)
+    work = counts[:, :-1, 0] + triton._MIXED * counts[:, :-1, 1]
+    assert work.shape[1] > 1
+    assert (work.diff(dim=1) <= 0).all()
+    assert (work.diff(dim=1) < 0).any()
+    last = q.shape[2] % blocks[0]
+    assert last > 0
+    assert torch.equal(q_order[..., -last:], by_region[..., -last:])
+    assert not torch.equal(q_order, by_region.expand_as(q_order))
+    made = launchers.tile_lists(*words, q_order, k_order, *blocks)
+    assert torch.equal(counts, made.counts)
+    for ours, theirs, (matched, mixed, unmatched) in zip(
+        tiles.flatten(0, 1), made.tiles.flatten(0, 1), counts.flatten(0, 1).tolist(), strict=True
+    ):
+        size = ours.shape[1]
+        assert torch.equal(ours[0, :matched], theirs[0, :matched])
+        assert torch.equal(ours[0, size - unmatched :], theirs[0, size - unmatched :])
+        assert torch.equal(ours[1, :mixed], theirs[1, :mixed])
 
 
 @pytest.mark.parametrize(
