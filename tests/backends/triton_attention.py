@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201  # jit functions
 """Layout attention's Triton kernels beside accuracy: on a GPU (`make gpu`) or interpreted."""
 
 from __future__ import annotations
@@ -7,14 +8,17 @@ from functools import partial
 
 import pytest
 import torch
+import triton.language as tl
 from accuracy import evaluate
 from cases import CASES, DEVICES, INTERPRETED, Case, Inputs, moved
 from cases import make_inputs as make_on_the_cpu
+from triton import jit
 
 from dense_attn import layout_attention, tile_lists
 from dense_attn._backends import triton
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
+from dense_attn.triton_kernels.primitives import tile_in_turn
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = DEVICES["triton"]
@@ -138,11 +142,13 @@ def in_tiles(case: str) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     return tensors, inputs.strength
 
 
-@pytest.mark.parametrize("case", ["ordered-in-runs", "words-of-one-sample", "bit-31", "ordered-per-sample"])
+@pytest.mark.parametrize(
+    "case", ["ordered-in-runs", "words-of-one-sample", "bit-31", "ordered-per-sample"]
+)
 def test_tokens_are_sorted_where_no_order_is_given(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By their words as signed numbers, in raster order within a word; False leaves them alone."""
+    """Signed words in ascending order, raster order within a word; False leaves tokens alone."""
     given = []
     launch = triton.layout_attention_fwd
     monkeypatch.setattr(configs, "ROW_KEYS", 0)
@@ -165,6 +171,43 @@ def test_tokens_are_sorted_where_no_order_is_given(
         tokens = torch.arange(words.shape[-1], dtype=torch.int32, device=DEVICE)
         assert torch.equal(kept.sort(-1).values, tokens.expand_as(kept))
     assert given[2] == (None, None)
+
+
+@jit
+def turns_kernel(turns, num_heads, seqlen_q, seqlen_k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The head among all samples', tile, sample and head of every program."""
+    at = turns + 4 * tl.program_id(0)
+    index, tile, batch, head = tile_in_turn(num_heads, seqlen_q, seqlen_k, WIDTH, BLOCK)
+    tl.store(at, index)
+    tl.store(at + 1, tile)
+    tl.store(at + 2, batch)
+    tl.store(at + 3, head)
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes", "group"),
+    [
+        ((2, 8), (256, 4096, 80), 16),
+        ((1, 24), (300, 4608, 256), 12),  # 14 would fit: two groups alike
+        ((1, 5), (129, 10**6, 512), 1),
+        ((1, 7), (300, 300_000, 16), 3),  # 3, 3, 1
+        ((3, 1), (1, 1, 2), 3),
+    ],
+)
+def test_heads_take_turns_with_their_tiles(
+    heads: tuple[int, int], sizes: tuple[int, int, int], group: int
+) -> None:
+    """Each tile of each head once, as many heads at a time as have room in a cache."""
+    tiles, num_heads = -(-sizes[0] // 128), heads[0] * heads[1]
+    turns = torch.full((num_heads * tiles, 4), -1, dtype=torch.int32, device=DEVICE)
+    turns_kernel[(num_heads * tiles,)](turns, heads[1], *sizes, 128)
+    expected = [
+        [index, tile, *divmod(index, heads[1])]
+        for first in range(0, num_heads, group)
+        for tile in range(tiles)
+        for index in range(first, min(first + group, num_heads))
+    ]
+    assert turns.tolist() == expected
 
 
 def test_kept_lists_begin_with_the_tiles_that_take_longest() -> None:
