@@ -173,6 +173,26 @@ def test_tokens_are_sorted_where_no_order_is_given(
     assert given[2] == (None, None)
 
 
+@pytest.mark.parametrize("modulation", ["range", "mask"])
+@pytest.mark.parametrize("row_keys", [0, 256], ids=["tiles", "row"])
+def test_a_number_is_the_strength_of_every_row(
+    modulation: str, row_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without what a gradient needs, the same bits."""
+    monkeypatch.setattr(configs, "ROW_KEYS", row_keys)
+    tensors, _ = in_tiles("ordered-in-runs")
+    leaves = [x.requires_grad_() for x in tensors[:3]]
+    how = {"modulation": modulation, "backend": "triton"}
+    results = []
+    for strength in (0.3, torch.full((len(tensors[3]),), 0.3, device=DEVICE)):
+        out = layout_attention(*tensors, strength, **how)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+        with torch.no_grad():
+            assert torch.equal(layout_attention(*tensors, strength, **how), out)
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @jit
 def turns_kernel(turns, num_heads, seqlen_q, seqlen_k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The head among all samples', tile, sample and head of every program."""
