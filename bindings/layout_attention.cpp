@@ -106,7 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
   const Tensor out = empty_rows_like(q);
   const ScalarType wide = accumulation_dtype(q);
   const Tensor lse = with_lse ? new_rows(q) : allocate(q, {0}, wide);
-  const Tensor stats = with_stats ? allocate(q, {q.size(0), q.size(1), q.size(2), kStats}, wide) : allocate(q, {0}, wide);
+  const Tensor stats =
+      with_stats ? allocate(q, {q.size(0), q.size(1), q.size(2), kStats}, wide) : allocate(q, {0}, wide);
   p.out = view_rows("out", out, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
   if (with_lse) p.lse = view("lse", lse, wide, {p.batch, p.num_heads, p.seqlen_q});
   if (with_stats) p.stats = view_rows("stats", stats, wide, {p.batch, p.num_heads, p.seqlen_q, kStats});

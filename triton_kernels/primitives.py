@@ -15,6 +15,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Bytes: most of the smallest cache, an A100's 40 MB.
+IN_CACHE = tl.constexpr(32 << 20)
 
 
 @triton.jit
@@ -25,6 +27,25 @@ def tile_of_program(num_heads, seqlen, BLOCK: tl.constexpr):
     tile = tl.program_id(0) % tiles_per_head
     batch, head = index // num_heads, index % num_heads  # quotients of int64 take long
     return index.to(tl.int64), tile, batch.to(tl.int64), head.to(tl.int64)
+
+
+@triton.jit
+def tile_in_turn(num_heads, seqlen_q, seqlen_k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's tile of queries, as `tile_of_program` says it: the first tile of every head,
+    then the second, since tiles take unequal times and the longest come first.
+
+    As many heads take turns as have keys and values of WIDTH bytes a token that a cache holds.
+    """
+    tiles_per_head = tl.cdiv(seqlen_q, BLOCK)
+    heads = tl.num_programs(0) // tiles_per_head
+    keys = tl.cast(seqlen_k, tl.int32)  # a size of 1 is no tensor
+    groups = tl.cdiv(heads, tl.maximum(1, IN_CACHE // (2 * WIDTH) // keys))
+    size = tl.cdiv(heads, groups)
+    first = tl.program_id(0) // (size * tiles_per_head) * size
+    place = tl.program_id(0) - first * tiles_per_head
+    size = tl.minimum(size, heads - first)
+    index = (first + place % size).to(tl.int64)
+    return index, place // size, index // num_heads, index % num_heads
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from dense_attn.triton_kernels.sega import selection
 from .ahead_of_time import TARGETS
 
 BATCH, HEADS = 2, 8
+FEW = 256  # tokens whose half tiles are fewer than any target's processors
 HEAD_DIMS = dict.fromkeys(TARGETS, (40, 64)) | {"sm_90": (40, 64, 72, 80, 96, 128, 160, 192, 256)}
 PASSES = ("fwd", "row_fwd", "bwd")
 empty = partial(torch.empty, device="meta")  # tensors of any size that take no memory: nothing runs
@@ -37,6 +38,7 @@ class Attention:
     negative: bool = False  # the scale
     tf32: bool = False  # products of float32 that torch lets NVIDIA's round
     seqlen: int = 4096
+    bare: bool = False  # no lse, no numbers for a gradient, one strength for all rows
 
     def __call__(self) -> None:
         """Launch the kernels of one pass."""
@@ -49,14 +51,15 @@ class Attention:
             narrow = patch.object(configs, "precision", return_value="tf32")
         orders = words if self.ordered else (None, None)
         last = (self.modulation, -1.0 if self.negative else 1.0, *orders)
-        tensors = q, k, v, *words, numbers
+        tensors = q, k, v, *words, None if self.bare else numbers
         with narrow:
             if self.which == "bwd":
                 stats = empty(*q.shape[:3], layout_attention.STATS)
                 layout_attention.layout_attention_bwd(q, numbers, *tensors, q, stats, *last)
             else:
                 lists = _lists(q, k)
-                layout_attention.layout_attention_fwd(*tensors, *last, lists=lists)
+                asked = {"with_lse": not self.bare, "with_stats": not self.bare}
+                layout_attention.layout_attention_fwd(*tensors, *last, lists=lists, **asked)
 
     def _rows(self, seqlen: int) -> Tensor:
         shape = (BATCH, HEADS, seqlen, self.head_dim)
@@ -175,6 +178,7 @@ BRANCHES = (  # each branch of every kernel that the defaults do not take
     {"dtype": "float32", "modulation": "max"},
     {"dtype": "float16", "modulation": "mask", "seqlen": 1},  # a size of 1 is a constant
     {"dtype": "float16", "head_dim": 100},  # rows that are not aligned
+    {"bare": True},
 )
 
 
@@ -202,6 +206,10 @@ def each_configuration() -> Iterator[Attention | Other]:
     for (kernel, target, precision), rows in tables().items():
         which = kernel.removesuffix("_q").removesuffix("_kv")
         yield from (Attention(target, which, d, **kinds[precision]) for d in rows)
+        if which != "bwd":  # half tiles, where whole ones leave processors idle
+            few = kinds[precision] | {"seqlen": FEW}
+            halved = (d for d, config in rows.items() if configs.filling(config, 1, 1, 2) != config)
+            yield from (Attention(target, which, d, **few) for d in halved)
     yield from each_other()
 
 

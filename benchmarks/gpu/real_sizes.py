@@ -171,7 +171,8 @@ def results(
     wide = inputs.q.dtype if inputs.q.dtype == torch.float64 else torch.float32
     strength = inputs.strength.to(wide).expand(inputs.q.shape[:3]).contiguous()
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, strength)]
-    words, orders = (inputs.q_regions, inputs.k_regions), {}
+    words = inputs.q_regions, inputs.k_regions
+    orders: dict[str, Tensor | bool] = {"q_order": False, "k_order": False}
     if ordered:
         orders = {
             f"{which}_order": tokens.argsort(stable=True).to(torch.int32)

@@ -84,9 +84,9 @@ def _as_launched(raw: RawCall) -> list[object]:
     """The arguments of a raw op as its launcher takes them: tile lists are one of them."""
     if raw.name != "layout_attention_fwd":
         return list(raw.arguments)
-    *arguments, tiles, counts, k_words = raw.arguments
-    lists = triton.layout_attention.TileLists(tiles, counts, k_words)
-    return [*arguments, None if tiles is None else lists]
+    arguments, given, last = raw.arguments[:10], raw.arguments[10:13], raw.arguments[13:]
+    lists = None if given[0] is None else triton.layout_attention.TileLists(*given)
+    return [*arguments, lists, *last]
 
 
 class _Recorder:

@@ -33,17 +33,17 @@ _BITS = 32
 
 def raster(inputs: Inputs) -> Call:
     """This library, tokens as they come, tile lists made once for the layout."""
-    return _ours(inputs, None, None, listed=True)
+    return _ours(inputs, order=False, listed=True)
 
 
 def by_region(inputs: Inputs) -> Call:
-    """This library, visiting the tokens region by region, in `Layout.order`."""
-    return _ours(inputs, _order(inputs.q_regions), _order(inputs.k_regions), listed=True)
+    """This library, visiting the tokens region by region, tile lists made once for the layout."""
+    return _ours(inputs, order=None, listed=True)
 
 
 def no_lists(inputs: Inputs) -> Call:
     """This library, tokens as they come, tile lists made in the call."""
-    return _ours(inputs, None, None, listed=False)
+    return _ours(inputs, order=False, listed=False)
 
 
 def gathered(inputs: Inputs) -> Call:
@@ -52,8 +52,9 @@ def gathered(inputs: Inputs) -> Call:
     back = by_query.argsort()
     strength = inputs.strength[..., by_query]
     words = inputs.q_regions[by_query], inputs.k_regions[by_key]
-    lists = dense_attn.tile_lists(inputs.q, inputs.k, *words)
-    how = {"modulation": inputs.modulation, "tile_lists": lists}
+    orders = {"q_order": False, "k_order": False}
+    lists = dense_attn.tile_lists(inputs.q, inputs.k, *words, **orders)
+    how = orders | {"modulation": inputs.modulation, "tile_lists": lists}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q[:, :, by_query], k[:, :, by_key], v[:, :, by_key]
@@ -62,8 +63,8 @@ def gathered(inputs: Inputs) -> Call:
     return call
 
 
-def _ours(inputs: Inputs, q_order: Tensor | None, k_order: Tensor | None, listed: bool) -> Call:
-    words, orders = (inputs.q_regions, inputs.k_regions), {"q_order": q_order, "k_order": k_order}
+def _ours(inputs: Inputs, order: bool | None, listed: bool) -> Call:
+    words, orders = (inputs.q_regions, inputs.k_regions), {"q_order": order, "k_order": order}
     lists = dense_attn.tile_lists(inputs.q, inputs.k, *words, **orders) if listed else None
     how = orders | {"modulation": inputs.modulation, "tile_lists": lists}
     return lambda q, k, v: layout_attention(q, k, v, *words, inputs.strength, **how)

@@ -121,7 +121,7 @@ def tile_lists(
     For tiles I of queries and J of keys, in the given orders, `(and_I & and_J) != 0` finds those
     whose pairs all match and `(or_I & or_J) == 0` those of which none does, where and_I, or_I
     combine the words of a tile bit by bit. Without an order tokens are sorted by their words, and
-    the tiles of queries that take longest come first.
+    the tiles of queries that take longest come first (outside of `torch.compile`).
 
     Args:
         q, k: any tensors of the shapes, dtype and device of the calls to come; their values are not
@@ -152,7 +152,8 @@ def tile_lists(
     inputs.check_tensors(q, k, k, q_regions, k_regions, q_order, k_order)
     name = table.resolve(backend, "layout_attention", q)
     lists_for = table.NAMESPACES[name].tile_lists_for
-    return lists_for(q, k, q_regions, k_regions, q_order, k_order, kept=True)
+    kept = not torch.compiler.is_compiling()  # a compiled graph makes its lists in every call
+    return lists_for(q, k, q_regions, k_regions, q_order, k_order, kept=kept)
 
 
 class _LayoutAttention(torch.autograd.Function):

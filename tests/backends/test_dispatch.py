@@ -119,7 +119,7 @@ def test_compiled_without_graph_breaks(grad: bool) -> None:
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("lse", [False, True])
 def test_what_no_gradient_needs_is_not_written(grad: bool, lse: bool) -> None:
-    """Of a compiled call too."""
+    """Neither by a plain call nor by a compiled one."""
     shapes = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:

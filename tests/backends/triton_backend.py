@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,9 +14,12 @@ from cases import DEVICES, INTERPRETED, Case, make_inputs, moved, why_skip
 from chains import Network, sampler
 from sega_cases import LISTS, NUMBERS, raw_options
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from dense_attn import ddim_step, layout_attention, percentile_mask, sega_guidance
+from dense_attn import ddim_step, layout_attention, percentile_mask, sega_guidance, tile_lists
 from dense_attn._backends import ops, raw_checks, table, triton
+from dense_attn.benchmarks.host_cost.stubbed import launches_left_out
+from dense_attn.triton_kernels import configs
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -196,6 +200,36 @@ def test_torch_compile_has_no_graph_breaks() -> None:
         torch.compile(steps, fullgraph=True, backend="aot_eager")(x, eps), steps(x, eps)
     ):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="what the host does is the same for every device")
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("parks", [False, True])
+@pytest.mark.parametrize("strength", [0.3, None], ids=["number", "tensor"])
+def test_a_call_with_lists_launches_one_kernel_and_makes_its_results(
+    lse: bool, grad: bool, parks: bool, strength: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, parks=parks))
+    x = make_inputs(ATTENTION, torch.float32)
+    q, words = x.q.requires_grad_(grad), (x.q_regions, x.k_regions)
+    lists = tile_lists(q, x.k, *words, backend="triton")
+    how = {"return_lse": lse, "tile_lists": lists, "backend": "triton"}
+    with (
+        launches_left_out() as launched,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen,
+    ):
+        layout_attention(q, x.k, x.v, *words, x.strength if strength is None else strength, **how)
+    assert launched == ["layout_attention_fwd_kernel"]
+    found = [event for event in seen.events() if event.name.startswith("aten::")]
+    views = {"aten::expand", "aten::as_strided", "aten::view", "aten::detach"}
+    assert {event.name for event in found if "aten::empty" not in event.name} - views <= {
+        "aten::new_empty"
+    }
+    made = [event.self_cpu_memory_usage for event in found if event.self_cpu_memory_usage > 0]
+    row = q[..., 0].numel()
+    numbers = [q.numel(), *[row] * lse, *[4 * row] * grad, *[q.numel()] * parks]
+    assert sorted(made) == sorted(4 * size for size in numbers)
 
 
 def raw_calls() -> dict[str, tuple[tuple, dict]]:

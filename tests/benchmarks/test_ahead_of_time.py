@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,21 @@ def test_what_is_compiled_is_what_is_launched() -> None:
                 rows, keys, keys, words, words[:32], numbers, "max", 1.0
             )
     assert [launch.kernel for launch in launches] == ["layout_attention_row_fwd_kernel"] * 2
+
+
+def test_few_tiles_are_halved_so_that_processors_are_busy() -> None:
+    """Each half has a processor of its own then; a target's are those of its device."""
+    whole = configs.Config(128, 64, 8, 3)
+    half = replace(whole, BLOCK_M=64, num_warps=4)
+    for heads, processors, expected in ((16, 132, half), (33, 132, half), (34, 132, whole)):
+        assert configs.filling(whole, 256, heads, processors) == expected
+    assert configs.filling(whole, 257, 27, 132) == whole  # five halves a head
+    assert configs.filling(half, 256, 1, 132) == half
+    assert configs.processors(torch.device("cpu")) == 1
+    for heads in (8, 64):
+        q = torch.empty(2, heads, 256, 64, device="meta", dtype=torch.bfloat16)
+        with ahead_of_time.compiled("sm_90"):
+            assert layout_attention.fwd_blocks(q, q)[0] == (64 if heads == 8 else 128)
 
 
 def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:

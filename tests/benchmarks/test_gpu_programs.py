@@ -22,6 +22,7 @@ from dense_attn.benchmarks.gpu import prewarm, profile, program, real_sizes, swe
 from dense_attn.benchmarks.gpu.real_sizes import Case
 from dense_attn.benchmarks.harness import dry_run, machine
 from dense_attn.triton_kernels import configs, layout_attention
+from dense_attn.triton_kernels.layout_attention import lists
 
 RUN = program.Run(dry=True)
 
@@ -137,7 +138,7 @@ def test_a_task_compiles_and_launches_nothing(
     words = torch.empty(4096, dtype=torch.int32, device="meta")
 
     def forget() -> None:
-        for kernel in (layout_attention.tile_lists_kernel, layout_attention.word_bounds_kernel):
+        for kernel in (lists.tile_lists_kernel, lists.word_bounds_kernel):
             kernel.device_caches.clear()
 
     def compiled() -> program.Compilations:

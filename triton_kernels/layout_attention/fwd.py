@@ -28,7 +28,7 @@ from dense_attn.triton_kernels.primitives import (
     store_part,
     store_rows,
     temperature,
-    tile_of_program,
+    tile_in_turn,
     tokens_at,
     words_at,
     zero_rows,
@@ -192,7 +192,8 @@ def layout_attention_fwd_kernel(
     """One tile of query rows: phase IN over matched keys, phase OUT over the others, and the merge
     of both states.
     """
-    index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
+    WIDTH: tl.constexpr = HEAD_DIM * k[0].dtype.element_ty.primitive_bitwidth // 8
+    index, tile, batch, head = tile_in_turn(num_heads, seqlen_q, seqlen_k, WIDTH, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)

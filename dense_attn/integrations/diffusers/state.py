@@ -74,6 +74,8 @@ class Layer:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         """Modulated attention of q, k, v [B, H, tokens, D] of the rows that see the prompt."""
+        lists = self._tile_lists(q, k, options.backend)
+        orders = {"q_order": self.q_order, "k_order": self.k_order}
         return layout_attention(
             q,
             k,
@@ -82,9 +84,8 @@ class Layer:
             self.k_words,
             self.now,
             modulation=options.modulation,
-            q_order=self.q_order,
-            k_order=self.k_order,
-            tile_lists=self._tile_lists(q, k, options.backend),
+            tile_lists=lists,
+            **(orders if lists is None else {}),  # lists have orders of their own
             backend=options.backend,
         )
 
@@ -98,8 +99,7 @@ class Layer:
         return self.lists[key]
 
     def _new_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
-        orders = {"q_order": self.q_order, "k_order": self.k_order}
-        return tile_lists(q, k, self.q_words, self.k_words, **orders, backend=backend)
+        return tile_lists(q, k, self.q_words, self.k_words, backend=backend)
 
 
 class LayoutState:
