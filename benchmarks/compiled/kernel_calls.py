@@ -37,6 +37,7 @@ class Attention:
     negative: bool = False  # the scale
     tf32: bool = False  # products of float32 that torch lets NVIDIA's round
     seqlen: int = 4096
+    saves: bool = True  # lse, and what the backward pass needs
 
     def __call__(self) -> None:
         """Launch the kernels of one pass."""
@@ -55,8 +56,8 @@ class Attention:
                 stats = empty(*q.shape[:3], layout_attention.STATS)
                 layout_attention.layout_attention_bwd(q, numbers, *tensors, q, stats, *last)
             else:
-                lists = _lists(q, k)
-                layout_attention.layout_attention_fwd(*tensors, *last, lists=lists)
+                named = {"lists": _lists(q, k), "with_lse": self.saves, "with_stats": self.saves}
+                layout_attention.layout_attention_fwd(*tensors, *last, **named)
 
     def _rows(self, seqlen: int) -> Tensor:
         shape = (BATCH, HEADS, seqlen, self.head_dim)
@@ -175,6 +176,7 @@ BRANCHES = (  # each branch of every kernel that the defaults do not take
     {"dtype": "float32", "modulation": "max"},
     {"dtype": "float16", "modulation": "mask", "seqlen": 1},  # a size of 1 is a constant
     {"dtype": "float16", "head_dim": 100},  # rows that are not aligned
+    {"saves": False},
 )
 
 
@@ -213,7 +215,8 @@ def each_other() -> Iterator[Other]:
 def each_branch(target: str) -> Iterator[Attention]:
     """Calls that together take every branch of the layout attention kernels."""
     for branch in BRANCHES:
-        yield from (Attention(target, which, **({"head_dim": 64} | branch)) for which in PASSES)
+        passes = PASSES if branch.get("saves", True) else PASSES[:2]
+        yield from (Attention(target, which, **({"head_dim": 64} | branch)) for which in passes)
 
 
 def too_slow(call: Attention | Other) -> bool:
@@ -225,6 +228,7 @@ def too_slow(call: Attention | Other) -> bool:
 def configurations() -> list[Attention | Other]:
     """Every configuration, and on one target every branch and the smallest head dim."""
     smallest = [Attention("sm_90", which, 40) for which in PASSES]
+    smallest.append(Attention("sm_90", "row_fwd", 40, saves=False))
     calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest])
     return [call for call in calls if not too_slow(call)]
 
@@ -257,7 +261,8 @@ def _is_common(call: Attention | Other) -> bool:
     """
     if isinstance(call, Other) or (call.target, call.which) == ("gfx942", "row_fwd"):
         return True
-    return call == Attention(call.target, call.which, call.head_dim) and call.head_dim <= 128
+    plain = Attention(call.target, call.which, call.head_dim, saves=call.saves)
+    return call == plain and call.head_dim <= 128
 
 
 CALLS = {"everything": everything, "configurations": configurations, "tested": tested, "few": few}
