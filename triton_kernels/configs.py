@@ -77,16 +77,17 @@ FORWARD: Table = {
         256: Config(64, 32, 4, 1, parks=True),
     },
 }
-ROW_FORWARD: Table = {  # BLOCK_N is the least of ROW_TILES that holds the keys
+# Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
+# least of ROW_TILES that holds the keys; 128 of them need the most registers.
+ROW_FORWARD: Table = {
     "sm_80": {
-        80: Config(128, 128, 8, 1),
-        96: Config(64, 128, 4, 1),  # eight warps spill 8 bytes
-        128: Config(64, 128, 8, 1),  # 128 rows spill 64 bytes
-        192: Config(16, 128, 4, 1),  # registers hold the transposed keys: 64 rows spill 400 bytes
-        256: Config(64, 128, 8, 1),
+        96: Config(64, 128, 4, 1),
+        128: Config(32, 128, 4, 1),  # 64 rows spill 16 bytes by Triton 3.6
+        192: Config(16, 128, 4, 1),  # registers hold the transposed keys: 32 rows spill 640 bytes
+        256: Config(32, 128, 4, 1),
     },
-    "sm_90": {128: Config(128, 128, 8, 1), 256: Config(64, 128, 8, 1)},
-    "sm_100": {128: Config(128, 128, 8, 1), 256: Config(64, 128, 8, 1)},
+    "sm_90": {192: Config(64, 128, 4, 1), 256: Config(128, 128, 8, 1)},  # 64 rows spill 8 bytes
+    "sm_100": {256: Config(64, 128, 4, 1)},
     "gfx942": {128: Config(64, 128, 4, 1), 160: Config(32, 128, 4, 1), 256: Config(16, 128, 4, 1)},
 }
 # up to 16 bytes may spill, outside of the loop; 64 keys spill more on NVIDIA's

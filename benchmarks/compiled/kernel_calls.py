@@ -221,7 +221,8 @@ def each_other() -> Iterator[Other]:
 def each_branch(target: str) -> Iterator[Attention]:
     """Calls that together take every branch of the layout attention kernels."""
     for branch in BRANCHES:
-        yield from (Attention(target, which, **({"head_dim": 64} | branch)) for which in PASSES)
+        passes = PASSES if not branch.get("bare") else PASSES[:2]
+        yield from (Attention(target, which, **({"head_dim": 64} | branch)) for which in passes)
 
 
 def too_slow(call: Attention | Other) -> bool:
@@ -233,6 +234,7 @@ def too_slow(call: Attention | Other) -> bool:
 def configurations() -> list[Attention | Other]:
     """Every configuration, and on one target every branch and the smallest head dim."""
     smallest = [Attention("sm_90", which, 40) for which in PASSES]
+    smallest.append(Attention("sm_90", "row_fwd", 40, bare=True))
     calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest])
     return [call for call in calls if not too_slow(call)]
 
@@ -265,7 +267,8 @@ def _is_common(call: Attention | Other) -> bool:
     """
     if isinstance(call, Other) or (call.target, call.which) == ("gfx942", "row_fwd"):
         return True
-    return call == Attention(call.target, call.which, call.head_dim) and call.head_dim <= 128
+    plain = Attention(call.target, call.which, call.head_dim, bare=call.bare)
+    return call == plain and call.head_dim <= 128
 
 
 CALLS = {"everything": everything, "configurations": configurations, "tested": tested, "few": few}

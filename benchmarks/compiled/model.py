@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dense_attn.triton_kernels import configs
+
 from . import counts, plain_attention, sass
 from .ahead_of_time import Launch, compiled, inspect
 from .kernel_calls import BATCH, HEADS, Attention, Other
@@ -25,7 +27,11 @@ empty = partial(torch.empty, device="meta")
 def of_launch(call: Attention | Other, launch: Launch) -> Facts:
     """Facts of a row of the table beside the compiler's own numbers."""
     attention = launch.kernel.startswith(PREFIX)
-    tile = tuple(launch.constants[side] for side in ("BLOCK_M", "BLOCK_N")) if attention else None
+    tile = None
+    if attention:
+        rows, keys = (launch.constants[side] for side in ("BLOCK_M", "BLOCK_N"))
+        # Plain attention has no second part of keys, so that both are counted for its scores.
+        tile = rows, configs.next_power_of_2(keys)
     found = _facts(call.target, launch, tile)
     if not attention:
         return found

@@ -141,7 +141,7 @@ def _exponents(raw, meets, row, MODULATION: tl.constexpr, EXACT: tl.constexpr):
 def _weights(
     raw, meets, row, seqlen_k, KEYS_1: tl.constexpr, MODULATION: tl.constexpr, EXACT: tl.constexpr
 ):
-    """Weights of both parts, at most 1, and the exponent of each row that they are measured from."""
+    """Weights of both parts, at most 1, and the exponent that they are measured from, of rows."""
     factor, anchor, add_in, add_out = row
     if not EXACT:  # one fused multiply-add a score
         row = (factor, anchor, add_in - anchor * factor, add_out - anchor * factor)
