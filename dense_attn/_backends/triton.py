@@ -65,10 +65,15 @@ def _layout_attention_fwd(q: Tensor, k: Tensor, *others: object) -> tuple[Tensor
     lists = config = None
     if tiles is not None:
         lists = layout_attention.TileLists(tiles, counts, k_words)
-        config = layout_attention.fwd_tiles(q, k)
+        config = layout_attention.fwd_tiles(q, k, _are_ordered(*arguments[-2:]))
         blocks = None if config is None else (config.BLOCK_M, config.BLOCK_N)
         raw_checks.lists(lists, q, k, blocks)
     return layout_attention.layout_attention_fwd(q, k, *arguments, lists, config)
+
+
+def _are_ordered(q_order: Tensor | None, k_order: Tensor | None) -> bool:
+    """Whether tokens are visited in an order, for which tiles of their own may be the fastest."""
+    return q_order is not None or k_order is not None
 
 
 def _on_the_grid(launch: Callable) -> Callable:
@@ -100,7 +105,7 @@ def tile_lists_for(
     q: Tensor, k: Tensor, *tokens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The tile lists of calls like this one, None for those that visit no tiles."""
-    blocks = layout_attention.fwd_blocks(q, k)
+    blocks = layout_attention.fwd_blocks(q, k, _are_ordered(*tokens[-2:]))
     made = torch.ops.dense_attn_triton.tile_lists.default
     return None if blocks is None else made(*tokens, *blocks)
 

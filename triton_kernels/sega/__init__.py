@@ -127,7 +127,8 @@ def _step(
         together = max(1, min(edits, held // options["BLOCK"]))
         staged = None
         if num_values > held:
-            staged = thresholds.new_empty((batch * channels, together, num_values), dtype=torch.int32)
+            shape = (batch * channels, together, num_values)
+            staged = thresholds.new_empty(shape, dtype=torch.int32)
         options |= {"TOGETHER": together}
         sega_guidance_kernel[(batch * channels,)](
             *tensors, staged, scales, ranks, weights, partials, *last, **flags, **options

@@ -268,9 +268,7 @@ def long_thresholds(
         tensors = (edits, uncond, scales, ranks, notes)
         digit_counts_kernel[grid](*tensors, *numbers, **digit, **before, **source)
     options = {"GROUP": GROUP, "BINS": bins, "num_warps": warps(bins), **EXACT}
-    thresholds_kernel[(num_rows,)](
-        notes, thresholds, ranks, sizes, row_notes, **digit, **options
-    )
+    thresholds_kernel[(num_rows,)](notes, thresholds, ranks, sizes, row_notes, **digit, **options)
 
 
 def digits(bits: int) -> list[int]:
