@@ -128,7 +128,7 @@ def test_counts_that_int32_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @jit
-def whole_ranks_kernel(ranks: tuple, found_ptr: Tensor, GROUP: tl.constexpr) -> None:
+def whole_ranks_kernel(ranks, found_ptr, GROUP: tl.constexpr):  # noqa: ANN001, ANN201
     e = tl.arange(0, GROUP)
     tl.store(found_ptr + e, whole_rank_of(ranks, e, GROUP))
 
