@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from dense_attn import _environment, _files
+from dense_attn import _environment, _files, _progress
 
 Found = dict[str, dict[str, Any]]  # the fields of a configuration, by what it was measured for
 
@@ -32,6 +34,11 @@ def cache_file() -> Path | None:
         return Path(folder or Path.home() / ".cache") / "dense_attn" / "autotune.json"
     except RuntimeError:
         return None
+
+
+def bar(total: int, call: str) -> AbstractContextManager[Callable[..., None]]:
+    """A bar that goes on with each configuration that is measured for a call."""
+    return _progress.bar(total, f"dense_attn measures {call}", shown=True, unit="configuration")
 
 
 def read(path: Path | None) -> Found:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
-from itertools import product
+from dataclasses import asdict, fields, replace
+from itertools import combinations, product
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -18,15 +18,18 @@ from types import ModuleType
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.configs import Config
 
 Launch = Callable[[Config], Callable[[], object]]
-store: ModuleType | None = None  # requested, cache_file, read and keep; without it tables serve
+LIMIT = 30.0  # seconds for a kernel and a shape, after which the best so far is kept
+_VALUES = {"num_stages": [5, 4, 3, 2, 1], "num_warps": [4, 8]}
+# requested, cache_file, read, keep and bar; without it tables serve
+store: ModuleType | None = None
 # By file, as it was when it was first asked for, and what came since.
 _found: dict[Path | None, dict[str, dict]] = {}
+_failed: set[str] = set()  # calls of which no configuration could be measured
 
 
 def requested() -> bool:
@@ -35,15 +38,20 @@ def requested() -> bool:
 
 
 def best(
-    kernel: str, q: Tensor, k: Tensor, options: list[Config], prepare: Callable[[], Launch]
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    options: list[Config],
+    prepare: Callable[[], Launch],
+    ordered: bool = False,
 ) -> Config:
-    """The fastest of some configurations of a kernel for tensors like these: found before, or
-    measured now.
+    """The fastest of some configurations of a kernel for tensors like these, visited in an order or
+    not: found before, or measured now.
 
     prepare() makes inputs, and returns what makes a call of a configuration. No measurement may
     enter the capture of a CUDA graph: what is not known there is the first option.
     """
-    file, key = store.cache_file(), _key(kernel, q, k)
+    file, key = store.cache_file(), _key(kernel, q, k, ordered)
     if file not in _found:
         _found[file] = {}
         _found[file] = store.read(file)
@@ -51,26 +59,55 @@ def best(
     for option in options:
         if asdict(option) == kept:
             return option
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if key in _failed or is_capturing():
         return options[0]
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        fastest = _fastest(options, prepare())
+        fastest = _fastest(options, prepare, key)
+    if fastest is None:
+        return options[0]
     _found[file][key] = asdict(fastest)
     store.keep(file, _found[file])
     return fastest
 
 
-def neighbours(table: Config, same_keys: bool = False) -> list[Config]:
-    """The table's configuration first, then half and double tiles, other warps and stages."""
-    m, n = table.BLOCK_M, table.BLOCK_N
-    tiles = [(m, n), (2 * m, n), (m // 2, n), *([] if same_keys else [(m, 2 * n), (m, n // 2)])]
-    near = [stages for stages in (1, 2, 3) if abs(stages - table.num_stages) <= 1]
-    around = (
-        replace(table, BLOCK_M=rows, BLOCK_N=keys, num_warps=warps, num_stages=stages)
-        for (rows, keys), warps, stages in product(tiles, (4, 8), near)
-        if 16 <= rows <= 128 and 16 <= keys <= 128
-    )
-    return [table, *(config for config in around if config != table)]
+def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
+    """The table's configuration, then those that differ in one field, then in two: half and double
+    tiles, other warps, up to 5 stages, and what is done or not. Fixed fields stay.
+    """
+    other: dict[str, list[int | bool]] = {}
+    for field in fields(table):
+        now = getattr(table, field.name)
+        if field.name in ("BLOCK_M", "BLOCK_N"):
+            values = [side for side in (2 * now, now // 2) if 16 <= side <= 128]
+        elif isinstance(now, bool):
+            values = [not now]
+        else:
+            values = _VALUES.get(field.name, [])
+        if field.name not in fixed:
+            other[field.name] = [value for value in values if value != now]
+    names = sorted(other, key=lambda name: name != "num_stages")  # they matter most
+    changes = [(name,) for name in names] + list(combinations(names, 2))
+    found = [table]
+    for changed in changes:
+        for values in product(*(other[name] for name in changed)):
+            found.append(replace(table, **dict(zip(changed, values))))
+    return found
+
+
+def example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Random q, k, v like these, four regions in the quarters of a picture, and strengths, to
+    measure a call by.
+    """
+    words = []
+    for tokens in (q.shape[2], k.shape[2]):
+        side = max(round(tokens**0.5), 1)
+        places = torch.arange(tokens, device=q.device, dtype=torch.int32)
+        lower, right = 2 * places >= tokens, 2 * (places % side) >= side
+        words.append(1 << (2 * lower.to(torch.int32) + right))
+    # Of its own: the caller's random numbers stay what they are.
+    generator = torch.Generator(q.device).manual_seed(0)
+    rows = (torch.empty_like(x).normal_(generator=generator) for x in (q, k, k))
+    return *rows, *words, torch.full(q.shape[:3], 0.3, dtype=torch.float32, device=q.device)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -82,20 +119,58 @@ def seconds(call: Callable[[], object]) -> float:
     return 1e-3 * triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")
 
 
-def _fastest(options: list[Config], launch: Launch) -> Config:
-    """Those that do not fit the device are left out; where none does, a call says so itself."""
-    times = {}
-    for config in options:
-        with suppress(OutOfResources):
-            times[config] = seconds(launch(config))
-    return min(times, key=times.get, default=options[0])
+def is_capturing() -> bool:
+    """Whether this thread's stream is being captured, or in any thread the one that
+    `torch.cuda.graph` takes of its own; of other streams torch does not tell.
+
+    A measurement waits for the device, which ends a capture, another thread's too.
+    """
+    if not torch.cuda.is_initialized():
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    stream = torch.cuda.graph.default_capture_stream
+    if stream is None:
+        return False
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
-def _key(kernel: str, q: Tensor, k: Tensor) -> str:
+def _fastest(options: list[Config], prepare: Callable[[], Launch], key: str) -> Config | None:
+    """The fastest that the limit leaves time for, None where none was measured.
+
+    A configuration that fails is left out, whatever it raises: it may not fit the device, nor the
+    compiler, nor the memory that is left. Where all of them do, a call says so itself.
+    """
+    times: dict[Config, float] = {}
+    longest = 0.0
+    with store.bar(len(options), key) as advance:
+        try:
+            launch = prepare()
+        except Exception:
+            _failed.add(key)
+            return None
+        start = perf_counter()
+        for config in options:
+            began = perf_counter()
+            if began - start + longest > LIMIT:
+                break
+            if is_capturing():
+                return None
+            with suppress(Exception):
+                times[config] = seconds(launch(config))
+            longest = max(longest, perf_counter() - began)
+            advance()
+    if not times:
+        _failed.add(key)
+    return min(times, key=times.get, default=None)
+
+
+def _key(kernel: str, q: Tensor, k: Tensor, ordered: bool) -> str:
     """The calls that a measurement is good for: sizes up to the next power of two."""
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else "interpreted"
     tokens = (configs.next_power_of_2(x.shape[2]) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
-    return " ".join(
-        map(str, (device, triton.__version__, kernel, q.dtype, configs.precision(q), *sizes))
-    )
+    order = "ordered" if ordered else "raster"
+    numbers = (q.dtype, configs.precision(q), *sizes, order)
+    return " ".join(map(str, (device, triton.__version__, kernel, *numbers)))

@@ -209,7 +209,7 @@ def _exactness_faults(row: Row) -> list[str]:
     if "div.full" in row["divisions"]:
         found.append("a quotient that is not rounded to nearest")
     # gfx942 makes exact quotients, and integers of ranks, by fused steps.
-    ranks = row["kernel"] in ("digit_kernel", "thresholds_kernel")
+    ranks = row["kernel"] == "thresholds_kernel"
     exact = ranks or "v_div_fmas" in row["divisions"]
     if row["fused"] and not (exact and row["target"] == "gfx942"):
         found.append(f"{row['fused']} fused multiply-adds")

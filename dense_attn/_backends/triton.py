@@ -80,7 +80,7 @@ def _layout_attention_fwd(
     lists = config = None
     if tiles is not None:
         lists = layout_attention.TileLists(tiles, counts, k_words)
-        config = layout_attention.fwd_tiles(q, k)
+        config = layout_attention.fwd_tiles(q, k, q_order is not None or k_order is not None)
         blocks = None if config is None else (config.BLOCK_M, config.BLOCK_N)
         raw_checks.lists(lists, q, k, blocks)
     tokens, rule = (q_regions, k_regions, strength), (modulation, scale)
@@ -125,7 +125,7 @@ def tile_lists_for(
     """The tile lists of calls like this one and the orders that they are of, None for calls that
     visit no tiles. Lists that are kept for many calls are worth more launches.
     """
-    blocks = layout_attention.fwd_blocks(q, k)
+    blocks = layout_attention.fwd_blocks(q, k, q_order is not False or k_order is not False)
     if blocks is None:
         return None
     ours = q_order is None

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from dense_attn import _tuned
-from dense_attn.triton_kernels import autotune, configs, layout_attention
+from dense_attn.triton_kernels import autotune, configs
 
 TABLE = configs.Config(64, 32, 4, 2)
 FAST = configs.Config(64, 64, 4, 2)
@@ -32,6 +33,7 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[configs.Confi
     monkeypatch.setenv("DENSE_ATTN_AUTOTUNE_CACHE", str(tmp_path / "kept" / "found.json"))
     monkeypatch.setattr(autotune, "store", _tuned)
     monkeypatch.setattr(autotune, "_found", {})
+    monkeypatch.setattr(autotune, "_failed", set())
 
     def seconds(call: Callable[[], configs.Config]) -> float:
         timed.append(call())
@@ -41,10 +43,9 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[configs.Confi
     return timed
 
 
-def best(kernel: str = "fwd", q: torch.Tensor = Q) -> configs.Config:
-    return autotune.best(
-        kernel, q, K, autotune.neighbours(TABLE), lambda: lambda config: lambda: config
-    )
+def best(kernel: str = "fwd", q: torch.Tensor = Q, ordered: bool = False) -> configs.Config:
+    options = autotune.neighbours(TABLE)
+    return autotune.best(kernel, q, K, options, lambda: lambda config: lambda: config, ordered)
 
 
 def test_the_fastest_is_found_once_and_kept(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +60,10 @@ def test_the_fastest_is_found_once_and_kept(times: list, monkeypatch: pytest.Mon
     assert configs.Config(**kept) == FAST
     best("bwd_q")
     best(q=Q[:1])
-    assert len(times) == 2 * len(autotune.neighbours(TABLE))
-    assert len(json.loads(_tuned.cache_file().read_text())) == 3
+    best(ordered=True)
+    assert len(times) == 3 * len(autotune.neighbours(TABLE))
+    keys = json.loads(_tuned.cache_file().read_text())
+    assert [key.split()[-1] for key in keys] == ["raster", "raster", "raster", "ordered"]
 
 
 def test_what_another_process_found_stays(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,16 +76,113 @@ def test_what_another_process_found_stays(times: list, monkeypatch: pytest.Monke
     assert len(json.loads(_tuned.cache_file().read_text())) == 3
 
 
-def test_what_does_not_fit_the_device_is_left_out(
-    times: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+FAILURES = (
+    OutOfResources(300, 200, "shared memory"),
+    RuntimeError("`ptxas` failed with error code 255"),
+    torch.cuda.OutOfMemoryError("CUDA out of memory."),
+    AssertionError("invalid layout"),
+)
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+@pytest.mark.usefixtures("times")
+def test_what_fails_is_left_out(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(call: Callable[[], configs.Config]) -> float:
         if call() == FAST:
-            raise OutOfResources(300, 200, "shared memory")
+            raise error
         return float(call().BLOCK_M)
 
     monkeypatch.setattr(autotune, "seconds", seconds)
     assert best().BLOCK_M == 32
+
+
+@pytest.mark.parametrize("where", ["inputs", "calls"])
+def test_where_all_fail_the_table_serves_and_nothing_is_kept(where: str, times: list) -> None:
+    """Another process may have the memory; in this one no other call tries it again."""
+    tried = []
+
+    def prepare() -> autotune.Launch:
+        tried.append(where)
+        if where == "inputs":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return launch
+
+    def launch(config: configs.Config) -> Callable[[], object]:
+        raise RuntimeError("no kernel image")
+
+    for _ in range(2):
+        assert autotune.best("fwd", Q, K, autotune.neighbours(TABLE), prepare) == TABLE
+    assert len(tried) == 1
+    assert not _tuned.cache_file().exists()
+
+
+def test_whoever_interrupts_is_heard(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(call: Callable[[], configs.Config]) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(autotune, "seconds", seconds)
+    with pytest.raises(KeyboardInterrupt):
+        best()
+
+
+def test_after_the_limit_the_best_is_kept(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def seconds(call: Callable[[], configs.Config]) -> float:
+        times.append(call())
+        clock[0] += 7.0
+        return 1.0 if call().num_stages == 4 else 2.0
+
+    monkeypatch.setattr(autotune, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(autotune, "seconds", seconds)
+    assert best().num_stages == 4
+    assert times == autotune.neighbours(TABLE)[:4]
+    (kept,) = json.loads(_tuned.cache_file().read_text()).values()
+    assert kept["num_stages"] == 4
+
+
+def test_nothing_is_measured_in_a_capture(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is what a capture interrupts taken for a measurement."""
+    begins = iter([True, False, False, True])
+    monkeypatch.setattr(autotune, "is_capturing", lambda: next(begins))
+    assert best() == TABLE
+    assert times == []
+    assert best() == TABLE
+    assert times == [TABLE]
+    assert not _tuned.cache_file().exists()
+    monkeypatch.setattr(autotune, "is_capturing", lambda: False)
+    assert best() == FAST
+
+
+@pytest.mark.parametrize("stream", ["own", "of torch.cuda.graph", "neither"])
+def test_a_capture_of_another_thread_is_seen(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["own"]
+
+    @contextmanager
+    def entered(other: str) -> Iterator[None]:
+        current.append(other)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == stream)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    assert autotune.is_capturing() == (stream == "own")
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", "of torch.cuda.graph")
+    assert autotune.is_capturing() == (stream != "neither")
+    assert current == ["own"]
+
+
+def test_a_bar_shows_what_is_measured(times: list, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("tqdm")
+    best()
+    count = len(autotune.neighbours(TABLE))
+    shown = capsys.readouterr().err
+    assert "dense_attn measures interpreted" in shown
+    assert f"{count}/{count}" in shown
+    best()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_damaged_file_is_measured_anew_and_mended(times: list) -> None:
@@ -112,14 +212,18 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(times: list) -> None:
 
 def test_neighbours_are_configurations_of_a_kernel() -> None:
     for table in (configs.FORWARD, configs.ROW_FORWARD, configs.BACKWARD_Q, configs.BACKWARD_KV):
+        fixed = {id(configs.FORWARD): (), id(configs.ROW_FORWARD): ("BLOCK_N", "parks")}
+        stay = fixed.get(id(table), ("parks",))
         for config in (config for rows in table.values() for config in rows.values()):
-            around = autotune.neighbours(config, same_keys=table is configs.ROW_FORWARD)
+            around = autotune.neighbours(config, stay)
             assert around[0] == config
             assert len(around) == len(set(around)) > 3
-            assert all(x.parks == config.parks for x in around)
-            assert table is not configs.ROW_FORWARD or all(
-                x.BLOCK_N == config.BLOCK_N for x in around
-            )
+            assert all(getattr(x, name) == getattr(config, name) for x in around for name in stay)
+            apart = [sum(a != b for a, b in zip(astuple(x), astuple(config))) for x in around]
+            assert apart == sorted(apart)
+            assert apart[-1] == 2
+            assert {x.num_stages for x in around} == {1, 2, 3, 4, 5}
+            assert "parks" in stay or {x.parks for x in around} == {True, False}
 
 
 def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,22 +236,15 @@ def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not autotune.requested()
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"BLOCK_M": 48},
-        {"BLOCK_N": "64"},
-        {"num_warps": 5},
-        {"num_stages": 8},
-        {"parks": None},
-        {"more": 1},
-    ],
-)
-def test_what_cannot_be_is_measured_anew(entry: dict, times: list) -> None:
+WRONG = (("BLOCK_M", 48), ("BLOCK_N", "64"), ("num_warps", 5), ("num_stages", 8), ("more", 1))
+
+
+@pytest.mark.parametrize("entry", [*WRONG, ("parks", None)], ids=str)
+def test_what_cannot_be_is_measured_anew(entry: tuple, times: list) -> None:
     """A file may name what no kernel takes, or what does not fit the device."""
     best()
     (key,) = json.loads(_tuned.cache_file().read_text())
-    _tuned.cache_file().write_text(json.dumps({key: asdict(FAST) | entry}))
+    _tuned.cache_file().write_text(json.dumps({key: asdict(FAST) | dict([entry])}))
     autotune._found.clear()
     times.clear()
     assert best() == FAST
@@ -157,7 +254,7 @@ def test_what_cannot_be_is_measured_anew(entry: dict, times: list) -> None:
 def test_a_measurement_leaves_the_random_numbers_alone() -> None:
     q = torch.zeros(1, 1, 4, 16)
     before = torch.get_rng_state()
-    first, second = layout_attention._example(q, q), layout_attention._example(q, q)
+    first, second = autotune.example(q, q), autotune.example(q, q)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first[0], second[0])
     assert first[0].abs().max() > 0
@@ -177,7 +274,7 @@ def seconds(call):
 autotune.seconds = seconds
 configs.ROW_KEYS = 8
 configs.INTERPRETED = configs.Config(32, 16, 1, 1)
-autotune.neighbours = lambda table, same_keys=False: [table, configs.Config(16, 32, 1, 1)]
+autotune.neighbours = lambda table, fixed=(): [table, configs.Config(16, 32, 1, 1)]
 q, k, v = torch.randn(1, 1, 20, 16), *torch.randn(2, 1, 1, 40, 16)
 words = [torch.arange(x.shape[2], dtype=torch.int32) % 3 for x in (q, k)]
 lists = tile_lists(q, k, *words, backend="triton")
@@ -189,23 +286,26 @@ for backend in ("triton", "reference"):
     found.append([out, *torch.autograd.grad(out.cos().sum(), leaves)])
 for got, right in zip(*found):
     torch.testing.assert_close(got, right)
-assert len(timed) == 6, len(timed)  # two configurations of each of three passes
+order = words[1].argsort().to(torch.int32)
+layout_attention(*leaves, *words, 0.5, k_order=order, backend="triton")
+# Two configurations of each of three passes, forward in an order and without.
+assert len(timed) == 8, len(timed)
 print("right")
 """
 
 
-def test_calls_and_lists_take_what_was_found(tmp_path: Path) -> None:
-    """Through the interpreter, in a process of its own."""
-    asked = {
-        "TRITON_INTERPRET": "1",
-        "DENSE_ATTN_AUTOTUNE": "1",
-        "DENSE_ATTN_AUTOTUNE_CACHE": str(tmp_path / "f.json"),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=os.environ | asked, capture_output=True, text=True
-    )
+def interpreted(program: str, file: Path) -> None:
+    """Run a program in a process of its own; it must say that all is right."""
+    asked = {"TRITON_INTERPRET": "1", "DENSE_ATTN_AUTOTUNE": "1"}
+    asked["DENSE_ATTN_AUTOTUNE_CACHE"] = str(file)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
     assert result.stdout == "right\n", result.stderr
-    assert len(json.loads((tmp_path / "f.json").read_text())) == 3
+
+
+def test_calls_and_lists_take_what_was_found(tmp_path: Path) -> None:
+    interpreted(PROGRAM, tmp_path / "f.json")
+    assert len(json.loads((tmp_path / "f.json").read_text())) == 4
 
 
 ON_THE_HOST = """
@@ -214,7 +314,7 @@ from dense_attn import layout_attention
 from dense_attn.triton_kernels import autotune, configs
 
 configs.INTERPRETED = configs.Config(32, 16, 1, 1)
-autotune.neighbours = lambda table, same_keys=False: [table, configs.Config(16, 16, 1, 1)]
+autotune.neighbours = lambda table, fixed=(): [table, configs.Config(16, 16, 1, 1)]
 q, words = torch.randn(1, 1, 20, 16), torch.ones(20, dtype=torch.int32)
 times = []
 seconds = autotune.seconds
@@ -227,8 +327,4 @@ print("right")
 
 def test_the_interpreter_is_timed_by_the_hosts_clock(tmp_path: Path) -> None:
     """There may be no GPU whose clock could be asked."""
-    asked = {"TRITON_INTERPRET": "1", "DENSE_ATTN_AUTOTUNE": "1"}
-    asked["DENSE_ATTN_AUTOTUNE_CACHE"] = str(tmp_path / "f.json")
-    command = [sys.executable, "-c", ON_THE_HOST]
-    result = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
-    assert result.stdout == "right\n", result.stderr
+    interpreted(ON_THE_HOST, tmp_path / "f.json")

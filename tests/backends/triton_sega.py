@@ -10,13 +10,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton.language as tl
 from placed import Placed, same
 from torch import Tensor
+from triton import jit
 
 from dense_attn import reference
 from dense_attn._backends import triton
 from dense_attn.triton_kernels import sega as _sega
 from dense_attn.triton_kernels.sega import selection
+from dense_attn.triton_kernels.sega.rows import GROUP, whole_rank_of
 
 sega = Placed(triton)
 
@@ -30,7 +33,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in one program, by way of memory or not, or in several, however short it is."""
+    """A row in one program, by way of memory or not, with all concepts or two at a time, or in
+    several programs, however short it is.
+    """
+    if form == "pairs":
+        monkeypatch.setattr(_sega, "UNSTAGED", 512)
     if form == "staged":
         monkeypatch.setattr(_sega, "UNSTAGED", 0)
         monkeypatch.setattr(_sega, "TILE", 64)
@@ -46,7 +53,9 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     use(request.param, monkeypatch)
 
 
-staged_too = pytest.mark.parametrize("programs", ["whole", "staged", "several"], indirect=True)
+staged_too = pytest.mark.parametrize(
+    "programs", ["whole", "pairs", "staged", "several"], indirect=True
+)
 
 
 def rows(values: str, dtype: torch.dtype) -> Tensor:
@@ -91,6 +100,45 @@ def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sega, "LONGEST", 0)
     x = torch.randn(1, 16 * 270 + 3)
     same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize(("version", "widest"), [((3, 6), 8), ((3, 8), 11)])
+def test_digits(
+    version: tuple[int, int], widest: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Narrow ones where a bin costs instructions, wide ones where it costs memory alone."""
+    use("several", monkeypatch)
+    monkeypatch.setattr(selection, "_TRITON", version)
+    monkeypatch.setattr(selection, "WARP_SIZE", 32)
+    for bits in (31, 18, 15):
+        widths = selection.digits(bits)
+        assert sum(widths) == bits
+        assert widths[0] == max(widths) <= widest
+        assert len(widths) == -(-bits // widest)
+    x = torch.randn(2, 300).to(dtype)
+    same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
+
+
+def test_counts_that_int32_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    use("several", monkeypatch)
+    monkeypatch.setattr(selection, "NARROW", 0)
+    x = torch.randn(2, 300)
+    same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
+
+
+@jit
+def whole_ranks_kernel(ranks, found_ptr, GROUP: tl.constexpr):  # noqa: ANN001, ANN201
+    e = tl.arange(0, GROUP)
+    tl.store(found_ptr + e, whole_rank_of(ranks, e, GROUP))
+
+
+@pytest.mark.parametrize("num_values", [1, 2, 3, 4096, 2**24 + 2, 2**31 + 7, 2**45])
+def test_whole_ranks(num_values: int) -> None:
+    """Without their fractions, by integers alone."""
+    found = torch.zeros(GROUP, dtype=torch.int64, device=triton.DEVICE)
+    whole_ranks_kernel[(1,)](selection.ranks_of(LEVELS, num_values), found, GROUP=GROUP)
+    assert found.tolist() == [int(level * (num_values - 1)) for level in LEVELS] + [0]
 
 
 @pytest.mark.parametrize("num_values", [1, 2, 4096, 2**24 + 2, 2**31 + 7])

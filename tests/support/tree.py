@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {  # what each family of modules may import; no ot
     "_memory": set(),
     "_progress": set(),
     "_pixels": {"_checks"},
-    "_tuned": {"_environment", "_files"},
+    "_tuned": {"_environment", "_files", "_progress"},
     "reference": {"_dtypes"},
     "triton_kernels": set(),
     "_backends": {"_checks", "_dtypes", "_environment", "_tuned", "reference", "triton_kernels"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def layout_attention_fwd(
     if seqlen_k == 0:
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
     if config is None:
-        config = fwd_config(q, k)
+        config = fwd_config(q, k, q_order is not None or k_order is not None)
     precision = configs.precision(q)
     results = rows_of(out), lse if with_lse else None, stats if with_stats else None
     numbers = num_heads, seqlen_q, seqlen_k, abs(scale)
@@ -144,8 +144,8 @@ def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v), dstrength
 
 
-def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
-    """The configuration of a forward call."""
+def fwd_config(q: Tensor, k: Tensor, ordered: bool = False) -> configs.Config:
+    """The configuration of a forward call, which visits tokens in an order or not."""
     kind = configs.architecture(q.device), configs.precision(q)
     config = configs.layout_attention_fwd(*kind, q.shape[3], k.shape[2])
     heads = q.shape[0] * q.shape[1]
@@ -153,8 +153,10 @@ def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
     if not autotune.requested():
         return config
     row = configs.row_at_once(*kind, k.shape[2])
-    options = autotune.neighbours(config, same_keys=row)
-    return autotune.best("row_fwd" if row else "fwd", q, k, options, lambda: _fwd_launch(q, k))
+    options = autotune.neighbours(config, fixed=("BLOCK_N", "parks") if row else ())
+    ordered = ordered and not row  # which has no tiles to visit
+    name, prepare = "row_fwd" if row else "fwd", partial(_fwd_launch, q, k, ordered)
+    return autotune.best(name, q, k, options, prepare, ordered)
 
 
 def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
@@ -170,57 +172,47 @@ def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
     def tuned(
         kernel: str, table: configs.Config, pair: Callable[[configs.Config], tuple]
     ) -> configs.Config:
-        return autotune.best(
-            kernel, q, k, autotune.neighbours(table), lambda: _bwd_launch(q, k, pair)
-        )
+        options = autotune.neighbours(table, fixed=("parks",))
+        return autotune.best(kernel, q, k, options, lambda: _bwd_launch(q, k, pair))
 
     by_query = tuned("bwd_q", by_query, lambda config: (config, by_key))
     return by_query, tuned("bwd_kv", by_key, lambda config: (by_query, config))
 
 
-def _example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-    """Random q, k, v like these, four regions in runs, and strengths, to measure a call by."""
-    words = [
-        1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2])
-        for x in (q, k)
-    ]
-    generator = torch.Generator(q.device).manual_seed(
-        0
-    )  # of its own: the caller's random numbers stay what they are
-    rows = (torch.empty_like(x).normal_(generator=generator) for x in (q, k, k))
-    return *rows, *words, torch.full(q.shape[:3], 0.3, dtype=torch.float32, device=q.device)
-
-
-def _fwd_launch(q: Tensor, k: Tensor) -> autotune.Launch:
-    inputs, scale = _example(q, k), q.shape[3] ** -0.5
+def _fwd_launch(q: Tensor, k: Tensor, ordered: bool) -> autotune.Launch:
+    inputs, scale = autotune.example(q, k), q.shape[3] ** -0.5
+    orders = (None, None)
+    if ordered:
+        orders = tuple(words.argsort(stable=True).to(torch.int32) for words in inputs[3:5])
 
     def launch(config: configs.Config) -> Callable[[], object]:
-        lists = tile_lists(*inputs[3:5], None, None, config.BLOCK_M, config.BLOCK_N)
-        return lambda: layout_attention_fwd(*inputs, "range", scale, lists=lists, config=config)
+        lists = tile_lists(*inputs[3:5], *orders, config.BLOCK_M, config.BLOCK_N)
+        arguments = (*inputs, "range", scale, *orders)
+        return lambda: layout_attention_fwd(*arguments, lists=lists, config=config)
 
     return launch
 
 
 def _bwd_launch(q: Tensor, k: Tensor, pair: Callable[[configs.Config], tuple]) -> autotune.Launch:
-    inputs, scale = _example(q, k), q.shape[3] ** -0.5
+    inputs, scale = autotune.example(q, k), q.shape[3] ** -0.5
     out, _, stats = layout_attention_fwd(*inputs, "range", scale)
     arguments = (out, None, *inputs, out, stats, "range", scale)
     return lambda config: lambda: layout_attention_bwd(*arguments, config=pair(config))
 
 
-def fwd_tiles(q: Tensor, k: Tensor) -> configs.Config | None:
+def fwd_tiles(q: Tensor, k: Tensor, ordered: bool = False) -> configs.Config | None:
     """The configuration of a forward call in tiles; None where a row of scores is one tile."""
     kind = configs.architecture(q.device), configs.precision(q)
     if k.shape[2] == 0 or configs.row_at_once(*kind, k.shape[2]):
         return None
-    return fwd_config(q, k)
+    return fwd_config(q, k, ordered)
 
 
-def fwd_blocks(q: Tensor, k: Tensor) -> tuple[int, int] | None:
+def fwd_blocks(q: Tensor, k: Tensor, ordered: bool = False) -> tuple[int, int] | None:
     """Rows and keys of a forward call's tiles, which lists made beforehand must share; None where
     it has no tiles.
     """
-    config = fwd_tiles(q, k)
+    config = fwd_tiles(q, k, ordered)
     return None if config is None else (config.BLOCK_M, config.BLOCK_N)
 
 

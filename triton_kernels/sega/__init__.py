@@ -32,7 +32,7 @@ def percentile_mask(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
         return masked, threshold
     rows = (x, 0, 0, *x.stride())
     if selection.fits_one_program(LONGEST, num_values, rows):
-        options = {"LOW_BIT": LOW_BITS[x.dtype], **_whole_row(num_values)}
+        options = {"LOW_BIT": LOW_BITS[x.dtype], **_whole_row(num_values, False)}
         rank = selection.rank(level, num_values)
         percentile_mask_kernel[(num_rows,)](rows, masked, threshold, num_values, rank, **options)
     else:
@@ -122,14 +122,13 @@ def _step(
     tensors = (*tensors, (thresholds, *thresholds.stride()[:2], 0 if sums else 1))
     last = (step, all_warm, channels, num_values)
     if whole:
-        options = _whole_row(num_values)
+        options = _whole_row(num_values, sums)
         held, edits = UNSTAGED >> sums >> apart, configs.next_power_of_2(flags["EDITS"])
         together = max(1, min(edits, held // options["BLOCK"]))
         staged = None
         if num_values > held:
-            staged = thresholds.new_empty(
-                (batch * channels, together, num_values), dtype=torch.int32
-            )
+            shape = (batch * channels, together, num_values)
+            staged = thresholds.new_empty(shape, dtype=torch.int32)
         options |= {"TOGETHER": together}
         sega_guidance_kernel[(batch * channels,)](
             *tensors, staged, scales, ranks, weights, partials, *last, **flags, **options
@@ -166,11 +165,13 @@ def _groups(
     return found
 
 
-def _whole_row(num_values: int) -> dict[str, object]:
+def _whole_row(num_values: int, sums: bool) -> dict[str, object]:
     block = max(16, configs.next_power_of_2(num_values))
     # Each warp adds up all others' counts in every round, so few of them have many values each.
     warps = selection.warps(block, 16)
-    return {"BLOCK": block, "TILE": min(block, TILE // 2), "num_warps": warps, **EXACT}
+    # A short row is combined at once, but for sums, which spill 64 bytes on sm_80.
+    tile = min(block, TILE if sums or block > 2 * TILE else 2 * TILE)
+    return {"BLOCK": block, "TILE": tile, "num_warps": warps, **EXACT}
 
 
 def _rows(x: Tensor, lead: int) -> tuple[Tensor, int, int, int, int]:

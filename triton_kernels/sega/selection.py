@@ -26,6 +26,7 @@ from dense_attn.triton_kernels.sega.rows import (
 LONGEST = 32768
 SPAN = 8192  # values of a longer row that one program counts at a time
 TILE = 2048  # that one masks or combines
+NARROW = 2**31  # values of a row whose counts int32 cannot hold
 MAX_PROGRAMS = 1024  # that count a row: each begins with adding up what all have counted before
 WARP_SIZE = 64 if torch.version.hip else 32
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -59,7 +60,7 @@ def quantiles_of(candidates, there, num_values, ranks, LOW_BIT: tl.constexpr):
         smaller = _sum_smaller(candidates, higher, there)
         lower = tl.where(smaller <= below, higher, lower)
     not_above = _sum_smaller(candidates, lower + 1, there)
-    numbers = tl.sum((candidates <= INF_BITS).to(tl.int32), axis=1)
+    numbers = _sum_smaller(candidates, lower * 0 + (INF_BITS + 1), there)
     upper = tl.min(tl.where(candidates > lower[:, None], candidates, MAX_BITS), axis=1)
     fraction = ranks - below.to(tl.float64)
     upper = tl.where((fraction == 0.0) | (not_above > below + 1), lower, upper)
@@ -255,7 +256,7 @@ def long_thresholds(
     bins = 1 << widths[0]
     # Extremes and what each pass has found, then how many values have each digit.
     row_notes = EXTREMES.value + len(widths) * bins
-    kind = torch.int32 if num_values < 2**31 else torch.int64
+    kind = torch.int32 if num_values < NARROW else torch.int64
     notes = thresholds.new_zeros((num_rows, row_notes), dtype=kind)
     source = {"GROUP": GROUP, "SUM_CHANNELS": sum_channels, "BLOCK": SPAN}
     source |= {"num_warps": warps(SPAN, 32), "BINS": bins, **EXACT}
