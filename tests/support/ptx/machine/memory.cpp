@@ -38,6 +38,12 @@ void Order::meet(int warp, const Clock& known, uint32_t tick) {
   met[warp] = tick;
 }
 
+bool Order::knows(int warp, const Clock& clock) const {
+  for (size_t i = 0; i < clock.size(); ++i)
+    if (clock[i] > seen[warp][i]) return false;
+  return true;
+}
+
 void Order::tell(int warp, uint32_t lanes, uint32_t alive, uint32_t tick, Clock& to) const {
   join(to, seen[warp]);
   for (int lane = 0; lane <= kLanes; ++lane) {

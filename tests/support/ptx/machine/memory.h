@@ -75,6 +75,7 @@ struct Order {
   explicit Order(int warps) : seen(warps, Clock(warps)), own(warps), met(warps), proxy_fence(warps), touched(warps) {}
   int add_agent();
   void meet(int warp, const Clock& known, uint32_t tick);
+  bool knows(int warp, const Clock& clock) const;
   // What a warp, or some of its lanes, have done and know, as they tell it.
   void tell(int warp, uint32_t lanes, uint32_t alive, uint32_t tick, Clock& to) const;
 };
