@@ -50,6 +50,7 @@ def run(body: str, lanes: int = 32, **how: object) -> Tensor:
 
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 TENSOR = "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes"
+GATHER = TENSOR.replace("1d", "2d.tile::gather4")
 UNKNOWN = {
     "sat-integer": "add.sat.s32 %r1, %r9, 1;",
     "sat-half": "fma.rn.sat.f16 %h1, %h2, %h2, %h2;",
@@ -63,9 +64,9 @@ UNKNOWN = {
     "exchange": "shfl.sync.foo.b32 %r1, %r9, 1, 31, -1;",
     "fence": "fence.proxy.alias;",
     "barrier-of-a-cluster": "barrier.cluster.arrive;",
-    "copy-without-a-map": "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%x1], 16, [%r2];",
+    "copy-without-a-map": "cp.async.bulk.shared::cluster.global [%r1], [%x1], 16, [%r2];",
     "multicast": f"{TENSOR}.multicast::cluster [%r1], [%x1, {{%r2}}], [%r3], %h1;",
-    "gathered-rows": f"{TENSOR.replace('1d', '2d.tile::gather4')} [%r1], [%x1, {{%r2, %r2}}], [%r3];",
+    "gathered-rows": f"{GATHER} [%r1], [%x1, {{%r2, %r2}}], [%r3];",
     "map-field": "tensormap.replace.tile.foo.shared::cta.b1024.b32 [%x1], 0x1;",
     "arrival": "mbarrier.arrive.noComplete.shared::cta.b64 %x5, [%r1], 1;",
     "label": "bra nowhere;",

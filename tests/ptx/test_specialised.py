@@ -116,8 +116,12 @@ def listed() -> tuple[Callable[[], Tensor], Tensor]:
         for sign, factor, count in ((1, 1.0, whole), (-1, 0.5, half)):
             for tile in tiles[:count].tolist():
                 keys, values = (x.double()[64 * tile : 64 * tile + 64] for x in (k, v))
-                weights = torch.nn.functional.pad(sign * rows @ keys.t(), (0, 64 - len(keys))).exp2()
-                total += factor * weights @ torch.nn.functional.pad(values, (0, 0, 0, 64 - len(keys)))
+                weights = torch.nn.functional.pad(
+                    sign * rows @ keys.t(), (0, 64 - len(keys))
+                ).exp2()
+                total += (
+                    factor * weights @ torch.nn.functional.pad(values, (0, 0, 0, 64 - len(keys)))
+                )
         exact.append(total)
     return launch, torch.cat(exact)
 

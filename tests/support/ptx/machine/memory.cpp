@@ -95,11 +95,6 @@ uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region, in
               (distance < (1 << 30) ? ", " + std::to_string(distance) + " bytes behind one" : std::string()));
 }
 
-bool Memory::ordered(uint32_t tick, int warp, uint8_t lane, const Who& who) const {
-  if (warp != who.warp) return tick < order.seen[who.warp][warp];
-  return lane == who.lane || tick == who.tick || tick < order.own[warp];
-}
-
 uint64_t Memory::offset_of(const Region& region, const uint8_t* at) const {
   if (&region == &shared_region_) return kSharedBase + (at - shared.data());
   return reinterpret_cast<uint64_t>(at);
