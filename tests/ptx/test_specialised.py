@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201  # jit functions
-"""The emulator on kernels whose warps part: some copy boxes of tensors, the others multiply them."""
+"""The emulator on kernels whose warps part: some copy boxes of tensors, others multiply them."""
 
 from __future__ import annotations
 
@@ -166,9 +166,9 @@ def test_faults(name: str) -> None:
 def test_a_map_of_the_kernels_own_needs_its_fence() -> None:
     a = torch.ones(128, 64, dtype=torch.float16)
     gone = r"(?m)^.*fence\.proxy\.tensormap.*$"
-    with pytest.raises(Fault, match="without fence.proxy.tensormap"):
-        with emulated("sm_90", edit=lambda x: re.sub(gone, "", x)):
-            multiply(a, a[:64], (128, 64, 64), 4)
+    says = r"without fence\.proxy\.tensormap"
+    with pytest.raises(Fault, match=says), emulated("sm_90", edit=lambda x: re.sub(gone, "", x)):
+        multiply(a, a[:64], (128, 64, 64), 4)
 
 
 @pytest.mark.full
