@@ -157,8 +157,9 @@ def _longest_first(
     samples, query_tiles = counts.shape[:2]
     num_tokens = q_order.shape[-1]
     work = counts[:, :, 0] + _MIXED * counts[:, :, 1]  # unmatched tiles are the rest, or left out
-    last = torch.arange(query_tiles, device=work.device) == num_tokens // block
-    turns = work.masked_fill(last, -1).argsort(dim=1, descending=True, stable=True)
+    tile = torch.arange(query_tiles, dtype=torch.int32, device=work.device)
+    work = work.masked_fill(tile == num_tokens // block, -1)
+    turns = work.argsort(dim=1, descending=True, stable=True)
     padded = (0, query_tiles * block - num_tokens)
     places = torch.nn.functional.pad(q_order.expand(samples, num_tokens), padded)
     places = places.view(samples, query_tiles, block).take_along_dim(turns[:, :, None], 1)
