@@ -215,9 +215,8 @@ def _example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2])
         for x in (q, k)
     ]
-    generator = torch.Generator(q.device).manual_seed(
-        0
-    )  # of its own: the caller's random numbers stay what they are
+    # Of its own: the caller's random numbers stay what they are.
+    generator = torch.Generator(q.device).manual_seed(0)
     rows = (torch.empty_like(x).normal_(generator=generator) for x in (q, k, k))
     return *rows, *words, torch.full(q.shape[:3], 0.3, dtype=torch.float32, device=q.device)
 
@@ -279,10 +278,8 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
     """
     samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
     tiles = -(-words.shape[-1] // block)
-    visited, bounds = (
-        words.new_empty((samples, words.shape[-1])),
-        words.new_empty((samples, tiles, 2)),
-    )
+    visited = words.new_empty((samples, words.shape[-1]))
+    bounds = words.new_empty((samples, tiles, 2))
     word_bounds_kernel[(samples * tiles,)](
         _tokens(words), _tokens(order), visited, bounds, words.shape[-1], BLOCK=block
     )
