@@ -14,7 +14,7 @@ from cases import CASES, DEVICES, INTERPRETED, Case, Inputs, moved
 from cases import make_inputs as make_on_the_cpu
 from triton import jit
 
-from dense_attn import layout_attention, tile_lists
+from dense_attn import layout_attention, reference, tile_lists
 from dense_attn._backends import triton
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
@@ -105,6 +105,35 @@ def test_lists_made_beforehand() -> None:
         triton.layout_attention_fwd(*arguments, *orders, *lists[:2], None)
     with pytest.raises(RuntimeError, match="tile_lists must have contiguous tensors of shape"):
         triton.layout_attention_fwd(*arguments, *orders, lists[0][:, 1:], *lists[1:])
+
+
+def row_call(seqlen_k: int, modulation: str) -> tuple[object, ...]:
+    """The arguments of a launch whose rows of scores are one tile."""
+    case = Case(f"row-of-{seqlen_k}", (1, 1, 20, seqlen_k, 40))
+    inputs = make_inputs(case, torch.float32)
+    strength = inputs.strength.expand(inputs.q.shape[:3])
+    tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions, strength
+    return *tensors, modulation, 0.2
+
+
+@pytest.mark.parametrize("modulation", ["range", "mask"])
+@pytest.mark.parametrize("seqlen_k", [1, 16, 17, 64, 65, 80, 81, 96, 97, 128])
+def test_rows_of_any_number_of_keys(seqlen_k: int, modulation: str) -> None:
+    """Every size of the tile, full and with one key more than the one before it."""
+    call = row_call(seqlen_k, modulation)
+    expected = reference.layout_attention(*call[:6], modulation=modulation, scale=0.2)
+    got = launchers.layout_attention_fwd(*call)
+    assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize("seqlen_k", [77, 300])
+@pytest.mark.parametrize("saved", [(False, False), (True, False), (False, True)])
+def test_what_is_not_asked_for_changes_nothing(saved: tuple[bool, bool], seqlen_k: int) -> None:
+    call = row_call(seqlen_k, "range")
+    everything = launchers.layout_attention_fwd(*call)
+    some = launchers.layout_attention_fwd(*call, with_lse=saved[0], with_stats=saved[1])
+    for got, full, wanted in zip(some, everything, (True, *saved)):
+        assert torch.equal(got, full) if wanted else got.numel() == 0
 
 
 def test_lists_of_another_length_are_refused() -> None:
