@@ -138,6 +138,7 @@ def _guide(
 
 def _sega() -> None:
     """Channels and rows that one program holds."""
+    _guide(4096)
     for longest in (sega.UNSTAGED, selection.LONGEST):
         _guide(longest)
         _guide(longest // 2, sum_channels=True)

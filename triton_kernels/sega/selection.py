@@ -258,7 +258,10 @@ def long_thresholds(
     row_notes = EXTREMES.value + len(widths) * bins
     kind = torch.int32 if num_values < NARROW else torch.int64
     notes = thresholds.new_zeros((num_rows, row_notes), dtype=kind)
-    source = {"GROUP": GROUP, "SUM_CHANNELS": sum_channels, "BLOCK": SPAN}
+    # Sums take registers, and so do addresses of values that are not neighbours.
+    apart = edits[4] != 1 or (uncond is not None and uncond[4] != 1)
+    fewer = sum_channels + apart
+    source = {"GROUP": GROUP, "SUM_CHANNELS": sum_channels, "BLOCK": SPAN >> fewer}
     source |= {"num_warps": warps(SPAN, 32), "BINS": bins, **EXACT}
     numbers = (sizes, num_channels, num_values, span, row_notes)
     grid, shift = (num_rows, triton.cdiv(num_values, span)), 31
