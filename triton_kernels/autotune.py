@@ -23,7 +23,7 @@ from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.configs import Config
 
 Launch = Callable[[Config], Callable[[], object]]
-LIMIT = 30.0  # seconds for a kernel and a shape, after which the best so far is kept
+LIMIT = 10.0  # seconds for each of the three kernels of a shape; the best so far is kept
 _VALUES = {"num_stages": [5, 4, 3, 2, 1], "num_warps": [4, 8]}
 # requested, cache_file, read, keep and bar; without it tables serve
 store: ModuleType | None = None
