@@ -156,7 +156,7 @@ def layout_attention_bwd_q_kernel(
     counts,
     dq,
     dstrength_ptr,
-    # [rows, NUMBERS] what the pass over keys needs, int32 [rows, 2] keys of the extremes
+    # [heads, NUMBERS, rows] what the pass over keys needs, int32 [heads, 2, rows] keys of extremes
     numbers_ptr,
     places_ptr,
     num_heads,
@@ -189,8 +189,8 @@ def layout_attention_bwd_q_kernel(
     high, low, anchor, add_in, add_out = load_stats(
         stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT
     )
-    record = numbers_ptr + row * NUM_NUMBERS
-    store_record(record, exist, tau * LOG2_E, add_in, add_out, anchor, temperature(c, MODULATION))
+    record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens
+    store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, temperature(c, MODULATION))
 
     k_base, v_base = head_of(k, batch, head), head_of(v, batch, head)
     nothing = tl.zeros([BLOCK_M], tl.float32)
@@ -234,21 +234,22 @@ def layout_attention_bwd_q_kernel(
         shift += missed
     signed_scale = -sm_scale if NEGATE else sm_scale
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
-    record = numbers_ptr + row * NUM_NUMBERS
-    tl.store(record + SHIFT, shift, mask=exist)
+    record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens
+    pair = places_ptr + index * NUM_PLACES * seqlen_q + tokens
+    tl.store(record + SHIFT * seqlen_q, shift, mask=exist)
     grad_strength = grad_in if MODULATION == "bias" else nothing
     through_max, through_min = nothing, nothing
     if MODULATION == "max" or MODULATION == "range":
         high = tl.load(stats_ptr + row * NUM_STATS + RAW_MAX, mask=exist, other=0.0)
         grad_strength = sm_scale * high * grad_in
         through_max = c * grad_in
-        tl.store(record + THROUGH_MAX, through_max, mask=exist)
-        tl.store(places_ptr + row * NUM_PLACES + KEY_OF_MAX, best_key, mask=exist)
+        tl.store(record + THROUGH_MAX * seqlen_q, through_max, mask=exist)
+        tl.store(pair + KEY_OF_MAX * seqlen_q, best_key, mask=exist)
     if MODULATION == "range":
         grad_strength = sm_scale * grad_distance
         through_min = c * (through_lse - grad_in)
-        tl.store(record + THROUGH_MIN, through_min, mask=exist)
-        tl.store(places_ptr + row * NUM_PLACES + KEY_OF_MIN, least_key, mask=exist)
+        tl.store(record + THROUGH_MIN * seqlen_q, through_min, mask=exist)
+        tl.store(pair + KEY_OF_MIN * seqlen_q, least_key, mask=exist)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
     at, source = (head_of(dq, batch, head), row_stride(dq), tokens, exist), (k_base, row_stride(k))
