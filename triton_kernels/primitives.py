@@ -40,10 +40,13 @@ def row_stride(tensor):
 
 @triton.jit
 def tokens_at(first, order, batch, num_tokens, BLOCK: tl.constexpr):
-    """The BLOCK tokens from place first on, int64, and which of them exist; an order leads to no
-    other memory.
-    """
-    places = first + tl.arange(0, BLOCK)
+    """The BLOCK tokens from place first on, int64, and which of them exist."""
+    return tokens_of(first + tl.arange(0, BLOCK), order, batch, num_tokens)
+
+
+@triton.jit
+def tokens_of(places, order, batch, num_tokens):
+    """The tokens in places, int64, and which of them exist; an order leads to no other memory."""
     exist = places < num_tokens
     tokens = places
     if order is not None:
@@ -56,6 +59,21 @@ def tokens_at(first, order, batch, num_tokens, BLOCK: tl.constexpr):
 def words_at(words, batch, tokens, exist):
     """Region words of tokens; 0 for those that do not exist."""
     return tl.load(words[0] + batch * words[1] + tokens * words[2], mask=exist, other=0)
+
+
+@triton.jit
+def meeting(a, b, one):
+    """1 where words a [I, 1] and b [1, J] share a region, else 0. With `one` a number that the
+    compiler does not know: from comparisons it makes masks of bits, which cost more than the sums.
+    """
+    shared = (a & b).to(tl.uint32, bitcast=True)
+    return tl.minimum(shared, one.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def plus_bits(x, gap, meets):
+    """x where `meets` is 0; where it is 1, the float that its bits and `gap` add up to."""
+    return (x.to(tl.int32, bitcast=True) + gap * meets).to(tl.float32, bitcast=True)
 
 
 @triton.jit

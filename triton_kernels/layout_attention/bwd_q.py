@@ -20,6 +20,7 @@ from dense_attn.triton_kernels.layout_attention.records import (
     SHIFT,
     THROUGH_MAX,
     THROUGH_MIN,
+    lift_of,
     load_stats,
     store_record,
     weights_of,
@@ -190,7 +191,8 @@ def layout_attention_bwd_q_kernel(
         stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT
     )
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens
-    store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, temperature(c, MODULATION))
+    lift = lift_of(sm_scale, q[0].dtype.element_ty)
+    store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, row_words, lift)
 
     k_base, v_base = head_of(k, batch, head), head_of(v, batch, head)
     nothing = tl.zeros([BLOCK_M], tl.float32)
@@ -236,7 +238,11 @@ def layout_attention_bwd_q_kernel(
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens
     pair = places_ptr + index * NUM_PLACES * seqlen_q + tokens
-    tl.store(record + SHIFT * seqlen_q, shift, mask=exist)
+    tl.store(
+        record + SHIFT * seqlen_q,
+        shift * (temperature(c, MODULATION) * sm_scale * LOG2_E),
+        mask=exist,
+    )
     grad_strength = grad_in if MODULATION == "bias" else nothing
     through_max, through_min = nothing, nothing
     if MODULATION == "max" or MODULATION == "range":
