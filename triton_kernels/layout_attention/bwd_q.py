@@ -240,7 +240,7 @@ def layout_attention_bwd_q_kernel(
     pair = places_ptr + index * NUM_PLACES * seqlen_q + tokens
     tl.store(
         record + SHIFT * seqlen_q,
-        shift * (temperature(c, MODULATION) * sm_scale * LOG2_E),
+        -shift * (temperature(c, MODULATION) * sm_scale * LOG2_E),
         mask=exist,
     )
     grad_strength = grad_in if MODULATION == "bias" else nothing
