@@ -40,10 +40,13 @@ def row_stride(tensor):
 
 @triton.jit
 def tokens_at(first, order, batch, num_tokens, BLOCK: tl.constexpr):
-    """The BLOCK tokens from place first on, int64, and which of them exist; an order leads to no
-    other memory.
-    """
-    places = first + tl.arange(0, BLOCK)
+    """The BLOCK tokens from place first on, int64, and which of them exist."""
+    return tokens_of(first + tl.arange(0, BLOCK), order, batch, num_tokens)
+
+
+@triton.jit
+def tokens_of(places, order, batch, num_tokens):
+    """The tokens in places, int64, and which of them exist; an order leads to no other memory."""
     exist = places < num_tokens
     tokens = places
     if order is not None:
@@ -192,6 +195,14 @@ def _add_product(acc, weights, rows, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(weights, rows, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def sum_of(products, there, APART: tl.constexpr):
+    """Each row's sum of products. Where a lane has one product of a row, it would fuse with the
+    first exchange between lanes and leave them with sums that differ: a select keeps them apart.
+    """
+    return tl.sum(tl.where(there, products, 0.0) if APART else products, 1)
 
 
 @triton.jit

@@ -128,8 +128,8 @@ def layout_attention_bwd(
     if modulation != "mask":
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
     words, orders = (_tokens(q_regions), _tokens(k_regions)), (_tokens(q_order), _tokens(k_order))
-    numbers = q.new_empty(batch, num_heads, seqlen_q, NUMBERS, dtype=torch.float32)
-    places = q.new_empty(batch, num_heads, seqlen_q, PLACES, dtype=torch.int32)
+    numbers = q.new_empty(batch, num_heads, NUMBERS, seqlen_q, dtype=torch.float32)
+    places = q.new_empty(batch, num_heads, PLACES, seqlen_q, dtype=torch.int32)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
     inputs, grad_rows = (_rows(q), _rows(k), _rows(v), *words, *orders), _rows(grad_out)
     constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))

@@ -77,14 +77,14 @@ def layout_attention_bwd_kv_kernel(
     for place in range(count):
         first = tile_at(listed, tl.cdiv(seqlen_q, BLOCK_M), place, num_whole, tiles) * BLOCK_M
         tokens, exist = tokens_at(first, q_order, batch, seqlen_q, BLOCK_M)
-        row = index * seqlen_q + tokens
         rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
         grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
-        record, pair = numbers_ptr + row * NUM_NUMBERS, places_ptr + row * NUM_PLACES
-        factor = tl.load(record + FACTOR, mask=exist, other=0.0)
-        add_in = tl.load(record + ADD_IN, mask=exist, other=0.0)
-        add_out = tl.load(record + ADD_OUT, mask=exist, other=0.0)
-        anchor = tl.load(record + ANCHOR, mask=exist, other=0.0) if EXACT else factor
+        record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens
+        pair = places_ptr + index * NUM_PLACES * seqlen_q + tokens
+        factor = tl.load(record + FACTOR * seqlen_q, mask=exist, other=0.0)
+        add_in = tl.load(record + ADD_IN * seqlen_q, mask=exist, other=0.0)
+        add_out = tl.load(record + ADD_OUT * seqlen_q, mask=exist, other=0.0)
+        anchor = tl.load(record + ANCHOR * seqlen_q, mask=exist, other=0.0) if EXACT else factor
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
         raw = -raw if NEGATE else raw
         meets = (key_words[:, None] & words_at(q_words, batch, tokens, exist)[None, :]) != 0
@@ -94,16 +94,16 @@ def layout_attention_bwd_kv_kernel(
         if MODULATION == "mask":
             weights = tl.where(meets, weights, 0.0)
         acc_v = add_product(acc_v, weights.to(grads[0].dtype), grads, PART_1, PRECISION)
-        shift = tl.load(record + SHIFT, mask=exist, other=0.0)
+        shift = tl.load(record + SHIFT * seqlen_q, mask=exist, other=0.0)
         grad = weights * (products(values, grads, PART_1, PRECISION) - shift[None, :])  # ds'
         if MODULATION == "range":
-            grad = grad * tl.load(record + TEMPERATURE, mask=exist, other=0.0)[None, :]
-            through_min = tl.load(record + THROUGH_MIN, mask=exist, other=0.0)
-            least_key = tl.load(pair + KEY_OF_MIN, mask=exist, other=-1)
+            grad = grad * tl.load(record + TEMPERATURE * seqlen_q, mask=exist, other=0.0)[None, :]
+            through_min = tl.load(record + THROUGH_MIN * seqlen_q, mask=exist, other=0.0)
+            least_key = tl.load(pair + KEY_OF_MIN * seqlen_q, mask=exist, other=-1)
             grad += tl.where(key_at == least_key[None, :], through_min[None, :], 0.0)
         if MODULATION == "range" or MODULATION == "max":
-            through_max = tl.load(record + THROUGH_MAX, mask=exist, other=0.0)
-            best_key = tl.load(pair + KEY_OF_MAX, mask=exist, other=-1)
+            through_max = tl.load(record + THROUGH_MAX * seqlen_q, mask=exist, other=0.0)
+            best_key = tl.load(pair + KEY_OF_MAX * seqlen_q, mask=exist, other=-1)
             grad += tl.where(key_at == best_key[None, :], through_max[None, :], 0.0)
         acc_k = add_product(acc_k, grad.to(rows[0].dtype), rows, PART_1, PRECISION)
     signed_scale = tl.zeros([BLOCK_N], tl.float32) + (-sm_scale if NEGATE else sm_scale)

@@ -75,13 +75,13 @@ def load_stats(stats_ptr, row, exist, factor, MODULATION: tl.constexpr, EXACT: t
 
 
 @triton.jit
-def store_record(record, exist, factor, add_in, add_out, anchor, tau):
+def store_record(record, seqlen, exist, factor, add_in, add_out, anchor, tau):
     """The numbers of a row that are known before the keys are visited."""
-    tl.store(record + FACTOR, factor, mask=exist)
-    tl.store(record + ADD_IN, add_in, mask=exist)
-    tl.store(record + ADD_OUT, add_out, mask=exist)
-    tl.store(record + ANCHOR, anchor, mask=exist)
-    tl.store(record + TEMPERATURE, tau, mask=exist)
+    tl.store(record + FACTOR * seqlen, factor, mask=exist)
+    tl.store(record + ADD_IN * seqlen, add_in, mask=exist)
+    tl.store(record + ADD_OUT * seqlen, add_out, mask=exist)
+    tl.store(record + ANCHOR * seqlen, anchor, mask=exist)
+    tl.store(record + TEMPERATURE * seqlen, tau, mask=exist)
 
 
 @triton.jit
