@@ -13,9 +13,7 @@ import triton.language as tl
 from dense_attn.triton_kernels.layout_attention.extremes import (
     LANES,
     add_extremes,
-    by_lane,
-    first_key,
-    group_of,
+    first_keys,
     places_of_columns,
 )
 from dense_attn.triton_kernels.layout_attention.records import (
@@ -23,15 +21,19 @@ from dense_attn.triton_kernels.layout_attention.records import (
     KEY_OF_MIN,
     NUM_NUMBERS,
     NUM_PLACES,
-    NUM_STATS,
-    RAW_MAX,
-    RAW_MIN,
     SHIFT,
     THROUGH_MAX,
     THROUGH_MIN,
+    load_extremes,
     load_stats,
     store_record,
     weights_of,
+)
+from dense_attn.triton_kernels.layout_attention.row_sums import (
+    add_sums,
+    inner_products,
+    no_sums,
+    times_rows,
 )
 from dense_attn.triton_kernels.layout_attention.tiles import listed_tiles, tile_at
 from dense_attn.triton_kernels.primitives import (
@@ -46,7 +48,6 @@ from dense_attn.triton_kernels.primitives import (
     row_stride,
     scale_rows,
     store_part,
-    sum_of,
     temperature,
     tile_of_program,
     tokens_at,
@@ -63,102 +64,6 @@ def _lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
     if grad_lse is not None:
         gradient = load_numbers(grad_lse, batch, head, tokens, exist)
     return gradient
-
-
-@triton.jit
-def _inner_products(
-    a,
-    b,
-    batch,
-    head,
-    tokens,
-    exist,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Inner products of the rows of two [B, H, tokens, D] tensors, one part after the other."""
-    a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
-    x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM).to(tl.float32)
-    y = load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM)
-    total = sum_of(x * y, exist[:, None], True)
-    if PART_1 > 0:
-        x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM).to(tl.float32)
-        y = load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += sum_of(x * y, exist[:, None], True)
-    return total
-
-
-@triton.jit
-def _times_rows(
-    acc,
-    q,
-    tokens,
-    exist,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Inner products of rows of acc, in parts, and of q."""
-    x = load_part(q[0], q[1], tokens, exist, 0, PART_0, HEAD_DIM)
-    total = sum_of(acc[0] * x, exist[:, None], True)
-    if PART_1 > 0:
-        x = load_part(q[0], q[1], tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += sum_of(acc[1] * x, exist[:, None], True)
-    return total
-
-
-@triton.jit
-def _no_sums(ROWS: tl.constexpr, EXACT: tl.constexpr):
-    """The sums of a row before the first key."""
-    if EXACT:
-        nothing = tl.zeros([ROWS], tl.float32)
-        zero = (nothing, nothing)
-        sums = zero, zero, zero, nothing, nothing
-    else:
-        sums = tl.zeros([ROWS, LANES], tl.float32)
-    return sums
-
-
-@triton.jit
-def _add_sums(
-    sums,
-    grad,
-    weights,
-    distance,
-    meets,
-    MODULATION: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """A row's sums over keys, one tile further. Exactly: of matched keys' ds', of ds' times the
-    distance to the key's extreme, of all ds', and of weights as of the first two. Else a lane's
-    share of the first, which is the only one that dq does not tell.
-    """
-    if EXACT:
-        grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
-        grad_in = _add(grad_in, tl.sum(tl.where(meets, grad, 0.0), 1))
-        grad_all = _add(grad_all, tl.sum(grad, 1))
-        weight_in += tl.sum(tl.where(meets, weights, 0.0), 1)
-        if MODULATION == "range":
-            grad_distance = _add(grad_distance, sum_of(grad * distance, meets | True, True))
-            weight_distance += sum_of(weights * distance, True, True)
-        sums = grad_in, grad_distance, grad_all, weight_in, weight_distance
-    elif MODULATION != "mask":
-        x = by_lane(tl.where(meets, grad, 0.0), ROWS, KEYS)
-        sums += tl.sum(tl.sum(tl.sum(x, 4), 2), 1)
-    return sums
-
-
-@triton.jit
-def _add(total, x):
-    """(total, what its last rounding took too much) + x. Many tiles of small weights would each be
-    lost in a plain sum of a few large ones.
-    """
-    x -= total[1]
-    larger = total[0] + x
-    return larger, (larger - total[0]) - x
 
 
 @triton.jit
@@ -190,27 +95,26 @@ def _visit(
     columns = load_rows(k[0], k[1], keys, there, PART_0, PART_1, HEAD_DIM)
     values = load_rows(v[0], v[1], keys, there, PART_0, PART_1, HEAD_DIM)
     meets = (row_words[:, None] & words_at(k_words, batch, keys, there)[None, :]) != 0
-    grad = products(grads, values, PART_1, PRECISION) - shift[:, None]
     raw = products(rows, columns, PART_1, PRECISION)
     raw = -raw if NEGATE else raw
-    offsets = tl.where(meets, add_in[:, None], add_out[:, None])
-    weights = weights_of(raw, factor[:, None], anchor[:, None], offsets, EXACT)
-    if MODULATION == "mask":
-        weights = tl.where(meets, weights, 0.0)
-    elif TAIL:
-        weights = tl.where(there[None, :], weights, 0.0)
-    grad = weights * grad  # ds'
-    distance = raw
-    if EXACT:
-        distance = tl.where(meets, high[:, None], low[:, None]) - raw
-    sums = _add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
-    acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
     if MODULATION == "range" or MODULATION == "max":
         x = tl.where(there[None, :], raw, float("-inf")) if TAIL else raw
         best = add_extremes(best, x, first, True, BLOCK_M, BLOCK_N)
     if MODULATION == "range":
         x = tl.where(there[None, :], raw, float("inf")) if TAIL else raw
         least = add_extremes(least, x, first, False, BLOCK_M, BLOCK_N)
+    offsets = tl.where(meets, add_in[:, None], add_out[:, None])
+    weights = weights_of(raw, factor[:, None], anchor[:, None], offsets, EXACT)
+    if MODULATION == "mask":
+        weights = tl.where(meets, weights, 0.0)
+    elif TAIL:
+        weights = tl.where(there[None, :], weights, 0.0)
+    grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
+    distance = raw
+    if EXACT:
+        distance = tl.where(meets, high[:, None], low[:, None]) - raw
+    sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
+    acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
     return acc, sums, best, least
 
 
@@ -254,7 +158,7 @@ def layout_attention_bwd_q_kernel(
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    shift = _inner_products(grad_out, out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
+    shift = inner_products(grad_out, out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
@@ -269,11 +173,14 @@ def layout_attention_bwd_q_kernel(
     tau_of_rows = temperature(c, MODULATION)
     store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, tau_of_rows)
 
-    keys, values = (head_of(k, batch, head), row_stride(k)), (head_of(v, batch, head), row_stride(v))
+    keys, values = (
+        (head_of(k, batch, head), row_stride(k)),
+        (head_of(v, batch, head), row_stride(v)),
+    )
     nothing = tl.zeros([BLOCK_M], tl.float32)
     lowest = tl.full([BLOCK_M, LANES], float("-inf"), tl.float32)
     nowhere = tl.zeros([BLOCK_M, LANES], tl.int32)
-    acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), _no_sums(BLOCK_M, EXACT)
+    acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
     state = acc, sums, (lowest, nowhere), (-lowest, nowhere)
     query, source = (rows, grads, row_words), (keys, values, k_words, k_order, batch, seqlen_k)
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
@@ -321,6 +228,7 @@ def layout_attention_bwd_q_kernel(
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    queries = (head_of(q, batch, head), row_stride(q))
     acc, sums, best, least = state
     grad_in, grad_distance = nothing, nothing
     # ds' sums to grad_lse over a row: what is left delta has missed, and is taken out of the sums.
@@ -330,20 +238,29 @@ def layout_attention_bwd_q_kernel(
         grad_in = grad_in[0] - missed * weight_in
         grad_distance = grad_distance[0] - missed * weight_distance
         shift += missed
-    else:
+    elif MODULATION != "mask":
         grad_in = tl.sum(sums, 1)
+    if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
+        high, low = load_extremes(stats_ptr, row, exist)
+        grad_raw = times_rows(acc, queries, tokens, exist, PART_0, PART_1, HEAD_DIM)
+        grad_raw = -grad_raw if NEGATE else grad_raw
+        grad_distance = high * grad_in + low * (through_lse - grad_in) - grad_raw
     signed_scale = -sm_scale if NEGATE else sm_scale
-    queries = (head_of(q, batch, head), row_stride(q))
-    best_key, least_key = tl.zeros([BLOCK_M], tl.int32), tl.zeros([BLOCK_M], tl.int32)
-    if MODULATION == "max" or MODULATION == "range":
-        group = group_of(best, True, BLOCK_N)
-        best_key = first_key(group, queries, keys, seqlen_k, tokens, exist, not NEGATE, PART_0, PART_1, HEAD_DIM)
-    if MODULATION == "range":
-        group = group_of(least, False, BLOCK_N)
-        least_key = first_key(group, queries, keys, seqlen_k, tokens, exist, NEGATE, PART_0, PART_1, HEAD_DIM)
-        if not EXACT:
-            grad_raw = _times_rows(acc, queries, tokens, exist, PART_0, PART_1, HEAD_DIM)
-            grad_raw = -grad_raw if NEGATE else grad_raw
+    best_key, least_key = first_keys(
+        best,
+        least,
+        queries,
+        keys,
+        seqlen_k,
+        tokens,
+        exist,
+        MODULATION,
+        NEGATE,
+        BLOCK_N,
+        PART_0,
+        PART_1,
+        HEAD_DIM,
+    )
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens
     pair = places_ptr + index * NUM_PLACES * seqlen_q + tokens
@@ -351,25 +268,22 @@ def layout_attention_bwd_q_kernel(
     grad_strength = grad_in if MODULATION == "bias" else nothing
     through_max, through_min = nothing, nothing
     if MODULATION == "max" or MODULATION == "range":
-        high = tl.load(stats_ptr + row * NUM_STATS + RAW_MAX, mask=exist, other=0.0)
+        high, low = load_extremes(stats_ptr, row, exist)
         grad_strength = sm_scale * high * grad_in
         through_max = c * grad_in
         tl.store(record + THROUGH_MAX * seqlen_q, through_max, mask=exist)
         tl.store(pair + KEY_OF_MAX * seqlen_q, best_key, mask=exist)
     if MODULATION == "range":
-        if not EXACT:
-            low = tl.load(stats_ptr + row * NUM_STATS + RAW_MIN, mask=exist, other=0.0)
-            grad_distance = high * grad_in + low * (through_lse - grad_in) - grad_raw
         grad_strength = sm_scale * grad_distance
         through_min = c * (through_lse - grad_in)
         tl.store(record + THROUGH_MIN * seqlen_q, through_min, mask=exist)
         tl.store(pair + KEY_OF_MIN * seqlen_q, least_key, mask=exist)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
-    at, source = (head_of(dq, batch, head), row_stride(dq), tokens, exist), keys
-    _store_dq(at, acc[0], through, source, MODULATION, 0, PART_0, HEAD_DIM)
+    at = (head_of(dq, batch, head), row_stride(dq), tokens, exist)
+    _store_dq(at, acc[0], through, keys, MODULATION, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:  # after the first, so that the rows of one part at a time are held
-        _store_dq(at, acc[1], through, source, MODULATION, PART_0, PART_1, HEAD_DIM)
+        _store_dq(at, acc[1], through, keys, MODULATION, PART_0, PART_1, HEAD_DIM)
 
 
 @triton.jit

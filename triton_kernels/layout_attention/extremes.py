@@ -33,9 +33,7 @@ def places_of_columns(KEYS: tl.constexpr):
 
 
 @triton.jit
-def add_extremes(
-    best, raw, first, LARGEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
-):
+def add_extremes(best, raw, first, LARGEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Each lane's running extreme of raw scores and the place of the first group that has it."""
     x = by_lane(raw, ROWS, KEYS)
     x = tl.max(tl.max(x, 4), 2) if LARGEST else tl.min(tl.min(x, 4), 2)  # [rows, groups, lanes]
@@ -67,7 +65,7 @@ def _add_extreme(best, x, place, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def group_of(best, LARGEST: tl.constexpr, KEYS: tl.constexpr):
+def _group_of(best, LARGEST: tl.constexpr, KEYS: tl.constexpr):
     """The first key of each row's first group that has the extreme."""
     extreme = tl.max(best[0], 1) if LARGEST else tl.min(best[0], 1)
     keys = best[1] + (tl.arange(0, LANES) * (KEYS // LANES))[None, :]
@@ -75,7 +73,7 @@ def group_of(best, LARGEST: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def first_key(
+def _first_key(
     group,
     q,
     k,
@@ -106,3 +104,35 @@ def first_key(
             better = there & (raw > best if LARGEST else raw < best)
             best, best_key = tl.where(better, raw, best), tl.where(better, key, best_key)
     return best_key
+
+
+@triton.jit
+def first_keys(
+    best,
+    least,
+    q,
+    k,
+    seqlen_k,
+    tokens,
+    exist,
+    MODULATION: tl.constexpr,
+    NEGATE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """The first keys of rows' largest and smallest scores; 0 where the rule asks for none."""
+    best_key = tl.zeros_like(tokens).to(tl.int32)
+    least_key = best_key
+    if MODULATION == "range" or MODULATION == "max":
+        group = _group_of(best, True, KEYS)
+        best_key = _first_key(
+            group, q, k, seqlen_k, tokens, exist, not NEGATE, PART_0, PART_1, HEAD_DIM
+        )
+    if MODULATION == "range":
+        group = _group_of(least, False, KEYS)
+        least_key = _first_key(
+            group, q, k, seqlen_k, tokens, exist, NEGATE, PART_0, PART_1, HEAD_DIM
+        )
+    return best_key, least_key

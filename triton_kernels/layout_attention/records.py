@@ -59,13 +59,20 @@ def store_stats(lse, stats, lse_ptr, stats_ptr, row, exist):
 
 
 @triton.jit
+def load_extremes(stats_ptr, row, exist):
+    """(raw maximum, minimum) of rows; 0 for those that do not exist."""
+    at = stats_ptr + row * NUM_STATS
+    high = tl.load(at + RAW_MAX, mask=exist, other=0.0)
+    return high, tl.load(at + RAW_MIN, mask=exist, other=0.0)
+
+
+@triton.jit
 def load_stats(stats_ptr, row, exist, factor, MODULATION: tl.constexpr, EXACT: tl.constexpr):
     """(raw maximum, minimum, anchor, offset of matched keys, of the others) of rows; 0 for those
     that do not exist.
     """
     at = stats_ptr + row * NUM_STATS
-    high = tl.load(at + RAW_MAX, mask=exist, other=0.0)
-    low = tl.load(at + RAW_MIN, mask=exist, other=0.0)
+    high, low = load_extremes(stats_ptr, row, exist)
     add_in = tl.load(at + OFFSET_IN, mask=exist, other=0.0)
     add_out = tl.load(at + OFFSET_OUT, mask=exist, other=0.0)
     anchor = anchor_of(high, low, factor, MODULATION)
