@@ -14,7 +14,7 @@ from dense_attn.triton_kernels.layout_attention.extremes import (
     LANES,
     add_extremes,
     first_keys,
-    places_of_columns,
+    keys_of_columns,
 )
 from dense_attn.triton_kernels.layout_attention.records import (
     KEY_OF_MAX,
@@ -89,7 +89,7 @@ def _visit(
     factor, anchor, add_in, add_out, shift, high, low = numbers
     k, v, k_words, k_order, batch, seqlen_k = source
     EXACT: tl.constexpr = k[0].dtype.element_ty == tl.float32
-    keys, there = tokens_of(first + places_of_columns(BLOCK_N), k_order, batch, seqlen_k)
+    keys, there = tokens_of(first + keys_of_columns(BLOCK_N), k_order, batch, seqlen_k)
     if not TAIL:
         there = tl.full([BLOCK_N], True, tl.int1)
     columns = load_rows(k[0], k[1], keys, there, PART_0, PART_1, HEAD_DIM)
@@ -156,9 +156,11 @@ def layout_attention_bwd_q_kernel(
     each row.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
+    # Outside of the loop rows pass by so many columns at a time, lest they take its registers.
+    COLUMNS: tl.constexpr = PART_0 if PART_0 < 64 else 64
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    shift = inner_products(grad_out, out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
+    shift = inner_products(grad_out, out, batch, head, tokens, exist, HEAD_DIM, COLUMNS)
     shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
@@ -257,9 +259,8 @@ def layout_attention_bwd_q_kernel(
         MODULATION,
         NEGATE,
         BLOCK_N,
-        PART_0,
-        PART_1,
         HEAD_DIM,
+        COLUMNS,
     )
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens

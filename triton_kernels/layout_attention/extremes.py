@@ -24,7 +24,7 @@ def by_lane(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def places_of_columns(KEYS: tl.constexpr):
+def keys_of_columns(KEYS: tl.constexpr):
     """The key that each column of a tile has: neighbours go to one lane, so that the order of keys
     is that of lanes, groups and columns.
     """
@@ -81,9 +81,8 @@ def _first_key(
     tokens,
     exist,
     LARGEST: tl.constexpr,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """The first key of each row's group that has the group's extreme."""
     best_key = group
@@ -91,12 +90,10 @@ def _first_key(
     for i in tl.static_range(GROUP):
         key = group + i
         there = exist & (key < seqlen_k)
-        x = load_part(q[0], q[1], tokens, exist, 0, PART_0, HEAD_DIM).to(tl.float32)
-        y = load_part(k[0], k[1], key.to(tl.int64), there, 0, PART_0, HEAD_DIM)
-        raw = sum_of(x * y, exist[:, None], True)
-        if PART_1 > 0:
-            x = load_part(q[0], q[1], tokens, exist, PART_0, PART_1, HEAD_DIM).to(tl.float32)
-            y = load_part(k[0], k[1], key.to(tl.int64), there, PART_0, PART_1, HEAD_DIM)
+        raw = tl.zeros_like(best)
+        for first in tl.static_range(0, HEAD_DIM, COLUMNS):
+            x = load_part(q[0], q[1], tokens, exist, first, COLUMNS, HEAD_DIM).to(tl.float32)
+            y = load_part(k[0], k[1], key.to(tl.int64), there, first, COLUMNS, HEAD_DIM)
             raw += sum_of(x * y, exist[:, None], True)
         if i == 0:
             best = raw
@@ -118,21 +115,16 @@ def first_keys(
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
     KEYS: tl.constexpr,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """The first keys of rows' largest and smallest scores; 0 where the rule asks for none."""
     best_key = tl.zeros_like(tokens).to(tl.int32)
     least_key = best_key
     if MODULATION == "range" or MODULATION == "max":
         group = _group_of(best, True, KEYS)
-        best_key = _first_key(
-            group, q, k, seqlen_k, tokens, exist, not NEGATE, PART_0, PART_1, HEAD_DIM
-        )
+        best_key = _first_key(group, q, k, seqlen_k, tokens, exist, not NEGATE, HEAD_DIM, COLUMNS)
     if MODULATION == "range":
         group = _group_of(least, False, KEYS)
-        least_key = _first_key(
-            group, q, k, seqlen_k, tokens, exist, NEGATE, PART_0, PART_1, HEAD_DIM
-        )
+        least_key = _first_key(group, q, k, seqlen_k, tokens, exist, NEGATE, HEAD_DIM, COLUMNS)
     return best_key, least_key

@@ -10,26 +10,14 @@ from dense_attn.triton_kernels.primitives import head_of, load_part, row_stride,
 
 
 @triton.jit
-def inner_products(
-    a,
-    b,
-    batch,
-    head,
-    tokens,
-    exist,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Inner products of the rows of two [B, H, tokens, D] tensors, one part after the other."""
+def inner_products(a, b, batch, head, tokens, exist, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Inner products of the rows of two [B, H, tokens, D] tensors, some columns after the other."""
     a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
-    x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM).to(tl.float32)
-    y = load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM)
-    total = sum_of(x * y, exist[:, None], True)
-    if PART_1 > 0:
-        x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM).to(tl.float32)
-        y = load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += sum_of(x * y, exist[:, None], True)
+    total = tl.zeros_like(tokens).to(tl.float32)
+    for first in tl.static_range(0, HEAD_DIM, COLUMNS):
+        x = load_part(a_base, row_stride(a), tokens, exist, first, COLUMNS, HEAD_DIM)
+        y = load_part(b_base, row_stride(b), tokens, exist, first, COLUMNS, HEAD_DIM)
+        total += sum_of(x.to(tl.float32) * y, exist[:, None], True)
     return total
 
 
