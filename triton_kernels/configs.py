@@ -96,7 +96,7 @@ BACKWARD_Q: Table = {
         256: Config(32, 32, 8, 2),
     },
     "sm_90": {
-        64: Config(128, 32, 8, 3),
+        64: Config(64, 64, 4, 3),
         128: Config(128, 32, 8, 2),
         192: Config(64, 16, 8, 2),  # 32 keys spill 96 bytes at 192 columns
         256: Config(64, 16, 8, 2),  # one stage spills 128 bytes

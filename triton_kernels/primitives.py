@@ -213,6 +213,14 @@ def _add_product(acc, weights, rows, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sum_of(products, there, APART: tl.constexpr):
+    """Each row's sum of products. Where a lane has one product of a row, it would fuse with the
+    first exchange between lanes and leave them with sums that differ: a select keeps them apart.
+    """
+    return tl.sum(tl.where(there, products, 0.0) if APART else products, 1)
+
+
+@triton.jit
 def zero_rows(ROWS: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr):
     """An accumulator in parts."""
     first = tl.zeros([ROWS, PART_0], tl.float32)

@@ -60,13 +60,20 @@ def store_stats(lse, stats, lse_ptr, stats_ptr, row, exist):
 
 
 @triton.jit
+def load_extremes(stats_ptr, row, exist):
+    """(raw maximum, minimum) of rows; 0 for those that do not exist."""
+    at = stats_ptr + row * NUM_STATS
+    high = tl.load(at + RAW_MAX, mask=exist, other=0.0)
+    return high, tl.load(at + RAW_MIN, mask=exist, other=0.0)
+
+
+@triton.jit
 def load_stats(stats_ptr, row, exist, factor, MODULATION: tl.constexpr, EXACT: tl.constexpr):
     """(raw maximum, minimum, anchor, offset of matched keys, of the others) of rows; 0 for those
     that do not exist.
     """
     at = stats_ptr + row * NUM_STATS
-    high = tl.load(at + RAW_MAX, mask=exist, other=0.0)
-    low = tl.load(at + RAW_MIN, mask=exist, other=0.0)
+    high, low = load_extremes(stats_ptr, row, exist)
     add_in = tl.load(at + OFFSET_IN, mask=exist, other=0.0)
     add_out = tl.load(at + OFFSET_OUT, mask=exist, other=0.0)
     anchor = anchor_of(high, low, factor, MODULATION)
@@ -80,11 +87,11 @@ def lift_of(sm_scale, dtype: tl.constexpr):
     """The power of 2 that the pass over keys multiplies weights by, as its exponent: in float16
     gradients times `factor` would else have fewer digits than those times the temperature.
     """
-    lift = tl.cast(sm_scale, tl.float32).to(tl.int32, bitcast=True) * 0
+    lift = tl.full([], 0.0, tl.float32)
     if dtype == tl.float16:
         exponent = (tl.cast(sm_scale, tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        lift = tl.minimum(tl.maximum(-exponent, 0), 8)
-    return lift.to(tl.float32)
+        lift = tl.minimum(tl.maximum(-exponent, 0), 8).to(tl.float32)
+    return lift
 
 
 @triton.jit
