@@ -31,7 +31,6 @@ from dense_attn.triton_kernels.layout_attention.records import (
 )
 from dense_attn.triton_kernels.layout_attention.row_sums import (
     add_sums,
-    inner_products,
     no_sums,
     times_rows,
 )
@@ -40,6 +39,7 @@ from dense_attn.triton_kernels.primitives import (
     LOG2_E,
     add_product,
     head_of,
+    inner_products,
     load_head,
     load_numbers,
     load_part,
@@ -160,7 +160,9 @@ def layout_attention_bwd_q_kernel(
     COLUMNS: tl.constexpr = PART_0 if PART_0 < 64 else 64
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    shift = inner_products(grad_out, out, batch, head, tokens, exist, HEAD_DIM, COLUMNS)
+    grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
+    out_rows = (head_of(out, batch, head), row_stride(out), tokens, exist)
+    shift = inner_products(grad_rows, out_rows, HEAD_DIM, COLUMNS)
     shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
@@ -230,7 +232,7 @@ def layout_attention_bwd_q_kernel(
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
-    queries = (head_of(q, batch, head), row_stride(q))
+    queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
     acc, sums, best, least = state
     grad_in, grad_distance = nothing, nothing
     # ds' sums to grad_lse over a row: what is left delta has missed, and is taken out of the sums.
@@ -244,7 +246,7 @@ def layout_attention_bwd_q_kernel(
         grad_in = tl.sum(sums, 1)
     if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
         high, low = load_extremes(stats_ptr, row, exist)
-        grad_raw = times_rows(acc, queries, tokens, exist, PART_0, PART_1, HEAD_DIM)
+        grad_raw = times_rows(acc, queries, PART_0, PART_1, HEAD_DIM)
         grad_raw = -grad_raw if NEGATE else grad_raw
         grad_distance = high * grad_in + low * (through_lse - grad_in) - grad_raw
     signed_scale = -sm_scale if NEGATE else sm_scale
@@ -254,8 +256,6 @@ def layout_attention_bwd_q_kernel(
         queries,
         keys,
         seqlen_k,
-        tokens,
-        exist,
         MODULATION,
         NEGATE,
         BLOCK_N,

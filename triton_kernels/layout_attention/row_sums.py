@@ -6,37 +6,23 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.extremes import LANES, by_lane
-from dense_attn.triton_kernels.primitives import head_of, load_part, row_stride, sum_of
-
-
-@triton.jit
-def inner_products(a, b, batch, head, tokens, exist, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Inner products of the rows of two [B, H, tokens, D] tensors, some columns after the other."""
-    a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
-    total = tl.zeros_like(tokens).to(tl.float32)
-    for first in tl.static_range(0, HEAD_DIM, COLUMNS):
-        x = load_part(a_base, row_stride(a), tokens, exist, first, COLUMNS, HEAD_DIM)
-        y = load_part(b_base, row_stride(b), tokens, exist, first, COLUMNS, HEAD_DIM)
-        total += sum_of(x.to(tl.float32) * y, exist[:, None], True)
-    return total
+from dense_attn.triton_kernels.primitives import load_part, sum_of
 
 
 @triton.jit
 def times_rows(
     acc,
     q,
-    tokens,
-    exist,
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
     """Inner products of rows of acc, in parts, and of q."""
-    x = load_part(q[0], q[1], tokens, exist, 0, PART_0, HEAD_DIM)
-    total = sum_of(acc[0] * x, exist[:, None], True)
+    x = load_part(q[0], q[1], q[2], q[3], 0, PART_0, HEAD_DIM)
+    total = sum_of(acc[0] * x, q[3][:, None], True)
     if PART_1 > 0:
-        x = load_part(q[0], q[1], tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += sum_of(acc[1] * x, exist[:, None], True)
+        x = load_part(q[0], q[1], q[2], q[3], PART_0, PART_1, HEAD_DIM)
+        total += sum_of(acc[1] * x, q[3][:, None], True)
     return total
 
 
