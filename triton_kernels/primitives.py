@@ -62,6 +62,21 @@ def words_at(words, batch, tokens, exist):
 
 
 @triton.jit
+def meeting(a, b, one):
+    """1 where words a [I, 1] and b [1, J] share a region, else 0. With `one` a number that the
+    compiler does not know: from comparisons it makes masks of bits, which cost more than the sums.
+    """
+    shared = (a & b).to(tl.uint32, bitcast=True)
+    return tl.minimum(shared, one.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def plus_bits(x, gap, meets):
+    """x where `meets` is 0; where it is 1, the float that its bits and `gap` add up to."""
+    return (x.to(tl.int32, bitcast=True) + gap * meets).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def part_of(
     base, stride, tokens, exist, FIRST: tl.constexpr, PART: tl.constexpr, HEAD_DIM: tl.constexpr
 ):

@@ -24,6 +24,7 @@ from dense_attn.triton_kernels.layout_attention.records import (
     SHIFT,
     THROUGH_MAX,
     THROUGH_MIN,
+    lift_of,
     load_extremes,
     load_stats,
     store_record,
@@ -136,7 +137,7 @@ def layout_attention_bwd_q_kernel(
     counts,
     dq,
     dstrength_ptr,
-    # [heads, NUMBERS, rows] what the pass over keys needs, int32 [heads, 2, rows] keys of extremes
+    # [heads, NUMBERS, rows] what the pass over keys needs, int32 [heads, PLACES, rows]
     numbers_ptr,
     places_ptr,
     num_heads,
@@ -173,9 +174,10 @@ def layout_attention_bwd_q_kernel(
     high, low, anchor, add_in, add_out = load_stats(
         stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT
     )
-    record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens
-    tau_of_rows = temperature(c, MODULATION)
-    store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, tau_of_rows)
+    places = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # records are in the order of visits
+    record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
+    lift = lift_of(sm_scale, q[0].dtype.element_ty)
+    store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, row_words, lift)
 
     keys, values = (
         (head_of(k, batch, head), row_stride(k)),
@@ -263,9 +265,11 @@ def layout_attention_bwd_q_kernel(
         COLUMNS,
     )
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
-    record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + tokens
-    pair = places_ptr + index * NUM_PLACES * seqlen_q + tokens
-    tl.store(record + SHIFT * seqlen_q, shift, mask=exist)
+    places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
+    pair = places_ptr + index * NUM_PLACES * seqlen_q + places
+    factor = temperature(c, MODULATION) * sm_scale * LOG2_E
+    tl.store(record + SHIFT * seqlen_q, -shift * factor, mask=exist)
     grad_strength = grad_in if MODULATION == "bias" else nothing
     through_max, through_min = nothing, nothing
     if MODULATION == "max" or MODULATION == "range":
