@@ -84,7 +84,7 @@ def _visit(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of keys further; only the tail holds places without a key."""
+    """One tile of keys further; only a TAIL may hold places without a key."""
     acc, sums, best, least = state
     rows, grads, row_words = query
     factor, anchor, add_in, add_out, shift, high, low = numbers
@@ -192,7 +192,9 @@ def layout_attention_bwd_q_kernel(
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, key_tiles)
-    tails = key_tiles - seqlen_k // BLOCK_N  # 0 or 1; every list ends in it
+    # Few rows stay in registers, which a copy of the loop for the tail would hold twice.
+    TAILS: tl.constexpr = EXACT or BLOCK_M < 64  # any tile may be the one that the keys end in
+    tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
     for place in range(count - tails):
         first = tile_at(listed, key_tiles, place, num_whole, tiles) * BLOCK_N
         state = _visit(
@@ -201,7 +203,7 @@ def layout_attention_bwd_q_kernel(
             numbers,
             source,
             first,
-            False,
+            TAILS,
             MODULATION,
             NEGATE,
             PRECISION,
