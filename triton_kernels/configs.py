@@ -92,10 +92,10 @@ BACKWARD_Q: Table = {
     "sm_80": {
         96: Config(128, 32, 8, 3),  # 64 rows by four warps spill 24 bytes
         128: Config(32, 32, 4, 3),  # eight warps repeat products: 1.7 times the instructions
-        256: Config(32, 32, 8, 2),
+        256: Config(32, 32, 8, 3),
     },
     "sm_90": {
-        64: Config(64, 64, 4, 3),  # two programs a processor
+        96: Config(64, 64, 4, 3),  # two programs a processor
         128: Config(128, 32, 8, 3),  # 64 keys spill 64 bytes at 128 columns
         256: Config(64, 16, 8, 3),  # 32 keys by four warps spill 640 bytes
     },
