@@ -34,7 +34,6 @@ from dense_attn.triton_kernels.primitives import (
 )
 
 SCANNED = tl.constexpr(2048)  # extremes that are looked through at once
-GATHERED = tl.constexpr(64)  # and rows that are multiplied
 
 
 @triton.jit
@@ -84,6 +83,7 @@ def _add_extremes(
     two comparisons a score.
     """
     count = seqlen_q * 2 if MODULATION == "range" else seqlen_q
+    GATHERED: tl.constexpr = 64 if PART_0 + PART_1 < 128 else 16  # as registers allow
     begin, number = _list_extremes(places, listed, count, first, BLOCK_N)
     keys = first + tl.arange(0, BLOCK_N)
     for start in tl.range(0, number, GATHERED, num_stages=1):
