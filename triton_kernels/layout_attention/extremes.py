@@ -33,6 +33,13 @@ def keys_of_columns(KEYS: tl.constexpr):
 
 
 @triton.jit
+def no_extreme(ROWS: tl.constexpr, LARGEST: tl.constexpr):
+    """Each lane's extreme before the first key, and its place."""
+    extreme = tl.full([ROWS, LANES], float("-inf") if LARGEST else float("inf"), tl.float32)
+    return extreme, tl.zeros([ROWS, LANES], tl.int32)
+
+
+@triton.jit
 def add_extremes(best, raw, first, LARGEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Each lane's running extreme of raw scores and the place of the first group that has it."""
     x = by_lane(raw, ROWS, KEYS)

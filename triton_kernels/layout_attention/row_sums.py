@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.extremes import LANES, by_lane
-from dense_attn.triton_kernels.primitives import load_part, sum_of
+from dense_attn.triton_kernels.primitives import load_numbers, load_part, sum_of
 
 
 @triton.jit
@@ -78,3 +78,29 @@ def _add(total, x):
     x -= total[1]
     larger = total[0] + x
     return larger, (larger - total[0]) - x
+
+
+@triton.jit
+def finished_sums(sums, through_lse, MODULATION: tl.constexpr, EXACT: tl.constexpr):
+    """(sum of matched keys' ds', of ds' times the distances, what delta has missed) of rows: ds'
+    sums to lse's gradient, and what is left of it exact sums are rid of.
+    """
+    grad_in = tl.zeros_like(through_lse)
+    grad_distance, missed = grad_in, grad_in
+    if EXACT:
+        grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
+        missed = grad_all[0] - through_lse
+        grad_in = grad_in[0] - missed * weight_in
+        grad_distance = grad_distance[0] - missed * weight_distance
+    elif MODULATION != "mask":
+        grad_in = tl.sum(sums, 1)
+    return grad_in, grad_distance, missed
+
+
+@triton.jit
+def lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
+    """The gradient of rows' lse; 0 where there is none."""
+    gradient = tl.zeros([ROWS], tl.float32)
+    if grad_lse is not None:
+        gradient = load_numbers(grad_lse, batch, head, tokens, exist)
+    return gradient
