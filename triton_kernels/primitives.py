@@ -221,6 +221,17 @@ def sum_of(products, there, APART: tl.constexpr):
 
 
 @triton.jit
+def inner_products(a, b, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Inner products of rows, both (pointer, stride, tokens, which exist), by a few columns."""
+    total = tl.zeros_like(a[3]).to(tl.float32)
+    for first in tl.static_range(0, HEAD_DIM, COLUMNS):
+        x = load_part(a[0], a[1], a[2], a[3], first, COLUMNS, HEAD_DIM).to(tl.float32)
+        y = load_part(b[0], b[1], b[2], b[3], first, COLUMNS, HEAD_DIM)
+        total += sum_of(x * y, a[3][:, None], True)
+    return total
+
+
+@triton.jit
 def zero_rows(ROWS: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr):
     """An accumulator in parts."""
     first = tl.zeros([ROWS, PART_0], tl.float32)

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.extremes import (
-    LANES,
     add_extremes,
     first_keys,
     keys_of_columns,
+    no_extreme,
 )
 from dense_attn.triton_kernels.layout_attention.records import (
     KEY_OF_MAX,
@@ -22,17 +22,17 @@ from dense_attn.triton_kernels.layout_attention.records import (
     NUM_NUMBERS,
     NUM_PLACES,
     SHIFT,
-    THROUGH_MAX,
-    THROUGH_MIN,
     lift_of,
     load_extremes,
     load_stats,
+    store_extreme,
     store_record,
     weights_of,
 )
 from dense_attn.triton_kernels.layout_attention.row_sums import (
     add_sums,
-    inner_products,
+    finished_sums,
+    lse_gradient,
     no_sums,
     times_rows,
 )
@@ -41,6 +41,7 @@ from dense_attn.triton_kernels.primitives import (
     LOG2_E,
     add_product,
     head_of,
+    inner_products,
     load_head,
     load_numbers,
     load_part,
@@ -56,15 +57,6 @@ from dense_attn.triton_kernels.primitives import (
     words_at,
     zero_rows,
 )
-
-
-@triton.jit
-def _lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
-    """The gradient of rows' lse; 0 where there is none."""
-    gradient = tl.zeros([ROWS], tl.float32)
-    if grad_lse is not None:
-        gradient = load_numbers(grad_lse, batch, head, tokens, exist)
-    return gradient
 
 
 @triton.jit
@@ -84,7 +76,7 @@ def _visit(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of keys further; only the tail holds places without a key."""
+    """One tile of keys further; only a TAIL may hold places without a key."""
     acc, sums, best, least = state
     rows, grads, row_words = query
     factor, anchor, add_in, add_out, shift, high, low = numbers
@@ -117,6 +109,68 @@ def _visit(
     sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
     acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
     return acc, sums, best, least
+
+
+@triton.jit
+def _visit_all(
+    state,
+    query,
+    numbers,
+    source,
+    tiles,
+    listed,
+    MODULATION: tl.constexpr,
+    NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Every listed tile of keys; the one that they end in after the others, in code of its own."""
+    listed, num_whole, count = listed
+    seqlen_k = source[5]
+    key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
+    # Few rows, and those of float32, stay in registers, which such code would hold twice.
+    TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
+    tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
+    for place in range(count - tails):
+        first = tile_at(listed, key_tiles, place, num_whole, tiles) * BLOCK_N
+        state = _visit(
+            state,
+            query,
+            numbers,
+            source,
+            first,
+            TAILS,
+            MODULATION,
+            NEGATE,
+            PRECISION,
+            HEAD_DIM,
+            PART_0,
+            PART_1,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    if tails > 0:
+        state = _visit(
+            state,
+            query,
+            numbers,
+            source,
+            seqlen_k // BLOCK_N * BLOCK_N,
+            True,
+            MODULATION,
+            NEGATE,
+            PRECISION,
+            HEAD_DIM,
+            PART_0,
+            PART_1,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    return state
 
 
 @triton.jit
@@ -157,12 +211,13 @@ def layout_attention_bwd_q_kernel(
     each row.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    # Outside of the loop rows pass by so many columns at a time, lest they take its registers.
-    COLUMNS: tl.constexpr = PART_0 if PART_0 < 64 else 64
+    COLUMNS: tl.constexpr = PART_0 if PART_0 < 64 else 64  # of rows at a time, to spare registers
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    shift = inner_products(grad_out, out, batch, head, tokens, exist, HEAD_DIM, COLUMNS)
-    shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
+    out_rows = (head_of(out, batch, head), row_stride(out), tokens, exist)
+    shift = inner_products(grad_rows, out_rows, HEAD_DIM, COLUMNS)
+    shift -= lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)
@@ -176,113 +231,63 @@ def layout_attention_bwd_q_kernel(
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
     lift = lift_of(sm_scale, q[0].dtype.element_ty)
     store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, row_words, lift)
-
-    keys, values = (
-        (head_of(k, batch, head), row_stride(k)),
-        (head_of(v, batch, head), row_stride(v)),
-    )
-    nothing = tl.zeros([BLOCK_M], tl.float32)
-    lowest = tl.full([BLOCK_M, LANES], float("-inf"), tl.float32)
-    nowhere = tl.zeros([BLOCK_M, LANES], tl.int32)
+    keys = (head_of(k, batch, head), row_stride(k))
+    values = (head_of(v, batch, head), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
-    state = acc, sums, (lowest, nowhere), (-lowest, nowhere)
+    state = acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
     query, source = (rows, grads, row_words), (keys, values, k_words, k_order, batch, seqlen_k)
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
-    key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
-    listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, key_tiles)
-    tails = key_tiles - seqlen_k // BLOCK_N  # 0 or 1; every list ends in it
-    for place in range(count - tails):
-        first = tile_at(listed, key_tiles, place, num_whole, tiles) * BLOCK_N
-        state = _visit(
-            state,
-            query,
-            numbers,
-            source,
-            first,
-            False,
-            MODULATION,
-            NEGATE,
-            PRECISION,
-            HEAD_DIM,
-            PART_0,
-            PART_1,
-            BLOCK_M,
-            BLOCK_N,
-        )
-    if tails > 0:
-        state = _visit(
-            state,
-            query,
-            numbers,
-            source,
-            seqlen_k // BLOCK_N * BLOCK_N,
-            True,
-            MODULATION,
-            NEGATE,
-            PRECISION,
-            HEAD_DIM,
-            PART_0,
-            PART_1,
-            BLOCK_M,
-            BLOCK_N,
-        )
-
+    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
+    acc, sums, best, least = _visit_all(
+        state,
+        query,
+        numbers,
+        source,
+        tiles,
+        listed,
+        MODULATION,
+        NEGATE,
+        PRECISION,
+        HEAD_DIM,
+        PART_0,
+        PART_1,
+        BLOCK_M,
+        BLOCK_N,
+    )
     # Read again, so that the loop need not carry them.
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
-    through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
-    queries = (head_of(q, batch, head), row_stride(q))
-    acc, sums, best, least = state
-    grad_in, grad_distance = nothing, nothing
-    # ds' sums to grad_lse over a row: what is left delta has missed, and is taken out of the sums.
-    if EXACT:
-        grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
-        missed = grad_all[0] - through_lse
-        grad_in = grad_in[0] - missed * weight_in
-        grad_distance = grad_distance[0] - missed * weight_distance
-        shift += missed
-    elif MODULATION != "mask":
-        grad_in = tl.sum(sums, 1)
+    through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
+    grad_in, grad_distance, missed = finished_sums(sums, through_lse, MODULATION, EXACT)
+    shift += missed
+    high, low = load_extremes(stats_ptr, row, exist)
     if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
-        high, low = load_extremes(stats_ptr, row, exist)
-        grad_raw = times_rows(acc, queries, tokens, exist, PART_0, PART_1, HEAD_DIM)
-        grad_raw = -grad_raw if NEGATE else grad_raw
-        grad_distance = high * grad_in + low * (through_lse - grad_in) - grad_raw
+        grad_raw = times_rows(acc, queries, PART_0, PART_1, HEAD_DIM)
+        grad_distance = high * grad_in + low * (through_lse - grad_in)
+        grad_distance += grad_raw if NEGATE else -grad_raw
     signed_scale = -sm_scale if NEGATE else sm_scale
     best_key, least_key = first_keys(
-        best,
-        least,
-        queries,
-        keys,
-        seqlen_k,
-        tokens,
-        exist,
-        MODULATION,
-        NEGATE,
-        BLOCK_N,
-        HEAD_DIM,
-        COLUMNS,
+        best, least, queries, keys, seqlen_k, MODULATION, NEGATE, BLOCK_N, HEAD_DIM, COLUMNS
     )
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
     pair = places_ptr + index * NUM_PLACES * seqlen_q + places
-    factor = temperature(c, MODULATION) * sm_scale * LOG2_E
-    tl.store(record + SHIFT * seqlen_q, -shift * factor, mask=exist)
+    shift *= -(temperature(c, MODULATION) * sm_scale * LOG2_E)
+    tl.store(record + SHIFT * seqlen_q, shift, mask=exist)
+    nothing = tl.zeros([BLOCK_M], tl.float32)
     grad_strength = grad_in if MODULATION == "bias" else nothing
     through_max, through_min = nothing, nothing
     if MODULATION == "max" or MODULATION == "range":
-        high, low = load_extremes(stats_ptr, row, exist)
         grad_strength = sm_scale * high * grad_in
         through_max = c * grad_in
-        tl.store(record + THROUGH_MAX * seqlen_q, through_max, mask=exist)
-        tl.store(pair + KEY_OF_MAX * seqlen_q, best_key, mask=exist)
+        store_extreme(record, pair, KEY_OF_MAX, seqlen_q, exist, through_max, best_key)
     if MODULATION == "range":
         grad_strength = sm_scale * grad_distance
         through_min = c * (through_lse - grad_in)
-        tl.store(record + THROUGH_MIN * seqlen_q, through_min, mask=exist)
-        tl.store(pair + KEY_OF_MIN * seqlen_q, least_key, mask=exist)
+        store_extreme(record, pair, KEY_OF_MIN, seqlen_q, exist, through_min, least_key)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
     at = (head_of(dq, batch, head), row_stride(dq), tokens, exist)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.primitives import load_part, sum_of
+from dense_attn.triton_kernels.primitives import inner_products
 
 # Columns of a tile that a lane of NVIDIA's matrix units holds: two of each eight, which four lanes
 # share.
@@ -30,6 +30,13 @@ def keys_of_columns(KEYS: tl.constexpr):
     """
     column = tl.arange(0, KEYS)
     return column // 2 % LANES * (KEYS // LANES) + column // 8 * 2 + column % 2
+
+
+@triton.jit
+def no_extreme(ROWS: tl.constexpr, LARGEST: tl.constexpr):
+    """Each lane's extreme before the first key, and its place."""
+    extreme = tl.full([ROWS, LANES], float("-inf") if LARGEST else float("inf"), tl.float32)
+    return extreme, tl.zeros([ROWS, LANES], tl.int32)
 
 
 @triton.jit
@@ -73,34 +80,23 @@ def _group_of(best, LARGEST: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _first_key(
-    group,
+def _try_key(
+    leader,
+    key,
+    i,
     q,
     k,
     seqlen_k,
-    tokens,
-    exist,
     LARGEST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The first key of each row's group that has the group's extreme."""
-    best_key = group
-    best = tl.zeros_like(group).to(tl.float32)
-    for i in tl.static_range(GROUP):
-        key = group + i
-        there = exist & (key < seqlen_k)
-        raw = tl.zeros_like(best)
-        for first in tl.static_range(0, HEAD_DIM, COLUMNS):
-            x = load_part(q[0], q[1], tokens, exist, first, COLUMNS, HEAD_DIM).to(tl.float32)
-            y = load_part(k[0], k[1], key.to(tl.int64), there, first, COLUMNS, HEAD_DIM)
-            raw += sum_of(x * y, exist[:, None], True)
-        if i == 0:
-            best = raw
-        else:
-            better = there & (raw > best if LARGEST else raw < best)
-            best, best_key = tl.where(better, raw, best), tl.where(better, key, best_key)
-    return best_key
+    """(product, key) of each row's leader, one key further: the i-th of its group."""
+    raw, best_key = leader
+    there = q[3] & (key < seqlen_k)
+    x = inner_products(q, (k[0], k[1], key.to(tl.int64), there), HEAD_DIM, COLUMNS)
+    better = there & ((i == 0) | (x > raw if LARGEST else x < raw))
+    return tl.where(better, x, raw), tl.where(better, key, best_key)
 
 
 @triton.jit
@@ -110,8 +106,6 @@ def first_keys(
     q,
     k,
     seqlen_k,
-    tokens,
-    exist,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
     KEYS: tl.constexpr,
@@ -119,12 +113,14 @@ def first_keys(
     COLUMNS: tl.constexpr,
 ):
     """The first keys of rows' largest and smallest scores; 0 where the rule asks for none."""
-    best_key = tl.zeros_like(tokens).to(tl.int32)
-    least_key = best_key
+    nothing = tl.zeros_like(q[2]).to(tl.int32)
+    high, low = (nothing.to(tl.float32), nothing), (nothing.to(tl.float32), nothing)
     if MODULATION == "range" or MODULATION == "max":
-        group = _group_of(best, True, KEYS)
-        best_key = _first_key(group, q, k, seqlen_k, tokens, exist, not NEGATE, HEAD_DIM, COLUMNS)
-    if MODULATION == "range":
-        group = _group_of(least, False, KEYS)
-        least_key = _first_key(group, q, k, seqlen_k, tokens, exist, NEGATE, HEAD_DIM, COLUMNS)
-    return best_key, least_key
+        group, other = _group_of(best, True, KEYS), nothing
+        if MODULATION == "range":
+            other = _group_of(least, False, KEYS)
+        for i in range(GROUP):  # unrolled, it would take more registers than are left
+            high = _try_key(high, group + i, i, q, k, seqlen_k, not NEGATE, HEAD_DIM, COLUMNS)
+            if MODULATION == "range":
+                low = _try_key(low, other + i, i, q, k, seqlen_k, NEGATE, HEAD_DIM, COLUMNS)
+    return high[1], low[1]

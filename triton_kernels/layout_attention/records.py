@@ -116,6 +116,13 @@ def places_of_columns(ROWS: tl.constexpr):
 
 
 @triton.jit
+def store_extreme(record, pair, COLUMN: tl.constexpr, seqlen, exist, through, key):
+    """The gradient through a row's extreme and the extreme's key, columns side by side of both."""
+    tl.store(record + (THROUGH_MAX + COLUMN) * seqlen, through, mask=exist)
+    tl.store(pair + COLUMN * seqlen, key, mask=exist)
+
+
+@triton.jit
 def load_records(records, first, seqlen, ROWS: tl.constexpr):
     """(factor, what is added to unmatched exponents, gap, words, shift, anchor) of the rows of a
     tile's columns, 0 for those that do not exist; fetched as one tile, so in wide copies.

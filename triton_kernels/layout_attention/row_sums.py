@@ -6,37 +6,23 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.extremes import LANES, by_lane
-from dense_attn.triton_kernels.primitives import head_of, load_part, row_stride, sum_of
-
-
-@triton.jit
-def inner_products(a, b, batch, head, tokens, exist, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Inner products of the rows of two [B, H, tokens, D] tensors, some columns after the other."""
-    a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
-    total = tl.zeros_like(tokens).to(tl.float32)
-    for first in tl.static_range(0, HEAD_DIM, COLUMNS):
-        x = load_part(a_base, row_stride(a), tokens, exist, first, COLUMNS, HEAD_DIM)
-        y = load_part(b_base, row_stride(b), tokens, exist, first, COLUMNS, HEAD_DIM)
-        total += sum_of(x.to(tl.float32) * y, exist[:, None], True)
-    return total
+from dense_attn.triton_kernels.primitives import load_numbers, load_part, sum_of
 
 
 @triton.jit
 def times_rows(
     acc,
     q,
-    tokens,
-    exist,
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
     """Inner products of rows of acc, in parts, and of q."""
-    x = load_part(q[0], q[1], tokens, exist, 0, PART_0, HEAD_DIM)
-    total = sum_of(acc[0] * x, exist[:, None], True)
+    x = load_part(q[0], q[1], q[2], q[3], 0, PART_0, HEAD_DIM)
+    total = sum_of(acc[0] * x, q[3][:, None], True)
     if PART_1 > 0:
-        x = load_part(q[0], q[1], tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += sum_of(acc[1] * x, exist[:, None], True)
+        x = load_part(q[0], q[1], q[2], q[3], PART_0, PART_1, HEAD_DIM)
+        total += sum_of(acc[1] * x, q[3][:, None], True)
     return total
 
 
@@ -92,3 +78,29 @@ def _add(total, x):
     x -= total[1]
     larger = total[0] + x
     return larger, (larger - total[0]) - x
+
+
+@triton.jit
+def finished_sums(sums, through_lse, MODULATION: tl.constexpr, EXACT: tl.constexpr):
+    """(sum of matched keys' ds', of ds' times the distances, what delta has missed) of rows: ds'
+    sums to lse's gradient, and what is left of it exact sums are rid of.
+    """
+    grad_in = tl.zeros_like(through_lse)
+    grad_distance, missed = grad_in, grad_in
+    if EXACT:
+        grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
+        missed = grad_all[0] - through_lse
+        grad_in = grad_in[0] - missed * weight_in
+        grad_distance = grad_distance[0] - missed * weight_distance
+    elif MODULATION != "mask":
+        grad_in = tl.sum(sums, 1)
+    return grad_in, grad_distance, missed
+
+
+@triton.jit
+def lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
+    """The gradient of rows' lse; 0 where there is none."""
+    gradient = tl.zeros([ROWS], tl.float32)
+    if grad_lse is not None:
+        gradient = load_numbers(grad_lse, batch, head, tokens, exist)
+    return gradient
