@@ -62,10 +62,13 @@ def row_stride(tensor):
 
 @triton.jit
 def tokens_at(first, order, batch, num_tokens, BLOCK: tl.constexpr):
-    """The BLOCK tokens from place first on, int64, and which of them exist; an order leads to no
-    other memory.
-    """
-    places = first + tl.arange(0, BLOCK)
+    """The BLOCK tokens from place first on, int64, and which of them exist."""
+    return tokens_of(first + tl.arange(0, BLOCK), order, batch, num_tokens)
+
+
+@triton.jit
+def tokens_of(places, order, batch, num_tokens):
+    """The tokens in places, int64, and which of them exist; an order leads to no other memory."""
     exist = places < num_tokens
     tokens = places
     if order is not None:
@@ -78,6 +81,21 @@ def tokens_at(first, order, batch, num_tokens, BLOCK: tl.constexpr):
 def words_at(words, batch, tokens, exist):
     """Region words of tokens; 0 for those that do not exist."""
     return tl.load(words[0] + batch * words[1] + tokens * words[2], mask=exist, other=0)
+
+
+@triton.jit
+def meeting(a, b, one):
+    """1 where words a [I, 1] and b [1, J] share a region, else 0. With `one` a number that the
+    compiler does not know: from comparisons it makes masks of bits, which cost more than the sums.
+    """
+    shared = (a & b).to(tl.uint32, bitcast=True)
+    return tl.minimum(shared, one.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def plus_bits(x, gap, meets):
+    """x where `meets` is 0; where it is 1, the float that its bits and `gap` add up to."""
+    return (x.to(tl.int32, bitcast=True) + gap * meets).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -221,6 +239,25 @@ def _add_product(acc, weights, rows, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(weights, rows, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def sum_of(products, there, APART: tl.constexpr):
+    """Each row's sum of products. Where a lane has one product of a row, it would fuse with the
+    first exchange between lanes and leave them with sums that differ: a select keeps them apart.
+    """
+    return tl.sum(tl.where(there, products, 0.0) if APART else products, 1)
+
+
+@triton.jit
+def inner_products(a, b, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Inner products of rows, both (pointer, stride, tokens, which exist), by a few columns."""
+    total = tl.zeros_like(a[3]).to(tl.float32)
+    for first in tl.static_range(0, HEAD_DIM, COLUMNS):
+        x = load_part(a[0], a[1], a[2], a[3], first, COLUMNS, HEAD_DIM).to(tl.float32)
+        y = load_part(b[0], b[1], b[2], b[3], first, COLUMNS, HEAD_DIM)
+        total += sum_of(x * y, a[3][:, None], True)
+    return total
 
 
 @triton.jit

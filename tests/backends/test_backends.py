@@ -84,7 +84,7 @@ INTERPRETED_ONCE = (
         "scale",
         "ordered-per-sample",
     ),
-    *("gradient-of-out-alone", "gradient-of-lse-alone", "gradient-of-a-sum"),
+    *("gradient-of-out-alone", "gradient-of-lse-alone", "gradient-of-a-sum", "ties-across-tiles"),
 )
 
 

@@ -4,7 +4,10 @@ is what is launched.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +28,8 @@ from dense_attn.benchmarks.compiled import (
 )
 from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
 from dense_attn.triton_kernels.sega import selection
+
+OLDEST = Path(__file__).resolve().parents[2] / ".venv" / "triton-3.6.0"
 
 
 @pytest.fixture(autouse=True)
@@ -98,17 +103,22 @@ def test_few_tiles_are_halved_so_that_processors_are_busy() -> None:
             assert layout_attention.fwd_blocks(q, q)[0] == (64 if heads == 8 else 128)
 
 
+class Recorder:
+    """A kernel whose launches are their grids alone."""
+
+    def __init__(self, grids: list[tuple]) -> None:
+        self._grids = grids
+
+    def __getitem__(self, grid: tuple) -> Callable:
+        return lambda *_, **__: self._grids.append(grid)
+
+
 def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others hold 65,535 programs."""
     grids = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple) -> Callable:
-            return lambda *_, **__: grids.append(grid)
-
     monkeypatch.setattr(selection, "long_thresholds", lambda *_: None)
     for kernel in ("mask_kernel", "sega_combine_kernel"):
-        monkeypatch.setattr(sega, kernel, Recorder())
+        monkeypatch.setattr(sega, kernel, Recorder(grids))
     x = torch.empty(1, 2**27, device="meta")
     sega.percentile_mask(x, 0.9)
     each = {"edit_guidance_scale": [5.0], "edit_threshold": [0.9], "weights": [1.0]}
@@ -138,3 +148,34 @@ def test_the_machine_code_has_the_waits_and_products_of_the_ptx() -> None:
     for opcode, count in counts.tensor(loop).items():
         found[re.sub(r"HGMMA\.(\d+)x(\d+)x(\d+)\..*", r"\1n\2k\3", opcode)] += count
     assert found == shapes == {"64n32k16": 4, "64n64k16": 2}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_copies_run_ahead_of_the_pass_over_keys(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is waited for at once, and none is of four bytes."""
+    monkeypatch.setattr(layout_attention, "layout_attention_bwd_q_kernel", Recorder([]))
+    with ahead_of_time.compiled(target) as launches:
+        kernel_calls.Attention(target, "bwd", 64)()
+    (launch,) = launches
+    loops = model.function_of(launch).inner_loops
+    copies = [[x.opcode for x in loop if x.name == "LDGSTS"] for loop in loops]
+    waits = [wait for loop in loops for wait in counts.waits(loop)[0]]
+    assert sum(map(bool, copies)) == 1
+    assert waits
+    assert min(waits) > 0
+    assert all(re.search(r"\.(64|128)\b", opcode) for loop in copies for opcode in loop)
+
+
+@pytest.mark.skipif(not OLDEST.exists(), reason="the oldest Triton is not installed")
+def test_copies_run_ahead_by_the_oldest_triton() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, __file__, "-k", "copies_run_ahead_of"],
+        env=os.environ | {"PYTHONPATH": str(OLDEST)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "3 passed" in done.stdout, done.stdout[-4000:]

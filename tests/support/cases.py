@@ -124,6 +124,8 @@ CASES = (
     Case("equal-scores", values="equal"),
     Case("zero-queries", values="zero", dtypes=NARROW),
     Case("ties", values="ties", scale=0.5, dtypes=NARROW),
+    # The first of equal keys stands in another tile, or in another lane's columns of its own.
+    Case("ties-across-tiles", (1, 1, 70, 300, 40), values="ties", scale=-0.5, dtypes=NARROW),
     Case("large-scores", values="large", dtypes=NARROW, core=True),
     Case("nan-in-q", values="nan-in-q", through="none"),
     Case("nan-in-k", values="nan-in-k", through="none"),

@@ -98,8 +98,8 @@ def layout_attention_bwd(
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
     words = tokens_of(q_regions), tokens_of(k_regions)
     orders = tokens_of(q_order), tokens_of(k_order)
-    numbers = q.new_empty(batch, num_heads, seqlen_q, NUMBERS, dtype=torch.float32)
-    places = q.new_empty(batch, num_heads, seqlen_q, PLACES, dtype=torch.int32)
+    numbers = q.new_empty(batch, num_heads, NUMBERS, seqlen_q, dtype=torch.float32)
+    places = q.new_empty(batch, num_heads, PLACES, seqlen_q, dtype=torch.int32)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
     inputs, grad_rows = (rows_of(q), rows_of(k), rows_of(v), *words, *orders), rows_of(grad_out)
     constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))

@@ -6,32 +6,96 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.records import (
-    ADD_IN,
-    ADD_OUT,
-    ANCHOR,
-    FACTOR,
-    KEY_OF_MAX,
-    KEY_OF_MIN,
+    LISTED,
     NUM_NUMBERS,
     NUM_PLACES,
-    SHIFT,
-    TEMPERATURE,
     THROUGH_MAX,
-    THROUGH_MIN,
+    lift_of,
+    load_records,
+    places_of_columns,
     weights_of,
 )
 from dense_attn.triton_kernels.layout_attention.tiles import listed_tiles, tile_at
 from dense_attn.triton_kernels.primitives import (
+    LN_2,
+    LOG2_E,
     add_product,
     load_head,
+    meeting,
+    plus_bits,
     products,
     scale_rows,
     store_head,
     tile_of_program,
     tokens_at,
+    tokens_of,
     words_at,
     zero_rows,
 )
+
+SCANNED = tl.constexpr(2048)  # extremes that are looked through at once
+
+
+@triton.jit
+def _list_extremes(places, listed, count, first, BLOCK_N: tl.constexpr):
+    """Lists which of `count` extremes are at a tile of keys, where lists of the tiles before end:
+    (beginning, number of them).
+    """
+    at = tl.arange(0, SCANNED)
+    before = tl.zeros([SCANNED], tl.int32)
+    for start in tl.range(0, count, SCANNED, num_stages=1):
+        key = tl.load(places + start + at, mask=start + at < count, other=2147483647)
+        before += (key < first).to(tl.int32)
+    begin = tl.sum(before)
+    number = tl.zeros_like(begin)
+    for start in tl.range(0, count, SCANNED, num_stages=1):
+        key = tl.load(places + start + at, mask=start + at < count, other=2147483647)
+        here = (key >= first) & (key < first + BLOCK_N)
+        place = begin + number + tl.cumsum(here.to(tl.int32), 0) - 1
+        tl.store(listed + place, start + at, mask=here)
+        number += tl.sum(here.to(tl.int32))
+    tl.debug_barrier()  # what one thread has listed another fetches
+    return begin, number
+
+
+@triton.jit
+def _add_extremes(
+    acc,
+    q,
+    batch,
+    head,
+    through,
+    places,
+    listed,
+    factor,
+    first,
+    seqlen_q,
+    MODULATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """acc plus the gradients through rows' largest and smallest scores that are at a tile of keys.
+
+    A row has two of them among all keys: a list of those that are here spares every tile of scores
+    two comparisons a score.
+    """
+    count = seqlen_q * 2 if MODULATION == "range" else seqlen_q
+    GATHERED: tl.constexpr = 64 if PART_0 + PART_1 < 128 else 16  # as registers allow
+    begin, number = _list_extremes(places, listed, count, first, BLOCK_N)
+    keys = first + tl.arange(0, BLOCK_N)
+    for start in tl.range(0, number, GATHERED, num_stages=1):
+        place = start + tl.arange(0, GATHERED)
+        exist = place < number
+        at = tl.load(listed + begin + place, mask=exist, other=0)
+        key = tl.load(places + at, mask=exist, other=-1)
+        gradient = factor * tl.load(through + at, mask=exist, other=0.0)
+        rows = load_head(q, batch, head, at % seqlen_q, exist, PART_0, PART_1, HEAD_DIM)
+        grad = tl.where(keys[:, None] == key[None, :], gradient[None, :], 0.0)
+        acc = add_product(acc, grad.to(rows[0].dtype), rows, PART_1, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -69,44 +133,57 @@ def layout_attention_bwd_kv_kernel(
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
     index, tile, batch, head = tile_of_program(num_heads, seqlen_k, BLOCK_N)
     keys, there = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
+    acc_k, acc_v = zero_rows(BLOCK_N, PART_0, PART_1), zero_rows(BLOCK_N, PART_0, PART_1)
+    records = numbers_ptr + index * NUM_NUMBERS * seqlen_q
     columns = load_head(k, batch, head, keys, there, PART_0, PART_1, HEAD_DIM)
     values = load_head(v, batch, head, keys, there, PART_0, PART_1, HEAD_DIM)
-    key_words, key_at = words_at(k_words, batch, keys, there), keys.to(tl.int32)[:, None]
-    acc_k, acc_v = zero_rows(BLOCK_N, PART_0, PART_1), zero_rows(BLOCK_N, PART_0, PART_1)
-    listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_q, BLOCK_M))
+    key_words = words_at(k_words, batch, keys, there)
+    one = tl.cast(tl.minimum(seqlen_k, 1), tl.int32)
+    query_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+    listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, query_tiles)
     for place in range(count):
-        first = tile_at(listed, tl.cdiv(seqlen_q, BLOCK_M), place, num_whole, tiles) * BLOCK_M
-        tokens, exist = tokens_at(first, q_order, batch, seqlen_q, BLOCK_M)
-        row = index * seqlen_q + tokens
+        first = tile_at(listed, query_tiles, place, num_whole, tiles) * BLOCK_M
+        tokens, exist = tokens_of(first + places_of_columns(BLOCK_M), q_order, batch, seqlen_q)
         rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
         grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
-        record, pair = numbers_ptr + row * NUM_NUMBERS, places_ptr + row * NUM_PLACES
-        factor = tl.load(record + FACTOR, mask=exist, other=0.0)
-        add_in = tl.load(record + ADD_IN, mask=exist, other=0.0)
-        add_out = tl.load(record + ADD_OUT, mask=exist, other=0.0)
-        anchor = tl.load(record + ANCHOR, mask=exist, other=0.0) if EXACT else factor
+        numbers = load_records(records, first, seqlen_q, BLOCK_M)
+        factor, add_out, gap, row_words, shift, anchor = numbers
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
         raw = -raw if NEGATE else raw
-        meets = (key_words[:, None] & words_at(q_words, batch, tokens, exist)[None, :]) != 0
-        offsets = tl.where(meets, add_in[None, :], add_out[None, :])
+        meets = meeting(key_words[:, None], row_words[None, :], one)
         # Rows that do not exist have zeros for gradients; keys that do not exist are not stored.
+        offsets = plus_bits(add_out[None, :], gap[None, :], meets)
         weights = weights_of(raw, factor[None, :], anchor[None, :], offsets, EXACT)
-        if MODULATION == "mask":
-            weights = tl.where(meets, weights, 0.0)
+        if MODULATION == "mask":  # whatever the scores of others are
+            weights = (weights.to(tl.int32, bitcast=True) * meets).to(tl.float32, bitcast=True)
         acc_v = add_product(acc_v, weights.to(grads[0].dtype), grads, PART_1, PRECISION)
-        shift = tl.load(record + SHIFT, mask=exist, other=0.0)
-        grad = weights * (products(values, grads, PART_1, PRECISION) - shift[None, :])  # ds'
-        if MODULATION == "range":
-            grad = grad * tl.load(record + TEMPERATURE, mask=exist, other=0.0)[None, :]
-            through_min = tl.load(record + THROUGH_MIN, mask=exist, other=0.0)
-            least_key = tl.load(pair + KEY_OF_MIN, mask=exist, other=-1)
-            grad += tl.where(key_at == least_key[None, :], through_min[None, :], 0.0)
-        if MODULATION == "range" or MODULATION == "max":
-            through_max = tl.load(record + THROUGH_MAX, mask=exist, other=0.0)
-            best_key = tl.load(pair + KEY_OF_MAX, mask=exist, other=-1)
-            grad += tl.where(key_at == best_key[None, :], through_max[None, :], 0.0)
+        slope = products(values, grads, PART_1, PRECISION)
+        grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor
         acc_k = add_product(acc_k, grad.to(rows[0].dtype), rows, PART_1, PRECISION)
-    signed_scale = tl.zeros([BLOCK_N], tl.float32) + (-sm_scale if NEGATE else sm_scale)
-    acc_k = scale_rows(acc_k, signed_scale, PART_1)
-    store_head(dk, batch, head, keys, there, acc_k, PART_0, PART_1, HEAD_DIM)
+    lift = lift_of(sm_scale, q[0].dtype.element_ty)
+    nothing = tl.zeros([BLOCK_N], tl.float32)
+    acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)
     store_head(dv, batch, head, keys, there, acc_v, PART_0, PART_1, HEAD_DIM)
+    if MODULATION == "range" or MODULATION == "max":  # which take keys without an order
+        pairs = places_ptr + index * NUM_PLACES * seqlen_q
+        acc_k = _add_extremes(
+            acc_k,
+            q,
+            batch,
+            head,
+            records + THROUGH_MAX * seqlen_q,  # the other one's column is the next, as in places
+            pairs,
+            pairs + LISTED * seqlen_q,
+            sm_scale * LOG2_E * tl.exp2(lift),
+            tile * BLOCK_N,
+            seqlen_q,
+            MODULATION,
+            PRECISION,
+            HEAD_DIM,
+            PART_0,
+            PART_1,
+            BLOCK_N,
+        )
+    back = tl.exp2(-lift) * LN_2  # from gradients times the factor
+    acc_k = scale_rows(acc_k, nothing + (-back if NEGATE else back), PART_1)
+    store_head(dk, batch, head, keys, there, acc_k, PART_0, PART_1, HEAD_DIM)

@@ -10,25 +10,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dense_attn.triton_kernels.layout_attention.extremes import (
+    add_extremes,
+    first_keys,
+    keys_of_columns,
+    no_extreme,
+)
 from dense_attn.triton_kernels.layout_attention.records import (
     KEY_OF_MAX,
     KEY_OF_MIN,
     NUM_NUMBERS,
     NUM_PLACES,
-    NUM_STATS,
-    RAW_MAX,
     SHIFT,
-    THROUGH_MAX,
-    THROUGH_MIN,
+    lift_of,
+    load_extremes,
     load_stats,
+    store_extreme,
     store_record,
     weights_of,
+)
+from dense_attn.triton_kernels.layout_attention.row_sums import (
+    add_sums,
+    finished_sums,
+    lse_gradient,
+    no_sums,
+    times_rows,
 )
 from dense_attn.triton_kernels.layout_attention.tiles import listed_tiles, tile_at
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
     add_product,
     head_of,
+    inner_products,
     load_head,
     load_numbers,
     load_part,
@@ -40,102 +53,124 @@ from dense_attn.triton_kernels.primitives import (
     temperature,
     tile_of_program,
     tokens_at,
+    tokens_of,
     words_at,
     zero_rows,
 )
 
 
 @triton.jit
-def _first_extreme(best, best_key, raw, there, keys, LARGEST: tl.constexpr):
-    """Running extreme of raw scores [rows, keys] and the first key that has it."""
-    there, places = there[None, :], keys.to(tl.int32)[None, :]
-    sign = 1.0 if LARGEST else -1.0
-    signed = tl.where(there, raw * sign, float("-inf"))
-    extreme = tl.max(signed, 1)
-    key = tl.min(tl.where(signed == extreme[:, None], places, 2147483647), 1)
-    better = extreme > best
-    return tl.where(better, extreme, best), tl.where(better, key, best_key)
-
-
-@triton.jit
-def _lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
-    """The gradient of rows' lse; 0 where there is none."""
-    gradient = tl.zeros([ROWS], tl.float32)
-    if grad_lse is not None:
-        gradient = load_numbers(grad_lse, batch, head, tokens, exist)
-    return gradient
-
-
-@triton.jit
-def _inner_products(
-    a,
-    b,
-    batch,
-    head,
-    tokens,
-    exist,
+def _visit(
+    state,
+    query,
+    numbers,
+    source,
+    first,
+    TAIL: tl.constexpr,
+    MODULATION: tl.constexpr,
+    NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Inner products of the rows of two [B, H, tokens, D] tensors, one part after the other."""
-    a_base, b_base = head_of(a, batch, head), head_of(b, batch, head)
-    x = load_part(a_base, row_stride(a), tokens, exist, 0, PART_0, HEAD_DIM).to(tl.float32)
-    y = load_part(b_base, row_stride(b), tokens, exist, 0, PART_0, HEAD_DIM)
-    total = _sum(x * y, exist[:, None], True)
-    if PART_1 > 0:
-        x = load_part(a_base, row_stride(a), tokens, exist, PART_0, PART_1, HEAD_DIM).to(tl.float32)
-        y = load_part(b_base, row_stride(b), tokens, exist, PART_0, PART_1, HEAD_DIM)
-        total += _sum(x * y, exist[:, None], True)
-    return total
-
-
-@triton.jit
-def _add_sums(
-    sums,
-    grad,
-    weights,
-    distance,
-    meets,
-    there,
-    MODULATION: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """A row's sums over keys, one tile further: of matched keys' ds', of ds' times the distance to
-    the key's extreme, of all ds', and of weights as of the first two.
-    """
-    grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
-    grad_in = _add(grad_in, tl.sum(tl.where(meets, grad, 0.0), 1), EXACT)
-    if EXACT:
-        grad_all = _add(grad_all, _sum(grad, there, EXACT), EXACT)
-        weight_in += tl.sum(tl.where(meets, weights, 0.0), 1)
+    """One tile of keys further; only a TAIL may hold places without a key."""
+    acc, sums, best, least = state
+    rows, grads, row_words = query
+    factor, anchor, add_in, add_out, shift, high, low = numbers
+    k, v, k_words, k_order, batch, seqlen_k = source
+    EXACT: tl.constexpr = k[0].dtype.element_ty == tl.float32
+    keys, there = tokens_of(first + keys_of_columns(BLOCK_N), k_order, batch, seqlen_k)
+    if not TAIL:
+        there = tl.full([BLOCK_N], True, tl.int1)
+    columns = load_rows(k[0], k[1], keys, there, PART_0, PART_1, HEAD_DIM)
+    values = load_rows(v[0], v[1], keys, there, PART_0, PART_1, HEAD_DIM)
+    meets = (row_words[:, None] & words_at(k_words, batch, keys, there)[None, :]) != 0
+    raw = products(rows, columns, PART_1, PRECISION)
+    raw = -raw if NEGATE else raw
+    if MODULATION == "range" or MODULATION == "max":
+        x = tl.where(there[None, :], raw, float("-inf")) if TAIL else raw
+        best = add_extremes(best, x, first, True, BLOCK_M, BLOCK_N)
     if MODULATION == "range":
-        grad_distance = _add(grad_distance, _sum(grad * distance, there, EXACT), EXACT)
-        if EXACT:
-            weight_distance += _sum(weights * distance, there, EXACT)
-    return grad_in, grad_distance, grad_all, weight_in, weight_distance
-
-
-@triton.jit
-def _add(total, x, EXACT: tl.constexpr):
-    """(total, what its last rounding took too much) + x. Many tiles of small weights would each be
-    lost in a plain sum of a few large ones.
-    """
+        x = tl.where(there[None, :], raw, float("inf")) if TAIL else raw
+        least = add_extremes(least, x, first, False, BLOCK_M, BLOCK_N)
+    offsets = tl.where(meets, add_in[:, None], add_out[:, None])
+    weights = weights_of(raw, factor[:, None], anchor[:, None], offsets, EXACT)
+    if MODULATION == "mask":
+        weights = tl.where(meets, weights, 0.0)
+    elif TAIL:
+        weights = tl.where(there[None, :], weights, 0.0)
+    grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
+    distance = raw
     if EXACT:
-        x -= total[1]
-        larger = total[0] + x
-        found = larger, (larger - total[0]) - x
-    else:
-        found = total[0] + x, total[1]
-    return found
+        distance = tl.where(meets, high[:, None], low[:, None]) - raw
+    sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
+    acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
+    return acc, sums, best, least
 
 
 @triton.jit
-def _sum(products, there, APART: tl.constexpr):
-    """Each row's sum of products. Where a lane has one product of a row, it would fuse with the
-    first exchange between lanes and leave them with sums that differ: a select keeps them apart.
-    """
-    return tl.sum(tl.where(there, products, 0.0) if APART else products, 1)
+def _visit_all(
+    state,
+    query,
+    numbers,
+    source,
+    tiles,
+    listed,
+    MODULATION: tl.constexpr,
+    NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Every listed tile of keys; the one that they end in after the others, in code of its own."""
+    listed, num_whole, count = listed
+    seqlen_k = source[5]
+    key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
+    # Few rows, and those of float32, stay in registers, which such code would hold twice.
+    TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
+    tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
+    for place in range(count - tails):
+        first = tile_at(listed, key_tiles, place, num_whole, tiles) * BLOCK_N
+        state = _visit(
+            state,
+            query,
+            numbers,
+            source,
+            first,
+            TAILS,
+            MODULATION,
+            NEGATE,
+            PRECISION,
+            HEAD_DIM,
+            PART_0,
+            PART_1,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    if tails > 0:
+        state = _visit(
+            state,
+            query,
+            numbers,
+            source,
+            seqlen_k // BLOCK_N * BLOCK_N,
+            True,
+            MODULATION,
+            NEGATE,
+            PRECISION,
+            HEAD_DIM,
+            PART_0,
+            PART_1,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    return state
 
 
 @triton.jit
@@ -156,7 +191,7 @@ def layout_attention_bwd_q_kernel(
     counts,
     dq,
     dstrength_ptr,
-    # [rows, NUMBERS] what the pass over keys needs, int32 [rows, 2] keys of the extremes
+    # [heads, NUMBERS, rows] what the pass over keys needs, int32 [heads, PLACES, rows]
     numbers_ptr,
     places_ptr,
     num_heads,
@@ -176,10 +211,13 @@ def layout_attention_bwd_q_kernel(
     each row.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
+    COLUMNS: tl.constexpr = PART_0 if PART_0 < 64 else 64  # of rows at a time, to spare registers
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    shift = _inner_products(grad_out, out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
-    shift -= _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
+    out_rows = (head_of(out, batch, head), row_stride(out), tokens, exist)
+    shift = inner_products(grad_rows, out_rows, HEAD_DIM, COLUMNS)
+    shift -= lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)
@@ -189,72 +227,73 @@ def layout_attention_bwd_q_kernel(
     high, low, anchor, add_in, add_out = load_stats(
         stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT
     )
-    record = numbers_ptr + row * NUM_NUMBERS
-    store_record(record, exist, tau * LOG2_E, add_in, add_out, anchor, temperature(c, MODULATION))
-
-    k_base, v_base = head_of(k, batch, head), head_of(v, batch, head)
-    nothing = tl.zeros([BLOCK_M], tl.float32)
-    best, best_key = nothing + float("-inf"), tl.zeros([BLOCK_M], tl.int32)
-    least, least_key = best, best_key
-    acc, zero = zero_rows(BLOCK_M, PART_0, PART_1), (nothing, nothing)
-    sums = zero, zero, zero, nothing, nothing
-    listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
-    for place in range(count):
-        first = tile_at(listed, tl.cdiv(seqlen_k, BLOCK_N), place, num_whole, tiles) * BLOCK_N
-        keys, there = tokens_at(first, k_order, batch, seqlen_k, BLOCK_N)
-        columns = load_rows(k_base, row_stride(k), keys, there, PART_0, PART_1, HEAD_DIM)
-        values = load_rows(v_base, row_stride(v), keys, there, PART_0, PART_1, HEAD_DIM)
-        meets = (row_words[:, None] & words_at(k_words, batch, keys, there)[None, :]) != 0
-        raw = products(rows, columns, PART_1, PRECISION)
-        raw = -raw if NEGATE else raw
-        offsets = tl.where(meets, add_in[:, None], add_out[:, None])
-        weights = weights_of(raw, (tau * LOG2_E)[:, None], anchor[:, None], offsets, EXACT)
-        weights = tl.where(there[None, :] & ((MODULATION != "mask") | meets), weights, 0.0)
-        grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
-        distance = tl.where(meets, high[:, None], low[:, None]) - raw
-        sums = _add_sums(sums, grad, weights, distance, meets, there[None, :], MODULATION, EXACT)
-        if MODULATION == "range":
-            least, least_key = _first_extreme(least, least_key, raw, there, keys, False)
-        if MODULATION == "range" or MODULATION == "max":
-            best, best_key = _first_extreme(best, best_key, raw, there, keys, True)
-        acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
-
+    places = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # records are in the order of visits
+    record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
+    lift = lift_of(sm_scale, q[0].dtype.element_ty)
+    store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, row_words, lift)
+    keys = (head_of(k, batch, head), row_stride(k))
+    values = (head_of(v, batch, head), row_stride(v))
+    acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
+    state = acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
+    query, source = (rows, grads, row_words), (keys, values, k_words, k_order, batch, seqlen_k)
+    numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
+    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
+    acc, sums, best, least = _visit_all(
+        state,
+        query,
+        numbers,
+        source,
+        tiles,
+        listed,
+        MODULATION,
+        NEGATE,
+        PRECISION,
+        HEAD_DIM,
+        PART_0,
+        PART_1,
+        BLOCK_M,
+        BLOCK_N,
+    )
     # Read again, so that the loop need not carry them.
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
-    through_lse = _lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
-    grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
-    grad_in, grad_distance, grad_all = grad_in[0], grad_distance[0], grad_all[0]
-    # ds' sums to grad_lse over a row: what is left delta has missed, and is taken out of the sums.
-    if EXACT:
-        missed = grad_all - through_lse
-        grad_in = grad_in - missed * weight_in
-        grad_distance = grad_distance - missed * weight_distance
-        shift += missed
+    through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
+    grad_in, grad_distance, missed = finished_sums(sums, through_lse, MODULATION, EXACT)
+    shift += missed
+    high, low = load_extremes(stats_ptr, row, exist)
+    if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
+        grad_raw = times_rows(acc, queries, PART_0, PART_1, HEAD_DIM)
+        grad_distance = high * grad_in + low * (through_lse - grad_in)
+        grad_distance += grad_raw if NEGATE else -grad_raw
     signed_scale = -sm_scale if NEGATE else sm_scale
+    best_key, least_key = first_keys(
+        best, least, queries, keys, seqlen_k, MODULATION, NEGATE, BLOCK_N, HEAD_DIM, COLUMNS
+    )
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
-    record = numbers_ptr + row * NUM_NUMBERS
-    tl.store(record + SHIFT, shift, mask=exist)
+    places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
+    pair = places_ptr + index * NUM_PLACES * seqlen_q + places
+    shift *= -(temperature(c, MODULATION) * sm_scale * LOG2_E)
+    tl.store(record + SHIFT * seqlen_q, shift, mask=exist)
+    nothing = tl.zeros([BLOCK_M], tl.float32)
     grad_strength = grad_in if MODULATION == "bias" else nothing
     through_max, through_min = nothing, nothing
     if MODULATION == "max" or MODULATION == "range":
-        high = tl.load(stats_ptr + row * NUM_STATS + RAW_MAX, mask=exist, other=0.0)
         grad_strength = sm_scale * high * grad_in
         through_max = c * grad_in
-        tl.store(record + THROUGH_MAX, through_max, mask=exist)
-        tl.store(places_ptr + row * NUM_PLACES + KEY_OF_MAX, best_key, mask=exist)
+        store_extreme(record, pair, KEY_OF_MAX, seqlen_q, exist, through_max, best_key)
     if MODULATION == "range":
         grad_strength = sm_scale * grad_distance
         through_min = c * (through_lse - grad_in)
-        tl.store(record + THROUGH_MIN, through_min, mask=exist)
-        tl.store(places_ptr + row * NUM_PLACES + KEY_OF_MIN, least_key, mask=exist)
+        store_extreme(record, pair, KEY_OF_MIN, seqlen_q, exist, through_min, least_key)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
-    at, source = (head_of(dq, batch, head), row_stride(dq), tokens, exist), (k_base, row_stride(k))
-    _store_dq(at, acc[0], through, source, MODULATION, 0, PART_0, HEAD_DIM)
+    at = (head_of(dq, batch, head), row_stride(dq), tokens, exist)
+    _store_dq(at, acc[0], through, keys, MODULATION, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:  # after the first, so that the rows of one part at a time are held
-        _store_dq(at, acc[1], through, source, MODULATION, PART_0, PART_1, HEAD_DIM)
+        _store_dq(at, acc[1], through, keys, MODULATION, PART_0, PART_1, HEAD_DIM)
 
 
 @triton.jit

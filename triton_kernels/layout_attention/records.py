@@ -23,28 +23,29 @@ OFFSET_OUT = tl.constexpr(3)
 NUMBERS = 8
 NUMBERS_COLUMNS = (
     "FACTOR",
-    "ADD_IN",
     "ADD_OUT",
-    "ANCHOR",
-    "TEMPERATURE",
+    "GAP",
+    "WORDS",
     "SHIFT",
+    "ANCHOR",
     "THROUGH_MAX",
     "THROUGH_MIN",
 )
 NUM_NUMBERS = tl.constexpr(NUMBERS)
 FACTOR = tl.constexpr(0)  # of raw scores, in exponents of 2
-ADD_IN = tl.constexpr(1)  # what is added to matched scores' exponents
-ADD_OUT = tl.constexpr(2)  # and to those of others
-ANCHOR = tl.constexpr(3)  # the raw score that exponents are measured from
-TEMPERATURE = tl.constexpr(4)
-SHIFT = tl.constexpr(5)  # what is taken off the weights' gradients
+ADD_OUT = tl.constexpr(1)  # what is added to unmatched scores' exponents
+GAP = tl.constexpr(2)  # int32: what its bits lack of those added to matched scores' exponents
+WORDS = tl.constexpr(3)  # int32: regions
+SHIFT = tl.constexpr(4)  # what is added to the weights' gradients times the factor
+ANCHOR = tl.constexpr(5)  # the raw score that exponents are measured from
 THROUGH_MAX = tl.constexpr(6)  # the gradient of the largest score
 THROUGH_MIN = tl.constexpr(7)  # and of the smallest
 
-PLACES = 2
+PLACES = 4
 NUM_PLACES = tl.constexpr(PLACES)
 KEY_OF_MAX = tl.constexpr(0)
 KEY_OF_MIN = tl.constexpr(1)
+LISTED = tl.constexpr(2)  # and the next: what the pass over keys lists of both
 
 
 @triton.jit
@@ -61,13 +62,20 @@ def store_stats(lse, stats, lse_ptr, stats_ptr, row, exist):
 
 
 @triton.jit
+def load_extremes(stats_ptr, row, exist):
+    """(raw maximum, minimum) of rows; 0 for those that do not exist."""
+    at = stats_ptr + row * NUM_STATS
+    high = tl.load(at + RAW_MAX, mask=exist, other=0.0)
+    return high, tl.load(at + RAW_MIN, mask=exist, other=0.0)
+
+
+@triton.jit
 def load_stats(stats_ptr, row, exist, factor, MODULATION: tl.constexpr, EXACT: tl.constexpr):
     """(raw maximum, minimum, anchor, offset of matched keys, of the others) of rows; 0 for those
     that do not exist.
     """
     at = stats_ptr + row * NUM_STATS
-    high = tl.load(at + RAW_MAX, mask=exist, other=0.0)
-    low = tl.load(at + RAW_MIN, mask=exist, other=0.0)
+    high, low = load_extremes(stats_ptr, row, exist)
     add_in = tl.load(at + OFFSET_IN, mask=exist, other=0.0)
     add_out = tl.load(at + OFFSET_OUT, mask=exist, other=0.0)
     anchor = anchor_of(high, low, factor, MODULATION)
@@ -77,13 +85,63 @@ def load_stats(stats_ptr, row, exist, factor, MODULATION: tl.constexpr, EXACT: t
 
 
 @triton.jit
-def store_record(record, exist, factor, add_in, add_out, anchor, tau):
+def lift_of(sm_scale, dtype: tl.constexpr):
+    """The power of 2 that the pass over keys multiplies weights by, as its exponent: in float16
+    gradients times `factor` would else have fewer digits than those times the temperature.
+    """
+    lift = tl.full([], 0.0, tl.float32)
+    if dtype == tl.float16:
+        exponent = (tl.cast(sm_scale, tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        lift = tl.minimum(tl.maximum(-exponent, 0), 8).to(tl.float32)
+    return lift
+
+
+@triton.jit
+def store_record(record, seqlen, exist, factor, add_in, add_out, anchor, words, lift):
     """The numbers of a row that are known before the keys are visited."""
-    tl.store(record + FACTOR, factor, mask=exist)
-    tl.store(record + ADD_IN, add_in, mask=exist)
-    tl.store(record + ADD_OUT, add_out, mask=exist)
-    tl.store(record + ANCHOR, anchor, mask=exist)
-    tl.store(record + TEMPERATURE, tau, mask=exist)
+    add_in, add_out = add_in + lift, add_out + lift
+    gap = add_in.to(tl.int32, bitcast=True) - add_out.to(tl.int32, bitcast=True)
+    tl.store(record + FACTOR * seqlen, factor, mask=exist)
+    tl.store(record + ADD_OUT * seqlen, add_out, mask=exist)
+    tl.store(record + GAP * seqlen, gap.to(tl.float32, bitcast=True), mask=exist)
+    tl.store(record + WORDS * seqlen, words.to(tl.float32, bitcast=True), mask=exist)
+    tl.store(record + ANCHOR * seqlen, anchor, mask=exist)
+
+
+@triton.jit
+def places_of_columns(ROWS: tl.constexpr):
+    """The row of each column of a tile of scores. A lane of NVIDIA's matrix units has two of each
+    eight columns: with their rows side by side it fetches four numbers at once.
+    """
+    column = tl.arange(0, ROWS)
+    return column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+
+
+@triton.jit
+def store_extreme(record, pair, COLUMN: tl.constexpr, seqlen, exist, through, key):
+    """The gradient through a row's extreme and the extreme's key, columns side by side of both."""
+    tl.store(record + (THROUGH_MAX + COLUMN) * seqlen, through, mask=exist)
+    tl.store(pair + COLUMN * seqlen, key, mask=exist)
+
+
+@triton.jit
+def load_records(records, first, seqlen, ROWS: tl.constexpr):
+    """(factor, what is added to unmatched exponents, gap, words, shift, anchor) of the rows of a
+    tile's columns, 0 for those that do not exist; fetched as one tile, so in wide copies.
+    """
+    columns, places = tl.arange(0, NUM_NUMBERS), first + tl.arange(0, ROWS)
+    at = records + (columns * seqlen)[:, None] + places[None, :]
+    tile = tl.load(at, mask=(places < seqlen)[None, :], other=0.0)
+    tile = tl.permute(tl.reshape(tile, (2, 2, 2, ROWS // 16, 4, 2, 2)), (3, 5, 4, 6, 2, 1, 0))
+    tile = tl.reshape(tile, (ROWS, 2, 2, 2))  # as `places_of_columns` has them, numbers last
+    first_half, second_half = tl.split(tile)
+    numbers, more = tl.split(first_half)
+    shifts, _ = tl.split(second_half)
+    factor, add_out = tl.split(numbers)
+    gap, words = tl.split(more)
+    shift, anchor = tl.split(shifts)
+    gap, words = gap.to(tl.int32, bitcast=True), words.to(tl.int32, bitcast=True)
+    return factor, add_out, gap, words, shift, anchor
 
 
 @triton.jit

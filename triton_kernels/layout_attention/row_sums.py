@@ -1,0 +1,106 @@
+"""Sums over a row that the pass over query tiles takes: of its columns, and of its keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dense_attn.triton_kernels.layout_attention.extremes import LANES, by_lane
+from dense_attn.triton_kernels.primitives import load_numbers, load_part, sum_of
+
+
+@triton.jit
+def times_rows(
+    acc,
+    q,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Inner products of rows of acc, in parts, and of q."""
+    x = load_part(q[0], q[1], q[2], q[3], 0, PART_0, HEAD_DIM)
+    total = sum_of(acc[0] * x, q[3][:, None], True)
+    if PART_1 > 0:
+        x = load_part(q[0], q[1], q[2], q[3], PART_0, PART_1, HEAD_DIM)
+        total += sum_of(acc[1] * x, q[3][:, None], True)
+    return total
+
+
+@triton.jit
+def no_sums(ROWS: tl.constexpr, EXACT: tl.constexpr):
+    """The sums of a row before the first key."""
+    if EXACT:
+        nothing = tl.zeros([ROWS], tl.float32)
+        zero = (nothing, nothing)
+        sums = zero, zero, zero, nothing, nothing
+    else:
+        sums = tl.zeros([ROWS, LANES], tl.float32)
+    return sums
+
+
+@triton.jit
+def add_sums(
+    sums,
+    grad,
+    weights,
+    distance,
+    meets,
+    MODULATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """A row's sums over keys, one tile further. Exactly: of matched keys' ds', of ds' times the
+    distance to the key's extreme, of all ds', and of weights as of the first two. Else a lane's
+    share of the first, which is the only one that dq does not tell.
+    """
+    if EXACT:
+        grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
+        grad_in = _add(grad_in, tl.sum(tl.where(meets, grad, 0.0), 1))
+        some = weights != 0
+        grad_all = _add(grad_all, sum_of(grad, some, True))
+        weight_in += tl.sum(tl.where(meets, weights, 0.0), 1)
+        if MODULATION == "range":
+            grad_distance = _add(grad_distance, sum_of(grad * distance, some, True))
+            weight_distance += sum_of(weights * distance, some, True)
+        sums = grad_in, grad_distance, grad_all, weight_in, weight_distance
+    elif MODULATION != "mask":
+        x = by_lane(tl.where(meets, grad, 0.0), ROWS, KEYS)
+        sums += tl.sum(tl.sum(tl.sum(x, 4), 2), 1)
+    return sums
+
+
+@triton.jit
+def _add(total, x):
+    """(total, what its last rounding took too much) + x. Many tiles of small weights would each be
+    lost in a plain sum of a few large ones.
+    """
+    x -= total[1]
+    larger = total[0] + x
+    return larger, (larger - total[0]) - x
+
+
+@triton.jit
+def finished_sums(sums, through_lse, MODULATION: tl.constexpr, EXACT: tl.constexpr):
+    """(sum of matched keys' ds', of ds' times the distances, what delta has missed) of rows: ds'
+    sums to lse's gradient, and what is left of it exact sums are rid of.
+    """
+    grad_in = tl.zeros_like(through_lse)
+    grad_distance, missed = grad_in, grad_in
+    if EXACT:
+        grad_in, grad_distance, grad_all, weight_in, weight_distance = sums
+        missed = grad_all[0] - through_lse
+        grad_in = grad_in[0] - missed * weight_in
+        grad_distance = grad_distance[0] - missed * weight_distance
+    elif MODULATION != "mask":
+        grad_in = tl.sum(sums, 1)
+    return grad_in, grad_distance, missed
+
+
+@triton.jit
+def lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
+    """The gradient of rows' lse; 0 where there is none."""
+    gradient = tl.zeros([ROWS], tl.float32)
+    if grad_lse is not None:
+        gradient = load_numbers(grad_lse, batch, head, tokens, exist)
+    return gradient
