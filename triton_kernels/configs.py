@@ -25,6 +25,8 @@ class Config:
     num_stages: int
     # The first phase's accumulator waits in memory: registers would not hold both.
     parks: bool = False
+    # Groups of warps that fetch and that weigh, by `fwd_specialised`.
+    specialised: bool = False
 
     @cached_property
     def options(self) -> dict[str, int | bool]:

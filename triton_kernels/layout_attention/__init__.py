@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
+from dense_attn.triton_kernels.layout_attention import fwd_specialised as specialised
 from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
 from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
 from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel
@@ -92,11 +93,14 @@ def layout_attention_fwd(
         return out, lse, stats
     if lists is None:
         lists = tile_lists(q_regions, k_regions, q_order, k_order, config.BLOCK_M, config.BLOCK_N)
+    visits = (_tokens(q_order), _tokens(k_order), strengths, *map(_tokens, lists))
+    if config.specialised:
+        specialised.launch(inputs, visits, results, numbers, constants, config)
+        return out, lse, stats
     parked = None
     if config.parks and modulation != "mask":
         columns = constants["PART_0"] + constants["PART_1"]
         parked = q.new_empty((*q.shape[:3], columns), dtype=torch.float32)
-    visits = (_tokens(q_order), _tokens(k_order), strengths, *map(_tokens, lists))
     tensors = (*inputs, *visits, *results, parked)
     layout_attention_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
     return out, lse, stats
