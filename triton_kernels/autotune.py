@@ -62,6 +62,8 @@ def best(
 
 def neighbours(table: Config, same_keys: bool = False) -> list[Config]:
     """The table's configuration first, then half and double tiles, other warps and stages."""
+    if table.specialised:  # other tiles do not part into groups of warps
+        return [table, replace(table, num_stages=table.num_stages + 1)]
     m, n = table.BLOCK_M, table.BLOCK_N
     tiles = [(m, n), (2 * m, n), (m // 2, n), *([] if same_keys else [(m, 2 * n), (m, n // 2)])]
     near = [stages for stages in (1, 2, 3) if abs(stages - table.num_stages) <= 1]

@@ -77,6 +77,12 @@ FORWARD: Table = {
         256: Config(64, 32, 4, 1, parks=True),
     },
 }
+# Keys packed once a call, a group of warps that fetches them and two that weigh: a pair in 0.82 of
+# plain attention's instructions where two groups share 128 keys, against 1.2 in tiles that every
+# warp fetches. Up to the head dim that registers hold two accumulators of: at 128 columns 760 bytes
+# spill. Triton 3.6 spills 16 bytes around the loops, none within.
+SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True)}}
+PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 ROW_FORWARD: Table = {  # BLOCK_N is the number of keys, rounded up to a power of two
     "sm_80": {
         80: Config(128, 128, 8, 1),
@@ -186,7 +192,11 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
     elif precision == "half" and head_dim % GRAIN:
         config = UNALIGNED_ROW.get(architecture, UNALIGNED_ROW["sm_80"]) if row else UNALIGNED
     elif precision == "half":
-        config = _pick((ROW_FORWARD if row else FORWARD)[architecture], head_dim)
+        table = ROW_FORWARD if row else FORWARD
+        specialised = SPECIALISED.get(architecture, {})
+        if seqlen_k >= PACKED_KEYS and head_dim <= max(specialised, default=0):
+            table = SPECIALISED
+        config = _pick(table[architecture], head_dim)
     else:
         config = _pick(
             (TF32_FORWARD if precision == "tf32" and not row else FLOAT32)[architecture], head_dim

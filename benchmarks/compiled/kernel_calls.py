@@ -183,6 +183,8 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
     by_kernel = {"fwd": configs.FORWARD, "row_fwd": configs.ROW_FORWARD}
     by_kernel |= {"bwd_q": configs.BACKWARD_Q, "bwd_kv": configs.BACKWARD_KV}
     found = {}
+    for target, rows in configs.SPECIALISED.items():
+        found["fwd", target, "specialised"] = rows
     for target in TARGETS:
         for kernel, by_target in by_kernel.items():
             exact = configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32
@@ -198,7 +200,7 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
 
 def each_configuration() -> Iterator[Attention | Other]:
     """Calls that reach every row of `configs` on every target at its largest head dim."""
-    kinds = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}
+    kinds = {"half": {}, "specialised": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}
     for (kernel, target, precision), rows in tables().items():
         which = kernel.removesuffix("_q").removesuffix("_kv")
         yield from (Attention(target, which, d, **kinds[precision]) for d in rows)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
-from dense_attn.triton_kernels.layout_attention import fwd_specialised as specialised
+from dense_attn.triton_kernels.layout_attention import fwd_specialised
 from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
 from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
 from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel
@@ -95,7 +95,7 @@ def layout_attention_fwd(
         lists = tile_lists(q_regions, k_regions, q_order, k_order, config.BLOCK_M, config.BLOCK_N)
     visits = (_tokens(q_order), _tokens(k_order), strengths, *map(_tokens, lists))
     if config.specialised:
-        specialised.launch(inputs, visits, results, numbers, constants, config)
+        fwd_specialised.launch(inputs, visits, results, numbers, constants, config)
         return out, lse, stats
     parked = None
     if config.parks and modulation != "mask":
@@ -216,9 +216,8 @@ def _example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2])
         for x in (q, k)
     ]
-    generator = torch.Generator(q.device).manual_seed(
-        0
-    )  # of its own: the caller's random numbers stay what they are
+    # Of its own: the caller's random numbers stay what they are.
+    generator = torch.Generator(q.device).manual_seed(0)
     rows = (torch.empty_like(x).normal_(generator=generator) for x in (q, k, k))
     return *rows, *words, torch.full(q.shape[:3], 0.3, dtype=torch.float32, device=q.device)
 
@@ -280,10 +279,8 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
     """
     samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
     tiles = -(-words.shape[-1] // block)
-    visited, bounds = (
-        words.new_empty((samples, words.shape[-1])),
-        words.new_empty((samples, tiles, 2)),
-    )
+    visited = words.new_empty((samples, words.shape[-1]))
+    bounds = words.new_empty((samples, tiles, 2))
     word_bounds_kernel[(samples * tiles,)](
         _tokens(words), _tokens(order), visited, bounds, words.shape[-1], BLOCK=block
     )

@@ -92,8 +92,7 @@ def _attend(rows, factor, source, tiles, count, MODULATION: tl.constexpr, STAGES
     for place in tl.range(0, count, warp_specialize=True, num_stages=STAGES):
         row = first_row + tl.load(tiles + place) * keys.block_shape[0]
         raw = tl.dot(rows, keys.load([row, 0]).T)
-        if MODULATION == "range":
-            low = tl.minimum(low, tl.min(raw, 1))
+        low = tl.minimum(low, tl.min(raw, 1))
         state = (row_max, row_sum, acc)
         row_max, row_sum, acc = _absorb(state, raw, values.load([row, 0]), factor)
     return (row_max, row_sum, acc), low
@@ -131,12 +130,10 @@ def _attend_mixed(
         meets = (row_words[:, None] & words[None, :]) != 0
         inside = tl.where(meets, raw, float("-inf"))
         outside = tl.where(meets | ~exist[None, :], float("-inf"), raw)
-        if MODULATION == "range":
-            low = tl.minimum(low, tl.min(tl.where(exist[None, :], raw, float("inf")), 1))
+        low = tl.minimum(low, tl.min(tl.where(exist[None, :], raw, float("inf")), 1))
         own = values.load([first_row + first, 0])
         in_max, in_sum, in_acc = _absorb((in_max, in_sum, in_acc), inside, own, factor)
-        if MODULATION != "mask":
-            out_max, out_sum, out_acc = _absorb((out_max, out_sum, out_acc), outside, own, factor)
+        out_max, out_sum, out_acc = _absorb((out_max, out_sum, out_acc), outside, own, factor)
     return (in_max, in_sum, in_acc), (out_max, out_sum, out_acc), low
 
 
@@ -234,9 +231,13 @@ def layout_attention_specialised_fwd_kernel(
     turned = temperature(c, MODULATION) < 0
     matched = (tl.where(turned, -low, in_max), tl.where(turned, -in_max, low), in_sum)
     others = (tl.where(turned, -low, out_max), tl.where(turned, -out_max, low), out_sum, out_acc)
+    if MODULATION == "mask":  # what others hold, be it NaN, is not looked at
+        others = (least, -least, none, out_acc)
     share_in, share_out, lse, stats = _shares(matched, others, c, sm_scale, MODULATION)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
-    merged = in_acc * share_in[:, None] + out_acc * share_out[:, None]
+    merged = in_acc * share_in[:, None]
+    if MODULATION != "mask":
+        merged += out_acc * share_out[:, None]
     store_part(head_of(out, batch, head), row_stride(out), tokens, exist, merged, 0, PART, HEAD_DIM)
 
 
