@@ -71,9 +71,7 @@ def layout_attention_fwd(
     lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks(q, k)`
     config: configs.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of
-    each row.
-    """
+    """(out, lse, stats) of `reference.layout_attention`; stats: what the backward pass needs."""
     batch, num_heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
     out, lse, stats = fwd_results(q)
@@ -83,10 +81,13 @@ def layout_attention_fwd(
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
     config = config or fwd_config(q, k)
     results, numbers = (_rows(out), lse, stats), (num_heads, seqlen_q, seqlen_k, abs(scale))
-    constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
+    kind = configs.architecture(q.device), configs.precision(q)
+    row = configs.row_at_once(*kind, seqlen_k)
+    undivided = 0 if row else configs.undivided(*kind)
+    constants = _constants(q.shape[3], modulation, scale < 0, kind[1], undivided)
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs, strengths = (_rows(q), _rows(k), _rows(v), _tokens(q_regions)), _rows(strength)
-    if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
+    if row:
         tensors = (*inputs, _tokens(k_regions), strengths, *results)
         layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
         return out, lse, stats
@@ -212,9 +213,8 @@ def _example(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         1 << (torch.arange(x.shape[2], device=q.device, dtype=torch.int32) * 4 // x.shape[2])
         for x in (q, k)
     ]
-    generator = torch.Generator(q.device).manual_seed(
-        0
-    )  # of its own: the caller's random numbers stay what they are
+    # Of its own: the caller's random numbers stay what they are.
+    generator = torch.Generator(q.device).manual_seed(0)
     rows = (torch.empty_like(x).normal_(generator=generator) for x in (q, k, k))
     return *rows, *words, torch.full(q.shape[:3], 0.3, dtype=torch.float32, device=q.device)
 
@@ -276,10 +276,8 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
     """
     samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
     tiles = -(-words.shape[-1] // block)
-    visited, bounds = (
-        words.new_empty((samples, words.shape[-1])),
-        words.new_empty((samples, tiles, 2)),
-    )
+    visited = words.new_empty((samples, words.shape[-1]))
+    bounds = words.new_empty((samples, tiles, 2))
     word_bounds_kernel[(samples * tiles,)](
         _tokens(words), _tokens(order), visited, bounds, words.shape[-1], BLOCK=block
     )
@@ -287,9 +285,11 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
 
 
 @lru_cache(maxsize=256)
-def _constants(head_dim: int, modulation: str, negate: bool, precision: str) -> dict[str, object]:
+def _constants(
+    head_dim: int, modulation: str, negate: bool, precision: str, undivided: int = 0
+) -> dict[str, object]:
     """The constants that the kernels are compiled for beside the tile."""
-    first, second = configs.head_parts(head_dim)
+    first, second = configs.head_parts(head_dim, undivided)
     return {
         "MODULATION": modulation,
         "NEGATE": negate,
@@ -309,11 +309,11 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
 
 @lru_cache(maxsize=1024)
 def _grains(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, tl.constexpr]:
-    """The strides of [B, H, tokens, ...] as kernels take them."""
+    """The strides of [B, H, tokens, ...] as kernels take them; rows begin within 2**32 grains."""
     batch, num_heads, tokens = shape[:3]
     a, b, c = strides[:3]
     a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
-    if (a | b | c) % configs.GRAIN == 0:  # a power of two
+    if (a | b | c) % configs.GRAIN == 0 and (tokens - 1) * c < configs.GRAIN << 32:
         return a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
     return a, b, c, _ONE
 
