@@ -27,6 +27,8 @@ class Config:
     parks: bool = False
     # Groups of warps that fetch and that weigh, by `fwd_specialised`.
     specialised: bool = False
+    # Bytes a thread that may wait in local memory, for the reason beside the row.
+    spills: int = 0
 
     @cached_property
     def options(self) -> dict[str, int | bool]:
@@ -54,15 +56,16 @@ FORWARD: Table = {
     # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps
     # within.
     "sm_80": {
-        80: Config(128, 64, 8, 2, parks=True),  # unparked, 32 bytes at 64 columns
-        96: Config(128, 32, 8, 2, parks=True),  # 64 keys, 24
-        128: Config(64, 64, 8, 2, parks=True),  # 128 rows of 32 keys, 8 by Triton 3.6
+        64: Config(128, 64, 8, 3, spills=32),
+        96: Config(128, 32, 8, 3, parks=True),
+        128: Config(128, 32, 8, 3, parks=True, spills=184),
         160: Config(64, 16, 8, 2, parks=True),  # 32 keys, 56
         256: Config(64, 16, 8, 2, parks=True),  # 32 keys, 8 by Triton 3.6
     },
     "sm_90": {
-        96: Config(128, 64, 8, 3),  # four warps spill 336 bytes at 64 columns
-        128: Config(128, 64, 8, 2, parks=True),  # unparked, 32 bytes
+        64: Config(128, 64, 8, 3, spills=40),
+        96: Config(128, 64, 8, 3, spills=100),
+        128: Config(128, 64, 8, 3, parks=True, spills=112),
         160: Config(128, 32, 8, 2, parks=True),  # 64 keys spill 32 bytes
         256: Config(64, 32, 8, 2, parks=True),  # 64 keys spill 64 bytes
     },
@@ -83,6 +86,9 @@ FORWARD: Table = {
 # spill. Triton 3.6 spills 16 bytes around the loops, none within.
 SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True)}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
+# Up to here a head dim is one part in FORWARD's kernel. Tiles of 64 keys at 40 columns: 327
+# instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
+UNDIVIDED = {"sm_90": 64}
 ROW_FORWARD: Table = {  # BLOCK_N is the number of keys, rounded up to a power of two
     "sm_80": {
         80: Config(128, 128, 8, 1),
@@ -257,13 +263,20 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def head_parts(head_dim: int) -> tuple[int, int]:
+def undivided(architecture: str, precision: str) -> int:
+    """The largest head dim that is one part in the tiled forward kernel, whatever it is."""
+    return UNDIVIDED.get(architecture, 0) if precision == "half" else 0
+
+
+def head_parts(head_dim: int, undivided: int = 0) -> tuple[int, int]:
     """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
     least.
 
     256 is two parts as well: the merge of both phases then holds half of each accumulator at a
-    time.
+    time. Up to `undivided` there is one.
     """
+    if head_dim <= undivided:
+        return max(16, next_power_of_2(head_dim)), 0
     if head_dim > 192:
         return 128, 128
     first = max(16, 1 << (head_dim.bit_length() - 1))

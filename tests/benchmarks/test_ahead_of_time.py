@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def compiled_rows(call: kernel_calls.Attention | kernel_calls.Other) -> list[ker
 
 def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: a tile too large for four warps."""
-    monkeypatch.setitem(configs.FORWARD["sm_90"], 96, configs.Config(128, 64, 4, 3))
+    monkeypatch.setitem(configs.FORWARD["sm_90"], 64, configs.Config(128, 64, 4, 3))
     rows = compiled_rows(kernel_calls.Attention("sm_90", "fwd", 64))
     assert any("spilled" in fault for row in rows for fault in kernel_table.faults(row))
 
@@ -53,6 +54,32 @@ def test_fusion_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reversible.LAUNCH, "enable_fp_fusion", True)
     rows = compiled_rows(kernel_calls.Other("sm_90", "reversible"))
     assert any("fused multiply-adds" in fault for row in rows for fault in kernel_table.faults(row))
+
+
+def waits_in_loops(assembly: str) -> list[int]:
+    """Groups of copies that waits inside of loops leave in flight."""
+    loops = re.finditer(r"(?ms)^(\$L__BB0_\d+):.*?\bbra\s+\1;", assembly)
+    waits = (re.findall(r"cp\.async\.wait_group\D*(\d+);", loop.group()) for loop in loops)
+    return [int(left) for found in waits for left in found]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_keys_are_fetched_ahead(
+    target: str, ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loop of the forward kernel waits for all of its copies, as it does in too few stages."""
+    call = kernel_calls.Attention(target, "fwd", 64, ordered=ordered)
+    table = configs.layout_attention_fwd(target, "half", 64, 4096)
+    waits = []
+    for config in (table, replace(table, num_stages=2)):
+        monkeypatch.setitem(configs.FORWARD, target, {64: config})
+        with ahead_of_time.compiled(target) as launches:
+            call()
+        waits.append(waits_in_loops(launches[-1].assembly))
+    assert len(waits[0]) == 3
+    assert min(waits[0]) >= 2
+    assert 0 in waits[1]
 
 
 def test_warp_groups_are_in_the_machine_code() -> None:

@@ -72,9 +72,7 @@ def layout_attention_fwd(
     lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks(q, k)`
     config: configs.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of
-    each row.
-    """
+    """(out, lse, stats) of `reference.layout_attention`; stats: what the backward pass needs."""
     batch, num_heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
     out, lse, stats = fwd_results(q)
@@ -84,10 +82,13 @@ def layout_attention_fwd(
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
     config = config or fwd_config(q, k)
     results, numbers = (_rows(out), lse, stats), (num_heads, seqlen_q, seqlen_k, abs(scale))
-    constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
+    kind = configs.architecture(q.device), configs.precision(q)
+    row = configs.row_at_once(*kind, seqlen_k)
+    undivided = 0 if row else configs.undivided(*kind)
+    constants = _constants(q.shape[3], modulation, scale < 0, kind[1], undivided)
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs, strengths = (_rows(q), _rows(k), _rows(v), _tokens(q_regions)), _rows(strength)
-    if configs.row_at_once(configs.architecture(q.device), configs.precision(q), seqlen_k):
+    if row:
         tensors = (*inputs, _tokens(k_regions), strengths, *results)
         layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
         return out, lse, stats
@@ -288,9 +289,11 @@ def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tenso
 
 
 @lru_cache(maxsize=256)
-def _constants(head_dim: int, modulation: str, negate: bool, precision: str) -> dict[str, object]:
+def _constants(
+    head_dim: int, modulation: str, negate: bool, precision: str, undivided: int = 0
+) -> dict[str, object]:
     """The constants that the kernels are compiled for beside the tile."""
-    first, second = configs.head_parts(head_dim)
+    first, second = configs.head_parts(head_dim, undivided)
     return {
         "MODULATION": modulation,
         "NEGATE": negate,
@@ -310,11 +313,11 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
 
 @lru_cache(maxsize=1024)
 def _grains(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, tl.constexpr]:
-    """The strides of [B, H, tokens, ...] as kernels take them."""
+    """The strides of [B, H, tokens, ...] as kernels take them; rows begin within 2**32 grains."""
     batch, num_heads, tokens = shape[:3]
     a, b, c = strides[:3]
     a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
-    if (a | b | c) % configs.GRAIN == 0:  # a power of two
+    if (a | b | c) % configs.GRAIN == 0 and (tokens - 1) * c < configs.GRAIN << 32:
         return a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
     return a, b, c, _ONE
 

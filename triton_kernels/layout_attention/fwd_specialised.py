@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dense_attn.triton_kernels.configs import Config, next_power_of_2
-from dense_attn.triton_kernels.layout_attention.fwd import _shares
+from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
@@ -35,7 +35,6 @@ from dense_attn.triton_kernels.primitives import (
     words_at,
 )
 
-LEAST_FACTOR = tl.constexpr(2.0**-126)  # so that a score of -inf weighs 0 at a temperature of 0
 
 
 @triton.jit
@@ -228,12 +227,10 @@ def layout_attention_specialised_fwd_kernel(
         low = tl.minimum(low, tl.minimum(lower, lowest))
     tokens = _tokens_again(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     c = load_numbers(strength, batch, head, tokens, exist)
-    turned = temperature(c, MODULATION) < 0
-    matched = (tl.where(turned, -low, in_max), tl.where(turned, -in_max, low), in_sum)
-    others = (tl.where(turned, -low, out_max), tl.where(turned, -out_max, low), out_sum, out_acc)
+    tops = (in_max, in_sum, out_max, out_sum, low)
     if MODULATION == "mask":  # what others hold, be it NaN, is not looked at
-        others = (least, -least, none, out_acc)
-    share_in, share_out, lse, stats = _shares(matched, others, c, sm_scale, MODULATION)
+        tops = (in_max, in_sum, least, none, low)
+    share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, False, MODULATION)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
     merged = in_acc * share_in[:, None]
     if MODULATION != "mask":

@@ -49,13 +49,15 @@ KEY_OF_MIN = tl.constexpr(1)
 
 @triton.jit
 def store_stats(lse, stats, lse_ptr, stats_ptr, row, exist):
-    """lse, and what the backward pass needs."""
-    tl.store(lse_ptr + row, lse, mask=exist)
-    at = stats_ptr + row * NUM_STATS
-    tl.store(at + RAW_MAX, stats[0], mask=exist)
-    tl.store(at + RAW_MIN, stats[1], mask=exist)
-    tl.store(at + OFFSET_IN, stats[2], mask=exist)
-    tl.store(at + OFFSET_OUT, stats[3], mask=exist)
+    """lse, and what the backward pass needs, each where it is asked for."""
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, lse, mask=exist)
+    if stats_ptr is not None:
+        at = stats_ptr + row * NUM_STATS
+        tl.store(at + RAW_MAX, stats[0], mask=exist)
+        tl.store(at + RAW_MIN, stats[1], mask=exist)
+        tl.store(at + OFFSET_IN, stats[2], mask=exist)
+        tl.store(at + OFFSET_OUT, stats[3], mask=exist)
 
 
 @triton.jit
