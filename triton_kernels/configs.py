@@ -80,11 +80,11 @@ FORWARD: Table = {
         256: Config(64, 32, 4, 1, parks=True),
     },
 }
-# Keys packed once a call, a group of warps that fetches them and two that weigh: a pair in 0.82 of
-# plain attention's instructions where two groups share 128 keys, against 1.2 in tiles that every
-# warp fetches. Up to the head dim that registers hold two accumulators of: at 128 columns 760 bytes
-# spill. Triton 3.6 spills 16 bytes around the loops, none within.
-SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True)}}
+# Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
+# warp and 64 keys at 64 columns: 252, in tiles of both populations 646 (251 and 723 by Triton 3.6),
+# where FORWARD's take 327 and plain attention 310 (296). At 128 columns the two states that stay in
+# registers spill 760 bytes. What spills is stored before the loops and loaded behind them.
+SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spills=32)}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Up to here a head dim is one part in FORWARD's kernel. Tiles of 64 keys at 40 columns: 327
 # instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.

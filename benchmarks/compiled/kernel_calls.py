@@ -184,7 +184,7 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
     by_kernel |= {"bwd_q": configs.BACKWARD_Q, "bwd_kv": configs.BACKWARD_KV}
     found = {}
     for target, rows in configs.SPECIALISED.items():
-        found["fwd", target, "specialised"] = rows
+        found["specialised_fwd", target, "half"] = rows
     for target in TARGETS:
         for kernel, by_target in by_kernel.items():
             exact = configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32
@@ -200,9 +200,9 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
 
 def each_configuration() -> Iterator[Attention | Other]:
     """Calls that reach every row of `configs` on every target at its largest head dim."""
-    kinds = {"half": {}, "specialised": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}
+    kinds = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}
     for (kernel, target, precision), rows in tables().items():
-        which = kernel.removesuffix("_q").removesuffix("_kv")
+        which = kernel.removesuffix("_q").removesuffix("_kv").removeprefix("specialised_")
         yield from (Attention(target, which, d, **kinds[precision]) for d in rows)
     yield from each_other()
 

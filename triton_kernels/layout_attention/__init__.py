@@ -191,9 +191,7 @@ def fwd_config(q: Tensor, k: Tensor) -> configs.Config:
 
 
 def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
-    """The configurations of a backward call: of the pass over query tiles, and of that over key
-    tiles.
-    """
+    """The configurations of a backward call: of the passes over query tiles and over key tiles."""
     by_query, by_key = configs.layout_attention_bwd(
         configs.architecture(q.device), configs.precision(q), q.shape[3]
     )
@@ -275,9 +273,7 @@ def empty_rows_like(q: Tensor) -> Tensor:
 
 
 def _word_bounds(words: Tensor, order: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    """Int32: words as visited [B|1, tokens], and the or and the and of each tile's [B|1, tiles,
-    2].
-    """
+    """Int32: words as visited [B|1, tokens], each tile's or and and [B|1, tiles, 2]."""
     samples = max([x.shape[0] for x in (words, order) if x is not None and x.dim() == 2], default=1)
     tiles = -(-words.shape[-1] // block)
     visited = words.new_empty((samples, words.shape[-1]))

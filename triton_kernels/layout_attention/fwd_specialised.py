@@ -36,7 +36,6 @@ from dense_attn.triton_kernels.primitives import (
 )
 
 
-
 @triton.jit
 def packed_rows_kernel(
     k,
@@ -81,7 +80,7 @@ def _absorb(state, scores, values, factor):
 
 
 @triton.jit
-def _attend(rows, factor, source, tiles, count, MODULATION: tl.constexpr, STAGES: tl.constexpr):
+def _attend(rows, factor, source, tiles, count, STAGES: tl.constexpr):
     """State and smallest score of one population over `count` listed tiles that are all of it."""
     keys, values, first_row = source
     BLOCK_M: tl.constexpr = rows.shape[0]
@@ -110,10 +109,10 @@ def _attend_mixed(
     count,
     seqlen_k,
     BLOCK_N: tl.constexpr,
-    MODULATION: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
     """States of both populations and smallest score over `count` listed tiles of BLOCK_N keys, a
-    box of fewer at a time, in which the keys may end.
+    box of fewer at a time; where the keys end within a tile, it is among them.
     """
     keys, values, first_row = source
     BOX: tl.constexpr = keys.block_shape[0]
@@ -123,13 +122,16 @@ def _attend_mixed(
     for place in tl.range(0, count * (BLOCK_N // BOX), warp_specialize=True, num_stages=2):
         first = tl.load(tiles + place // (BLOCK_N // BOX)) * BLOCK_N
         first += place % (BLOCK_N // BOX) * BOX
-        exist = first + tl.arange(0, BOX) < seqlen_k
+        exist = first + tl.arange(0, BOX) < (seqlen_k if ENDS else first + BOX)
         words = tl.load(key_words + first + tl.arange(0, BOX), mask=exist, other=0)
         raw = tl.dot(rows, keys.load([first_row + first, 0]).T)
         meets = (row_words[:, None] & words[None, :]) != 0
         inside = tl.where(meets, raw, float("-inf"))
-        outside = tl.where(meets | ~exist[None, :], float("-inf"), raw)
-        low = tl.minimum(low, tl.min(tl.where(exist[None, :], raw, float("inf")), 1))
+        outside = tl.where(meets, float("-inf"), raw)
+        if ENDS:
+            outside = tl.where(exist[None, :], outside, float("-inf"))
+            raw = tl.where(exist[None, :], raw, float("inf"))
+        low = tl.minimum(low, tl.min(raw, 1))
         own = values.load([first_row + first, 0])
         in_max, in_sum, in_acc = _absorb((in_max, in_sum, in_acc), inside, own, factor)
         out_max, out_sum, out_acc = _absorb((out_max, out_sum, out_acc), outside, own, factor)
@@ -177,6 +179,7 @@ def layout_attention_specialised_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
     """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge."""
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
@@ -204,9 +207,7 @@ def layout_attention_specialised_fwd_kernel(
         at = listed + population * (key_tiles - count)
         if MODULATION == "mask":
             count *= 1 - population
-        state, lower = _attend(
-            rows, factor, (keys, values, first_row), at, count, MODULATION, STAGES
-        )
+        state, lower = _attend(rows, factor, (keys, values, first_row), at, count, STAGES)
         out_max, out_sum, out_acc = state
         matched, others, lowest = _attend_mixed(
             (in_max, in_sum, in_acc),
@@ -220,16 +221,18 @@ def layout_attention_specialised_fwd_kernel(
             population * tl.load(count_at + 1),
             seqlen_k,
             BLOCK_N,
-            MODULATION,
+            ENDS,
         )
         in_max, in_sum, in_acc = matched
         out_max, out_sum, out_acc = others
         low = tl.minimum(low, tl.minimum(lower, lowest))
     tokens = _tokens_again(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     c = load_numbers(strength, batch, head, tokens, exist)
-    tops = (in_max, in_sum, out_max, out_sum, low)
+    if MODULATION != "range":
+        low = -least
     if MODULATION == "mask":  # what others hold, be it NaN, is not looked at
-        tops = (in_max, in_sum, least, none, low)
+        out_max, out_sum = least, none
+    tops = (in_max, in_sum, out_max, out_sum, low)
     share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, False, MODULATION)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
     merged = in_acc * share_in[:, None]
@@ -253,11 +256,14 @@ def launch(
     index = rows[0].shape[0] * num_heads
     padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
     head_dim, part = constants["HEAD_DIM"], next_power_of_2(constants["HEAD_DIM"])
-    packed = keys[0].new_empty((2, index * padded, head_dim))
-    sizes = {"HEAD_DIM": head_dim, "PART": part, "BLOCK": config.BLOCK_N}
-    packed_rows_kernel[(index * padded // config.BLOCK_N, 2)](
-        keys, values, k_order, packed, num_heads, seqlen_k, padded, **sizes
-    )
+    if k_order is None and padded == seqlen_k and _dense(keys[0]) and _dense(values[0]):
+        packed = [x[0].view(index * seqlen_k, head_dim) for x in (keys, values)]
+    else:
+        packed = keys[0].new_empty((2, index * padded, head_dim))
+        sizes = {"HEAD_DIM": head_dim, "PART": part, "BLOCK": config.BLOCK_N}
+        packed_rows_kernel[(index * padded // config.BLOCK_N, 2)](
+            keys, values, k_order, packed, num_heads, seqlen_k, padded, **sizes
+        )
     boxes = [
         TensorDescriptor(x, list(x.shape), [head_dim, 1], [tokens, part])
         for tokens in (config.BLOCK_N, config.BLOCK_N // 2)
@@ -278,6 +284,12 @@ def launch(
         sm_scale,
         PART=part,
         STAGES=config.num_stages,
+        ENDS=padded != seqlen_k,
         **{name: value for name, value in constants.items() if name in own},
         **config.launch,
     )
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether a tensor map can be of x as it lies in memory."""
+    return x.is_contiguous() and x.data_ptr() % 16 == 0
