@@ -49,6 +49,7 @@ MATRIX = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
+TILED_FORWARD = [f"layout_attention_{kind}fwd_kernel" for kind in ("", "specialised_")]
 SPILLS = 16  # bytes that a backward kernel may spill
 SLOWEST = ("gfx942", "sm_100")  # to compile for, which therefore comes first
 NUMBERS = ("registers", "spills", "shared")
@@ -194,8 +195,8 @@ def faults(row: Row) -> list[str]:
 
 
 def _accepted(row: Row) -> int:
-    """Bytes that the configuration of the tiled forward kernel may spill, by its table."""
-    if row["kernel"] != "layout_attention_fwd_kernel":
+    """Bytes that the configuration of a tiled forward kernel may spill, by its table."""
+    if row["kernel"] not in TILED_FORWARD:
         return 0
     precision = "tf32" if row["tf32"] else "ieee" if row["dtype"] == "float32" else "half"
     kind = row["target"], precision, row["head_dim"], row["seqlen"]

@@ -40,7 +40,7 @@ def compiled_rows(call: kernel_calls.Attention | kernel_calls.Other) -> list[ker
 def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: a tile too large for four warps."""
     monkeypatch.setitem(configs.FORWARD["sm_90"], 64, configs.Config(128, 64, 4, 3))
-    rows = compiled_rows(kernel_calls.Attention("sm_90", "fwd", 64))
+    rows = compiled_rows(kernel_calls.Attention("sm_90", "fwd", 64, seqlen=512))
     assert any("spilled" in fault for row in rows for fault in kernel_table.faults(row))
 
 
@@ -69,8 +69,8 @@ def test_keys_are_fetched_ahead(
     target: str, ordered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No loop of the forward kernel waits for all of its copies, as it does in too few stages."""
-    call = kernel_calls.Attention(target, "fwd", 64, ordered=ordered)
-    table = configs.layout_attention_fwd(target, "half", 64, 4096)
+    call = kernel_calls.Attention(target, "fwd", 64, ordered=ordered, seqlen=512)
+    table = configs.layout_attention_fwd(target, "half", 64, 512)
     waits = []
     for config in (table, replace(table, num_stages=2)):
         monkeypatch.setitem(configs.FORWARD, target, {64: config})
@@ -80,6 +80,19 @@ def test_keys_are_fetched_ahead(
     assert len(waits[0]) == 3
     assert min(waits[0]) >= 2
     assert 0 in waits[1]
+
+
+def test_groups_of_warps_part() -> None:
+    """One fetches tiles of keys, in as many buffers as there are stages, and two weigh them."""
+    with ahead_of_time.compiled("sm_90") as launches:
+        kernel_calls.Attention("sm_90", "fwd", 64)()
+    packed, launch = launches
+    assert (packed.kernel, launch.warps) == ("packed_rows_kernel", 12)
+    loops = model.function_of(launch).inner_loops
+    names = [{instruction.name for instruction in loop} for loop in loops]
+    assert sum("HGMMA" in found for found in names) == 2 * 2
+    assert sum("UTMALDG" in found for found in names) >= 2
+    assert not any({"LDGSTS", "STL", "LDL"} & found for found in names)
 
 
 def test_warp_groups_are_in_the_machine_code() -> None:

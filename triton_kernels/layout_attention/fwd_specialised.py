@@ -228,8 +228,6 @@ def layout_attention_specialised_fwd_kernel(
         low = tl.minimum(low, tl.minimum(lower, lowest))
     tokens = _tokens_again(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     c = load_numbers(strength, batch, head, tokens, exist)
-    if MODULATION != "range":
-        low = -least
     if MODULATION == "mask":  # what others hold, be it NaN, is not looked at
         out_max, out_sum = least, none
     tops = (in_max, in_sum, out_max, out_sum, low)
@@ -255,7 +253,8 @@ def launch(
     num_heads, seqlen_q, seqlen_k, sm_scale = numbers
     index = rows[0].shape[0] * num_heads
     padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
-    head_dim, part = constants["HEAD_DIM"], next_power_of_2(constants["HEAD_DIM"])
+    head_dim = constants["HEAD_DIM"]
+    part = max(16, next_power_of_2(head_dim))
     if k_order is None and padded == seqlen_k and _dense(keys[0]) and _dense(values[0]):
         packed = [x[0].view(index * seqlen_k, head_dim) for x in (keys, values)]
     else:
