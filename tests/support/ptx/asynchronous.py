@@ -61,7 +61,9 @@ class Asynchronous(Encoder):
             return _Row("bulk_wait", mode=mode, numbers=[int(operands[0], 0)])
         if words[:2] == ["prefetch", "tensor"]:
             return _Row("nop")
-        dimensions = next(int(word[0]) for word in words if re.fullmatch("[1-5]d", word))
+        dimensions = next((int(word[0]) for word in words if re.fullmatch("[1-5]d", word)), 0)
+        if words[0] != "tensor":
+            raise ValueError("a copy without a tensor map")
         loads = words.index("global") > min(
             map(words.index, {"shared", "shared::cluster"} & {*words})
         )
@@ -73,7 +75,7 @@ class Asynchronous(Encoder):
         numbers = [*self.address(place), *self.address(name)]
         numbers += self.address(barrier) if loads else (-1, 0)
         parts = split(coordinates.strip("{} "))
-        if len(parts) != dimensions or words[0] != "tensor":
+        if len(parts) != dimensions:
             raise ValueError("operands")
         numbers += [self.value(x) for x in parts]
         return _Row("bulk_load" if loads else "bulk_store", numbers=numbers)

@@ -87,9 +87,11 @@ void Step::wait_phase() {  // [whether it has ended, address, offset, parity or 
     place = uint32_t(address(1, lane));
     Mbarrier& barrier = mbarrier(place, lane);
     uint32_t parity = source(3)[lane] & 1;
-    ended[lane] = (barrier.phase & 1) != parity;
+    // The first look is before the end of a phase, but for one that the warp knows of: nothing says when others arrive.
+    bool again = warp.tried == std::pair(place, parity);
+    ended[lane] = (barrier.phase & 1) != parity && (again || order().knows(warp.index, barrier.complete));
     if (ended[lane]) return order().meet(warp.index, barrier.complete, tick());
-    if (in.op == mbarrier_test_) return;
+    if (in.op == mbarrier_test_ || !again) return;
     if (warp.mbarrier && (warp.mbarrier != place || warp.parity != parity))
       throw Fault("lanes of a warp wait for different phases, which the emulator does not know");
     warp.mbarrier = place;
@@ -101,7 +103,9 @@ void Step::wait_phase() {  // [whether it has ended, address, offset, parity or 
   }
   Bits* to = target(0);
   each([&](int lane) { to[lane] = ended[lane]; });
-  warp.paused |= in.op == mbarrier_test_ && !ended[std::countr_zero(lanes)];
+  int first = std::countr_zero(lanes);
+  warp.paused |= in.op == mbarrier_test_ && !ended[first];
+  warp.tried = ended[first] ? std::pair(uint64_t(0), 0u) : std::pair(place, uint32_t(source(3)[first] & 1));
 }
 
 bool Step::phases() {

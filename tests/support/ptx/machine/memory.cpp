@@ -38,6 +38,12 @@ void Order::meet(int warp, const Clock& known, uint32_t tick) {
   met[warp] = tick;
 }
 
+bool Order::knows(int warp, const Clock& clock) const {
+  for (size_t i = 0; i < clock.size(); ++i)
+    if (clock[i] > seen[warp][i]) return false;
+  return true;
+}
+
 void Order::tell(int warp, uint32_t lanes, uint32_t alive, uint32_t tick, Clock& to) const {
   join(to, seen[warp]);
   for (int lane = 0; lane <= kLanes; ++lane) {
@@ -87,11 +93,6 @@ uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region, in
     if (address >= one.begin) distance = std::min(distance, address - one.end);
   throw Fault("global address is outside of every tensor" +
               (distance < (1 << 30) ? ", " + std::to_string(distance) + " bytes behind one" : std::string()));
-}
-
-bool Memory::ordered(uint32_t tick, int warp, uint8_t lane, const Who& who) const {
-  if (warp != who.warp) return tick < order.seen[who.warp][warp];
-  return lane == who.lane || tick == who.tick || tick < order.own[warp];
 }
 
 uint64_t Memory::offset_of(const Region& region, const uint8_t* at) const {

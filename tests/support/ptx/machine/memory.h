@@ -75,6 +75,7 @@ struct Order {
   explicit Order(int warps) : seen(warps, Clock(warps)), own(warps), met(warps), proxy_fence(warps), touched(warps) {}
   int add_agent();
   void meet(int warp, const Clock& known, uint32_t tick);
+  bool knows(int warp, const Clock& clock) const;
   // What a warp, or some of its lanes, have done and know, as they tell it.
   void tell(int warp, uint32_t lanes, uint32_t alive, uint32_t tick, Clock& to) const;
 };
@@ -106,7 +107,10 @@ class Memory {
   void refuse_unready(const Cell& cell, const Who& who, uint32_t issued) const;  // of a read by the async proxy
   void note_read(Region& region, Cell& cell, uint64_t address, const Who& who);
   void set(const Region& region, Cell& cell, const Who& who);
-  bool ordered(uint32_t tick, int other_warp, uint8_t other_lane, const Who& who) const;
+  bool ordered(uint32_t tick, int warp, uint8_t lane, const Who& who) const {
+    if (warp != who.warp) return tick < order.seen[who.warp][warp];
+    return lane == who.lane || tick == who.tick || tick < order.own[warp];
+  }
   uint64_t offset_of(const Region& region, const uint8_t* at) const;
   std::vector<Region> storages_;
   Region shared_region_;

@@ -249,17 +249,18 @@ std::string Machine::where() const {
 
 }  // namespace ptx
 
+#define PTX_DOOR extern "C" __attribute__((visibility("default")))
 #define PTX_NAME(name) #name ","
-extern "C" const char* ptx_names(int which) {
+PTX_DOOR const char* ptx_names(int which) {
   const char* names[] = {PTX_OPS(PTX_NAME),   PTX_TYPES(PTX_NAME),  PTX_MODES(PTX_NAME),
                          PTX_FLAGS(PTX_NAME), PTX_SPACES(PTX_NAME), ptx::kSpecials};
   return names[which];
 }
 
 // The line of the fault, 0 without one; its text goes into `message`.
-extern "C" int ptx_run(const ptx::Instruction* code, const int32_t* operands, const uint64_t* constants,
-                       const uint8_t* params, const uint64_t* storages, const ptx::Options* options, char* message,
-                       int room, uint64_t* executed) {
+PTX_DOOR int ptx_run(const ptx::Instruction* code, const int32_t* operands, const uint64_t* constants,
+                     const uint8_t* params, const uint64_t* storages, const ptx::Options* options, char* message,
+                     int room, uint64_t* executed) {
   try {
     ptx::Machine machine(code, operands, constants, params, storages, *options);
     int line = 0;

@@ -87,13 +87,14 @@ struct Warp {
   std::map<int, std::array<float, kLanes>> accumulators;  // of products on their way
   uint32_t register_fence = 0;                            // tick of the last wgmma.fence
   uint32_t exited = 0;
-  int barrier = -1, expected = 0;   // the one it waits at, and for how many warps
-  bool paused = false;              // others are to run before it goes on
-  uint64_t mbarrier = 0;            // where it waits for the end of a phase, 0 for nowhere
-  uint32_t parity = 0;              // of that phase
-  int quota = 0, asked = 0;         // registers of a thread, and those that it waits for
-  std::map<int, Stores> stores;     // by lanes
-  const Instruction* at = nullptr;  // the last one that it ran
+  int barrier = -1, expected = 0;             // the one it waits at, and for how many warps
+  bool paused = false;                        // others are to run before it goes on
+  uint64_t mbarrier = 0;                      // where it waits for the end of a phase, 0 for nowhere
+  uint32_t parity = 0;                        // of that phase
+  std::pair<uint64_t, uint32_t> tried{0, 0};  // the barrier and parity that it has waited for in vain
+  int quota = 0, asked = 0;                   // registers of a thread, and those that it waits for
+  std::map<int, Stores> stores;               // by lanes
+  const Instruction* at = nullptr;            // the last one that it ran
   bool done = false;
 };
 
