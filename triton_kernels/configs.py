@@ -73,7 +73,7 @@ FORWARD: Table = {
         256: Config(64, 32, 8, 3, parks=True, spills=128),
     },
     "sm_100": {
-        96: Config(128, 64, 8, 3),
+        96: Config(128, 64, 8, 3, spills=56),
         160: Config(128, 32, 8, 3, parks=True),
         256: Config(64, 32, 8, 3, parks=True),
     },
