@@ -74,8 +74,8 @@ FORWARD: Table = {
     },
     "sm_100": {
         96: Config(128, 64, 8, 3, spills=56),
-        160: Config(128, 32, 8, 3, parks=True),
-        256: Config(64, 32, 8, 3, parks=True),
+        160: Config(128, 32, 8, 3, parks=True, spills=160),
+        256: Config(64, 32, 8, 3, parks=True, spills=8),
     },
     "gfx942": {
         64: Config(128, 64, 4, 1),
