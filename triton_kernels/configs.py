@@ -2,7 +2,7 @@
 
 No row has been timed: each is the largest of the tiles tried that ahead-of-time compilation (Triton
 3.9, 3.6, `range`, tokens in an order, the most registers a call can need) keeps within the
-registers and the shared memory.
+registers and the shared memory, or that the counts of its instructions speak for.
 """
 
 from __future__ import annotations
@@ -52,27 +52,32 @@ GRAIN = 8  # elements: 16 bytes, the widest load, in the narrowest dtype
 ROW_KEYS = 128
 INTERPRETED = Config(64, 32, 1, 1)  # small, so that small cases have several tiles of every kind
 
+# Both states of a tile in doubt fill the registers, so what waits for the end of the kernel spills:
+# once a program, where a smaller tile would cost every round. `spills` bounds it, by both Tritons.
+# Three stages keep keys two tiles ahead.
 FORWARD: Table = {
     # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps
     # within.
     "sm_80": {
         64: Config(128, 64, 8, 3, spills=32),
         96: Config(128, 32, 8, 3, parks=True),
-        128: Config(128, 32, 8, 3, parks=True, spills=184),
-        160: Config(64, 16, 8, 2, parks=True),  # 32 keys, 56
-        256: Config(64, 16, 8, 2, parks=True),  # 32 keys, 8 by Triton 3.6
+        # 5,700 instructions of a processor for 128 by 64 scores; 64 by 64, whose eight warps have
+        # no 16 rows each, 12,100.
+        128: Config(128, 32, 8, 3, parks=True, spills=120),
+        160: Config(64, 16, 4, 3, parks=True, spills=264),  # 128 rows leave 99 KB
+        256: Config(32, 32, 4, 3, parks=True, spills=576),  # 64 rows, in eight warps, 1,432 bytes
     },
     "sm_90": {
-        64: Config(128, 64, 8, 3, spills=40),
-        96: Config(128, 64, 8, 3, spills=100),
-        128: Config(128, 64, 8, 3, parks=True, spills=112),
-        160: Config(128, 32, 8, 2, parks=True),  # 64 keys spill 32 bytes
-        256: Config(64, 32, 8, 2, parks=True),  # 64 keys spill 64 bytes
+        64: Config(128, 64, 8, 3, spills=48),
+        96: Config(128, 64, 8, 3, spills=120),
+        128: Config(128, 64, 8, 3, parks=True, spills=112),  # 32 keys: 1,190 cycles, not 870
+        160: Config(128, 32, 8, 3, parks=True, spills=136),
+        256: Config(64, 32, 8, 3, parks=True, spills=128),
     },
     "sm_100": {
-        96: Config(128, 64, 8, 3),
-        160: Config(128, 64, 8, 2, parks=True),
-        256: Config(64, 64, 8, 2, parks=True),
+        96: Config(128, 64, 8, 3, spills=56),
+        160: Config(128, 32, 8, 3, parks=True, spills=160),
+        256: Config(64, 32, 8, 3, parks=True, spills=8),
     },
     "gfx942": {
         64: Config(128, 64, 4, 1),
@@ -139,13 +144,13 @@ BACKWARD_KV: Table = {  # the same; a tile of keys stays, so many keys read quer
 # each.
 TF32_FORWARD: Table = {
     "sm_80": {
-        64: Config(128, 32, 8, 2),
+        64: Config(128, 32, 8, 3),
         128: Config(64, 32, 8, 1, parks=True),
         256: Config(32, 16, 8, 1, parks=True),
     },
     "sm_90": {
-        64: Config(128, 64, 8, 2),
-        128: Config(128, 32, 8, 2, parks=True),
+        64: Config(128, 64, 8, 3, spills=16),
+        128: Config(128, 32, 8, 3, parks=True),
         256: Config(32, 16, 8, 1, parks=True),
     },
     "sm_100": {
@@ -158,7 +163,7 @@ TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Con
 TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for
 # every architecture.
-_FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
+_FLOAT32 = {64: Config(32, 16, 8, 1, parks=True, spills=272), 256: Config(16, 16, 8, 1, parks=True)}
 # Four warps spill 32 bytes on sm_90.
 _FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 FLOAT32: Table = {

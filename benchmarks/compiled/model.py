@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dense_attn.triton_kernels import configs
+
 from . import counts, plain_attention, sass
 from .ahead_of_time import Launch, compiled, inspect
 from .kernel_calls import BATCH, HEADS, Attention, Other
@@ -57,7 +59,10 @@ def plain(target: str, kernel: str, head_dim: int, dtype: str, precision: str, t
             tensors = rows, rows, rows, rows, numbers, numbers
             plain_attention.attention_bwd_kv(*tensors, 1.0, tile, precision)
         else:
-            plain_attention.attention_fwd(rows, rows, rows, 1.0, tile, precision)
+            whole = 0
+            if kernel in ("fwd", SPECIALISED) and dtype != "float32":
+                whole = configs.undivided(target, "half")
+            plain_attention.attention_fwd(rows, rows, rows, 1.0, tile, precision, whole)
     (launch,) = launches
     numbers = {name: getattr(launch, name) for name in ("registers", "spills", "shared")}
     # Few keys are one tile, which stands behind the loop.

@@ -63,15 +63,14 @@ def _attend(
     """
     tiles, count, plain = listed
     exist, places = tl.full([BLOCK_N], True, tl.int1), tl.arange(0, BLOCK_N)
-    tile, soon = _tile(tiles, count > 0), _tile(tiles + 1, count > 1)
-    tile, soon = tl.where(plain, 0, tile), tl.where(plain, 1, soon)
+    tile, soon = _tile(tiles, 0, count, plain), _tile(tiles + 1, 1, count, plain)
     tokens = tokens_of_tile(source, tile, tl.where(count > 0, places, 0), BLOCK_N)
     for place in range(count):
         # Tokens are known a round before their keys are fetched, and the tile two rounds before:
         # the compiler fetches ahead only what waits for no other load of the same round.
         here, tokens = tokens, tokens_of_tile(source, soon, places, BLOCK_N)
         tiles += 1
-        soon = tl.where(plain, place + 2, _tile(tiles + 1, place < count - 2))
+        soon = _tile(tiles + 1, place + 2, count, plain)
         keys = rows_of(source[0], here, exist, PART_0, PART_1, HEAD_DIM)
         raw = products(query[0], keys, PART_1, PRECISION)
         low = lower(low, raw, MODULATION)
@@ -99,7 +98,7 @@ def _attend_mixed(
     """
     tiles, count, plain = listed
     exist, places = tl.full([BLOCK_N], True, tl.int1), tl.arange(0, BLOCK_N)
-    tile, soon = _tile(tiles, count > 0), _tile(tiles + 1, count > 1)
+    tile, soon = _tile(tiles, 0, count, False), _tile(tiles + 1, 1, count, False)
     tokens = tokens_of_tile(source, tile, tl.where(count > 0, places, 0), BLOCK_N)
     for place in range(count):
         here, tokens = tokens, tokens_of_tile(source, soon, places, BLOCK_N)
@@ -107,7 +106,8 @@ def _attend_mixed(
         keys = (here, words, exist)
         tiles += 1
         # Loaded twice, since a value carried over two rounds keeps a loop from being pipelined.
-        tile, soon = _tile(tiles, place < count - 1), _tile(tiles + 1, place < count - 2)
+        tile = _tile(tiles, place + 1, count, False)
+        soon = _tile(tiles + 1, place + 2, count, False)
         states, low = visit_mixed(
             states, low, query, source, keys, False, MODULATION, PART_0, PART_1, HEAD_DIM, PRECISION
         )
@@ -125,9 +125,10 @@ def _attend_mixed(
 
 
 @triton.jit
-def _tile(at, exists):
-    """A tile of a list, or 0."""
-    return tl.load(at, mask=exists, other=0)
+def _tile(at, place, count, plain):
+    """The tile at a place of a list, the place itself where all are plain; 0 behind the end."""
+    tile = tl.load(at, mask=place < count, other=0)
+    return tl.where(plain, tl.where(place < count, place, 0), tile)
 
 
 @triton.jit
