@@ -74,6 +74,8 @@ def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
     """The table's configuration, then those that differ in one field, then in two: half and double
     tiles, other warps, up to 5 stages, and what is done or not. Fixed fields stay.
     """
+    if table.specialised:  # other tiles do not part into groups of warps
+        return [table, replace(table, num_stages=table.num_stages + 1)]
     other: dict[str, list[int | bool]] = {}
     for field in fields(table):
         now = getattr(table, field.name)
@@ -83,7 +85,7 @@ def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
             values = [not now]
         else:
             values = _VALUES.get(field.name, [])
-        if field.name not in fixed:
+        if field.name not in (*fixed, "specialised"):
             other[field.name] = [value for value in values if value != now]
     names = sorted(other, key=lambda name: name != "num_stages")  # they matter most
     changes = [(name,) for name in names] + list(combinations(names, 2))

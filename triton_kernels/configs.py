@@ -2,7 +2,7 @@
 
 No row has been timed: each is the largest of the tiles tried that ahead-of-time compilation (Triton
 3.9, 3.6, `range`, tokens in an order, the most registers a call can need) keeps within the
-registers and the shared memory.
+registers and the shared memory, or that the counts of its instructions speak for.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ class Config:
     num_stages: int
     # The first phase's accumulator waits in memory: registers would not hold both.
     parks: bool = False
+    # Groups of warps that fetch and that weigh, by `fwd_specialised`.
+    specialised: bool = False
+    # Bytes a thread that may wait in local memory, for the reason beside the row.
+    spills: int = 0
 
     @cached_property
     def options(self) -> dict[str, int | bool]:
@@ -50,26 +54,32 @@ ROW_TILES = (16, 32, 64, 80, 96, 128)
 ROW_KEYS = ROW_TILES[-1]
 INTERPRETED = Config(64, 32, 1, 1)  # small, so that small cases have several tiles of every kind
 
+# Both states of a tile in doubt fill the registers, so what waits for the end of the kernel spills:
+# once a program, where a smaller tile would cost every round. `spills` bounds it, by both Tritons.
+# Three stages keep keys two tiles ahead.
 FORWARD: Table = {
     # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps
     # within.
     "sm_80": {
-        80: Config(128, 64, 8, 2, parks=True),  # unparked, 32 bytes at 64 columns
-        96: Config(128, 32, 8, 2, parks=True),  # 64 keys, 24
-        128: Config(64, 64, 8, 2, parks=True),  # 128 rows of 32 keys, 8 by Triton 3.6
-        160: Config(64, 16, 8, 2, parks=True),  # 32 keys, 56
-        256: Config(64, 16, 8, 2, parks=True),  # 32 keys, 8 by Triton 3.6
+        64: Config(128, 64, 8, 3, spills=32),
+        96: Config(128, 32, 8, 3, parks=True),
+        # 5,700 instructions of a processor for 128 by 64 scores; 64 by 64, whose eight warps have
+        # no 16 rows each, 12,100.
+        128: Config(128, 32, 8, 3, parks=True, spills=120),
+        160: Config(64, 16, 4, 3, parks=True, spills=264),  # 128 rows leave 99 KB
+        256: Config(32, 32, 4, 3, parks=True, spills=576),  # 64 rows, in eight warps, 1,432 bytes
     },
     "sm_90": {
-        96: Config(128, 64, 8, 3),  # four warps spill 336 bytes at 64 columns
-        128: Config(128, 64, 8, 2, parks=True),  # unparked, 32 bytes
-        160: Config(128, 32, 8, 2, parks=True),  # 64 keys spill 32 bytes
-        256: Config(64, 32, 8, 2, parks=True),  # 64 keys spill 64 bytes
+        64: Config(128, 64, 8, 3, spills=48),
+        96: Config(128, 64, 8, 3, spills=120),
+        128: Config(128, 64, 8, 3, parks=True, spills=112),  # 32 keys: 1,190 cycles, not 870
+        160: Config(128, 32, 8, 3, parks=True, spills=136),
+        256: Config(64, 32, 8, 3, parks=True, spills=128),
     },
     "sm_100": {
-        96: Config(128, 64, 8, 3),
-        160: Config(128, 64, 8, 2, parks=True),
-        256: Config(64, 64, 8, 2, parks=True),
+        96: Config(128, 64, 8, 3, spills=56),
+        160: Config(128, 32, 8, 3, parks=True, spills=160),
+        256: Config(64, 32, 8, 3, parks=True, spills=8),
     },
     "gfx942": {
         64: Config(128, 64, 4, 1),
@@ -77,6 +87,15 @@ FORWARD: Table = {
         256: Config(64, 32, 4, 1, parks=True),
     },
 }
+# Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
+# warp and 64 keys at 64 columns: 252, in tiles of both populations 646 (251 and 723 by Triton 3.6),
+# where FORWARD's take 327 and plain attention 310 (296). At 128 columns the two states that stay in
+# registers spill 760 bytes. What spills is stored before the loops and loaded behind them.
+SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spills=32)}}
+PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
+# Up to here a head dim is one part in FORWARD's kernel. Tiles of 64 keys at 40 columns: 327
+# instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
+UNDIVIDED = {"sm_90": 64}
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.
 ROW_FORWARD: Table = {
@@ -134,13 +153,13 @@ BACKWARD_KV: Table = {
 # each.
 TF32_FORWARD: Table = {
     "sm_80": {
-        64: Config(128, 32, 8, 2),
+        64: Config(128, 32, 8, 3),
         128: Config(64, 32, 8, 1, parks=True),
         256: Config(32, 16, 8, 1, parks=True),
     },
     "sm_90": {
-        64: Config(128, 64, 8, 2),
-        128: Config(128, 32, 8, 2, parks=True),
+        64: Config(128, 64, 8, 3, spills=16),
+        128: Config(128, 32, 8, 3, parks=True),
         256: Config(32, 16, 8, 1, parks=True),
     },
     "sm_100": {
@@ -153,7 +172,7 @@ TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Con
 TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for
 # every architecture.
-_FLOAT32 = {64: Config(32, 16, 8, 1, parks=True), 256: Config(16, 16, 8, 1, parks=True)}
+_FLOAT32 = {64: Config(32, 16, 8, 1, parks=True, spills=272), 256: Config(16, 16, 8, 1, parks=True)}
 # Four warps spill 32 bytes on sm_90.
 _FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 FLOAT32: Table = {
@@ -193,7 +212,11 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
     elif precision == "half" and head_dim % GRAIN:
         config = UNALIGNED_ROW.get(architecture, UNALIGNED_ROW["sm_80"]) if row else UNALIGNED
     elif precision == "half":
-        config = _pick((ROW_FORWARD if row else FORWARD)[architecture], head_dim)
+        table = ROW_FORWARD if row else FORWARD
+        specialised = SPECIALISED.get(architecture, {})
+        if seqlen_k >= PACKED_KEYS and head_dim <= max(specialised, default=0):
+            table = SPECIALISED
+        config = _pick(table[architecture], head_dim)
     else:
         config = _pick(
             (TF32_FORWARD if precision == "tf32" and not row else FLOAT32)[architecture], head_dim
@@ -288,13 +311,20 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def head_parts(head_dim: int) -> tuple[int, int]:
+def undivided(architecture: str, precision: str) -> int:
+    """The largest head dim that is one part in the tiled forward kernel, whatever it is."""
+    return UNDIVIDED.get(architecture, 0) if precision == "half" else 0
+
+
+def head_parts(head_dim: int, undivided: int = 0) -> tuple[int, int]:
     """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
     least.
 
     256 is two parts as well: the merge of both phases then holds half of each accumulator at a
-    time.
+    time. Up to `undivided` there is one.
     """
+    if head_dim <= undivided:
+        return max(16, next_power_of_2(head_dim)), 0
     if head_dim > 192:
         return 128, 128
     first = max(16, 1 << (head_dim.bit_length() - 1))

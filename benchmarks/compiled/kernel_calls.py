@@ -188,6 +188,8 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
     by_kernel = {"fwd": configs.FORWARD, "row_fwd": configs.ROW_FORWARD}
     by_kernel |= {"bwd_q": configs.BACKWARD_Q, "bwd_kv": configs.BACKWARD_KV}
     found = {}
+    for target, rows in configs.SPECIALISED.items():
+        found["specialised_fwd", target, "half"] = rows
     for target in TARGETS:
         for kernel, by_target in by_kernel.items():
             exact = configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32
@@ -205,7 +207,7 @@ def each_configuration() -> Iterator[Attention | Other]:
     """Calls that reach every row of `configs` on every target at its largest head dim."""
     kinds = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}
     for (kernel, target, precision), rows in tables().items():
-        which = kernel.removesuffix("_q").removesuffix("_kv")
+        which = kernel.removesuffix("_q").removesuffix("_kv").removeprefix("specialised_")
         yield from (Attention(target, which, d, **kinds[precision]) for d in rows)
         if which != "bwd":  # half tiles, where whole ones leave processors idle
             few = kinds[precision] | {"seqlen": FEW}

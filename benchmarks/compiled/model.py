@@ -21,6 +21,8 @@ from .plain_attention import Tile
 Facts = dict[str, Any]
 MODELLED = tuple(counts.RATES)  # tcgen05's shapes are not in the code of sm_100
 PREFIX = "layout_attention_"
+SPECIALISED = "specialised_fwd"
+GROUPS, GROUP = 2, 4  # that weigh, and warps of each
 empty = partial(torch.empty, device="meta")
 
 
@@ -41,7 +43,10 @@ def of_launch(call: Attention | Other, launch: Launch) -> Facts:
         found["waves"] = waves(call.target, kernel, *numbers)
     if call.target in MODELLED and call.head_dim % plain_attention.GRAIN == 0:
         kind = call.target, kernel, call.head_dim, call.dtype, "tf32" if call.tf32 else "ieee"
-        found["plain"] = plain(*kind, Tile(*tile, launch.warps, launch.stages))
+        yardstick = Tile(*tile, launch.warps, launch.stages)
+        if kernel == SPECIALISED:  # the fastest tile of those that every warp fetches
+            yardstick = Tile(128, 64, 8, 3)
+        found["plain"] = plain(*kind, yardstick)
     return found
 
 
@@ -58,7 +63,10 @@ def plain(target: str, kernel: str, head_dim: int, dtype: str, precision: str, t
             tensors = rows, rows, rows, rows, numbers, numbers
             plain_attention.attention_bwd_kv(*tensors, 1.0, tile, precision)
         else:
-            plain_attention.attention_fwd(rows, rows, rows, 1.0, tile, precision)
+            whole = 0
+            if kernel in ("fwd", SPECIALISED) and dtype != "float32":
+                whole = configs.undivided(target, "half")
+            plain_attention.attention_fwd(rows, rows, rows, 1.0, tile, precision, whole)
     (launch,) = launches
     numbers = {name: getattr(launch, name) for name in ("registers", "spills", "shared")}
     # Few keys are one tile, which stands behind the loop.
@@ -76,10 +84,13 @@ def _facts(
     if target in MODELLED:
         function = function_of(launch)
         loops = [] if outside else function.inner_loops
-        scores = tile[0] * tile[1] if tile else counts.SCORES
-        bodies = loops or [function.straight]
+        scores, warps = tile[0] * tile[1] if tile else counts.SCORES, launch.warps
+        bodies = [(body, scores) for body in loops or [function.straight]]
         found["loops"] = len(loops)
-        found["bodies"] = [_body(body, target, launch.warps, scores) for body in bodies]
+        if SPECIALISED in launch.kernel:  # of one of the groups that weigh: tiles, and half ones
+            whole, mixed = [body for body in loops if counts.tensor(body)][:2]
+            bodies, warps = [(whole, scores), (mixed, scores // 2)], GROUPS * GROUP
+        found["bodies"] = [_body(body, target, warps, size) for body, size in bodies]
     return found
 
 

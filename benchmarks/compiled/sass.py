@@ -111,9 +111,9 @@ class Function:
         return [[x for block in sorted(loop) for x in self.blocks[block]] for loop in inner]
 
     def _waits(self, loop: frozenset[int]) -> bool:
-        """Whether a loop asks a barrier in shared memory again and again."""
+        """Whether a loop asks a barrier in shared memory, or for registers, again and again."""
         names = {instruction.name for block in loop for instruction in self.blocks[block]}
-        return names <= {"SYNCS", "BRA", "NANOSLEEP", "NOP"}
+        return names <= {"SYNCS", "USETMAXREG", "BRA", "NANOSLEEP", "NOP", "IMAD", "PLOP3"}
 
 
 def parse(text: str) -> list[Function]:

@@ -68,7 +68,11 @@ def trials(dry: bool = False) -> list[Trial]:
 
 
 def forward(table: Config) -> list[Config]:
-    """The table's configuration, its stages, its parking turned, other tiles at several stages."""
+    """The table's configuration, its stages, its parking turned, other tiles at several stages;
+    where it is specialised, the ordinary kernel's after its own.
+    """
+    if table.specialised:
+        return [table, replace(table, num_stages=3), *forward(Config(128, 64, 8, 3))]
     turned = replace(table, parks=not table.parks)
     around = [
         replace(table, BLOCK_M=rows, BLOCK_N=keys, num_warps=warps, num_stages=stages)

@@ -30,6 +30,12 @@ from dense_attn._backends import contract
 KERNELS = backends("cpu", "triton", "cuda")
 # Keys that Triton's kernels take as one tile, of exact float32 on a GPU.
 ROW_KEYS, FLOAT32_ROW_KEYS = 128, 32
+# Cases whose heads the warp-specialised kernel takes, and branches of it.
+SPECIALISED = (
+    *("head-dim-40", "ordered-in-runs", "ordered-per-sample", "every-other-token", "negated"),
+    *("some-rows-in-no-region", "bit-31", "strength-1.0", "strength-1.8", "strength--0.5"),
+    *("equal-scores", "nan-in-q", "nan-in-k", "inf-in-q", "inf-in-k"),
+)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -146,6 +152,8 @@ def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
     most = ROW_KEYS if dtype != torch.float32 or INTERPRETED else FLOAT32_ROW_KEYS
     row = ("row",) * (case.size[3] <= most)
     forms = (*row, "phases", *("parked",) * (case.name in ("head-dim-80", "head-dim-128")))
+    if case.name in SPECIALISED and (INTERPRETED or dtype != torch.float32):
+        forms += ("specialised",)
     if INTERPRETED and case.name in INTERPRETED_ONCE and not case.name.startswith("head-dim"):
         return forms[INTERPRETED_ONCE.index(case.name) % len(forms) :][:1]  # either, in turns
     return forms
@@ -153,9 +161,13 @@ def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
 
 def _use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the calls of a test take a form."""
-    if form in ("phases", "parked"):
+    if form in ("phases", "parked", "specialised"):
         from dense_attn.triton_kernels import configs
 
+        if form == "specialised":
+            monkeypatch.setattr(configs, "PACKED_KEYS", 0)
+            interpreted = replace(configs.INTERPRETED, specialised=True)
+            monkeypatch.setattr(configs, "INTERPRETED", interpreted)
         choose = configs.layout_attention_fwd
         parks = form == "parked"
         monkeypatch.setattr(configs, "ROW_KEYS", 0)

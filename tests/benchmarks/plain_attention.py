@@ -80,7 +80,9 @@ def test_what_does_not_exist_weighs_nothing() -> None:
 
 def test_parts_are_those_of_layout_attention() -> None:
     for head_dim in range(8, 257, 8):
-        assert plain_attention.head_parts(head_dim) == configs.head_parts(head_dim)
+        for undivided in (0, *configs.UNDIVIDED.values()):
+            parts = configs.head_parts(head_dim, undivided)
+            assert plain_attention.head_parts(head_dim, undivided) == parts
 
 
 def test_refusals() -> None:

@@ -44,8 +44,8 @@ def compiled_rows(call: kernel_calls.Attention | kernel_calls.Other) -> list[ker
 
 def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: a tile too large for four warps."""
-    monkeypatch.setitem(configs.FORWARD["sm_90"], 96, configs.Config(128, 64, 4, 3))
-    rows = compiled_rows(kernel_calls.Attention("sm_90", "fwd", 64))
+    monkeypatch.setitem(configs.FORWARD["sm_90"], 64, configs.Config(128, 64, 4, 3))
+    rows = compiled_rows(kernel_calls.Attention("sm_90", "fwd", 64, seqlen=512))
     assert any("spilled" in fault for row in rows for fault in kernel_table.faults(row))
 
 
@@ -59,6 +59,47 @@ def test_fusion_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reversible.LAUNCH, "enable_fp_fusion", True)
     rows = compiled_rows(kernel_calls.Other("sm_90", "reversible"))
     assert any("fused multiply-adds" in fault for row in rows for fault in kernel_table.faults(row))
+
+
+def waits_in_loops(assembly: str) -> list[int]:
+    """Groups of copies that waits inside of loops leave in flight."""
+    loops = re.finditer(r"(?ms)^(\$L__BB0_\d+):.*?\bbra\s+\1;", assembly)
+    waits = (re.findall(r"cp\.async\.wait_group\D*(\d+);", loop.group()) for loop in loops)
+    return [int(left) for found in waits for left in found]
+
+
+def forward_waits(target: str, ordered: bool) -> list[int]:
+    with ahead_of_time.compiled(target) as launches:
+        kernel_calls.Attention(target, "fwd", 64, ordered=ordered, seqlen=512)()
+    return waits_in_loops(launches[-1].assembly)
+
+
+@pytest.mark.parametrize(
+    ("target", "ordered"), [("sm_80", True), ("sm_90", True), ("sm_90", False), ("sm_100", True)]
+)
+def test_keys_are_fetched_two_tiles_ahead(target: str, ordered: bool) -> None:
+    """Keys and values are two groups of copies a tile; no loop waits for all of its copies."""
+    assert min(forward_waits(target, ordered)) >= 2
+
+
+def test_too_few_stages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control."""
+    table = configs.FORWARD["sm_90"]
+    monkeypatch.setitem(table, 64, replace(table[64], num_stages=2))
+    assert min(forward_waits("sm_90", True)) == 0
+
+
+def test_groups_of_warps_part() -> None:
+    """One fetches tiles of keys, in as many buffers as there are stages, and two weigh them."""
+    with ahead_of_time.compiled("sm_90") as launches:
+        kernel_calls.Attention("sm_90", "fwd", 64)()
+    packed, launch = launches
+    assert (packed.kernel, launch.warps) == ("packed_rows_kernel", 12)
+    loops = model.function_of(launch).inner_loops
+    names = [{instruction.name for instruction in loop} for loop in loops]
+    assert sum("HGMMA" in found for found in names) == 2 * 2
+    assert sum("UTMALDG" in found for found in names) >= 2
+    assert not any({"LDGSTS", "STL", "LDL"} & found for found in names)
 
 
 def test_warp_groups_are_in_the_machine_code() -> None:

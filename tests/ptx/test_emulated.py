@@ -20,6 +20,7 @@ ATTENTION = (  # each compiles three to five kernels
     "row-head-dim-128-float16-mask",
     "phases-long-in-runs-bfloat16-range",
     "parked-head-dim-128-bfloat16-range",
+    "specialised-ordered-in-runs-float16-range",
     *(["phases-real-layout-float32-bias"] if REAL_LAYOUTS.exists() else []),
 )
 OTHERS = (

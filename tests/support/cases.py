@@ -140,6 +140,8 @@ CASES = (
     # Tiles whose pairs all meet, none of them, and some.
     Case("long-in-runs", (1, 1, 1024, 700, 40), "runs", ordered=True, modulations=ONLY_RANGE),
     Case("ordered-per-sample", words="per-sample", ordered=True),
+    # All keys count as matched, in whole tiles up to the last key.
+    Case("ordered-without-strength", (1, 2, 50, 128, 40), strength=0.0, ordered=True),
     Case("gradient-of-out-alone", through="out", core=True),
     Case("gradient-of-lse-alone", through="lse"),
     Case("gradient-of-a-sum", view="expanded-gradient"),

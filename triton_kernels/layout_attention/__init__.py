@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
+from dense_attn.triton_kernels.layout_attention import fwd_specialised
 from dense_attn.triton_kernels.layout_attention.arguments import numbers_of, rows_of, tokens_of
 from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
 from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
@@ -47,24 +48,29 @@ def layout_attention_fwd(
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
     if config is None:
         config = fwd_config(q, k, q_order is not None or k_order is not None)
-    precision = configs.precision(q)
     results = rows_of(out), lse if with_lse else None, stats if with_stats else None
     numbers = num_heads, seqlen_q, seqlen_k, abs(scale)
-    constants = _constants(q.shape[3], modulation, scale < 0, precision)
+    kind = configs.architecture(q.device), configs.precision(q)
+    row = lists is None and configs.row_at_once(*kind, seqlen_k)
+    undivided = 0 if row else configs.undivided(*kind)
+    constants = _constants(q.shape[3], modulation, scale < 0, kind[1], undivided)
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs = rows_of(q), rows_of(k), rows_of(v), tokens_of(q_regions)
     strengths = numbers_of(strength, every_strength)
-    if lists is None and configs.row_at_once(configs.architecture(q.device), precision, seqlen_k):
+    if row:
         tensors = (*inputs, tokens_of(k_regions), strengths, *results)
         layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
         return out, lse, stats
     if lists is None:
         lists = tile_lists(q_regions, k_regions, q_order, k_order, config.BLOCK_M, config.BLOCK_N)
+    visits = (tokens_of(q_order), tokens_of(k_order), strengths, *map(tokens_of, lists))
+    if config.specialised:
+        fwd_specialised.launch(inputs, visits, results, numbers, constants, config)
+        return out, lse, stats
     parked = None
     if config.parks and modulation != "mask":
         columns = constants["PART_0"] + constants["PART_1"]
         parked = q.new_empty((*q.shape[:3], columns), dtype=torch.float32)
-    visits = (tokens_of(q_order), tokens_of(k_order), strengths, *map(tokens_of, lists))
     tensors = (*inputs, *visits, *results, parked)
     layout_attention_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
     return out, lse, stats
@@ -160,9 +166,7 @@ def fwd_config(q: Tensor, k: Tensor, ordered: bool = False) -> configs.Config:
 
 
 def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
-    """The configurations of a backward call: of the pass over query tiles, and of that over key
-    tiles.
-    """
+    """The configurations of a backward call: of the passes over query tiles and over key tiles."""
     by_query, by_key = configs.layout_attention_bwd(
         configs.architecture(q.device), configs.precision(q), q.shape[3]
     )
@@ -235,9 +239,11 @@ def empty_rows_like(q: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _constants(head_dim: int, modulation: str, negate: bool, precision: str) -> dict[str, object]:
+def _constants(
+    head_dim: int, modulation: str, negate: bool, precision: str, undivided: int = 0
+) -> dict[str, object]:
     """The constants that the kernels are compiled for beside the tile."""
-    first, second = configs.head_parts(head_dim)
+    first, second = configs.head_parts(head_dim, undivided)
     return {
         "MODULATION": modulation,
         "NEGATE": negate,

@@ -21,11 +21,11 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
 
 @lru_cache(maxsize=1024)
 def _grains(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, tl.constexpr]:
-    """The strides of [B, H, tokens, ...] as kernels take them."""
+    """The strides of [B, H, tokens, ...] as kernels take them; rows begin within 2**32 grains."""
     batch, num_heads, tokens = shape[:3]
     a, b, c = strides[:3]
     a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
-    if (a | b | c) % configs.GRAIN == 0:  # a power of two
+    if (a | b | c) % configs.GRAIN == 0 and (tokens - 1) * c < configs.GRAIN << 32:
         return a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
     return a, b, c, _ONE
 

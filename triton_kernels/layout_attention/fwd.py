@@ -1,8 +1,9 @@
-"""Layout attention forward: tiles of keys in two phases, one a population.
+"""Layout attention forward: key tiles whose pairs are all matched, then those that hold both
+populations, then those without a match.
 
 Scores stay raw, as <q, k>, until they meet exp2: `factor` carries the temperature, the scale and
-log2(e). A state's anchor is the raw score that weighs most in it: the largest, or the smallest
-under a negative temperature.
+log2(e). The signs of both are in q's rows, so that the score that weighs most, from which exponents
+are measured, is always the largest.
 """
 
 from __future__ import annotations
@@ -10,13 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dense_attn.triton_kernels.layout_attention.fwd_steps import (
+    BY_PRODUCT,
+    BY_THREAD,
+    LEAST_FACTOR,
+    absorb,
+    lower,
+    row_sums,
+    rows_of,
+    shares_of,
+    tokens_of_tile,
+    visit_mixed,
+)
 from dense_attn.triton_kernels.layout_attention.records import store_stats
 from dense_attn.triton_kernels.primitives import (
-    LN_2,
     LOG2_E,
-    add_product,
-    additions,
-    anchor_of,
     head_of,
     load_head,
     load_numbers,
@@ -36,126 +45,118 @@ from dense_attn.triton_kernels.primitives import (
 
 
 @triton.jit
-def _attend_to_all(
-    state,
-    query,
-    source,
-    whole,
-    num_whole,
-    listed,
-    key_tiles,
-    num_mixed,
-    IN: tl.constexpr,
-    MODULATION: tl.constexpr,
-    NEGATE: tl.constexpr,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Online softmax over all keys of one population: tiles that are wholly of it, then those in
-    doubt.
-    """
-    state = _attend(
-        state,
-        query,
-        source,
-        whole,
-        num_whole,
-        IN,
-        False,
-        MODULATION,
-        NEGATE,
-        PART_0,
-        PART_1,
-        HEAD_DIM,
-        BLOCK_N,
-        PRECISION,
-    )
-    return _attend(
-        state,
-        query,
-        source,
-        listed + key_tiles,
-        num_mixed,
-        IN,
-        True,
-        MODULATION,
-        NEGATE,
-        PART_0,
-        PART_1,
-        HEAD_DIM,
-        BLOCK_N,
-        PRECISION,
-    )
-
-
-@triton.jit
 def _attend(
     state,
+    low,
     query,
     source,
-    tiles,
-    count,
-    IN: tl.constexpr,
-    TESTED: tl.constexpr,
+    listed,
     MODULATION: tl.constexpr,
-    NEGATE: tl.constexpr,
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over the keys of one population in `count` listed tiles; every pair of
-    untested tiles is of it.
+    """Online softmax over listed tiles whose pairs are all of one population, or over the first
+    where all are plain.
     """
-    row_max, row_min, row_sum, acc = state
-    q, q_words, factor = query
-    k, v, k_words, k_order, batch, seqlen_k = source
+    tiles, count, plain = listed
+    exist, places = tl.full([BLOCK_N], True, tl.int1), tl.arange(0, BLOCK_N)
+    tile, soon = _tile(tiles, 0, count, plain), _tile(tiles + 1, 1, count, plain)
+    tokens = tokens_of_tile(source, tile, tl.where(count > 0, places, 0), BLOCK_N)
     for place in range(count):
-        first = tl.load(tiles + place) * BLOCK_N
-        tokens, exist = tokens_at(first, k_order, batch, seqlen_k, BLOCK_N)
-        words = None
-        if TESTED:
-            words = tl.load(k_words + first + tl.arange(0, BLOCK_N), mask=exist, other=0)
-        else:  # a tile that the keys end in is tested
-            exist = tl.full([BLOCK_N], True, tl.int1)
-        columns = load_rows(k[0], k[1], tokens, exist, PART_0, PART_1, HEAD_DIM)
-        raw = products(q, columns, PART_1, PRECISION)
-        raw = -raw if NEGATE else raw
-        high, low = raw, raw
-        if TESTED:
-            meets = (q_words[:, None] & words[None, :]) != 0
-            inside = (meets == IN) & exist[None, :]
-            high, low = tl.where(inside, raw, float("-inf")), tl.where(inside, raw, float("inf"))
-        before = anchor_of(row_max, row_min, factor, MODULATION)
-        row_max = tl.maximum(row_max, tl.max(high, 1))
-        if MODULATION == "range":
-            row_min = tl.minimum(row_min, tl.min(low, 1))
-        anchor = anchor_of(row_max, row_min, factor, MODULATION)
-        alpha = tl.where(row_sum == 0, 0.0, tl.exp2((before - anchor) * factor))
-        weights = _weights(raw, anchor, factor, k[0].dtype.element_ty == tl.float32)
-        if TESTED:
-            weights = tl.where(inside, weights, 0.0)
-        row_sum = row_sum * alpha + tl.sum(weights, 1)
-        values = load_rows(v[0], v[1], tokens, exist, PART_0, PART_1, HEAD_DIM)
-        acc = scale_rows(acc, alpha, PART_1)
-        acc = add_product(acc, weights.to(values[0].dtype), values, PART_1, PRECISION)
-    return row_max, row_min, row_sum, acc
+        # Tokens are known a round before their keys are fetched, and the tile two rounds before:
+        # the compiler fetches ahead only what waits for no other load of the same round.
+        here, tokens = tokens, tokens_of_tile(source, soon, places, BLOCK_N)
+        tiles += 1
+        soon = _tile(tiles + 1, place + 2, count, plain)
+        keys = rows_of(source[0], here, exist, PART_0, PART_1, HEAD_DIM)
+        raw = products(query[0], keys, PART_1, PRECISION)
+        low = lower(low, raw, MODULATION)
+        values = rows_of(source[1], here, exist, PART_0, PART_1, HEAD_DIM)
+        state = absorb(state, raw, values, exist, query[2], False, PART_1, PRECISION)
+    return state, low
 
 
 @triton.jit
-def _weights(raw, anchor, factor, EXACT: tl.constexpr):
-    """exp2((raw - anchor)*factor); one fused multiply-add a score unless the difference must not be
-    rounded late.
+def _attend_mixed(
+    states,
+    low,
+    query,
+    source,
+    listed,
+    MODULATION: tl.constexpr,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax of both populations over listed tiles in doubt, and over the tile that the
+    keys end in.
     """
-    if EXACT:
-        exponents = (raw - anchor[:, None]) * factor[:, None]
-    else:
-        exponents = tl.fma(raw, factor[:, None], (-anchor * factor)[:, None])
-    return tl.exp2(exponents)
+    tiles, count, plain = listed
+    exist, places = tl.full([BLOCK_N], True, tl.int1), tl.arange(0, BLOCK_N)
+    tile, soon = _tile(tiles, 0, count, False), _tile(tiles + 1, 1, count, False)
+    tokens = tokens_of_tile(source, tile, tl.where(count > 0, places, 0), BLOCK_N)
+    for place in range(count):
+        here, tokens = tokens, tokens_of_tile(source, soon, places, BLOCK_N)
+        words = tl.load(source[2] + tile * BLOCK_N + places)
+        keys = (here, words, exist)
+        tiles += 1
+        # Loaded twice, since a value carried over two rounds keeps a loop from being pipelined.
+        tile = _tile(tiles, place + 1, count, False)
+        soon = _tile(tiles + 1, place + 2, count, False)
+        states, low = visit_mixed(
+            states, low, query, source, keys, False, MODULATION, PART_0, PART_1, HEAD_DIM, PRECISION
+        )
+    whole, left = source[5] // BLOCK_N, source[5] % BLOCK_N
+    if left > 0:
+        exist, places = places < left, tl.minimum(places, left - 1)
+        words = tl.load(source[2] + whole * BLOCK_N + places)
+        tokens = tokens_of_tile(source, whole, places, BLOCK_N)
+        keys = (tokens, tl.where(plain, -1, words), exist)
+        query = (query[0], tl.where(plain, -1, query[1]), query[2])
+        states, low = visit_mixed(
+            states, low, query, source, keys, True, MODULATION, PART_0, PART_1, HEAD_DIM, PRECISION
+        )
+    return states, low
+
+
+@triton.jit
+def _tile(at, place, count, plain):
+    """The tile at a place of a list, the place itself where all are plain; 0 behind the end."""
+    tile = tl.load(at, mask=place < count, other=0)
+    return tl.where(plain, tl.where(place < count, place, 0), tile)
+
+
+@triton.jit
+def _signed_rows(
+    q,
+    out,
+    batch,
+    head,
+    tokens,
+    exist,
+    turned,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Rows of q, negated where they are turned: by way of the rows of the output, since the matrix
+    unit reads from shared memory only what comes straight from a load.
+    """
+    base, stride = head_of(q, batch, head), row_stride(q)
+    own, own_stride = head_of(out, batch, head), row_stride(out)
+    some = tl.max(turned.to(tl.int32), 0) != 0
+    if some:
+        rows = load_rows(base, stride, tokens, exist, PART_0, PART_1, HEAD_DIM)
+        rows = scale_rows(rows, tl.where(turned, -1.0, 1.0), PART_1)
+        store_rows(own, own_stride, tokens, exist, rows, PART_0, PART_1, HEAD_DIM)
+        tl.debug_barrier()  # what one thread has stored another may fetch
+    base, stride = tl.where(some, own, base), tl.where(some, own_stride, stride)
+    return load_rows(base, stride, tokens, exist, PART_0, PART_1, HEAD_DIM)
 
 
 @triton.jit
@@ -172,9 +173,9 @@ def layout_attention_fwd_kernel(
     counts,
     visited,
     out,
-    lse_ptr,
-    stats_ptr,
-    # float32 [B, H, M, PART_0 + PART_1] where the first phase's accumulator waits, or None
+    lse_ptr,  # or None
+    stats_ptr,  # or None
+    # float32 [B, H, M, PART_0 + PART_1] where the matched keys' accumulator waits, or None
     parked_ptr,
     num_heads,
     seqlen_q,
@@ -189,64 +190,66 @@ def layout_attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of query rows: phase IN over matched keys, phase OUT over the others, and the merge
-    of both states.
+    """One tile of query rows: a state for matched keys and one for the others, and the merge of
+    both. Where no row has a strength all keys are matched.
     """
     WIDTH: tl.constexpr = HEAD_DIM * k[0].dtype.element_ty.primitive_bitwidth // 8
     index, tile, batch, head = tile_in_turn(num_heads, seqlen_q, seqlen_k, WIDTH, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)
     c = load_numbers(strength, batch, head, tokens, exist)
-    factor = temperature(c, MODULATION) * sm_scale * LOG2_E
-    keys = (head_of(k, batch, head), row_stride(k))
-    values = (head_of(v, batch, head), row_stride(v))
-    key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
-    listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
+    tau = temperature(c, MODULATION)
+    factor = tl.maximum(tl.abs(tau) * sm_scale * LOG2_E, LEAST_FACTOR)
+    if MODULATION == "range" or NEGATE:
+        turned = (tau < 0) != NEGATE
+        rows = _signed_rows(q, out, batch, head, tokens, exist, turned, PART_0, PART_1, HEAD_DIM)
+    else:
+        rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
+    keys = (head_of(k, batch, head), k[3], k[4])
+    values = (head_of(v, batch, head), v[3], v[4])
     key_words = visited[0] + batch * visited[1]
-    count_at = counts[0] + batch * counts[1] + tile * 3
-    num_in, num_mixed, num_out = tl.load(count_at), tl.load(count_at + 1), tl.load(count_at + 2)
-
-    least = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    empty = (least, -least, tl.zeros([BLOCK_M], tl.float32), zero_rows(BLOCK_M, PART_0, PART_1))
-    query = (rows, row_words, factor)
     source = (keys, values, key_words, k_order, batch, seqlen_k)
-    in_max, in_min, in_sum, in_acc = _attend_to_all(
-        empty,
-        query,
-        source,
-        listed,
-        num_in,
-        listed,
-        key_tiles,
-        num_mixed,
-        True,
-        MODULATION,
-        NEGATE,
-        PART_0,
-        PART_1,
-        HEAD_DIM,
-        BLOCK_N,
-        PRECISION,
+    key_tiles, whole = tl.cdiv(seqlen_k, BLOCK_N), seqlen_k // BLOCK_N
+    tiles_at = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
+    count_at = counts[0] + batch * counts[1] + tile * 3
+    count, plain = tl.load(count_at), False
+    if MODULATION != "mask":
+        plain = tl.max((c != 0).to(tl.int32), 0) == 0
+        count = tl.where(plain, whole, count)
+
+    # Wider accumulators leave neither the registers nor the matrix unit's time.
+    NARROW: tl.constexpr = k[0].dtype.element_ty != tl.float32 and PART_0 + PART_1 <= 64
+    sums = tl.zeros([BLOCK_M, BY_PRODUCT if NARROW else BY_THREAD], tl.float32)
+    least = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    empty = (least, sums, zero_rows(BLOCK_M, PART_0, PART_1))
+    low = tl.full([BLOCK_M, BY_THREAD], float("inf"), tl.float32)
+    query = (rows, row_words, factor)
+    listed = (tiles_at, count, plain)
+    matched, low = _attend(
+        empty, low, query, source, listed, MODULATION, PART_0, PART_1, HEAD_DIM, BLOCK_N, PRECISION
     )
+    # Counts are read where they are needed, so that the loops before need not carry them.
+    count = tl.where(plain, 0, tl.load(count_at + 1) - (key_tiles - whole))
+    states, listed = (matched, empty), (tiles_at + key_tiles, count, plain)
+    states, low = _attend_mixed(
+        states, low, query, source, listed, MODULATION, PART_0, PART_1, HEAD_DIM, BLOCK_N, PRECISION
+    )
+    matched, others = states
+    in_max, in_sum, in_acc = matched
     parked = index * seqlen_q + tile * BLOCK_M + tl.arange(0, BLOCK_M)
     PARKED: tl.constexpr = PART_0 + PART_1
     if parked_ptr is not None:
         store_rows(parked_ptr, PARKED, parked, exist, in_acc, PART_0, PART_1, PARKED)
-    others = empty
     if MODULATION != "mask":
-        others = _attend_to_all(
+        count = tl.where(plain, 0, tl.load(count_at + 2))
+        listed = (tiles_at + key_tiles - count, count, False)
+        others, low = _attend(
             others,
+            low,
             query,
             source,
-            listed + key_tiles - num_out,
-            num_out,
             listed,
-            key_tiles,
-            num_mixed,
-            False,
             MODULATION,
-            NEGATE,
             PART_0,
             PART_1,
             HEAD_DIM,
@@ -257,52 +260,20 @@ def layout_attention_fwd_kernel(
     # time is held.
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     c = load_numbers(strength, batch, head, tokens, exist)
-    matched = (in_max, in_min, in_sum)
-    share_in, share_out, lse, stats = _shares(matched, others, c, sm_scale, MODULATION)
+    in_sum, out_sum = row_sums(in_sum), row_sums(others[1])
+    tops = (in_max, in_sum, others[0], out_sum, tl.min(low, 1))
+    share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, plain, MODULATION)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
     share_in, share_out = share_in[:, None], share_out[:, None]
     first, second = in_acc
     if parked_ptr is not None:
         tl.debug_barrier()  # what one thread has parked another may fetch
         first = load_part(parked_ptr, PARKED, parked, exist, 0, PART_0, PARKED)
-    first = first * share_in + others[3][0] * share_out
-    base, stride = head_of(out, batch, head), row_stride(out)
-    store_part(base, stride, tokens, exist, first, 0, PART_0, HEAD_DIM)
+    first = first * share_in + others[2][0] * share_out
+    at, stride = head_of(out, batch, head), row_stride(out)
+    store_part(at, stride, tokens, exist, first, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:
         if parked_ptr is not None:
             second = load_part(parked_ptr, PARKED, parked, exist, PART_0, PART_1, PARKED)
-        second = second * share_in + others[3][1] * share_out
-        store_part(base, stride, tokens, exist, second, PART_0, PART_1, HEAD_DIM)
-
-
-@triton.jit
-def _shares(matched, others, c, sm_scale, MODULATION: tl.constexpr):
-    """Shares of both states in the row, in the log domain, now that its extremes are known; lse and
-    stats.
-    """
-    in_max, in_min, in_sum = matched
-    out_max, out_min, out_sum, _ = others
-    tau = temperature(c, MODULATION) * sm_scale
-    factor = tau * LOG2_E
-    row_max, row_min = tl.maximum(in_max, out_max), tl.minimum(in_min, out_min)
-    add_in, add_out, common = additions(c, sm_scale * row_max, sm_scale * row_min, MODULATION)
-    in_anchor = anchor_of(in_max, in_min, factor, MODULATION)
-    out_anchor = anchor_of(out_max, out_min, factor, MODULATION)
-    # Of the matched keys' heaviest.
-    lead = (in_anchor - out_anchor) * factor + (add_in - add_out) * LOG2_E
-    below_in = tl.where(out_sum == 0, 0.0, tl.where(lead >= 0, 0.0, lead))
-    below_out = tl.where(in_sum == 0, add_out, tl.where(lead <= 0, 0.0, -lead))
-    weight_in = tl.where(in_sum == 0, 0.0, tl.exp2(below_in))
-    weight_out = tl.where(out_sum == 0, 0.0, tl.exp2(below_out))
-
-    row_sum = in_sum * weight_in + out_sum * weight_out
-    inverse = tl.where(row_sum == 0, 0.0, 1 / row_sum)
-    heaviest = tl.where((in_sum != 0) & (below_in >= 0), in_anchor * tau + add_in, out_anchor * tau)
-    log_sum = tl.log2(row_sum)
-    lse = tl.where(row_sum == 0, float("-inf"), heaviest + log_sum * LN_2 + common)
-    anchor = anchor_of(row_max, row_min, factor, MODULATION)
-    offset_in = (anchor - in_anchor) * factor + below_in - log_sum
-    offset_in = tl.where(in_sum == 0, float("-inf"), offset_in)
-    offset_out = (anchor - out_anchor) * factor + below_out - log_sum
-    offset_out = tl.where(out_sum == 0, float("-inf"), offset_out)
-    return weight_in * inverse, weight_out * inverse, lse, (row_max, row_min, offset_in, offset_out)
+        second = second * share_in + others[2][1] * share_out
+        store_part(at, stride, tokens, exist, second, PART_0, PART_1, HEAD_DIM)

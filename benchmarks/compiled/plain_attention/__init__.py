@@ -45,9 +45,11 @@ def attention_fwd(
     scale: float,
     tile: Tile = FORWARD,
     precision: str = "ieee",
+    undivided: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of softmax(scale*q@k.T)@v."""
+    """(out, lse) of softmax(scale*q@k.T)@v; head dims up to `undivided` are one part."""
     numbers, constants = _checked(q, k, scale, precision)
+    constants["PARTS"] = (q.shape[3], *head_parts(q.shape[3], undivided))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = (*map(_rows, (q, k, v, out)), lse)
     plain_attention_fwd_kernel[_grid(q, tile.block_m)](
@@ -114,8 +116,10 @@ def attention_bwd(
     return dq, *attention_bwd_kv(grad_out, q, k, v, lse, delta, scale, tiles[1], precision)
 
 
-def head_parts(head_dim: int) -> tuple[int, int]:
+def head_parts(head_dim: int, undivided: int = 0) -> tuple[int, int]:
     """Powers of two that cover a head dim, as the layout attention kernels split it."""
+    if head_dim <= undivided:
+        return max(16, 1 << (head_dim - 1).bit_length()), 0
     if head_dim > 192:
         return 128, 128
     first = max(16, 1 << (head_dim.bit_length() - 1))

@@ -1,0 +1,294 @@
+"""Layout attention forward with specialised warps: one group fetches tiles of keys through tensor
+maps while two groups of 64 query rows weigh them.
+
+Keys and values are packed in the order of visits first, so that a tile of theirs is one box. The
+compiler gives every group a copy of the kernel, and asks for some care:
+
+- A tile of keys is a box of a tensor map, and what is loaded otherwise must not reach a product
+  unless a loop that holds the products carries it and changes it: hence the loop over populations,
+  which turns q's rows by the sign of their temperatures, and turns the words twice.
+- What a loop starts from must not be a product or a carried value itself: hence the sums with 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dense_attn.triton_kernels.configs import Config, next_power_of_2
+from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, shares_of
+from dense_attn.triton_kernels.layout_attention.records import store_stats
+from dense_attn.triton_kernels.primitives import (
+    LOG2_E,
+    finite_or_zero,
+    head_of,
+    load_numbers,
+    load_part,
+    part_of,
+    row_stride,
+    store_part,
+    temperature,
+    tile_of_program,
+    tokens_at,
+    words_at,
+)
+
+
+@triton.jit
+def packed_rows_kernel(
+    k,
+    v,
+    order,
+    packed_ptr,  # [2, B*H, padded, D]
+    num_heads,
+    seqlen,
+    padded,
+    HEAD_DIM: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows of keys (programs 0 of the second axis) or values in the order of visits, then rows of
+    zeros.
+    """
+    index, tile, batch, head = tile_of_program(num_heads, padded, BLOCK)
+    tokens, exist = tokens_at(tile * BLOCK, order, batch, seqlen, BLOCK)
+    base, stride = head_of(k, batch, head), row_stride(k)
+    if tl.program_id(1) == 1:
+        base, stride = head_of(v, batch, head), row_stride(v)
+        index += tl.num_programs(0) // tl.cdiv(padded, BLOCK)
+    rows = load_part(base, stride, tokens, exist, 0, PART, HEAD_DIM)
+    places = tile * BLOCK + tl.arange(0, BLOCK)
+    at, there = part_of(
+        packed_ptr + index * padded * HEAD_DIM, HEAD_DIM, places, places < padded, 0, PART, HEAD_DIM
+    )
+    tl.store(at, rows, mask=there)
+
+
+@triton.jit
+def _absorb(state, scores, values, factor):
+    """Online softmax over a tile's scores; those of -inf weigh nothing."""
+    before, row_sum, acc = state
+    row_max = tl.maximum(before, tl.max(scores, 1))
+    shift = -finite_or_zero(row_max) * factor
+    alpha = tl.exp2(tl.fma(before, factor, shift))
+    weights = tl.exp2(tl.fma(scores, factor[:, None], shift[:, None]))
+    row_sum = row_sum * alpha + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * alpha[:, None])
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def _attend(rows, factor, source, tiles, count, STAGES: tl.constexpr):
+    """State and smallest score of one population over `count` listed tiles that are all of it."""
+    keys, values, first_row = source
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros(rows.shape, tl.float32)
+    low = -row_max
+    for place in tl.range(0, count, warp_specialize=True, num_stages=STAGES):
+        row = first_row + tl.load(tiles + place) * keys.block_shape[0]
+        raw = tl.dot(rows, keys.load([row, 0]).T)
+        low = tl.minimum(low, tl.min(raw, 1))
+        state = (row_max, row_sum, acc)
+        row_max, row_sum, acc = _absorb(state, raw, values.load([row, 0]), factor)
+    return (row_max, row_sum, acc), low
+
+
+@triton.jit
+def _attend_mixed(
+    matched,
+    others,
+    rows,
+    row_words,
+    factor,
+    source,
+    key_words,
+    tiles,
+    count,
+    seqlen_k,
+    BLOCK_N: tl.constexpr,
+    ENDS: tl.constexpr,
+):
+    """States of both populations and smallest score over `count` listed tiles of BLOCK_N keys, a
+    box of fewer at a time; where the keys end within a tile, it is among them.
+    """
+    keys, values, first_row = source
+    BOX: tl.constexpr = keys.block_shape[0]
+    in_max, in_sum, in_acc = matched
+    out_max, out_sum, out_acc = others
+    low = tl.full([rows.shape[0]], float("inf"), tl.float32)
+    for place in tl.range(0, count * (BLOCK_N // BOX), warp_specialize=True, num_stages=2):
+        first = tl.load(tiles + place // (BLOCK_N // BOX)) * BLOCK_N
+        first += place % (BLOCK_N // BOX) * BOX
+        exist = first + tl.arange(0, BOX) < (seqlen_k if ENDS else first + BOX)
+        words = tl.load(key_words + first + tl.arange(0, BOX), mask=exist, other=0)
+        raw = tl.dot(rows, keys.load([first_row + first, 0]).T)
+        meets = (row_words[:, None] & words[None, :]) != 0
+        inside = tl.where(meets, raw, float("-inf"))
+        outside = tl.where(meets, float("-inf"), raw)
+        if ENDS:
+            outside = tl.where(exist[None, :], outside, float("-inf"))
+            raw = tl.where(exist[None, :], raw, float("inf"))
+        low = tl.minimum(low, tl.min(raw, 1))
+        own = values.load([first_row + first, 0])
+        in_max, in_sum, in_acc = _absorb((in_max, in_sum, in_acc), inside, own, factor)
+        out_max, out_sum, out_acc = _absorb((out_max, out_sum, out_acc), outside, own, factor)
+    return (in_max, in_sum, in_acc), (out_max, out_sum, out_acc), low
+
+
+@triton.jit
+def _tokens_again(first, order, batch, num_tokens, BLOCK: tl.constexpr):
+    """The tokens of `tokens_at`, read once more, so that no loop carries them."""
+    places = first + tl.arange(0, BLOCK)
+    tokens = places
+    if order is not None:
+        at = order[0] + batch * order[1] + places * order[2]
+        tokens = tl.load(at, mask=places < num_tokens, other=0, volatile=True)
+        tokens = tl.minimum(tl.maximum(tokens, 0), num_tokens - 1)
+    return tokens.to(tl.int64)
+
+
+@triton.jit
+def layout_attention_specialised_fwd_kernel(
+    q,
+    keys,
+    values,
+    few_keys,
+    few_values,  # tensor maps of packed rows [B*H*padded_k, D]: boxes of BLOCK_N and of fewer
+    q_words,
+    q_order,
+    strength,  # (pointer, strides)
+    # [B|1, query tiles, 2, key tiles], [B|1, query tiles, 3], [B|1, keys]: `TileLists`
+    tiles,
+    counts,
+    visited,
+    out,
+    lse_ptr,
+    stats_ptr,
+    num_heads,
+    seqlen_q,
+    seqlen_k,
+    padded_k,
+    sm_scale,
+    MODULATION: tl.constexpr,
+    NEGATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    ENDS: tl.constexpr,
+):
+    """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge."""
+    index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
+    tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
+    rows = -load_part(head_of(q, batch, head), row_stride(q), tokens, exist, 0, PART, HEAD_DIM)
+    row_words = ~words_at(q_words, batch, tokens, exist)
+    c = load_numbers(strength, batch, head, tokens, exist)
+    tau = temperature(c, MODULATION)
+    factor = tl.maximum(tl.abs(tau) * sm_scale * LOG2_E, LEAST_FACTOR)
+    factor = tl.where((tau < 0) != NEGATE, factor, -factor)
+    key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
+    listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
+    count_at = counts[0] + batch * counts[1] + tile * 3
+    first_row = (index * padded_k).to(tl.int32)
+
+    least, none = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    in_max, in_sum, in_acc = least, none, tl.zeros([BLOCK_M, PART], tl.float32)
+    out_max, out_sum, out_acc = least, none, in_acc
+    low = -least
+    for population in tl.range(0, 2):
+        rows = tl.where((factor < 0)[:, None], -rows, rows)
+        factor, row_words = tl.abs(factor), row_words ^ -population
+        in_max, in_sum, in_acc = out_max + 0.0, out_sum + 0.0, out_acc + 0.0
+        count = tl.load(count_at + 2 * population)
+        at = listed + population * (key_tiles - count)
+        if MODULATION == "mask":
+            count *= 1 - population
+        state, lower = _attend(rows, factor, (keys, values, first_row), at, count, STAGES)
+        out_max, out_sum, out_acc = state
+        matched, others, lowest = _attend_mixed(
+            (in_max, in_sum, in_acc),
+            (out_max, out_sum, out_acc + 0.0),
+            rows,
+            row_words,
+            factor,
+            (few_keys, few_values, first_row),
+            visited[0] + batch * visited[1],
+            listed + key_tiles,
+            population * tl.load(count_at + 1),
+            seqlen_k,
+            BLOCK_N,
+            ENDS,
+        )
+        in_max, in_sum, in_acc = matched
+        out_max, out_sum, out_acc = others
+        low = tl.minimum(low, tl.minimum(lower, lowest))
+    tokens = _tokens_again(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
+    c = load_numbers(strength, batch, head, tokens, exist)
+    if MODULATION == "mask":  # what others hold, be it NaN, is not looked at
+        out_max, out_sum = least, none
+    tops = (in_max, in_sum, out_max, out_sum, low)
+    share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, False, MODULATION)
+    store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
+    merged = in_acc * share_in[:, None]
+    if MODULATION != "mask":
+        merged += out_acc * share_out[:, None]
+    store_part(head_of(out, batch, head), row_stride(out), tokens, exist, merged, 0, PART, HEAD_DIM)
+
+
+def launch(
+    inputs: tuple,  # q, k and v as kernels take them, and the words of q's tokens
+    visits: tuple,  # both orders, strengths, and lists of config's tiles
+    results: tuple,
+    numbers: tuple[int, int, int, float],  # heads, queries, keys, and the scale's size
+    constants: dict[str, object],
+    config: Config,
+) -> None:
+    """Pack the keys and values, and attend to them."""
+    rows, keys, values, words = inputs
+    q_order, k_order, *others = visits
+    num_heads, seqlen_q, seqlen_k, sm_scale = numbers
+    index = rows[0].shape[0] * num_heads
+    padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
+    head_dim = constants["HEAD_DIM"]
+    part = max(16, next_power_of_2(head_dim))
+    if k_order is None and padded == seqlen_k and _dense(keys[0]) and _dense(values[0]):
+        packed = [x[0].view(index * seqlen_k, head_dim) for x in (keys, values)]
+    else:
+        packed = keys[0].new_empty((2, index * padded, head_dim))
+        sizes = {"HEAD_DIM": head_dim, "PART": part, "BLOCK": config.BLOCK_N}
+        packed_rows_kernel[(index * padded // config.BLOCK_N, 2)](
+            keys, values, k_order, packed, num_heads, seqlen_k, padded, **sizes
+        )
+    boxes = [
+        TensorDescriptor(x, list(x.shape), [head_dim, 1], [tokens, part])
+        for tokens in (config.BLOCK_N, config.BLOCK_N // 2)
+        for x in packed
+    ]
+    own = {"NEGATE", "MODULATION", "HEAD_DIM"}
+    layout_attention_specialised_fwd_kernel[(index * -(-seqlen_q // config.BLOCK_M),)](
+        rows,
+        *boxes,
+        words,
+        q_order,
+        *others,
+        *results,
+        num_heads,
+        seqlen_q,
+        seqlen_k,
+        padded,
+        sm_scale,
+        PART=part,
+        STAGES=config.num_stages,
+        ENDS=padded != seqlen_k,
+        **{name: value for name, value in constants.items() if name in own},
+        **config.launch,
+    )
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether a tensor map can be of x as it lies in memory."""
+    return x.is_contiguous() and x.data_ptr() % 16 == 0
