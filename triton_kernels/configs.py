@@ -102,8 +102,8 @@ BACKWARD_Q: Table = {
     "sm_100": {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     "gfx942": {128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
 }
-# The same, tiles two ahead on their way. A tile of keys stays, so many keys read queries less;
-# of 16 a warp, on sm_90 64 for four, no product is made twice.
+# The same, with tiles two ahead on their way. A tile of keys stays, so many keys read
+# queries less often, and of 16 a warp, on sm_90 64 for four, no product is made twice.
 BACKWARD_KV: Table = {
     "sm_80": {
         80: Config(64, 128, 8, 3),

@@ -47,7 +47,7 @@ def _list_extremes(places, listed, count, first, BLOCK_N: tl.constexpr):
         key = tl.load(places + start + at, mask=start + at < count, other=2147483647)
         before += (key < first).to(tl.int32)
     begin = tl.sum(before)
-    number = begin - begin
+    number = tl.zeros_like(begin)
     for start in tl.range(0, count, SCANNED, num_stages=1):
         key = tl.load(places + start + at, mask=start + at < count, other=2147483647)
         here = (key >= first) & (key < first + BLOCK_N)
