@@ -121,7 +121,7 @@ BACKWARD_Q: Table = {
         128: Config(128, 32, 8, 3),  # 64 keys spill 64 bytes at 128 columns
         256: Config(64, 16, 8, 3),  # 32 keys by four warps spill 640 bytes
     },
-    "sm_100": {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+    "sm_100": {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 3)},
     "gfx942": {128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
 }
 # The same, with tiles two ahead on their way. A tile of keys stays, so many keys read

@@ -135,8 +135,11 @@ def _visit_all(
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
     tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
+    tile = tile_at(listed, key_tiles, 0, num_whole, tiles)
     for place in range(count - tails):
-        first = tile_at(listed, key_tiles, place, num_whole, tiles) * BLOCK_N
+        first = tile * BLOCK_N
+        # Looked up a tile ahead: copies that wait for their own place are not in time.
+        tile = tile_at(listed, key_tiles, tl.minimum(place + 1, count - 1), num_whole, tiles)
         state = _visit(
             state,
             query,
