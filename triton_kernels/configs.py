@@ -95,7 +95,7 @@ SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spi
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Up to here a head dim is one part in FORWARD's kernel. Tiles of 64 keys at 40 columns: 327
 # instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
-UNDIVIDED = {"sm_90": 64}
+UNDIVIDED = 64  # on sm_90
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.
 ROW_FORWARD: Table = {
@@ -313,7 +313,7 @@ def next_power_of_2(number: int) -> int:
 
 def undivided(architecture: str, precision: str) -> int:
     """The largest head dim that is one part in the tiled forward kernel, whatever it is."""
-    return UNDIVIDED.get(architecture, 0) if precision == "half" else 0
+    return UNDIVIDED if (architecture, precision) == ("sm_90", "half") else 0
 
 
 def head_parts(head_dim: int, undivided: int = 0) -> tuple[int, int]:
