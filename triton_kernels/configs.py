@@ -117,7 +117,7 @@ BACKWARD_Q: Table = {
         256: Config(32, 32, 8, 3),
     },
     "sm_90": {
-        96: Config(64, 64, 4, 3),  # two programs a processor
+        80: Config(64, 64, 4, 3),  # two programs a processor; 32 bytes spill at 96 columns
         128: Config(128, 32, 8, 3),  # 64 keys spill 64 bytes at 128 columns
         256: Config(64, 16, 8, 3),  # 32 keys by four warps spill 640 bytes
     },
