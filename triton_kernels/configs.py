@@ -273,20 +273,15 @@ def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tu
 
 
 def _pick(rows: dict[int, Config], head_dim: int) -> Config:
-    for largest, config in rows.items():
-        if head_dim <= largest:
-            return config
-    raise KeyError(head_dim)
+    return next(config for largest, config in rows.items() if head_dim <= largest)
 
 
 @cache
 @torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> str:
     """The row of the tables for a device."""
-    if interpreted():
-        return "interpreted"
-    if torch.version.hip:
-        return "gfx942"
+    if interpreted() or torch.version.hip:
+        return "interpreted" if interpreted() else "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
@@ -295,9 +290,8 @@ def architecture(device: torch.device) -> str:
 @torch.compiler.assume_constant_result
 def processors(device: torch.device) -> int:
     """Processors that run tiles at once; 1 where none is known, so that tiles are the tables'."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    known = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if known else 1
 
 
 @torch.compiler.assume_constant_result

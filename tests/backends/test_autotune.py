@@ -130,7 +130,7 @@ def test_after_the_limit_the_best_is_kept(times: list, monkeypatch: pytest.Monke
 
     def seconds(call: Callable[[], configs.Config]) -> float:
         times.append(call())
-        clock[0] += 7.0
+        clock[0] += 2.3
         return 1.0 if call().num_stages == 4 else 2.0
 
     monkeypatch.setattr(autotune, "perf_counter", lambda: clock[0])

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 PARTS = {
-    "attention": ("test_backends.py", "triton_attention.py", "-k", "triton"),
+    "attention": ("test_backends.py", "triton_attention.py", "triton_lists.py", "-k", "triton"),
     "guidance and steps": ("triton_sega.py", "triton_steps.py"),
     "public ops": ("triton_backend.py", "test_gpu.py", "test_out_of_memory.py"),
 }

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201  # jit functions
+# jit functions
 """Layout attention's Triton kernels beside accuracy: on a GPU (`make gpu`) or interpreted."""
 
 from __future__ import annotations
@@ -8,17 +8,14 @@ from functools import partial
 
 import pytest
 import torch
-import triton.language as tl
 from accuracy import evaluate
 from cases import CASES, DEVICES, INTERPRETED, Case, Inputs, moved
 from cases import make_inputs as make_on_the_cpu
-from triton import jit
 
-from dense_attn import layout_attention, reference, tile_lists
+from dense_attn import layout_attention, reference
 from dense_attn._backends import triton
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
-from dense_attn.triton_kernels.primitives import tile_in_turn
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = DEVICES["triton"]
@@ -54,59 +51,6 @@ def test_a_parked_state_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(parked, results[name]), name
 
 
-@pytest.mark.parametrize(
-    "case", ["ordered-in-runs", "ordered-per-sample", "words-of-one-sample", "bit-31"]
-)
-def test_tile_lists(case: str) -> None:
-    """Every pair of tiles is in the list that its pairs of tokens ask for, once."""
-    inputs = make_inputs(CASE[case], torch.float32)
-    orders = inputs.orders.get("q_order"), inputs.orders.get("k_order")
-    tiles, counts, _ = launchers.tile_lists(inputs.q_regions, inputs.k_regions, *orders, 16, 16)
-    q_words, k_words = (
-        words if order is None else words.gather(-1, order.long())
-        for words, order in zip((inputs.q_regions, inputs.k_regions), orders)
-    )
-    q_words, k_words = (
-        q_words.reshape(-1, q_words.shape[-1]),
-        k_words.reshape(-1, k_words.shape[-1]),
-    )
-    assert len(tiles) == len(q_words)
-    found = set()
-    for b, i in ((b, i) for b in range(len(tiles)) for i in range(tiles.shape[1])):
-        (matched, mixed, unmatched), last = counts[b, i].tolist(), tiles.shape[3]
-        kinds = tiles[b, i, 0, :matched], tiles[b, i, 1, :mixed], tiles[b, i, 0, last - unmatched :]
-        assert sorted(torch.cat(kinds).tolist()) == list(range(last))
-        for kind, listed in enumerate(kinds):
-            for j in listed.tolist():
-                pairs = (
-                    q_words[b, 16 * i : 16 * i + 16, None] & k_words[b, None, 16 * j : 16 * j + 16]
-                )
-                whole = 16 * j + 16 <= k_words.shape[1]
-                assert kind == 1 or (whole and ((pairs != 0).all(), None, (pairs == 0).all())[kind])
-                assert (
-                    kind != 1 or not whole or (pairs != 0).any()
-                )  # a tile without a match is never in doubt
-                found.add(kind)
-    assert found == ({0, 1, 2} if case == "ordered-in-runs" else found)
-
-
-def test_lists_made_beforehand() -> None:
-    inputs = make_inputs(CASE["ordered-in-runs"], torch.float32)
-    q, k, strength = inputs.q, inputs.k, inputs.strength.expand(inputs.q.shape[:3])
-    arguments = (q, k, inputs.v, inputs.q_regions, inputs.k_regions, strength, "range", 0.2)
-    orders = tuple(inputs.orders.values())
-    words = inputs.q_regions, inputs.k_regions
-    *lists, q_order, k_order = triton.tile_lists_for(q, k, *words, *orders, kept=True)
-    assert (q_order, k_order) == orders  # the very tensors
-    plain = triton.layout_attention_fwd(*arguments, *orders, *NO_LISTS)
-    for a, b in zip(plain, triton.layout_attention_fwd(*arguments, *orders, *lists)):
-        assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="tile_lists must be 3 tensors, got 2"):
-        triton.layout_attention_fwd(*arguments, *orders, *lists[:2], None)
-    with pytest.raises(RuntimeError, match="tile_lists must have contiguous tensors of shape"):
-        triton.layout_attention_fwd(*arguments, *orders, lists[0][:, 1:], *lists[1:])
-
-
 def row_call(seqlen_k: int, modulation: str) -> tuple[object, ...]:
     """The arguments of a launch whose rows of scores are one tile."""
     case = Case(f"row-of-{seqlen_k}", (1, 1, 20, seqlen_k, 40))
@@ -134,154 +78,6 @@ def test_what_is_not_asked_for_changes_nothing(saved: tuple[bool, bool], seqlen_
     some = launchers.layout_attention_fwd(*call, with_lse=saved[0], with_stats=saved[1])
     for got, full, wanted in zip(some, everything, (True, *saved)):
         assert torch.equal(got, full) if wanted else got.numel() == 0
-
-
-def test_lists_of_another_length_are_refused() -> None:
-    """Whole tiles are read without a look at where the keys end, also of as many tiles."""
-    q, k = torch.randn(1, 1, 20, 16, device=DEVICE), torch.randn(1, 1, 160, 16, device=DEVICE)
-    words, strength = (
-        torch.ones(160, dtype=torch.int32, device=DEVICE),
-        torch.ones(1, 1, 20, device=DEVICE),
-    )
-    *lists, _, _ = triton.tile_lists_for(q, k, words[:20], words, False, False, kept=True)
-    block = triton.layout_attention.fwd_blocks(q, k)[1]
-    fewer = 160 - block + 1
-    short = (
-        q,
-        k[:, :, :fewer],
-        k[:, :, :fewer],
-        words[:20],
-        words[:fewer],
-        strength,
-        "range",
-        0.2,
-        None,
-        None,
-    )
-    with pytest.raises(
-        RuntimeError, match=rf"tile_lists must have contiguous tensors of shape \[1 or B, {fewer}\]"
-    ):
-        triton.layout_attention_fwd(*short, *lists)
-
-
-def in_tiles(case: str) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """q, k, v and both words of a case, and its strengths."""
-    inputs = make_inputs(CASE[case], torch.float32)
-    tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions
-    return tensors, inputs.strength
-
-
-@pytest.mark.parametrize(
-    "case", ["ordered-in-runs", "words-of-one-sample", "bit-31", "ordered-per-sample"]
-)
-def test_tokens_are_sorted_where_no_order_is_given(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Signed words in ascending order, raster order within a word; False leaves tokens alone."""
-    given = []
-    launch = triton.layout_attention_fwd
-    monkeypatch.setattr(configs, "ROW_KEYS", 0)
-    monkeypatch.setattr(
-        triton, "layout_attention_fwd", lambda *x: (given.append(x[8:10]), launch(*x))[1]
-    )
-    tensors, strength = in_tiles(case)
-    lists = tile_lists(*tensors[:2], *tensors[3:], backend="triton")
-    raster = {"q_order": False, "k_order": False}
-    results = [
-        layout_attention(*tensors, strength, backend="triton", **how)
-        for how in ({}, {"tile_lists": lists}, raster)
-    ]
-    assert torch.equal(results[0], results[1])  # the same tiles of rows in another turn
-    torch.testing.assert_close(results[0], results[2])
-    for words, order, kept in zip(tensors[3:], *given[:2], strict=True):
-        assert order.dtype == kept.dtype == torch.int32
-        expected = words.cpu().numpy().argsort(axis=-1, kind="stable")
-        assert order.tolist() == expected.tolist()
-        tokens = torch.arange(words.shape[-1], dtype=torch.int32, device=DEVICE)
-        assert torch.equal(kept.sort(-1).values, tokens.expand_as(kept))
-    assert given[2] == (None, None)
-
-
-@pytest.mark.parametrize("modulation", ["range", "mask"])
-@pytest.mark.parametrize("row_keys", [0, 256], ids=["tiles", "row"])
-def test_a_number_is_the_strength_of_every_row(
-    modulation: str, row_keys: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With and without what a gradient needs, the same bits."""
-    monkeypatch.setattr(configs, "ROW_KEYS", row_keys)
-    tensors, _ = in_tiles("ordered-in-runs")
-    leaves = [x.requires_grad_() for x in tensors[:3]]
-    how = {"modulation": modulation, "backend": "triton"}
-    results = []
-    for strength in (0.3, torch.full((len(tensors[3]),), 0.3, device=DEVICE)):
-        out = layout_attention(*tensors, strength, **how)
-        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
-        with torch.no_grad():
-            assert torch.equal(layout_attention(*tensors, strength, **how), out)
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@jit
-def turns_kernel(turns, num_heads, seqlen_q, seqlen_k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The head among all samples', tile, sample and head of every program."""
-    at = turns + 4 * tl.program_id(0)
-    index, tile, batch, head = tile_in_turn(num_heads, seqlen_q, seqlen_k, WIDTH, BLOCK)
-    tl.store(at, index)
-    tl.store(at + 1, tile)
-    tl.store(at + 2, batch)
-    tl.store(at + 3, head)
-
-
-@pytest.mark.parametrize(
-    ("heads", "sizes", "group"),
-    [
-        ((2, 8), (256, 4096, 80), 16),
-        ((1, 24), (300, 4608, 256), 12),  # 14 would fit: two groups alike
-        ((1, 5), (129, 10**6, 512), 1),
-        ((1, 7), (300, 300_000, 16), 3),  # 3, 3, 1
-        ((3, 1), (1, 1, 2), 3),
-    ],
-)
-def test_heads_take_turns_with_their_tiles(
-    heads: tuple[int, int], sizes: tuple[int, int, int], group: int
-) -> None:
-    """Each tile of each head once, as many heads at a time as have room in a cache."""
-    tiles, num_heads = -(-sizes[0] // 128), heads[0] * heads[1]
-    turns = torch.full((num_heads * tiles, 4), -1, dtype=torch.int32, device=DEVICE)
-    turns_kernel[(num_heads * tiles,)](turns, heads[1], *sizes, 128)
-    expected = [
-        [index, tile, *divmod(index, heads[1])]
-        for first in range(0, num_heads, group)
-        for tile in range(tiles)
-        for index in range(first, min(first + group, num_heads))
-    ]
-    assert turns.tolist() == expected
-
-
-def test_kept_lists_begin_with_the_tiles_that_take_longest() -> None:
-    """And end with the tile that the queries end in; each is what it is without."""
-    (q, k, _, *words), _ = in_tiles("ordered-in-runs")
-    blocks = triton.layout_attention.fwd_blocks(q, k)
-    tiles, counts, _, q_order, k_order = tile_lists(q, k, *words, backend="triton")
-    *_, by_region, _ = triton.tile_lists_for(q, k, *words, None, None, kept=False)
-    work = counts[:, :-1, 0] + triton._MIXED * counts[:, :-1, 1]
-    assert work.shape[1] > 1
-    assert (work.diff(dim=1) <= 0).all()
-    assert (work.diff(dim=1) < 0).any()
-    last = q.shape[2] % blocks[0]
-    assert last > 0
-    assert torch.equal(q_order[..., -last:], by_region[..., -last:])
-    assert not torch.equal(q_order, by_region.expand_as(q_order))
-    made = launchers.tile_lists(*words, q_order, k_order, *blocks)
-    assert torch.equal(counts, made.counts)
-    for ours, theirs, (matched, mixed, unmatched) in zip(
-        tiles.flatten(0, 1), made.tiles.flatten(0, 1), counts.flatten(0, 1).tolist(), strict=True
-    ):
-        size = ours.shape[1]
-        assert torch.equal(ours[0, :matched], theirs[0, :matched])
-        assert torch.equal(ours[0, size - unmatched :], theirs[0, size - unmatched :])
-        assert torch.equal(ours[1, :mixed], theirs[1, :mixed])
 
 
 @pytest.mark.parametrize(
@@ -319,20 +115,6 @@ def test_raw_calls_are_refused(argument: str, bad: object, message: str) -> None
     arguments[argument] = bad(arguments[argument])
     with pytest.raises(RuntimeError, match=message):
         triton.layout_attention_fwd(*arguments.values(), None, *NO_LISTS)
-
-
-def test_tile_lists_inside_of_a_compiled_function() -> None:
-    inputs = make_inputs(Case("compiled", (1, 1, 20, 150, 16)), torch.float32)
-    tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions
-
-    def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *words: torch.Tensor
-    ) -> torch.Tensor:
-        lists = tile_lists(q, k, *words, backend="triton")
-        return layout_attention(q, k, v, *words, tile_lists=lists, backend="triton")
-
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*tensors), attention(*tensors))
 
 
 def test_torch_compile_sees_one_op() -> None:

@@ -1,4 +1,4 @@
-"""Tile lists by their public names; `triton_attention.py` checks what stands in them."""
+"""Tile lists by their public names; `triton_lists.py` checks what stands in them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ CORE = {
     ),
 }
 TABLES = {
-    "attention": (("test_backends.py", "triton_attention.py"), "triton"),
+    "attention": (("test_backends.py", "triton_attention.py", "triton_lists.py"), "triton"),
     "guidance and steps": (("triton_sega.py", "triton_steps.py"), ""),
     "public ops": (("triton_backend.py",), ""),
 }
