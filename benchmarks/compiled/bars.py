@@ -2,14 +2,16 @@
 same tile, by the same compiler.
 
 Not measured. Cycles are those of the busiest pipe, an untested tile's those that its instructions
-take to issue; loops alone count, as if nothing of a program lay outside of them.
+take to issue. Loops over tiles alone count, the first of a backward kernel: as if nothing of a
+program lay outside of them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from dense_attn.triton_kernels.configs import next_power_of_2
 
 from ..layout_attention.workloads import WORKLOADS
 from .counts import SCORES
@@ -36,7 +38,8 @@ def bars(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         if _is_judged(row):
             kernel = row["kernel"].removeprefix("layout_attention_").removesuffix("_kernel")
-            calls.setdefault((row["target"], row["triton"], row["head_dim"]), {})[kernel] = row
+            call = row["target"], row["triton"], row["head_dim"]
+            calls.setdefault(call, {})[kernel.removeprefix("specialised_")] = row
     found = [
         dict(zip(("target", "triton", "head_dim"), call)) | bar
         for call, kernels in calls.items()
@@ -87,19 +90,23 @@ def _by_the_oldest(
         return
     for kernel, row in kernels.items():
         if kernel in (others := calls[target, newest, head_dim]):
-            ours = [(1, body) for body in row["bodies"]]
-            yield _bar(f"{kernel}, of Triton {newest}'s", ours, others[kernel]["bodies"], OLDEST)
+            ours, theirs = (
+                x["bodies"][:1] if kernel.startswith("bwd") else x["bodies"]
+                for x in (row, others[kernel])
+            )
+            loops = [(1, body) for body in ours]
+            yield _bar(f"{kernel}, of Triton {newest}'s", loops, theirs, OLDEST)
 
 
 def _few_keys(row: Row) -> float:
     """Time of the row kernel's busiest pipe on all SMs, of that to copy its bytes."""
     workload = WORKLOADS[FEW_KEYS]
-    block_m, block_n = map(int, row["tile"].split("x"))
     rows = workload.batch * workload.num_heads * workload.seqlen_q
     keys = workload.batch * workload.num_heads * workload.seqlen_k
-    cycles = sum(map(_busiest, row["bodies"])) * block_m * block_n / SCORES
-    programs = rows // workload.seqlen_q * math.ceil(workload.seqlen_q / block_m)
-    seconds = cycles * programs / DEVICES[row["target"]].processors / CLOCK
+    # The cycles of a row are counted for the power of two that its keys are padded to.
+    scores = rows * next_power_of_2(workload.seqlen_k)
+    cycles = sum(map(_busiest, row["bodies"])) * scores / SCORES
+    seconds = cycles / DEVICES[row["target"]].processors / CLOCK
     half_floats, statistics = 2 * (rows + keys) * workload.head_dim, 5 * rows
     return seconds / ((2 * half_floats + 4 * statistics) / COPY)
 

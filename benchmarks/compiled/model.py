@@ -44,8 +44,8 @@ def of_launch(call: Attention | Other, launch: Launch) -> Facts:
     if call.target in MODELLED and call.head_dim % plain_attention.GRAIN == 0:
         kind = call.target, kernel, call.head_dim, call.dtype, "tf32" if call.tf32 else "ieee"
         yardstick = Tile(*tile, launch.warps, launch.stages)
-        if kernel == SPECIALISED:  # the fastest tile of those that every warp fetches
-            yardstick = Tile(128, 64, 8, 3)
+        if kernel == SPECIALISED:  # the warps that weigh, all of which fetch
+            yardstick = Tile(*tile, GROUPS * GROUP, 3)
         found["plain"] = plain(*kind, yardstick)
     return found
 

@@ -120,7 +120,7 @@ def test_bars_of_compiled_kernels_by_hand() -> None:
     values = {what: bar["value"] for (triton, what), bar in found.items() if triton == "3.10.0"}
     rows_of_keys = 2 * 8 * 4096, 2 * 8 * 77
     copied = (4 * 40 * sum(rows_of_keys) + 20 * rows_of_keys[0]) / compiled_bars.COPY
-    cycles = 2000 * 64 * 80 / 8192 * (2 * 8 * 64) / 132
+    cycles = 2000 * (2 * 8 * 4096 * 128) / 8192 / 132
     assert values == {
         "untested tile": 1.05,  # to issue
         "mixed tile": 4.0,

@@ -232,7 +232,7 @@ def layout_attention_specialised_fwd_kernel(
         out_max, out_sum = least, none
     tops = (in_max, in_sum, out_max, out_sum, low)
     share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, False, MODULATION)
-    store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
+    store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist, APART=True)
     merged = in_acc * share_in[:, None]
     if MODULATION != "mask":
         merged += out_acc * share_out[:, None]

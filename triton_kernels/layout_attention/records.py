@@ -49,12 +49,20 @@ LISTED = tl.constexpr(2)  # and the next: what the pass over keys lists of both
 
 
 @triton.jit
-def store_stats(lse, stats, lse_ptr, stats_ptr, row, exist):
-    """lse, and what the backward pass needs, each where it is asked for."""
+def store_stats(lse, stats, lse_ptr, stats_ptr, row, exist, APART: tl.constexpr = False):
+    """lse, and what the backward pass needs, each where it is asked for. Triton 3.6 joins nothing
+    in a kernel of specialised warps: numbers are stored apart there.
+    """
     if lse_ptr is not None:
         tl.store(lse_ptr + row, lse, mask=exist)
-    if stats_ptr is not None:
-        high, low, add_in, add_out = stats
+    high, low, add_in, add_out = stats
+    if stats_ptr is not None and APART:
+        at = stats_ptr + row * NUM_STATS
+        tl.store(at + RAW_MAX, high, mask=exist)
+        tl.store(at + RAW_MIN, low, mask=exist)
+        tl.store(at + OFFSET_IN, add_in, mask=exist)
+        tl.store(at + OFFSET_OUT, add_out, mask=exist)
+    elif stats_ptr is not None:
         beside = tl.join(tl.join(high, add_in), tl.join(low, add_out))  # 16 bytes a row at once
         columns = row[:, None] * NUM_STATS + tl.arange(0, NUM_STATS)[None, :]
         numbers = tl.reshape(beside, columns.shape)
