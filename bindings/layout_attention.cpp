@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -39,9 +40,12 @@ void require_permutation(const TensorView<2>& order) {
 
 // The strength of all rows, where they have no tensor of their own.
 struct EveryStrength {
-  EveryStrength(double number, const Tensor& q) : wide(number), narrow(static_cast<float>(number)) {
+  EveryStrength(double number, const Tensor& q) : wide(number) {
     REQUIRE(std::isfinite(number), "every_strength must be finite, got ", number);
     is_wide = accumulation_dtype(q) == ScalarType::Double;
+    REQUIRE(is_wide || std::abs(number) <= std::numeric_limits<float>::max(),
+            "every_strength must be finite in float32, got ", number);
+    if (!is_wide) narrow = static_cast<float>(number);
   }
   TensorView<3> view() {
     TensorView<3> result;
@@ -49,7 +53,7 @@ struct EveryStrength {
     return result;
   }
   double wide;
-  float narrow;
+  float narrow = 0;
   bool is_wide;
 };
 

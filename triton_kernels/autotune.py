@@ -51,7 +51,7 @@ def best(
     prepare() makes inputs, and returns what makes a call of a configuration. No measurement may
     enter the capture of a CUDA graph: what is not known there is the first option.
     """
-    file, key = store.cache_file(), _key(kernel, q, k, ordered)
+    file, key = store.cache_file(), _key(kernel, q, k, ordered, options[0])
     if file not in _found:
         _found[file] = {}
         _found[file] = store.read(file)
@@ -168,11 +168,13 @@ def _fastest(options: list[Config], prepare: Callable[[], Launch], key: str) -> 
     return min(times, key=times.get, default=None)
 
 
-def _key(kernel: str, q: Tensor, k: Tensor, ordered: bool) -> str:
-    """The calls that a measurement is good for: sizes up to the next power of two."""
+def _key(kernel: str, q: Tensor, k: Tensor, ordered: bool, table: Config) -> str:
+    """The calls that a measurement is good for: sizes up to the next power of two, and the table's
+    row for them.
+    """
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else "interpreted"
     tokens = (configs.next_power_of_2(x.shape[2]) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
     order = "ordered" if ordered else "raster"
-    numbers = (q.dtype, configs.precision(q), *sizes, order)
+    numbers = (q.dtype, configs.precision(q), *sizes, *asdict(table).values(), order)
     return " ".join(map(str, (device, triton.__version__, kernel, *numbers)))

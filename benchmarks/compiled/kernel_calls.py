@@ -180,6 +180,7 @@ BRANCHES = (  # each branch of every kernel that the defaults do not take
     {"dtype": "float16", "modulation": "mask", "seqlen": 1},  # a size of 1 is a constant
     {"dtype": "float16", "head_dim": 100},  # rows that are not aligned
     {"bare": True},
+    {"bare": True, "modulation": "mask"},
 )
 
 

@@ -99,7 +99,7 @@ def tile_lists(
     check_devices(q_regions, k_regions=k_regions, q_order=q_order, k_order=k_order)
     rows, columns = _samples(q_regions, q_order), _samples(k_regions, k_order)
     query_tiles, key_tiles = -(-q_regions.shape[-1] // block_m), -(-k_regions.shape[-1] // block_n)
-    shape = (max(rows, columns), query_tiles)
+    shape = (max(rows, columns) if min(rows, columns) else 0, query_tiles)
     tiles, counts = (q_regions.new_empty((*shape, *last)) for last in ((2, key_tiles), (3,)))
     return tiles, counts, k_regions.new_empty((columns, k_regions.shape[-1]))
 

@@ -126,7 +126,7 @@ def tile_lists_for(
     visit no tiles. Lists that are kept for many calls are worth more launches.
     """
     blocks = layout_attention.fwd_blocks(q, k, q_order is not False or k_order is not False)
-    if blocks is None:
+    if blocks is None or q.numel() == 0:
         return None
     ours = q_order is None
     if ours:

@@ -186,7 +186,7 @@ class _LayoutAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
         *tensors, ctx.modulation, ctx.scale, q_order, k_order = inputs[:10]
-        *_, ctx.every_strength, _, _, ctx.backend = inputs
+        *_, ctx.every_strength, ctx.with_lse, _, ctx.backend = inputs
         out, _, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -199,6 +199,8 @@ class _LayoutAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         if grad_out.stride(-1) != 1:  # the gradient of a sum is one number under stride 0
             grad_out = grad_out.contiguous()
+        if not ctx.with_lse:  # torch.compile has zeros for what is not there
+            grad_lse = None
         orders = q_order, k_order
         arguments = (*tensors, out, stats, ctx.modulation, ctx.scale, *orders, ctx.every_strength)
         dq, dk, dv, dstrength = dispatch.run(_Backward, grad_out, grad_lse, *arguments, ctx.backend)

@@ -30,7 +30,7 @@ def layout_attention_fwd(
     scale: float,
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
-    lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks(q, k)`
+    lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks`
     every_strength: float = 1.0,  # of all rows, where strength is None
     with_lse: bool = True,
     with_stats: bool = True,
@@ -189,8 +189,11 @@ def _fwd_launch(q: Tensor, k: Tensor, ordered: bool) -> autotune.Launch:
     if ordered:
         orders = tuple(words.argsort(stable=True).to(torch.int32) for words in inputs[3:5])
 
+    row = configs.row_at_once(configs.architecture(q.device), configs.precision(q), k.shape[2])
+
     def launch(config: configs.Config) -> Callable[[], object]:
-        lists = tile_lists(*inputs[3:5], *orders, config.BLOCK_M, config.BLOCK_N)
+        blocks = config.BLOCK_M, config.BLOCK_N
+        lists = None if row else tile_lists(*inputs[3:5], *orders, *blocks)
         arguments = (*inputs, "range", scale, *orders)
         return lambda: layout_attention_fwd(*arguments, lists=lists, config=config)
 

@@ -141,11 +141,23 @@ def layout_attention_bwd_kv_kernel(
     one = tl.cast(tl.minimum(seqlen_k, 1), tl.int32)
     query_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, query_tiles)
+    columns_at, last = places_of_columns(BLOCK_M), tl.maximum(count - 1, 0)
+    now = tl.where(count > 0, tile_at(listed, query_tiles, 0, num_whole, tiles), 0)
+    soon = tile_at(listed, query_tiles, tl.minimum(1, last), num_whole, tiles)
+    tokens, exist = tokens_of(now * BLOCK_M + columns_at, q_order, batch, seqlen_q)
     for place in range(count):
-        first = tile_at(listed, query_tiles, place, num_whole, tiles) * BLOCK_M
-        tokens, exist = tokens_of(first + places_of_columns(BLOCK_M), q_order, batch, seqlen_q)
-        rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
-        grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
+        first = place * BLOCK_M
+        here, there_are = tokens, exist
+        if tiles is None:
+            here, there_are = tokens_of(first + columns_at, q_order, batch, seqlen_q)
+        else:  # known ahead, tokens a tile and tiles two: no copy waits for its own place
+            first = now * BLOCK_M
+            tokens, exist = tokens_of(soon * BLOCK_M + columns_at, q_order, batch, seqlen_q)
+            # Loaded twice, since a value carried over two rounds keeps a loop from being pipelined.
+            now = tile_at(listed, query_tiles, tl.minimum(place + 1, last), num_whole, tiles)
+            soon = tile_at(listed, query_tiles, tl.minimum(place + 2, last), num_whole, tiles)
+        rows = load_head(q, batch, head, here, there_are, PART_0, PART_1, HEAD_DIM)
+        grads = load_head(grad_out, batch, head, here, there_are, PART_0, PART_1, HEAD_DIM)
         numbers = load_records(records, first, seqlen_q, BLOCK_M)
         factor, add_out, gap, row_words, shift, anchor = numbers
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]

@@ -15,6 +15,7 @@ from dense_attn.triton_kernels.layout_attention.extremes import (
     first_keys,
     keys_of_columns,
     no_extreme,
+    store_with_extremes,
 )
 from dense_attn.triton_kernels.layout_attention.records import (
     KEY_OF_MAX,
@@ -44,12 +45,10 @@ from dense_attn.triton_kernels.primitives import (
     inner_products,
     load_head,
     load_numbers,
-    load_part,
     load_rows,
     products,
     row_stride,
     scale_rows,
-    store_part,
     temperature,
     tile_of_program,
     tokens_at,
@@ -60,12 +59,19 @@ from dense_attn.triton_kernels.primitives import (
 
 
 @triton.jit
+def _tokens_of_tile(tile, source, BLOCK_N: tl.constexpr):
+    """The tokens of a tile of keys by its columns, and which of them exist."""
+    return tokens_of(tile * BLOCK_N + keys_of_columns(BLOCK_N), source[3], source[4], source[5])
+
+
+@triton.jit
 def _visit(
     state,
     query,
     numbers,
     source,
     first,
+    places,
     TAIL: tl.constexpr,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
@@ -76,13 +82,13 @@ def _visit(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of keys further; only a TAIL may hold places without a key."""
+    """One tile of keys further, of tokens and which exist; only a TAIL may lack some."""
     acc, sums, best, least = state
     rows, grads, row_words = query
     factor, anchor, add_in, add_out, shift, high, low = numbers
-    k, v, k_words, k_order, batch, seqlen_k = source
+    k, v, k_words, batch = source[0], source[1], source[2], source[4]
     EXACT: tl.constexpr = k[0].dtype.element_ty == tl.float32
-    keys, there = tokens_of(first + keys_of_columns(BLOCK_N), k_order, batch, seqlen_k)
+    keys, there = places
     if not TAIL:
         there = tl.full([BLOCK_N], True, tl.int1)
     columns = load_rows(k[0], k[1], keys, there, PART_0, PART_1, HEAD_DIM)
@@ -130,22 +136,32 @@ def _visit_all(
 ):
     """Every listed tile of keys; the one that they end in after the others, in code of its own."""
     listed, num_whole, count = listed
-    seqlen_k = source[5]
+    seqlen_k, ORDERED = source[5], source[3] is not None
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
     tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
-    tile = tile_at(listed, key_tiles, 0, num_whole, tiles)
+    tile = tl.where(count > 0, tile_at(listed, key_tiles, 0, num_whole, tiles), 0)
+    soon = tile_at(listed, key_tiles, tl.minimum(1, tl.maximum(count - 1, 0)), num_whole, tiles)
+    keys, there = _tokens_of_tile(tile, source, BLOCK_N)
     for place in range(count - tails):
         first = tile * BLOCK_N
-        # Looked up a tile ahead: copies that wait for their own place are not in time.
-        tile = tile_at(listed, key_tiles, tl.minimum(place + 1, count - 1), num_whole, tiles)
+        # Tokens of an order are known a tile ahead and tiles two: no copy waits for its own place.
+        if ORDERED:
+            here = keys, there
+            tile = soon
+            keys, there = _tokens_of_tile(tile, source, BLOCK_N)
+            soon = tile_at(listed, key_tiles, tl.minimum(place + 2, count - 1), num_whole, tiles)
+        else:
+            here = _tokens_of_tile(tile, source, BLOCK_N)
+            tile = tile_at(listed, key_tiles, tl.minimum(place + 1, count - 1), num_whole, tiles)
         state = _visit(
             state,
             query,
             numbers,
             source,
             first,
+            here,
             TAILS,
             MODULATION,
             NEGATE,
@@ -163,6 +179,7 @@ def _visit_all(
             numbers,
             source,
             seqlen_k // BLOCK_N * BLOCK_N,
+            _tokens_of_tile(seqlen_k // BLOCK_N, source, BLOCK_N),
             True,
             MODULATION,
             NEGATE,
@@ -294,28 +311,6 @@ def layout_attention_bwd_q_kernel(
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
     at = (head_of(dq, batch, head), row_stride(dq), tokens, exist)
-    _store_dq(at, acc[0], through, keys, MODULATION, 0, PART_0, HEAD_DIM)
+    store_with_extremes(at, acc[0], through, keys, MODULATION, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:  # after the first, so that the rows of one part at a time are held
-        _store_dq(at, acc[1], through, keys, MODULATION, PART_0, PART_1, HEAD_DIM)
-
-
-@triton.jit
-def _store_dq(
-    at,
-    part,
-    through,
-    k,
-    MODULATION: tl.constexpr,
-    FIRST: tl.constexpr,
-    PART: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Columns of dq, with the rank-one term of the keys of a row's extremes."""
-    base, stride, tokens, exist = at
-    if MODULATION == "max" or MODULATION == "range":
-        best = load_part(k[0], k[1], through[1].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
-        part += through[0][:, None] * best.to(tl.float32)
-    if MODULATION == "range":
-        least = load_part(k[0], k[1], through[3].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
-        part += through[2][:, None] * least.to(tl.float32)
-    store_part(base, stride, tokens, exist, part, FIRST, PART, HEAD_DIM)
+        store_with_extremes(at, acc[1], through, keys, MODULATION, PART_0, PART_1, HEAD_DIM)

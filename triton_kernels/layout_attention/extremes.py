@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.primitives import inner_products
+from dense_attn.triton_kernels.primitives import inner_products, load_part, store_part
 
 # Columns of a tile that a lane of NVIDIA's matrix units holds: two of each eight, which four lanes
 # share.
@@ -124,3 +124,25 @@ def first_keys(
             if MODULATION == "range":
                 low = _try_key(low, other + i, i, q, k, seqlen_k, NEGATE, HEAD_DIM, COLUMNS)
     return high[1], low[1]
+
+
+@triton.jit
+def store_with_extremes(
+    at,
+    part,
+    through,
+    k,
+    MODULATION: tl.constexpr,
+    FIRST: tl.constexpr,
+    PART: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Columns of dq, with the rank-one term of the keys of a row's extremes."""
+    base, stride, tokens, exist = at
+    if MODULATION == "max" or MODULATION == "range":
+        best = load_part(k[0], k[1], through[1].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
+        part += through[0][:, None] * best.to(tl.float32)
+    if MODULATION == "range":
+        least = load_part(k[0], k[1], through[3].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
+        part += through[2][:, None] * least.to(tl.float32)
+    store_part(base, stride, tokens, exist, part, FIRST, PART, HEAD_DIM)

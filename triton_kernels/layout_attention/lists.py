@@ -34,7 +34,8 @@ def tile_lists(
     """
     _, q_bounds = _word_bounds(q_regions, q_order, block_m)
     k_words, k_bounds = _word_bounds(k_regions, k_order, block_n)
-    batch, query_tiles = max(len(q_bounds), len(k_bounds)), q_bounds.shape[1]
+    samples = len(q_bounds), len(k_bounds)
+    batch, query_tiles = max(samples) if min(samples) else 0, q_bounds.shape[1]
     key_tiles = k_bounds.shape[1]
     tiles = q_bounds.new_empty((batch, query_tiles, 2, key_tiles))
     counts = q_bounds.new_empty((batch, query_tiles, 3))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.primitives import anchor_of
+from dense_attn.triton_kernels.primitives import LOG2_E, anchor_of
 
 STATS = 4
 STATS_COLUMNS = ("RAW_MAX", "RAW_MIN", "OFFSET_IN", "OFFSET_OUT")
@@ -95,12 +95,14 @@ def load_stats(stats_ptr, row, exist, factor, MODULATION: tl.constexpr, EXACT: t
 @triton.jit
 def lift_of(sm_scale, dtype: tl.constexpr):
     """The power of 2 that the pass over keys multiplies weights by, as its exponent: in float16
-    gradients times `factor` would else have fewer digits than those times the temperature.
+    gradients times `factor` would else have fewer digits than those times the temperature, or not
+    fit.
     """
     lift = tl.full([], 0.0, tl.float32)
     if dtype == tl.float16:
-        exponent = (tl.cast(sm_scale, tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        lift = tl.minimum(tl.maximum(-exponent, 0), 8).to(tl.float32)
+        scale = tl.cast(sm_scale * LOG2_E, tl.float32)
+        above = (scale.to(tl.int32, bitcast=True) >> 23) - 126  # scale < 2**above
+        lift = tl.minimum(tl.maximum(-above, -1), 8).to(tl.float32)
     return lift
 
 
