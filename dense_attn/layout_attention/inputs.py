@@ -49,19 +49,23 @@ def check_tensors(
     batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
     _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
     _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
-    if q_order is not None and q_order is not False:
-        _checks.token_words("q_order", q_order, batch, seqlen_q, q)
-    if k_order is not None and k_order is not False:
-        _checks.token_words("k_order", k_order, batch, seqlen_k, q)
+    for name, order, tokens in (("q_order", q_order, seqlen_q), ("k_order", k_order, seqlen_k)):
+        if isinstance(order, Tensor):
+            _checks.token_words(name, order, batch, tokens, q)
+        elif order is not None and order is not False:
+            _checks.refuse(name, "be a tensor, False or None", type(order).__name__, TypeError)
 
 
-def check_lists(lists: tuple[Tensor | None, ...]) -> None:
+def check_lists(lists: tuple[Tensor | None, ...], q: Tensor, k: Tensor) -> None:
     """Require three lists and two orders, as `tile_lists` returns them."""
     if not isinstance(lists, (tuple, list)) or len(lists) != 5:
         _checks.refuse("tile_lists", "be what tile_lists returns", type(lists).__name__, TypeError)
     for place, x in enumerate(lists):
         if x is not None or place < 3:
             _checks.tensor("tile_lists", x)
+    for order, tokens in ((lists[3], q.shape[2]), (lists[4], k.shape[2])):
+        if order is not None:
+            _checks.token_words("tile_lists", order, q.shape[0], tokens, q)
 
 
 def with_orders(

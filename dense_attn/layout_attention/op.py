@@ -81,12 +81,13 @@ def layout_attention(
     inputs.check_tensors(q, k, v, q_regions, k_regions, q_order, k_order)
     _checks.choice("modulation", modulation, MODULATIONS)
     if tile_lists is not None:
-        inputs.check_lists(tile_lists)
+        inputs.check_lists(tile_lists, q, k)
     if scale is None:
         scale = q.shape[3] ** -0.5
     else:
         scale = _checks.number("scale", scale, rule="be a number or None")
     strength, every = inputs.row_strength(strength, q)
+    return_lse = _checks.flag("return_lse", return_lse)
     name = table.resolve(backend, "layout_attention", q)
     kernels = table.NAMESPACES[name]
     recorded = dispatch.is_recorded(q, k, v, strength)

@@ -173,6 +173,9 @@ BAD_CALLS = [  # argument, value, error, message
         "k_order must have shape [7], [1, 7] or [2, 7], got (2, 5)",
     ),
     ("k_order", torch.randn(N), TypeError, "k_order must be int32, got float32"),
+    ("q_order", True, TypeError, "q_order must be a tensor, False or None, got bool"),
+    ("k_order", [0], TypeError, "k_order must be a tensor, False or None, got list"),
+    ("return_lse", "yes", TypeError, "return_lse must be a bool, got str"),
     (
         "backend",
         "opencl",
