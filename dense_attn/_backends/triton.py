@@ -16,6 +16,7 @@ from dense_attn._backends import ops, raw_checks
 AUTOGRAD = False  # torch does not see into its kernels
 NO_KERNELS: set[str] = set()
 _OLDEST = (3, 6)
+_OLDEST_OF_AMD = (3, 9)  # 3.6 cannot compile the forward kernel for AMD's GPUs
 _MIXED = 3  # what a tile of matched and unmatched pairs costs, in tiles of one kind
 _NO_GPU = "this build of torch knows no GPU, and TRITON_INTERPRET=1 is not set"
 _ADVICE = "pip install dense_attn[triton]"
@@ -32,8 +33,9 @@ def _load() -> str | None:
             return _NO_GPU
         import triton
 
-        if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < _OLDEST:
-            oldest = ".".join(map(str, _OLDEST))
+        needed = _OLDEST_OF_AMD if torch.version.hip else _OLDEST
+        if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < needed:
+            oldest = ".".join(map(str, needed))
             return f"needs Triton {oldest} or newer, got {triton.__version__}: {_ADVICE}"
         from dense_attn.triton_kernels import autotune, layout_attention, reversible, sega
     except _environment.VariableError as error:

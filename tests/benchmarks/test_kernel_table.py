@@ -156,7 +156,10 @@ def test_every_configuration_is_compiled(table: Table) -> None:
 def test_the_committed_table_has_every_configuration(committed: Table) -> None:
     for version in {row["triton"] for row in committed["rows"]}:
         rows = [row for row in attention(committed["rows"]) if row["triton"] == version]
-        assert {reached(row) for row in rows} == rows_of_configs()
+        wanted = rows_of_configs()
+        if version.startswith("3.6"):  # which cannot compile them
+            wanted = {row for row in wanted if row[:2] != ("fwd", "gfx942")}
+        assert {reached(row) for row in rows} == wanted
 
 
 def test_every_kernel_is_compiled(table: Table) -> None:
