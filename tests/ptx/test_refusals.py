@@ -49,6 +49,8 @@ def run(body: str, lanes: int = 32, **how: object) -> Tensor:
 
 
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+TENSOR = "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes"
+GATHER = TENSOR.replace("1d", "2d.tile::gather4")
 UNKNOWN = {
     "sat-integer": "add.sat.s32 %r1, %r9, 1;",
     "sat-half": "fma.rn.sat.f16 %h1, %h2, %h2, %h2;",
@@ -60,9 +62,15 @@ UNKNOWN = {
     "half-function": "ex2.approx.f16 %h1, %h2;",
     "comparison": "setp.foo.s32 %p1, %r9, 3;",
     "exchange": "shfl.sync.foo.b32 %r1, %r9, 1, 31, -1;",
-    "fence": "fence.mbarrier_init.release.cluster;",
+    "fence": "fence.proxy.alias;",
+    "barrier-of-a-cluster": "barrier.cluster.arrive;",
+    "copy-without-a-map": "cp.async.bulk.shared::cluster.global [%r1], [%x1], 16, [%r2];",
+    "multicast": f"{TENSOR}.multicast::cluster [%r1], [%x1, {{%r2}}], [%r3], %h1;",
+    "gathered-rows": f"{GATHER} [%r1], [%x1, {{%r2, %r2}}], [%r3];",
+    "map-field": "tensormap.replace.tile.foo.shared::cta.b1024.b32 [%x1], 0x1;",
+    "arrival": "mbarrier.arrive.noComplete.shared::cta.b64 %x5, [%r1], 1;",
     "label": "bra nowhere;",
-    "labels": "{ bra twice; twice: } { bra twice; twice: }",
+    "labels": "twice: bra twice; twice:",
     "sink": "add.s32 _, %r9, 1;",
     "sink-matrix": "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {_, %r3}, [%r1];",
     "sink-exchange": "shfl.sync.idx.b32 _|%p1, %r9, 0, 31, -1;",
@@ -116,6 +124,11 @@ SCOPES = """
 { .reg .b64 a; cvt.s64.s32 a, -5; shr.u64 a, a, 32; cvt.u32.u64 %r1, a; }
 { .reg .b32 a; mov.b32 a, 1; }
 """
+LABELS = """
+mov.b32 %r1, 1;
+{ bra over; add.u32 %r1, %r1, 64; over: add.u32 %r1, %r1, 2; }
+{ bra over; add.u32 %r1, %r1, 64; over: add.u32 %r1, %r1, 3; }
+"""
 # halfway between two of bfloat16, and an addend that lies beyond a double's digits
 HALFWAY = """
 mov.b16 %h1, 0x3F82; mov.b16 %h2, 0x3FA0; mov.b16 %h3, 0x0D80;
@@ -129,6 +142,7 @@ EXACT = {  # 1, and what lies 100 powers of two below it
     "least-up": ("mul.rp.f32 %r1, 0f7F000000, 0fFF000000;", 0xFF7FFFFF),
     "wide-clamp": (WIDE, 1),
     "scopes": (SCOPES, 0xFFFFFFFF),
+    "labels": (LABELS, 6),
     "narrow-fused": (HALFWAY, 0x3FA3),
 }
 

@@ -1,6 +1,6 @@
 """An emulator of the PTX that kernels compile to: README.md says how it judges."""
 
 from .launch import emulated
-from .module import Fault, Module, Unsupported
+from .module import Fault, Module, TensorMap, Unsupported
 
-__all__ = ["Fault", "Module", "Unsupported", "emulated"]
+__all__ = ["Fault", "Module", "TensorMap", "Unsupported", "emulated"]

@@ -14,7 +14,16 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "machine"
 BUILD = Path(__file__).resolve().parents[3] / "build" / "ptx"
-FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra")
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-fvisibility=hidden",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+)
 
 
 class Options(ctypes.Structure):
@@ -32,6 +41,7 @@ class Options(ctypes.Structure):
         ("shared_bytes", ctypes.c_int32),
         ("num_storages", ctypes.c_int32),
         ("most", ctypes.c_uint64),
+        ("max_registers", ctypes.c_int32),
     )
 
 

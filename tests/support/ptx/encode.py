@@ -16,7 +16,6 @@ from .parse import Expansion, Statement, Unsupported
 OPS, TYPES, MODES, FLAGS, SPACES, SPECIALS = (
     {name: number for number, name in enumerate(names(which))} for which in range(6)
 )
-WINDOW = {"shared": 1 << 56, "local": 1 << 57}  # generic addresses
 MOST_LOCAL = 512 << 10  # bytes of a thread, of every GPU
 SOURCES = {  # how many operands follow the target
     **dict.fromkeys(("abs", "neg", "not", "cnot", "mov", "popc", "clz", "brev", "bfind"), 1),

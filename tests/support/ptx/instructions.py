@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .asynchronous import Asynchronous
 from .encode import (
     CACHES,
     FLAGS,
@@ -12,7 +13,6 @@ from .encode import (
     SCOPES,
     SPACES,
     TYPES,
-    Encoder,
     _modifiers,
     _Row,
 )
@@ -50,7 +50,7 @@ def _space(words: list[str]) -> str:
     )
 
 
-class Instructions(Encoder):
+class Instructions(Asynchronous):
     """Every instruction: those of `SOURCES` by the base, the others each by a method."""
 
     def _mov(self, words: list[str], operands: tuple[str, ...]) -> _Row:
@@ -165,6 +165,8 @@ class Instructions(Encoder):
             return _Row("cp_async_wait_group", numbers=[int(operands[0], 0)])
         if words[:2] == ["async", "wait_all"]:
             return _Row("cp_async_wait_group", numbers=[-1])
+        if words[:2] == ["async", "bulk"]:
+            return self._bulk(words[2:], operands)
         known = ("async", "shared", "global", *CACHES)
         if int(operands[2], 0) not in (4, 8, 16):
             raise ValueError("size")
@@ -228,28 +230,6 @@ class Instructions(Encoder):
     def _activemask(self, words: list[str], operands: tuple[str, ...]) -> _Row:
         return _Row("activemask", words[0], numbers=[self.target(operands[0])])
 
-    def _bar(self, words: list[str], operands: tuple[str, ...]) -> _Row:
-        words = [word for word in words if word not in ("cta", "aligned")]
-        if words == ["warp", "sync"]:
-            return _Row("bar_warp", numbers=[self.value(operands[0])])
-        if words != ["sync"]:
-            raise ValueError("kind of barrier")
-        number, threads = (*operands, "0")[:2]
-        return _Row("bar", numbers=[self.value(number), self.value(threads)])
-
-    _barrier = _bar
-
-    def _fence(self, words: list[str], operands: tuple[str, ...]) -> _Row:
-        if words[0] == "proxy" and len(words) > 1:
-            if words[1] != "async":
-                raise ValueError("kind of fence")
-            return _Row("fence_proxy")
-        if not set(words) <= {*SCOPES, "sc", "gl"}:
-            raise ValueError("kind of fence")
-        return _Row("fence")
-
-    _membar = _fence
-
     def _bra(self, words: list[str], operands: tuple[str, ...]) -> _Row:
         return _Row("bra", label=operands[0])
 
@@ -260,9 +240,6 @@ class Instructions(Encoder):
 
     def _trap(self, words: list[str], operands: tuple[str, ...]) -> _Row:
         return _Row("trap")
-
-    def _nanosleep(self, words: list[str], operands: tuple[str, ...]) -> _Row:
-        return _Row("nop")
 
     def _mma(self, words: list[str], operands: tuple[str, ...]) -> _Row:
         *order, shape, row, column, d, a, b, c = words

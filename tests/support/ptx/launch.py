@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -12,8 +13,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .module import Module
+from .module import Argument, Module, TensorMap, Unsupported
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 modules: dict[str, Module] = {}  # by their PTX
@@ -73,9 +75,10 @@ def emulated(
             modules[text] = Module(text)
         module = modules[text]
         before = module.executed
+        maps = getattr(kernel.metadata, "tensordesc_meta", None)
         given = (
             kernel.metadata.name,
-            [*arguments(kernel.src.signature, bound), 0, 0],  # no scratch memory
+            [*arguments(kernel.src.signature, bound, maps), _scratch(kernel.metadata, sizes), 0],
             sizes,
             (32 * kernel.metadata.num_warps,),
             kernel.metadata.shared,
@@ -99,14 +102,21 @@ def constant(target: str) -> Callable[[object], str]:
     return torch.compiler.assume_constant_result(lambda device: target)
 
 
-def arguments(signature: dict[str, object], bound: dict[str, object]) -> list[Tensor | int | float]:
-    """The arguments that a kernel takes at run time, tuples flattened."""
-    found: list[Tensor | int | float] = []
+def arguments(
+    signature: dict[str, object], bound: dict[str, object], maps: Sequence[dict] | None = None
+) -> list[Argument]:
+    """The arguments that a kernel takes at run time, tuples flattened, tensor descriptors as maps
+    where the compiler says how their boxes lie in memory.
+    """
+    found: list[Argument] = []
+    left = iter(maps or ())
 
     def walk(kind: object, value: object) -> None:
         if isinstance(kind, (tuple, list)):
             for one_kind, one in zip(kind, value, strict=True):
                 walk(one_kind, one)
+        elif isinstance(value, TensorDescriptor):
+            found.extend(_described(value, next(left, None)))
         elif kind != "constexpr":
             is_float = isinstance(kind, str) and kind.startswith("fp")
             found.append(float(value) if is_float else value)
@@ -114,3 +124,26 @@ def arguments(signature: dict[str, object], bound: dict[str, object]) -> list[Te
     for name, kind in signature.items():
         walk(kind, bound[name])
     return found
+
+
+def _described(x: TensorDescriptor, box: dict | None) -> list[Argument]:
+    """A descriptor as Triton's launcher hands it over."""
+    sizes = [*x.shape, *x.strides]
+    if box is None:  # the kernel takes it apart
+        rounds = [x.round_f32_to_tf32] if hasattr(x, "round_f32_to_tf32") else []
+        return [x.base, *sizes, x.padding == "nan", *rounds, *sizes]
+    if box["fp4_padded"] or box.get("is_im2col") or getattr(x, "round_f32_to_tf32", False):
+        raise Unsupported(f"a tensor map of {box}")
+    strides = [box["elem_size"] * stride for stride in x.strides]
+    how = (box["elem_type"], x.shape, strides, box["block_size"], box["swizzle"])
+    return [TensorMap(x.base, *how, int(x.padding == "nan")), *sizes]
+
+
+def _scratch(metadata: object, grid: Sequence[int]) -> Tensor | int:
+    """The memory that a launch's programs make tensor maps in, 0 for none."""
+    size = metadata.global_scratch_size * math.prod(grid)
+    align = metadata.global_scratch_align
+    if not size:
+        return 0
+    memory = torch.zeros(size + align, dtype=torch.uint8, device="cpu")
+    return memory[-memory.data_ptr() % align :]

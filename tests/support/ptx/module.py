@@ -6,6 +6,7 @@ import ctypes
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +21,37 @@ MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 MOST_THREADS, MOST_SHARED = 1024, 227 << 10  # of sm_90
 ORDERS = ("forward", "backward", "random")
 MOST = 500_000_000  # instructions of a launch, minutes: a kernel that runs longer has no end
+FIELDS = 2**25 - 1  # of a tensor map: all have been set
 Number = int | float | bool
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A tensor as bulk copies see it: what cuTensorMapEncodeTiled is told, its last axis first."""
+
+    tensor: Tensor
+    type: int  # as tensormap.replace numbers them
+    shape: Sequence[int]
+    strides: Sequence[int]  # bytes; the last one is that of an element
+    box: Sequence[int]
+    swizzle: int = 0  # rows of 16 << swizzle bytes
+    fill: int = 0  # 1: NaN outside of the tensor
+
+    def pack(self) -> bytes:
+        """The map as the machine has it."""
+        numbers = [
+            *_turned(self.shape, 5),
+            *_turned(self.box, 5),
+            *_turned([1] * len(self.shape), 5),
+        ]
+        strides = _turned(self.strides[:-1], 4)
+        few = (len(self.shape) - 1, self.type, 0, self.swizzle, self.fill)
+        return struct.pack(
+            "<5Q15I5B3xI16x", self.tensor.data_ptr(), *strides, *numbers, *few, FIELDS
+        )
+
+
+Argument = Tensor | TensorMap | Number
 
 
 class Fault(Exception):
@@ -40,12 +71,12 @@ class Module:
     def launch_in_every_order(
         self,
         kernel: str,
-        arguments: Sequence[Tensor | Number],
+        arguments: Sequence[Argument],
         *others: object,
         **named: object,
     ) -> None:
         """Launch in each order of warps and programs; Fault where the bits are not the same."""
-        storages = {x.untyped_storage().data_ptr(): x for x in arguments if isinstance(x, Tensor)}
+        storages = {x.untyped_storage().data_ptr(): x for x in _tensors(arguments)}
         memory = [_memory(x) for x in storages.values()]
         memory += [torch.from_numpy(x) for x in self._arrays if x.size]
         before, first = [x.clone() for x in memory], None
@@ -62,7 +93,7 @@ class Module:
     def launch(
         self,
         kernel: str,
-        arguments: Sequence[Tensor | Number],
+        arguments: Sequence[Argument],
         grid: Sequence[int],
         block: Sequence[int],
         dynamic_shared: int = 0,
@@ -89,6 +120,7 @@ class Module:
             shared,
             len(storages) // 2,
             MOST,
+            self._unit.functions[kernel].max_registers,
         )
         message, executed = ctypes.create_string_buffer(512), ctypes.c_uint64()
         line = library().ptx_run(
@@ -112,7 +144,7 @@ class Module:
             self._encoded[kernel] = Instructions(expansion, places.__getitem__).encode()
         return self._encoded[kernel]
 
-    def _params(self, kernel: str, arguments: Sequence[Tensor | Number]) -> bytes:
+    def _params(self, kernel: str, arguments: Sequence[Argument]) -> bytes:
         places = self._unit.functions[kernel].params.values()
         if len(places) != len(arguments):
             raise ValueError(f"arguments must be {len(places)}, got {len(arguments)}")
@@ -123,9 +155,9 @@ class Module:
             params[place : place + size] = _bytes(value, size)
         return bytes(params)
 
-    def _storages(self, arguments: Sequence[Tensor | Number]) -> list[int]:
+    def _storages(self, arguments: Sequence[Argument]) -> list[int]:
         """The beginning and the end of all memory that the launch may touch."""
-        storages = [x.untyped_storage() for x in arguments if isinstance(x, Tensor)]
+        storages = [x.untyped_storage() for x in _tensors(arguments)]
         spans = {(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages if x.nbytes()}
         spans |= {(x.ctypes.data, x.ctypes.data + x.nbytes) for x in self._arrays}
         return [number for span in sorted(spans) for number in span] or [0, 0]
@@ -145,6 +177,17 @@ def _check(grid: Sequence[int], block: Sequence[int], dynamic_shared: int) -> No
         raise ValueError(f"dynamic_shared must be 0 to {MOST_SHARED}, got {dynamic_shared}")
 
 
+def _tensors(arguments: Sequence[Argument]) -> list[Tensor]:
+    """The tensors among the arguments, and those of their maps."""
+    tensors = [x.tensor if isinstance(x, TensorMap) else x for x in arguments]
+    return [x for x in tensors if isinstance(x, Tensor)]
+
+
+def _turned(numbers: Sequence[int], count: int) -> list[int]:
+    """The last one first, and zeros behind the first."""
+    return [*reversed(numbers), *[0] * (count - len(numbers))]
+
+
 def _memory(x: Tensor) -> Tensor:
     """All bytes of the storage under a tensor."""
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(x.untyped_storage())
@@ -154,12 +197,14 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def _bytes(value: Tensor | Number, size: int) -> bytes:
+def _bytes(value: Argument, size: int) -> bytes:
     if isinstance(value, Tensor):
         return value.data_ptr().to_bytes(8, "little")
+    if isinstance(value, TensorMap):
+        return value.pack()
     if isinstance(value, float):
         return struct.pack({4: "<f", 8: "<d"}[size], value)
     return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
 
-__all__ = ["ORDERS", "Fault", "Module", "Unsupported"]
+__all__ = ["ORDERS", "Fault", "Module", "TensorMap", "Unsupported"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ptx import Fault, Module, emulated
-from ptx.module import ORDERS
+from ptx import Fault, Module, TensorMap, emulated
+from ptx.module import ORDERS, Argument
 
 # A mutant takes the place of one line, so that every other line keeps its number.
 GONE = "// gone: "
@@ -23,12 +23,16 @@ KINDS = {
     "wgmma wait": SEPARATED.format(r"wgmma\.wait_group\.sync\.aligned\s+\d+"),
     "wgmma fence": SEPARATED.format(r"wgmma\.fence\.sync\.aligned"),
     "proxy fence": SEPARATED.format(r"fence\.proxy\.async[\w.:]*"),
+    "bulk wait": SEPARATED.format(r"cp\.async\.bulk\.wait_group(?:\.read)?\s+\d+"),
+    "phase wait": SEPARATED.format(r"@!complete\s+bra\.uni\s+waitLoop"),
+    "arrival": SEPARATED.format(r"(?:@!?%p\d+\s+)?mbarrier\.arrive[^;]*"),
 }
 # Guards: of an access, its predicate; of a copy that fills with zeros, the number of bytes it
 # takes.
 PREDICATE = re.compile(r"@(!?)(%p\d+)\s+(?=(?:ld|st|atom|red|cp\.async)\.)")
 BYTES = re.compile(r"(cp\.async\.c[ag]\.shared\.global[^;]*,\s*)(\w+)\s*,\s*(%r\d+)\s*;")
-WAIT = re.compile(r"(wait_group(?:\.sync\.aligned)?\s+)(\d+)")
+GUARD = re.compile(r"\s*(@!?%p\d+\s+|)")
+WAIT = re.compile(r"(wait_group(?:\.sync\.aligned|\.read)?\s+)(\d+)")
 PLACE = re.compile(r"\.loc\s.*//\s*(\S+):(\d+):\d+")
 MOST_GUARDS = 24  # of one kernel, spread over it
 MOST_LAUNCHES = 3  # of one kernel: buffers that take turns differ with the number of turns
@@ -67,7 +71,7 @@ def _changes(line: str) -> Iterator[tuple[str, str, str]]:
     """(kind, what stands in the line's place, a trap where that matters) of a line's mutants."""
     for kind, pattern in KINDS.items():
         if re.match(pattern, line):
-            yield kind, GONE + line.strip(), "trap;"
+            yield kind, GONE + line.strip(), f"{GUARD.match(line)[1]}trap;"
             if wait := WAIT.search(line):
                 weaker = WAIT.sub(rf"\g<1>{int(wait[2]) + 1}", line)
                 yield f"{kind} weakened", weaker, "trap;"
@@ -87,7 +91,7 @@ class Kernel:
         self._launches: list[tuple[list, tuple]] = []  # arguments; grid, block, shared memory
         self._results: list[list[Tensor]] = []
 
-    def add(self, arguments: list[Tensor | int | float], sizes: tuple) -> None:
+    def add(self, arguments: list[Argument], sizes: tuple) -> None:
         """Note a launch, unless there are enough."""
         if len(self._launches) < MOST_LAUNCHES:
             self._launches.append((_copied(arguments), sizes))
@@ -149,8 +153,13 @@ def kernels(call: Callable[[], object], target: str) -> list[Kernel]:
     return list(found.values())
 
 
-def _copied(arguments: list[Tensor | int | float]) -> list[Tensor | int | float]:
-    return [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+def _copied(arguments: list[Argument]) -> list[Argument]:
+    def copy(x: Argument) -> Argument:
+        if isinstance(x, TensorMap):
+            return replace(x, tensor=x.tensor.clone())
+        return x.clone() if isinstance(x, Tensor) else x
+
+    return [copy(x) for x in arguments]
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:

@@ -34,6 +34,7 @@ class Function:
     results: list[str]
     body: str
     line: int
+    max_registers: int = 0  # of a thread at its start, 0 where it does not say
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Frame:
     prefix: str
     symbols: dict[str, tuple[str, int]]  # (space, address)
     scopes: list[dict[str, str]] = field(default_factory=lambda: [{}])
+    places: list[str] = field(default_factory=lambda: [""])  # of labels, by scopes
     end: str = ""  # the label behind it, for a return
 
 
@@ -80,7 +82,10 @@ class Unit:
                 at, depth = brace.end(), depth + (1 if brace[0] == "{" else -1)
             body, line = text[found.end() : at - 1], text.count("\n", 0, found.end()) + 1
             results = list(_params(found[2][1:-1])) if found[2] else []
-            self.functions[found[3]] = Function(found[3], _params(found[4]), results, body, line)
+            most = re.search(r"\.maxnreg\s+(\d+)", found[5])
+            self.functions[found[3]] = Function(
+                found[3], _params(found[4]), results, body, line, int(most[1]) if most else 0
+            )
         return "".join([*outside, text[at:]])
 
     def _arrays(self, outside: str) -> None:
@@ -174,7 +179,12 @@ class Expansion:
         self._calls = 0
         function = unit.functions[kernel]
         params = {name: ("param", place) for name, (place, _) in function.params.items()}
+        self._scopes = 0
         self._expand(function, Frame("", params), ())
+        for i, one in enumerate(self.statements):
+            if len(one.operands) > 1 and one.op.split(".")[0] == "bra":
+                known = [label for label in one.operands if label in self.labels]
+                self.statements[i] = replace(one, operands=(*known, one.operands[-1])[:1])
 
     def _expand(self, function: Function, frame: Frame, callers: tuple[str, ...]) -> None:
         if function.name in callers:
@@ -182,10 +192,13 @@ class Expansion:
         for line, text in _pieces(function.body, function.line):
             if text == "{":
                 frame.scopes.append({})
+                self._scopes += 1
+                frame.places.append(f"{self._scopes}~")
             elif text == "}":
                 frame.scopes.pop()
+                frame.places.pop()
             elif text.endswith(":"):
-                label = frame.prefix + text[:-1]
+                label = frame.prefix + frame.places[-1] + text[:-1]
                 if label in self.labels:
                     raise Unsupported(f"line {line}: two labels {text[:-1]}")
                 self.labels[label] = len(self.statements)
@@ -235,7 +248,8 @@ class Expansion:
                 raise Unsupported("a call under a guard")
             self._call(split(rest), frame, callers)
         elif op.split(".")[0] == "bra":
-            self.statements.append(replace(one, operands=(frame.prefix + rest.strip(),)))
+            inside = tuple(frame.prefix + x + rest.strip() for x in reversed(frame.places))
+            self.statements.append(replace(one, operands=inside))
         elif op.split(".")[0] == "ret" and frame.end:
             self.statements.append(replace(one, op="bra", operands=(frame.end,)))
         else:

@@ -11,13 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ptx import Fault, Module
+from ptx import Fault, Module, TensorMap
 
 KERNEL = """
-.version 8.0
+.version 8.6
 .target {target}
 .address_size 64
-.visible .entry planted(.param .u64 x_param, .param .u64 out_param)
+.visible .entry planted(.param .u64 x_param, .param .u64 out_param,
+    .param .align 64 .b8 from_param[128], .param .align 64 .b8 to_param[128])
 .reqntid {threads}
 {{
     .shared .align 1024 .b8 memory[4096];
@@ -41,6 +42,7 @@ KERNEL = """
     ret;
 }}
 """
+S32 = 3  # of tensormap.replace
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
@@ -73,7 +75,8 @@ class Planted:
         x = torch.arange(self.threads, dtype=torch.int32) * 3 + 100
         out = torch.full_like(x, -1)
         module, grid, block = Module(self.text(sign)), (self.programs, 1, 1), (self.threads, 1, 1)
-        module.launch("planted", [x, out], grid, block, order=order)
+        maps = [TensorMap(y, S32, y.shape, (4,), (64,)) for y in (x, out)]
+        module.launch("planted", [x, out, *maps], grid, block, order=order)
         return out, self.expected(x)
 
     def check(self, order: str) -> None:

@@ -224,7 +224,7 @@ bool Step::access() {
       matrices(*this, true);
       return true;
     case cvta_: {  // [to, from, to a space?]; addresses of global memory are the same in both
-      uint64_t window = in.space == shared_ ? kSharedWindow : in.space == local_ ? kLocalWindow : 0;
+      uint64_t windows[] = {0, 0, kSharedWindow, kLocalWindow, kParamWindow}, window = windows[in.space];
       const Bits* from = source(1);
       Bits* to = target(0);
       each([&](int lane) { to[lane] = number(2) ? from[lane] & ~window : from[lane] | window; });

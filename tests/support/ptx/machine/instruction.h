@@ -14,7 +14,10 @@ namespace ptx {
   X(st) X(atom) X(cp_async) X(cp_async_commit_group) X(cp_async_wait_group) X(ldmatrix) \
   X(stmatrix) X(shfl) X(vote) X(redux) X(activemask) X(bar) X(bar_warp) X(fence) X(fence_proxy) \
   X(bra) X(exit) X(trap) X(mma) X(wgmma) X(wgmma_fence) X(wgmma_commit_group) X(wgmma_wait_group) \
-  X(cvta) X(nop)
+  X(cvta) X(nop) \
+  X(bar_arrive) X(elect) X(setmaxnreg) X(pause) X(mbarrier_init) X(mbarrier_inval) X(mbarrier_arrive) \
+  X(mbarrier_expect) X(mbarrier_try) X(mbarrier_test) X(bulk_load) X(bulk_store) X(bulk_commit) \
+  X(bulk_wait) X(map_replace) X(map_copy) X(map_fence)
 
 #define PTX_TYPES(X) \
   X(none) X(pred) X(b8) X(u8) X(s8) X(b16) X(u16) X(s16) X(b32) X(u32) X(s32) X(b64) X(u64) X(s64) \
@@ -25,7 +28,7 @@ namespace ptx {
   X(plain) X(rn) X(rz) X(rm) X(rp) X(rni) X(rzi) X(rmi) X(rpi) X(rna) X(eq) X(ne) X(lt) X(le) \
   X(gt) X(ge) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(num) X(nan) X(up) X(down) X(bfly) X(idx) \
   X(all) X(any) X(uni) X(ballot) X(m_add) X(m_min) X(m_max) X(m_and) X(m_or) X(m_xor) X(exch) \
-  X(cas) X(inc) X(dec) X(left) X(right)
+  X(cas) X(inc) X(dec) X(left) X(right) X(parity) X(reads)
 
 #define PTX_FLAGS(X) \
   X(ftz) X(sat) X(propagate) X(approx) X(full) X(negated_guard) X(wrap) X(trans) X(relu)

@@ -13,31 +13,57 @@ std::string hex(uint64_t value) {
   return text;
 }
 
-std::string thread(uint32_t program, int warp, uint8_t lane) {
+std::string thread(uint32_t program, int warp, uint8_t lane, int warps) {
+  if (warp >= warps) return "a bulk copy of program " + std::to_string(program);
   std::string lanes = lane == kManyLanes ? "several lanes" : "lane " + std::to_string(lane);
   return "program " + std::to_string(program) + ", warp " + std::to_string(warp) + ", " + lanes;
 }
 
-// Which of a cell's bytes an access touches.
-uint8_t touched(uint64_t cell_begin, uint64_t begin, uint64_t end) {
-  uint8_t bytes = 0;
-  for (int i = 0; i < kCellBytes; ++i)
-    if (cell_begin + i >= begin && cell_begin + i < end) bytes |= 1 << i;
-  return bytes;
-}
-
 }  // namespace
 
-Memory::Memory(const uint64_t* storages, int count, size_t shared_bytes)
-    : shared(shared_bytes), shared_region_{kSharedBase, kSharedBase + shared_bytes, {}} {
-  for (int i = 0; i < count; ++i) storages_.push_back({storages[2 * i], storages[2 * i + 1], {}});
+void join(Clock& to, const Clock& from) {
+  to.resize(std::max(to.size(), from.size()));
+  for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 
-void Memory::start_program(uint32_t garbage, int warps) {
+int Order::add_agent() {
+  int agent = int(seen[0].size());
+  for (Clock& clock : seen) clock.push_back(0);
+  return agent;
+}
+
+void Order::meet(int warp, const Clock& known, uint32_t tick) {
+  join(seen[warp], known);
+  if (!known.empty()) own[warp] = std::max(own[warp], known[warp]);
+  met[warp] = tick;
+}
+
+bool Order::knows(int warp, const Clock& clock) const {
+  for (size_t i = 0; i < clock.size(); ++i)
+    if (clock[i] > seen[warp][i]) return false;
+  return true;
+}
+
+void Order::tell(int warp, uint32_t lanes, uint32_t alive, uint32_t tick, Clock& to) const {
+  join(to, seen[warp]);
+  for (int lane = 0; lane <= kLanes; ++lane) {
+    bool tells = lane == kLanes ? lanes == alive : lanes >> lane & 1;
+    if (!tells && touched[warp][lane] >= own[warp]) tick = own[warp];  // the others have not met these lanes since
+  }
+  to[warp] = std::max(to[warp], tick);
+}
+
+Memory::Memory(const uint64_t* storages, int count, size_t shared_bytes, int warps)
+    : shared(shared_bytes), shared_region_{kSharedBase, kSharedBase + shared_bytes, {}}, warps_(warps) {
+  for (int i = 0; i < count; ++i) storages_.push_back({storages[2 * i], storages[2 * i + 1], {}});
+  shared_region_.reads.reset(new Read[shared_bytes * warps]);  // each is written before it is read
+}
+
+void Memory::start_program(uint32_t garbage) {
   auto words = reinterpret_cast<uint32_t*>(shared.data());
   std::fill(words, words + shared.size() / 4, garbage);
   std::fill(shared_region_.cells.begin(), shared_region_.cells.end(), Cell{});
-  order = Order(warps);
+  order = Order(warps_);
 }
 
 uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region, int aligned) {
@@ -69,122 +95,157 @@ uint8_t* Memory::find(int space, uint64_t address, int size, Region*& region, in
               (distance < (1 << 30) ? ", " + std::to_string(distance) + " bytes behind one" : std::string()));
 }
 
-bool Memory::ordered(uint32_t tick, int warp, uint8_t lane, const Who& who) const {
-  if (warp != who.warp) return tick < order.seen[who.warp][warp];
-  return lane == who.lane || tick == who.tick || tick < std::max(order.own[warp], order.last[warp]);
-}
-
 uint64_t Memory::offset_of(const Region& region, const uint8_t* at) const {
   if (&region == &shared_region_) return kSharedBase + (at - shared.data());
   return reinterpret_cast<uint64_t>(at);
 }
 
+void Memory::note_read(Region& region, Cell& cell, uint64_t address, const Who& who) {
+  uint32_t mine = 1u << (who.warp & 31);
+  if (region.reads) {
+    Read& read = region.read_by(who.warp, address);
+    bool also = cell.read_warps & mine && read.lane != who.lane && read.tick >= order.own[who.warp];
+    read = {who.tick, also ? kManyLanes : who.lane};
+    cell.read_warps |= mine;
+    return;
+  }
+  if (cell.read_program != who.program) {
+    cell.many_programs |= cell.read_warps != 0;
+    cell.read_warps = 0;
+  }
+  for (uint32_t warps = cell.read_warps; warps; warps &= warps - 1) {
+    int warp = std::countr_zero(warps);  // what it has read and told cannot race with what comes behind it
+    bool told = cell.read_tick < (warp == who.warp ? order.own : order.seen[who.warp])[warp];
+    if (told) cell.read_warps &= ~(1u << warp);
+  }
+  cell.read_lane = !cell.read_warps || cell.read_lane == who.lane ? who.lane : kManyLanes;
+  cell.read_warps |= mine;
+  cell.read_program = who.program;
+  cell.read_tick = who.tick;
+}
+
 void Memory::read(Region& region, const uint8_t* at, int size, const Who& who) {
-  uint64_t begin = offset_of(region, at), end = begin + size;
-  for (uint64_t a = begin & ~uint64_t(kCellBytes - 1); a < end; a += kCellBytes) {
-    Cell& cell = region.at(a);
-    if (cell.coming) throw Fault("reads bytes of a copy that has not been waited for");
-    bool mine = cell.write_program == who.program;
-    if (cell.write_bytes && !(cell.atomic && who.atomic) && cell.write_bytes & touched(a, begin, end) &&
-        !(mine && ordered(cell.write_tick, cell.write_warp, cell.write_lane, who)))
-      throw Fault("race: reads what " + thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
-    if (cell.read_program != who.program) {
-      cell.many_programs |= cell.read_bytes != 0;
-      cell.read_warps = 0;
-    } else if (cell.read_tick < order.last[who.warp]) {
-      cell.read_warps = 0;  // what was read before a barrier cannot race with what comes behind it
-    }
-    bool first = cell.read_warps == 0;
-    cell.read_warps |= 1u << (who.warp & 31);
-    cell.read_lane = first || cell.read_lane == who.lane ? who.lane : kManyLanes;
-    cell.read_bytes = (first ? 0 : cell.read_bytes) | touched(a, begin, end);
-    cell.read_program = who.program;
-    cell.read_tick = who.tick;
+  uint64_t address = offset_of(region, at);
+  Cell* cell = region.at(address);
+  if (region.reads && !who.atomic) order.touched[who.warp][std::min<int>(who.lane, kLanes)] = who.tick;
+  for (const Cell* end = cell + size; cell < end; ++cell, ++address) {
+    if (cell->coming) throw Fault("reads bytes of a copy that has not been waited for");
+    bool mine = cell->write_program == who.program;
+    if (cell->written && !(cell->atomic && who.atomic) &&
+        !(mine && ordered(cell->write_tick, cell->write_warp, cell->write_lane, who)))
+      throw Fault("race: reads what " + thread(cell->write_program, cell->write_warp, cell->write_lane, warps_) +
+                  " writes");
+    note_read(region, *cell, address, who);
   }
 }
 
-void Memory::refuse_race(const Cell& cell, uint8_t bytes, bool same, const Who& who) const {
+void Memory::refuse_race(const Region& region, const Cell& cell, uint64_t address, bool same, const Who& who) {
+  if (cell.leaving) throw Fault("writes bytes that a bulk copy has yet to read");
   bool both_atomic = cell.atomic && who.atomic;
-  if (cell.write_bytes & bytes && !same && !both_atomic) {
+  if (cell.written && !same && !both_atomic) {
     bool mine = cell.write_program == who.program;
     bool at_once = mine && cell.write_tick == who.tick && cell.write_warp == who.warp;
     if (at_once && cell.write_lane != who.lane)
       throw Fault("lane " + std::to_string(cell.write_lane) +
                   " of this instruction writes another value to the same address");
     if (!mine || !ordered(cell.write_tick, cell.write_warp, cell.write_lane, who))
-      throw Fault("race: overwrites what " + thread(cell.write_program, cell.write_warp, cell.write_lane) + " writes");
+      throw Fault("race: overwrites what " + thread(cell.write_program, cell.write_warp, cell.write_lane, warps_) +
+                  " writes");
   }
-  if (cell.read_bytes & bytes && !who.atomic) {
-    bool others = cell.many_programs || cell.read_program != who.program;
-    int reader = std::countr_zero(cell.read_warps);
-    for (uint32_t warps = cell.read_warps; warps && !others; warps &= warps - 1) {
-      reader = std::countr_zero(warps);
-      others = !ordered(cell.read_tick, reader, cell.read_lane, who);
-    }
-    if (others && !(same && cell.read_program != who.program))
-      throw Fault("race: writes what " + thread(cell.read_program, reader, cell.read_lane) + " reads");
+  if (!cell.read_warps || who.atomic) return;
+  auto race = [&](int warp, uint32_t lane) {
+    uint32_t program = region.reads ? who.program : cell.read_program;
+    throw Fault("race: writes what " + thread(program, warp, uint8_t(lane), warps_) + " reads");
+  };
+  bool elsewhere = !region.reads && cell.read_program != who.program;
+  if (!region.reads && (elsewhere || cell.many_programs) && !(same && elsewhere))
+    race(std::countr_zero(cell.read_warps), cell.read_lane);
+  if (elsewhere) return;
+  for (uint32_t warps = cell.read_warps; warps; warps &= warps - 1) {
+    int warp = std::countr_zero(warps);
+    Read read = region.reads ? region.read_by(warp, address) : Read{cell.read_tick, cell.read_lane};
+    if (!ordered(read.tick, warp, uint8_t(read.lane), who)) race(warp, read.lane);
   }
 }
 
 void Memory::write(Region& region, uint8_t* at, const uint8_t* value, int size, const Who& who) {
-  uint64_t begin = offset_of(region, at), end = begin + size;
+  uint64_t address = offset_of(region, at);
+  Cell* cell = region.at(address);
   bool same = std::memcmp(at, value, size) == 0;
-  for (uint64_t a = begin & ~uint64_t(kCellBytes - 1); a < end; a += kCellBytes) {
-    Cell& cell = region.at(a);
-    uint8_t bytes = touched(a, begin, end);
-    if (cell.coming) throw Fault("writes bytes of a copy that has not been waited for");
-    refuse_race(cell, bytes, same, who);
-    bool keeps = cell.write_program == who.program && cell.write_tick == who.tick;
-    cell.write_bytes = (keeps ? cell.write_bytes : 0) | bytes;
-    cell.write_program = who.program;
-    cell.write_tick = who.tick;
-    cell.write_warp = who.warp;
-    cell.write_lane = who.lane;
-    cell.atomic = who.atomic;
-    cell.generic = true;
+  if (region.reads && !who.atomic) order.touched[who.warp][std::min<int>(who.lane, kLanes)] = who.tick;
+  for (const Cell* end = cell + size; cell < end; ++cell, ++address) {
+    if (cell->coming) throw Fault("writes bytes of a copy that has not been waited for");
+    refuse_race(region, *cell, address, same, who);
+    set(region, *cell, who);
+    cell->generic = true;
   }
   std::memcpy(at, value, size);
 }
 
+void Memory::set(const Region& region, Cell& cell, const Who& who) {
+  if (region.reads && !who.atomic) cell.read_warps = 0;  // who is ordered behind this write is so behind these reads
+  cell.written = true;
+  cell.write_program = who.program;
+  cell.write_tick = who.tick;
+  cell.write_warp = who.warp;
+  cell.write_lane = who.lane;
+  cell.atomic = who.atomic;
+  cell.barrier = false;
+}
+
+void Memory::refuse_unready(const Cell& cell, const Who& who, uint32_t issued) const {
+  if (cell.coming) throw Fault("a product or bulk copy reads bytes of a copy that has not been waited for");
+  if (!cell.written) return;
+  if (cell.write_tick >= issued) throw Fault("an operand of a product or bulk copy changes before its wait");
+  if (!ordered(cell.write_tick, cell.write_warp, kManyLanes, who))
+    throw Fault("race: a product or bulk copy reads what " +
+                thread(cell.write_program, cell.write_warp, cell.write_lane, warps_) + " writes");
+  if (cell.generic && order.proxy_fence[cell.write_warp] <= cell.write_tick &&
+      order.proxy_fence[who.warp] < order.met[who.warp])
+    throw Fault("a product or bulk copy reads what was stored without fence.proxy.async");
+}
+
 void Memory::read_async(Region& region, uint64_t address, int size, const Who& who, uint32_t issued) {
-  for (uint64_t a = address; a < address + size; a += kCellBytes) {
-    Cell& cell = region.at(a);
-    if (cell.coming) throw Fault("a product reads bytes of a copy that has not been waited for");
-    if (!cell.write_bytes) continue;
-    if (cell.write_tick >= issued) throw Fault("an operand of a product changes before its wait");
-    if (!ordered(cell.write_tick, cell.write_warp, kManyLanes, who))
-      throw Fault("race: a product reads what " + thread(cell.write_program, cell.write_warp, cell.write_lane) +
-                  " writes");
-    if (cell.generic && order.proxy_fence[cell.write_warp] <= cell.write_tick &&
-        order.proxy_fence[who.warp] < order.last[who.warp])
-      throw Fault("a product reads what was stored without fence.proxy.async");
+  Cell* cell = region.at(address);
+  for (const Cell* end = cell + size; cell < end; ++cell, ++address) {
+    refuse_unready(*cell, who, issued);
+    note_read(region, *cell, address, who);
   }
-  for (uint64_t a = address; a < address + size; a += kCellBytes) {
-    Cell& cell = region.at(a);
-    if (cell.read_tick < order.last[who.warp]) cell.read_warps = 0;
-    cell.read_warps |= 1u << (who.warp & 31);
-    cell.read_bytes = (1 << kCellBytes) - 1;
-    cell.read_program = who.program;
-    cell.read_lane = kManyLanes;
-    cell.read_tick = who.tick;
+}
+
+void Memory::lend(Region& region, uint64_t address, int size, const Who& who) {
+  Cell* cell = region.at(address);
+  for (const Cell* end = cell + size; cell < end; ++cell) {
+    refuse_unready(*cell, who, who.tick);
+    ++cell->leaving;
+  }
+}
+
+void Memory::leave(Region& region, uint64_t address, int size, const Who& who) {
+  Cell* cell = region.at(address);
+  for (const Cell* end = cell + size; cell < end; ++cell, ++address) {
+    --cell->leaving;
+    note_read(region, *cell, address, who);
   }
 }
 
 void Memory::announce(Region& region, uint8_t* at, int size, const Who& who) {
-  uint64_t begin = offset_of(region, at);
-  for (uint64_t a = begin; a < begin + size; a += kCellBytes) {
-    Cell& cell = region.at(a);
-    if (cell.coming) throw Fault("a copy goes where another is on its way");
-    refuse_race(cell, touched(a, begin, begin + size), false, who);
-    cell.coming = true;
+  uint64_t address = offset_of(region, at);
+  Cell* cell = region.at(address);
+  for (const Cell* end = cell + size; cell < end; ++cell, ++address) {
+    if (cell->coming) throw Fault("a copy goes where another is on its way");
+    refuse_race(region, *cell, address, false, who);
+    cell->coming = true;
   }
 }
 
 void Memory::land(Region& region, uint8_t* at, const uint8_t* value, int size, const Who& who) {
-  uint64_t begin = offset_of(region, at);
-  for (uint64_t a = begin; a < begin + size; a += kCellBytes) region.at(a).coming = false;
-  write(region, at, value, size, who);
-  for (uint64_t a = begin; a < begin + size; a += kCellBytes) region.at(a).generic = false;
+  Cell* cell = region.at(offset_of(region, at));
+  for (const Cell* end = cell + size; cell < end; ++cell) {
+    cell->coming = cell->generic = false;
+    set(region, *cell, who);
+  }
+  std::memcpy(at, value, size);
 }
 
 }  // namespace ptx

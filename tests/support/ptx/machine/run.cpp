@@ -34,9 +34,10 @@ constexpr const char* kSpecials =
     "laneid,warpid,lanemask_eq,lanemask_lt,lanemask_le,lanemask_gt,lanemask_ge";
 constexpr int kNumSpecials = lanemask_ge + 1;  // the first registers of every warp
 
-uint32_t next_random(uint32_t& state) {
-  state = state * 1664525u + 1013904223u;
-  return state >> 8;
+constexpr int kMostIdle = 1000;  // rounds in which warps but look whether a phase has ended
+
+int warps_of(const Options& options) {
+  return (options.block[0] * options.block[1] * options.block[2] + kLanes - 1) / kLanes;
 }
 
 }  // namespace
@@ -48,12 +49,9 @@ Machine::Machine(const Instruction* code, const int32_t* operands, const Bits* c
       constants_(constants),
       params_(params),
       options_(options),
-      memory_(storages, options.num_storages, size_t(options.shared_bytes)),
-      random_(options.seed) {
-  const int32_t* block = options.block;
-  int threads = block[0] * block[1] * block[2];
-  warps_.resize(size_t(threads + kLanes - 1) / kLanes);
-}
+      memory_(storages, options.num_storages, size_t(options.shared_bytes), warps_of(options)),
+      warps_(size_t(warps_of(options))),
+      random_(options.seed) {}
 
 void Machine::run() {
   const int32_t* grid = options_.grid;
@@ -62,7 +60,7 @@ void Machine::run() {
   for (uint32_t i = 0; i < count; ++i) programs[i] = i;
   if (options_.order == 1) std::reverse(programs.begin(), programs.end());
   if (options_.order == 2)
-    for (uint32_t i = count; i > 1; --i) std::swap(programs[i - 1], programs[next_random(random_) % i]);
+    for (uint32_t i = count; i > 1; --i) std::swap(programs[i - 1], programs[next_random() % i]);
   for (uint32_t program : programs) run_program(program);
 }
 
@@ -74,7 +72,7 @@ void Machine::start(Warp& warp, uint32_t program) {
   warp.written.assign(size_t(options_.num_registers), 0);
   warp.read = warp.written;
   uint32_t garbage = options_.seed;
-  for (Bits& bits : warp.registers) bits = 0xffc00000u | next_random(garbage);  // NaN, a far address
+  for (Bits& bits : warp.registers) bits = 0xffc00000u | ptx::next_random(garbage);  // NaN, a far address
   const int32_t *grid = options_.grid, *block = options_.block;
   uint32_t threads = uint32_t(block[0]) * block[1] * block[2];
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
@@ -99,6 +97,7 @@ void Machine::start(Warp& warp, uint32_t program) {
     set(lanemask_ge, ~(mine - 1));
   }
   warp.local.assign(kLanes, std::vector<uint8_t>(size_t(options_.local_bytes), 0xa5));
+  warp.quota = options_.max_registers;
   warp.paths = {{0, -1, kAll & ~warp.exited}};
 }
 
@@ -107,48 +106,98 @@ std::vector<Warp*> Machine::in_order() {
   for (Warp& warp : warps_) found.push_back(&warp);
   if (options_.order == 1) std::reverse(found.begin(), found.end());
   if (options_.order == 2)
-    for (size_t i = found.size(); i > 1; --i) std::swap(found[i - 1], found[next_random(random_) % i]);
+    for (size_t i = found.size(); i > 1; --i) std::swap(found[i - 1], found[next_random() % i]);
   return found;
 }
 
 void Machine::run_program(uint32_t program) {
   program_ = program;
-  memory_.start_program(0xffc00000u | (options_.seed & 0xffff), int(warps_.size()));
+  memory_.start_program(0xffc00000u | (options_.seed & 0xffff));
+  arrivals_.fill({});
+  mbarriers_.clear();
+  agents_.clear();
+  map_fences_.clear();
   for (Warp& warp : warps_) start(warp, program);
-  while (true) {
-    bool all_done = true;
+  for (int idle = 0;;) {
+    bool all_done = true, ran = false, looks = false;
     for (Warp* warp : in_order()) {
-      if (!warp->done && warp->barrier < 0) run_warp(*warp);
+      if (!warp->done && !waits(*warp)) {
+        run_warp(*warp);
+        (warp->paused ? looks : ran) = true;
+      }
       all_done &= warp->done;
     }
-    if (all_done) return;
-    std::vector<Warp*> waiting;
-    for (Warp& warp : warps_)
-      if (!warp.done) waiting.push_back(&warp);
-    if (!release(waiting)) throw Fault("deadlock: warps wait at barriers that others never reach");
+    if (all_done) return end_program();
+    ran |= release();
+    // Copies come as late as they may, but for random order.
+    bool early = options_.order == 2 && !coming_.empty() && next_random() % 4 == 0;
+    if (early || (!ran && !coming_.empty())) {
+      land_box();
+      ran = true;
+    }
+    idle = ran ? 0 : idle + 1;
+    if (idle > (looks ? kMostIdle : 0)) report_deadlock();
   }
 }
 
-bool Machine::release(std::vector<Warp*>& waiting) {
+bool Machine::waits(Warp& warp) {
+  if (warp.barrier >= 0) return true;
+  if (warp.asked) {
+    int free = options_.max_registers * int(warps_.size());
+    for (const Warp& other : warps_) free -= other.quota;
+    if (warp.asked - warp.quota > free) return true;
+    warp.quota = warp.asked;
+  }
+  auto found = mbarriers_.find(warp.mbarrier);
+  return found != mbarriers_.end() && (found->second.phase & 1) == warp.parity;
+}
+
+void Machine::report_deadlock() {
+  std::string text = "deadlock: warps wait at barriers that others never reach";
+  const Warp* before = nullptr;
+  for (Warp& warp : warps_) {
+    if (warp.done) continue;
+    if (!before) current_ = &warp, now = warp.at;
+    bool again = before && before->at == warp.at && before->mbarrier == warp.mbarrier;
+    before = &warp;
+    if (again) continue;
+    text += ", warp " + std::to_string(warp.index) + " at line " + std::to_string(warp.at->line);
+    if (auto found = mbarriers_.find(warp.mbarrier); found != mbarriers_.end())
+      text += " (" + std::to_string(found->second.pending) + " arrivals and " + std::to_string(found->second.bytes) +
+              " bytes missing)";
+  }
+  throw Fault(text);
+}
+
+bool Machine::release() {
+  bool released = false;
+  for (int barrier = 0; barrier < int(arrivals_.size()); ++barrier) released |= meet(barrier);
+  return released;
+}
+
+bool Machine::meet(int barrier) {
+  Arrivals& arrivals = arrivals_[size_t(barrier)];
   std::vector<Warp*> met;
-  for (Warp* first : waiting) {
-    met.clear();
-    for (Warp* warp : waiting)
-      if (warp->barrier == first->barrier) met.push_back(warp);
-    size_t needed = first->expected ? size_t(first->expected) : waiting.size();
-    if (met.size() == needed) break;
-    met.clear();
+  int left = 0;
+  for (Warp& warp : warps_) {
+    left += !warp.done;
+    if (!warp.done && warp.barrier == barrier) met.push_back(&warp);
   }
   if (met.empty()) return false;
-  ++tick_;
-  Order& order = memory_.order;
-  std::vector<uint32_t> known(warps_.size());
+  int expected = met[0]->expected;
   for (Warp* warp : met)
-    for (size_t i = 0; i < known.size(); ++i) known[i] = std::max(known[i], order.seen[size_t(warp->index)][i]);
+    if (warp->expected != expected || (arrivals.warps && arrivals.expected != expected)) {
+      current_ = warp, now = warp->at;
+      throw Fault("warps at a barrier do not agree how many threads meet there");
+    }
+  if (int(met.size()) + arrivals.warps != (expected ? expected : left)) return false;
+  ++tick_;
+  Clock known = std::move(arrivals.told);
+  arrivals = {};
+  for (Warp* warp : met) join(known, memory_.order.seen[size_t(warp->index)]);
   for (Warp* warp : met) known[size_t(warp->index)] = tick_;
   for (Warp* warp : met) {
-    order.seen[size_t(warp->index)] = known;
-    order.last[size_t(warp->index)] = tick_;
+    memory_.order.meet(warp->index, known, tick_);
     warp->barrier = -1;
   }
   return true;
@@ -156,7 +205,10 @@ bool Machine::release(std::vector<Warp*>& waiting) {
 
 void Machine::run_warp(Warp& warp) {
   current_ = &warp;
-  while (warp.barrier < 0) {
+  warp.mbarrier = 0;
+  warp.asked = 0;
+  warp.paused = false;
+  while (warp.barrier < 0 && !warp.mbarrier && !warp.asked && !warp.paused) {
     while (!warp.paths.empty()) {
       Path& path = warp.paths.back();
       path.lanes &= ~warp.exited;
@@ -168,11 +220,12 @@ void Machine::run_warp(Warp& warp) {
       auto any = [](const std::vector<Copy>& group) { return !group.empty(); };
       if (products || any(warp.open_copies) || std::any_of(warp.copies.begin(), warp.copies.end(), any))
         throw Fault("a warp ends before the copies and products that it has not waited for");
+      for (const auto& [lane, stores] : warp.stores) refuse_unread(lane, stores);
       warp.done = true;
       return;
     }
     Path& path = warp.paths.back();
-    now = &code_[path.next++];
+    now = warp.at = &code_[path.next++];
     ++tick_;
     if (++executed > options_.most) throw Fault("runs on without an end");
     Step step{*this, warp, *now, path.lanes};
@@ -183,116 +236,8 @@ void Machine::run_warp(Warp& warp) {
       step.lanes &= now->has(negated_guard_flag) ? ~passes : passes;
       if (!step.lanes) continue;
     }
-    if (!step.arithmetic() && !step.access() && !step.exchange() && !step.tensor()) throw Fault("no such instruction");
-  }
-}
-
-bool Step::exchange() {
-  Path& path = warp.paths.back();
-  auto together = [&](const char* what) {
-    if (lanes != (kAll & ~warp.exited)) throw Fault(std::string(what) + " in code that some lanes skip");
-  };
-  auto all_named_here = [&](int members) {
-    each([&](int lane) {
-      if (~source(members)[lane] >> lane & 1) throw Fault("an exchange does not name its own lane");
-      if (source(members)[lane] & ~warp.exited & ~lanes & kAll) throw Fault("an exchange names lanes that skip it");
-    });
-  };
-  switch (in.op) {
-    case bra_: {
-      uint32_t others = path.lanes & ~lanes;
-      if (!others) {
-        path.next = in.target;
-      } else {
-        int32_t behind = path.next;
-        path.next = in.meet;
-        warp.paths.push_back({behind, in.meet, others});
-        warp.paths.push_back({in.target, in.meet, lanes});
-      }
-      return true;
-    }
-    case exit_:
-      warp.exited |= lanes;
-      return true;
-    case trap_:
-      throw Fault("trap");
-    case nop_:
-      return true;
-    case bar_:  // [number, threads or 0]
-      together("a barrier");
-      warp.barrier = int(source(0)[0]);
-      warp.expected = int(source(1)[0]) / kLanes;
-      return true;
-    case bar_warp_:
-      memory().order.own[size_t(warp.index)] = tick();
-      return true;
-    case fence_:
-      return true;
-    case fence_proxy_:
-      memory().order.proxy_fence[size_t(warp.index)] = tick();
-      return true;
-    case activemask_: {
-      Bits* to = target(0);
-      each([&](int lane) { to[lane] = lanes; });
-      return true;
-    }
-    case shfl_: {  // [to, in range or -1, from, lane, bounds, members]
-      std::array<Bits, kLanes> from;
-      std::copy_n(source(2), kLanes, from.begin());
-      std::array<Bits, kLanes> found, inside;
-      all_named_here(5);
-      each([&](int lane) {
-        int by = source(3)[lane] & 31, bounds = int(source(4)[lane]), segment = bounds >> 8 & 31;
-        int most = (lane & segment) | (bounds & 31 & ~segment);
-        int other = in.mode == up_     ? lane - by
-                    : in.mode == down_ ? lane + by
-                    : in.mode == bfly_ ? lane ^ by
-                                       : (lane & segment) | (by & ~segment);
-        inside[lane] = in.mode == up_ ? other >= most : other <= most;
-        int taken = inside[lane] ? other : lane;
-        found[lane] = lanes >> taken & 1 ? from[taken] : Bits(0x7fc0beef);
-      });
-      Bits* to = target(0);
-      each([&](int lane) { to[lane] = cut(found[lane], b32_); });
-      if (number(1) >= 0) {
-        Bits* p = target(1);
-        each([&](int lane) { p[lane] = inside[lane]; });
-      }
-      return true;
-    }
-    case vote_: {  // [to, predicate, whether negated, members]
-      uint32_t passes = 0;
-      const Bits* p = source(1);
-      all_named_here(3);
-      each([&](int lane) { passes |= uint32_t((p[lane] != 0) != (number(2) != 0)) << lane; });
-      bool all = passes == lanes, any = passes != 0;
-      Bits found = in.mode == ballot_ ? passes : in.mode == all_ ? all : in.mode == any_ ? any : all || !any;
-      Bits* to = target(0);
-      each([&](int lane) { to[lane] = found; });
-      return true;
-    }
-    case redux_: {  // [to, from, members]
-      const Bits* from = source(1);
-      int64_t sum = 0;
-      bool first = true;
-      all_named_here(2);
-      each([&](int lane) {
-        int64_t x = integer(from[lane], in.type);
-        sum = first               ? x
-              : in.mode == m_add_ ? sum + x
-              : in.mode == m_min_ ? std::min(sum, x)
-              : in.mode == m_max_ ? std::max(sum, x)
-              : in.mode == m_and_ ? sum & x
-              : in.mode == m_or_  ? sum | x
-                                  : sum ^ x;
-        first = false;
-      });
-      Bits* to = target(0);
-      each([&](int lane) { to[lane] = cut(Bits(sum), b32_); });
-      return true;
-    }
-    default:
-      return false;
+    if (!step.arithmetic() && !step.access() && !step.exchange() && !step.tensor() && !step.phases() && !step.bulk())
+      throw Fault("no such instruction");
   }
 }
 
@@ -304,17 +249,18 @@ std::string Machine::where() const {
 
 }  // namespace ptx
 
+#define PTX_DOOR extern "C" __attribute__((visibility("default")))
 #define PTX_NAME(name) #name ","
-extern "C" const char* ptx_names(int which) {
+PTX_DOOR const char* ptx_names(int which) {
   const char* names[] = {PTX_OPS(PTX_NAME),   PTX_TYPES(PTX_NAME),  PTX_MODES(PTX_NAME),
                          PTX_FLAGS(PTX_NAME), PTX_SPACES(PTX_NAME), ptx::kSpecials};
   return names[which];
 }
 
 // The line of the fault, 0 without one; its text goes into `message`.
-extern "C" int ptx_run(const ptx::Instruction* code, const int32_t* operands, const uint64_t* constants,
-                       const uint8_t* params, const uint64_t* storages, const ptx::Options* options, char* message,
-                       int room, uint64_t* executed) {
+PTX_DOOR int ptx_run(const ptx::Instruction* code, const int32_t* operands, const uint64_t* constants,
+                     const uint8_t* params, const uint64_t* storages, const ptx::Options* options, char* message,
+                     int room, uint64_t* executed) {
   try {
     ptx::Machine machine(code, operands, constants, params, storages, *options);
     int line = 0;

@@ -99,15 +99,22 @@ class Tile {
     if (descriptor >> 49 & 7) throw Fault("descriptor must have no base offset");
   }
 
-  float read(Step& step, int across, int along, uint32_t issued) const {
-    uint64_t place = address(across, along);
-    Region* region;
-    int size = type_ == tf32_ ? 4 : 2;
-    const uint8_t* at = step.memory().find(shared_, place, size, region);
-    step.memory().read_async(*region, place, size, step.who(0), issued);
-    Bits word = 0;
-    std::memcpy(&word, at, size);
-    return element(word, 0, type_);
+  // The elements [first, first + rows) x [0, depth) of an operand, each 16 bytes of them at once.
+  template <class Row>
+  void read(Step& step, int first, int rows, int depth, uint32_t issued, Row* to) const {
+    int size = type_ == tf32_ ? 4 : 2, many = 16 / size;
+    for (int across = 0; across < rows; across += trans_ ? many : 1)
+      for (int along = 0; along < depth; along += trans_ ? 1 : many) {
+        uint64_t place = address(first + across, along);
+        Region* region;
+        const uint8_t* at = step.memory().find(shared_, place, 16, region);
+        step.memory().read_async(*region, place, 16, step.who(0), issued);
+        for (int i = 0; i < many; ++i) {
+          Bits word = 0;
+          std::memcpy(&word, at + i * size, size_t(size));
+          to[across + (trans_ ? i : 0)][along + (trans_ ? 0 : i)] = element(word, 0, type_);
+        }
+      }
   }
 
  private:
@@ -175,13 +182,11 @@ void finish(Step& step, const Product& product) {
     a = rows_of([&](int reg) { return step.value(step.number(kA + reg)); }, 4, type);
   } else {
     Tile tile(product.descriptors[0], step.number(6), type);
-    for (int row = 0; row < kRows; ++row)
-      for (int k = 0; k < depth; ++k) a[row][k] = tile.read(step, first_row + row, k, product.issued);
+    tile.read(step, first_row, kRows, depth, product.issued, a.data());
   }
   static float b[256][kDepth];
   Tile tile(product.descriptors[1], step.number(7), type);
-  for (int column = 0; column < columns; ++column)
-    for (int k = 0; k < depth; ++k) b[column][k] = tile.read(step, column, k, product.issued);
+  tile.read(step, 0, columns, depth, product.issued, b);
   if (step.number(4) != 1)
     for (auto& row : a)
       for (float& x : row) x = -x;

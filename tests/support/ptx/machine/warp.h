@@ -11,8 +11,12 @@
 
 namespace ptx {
 
-constexpr int kLanes = 32;
 constexpr uint32_t kAll = 0xffffffff;
+
+inline uint32_t next_random(uint32_t& state) {
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
 
 struct Path {  // lanes that go the same way until `meet`
   int32_t next, meet;
@@ -33,6 +37,43 @@ struct Product {  // a wgmma on its way
   uint32_t issued;
 };
 
+// A tensor map, in 128 bytes of the emulator's own: whoever makes one, launch or kernel, fills these fields.
+struct TensorMap {
+  uint64_t address, strides[4];  // bytes between neighbours of each dimension but the first
+  uint32_t sizes[5], box[5], steps[5];
+  uint8_t last, type, interleave, swizzle, fill, zero[3];  // the last dimension, the type as tensormap.replace has it
+  uint32_t set;                                            // which fields have been
+  uint8_t unused[16];
+};
+static_assert(sizeof(TensorMap) == 128);
+
+// A box of a tensor, on its way into shared memory or out of it.
+struct Box {
+  TensorMap map;
+  std::array<int32_t, 5> at;
+  uint64_t shared, barrier;  // addresses; a barrier counts what comes in
+  int warp;
+  uint8_t lane;
+  const Instruction* by;
+  std::vector<uint8_t> bytes = {};  // of a box on its way out, when they have been read
+};
+
+// The stores of a lane, by the groups that it waits for.
+struct Stores {
+  std::vector<Box> open;
+  std::deque<std::vector<Box>> groups;
+};
+
+struct Mbarrier {
+  int agent;  // in Order, for the copies that it counts
+  uint32_t expected, pending;
+  int64_t bytes = 0;               // that are expected, less those that have come
+  uint32_t phase = 0;              // how many have been completed
+  int copies = 0;                  // on their way
+  Clock told = {}, complete = {};  // by those that arrived, and so far when the last phase was complete
+  void end_phase();                // where all have arrived
+};
+
 struct Warp {
   int index;
   std::vector<Bits> registers;              // [register][lane]
@@ -46,7 +87,14 @@ struct Warp {
   std::map<int, std::array<float, kLanes>> accumulators;  // of products on their way
   uint32_t register_fence = 0;                            // tick of the last wgmma.fence
   uint32_t exited = 0;
-  int barrier = -1, expected = 0;  // the one it waits at, and for how many warps
+  int barrier = -1, expected = 0;             // the one it waits at, and for how many warps
+  bool paused = false;                        // others are to run before it goes on
+  uint64_t mbarrier = 0;                      // where it waits for the end of a phase, 0 for nowhere
+  uint32_t parity = 0;                        // of that phase
+  std::pair<uint64_t, uint32_t> tried{0, 0};  // the barrier and parity that it has waited for in vain
+  int quota = 0, asked = 0;                   // registers of a thread, and those that it waits for
+  std::map<int, Stores> stores;               // by lanes
+  const Instruction* at = nullptr;            // the last one that it ran
   bool done = false;
 };
 
@@ -56,8 +104,11 @@ struct Options {
   int32_t harsh;
   uint32_t seed;
   int32_t num_registers, num_params, local_bytes, shared_bytes, num_storages;
-  uint64_t most;  // instructions of a launch
+  uint64_t most;          // instructions of a launch
+  int32_t max_registers;  // of a thread at its start, 0 where the kernel does not say
 };
+
+void refuse_unread(int lane, const Stores& stores);  // Fault where memory that a store reads may soon be gone
 
 class Machine {
  public:
@@ -68,13 +119,21 @@ class Machine {
   const Instruction* now = nullptr;
   uint64_t executed = 0;
   void at_lane(int lane) { lane_ = lane; }
+  std::pair<uint32_t, int> map_fence(uint64_t address) const;  // (tick, warp) of the last one of a tensor map
 
  private:
   friend struct Step;
   void run_program(uint32_t program);
   void run_warp(Warp& warp);
   void start(Warp& warp, uint32_t program);
-  bool release(std::vector<Warp*>& waiting);
+  bool release();
+  bool meet(int barrier);
+  bool waits(Warp& warp);
+  void land_box();
+  void write_box(const Box& box);
+  uint32_t next_random() { return ptx::next_random(random_); }
+  void end_program();
+  [[noreturn]] void report_deadlock();
   std::vector<Warp*> in_order();
 
   const Instruction* code_;
@@ -84,6 +143,15 @@ class Machine {
   Options options_;
   Memory memory_;
   std::vector<Warp> warps_;
+  struct Arrivals {
+    int warps = 0, expected = 0;
+    Clock told = {};
+  };
+  std::array<Arrivals, 16> arrivals_;       // at barriers where they do not wait
+  std::map<uint64_t, Mbarrier> mbarriers_;  // by address
+  std::map<uint64_t, int> agents_;          // of all that have been, by address
+  std::deque<Box> coming_;
+  std::map<uint64_t, std::pair<uint32_t, int>> map_fences_;  // (tick, warp) of the last one of a tensor map
   Warp* current_ = nullptr;
   int lane_ = -1;
   uint32_t program_ = 0, tick_ = 1, random_;
@@ -139,8 +207,22 @@ struct Step {
   bool access();
   bool exchange();
   bool tensor();
+  bool phases();
+  bool bulk();
   void wait_copies(size_t pending);
   void wait_products(size_t pending);
+  Mbarrier& mbarrier(uint64_t address, int lane);
+  void make_mbarrier();
+  void arrive();
+  void wait_phase();
+  void load_box();
+  void store_box();
+  void read_box(Box& box);
+  void wait_stores();
+  void replace();
+  void copy_map();
+  uint32_t alive() const { return kAll & ~warp.exited; }
+  Order& order() const { return machine.memory_.order; }
 };
 
 }  // namespace ptx
