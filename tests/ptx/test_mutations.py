@@ -137,7 +137,7 @@ COLUMNS = ("barrier", "warp barrier", "copy wait", "wgmma wait", "wgmma fence", 
 COLUMNS += ("copy wait weakened", "wgmma wait weakened", "guard")
 FOUND = {  # of those that change what runs; a share a column
     "sm_80": {
-        "forward":                     "47/49    4/4  8/8    -     -     -     8/8    -     30/56",
+        "forward":                     "43/49    4/4  8/8    -     -     -     8/8    -     30/56",
         "forward of 128 columns":      "120/123  -    8/8    -     -     -     8/8    -     4/10",
         "forward of float32":          "35/35    -    -      -     -     -     -      -     9/16",
         "row":                         "20/20    1/1  -      -     -     -     -      -     11/11",
@@ -152,7 +152,7 @@ FOUND = {  # of those that change what runs; a share a column
         "guidance by several programs": "84/86  2/2  -      -      -     -     -      -      62/99",
     },
     "sm_90": {
-        "forward":                     "44/56    1/1  12/12  8/12  9/16  1/16  12/12  8/12  31/55",
+        "forward":                     "40/56    1/1  12/12  8/12  9/16  1/16  12/12  8/12  31/55",
         "forward of 128 columns":      "27/33    -    8/8    8/8   5/8   1/8   8/8    8/8   7/12",
         "forward of float32":          "32/35    -    8/8    -     -     -     8/8    -     9/18",
         "row":                         "16/16    1/1  -      2/4   3/4   2/4   -      2/4   11/11",

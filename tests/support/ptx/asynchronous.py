@@ -20,7 +20,7 @@ def _refuse_others(words: list[str], *known: str) -> None:
 
 
 class Asynchronous(Encoder):
-    """What runs on its own, and how it is waited for."""
+    """Instructions that run on their own, and how they are waited for."""
 
     def _mbarrier(self, words: list[str], operands: tuple[str, ...]) -> _Row:
         kind, *words = words
