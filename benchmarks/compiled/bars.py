@@ -63,12 +63,13 @@ def _of_call(target: str, triton: str, head_dim: int, kernels: dict[str, Row]) -
     slack = SLACK[target]
     if "fwd" in kernels:
         (plain,) = kernels["fwd"]["plain"]["bodies"]
-        whole, mixed = kernels["fwd"]["bodies"][:2]
-        one = [(1, whole)]
-        yield _bar("untested tile", one, [plain], UNTESTED[head_dim] + slack, _issued)
-        yield _bar("mixed tile", [(1, mixed)], [plain], MIXED + slack)
+        # Loops over whole and mixed tiles take turns: a mixed tile passes through all of its own.
+        bodies = kernels["fwd"]["bodies"]
+        whole, mixed = bodies[0], bodies[1::2]
+        yield _bar("untested tile", [(1, whole)], [plain], UNTESTED[head_dim] + slack, _issued)
+        yield _bar("mixed tile", [(1, body) for body in mixed], [plain], MIXED + slack)
         for order, (share, bound) in FORWARD.items():
-            tiles = [(1 - share, whole), (share, mixed)]
+            tiles = [(1 - share, whole), *((share, body) for body in mixed)]
             yield _bar(f"forward {order}", tiles, [plain], bound + slack)
     if {"bwd_q", "bwd_kv"} <= kernels.keys():
         passes = kernels["bwd_q"], kernels["bwd_kv"]

@@ -109,7 +109,7 @@ def test_bars_of_compiled_kernels_by_hand() -> None:
     from dense_attn.benchmarks.compiled import bars as compiled_bars
 
     rows = [
-        compiled_row("fwd", "3.10.0", [315, 600, 315], 300),
+        compiled_row("fwd", "3.10.0", [315, 500, 315, 100], 300),
         compiled_row("fwd", "3.6.0", [300, 600, 300], 300),
         compiled_row("bwd_q", "3.10.0", [500], 400),
         compiled_row("bwd_kv", "3.10.0", [310], 200),
