@@ -27,8 +27,8 @@ class Config:
     parks: bool = False
     # Groups of warps that fetch and that weigh, by `fwd_specialised`.
     specialised: bool = False
-    # Bytes a thread that may wait in local memory, for the reason beside the row.
-    spills: int = 0
+    # Bytes a thread that may wait in local memory, for the reason beside the row; with half tiles.
+    spills: tuple[int, int] = (0, 0)
 
     @cached_property
     def options(self) -> dict[str, int | bool]:
@@ -61,25 +61,27 @@ FORWARD: Table = {
     # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps
     # within.
     "sm_80": {
-        64: Config(128, 64, 8, 3, spills=32),
+        64: Config(128, 64, 8, 3, spills=(32, 32)),
         96: Config(128, 32, 8, 3, parks=True),
-        # 5,700 instructions of a processor for 128 by 64 scores; 64 by 64, whose eight warps have
-        # no 16 rows each, 12,100.
-        128: Config(128, 32, 8, 3, parks=True, spills=120),
-        160: Config(64, 16, 4, 3, parks=True, spills=264),  # 128 rows leave 99 KB
-        256: Config(32, 32, 4, 3, parks=True, spills=576),  # 64 rows, in eight warps, 1,432 bytes
+        128: Config(128, 32, 8, 3, parks=True, spills=(120, 120)),
+        160: Config(
+            128, 16, 8, 3, spills=(264, 264)
+        ),  # what parks is turned in more memory than 99 KB
+        256: Config(
+            32, 32, 4, 3, parks=True, spills=(576, 576)
+        ),  # 64 rows, in eight warps, 1,432 bytes
     },
     "sm_90": {
-        64: Config(128, 64, 8, 3, spills=48),
-        96: Config(128, 64, 8, 3, spills=120),
-        128: Config(128, 64, 8, 3, parks=True, spills=112),  # 32 keys: 1,190 cycles, not 870
-        160: Config(128, 32, 8, 3, parks=True, spills=136),
-        256: Config(64, 32, 8, 3, parks=True, spills=128),
+        64: Config(128, 64, 8, 3, spills=(48, 48)),
+        96: Config(128, 64, 8, 3, spills=(120, 120)),
+        128: Config(128, 64, 8, 3, parks=True, spills=(112, 112)),  # 32 keys: 1,190 cycles, not 870
+        160: Config(128, 32, 8, 3, parks=True, spills=(136, 136)),
+        256: Config(64, 32, 8, 3, parks=True, spills=(128, 128)),
     },
     "sm_100": {
-        96: Config(128, 64, 8, 3, spills=56),
-        160: Config(128, 32, 8, 3, parks=True, spills=160),
-        256: Config(64, 32, 8, 3, parks=True, spills=8),
+        96: Config(128, 64, 8, 3, spills=(56, 56)),
+        160: Config(128, 32, 8, 3, parks=True, spills=(160, 160)),
+        256: Config(64, 32, 8, 3, parks=True, spills=(8, 8)),
     },
     "gfx942": {
         64: Config(128, 64, 4, 1),
@@ -91,29 +93,33 @@ FORWARD: Table = {
 # warp and 64 keys at 64 columns: 252, in tiles of both populations 646 (251 and 723 by Triton 3.6),
 # where FORWARD's take 327 and plain attention 310 (296). At 128 columns the two states that stay in
 # registers spill 760 bytes. What spills is stored before the loops and loaded behind them.
-SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spills=32)}}
+SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spills=(32, 32))}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Up to here a head dim is one part in FORWARD's kernel. Tiles of 64 keys at 40 columns: 327
 # instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
 UNDIVIDED = 64  # on sm_90
+# Up to twice as many columns are two parts on sm_80: a tile with fewer rows than a part has columns
+# is shared out by columns, so that every warp asks the others for its rows' weights. Cycles at 128
+# columns: backward over queries 10,430 in one part and 4,800 in two, few keys 9,240 and 4,660.
+NARROW = 64
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.
 ROW_FORWARD: Table = {
     "sm_80": {
         96: Config(64, 128, 4, 1),
-        128: Config(32, 128, 4, 1),  # 64 rows spill 16 bytes by Triton 3.6
+        128: Config(64, 128, 4, 1),
         192: Config(16, 128, 4, 1),  # registers hold the transposed keys: 32 rows spill 640 bytes
         256: Config(32, 128, 4, 1),
     },
     "sm_90": {192: Config(64, 128, 4, 1), 256: Config(128, 128, 8, 1)},  # 64 rows spill 8 bytes
-    "sm_100": {256: Config(64, 128, 4, 1)},
+    "sm_100": {192: Config(64, 128, 4, 1), 256: Config(128, 128, 8, 1)},  # 8 bytes by Triton 3.6
     "gfx942": {128: Config(64, 128, 4, 1), 160: Config(32, 128, 4, 1), 256: Config(16, 128, 4, 1)},
 }
 # up to 16 bytes may spill, outside of the loop
 BACKWARD_Q: Table = {
     "sm_80": {
         96: Config(128, 32, 8, 3),  # 64 rows by four warps spill 24 bytes
-        128: Config(32, 32, 4, 3),  # eight warps repeat products: 1.7 times the instructions
+        128: Config(64, 32, 4, 3),
         256: Config(32, 32, 8, 3),
     },
     "sm_90": {
@@ -154,11 +160,11 @@ BACKWARD_KV: Table = {
 TF32_FORWARD: Table = {
     "sm_80": {
         64: Config(128, 32, 8, 3),
-        128: Config(64, 32, 8, 1, parks=True),
+        128: Config(64, 16, 4, 2, parks=True),
         256: Config(32, 16, 8, 1, parks=True),
     },
     "sm_90": {
-        64: Config(128, 64, 8, 3, spills=16),
+        64: Config(128, 64, 8, 3, spills=(16, 16)),
         128: Config(128, 32, 8, 3, parks=True),
         256: Config(32, 16, 8, 1, parks=True),
     },
@@ -172,7 +178,10 @@ TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Con
 TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for
 # every architecture.
-_FLOAT32 = {64: Config(32, 16, 8, 1, parks=True, spills=272), 256: Config(16, 16, 8, 1, parks=True)}
+_FLOAT32 = {
+    64: Config(32, 16, 8, 1, parks=True, spills=(272, 272)),
+    256: Config(16, 16, 8, 1, parks=True),
+}
 # Four warps spill 32 bytes on sm_90.
 _FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 FLOAT32: Table = {
@@ -248,7 +257,8 @@ def filling(config: Config, seqlen_q: int, heads: int, processors: int) -> Confi
 
 @lru_cache(maxsize=64)
 def _half_tile(config: Config) -> Config:
-    return replace(config, BLOCK_M=config.BLOCK_M // 2, num_warps=config.num_warps // 2)
+    half = {"BLOCK_M": config.BLOCK_M // 2, "num_warps": config.num_warps // 2}
+    return replace(config, **half, spills=(config.spills[1], 0))
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:
@@ -305,25 +315,21 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def undivided(architecture: str, precision: str) -> int:
-    """The largest head dim that is one part in the tiled forward kernel, whatever it is."""
-    return UNDIVIDED if (architecture, precision) == ("sm_90", "half") else 0
-
-
-def head_parts(head_dim: int, undivided: int = 0) -> tuple[int, int]:
+@lru_cache(maxsize=256)
+def head_parts(
+    architecture: str, precision: str, head_dim: int, tiled: bool = False
+) -> tuple[int, int]:
     """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
-    least.
+    least. `tiled`: in the tiled forward kernel.
 
     256 is two parts as well: the merge of both phases then holds half of each accumulator at a
-    time. Up to `undivided` there is one.
+    time.
     """
-    if head_dim <= undivided:
-        return max(16, next_power_of_2(head_dim)), 0
+    whole = max(16, next_power_of_2(head_dim))
+    if tiled and (architecture, precision) == ("sm_90", "half") and head_dim <= UNDIVIDED:
+        return whole, 0
     if head_dim > 192:
         return 128, 128
-    first = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = head_dim - first
-    if rest <= 0:
-        return first, 0
-    second = max(16, next_power_of_2(rest))
-    return (first, second) if second < first else (2 * first, 0)
+    second = max(16, next_power_of_2(head_dim - whole // 2))
+    narrow = architecture == "sm_80" and precision != "ieee" and whole == 2 * NARROW
+    return (whole // 2, second) if second < whole // 2 or narrow else (whole, 0)

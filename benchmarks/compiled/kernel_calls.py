@@ -19,6 +19,7 @@ from .ahead_of_time import TARGETS
 
 BATCH, HEADS = 2, 8
 FEW = 256  # tokens whose half tiles are fewer than any target's processors
+SHORT = configs.PACKED_KEYS - 64  # keys too few to be packed
 HEAD_DIMS = dict.fromkeys(TARGETS, (40, 64)) | {"sm_90": (40, 64, 72, 80, 96, 128, 160, 192, 256)}
 PASSES = ("fwd", "row_fwd", "bwd")
 empty = partial(torch.empty, device="meta")  # tensors of any size that take no memory: nothing runs
@@ -67,6 +68,11 @@ class Attention:
             shape = (BATCH, seqlen, HEADS, self.head_dim)
         rows = empty(shape, dtype=getattr(torch, self.dtype))
         return rows.transpose(1, 2) if self.layout == "[B,N,H,D]" else rows
+
+    @property
+    def precision(self) -> str:
+        """How its products are made, as `configs.precision` says it."""
+        return "tf32" if self.tf32 else "ieee" if self.dtype == "float32" else "half"
 
     @property
     def facts(self) -> dict[str, object]:
@@ -214,6 +220,11 @@ def each_configuration() -> Iterator[Attention | Other]:
             few = kinds[precision] | {"seqlen": FEW}
             halved = (d for d, config in rows.items() if configs.filling(config, 1, 1, 2) != config)
             yield from (Attention(target, which, d, **few) for d in halved)
+        if (
+            kernel == "fwd" and precision == "half"
+        ):  # instead of specialised kernels, in short calls
+            narrow = (d for d in rows if d <= max(configs.SPECIALISED.get(target, {}), default=0))
+            yield from (Attention(target, which, d, seqlen=SHORT) for d in narrow)
     yield from each_other()
 
 
@@ -227,6 +238,8 @@ def each_branch(target: str) -> Iterator[Attention]:
     for branch in BRANCHES:
         passes = PASSES if not branch.get("bare") else PASSES[:2]
         yield from (Attention(target, which, **({"head_dim": 64} | branch)) for which in passes)
+        if target in configs.SPECIALISED:  # heads too wide for specialised warps
+            yield Attention(target, "fwd", **({"head_dim": 128} | branch))
 
 
 def is_left_out(call: Attention | Other) -> bool:
@@ -243,6 +256,7 @@ def configurations() -> list[Attention | Other]:
     """Every configuration, and on one target every branch and the smallest head dim."""
     smallest = [Attention("sm_90", which, 40) for which in PASSES]
     smallest.append(Attention("sm_90", "row_fwd", 40, bare=True))
+    smallest.append(Attention("sm_90", "fwd", 40, seqlen=SHORT))
     calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest])
     return [call for call in calls if not is_left_out(call)]
 
@@ -275,8 +289,8 @@ def _is_common(call: Attention | Other) -> bool:
     """
     if isinstance(call, Other) or (call.target, call.which) == ("gfx942", "row_fwd"):
         return True
-    plain = Attention(call.target, call.which, call.head_dim, bare=call.bare)
-    return call == plain and call.head_dim <= 128
+    plain = Attention(call.target, call.which, call.head_dim, seqlen=call.seqlen, bare=call.bare)
+    return call == plain and call.head_dim <= 128 and call.seqlen > FEW
 
 
 CALLS = {"everything": everything, "configurations": configurations, "tested": tested, "few": few}

@@ -43,9 +43,11 @@ def of_launch(call: Attention | Other, launch: Launch) -> Facts:
         found["waves"] = waves(call.target, kernel, *numbers)
     if call.target in MODELLED and call.head_dim % plain_attention.GRAIN == 0:
         kind = call.target, kernel, call.head_dim, call.dtype, "tf32" if call.tf32 else "ieee"
-        yardstick = Tile(*tile, launch.warps, launch.stages)
+        tiled = kernel in ("fwd", SPECIALISED)
+        parts = configs.head_parts(call.target, call.precision, call.head_dim, tiled)
+        yardstick = Tile(*tile, launch.warps, launch.stages, parts)
         if kernel == SPECIALISED:  # the warps that weigh, all of which fetch
-            yardstick = Tile(*tile, GROUPS * GROUP, 3)
+            yardstick = Tile(*tile, GROUPS * GROUP, 3, parts)
         found["plain"] = plain(*kind, yardstick)
     return found
 
@@ -63,10 +65,7 @@ def plain(target: str, kernel: str, head_dim: int, dtype: str, precision: str, t
             tensors = rows, rows, rows, rows, numbers, numbers
             plain_attention.attention_bwd_kv(*tensors, 1.0, tile, precision)
         else:
-            whole = 0
-            if kernel in ("fwd", SPECIALISED) and dtype != "float32":
-                whole = configs.undivided(target, "half")
-            plain_attention.attention_fwd(rows, rows, rows, 1.0, tile, precision, whole)
+            plain_attention.attention_fwd(rows, rows, rows, 1.0, tile, precision)
     (launch,) = launches
     numbers = {name: getattr(launch, name) for name in ("registers", "spills", "shared")}
     # Few keys are one tile, which stands behind the loop.
@@ -90,6 +89,7 @@ def _facts(
         if SPECIALISED in launch.kernel:  # of one of the groups that weigh: tiles, and half ones
             whole, mixed = [body for body in loops if counts.tensor(body)][:2]
             bodies, warps = [(whole, scores), (mixed, scores // 2)], GROUPS * GROUP
+            found["loops"] = len(bodies)
         found["bodies"] = [_body(body, target, warps, size) for body, size in bodies]
     return found
 

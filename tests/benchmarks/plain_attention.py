@@ -80,9 +80,7 @@ def test_what_does_not_exist_weighs_nothing() -> None:
 
 def test_parts_are_those_of_layout_attention() -> None:
     for head_dim in range(8, 257, 8):
-        for undivided in (0, configs.UNDIVIDED):
-            parts = configs.head_parts(head_dim, undivided)
-            assert plain_attention.head_parts(head_dim, undivided) == parts
+        assert plain_attention.head_parts(head_dim) == configs.head_parts("sm_90", "half", head_dim)
 
 
 def test_refusals() -> None:

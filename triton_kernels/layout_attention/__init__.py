@@ -52,8 +52,7 @@ def layout_attention_fwd(
     numbers = num_heads, seqlen_q, seqlen_k, abs(scale)
     kind = configs.architecture(q.device), configs.precision(q)
     row = lists is None and configs.row_at_once(*kind, seqlen_k)
-    undivided = 0 if row else configs.undivided(*kind)
-    constants = _constants(q.shape[3], modulation, scale < 0, kind[1], undivided)
+    constants = _constants(*kind, q.shape[3], modulation, scale < 0, not row)
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs = rows_of(q), rows_of(k), rows_of(v), tokens_of(q_regions)
     strengths = numbers_of(strength, every_strength)
@@ -108,7 +107,8 @@ def layout_attention_bwd(
     places = q.new_empty(batch, num_heads, PLACES, seqlen_q, dtype=torch.int32)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
     inputs, grad_rows = (rows_of(q), rows_of(k), rows_of(v), *words, *orders), rows_of(grad_out)
-    constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
+    kind = configs.architecture(q.device), configs.precision(q)
+    constants = _constants(*kind, q.shape[3], modulation, scale < 0)
     by_query, by_key = config or bwd_config(q, k)
     lists = (None, None)
     if modulation == "mask":
@@ -243,10 +243,15 @@ def empty_rows_like(q: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _constants(
-    head_dim: int, modulation: str, negate: bool, precision: str, undivided: int = 0
+    architecture: str,
+    precision: str,
+    head_dim: int,
+    modulation: str,
+    negate: bool,
+    tiled: bool = False,
 ) -> dict[str, object]:
     """The constants that the kernels are compiled for beside the tile."""
-    first, second = configs.head_parts(head_dim, undivided)
+    first, second = configs.head_parts(architecture, precision, head_dim, tiled)
     return {
         "MODULATION": modulation,
         "NEGATE": negate,

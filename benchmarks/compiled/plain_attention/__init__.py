@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     block_n: int = 64
     num_warps: int = 8
     num_stages: int = 3
+    parts: tuple[int, int] | None = None  # of a head dim, if they are not those of `head_parts`
 
     @property
     def launch(self) -> dict[str, int | bool]:
@@ -45,11 +46,9 @@ def attention_fwd(
     scale: float,
     tile: Tile = FORWARD,
     precision: str = "ieee",
-    undivided: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of softmax(scale*q@k.T)@v; head dims up to `undivided` are one part."""
-    numbers, constants = _checked(q, k, scale, precision)
-    constants["PARTS"] = (q.shape[3], *head_parts(q.shape[3], undivided))
+    """(out, lse) of softmax(scale*q@k.T)@v."""
+    numbers, constants = _checked(q, k, scale, precision, tile)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = (*map(_rows, (q, k, v, out)), lse)
     plain_attention_fwd_kernel[_grid(q, tile.block_m)](
@@ -70,7 +69,7 @@ def attention_bwd_q(
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """(dq, delta), delta [B, H, M] for `attention_bwd_kv`."""
-    numbers, constants = _checked(q, k, scale, precision)
+    numbers, constants = _checked(q, k, scale, precision, tile)
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     tensors = (*map(_rows, (grad_out, q, k, v, out)), lse, delta, _rows(dq))
     plain_attention_bwd_q_kernel[_grid(q, tile.block_m)](
@@ -91,7 +90,7 @@ def attention_bwd_kv(
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """(dk, dv)."""
-    numbers, constants = _checked(q, k, scale, precision)
+    numbers, constants = _checked(q, k, scale, precision, tile)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     tensors = (*map(_rows, (grad_out, q, k, v)), lse, delta, _rows(dk), _rows(dv))
     plain_attention_bwd_kv_kernel[_grid(k, tile.block_n)](
@@ -116,10 +115,8 @@ def attention_bwd(
     return dq, *attention_bwd_kv(grad_out, q, k, v, lse, delta, scale, tiles[1], precision)
 
 
-def head_parts(head_dim: int, undivided: int = 0) -> tuple[int, int]:
-    """Powers of two that cover a head dim, as the layout attention kernels split it."""
-    if head_dim <= undivided:
-        return max(16, 1 << (head_dim - 1).bit_length()), 0
+def head_parts(head_dim: int) -> tuple[int, int]:
+    """Powers of two that cover a head dim, as most layout attention kernels split it."""
     if head_dim > 192:
         return 128, 128
     first = max(16, 1 << (head_dim.bit_length() - 1))
@@ -127,13 +124,14 @@ def head_parts(head_dim: int, undivided: int = 0) -> tuple[int, int]:
     return (first, second) if second < first else (2 * first, 0)
 
 
-def _checked(q: Tensor, k: Tensor, scale: float, precision: str) -> tuple[tuple, dict]:
+def _checked(q: Tensor, k: Tensor, scale: float, precision: str, tile: Tile) -> tuple[tuple, dict]:
     """The numbers and the constants of a launch."""
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if 0 in (*q.shape, *k.shape):
         raise ValueError(f"q and k must not be empty, got {tuple(q.shape)} and {tuple(k.shape)}")
-    constants = {"PARTS": (q.shape[3], *head_parts(q.shape[3])), "PRECISION": precision}
+    parts = tile.parts or head_parts(q.shape[3])
+    constants = {"PARTS": (q.shape[3], *parts), "PRECISION": precision}
     return (q.shape[1], q.shape[2], k.shape[2], scale), constants
 
 
