@@ -55,8 +55,9 @@ ROW_KEYS = ROW_TILES[-1]
 INTERPRETED = Config(64, 32, 1, 1)  # small, so that small cases have several tiles of every kind
 
 # Both states of a tile in doubt fill the registers, so what waits for the end of the kernel spills:
-# once a program, where a smaller tile would cost every round. `spills` bounds it, by both Tritons.
-# Three stages keep keys two tiles ahead.
+# once a program, where a smaller tile would cost every round. `spills` bounds it, by both Tritons;
+# of the instructions of a round over a whole tile at most one in 32 is for what has spilled. Three
+# stages keep keys two tiles ahead.
 FORWARD: Table = {
     # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps
     # within.
@@ -64,12 +65,10 @@ FORWARD: Table = {
         64: Config(128, 64, 8, 3, spills=(32, 32)),
         96: Config(128, 32, 8, 3, parks=True),
         128: Config(128, 32, 8, 3, parks=True, spills=(120, 120)),
-        160: Config(
-            128, 16, 8, 3, spills=(264, 264)
-        ),  # what parks is turned in more memory than 99 KB
-        256: Config(
-            32, 32, 4, 3, parks=True, spills=(576, 576)
-        ),  # 64 rows, in eight warps, 1,432 bytes
+        # Not parked, since 128 columns that are need more memory than 99 KB on their way.
+        160: Config(128, 16, 8, 3, spills=(264, 264)),
+        # 64 rows, in eight warps, spill 1,432 bytes.
+        256: Config(32, 32, 4, 3, parks=True, spills=(576, 576)),
     },
     "sm_90": {
         64: Config(128, 64, 8, 3, spills=(48, 48)),

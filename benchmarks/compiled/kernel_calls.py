@@ -220,9 +220,7 @@ def each_configuration() -> Iterator[Attention | Other]:
             few = kinds[precision] | {"seqlen": FEW}
             halved = (d for d, config in rows.items() if configs.filling(config, 1, 1, 2) != config)
             yield from (Attention(target, which, d, **few) for d in halved)
-        if (
-            kernel == "fwd" and precision == "half"
-        ):  # instead of specialised kernels, in short calls
+        if (kernel, precision) == ("fwd", "half"):  # calls too short for specialised kernels
             narrow = (d for d in rows if d <= max(configs.SPECIALISED.get(target, {}), default=0))
             yield from (Attention(target, which, d, seqlen=SHORT) for d in narrow)
     yield from each_other()

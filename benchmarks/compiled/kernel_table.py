@@ -51,6 +51,7 @@ MATRIX = {
 }
 TILED_FORWARD = [f"layout_attention_{kind}fwd_kernel" for kind in ("", "specialised_")]
 SPILLS = 48  # bytes that a backward kernel may spill; above 16 `configs` gives the reason
+MOST_LOCAL = 32  # of so many instructions of a round one may be for what has spilled
 SLOWEST = ("gfx942", "sm_100")  # to compile for, which therefore comes first
 NUMBERS = ("registers", "spills", "shared")
 MEASURED = (*NUMBERS, "matrix", "fused", "divisions")
@@ -225,10 +226,19 @@ def _accepted(row: Row) -> int:
 
 
 def _attention_faults(row: Row) -> list[str]:
-    """Half floats in aligned rows go through the matrix units."""
+    """Half floats in aligned rows go through the matrix units, and the loop that most tiles pass
+    through hardly waits for what has spilled.
+    """
+    found = []
     narrow, unit = row["dtype"] != "float32", MATRIX[row["target"]]
-    missing = narrow and row["head_dim"] % 8 == 0 and unit not in row["matrix"]
-    return [f"no {unit}"] if missing else []
+    if narrow and row["head_dim"] % 8 == 0 and unit not in row["matrix"]:
+        found.append(f"no {unit}")
+    if row.get("loops"):
+        first = row["bodies"][0]
+        local, of = first["kinds"].get("local", 0), first["instructions"]
+        if local * MOST_LOCAL > of:
+            found.append(f"{local} of {of} instructions of a round for what has spilled")
+    return found
 
 
 def _exactness_faults(row: Row) -> list[str]:

@@ -341,6 +341,15 @@ def test_a_changed_number_is_noticed(committed: Table) -> None:
     assert kernel_table.differences([row], [row]) == []
 
 
+def test_what_has_spilled_within_a_round_is_seen(committed: Table) -> None:
+    row = next(row for row in committed["rows"] if row.get("loops"))
+    body = row["bodies"][0] | {"instructions": 320}
+    for local, seen in ((10, False), (11, True)):
+        other = [body | {"kinds": {"local": local}}, *row["bodies"][1:]]
+        found = kernel_table.faults(row | {"bodies": other})
+        assert any("of 320 instructions of a round" in fault for fault in found) == seen
+
+
 def test_missing_matrix_instructions_are_seen(committed: Table) -> None:
     for target, kind in kernel_table.MATRIX.items():
         row = next(
