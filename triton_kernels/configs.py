@@ -94,13 +94,6 @@ FORWARD: Table = {
 # registers spill 760 bytes. What spills is stored before the loops and loaded behind them.
 SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spills=(32, 32))}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
-# Up to here a head dim is one part in FORWARD's kernel. Tiles of 64 keys at 40 columns: 327
-# instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
-UNDIVIDED = 64  # on sm_90
-# Up to twice as many columns are two parts on sm_80: a tile with fewer rows than a part has columns
-# is shared out by columns, so that every warp asks the others for its rows' weights. Cycles at 128
-# columns: backward over queries 10,430 in one part and 4,800 in two, few keys 9,240 and 4,660.
-NARROW = 64
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.
 ROW_FORWARD: Table = {
@@ -312,23 +305,3 @@ def interpreted() -> bool:
 def next_power_of_2(number: int) -> int:
     """The smallest power of two that is not below a number; Triton's own takes long to say it."""
     return 1 << max(number - 1, 0).bit_length()
-
-
-@lru_cache(maxsize=256)
-def head_parts(
-    architecture: str, precision: str, head_dim: int, tiled: bool = False
-) -> tuple[int, int]:
-    """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
-    least. `tiled`: in the tiled forward kernel.
-
-    256 is two parts as well: the merge of both phases then holds half of each accumulator at a
-    time.
-    """
-    whole = max(16, next_power_of_2(head_dim))
-    if tiled and (architecture, precision) == ("sm_90", "half") and head_dim <= UNDIVIDED:
-        return whole, 0
-    if head_dim > 192:
-        return 128, 128
-    second = max(16, next_power_of_2(head_dim - whole // 2))
-    narrow = architecture == "sm_80" and precision != "ieee" and whole == 2 * NARROW
-    return (whole // 2, second) if second < whole // 2 or narrow else (whole, 0)

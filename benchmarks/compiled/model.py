@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dense_attn.triton_kernels import configs
+from dense_attn.triton_kernels.layout_attention.parts import head_parts
 
 from . import counts, plain_attention, sass
 from .ahead_of_time import Launch, compiled, inspect
@@ -44,7 +45,7 @@ def of_launch(call: Attention | Other, launch: Launch) -> Facts:
     if call.target in MODELLED and call.head_dim % plain_attention.GRAIN == 0:
         kind = call.target, kernel, call.head_dim, call.dtype, "tf32" if call.tf32 else "ieee"
         tiled = kernel in ("fwd", SPECIALISED)
-        parts = configs.head_parts(call.target, call.precision, call.head_dim, tiled)
+        parts = head_parts(call.target, call.precision, call.head_dim, tiled)
         yardstick = Tile(*tile, launch.warps, launch.stages, parts)
         if kernel == SPECIALISED:  # the warps that weigh, all of which fetch
             yardstick = Tile(*tile, GROUPS * GROUP, 3, parts)

@@ -70,6 +70,7 @@ def test_the_numbers_of_a_row_of_the_compiled_library() -> None:
 def test_the_kernels_of_triton() -> None:
     pytest.importorskip("triton")
     from dense_attn.triton_kernels import configs, layout_attention
+    from dense_attn.triton_kernels.layout_attention.parts import head_parts
     from dense_attn.triton_kernels.layout_attention import records
     from dense_attn.triton_kernels.reversible import grid
 
@@ -82,7 +83,7 @@ def test_the_kernels_of_triton() -> None:
     assert columns == list(range(records.NUMBERS))
     largest = [configs.FORWARD, configs.ROW_FORWARD, configs.BACKWARD_Q, configs.BACKWARD_KV]
     assert {max(rows) for table in largest for rows in table.values()} == {contract.MAX_HEAD_DIM}
-    assert sum(configs.head_parts("sm_90", "half", contract.MAX_HEAD_DIM)) == contract.MAX_HEAD_DIM
+    assert sum(head_parts("sm_90", "half", contract.MAX_HEAD_DIM)) == contract.MAX_HEAD_DIM
 
 
 def test_the_modulations_of_triton() -> None:

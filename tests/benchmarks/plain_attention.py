@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dense_attn.benchmarks.compiled import plain_attention
 from dense_attn.benchmarks.compiled.plain_attention import Tile
-from dense_attn.triton_kernels import configs
+from dense_attn.triton_kernels.layout_attention.parts import head_parts
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 SMALL = Tile(32, 16, 4, 1)
@@ -80,7 +80,7 @@ def test_what_does_not_exist_weighs_nothing() -> None:
 
 def test_parts_are_those_of_layout_attention() -> None:
     for head_dim in range(8, 257, 8):
-        assert plain_attention.head_parts(head_dim) == configs.head_parts("sm_90", "half", head_dim)
+        assert plain_attention.head_parts(head_dim) == head_parts("sm_90", "half", head_dim)
 
 
 def test_refusals() -> None:

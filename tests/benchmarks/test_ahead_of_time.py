@@ -29,7 +29,9 @@ from dense_attn.benchmarks.compiled import (
 from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
 from dense_attn.triton_kernels.sega import selection
 
-OLDEST = Path(__file__).resolve().parents[2] / ".venv" / "triton-3.6.0"
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST = ROOT / ".venv" / "triton-3.6.0"
+COMMITTED = kernel_table.read(ROOT / "benchmarks" / "results" / "kernels.json")["rows"]
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +222,27 @@ def test_copies_run_ahead_by_the_oldest_triton() -> None:
         check=False,
     )
     assert "3 passed" in done.stdout, done.stdout[-4000:]
+
+
+def test_a_call_that_does_not_compile_costs_no_other() -> None:
+    """It is told, and the table has the rest."""
+    calls = [kernel_calls.Other("sm_90", what) for what in ("no such kernel", "tile_lists")]
+    rows, failed = kernel_table.compile_rows(calls)
+    assert {row["kernel"] for row in rows} >= {"tile_lists_kernel"}
+    (reason,) = failed
+    assert reason.startswith(f"{calls[0]} does not compile by Triton 3.")
+
+
+def test_what_has_spilled_within_a_round_is_seen() -> None:
+    row = next(row for row in COMMITTED if row.get("loops"))
+    body = row["bodies"][0] | {"instructions": 320}
+    for local, seen in ((10, False), (11, True)):
+        other = [body | {"kinds": {"local": local}}, *row["bodies"][1:]]
+        found = kernel_table.faults(row | {"bodies": other})
+        assert any("of 320 instructions of a round" in fault for fault in found) == seen
+
+
+def test_missing_matrix_instructions_are_seen() -> None:
+    for target, kind in kernel_table.MATRIX.items():
+        row = next(row for row in COMMITTED if row["target"] == target and kind in row["matrix"])
+        assert kernel_table.faults(row | {"matrix": {"mma.other": 4}}) == [f"no {kind}"]

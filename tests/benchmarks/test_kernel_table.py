@@ -28,6 +28,7 @@ from dense_attn.benchmarks.compiled import (
     occupancy,
 )
 from dense_attn.triton_kernels import configs
+from dense_attn.triton_kernels.layout_attention.parts import head_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = sorted((ROOT / ".venv").glob("triton-*"))
@@ -172,15 +173,6 @@ def test_every_kernel_is_compiled(table: Table) -> None:
     assert compiled == {(kernel, target) for kernel in kernels for target in targets_of(table)}
 
 
-def test_a_call_that_does_not_compile_costs_no_other() -> None:
-    """It is told, and the table has the rest."""
-    calls = [kernel_calls.Other("sm_90", what) for what in ("no such kernel", "tile_lists")]
-    rows, failed = kernel_table.compile_rows(calls)
-    assert {row["kernel"] for row in rows} >= {"tile_lists_kernel"}
-    (reason,) = failed
-    assert reason.startswith(f"{calls[0]} does not compile by Triton 3.")
-
-
 def test_no_rule_is_broken(table: Table) -> None:
     assert table.get("failed", []) == []
     assert {row["target"] for row in table["rows"]} == set(targets_of(table))
@@ -233,7 +225,7 @@ def products_of_a_round(row: dict[str, Any], ours: bool, loop: int) -> int:
     """
     kernel = kernel_of(row)
     tiled = kernel in ("fwd", "specialised_fwd")
-    columns = sum(configs.head_parts(row["target"], "half", row["head_dim"], tiled))
+    columns = sum(head_parts(row["target"], "half", row["head_dim"], tiled))
     if kernel == "specialised_fwd" and ours and loop == 1:
         return 3 * columns // 2
     if kernel != "fwd" or not ours:
@@ -311,25 +303,6 @@ def test_the_model_is_shown(table: Table) -> None:
     assert all(re.fullmatch(r"[\d ]+ / \d+", line[column]) for line in lines)
 
 
-def test_results_of_other_sources_are_told() -> None:
-    """No failure, and shown as the reason of a skip: nobody can run a GPU at will."""
-    headers = {name: result["header"] for name, result in _kernel_report.results().items()}
-    if stale := _kernel_report.stale(headers):
-        pytest.skip("; ".join(stale))
-
-
-def test_the_stale_are_told_from_the_fresh() -> None:
-    fresh = {"device": "Some GPU", "kernels": kernel_hashes()}
-    old = fresh | {"kernels": fresh["kernels"] | {"sega/mask.py": "0" * 16}}
-    headers = {
-        "new.json": fresh,
-        "old.json": old,
-        "dry.json": old | {"dry_run": True},
-        "cpu.json": {"device": "CPU"},
-    }
-    assert _kernel_report.stale(headers) == ["old.json: Some GPU ran other sources of sega/mask.py"]
-
-
 def test_a_changed_number_is_noticed(committed: Table) -> None:
     row = committed["rows"][0]
     for number in kernel_table.NUMBERS:
@@ -339,20 +312,3 @@ def test_a_changed_number_is_noticed(committed: Table) -> None:
         assert kernel_table.differences([row], [row | {what: "another"}]) != []
     assert kernel_table.differences([row], [row | {"target": "sm_70"}]) != []
     assert kernel_table.differences([row], [row]) == []
-
-
-def test_what_has_spilled_within_a_round_is_seen(committed: Table) -> None:
-    row = next(row for row in committed["rows"] if row.get("loops"))
-    body = row["bodies"][0] | {"instructions": 320}
-    for local, seen in ((10, False), (11, True)):
-        other = [body | {"kinds": {"local": local}}, *row["bodies"][1:]]
-        found = kernel_table.faults(row | {"bodies": other})
-        assert any("of 320 instructions of a round" in fault for fault in found) == seen
-
-
-def test_missing_matrix_instructions_are_seen(committed: Table) -> None:
-    for target, kind in kernel_table.MATRIX.items():
-        row = next(
-            row for row in committed["rows"] if row["target"] == target and kind in row["matrix"]
-        )
-        assert kernel_table.faults(row | {"matrix": {"mma.other": 4}}) == [f"no {kind}"]

@@ -105,3 +105,22 @@ def test_bench_without_its_extra_says_so(monkeypatch: pytest.MonkeyPatch, run: C
         "dense_attn bench: the benchmarks need dense_attn.benchmarks: pip install "
         "dense_attn[bench]\n"
     )
+
+
+def test_results_of_other_sources_are_told() -> None:
+    """No failure, and shown as the reason of a skip: nobody can run a GPU at will."""
+    headers = {name: result["header"] for name, result in _kernel_report.results().items()}
+    if stale := _kernel_report.stale(headers):
+        pytest.skip("; ".join(stale))
+
+
+def test_the_stale_are_told_from_the_fresh() -> None:
+    fresh = {"device": "Some GPU", "kernels": kernel_hashes()}
+    old = fresh | {"kernels": fresh["kernels"] | {"sega/mask.py": "0" * 16}}
+    headers = {
+        "new.json": fresh,
+        "old.json": old,
+        "dry.json": old | {"dry_run": True},
+        "cpu.json": {"device": "CPU"},
+    }
+    assert _kernel_report.stale(headers) == ["old.json: Some GPU ran other sources of sega/mask.py"]

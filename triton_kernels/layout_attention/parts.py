@@ -1,0 +1,35 @@
+"""How a head dim is split, since a tile's columns are a power of two."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from dense_attn.triton_kernels import configs
+
+# Up to here a head dim is one part in the tiled forward kernel. Tiles of 64 keys at 40 columns: 327
+# instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
+UNDIVIDED = 64  # on sm_90
+# Up to twice as many columns are two parts on sm_80: a tile with fewer rows than a part has columns
+# is shared out by columns, so that every warp asks the others for its rows' weights. Cycles at 128
+# columns: backward over queries 10,430 in one part and 4,800 in two, few keys 9,240 and 4,660.
+NARROW = 64
+
+
+@lru_cache(maxsize=256)
+def head_parts(
+    architecture: str, precision: str, head_dim: int, tiled: bool = False
+) -> tuple[int, int]:
+    """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
+    least. `tiled`: in the tiled forward kernel.
+
+    256 is two parts as well: the merge of both phases then holds half of each accumulator at a
+    time.
+    """
+    whole = max(16, configs.next_power_of_2(head_dim))
+    if tiled and (architecture, precision) == ("sm_90", "half") and head_dim <= UNDIVIDED:
+        return whole, 0
+    if head_dim > 192:
+        return 128, 128
+    second = max(16, configs.next_power_of_2(head_dim - whole // 2))
+    narrow = architecture == "sm_80" and precision != "ieee" and whole == 2 * NARROW
+    return (whole // 2, second) if second < whole // 2 or narrow else (whole, 0)
