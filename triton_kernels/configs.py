@@ -88,10 +88,11 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys at 64 columns: 252, in tiles of both populations 646 (251 and 723 by Triton 3.6),
-# where FORWARD's take 327 and plain attention 310 (296). At 128 columns the two states that stay in
-# registers spill 760 bytes. What spills is stored before the loops and loaded behind them.
-SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spills=32)}}
+# warp and 64 keys (by Triton 3.6), and in tiles of both populations: at 64 columns 252 (251) and 646
+# (723); at 128, of plain attention's 376 (352), 345 (351) and 749 (825). Of tiles of 128 keys 278
+# (281), but each round spills; what spills here waits outside of whole tiles' loops: an accumulator.
+_WIDE = Config(128, 64, 4, 4, specialised=True, spills=472)
+SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True), 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Up to here a head dim is one part in FORWARD's kernel. Tiles of 64 keys at 40 columns: 327
 # instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
@@ -213,8 +214,8 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
         config = UNALIGNED_ROW.get(architecture, UNALIGNED_ROW["sm_80"]) if row else UNALIGNED
     elif precision == "half":
         table = ROW_FORWARD if row else FORWARD
-        specialised = SPECIALISED.get(architecture, {})
-        if seqlen_k >= PACKED_KEYS and head_dim <= max(specialised, default=0):
+        one_part = not head_parts(head_dim, undivided(architecture, precision))[1]
+        if seqlen_k >= PACKED_KEYS and one_part and architecture in SPECIALISED:
             table = SPECIALISED
         config = _pick(table[architecture], head_dim)
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dense_attn.triton_kernels import configs
+from dense_attn.triton_kernels.layout_attention.fwd_specialised import BOX_KEYS
 
 from . import counts, plain_attention, sass
 from .ahead_of_time import Launch, compiled, inspect
@@ -87,9 +88,10 @@ def _facts(
         scores, warps = tile[0] * tile[1] if tile else counts.SCORES, launch.warps
         bodies = [(body, scores) for body in loops or [function.straight]]
         found["loops"] = len(loops)
-        if SPECIALISED in launch.kernel:  # of one of the groups that weigh: tiles, and half ones
+        if SPECIALISED in launch.kernel:  # of one of the groups that weigh: tiles, and boxes
             whole, mixed = [body for body in loops if counts.tensor(body)][:2]
-            bodies, warps = [(whole, scores), (mixed, scores // 2)], GROUPS * GROUP
+            boxed = tile[0] * min(tile[1], BOX_KEYS)
+            bodies, warps = [(whole, scores), (mixed, boxed)], GROUPS * GROUP
         found["bodies"] = [_body(body, target, warps, size) for body, size in bodies]
     return found
 
