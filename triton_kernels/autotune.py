@@ -74,8 +74,10 @@ def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
     """The table's configuration, then those that differ in one field, then in two: half and double
     tiles, other warps, up to 5 stages, and what is done or not. Fixed fields stay.
     """
-    if table.specialised:  # other tiles do not part into groups of warps
-        return [table, replace(table, num_stages=table.num_stages + 1)]
+    if table.specialised:  # other rows do not part into groups of warps
+        keys = 64 if table.BLOCK_N == 128 else 128
+        other = replace(table, BLOCK_N=keys, num_stages=256 // keys)  # as many bytes ahead
+        return [table, other, replace(table, num_stages=3)]
     other: dict[str, list[int | bool]] = {}
     for field in fields(table):
         now = getattr(table, field.name)

@@ -88,7 +88,7 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys (by Triton 3.6), in tiles of both populations too: at 64 columns 252 (251) and 646
+# warp and 64 keys (by Triton 3.6), of both populations too: at 64 columns 252 (251) and 646
 # (723); at 128, of plain attention's 376 (352), 345 (351) and 749 (825). In tiles of 128 keys 278
 # (281), and each round spills. What spills here waits outside of the loops over whole tiles.
 _WIDE = Config(128, 64, 4, 4, specialised=True, spills=472)

@@ -27,7 +27,7 @@ from dense_attn.benchmarks.compiled import (
     model,
     plain_attention,
 )
-from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
+from dense_attn.triton_kernels import autotune, configs, layout_attention, reversible, sega
 from dense_attn.triton_kernels.sega import selection
 
 OLDEST = Path(__file__).resolve().parents[2] / ".venv" / "triton-3.6.0"
@@ -142,6 +142,16 @@ def test_what_is_compiled_is_what_is_launched() -> None:
                 rows, keys, keys, words, words[:32], numbers, "max", 1.0
             )
     assert [launch.kernel for launch in launches] == ["layout_attention_row_fwd_kernel"] * 2
+
+
+def test_groups_of_warps_keep_their_rows() -> None:
+    """What is tried beside the table: tiles of 64 or 128 keys, as many keys ahead, and 3 stages."""
+    for config in configs.SPECIALISED["sm_90"].values():
+        around = autotune.neighbours(config)
+        assert around[0] == config
+        assert {(x.BLOCK_N, x.num_stages) for x in around[:2]} == {(64, 4), (128, 2)}
+        assert around[2] == replace(config, num_stages=3)
+        assert {(x.BLOCK_M, x.num_warps, x.specialised) for x in around} == {(128, 4, True)}
 
 
 def test_few_tiles_are_halved_so_that_processors_are_busy() -> None:
