@@ -88,9 +88,9 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys (by Triton 3.6), of both populations too: at 64 columns 252 (251) and 646
-# (723); at 128, of plain attention's 376 (352), 345 (351) and 749 (825). In tiles of 128 keys 278
-# (281), and each round spills. What spills here waits outside of the loops over whole tiles.
+# warp and 64 keys, then of both populations (by Triton 3.6): 252 (251) and 646 (723) at 64 columns;
+# 345 (351) and 749 (825) at 128, where plain attention takes 376 (352). Of tiles of 128 keys 278
+# (281), but each round spills; what spills here waits outside of the loops over whole tiles.
 _WIDE = Config(128, 64, 4, 4, specialised=True, spills=472)
 SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True), 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
