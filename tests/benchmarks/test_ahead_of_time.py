@@ -145,7 +145,7 @@ def test_what_is_compiled_is_what_is_launched() -> None:
 
 
 def test_groups_of_warps_keep_their_rows() -> None:
-    """What is tried beside the table: tiles of 64 or 128 keys, as many keys ahead, and 3 stages."""
+    """Tried beside the table: tiles of 64 or 128 keys, as many keys ahead, and three stages."""
     for config in configs.SPECIALISED["sm_90"].values():
         around = autotune.neighbours(config)
         assert around[0] == config
