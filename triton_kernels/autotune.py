@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.configs import Config
+from dense_attn.triton_kernels.parts import next_power_of_2
 
 Launch = Callable[[Config], Callable[[], object]]
 LIMIT = 10.0  # seconds for each of the three kernels of a shape; the best so far is kept
@@ -74,8 +75,10 @@ def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
     """The table's configuration, then those that differ in one field, then in two: half and double
     tiles, other warps, up to 5 stages, and what is done or not. Fixed fields stay.
     """
-    if table.specialised:  # other tiles do not part into groups of warps
-        return [table, replace(table, num_stages=table.num_stages + 1)]
+    if table.specialised:  # other rows do not part into groups of warps
+        keys = 64 if table.BLOCK_N == 128 else 128
+        other = replace(table, BLOCK_N=keys, num_stages=256 // keys)  # as many bytes ahead
+        return [table, other, replace(table, num_stages=3)]
     other: dict[str, list[int | bool]] = {}
     for field in fields(table):
         now = getattr(table, field.name)
@@ -173,7 +176,7 @@ def _key(kernel: str, q: Tensor, k: Tensor, ordered: bool, table: Config) -> str
     row for them.
     """
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else "interpreted"
-    tokens = (configs.next_power_of_2(x.shape[2]) for x in (q, k))
+    tokens = (next_power_of_2(x.shape[2]) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
     order = "ordered" if ordered else "raster"
     numbers = (q.dtype, configs.precision(q), *sizes, *asdict(table).values(), order)

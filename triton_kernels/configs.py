@@ -14,6 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from dense_attn.triton_kernels.parts import head_parts
+
 
 @dataclass(frozen=True)
 class Config:
@@ -89,10 +91,11 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys at 64 columns: 252, in tiles of both populations 646 (251 and 723 by Triton 3.6),
-# where FORWARD's take 327 and plain attention 310 (296). At 128 columns the two states that stay in
-# registers spill 760 bytes. What spills is stored before the loops and loaded behind them.
-SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spills=(32, 32))}}
+# warp and 64 keys, then of both populations (by Triton 3.6): 252 (251) and 646 (723) at 64 columns;
+# 345 (351) and 749 (825) at 128, where plain attention takes 376 (352). Of tiles of 128 keys 278
+# (281), but each round spills; what spills here waits outside of the loops over whole tiles.
+_WIDE = Config(128, 64, 4, 4, specialised=True, spills=(472, 0))
+SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True), 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.
@@ -214,8 +217,8 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
         config = UNALIGNED_ROW.get(architecture, UNALIGNED_ROW["sm_80"]) if row else UNALIGNED
     elif precision == "half":
         table = ROW_FORWARD if row else FORWARD
-        specialised = SPECIALISED.get(architecture, {})
-        if seqlen_k >= PACKED_KEYS and head_dim <= max(specialised, default=0):
+        one_part = head_parts(architecture, precision, head_dim, tiled=True)[1] == 0
+        if seqlen_k >= PACKED_KEYS and one_part and architecture in SPECIALISED:
             table = SPECIALISED
         config = _pick(table[architecture], head_dim)
     else:
@@ -300,8 +303,3 @@ def processors(device: torch.device) -> int:
 def interpreted() -> bool:
     """Whether kernels run through Triton's interpreter, on tensors of the CPU."""
     return triton.knobs.runtime.interpret
-
-
-def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is not below a number; Triton's own takes long to say it."""
-    return 1 << max(number - 1, 0).bit_length()

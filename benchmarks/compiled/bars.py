@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from dense_attn.triton_kernels.configs import next_power_of_2
+from dense_attn.triton_kernels.parts import next_power_of_2
 
 from ..layout_attention.workloads import WORKLOADS
 from .counts import SCORES

@@ -19,7 +19,7 @@ from .ahead_of_time import TARGETS
 
 BATCH, HEADS = 2, 8
 FEW = 256  # tokens whose half tiles are fewer than any target's processors
-SHORT = configs.PACKED_KEYS - 64  # keys too few to be packed
+SHORT = 896  # tokens whose tiles are whole, and whose keys are not packed
 HEAD_DIMS = dict.fromkeys(TARGETS, (40, 64)) | {"sm_90": (40, 64, 72, 80, 96, 128, 160, 192, 256)}
 PASSES = ("fwd", "row_fwd", "bwd")
 empty = partial(torch.empty, device="meta")  # tensors of any size that take no memory: nothing runs
@@ -216,13 +216,12 @@ def each_configuration() -> Iterator[Attention | Other]:
     for (kernel, target, precision), rows in tables().items():
         which = kernel.removesuffix("_q").removesuffix("_kv").removeprefix("specialised_")
         yield from (Attention(target, which, d, **kinds[precision]) for d in rows)
+        if kernel.startswith("specialised"):
+            yield from (Attention(target, which, d, seqlen=SHORT) for d in rows)
         if which != "bwd":  # half tiles, where whole ones leave processors idle
             few = kinds[precision] | {"seqlen": FEW}
             halved = (d for d, config in rows.items() if configs.filling(config, 1, 1, 2) != config)
             yield from (Attention(target, which, d, **few) for d in halved)
-        if (kernel, precision) == ("fwd", "half"):  # calls too short for specialised kernels
-            narrow = (d for d in rows if d <= max(configs.SPECIALISED.get(target, {}), default=0))
-            yield from (Attention(target, which, d, seqlen=SHORT) for d in narrow)
     yield from each_other()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dense_attn.triton_kernels import configs
-from dense_attn.triton_kernels.layout_attention.parts import head_parts
+from dense_attn.triton_kernels.layout_attention.fwd_specialised import BOX_KEYS
+from dense_attn.triton_kernels.parts import head_parts, next_power_of_2
 
 from . import counts, plain_attention, sass
 from .ahead_of_time import Launch, compiled, inspect
@@ -34,7 +34,7 @@ def of_launch(call: Attention | Other, launch: Launch) -> Facts:
     if attention:
         rows, keys = (launch.constants[side] for side in ("BLOCK_M", "BLOCK_N"))
         # Plain attention has no second part of keys, so that both are counted for its scores.
-        tile = rows, configs.next_power_of_2(keys)
+        tile = rows, next_power_of_2(keys)
     found = _facts(call.target, launch, tile)
     if not attention:
         return found
@@ -87,9 +87,10 @@ def _facts(
         scores, warps = tile[0] * tile[1] if tile else counts.SCORES, launch.warps
         bodies = [(body, scores) for body in loops or [function.straight]]
         found["loops"] = len(loops)
-        if SPECIALISED in launch.kernel:  # of one of the groups that weigh: tiles, and half ones
+        if SPECIALISED in launch.kernel:  # of one of the groups that weigh: tiles, and boxes
             whole, mixed = [body for body in loops if counts.tensor(body)][:2]
-            bodies, warps = [(whole, scores), (mixed, scores // 2)], GROUPS * GROUP
+            boxed = tile[0] * min(tile[1], BOX_KEYS)
+            bodies, warps = [(whole, scores), (mixed, boxed)], GROUPS * GROUP
             found["loops"] = len(bodies)
         found["bodies"] = [_body(body, target, warps, size) for body, size in bodies]
     return found

@@ -113,7 +113,7 @@ class Function:
     def _waits(self, loop: frozenset[int]) -> bool:
         """Whether a loop asks a barrier in shared memory, or for registers, again and again."""
         names = {instruction.name for block in loop for instruction in self.blocks[block]}
-        return names <= {"SYNCS", "USETMAXREG", "BRA", "NANOSLEEP", "NOP", "IMAD", "PLOP3"}
+        return names <= {"SYNCS", "USETMAXREG", "BRA", "NANOSLEEP", "NOP", "IMAD", "MOV", "PLOP3"}
 
 
 def parse(text: str) -> list[Function]:

@@ -72,7 +72,7 @@ def forward(table: Config) -> list[Config]:
     where it is specialised, the ordinary kernel's after its own.
     """
     if table.specialised:
-        return [table, replace(table, num_stages=3), *forward(Config(128, 64, 8, 3))]
+        return [*autotune.neighbours(table), *forward(Config(128, 64, 8, 3))]
     turned = replace(table, parks=not table.parks)
     around = [
         replace(table, BLOCK_M=rows, BLOCK_N=keys, num_warps=warps, num_stages=stages)

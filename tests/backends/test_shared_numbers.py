@@ -71,7 +71,7 @@ def test_the_kernels_of_triton() -> None:
     pytest.importorskip("triton")
     from dense_attn.triton_kernels import configs, layout_attention
     from dense_attn.triton_kernels.layout_attention import records
-    from dense_attn.triton_kernels.layout_attention.parts import head_parts
+    from dense_attn.triton_kernels.parts import head_parts
     from dense_attn.triton_kernels.reversible import grid
 
     assert grid.LIMIT.value == reference.GRID_LIMIT

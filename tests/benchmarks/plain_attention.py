@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dense_attn.benchmarks.compiled import plain_attention
 from dense_attn.benchmarks.compiled.plain_attention import Tile
-from dense_attn.triton_kernels.layout_attention.parts import head_parts
+from dense_attn.triton_kernels.parts import head_parts
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 SMALL = Tile(32, 16, 4, 1)

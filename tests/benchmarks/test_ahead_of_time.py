@@ -20,13 +20,14 @@ pytest.importorskip("triton")
 
 from dense_attn.benchmarks.compiled import (
     ahead_of_time,
+    bars,
     counts,
     kernel_calls,
     kernel_table,
     model,
     plain_attention,
 )
-from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
+from dense_attn.triton_kernels import autotune, configs, layout_attention, reversible, sega
 from dense_attn.triton_kernels.sega import selection
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,17 +92,31 @@ def test_too_few_stages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(forward_waits("sm_90", True)) == 0
 
 
-def test_groups_of_warps_part() -> None:
-    """One fetches tiles of keys, in as many buffers as there are stages, and two weigh them."""
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_groups_of_warps_part(head_dim: int) -> None:
+    """One fetches tiles of keys, in as many buffers as there are stages, and two weigh them; loops
+    over whole tiles leave nothing in local memory.
+    """
     with ahead_of_time.compiled("sm_90") as launches:
-        kernel_calls.Attention("sm_90", "fwd", 64)()
+        kernel_calls.Attention("sm_90", "fwd", head_dim)()
     packed, launch = launches
     assert (packed.kernel, launch.warps) == ("packed_rows_kernel", 12)
     loops = model.function_of(launch).inner_loops
     names = [{instruction.name for instruction in loop} for loop in loops]
-    assert sum("HGMMA" in found for found in names) == 2 * 2
+    weighing = [found for found in names if "HGMMA" in found]
+    assert len(weighing) == 2 * 2
     assert sum("UTMALDG" in found for found in names) >= 2
-    assert not any({"LDGSTS", "STL", "LDL"} & found for found in names)
+    assert not any("LDGSTS" in found for found in names)
+    whole = weighing[::2] if head_dim > 64 else names  # tiles of both populations follow
+    assert not any({"STL", "LDL"} & found for found in whole)
+
+
+def test_wide_heads_issue_no_more_than_plain_attention() -> None:
+    call = kernel_calls.Attention("sm_90", "fwd", 128)
+    rows = [row for row in kernel_table.compile_call(call, True) if "plain" in row]
+    found = {bar["what"]: bar for bar in bars.bars(rows)}
+    assert {bar["verdict"] for bar in found.values()} == {"holds"}
+    assert found["untested tile"]["bound"] == 1.0
 
 
 def test_warp_groups_are_in_the_machine_code() -> None:
@@ -129,6 +144,16 @@ def test_what_is_compiled_is_what_is_launched() -> None:
                 rows, keys, keys, words, words[:32], numbers, "max", 1.0
             )
     assert [launch.kernel for launch in launches] == ["layout_attention_row_fwd_kernel"] * 2
+
+
+def test_groups_of_warps_keep_their_rows() -> None:
+    """Tried beside the table: tiles of 64 or 128 keys, as many keys ahead, and three stages."""
+    for config in configs.SPECIALISED["sm_90"].values():
+        around = autotune.neighbours(config)
+        assert around[0] == config
+        assert {(x.BLOCK_N, x.num_stages) for x in around[:2]} == {(64, 4), (128, 2)}
+        assert around[2] == replace(config, num_stages=3)
+        assert {(x.BLOCK_M, x.num_warps, x.specialised) for x in around} == {(128, 4, True)}
 
 
 def test_few_tiles_are_halved_so_that_processors_are_busy() -> None:

@@ -28,7 +28,7 @@ from dense_attn.benchmarks.compiled import (
     occupancy,
 )
 from dense_attn.triton_kernels import configs
-from dense_attn.triton_kernels.layout_attention.parts import head_parts
+from dense_attn.triton_kernels.parts import head_parts, next_power_of_2
 
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = sorted((ROOT / ".venv").glob("triton-*"))
@@ -243,7 +243,7 @@ def test_a_round_has_the_products_of_a_tile(table: Table, committed: Table) -> N
             continue
         tile, kernel = [int(side) for side in row["tile"].split("x")], kernel_of(row)
         if facts is not row:
-            tile[1] = configs.next_power_of_2(tile[1])  # without a second part of keys
+            tile[1] = next_power_of_2(tile[1])  # without a second part of keys
         alone = tile[kernel == "bwd_kv"] >= 16 * row["warps"]
         bodies = facts["bodies"][:1] if kernel.startswith("bwd") else facts["bodies"]
         for loop, body in enumerate(bodies):

@@ -95,6 +95,17 @@ def test_loops_are_found(function: sass.Function) -> None:
     assert [x.address for x in function.straight] == [0x0, 0x10, 0xF0, 0x100, 0x160]
 
 
+@pytest.mark.parametrize("moved", ["MOV R7, UR35", "IMAD.U32 R7, RZ, RZ, UR35"])
+def test_what_waits_is_no_loop(moved: str) -> None:
+    """Some compilers move the barrier's phase in each round."""
+    lines = (moved, "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR34+0x20], R7", "@!P0 BRA `(.L_x_0)")
+    for last, loops in ((), 0), (("FADD R0, R0, R7",), 1):
+        code = "".join(f"/*{i:04x}*/ {x} ;\n" for i, x in enumerate((*last, *lines, "EXIT")))
+        (function,) = sass.parse(f".section .text.f\n.L_x_0:\n{code}")
+        assert len(function.loops) == 1
+        assert len(function.inner_loops) == loops
+
+
 def test_kinds_and_waits(function: sass.Function) -> None:
     first, second = function.inner_loops
     kinds = {"lsu": 2, "branch": 2, "fma": 1, "alu": 1, "xu": 1, "tensor": 1}

@@ -21,6 +21,7 @@ ATTENTION = (  # each compiles three to five kernels
     "phases-long-in-runs-bfloat16-range",
     "parked-head-dim-128-bfloat16-range",
     "specialised-ordered-in-runs-float16-range",
+    "specialised-wide-in-runs-bfloat16-range",
     *(["phases-real-layout-float32-bias"] if REAL_LAYOUTS.exists() else []),
 )
 OTHERS = (

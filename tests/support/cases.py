@@ -137,6 +137,7 @@ CASES = (
     Case("scale", scale=-0.7),
     Case("ordered", ordered=True, core=True),
     Case("ordered-in-runs", (1, 2, 200, 180, 40), words="runs", ordered=True),
+    Case("wide-in-runs", (1, 1, 140, 200, 128), words="runs", ordered=True),
     # Tiles whose pairs all meet, none of them, and some.
     Case("long-in-runs", (1, 1, 1024, 700, 40), "runs", ordered=True, modulations=ONLY_RANGE),
     Case("ordered-per-sample", words="per-sample", ordered=True),

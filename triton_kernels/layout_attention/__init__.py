@@ -15,9 +15,9 @@ from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_b
 from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
 from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel
 from dense_attn.triton_kernels.layout_attention.lists import TileLists, tile_lists
-from dense_attn.triton_kernels.layout_attention.parts import head_parts
 from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
 from dense_attn.triton_kernels.layout_attention.row_fwd import layout_attention_row_fwd_kernel
+from dense_attn.triton_kernels.parts import head_parts
 
 
 def layout_attention_fwd(

@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dense_attn.triton_kernels.configs import Config, next_power_of_2
+from dense_attn.triton_kernels.configs import Config
 from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
+from dense_attn.triton_kernels.parts import next_power_of_2
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
     finite_or_zero,
@@ -34,6 +35,11 @@ from dense_attn.triton_kernels.primitives import (
     tokens_at,
     words_at,
 )
+
+BOX_KEYS = 64  # at a time, of a tile of both populations
+# Keys of a tile up to which sums and minima stay apart by column until the loop is left: no round
+# asks other threads for them. Of more keys they would not stay in registers.
+APART_KEYS = tl.constexpr(64)
 
 
 @triton.jit
@@ -68,13 +74,16 @@ def packed_rows_kernel(
 
 @triton.jit
 def _absorb(state, scores, values, factor):
-    """Online softmax over a tile's scores; those of -inf weigh nothing."""
+    """Online softmax over a tile's scores; those of -inf weigh nothing. Sums may be apart."""
     before, row_sum, acc = state
     row_max = tl.maximum(before, tl.max(scores, 1))
     shift = -finite_or_zero(row_max) * factor
     alpha = tl.exp2(tl.fma(before, factor, shift))
     weights = tl.exp2(tl.fma(scores, factor[:, None], shift[:, None]))
-    row_sum = row_sum * alpha + tl.sum(weights, 1)
+    if len(row_sum.shape) == 2:
+        row_sum = row_sum * alpha[:, None] + weights
+    else:
+        row_sum = row_sum * alpha + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * alpha[:, None])
     return row_max, row_sum, acc
 
@@ -84,15 +93,21 @@ def _attend(rows, factor, source, tiles, count, STAGES: tl.constexpr):
     """State and smallest score of one population over `count` listed tiles that are all of it."""
     keys, values, first_row = source
     BLOCK_M: tl.constexpr = rows.shape[0]
+    BLOCK_N: tl.constexpr = keys.block_shape[0]
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros(rows.shape, tl.float32)
     low = -row_max
+    if BLOCK_N <= APART_KEYS:
+        row_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        low = tl.full([BLOCK_M, BLOCK_N], float("inf"), tl.float32)
     for place in tl.range(0, count, warp_specialize=True, num_stages=STAGES):
         row = first_row + tl.load(tiles + place) * keys.block_shape[0]
         raw = tl.dot(rows, keys.load([row, 0]).T)
-        low = tl.minimum(low, tl.min(raw, 1))
+        low = tl.minimum(low, raw if BLOCK_N <= APART_KEYS else tl.min(raw, 1))
         state = (row_max, row_sum, acc)
         row_max, row_sum, acc = _absorb(state, raw, values.load([row, 0]), factor)
+    if BLOCK_N <= APART_KEYS:
+        row_sum, low = tl.sum(row_sum, 1), tl.min(low, 1)
     return (row_max, row_sum, acc), low
 
 
@@ -200,7 +215,8 @@ def layout_attention_specialised_fwd_kernel(
     out_max, out_sum, out_acc = least, none, in_acc
     low = -least
     for population in tl.range(0, 2):
-        rows = tl.where((factor < 0)[:, None], -rows, rows)
+        # A product, exact, since a choice of half floats takes a pair of registers apart.
+        rows = rows * tl.where(factor < 0, -1.0, 1.0).to(rows.dtype)[:, None]
         factor, row_words = tl.abs(factor), row_words ^ -population
         in_max, in_sum, in_acc = out_max + 0.0, out_sum + 0.0, out_acc + 0.0
         count = tl.load(count_at + 2 * population)
@@ -269,13 +285,14 @@ def launch(
         )
     boxes = [
         TensorDescriptor(x, list(x.shape), [head_dim, 1], [tokens, part])
-        for tokens in (config.BLOCK_N, config.BLOCK_N // 2)
+        for tokens in dict.fromkeys((config.BLOCK_N, min(config.BLOCK_N, BOX_KEYS)))
         for x in packed
     ]
     own = {"NEGATE", "MODULATION", "HEAD_DIM"}
     layout_attention_specialised_fwd_kernel[(index * -(-seqlen_q // config.BLOCK_M),)](
         rows,
-        *boxes,
+        *boxes[:2],
+        *boxes[-2:],
         words,
         q_order,
         *others,

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.layout_attention.arguments import tokens_of
 from dense_attn.triton_kernels.layout_attention.tiles import tile_lists_kernel, word_bounds_kernel
+from dense_attn.triton_kernels.parts import next_power_of_2
 
 
 class TileLists(NamedTuple):
@@ -42,7 +42,7 @@ def tile_lists(
     if batch * query_tiles * key_tiles == 0:
         return TileLists(tiles, counts.zero_(), k_words)
     sizes = (query_tiles, key_tiles, k_regions.shape[-1])
-    options = {"BLOCK_N": block_n, "KEY_TILES": configs.next_power_of_2(key_tiles)}
+    options = {"BLOCK_N": block_n, "KEY_TILES": next_power_of_2(key_tiles)}
     bounds = (tokens_of(q_bounds), tokens_of(k_bounds))
     tile_lists_kernel[(batch * query_tiles,)](*bounds, tiles, counts, *sizes, **options)
     return TileLists(tiles, counts, k_words)

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dense_attn.triton_kernels import configs
+from dense_attn.triton_kernels.parts import next_power_of_2
 from dense_attn.triton_kernels.sega import selection
 from dense_attn.triton_kernels.sega.combine import sega_combine_kernel, sega_guidance_kernel
 from dense_attn.triton_kernels.sega.mask import mask_kernel, percentile_mask_kernel
@@ -123,7 +123,7 @@ def _step(
     last = (step, all_warm, channels, num_values)
     if whole:
         options = _whole_row(num_values, sums)
-        held, edits = UNSTAGED >> sums >> apart, configs.next_power_of_2(flags["EDITS"])
+        held, edits = UNSTAGED >> sums >> apart, next_power_of_2(flags["EDITS"])
         together = max(1, min(edits, held // options["BLOCK"]))
         staged = None
         if num_values > held:
@@ -166,7 +166,7 @@ def _groups(
 
 
 def _whole_row(num_values: int, sums: bool) -> dict[str, object]:
-    block = max(16, configs.next_power_of_2(num_values))
+    block = max(16, next_power_of_2(num_values))
     # Each warp adds up all others' counts in every round, so few of them have many values each.
     warps = selection.warps(block, 16)
     # A short row is combined at once, but for sums, which spill 64 bytes on sm_80.

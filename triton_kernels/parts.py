@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from dense_attn.triton_kernels import configs
-
 # Up to here a head dim is one part in the tiled forward kernel. Tiles of 64 keys at 40 columns: 327
 # instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
 UNDIVIDED = 64  # on sm_90
@@ -13,6 +11,11 @@ UNDIVIDED = 64  # on sm_90
 # is shared out by columns, so that every warp asks the others for its rows' weights. Cycles at 128
 # columns: backward over queries 10,430 in one part and 4,800 in two, few keys 9,240 and 4,660.
 NARROW = 64
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a number; Triton's own takes long to say it."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 @lru_cache(maxsize=256)
@@ -25,11 +28,11 @@ def head_parts(
     256 is two parts as well: the merge of both phases then holds half of each accumulator at a
     time.
     """
-    whole = max(16, configs.next_power_of_2(head_dim))
+    whole = max(16, next_power_of_2(head_dim))
     if tiled and (architecture, precision) == ("sm_90", "half") and head_dim <= UNDIVIDED:
         return whole, 0
     if head_dim > 192:
         return 128, 128
-    second = max(16, configs.next_power_of_2(head_dim - whole // 2))
+    second = max(16, next_power_of_2(head_dim - whole // 2))
     narrow = architecture == "sm_80" and precision != "ieee" and whole == 2 * NARROW
     return (whole // 2, second) if second < whole // 2 or narrow else (whole, 0)
