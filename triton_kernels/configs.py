@@ -29,8 +29,9 @@ class Config:
     parks: bool = False
     # Groups of warps that fetch and that weigh, by `fwd_specialised`.
     specialised: bool = False
-    # Bytes a thread that may wait in local memory, for the reason beside the row; with half tiles.
-    spills: tuple[int, int] = (0, 0)
+    # Bytes a thread that may wait in local memory, for the reason beside the row.
+    spills: int = 0
+    half_spills: int = 0  # with half tiles
 
     @cached_property
     def options(self) -> dict[str, int | bool]:
@@ -64,25 +65,27 @@ FORWARD: Table = {
     # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps
     # within.
     "sm_80": {
-        64: Config(128, 64, 8, 3, spills=(32, 32)),
+        64: Config(128, 64, 8, 3, spills=32, half_spills=32),
         96: Config(128, 32, 8, 3, parks=True),
-        128: Config(128, 32, 8, 3, parks=True, spills=(120, 120)),
+        128: Config(128, 32, 8, 3, parks=True, spills=120, half_spills=120),
         # Not parked, since 128 columns that are need more memory than 99 KB on their way.
-        160: Config(128, 16, 8, 3, spills=(264, 264)),
+        160: Config(128, 16, 8, 3, spills=264, half_spills=264),
         # 64 rows, in eight warps, spill 1,432 bytes.
-        256: Config(32, 32, 4, 3, parks=True, spills=(576, 576)),
+        256: Config(32, 32, 4, 3, parks=True, spills=576, half_spills=576),
     },
     "sm_90": {
-        64: Config(128, 64, 8, 3, spills=(48, 48)),
-        96: Config(128, 64, 8, 3, spills=(120, 120)),
-        128: Config(128, 64, 8, 3, parks=True, spills=(112, 112)),  # 32 keys: 1,190 cycles, not 870
-        160: Config(128, 32, 8, 3, parks=True, spills=(136, 136)),
-        256: Config(64, 32, 8, 3, parks=True, spills=(128, 128)),
+        64: Config(128, 64, 8, 3, spills=48, half_spills=48),
+        96: Config(128, 64, 8, 3, spills=120, half_spills=120),
+        128: Config(
+            128, 64, 8, 3, parks=True, spills=112, half_spills=112
+        ),  # 32 keys: 1,190 cycles, not 870
+        160: Config(128, 32, 8, 3, parks=True, spills=136, half_spills=136),
+        256: Config(64, 32, 8, 3, parks=True, spills=128, half_spills=128),
     },
     "sm_100": {
-        96: Config(128, 64, 8, 3, spills=(56, 56)),
-        160: Config(128, 32, 8, 3, parks=True, spills=(160, 160)),
-        256: Config(64, 32, 8, 3, parks=True, spills=(8, 8)),
+        96: Config(128, 64, 8, 3, spills=56, half_spills=56),
+        160: Config(128, 32, 8, 3, parks=True, spills=160, half_spills=160),
+        256: Config(64, 32, 8, 3, parks=True, spills=8, half_spills=8),
     },
     "gfx942": {
         64: Config(128, 64, 4, 1),
@@ -94,7 +97,7 @@ FORWARD: Table = {
 # warp and 64 keys, then of both populations (by Triton 3.6): 252 (251) and 646 (723) at 64 columns;
 # 345 (351) and 749 (825) at 128, where plain attention takes 376 (352). Of tiles of 128 keys 278
 # (281), but each round spills; what spills here waits outside of the loops over whole tiles.
-_WIDE = Config(128, 64, 4, 4, specialised=True, spills=(472, 0))
+_WIDE = Config(128, 64, 4, 4, specialised=True, spills=472)
 SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True), 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
@@ -159,7 +162,7 @@ TF32_FORWARD: Table = {
         256: Config(32, 16, 8, 1, parks=True),
     },
     "sm_90": {
-        64: Config(128, 64, 8, 3, spills=(16, 16)),
+        64: Config(128, 64, 8, 3, spills=16, half_spills=16),
         128: Config(128, 32, 8, 3, parks=True),
         256: Config(32, 16, 8, 1, parks=True),
     },
@@ -174,7 +177,7 @@ TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Co
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for
 # every architecture.
 _FLOAT32 = {
-    64: Config(32, 16, 8, 1, parks=True, spills=(272, 272)),
+    64: Config(32, 16, 8, 1, parks=True, spills=272, half_spills=272),
     256: Config(16, 16, 8, 1, parks=True),
 }
 # Four warps spill 32 bytes on sm_90.
@@ -253,7 +256,7 @@ def filling(config: Config, seqlen_q: int, heads: int, processors: int) -> Confi
 @lru_cache(maxsize=64)
 def _half_tile(config: Config) -> Config:
     half = {"BLOCK_M": config.BLOCK_M // 2, "num_warps": config.num_warps // 2}
-    return replace(config, **half, spills=(config.spills[1], 0))
+    return replace(config, **half, spills=config.half_spills, half_spills=0)
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:

@@ -222,7 +222,8 @@ def _accepted(row: Row) -> int:
     precision = "tf32" if row["tf32"] else "ieee" if row["dtype"] == "float32" else "half"
     kind = row["target"], precision, row["head_dim"], row["seqlen"]
     config = configs.layout_attention_fwd(*kind)
-    return config.spills[not row["tile"].startswith(f"{config.BLOCK_M}x")]
+    whole = row["tile"].startswith(f"{config.BLOCK_M}x")
+    return config.spills if whole else config.half_spills
 
 
 def _attention_faults(row: Row) -> list[str]:
