@@ -1,0 +1,111 @@
+"""Boxes of keys of both populations in the specialised forward kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dense_attn.triton_kernels.primitives import finite_or_zero
+
+# Columns of a sum of weights that the matrix unit fills, all equal. Of a thread's eight numbers the
+# last reduction reads two, one a row, and the compiler drops the others.
+COLUMNS = tl.constexpr(16)
+# Of many comparisons Triton 3.6 makes a vector, of its bits a number, and of that predicates again.
+SELECT = tl.constexpr("""{
+    .reg .pred meets;
+    .reg .b32 common;
+    and.b32 common, $3, $4;
+    setp.ne.b32 meets, common, 0;
+    selp.f32 $0, $1, $2, meets;
+}""")
+
+
+@triton.jit
+def weights_of(before, row_max, scores, factor):
+    """Weights of scores, those of -inf 0, and what weights before them are worth under the new
+    maximum.
+    """
+    shift = -finite_or_zero(row_max) * factor
+    alpha = tl.exp2(tl.fma(before, factor, shift))
+    return tl.exp2(tl.fma(scores, factor[:, None], shift[:, None])), alpha
+
+
+@triton.jit
+def _absorb(state, scores, values, factor):
+    """Online softmax over a box of scores, the sums of weights in equal columns by the matrix
+    unit.
+    """
+    before, sums, acc = state
+    row_max = tl.maximum(before, tl.max(scores, 1))
+    weights, alpha = weights_of(before, row_max, scores, factor)
+    weights = weights.to(values.dtype)
+    ones = tl.full([weights.shape[1], sums.shape[1]], 1.0, values.dtype)
+    # No sum, which would join the product: columns that nobody reads are then not scaled.
+    sums = tl.fma(sums, tl.broadcast_to(alpha[:, None], sums.shape), tl.dot(weights, ones))
+    acc = tl.dot(weights, values, acc * alpha[:, None])
+    return row_max, sums, acc
+
+
+@triton.jit
+def _where_met(scores, others, row_words, words, COMPILED: tl.constexpr):
+    """`scores` where words of rows and of keys have a bit in common, `others` elsewhere."""
+    row_words, words = row_words[:, None], words[None, :]
+    if COMPILED:
+        met = tl.inline_asm_elementwise(
+            SELECT, "=r,r,r,r,r", [scores, others, row_words, words], tl.float32, True, 1
+        )
+    else:
+        met = tl.where((row_words & words) != 0, scores, others)
+    return met
+
+
+@triton.jit
+def attend_mixed(
+    matched,
+    others,
+    rows,
+    row_words,
+    factor,
+    source,
+    key_words,
+    tiles,
+    count,
+    seqlen_k,
+    BLOCK_N: tl.constexpr,
+    ENDS: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """States of both populations and smallest score over `count` listed tiles of BLOCK_N keys, a
+    box of fewer at a time; where the keys end within a tile, it is among them.
+    """
+    keys, values, first_row = source
+    BOX: tl.constexpr = keys.block_shape[0]
+    in_max, in_sum, in_acc = matched
+    out_max, out_sum, out_acc = others
+    column = tl.arange(0, COLUMNS)[None, :]
+    in_sums = tl.where(column >= 0, in_sum[:, None], 0.0)
+    out_sums = tl.where(column >= 0, out_sum[:, None], 0.0)
+    low = tl.full([rows.shape[0]], float("inf"), tl.float32)
+    for place in tl.range(0, count * (BLOCK_N // BOX), warp_specialize=True, num_stages=2):
+        first = tl.load(tiles + place // (BLOCK_N // BOX)) * BLOCK_N
+        first += place % (BLOCK_N // BOX) * BOX
+        places = first + tl.arange(0, BOX)
+        if ENDS:
+            exist = places < seqlen_k
+            words = tl.load(key_words + places, mask=exist, other=0)
+        else:
+            words = tl.load(key_words + places)
+        raw = tl.dot(rows, keys.load([first_row + first, 0]).T)
+        inside = _where_met(raw, float("-inf"), row_words, words, COMPILED)
+        outside = _where_met(float("-inf"), raw, row_words, words, COMPILED)
+        if ENDS:
+            outside = tl.where(exist[None, :], outside, float("-inf"))
+            raw = tl.where(exist[None, :], raw, float("inf"))
+        low = tl.minimum(low, tl.min(raw, 1))
+        own = values.load([first_row + first, 0])
+        in_max, in_sums, in_acc = _absorb((in_max, in_sums, in_acc), inside, own, factor)
+        out_max, out_sums, out_acc = _absorb((out_max, out_sums, out_acc), outside, own, factor)
+    read = (column & 9) == 0  # one in each quarter of the left half
+    in_sum = tl.sum(tl.where(read, in_sums, 0.0), 1) / 4
+    out_sum = tl.sum(tl.where(read, out_sums, 0.0), 1) / 4
+    return (in_max, in_sum, in_acc), (out_max, out_sum, out_acc), low
