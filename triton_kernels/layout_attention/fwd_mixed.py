@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.primitives import finite_or_zero
-
+LARGEST = tl.constexpr(3.4e38)
 # Columns of a sum of weights that the matrix unit fills, all equal. Of a thread's eight numbers the
 # last reduction reads two, one a row, and the compiler drops the others.
 COLUMNS = tl.constexpr(16)
-# Of many comparisons Triton 3.6 makes a vector, of its bits a number, and of that predicates again.
+# A choice by two words in PTX: from comparisons of its own Triton 3.6 makes a vector, of its bits a
+# number, and of that predicates again, 66 instructions of a warp and box.
 SELECT = tl.constexpr("""{
     .reg .pred meets;
     .reg .b32 common;
@@ -25,7 +25,8 @@ def weights_of(before, row_max, scores, factor):
     """Weights of scores, those of -inf 0, and what weights before them are worth under the new
     maximum.
     """
-    shift = -finite_or_zero(row_max) * factor
+    # Finite, so that scores of -inf weigh nothing where there are no others.
+    shift = tl.minimum(-row_max * factor, LARGEST)
     alpha = tl.exp2(tl.fma(before, factor, shift))
     return tl.exp2(tl.fma(scores, factor[:, None], shift[:, None])), alpha
 
@@ -82,9 +83,8 @@ def attend_mixed(
     BOX: tl.constexpr = keys.block_shape[0]
     in_max, in_sum, in_acc = matched
     out_max, out_sum, out_acc = others
-    column = tl.arange(0, COLUMNS)[None, :]
-    in_sums = tl.where(column >= 0, in_sum[:, None], 0.0)
-    out_sums = tl.where(column >= 0, out_sum[:, None], 0.0)
+    in_sums = tl.broadcast_to(in_sum[:, None], [rows.shape[0], COLUMNS])
+    out_sums = tl.broadcast_to(out_sum[:, None], [rows.shape[0], COLUMNS])
     low = tl.full([rows.shape[0]], float("inf"), tl.float32)
     for place in tl.range(0, count * (BLOCK_N // BOX), warp_specialize=True, num_stages=2):
         first = tl.load(tiles + place // (BLOCK_N // BOX)) * BLOCK_N
@@ -105,7 +105,7 @@ def attend_mixed(
         own = values.load([first_row + first, 0])
         in_max, in_sums, in_acc = _absorb((in_max, in_sums, in_acc), inside, own, factor)
         out_max, out_sums, out_acc = _absorb((out_max, out_sums, out_acc), outside, own, factor)
-    read = (column & 9) == 0  # one in each quarter of the left half
+    read = (tl.arange(0, COLUMNS)[None, :] & 9) == 0  # one in each quarter of the left half
     in_sum = tl.sum(tl.where(read, in_sums, 0.0), 1) / 4
     out_sum = tl.sum(tl.where(read, out_sums, 0.0), 1) / 4
     return (in_max, in_sum, in_acc), (out_max, out_sum, out_acc), low
