@@ -88,8 +88,8 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys at 64 columns: 240, in tiles of both populations 568 (240 and 579 by Triton 3.6),
-# where FORWARD's take 327 and plain attention 310 (296). Mixed boxes of 128 keys take 536 (508), and
+# warp and 64 keys at 64 columns: 240, in tiles of both populations 568 (by Triton 3.6 240 and 579),
+# where FORWARD's take 327 and plain attention 310 (296). Mixed boxes of 128 keys take 536 (508) and
 # spill 328 bytes, part of them in the loop (160 outside of it). At 128 columns the two states that
 # stay in registers spill 760 bytes. What spills is stored before the loops and loaded behind them.
 SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True, spills=32)}}
