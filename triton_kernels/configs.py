@@ -94,9 +94,11 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys, then of both populations (by Triton 3.6): 252 (251) and 646 (723) at 64 columns;
-# 345 (351) and 749 (825) at 128, where plain attention takes 376 (352). Of tiles of 128 keys 278
-# (281), but each round spills; what spills here waits outside of the loops over whole tiles.
+# warp and 64 keys, then of both populations (by Triton 3.6): 240 (240) and 568 (579) at 64 columns,
+# where FORWARD's take 327 and plain attention 310 (296); 345 (351) and 749 (825) at 128, where plain
+# attention takes 376 (352). Of tiles of 128 keys 278 (281) there, but each round spills; what spills
+# here waits outside of the loops over whole tiles. Mixed boxes of 128 keys take 536 (508) at 64
+# columns and spill 328 bytes, part of them in the loop (160 outside of it).
 _WIDE = Config(128, 64, 4, 4, specialised=True, spills=472)
 SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True), 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them

@@ -34,7 +34,8 @@ ROW_KEYS, FLOAT32_ROW_KEYS = 128, 32
 SPECIALISED = (
     *("head-dim-40", "ordered-in-runs", "ordered-per-sample", "every-other-token", "negated"),
     *("some-rows-in-no-region", "bit-31", "strength-1.0", "strength-1.8", "strength--0.5"),
-    *("equal-scores", "nan-in-q", "nan-in-k", "inf-in-q", "inf-in-k", "wide-in-runs"),
+    *("equal-scores", "low-unmatched", "nan-in-q", "nan-in-k", "inf-in-q", "inf-in-k"),
+    "wide-in-runs",
 )
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

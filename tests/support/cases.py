@@ -134,6 +134,8 @@ CASES = (
     Case("inf-in-k", values="inf-in-k", through="none"),  # scores of -inf leave finite rows
     # So low that a score of 0 beside them would overflow.
     Case("low-scores", (1, 2, 17, 23, 64), values="low"),
+    # of either sign in tiles of one kind
+    Case("low-unmatched", (1, 1, 40, 256, 40), "none", "full", "low", modulations=ONLY_RANGE),
     Case("scale", scale=-0.7),
     Case("ordered", ordered=True, core=True),
     Case("ordered-in-runs", (1, 2, 200, 180, 40), words="runs", ordered=True),

@@ -18,12 +18,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dense_attn.triton_kernels.configs import Config
+from dense_attn.triton_kernels.layout_attention.fwd_mixed import attend_mixed, weights_of
 from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
 from dense_attn.triton_kernels.parts import next_power_of_2
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
-    finite_or_zero,
     head_of,
     load_numbers,
     load_part,
@@ -37,8 +37,13 @@ from dense_attn.triton_kernels.primitives import (
 )
 
 BOX_KEYS = 64  # at a time, of a tile of both populations
-# Keys of a tile up to which sums and minima stay apart by column until the loop is left: no round
-# asks other threads for them. Of more keys they would not stay in registers.
+# Extremes of floats from their bits. Read as integers, signed and not, floats ascend above 0 and
+# descend below: the largest float is the larger of the largest and the smallest signed integer, the
+# smallest the smaller of the largest unsigned and the smallest signed one. Nothing changes these.
+MINUS_INFINITY, INFINITY = tl.constexpr(-0x800000), tl.constexpr(0x7F800000)
+NO_NUMBER = tl.constexpr(0x7FFFFFFF)
+# Keys of a tile up to which sums stay apart by column until the loop is left: no round asks other
+# threads for them. Of more keys they would not stay in registers.
 APART_KEYS = tl.constexpr(64)
 
 
@@ -73,22 +78,6 @@ def packed_rows_kernel(
 
 
 @triton.jit
-def _absorb(state, scores, values, factor):
-    """Online softmax over a tile's scores; those of -inf weigh nothing. Sums may be apart."""
-    before, row_sum, acc = state
-    row_max = tl.maximum(before, tl.max(scores, 1))
-    shift = -finite_or_zero(row_max) * factor
-    alpha = tl.exp2(tl.fma(before, factor, shift))
-    weights = tl.exp2(tl.fma(scores, factor[:, None], shift[:, None]))
-    if len(row_sum.shape) == 2:
-        row_sum = row_sum * alpha[:, None] + weights
-    else:
-        row_sum = row_sum * alpha + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * alpha[:, None])
-    return row_max, row_sum, acc
-
-
-@triton.jit
 def _attend(rows, factor, source, tiles, count, STAGES: tl.constexpr):
     """State and smallest score of one population over `count` listed tiles that are all of it."""
     keys, values, first_row = source
@@ -96,61 +85,31 @@ def _attend(rows, factor, source, tiles, count, STAGES: tl.constexpr):
     BLOCK_N: tl.constexpr = keys.block_shape[0]
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum, acc = tl.zeros([BLOCK_M], tl.float32), tl.zeros(rows.shape, tl.float32)
-    low = -row_max
     if BLOCK_N <= APART_KEYS:
         row_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        low = tl.full([BLOCK_M, BLOCK_N], float("inf"), tl.float32)
+    most = tl.full([BLOCK_M], MINUS_INFINITY, tl.int32)
+    least = tl.full([BLOCK_M], NO_NUMBER, tl.int32)
+    most_unsigned = tl.full([BLOCK_M], INFINITY, tl.uint32)
     for place in tl.range(0, count, warp_specialize=True, num_stages=STAGES):
         row = first_row + tl.load(tiles + place) * keys.block_shape[0]
         raw = tl.dot(rows, keys.load([row, 0]).T)
-        low = tl.minimum(low, raw if BLOCK_N <= APART_KEYS else tl.min(raw, 1))
-        state = (row_max, row_sum, acc)
-        row_max, row_sum, acc = _absorb(state, raw, values.load([row, 0]), factor)
+        # One instruction compares three integers, but two floats.
+        most = tl.maximum(most, tl.max(raw.to(tl.int32, bitcast=True), 1))
+        least = tl.minimum(least, tl.min(raw.to(tl.int32, bitcast=True), 1))
+        most_unsigned = tl.maximum(most_unsigned, tl.max(raw.to(tl.uint32, bitcast=True), 1))
+        before = row_max
+        row_max = tl.maximum(most.to(tl.float32, bitcast=True), least.to(tl.float32, bitcast=True))
+        weights, alpha = weights_of(before, row_max, raw, factor)
+        if BLOCK_N <= APART_KEYS:
+            row_sum = row_sum * alpha[:, None] + weights
+        else:
+            row_sum = row_sum * alpha + tl.sum(weights, 1)
+        own = values.load([row, 0])
+        acc = tl.dot(weights.to(own.dtype), own, acc * alpha[:, None])
     if BLOCK_N <= APART_KEYS:
-        row_sum, low = tl.sum(row_sum, 1), tl.min(low, 1)
-    return (row_max, row_sum, acc), low
-
-
-@triton.jit
-def _attend_mixed(
-    matched,
-    others,
-    rows,
-    row_words,
-    factor,
-    source,
-    key_words,
-    tiles,
-    count,
-    seqlen_k,
-    BLOCK_N: tl.constexpr,
-    ENDS: tl.constexpr,
-):
-    """States of both populations and smallest score over `count` listed tiles of BLOCK_N keys, a
-    box of fewer at a time; where the keys end within a tile, it is among them.
-    """
-    keys, values, first_row = source
-    BOX: tl.constexpr = keys.block_shape[0]
-    in_max, in_sum, in_acc = matched
-    out_max, out_sum, out_acc = others
-    low = tl.full([rows.shape[0]], float("inf"), tl.float32)
-    for place in tl.range(0, count * (BLOCK_N // BOX), warp_specialize=True, num_stages=2):
-        first = tl.load(tiles + place // (BLOCK_N // BOX)) * BLOCK_N
-        first += place % (BLOCK_N // BOX) * BOX
-        exist = first + tl.arange(0, BOX) < (seqlen_k if ENDS else first + BOX)
-        words = tl.load(key_words + first + tl.arange(0, BOX), mask=exist, other=0)
-        raw = tl.dot(rows, keys.load([first_row + first, 0]).T)
-        meets = (row_words[:, None] & words[None, :]) != 0
-        inside = tl.where(meets, raw, float("-inf"))
-        outside = tl.where(meets, float("-inf"), raw)
-        if ENDS:
-            outside = tl.where(exist[None, :], outside, float("-inf"))
-            raw = tl.where(exist[None, :], raw, float("inf"))
-        low = tl.minimum(low, tl.min(raw, 1))
-        own = values.load([first_row + first, 0])
-        in_max, in_sum, in_acc = _absorb((in_max, in_sum, in_acc), inside, own, factor)
-        out_max, out_sum, out_acc = _absorb((out_max, out_sum, out_acc), outside, own, factor)
-    return (in_max, in_sum, in_acc), (out_max, out_sum, out_acc), low
+        row_sum = tl.sum(row_sum, 1)
+    low = most_unsigned.to(tl.float32, bitcast=True)
+    return (row_max, row_sum, acc), tl.minimum(low, least.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -195,6 +154,7 @@ def layout_attention_specialised_fwd_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     ENDS: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge."""
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
@@ -225,7 +185,7 @@ def layout_attention_specialised_fwd_kernel(
             count *= 1 - population
         state, lower = _attend(rows, factor, (keys, values, first_row), at, count, STAGES)
         out_max, out_sum, out_acc = state
-        matched, others, lowest = _attend_mixed(
+        matched, others, lowest = attend_mixed(
             (in_max, in_sum, in_acc),
             (out_max, out_sum, out_acc + 0.0),
             rows,
@@ -238,6 +198,7 @@ def layout_attention_specialised_fwd_kernel(
             seqlen_k,
             BLOCK_N,
             ENDS,
+            COMPILED,
         )
         in_max, in_sum, in_acc = matched
         out_max, out_sum, out_acc = others
@@ -305,6 +266,7 @@ def launch(
         PART=part,
         STAGES=config.num_stages,
         ENDS=padded != seqlen_k,
+        COMPILED=isinstance(layout_attention_specialised_fwd_kernel, triton.JITFunction),
         **{name: value for name, value in constants.items() if name in own},
         **config.launch,
     )

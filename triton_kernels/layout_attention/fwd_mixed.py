@@ -1,0 +1,129 @@
+"""Boxes of keys of both populations in the specialised forward kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LARGEST = tl.constexpr(3.4e38)
+# Columns of a sum of weights that the matrix unit fills, all equal. Of a thread's eight numbers the
+# last reduction reads two, one a row, and the compiler drops the others.
+COLUMNS = tl.constexpr(16)
+NARROW = tl.constexpr(64)  # wider heads leave neither the matrix unit's time nor room for the ones
+# A choice by two words in PTX: from comparisons of its own Triton 3.6 makes a vector, of its bits a
+# number, and of that predicates again, 66 instructions of a warp and box.
+SELECT = tl.constexpr("""{
+    .reg .pred meets;
+    .reg .b32 common;
+    and.b32 common, $3, $4;
+    setp.ne.b32 meets, common, 0;
+    selp.f32 $0, $1, $2, meets;
+}""")
+
+
+@triton.jit
+def weights_of(before, row_max, scores, factor):
+    """Weights of scores, those of -inf 0, and what weights before them are worth under the new
+    maximum.
+    """
+    # Finite, so that scores of -inf weigh nothing where there are no others.
+    shift = tl.minimum(-row_max * factor, LARGEST)
+    alpha = tl.exp2(tl.fma(before, factor, shift))
+    return tl.exp2(tl.fma(scores, factor[:, None], shift[:, None])), alpha
+
+
+@triton.jit
+def _absorb(state, scores, values, factor):
+    """Online softmax over a box of scores, the sums of weights in equal columns by the matrix unit
+    or a number a row.
+    """
+    before, sums, acc = state
+    row_max = tl.maximum(before, tl.max(scores, 1))
+    weights, alpha = weights_of(before, row_max, scores, factor)
+    halves = weights.to(values.dtype)
+    if len(sums.shape) == 1:
+        sums = sums * alpha + tl.sum(weights, 1)
+    else:
+        ones = tl.full([weights.shape[1], COLUMNS], 1.0, values.dtype)
+        # No sum, which would join the product: columns that nobody reads are then not scaled.
+        sums = tl.fma(sums, tl.broadcast_to(alpha[:, None], sums.shape), tl.dot(halves, ones))
+    acc = tl.dot(halves, values, acc * alpha[:, None])
+    return row_max, sums, acc
+
+
+@triton.jit
+def _columns(sums, HEAD_COLUMNS: tl.constexpr):
+    """Sums of rows as they are carried: in columns where heads are narrow."""
+    if HEAD_COLUMNS <= NARROW:
+        sums = tl.broadcast_to(sums[:, None], [sums.shape[0], COLUMNS])
+    return sums
+
+
+@triton.jit
+def _of_columns(sums):
+    """Sums of rows from what is carried."""
+    if len(sums.shape) == 2:
+        read = (tl.arange(0, COLUMNS)[None, :] & 9) == 0  # one in each quarter of the left half
+        sums = tl.sum(tl.where(read, sums, 0.0), 1) / 4
+    return sums
+
+
+@triton.jit
+def _where_met(scores, others, row_words, words, COMPILED: tl.constexpr):
+    """`scores` where words of rows and of keys have a bit in common, `others` elsewhere."""
+    row_words, words = row_words[:, None], words[None, :]
+    if COMPILED:
+        met = tl.inline_asm_elementwise(
+            SELECT, "=r,r,r,r,r", [scores, others, row_words, words], tl.float32, True, 1
+        )
+    else:
+        met = tl.where((row_words & words) != 0, scores, others)
+    return met
+
+
+@triton.jit
+def attend_mixed(
+    matched,
+    others,
+    rows,
+    row_words,
+    factor,
+    source,
+    key_words,
+    tiles,
+    count,
+    seqlen_k,
+    BLOCK_N: tl.constexpr,
+    ENDS: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """States of both populations and smallest score over `count` listed tiles of BLOCK_N keys, a
+    box of fewer at a time; where the keys end within a tile, it is among them.
+    """
+    keys, values, first_row = source
+    BOX: tl.constexpr = keys.block_shape[0]
+    in_max, in_sum, in_acc = matched
+    out_max, out_sum, out_acc = others
+    in_sums, out_sums = _columns(in_sum, rows.shape[1]), _columns(out_sum, rows.shape[1])
+    low = tl.full([rows.shape[0]], float("inf"), tl.float32)
+    for place in tl.range(0, count * (BLOCK_N // BOX), warp_specialize=True, num_stages=2):
+        first = tl.load(tiles + place // (BLOCK_N // BOX)) * BLOCK_N
+        first += place % (BLOCK_N // BOX) * BOX
+        places = first + tl.arange(0, BOX)
+        if ENDS:
+            exist = places < seqlen_k
+            words = tl.load(key_words + places, mask=exist, other=0)
+        else:
+            words = tl.load(key_words + places)
+        raw = tl.dot(rows, keys.load([first_row + first, 0]).T)
+        inside = _where_met(raw, float("-inf"), row_words, words, COMPILED)
+        outside = _where_met(float("-inf"), raw, row_words, words, COMPILED)
+        if ENDS:
+            outside = tl.where(exist[None, :], outside, float("-inf"))
+            raw = tl.where(exist[None, :], raw, float("inf"))
+        low = tl.minimum(low, tl.min(raw, 1))
+        own = values.load([first_row + first, 0])
+        in_max, in_sums, in_acc = _absorb((in_max, in_sums, in_acc), inside, own, factor)
+        out_max, out_sums, out_acc = _absorb((out_max, out_sums, out_acc), outside, own, factor)
+    in_sum, out_sum = _of_columns(in_sums), _of_columns(out_sums)
+    return (in_max, in_sum, in_acc), (out_max, out_sum, out_acc), low
