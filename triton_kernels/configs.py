@@ -94,13 +94,13 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys, then of both populations (by Triton 3.6): 240 (240) and 568 (579) at 64 columns,
-# where FORWARD's take 327 and plain attention 310 (296); 345 (351) and 749 (825) at 128, where plain
+# warp and 64 keys, then of both populations (by Triton 3.6): 241 (238) and 536 (510) at 64 columns,
+# where FORWARD's take 327 and plain attention 240 (230); 345 (351) and 730 (743) at 128, where plain
 # attention takes 376 (352). Of tiles of 128 keys 278 (281) there, but each round spills; what spills
-# here waits outside of the loops over whole tiles. Mixed boxes of 128 keys take 536 (508) at 64
-# columns and spill 328 bytes, part of them in the loop (160 outside of it).
+# here waits outside of the loops over whole tiles but for 4 instructions of 482.
 _WIDE = Config(128, 64, 4, 4, specialised=True, spills=472)
-SPECIALISED: Table = {"sm_90": {64: Config(128, 128, 4, 2, specialised=True), 128: _WIDE}}
+_NARROW = Config(128, 128, 4, 2, specialised=True, spills=272)
+SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.

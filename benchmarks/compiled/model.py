@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dense_attn.triton_kernels.layout_attention.fwd_specialised import BOX_KEYS
 from dense_attn.triton_kernels.parts import head_parts, next_power_of_2
 
 from . import counts, plain_attention, sass
@@ -85,14 +84,11 @@ def _facts(
         function = function_of(launch)
         loops = [] if outside else function.inner_loops
         scores, warps = tile[0] * tile[1] if tile else counts.SCORES, launch.warps
-        bodies = [(body, scores) for body in loops or [function.straight]]
+        if SPECIALISED in launch.kernel:  # of one of the groups that weigh
+            loops, warps = [body for body in loops if counts.tensor(body)][:2], GROUPS * GROUP
+        bodies = loops or [function.straight]
         found["loops"] = len(loops)
-        if SPECIALISED in launch.kernel:  # of one of the groups that weigh: tiles, and boxes
-            whole, mixed = [body for body in loops if counts.tensor(body)][:2]
-            boxed = tile[0] * min(tile[1], BOX_KEYS)
-            bodies, warps = [(whole, scores), (mixed, boxed)], GROUPS * GROUP
-            found["loops"] = len(bodies)
-        found["bodies"] = [_body(body, target, warps, size) for body, size in bodies]
+        found["bodies"] = [_body(body, target, warps, scores) for body in bodies]
     return found
 
 

@@ -221,17 +221,17 @@ def test_every_loop_is_found(table: Table, committed: Table) -> None:
 
 def products_of_a_round(row: dict[str, Any], ours: bool, loop: int) -> int:
     """Multiply-adds for each score: forward, tiles in doubt have two accumulators, and narrow ones
-    are summed by products with 16 columns of ones. Specialised warps take tiles in doubt by halves.
+    are summed by products with 16 columns of ones, by specialised warps those of tiles in doubt.
     """
     kernel = kernel_of(row)
     tiled = kernel in ("fwd", "specialised_fwd")
     columns = sum(head_parts(row["target"], "half", row["head_dim"], tiled))
-    if kernel == "specialised_fwd" and ours and loop == 1:
-        return 3 * columns // 2
-    if kernel != "fwd" or not ours:
+    if not tiled or not ours:
         return {"bwd_q": 3, "bwd_kv": 4}.get(kernel, 2) * columns
-    states = 2 if loop == 1 and row["modulation"] != "mask" else 1
-    return columns + states * (columns + 16 * (columns <= 64))
+    special = kernel == "specialised_fwd"
+    states = 2 if loop == 1 and (special or row["modulation"] != "mask") else 1
+    summed = columns <= 64 and (loop == 1 or not special)
+    return columns + states * (columns + 16 * summed)
 
 
 def test_a_round_has_the_products_of_a_tile(table: Table, committed: Table) -> None:

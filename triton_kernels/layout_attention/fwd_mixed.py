@@ -1,4 +1,4 @@
-"""Boxes of keys of both populations in the specialised forward kernel."""
+"""Tiles of keys of both populations in the specialised forward kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LARGEST = tl.constexpr(3.4e38)
 COLUMNS = tl.constexpr(16)
 NARROW = tl.constexpr(64)  # wider heads leave neither the matrix unit's time nor room for the ones
 # A choice by two words in PTX: from comparisons of its own Triton 3.6 makes a vector, of its bits a
-# number, and of that predicates again, 66 instructions of a warp and box.
+# number, and of that predicates again, 66 instructions of a warp and 64 keys.
 SELECT = tl.constexpr("""{
     .reg .pred meets;
     .reg .b32 common;
@@ -19,6 +19,8 @@ SELECT = tl.constexpr("""{
     setp.ne.b32 meets, common, 0;
     selp.f32 $0, $1, $2, meets;
 }""")
+
+LOAD = tl.constexpr("ld.global.nc.b32 $0, [$1];")
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def weights_of(before, row_max, scores, factor):
 
 @triton.jit
 def _absorb(state, scores, values, factor):
-    """Online softmax over a box of scores, the sums of weights in equal columns by the matrix unit
+    """Online softmax over a tile of scores, the sums of weights in equal columns by the matrix unit
     or a number a row.
     """
     before, sums, acc = state
@@ -69,6 +71,18 @@ def _of_columns(sums):
 
 
 @triton.jit
+def _words_at(key_words, places, COMPILED: tl.constexpr):
+    """Words of keys in places; the compiler, which would have those of 128 keys fetched by the
+    group that fetches tiles, gives up on such a load.
+    """
+    if COMPILED and places.shape[0] > 64:
+        words = tl.inline_asm_elementwise(LOAD, "=r,l", [key_words + places], tl.int32, True, 1)
+    else:
+        words = tl.load(key_words + places)
+    return words
+
+
+@triton.jit
 def _where_met(scores, others, row_words, words, COMPILED: tl.constexpr):
     """`scores` where words of rows and of keys have a bit in common, `others` elsewhere."""
     row_words, words = row_words[:, None], words[None, :]
@@ -93,28 +107,25 @@ def attend_mixed(
     tiles,
     count,
     seqlen_k,
-    BLOCK_N: tl.constexpr,
     ENDS: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """States of both populations and smallest score over `count` listed tiles of BLOCK_N keys, a
-    box of fewer at a time; where the keys end within a tile, it is among them.
+    """States of both populations and smallest score over `count` listed tiles; where the keys end
+    within a tile, it is among them.
     """
     keys, values, first_row = source
-    BOX: tl.constexpr = keys.block_shape[0]
+    BLOCK_N: tl.constexpr = keys.block_shape[0]
     in_max, in_sum, in_acc = matched
     out_max, out_sum, out_acc = others
     in_sums, out_sums = _columns(in_sum, rows.shape[1]), _columns(out_sum, rows.shape[1])
     low = tl.full([rows.shape[0]], float("inf"), tl.float32)
-    for place in tl.range(0, count * (BLOCK_N // BOX), warp_specialize=True, num_stages=2):
-        first = tl.load(tiles + place // (BLOCK_N // BOX)) * BLOCK_N
-        first += place % (BLOCK_N // BOX) * BOX
-        places = first + tl.arange(0, BOX)
+    for place in tl.range(0, count, warp_specialize=True, num_stages=2):
+        first = tl.load(tiles + place) * BLOCK_N
+        places = first + tl.arange(0, BLOCK_N)
+        exist = places < seqlen_k
+        words = _words_at(key_words, tl.minimum(places, seqlen_k - 1) if ENDS else places, COMPILED)
         if ENDS:
-            exist = places < seqlen_k
-            words = tl.load(key_words + places, mask=exist, other=0)
-        else:
-            words = tl.load(key_words + places)
+            words = tl.where(exist, words, 0)
         raw = tl.dot(rows, keys.load([first_row + first, 0]).T)
         inside = _where_met(raw, float("-inf"), row_words, words, COMPILED)
         outside = _where_met(float("-inf"), raw, row_words, words, COMPILED)

@@ -36,7 +36,6 @@ from dense_attn.triton_kernels.primitives import (
     words_at,
 )
 
-BOX_KEYS = 64  # at a time, of a tile of both populations
 # Extremes of floats from their bits. Read as integers, signed and not, floats ascend above 0 and
 # descend below: the largest float is the larger of the largest and the smallest signed integer, the
 # smallest the smaller of the largest unsigned and the smallest signed one. Nothing changes these.
@@ -128,9 +127,7 @@ def _tokens_again(first, order, batch, num_tokens, BLOCK: tl.constexpr):
 def layout_attention_specialised_fwd_kernel(
     q,
     keys,
-    values,
-    few_keys,
-    few_values,  # tensor maps of packed rows [B*H*padded_k, D]: boxes of BLOCK_N and of fewer
+    values,  # tensor maps of packed rows [B*H*padded_k, D]
     q_words,
     q_order,
     strength,  # (pointer, strides)
@@ -168,7 +165,7 @@ def layout_attention_specialised_fwd_kernel(
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
     count_at = counts[0] + batch * counts[1] + tile * 3
-    first_row = (index * padded_k).to(tl.int32)
+    source = (keys, values, (index * padded_k).to(tl.int32))
 
     least, none = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     in_max, in_sum, in_acc = least, none, tl.zeros([BLOCK_M, PART], tl.float32)
@@ -183,7 +180,7 @@ def layout_attention_specialised_fwd_kernel(
         at = listed + population * (key_tiles - count)
         if MODULATION == "mask":
             count *= 1 - population
-        state, lower = _attend(rows, factor, (keys, values, first_row), at, count, STAGES)
+        state, lower = _attend(rows, factor, source, at, count, STAGES)
         out_max, out_sum, out_acc = state
         matched, others, lowest = attend_mixed(
             (in_max, in_sum, in_acc),
@@ -191,12 +188,11 @@ def layout_attention_specialised_fwd_kernel(
             rows,
             row_words,
             factor,
-            (few_keys, few_values, first_row),
+            source,
             visited[0] + batch * visited[1],
             listed + key_tiles,
             population * tl.load(count_at + 1),
             seqlen_k,
-            BLOCK_N,
             ENDS,
             COMPILED,
         )
@@ -244,16 +240,12 @@ def launch(
         packed_rows_kernel[(index * padded // config.BLOCK_N, 2)](
             keys, values, k_order, packed, num_heads, seqlen_k, padded, **sizes
         )
-    boxes = [
-        TensorDescriptor(x, list(x.shape), [head_dim, 1], [tokens, part])
-        for tokens in dict.fromkeys((config.BLOCK_N, min(config.BLOCK_N, BOX_KEYS)))
-        for x in packed
-    ]
+    box = [config.BLOCK_N, part]
+    maps = [TensorDescriptor(x, list(x.shape), [head_dim, 1], box) for x in packed]
     own = {"NEGATE", "MODULATION", "HEAD_DIM"}
     layout_attention_specialised_fwd_kernel[(index * -(-seqlen_q // config.BLOCK_M),)](
         rows,
-        *boxes[:2],
-        *boxes[-2:],
+        *maps,
         words,
         q_order,
         *others,
