@@ -108,7 +108,9 @@ def layout_attention_bwd(
     places = q.new_empty(batch, num_heads, PLACES, seqlen_q, dtype=torch.int32)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
     inputs, grad_rows = (rows_of(q), rows_of(k), rows_of(v), *words, *orders), rows_of(grad_out)
-    constants = _constants(q.shape[3], modulation, scale < 0, configs.precision(q))
+    kind = configs.architecture(q.device), configs.precision(q)
+    constants = _constants(q.shape[3], modulation, scale < 0, kind[1])
+    whole = _constants(q.shape[3], modulation, scale < 0, kind[1], configs.undivided(*kind))
     by_query, by_key = config or bwd_config(q, k)
     lists = (None, None)
     if modulation == "mask":
@@ -118,7 +120,7 @@ def layout_attention_bwd(
     results = (rows_of(dq), dstrength, numbers, places)
     grads_of = (grad_rows, None if grad_lse is None else rows_of(grad_lse))
     layout_attention_bwd_q_kernel[(batch * num_heads * -(-seqlen_q // by_query.BLOCK_M),)](
-        *grads_of, *inputs, *saved, *lists, *results, *sizes, **constants, **by_query.launch
+        *grads_of, *inputs, *saved, *lists, *results, *sizes, **whole, **by_query.launch
     )
     if modulation == "mask":
         tokens = (k_regions, q_regions, k_order, q_order)

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.extremes import (
+    LANES,
     add_extremes,
+    by_columns,
+    by_lanes,
     first_keys,
     keys_of_columns,
     no_extreme,
@@ -31,6 +34,7 @@ from dense_attn.triton_kernels.layout_attention.records import (
     weights_of,
 )
 from dense_attn.triton_kernels.layout_attention.row_sums import (
+    add_matched,
     add_sums,
     finished_sums,
     lse_gradient,
@@ -65,11 +69,24 @@ def _tokens_of_tile(tile, source, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _rows(x, SPREAD: tl.constexpr):
+    """Numbers of rows beside a tile of scores."""
+    return x[:, None, None] if SPREAD else x[:, None]
+
+
+@triton.jit
+def _spread(x, ROWS: tl.constexpr, KEYS: tl.constexpr, SPREAD: tl.constexpr):
+    """x [rows, keys] by lanes, where it is to be."""
+    return by_lanes(x, ROWS, KEYS) if SPREAD else x
+
+
+@triton.jit
 def _visit(
     state,
     query,
     numbers,
     source,
+    at,
     first,
     places,
     TAIL: tl.constexpr,
@@ -86,33 +103,42 @@ def _visit(
     acc, sums, best, least = state
     rows, grads, row_words = query
     factor, anchor, add_in, add_out, shift, high, low = numbers
-    k, v, k_words, batch = source[0], source[1], source[2], source[4]
-    EXACT: tl.constexpr = k[0].dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = at[0].dtype.element_ty == tl.float32
+    # Many scores are [rows, lanes, keys of a lane]: sums of those under a condition need no select.
+    SPREAD: tl.constexpr = BLOCK_N >= 64 and not EXACT
     keys, there = places
     if not TAIL:
         there = tl.full([BLOCK_N], True, tl.int1)
-    columns = load_rows(k[0], k[1], keys, there, PART_0, PART_1, HEAD_DIM)
-    values = load_rows(v[0], v[1], keys, there, PART_0, PART_1, HEAD_DIM)
-    meets = (row_words[:, None] & words_at(k_words, batch, keys, there)[None, :]) != 0
-    raw = products(rows, columns, PART_1, PRECISION)
+    columns = load_rows(at[0], source[0][1], keys, there, PART_0, PART_1, HEAD_DIM)
+    values = load_rows(at[1], source[1][1], keys, there, PART_0, PART_1, HEAD_DIM)
+    words = tl.load(at[2] + keys * source[2][2], mask=there, other=0)
+    meets = (_rows(row_words, SPREAD) & _spread(words[None, :], 1, BLOCK_N, SPREAD)) != 0
+    there = _spread(there[None, :], 1, BLOCK_N, SPREAD)
+    raw = _spread(products(rows, columns, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
     raw = -raw if NEGATE else raw
     if MODULATION == "range" or MODULATION == "max":
-        x = tl.where(there[None, :], raw, float("-inf")) if TAIL else raw
-        best = add_extremes(best, x, first, True, BLOCK_M, BLOCK_N)
+        x = tl.where(there, raw, float("-inf")) if TAIL else raw
+        best = add_extremes(best, _spread(x, BLOCK_M, BLOCK_N, not SPREAD), first, True)
     if MODULATION == "range":
-        x = tl.where(there[None, :], raw, float("inf")) if TAIL else raw
-        least = add_extremes(least, x, first, False, BLOCK_M, BLOCK_N)
-    offsets = tl.where(meets, add_in[:, None], add_out[:, None])
-    weights = weights_of(raw, factor[:, None], anchor[:, None], offsets, EXACT)
+        x = tl.where(there, raw, float("inf")) if TAIL else raw
+        least = add_extremes(least, _spread(x, BLOCK_M, BLOCK_N, not SPREAD), first, False)
+    offsets = tl.where(meets, _rows(add_in, SPREAD), _rows(add_out, SPREAD))
+    weights = weights_of(raw, _rows(factor, SPREAD), _rows(anchor, SPREAD), offsets, EXACT)
     if MODULATION == "mask":
         weights = tl.where(meets, weights, 0.0)
     elif TAIL:
-        weights = tl.where(there[None, :], weights, 0.0)
-    grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
+        weights = tl.where(there, weights, 0.0)
+    slope = _spread(products(grads, values, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
+    slope -= _rows(shift, SPREAD)
+    grad = weights * slope  # ds'
     distance = raw
     if EXACT:
         distance = tl.where(meets, high[:, None], low[:, None]) - raw
-    sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
+    if SPREAD and MODULATION != "mask":
+        sums = add_matched(sums, weights, slope, meets)
+    else:
+        sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
+    grad = by_columns(grad, BLOCK_M, BLOCK_N) if SPREAD else grad
     acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
     return acc, sums, best, least
 
@@ -140,14 +166,21 @@ def _visit_all(
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
+    # Without a list tiles follow each other, and what they are loaded from goes along.
+    STEADY: tl.constexpr = tiles is None and source[3] is None
     tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
+    at = source[0][0], source[1][0], source[2][0] + source[4] * source[2][1]
     tile = tl.where(count > 0, tile_at(listed, key_tiles, 0, num_whole, tiles), 0)
     soon = tile_at(listed, key_tiles, tl.minimum(1, tl.maximum(count - 1, 0)), num_whole, tiles)
     keys, there = _tokens_of_tile(tile, source, BLOCK_N)
+    columns = keys_of_columns(BLOCK_N)
     for place in range(count - tails):
         first = tile * BLOCK_N
         # Tokens of an order are known a tile ahead and tiles two: no copy waits for its own place.
-        if ORDERED:
+        if STEADY:
+            first = place * BLOCK_N
+            here = columns.to(tl.int64), first + columns < seqlen_k
+        elif ORDERED:
             here = keys, there
             tile = soon
             keys, there = _tokens_of_tile(tile, source, BLOCK_N)
@@ -160,6 +193,7 @@ def _visit_all(
             query,
             numbers,
             source,
+            at,
             first,
             here,
             TAILS,
@@ -172,14 +206,21 @@ def _visit_all(
             BLOCK_M,
             BLOCK_N,
         )
+        if STEADY:
+            at = _next_tile(at, source, BLOCK_N)
     if tails > 0:
+        first = seqlen_k // BLOCK_N * BLOCK_N
+        here = _tokens_of_tile(seqlen_k // BLOCK_N, source, BLOCK_N)
+        if STEADY:
+            here = columns.to(tl.int64), first + columns < seqlen_k
         state = _visit(
             state,
             query,
             numbers,
             source,
-            seqlen_k // BLOCK_N * BLOCK_N,
-            _tokens_of_tile(seqlen_k // BLOCK_N, source, BLOCK_N),
+            at,
+            first,
+            here,
             True,
             MODULATION,
             NEGATE,
@@ -191,6 +232,14 @@ def _visit_all(
             BLOCK_N,
         )
     return state
+
+
+@triton.jit
+def _next_tile(at, source, BLOCK_N: tl.constexpr):
+    """Where keys, values and words of the next tile are loaded from."""
+    keys = at[0] + tl.cast(source[0][1], tl.int64) * BLOCK_N
+    values = at[1] + tl.cast(source[1][1], tl.int64) * BLOCK_N
+    return keys, values, at[2] + tl.cast(source[2][2], tl.int64) * BLOCK_N
 
 
 @triton.jit
@@ -231,7 +280,7 @@ def layout_attention_bwd_q_kernel(
     each row.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    COLUMNS: tl.constexpr = PART_0 if PART_0 < 64 else 64  # of rows at a time, to spare registers
+    COLUMNS: tl.constexpr = 16  # of rows at a time, to spare registers
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
