@@ -299,7 +299,8 @@ def layout_attention_bwd_q_kernel(
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # records are in the order of visits
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
     lift = lift_of(sm_scale, q[0].dtype.element_ty)
-    store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, row_words, lift)
+    known = tau * LOG2_E, add_in, add_out, anchor, row_words
+    store_record(record, seqlen_q, exist, known, lift, EXACT)
     keys = (head_of(k, batch, head), row_stride(k))
     values = (head_of(v, batch, head), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
