@@ -82,8 +82,10 @@ def _visit_all(
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
-    # Without a list tiles follow each other, and what they are loaded from goes along.
-    STEADY: tl.constexpr = tiles is None and source[3] is None
+    # Without a list tiles follow each other, and what they are loaded from goes along; AMD's wide
+    # tiles of wide rows have no registers to carry it.
+    FITS: tl.constexpr = not TAILS and (PART_0 < 128 or BLOCK_N < 64)
+    STEADY: tl.constexpr = tiles is None and source[3] is None and FITS
     tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
     at = source[0][0], source[1][0], source[2][0] + source[4] * source[2][1]
     tile = tl.where(count > 0, tile_at(listed, key_tiles, 0, num_whole, tiles), 0)
@@ -206,9 +208,8 @@ def layout_attention_bwd_q_kernel(
     )
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # records are in the order of visits
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
-    lift = lift_of(sm_scale, q[0].dtype.element_ty)
     known = tau * LOG2_E, add_in, add_out, anchor, row_words
-    store_record(record, seqlen_q, exist, known, lift, EXACT)
+    store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
     keys = (head_of(k, batch, head), row_stride(k))
     values = (head_of(v, batch, head), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
