@@ -125,7 +125,7 @@ def layout_attention_bwd(
     if modulation == "mask":
         tokens = (k_regions, q_regions, k_order, q_order)
         lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M)
-    # Where LLVM is known to spare the conditions of 64 rows by 128 keys their masks of bits.
+    # Conditions of every other row, by the count: sm_80 has masks of bits all the same.
     apart = kind[0] == "sm_90"
     results = (numbers, places, *lists, rows_of(dk), rows_of(dv))
     layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
