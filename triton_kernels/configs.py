@@ -222,7 +222,7 @@ def layout_attention_fwd(architecture: str, precision: str, head_dim: int, seqle
         config = UNALIGNED_ROW.get(architecture, UNALIGNED_ROW["sm_80"]) if row else UNALIGNED
     elif precision == "half":
         table = ROW_FORWARD if row else FORWARD
-        one_part = head_parts(architecture, precision, head_dim, tiled=True)[1] == 0
+        one_part = head_parts("fwd", architecture, precision, head_dim)[1] == 0
         if seqlen_k >= PACKED_KEYS and one_part and architecture in SPECIALISED:
             table = SPECIALISED
         config = _pick(table[architecture], head_dim)

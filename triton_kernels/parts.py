@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-# Up to here a head dim is one part in the tiled forward kernel. Tiles of 64 keys at 40 columns: 327
-# instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in one of 128.
-UNDIVIDED = 64  # on sm_90
+# Up to here a head dim is one part on sm_90, in the kernels that are faster so. Forward tiles of 64
+# keys at 40 columns: 327 instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in
+# one of 128.
+UNDIVIDED, WHOLE = 64, ("fwd", "bwd_q")
 # Up to twice as many columns are two parts on sm_80: a tile with fewer rows than a part has columns
 # is shared out by columns, so that every warp asks the others for its rows' weights. Cycles at 128
 # columns: backward over queries 10,430 in one part and 4,800 in two, few keys 9,240 and 4,660.
@@ -19,17 +20,16 @@ def next_power_of_2(number: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def head_parts(
-    architecture: str, precision: str, head_dim: int, tiled: bool = False
-) -> tuple[int, int]:
+def head_parts(kernel: str, architecture: str, precision: str, head_dim: int) -> tuple[int, int]:
     """Powers of two that cover a head dim, the second 0 where the first does; 16 columns are the
-    least. `tiled`: in the tiled forward kernel.
+    least. kernel: fwd (the tiled one), row_fwd, bwd_q or bwd_kv.
 
     256 is two parts as well: the merge of both phases then holds half of each accumulator at a
     time.
     """
     whole = max(16, next_power_of_2(head_dim))
-    if tiled and (architecture, precision) == ("sm_90", "half") and head_dim <= UNDIVIDED:
+    kind = architecture, precision
+    if kind == ("sm_90", "half") and kernel in WHOLE and head_dim <= UNDIVIDED:
         return whole, 0
     if head_dim > 192:
         return 128, 128

@@ -43,8 +43,9 @@ def of_launch(call: Attention | Other, launch: Launch) -> Facts:
         found["waves"] = waves(call.target, kernel, *numbers)
     if call.target in MODELLED and call.head_dim % plain_attention.GRAIN == 0:
         kind = call.target, kernel, call.head_dim, call.dtype, "tf32" if call.tf32 else "ieee"
-        tiled = kernel in ("fwd", SPECIALISED)
-        parts = head_parts(call.target, call.precision, call.head_dim, tiled)
+        # Plain attention's passes over queries are slower in one part.
+        way = "fwd" if kernel in ("fwd", SPECIALISED) else "bwd_kv"
+        parts = head_parts(way, call.target, call.precision, call.head_dim)
         yardstick = Tile(*tile, launch.warps, launch.stages, parts)
         if kernel == SPECIALISED:  # the warps that weigh, all of which fetch
             yardstick = Tile(*tile, GROUPS * GROUP, 3, parts)

@@ -83,7 +83,7 @@ def test_the_kernels_of_triton() -> None:
     assert columns == list(range(records.NUMBERS))
     largest = [configs.FORWARD, configs.ROW_FORWARD, configs.BACKWARD_Q, configs.BACKWARD_KV]
     assert {max(rows) for table in largest for rows in table.values()} == {contract.MAX_HEAD_DIM}
-    assert sum(head_parts("sm_90", "half", contract.MAX_HEAD_DIM)) == contract.MAX_HEAD_DIM
+    assert sum(head_parts("fwd", "sm_90", "half", contract.MAX_HEAD_DIM)) == contract.MAX_HEAD_DIM
 
 
 def test_the_modulations_of_triton() -> None:

@@ -80,7 +80,9 @@ def test_what_does_not_exist_weighs_nothing() -> None:
 
 def test_parts_are_those_of_layout_attention() -> None:
     for head_dim in range(8, 257, 8):
-        assert plain_attention.head_parts(head_dim) == head_parts("sm_90", "half", head_dim)
+        assert plain_attention.head_parts(head_dim) == head_parts(
+            "bwd_kv", "sm_90", "half", head_dim
+        )
 
 
 def test_refusals() -> None:

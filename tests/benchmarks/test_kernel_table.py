@@ -225,7 +225,8 @@ def products_of_a_round(row: dict[str, Any], ours: bool, loop: int) -> int:
     """
     kernel = kernel_of(row)
     tiled = kernel in ("fwd", "specialised_fwd")
-    columns = sum(head_parts(row["target"], "half", row["head_dim"], tiled))
+    way = "fwd" if tiled else kernel if ours else "bwd_kv"
+    columns = sum(head_parts(way, row["target"], "half", row["head_dim"]))
     if not tiled or not ours:
         return {"bwd_q": 3, "bwd_kv": 4}.get(kernel, 2) * columns
     special = kernel == "specialised_fwd"

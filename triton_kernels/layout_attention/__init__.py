@@ -53,7 +53,8 @@ def layout_attention_fwd(
     numbers = num_heads, seqlen_q, seqlen_k, abs(scale)
     kind = configs.architecture(q.device), configs.precision(q)
     row = lists is None and configs.row_at_once(*kind, seqlen_k)
-    constants = _constants(*kind, q.shape[3], modulation, scale < 0, not row)
+    kernel = "row_fwd" if row else "fwd"
+    constants = _constants(kernel, *kind, q.shape[3], modulation, scale < 0)
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs = rows_of(q), rows_of(k), rows_of(v), tokens_of(q_regions)
     strengths = numbers_of(strength, every_strength)
@@ -109,7 +110,10 @@ def layout_attention_bwd(
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
     inputs, grad_rows = (rows_of(q), rows_of(k), rows_of(v), *words, *orders), rows_of(grad_out)
     kind = configs.architecture(q.device), configs.precision(q)
-    constants = _constants(*kind, q.shape[3], modulation, scale < 0)
+    by_queries, by_keys = (
+        _constants(kernel, *kind, q.shape[3], modulation, scale < 0)
+        for kernel in ("bwd_q", "bwd_kv")
+    )
     by_query, by_key = config or bwd_config(q, k)
     lists = (None, None)
     if modulation == "mask":
@@ -119,14 +123,16 @@ def layout_attention_bwd(
     results = (rows_of(dq), dstrength, numbers, places)
     grads_of = (grad_rows, None if grad_lse is None else rows_of(grad_lse))
     layout_attention_bwd_q_kernel[(batch * num_heads * -(-seqlen_q // by_query.BLOCK_M),)](
-        *grads_of, *inputs, *saved, *lists, *results, *sizes, **constants, **by_query.launch
+        *grads_of, *inputs, *saved, *lists, *results, *sizes, **by_queries, **by_query.launch
     )
     if modulation == "mask":
         tokens = (k_regions, q_regions, k_order, q_order)
         lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M)
+    # Conditions of every other row, by the count: sm_80 has masks of bits all the same.
+    apart = kind[0] == "sm_90"
     results = (numbers, places, *lists, rows_of(dk), rows_of(dv))
     layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
-        grad_rows, *inputs, *results, *sizes, **constants, **by_key.launch
+        grad_rows, *inputs, *results, *sizes, APART=apart, **by_keys, **by_key.launch
     )
     return grads
 
@@ -244,15 +250,15 @@ def empty_rows_like(q: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _constants(
+    kernel: str,
     architecture: str,
     precision: str,
     head_dim: int,
     modulation: str,
     negate: bool,
-    tiled: bool = False,
 ) -> dict[str, object]:
-    """The constants that the kernels are compiled for beside the tile."""
-    first, second = head_parts(architecture, precision, head_dim, tiled)
+    """The constants that a kernel is compiled for beside the tile."""
+    first, second = head_parts(kernel, architecture, precision, head_dim)
     return {
         "MODULATION": modulation,
         "NEGATE": negate,

@@ -99,6 +99,28 @@ def _add_extremes(
 
 
 @triton.jit
+def _weights(raw, meets, numbers, KEYS: tl.constexpr, ROWS: tl.constexpr):
+    """The softmax's weights [keys, rows] from raw scores and which of them are matched; each second
+    row apart, since of more conditions side by side LLVM makes masks of bits.
+    """
+    factor, add_in, add_out = numbers
+    even, odd = _alternate(raw, KEYS, ROWS)
+    even_meets, odd_meets = _alternate(meets, KEYS, ROWS)
+    even_factor, odd_factor = _alternate(factor, 1, ROWS)
+    even_in, odd_in = _alternate(add_in, 1, ROWS)
+    even_out, odd_out = _alternate(add_out, 1, ROWS)
+    even = weights_of(even, even_factor, None, tl.where(even_meets, even_in, even_out), False)
+    odd = weights_of(odd, odd_factor, None, tl.where(odd_meets, odd_in, odd_out), False)
+    return tl.reshape(tl.join(even, odd), [KEYS, ROWS])
+
+
+@triton.jit
+def _alternate(x, KEYS: tl.constexpr, ROWS: tl.constexpr):
+    """Each second row of x [keys, rows] from the first on, and the others."""
+    return tl.split(tl.reshape(x, [KEYS, ROWS // 2, 2]))
+
+
+@triton.jit
 def layout_attention_bwd_kv_kernel(
     grad_out,
     q,
@@ -120,6 +142,7 @@ def layout_attention_bwd_kv_kernel(
     seqlen_q,
     seqlen_k,
     sm_scale,
+    APART: tl.constexpr,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -162,12 +185,19 @@ def layout_attention_bwd_kv_kernel(
         factor, add_out, gap, row_words, shift, anchor = numbers
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
         raw = -raw if NEGATE else raw
-        meets = meeting(key_words[:, None], row_words[None, :], one)
         # Rows that do not exist have zeros for gradients; keys that do not exist are not stored.
-        offsets = plus_bits(add_out[None, :], gap[None, :], meets)
-        weights = weights_of(raw, factor[None, :], anchor[None, :], offsets, EXACT)
-        if MODULATION == "mask":  # whatever the scores of others are
-            weights = (weights.to(tl.int32, bitcast=True) * meets).to(tl.float32, bitcast=True)
+        if APART and not EXACT:
+            meets = (key_words[:, None] & row_words[None, :]) != 0
+            of_rows = factor, anchor, add_out  # whose place additions to matched scores have
+            weights = _weights(raw, meets, of_rows, BLOCK_N, BLOCK_M)
+            if MODULATION == "mask":  # whatever the scores of others are
+                weights = tl.where(meets, weights, 0.0)
+        else:
+            meets = meeting(key_words[:, None], row_words[None, :], one)
+            offsets = plus_bits(add_out[None, :], gap[None, :], meets)
+            weights = weights_of(raw, factor[None, :], anchor[None, :], offsets, EXACT)
+            if MODULATION == "mask":
+                weights = (weights.to(tl.int32, bitcast=True) * meets).to(tl.float32, bitcast=True)
         acc_v = add_product(acc_v, weights.to(grads[0].dtype), grads, PART_1, PRECISION)
         slope = products(values, grads, PART_1, PRECISION)
         grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor

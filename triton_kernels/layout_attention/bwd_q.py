@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dense_attn.triton_kernels.layout_attention.bwd_q_steps import next_tile, visit
 from dense_attn.triton_kernels.layout_attention.extremes import (
-    add_extremes,
     first_keys,
     keys_of_columns,
     no_extreme,
@@ -28,10 +28,8 @@ from dense_attn.triton_kernels.layout_attention.records import (
     load_stats,
     store_extreme,
     store_record,
-    weights_of,
 )
 from dense_attn.triton_kernels.layout_attention.row_sums import (
-    add_sums,
     finished_sums,
     lse_gradient,
     no_sums,
@@ -40,13 +38,10 @@ from dense_attn.triton_kernels.layout_attention.row_sums import (
 from dense_attn.triton_kernels.layout_attention.tiles import listed_tiles, tile_at
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
-    add_product,
     head_of,
     inner_products,
     load_head,
     load_numbers,
-    load_rows,
-    products,
     row_stride,
     scale_rows,
     temperature,
@@ -62,59 +57,6 @@ from dense_attn.triton_kernels.primitives import (
 def _tokens_of_tile(tile, source, BLOCK_N: tl.constexpr):
     """The tokens of a tile of keys by its columns, and which of them exist."""
     return tokens_of(tile * BLOCK_N + keys_of_columns(BLOCK_N), source[3], source[4], source[5])
-
-
-@triton.jit
-def _visit(
-    state,
-    query,
-    numbers,
-    source,
-    first,
-    places,
-    TAIL: tl.constexpr,
-    MODULATION: tl.constexpr,
-    NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One tile of keys further, of tokens and which exist; only a TAIL may lack some."""
-    acc, sums, best, least = state
-    rows, grads, row_words = query
-    factor, anchor, add_in, add_out, shift, high, low = numbers
-    k, v, k_words, batch = source[0], source[1], source[2], source[4]
-    EXACT: tl.constexpr = k[0].dtype.element_ty == tl.float32
-    keys, there = places
-    if not TAIL:
-        there = tl.full([BLOCK_N], True, tl.int1)
-    columns = load_rows(k[0], k[1], keys, there, PART_0, PART_1, HEAD_DIM)
-    values = load_rows(v[0], v[1], keys, there, PART_0, PART_1, HEAD_DIM)
-    meets = (row_words[:, None] & words_at(k_words, batch, keys, there)[None, :]) != 0
-    raw = products(rows, columns, PART_1, PRECISION)
-    raw = -raw if NEGATE else raw
-    if MODULATION == "range" or MODULATION == "max":
-        x = tl.where(there[None, :], raw, float("-inf")) if TAIL else raw
-        best = add_extremes(best, x, first, True, BLOCK_M, BLOCK_N)
-    if MODULATION == "range":
-        x = tl.where(there[None, :], raw, float("inf")) if TAIL else raw
-        least = add_extremes(least, x, first, False, BLOCK_M, BLOCK_N)
-    offsets = tl.where(meets, add_in[:, None], add_out[:, None])
-    weights = weights_of(raw, factor[:, None], anchor[:, None], offsets, EXACT)
-    if MODULATION == "mask":
-        weights = tl.where(meets, weights, 0.0)
-    elif TAIL:
-        weights = tl.where(there[None, :], weights, 0.0)
-    grad = weights * (products(grads, values, PART_1, PRECISION) - shift[:, None])  # ds'
-    distance = raw
-    if EXACT:
-        distance = tl.where(meets, high[:, None], low[:, None]) - raw
-    sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
-    acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
-    return acc, sums, best, least
 
 
 @triton.jit
@@ -140,14 +82,23 @@ def _visit_all(
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
+    # Without a list tiles follow each other, and what they are loaded from goes along; AMD's wide
+    # tiles of wide rows have no registers to carry it.
+    FITS: tl.constexpr = not TAILS and (PART_0 < 128 or BLOCK_N < 64)
+    STEADY: tl.constexpr = tiles is None and source[3] is None and FITS
     tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
+    at = source[0][0], source[1][0], source[2][0] + source[4] * source[2][1]
     tile = tl.where(count > 0, tile_at(listed, key_tiles, 0, num_whole, tiles), 0)
     soon = tile_at(listed, key_tiles, tl.minimum(1, tl.maximum(count - 1, 0)), num_whole, tiles)
     keys, there = _tokens_of_tile(tile, source, BLOCK_N)
+    columns = keys_of_columns(BLOCK_N)
     for place in range(count - tails):
         first = tile * BLOCK_N
         # Tokens of an order are known a tile ahead and tiles two: no copy waits for its own place.
-        if ORDERED:
+        if STEADY:
+            first = place * BLOCK_N
+            here = columns.to(tl.int64), first + columns < seqlen_k
+        elif ORDERED:
             here = keys, there
             tile = soon
             keys, there = _tokens_of_tile(tile, source, BLOCK_N)
@@ -155,11 +106,12 @@ def _visit_all(
         else:
             here = _tokens_of_tile(tile, source, BLOCK_N)
             tile = tile_at(listed, key_tiles, tl.minimum(place + 1, count - 1), num_whole, tiles)
-        state = _visit(
+        state = visit(
             state,
             query,
             numbers,
             source,
+            at,
             first,
             here,
             TAILS,
@@ -172,14 +124,21 @@ def _visit_all(
             BLOCK_M,
             BLOCK_N,
         )
+        if STEADY:
+            at = next_tile(at, source, BLOCK_N)
     if tails > 0:
-        state = _visit(
+        first = seqlen_k // BLOCK_N * BLOCK_N
+        here = _tokens_of_tile(seqlen_k // BLOCK_N, source, BLOCK_N)
+        if STEADY:
+            here = columns.to(tl.int64), first + columns < seqlen_k
+        state = visit(
             state,
             query,
             numbers,
             source,
-            seqlen_k // BLOCK_N * BLOCK_N,
-            _tokens_of_tile(seqlen_k // BLOCK_N, source, BLOCK_N),
+            at,
+            first,
+            here,
             True,
             MODULATION,
             NEGATE,
@@ -231,7 +190,7 @@ def layout_attention_bwd_q_kernel(
     each row.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    COLUMNS: tl.constexpr = PART_0 if PART_0 < 64 else 64  # of rows at a time, to spare registers
+    COLUMNS: tl.constexpr = 16  # of rows at a time, to spare registers
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
@@ -249,8 +208,8 @@ def layout_attention_bwd_q_kernel(
     )
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # records are in the order of visits
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
-    lift = lift_of(sm_scale, q[0].dtype.element_ty)
-    store_record(record, seqlen_q, exist, tau * LOG2_E, add_in, add_out, anchor, row_words, lift)
+    known = tau * LOG2_E, add_in, add_out, anchor, row_words
+    store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
     keys = (head_of(k, batch, head), row_stride(k))
     values = (head_of(v, batch, head), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)

@@ -18,9 +18,19 @@ GROUP = tl.constexpr(4)  # keys among which one that has a row's extreme is soug
 
 
 @triton.jit
-def by_lane(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """x [rows, keys] as [rows, groups, 2, lanes, 2]: no lane shares an axis but the lanes'."""
-    return tl.reshape(x, [ROWS, KEYS // 16, 2, LANES, 2])
+def by_lanes(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """x [rows, keys] by columns as [rows, lanes, keys of a lane], in the order of keys: no exchange
+    between lanes.
+    """
+    x = tl.permute(tl.reshape(x, [ROWS, KEYS // 8, LANES, 2]), (0, 2, 1, 3))
+    return tl.reshape(x, [ROWS, LANES, KEYS // LANES])
+
+
+@triton.jit
+def by_columns(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """The inverse of `by_lanes`."""
+    x = tl.permute(tl.reshape(x, [ROWS, LANES, KEYS // 8, 2]), (0, 2, 1, 3))
+    return tl.reshape(x, [ROWS, KEYS])
 
 
 @triton.jit
@@ -40,11 +50,14 @@ def no_extreme(ROWS: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def add_extremes(best, raw, first, LARGEST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Each lane's running extreme of raw scores and the place of the first group that has it."""
-    x = by_lane(raw, ROWS, KEYS)
-    x = tl.max(tl.max(x, 4), 2) if LARGEST else tl.min(tl.min(x, 4), 2)  # [rows, groups, lanes]
-    x = tl.permute(x, (0, 2, 1))
+def add_extremes(best, raw, first, LARGEST: tl.constexpr):
+    """Each lane's running extreme of raw scores [rows, lanes, keys of a lane] and the place of the
+    first group that has it.
+    """
+    ROWS: tl.constexpr = raw.shape[0]
+    KEYS: tl.constexpr = LANES * raw.shape[2]
+    x = tl.reshape(raw, [ROWS, LANES, KEYS // LANES // GROUP, GROUP])
+    x = tl.max(x, 3) if LARGEST else tl.min(x, 3)  # [rows, lanes, groups]
     if KEYS == 16:
         best = _add_extreme(best, tl.reshape(x, [ROWS, LANES]), first, LARGEST)
     elif KEYS == 32:

@@ -37,7 +37,8 @@ ADD_OUT = tl.constexpr(1)  # what is added to unmatched scores' exponents
 GAP = tl.constexpr(2)  # int32: what its bits lack of those added to matched scores' exponents
 WORDS = tl.constexpr(3)  # int32: regions
 SHIFT = tl.constexpr(4)  # what is added to the weights' gradients times the factor
-ANCHOR = tl.constexpr(5)  # the raw score that exponents are measured from
+# The raw score that exact exponents are measured from; else what is added to matched scores'
+ANCHOR = tl.constexpr(5)
 THROUGH_MAX = tl.constexpr(6)  # the gradient of the largest score
 THROUGH_MIN = tl.constexpr(7)  # and of the smallest
 
@@ -107,15 +108,16 @@ def lift_of(sm_scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_record(record, seqlen, exist, factor, add_in, add_out, anchor, words, lift):
+def store_record(record, seqlen, exist, known, lift, EXACT: tl.constexpr):
     """The numbers of a row that are known before the keys are visited."""
+    factor, add_in, add_out, anchor, words = known
     add_in, add_out = add_in + lift, add_out + lift
     gap = add_in.to(tl.int32, bitcast=True) - add_out.to(tl.int32, bitcast=True)
     tl.store(record + FACTOR * seqlen, factor, mask=exist)
     tl.store(record + ADD_OUT * seqlen, add_out, mask=exist)
     tl.store(record + GAP * seqlen, gap.to(tl.float32, bitcast=True), mask=exist)
     tl.store(record + WORDS * seqlen, words.to(tl.float32, bitcast=True), mask=exist)
-    tl.store(record + ANCHOR * seqlen, anchor, mask=exist)
+    tl.store(record + ANCHOR * seqlen, anchor if EXACT else add_in, mask=exist)
 
 
 @triton.jit

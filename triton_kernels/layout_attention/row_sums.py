@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.layout_attention.extremes import LANES, by_lane
+from dense_attn.triton_kernels.layout_attention.extremes import LANES, by_lanes
 from dense_attn.triton_kernels.primitives import load_numbers, load_part, sum_of
 
 
@@ -65,8 +65,27 @@ def add_sums(
             weight_distance += sum_of(weights * distance, some, True)
         sums = grad_in, grad_distance, grad_all, weight_in, weight_distance
     elif MODULATION != "mask":
-        x = by_lane(tl.where(meets, grad, 0.0), ROWS, KEYS)
-        sums += tl.sum(tl.sum(tl.sum(x, 4), 2), 1)
+        sums += tl.sum(by_lanes(tl.where(meets, grad, 0.0), ROWS, KEYS), 2)
+    return sums
+
+
+@triton.jit
+def add_matched(sums, weights, slope, meets):
+    """sums [rows, lanes] plus matched weights times their slopes [rows, lanes, keys of a lane], one
+    after the other: each is one instruction under a condition.
+    """
+    KEYS: tl.constexpr = weights.shape[2]
+    if KEYS == 1:
+        weights, slope = tl.reshape(weights, sums.shape), tl.reshape(slope, sums.shape)
+        more = tl.fma(weights, slope, sums)
+        sums = tl.where(tl.reshape(meets, sums.shape), more, sums)
+    else:
+        halves: tl.constexpr = [sums.shape[0], sums.shape[1], KEYS // 2, 2]
+        even, odd = tl.split(tl.reshape(weights, halves))
+        even_slope, odd_slope = tl.split(tl.reshape(slope, halves))
+        even_meets, odd_meets = tl.split(tl.reshape(meets, halves))
+        sums = add_matched(sums, even, even_slope, even_meets)
+        sums = add_matched(sums, odd, odd_slope, odd_meets)
     return sums
 
 

@@ -1,0 +1,94 @@
+"""A tile of keys in the backward pass over query tiles: scores, ds' and what is summed of them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dense_attn.triton_kernels.layout_attention.extremes import add_extremes, by_columns, by_lanes
+from dense_attn.triton_kernels.layout_attention.records import weights_of
+from dense_attn.triton_kernels.layout_attention.row_sums import add_matched, add_sums
+from dense_attn.triton_kernels.primitives import add_product, load_rows, products
+
+
+@triton.jit
+def _rows(x, SPREAD: tl.constexpr):
+    """Numbers of rows beside a tile of scores."""
+    return x[:, None, None] if SPREAD else x[:, None]
+
+
+@triton.jit
+def _spread(x, ROWS: tl.constexpr, KEYS: tl.constexpr, SPREAD: tl.constexpr):
+    """x [rows, keys] by lanes, where it is to be."""
+    return by_lanes(x, ROWS, KEYS) if SPREAD else x
+
+
+@triton.jit
+def visit(
+    state,
+    query,
+    numbers,
+    source,
+    at,
+    first,
+    places,
+    TAIL: tl.constexpr,
+    MODULATION: tl.constexpr,
+    NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of keys further, of tokens and which exist; only a TAIL may lack some."""
+    acc, sums, best, least = state
+    rows, grads, row_words = query
+    factor, anchor, add_in, add_out, shift, high, low = numbers
+    EXACT: tl.constexpr = at[0].dtype.element_ty == tl.float32
+    # Many scores are [rows, lanes, keys of a lane]: sums of those under a condition need no select.
+    SPREAD: tl.constexpr = BLOCK_N >= 64 and not EXACT
+    keys, there = places
+    if not TAIL:
+        there = tl.full([BLOCK_N], True, tl.int1)
+    columns = load_rows(at[0], source[0][1], keys, there, PART_0, PART_1, HEAD_DIM)
+    values = load_rows(at[1], source[1][1], keys, there, PART_0, PART_1, HEAD_DIM)
+    words = tl.load(at[2] + keys * source[2][2], mask=there, other=0)
+    meets = (_rows(row_words, SPREAD) & _spread(words[None, :], 1, BLOCK_N, SPREAD)) != 0
+    there = _spread(there[None, :], 1, BLOCK_N, SPREAD)
+    raw = _spread(products(rows, columns, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
+    raw = -raw if NEGATE else raw
+    if MODULATION == "range" or MODULATION == "max":
+        x = tl.where(there, raw, float("-inf")) if TAIL else raw
+        best = add_extremes(best, _spread(x, BLOCK_M, BLOCK_N, not SPREAD), first, True)
+    if MODULATION == "range":
+        x = tl.where(there, raw, float("inf")) if TAIL else raw
+        least = add_extremes(least, _spread(x, BLOCK_M, BLOCK_N, not SPREAD), first, False)
+    offsets = tl.where(meets, _rows(add_in, SPREAD), _rows(add_out, SPREAD))
+    weights = weights_of(raw, _rows(factor, SPREAD), _rows(anchor, SPREAD), offsets, EXACT)
+    if MODULATION == "mask":
+        weights = tl.where(meets, weights, 0.0)
+    elif TAIL:
+        weights = tl.where(there, weights, 0.0)
+    slope = _spread(products(grads, values, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
+    slope -= _rows(shift, SPREAD)
+    grad = weights * slope  # ds'
+    distance = raw
+    if EXACT:
+        distance = tl.where(meets, high[:, None], low[:, None]) - raw
+    if SPREAD and MODULATION != "mask":
+        sums = add_matched(sums, weights, slope, meets)
+    else:
+        sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
+    grad = by_columns(grad, BLOCK_M, BLOCK_N) if SPREAD else grad
+    acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
+    return acc, sums, best, least
+
+
+@triton.jit
+def next_tile(at, source, BLOCK_N: tl.constexpr):
+    """Where keys, values and words of the next tile are loaded from."""
+    keys = at[0] + tl.cast(source[0][1], tl.int64) * BLOCK_N
+    values = at[1] + tl.cast(source[1][1], tl.int64) * BLOCK_N
+    return keys, values, at[2] + tl.cast(source[2][2], tl.int64) * BLOCK_N
