@@ -83,8 +83,8 @@ def _visit_all(
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
     # Without a list tiles follow each other, and what they are loaded from goes along; AMD's wide
-    # tiles of wide rows have no registers to carry it.
-    FITS: tl.constexpr = not TAILS and (PART_0 < 128 or BLOCK_N < 64)
+    # tiles of wide rows, and two parts of a size, have no registers to carry it.
+    FITS: tl.constexpr = not TAILS and PART_1 < PART_0 and (PART_0 < 128 or BLOCK_N < 64)
     STEADY: tl.constexpr = tiles is None and source[3] is None and FITS
     tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
     at = source[0][0], source[1][0], source[2][0] + source[4] * source[2][1]
