@@ -35,7 +35,7 @@ SPECIALISED = (
     *("head-dim-40", "ordered-in-runs", "ordered-per-sample", "every-other-token", "negated"),
     *("some-rows-in-no-region", "bit-31", "strength-1.0", "strength-1.8", "strength--0.5"),
     *("equal-scores", "low-unmatched", "nan-in-q", "nan-in-k", "inf-in-q", "inf-in-k"),
-    "wide-in-runs",
+    *("wide-in-runs", "strength-0.0", "strength-on-half-the-batch", "ordered-without-strength"),
 )
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -107,11 +107,12 @@ def attend_mixed(
     tiles,
     count,
     seqlen_k,
+    plain,
     ENDS: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
     """States of both populations and smallest score over `count` listed tiles; where the keys end
-    within a tile, it is among them.
+    within a tile, it is among them, and alone where all are plain.
     """
     keys, values, first_row = source
     BLOCK_N: tl.constexpr = keys.block_shape[0]
@@ -120,7 +121,7 @@ def attend_mixed(
     in_sums, out_sums = _columns(in_sum, rows.shape[1]), _columns(out_sum, rows.shape[1])
     low = tl.full([rows.shape[0]], float("inf"), tl.float32)
     for place in tl.range(0, count, warp_specialize=True, num_stages=2):
-        first = tl.load(tiles + place) * BLOCK_N
+        first = tl.where(plain, seqlen_k // BLOCK_N, tl.load(tiles + place)) * BLOCK_N
         places = first + tl.arange(0, BLOCK_N)
         exist = places < seqlen_k
         words = _words_at(key_words, tl.minimum(places, seqlen_k - 1) if ENDS else places, COMPILED)

@@ -77,8 +77,10 @@ def packed_rows_kernel(
 
 
 @triton.jit
-def _attend(rows, factor, source, tiles, count, STAGES: tl.constexpr):
-    """State and smallest score of one population over `count` listed tiles that are all of it."""
+def _attend(rows, factor, source, tiles, count, plain, STAGES: tl.constexpr):
+    """State and smallest score of one population over `count` listed tiles that are all of it, or
+    over the first where all are plain.
+    """
     keys, values, first_row = source
     BLOCK_M: tl.constexpr = rows.shape[0]
     BLOCK_N: tl.constexpr = keys.block_shape[0]
@@ -90,7 +92,7 @@ def _attend(rows, factor, source, tiles, count, STAGES: tl.constexpr):
     least = tl.full([BLOCK_M], NO_NUMBER, tl.int32)
     most_unsigned = tl.full([BLOCK_M], INFINITY, tl.uint32)
     for place in tl.range(0, count, warp_specialize=True, num_stages=STAGES):
-        row = first_row + tl.load(tiles + place) * keys.block_shape[0]
+        row = first_row + tl.where(plain, place, tl.load(tiles + place)) * keys.block_shape[0]
         raw = tl.dot(rows, keys.load([row, 0]).T)
         # One instruction compares three integers, but two floats.
         most = tl.maximum(most, tl.max(raw.to(tl.int32, bitcast=True), 1))
@@ -109,6 +111,18 @@ def _attend(rows, factor, source, tiles, count, STAGES: tl.constexpr):
         row_sum = tl.sum(row_sum, 1)
     low = most_unsigned.to(tl.float32, bitcast=True)
     return (row_max, row_sum, acc), tl.minimum(low, least.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _without_strength(strength, batch, head):
+    """Whether all rows of a head have one strength, which is 0; a reduction over rows would cross
+    the groups of warps.
+    """
+    if strength[0] is None:
+        plain = tl.cast(strength[1], tl.float32) == 0
+    else:
+        plain = tl.where(strength[3] == 0, tl.load(head_of(strength, batch, head)) == 0, False)
+    return plain
 
 
 @triton.jit
@@ -153,7 +167,9 @@ def layout_attention_specialised_fwd_kernel(
     ENDS: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge."""
+    """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge.
+    Where a head has no strength all keys are matched.
+    """
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     rows = -load_part(head_of(q, batch, head), row_stride(q), tokens, exist, 0, PART, HEAD_DIM)
@@ -166,6 +182,9 @@ def layout_attention_specialised_fwd_kernel(
     listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
     count_at = counts[0] + batch * counts[1] + tile * 3
     source = (keys, values, (index * padded_k).to(tl.int32))
+    whole, plain = seqlen_k // BLOCK_N, False
+    if MODULATION != "mask":
+        plain = _without_strength(strength, batch, head)
 
     least, none = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     in_max, in_sum, in_acc = least, none, tl.zeros([BLOCK_M, PART], tl.float32)
@@ -180,7 +199,9 @@ def layout_attention_specialised_fwd_kernel(
         at = listed + population * (key_tiles - count)
         if MODULATION == "mask":
             count *= 1 - population
-        state, lower = _attend(rows, factor, source, at, count, STAGES)
+        else:
+            count = tl.where(plain, (1 - population) * whole, count)
+        state, lower = _attend(rows, factor, source, at, count, plain, STAGES)
         out_max, out_sum, out_acc = state
         matched, others, lowest = attend_mixed(
             (in_max, in_sum, in_acc),
@@ -191,8 +212,9 @@ def layout_attention_specialised_fwd_kernel(
             source,
             visited[0] + batch * visited[1],
             listed + key_tiles,
-            population * tl.load(count_at + 1),
+            population * tl.where(plain, key_tiles - whole, tl.load(count_at + 1)),
             seqlen_k,
+            plain,
             ENDS,
             COMPILED,
         )
@@ -204,7 +226,7 @@ def layout_attention_specialised_fwd_kernel(
     if MODULATION == "mask":  # what others hold, be it NaN, is not looked at
         out_max, out_sum = least, none
     tops = (in_max, in_sum, out_max, out_sum, low)
-    share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, False, MODULATION)
+    share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, plain, MODULATION)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist, APART=True)
     if stats_ptr is None and MODULATION != "range":
         # Never stored: the compiler gives up on a loop that carries what nothing takes.
