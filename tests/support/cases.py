@@ -132,9 +132,8 @@ CASES = (
     Case("nan-in-v", values="nan-in-v", through="none", modulations=("range", "max", "bias")),
     Case("inf-in-q", values="inf-in-q", through="none"),
     Case("inf-in-k", values="inf-in-k", through="none"),  # scores of -inf leave finite rows
-    # So low that a score of 0 beside them would overflow.
+    # So low that a score of 0 beside them would overflow; and of either sign in tiles of one kind.
     Case("low-scores", (1, 2, 17, 23, 64), values="low"),
-    # of either sign in tiles of one kind
     Case("low-unmatched", (1, 1, 40, 256, 40), "none", "full", "low", modulations=ONLY_RANGE),
     Case("scale", scale=-0.7),
     Case("ordered", ordered=True, core=True),
@@ -144,7 +143,7 @@ CASES = (
     Case("long-in-runs", (1, 1, 1024, 700, 40), "runs", ordered=True, modulations=ONLY_RANGE),
     Case("ordered-per-sample", words="per-sample", ordered=True),
     # All keys count as matched, in whole tiles up to the last key.
-    Case("ordered-without-strength", (1, 2, 50, 128, 40), strength=0.0, ordered=True),
+    Case("ordered-without-strength", (1, 1, 140, 384, 40), "runs", 0.0, ordered=True),
     Case("gradient-of-out-alone", through="out", core=True),
     Case("gradient-of-lse-alone", through="lse"),
     Case("gradient-of-a-sum", view="expanded-gradient"),
