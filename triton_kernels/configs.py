@@ -65,27 +65,26 @@ FORWARD: Table = {
     # Also for devices of 99 KB of shared memory (sm_86, sm_89, sm_120), which every row keeps
     # within.
     "sm_80": {
-        64: Config(128, 64, 8, 3, spills=32, half_spills=32),
-        96: Config(128, 32, 8, 3, parks=True),
-        128: Config(128, 32, 8, 3, parks=True, spills=120, half_spills=120),
+        64: Config(128, 64, 8, 3, spills=40, half_spills=144),
+        96: Config(128, 32, 8, 3, parks=True, half_spills=160),
+        128: Config(128, 32, 8, 3, parks=True, spills=32, half_spills=312),
         # Not parked, since 128 columns that are need more memory than 99 KB on their way.
-        160: Config(128, 16, 8, 3, spills=264, half_spills=264),
+        160: Config(128, 16, 8, 3, spills=160, half_spills=320),
         # 64 rows, in eight warps, spill 1,432 bytes.
-        256: Config(32, 32, 4, 3, parks=True, spills=576, half_spills=576),
+        256: Config(32, 32, 4, 3, parks=True, spills=576),
     },
     "sm_90": {
-        64: Config(128, 64, 8, 3, spills=48, half_spills=48),
-        96: Config(128, 64, 8, 3, spills=120, half_spills=120),
-        128: Config(
-            128, 64, 8, 3, parks=True, spills=112, half_spills=112
-        ),  # 32 keys: 1,190 cycles, not 870
-        160: Config(128, 32, 8, 3, parks=True, spills=136, half_spills=136),
-        256: Config(64, 32, 8, 3, parks=True, spills=128, half_spills=128),
+        64: Config(128, 64, 8, 3, spills=48, half_spills=72),
+        96: Config(128, 64, 8, 3, spills=192, half_spills=216),
+        # 32 keys: 1,190 cycles, not 870.
+        128: Config(128, 64, 8, 3, parks=True, spills=112, half_spills=232),
+        160: Config(128, 32, 8, 3, parks=True, spills=192, half_spills=264),
+        256: Config(64, 32, 8, 3, parks=True, spills=136),
     },
     "sm_100": {
-        96: Config(128, 64, 8, 3, spills=56, half_spills=56),
-        160: Config(128, 32, 8, 3, parks=True, spills=160, half_spills=160),
-        256: Config(64, 32, 8, 3, parks=True, spills=8, half_spills=8),
+        96: Config(128, 64, 8, 3, spills=64, half_spills=96),
+        160: Config(128, 32, 8, 3, parks=True, spills=248, half_spills=216),
+        256: Config(64, 32, 8, 3, parks=True, spills=16),
     },
     "gfx942": {
         64: Config(128, 64, 4, 1),
@@ -98,8 +97,10 @@ FORWARD: Table = {
 # plain attention 240 (230); 345 (351) and 730 (743) at 128, plain attention 376 (352). Of tiles of
 # 128 keys 278 (281) there, but each round spills; what spills here waits outside of the loops over
 # whole tiles but for 4 instructions of 482.
-_WIDE = Config(128, 64, 4, 4, specialised=True, spills=472)
-_NARROW = Config(128, 128, 4, 2, specialised=True, spills=272)
+_WIDE = Config(128, 64, 4, 4, specialised=True, spills=384)
+_NARROW = Config(
+    128, 128, 4, 2, specialised=True, spills=536
+)  # 272 where whole tiles hold all keys
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
@@ -112,10 +113,10 @@ ROW_FORWARD: Table = {
         256: Config(32, 128, 4, 1),
     },
     "sm_90": {192: Config(64, 128, 4, 1), 256: Config(128, 128, 8, 1)},  # 64 rows spill 8 bytes
-    "sm_100": {192: Config(64, 128, 4, 1), 256: Config(128, 128, 8, 1)},  # 8 bytes by Triton 3.6
+    "sm_100": {192: Config(64, 128, 4, 1), 256: Config(64, 128, 8, 1)},  # four warps: 8 bytes
     "gfx942": {128: Config(64, 128, 4, 1), 160: Config(32, 128, 4, 1), 256: Config(16, 128, 4, 1)},
 }
-# up to 24 bytes may spill, outside of the loop
+# up to 40 bytes may spill, outside of the loop
 BACKWARD_Q: Table = {
     "sm_80": {
         96: Config(128, 32, 8, 3),  # 64 rows by four warps spill 24 bytes
@@ -135,7 +136,7 @@ BACKWARD_Q: Table = {
 BACKWARD_KV: Table = {
     "sm_80": {
         80: Config(64, 128, 8, 3),
-        128: Config(32, 64, 4, 3),  # 128 keys spill 32 bytes by Triton 3.6
+        128: Config(32, 64, 4, 3),  # two programs a processor; 128 keys, one, 4 % fewer cycles
         160: Config(16, 64, 4, 3),  # 128 keys need more memory than 99 KB
         256: Config(16, 32, 4, 3),  # 64 keys spill 112 bytes at 192 columns
     },
@@ -143,10 +144,10 @@ BACKWARD_KV: Table = {
         80: Config(64, 128, 8, 3),  # at 96 columns 56 bytes spill
         128: Config(32, 128, 8, 3),  # 64 rows spill 128 bytes
         160: Config(16, 128, 8, 3),  # 32 rows of 64 keys spill 80 bytes by Triton 3.6
-        # By Triton 3.9 48 bytes, used outside of the loop; 64 keys spill none, and issue three
+        # By Triton 3.9 56 bytes, used outside of the loop; 64 keys spill none, and issue three
         # times the instructions.
         192: Config(16, 128, 8, 3),
-        256: Config(16, 64, 8, 3),  # 48 too, as many as plain attention; 128 keys 536
+        256: Config(16, 64, 8, 3),  # 48, as many as plain attention; 128 keys 536
     },
     "sm_100": {
         64: Config(64, 128, 8, 3),
@@ -159,35 +160,35 @@ BACKWARD_KV: Table = {
 # each.
 TF32_FORWARD: Table = {
     "sm_80": {
-        64: Config(128, 32, 8, 3),
-        128: Config(64, 16, 4, 2, parks=True),
-        256: Config(32, 16, 8, 1, parks=True),
+        64: Config(128, 32, 8, 3, half_spills=24),
+        128: Config(64, 16, 4, 2, parks=True, spills=344),
+        256: Config(32, 16, 8, 1, parks=True, spills=824),
     },
     "sm_90": {
-        64: Config(128, 64, 8, 3, spills=16, half_spills=16),
-        128: Config(128, 32, 8, 3, parks=True),
-        256: Config(32, 16, 8, 1, parks=True),
+        64: Config(128, 64, 8, 3, spills=88, half_spills=120),
+        128: Config(128, 32, 8, 3, parks=True, spills=56, half_spills=136),
+        256: Config(32, 16, 8, 1, parks=True, spills=832),
     },
     "sm_100": {
-        64: Config(128, 64, 8, 2),
-        128: Config(128, 32, 8, 2, parks=True),
-        256: Config(64, 16, 8, 2, parks=True),
+        64: Config(128, 64, 8, 2, spills=56, half_spills=48),
+        128: Config(128, 32, 8, 2, parks=True, spills=80, half_spills=88),
+        256: Config(64, 16, 8, 2, parks=True, spills=72),
     },
 }
 TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for
-# every architecture.
+# every architecture. Of four warps, or twice the rows or keys, rounds of 256 columns spill.
 _FLOAT32 = {
-    64: Config(32, 16, 8, 1, parks=True, spills=272, half_spills=272),
-    256: Config(16, 16, 8, 1, parks=True),
+    64: Config(32, 16, 8, 1, parks=True, spills=272),
+    256: Config(16, 16, 8, 1, parks=True, spills=936),
 }
 # Four warps spill 32 bytes on sm_90.
 _FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
 FLOAT32: Table = {
     **dict.fromkeys(("sm_80", "gfx942"), _FLOAT32),
-    "sm_90": {256: Config(16, 16, 8, 1, parks=True)},  # 32 rows spill 8 bytes, or 16 in two stages
-    "sm_100": {256: Config(16, 16, 8, 1, parks=True)},  # 32 rows spill 16 bytes by Triton 3.6
+    "sm_90": {256: _FLOAT32[256]},
+    "sm_100": {256: _FLOAT32[256]},
 }
 FLOAT32_BACKWARD: Table = {
     **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _FLOAT32_BACKWARD),
@@ -196,7 +197,7 @@ FLOAT32_BACKWARD: Table = {
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
 # Half floats in rows that are not aligned have an address an element: small tiles, backward those
 # of float32.
-UNALIGNED = Config(32, 16, 4, 1, parks=True)
+UNALIGNED = Config(32, 16, 4, 1, parks=True, spills=80)
 UNALIGNED_ROW = {
     "sm_80": Config(16, 128, 8, 1),
     "gfx942": Config(16, 128, 4, 1),  # eight warps spill 12 bytes
