@@ -58,7 +58,7 @@ def best(
         _found[file] = store.read(file)
     kept = _found[file].get(key)
     for option in options:
-        if asdict(option) == kept:
+        if _launched(option) == kept:
             return option
     if key in _failed or is_capturing():
         return options[0]
@@ -66,7 +66,7 @@ def best(
         fastest = _fastest(options, prepare, key)
     if fastest is None:
         return options[0]
-    _found[file][key] = asdict(fastest)
+    _found[file][key] = _launched(fastest)
     store.keep(file, _found[file])
     return fastest
 
@@ -171,6 +171,11 @@ def _fastest(options: list[Config], prepare: Callable[[], Launch], key: str) -> 
     return min(times, key=times.get, default=None)
 
 
+def _launched(config: Config) -> dict[str, int | bool]:
+    """A configuration but for what it may spill, which no launch depends on."""
+    return {name: value for name, value in asdict(config).items() if "spills" not in name}
+
+
 def _key(kernel: str, q: Tensor, k: Tensor, ordered: bool, table: Config) -> str:
     """The calls that a measurement is good for: sizes up to the next power of two, and the table's
     row for them.
@@ -179,5 +184,5 @@ def _key(kernel: str, q: Tensor, k: Tensor, ordered: bool, table: Config) -> str
     tokens = (next_power_of_2(x.shape[2]) for x in (q, k))
     sizes = (q.shape[0] * q.shape[1], *tokens, q.shape[3])
     order = "ordered" if ordered else "raster"
-    numbers = (q.dtype, configs.precision(q), *sizes, *asdict(table).values(), order)
+    numbers = (q.dtype, configs.precision(q), *sizes, *_launched(table).values(), order)
     return " ".join(map(str, (device, triton.__version__, kernel, *numbers)))

@@ -8,10 +8,11 @@ from functools import lru_cache
 # keys at 40 columns: 327 instructions a warp, 360 in two parts; at 72 columns 400 in two and 430 in
 # one of 128.
 UNDIVIDED, WHOLE = 64, ("fwd", "bwd_q")
-# Up to twice as many columns are two parts on sm_80: a tile with fewer rows than a part has columns
-# is shared out by columns, so that every warp asks the others for its rows' weights. Cycles at 128
-# columns: backward over queries 10,430 in one part and 4,800 in two, few keys 9,240 and 4,660.
-NARROW = 64
+# Up to twice as many columns are two parts on sm_80: of a tile with fewer rows than a part has
+# columns few keys and the pass over queries are shared out by columns, so that every warp asks the
+# others for its rows' weights. Cycles at 128 columns: the pass 10,430 in one part and 4,800 in two,
+# few keys 9,240 and 4,660.
+HALF = 64
 
 
 def next_power_of_2(number: int) -> int:
@@ -34,5 +35,5 @@ def head_parts(kernel: str, architecture: str, precision: str, head_dim: int) ->
     if head_dim > 192:
         return 128, 128
     second = max(16, next_power_of_2(head_dim - whole // 2))
-    narrow = architecture == "sm_80" and precision != "ieee" and whole == 2 * NARROW
+    narrow = architecture == "sm_80" and precision != "ieee" and whole == 2 * HALF
     return (whole // 2, second) if second < whole // 2 or narrow else (whole, 0)

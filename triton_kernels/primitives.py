@@ -3,8 +3,8 @@
 A tensor travels as one tuple, (pointer, stride, stride, ...), strides in elements, the last axis
 contiguous unless its stride is there too. That of a [B, H, tokens, ...] tensor ends in its grain, a
 constant that its strides count in: the compiler must know that they are multiples of 8, or it loads
-element by element. Rows of a head dim that is no power of two come in two parts, each a power of
-two: 80 = 64 + 16, the second padded to the 16 columns that a matrix instruction needs at least;
+element by element. Rows of a head come in one part or two, as `parts.head_parts` says, each a power
+of two: 80 = 64 + 16, the second padded to the 16 columns that a matrix instruction needs at least;
 PART_1 = 0 says that there is one.
 """
 

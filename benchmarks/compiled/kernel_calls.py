@@ -235,8 +235,8 @@ def each_branch(target: str) -> Iterator[Attention]:
     for branch in BRANCHES:
         passes = PASSES if not branch.get("bare") else PASSES[:2]
         yield from (Attention(target, which, **({"head_dim": 64} | branch)) for which in passes)
-        if target in configs.SPECIALISED:  # heads too wide for specialised warps
-            yield Attention(target, "fwd", **({"head_dim": 128} | branch))
+        if target in configs.SPECIALISED:  # other tiles of specialised warps; and heads without
+            yield from (Attention(target, "fwd", **({"head_dim": d} | branch)) for d in (128, 96))
 
 
 def is_left_out(call: Attention | Other) -> bool:

@@ -227,16 +227,16 @@ def _accepted(row: Row) -> int:
 
 
 def _attention_faults(row: Row) -> list[str]:
-    """Half floats in aligned rows go through the matrix units, and the loop that most tiles pass
-    through hardly waits for what has spilled.
+    """Half floats in aligned rows go through the matrix units, and loops over whole tiles hardly
+    wait for what has spilled.
     """
     found = []
     narrow, unit = row["dtype"] != "float32", MATRIX[row["target"]]
     if narrow and row["head_dim"] % 8 == 0 and unit not in row["matrix"]:
         found.append(f"no {unit}")
-    if row.get("loops"):
-        first = row["bodies"][0]
-        local, of = first["kinds"].get("local", 0), first["instructions"]
+    bodies = row["bodies"] if row.get("loops") else []
+    for body in bodies[:1] if "bwd" in row["kernel"] else bodies[::2]:
+        local, of = body["kinds"].get("local", 0), body["instructions"]
         if local * MOST_LOCAL > of:
             found.append(f"{local} of {of} instructions of a round for what has spilled")
     return found

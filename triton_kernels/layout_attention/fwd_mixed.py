@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LARGEST = tl.constexpr(3.4e38)
+MOST = tl.constexpr(3.4e38)
 # Columns of a sum of weights that the matrix unit fills, all equal. Of a thread's eight numbers the
 # last reduction reads two, one a row, and the compiler drops the others.
 COLUMNS = tl.constexpr(16)
-NARROW = tl.constexpr(64)  # wider heads leave neither the matrix unit's time nor room for the ones
+NARROW_HEADS = tl.constexpr(
+    64
+)  # wider heads leave neither the matrix unit's time nor room for the ones
 # A choice by two words in PTX: from comparisons of its own Triton 3.6 makes a vector, of its bits a
 # number, and of that predicates again, 66 instructions of a warp and 64 keys.
 SELECT = tl.constexpr("""{
@@ -24,12 +26,12 @@ LOAD = tl.constexpr("ld.global.nc.b32 $0, [$1];")
 
 
 @triton.jit
-def weights_of(before, row_max, scores, factor):
+def softmax_weights(before, row_max, scores, factor):
     """Weights of scores, those of -inf 0, and what weights before them are worth under the new
     maximum.
     """
     # Finite, so that scores of -inf weigh nothing where there are no others.
-    shift = tl.minimum(-row_max * factor, LARGEST)
+    shift = tl.minimum(-row_max * factor, MOST)
     alpha = tl.exp2(tl.fma(before, factor, shift))
     return tl.exp2(tl.fma(scores, factor[:, None], shift[:, None])), alpha
 
@@ -41,7 +43,7 @@ def _absorb(state, scores, values, factor):
     """
     before, sums, acc = state
     row_max = tl.maximum(before, tl.max(scores, 1))
-    weights, alpha = weights_of(before, row_max, scores, factor)
+    weights, alpha = softmax_weights(before, row_max, scores, factor)
     halves = weights.to(values.dtype)
     if len(sums.shape) == 1:
         sums = sums * alpha + tl.sum(weights, 1)
@@ -56,7 +58,7 @@ def _absorb(state, scores, values, factor):
 @triton.jit
 def _columns(sums, HEAD_COLUMNS: tl.constexpr):
     """Sums of rows as they are carried: in columns where heads are narrow."""
-    if HEAD_COLUMNS <= NARROW:
+    if HEAD_COLUMNS <= NARROW_HEADS:
         sums = tl.broadcast_to(sums[:, None], [sums.shape[0], COLUMNS])
     return sums
 

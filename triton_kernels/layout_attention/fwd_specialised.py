@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dense_attn.triton_kernels.configs import Config
-from dense_attn.triton_kernels.layout_attention.fwd_mixed import attend_mixed, weights_of
+from dense_attn.triton_kernels.layout_attention.fwd_mixed import attend_mixed, softmax_weights
 from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
 from dense_attn.triton_kernels.parts import next_power_of_2
@@ -31,6 +31,7 @@ from dense_attn.triton_kernels.primitives import (
     row_stride,
     store_part,
     temperature,
+    tile_in_turn,
     tile_of_program,
     tokens_at,
     words_at,
@@ -100,7 +101,7 @@ def _attend(rows, factor, source, tiles, count, plain, STAGES: tl.constexpr):
         most_unsigned = tl.maximum(most_unsigned, tl.max(raw.to(tl.uint32, bitcast=True), 1))
         before = row_max
         row_max = tl.maximum(most.to(tl.float32, bitcast=True), least.to(tl.float32, bitcast=True))
-        weights, alpha = weights_of(before, row_max, raw, factor)
+        weights, alpha = softmax_weights(before, row_max, raw, factor)
         if BLOCK_N <= APART_KEYS:
             row_sum = row_sum * alpha[:, None] + weights
         else:
@@ -170,7 +171,8 @@ def layout_attention_specialised_fwd_kernel(
     """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge.
     Where a head has no strength all keys are matched.
     """
-    index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
+    WIDTH: tl.constexpr = HEAD_DIM * q[0].dtype.element_ty.primitive_bitwidth // 8
+    index, tile, batch, head = tile_in_turn(num_heads, seqlen_q, seqlen_k, WIDTH, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     rows = -load_part(head_of(q, batch, head), row_stride(q), tokens, exist, 0, PART, HEAD_DIM)
     row_words = ~words_at(q_words, batch, tokens, exist)
@@ -252,6 +254,8 @@ def launch(
     num_heads, seqlen_q, seqlen_k, sm_scale = numbers
     index = rows[0].shape[0] * num_heads
     padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
+    if index * padded >= 2**31:  # a place in a tensor map is an int32
+        raise ValueError(f"k must have fewer than 2**31 tokens in all heads, got {index * padded}")
     head_dim = constants["HEAD_DIM"]
     part = max(16, next_power_of_2(head_dim))
     if k_order is None and padded == seqlen_k and _dense(keys[0]) and _dense(values[0]):

@@ -191,5 +191,6 @@ def shares_of(tops, c, sm_scale, plain, MODULATION: tl.constexpr):
     offset_in = tl.where(in_sum == 0, float("-inf"), offset_in)
     offset_out = (anchor - out_anchor) * factor + below_out - log_sum
     offset_out = tl.where(out_sum == 0, float("-inf"), offset_out)
-    offset_out = tl.where(plain, offset_in, offset_out)  # the others were counted as matched
+    # The others were counted as matched, but for those of a last tile with nothing before it.
+    offset_out = tl.where(plain & (in_sum != 0), offset_in, offset_out)
     return weight_in * inverse, weight_out * inverse, lse, (row_max, row_min, offset_in, offset_out)
