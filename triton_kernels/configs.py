@@ -192,6 +192,8 @@ FLOAT32_BACKWARD: Table = {
     **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _FLOAT32_BACKWARD),
     "gfx942": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 4, 1)},  # eight warps spill 420 bytes
 }
+# By queries 32 rows spill 32 bytes.
+FLOAT32_BACKWARD_Q: Table = {of: {256: rows[256]} for of, rows in FLOAT32_BACKWARD.items()}
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
 # Half floats in rows that are not aligned have an address an element: small tiles, backward those
 # of float32.
@@ -278,7 +280,7 @@ def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tu
         return _pick(by_query, head_dim), _pick(by_key, head_dim)
     if precision == "tf32":
         return _pick(TF32_BACKWARD_Q, head_dim), _pick(TF32_BACKWARD_KV, head_dim)
-    return exact[256], _pick(exact, head_dim)  # by queries 32 rows spill 32 bytes
+    return _pick(FLOAT32_BACKWARD_Q[architecture], head_dim), _pick(exact, head_dim)
 
 
 def _pick(rows: dict[int, Config], head_dim: int) -> Config:

@@ -199,7 +199,8 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
         found["specialised_fwd", target, "half"] = rows
     for target in TARGETS:
         for kernel, by_target in by_kernel.items():
-            exact = configs.FLOAT32_BACKWARD if kernel.startswith("bwd") else configs.FLOAT32
+            exact = {"bwd_q": configs.FLOAT32_BACKWARD_Q, "bwd_kv": configs.FLOAT32_BACKWARD}
+            exact = exact.get(kernel, configs.FLOAT32)
             found[kernel, target, "half"] = by_target[target]
             found[kernel, target, "ieee"] = exact[target]
         if target in configs.TF32_FORWARD:
