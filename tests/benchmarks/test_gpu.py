@@ -94,7 +94,7 @@ def test_hashes_are_those_of_the_sources() -> None:
         for path in folder.rglob("*.py")
     }
     assert kernel_hashes() == hashes
-    assert len(hashes) == 20
+    assert len(hashes) == 29
 
 
 def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:

@@ -76,10 +76,11 @@ def test_every_kernel_is_watched() -> None:
     program = """
 from dense_attn.benchmarks.host_cost import launches
 from dense_attn.triton_kernels import layout_attention, reversible, sega
+from dense_attn.triton_kernels.layout_attention import fwd_specialised, lists
 from dense_attn.triton_kernels.sega import selection
 idle = launches.watch()
 print(*sorted(idle))
-for module in (layout_attention, reversible, sega, selection):
+for module in (layout_attention, fwd_specialised, lists, reversible, sega, selection):
     for name, kernel in vars(module).items():
         if name.endswith("_kernel"):
             kernel[(1,)]

@@ -24,6 +24,7 @@ ODD_NUMBERS = (torch.nan, torch.inf, -torch.inf, 1e38, -1e38, 1e-42, 0.0)
 HEAD_DIMS = (1, 2, 3, 8, 15, 16, 31, 40, 64, 80, 129, 160, 255, 256)
 FAMILIES = tuple(sorted(raw.registered() - {raw.FWD, raw.BWD}))
 LISTS = ("tiles", "counts", "k_words")  # which the CPU has no use for
+RAW_ALONE = {"every_strength": 1.0, "with_lse": True, "with_stats": True}
 PUBLIC = ("percentile_mask", "sega_guidance", "ddim_step")
 REFUSALS = (ValueError, TypeError, RuntimeError)
 
@@ -90,6 +91,7 @@ class Fuzzer:
             "q_order": self.order(seqlen_q),
             "k_order": self.order(seqlen_k),
             **dict.fromkeys(LISTS),
+            **RAW_ALONE,
         }
 
     def _percentile_arguments(self) -> raw.Arguments:
@@ -212,7 +214,8 @@ class Fuzzer:
         return self.rng.randrange(x.dim()) if x.dim() else None
 
     def public_call(self, arguments: raw.Arguments) -> None:
-        arguments = {name: x for name, x in arguments.items() if name not in LISTS}
+        private = (*LISTS, *RAW_ALONE)
+        arguments = {name: x for name, x in arguments.items() if name not in private}
         if self.chance(0.6):
             name = self.rng.choice(list(arguments))
             arguments[name] = self.spoil(arguments[name])
