@@ -20,6 +20,7 @@ from dense_attn import (
     triton_kernels,
 )
 from dense_attn._backends import triton
+from dense_attn.triton_kernels import configs
 
 DEVICE = triton.DEVICE
 
@@ -123,6 +124,9 @@ ATTENTION = (
     ),
     partial(attention, "max", 200, 128, torch.float32),
 )
+# What specialised warps take, where there are any, and the kernels that do.
+LONG = partial(attention, "range", configs.PACKED_KEYS + 6, 40, torch.float16)
+SPECIALISED = {"layout_attention_specialised_fwd_kernel", "packed_rows_kernel"}
 GUIDANCE = tuple(partial(guidance, size) for size in (1000, 33_000))
 STEPS = (
     step,
@@ -133,7 +137,12 @@ STEPS = (
 def main() -> int:
     """Every kernel once or twice; 1 if one was left out."""
     idle = watch()
-    for part in (*ATTENTION, *GUIDANCE, *STEPS):
+    parts = ATTENTION
+    if configs.architecture(torch.device(DEVICE)) in configs.SPECIALISED:
+        parts += (LONG,)
+    else:
+        idle -= SPECIALISED
+    for part in (*parts, *GUIDANCE, *STEPS):
         part()
     if DEVICE == "cuda":
         torch.cuda.synchronize()

@@ -166,11 +166,14 @@ def test_the_committed_table_has_every_configuration(committed: Table) -> None:
 
 
 def test_every_kernel_is_compiled(table: Table) -> None:
-    """For each device."""
+    """For each device, those of specialised warps where there are any."""
     sources = "".join(path.read_text() for path in (ROOT / "triton_kernels").rglob("*.py"))
     kernels = re.findall(r"^def (\w+_kernel)\(", sources, re.M)
     compiled = {(row["kernel"], row["target"]) for row in table["rows"]}
-    assert compiled == {(kernel, target) for kernel in kernels for target in targets_of(table)}
+    wanted = {(kernel, target) for kernel in kernels for target in targets_of(table)}
+    special = {"layout_attention_specialised_fwd_kernel", "packed_rows_kernel"}
+    wanted = {x for x in wanted if x[0] not in special or x[1] in configs.SPECIALISED}
+    assert compiled == wanted
 
 
 def test_no_rule_is_broken(table: Table) -> None:
