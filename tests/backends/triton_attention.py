@@ -73,11 +73,13 @@ def test_rows_of_any_number_of_keys(seqlen_k: int, modulation: str) -> None:
 @pytest.mark.parametrize("seqlen_k", [77, 300])
 @pytest.mark.parametrize("saved", [(False, False), (True, False), (False, True)])
 def test_what_is_not_asked_for_changes_nothing(saved: tuple[bool, bool], seqlen_k: int) -> None:
+    """But for the last bits of lse, whose sums a compiler fuses otherwise in another kernel."""
     call = row_call(seqlen_k, "range")
     everything = launchers.layout_attention_fwd(*call)
     some = launchers.layout_attention_fwd(*call, with_lse=saved[0], with_stats=saved[1])
-    for got, full, wanted in zip(some, everything, (True, *saved)):
-        assert torch.equal(got, full) if wanted else got.numel() == 0
+    assert torch.equal(some[0], everything[0])
+    for got, full, wanted in zip(some[1:], everything[1:], saved):
+        assert torch.allclose(got, full, rtol=2.0**-22, atol=0) if wanted else got.numel() == 0
 
 
 @pytest.mark.parametrize(
