@@ -25,6 +25,11 @@ PASSES = ("fwd", "row_fwd", "bwd")
 empty = partial(torch.empty, device="meta")  # tensors of any size that take no memory: nothing runs
 
 
+def precision_of(dtype: str, tf32: bool) -> str:
+    """How products of a dtype are made, as `configs.precision` says it."""
+    return "tf32" if tf32 else "ieee" if dtype == "float32" else "half"
+
+
 @dataclass(frozen=True)
 class Attention:
     """A layout attention call; its defaults are those that need the most registers."""
@@ -71,8 +76,8 @@ class Attention:
 
     @property
     def precision(self) -> str:
-        """How its products are made, as `configs.precision` says it."""
-        return "tf32" if self.tf32 else "ieee" if self.dtype == "float32" else "half"
+        """How its products are made."""
+        return precision_of(self.dtype, self.tf32)
 
     @property
     def facts(self) -> dict[str, object]:

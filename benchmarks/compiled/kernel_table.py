@@ -219,7 +219,7 @@ def _accepted(row: Row) -> int:
     """
     if row["kernel"] not in TILED_FORWARD:
         return 0
-    precision = "tf32" if row["tf32"] else "ieee" if row["dtype"] == "float32" else "half"
+    precision = kernel_calls.precision_of(row["dtype"], row["tf32"])
     kind = row["target"], precision, row["head_dim"], row["seqlen"]
     config = configs.layout_attention_fwd(*kind)
     whole = row["tile"].startswith(f"{config.BLOCK_M}x")

@@ -27,6 +27,7 @@ from dense_attn.benchmarks.compiled import (
     kernel_table,
     occupancy,
 )
+from dense_attn.benchmarks.host_cost.launches import SPECIALISED
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.parts import head_parts, next_power_of_2
 
@@ -86,7 +87,7 @@ def kernel_of(row: dict[str, Any]) -> str:
 def reached(row: dict[str, Any]) -> tuple:
     """The row of `configs` that a kernel was launched under, which must have its tile."""
     kernel = kernel_of(row)
-    precision = "half" if row["dtype"] != "float32" else "tf32" if row["tf32"] else "ieee"
+    precision = kernel_calls.precision_of(row["dtype"], row["tf32"])
     rows = kernel_calls.tables()[kernel, row["target"], precision]
     largest, config = next(item for item in rows.items() if row["head_dim"] <= item[0])
     block_m, block_n = map(int, row["tile"].split("x"))
@@ -171,8 +172,7 @@ def test_every_kernel_is_compiled(table: Table) -> None:
     kernels = re.findall(r"^def (\w+_kernel)\(", sources, re.M)
     compiled = {(row["kernel"], row["target"]) for row in table["rows"]}
     wanted = {(kernel, target) for kernel in kernels for target in targets_of(table)}
-    special = {"layout_attention_specialised_fwd_kernel", "packed_rows_kernel"}
-    wanted = {x for x in wanted if x[0] not in special or x[1] in configs.SPECIALISED}
+    wanted = {x for x in wanted if x[0] not in SPECIALISED or x[1] in configs.SPECIALISED}
     assert compiled == wanted
 
 
