@@ -256,8 +256,11 @@ def is_left_out(call: Attention | Other) -> bool:
 
 
 def configurations() -> list[Attention | Other]:
-    """Every configuration, and on one target every branch and the smallest head dim."""
+    """Every configuration, on one target every branch and the smallest head dim, and that of the
+    row kernel on all, whose tables can have no row of a common head dim.
+    """
     smallest = [Attention("sm_90", which, 40) for which in PASSES]
+    smallest += [Attention(target, "row_fwd", 40) for target in TARGETS]
     smallest.append(Attention("sm_90", "row_fwd", 40, bare=True))
     smallest.append(Attention("sm_90", "fwd", 40, seqlen=SHORT))
     calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest])
