@@ -73,7 +73,7 @@ class Runtime:
     def memory(self, structs: list[bytes]) -> list[Tensor]:
         """The storages of all tensors whose pointers stand in the arguments."""
         words = {
-            word for x in structs for word, in struct.iter_unpack("<Q", x[: len(x) // 8 * 8])
+            word for x in structs for (word,) in struct.iter_unpack("<Q", x[: len(x) // 8 * 8])
         }
         found = {}
         for i in range(self._library.count_spans()):
