@@ -55,7 +55,8 @@ static inline HOST_DEVICE QuantileRank quantile_rank(double level, int64_t count
   return {below, rank - static_cast<double>(below)};
 }
 
-// Between two neighbouring order statistics in double, rounded once; between equals, as inf - inf is no number, nothing.
+// Between two neighbouring order statistics in double, rounded once; between equals, as inf - inf is no number,
+// nothing.
 template <class Acc>
 static inline HOST_DEVICE Acc interpolate(Acc lower, Acc upper, double fraction) {
   if (fraction == 0 || !(lower < upper)) return lower;
