@@ -7,7 +7,7 @@
 #include "cuda/sega_select.cuh"
 #include "sega.h"
 
-namespace {
+namespace sega {  // with names that are the same in every compilation
 
 constexpr int kFewThreads = 256;
 template <class Acc>
@@ -84,13 +84,14 @@ __global__ void __launch_bounds__(kMostThreads<typename Rows::Acc>)
         uint32_t* const own = counts + i * kBuckets;
         if (!D::is_last(round)) {
           const Found<Acc> now = narrow<D>(own, round, found[e]);
+          __syncwarp();  // all lanes have read
           if (lane == 0) found[e] = now;
         } else {
           const Acc threshold = quantile<D>(own, found[e], extremes[e], rows.rank(e).fraction);
+          __syncwarp();
           if (lane == 0) thresholds[e] = threshold;
           if (lane == 0 && c < rows.columns()) *rows.threshold(e, b, c) = threshold;
         }
-        __syncwarp();
         for_own_buckets([&](int bucket) { own[bucket] = 0; });
       }
       __syncthreads();
@@ -253,7 +254,9 @@ size_t guided_bytes(const SegaParams& p) {
   return divide_up(values * sizeof(AccOf<T>), 16) * 16;
 }
 
-}  // namespace
+}  // namespace sega
+
+using namespace sega;
 
 size_t percentile_mask_scratch_bytes(const PercentileParams& p) {
   return with_dtype(p.dtype, [&](auto x) -> size_t {

@@ -96,7 +96,7 @@ __device__ __forceinline__ int find_lane(Count own, Count& rank) {
     const Count before = __shfl_up_sync(~0u, up_to, offset);
     if (lane >= offset) up_to += before;
   }
-  const int found = __ffs(__ballot_sync(~0u, rank < up_to)) - 1;
+  const int found = __popc(__ballot_sync(~0u, up_to <= rank));
   rank -= __shfl_sync(~0u, up_to - own, found);
   return found;
 }
