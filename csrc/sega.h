@@ -44,12 +44,12 @@ constexpr KeyOf<Acc> kInfinity = __builtin_bit_cast(KeyOf<Acc>, static_cast<Acc>
 template <class Acc>
 constexpr KeyOf<Acc> kNoKey = sizeof(Acc) == 4 ? INT32_MAX : INT64_MAX;  // that of a NaN
 
-// The rules of quantiles that all devices share; static, as the CPU's kernels are compiled once per instruction set.
+// A quantile's place among sorted values.
 struct QuantileRank {
   int64_t below;
   double fraction;
 };
-static inline HOST_DEVICE QuantileRank quantile_rank(double level, int64_t count) {
+HOST_DEVICE QuantileRank quantile_rank(double level, int64_t count) {
   const double rank = level * static_cast<double>(count - 1);
   const int64_t below = static_cast<int64_t>(rank);
   return {below, rank - static_cast<double>(below)};
@@ -58,7 +58,7 @@ static inline HOST_DEVICE QuantileRank quantile_rank(double level, int64_t count
 // Between two neighbouring order statistics in double, rounded once; between equals, as inf - inf is no number,
 // nothing.
 template <class Acc>
-static inline HOST_DEVICE Acc interpolate(Acc lower, Acc upper, double fraction) {
+HOST_DEVICE Acc interpolate(Acc lower, Acc upper, double fraction) {
   if (fraction == 0 || !(lower < upper)) return lower;
   const double from = lower, to = upper;
   return static_cast<Acc>(from + (to - from) * fraction);

@@ -1,8 +1,8 @@
-// Marks what the CPU and CUDA kernels share.
+// Functions that the CPU's and CUDA's kernels share. Always inlined: the CPU has them once an instruction set.
 #pragma once
 
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__
+#if defined(__CUDACC__)
+#define HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define HOST_DEVICE
+#define HOST_DEVICE inline __attribute__((always_inline))
 #endif

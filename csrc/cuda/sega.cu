@@ -3,16 +3,17 @@
 #include <algorithm>
 
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/sega_rows.cuh"
 #include "cuda/sega_select.cuh"
 #include "sega.h"
 
-namespace sega {  // with names that are the same in every compilation
+namespace {
 
 constexpr int kFewThreads = 256;
 template <class Acc>
 constexpr int kMostThreads = sizeof(Acc) == 4 ? 1024 : 512;  // of one program, for their registers
-constexpr int kShared = 96 << 10;                            // bytes that every device since sm_80 gives a program
+constexpr int kShared = 96 << 10;                            // bytes that every GPU since sm_80 gives a program
 constexpr int kLongestRow = 64 << 10;                        // bytes of keys
 constexpr int64_t kSpan = 8192;                              // values of a longer row that one program counts at least
 constexpr int64_t kMostParts = 1024;                         // of one row
@@ -108,9 +109,9 @@ struct Notes {
   Extremes<typename Rows::Acc> extremes;
 };
 
-__global__ void clear_kernel(uint64_t* words, int64_t count) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < count) words[i] = 0;
+__global__ void clear_kernel(uint64_t* words, int64_t begin, int64_t end) {
+  const int64_t i = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < end) words[i] = 0;
 }
 
 // One round of one part of a row; the first part notes what the round before has found.
@@ -173,41 +174,48 @@ __global__ void __launch_bounds__(kFewThreads) finish_kernel(const __grid_consta
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+dim3 programs(int64_t count) { return dim3(static_cast<unsigned>(count)); }
+
+// Sums of no channels have thresholds all the same, and no channel that would find them.
 template <class Rows>
-bool is_long(const Rows& rows) {
-  return rows.count() > static_cast<int64_t>(kLongestRow / sizeof(typename Rows::Acc));
+bool takes_several(const Rows& rows) {
+  return rows.channels() == 0 || rows.count() * sizeof(typename Rows::Acc) > kLongestRow;
 }
 
 template <class Rows>
 cudaError_t launch_whole(const Rows& rows, cudaStream_t stream) {
+  using Acc = typename Rows::Acc;
   const int width = static_cast<int>(divide_up(rows.count(), kPack)) * kPack;
-  const int each = width * sizeof(typename Rows::Acc) + kBuckets * sizeof(uint32_t);
+  const int each = width * sizeof(Acc) + kBuckets * sizeof(uint32_t);
   const int together = std::max(1, std::min(rows.concepts(), kShared / each));
-  const int threads = std::min(std::max(width / kPack, kFewThreads), kMostThreads<typename Rows::Acc>) / kWarp * kWarp;
-  const auto kernel = whole_rows_kernel<Rows>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error != cudaSuccess) return error;
-  kernel<<<rows.batch() * rows.channels(), threads, together * each, stream>>>(rows, together, width);
-  return cudaGetLastError();
+  const int threads = std::min(std::max(width / kPack, kFewThreads), kMostThreads<Acc>) / kWarp * kWarp;
+  return launch(whole_rows_kernel<Rows>, programs(rows.batch() * rows.channels()), dim3(threads), together * each,
+                stream, rows, together, width);
 }
 
+// Notes of this many rows, after `offset` bytes of scratch memory; then what the thresholds are for.
 template <class Rows>
-cudaError_t launch_several(const Rows& rows, void* scratch, cudaStream_t stream) {
+cudaError_t launch_several(const Rows& rows, void* scratch, size_t offset, cudaStream_t stream) {
   const int64_t num_rows = rows.concepts() * rows.batch() * rows.columns();
+  const int64_t tiles = divide_up(rows.count(), kFewThreads * kPack), channels = rows.batch() * rows.channels();
+  cudaError_t error = cudaSuccess;
   if (num_rows > 0) {
-    auto* const notes = static_cast<Notes<Rows>*>(scratch);
-    const int64_t words = num_rows * sizeof(Notes<Rows>) / sizeof(uint64_t);
-    clear_kernel<<<divide_up(words, kFewThreads), kFewThreads, 0, stream>>>(static_cast<uint64_t*>(scratch), words);
+    auto* const notes = reinterpret_cast<Notes<Rows>*>(static_cast<char*>(scratch) + offset);
+    const int64_t begin = offset / sizeof(uint64_t), words = num_rows * sizeof(Notes<Rows>) / sizeof(uint64_t);
+    error = launch(clear_kernel, programs(divide_up(words, kFewThreads)), dim3(kFewThreads), 0, stream,
+                   static_cast<uint64_t*>(scratch), begin, begin + words);
     const int64_t span = divide_up(std::max(kSpan, divide_up(rows.count(), kMostParts)), kPack) * kPack;
     const int parts = static_cast<int>(divide_up(rows.count(), span));
-    for (int round = 0; round < DigitsOf<Rows>::kRounds; ++round) {
-      digits_kernel<<<num_rows * parts, kFewThreads, 0, stream>>>(rows, notes, round, parts, span);
+    for (int round = 0; error == cudaSuccess && round < DigitsOf<Rows>::kRounds; ++round) {
+      error = launch(digits_kernel<Rows>, programs(num_rows * parts), dim3(kFewThreads), 0, stream, rows, notes, round,
+                     parts, span);
     }
-    thresholds_kernel<<<num_rows, kWarp, 0, stream>>>(rows, notes);
+    if (error == cudaSuccess) {
+      error = launch(thresholds_kernel<Rows>, programs(num_rows), dim3(kWarp), 0, stream, rows, notes);
+    }
   }
-  const int64_t tiles = divide_up(rows.count(), kFewThreads * kPack);
-  finish_kernel<<<rows.batch() * rows.channels() * tiles, kFewThreads, 0, stream>>>(rows, tiles);
-  return cudaGetLastError();
+  if (error != cudaSuccess || channels == 0) return error;
+  return launch(finish_kernel<Rows>, programs(channels * tiles), dim3(kFewThreads), 0, stream, rows, tiles);
 }
 
 // Calls f with a value of the kernel's element type.
@@ -227,41 +235,35 @@ auto with_dtype(DType dtype, const F& f) {
 
 // The concepts of one launch.
 template <class T>
-SegaRows<T> group_of(const SegaParams& p, int64_t first, void* guided) {
+SegaRows<T> rows_of(const SegaParams& p, int64_t first, void* scratch) {
   using Acc = AccOf<T>;
   SegaRows<T> rows{};
-  rows.p = p;
-  rows.p.concepts = std::min<int64_t>(p.concepts - first, kConcepts);
-  rows.p.edits.data = p.edits.template at<T>(first);
-  rows.p.thresholds.data = p.thresholds.template at<Acc>(first);
-  if (p.user_mask.data) rows.p.user_mask.data = p.user_mask.template at<Acc>(first);
-  rows.guided = p.momentum_out;
-  rows.guided.data = guided;
+  rows.p = p, rows.first = static_cast<int>(first);
+  rows.num = static_cast<int>(std::min<int64_t>(p.concepts - first, kConcepts));
+  rows.guided = p.momentum_out, rows.guided.data = scratch;
   rows.is_first = first == 0, rows.is_last = first + kConcepts >= p.concepts;
   rows.guidance_scale = p.guidance_scale, rows.momentum_scale = p.momentum_scale;
   rows.beta = p.momentum_beta, rows.rest = 1 - p.momentum_beta;
-  for (int e = 0; e < rows.concepts(); ++e) {
+  for (int e = 0; e < rows.num; ++e) {
     rows.numbers[e] = {static_cast<Acc>(p.scales[first + e]), static_cast<Acc>(p.weights[first + e]),
                        static_cast<Acc>(p.partials[first + e]), quantile_rank(p.levels[first + e], p.count)};
   }
   return rows;
 }
 
-// Of eps between launches, which come first in the scratch memory.
+// Bytes of what launches hand on, which the scratch memory begins with.
 template <class T>
 size_t guided_bytes(const SegaParams& p) {
   const int64_t values = p.concepts > kConcepts ? p.batch * p.channels * p.count : 0;
   return divide_up(values * sizeof(AccOf<T>), 16) * 16;
 }
 
-}  // namespace sega
-
-using namespace sega;
+}  // namespace
 
 size_t percentile_mask_scratch_bytes(const PercentileParams& p) {
   return with_dtype(p.dtype, [&](auto x) -> size_t {
-    const PercentileRows<decltype(x)> rows{p};
-    return is_long(rows) ? p.rows * sizeof(Notes<PercentileRows<decltype(x)>>) : 0;
+    using Rows = PercentileRows<decltype(x)>;
+    return takes_several(Rows{p}) ? p.rows * sizeof(Notes<Rows>) : 0;
   });
 }
 
@@ -269,28 +271,28 @@ cudaError_t percentile_mask_cuda(const PercentileParams& p, void* scratch, cudaS
   if (p.rows == 0) return cudaSuccess;
   return with_dtype(p.dtype, [&](auto x) {
     const PercentileRows<decltype(x)> rows{p, quantile_rank(p.level, p.count)};
-    return is_long(rows) ? launch_several(rows, scratch, stream) : launch_whole(rows, stream);
+    return takes_several(rows) ? launch_several(rows, scratch, 0, stream) : launch_whole(rows, stream);
   });
 }
 
 size_t sega_guidance_scratch_bytes(const SegaParams& p) {
   return with_dtype(p.dtype, [&](auto x) -> size_t {
     using Rows = SegaRows<decltype(x)>;
-    const int64_t num_rows = std::min<int64_t>(p.concepts, kConcepts) * p.batch * (p.sum_channels ? 1 : p.channels);
-    return guided_bytes<decltype(x)>(p) +
-           (p.count * sizeof(typename Rows::Acc) > kLongestRow ? num_rows * sizeof(Notes<Rows>) : 0);
+    const Rows rows{p};
+    const int64_t num_rows = std::min<int64_t>(p.concepts, kConcepts) * rows.batch() * rows.columns();
+    return guided_bytes<decltype(x)>(p) + (takes_several(rows) ? num_rows * sizeof(Notes<Rows>) : 0);
   });
 }
 
 cudaError_t sega_guidance_cuda(const SegaParams& p, void* scratch, cudaStream_t stream) {
-  if (p.batch * p.channels * p.count == 0) return cudaSuccess;
+  if (p.batch * p.count == 0) return cudaSuccess;
   return with_dtype(p.dtype, [&](auto x) {
     using T = decltype(x);
-    void* const notes = static_cast<char*>(scratch) + guided_bytes<T>(p);
     cudaError_t error = cudaSuccess;
     for (int64_t first = 0; error == cudaSuccess && (first == 0 || first < p.concepts); first += kConcepts) {
-      const SegaRows<T> rows = group_of<T>(p, first, scratch);
-      error = is_long(rows) ? launch_several(rows, notes, stream) : launch_whole(rows, stream);
+      const SegaRows<T> rows = rows_of<T>(p, first, scratch);
+      error =
+          takes_several(rows) ? launch_several(rows, scratch, guided_bytes<T>(p), stream) : launch_whole(rows, stream);
     }
     return error;
   });

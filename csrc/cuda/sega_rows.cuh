@@ -102,24 +102,25 @@ struct SegaRows {
   using Acc = AccOf<T>;
   static constexpr int kLowBit = 0;
 
-  SegaParams p;            // its tensors of concepts begin with this launch's, and its lists are the host's
+  SegaParams p;            // whose lists are the host's
+  int first, num;          // concepts of this launch
   TensorView<3> guided;    // [B, C, N]: eps between launches
   bool is_first, is_last;  // of the launches that share the concepts
   Acc guidance_scale, momentum_scale, beta, rest;
   SegaConcept<Acc> numbers[kConcepts];
 
-  HOST_DEVICE int concepts() const { return static_cast<int>(p.concepts); }
+  HOST_DEVICE int concepts() const { return num; }
   HOST_DEVICE int64_t batch() const { return p.batch; }
   HOST_DEVICE int64_t channels() const { return p.channels; }
   HOST_DEVICE int64_t columns() const { return p.sum_channels ? 1 : p.channels; }
   HOST_DEVICE int64_t count() const { return p.count; }
   __device__ QuantileRank rank(int e) const { return numbers[e].rank; }
-  __device__ Acc* threshold(int e, int64_t b, int64_t c) const { return p.thresholds.at<Acc>(e, b, c); }
+  __device__ Acc* threshold(int e, int64_t b, int64_t c) const { return p.thresholds.at<Acc>(first + e, b, c); }
 
   __device__ __forceinline__ void differences(int e, int64_t b, int64_t c, int64_t at, Acc (&to)[kPack]) const {
     Acc from[kPack];
     load_pack(p.uncond.at<T>(b, c), p.uncond.strides[2], at, p.count, from);
-    load_pack(p.edits.at<T>(e, b, c), p.edits.strides[3], at, p.count, to);
+    load_pack(p.edits.at<T>(first + e, b, c), p.edits.strides[3], at, p.count, to);
     const Acc scale = numbers[e].scale;
 #pragma unroll
     for (int i = 0; i < kPack; ++i) to[i] = (to[i] - from[i]) * scale;
@@ -162,7 +163,7 @@ struct SegaRows {
       load(guided.at<Acc>(b, c), guided, eps);
       load(p.momentum_out.at<Acc>(b, c), p.momentum_out, steer);
     }
-    for (int e = 0; e < p.concepts; ++e) add_concept(e, b, c, at, thresholds[e], eps, steer);
+    for (int e = 0; e < num; ++e) add_concept(e, b, c, at, thresholds[e], eps, steer);
     if (!is_last) {
       store_pack(guided.at<Acc>(b, c), guided.strides[2], at, p.count, eps);
       store_pack(p.momentum_out.at<Acc>(b, c), p.momentum_out.strides[2], at, p.count, steer);
@@ -191,7 +192,7 @@ struct SegaRows {
     }
     if (p.user_mask.data) {
       Acc user[kPack];
-      load_pack(p.user_mask.at<Acc>(e, b, c), p.user_mask.strides[3], at, p.count, user);
+      load_pack(p.user_mask.at<Acc>(first + e, b, c), p.user_mask.strides[3], at, p.count, user);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) kept[i] *= user[i];
     }
