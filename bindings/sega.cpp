@@ -1,8 +1,6 @@
-// Hands semantic guidance and percentiles to torch's threads.
-#include <tuple>
-
+// Hands rows of percentiles, and channels of semantic guidance, to torch's threads.
 #include "cpu.h"
-#include "sega_inputs.h"
+#include "sega_ops.h"
 
 namespace {
 
@@ -16,7 +14,7 @@ void parallel_if_large(int64_t items, int64_t values, size_t scratch_bytes, cons
 }
 
 // Every part of every pass on a thread of its own.
-void percentile_of_long_rows(const SegaCpu& cpu, PercentileParams& p, const Tensor& x) {
+void percentile_of_long_rows(const SegaCpu& cpu, PercentileParams p, const Tensor& x) {
   p.parts = torch::stable::get_num_threads();
   const Tensor memory = allocate(x, {static_cast<int64_t>(cpu.percentile_scratch_bytes(p))}, ScalarType::Byte);
   void* scratch = memory.data_ptr();
@@ -30,42 +28,22 @@ void percentile_of_long_rows(const SegaCpu& cpu, PercentileParams& p, const Tens
   }
 }
 
-std::tuple<Tensor, Tensor> percentile_mask(const Tensor& x, double level) {
-  PercentileCall call(x, level);
-  PercentileParams& p = call.p;
+void percentile_on_threads(const PercentileParams& p, const Tensor& x) {
   const SegaCpu& cpu = kernels().sega;
-  if (p.rows == 0) return {call.masked, call.threshold};
-  if (cpu.is_long(p) && p.rows < torch::stable::get_num_threads()) {
-    percentile_of_long_rows(cpu, p, x);
-  } else {
-    parallel_if_large(p.rows, p.rows * p.count, cpu.percentile_scratch_bytes(p), x,
-                      [&](int64_t begin, int64_t end, void* scratch) { cpu.percentile(p, begin, end, scratch); });
-  }
-  return {call.masked, call.threshold};
+  if (cpu.is_long(p) && p.rows < torch::stable::get_num_threads()) return percentile_of_long_rows(cpu, p, x);
+  parallel_if_large(p.rows, p.rows * p.count, cpu.percentile_scratch_bytes(p), x,
+                    [&](int64_t begin, int64_t end, void* scratch) { cpu.percentile(p, begin, end, scratch); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> sega_guidance(
-    const Tensor& eps_uncond, const Tensor& eps_text, const Tensor& eps_edits, const Tensor& momentum,
-    double guidance_scale, const std::vector<double>& edit_guidance_scale, const std::vector<double>& edit_threshold,
-    const std::vector<double>& weights, const std::vector<double>& partials, bool all_warm,
-    const std::vector<bool>& reverse, double edit_momentum_scale, double edit_mom_beta,
-    const std::optional<Tensor>& user_mask, bool sum_channels) {
-  const SegaNumbers numbers{guidance_scale, edit_guidance_scale, edit_threshold, weights, partials, all_warm,
-                            reverse,        edit_momentum_scale, edit_mom_beta};
-  const SegaCall call(eps_uncond, eps_text, eps_edits, momentum, numbers, user_mask, sum_channels);
-  const SegaParams& p = call.p;
+void guidance_on_threads(const SegaParams& p, const Tensor& like) {
   const SegaCpu& cpu = kernels().sega;
-  const int64_t items = cpu.guidance_items(p);
-  if (items && p.count) {
-    parallel_if_large(items, (p.concepts + 1) * call.eps.numel(), cpu.guidance_scratch_bytes(p), eps_uncond,
-                      [&](int64_t begin, int64_t end, void* scratch) { cpu.guidance(p, begin, end, scratch); });
-  }
-  return {call.eps, call.momentum_out, call.thresholds};
+  parallel_if_large(cpu.guidance_items(p), (p.concepts + 1) * like.numel(), cpu.guidance_scratch_bytes(p), like,
+                    [&](int64_t begin, int64_t end, void* scratch) { cpu.guidance(p, begin, end, scratch); });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dense_attn, CPU, m) {
-  m.impl("percentile_mask", TORCH_BOX(&percentile_mask));
-  m.impl("sega_guidance", TORCH_BOX(&sega_guidance));
+  m.impl("percentile_mask", TORCH_BOX(&percentile_mask<percentile_on_threads>));
+  m.impl("sega_guidance", TORCH_BOX(&sega_guidance<guidance_on_threads>));
 }
