@@ -14,6 +14,10 @@ COLUMNS = (*_CALL, "tile", "warps", "stages", "registers", "spills", "shared", "
 _COUNTED = ("instructions", "issue", "binding", "copies", "programs", "registers", "waves")
 MODEL_COLUMNS = (*_CALL, "tile", *_COUNTED)
 BAR_COLUMNS = ("target", "triton", "head_dim", "what", "value", "bound", "verdict", "issued")
+CUDA_COLUMNS = ("kernel", "arguments", "head_dim", "target", "registers", "spills", "rounds")
+_CUDA = """\
+CUDA C++ kernels by nvcc {nvcc}, compiled, not run on a GPU; of a round of the longest loop, the
+instructions that a warp executes, at least to at most, by its products on tensor cores"""
 _BARS = "bars of the model, not measured: ours / plain by the busiest pipe; issued: of instructions"
 _MODEL = """\
 a model, not measured: ours / plain flash attention under the same tile, loop by loop: instructions
@@ -37,8 +41,25 @@ def report() -> list[str]:
     lines += [*model.splitlines(), *_grid([MODEL_COLUMNS, *counted]), ""]
     judged = [[_cell(bar, name) for name in BAR_COLUMNS] for bar in table["bars"]]
     lines += [_BARS, *_grid([BAR_COLUMNS, *judged]), ""]
+    lines += _cuda(table)
     headers = {name: result["header"] for name, result in found.items()}
     return lines + sources(header["kernels"], headers)
+
+
+def _cuda(table: dict[str, Any]) -> list[str]:
+    """The table of the CUDA library's kernels, where it has been made."""
+    rows = [
+        row
+        | {"arguments": " ".join(row["arguments"]) or "-", "head_dim": row["head_dim"] or "-"}
+        | {
+            "rounds": ", ".join("{}: {} to {}".format(*ways) for ways in row.get("rounds", []))
+            or "-"
+        }
+        for row in table.get("cuda_rows", [])
+    ]
+    cells = [[_cell(row, name) for name in CUDA_COLUMNS] for row in rows]
+    said = _CUDA.format(**table["cuda"]).splitlines() if rows else []
+    return [*said, *_grid([CUDA_COLUMNS, *cells]), ""] if rows else []
 
 
 def stale(headers: dict[str, dict[str, Any]]) -> list[str]:

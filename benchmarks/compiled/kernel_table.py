@@ -76,13 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kernels": kernel_hashes(),
         "devices": {target: device.name for target, device in DEVICES.items()},  # of waves
     }
-    text = ",\n  ".join(map(json.dumps, rows))
-    judged = ",\n  ".join(map(json.dumps, bars.bars(rows)))
-    text = (
-        f'{{\n "header": {json.dumps(header)},\n "bars": [\n  {judged}\n ],\n'
-        f' "failed": {json.dumps(failed)},\n "rows": [\n  {text}\n ]\n}}\n'
-    )
-    _files.write(arguments.json, text)
+    before = read(arguments.json) if arguments.json.exists() else {}
+    kept = {name: before[name] for name in ("cuda", "cuda_rows") if name in before}
+    found = {"header": header, "bars": bars.bars(rows), "failed": failed, "rows": rows}
+    write(arguments.json, found | kept)
     broken = failed + [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
     print("\n".join([*broken, f"{len(rows)} kernels, {len(broken)} faults"]))
     return 1 if broken else 0
@@ -167,6 +164,17 @@ def compile_elsewhere(
 def read(file: Path) -> dict[str, Any]:
     """A table: its header and rows."""
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write(file: Path, table: dict[str, Any]) -> None:
+    """A table as JSON, each row of a list in a line."""
+    parts = []
+    for name, value in table.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n  {}\n ]".format(",\n  ".join(map(json.dumps, value)))
+        parts.append(f' "{name}": {text}')
+    _files.write(file, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def row_of(call: Attention | Other, launch: Launch) -> Row:

@@ -16,6 +16,7 @@ _TARGET = re.compile(r"`\((\.L_x_\d+|\$[\w$.]+)\)")
 # Calls too: the compiler leaves loops by them, to a label that no return comes back from.
 _BRANCHES = {"BRA", "BRX", "JMP", "JMX", "CALL"}
 _ENDS = {"EXIT", "RET"}
+PRODUCTS = ("HMMA", "HGMMA")  # of half floats on tensor cores
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Function:
     @cached_property
     def loops(self) -> tuple[frozenset[int], ...]:
         """Natural loops, by the address of their head: the blocks that lead back to it."""
-        dominators = self._dominators()
+        dominators = self._dominators
         before: dict[int, set[int]] = {block: set() for block in self.reached}
         for block in self.reached:
             for after in self.successors[block]:
@@ -90,6 +91,7 @@ class Function:
                         waiting += before[inside]
         return tuple(frozenset(bodies[head]) for head in sorted(bodies))
 
+    @cached_property
     def _dominators(self) -> dict[int, set[int]]:
         """The blocks that every way to a block leads through, itself among them."""
         found = {block: set(self.reached) for block in self.reached} | {0: {0}}
@@ -102,6 +104,30 @@ class Function:
                 changed |= now != found[block]
                 found[block] = now
         return found
+
+    def rounds_of(self, loop: frozenset[int]) -> dict[int, tuple[int, int]]:
+        """The fewest and the most instructions of the ways from a loop's head to itself that meet
+        no block twice, by the products on tensor cores that a way executes: a loop within it
+        counts as one round.
+        """
+        head = next(x for x in loop if all(x in self._dominators[block] for block in loop))
+        known: dict[int, dict[int, tuple[int, int]]] = {}
+
+        def ways(block: int) -> dict[int, tuple[int, int]]:
+            if block not in known:
+                onward = [{0: (0, 0)}] if head in self.successors[block] else []
+                inside = (x for x in self.successors[block] if x in loop and x != head)
+                onward += [ways(x) for x in inside if x not in self._dominators[block]]
+                size = len(self.blocks[block])
+                own = sum(x.name in PRODUCTS for x in self.blocks[block])
+                found: dict[int, tuple[int, int]] = {}
+                for products, (fewest, most) in ((n, w) for o in onward for n, w in o.items()):
+                    low, high = found.get(products + own, (size + fewest, size + most))
+                    found[products + own] = min(low, size + fewest), max(high, size + most)
+                known[block] = found
+            return known[block]
+
+        return dict(sorted(ways(head).items()))
 
     @property
     def inner_loops(self) -> list[list[Instruction]]:
