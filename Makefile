@@ -58,7 +58,7 @@ sanitize: fuzz  ## the same, and the whole table of cases
 	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/backends/test_backends.py
 
 clean:  ## remove what was built and installed here
-	rm -rf $(VENV) build dist *.egg-info dense_attn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info dense_attn/_C*.so dense_attn/_CUDA*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("dense_attn needs Python 3.10 or newer: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'

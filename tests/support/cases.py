@@ -168,17 +168,13 @@ def why_skip(
 
 
 def backends(*names: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list:
-    """Parameters of these backends, or of all; skipped with their reason where they are absent or
-    take none of these dtypes.
-    """
+    """Parameters of these backends, or of all; skipped where they take none of these dtypes."""
     params = []
     for backend in names or DEVICES:
         reasons = [why_skip(backend, dtype=dtype) for dtype in dtypes]
-        reason = None if None in reasons else reasons[0]
-        gpu = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
-        params.append(
-            pytest.param(backend, marks=[*gpu, *([pytest.mark.skip(reason)] if reason else [])])
-        )
+        marks = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
+        marks += [] if None in reasons else [pytest.mark.skip(reasons[0])]
+        params.append(pytest.param(backend, marks=marks))
     return params
 
 
