@@ -31,7 +31,8 @@ try:
     with emulated(runtime, "sm_80"):
         cuda.ddim_step(short, eps, None, 1.0, 1.0, 1.0)
 except Exception as error:
-    print(type(error).__name__, "is outside of every tensor" in str(error), "ddim_step_kernel" in str(error))
+    said = str(error)
+    print(type(error).__name__, "outside of every tensor" in said, "ddim_step_kernel" in said)
 """,
     "a fault is not taken for a refusal": """
 try:
