@@ -177,9 +177,9 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 dim3 programs(int64_t count) { return dim3(static_cast<unsigned>(count)); }
 
 // Sums of no channels have thresholds all the same, and no channel that would find them.
-template <class Rows>
-bool takes_several(const Rows& rows) {
-  return rows.channels() == 0 || rows.count() * sizeof(typename Rows::Acc) > kLongestRow;
+template <class Acc>
+bool takes_several(int64_t channels, int64_t count) {
+  return channels == 0 || count * sizeof(Acc) > kLongestRow;
 }
 
 template <class Rows>
@@ -263,24 +263,26 @@ size_t guided_bytes(const SegaParams& p) {
 size_t percentile_mask_scratch_bytes(const PercentileParams& p) {
   return with_dtype(p.dtype, [&](auto x) -> size_t {
     using Rows = PercentileRows<decltype(x)>;
-    return takes_several(Rows{p}) ? p.rows * sizeof(Notes<Rows>) : 0;
+    return takes_several<typename Rows::Acc>(1, p.count) ? p.rows * sizeof(Notes<Rows>) : 0;
   });
 }
 
 cudaError_t percentile_mask_cuda(const PercentileParams& p, void* scratch, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   return with_dtype(p.dtype, [&](auto x) {
-    const PercentileRows<decltype(x)> rows{p, quantile_rank(p.level, p.count)};
-    return takes_several(rows) ? launch_several(rows, scratch, 0, stream) : launch_whole(rows, stream);
+    using Rows = PercentileRows<decltype(x)>;
+    const Rows rows{p, quantile_rank(p.level, p.count)};
+    const bool several = takes_several<typename Rows::Acc>(1, p.count);
+    return several ? launch_several(rows, scratch, 0, stream) : launch_whole(rows, stream);
   });
 }
 
 size_t sega_guidance_scratch_bytes(const SegaParams& p) {
   return with_dtype(p.dtype, [&](auto x) -> size_t {
-    using Rows = SegaRows<decltype(x)>;
-    const Rows rows{p};
-    const int64_t num_rows = std::min<int64_t>(p.concepts, kConcepts) * rows.batch() * rows.columns();
-    return guided_bytes<decltype(x)>(p) + (takes_several(rows) ? num_rows * sizeof(Notes<Rows>) : 0);
+    using T = decltype(x);
+    if (!takes_several<AccOf<T>>(p.channels, p.count)) return guided_bytes<T>(p);
+    const int64_t num_rows = std::min<int64_t>(p.concepts, kConcepts) * p.batch * (p.sum_channels ? 1 : p.channels);
+    return guided_bytes<T>(p) + num_rows * sizeof(Notes<SegaRows<T>>);
   });
 }
 
@@ -288,11 +290,11 @@ cudaError_t sega_guidance_cuda(const SegaParams& p, void* scratch, cudaStream_t 
   if (p.batch * p.count == 0) return cudaSuccess;
   return with_dtype(p.dtype, [&](auto x) {
     using T = decltype(x);
+    const bool several = takes_several<AccOf<T>>(p.channels, p.count);
     cudaError_t error = cudaSuccess;
     for (int64_t first = 0; error == cudaSuccess && (first == 0 || first < p.concepts); first += kConcepts) {
       const SegaRows<T> rows = rows_of<T>(p, first, scratch);
-      error =
-          takes_several(rows) ? launch_several(rows, scratch, guided_bytes<T>(p), stream) : launch_whole(rows, stream);
+      error = several ? launch_several(rows, scratch, guided_bytes<T>(p), stream) : launch_whole(rows, stream);
     }
     return error;
   });
