@@ -9,9 +9,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compresses for size
-HEAD_DIMS = (40, 64, 80, 96, 128, 160, 256)  # classes: a kernel takes those up to its own
+HEAD_DIMS = re.findall(r"f\((\d+)\)", Path(__file__).with_name("head_dims.h").read_text("utf-8"))
 # Sources of each family, whose binding has its name; some are compiled once a head dim's class.
 KERNELS = {"reversible": ("csrc/cuda/reversible.cu",), "sega": ("csrc/cuda/sega.cu",)}
 OF_A_HEAD_DIM: tuple[str, ...] = ()

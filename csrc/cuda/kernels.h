@@ -4,13 +4,15 @@
 
 #include <driver_types.h>
 
+#include "cuda/head_dims.h"
 #include "layout_attention.h"
 #include "reversible.h"
 #include "sega.h"
 
-// Layout attention: any number of keys, and up to kMaxRowKeys of them.
+constexpr int64_t kMaxRowKeys = 128;  // up to them a row of scores is held at once
+
+// Layout attention forward, for float16 and bfloat16.
 cudaError_t layout_attention_fwd_cuda(const LayoutAttentionParams&, cudaStream_t);
-cudaError_t layout_attention_row_fwd_cuda(const LayoutAttentionParams&, cudaStream_t);
 
 // Percentiles and semantic guidance, with as many bytes of scratch memory as these say; none where the rows are short.
 size_t percentile_mask_scratch_bytes(const PercentileParams&);
