@@ -109,9 +109,9 @@ struct Notes {
   Extremes<typename Rows::Acc> extremes;
 };
 
-__global__ void clear_kernel(uint64_t* words, int64_t begin, int64_t end) {
-  const int64_t i = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < end) words[i] = 0;
+__global__ void clear_kernel(uint64_t* words, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) words[i] = 0;
 }
 
 // One round of one part of a row; the first part notes what the round before has found.
@@ -193,17 +193,16 @@ cudaError_t launch_whole(const Rows& rows, cudaStream_t stream) {
                 stream, rows, together, width);
 }
 
-// Notes of this many rows, after `offset` bytes of scratch memory; then what the thresholds are for.
 template <class Rows>
-cudaError_t launch_several(const Rows& rows, void* scratch, size_t offset, cudaStream_t stream) {
+cudaError_t launch_several(const Rows& rows, void* scratch, cudaStream_t stream) {
   const int64_t num_rows = rows.concepts() * rows.batch() * rows.columns();
   const int64_t tiles = divide_up(rows.count(), kFewThreads * kPack), channels = rows.batch() * rows.channels();
   cudaError_t error = cudaSuccess;
   if (num_rows > 0) {
-    auto* const notes = reinterpret_cast<Notes<Rows>*>(static_cast<char*>(scratch) + offset);
-    const int64_t begin = offset / sizeof(uint64_t), words = num_rows * sizeof(Notes<Rows>) / sizeof(uint64_t);
+    auto* const notes = static_cast<Notes<Rows>*>(scratch);
+    const int64_t words = num_rows * sizeof(Notes<Rows>) / sizeof(uint64_t);
     error = launch(clear_kernel, programs(divide_up(words, kFewThreads)), dim3(kFewThreads), 0, stream,
-                   static_cast<uint64_t*>(scratch), begin, begin + words);
+                   static_cast<uint64_t*>(scratch), words);
     const int64_t span = divide_up(std::max(kSpan, divide_up(rows.count(), kMostParts)), kPack) * kPack;
     const int parts = static_cast<int>(divide_up(rows.count(), span));
     for (int round = 0; error == cudaSuccess && round < DigitsOf<Rows>::kRounds; ++round) {
@@ -235,12 +234,12 @@ auto with_dtype(DType dtype, const F& f) {
 
 // The concepts of one launch.
 template <class T>
-SegaRows<T> rows_of(const SegaParams& p, int64_t first, void* scratch) {
+SegaRows<T> rows_of(const SegaParams& p, int64_t first, void* guided) {
   using Acc = AccOf<T>;
   SegaRows<T> rows{};
   rows.p = p, rows.first = static_cast<int>(first);
   rows.num = static_cast<int>(std::min<int64_t>(p.concepts - first, kConcepts));
-  rows.guided = p.momentum_out, rows.guided.data = scratch;
+  rows.guided = p.momentum_out, rows.guided.data = guided;
   rows.is_first = first == 0, rows.is_last = first + kConcepts >= p.concepts;
   rows.guidance_scale = p.guidance_scale, rows.momentum_scale = p.momentum_scale;
   rows.beta = p.momentum_beta, rows.rest = 1 - p.momentum_beta;
@@ -273,7 +272,7 @@ cudaError_t percentile_mask_cuda(const PercentileParams& p, void* scratch, cudaS
     using Rows = PercentileRows<decltype(x)>;
     const Rows rows{p, quantile_rank(p.level, p.count)};
     const bool several = takes_several<typename Rows::Acc>(1, p.count);
-    return several ? launch_several(rows, scratch, 0, stream) : launch_whole(rows, stream);
+    return several ? launch_several(rows, scratch, stream) : launch_whole(rows, stream);
   });
 }
 
@@ -291,10 +290,11 @@ cudaError_t sega_guidance_cuda(const SegaParams& p, void* scratch, cudaStream_t 
   return with_dtype(p.dtype, [&](auto x) {
     using T = decltype(x);
     const bool several = takes_several<AccOf<T>>(p.channels, p.count);
+    void* const notes = static_cast<char*>(scratch) + guided_bytes<T>(p);
     cudaError_t error = cudaSuccess;
     for (int64_t first = 0; error == cudaSuccess && (first == 0 || first < p.concepts); first += kConcepts) {
       const SegaRows<T> rows = rows_of<T>(p, first, scratch);
-      error = several ? launch_several(rows, scratch, guided_bytes<T>(p), stream) : launch_whole(rows, stream);
+      error = several ? launch_several(rows, notes, stream) : launch_whole(rows, stream);
     }
     return error;
   });

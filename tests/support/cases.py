@@ -167,11 +167,15 @@ def why_skip(
     return f"{backend}: {reason}" if reason else None
 
 
-def backends(*names: str) -> list:
-    """Parameters of these backends, or of all; skipped with their reason where they are absent."""
+def backends(*names: str, op: str = "layout_attention") -> list:
+    """Parameters of these backends, or of all; skipped with their reason where they lack an op.
+
+    Emulated on tensors of the CPU, CUDA's is one of these.
+    """
     params = []
-    for backend in names or DEVICES:
-        reason = why_skip(backend)
+    emulated = ["cuda"] * (bool(names) and DEVICES["cuda"] == "cpu")
+    for backend in (*names, *emulated) or DEVICES:
+        reason = why_skip(backend, op)
         gpu = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
         params.append(
             pytest.param(backend, marks=[*gpu, *([pytest.mark.skip(reason)] if reason else [])])
