@@ -238,6 +238,7 @@ SegaRows<T> rows_of(const SegaParams& p, int64_t first, void* guided) {
   using Acc = AccOf<T>;
   SegaRows<T> rows{};
   rows.p = p, rows.first = static_cast<int>(first);
+  rows.p.scales = rows.p.levels = rows.p.weights = rows.p.partials = nullptr;  // the host's
   rows.num = static_cast<int>(std::min<int64_t>(p.concepts - first, kConcepts));
   rows.guided = p.momentum_out, rows.guided.data = guided;
   rows.is_first = first == 0, rows.is_last = first + kConcepts >= p.concepts;

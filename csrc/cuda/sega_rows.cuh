@@ -102,7 +102,7 @@ struct SegaRows {
   using Acc = AccOf<T>;
   static constexpr int kLowBit = 0;
 
-  SegaParams p;            // whose lists are the host's
+  SegaParams p;            // without its lists
   int first, num;          // concepts of this launch
   TensorView<3> guided;    // [B, C, N]: eps between launches
   bool is_first, is_last;  // of the launches that share the concepts
