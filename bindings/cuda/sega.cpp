@@ -5,20 +5,17 @@
 
 namespace {
 
-template <class Params, class Kernel>
-void launch_with_scratch(const Params& p, const Tensor& like, size_t bytes, Kernel kernel) {
+template <auto scratch_bytes, auto kernel, class Params>
+void launch_with_scratch(const Params& p, const Tensor& like) {
+  const int64_t bytes = static_cast<int64_t>(scratch_bytes(p));
   std::optional<Tensor> scratch;
-  if (bytes > 0) scratch = allocate(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  launch_like(like, kernel, p, scratch ? scratch->data_ptr() : nullptr);
+  if (bytes > 0) scratch = allocate(like, {bytes}, ScalarType::Byte);
+  launch_like(like, kernel, p, bytes > 0 ? scratch->data_ptr() : nullptr);
 }
 
-void percentile_on_gpu(const PercentileParams& p, const Tensor& x) {
-  launch_with_scratch(p, x, percentile_mask_scratch_bytes(p), percentile_mask_cuda);
-}
-
-void guidance_on_gpu(const SegaParams& p, const Tensor& like) {
-  launch_with_scratch(p, like, sega_guidance_scratch_bytes(p), sega_guidance_cuda);
-}
+constexpr auto percentile_on_gpu =
+    launch_with_scratch<percentile_mask_scratch_bytes, percentile_mask_cuda, PercentileParams>;
+constexpr auto guidance_on_gpu = launch_with_scratch<sega_guidance_scratch_bytes, sega_guidance_cuda, SegaParams>;
 
 }  // namespace
 

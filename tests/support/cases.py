@@ -167,15 +167,19 @@ def why_skip(
     return f"{backend}: {reason}" if reason else None
 
 
-def backends(*names: str, op: str = "layout_attention") -> list:
-    """Parameters of these backends, or of all; skipped with their reason where they lack an op.
-
-    Emulated on tensors of the CPU, CUDA's is one of these.
+def backends(
+    *names: str,
+    op: str = "layout_attention",
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> list:
+    """Parameters of these backends, or of all; skipped with their reason where they lack an op or
+    take none of these dtypes. Emulated on tensors of the CPU, CUDA's is one of these.
     """
     params = []
     emulated = ["cuda"] * (bool(names) and DEVICES["cuda"] == "cpu")
     for backend in (*names, *emulated) or DEVICES:
-        reason = why_skip(backend, op)
+        reasons = [why_skip(backend, op, dtype) for dtype in dtypes]
+        reason = None if None in reasons else reasons[0]
         gpu = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
         params.append(
             pytest.param(backend, marks=[*gpu, *([pytest.mark.skip(reason)] if reason else [])])
