@@ -167,11 +167,16 @@ def why_skip(
     return f"{backend}: {reason}" if reason else None
 
 
-def backends(*names: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list:
-    """Parameters of these backends, or of all; skipped where they take none of these dtypes."""
+def backends(
+    *names: str, op: str = "layout_attention", dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> list:
+    """Parameters of these backends, or of all; skipped where they lack an op or take none of these
+    dtypes. CUDA's is among them where it is emulated.
+    """
     params = []
-    for backend in names or DEVICES:
-        reasons = [why_skip(backend, dtype=dtype) for dtype in dtypes]
+    emulated = ["cuda"] * (bool(names) and DEVICES["cuda"] == "cpu" and "cuda" not in names)
+    for backend in (*names, *emulated) or DEVICES:
+        reasons = [why_skip(backend, op, dtype) for dtype in dtypes]
         marks = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
         marks += [] if None in reasons else [pytest.mark.skip(reasons[0])]
         params.append(pytest.param(backend, marks=marks))
