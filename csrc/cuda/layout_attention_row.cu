@@ -11,7 +11,7 @@ constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM, kStride = kRowStride<kHeadDim>;
 constexpr int kRows = 16;                           // of a warp at a time
 constexpr int kWarps = kHeadDim > 160 ? 2 : 4;      // of a block
 constexpr bool kAhead = kHeadDim <= 96;             // the next rows are fetched while these are worked on
-constexpr int kColumns = kHeadDim % 64 ? (kHeadDim > 96 ? kHeadDim / 4 : kHeadDim > 40 ? kHeadDim / 2 : kHeadDim) : 64;  // of out at a time
+constexpr int kColumns = kHeadDim > 128 ? 32 : kHeadDim % 64 == 0 ? 64 : kHeadDim > 40 ? kHeadDim / 2 : kHeadDim;  // of out at a time
 static_assert(kHeadDim % kColumns == 0 && kColumns % 8 == 0);
 
 // What a lane of a warp has of an mma's tile: rows `group` and `group` + 8. Numbers of a row are worked out by the lanes
@@ -182,7 +182,7 @@ __device__ __forceinline__ bool is_steep(const RowRule& rule) {
 }
 
 // Scores as they are from the anchor on, and the largest exponent of the own row.
-template <int kKeys>
+template <Modulation kModulation, int kKeys>
 __device__ __forceinline__ float search_top(Scores<kKeys>& s, const KeyWords<kKeys>& words, const int32_t (&row_words)[2],
                                          const RowRule& rule, const Lane& lane) {
   Exponents exponents;
@@ -196,7 +196,8 @@ __device__ __forceinline__ float search_top(Scores<kKeys>& s, const KeyWords<kKe
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       s[n][i] -= anchor[i / 2];
-      const float exponent = exponents.of(s[n][i], i, words.meet(row_words[i / 2], n, i));
+      const bool matched = kModulation == Modulation::kMask || words.meet(row_words[i / 2], n, i);
+      const float exponent = exponents.of(s[n][i], i, matched);
       (i < 2 ? first : second) = fmaxf(i < 2 ? first : second, exponent);
     }
   }
@@ -323,7 +324,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const RowRule rule = row_rule<kModulation>(row.strength, scale, high, low);
     float largest = fmaxf(rule.offset_in, rule.offset_out) - kMost<T>, anchored = rule.anchor * rule.factor;
     if (__any_sync(~0u, is_steep<T, kModulation>(rule))) {
-      largest = search_top(s, words, both_words, rule, lane);
+      largest = search_top<kModulation>(s, words, both_words, rule, lane);
       anchored = 0;
     }
     Exponents exponents;
