@@ -1,6 +1,7 @@
 // Layout attention forward where a warp holds whole rows of scores: up to 128 keys. Compiled once a class of head dims.
 #include <algorithm>
 
+#include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/layout_attention_rows.cuh"
 #include "cuda/shared_rows.cuh"
@@ -364,13 +365,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
 
 template <class T, Modulation kModulation, int kKeys>
 cudaError_t launch_row(const LayoutAttentionParams& p, cudaStream_t stream) {
-  constexpr int64_t kEnough = 384, kMostSteps = 4;  // blocks that fill a GPU; more rows than they need share keys
+  constexpr int64_t kEnough = 384, kMostSteps = 4;  // blocks that fill a GPU: with more of them, rows share keys
   const int64_t heads = p.batch * p.num_heads, tiles = (p.seqlen_q + kWarps * kRows - 1) / (kWarps * kRows);
+  if (heads * tiles == 0) return cudaSuccess;
+  if (heads > INT32_MAX) return cudaErrorInvalidConfiguration;
   int64_t steps = 1;
   while (steps < kMostSteps && heads * tiles >= 2 * steps * kEnough) steps *= 2;
-  const dim3 grid(heads, std::min<int64_t>((tiles + steps - 1) / steps, 65535));
-  return launch(layout_attention_row_fwd_kernel<T, kModulation, kKeys>, grid, dim3(kWarps * kWarp),
-                sizeof(Shared<T, kKeys>), stream, p);
+  const int64_t blocks = std::min<int64_t>((tiles + steps - 1) / steps, UINT16_MAX);
+  const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>(blocks));
+  return launch(layout_attention_row_fwd_kernel<T, kModulation, kKeys>, grid, kWarps * kWarp, sizeof(Shared<T, kKeys>),
+                stream, p);
 }
 
 template <class T, Modulation kModulation>
@@ -396,7 +400,7 @@ cudaError_t launch_modulation(const LayoutAttentionParams& p, cudaStream_t strea
 
 namespace DENSE_ATTN_CLASS {
 
-cudaError_t layout_attention_row_fwd(const LayoutAttentionParams& p, cudaStream_t stream) {
+cudaError_t layout_attention_row_fwd_cuda(const LayoutAttentionParams& p, cudaStream_t stream) {
   return p.dtype == DType::kFloat16 ? launch_modulation<__half>(p, stream)
                                     : launch_modulation<__nv_bfloat16>(p, stream);
 }
