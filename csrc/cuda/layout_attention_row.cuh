@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
   extern __shared__ uint4 memory[];
   auto& shared = *reinterpret_cast<Shared<T, kKeys>*>(memory);
   const Lane lane;
-  const int num_heads = p.num_heads, seqlen_q = p.seqlen_q, head_dim = p.head_dim, warp = threadIdx.x / kWarp;
+  const int num_heads = p.num_heads, seqlen_q = p.seqlen_q, seqlen_k = p.seqlen_k, head_dim = p.head_dim,
+            warp = threadIdx.x / kWarp;
   const int batch = blockIdx.x / num_heads, head = blockIdx.x % num_heads;
   auto& queries = shared.rows[warp][0];
   auto& out = shared.rows[warp][kAhead ? 1 : 0];
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
   wait_for_copies<0>();
   __syncthreads();
   const KeyWords<kKeys> words(shared.words, lane);
+  const bool numbers = p.lse.data || p.stats.data;
   const float signed_scale = p.scale, scale = fabsf(signed_scale);
   for (const int step = gridDim.y * kWarps * kRows; place < seqlen_q; place += step) {
     const bool more = place + step < seqlen_q;
@@ -58,8 +60,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
     lane.to_both(rule.factor, exponents.factor);
     lane.to_both(rule.offset_in - largest - anchored, exponents.in);
     lane.to_both(rule.offset_out - largest - anchored, exponents.out);
+    weigh<kModulation>(s, words, both_words, exponents);
+    const float sum = numbers ? sum_own(s, seqlen_k, lane) : 0;
     Weights<kKeys> weights;
-    weigh<T, kModulation>(weights, s, words, both_words, exponents);
+    round_weights<T>(weights, s);
     float sums[2], inverse[2];
     sum_weights(sums, weights, shared, lane);
     for (int r = 0; r < 2; ++r) inverse[r] = sums[r] == 0 ? 0 : reciprocal_approx(sums[r]);
@@ -70,8 +74,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
     __syncwarp();
     if (place + lane.own < seqlen_q) {
       store_row(p.out.at<T>(batch, head, row.token), out[lane.own], lane.half, head_dim, out_pieces);
-      if (lane.half == 0) {
-        const float sum = lane.of_own(sums[0], sums[1]);
+      if (numbers && lane.half == 0) {
         store_row_numbers<kModulation>(p, batch, head, row.token, rule, high, low, largest, sum);
       }
     }

@@ -167,20 +167,43 @@ __device__ __forceinline__ float search_top(Scores<kKeys>& s, const KeyWords<kKe
   return is_finite(top) ? top : 0;
 }
 
-// Weights of both rows' keys in 16 bits, as mma's first operand has them.
-template <class T, Modulation kModulation, int kKeys>
-__device__ __forceinline__ void weigh(Weights<kKeys>& weights, const Scores<kKeys>& s, const KeyWords<kKeys>& words,
-                                      const int32_t (&row_words)[2], const Exponents& exponents) {
+// Scores become weights.
+template <Modulation kModulation, int kKeys>
+__device__ __forceinline__ void weigh(Scores<kKeys>& s, const KeyWords<kKeys>& words, const int32_t (&row_words)[2],
+                                      const Exponents& exponents) {
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) {
-    float weight[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool matched = kModulation == Modulation::kMask || words.meet(row_words[i / 2], n, i);
-      weight[i] = exp2_approx(exponents.of(s[n][i], i, matched));
+      s[n][i] = exp2_approx(exponents.of(s[n][i], i, matched));
     }
-    weights.of_keys[n / 2][n % 2 * 2] = pack<T>(weight[0], weight[1]);
-    weights.of_keys[n / 2][n % 2 * 2 + 1] = pack<T>(weight[2], weight[3]);
+  }
+}
+
+// The sum of the own row's weights before they are rounded.
+template <int kKeys>
+__device__ __forceinline__ float sum_own(const Scores<kKeys>& weights, int seqlen_k, const Lane& lane) {
+  float first = 0, second = 0;
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float weight = n * 8 + lane.column + i % 2 < seqlen_k ? weights[n][i] : 0;
+      (i < 2 ? first : second) += weight;
+    }
+  }
+  const float mine = lane.of_own(first, second), others = lane.of_own(second, first);
+  const float pair = mine + __shfl_xor_sync(~0u, others, 1);
+  return pair + __shfl_xor_sync(~0u, pair, 2);
+}
+
+template <class T, int kKeys>
+__device__ __forceinline__ void round_weights(Weights<kKeys>& rounded, const Scores<kKeys>& weights) {
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+    rounded.of_keys[n / 2][n % 2 * 2] = pack<T>(weights[n][0], weights[n][1]);
+    rounded.of_keys[n / 2][n % 2 * 2 + 1] = pack<T>(weights[n][2], weights[n][3]);
   }
 }
 
