@@ -3,13 +3,11 @@
 // measured from a shift that a population keeps until they could pass what their dtype or a sum holds.
 #pragma once
 
+#include "cuda/head_dims.h"
 #include "cuda/layout_attention_fwd_steps.cuh"
 #include "cuda/layout_attention_rows.cuh"
 
-#define DENSE_ATTN_CLASS_OF(head_dim) head_dim_##head_dim
-#define DENSE_ATTN_CLASS(head_dim) DENSE_ATTN_CLASS_OF(head_dim)
-
-namespace DENSE_ATTN_CLASS(DENSE_ATTN_HEAD_DIM) {
+namespace DENSE_ATTN_CLASS {
 
 constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM;
 constexpr int kValueDim = kHeadDim == 256 ? 128 : kHeadDim;  // two programs share the values' columns of the widest
@@ -17,7 +15,7 @@ constexpr int kWarps = 8, kThreads = kWarps * kWarp, kBlockM = kWarps * 16;
 constexpr int kBlockN = kHeadDim <= 96 ? 64 : 32, kStages = kHeadDim <= 96 ? 3 : 4;
 
 template <class T>
-using Tiles = KeyTiles<T, kHeadDim, kValueDim, kBlockN, kThreads>;
+using Tiles = KeyTiles<T, kHeadDim, kValueDim, kBlockN, kStages, kThreads>;
 
 // What a warp knows of its query rows.
 template <class T, Modulation kModulation>
@@ -108,10 +106,10 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
   const int count = (seqlen_k + kBlockN - 1) / kBlockN;
 #pragma unroll
   for (int tile = 0; tile < kStages - 1; ++tile) {
-    if (tile < count) tiles.look_up(tile), tiles.fetch(tile);
+    if (tile < count) tiles.look_up(tile), tiles.fetch(tile * Tiles<T>::kStageBytes);
     commit_copies();
   }
-  if (kStages - 1 < count) tiles.look_up(kStages - 1);
+  if (count > 0) tiles.look_up(kStages - 1);
 
   const int32_t words[2] = {rows.words(0), rows.words(1)};
   const int32_t any_word = __reduce_or_sync(~0u, words[0] | words[1]);
@@ -124,40 +122,42 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
   Population<kValueDim> x[2];
   x[0].reset(), x[1].reset();
   Extremes extremes;
+  const MatrixLanes lanes = MatrixLanes::of<kHeadDim, kValueDim>();
+  const bool idle = first >= static_cast<int>(p.seqlen_q);
 
-  int stage = 0;
+  constexpr uint32_t kEnd = kStages * Tiles<T>::kStageBytes;
+  uint32_t stage = 0, before = kEnd - Tiles<T>::kStageBytes;
   for (int tile = 0; tile < count; ++tile) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the tile is there, and nobody reads the one before
     if (tile + kStages - 1 < count) {
-      tiles.fetch(stage == 0 ? kStages - 1 : stage - 1);
-      if (tile + kStages < count) tiles.look_up(tile + kStages);
+      tiles.fetch(before);
+      tiles.look_up(tile + kStages);
     }
     commit_copies();
-    const char* at = smem + stage * Tiles<T>::kStageBytes;
-    stage = stage == kStages - 1 ? 0 : stage + 1;
+    const char* at = smem + stage;
+    before = stage;
+    stage = stage == kEnd - Tiles<T>::kStageBytes ? 0 : stage + Tiles<T>::kStageBytes;
     const int32_t* key_words = reinterpret_cast<const int32_t*>(at + Tiles<T>::kWords);
-    int32_t any_key = 0, all_keys = -1;
-#pragma unroll
-    for (int i = threadIdx.x % kWarp; i < kBlockN; i += kWarp) any_key |= key_words[i], all_keys &= key_words[i];
-    any_key = __reduce_or_sync(~0u, any_key), all_keys = __reduce_and_sync(~0u, all_keys);
+    const int2 two = reinterpret_cast<const int2*>(key_words)[threadIdx.x % (kBlockN / 2)];
+    const int32_t any_key = __reduce_or_sync(~0u, two.x | two.y), all_keys = __reduce_and_sync(~0u, two.x & two.y);
     const bool none = (any_key & any_word) == 0, all = (all_keys & all_words) != 0;
-    if (first >= p.seqlen_q || (!kOthers && none)) continue;
+    if (idle || (!kOthers && none)) continue;
 
     const int left = seqlen_k - tile * kBlockN;
     const uint32_t values = shared_address(at + Tiles<T>::kValues);
     Scores<kBlockN> s;
-    score<T, kHeadDim, kBlockN>(s, q, shared_address(at));
+    score<T, kHeadDim, kBlockN>(s, q, shared_address(at), lanes);
     extremes.meet<kModulation>(s);
     if (left >= kBlockN && (all || plain)) {
-      absorb<T, kValueDim, kBlockN>(x[0], s, factor, values);
+      absorb<T, kValueDim, kBlockN>(x[0], s, factor, values, lanes);
     } else if (kOthers && left >= kBlockN && none) {
-      absorb<T, kValueDim, kBlockN>(x[1], s, factor, values);
+      absorb<T, kValueDim, kBlockN>(x[1], s, factor, values, lanes);
     } else {
-      absorb_mixed<T, kOthers, kValueDim, kBlockN>(x, s, factor, words, key_words, left, values);
+      absorb_mixed<T, kOthers, kValueDim, kBlockN>(x, s, factor, words, key_words, left, values, lanes);
     }
   }
   store_rows(rows, x, extremes, plain);
 }
 
-}  // namespace DENSE_ATTN_CLASS(DENSE_ATTN_HEAD_DIM)
+}  // namespace DENSE_ATTN_CLASS

@@ -9,85 +9,137 @@
 template <int kColumns>
 constexpr int kRowPitch = (kColumns / 8 | 1) * 16;
 
-__device__ __forceinline__ void copy_word_async(uint32_t to, const int32_t* from) {
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_word_async(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
-// The token in a place; an order leads to no other memory. As an unsigned number what is negative is large.
-__device__ __forceinline__ int token_at(const TensorView<2>& order, int batch, int place, int last) {
-  place = min(place, last);  // places beyond the last repeat it
-  if (order.data == nullptr) return place;
-  return min(static_cast<unsigned>(*order.at<const int32_t>(batch, place)), static_cast<unsigned>(last));
+// The same number, which the compiler must keep: it would make it anew from what it is made of at every tile.
+__device__ __forceinline__ uint32_t kept(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+__device__ __forceinline__ const char* kept(const char* x) {
+  asm volatile("" : "+l"(x));
+  return x;
 }
 
-// A stage of shared memory: rows of keys, rows of values, words.
-template <class T, int kHeadDim, int kValueDim, int kKeys, int kThreads>
+// The row of a tensor whose rows begin at `data`, some bytes apart; by one instruction if those have 32 bits.
+__device__ __forceinline__ const char* row_of(const char* data, uint32_t row, uint64_t stride) {
+  return data + row * stride;
+}
+__device__ __forceinline__ const char* row_of(const char* data, uint32_t row, uint32_t stride) {
+  const char* at;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(row), "r"(stride), "l"(data));
+  return at;
+}
+
+// A stage of shared memory holds rows of keys, rows of values and words. A row is copied by some neighbouring threads,
+// 16 bytes each, columns beyond the head dim are 0 from the start.
+template <class T, int kHeadDim, int kValueDim, int kKeys, int kStages, int kThreads>
 struct KeyTiles {
   static constexpr int kKeyPitch = kRowPitch<kHeadDim>, kValuePitch = kRowPitch<kValueDim>;
   static constexpr int kValues = kKeys * kKeyPitch, kWords = kValues + kKeys * kValuePitch;
   static constexpr int kStageBytes = kWords + kKeys * 4;
-  static constexpr int kLanes = kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;  // threads that copy a row
-  static constexpr int kRows = kThreads / kLanes, kPasses = kKeys / kRows;       // rows that are copied at once
+  static constexpr int kLanes = kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
+  static constexpr int kRows = kThreads / kLanes, kPasses = kKeys / kRows;  // rows that are copied at once
   static_assert(kPasses * kRows == kKeys && kKeys <= kThreads);
 
-  const LayoutAttentionParams& p;
   char* const smem;
-  const int batch, row, chunk;
-  const bool key_there, value_there, aligned;
-  const char *k, *v;  // this thread's chunk of the head's first key and value
-  const int32_t* words;
-  int tokens[kPasses], word_token;
+  const char *keys, *values;  // this thread's chunk of the head's first row
+  const char *words, *order;  // of the sample
+  uint64_t key_stride, value_stride, word_stride, order_stride;  // bytes
+  uint32_t row, chunk, last, key_to, value_to;
+  bool key_there, value_there;
+  uint32_t fast, key_step, value_step, word_step;  // strides, if each has 32 bits and chunks begin at their multiples
+  uint32_t tokens[kPasses], word_token;
 
-  __device__ __forceinline__ KeyTiles(const LayoutAttentionParams& params, char* shared, int sample, int head, int part)
-      : p(params),
-        smem(shared),
-        batch(sample),
+  __device__ __forceinline__ KeyTiles(const LayoutAttentionParams& p, char* shared, int batch, int head, int part)
+      : smem(shared),
+        keys(reinterpret_cast<const char*>(p.k.at<const T>(batch, head))),
+        values(reinterpret_cast<const char*>(p.v.at<const T>(batch, head)) + part * kValueDim * sizeof(T)),
+        words(reinterpret_cast<const char*>(p.k_regions.at<const int32_t>(batch))),
+        order(reinterpret_cast<const char*>(p.k_order.at<const int32_t>(p.k_order.data ? batch : 0))),
+        key_stride(p.k.strides[2] * sizeof(T)),
+        value_stride(p.v.strides[2] * sizeof(T)),
+        word_stride(p.k_regions.strides[1] * 4),
+        order_stride(p.k_order.strides[1] * 4),
         row(threadIdx.x / kLanes),
         chunk(threadIdx.x % kLanes),
+        last(static_cast<uint32_t>(p.seqlen_k) - 1),
         key_there(chunk * 8 < p.head_dim),
-        value_there(part * kValueDim + chunk * 8 < p.head_dim),
-        aligned(is_aligned(p.k, sample, head) && is_aligned(p.v, sample, head)),
-        k(p.k.at<const char>() + 2 * (sample * p.k.strides[0] + head * p.k.strides[1] + chunk * 8)),
-        v(p.v.at<const char>() + 2 * (sample * p.v.strides[0] + head * p.v.strides[1] + part * kValueDim + chunk * 8)),
-        words(p.k_regions.at<const int32_t>(sample)) {}
-
-  // Whether every row of a head begins where 16 bytes can be copied at once.
-  static __device__ __forceinline__ bool is_aligned(const TensorView<4>& x, int sample, int head) {
-    return (reinterpret_cast<uintptr_t>(x.at<const T>(sample, head)) | x.strides[2] * sizeof(T)) % 16 == 0;
+        value_there(chunk < kValueDim / 8 && part * kValueDim + chunk * 8 < p.head_dim) {
+    const auto bits = reinterpret_cast<uintptr_t>(keys) | reinterpret_cast<uintptr_t>(values);
+    fast = kept((bits | key_stride | value_stride) % 16 == 0 && (key_stride | value_stride | word_stride) >> 32 == 0);
+    key_step = kept(key_stride), value_step = kept(value_stride), word_step = kept(word_stride);
+    keys = kept(keys + chunk * 16), values = kept(values + chunk * 16), words = kept(words);
+    key_to = kept(shared_address(key_at(0, row))), value_to = kept(shared_address(value_at(0, row)));
+    for (int i = 0; i < kStages * kKeys / kRows; ++i) {
+      const uint32_t at = i / kPasses * kStageBytes, to = i % kPasses * kRows + row;
+      const uint4 zeros = {};
+      if (chunk < kHeadDim / 8 && !key_there) *reinterpret_cast<uint4*>(key_at(at, to)) = zeros;
+      if (chunk < kValueDim / 8 && !value_there) *reinterpret_cast<uint4*>(value_at(at, to)) = zeros;
+    }
   }
 
-  // Finds the tokens of a tile, a tile before they are fetched.
-  __device__ __forceinline__ void look_up(int tile) {
-    const int first = tile * kKeys, last = static_cast<int>(p.seqlen_k) - 1;
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) tokens[i] = token_at(p.k_order, batch, first + i * kRows + row, last);
-    if (threadIdx.x < kKeys) word_token = token_at(p.k_order, batch, first + static_cast<int>(threadIdx.x), last);
+  __device__ __forceinline__ char* key_at(uint32_t stage, uint32_t to) const {
+    return smem + stage + to * kKeyPitch + chunk * 16;
+  }
+  __device__ __forceinline__ char* value_at(uint32_t stage, uint32_t to) const {
+    return smem + stage + kValues + to * kValuePitch + chunk * 16;
   }
 
-  __device__ __forceinline__ void fetch(int stage) {
-    char* const at = smem + stage * kStageBytes;
+  // Finds the tokens of a tile, a tile before they are fetched; beyond the last it comes again.
+  __device__ __forceinline__ void look_up(uint32_t tile) {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int to = i * kRows + row;
-      if (chunk < kHeadDim / 8) {
-        copy(at + to * kKeyPitch + chunk * 16, k + tokens[i] * (p.k.strides[2] * 2), key_there);
-      }
-      if (chunk < kValueDim / 8) {
-        copy(at + kValues + to * kValuePitch + chunk * 16, v + tokens[i] * (p.v.strides[2] * 2), value_there);
+    for (int i = 0; i < kPasses; ++i) tokens[i] = min(tile * kKeys + i * kRows + row, last);
+    word_token = min(tile * kKeys + threadIdx.x, last);
+    if (order == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) tokens[i] = token_at(tokens[i]);
+    if (threadIdx.x < kKeys) word_token = token_at(word_token);
+  }
+  // An order leads to no other memory.
+  __device__ __forceinline__ uint32_t token_at(uint32_t place) const {
+    return min(*reinterpret_cast<const uint32_t*>(row_of(order, place, order_stride)), last);
+  }
+
+  // Copies a tile to a stage, which is given as its place in bytes.
+  __device__ __forceinline__ void fetch(uint32_t stage) const {
+    if (!fast) return fetch_elements(stage);
+    if (key_there) {
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        copy_async(key_to + stage + i * kRows * kKeyPitch, row_of(keys, tokens[i], key_step));
+        if (kValueDim == kHeadDim || value_there) {
+          copy_async(value_to + stage + i * kRows * kValuePitch, row_of(values, tokens[i], value_step));
+        }
       }
     }
     if (threadIdx.x < kKeys) {
-      copy_word_async(shared_address(at + kWords + 4 * threadIdx.x), words + word_token * p.k_regions.strides[1]);
+      copy_word_async(shared_address(smem) + stage + kWords + 4 * threadIdx.x, row_of(words, word_token, word_step));
     }
   }
 
-  __device__ __forceinline__ void copy(char* to, const char* from, bool there) const {
-    if (aligned) {
-      copy_async(shared_address(to), from, there);
-    } else {
-      for (int i = 0; i < 16; i += 2) {
-        *reinterpret_cast<uint16_t*>(to + i) = there ? *reinterpret_cast<const uint16_t*>(from + i) : uint16_t{};
-      }
+  // For rows that do not begin where 16 bytes can be copied at once.
+  __device__ __forceinline__ void fetch_elements(uint32_t stage) const {
+#pragma unroll 1
+    for (int i = 0; i < kPasses * 16; ++i) {
+      const uint32_t to = i / 16 * kRows + row, byte = i % 8 * 2;
+      const bool key = i % 16 < 8;
+      uint32_t token = tokens[0];
+#pragma unroll
+      for (int pass = 1; pass < kPasses; ++pass) token = i / 16 == pass ? tokens[pass] : token;
+      if (!(key ? key_there : value_there)) continue;
+      const char* from = key ? row_of(keys, token, key_stride) : row_of(values, token, value_stride);
+      char* at = key ? key_at(stage, to) : value_at(stage, to);
+      *reinterpret_cast<uint16_t*>(at + byte) = *reinterpret_cast<const uint16_t*>(from + byte);
+    }
+    if (threadIdx.x < kKeys) {
+      const char* from = row_of(words, word_token, word_stride);
+      reinterpret_cast<int32_t*>(smem + stage + kWords)[threadIdx.x] = *reinterpret_cast<const int32_t*>(from);
     }
   }
 };

@@ -48,11 +48,25 @@ struct Queries {
   }
 };
 
+// Where a lane's rows of matrix loads lie in a tile: two matrices of sixteen keys or columns beside two, or four of eight
+// columns that are left, which are four times eight rows.
+struct MatrixLanes {
+  uint32_t keys, keys_left, values, values_left;
+
+  template <int kHeadDim, int kValueDim>
+  static __device__ __forceinline__ MatrixLanes of() {
+    const uint32_t lane = threadIdx.x % kWarp;
+    return {kept((lane / 16 * 8 + lane % 8) * kRowPitch<kHeadDim> + lane / 8 % 2 * 16),
+            kept(lane * kRowPitch<kHeadDim> + kHeadDim / 16 * 32),
+            kept(lane % 16 * kRowPitch<kValueDim> + lane / 16 * 16),
+            kept(lane * kRowPitch<kValueDim> + kValueDim / 16 * 32)};
+  }
+};
+
 template <class T, int kHeadDim, int kKeys>
-__device__ __forceinline__ void score(Scores<kKeys>& s, const Queries<T, kHeadDim>& q, uint32_t keys) {
+__device__ __forceinline__ void score(Scores<kKeys>& s, const Queries<T, kHeadDim>& q, uint32_t keys,
+                                      const MatrixLanes& lanes) {
   constexpr int kPitch = kRowPitch<kHeadDim>;
-  const int lane = threadIdx.x % kWarp;
-  const uint32_t wide_at = keys + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) s.of[n][0] = s.of[n][1] = s.of[n][2] = s.of[n][3] = 0;
 #pragma unroll
@@ -60,7 +74,7 @@ __device__ __forceinline__ void score(Scores<kKeys>& s, const Queries<T, kHeadDi
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
       uint32_t b[4];
-      load_matrix_x4(b, wide_at + n * 16 * kPitch + i * 32);
+      load_matrix_x4(b, keys + lanes.keys + n * 16 * kPitch + i * 32);
       mma_k16<T>(s.of[2 * n], q.wide[i], b[0], b[1]);
       mma_k16<T>(s.of[2 * n + 1], q.wide[i], b[2], b[3]);
     }
@@ -69,7 +83,7 @@ __device__ __forceinline__ void score(Scores<kKeys>& s, const Queries<T, kHeadDi
 #pragma unroll
     for (int n = 0; n < kKeys / 32; ++n) {
       uint32_t b[4];
-      load_matrix_x4(b, keys + (n * 32 + lane) * kPitch + kHeadDim / 16 * 32);
+      load_matrix_x4(b, keys + lanes.keys_left + n * 32 * kPitch);
 #pragma unroll
       for (int i = 0; i < 4; ++i) mma_k8<T>(s.of[4 * n + i], q.narrow[0], q.narrow[1], b[i]);
     }
@@ -97,18 +111,16 @@ struct Population {
   }
 };
 
-// acc += weights * values, for one or two matrices of weights.
-template <class T, int kColumns, int kKeys, class Accumulate>
-__device__ __forceinline__ void with_values(uint32_t values, const Accumulate& accumulate) {
+// Hands out the operands of a product with the values: sixteen rows of eight columns, numbered.
+template <int kColumns, int kKeys, class Accumulate>
+__device__ __forceinline__ void with_values(uint32_t values, const MatrixLanes& lanes, const Accumulate& accumulate) {
   constexpr int kPitch = kRowPitch<kColumns>;
-  const int lane = threadIdx.x % kWarp;
-  const uint32_t at = values + lane % 16 * kPitch + lane / 16 * 16;
 #pragma unroll
   for (int n = 0; n < kKeys / 16; ++n) {
 #pragma unroll
     for (int c = 0; c < kColumns / 16; ++c) {
       uint32_t b[4];
-      load_matrix_x4_trans(b, at + n * 16 * kPitch + c * 32);
+      load_matrix_x4_trans(b, values + lanes.values + n * 16 * kPitch + c * 32);
       accumulate(2 * c, n, b[0], b[1]);
       accumulate(2 * c + 1, n, b[2], b[3]);
     }
@@ -117,7 +129,7 @@ __device__ __forceinline__ void with_values(uint32_t values, const Accumulate& a
 #pragma unroll
     for (int n = 0; n < kKeys / 32; ++n) {
       uint32_t b[4];
-      load_matrix_x4_trans(b, values + (n * 32 + lane) * kPitch + kColumns / 16 * 32);
+      load_matrix_x4_trans(b, values + lanes.values_left + n * 32 * kPitch);
       accumulate(kColumns / 8 - 1, 2 * n, b[0], b[1]);
       accumulate(kColumns / 8 - 1, 2 * n + 1, b[2], b[3]);
     }
@@ -127,7 +139,7 @@ __device__ __forceinline__ void with_values(uint32_t values, const Accumulate& a
 // A tile whose pairs are all of one population.
 template <class T, int kColumns, int kKeys>
 __device__ __forceinline__ void absorb(Population<kColumns>& x, const Scores<kKeys>& s, const float (&factor)[2],
-                                       uint32_t values) {
+                                       uint32_t values, const MatrixLanes& lanes) {
   Weights<kKeys> weights;
   float sum[2];
   for (bool raised = false;; raised = true) {
@@ -152,7 +164,7 @@ __device__ __forceinline__ void absorb(Population<kColumns>& x, const Scores<kKe
     }
   }
   x.sum[0] += sum[0], x.sum[1] += sum[1];
-  with_values<T, kColumns, kKeys>(values, [&](int c, int n, uint32_t b0, uint32_t b1) {
+  with_values<kColumns, kKeys>(values, lanes, [&](int c, int n, uint32_t b0, uint32_t b1) {
     mma_k16<T>(x.acc[c], weights.of[n], b0, b1);
   });
 }
@@ -193,7 +205,8 @@ __device__ __forceinline__ void weigh_mixed(Weights<kKeys> (&weights)[2], float 
 template <class T, bool kOthers, int kColumns, int kKeys>
 __device__ __forceinline__ void absorb_mixed(Population<kColumns> (&x)[2], const Scores<kKeys>& s,
                                              const float (&factor)[2], const int32_t (&row_words)[2],
-                                             const int32_t* key_words, int count, uint32_t values) {
+                                             const int32_t* key_words, int count, uint32_t values,
+                                             const MatrixLanes& lanes) {
   Weights<kKeys> weights[2];
   float sum[2][2];
   for (bool raised = false;; raised = true) {
@@ -221,7 +234,7 @@ __device__ __forceinline__ void absorb_mixed(Population<kColumns> (&x)[2], const
       if constexpr (kOthers) x[1].raise(r, top[1][r] * factor[r]);
     }
   }
-  with_values<T, kColumns, kKeys>(values, [&](int c, int n, uint32_t b0, uint32_t b1) {
+  with_values<kColumns, kKeys>(values, lanes, [&](int c, int n, uint32_t b0, uint32_t b1) {
     mma_k16<T>(x[0].acc[c], weights[0].of[n], b0, b1);
     if constexpr (kOthers) mma_k16<T>(x[1].acc[c], weights[1].of[n], b0, b1);
   });
