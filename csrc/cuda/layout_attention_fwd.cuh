@@ -12,7 +12,8 @@ namespace DENSE_ATTN_CLASS {
 constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM;
 constexpr int kValueDim = kHeadDim == 256 ? 128 : kHeadDim;  // two programs share the values' columns of the widest
 constexpr int kWarps = 8, kThreads = kWarps * kWarp, kBlockM = kWarps * 16;
-constexpr int kBlockN = kHeadDim <= 96 ? 64 : 32, kStages = kHeadDim <= 96 ? 3 : 4;
+constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32, kStages = kHeadDim <= 128 ? 3 : 4;
+constexpr int kStepN = kHeadDim <= 96 ? 64 : 32;  // keys whose scores are held at once
 
 template <class T>
 using Tiles = KeyTiles<T, kHeadDim, kValueDim, kBlockN, kStages, kThreads>;
@@ -38,9 +39,9 @@ struct Extremes {
   float high[2] = {-INFINITY, -INFINITY}, low[2] = {INFINITY, INFINITY};
 
   template <Modulation kModulation>
-  __device__ __forceinline__ void meet(const Scores<kBlockN>& s) {
+  __device__ __forceinline__ void meet(const Scores<kStepN>& s) {
 #pragma unroll
-    for (int n = 0; n < kBlockN / 8; ++n) {
+    for (int n = 0; n < kStepN / 8; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float a = s.of[n][2 * r], b = s.of[n][2 * r + 1];
@@ -97,7 +98,7 @@ template <class T, Modulation kModulation>
 __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const __grid_constant__ LayoutAttentionParams
                                                                               p) {
   constexpr bool kOthers = kModulation != Modulation::kMask;
-  extern __shared__ __align__(16) char smem[];
+  extern __shared__ __align__(128) char smem[];
   const int row_tiles = (static_cast<int>(p.seqlen_q) + kBlockM - 1) / kBlockM;
   const int index = blockIdx.x / row_tiles, num_heads = p.num_heads, seqlen_k = p.seqlen_k;
   const int first = blockIdx.x % row_tiles * kBlockM + threadIdx.x / kWarp * 16;
@@ -111,9 +112,9 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
   }
   if (count > 0) tiles.look_up(kStages - 1);
 
-  const int32_t words[2] = {rows.words(0), rows.words(1)};
-  const int32_t any_word = __reduce_or_sync(~0u, words[0] | words[1]);
-  const int32_t all_words = __reduce_and_sync(~0u, words[0] & words[1]);
+  const RowWords words = {{rows.words(0), rows.words(1)}};
+  const int32_t any_word = __reduce_or_sync(~0u, words.of[0] | words.of[1]);
+  const int32_t all_words = __reduce_and_sync(~0u, words.of[0] & words.of[1]);
   const float factors[2] = {rows.factor(0), rows.factor(1)}, factor[2] = {fabsf(factors[0]), fabsf(factors[1])};
   const bool plain = kOthers && __all_sync(~0u, rows.strength(0) == 0 && rows.strength(1) == 0);
   const bool negate = p.scale < 0, turned[2] = {(factors[0] < 0) != negate, (factors[1] < 0) != negate};
@@ -144,17 +145,23 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
     const bool none = (any_key & any_word) == 0, all = (all_keys & all_words) != 0;
     if (idle || (!kOthers && none)) continue;
 
-    const int left = seqlen_k - tile * kBlockN;
-    const uint32_t values = shared_address(at + Tiles<T>::kValues);
-    Scores<kBlockN> s;
-    score<T, kHeadDim, kBlockN>(s, q, shared_address(at), lanes);
-    extremes.meet<kModulation>(s);
-    if (left >= kBlockN && (all || plain)) {
-      absorb<T, kValueDim, kBlockN>(x[0], s, factor, values, lanes);
-    } else if (kOthers && left >= kBlockN && none) {
-      absorb<T, kValueDim, kBlockN>(x[1], s, factor, values, lanes);
-    } else {
-      absorb_mixed<T, kOthers, kValueDim, kBlockN>(x, s, factor, words, key_words, left, values, lanes);
+    const uint32_t keys = shared_address(at), values = keys + Tiles<T>::kValues;
+    const bool whole = tile < seqlen_k / kBlockN, matched = whole && (all || plain), others = whole && none;
+#pragma unroll 1
+    for (int step = 0; step < kBlockN; step += kStepN) {
+      const Step<T, kHeadDim, kValueDim, kStepN> these{q, lanes, factor, keys + step * Tiles<T>::kKeyPitch,
+                                                       values + step * Tiles<T>::kValuePitch};
+      Scores<kStepN> s;
+      these.score(s);
+      extremes.meet<kModulation>(s);
+      if (matched) {
+        these.absorb(x[0], s);
+      } else if (kOthers && others) {
+        these.absorb(x[1], s);
+      } else {
+        const int32_t* own = key_words + step + threadIdx.x % 4 * 2;  // of this thread's columns
+        these.template absorb_mixed<kOthers>(x, s, words, own, seqlen_k - tile * kBlockN - step);
+      }
     }
   }
   store_rows(rows, x, extremes, plain);
