@@ -107,10 +107,9 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
   const int count = (seqlen_k + kBlockN - 1) / kBlockN;
 #pragma unroll
   for (int tile = 0; tile < kStages - 1; ++tile) {
-    if (tile < count) tiles.look_up(tile), tiles.fetch(tile * Tiles<T>::kStageBytes);
+    if (tile < count) tiles.template fetch<true>(tile, tile * Tiles<T>::kStageBytes, 0);
     commit_copies();
   }
-  if (count > 0) tiles.look_up(kStages - 1);
 
   const RowWords words = {{rows.words(0), rows.words(1)}};
   const int32_t any_word = __reduce_or_sync(~0u, words.of[0] | words.of[1]);
@@ -131,10 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
   for (int tile = 0; tile < count; ++tile) {
     wait_for_copies<kStages - 2>();
     __syncthreads();  // the tile is there, and nobody reads the one before
-    if (tile + kStages - 1 < count) {
-      tiles.fetch(before);
-      tiles.look_up(tile + kStages);
-    }
+    if (tile + kStages - 1 < count) tiles.template fetch<false>(tile + kStages - 1, before, stage);
     commit_copies();
     const char* at = smem + stage;
     before = stage;
