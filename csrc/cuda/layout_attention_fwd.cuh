@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
   x[0].reset(), x[1].reset();
   Extremes extremes;
   const MatrixLanes lanes = MatrixLanes::of<kHeadDim, kValueDim>();
-  const bool idle = first >= static_cast<int>(p.seqlen_q);
+  const bool idle = __all_sync(~0u, first >= static_cast<int>(p.seqlen_q));  // a vote is the same to all lanes
 
   constexpr uint32_t kEnd = kStages * Tiles<T>::kStageBytes;
   uint32_t stage = 0, before = kEnd - Tiles<T>::kStageBytes;
@@ -155,8 +155,9 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
       } else if (kOthers && others) {
         these.absorb(x[1], s);
       } else {
-        const int32_t* own = key_words + step + threadIdx.x % 4 * 2;  // of this thread's columns
-        these.template absorb_mixed<kOthers>(x, s, words, own, seqlen_k - tile * kBlockN - step);
+        const char* own = at + Tiles<T>::kWords + 4 * step + lanes.words;
+        const int left = seqlen_k - tile * kBlockN - step;
+        these.template absorb_mixed<kOthers>(x, s, words, reinterpret_cast<const int32_t*>(own), left);
       }
     }
   }

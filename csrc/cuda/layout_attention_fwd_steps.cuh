@@ -48,17 +48,17 @@ struct Queries {
   }
 };
 
-// Where a lane's rows of matrix loads lie in a tile: two matrices of sixteen keys or columns beside two, or four of eight
-// columns that are left, which are four times eight rows.
+// Where a lane's rows of matrix loads lie in a tile: of four matrices for sixteen keys or for sixteen columns of values,
+// and of four in the last eight columns, which are four times eight rows. And where the words of its columns begin.
 struct MatrixLanes {
-  uint32_t keys, keys_left, values, values_left;
+  uint32_t keys, keys_left, values, values_left, words;
 
   template <int kHeadDim, int kValueDim>
   static __device__ __forceinline__ MatrixLanes of() {
     const uint32_t lane = threadIdx.x % kWarp;
     return {kept(chunk_at<kHeadDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2)),
             kept(chunk_at<kHeadDim>(lane, kHeadDim / 8 - 1)), kept(chunk_at<kValueDim>(lane % 16, lane / 16)),
-            kept(chunk_at<kValueDim>(lane, kValueDim / 8 - 1))};
+            kept(chunk_at<kValueDim>(lane, kValueDim / 8 - 1)), kept(lane % 4 * 8)};
   }
 };
 
