@@ -13,7 +13,7 @@ constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM;
 constexpr int kValueDim = kHeadDim == 256 ? 128 : kHeadDim;  // two programs share the values' columns of the widest
 constexpr int kWarps = 8, kThreads = kWarps * kWarp, kBlockM = kWarps * 16;
 constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32, kStages = kHeadDim <= 128 ? 3 : 4;
-constexpr int kStepN = kHeadDim <= 96 ? 64 : 32;  // keys whose scores are held at once
+constexpr int kStepN = kHeadDim <= 96 ? 64 : kHeadDim <= 128 ? 32 : 16;  // keys whose scores are held at once
 
 template <class T>
 using Tiles = KeyTiles<T, kHeadDim, kValueDim, kBlockN, kStages, kThreads>;
