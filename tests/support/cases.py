@@ -167,11 +167,14 @@ def why_skip(
     return f"{backend}: {reason}" if reason else None
 
 
-def backends(*names: str) -> list:
-    """Parameters of these backends, or of all; skipped with their reason where they are absent."""
+def backends(*names: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list:
+    """Parameters of these backends, or of all; skipped with their reason where they are absent or
+    take none of these dtypes.
+    """
     params = []
     for backend in names or DEVICES:
-        reason = why_skip(backend)
+        reasons = [why_skip(backend, dtype=dtype) for dtype in dtypes]
+        reason = None if None in reasons else reasons[0]
         gpu = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
         params.append(
             pytest.param(backend, marks=[*gpu, *([pytest.mark.skip(reason)] if reason else [])])
