@@ -12,10 +12,10 @@ constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM, kStride = kRowStride<kHeadDim>;
 constexpr int kRows = 16;                       // of a warp at a time
 constexpr int kWarps = kHeadDim > 160 ? 2 : 4;  // of a block
 constexpr bool kAhead = kHeadDim <= 96;         // the next rows are fetched while these are worked on
-constexpr int kColumns = kHeadDim % 64 ? (kHeadDim > 96   ? kHeadDim / 4
-                                          : kHeadDim > 40 ? kHeadDim / 2
-                                                          : kHeadDim)
-                                       : 64;  // of out at a time
+constexpr int kColumns = kHeadDim > 128       ? 32
+                         : kHeadDim % 64 == 0 ? 64
+                         : kHeadDim > 40      ? kHeadDim / 2
+                                              : kHeadDim;  // of out at a time
 static_assert(kHeadDim % kColumns == 0 && kColumns % 8 == 0);
 
 // What a lane of a warp has of an mma's tile: rows `group` and `group` + 8. Numbers of a row are worked out by the
@@ -186,7 +186,7 @@ __device__ __forceinline__ bool is_steep(const RowRule& rule) {
 }
 
 // Scores as they are from the anchor on, and the largest exponent of the own row.
-template <int kKeys>
+template <Modulation kModulation, int kKeys>
 __device__ __forceinline__ float search_top(Scores<kKeys>& s, const KeyWords<kKeys>& words,
                                             const int32_t (&row_words)[2], const RowRule& rule, const Lane& lane) {
   Exponents exponents;
@@ -200,7 +200,8 @@ __device__ __forceinline__ float search_top(Scores<kKeys>& s, const KeyWords<kKe
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       s[n][i] -= anchor[i / 2];
-      const float exponent = exponents.of(s[n][i], i, words.meet(row_words[i / 2], n, i));
+      const bool matched = kModulation == Modulation::kMask || words.meet(row_words[i / 2], n, i);
+      const float exponent = exponents.of(s[n][i], i, matched);
       (i < 2 ? first : second) = fmaxf(i < 2 ? first : second, exponent);
     }
   }
@@ -284,8 +285,12 @@ struct Row {
         strength(row_strength(p, batch, head, token)) {}
 };
 
+// Blocks whose registers fit a multiprocessor: without the number the compiler spills to fit one more.
+template <int kKeys>
+constexpr int kResident = kKeys > 80 ? 2 : 3;
+
 template <class T, Modulation kModulation, int kKeys>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
     layout_attention_row_fwd_kernel(const __grid_constant__ LayoutAttentionParams p) {
   extern __shared__ uint4 memory[];
   auto& shared = *reinterpret_cast<Shared<T, kKeys>*>(memory);
@@ -326,7 +331,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const RowRule rule = row_rule<kModulation>(row.strength, scale, high, low);
     float largest = fmaxf(rule.offset_in, rule.offset_out) - kMost<T>, anchored = rule.anchor * rule.factor;
     if (__any_sync(~0u, is_steep<T, kModulation>(rule))) {
-      largest = search_top(s, words, both_words, rule, lane);
+      largest = search_top<kModulation>(s, words, both_words, rule, lane);
       anchored = 0;
     }
     Exponents exponents;
@@ -360,13 +365,16 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 
 template <class T, Modulation kModulation, int kKeys>
 cudaError_t launch_row(const LayoutAttentionParams& p, cudaStream_t stream) {
-  constexpr int64_t kEnough = 384, kMostSteps = 4;  // blocks that fill a GPU; more rows than they need share keys
+  constexpr int64_t kEnough = 384, kMostSteps = 4;  // blocks that fill a GPU: with more of them, rows share keys
   const int64_t heads = p.batch * p.num_heads, tiles = (p.seqlen_q + kWarps * kRows - 1) / (kWarps * kRows);
+  if (heads * tiles == 0) return cudaSuccess;
+  if (heads > INT32_MAX) return cudaErrorInvalidConfiguration;
   int64_t steps = 1;
   while (steps < kMostSteps && heads * tiles >= 2 * steps * kEnough) steps *= 2;
-  const dim3 grid(heads, std::min<int64_t>((tiles + steps - 1) / steps, 65535));
-  return launch(layout_attention_row_fwd_kernel<T, kModulation, kKeys>, grid, dim3(kWarps * kWarp),
-                sizeof(Shared<T, kKeys>), stream, p);
+  const int64_t blocks = std::min<int64_t>((tiles + steps - 1) / steps, UINT16_MAX);
+  const dim3 grid(static_cast<unsigned>(heads), static_cast<unsigned>(blocks));
+  return launch(layout_attention_row_fwd_kernel<T, kModulation, kKeys>, grid, kWarps * kWarp, sizeof(Shared<T, kKeys>),
+                stream, p);
 }
 
 template <class T, Modulation kModulation>
