@@ -61,23 +61,43 @@ __device__ __forceinline__ void store_pair(T* at, uint32_t pair) {
   }
 }
 
+// Whether a key of the row has no weight that is a number, as the rule says with infinite extremes. The sums of a
+// population do not tell: a score of -inf has left nothing in them.
+template <class T, Modulation kModulation>
+__device__ __forceinline__ bool is_undefined(const Rows<T, kModulation>& rows, int r, const RowRule& rule) {
+  const LayoutAttentionParams& p = rows.p;
+  if (kModulation > Modulation::kMax || (is_finite(rule.offset_in) && is_finite(rule.offset_out))) return false;
+  const T* q = rows.queries(r);
+  bool found = false;
+  for (int key = threadIdx.x % 4; key < p.seqlen_k; key += 4) {
+    const T* k = p.k.at<const T>(rows.batch, rows.head, key);
+    float raw = 0;
+    for (int i = 0; i < p.head_dim; ++i) raw = fmaf(static_cast<float>(q[i]), static_cast<float>(k[i]), raw);
+    const bool matched = (rows.words(r) & *p.k_regions.at<const int32_t>(rows.batch, key)) != 0;
+    const float exponent = (p.scale < 0 ? -raw : raw) * rule.factor + (matched ? rule.offset_in : rule.offset_out);
+    found |= isnan(exponent);
+  }
+  return found;
+}
+
 // Merges both populations of a row, now that its extremes are known, and stores what is asked for.
 template <class T, Modulation kModulation>
-__device__ __forceinline__ void store_rows(const Rows<T, kModulation>& rows, Population<kValueDim> (&x)[2],
-                                           const Extremes& extremes, bool plain) {
+__device__ __forceinline__ void store_rows(const Rows<T, kModulation>& rows, const Population<kValueDim> (&x)[2],
+                                           const Extremes& extremes) {
   const LayoutAttentionParams& p = rows.p;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float high = quad_max(extremes.high[r]), low = quad_min(extremes.low[r]);
-    const float sum_in = quad_sum(x[0].sum[r]), sum_out = quad_sum(x[1].sum[r]);
-    if (!rows.exist(r)) continue;
-    const float strength = rows.strength(r);
     const bool turned = rows.factor(r) < 0;
     float raw_max = turned ? -low : high, raw_min = turned ? -high : low;
     if constexpr (kModulation > Modulation::kMax) raw_max = raw_min = 0;  // exponents are measured from anywhere
-    const RowRule rule = row_rule<kModulation>(strength, rows.scale(), raw_max, raw_min);
+    const RowRule rule = row_rule<kModulation>(rows.strength(r), rows.scale(), raw_max, raw_min);
+    const float sum_in = quad_sum(x[0].sum[r]), sum_out = quad_sum(x[1].sum[r]);
     const RowMerge merge = merge_states(rule, sum_in, x[0].shift[r], sum_out, x[1].shift[r]);
-    const float sum = sum_in * merge.weight_in + sum_out * merge.weight_out, inverse = sum == 0 ? 0 : 1 / sum;
+    const float undefined = quad_max(is_undefined(rows, r, rule));
+    const float sum = undefined ? NAN : sum_in * merge.weight_in + sum_out * merge.weight_out;
+    if (!rows.exist(r)) continue;
+    const float inverse = sum == 0 ? 0 : 1 / sum;
     const float share_in = merge.weight_in * inverse, share_out = merge.weight_out * inverse;
     const int row = rows.row(r), column = threadIdx.x % 4 * 2, begin = blockIdx.y * kValueDim;
     T* out = p.out.at<T>(rows.batch, rows.head, row, begin + column);
@@ -95,8 +115,8 @@ __device__ __forceinline__ void store_rows(const Rows<T, kModulation>& rows, Pop
 }
 
 template <class T, Modulation kModulation>
-__global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const __grid_constant__ LayoutAttentionParams
-                                                                              p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    layout_attention_fwd_kernel(const __grid_constant__ LayoutAttentionParams p) {
   constexpr bool kOthers = kModulation != Modulation::kMask;
   extern __shared__ __align__(128) char smem[];
   const int row_tiles = (static_cast<int>(p.seqlen_q) + kBlockM - 1) / kBlockM;
@@ -161,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
       }
     }
   }
-  store_rows(rows, x, extremes, plain);
+  store_rows(rows, x, extremes);
 }
 
 }  // namespace DENSE_ATTN_CLASS

@@ -4,8 +4,8 @@
 #include "cuda/primitives.cuh"
 #include "layout_attention.h"
 
-// The eight rows that a matrix load reads at once lie in different banks: their pitch is an odd number of 16-byte chunks
-// or, where that would take too much memory, the last three bits of a row turn those of its chunks.
+// The eight rows that a matrix load reads at once lie in different banks: their pitch is an odd number of 16-byte
+// chunks or, where that would take too much memory, the last three bits of a row turn those of its chunks.
 template <int kColumns>
 constexpr bool kSwizzled = kColumns % 128 == 0;
 template <int kColumns>
@@ -140,7 +140,8 @@ struct KeyTiles {
       const uint32_t to = shared_address(smem) + stage + kWords + 4 * threadIdx.x;
       copy_word_async(to, (flags & kFast) ? row_of(words, token, word_step)
                                           : row_of(words, token, bytes(p.k_regions.strides[1], 4)));
-      if (order != nullptr) copy_word_async(to + kTokens - kWords, order_at((tile + kStages - 1) * kKeys + threadIdx.x));
+      if (order != nullptr)
+        copy_word_async(to + kTokens - kWords, order_at((tile + kStages - 1) * kKeys + threadIdx.x));
     }
   }
 

@@ -48,8 +48,9 @@ struct Queries {
   }
 };
 
-// Where a lane's rows of matrix loads lie in a tile: of four matrices for sixteen keys or for sixteen columns of values,
-// and of four in the last eight columns, which are four times eight rows. And where the words of its columns begin.
+// Where a lane's rows of matrix loads lie in a tile: of four matrices for sixteen keys or for sixteen columns of
+// values, and of four in the last eight columns, which are four times eight rows. And where the words of its columns
+// begin.
 struct MatrixLanes {
   uint32_t keys, keys_left, values, values_left, words;
 
