@@ -74,9 +74,11 @@ struct Population {
     sum[0] = sum[1] = 0;
     shift[0] = shift[1] = kNoShift;
   }
-  // Measures the weights from an exponent that is at least as large as `top`, this thread's largest.
-  __device__ __forceinline__ void raise(int r, float top) {
-    const float raised = fmaxf(shift[r], fminf(quad_max(top), -kNoShift)), alpha = exp2_approx(shift[r] - raised);
+  // Measures the weights from an exponent that is at least as large as that of `top`, this thread's largest score.
+  __device__ __forceinline__ void raise(int r, float top, float factor) {
+    top = quad_max(top);
+    const float exponent = top == -INFINITY ? kNoShift : fminf(top * factor, -kNoShift);
+    const float raised = fmaxf(shift[r], exponent), alpha = exp2_approx(shift[r] - raised);
     shift[r] = raised;
     sum[r] *= alpha;
 #pragma unroll
@@ -160,7 +162,7 @@ struct Step {
         float top = -INFINITY;
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s.of[n][2 * r], s.of[n][2 * r + 1]));
-        x.raise(r, top * factor[r]);
+        x.raise(r, top, factor[r]);
       }
       weigh(weights, sum, s, x);
     }
@@ -255,8 +257,8 @@ struct Step {
           top_out = matched ? top_out : fmaxf(top_out, score);
         }
       }
-      x[0].raise(r, top_in * factor[r]);
-      if constexpr (kOthers) x[1].raise(r, top_out * factor[r]);
+      x[0].raise(r, top_in, factor[r]);
+      if constexpr (kOthers) x[1].raise(r, top_out, factor[r]);
     }
   }
 };
