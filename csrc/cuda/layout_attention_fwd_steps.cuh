@@ -48,33 +48,20 @@ struct Queries {
   }
 };
 
-template <class T, int kHeadDim, int kKeys>
-__device__ __forceinline__ void score(Scores<kKeys>& s, const Queries<T, kHeadDim>& q, uint32_t keys) {
-  constexpr int kPitch = kRowPitch<kHeadDim>;
-  const int lane = threadIdx.x % kWarp;
-  const uint32_t wide_at = keys + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
-#pragma unroll
-  for (int n = 0; n < kKeys / 8; ++n) s.of[n][0] = s.of[n][1] = s.of[n][2] = s.of[n][3] = 0;
-#pragma unroll
-  for (int n = 0; n < kKeys / 16; ++n) {
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      uint32_t b[4];
-      load_matrix_x4(b, wide_at + n * 16 * kPitch + i * 32);
-      mma_k16<T>(s.of[2 * n], q.wide[i], b[0], b[1]);
-      mma_k16<T>(s.of[2 * n + 1], q.wide[i], b[2], b[3]);
-    }
+// Where a lane's rows of matrix loads lie in a tile: of four matrices for sixteen keys or for sixteen columns of
+// values, and of four in the last eight columns, which are four times eight rows. And where the words of its columns
+// begin.
+struct MatrixLanes {
+  uint32_t keys, keys_left, values, values_left, words;
+
+  template <int kHeadDim, int kValueDim>
+  static __device__ __forceinline__ MatrixLanes of() {
+    const uint32_t lane = threadIdx.x % kWarp;
+    return {kept(chunk_at<kHeadDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2)),
+            kept(chunk_at<kHeadDim>(lane, kHeadDim / 8 - 1)), kept(chunk_at<kValueDim>(lane % 16, lane / 16)),
+            kept(chunk_at<kValueDim>(lane, kValueDim / 8 - 1)), kept(lane % 4 * 8)};
   }
-  if constexpr (kHeadDim % 16) {
-#pragma unroll
-    for (int n = 0; n < kKeys / 32; ++n) {
-      uint32_t b[4];
-      load_matrix_x4(b, keys + (n * 32 + lane) * kPitch + kHeadDim / 16 * 32);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mma_k8<T>(s.of[4 * n + i], q.narrow[0], q.narrow[1], b[i]);
-    }
-  }
-}
+};
 
 // Sums over the keys of one population that have been visited: weights are exp2(raw * factor - shift).
 template <int kColumns>
@@ -87,9 +74,11 @@ struct Population {
     sum[0] = sum[1] = 0;
     shift[0] = shift[1] = kNoShift;
   }
-  // Measures the weights from an exponent that is at least as large as `top`, this thread's largest.
-  __device__ __forceinline__ void raise(int r, float top) {
-    const float raised = fmaxf(shift[r], fminf(quad_max(top), -kNoShift)), alpha = exp2_approx(shift[r] - raised);
+  // Measures the weights from an exponent that is at least as large as that of `top`, this thread's largest score.
+  __device__ __forceinline__ void raise(int r, float top, float factor) {
+    top = quad_max(top);
+    const float exponent = top == -INFINITY ? kNoShift : fminf(top * factor, -kNoShift);
+    const float raised = fmaxf(shift[r], exponent), alpha = exp2_approx(shift[r] - raised);
     shift[r] = raised;
     sum[r] *= alpha;
 #pragma unroll
@@ -97,40 +86,92 @@ struct Population {
   }
 };
 
-// acc += weights * values, for one or two matrices of weights.
-template <class T, int kColumns, int kKeys, class Accumulate>
-__device__ __forceinline__ void with_values(uint32_t values, const Accumulate& accumulate) {
-  constexpr int kPitch = kRowPitch<kColumns>;
-  const int lane = threadIdx.x % kWarp;
-  const uint32_t at = values + lane % 16 * kPitch + lane / 16 * 16;
-#pragma unroll
-  for (int n = 0; n < kKeys / 16; ++n) {
-#pragma unroll
-    for (int c = 0; c < kColumns / 16; ++c) {
-      uint32_t b[4];
-      load_matrix_x4_trans(b, at + n * 16 * kPitch + c * 32);
-      accumulate(2 * c, n, b[0], b[1]);
-      accumulate(2 * c + 1, n, b[2], b[3]);
-    }
-  }
-  if constexpr (kColumns % 16) {
-#pragma unroll
-    for (int n = 0; n < kKeys / 32; ++n) {
-      uint32_t b[4];
-      load_matrix_x4_trans(b, values + (n * 32 + lane) * kPitch + kColumns / 16 * 32);
-      accumulate(kColumns / 8 - 1, 2 * n, b[0], b[1]);
-      accumulate(kColumns / 8 - 1, 2 * n + 1, b[2], b[3]);
-    }
-  }
-}
+// Words of a thread's two rows.
+struct RowWords {
+  int32_t of[2];
+};
 
-// A tile whose pairs are all of one population.
-template <class T, int kColumns, int kKeys>
-__device__ __forceinline__ void absorb(Population<kColumns>& x, const Scores<kKeys>& s, const float (&factor)[2],
-                                       uint32_t values) {
-  Weights<kKeys> weights;
-  float sum[2];
-  for (bool raised = false;; raised = true) {
+// Some keys of a tile, and what a warp has of its rows to meet them with.
+template <class T, int kHeadDim, int kValueDim, int kKeys>
+struct Step {
+  const Queries<T, kHeadDim>& q;
+  const MatrixLanes& lanes;
+  const float (&factor)[2];  // of raw scores, in exponents of 2, at least 0
+  uint32_t keys, values;     // in shared memory
+
+  __device__ __forceinline__ void score(Scores<kKeys>& s) const {
+    constexpr int kPitch = kRowPitch<kHeadDim>;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) s.of[n][0] = s.of[n][1] = s.of[n][2] = s.of[n][3] = 0;
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        uint32_t b[4];
+        load_matrix_x4(b, further<kHeadDim>(keys + lanes.keys, i) + n * 16 * kPitch);
+        mma_k16<T>(s.of[2 * n], q.wide[i], b[0], b[1]);
+        mma_k16<T>(s.of[2 * n + 1], q.wide[i], b[2], b[3]);
+      }
+    }
+    if constexpr (kHeadDim % 16) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 32; ++n) {
+        uint32_t b[4];
+        load_matrix_x4(b, keys + lanes.keys_left + n * 32 * kPitch);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) mma_k8<T>(s.of[4 * n + i], q.narrow[0], q.narrow[1], b[i]);
+      }
+    }
+  }
+
+  // Hands out the operands of a product with the values: sixteen rows of eight columns, numbered.
+  template <class Accumulate>
+  __device__ __forceinline__ void with_values(const Accumulate& accumulate) const {
+    constexpr int kPitch = kRowPitch<kValueDim>;
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; ++n) {
+#pragma unroll
+      for (int c = 0; c < kValueDim / 16; ++c) {
+        uint32_t b[4];
+        load_matrix_x4_trans(b, further<kValueDim>(values + lanes.values, c) + n * 16 * kPitch);
+        accumulate(2 * c, n, b[0], b[1]);
+        accumulate(2 * c + 1, n, b[2], b[3]);
+      }
+    }
+    if constexpr (kValueDim % 16) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 32; ++n) {
+        uint32_t b[4];
+        load_matrix_x4_trans(b, values + lanes.values_left + n * 32 * kPitch);
+        accumulate(kValueDim / 8 - 1, 2 * n, b[0], b[1]);
+        accumulate(kValueDim / 8 - 1, 2 * n + 1, b[2], b[3]);
+      }
+    }
+  }
+
+  // Keys that are all of one population to all rows. Scores are had again where the shift must move, so that nobody
+  // holds them for it.
+  __device__ __forceinline__ void absorb(Population<kValueDim>& x, Scores<kKeys>& s) const {
+    Weights<kKeys> weights;
+    float sum[2];
+    weigh(weights, sum, s, x);
+    if (__any_sync(~0u, fmaxf(sum[0], sum[1]) > kLargestSum<T>)) {
+      score(s);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float top = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s.of[n][2 * r], s.of[n][2 * r + 1]));
+        x.raise(r, top, factor[r]);
+      }
+      weigh(weights, sum, s, x);
+    }
+    x.sum[0] += sum[0], x.sum[1] += sum[1];
+    with_values([&](int c, int n, uint32_t b0, uint32_t b1) { mma_k16<T>(x.acc[c], weights.of[n], b0, b1); });
+  }
+
+  __device__ __forceinline__ void weigh(Weights<kKeys>& weights, float (&sum)[2], const Scores<kKeys>& s,
+                                        const Population<kValueDim>& x) const {
     sum[0] = sum[1] = 0;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
@@ -142,88 +183,82 @@ __device__ __forceinline__ void absorb(Population<kColumns>& x, const Scores<kKe
         weights.of[n / 2][n % 2 * 2 + r] = pack<T>(a, b);
       }
     }
-    if (raised || !__any_sync(~0u, fmaxf(sum[0], sum[1]) > kLargestSum<T>)) break;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s.of[n][2 * r], s.of[n][2 * r + 1]));
-      x.raise(r, top * factor[r]);
-    }
   }
-  x.sum[0] += sum[0], x.sum[1] += sum[1];
-  with_values<T, kColumns, kKeys>(
-      values, [&](int c, int n, uint32_t b0, uint32_t b1) { mma_k16<T>(x.acc[c], weights.of[n], b0, b1); });
-}
 
-// The weights of both populations in a tile, 0 where a pair is of the other one or, in a tail, beyond the keys.
-template <class T, bool kOthers, bool kTail, int kColumns, int kKeys>
-__device__ __forceinline__ void weigh_mixed(Weights<kKeys> (&weights)[2], float (&sum)[2][2], const Scores<kKeys>& s,
-                                            const Population<kColumns> (&x)[2], const float (&factor)[2],
-                                            const int32_t (&row_words)[2], const int32_t* key_words, int count) {
-  const int column = threadIdx.x % 4 * 2;
-  sum[0][0] = sum[0][1] = sum[1][0] = sum[1][1] = 0;
-#pragma unroll
-  for (int n = 0; n < kKeys / 8; ++n) {
-    const int2 words = *reinterpret_cast<const int2*>(key_words + n * 8 + column);
-    const bool there[2] = {!kTail || n * 8 + column < count, !kTail || n * 8 + column + 1 < count};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float in[2], out[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool matched = (row_words[r] & (i ? words.y : words.x)) != 0;
-        const float shift = matched || !kOthers ? x[0].shift[r] : x[1].shift[r];
-        const float weight = exp2_approx(fmaf(s.of[n][2 * r + i], factor[r], -shift));
-        in[i] = matched && there[i] ? weight : 0;
-        out[i] = matched || !there[i] ? 0 : weight;
-      }
-      sum[0][r] += in[0] + in[1];
-      weights[0].of[n / 2][n % 2 * 2 + r] = pack<T>(in[0], in[1]);
-      if constexpr (kOthers) {
-        sum[1][r] += out[0] + out[1];
-        weights[1].of[n / 2][n % 2 * 2 + r] = pack<T>(out[0], out[1]);
-      }
+  // Keys of both populations, `count` of them there.
+  template <bool kOthers>
+  __device__ __forceinline__ void absorb_mixed(Population<kValueDim> (&x)[2], Scores<kKeys>& s,
+                                               const RowWords& row_words, const int32_t* key_words, int count) const {
+    Weights<kKeys> weights[2];
+    float sum[2][2];
+    bool weighed = false;
+    if (count >= kKeys) {
+      weigh_mixed<kOthers, false>(weights, sum, s, x, row_words, key_words, count);
+      const float largest = fmaxf(fmaxf(sum[0][0], sum[0][1]), fmaxf(sum[1][0], sum[1][1]));
+      weighed = !__any_sync(~0u, largest > kLargestSum<T>);
     }
+    if (!weighed) {
+      score(s);
+      raise_mixed<kOthers>(x, s, row_words, key_words);
+      weigh_mixed<kOthers, true>(weights, sum, s, x, row_words, key_words, count);
+    }
+    with_values([&](int c, int n, uint32_t b0, uint32_t b1) {
+      mma_k16<T>(x[0].acc[c], weights[0].of[n], b0, b1);
+      if constexpr (kOthers) mma_k16<T>(x[1].acc[c], weights[1].of[n], b0, b1);
+    });
+#pragma unroll
+    for (int r = 0; r < 2; ++r) x[0].sum[r] += sum[0][r], x[1].sum[r] += sum[1][r];
   }
-}
 
-// A tile that may have pairs of both populations, `count` of its keys there.
-template <class T, bool kOthers, int kColumns, int kKeys>
-__device__ __forceinline__ void absorb_mixed(Population<kColumns> (&x)[2], const Scores<kKeys>& s,
-                                             const float (&factor)[2], const int32_t (&row_words)[2],
-                                             const int32_t* key_words, int count, uint32_t values) {
-  Weights<kKeys> weights[2];
-  float sum[2][2];
-  for (bool raised = false;; raised = true) {
-    if (count < kKeys) {
-      weigh_mixed<T, kOthers, true>(weights, sum, s, x, factor, row_words, key_words, count);
-    } else {
-      weigh_mixed<T, kOthers, false>(weights, sum, s, x, factor, row_words, key_words, count);
-    }
-    const float largest = fmaxf(fmaxf(sum[0][0], sum[0][1]), fmaxf(sum[1][0], sum[1][1]));
-    if (raised || !__any_sync(~0u, largest > kLargestSum<T>)) break;
-    float top[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
+  // The weights of both populations, 0 where a pair is of the other one or, in a tail, a key is not there.
+  template <bool kOthers, bool kTail>
+  __device__ __forceinline__ void weigh_mixed(Weights<kKeys> (&weights)[2], float (&sum)[2][2], const Scores<kKeys>& s,
+                                              const Population<kValueDim> (&x)[2], const RowWords& row_words,
+                                              const int32_t* key_words, int count) const {
+    sum[0][0] = sum[0][1] = sum[1][0] = sum[1][1] = 0;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
+      const int2 words = *reinterpret_cast<const int2*>(key_words + n * 8);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int32_t word = key_words[n * 8 + threadIdx.x % 4 * 2 + i % 2];
-        const bool matched = (row_words[i / 2] & word) != 0;
-        top[0][i / 2] = matched ? fmaxf(top[0][i / 2], s.of[n][i]) : top[0][i / 2];
-        top[1][i / 2] = matched ? top[1][i / 2] : fmaxf(top[1][i / 2], s.of[n][i]);
+      for (int r = 0; r < 2; ++r) {
+        float in[2], out[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool matched = (row_words.of[r] & (i ? words.y : words.x)) != 0;
+          const bool there = !kTail || n * 8 + i < count - static_cast<int>(threadIdx.x % 4 * 2);
+          const float shift = matched || !kOthers ? x[0].shift[r] : x[1].shift[r];
+          const float weight = exp2_approx(fmaf(s.of[n][2 * r + i], factor[r], -shift));
+          in[i] = matched && there ? weight : 0;
+          out[i] = matched || !there ? 0 : weight;
+        }
+        sum[0][r] += in[0] + in[1];
+        weights[0].of[n / 2][n % 2 * 2 + r] = pack<T>(in[0], in[1]);
+        if constexpr (kOthers) {
+          sum[1][r] += out[0] + out[1];
+          weights[1].of[n / 2][n % 2 * 2 + r] = pack<T>(out[0], out[1]);
+        }
       }
     }
+  }
+
+  template <bool kOthers>
+  __device__ __forceinline__ void raise_mixed(Population<kValueDim> (&x)[2], const Scores<kKeys>& s,
+                                              const RowWords& row_words, const int32_t* key_words) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      x[0].raise(r, top[0][r] * factor[r]);
-      if constexpr (kOthers) x[1].raise(r, top[1][r] * factor[r]);
+      float top_in = -INFINITY, top_out = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool matched = (row_words.of[r] & key_words[n * 8 + i]) != 0;
+          const float score = s.of[n][2 * r + i];
+          top_in = matched ? fmaxf(top_in, score) : top_in;
+          top_out = matched ? top_out : fmaxf(top_out, score);
+        }
+      }
+      x[0].raise(r, top_in, factor[r]);
+      if constexpr (kOthers) x[1].raise(r, top_out, factor[r]);
     }
   }
-  with_values<T, kColumns, kKeys>(values, [&](int c, int n, uint32_t b0, uint32_t b1) {
-    mma_k16<T>(x[0].acc[c], weights[0].of[n], b0, b1);
-    if constexpr (kOthers) mma_k16<T>(x[1].acc[c], weights[1].of[n], b0, b1);
-  });
-#pragma unroll
-  for (int r = 0; r < 2; ++r) x[0].sum[r] += sum[0][r], x[1].sum[r] += sum[1][r];
-}
+};
