@@ -301,7 +301,7 @@ def cuda_extension() -> list[Extension]:
     if not wants_cuda():
         return []
     sources = [*CUDA["bindings"](), *(source for source, *_ in CUDA["jobs"]())]
-    depends = _headers("csrc/cuda/*", "bindings/cuda/*.h")
+    depends = _headers("csrc/cuda/*.*", "csrc/cuda/*/*.*", "bindings/cuda/*.h")
     return [Extension("dense_attn._CUDA", sorted(set(sources)), depends=depends)]
 
 

@@ -172,7 +172,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _gpu_kernels() -> list[str]:
-    """What is known of the backends of GPUs, and which of them "auto" takes first."""
+    """Lines on the backends of GPUs: where they ran, and which of them "auto" takes first."""
     lines = ["kernels of GPUs, as python -m dense_attn verify has found them"]
     for backend in ("triton", "cuda"):
         found = [

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from placed import copied
 from torch import Tensor
 
 from dense_attn import Layout
@@ -190,17 +191,6 @@ def moved(inputs: Inputs, device: str) -> Inputs:
     return replace(
         inputs, **there, orders={name: copied(x, device) for name, x in inputs.orders.items()}
     )
-
-
-def copied(x: Tensor, device: str) -> Tensor:
-    """All the memory of x on a device, under x's view of it."""
-    if x.device.type == device:
-        return x
-    if x.is_neg():
-        return torch._neg_view(copied(torch._neg_view(x), device))
-    storage = x.untyped_storage()
-    memory = torch.empty(0, dtype=x.dtype).set_(storage, 0, (storage.nbytes() // x.itemsize,), (1,))
-    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:

@@ -1,4 +1,4 @@
-"""Barriers taken out of CUDA's kernels of semantic guidance, one at a time; run by test_cuda_sega
+"""Barriers taken out of CUDA's kernels of semantic guidance, one at a time; run by test_sega
 with the emulated library.
 """
 
