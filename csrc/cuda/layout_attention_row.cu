@@ -3,7 +3,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/layout_attention_row.cuh"
+#include "cuda/layout_attention/row.cuh"
 
 namespace DENSE_ATTN_CLASS::row {
 

@@ -122,7 +122,7 @@ def test_a_row_by_its_rule_is_the_reference(
 def test_lse_of_large_strengths_is_not_a_difference_of_large_numbers(
     rules: ctypes.CDLL, strength: float
 ) -> None:
-    """The extreme that weighs most is common to both populations: (1 - c) * x + c * x is x."""
+    """The term of both populations is the extreme that weighs most: (1 - c) * x + c * x is x."""
     (*_, common), _ = apply(rules, "range", (strength, 1.0, 5.3, 1.1))
     assert common == ctypes.c_float(5.3 if strength < 1 else 1.1).value
 

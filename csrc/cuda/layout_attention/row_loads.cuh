@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cuda/head_dims.h"
-#include "cuda/layout_attention_rows.cuh"
+#include "cuda/layout_attention/rows.cuh"
 #include "cuda/primitives.cuh"
 
 namespace DENSE_ATTN_CLASS::row {

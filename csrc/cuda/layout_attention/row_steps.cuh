@@ -1,7 +1,7 @@
 // What a warp of the row kernel does with its rows: scores, weights, sums.
 #pragma once
 
-#include "cuda/layout_attention_row_loads.cuh"
+#include "cuda/layout_attention/row_loads.cuh"
 
 namespace DENSE_ATTN_CLASS::row {
 

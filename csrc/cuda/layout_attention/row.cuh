@@ -1,7 +1,7 @@
 // Layout attention forward where a warp holds whole rows of scores: up to 128 keys.
 #pragma once
 
-#include "cuda/layout_attention_row_steps.cuh"
+#include "cuda/layout_attention/row_steps.cuh"
 
 namespace DENSE_ATTN_CLASS::row {
 
