@@ -84,7 +84,7 @@ class Runtime:
             both = (ctypes.c_void_p * 2)()
             self._library.get_span(i, both)
             begin, end = both
-            if any(begin <= word < end for word in words):
+            if begin is not None and any(begin <= word < end for word in words):
                 found[begin] = _bytes_at(begin, end - begin)
         return list(found.values())
 
