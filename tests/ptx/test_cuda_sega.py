@@ -17,7 +17,7 @@ CORE = (
     "test_long_rows and ties-torch.float16",
     "test_sega_guidance and cuda-warming-torch.float32",
     "test_sega_guidance and cuda-summed-torch.float16",
-    "test_sega_guidance_in_launches and two-launches-torch.float64",
+    "test_sega_guidance_in_launches and three-launches-torch.float64",
     "test_sega_guidance_in_launches and long-sums-torch.float16",
 )
 
