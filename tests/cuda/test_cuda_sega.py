@@ -55,4 +55,4 @@ def test_every_case(file: str, target: str) -> None:
 
 
 def test_a_barrier_that_is_gone_is_found() -> None:
-    print(emulate("ptx/cuda_sega_mutants.py"))
+    print(emulate("cuda/cuda_sega_mutants.py"))
