@@ -167,13 +167,9 @@ def why_skip(
     return f"{backend}: {reason}" if reason else None
 
 
-def backends(
-    *names: str,
-    op: str = "layout_attention",
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
-) -> list:
-    """Parameters of these backends, or of all; skipped with their reason where they lack an op or
-    take none of these dtypes. Emulated on tensors of the CPU, CUDA's is one of these.
+def backends(*names: str, op: str = "layout_attention", dtypes: tuple = (torch.float32,)) -> list:
+    """Parameters of these backends, of all, or of these and an emulated CUDA's; skipped with their
+    reason where they lack an op or take none of these dtypes.
     """
     params = []
     emulated = ["cuda"] * (bool(names) and DEVICES["cuda"] == "cpu")
