@@ -4,8 +4,8 @@
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/sega_rows.cuh"
-#include "cuda/sega_select.cuh"
+#include "cuda/sega/rows.cuh"
+#include "cuda/sega/select.cuh"
 #include "sega.h"
 
 namespace {

@@ -250,15 +250,15 @@ def test_long_rows(values: str, dtype: torch.dtype, sega: Placed) -> None:
 
 
 CUDA_CASES = {  # of concepts, in launches of 16, whose keys share 96 KiB
-    "as many as a launch": (16, {"size": (1, 1, 40, 50)}),
-    "two launches": (17, {"warming": True, "masked": True}),
-    "three launches": (34, {"sum_channels": True}),
-    "one at a time": (3, {"size": (1, 2, 64, 200)}),
+    "as-many-as-a-launch": (16, {"size": (1, 1, 40, 50)}),
+    "two-launches": (17, {"warming": True, "masked": True}),
+    "three-launches": (34, {"sum_channels": True}),
+    "one-at-a-time": (3, {"size": (1, 2, 64, 200)}),
     "long": (2, {"size": (1, 2, 130, 130), "warming": True}),
-    "long in two launches": (17, {"size": (1, 1, 130, 130), "masked": True}),
-    "long sums": (2, {"size": (1, 3, 130, 130), "sum_channels": True, "masked": True}),
-    "long without concepts": (0, {"size": (1, 1, 130, 130)}),
-    "sums of no channels": (3, {"size": (2, 0, 9, 15), "sum_channels": True}),
+    "long-in-two-launches": (17, {"size": (1, 1, 130, 130), "masked": True}),
+    "long-sums": (2, {"size": (1, 3, 130, 130), "sum_channels": True, "masked": True}),
+    "long-without-concepts": (0, {"size": (1, 1, 130, 130)}),
+    "sums-of-no-channels": (3, {"size": (2, 0, 9, 15), "sum_channels": True}),
 }
 
 

@@ -13,12 +13,12 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 CORE = (
     "test_interpolation and cuda-40-0.3",
-    "test_percentile_mask and cuda-not finite-torch.bfloat16",
+    "test_percentile_mask and cuda-denormal-torch.bfloat16",
     "test_long_rows and ties-torch.float16",
     "test_sega_guidance and cuda-warming-torch.float32",
     "test_sega_guidance and cuda-summed-torch.float16",
-    "test_sega_guidance_in_launches and cuda-two launches-torch.float64",
-    "test_sega_guidance_in_launches and cuda-long sums-torch.float16",
+    "test_sega_guidance_in_launches and three-launches-torch.float64",
+    "test_sega_guidance_in_launches and long-sums-torch.float16",
 )
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

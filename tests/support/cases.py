@@ -168,11 +168,9 @@ def why_skip(
     return f"{backend}: {reason}" if reason else None
 
 
-def backends(
-    *names: str, op: str = "layout_attention", dtypes: tuple[torch.dtype, ...] = (torch.float32,)
-) -> list:
-    """Parameters of these backends, or of all; skipped where they lack an op or take none of these
-    dtypes. CUDA's is among them where it is emulated.
+def backends(*names: str, op: str = "layout_attention", dtypes: tuple = (torch.float32,)) -> list:
+    """Parameters of these backends, of all, or of these and an emulated CUDA's; skipped with their
+    reason where they lack an op or take none of these dtypes.
     """
     params = []
     emulated = ["cuda"] * (bool(names) and DEVICES["cuda"] == "cpu" and "cuda" not in names)
