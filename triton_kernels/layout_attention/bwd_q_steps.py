@@ -7,7 +7,7 @@ import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.extremes import add_extremes, by_columns, by_lanes
 from dense_attn.triton_kernels.layout_attention.records import weights_of
-from dense_attn.triton_kernels.layout_attention.row_sums import add_matched, add_sums
+from dense_attn.triton_kernels.layout_attention.row_sums import add_sums
 from dense_attn.triton_kernels.primitives import add_product, load_rows, products
 
 
@@ -21,6 +21,31 @@ def _rows(x, SPREAD: tl.constexpr):
 def _spread(x, ROWS: tl.constexpr, KEYS: tl.constexpr, SPREAD: tl.constexpr):
     """x [rows, keys] by lanes, where it is to be."""
     return by_lanes(x, ROWS, KEYS) if SPREAD else x
+
+
+@triton.jit
+def _weigh(sums, raw, slope, meets, of_rows):
+    """(a lane's sums of matched keys' ds' [rows, lanes], ds') from scores and the weights'
+    gradients, both [rows, lanes, keys of a lane]; one key after the other, so that a condition
+    lives from the select to the sum under it and words are compared once.
+    """
+    KEYS: tl.constexpr = raw.shape[2]
+    if KEYS == 1:
+        factor, add_in, add_out, shift = of_rows  # [rows, 1, 1]
+        weights = weights_of(raw, factor, None, tl.where(meets, add_in, add_out), False)
+        slope -= shift
+        grad = weights * slope
+        weights, slope = tl.reshape(weights, sums.shape), tl.reshape(slope, sums.shape)
+        sums = tl.where(tl.reshape(meets, sums.shape), tl.fma(weights, slope, sums), sums)
+    else:
+        halves: tl.constexpr = [sums.shape[0], sums.shape[1], KEYS // 2, 2]
+        even, odd = tl.split(tl.reshape(raw, halves))
+        even_slope, odd_slope = tl.split(tl.reshape(slope, halves))
+        even_meets, odd_meets = tl.split(tl.reshape(meets, halves))
+        sums, even = _weigh(sums, even, even_slope, even_meets, of_rows)
+        sums, odd = _weigh(sums, odd, odd_slope, odd_meets, of_rows)
+        grad = tl.reshape(tl.join(even, odd), raw.shape)
+    return sums, grad
 
 
 @triton.jit
@@ -65,21 +90,23 @@ def visit(
     if MODULATION == "range":
         x = tl.where(there, raw, float("inf")) if TAIL else raw
         least = add_extremes(least, _spread(x, BLOCK_M, BLOCK_N, not SPREAD), first, False)
-    offsets = tl.where(meets, _rows(add_in, SPREAD), _rows(add_out, SPREAD))
-    weights = weights_of(raw, _rows(factor, SPREAD), _rows(anchor, SPREAD), offsets, EXACT)
-    if MODULATION == "mask":
-        weights = tl.where(meets, weights, 0.0)
-    elif TAIL:
-        weights = tl.where(there, weights, 0.0)
     slope = _spread(products(grads, values, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
-    slope -= _rows(shift, SPREAD)
-    grad = weights * slope  # ds'
-    distance = raw
-    if EXACT:
-        distance = tl.where(meets, high[:, None], low[:, None]) - raw
+    factor, shift = _rows(factor, SPREAD), _rows(shift, SPREAD)
+    add_in, add_out = _rows(add_in, SPREAD), _rows(add_out, SPREAD)
     if SPREAD and MODULATION != "mask":
-        sums = add_matched(sums, weights, slope, meets)
+        sums, grad = _weigh(sums, raw, slope, meets, (factor, add_in, add_out, shift))
+        grad = tl.where(there, grad, 0.0) if TAIL else grad  # those that are not meet none
     else:
+        offsets = tl.where(meets, add_in, add_out)
+        weights = weights_of(raw, factor, _rows(anchor, SPREAD), offsets, EXACT)
+        if MODULATION == "mask":
+            weights = tl.where(meets, weights, 0.0)
+        elif TAIL:
+            weights = tl.where(there, weights, 0.0)
+        grad = weights * (slope - shift)  # ds'
+        distance = raw
+        if EXACT:
+            distance = tl.where(meets, high[:, None], low[:, None]) - raw
         sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
     grad = by_columns(grad, BLOCK_M, BLOCK_N) if SPREAD else grad
     acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
