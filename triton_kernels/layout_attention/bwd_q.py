@@ -233,8 +233,10 @@ def layout_attention_bwd_q_kernel(
         BLOCK_M,
         BLOCK_N,
     )
-    # Read again, so that the loop need not carry them.
-    tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
+    # Read again, so that the loop need not carry them; the condition is put in other words, since
+    # the compiler would keep the first one's in predicates that the loop is short of.
+    tokens, _ = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
+    exist = seqlen_q - tile * BLOCK_M - tl.arange(0, BLOCK_M) > 0
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)

@@ -70,6 +70,26 @@ def add_sums(
 
 
 @triton.jit
+def add_matched(sums, weights, slope, meets):
+    """sums [rows, lanes] plus matched weights times their slopes [rows, lanes, keys of a lane], one
+    after the other: each is one instruction under a condition.
+    """
+    KEYS: tl.constexpr = weights.shape[2]
+    if KEYS == 1:
+        weights, slope = tl.reshape(weights, sums.shape), tl.reshape(slope, sums.shape)
+        more = tl.fma(weights, slope, sums)
+        sums = tl.where(tl.reshape(meets, sums.shape), more, sums)
+    else:
+        halves: tl.constexpr = [sums.shape[0], sums.shape[1], KEYS // 2, 2]
+        even, odd = tl.split(tl.reshape(weights, halves))
+        even_slope, odd_slope = tl.split(tl.reshape(slope, halves))
+        even_meets, odd_meets = tl.split(tl.reshape(meets, halves))
+        sums = add_matched(sums, even, even_slope, even_meets)
+        sums = add_matched(sums, odd, odd_slope, odd_meets)
+    return sums
+
+
+@triton.jit
 def _add(total, x):
     """(total, what its last rounding took too much) + x. Many tiles of small weights would each be
     lost in a plain sum of a few large ones.
