@@ -60,6 +60,15 @@ def _tokens_of_tile(tile, source, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _tokens_again(tile, order, batch, seqlen_q, BLOCK_M: tl.constexpr):
+    """The tokens of a tile of rows as `tokens_at` has them, the condition in other words: else the
+    compiler keeps the first one's in predicates, of which the loop is short.
+    """
+    tokens, _ = tokens_at(tile * BLOCK_M, order, batch, seqlen_q, BLOCK_M)
+    return tokens, seqlen_q - tile * BLOCK_M - tl.arange(0, BLOCK_M) > 0
+
+
+@triton.jit
 def _visit_all(
     state,
     query,
@@ -233,10 +242,8 @@ def layout_attention_bwd_q_kernel(
         BLOCK_M,
         BLOCK_N,
     )
-    # Read again, so that the loop need not carry them; the condition is put in other words, since
-    # the compiler would keep the first one's in predicates that the loop is short of.
-    tokens, _ = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    exist = seqlen_q - tile * BLOCK_M - tl.arange(0, BLOCK_M) > 0
+    # Read again, so that the loop need not carry them.
+    tokens, exist = _tokens_again(tile, q_order, batch, seqlen_q, BLOCK_M)
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
