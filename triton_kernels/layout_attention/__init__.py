@@ -103,12 +103,11 @@ def layout_attention_bwd(
         return tuple(grad.zero_() for grad in grads)
     if modulation != "mask":
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
-    words = tokens_of(q_regions), tokens_of(k_regions)
-    orders = tokens_of(q_order), tokens_of(k_order)
+    visits = tokens_of(k_regions), tokens_of(q_order), tokens_of(k_order)
     numbers = q.new_empty(batch, num_heads, NUMBERS, seqlen_q, dtype=torch.float32)
     places = q.new_empty(batch, num_heads, PLACES, seqlen_q, dtype=torch.int32)
     sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
-    inputs, grad_rows = (rows_of(q), rows_of(k), rows_of(v), *words, *orders), rows_of(grad_out)
+    rows, grad_rows = (rows_of(q), rows_of(k), rows_of(v)), rows_of(grad_out)
     kind = configs.architecture(q.device), configs.precision(q)
     by_queries, by_keys = (
         _constants(kernel, *kind, q.shape[3], modulation, scale < 0)
@@ -119,6 +118,7 @@ def layout_attention_bwd(
     if modulation == "mask":
         tokens = (q_regions, k_regions, q_order, k_order)
         lists = _mask_lists(*tokens, by_query.BLOCK_M, by_query.BLOCK_N)
+    inputs = (*rows, tokens_of(q_regions), *visits)
     saved = (numbers_of(strength, every_strength), rows_of(out), stats)
     results = (rows_of(dq), dstrength, numbers, places)
     grads_of = (grad_rows, None if grad_lse is None else rows_of(grad_lse))
@@ -132,7 +132,7 @@ def layout_attention_bwd(
     apart = kind[0] == "sm_90"
     results = (numbers, places, *lists, rows_of(dk), rows_of(dv))
     layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
-        grad_rows, *inputs, *results, *sizes, APART=apart, **by_keys, **by_key.launch
+        grad_rows, *rows, *visits, *results, *sizes, APART=apart, **by_keys, **by_key.launch
     )
     return grads
 

@@ -126,7 +126,6 @@ def layout_attention_bwd_kv_kernel(
     q,
     k,
     v,
-    q_words,
     k_words,
     q_order,
     k_order,

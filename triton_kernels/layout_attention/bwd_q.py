@@ -60,6 +60,17 @@ def _tokens_of_tile(tile, source, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _tokens_again(tile, order, batch, seqlen_q, PART_1: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The tokens of a tile of rows as `tokens_at` has them; of one part the condition in other
+    words, since the compiler keeps the first one's in predicates, of which the loop is short.
+    """
+    tokens, exist = tokens_at(tile * BLOCK_M, order, batch, seqlen_q, BLOCK_M)
+    if PART_1 == 0:
+        exist = seqlen_q - tile * BLOCK_M - tl.arange(0, BLOCK_M) > 0
+    return tokens, exist
+
+
+@triton.jit
 def _visit_all(
     state,
     query,
@@ -234,7 +245,7 @@ def layout_attention_bwd_q_kernel(
         BLOCK_N,
     )
     # Read again, so that the loop need not carry them.
-    tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
+    tokens, exist = _tokens_again(tile, q_order, batch, seqlen_q, PART_1, BLOCK_M)
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)

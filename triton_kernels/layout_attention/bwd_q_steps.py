@@ -24,6 +24,32 @@ def _spread(x, ROWS: tl.constexpr, KEYS: tl.constexpr, SPREAD: tl.constexpr):
 
 
 @triton.jit
+def _weigh(sums, raw, slope, words, of_rows):
+    """(a lane's sums of matched keys' ds' [rows, lanes], ds') from scores and the weights'
+    gradients, both [rows, lanes, keys of a lane]; one key after the other, so that a condition
+    lives from the select to the sum under it and words are compared once.
+    """
+    KEYS: tl.constexpr = raw.shape[2]
+    if KEYS == 1:
+        factor, add_in, add_out, shift, row_words = of_rows  # [rows, 1, 1]
+        meets = (row_words & words) != 0
+        weights = weights_of(raw, factor, None, tl.where(meets, add_in, add_out), False)
+        slope -= shift
+        grad = weights * slope
+        sums = add_matched(sums, weights, slope, meets)
+    else:
+        LANES: tl.constexpr = raw.shape[1]
+        halves: tl.constexpr = [raw.shape[0], LANES, KEYS // 2, 2]
+        even, odd = tl.split(tl.reshape(raw, halves))
+        even_slope, odd_slope = tl.split(tl.reshape(slope, halves))
+        even_words, odd_words = tl.split(tl.reshape(words, [1, LANES, KEYS // 2, 2]))
+        sums, even = _weigh(sums, even, even_slope, even_words, of_rows)
+        sums, odd = _weigh(sums, odd, odd_slope, odd_words, of_rows)
+        grad = tl.reshape(tl.join(even, odd), raw.shape)
+    return sums, grad
+
+
+@triton.jit
 def visit(
     state,
     query,
@@ -49,15 +75,18 @@ def visit(
     EXACT: tl.constexpr = at[0].dtype.element_ty == tl.float32
     # Many scores are [rows, lanes, keys of a lane]: sums of those under a condition need no select.
     SPREAD: tl.constexpr = BLOCK_N >= 64 and not EXACT
+    # Of two parts, or without extremes, code of one key after the other is longer by the count.
+    WEIGHS: tl.constexpr = SPREAD and PART_1 == 0 and (MODULATION == "range" or MODULATION == "max")
     keys, there = places
     if not TAIL:
         there = tl.full([BLOCK_N], True, tl.int1)
     columns = load_rows(at[0], source[0][1], keys, there, PART_0, PART_1, HEAD_DIM)
     values = load_rows(at[1], source[1][1], keys, there, PART_0, PART_1, HEAD_DIM)
     words = tl.load(at[2] + keys * source[2][2], mask=there, other=0)
-    meets = (_rows(row_words, SPREAD) & _spread(words[None, :], 1, BLOCK_N, SPREAD)) != 0
+    row_words, words = _rows(row_words, SPREAD), _spread(words[None, :], 1, BLOCK_N, SPREAD)
     there = _spread(there[None, :], 1, BLOCK_N, SPREAD)
     raw = _spread(products(rows, columns, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
+    slope = _spread(products(grads, values, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
     raw = -raw if NEGATE else raw
     if MODULATION == "range" or MODULATION == "max":
         x = tl.where(there, raw, float("-inf")) if TAIL else raw
@@ -65,22 +94,31 @@ def visit(
     if MODULATION == "range":
         x = tl.where(there, raw, float("inf")) if TAIL else raw
         least = add_extremes(least, _spread(x, BLOCK_M, BLOCK_N, not SPREAD), first, False)
-    offsets = tl.where(meets, _rows(add_in, SPREAD), _rows(add_out, SPREAD))
-    weights = weights_of(raw, _rows(factor, SPREAD), _rows(anchor, SPREAD), offsets, EXACT)
-    if MODULATION == "mask":
-        weights = tl.where(meets, weights, 0.0)
-    elif TAIL:
-        weights = tl.where(there, weights, 0.0)
-    slope = _spread(products(grads, values, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
-    slope -= _rows(shift, SPREAD)
-    grad = weights * slope  # ds'
-    distance = raw
-    if EXACT:
-        distance = tl.where(meets, high[:, None], low[:, None]) - raw
-    if SPREAD and MODULATION != "mask":
-        sums = add_matched(sums, weights, slope, meets)
+    factor, shift = _rows(factor, SPREAD), _rows(shift, SPREAD)
+    add_in, add_out = _rows(add_in, SPREAD), _rows(add_out, SPREAD)
+    if WEIGHS:
+        of_rows = factor, add_in, add_out, shift, row_words
+        sums, grad = _weigh(sums, raw, slope, words, of_rows)
+        grad = tl.where(there, grad, 0.0) if TAIL else grad  # keys that are not meet no row
     else:
-        sums = add_sums(sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N)
+        meets = (row_words & words) != 0
+        offsets = tl.where(meets, add_in, add_out)
+        weights = weights_of(raw, factor, _rows(anchor, SPREAD), offsets, EXACT)
+        if MODULATION == "mask":
+            weights = tl.where(meets, weights, 0.0)
+        elif TAIL:
+            weights = tl.where(there, weights, 0.0)
+        slope -= shift
+        grad = weights * slope  # ds'
+        distance = raw
+        if EXACT:
+            distance = tl.where(meets, high[:, None], low[:, None]) - raw
+        if SPREAD and MODULATION != "mask":
+            sums = add_matched(sums, weights, slope, meets)
+        else:
+            sums = add_sums(
+                sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N
+            )
     grad = by_columns(grad, BLOCK_M, BLOCK_N) if SPREAD else grad
     acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
     return acc, sums, best, least
