@@ -1,4 +1,4 @@
-"""How the sources of the CUDA library are compiled: `csrc/cuda/build.py`, of this checkout."""
+"""How the sources of the CUDA library are compiled: `bindings/cuda/build.py`, of this checkout."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Job(NamedTuple):
 
 @cache
 def build() -> dict[str, Any]:
-    """The names of `csrc/cuda/build.py`; raises FileNotFoundError without the sources."""
-    return runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))
+    """The names of `bindings/cuda/build.py`; raises FileNotFoundError without the sources."""
+    return runpy.run_path(str(ROOT / "bindings" / "cuda" / "build.py"))
 
 
 def jobs() -> Iterator[Job]:
