@@ -1,7 +1,7 @@
 // Steps of a warp's 16 query rows over a tile of keys. A thread has rows lane / 4 and lane / 4 + 8 of every product.
 #pragma once
 
-#include "cuda/layout_attention_fwd_loads.cuh"
+#include "cuda/layout_attention/fwd_loads.cuh"
 #include "cuda/primitives.cuh"
 
 // The shift of a row without keys of a population: the first finite score has a weight of infinity, one of -inf has 0.

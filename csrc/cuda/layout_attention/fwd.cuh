@@ -4,8 +4,8 @@
 #pragma once
 
 #include "cuda/head_dims.h"
-#include "cuda/layout_attention_fwd_steps.cuh"
-#include "cuda/layout_attention_rows.cuh"
+#include "cuda/layout_attention/fwd_steps.cuh"
+#include "cuda/layout_attention/rows.cuh"
 
 namespace DENSE_ATTN_CLASS {
 
