@@ -143,7 +143,7 @@ CASES = (
     # Tiles whose pairs all meet, none of them, and some.
     Case("long-in-runs", (1, 1, 1024, 700, 40), "runs", ordered=True, modulations=ONLY_RANGE),
     Case("ordered-per-sample", words="per-sample", ordered=True),
-    # More keys than a tile has; a factor of 0 where a tile lacks a row's population; anchors that move.
+    # More keys than a tile; a factor of 0 in tiles of one population; anchors that move.
     *(Case(f"keys-150-head-dim-{d}", (1, 1, 40, 150, d), "runs") for d in HEAD_DIMS[3:]),
     Case("runs-at-strength-1", (1, 1, 33, 400, 40), "runs", 1.0, modulations=ONLY_RANGE),
     Case("rising-scores", (1, 1, 33, 400, 40), "runs", values="rising", through="none"),
