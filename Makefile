@@ -14,7 +14,7 @@ SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_TH
 
 PTX_FILES := $(patsubst %,tests/backends/%.py,test_backends triton_attention triton_lists gpu_sega gpu_steps triton_backend)
 PTX_TABLE = $(BIN)/pytest -q --numprocesses=auto -p ptx.plugin $(PTX_FILES) -m "full or not full" -k "not (cpu or cuda)"
-CUDA_FILES := tests/backends/test_backends.py tests/backends/gpu_steps.py
+CUDA_FILES := $(patsubst %,tests/backends/%.py,test_backends gpu_sega gpu_steps)
 CUDA_TABLE = $(BIN)/pytest -q --numprocesses=auto -p cuda.plugin $(CUDA_FILES) -m "full or not full" -k "cuda"
 
 .DEFAULT_GOAL := help

@@ -32,7 +32,9 @@ def _load() -> str | None:
         except (OSError, RuntimeError) as error:
             return f"the CUDA library does not load: {str(error).splitlines()[0]}"
     # Kernels of another contract would read arguments that are not theirs.
-    return None if _said("contract") == contract.DIGEST else _OTHER_VERSION
+    if _said("contract") != contract.DIGEST:
+        return _OTHER_VERSION
+    return f"the CUDA library {error}" if (error := _said("driver_error")) else None
 
 
 def _said(name: str) -> str | None:

@@ -33,7 +33,6 @@ TABLES = {
     "attention": ("backends/test_backends.py", "cuda"),
     "steps": ("backends/gpu_steps.py", "cuda"),
     "raw calls of steps": ("reversible/test_raw_calls.py", ""),
-    "raw calls of guidance": ("sega/test_contract.py", ""),
 }
 
 
