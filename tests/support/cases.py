@@ -143,6 +143,10 @@ CASES = (
     # Tiles whose pairs all meet, none of them, and some.
     Case("long-in-runs", (1, 1, 1024, 700, 40), "runs", ordered=True, modulations=ONLY_RANGE),
     Case("ordered-per-sample", words="per-sample", ordered=True),
+    # More keys than a tile; a factor of 0 in tiles of one population; anchors that move.
+    *(Case(f"keys-150-head-dim-{d}", (1, 1, 40, 150, d), "runs") for d in HEAD_DIMS[3:]),
+    Case("runs-at-strength-1", (1, 1, 33, 400, 40), "runs", 1.0, modulations=ONLY_RANGE),
+    Case("rising-scores", (1, 1, 33, 400, 40), "runs", values="rising", through="none"),
     # All keys count as matched, in whole tiles up to the last key.
     Case("ordered-without-strength", (1, 1, 140, 384, 40), "runs", 0.0, ordered=True),
     Case("gradient-of-out-alone", through="out", core=True),
@@ -227,6 +231,8 @@ def _values(
         q, k = (torch.randint(-1, 2, x.shape, generator=generator).double() for x in (q, k))
     elif values == "large":
         q = q * (1e4 * q.shape[-1] ** 0.5 / (q @ k.mT).abs().max())
+    elif values == "rising":  # the last keys weigh 2**90 times what the first do
+        q, k = 0.2 * q + 1, 0.2 * k + torch.linspace(-5, 5, k.shape[2], dtype=k.dtype)[:, None]
     elif values == "low":
         q, k = 4 + 0.1 * q, -4 + 0.1 * k
     elif values == "inf-in-k":

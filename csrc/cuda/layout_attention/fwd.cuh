@@ -17,6 +17,7 @@ constexpr int kStepN = kHeadDim <= 96 ? 64 : kHeadDim <= 128 ? 32 : 16;  // keys
 
 template <class T>
 using Tiles = KeyTiles<T, kHeadDim, kValueDim, kBlockN, kStages, kThreads>;
+static_assert(kStages * Tiles<__half>::kStageBytes <= 99 << 10, "what a block has on 8.6, 8.9 and 12.0");
 
 // What a warp knows of its query rows.
 template <class T, Modulation kModulation>
