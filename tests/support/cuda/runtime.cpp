@@ -85,6 +85,7 @@ int32_t __wrap_aoti_torch_get_data_ptr(Handle tensor, void** data) {
       aoti_torch_get_dtype(tensor, &dtype)) {
     return 1;
   }
+  if (*data == nullptr) return 0;  // of no elements, whatever its storage
   const char* begin = static_cast<const char*>(*data) - offset * aoti_torch_dtype_element_size(dtype);
   const Span span{begin, begin + bytes};
   // Memory that was given back and handed out anew: the newest holds.
