@@ -41,7 +41,7 @@ RULES = (
         "cuda",
         (torch.float16, torch.bfloat16),
         128,
-        "counted, not measured: a quarter of the instructions of Triton's kernel of a row",
+        "counted, not measured: 613 instructions of a warp for 16 rows of 77 keys, Triton's 1,018",
     ),
 )
 # Whether `verify` passed, by backend and the GPU's index; filled where it is asked for.

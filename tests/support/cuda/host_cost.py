@@ -8,6 +8,7 @@ the switch to the tensors' device and its stream.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def calls() -> dict[str, Call]:
     exact = 0.9, 0.93, True, 0.1, True, torch.float32
     return {
         "layout_attention_fwd (77 keys)": lambda: ops.layout_attention_fwd(*row, 1.0, False, False),
-        "layout_attention_fwd (256 keys)": lambda: ops.layout_attention_fwd(*tiled, 1.0, True, True),
+        "layout_attention_fwd (256 keys)": lambda: ops.layout_attention_fwd(
+            *tiled, 1.0, True, True
+        ),
         "percentile_mask": lambda: ops.percentile_mask(x.view(4, 64), 0.9),
         "sega_guidance": lambda: ops.sega_guidance(x, eps, edits, x, **lists, **numbers),
         "ddim_step": lambda: ops.ddim_step(x, eps, uncond, 0.9, 0.3, 7.5),
@@ -70,9 +73,10 @@ def main() -> None:
         seconds = {name: statistics.median(in_turn(call)[0]) for name, call in named.items()}
     rows = {name: round(1e6 * value, 1) for name, value in seconds.items()}
     for name, value in rows.items():
-        print(f"{name:<34}{value:>7.1f} us{'' if value <= BOUND else f', above {BOUND}'}")
+        print(f"{name:<20}{value:>7.1f} us{'' if value <= BOUND else f', above {BOUND}'}")
     if arguments.json:
-        _files.write_json(arguments.json, {"header": describe_run(False), "microseconds": rows})
+        found = {"header": describe_run(False), "microseconds": rows}
+        _files.write(arguments.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
