@@ -20,24 +20,26 @@ PLAN = {  # seconds of 9 minutes, of which a longer run has more in the same pro
     "wheels": 6,
     "environment": 12,
     "build": 3,
+    "cuda-kernels": 45,
     "cpu-kernels": 120,  # beside the next ones, until something is timed
     "prewarm": 60,
     "real-sizes": 45,
-    "own": 65,
-    "sweep": 60,
+    "own": 68,
+    "sweep": 45,
     "profile": 35,
     "memcheck": 100,  # beside the tests
     "racecheck": 100,
-    "tests": 85,
+    "tests": 75,
     "verify": 45,
     "families": 40,
-    "rest": 70,
+    "rest": 50,
 }
 MINUTES = 9
 LONG_MINUTES = 20  # from which on the tests' whole table and all rows are asked for
 GPU = "dense_attn.benchmarks.gpu"
 OWN = (  # the contenders of the first benchmark: the library's ways, plain attention
-    *("dense_attn", "dense_attn-sorted", "dense_attn-no-lists", "dense_attn-gather"),
+    *("dense_attn", "dense_attn-triton", "dense_attn-cuda"),
+    *("dense_attn-sorted", "dense_attn-no-lists", "dense_attn-gather"),
     *("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flash-attn"),
 )
 REST = (  # and of the last
@@ -69,13 +71,18 @@ def steps(arguments: argparse.Namespace, folder: Path) -> list[Step]:
         "TORCHINDUCTOR_CACHE_DIR": str(BUILD / "inductor"),
     }
     here |= {"TRITON_INTERPRET": "1"} if dry else {}
+    wheels = {"PYTHONPATH": str(WHEELS)}
     every = [
         _wheels(),
         _step("environment", [sys.executable, "-c", _ENVIRONMENT], environment=here),
         _step("build", _build("python"), fresh=LIBRARY),
         _step(
-            "cpu-kernels", _build("cpu"), environment={"PYTHONPATH": str(WHEELS)}, background=True
+            "cuda-kernels",
+            _build("cuda", *["--dry-run"] * dry),
+            environment=wheels,
+            note="nothing compiled" if dry else "",
         ),
+        _step("cpu-kernels", _build("cpu"), environment=wheels, background=True),
         _program("prewarm", here, dry, partial=True),
         _program("real-sizes", here, dry),
         _bench("own", arguments, here, folder),
@@ -99,8 +106,8 @@ def built(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", _RUN, str(LIBRARY), module, *arguments]
 
 
-def _build(part: str) -> list[str]:
-    return [sys.executable, str(ROOT / ".ci" / "gpu_build.py"), part]
+def _build(part: str, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / ".ci" / "gpu_build.py"), part, *options]
 
 
 def _program(name: str, environment: dict[str, str], dry: bool, **options: object) -> Step:
@@ -148,7 +155,7 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-rs"]
     options.append("--import-mode=importlib")
     chosen = " or ".join(f"({TESTS[family]})" for family in arguments.family if TESTS[family])
-    files, selection = ["test_backends", "test_gpu", "triton_backend"], "(triton or test_gpu)"
+    files, selection = ["test_backends", "test_gpu", "triton_backend"], "(triton or cuda or gpu)"
     selection += f" and ({chosen})" if chosen else ""
     if arguments.dry_run:
         files, selection = ["triton_backend"], "test_the_table or test_ddim_step"

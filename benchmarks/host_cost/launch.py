@@ -69,9 +69,10 @@ def _public(workload: str) -> tuple[Call, ModuleType]:
     if workload in _ATTENTION:
         inputs = make_inputs(ATTENTION[_ATTENTION[workload]], torch.float16)
         q, k, v, words = inputs.q, inputs.k, inputs.v, (inputs.q_regions, inputs.k_regions)
-        lists, strength = dense_attn.tile_lists(q, k, *words), inputs.strength
+        how = {"backend": "triton"}
+        how["tile_lists"] = dense_attn.tile_lists(q, k, *words, **how)
         return (
-            lambda: dense_attn.layout_attention(q, k, v, *words, strength, tile_lists=lists),
+            lambda: dense_attn.layout_attention(q, k, v, *words, inputs.strength, **how),
             triton.layout_attention,
         )
     x, eps = randn(2, *_SHAPE)

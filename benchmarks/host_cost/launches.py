@@ -1,4 +1,4 @@
-"""A few small launches of every Triton kernel, for a checker of memory or races."""
+"""A few small launches of every kernel of GPUs, for a checker of memory or races."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dense_attn import (
     sega_guidance,
     triton_kernels,
 )
-from dense_attn._backends import triton
+from dense_attn._backends import table, triton
 from dense_attn.triton_kernels import configs
 
 DEVICE = triton.DEVICE
@@ -65,7 +65,9 @@ def check(*results: torch.Tensor) -> None:
     assert all(x.isfinite().all() for x in results)
 
 
-def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype) -> None:
+def attention(
+    modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype, backend: str = "triton"
+) -> None:
     """Forward and backward, in one tile of keys or in two phases."""
     q, k, v = (
         torch.randn(1, 2, n, head_dim, dtype=dtype, device=DEVICE).requires_grad_()
@@ -74,39 +76,38 @@ def attention(modulation: str, seqlen_k: int, head_dim: int, dtype: torch.dtype)
     tokens = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in (150, seqlen_k))
     words = [1 << (places * 3 // len(places)) for places in tokens]
     q_order, k_order = (x.argsort(stable=True).int() for x in words)
-    orders = {"q_order": q_order, "k_order": k_order}
-    out = layout_attention(q, k, v, *words, 0.6, modulation=modulation, backend="triton", **orders)
+    how = {"q_order": q_order, "k_order": k_order, "modulation": modulation, "backend": backend}
+    out = layout_attention(q, k, v, *words, 0.6, **how)
     out.float().square().sum().backward()
     check(q.grad, k.grad, v.grad)
 
 
-def guidance(size: int) -> None:
+def guidance(size: int, backend: str = "triton") -> None:
     """A step of two concepts and a mask, of channels that fit one program or do not."""
     uncond, text, momentum = torch.randn(3, 1, 2, size, device=DEVICE)
     options = {"guidance_scale": 7.5, "edit_momentum_scale": 0.1, "edit_mom_beta": 0.4}
     options |= {"edit_guidance_scale": 5.0, "edit_threshold": 0.9, "edit_weights": 1.0}
-    options |= {"warm": True, "enabled": True, "reverse": False, "backend": "triton"}
+    options |= {"warm": True, "enabled": True, "reverse": False, "backend": backend}
     edits = torch.randn(2, 1, 2, size, device=DEVICE)
     for together in (False, True):
         eps, _ = sega_guidance(uncond, text, edits, momentum, **options, sum_channels=together)
         check(eps)
-    masked, _ = percentile_mask(edits.flatten(0, 2), 0.9, dim=-1, backend="triton")
+    masked, _ = percentile_mask(edits.flatten(0, 2), 0.9, dim=-1, backend=backend)
     check(masked)
 
 
-def step() -> None:
+def step(backend: str = "triton") -> None:
     """One step of DDIM, with guidance."""
     x, eps, uncond = torch.randn(3, 1, 4, 9, 7, device=DEVICE)
-    options = {"eps_uncond": uncond, "guidance_scale": 7.5, "backend": "triton"}
+    options = {"eps_uncond": uncond, "guidance_scale": 7.5, "backend": backend}
     check(ddim_step(x, eps, 0.5, 0.6, **options))
 
 
-def chain(method: str, exact: bool) -> None:
+def chain(method: str, exact: bool, backend: str = "triton") -> None:
     """Three steps there and back."""
     alphas = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
-    sampler = ReversibleSampler(
-        alphas, [900, 600, 300], method=method, exact=exact, backend="triton"
-    )
+    how = {"method": method, "exact": exact, "backend": backend}
+    sampler = ReversibleSampler(alphas, [900, 600, 300], **how)
     noise = torch.randn(1, 4, 9, 7, device=DEVICE)
     found = sampler.invert(_network, *sampler.sample(_network, noise))
     check(*found)
@@ -132,20 +133,24 @@ STEPS = (
     step,
     *(partial(chain, method, exact) for method in ("edict", "bdia") for exact in (True, False)),
 )
+# Of the CUDA library, which launches no kernel of Triton's but for gradients.
+BY_CUDA = tuple(partial(part, backend="cuda") for part in (*ATTENTION[:-1], *GUIDANCE, *STEPS))
 
 
 def main() -> int:
-    """Every kernel once or twice; 1 if one was left out."""
+    """Every kernel once or twice; 1 if one of Triton's was left out."""
     idle = watch()
     parts = ATTENTION
     if configs.architecture(torch.device(DEVICE)) in configs.SPECIALISED:
         parts += (LONG,)
     else:
         idle -= SPECIALISED
-    for part in (*parts, *GUIDANCE, *STEPS):
+    without = table.unavailable("cuda", "layout_attention")
+    for part in (*parts, *GUIDANCE, *STEPS, *(() if without else BY_CUDA)):
         part()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+    print(f"without CUDA's: {without}" if without else "CUDA's ops were launched")
     print(f"never launched: {', '.join(sorted(idle))}" if idle else "every kernel was launched")
     return 1 if idle else 0
 

@@ -63,10 +63,16 @@ def gathered(inputs: Inputs) -> Call:
     return call
 
 
-def _ours(inputs: Inputs, order: bool | None, listed: bool) -> Call:
-    words, orders = (inputs.q_regions, inputs.k_regions), {"q_order": order, "k_order": order}
-    lists = dense_attn.tile_lists(inputs.q, inputs.k, *words, **orders) if listed else None
-    how = orders | {"modulation": inputs.modulation, "tile_lists": lists}
+def by_backend(backend: str) -> Callable[[Inputs], Call]:
+    """This library by one of its backends, tokens as they come."""
+    return lambda inputs: _ours(inputs, order=False, listed=True, backend=backend)
+
+
+def _ours(inputs: Inputs, order: bool | None, listed: bool, backend: str = "auto") -> Call:
+    words = inputs.q_regions, inputs.k_regions
+    how = {"q_order": order, "k_order": order, "backend": backend}
+    lists = dense_attn.tile_lists(inputs.q, inputs.k, *words, **how) if listed else None
+    how |= {"modulation": inputs.modulation, "tile_lists": lists}
     return lambda q, k, v: layout_attention(q, k, v, *words, inputs.strength, **how)
 
 
@@ -152,8 +158,10 @@ def flash_attn(inputs: Inputs) -> Call:
     return lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+BY_BACKEND = {"dense_attn-triton": "triton", "dense_attn-cuda": "cuda"}  # by no other
 GPU_CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "dense_attn": raster,
+    **{name: by_backend(backend) for name, backend in BY_BACKEND.items()},
     "dense_attn-sorted": by_region,
     "dense_attn-no-lists": no_lists,
     "dense_attn-gather": gathered,

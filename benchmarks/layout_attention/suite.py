@@ -12,7 +12,7 @@ from dense_attn._backends import table
 from ..harness import machine
 from ..harness.measure import OURS
 from .baselines import CONTENDERS, PLAIN, RANGE_ALONE
-from .gpu_baselines import GPU_CONTENDERS, MATERIALISED, TRAINED
+from .gpu_baselines import BY_BACKEND, GPU_CONTENDERS, MATERIALISED, TRAINED
 from .workloads import Workload, workloads
 
 GIB = 2**30
@@ -103,6 +103,8 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
             continue
         left_out = RANGE_ALONE if workload.modulation != "range" else ()
         left_out = left_out if workload.flex else NEED_FLEX
+        # Where keys are many, "auto" takes it too.
+        left_out += () if workload.kind == "cross" else ("dense_attn-triton",)
         for entry in _gpu_rows(workload) if machine.on_gpu() else _cpu_rows(workload):
             is_quick = entry.gpu_quick if machine.on_gpu() else entry.quick
             if entry.contender not in left_out and (is_quick or not quick):
@@ -148,6 +150,8 @@ def why_not(entry: Entry) -> str | None:
         return "needs a GPU, and this suite times CPUs alone"
     if entry.contender.startswith("flex") and setting.backward and not machine.on_gpu():
         return "FlexAttention has no backward on a CPU"
+    if entry.contender in BY_BACKEND and (reasons := _reasons(BY_BACKEND[entry.contender], entry)):
+        return "; ".join(reasons)
     if machine.on_gpu() or workload.own:
         return _too_much_memory(entry, _SHARE * machine.current().memory_bytes())
     gflop, most = workload.gflop(setting.backward), MAX_GFLOP[setting.backward]
@@ -174,7 +178,10 @@ def backend(entry: Entry) -> str | None:
     """Which of the library's backends runs a row, None for a baseline."""
     if not entry.ours:
         return None
-    return table.resolve("auto", "layout_attention", _probe(entry))
+    keys = entry.setting.workload.seqlen_k
+    return BY_BACKEND.get(entry.contender) or table.resolve(
+        "auto", "layout_attention", _probe(entry), keys
+    )
 
 
 def why_reference(entry: Entry) -> str | None:
@@ -182,8 +189,12 @@ def why_reference(entry: Entry) -> str | None:
     if backend(entry) != "reference":
         return None
     kernels = "triton" if machine.on_gpu() else "cpu"
-    reasons = table.why_not(kernels, "layout_attention", _probe(entry))
-    return "; ".join(f"{kernels} {reason}" for reason in reasons)
+    return "; ".join(f"{kernels} {reason}" for reason in _reasons(kernels, entry))
+
+
+def _reasons(kernels: str, entry: Entry) -> list[str]:
+    """The reasons why a backend cannot run a row; empty if it can."""
+    return table.why_not(kernels, "layout_attention", _probe(entry))
 
 
 def _probe(entry: Entry) -> torch.Tensor:
