@@ -136,52 +136,6 @@ def test_the_driver_finds_its_files(argv: tuple[str, ...], count: int, quick: bo
         assert modules[0] in known
 
 
-def test_the_python_part_is_that_of_an_installation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_build, "LIBRARY", tmp_path / "lib")
-    assert gpu_build.build_python() == 0
-    for name, path in tree.modules().items():
-        parts = name.split(".")
-        place = tmp_path / "lib" / Path(*parts)
-        built = place / "__init__.py" if path.name == "__init__.py" else place.with_suffix(".py")
-        assert built.read_bytes() == path.read_bytes()
-    setup = (ROOT / "setup.py").read_text()
-    assert f"BESIDE = {json.dumps(gpu_build.BESIDE)}".replace("[", "(").replace("]", ")") in setup
-    assert f"OLDEST_SETUPTOOLS = {gpu_build.OLDEST_SETUPTOOLS} " in setup
-
-
-def test_old_setuptools_cost_the_cpu_kernels_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(gpu_build.metadata, "version", lambda name: "65.5.1")
-    assert gpu_build.build_cpu() == gpu_build.SKIPPED
-    reason = "setuptools 65.5.1, and 77 is needed: the library runs without its CPU kernels\n"
-    assert capsys.readouterr().out == reason
-
-
-@pytest.mark.parametrize("code", [0, 1])
-def test_cpu_kernels_come_whole_into_their_place(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_build, "BUILD", tmp_path)
-    monkeypatch.setattr(gpu_build, "LIBRARY", tmp_path / "lib")
-    monkeypatch.setattr(gpu_build.shutil, "which", lambda compiler: compiler)
-    for folder in ("lib", "native"):
-        (tmp_path / folder / "dense_attn").mkdir(parents=True)
-
-    def compiled(command: list[str], cwd: Path, **_: object) -> subprocess.CompletedProcess:
-        assert command[1:4] == ["setup.py", "--quiet", "build_ext"]
-        assert command[-2:] == ["--build-lib", str(tmp_path / "native")]
-        (tmp_path / "native" / gpu_build.NATIVE).write_text("kernels")
-        return subprocess.CompletedProcess(command, code)
-
-    monkeypatch.setattr(gpu_build.metadata, "version", lambda name: "80.1")
-    monkeypatch.setattr(gpu_build.subprocess, "run", compiled)
-    assert gpu_build.build_cpu() == code
-    assert (tmp_path / "lib" / gpu_build.NATIVE).exists() == (code == 0)
-
-
 def test_wheels_beside_the_project_are_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,8 +160,8 @@ def test_without_xdist_or_pytest_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     assert "-n" in planned()["tests"].command
 
 
-def selected(tmp_path: Path, *argv: str) -> set[str]:
-    """The files of which the tests step takes something."""
+def selected(tmp_path: Path, *argv: str) -> set[tuple[str, str]]:
+    """The files of which the tests step takes something, and what it takes of them."""
     step = gpu_plan._tests(gpu._parse(argv), {})
     assert not step.missing
     words = step.command[step.command.index("pytest") + 1 :]
@@ -216,14 +170,24 @@ def selected(tmp_path: Path, *argv: str) -> set[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", *words]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    return {Path(line.split("::")[0]).name for line in result.stdout.splitlines() if "::" in line}
+    lines = [line.split("::") for line in result.stdout.splitlines() if "::" in line]
+    return {(Path(file).name, test) for file, test in lines}
 
 
 @pytest.mark.parametrize("family", ["attention", "sega"])
 def test_a_family_has_its_tests_on_a_gpu(family: str, tmp_path: Path) -> None:
-    files = selected(tmp_path, "--family", family)
+    files = {file for file, _ in selected(tmp_path, "--family", family)}
     assert files >= {"test_gpu.py", "triton_backend.py"}
     assert ("test_backends.py" in files) == (family == "attention")
+
+
+def test_a_long_run_takes_both_backends_of_gpus(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    tests = selected(tmp_path, "--minutes", "60")
+    for file in ("test_backends.py", "gpu_sega.py", "gpu_steps.py"):
+        taken = {test.partition("[")[2] for name, test in tests if name == file}
+        for backend in ("whole" if file == "gpu_sega.py" else "triton", "cuda"):
+            assert any(backend in parameters for parameters in taken), (file, backend)
 
 
 def test_a_family_without_tests_says_so() -> None:

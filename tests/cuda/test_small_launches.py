@@ -1,0 +1,44 @@
+"""The CUDA library's part of the program for sanitizers, emulated in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")  # the emulator imports it
+
+from cuda import build
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+PROGRAM = """
+from cuda.compiled import compiled_backend
+runtime = compiled_backend()
+from cuda.launch import emulated
+from dense_attn.benchmarks.host_cost import launches
+with emulated(runtime, "sm_90") as runs:
+    for part in launches.BY_CUDA:
+        part()
+print(*{run.kernel for run in runs})
+"""
+
+
+def test_every_kernel_is_launched() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    sources = [x.read_text("utf-8") for x in (ROOT / "csrc" / "cuda").rglob("*.cu*")]
+    kernels = re.findall(r"__global__ void[^;{]*?\b(\w+_kernel)\(", "".join(sources))
+    assert len(kernels) == 12
+    for kernel in kernels:
+        assert f"{len(kernel)}{kernel}" in done.stdout, kernel
