@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = {"workload": "sd15-self-64", "pass": "fwd", "dtype": "bfloat16"}
 # What the interpreter's machine cannot run: kernels of GPUs alone, packages that are not installed.
 ABSENT = {"sdpa-cudnn", "sdpa-efficient", "flash-attn", "efficient-bias", "xformers"}
+ABSENT |= {"dense_attn-cuda"}
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def test_a_dry_run_goes_through_every_family_and_contender(dry: tuple) -> None:
         untrained = row["contender"] == "flex-smart" and row["pass"] != "fwd"
         assert ("reason" in row) == (row["contender"] in ABSENT or untrained), row
         if row["contender"].startswith("dense_attn"):
-            assert row["backend"] == "triton"
+            cuda = row["contender"] == "dense_attn-cuda"
+            assert row["backend"] == ("cuda" if cuda else "triton")
     across = [row for row in rows if "across" in row["workload"]]
     assert [row["differing_bits"] for row in across] == [0, 0]
     assert all(row["bits"] > 0 for row in across)
@@ -127,6 +129,50 @@ def test_a_gpu_has_all_workloads_and_the_bars_have_their_rows(gpu: machine.Gpu) 
     assert sum(name.endswith("-1g") for name, *_ in rows) == 5 * 4
     large = next(x for x in entries if str(x) == "long-self-64k-fwd-bfloat16-eager")
     assert "GiB of scores" in suite._too_much_memory(large, 80e9)
+
+
+def attention_row(name: str) -> suite.Entry:
+    return next(entry for entry in suite.entries() if str(entry) == name)
+
+
+def test_a_row_names_the_backend_that_runs_it(
+    gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few keys go to CUDA's kernels where they are, and "auto" is measured beside both backends."""
+    monkeypatch.setattr(suite.table, "missing", lambda backend, op: None)
+    monkeypatch.setattr(suite.table, "why_not", lambda backend, op, x: [])
+    cross, own = "sd15-cross-64-fwd-bfloat16-", "sd15-self-64-fwd-bfloat16-"
+    rows = ("dense_attn", "dense_attn-triton", "dense_attn-cuda", "sdpa")
+    assert [suite.backend(attention_row(cross + x)) for x in rows] == [
+        "cuda",
+        "triton",
+        "cuda",
+        None,
+    ]
+    rows = ("dense_attn", "dense_attn-sorted", "dense_attn-cuda")
+    assert [suite.backend(attention_row(own + x)) for x in rows] == ["triton", "triton", "cuda"]
+    assert own + "dense_attn-triton" not in set(map(str, suite.entries()))
+
+
+def test_a_row_of_one_backend_is_run_by_no_other(
+    gpu: machine.Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, asked = make_inputs(WORKLOADS["sd15-cross-8"], torch.float16), []
+    for module, name in (
+        (gpu_baselines, "layout_attention"),
+        (gpu_baselines.dense_attn, "tile_lists"),
+    ):
+        monkeypatch.setattr(module, name, lambda *x, backend, **how: asked.append(backend))
+    for name, backend in gpu_baselines.BY_BACKEND.items():
+        gpu_baselines.GPU_CONTENDERS[name](inputs)(inputs.q, inputs.k, inputs.v)
+        assert asked[-2:] == [backend] * 2
+    reasons = ["one", "two"]
+    monkeypatch.setattr(
+        suite.table, "why_not", lambda backend, op, x: reasons if backend == "cuda" else []
+    )
+    rows = {x: attention_row(f"sd15-cross-64-fwd-bfloat16-{x}") for x in gpu_baselines.BY_BACKEND}
+    assert suite.why_not(rows["dense_attn-cuda"]) == "one; two"
+    assert suite.why_not(rows["dense_attn-triton"]) is None
 
 
 def test_a_bias_in_memory_is_the_modulation(

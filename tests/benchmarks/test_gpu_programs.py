@@ -202,3 +202,17 @@ def test_the_tasks_are_those_of_the_later_programs(monkeypatch: pytest.MonkeyPat
         assert f"sweep-{trial}" in names
     for start in ("bench-sd15-self-64-fwd-bfloat16-dense_attn", "small-", "verify-self", "sega"):
         assert any(name.startswith(start) for name in names)
+
+
+def test_tasks_launch_no_kernel_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of CUDA's has Triton's gradient, whose kernels are compiled by a row of Triton's."""
+    monkeypatch.setattr(prewarm.table, "missing", lambda backend, op: None)
+    monkeypatch.setattr(prewarm.table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    rows = [row for row in prewarm.suite.entries(quick=True) if row.ours]
+    assert {prewarm.suite.backend(row) for row in rows} == {"triton", "cuda"}
+    names = [name for name, _ in prewarm.tasks() if name.startswith("bench-")]
+    assert names == [f"bench-{row}" for row in dict.fromkeys(map(prewarm._by_triton, rows))]
+    assert {prewarm.suite.backend(prewarm._by_triton(row)) for row in rows} == {"triton"}
+    assert "bench-sd15-cross-64-bwd-bfloat16-dense_attn-triton" in names
+    assert "bench-sd15-self-64-fwd-bfloat16-dense_attn-sorted" in names
