@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := 3.6.0
 OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
-NATIVE := setup.py $(shell find csrc bindings -name '*.h' -o -name '*.cpp')
+NATIVE := setup.py $(shell find csrc bindings -name '*.h' -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 PYTHON_SOURCES := $(shell find dense_attn triton_kernels benchmarks examples -name '*.py')
 SANITIZED := build/sanitize
 SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=2 \

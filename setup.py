@@ -1,6 +1,8 @@
 """Builds `dense_attn/_C.so`: each CPU kernel once per instruction set, and the stable-ABI binding.
+With nvcc and a torch for CUDA, `dense_attn/_CUDA.so` too, as `csrc/cuda/build.py` says.
 
-`DENSE_ATTN_CPU_KERNELS=0` builds the package without it, `DENSE_ATTN_SANITIZE=1` with sanitizers.
+`DENSE_ATTN_CPU_KERNELS=0` builds the package without the first, `DENSE_ATTN_CUDA=0` without the
+second and `=1` with it on any machine; `DENSE_ATTN_SANITIZE=1` with sanitizers.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 import setuptools
@@ -79,9 +82,12 @@ BINDINGS = [
 ]
 
 
+CONTRACT = "dense_attn/_backends/contract.py"
+
+
 def contract() -> str:
     """The digest of the schemas that the kernels are compiled for."""
-    return runpy.run_path("dense_attn/_backends/contract.py")["DIGEST"]
+    return runpy.run_path(CONTRACT)["DIGEST"]
 
 
 def switch(name: str, default: bool) -> bool:
@@ -93,6 +99,30 @@ def switch(name: str, default: bool) -> bool:
 
 
 SANITIZED = switch("DENSE_ATTN_SANITIZE", False)
+CUDA = runpy.run_path("csrc/cuda/build.py")
+
+
+def wants_cuda() -> bool:
+    """Whether the CUDA library is built: as it is asked for, else where nvcc and torch are for it;
+    a GPU need not be there.
+    """
+    return switch("DENSE_ATTN_CUDA", False) or (
+        switch("DENSE_ATTN_CUDA", True) and _torch_is_for_cuda() and _nvcc_is_there()
+    )
+
+
+def _torch_is_for_cuda() -> bool:
+    spec = find_spec("torch")
+    version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    return bool(version and version.is_file() and runpy.run_path(str(version)).get("cuda"))
+
+
+def _nvcc_is_there() -> bool:
+    try:
+        CUDA["nvcc"]()
+    except CUDA["NvccError"]:
+        return False
+    return True
 
 
 def check_setuptools() -> None:
@@ -123,6 +153,10 @@ class BuildExt(build_ext):
             "-Ibindings",
             *(f"-isystem{p}" for p in include_paths),
         ]
+        folders = [f"-L{folder}" for folder in library_paths]
+        if ext.name.endswith("_CUDA"):
+            self._build_cuda(ext, stable_abi, folders)
+            return
         jobs = [(source, "host", stable_abi) for source in BINDINGS] + [
             (source, "host", []) for source in DISPATCH
         ]
@@ -132,23 +166,56 @@ class BuildExt(build_ext):
                 (source, isa, [*KERNEL_FLAGS, *flags, *defines, *SOURCE_FLAGS.get(source, ())])
                 for source in KERNELS
             ]
-        library = Path(self.get_ext_fullpath(ext.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        folders = [f"-L{folder}" for folder in library_paths]
-        pool = ThreadPoolExecutor(os.cpu_count())
-        try:
-            objects = list(pool.map(lambda job: self._compile(*job), jobs))
-            linked = ["-shared", *objects, *folders, "-ltorch_cpu", "-o", str(library)]
-            self.spawn([*self._compiler(), *linked])
-        except BaseError as error:
-            pool.shutdown(cancel_futures=True)  # so that what is said last stands last
-            raise PlatformError(
-                f"the CPU kernels did not compile, as the compiler says above ({error}); {WITHOUT}"
-            ) from None
-        finally:
-            pool.shutdown()
+        commands = [
+            # The sanitizers' own optimisation level comes last and so wins: at -O3 they take
+            # minutes.
+            (source, folder, [*self._compiler(flags), "-Icsrc"])
+            for source, folder, flags in jobs
+        ]
+        said = f"the CPU kernels did not compile, as the compiler says above ({{}}); {WITHOUT}"
+        library = self._build(ext, commands, [*self._compiler(), *folders], said)
         if not library.is_file():
             raise PlatformError(f"{NEEDED}, got one that writes no file: {ADVICE}; {WITHOUT}")
+
+    def _build_cuda(self, ext: Extension, stable_abi: list[str], folders: list[str]) -> None:
+        try:
+            nvcc, code = CUDA["nvcc"](), CUDA["code"](os.environ.get("DENSE_ATTN_CUDA_ARCHS"))
+        except CUDA["NvccError"] as error:
+            raise PlatformError(str(error)) from None
+        compiler = [nvcc, *(["-ccbin", self._named()[0]] if self._named() else [])]
+        host = [*compiler, *CUDA["FLAGS"], *CUDA["BINDING_FLAGS"], *stable_abi]
+        commands = [
+            (source, "cuda", [*host, "-DDENSE_ATTN_DEVICE=CUDA"]) for source in CUDA["bindings"]()
+        ]
+        commands += [
+            (source, f"cuda/{name}", [*compiler, *flags, *code])
+            for source, name, flags in CUDA["jobs"]()
+        ]
+        without = CUDA["WITHOUT"]
+        said = f"the CUDA kernels did not compile, as nvcc says above ({{}}); {without}"
+        # nvcc links its runtime statically.
+        self._build(ext, commands, [*compiler, "-cudart=static", *folders], said)
+
+    def _build(
+        self,
+        ext: Extension,
+        commands: list[tuple[str, str, list[str]]],
+        linker: list[str],
+        said: str,
+    ) -> Path:
+        """The library of an extension: its sources compiled side by side and linked."""
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            objects = list(pool.map(lambda job: self._compile(*job), commands))
+            self.spawn([*linker, "-shared", *objects, "-ltorch_cpu", "-o", str(library)])
+        except BaseError as error:
+            pool.shutdown(cancel_futures=True)  # so that what is said last stands last
+            raise PlatformError(said.format(error)) from None
+        finally:
+            pool.shutdown()
+        return library
 
     def _torch_folders(self) -> tuple[list[str], list[str]]:
         """Where torch's headers and its libraries are."""
@@ -184,21 +251,46 @@ class BuildExt(build_ext):
             got = f"got {command[0]!r} ({said})"
             raise PlatformError(f"{NEEDED}, {got}: {ADVICE}; {WITHOUT}")
 
-    def _compile(self, source: str, folder: str, flags: list[str]) -> str:
+    def _compile(self, source: str, folder: str, command: list[str]) -> str:
         target = Path(self.build_temp, folder, source).with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The sanitizers' own optimisation level comes last and so wins: at -O3 they take minutes.
-        self.spawn([*self._compiler(flags), "-Icsrc", "-c", source, "-o", str(target)])
+        self.spawn([*command, "-c", source, "-o", str(target)])
         return str(target)
 
-    def _compiler(self, flags: list[str] = ()) -> list[str]:
+    def _named(self) -> list[str]:
+        """The compiler that CXX names, if it does."""
         named = os.environ.get("CXX", "")
         try:
-            usual = sysconfig.get_config_var("CXX") or "c++"
-            command = shlex.split(named) or shlex.split(usual)[:1]
+            return shlex.split(named)
         except ValueError as error:
             raise PlatformError(f"CXX must name a compiler, got {named!r}: {error}") from None
+
+    def _compiler(self, flags: list[str] = ()) -> list[str]:
+        usual = sysconfig.get_config_var("CXX") or "c++"
+        command = self._named() or shlex.split(usual)[:1]
         return [*command, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if SANITIZED else [])]
+
+
+def _headers(*more: str) -> list[str]:
+    folders = ("csrc/*.h", "csrc/common/*.h", "bindings/*.h", *more)
+    return [*(file for folder in folders for file in glob(folder)), CONTRACT]
+
+
+def cpu_extension() -> list[Extension]:
+    """The library of the CPU's kernels, unless it is not wanted."""
+    if not switch("DENSE_ATTN_CPU_KERNELS", True):
+        return []
+    sources = [*KERNELS, *DISPATCH, *BINDINGS]
+    return [Extension("dense_attn._C", sources, depends=_headers("csrc/cpu/*.h"))]
+
+
+def cuda_extension() -> list[Extension]:
+    """The library of CUDA's kernels, where it is wanted."""
+    if not wants_cuda():
+        return []
+    sources = [*CUDA["bindings"](), *(source for source, *_ in CUDA["jobs"]())]
+    depends = _headers("csrc/cuda/*", "bindings/cuda/*.h")
+    return [Extension("dense_attn._CUDA", sorted(set(sources)), depends=depends)]
 
 
 # Folders that are installed inside of the package.
@@ -221,18 +313,6 @@ setup(
         "": ["*.md", "*.png", "*.safetensors", "py.typed"],
         "dense_attn.benchmarks": ["results/*.json"],
     },
-    ext_modules=[
-        Extension(
-            "dense_attn._C",
-            [*KERNELS, *DISPATCH, *BINDINGS],
-            depends=[
-                *glob("csrc/**/*.h", recursive=True),
-                *glob("bindings/*.h"),
-                "dense_attn/_backends/contract.py",
-            ],
-        )
-    ]
-    if switch("DENSE_ATTN_CPU_KERNELS", True)
-    else [],
+    ext_modules=[*cpu_extension(), *cuda_extension()],
     cmdclass={"build_ext": BuildExt},
 )

@@ -30,8 +30,8 @@ inline int64_t element_size(ScalarType dtype) {
   for (const int64_t size : sizes) bytes *= size, shape += (shape.empty() ? "" : ", ") + std::to_string(size);
   char number[400];
   std::snprintf(number, sizeof(number), "%.0f", bytes);
-  refuse("DefaultCPUAllocator: can't allocate memory: you tried to allocate ", number, " bytes for a tensor [", shape,
-         "] of ", torch::headeronly::toString(dtype));
+  refuse(kOnGpu ? "CUDA out of memory. Tried" : "DefaultCPUAllocator: can't allocate memory: you tried",
+         " to allocate ", number, " bytes for a tensor [", shape, "] of ", torch::headeronly::toString(dtype));
 }
 
 inline Tensor allocate(const Tensor& like, Sizes sizes, ScalarType dtype) {

@@ -1,87 +1,13 @@
-// Fills the params of the reversible steps and hands ranges of elements to torch's threads.
-#include "reversible.h"
-
-#include <algorithm>
+// Hands ranges of the elements of a reversible step to torch's threads.
 #include <atomic>
 #include <cmath>
-#include <numeric>
-#include <optional>
-#include <tuple>
-#include <vector>
 
 #include "cpu.h"
-#include "tensor_view.h"
+#include "reversible_steps.h"
 
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements that are not worth another thread
-
-std::string strides_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.stride(i));
-  return text + "]";
-}
-
-// One block of memory without gaps or overlaps, in whatever order of the axes; an axis of one has no stride.
-bool is_dense(const Tensor& tensor) {
-  std::vector<int64_t> axes;
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) > 1) axes.push_back(i);
-  }
-  std::sort(axes.begin(), axes.end(), [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
-  int64_t expected = 1;
-  for (const int64_t axis : axes) {
-    if (tensor.stride(axis) != expected) return false;
-    expected *= tensor.size(axis);
-  }
-  return true;
-}
-
-// The first operand of a step, which the others must resemble.
-class Operands {
- public:
-  Operands(const char* name, const Tensor& first, std::optional<ScalarType> dtype = std::nullopt)
-      : name_(name), first_(first) {
-    require_kind(name, first, dtype.value_or(first.scalar_type()));
-    REQUIRE(first.numel() == 0 || is_dense(first), name, " must be dense, got shape ", shape_of(first), " and strides ",
-            strides_of(first));
-  }
-
-  FlatView floats(const char* name, const Tensor& tensor) const {
-    const DType dtype = dtype_of(name, tensor);
-    return {memory(name, tensor, tensor.scalar_type()), dtype};
-  }
-  FlatView floats(const char* name, const std::optional<Tensor>& tensor) const {
-    return tensor ? floats(name, *tensor) : FlatView{};
-  }
-  // Of the first operand's dtype.
-  FlatView twin(const char* name, const Tensor& tensor) const {
-    void* data = memory(name, tensor, first_.scalar_type());
-    return {data, dtype_of(name, tensor)};
-  }
-  FlatView grid(const char* name, const Tensor& tensor) const { return {memory(name, tensor, ScalarType::Long), {}}; }
-
-  // New memory in the first operand's order.
-  Tensor empty() const { return allocate_like(first_); }
-  Tensor empty(ScalarType dtype) const { return allocate_like(first_, dtype); }
-
- private:
-  void* memory(const char* name, const Tensor& tensor, ScalarType dtype) const {
-    require_kind(name, tensor, dtype);
-    bool same_shape = tensor.dim() == first_.dim(), same_strides = true;
-    for (int64_t i = 0; same_shape && i < tensor.dim(); ++i) {
-      same_shape = tensor.size(i) == first_.size(i);
-      same_strides &= tensor.size(i) < 2 || tensor.stride(i) == first_.stride(i);
-    }
-    REQUIRE(same_shape, name, " must have ", name_, "'s shape ", shape_of(first_), ", got ", shape_of(tensor));
-    REQUIRE(same_strides || tensor.numel() == 0, name, " must be dense and have ", name_, "'s strides ",
-            strides_of(first_), ", got ", strides_of(tensor));
-    return tensor.data_ptr();
-  }
-
-  const char* name_;
-  const Tensor& first_;
-};
 
 template <class Params>
 void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& p, const Tensor& like) {
@@ -100,92 +26,20 @@ void run(double (*kernel)(const Params&, int64_t, int64_t), const Params& p, con
           std::isnan(got) ? std::fabs(got) : got, " steps");
 }
 
-Tensor ddim_step(const Tensor& x, const Tensor& eps, const std::optional<Tensor>& eps_uncond, double a, double b,
-                 double guidance_scale) {
-  const Operands operands("x", x);
-  DdimStepParams p{};
-  p.a = a, p.b = b, p.guidance_scale = guidance_scale;
-  p.x = operands.twin("x", x), p.eps = operands.floats("eps", eps);
-  p.eps_uncond = operands.floats("eps_uncond", eps_uncond);
-  if (eps_uncond) require_kind("eps_uncond", *eps_uncond, eps.scalar_type());
-  const Tensor out = operands.empty();
-  p.out = operands.twin("out", out);
-  run(kernels().reversible.ddim_step, p, x);
-  return out;
-}
-
-Tensor leapfrog_step(const Tensor& far, const Tensor& near, const Tensor& eps, double c_far, double c_near,
-                     double c_eps) {
-  const Operands operands("far", far);
-  LeapfrogStepParams p{};
-  p.c_far = c_far, p.c_near = c_near, p.c_eps = c_eps;
-  p.far = operands.twin("far", far), p.near = operands.twin("near", near), p.eps = operands.floats("eps", eps);
-  const Tensor out = operands.empty();
-  p.out = operands.twin("out", out);
-  run(kernels().reversible.leapfrog_step, p, far);
-  return out;
-}
-
-template <void (*ReversibleCpu::*kernel)(const EdictParams&, int64_t, int64_t)>
-std::tuple<Tensor, Tensor> edict(const Tensor& x, const Tensor& y, const std::optional<Tensor>& eps, double a, double b,
-                                 double mix, bool couple_x) {
-  const Operands operands("x", x);
-  EdictParams p{};
-  p.a = a, p.b = b, p.mix = mix, p.couple_x = couple_x;
-  p.x = operands.twin("x", x), p.y = operands.twin("y", y), p.eps = operands.floats("eps", eps);
-  const Tensor x_out = operands.empty(), y_out = operands.empty();
-  p.x_out = operands.twin("x_out", x_out), p.y_out = operands.twin("y_out", y_out);
-  run(kernels().reversible.*kernel, p, x);
-  return {x_out, y_out};
-}
-
-std::tuple<Tensor, Tensor> exact_leapfrog(const Tensor& far, const Tensor& near, const Tensor& eps, double c_near,
-                                          double c_eps, double to_latent, ScalarType dtype) {
-  const Operands operands("far", far, ScalarType::Long);
-  ExactLeapfrogParams p{};
-  p.c_near = c_near, p.c_eps = c_eps, p.to_latent = to_latent;
-  dtype_of("dtype", dtype);
-  p.far = operands.grid("far", far), p.near = operands.grid("near", near), p.eps = operands.floats("eps", eps);
-  const Tensor z_out = operands.empty(), latent = operands.empty(dtype);
-  p.z_out = operands.grid("z_out", z_out), p.latent = operands.floats("latent", latent);
-  run(kernels().reversible.exact_leapfrog, p, far);
-  return {z_out, latent};
-}
-
-// A leapfrog over nothing.
-std::tuple<Tensor, Tensor> exact_couple(const Tensor& z, const Tensor& eps, double step, double to_latent,
-                                        ScalarType dtype) {
-  const Operands operands("z", z, ScalarType::Long);
-  operands.floats("eps", eps);
-  return exact_leapfrog(z, z, eps, 0, step, to_latent, dtype);
-}
-
-template <double (*ReversibleCpu::*kernel)(const ExactEdictParams&, int64_t, int64_t)>
-std::tuple<Tensor, Tensor, Tensor> exact_edict(const Tensor& x, const Tensor& y, const std::optional<Tensor>& eps,
-                                               double step, double mix, bool couple_x, double to_latent, bool latent_x,
-                                               ScalarType dtype) {
-  const Operands operands("x", x, ScalarType::Long);
-  ExactEdictParams p{};
-  p.step = step, p.mix = mix, p.to_latent = to_latent, p.couple_x = couple_x, p.latent_x = latent_x;
-  REQUIRE(mix != 0, "mix must not be 0, got ", mix);
-  dtype_of("dtype", dtype);
-  p.x = operands.grid("x", x), p.y = operands.grid("y", y), p.eps = operands.floats("eps", eps);
-  const Tensor x_out = operands.empty(), y_out = operands.empty(), latent = operands.empty(dtype);
-  p.x_out = operands.grid("x_out", x_out), p.y_out = operands.grid("y_out", y_out);
-  p.latent = operands.floats("latent", latent);
-  run(kernels().reversible.*kernel, p, x);
-  return {x_out, y_out, latent};
+template <auto kernel, class Params>
+void on_threads(const Params& p, const Tensor& like) {
+  run(kernels().reversible.*kernel, p, like);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dense_attn, CPU, m) {
-  m.impl("ddim_step", TORCH_BOX(&ddim_step));
-  m.impl("leapfrog_step", TORCH_BOX(&leapfrog_step));
-  m.impl("edict_mix", TORCH_BOX(&edict<&ReversibleCpu::edict_mix>));
-  m.impl("edict_unmix", TORCH_BOX(&edict<&ReversibleCpu::edict_unmix>));
-  m.impl("exact_couple", TORCH_BOX(&exact_couple));
-  m.impl("exact_leapfrog", TORCH_BOX(&exact_leapfrog));
-  m.impl("exact_mix", TORCH_BOX(&exact_edict<&ReversibleCpu::exact_mix>));
-  m.impl("exact_unmix", TORCH_BOX(&exact_edict<&ReversibleCpu::exact_unmix>));
+  m.impl("ddim_step", TORCH_BOX(&ddim_step<on_threads<&ReversibleCpu::ddim_step>>));
+  m.impl("leapfrog_step", TORCH_BOX(&leapfrog_step<on_threads<&ReversibleCpu::leapfrog_step>>));
+  m.impl("edict_mix", TORCH_BOX(&edict<on_threads<&ReversibleCpu::edict_mix>>));
+  m.impl("edict_unmix", TORCH_BOX(&edict<on_threads<&ReversibleCpu::edict_unmix>>));
+  m.impl("exact_couple", TORCH_BOX(&exact_couple<on_threads<&ReversibleCpu::exact_leapfrog>>));
+  m.impl("exact_leapfrog", TORCH_BOX(&exact_leapfrog<on_threads<&ReversibleCpu::exact_leapfrog>>));
+  m.impl("exact_mix", TORCH_BOX(&exact_edict<on_threads<&ReversibleCpu::exact_mix>>));
+  m.impl("exact_unmix", TORCH_BOX(&exact_edict<on_threads<&ReversibleCpu::exact_unmix>>));
 }

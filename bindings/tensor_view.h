@@ -14,6 +14,14 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The device whose tensors a library takes, as torch names its dispatch key; the build says CUDA where it is.
+#ifndef DENSE_ATTN_DEVICE
+#define DENSE_ATTN_DEVICE CPU
+#endif
+enum class Device { CPU, CUDA };
+constexpr bool kOnGpu = Device::DENSE_ATTN_DEVICE == Device::CUDA;
+constexpr const char* kDeviceName = kOnGpu ? "cuda" : "cpu";
+
 template <class... Part>
 [[noreturn]] void refuse(const Part&... parts) {
   std::ostringstream text;
@@ -32,10 +40,16 @@ inline std::string shape_of(const Tensor& tensor) {
 }
 
 inline void require_kind(const char* name, const Tensor& tensor, ScalarType dtype) {
-  REQUIRE(tensor.is_cpu(), name, " must be a cpu tensor, got another device");
+  REQUIRE(kOnGpu ? tensor.is_cuda() : tensor.is_cpu(), name, " must be a ", kDeviceName, " tensor, got another device");
   REQUIRE(tensor.layout() == torch::headeronly::Layout::Strided, name, " must be strided, got another layout");
   REQUIRE(tensor.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype), ", got ",
           torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// Of several GPUs, a call runs on one.
+inline void require_device(const char* name, const Tensor& tensor, const char* first_name, const Tensor& first) {
+  REQUIRE(tensor.get_device_index() == first.get_device_index(), name, " must be on ", kDeviceName, ":",
+          first.get_device_index(), " like ", first_name, ", got ", kDeviceName, ":", tensor.get_device_index());
 }
 
 inline DType dtype_of(const char* name, ScalarType dtype) {

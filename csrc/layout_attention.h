@@ -20,7 +20,9 @@ struct LayoutAttentionParams {
   TensorView<2> q_regions;  // int32 [B, M]
   TensorView<2> k_regions;  // int32 [B, N]
   TensorView<2> q_order;    // int32 [B, M] or no data: the order in which query rows are visited
-  TensorView<3> strength;   // [B, H, M], float or, with double inputs, double; so are the statistics
+  TensorView<2> k_order;    // int32 [B, N] or no data: the order in which kernels that work by tiles visit the keys
+  TensorView<3> strength;   // [B, H, M] or no data, float or, with double inputs, double; so are the statistics
+  double every_strength;    // that of all rows, where strength has no data
   TensorView<4> out;        // [B, H, M, D]
   TensorView<3> lse;        // [B, H, M] or no data
   TensorView<4> stats;      // [B, H, M, kStats], contiguous, or no data: what the backward pass needs of each row

@@ -18,7 +18,7 @@ void ddim_step(const DdimStepParams& p, int64_t begin, int64_t end) {
     const Acc a = p.a, b = p.b, guidance_scale = p.guidance_scale;
     const bool guided = p.eps_uncond.data != nullptr;
     const auto step = [=](Vec& out, Vec x, Vec eps, Vec uncond) {
-      out = a * x + b * (guided ? uncond + guidance_scale * (eps - uncond) : eps);
+      out = ::ddim_step(x, eps, uncond, a, b, guidance_scale, guided);
     };
     for_each<Acc>(begin, end, step, Output<Acc>(p.out), Input<Acc>(p.x), Input<Acc>(p.eps), Input<Acc>(p.eps_uncond));
   });
@@ -29,21 +29,23 @@ void leapfrog_step(const LeapfrogStepParams& p, int64_t begin, int64_t end) {
     using Acc = decltype(acc);
     using Vec = VecOf<Acc>;
     const Acc c_far = p.c_far, c_near = p.c_near, c_eps = p.c_eps;
-    const auto step = [=](Vec& out, Vec far, Vec near, Vec eps) { out = c_far * far + c_near * near + c_eps * eps; };
+    const auto step = [=](Vec& out, Vec far, Vec near, Vec eps) {
+      out = ::leapfrog_step(far, near, eps, c_far, c_near, c_eps);
+    };
     for_each<Acc>(begin, end, step, Output<Acc>(p.out), Input<Acc>(p.far), Input<Acc>(p.near), Input<Acc>(p.eps));
   });
 }
 
-// The coupling, then `mix_pair(x, y)`: the mix or its inverse.
+// The coupling, then `mixing(x, y)`: the mix or its inverse.
 template <class Acc, class F>
-void edict(const EdictParams& p, int64_t begin, int64_t end, const F& mix_pair) {
+void edict(const EdictParams& p, int64_t begin, int64_t end, const F& mixing) {
   using Vec = VecOf<Acc>;
   const Acc a = p.a, b = p.b;
   const bool couple_x = p.eps.data && p.couple_x, couple_y = p.eps.data && !p.couple_x;
   const auto step = [=](Vec& x_out, Vec& y_out, Vec x, Vec y, Vec eps) {
-    x = couple_x ? a * x + b * eps : x;
-    y = couple_y ? a * y + b * eps : y;
-    mix_pair(x, y);
+    x = couple_x ? couple(x, eps, a, b) : x;
+    y = couple_y ? couple(y, eps, a, b) : y;
+    mixing(x, y);
     x_out = x, y_out = y;
   };
   for_each<Acc>(begin, end, step, Output<Acc>(p.x_out), Output<Acc>(p.y_out), Input<Acc>(p.x), Input<Acc>(p.y),
@@ -54,10 +56,7 @@ void edict_mix(const EdictParams& p, int64_t begin, int64_t end) {
   with_accumulator(p.x.dtype, [&](auto acc) {
     using Acc = decltype(acc);
     const Acc mix = p.mix, rest = 1 - p.mix;
-    edict<Acc>(p, begin, end, [=](VecOf<Acc>& x, VecOf<Acc>& y) {
-      x = mix * x + rest * y;
-      y = rest * x + mix * y;
-    });
+    edict<Acc>(p, begin, end, [=](VecOf<Acc>& x, VecOf<Acc>& y) { mix_pair(x, y, mix, rest); });
   });
 }
 
@@ -65,10 +64,7 @@ void edict_unmix(const EdictParams& p, int64_t begin, int64_t end) {
   with_accumulator(p.x.dtype, [&](auto acc) {
     using Acc = decltype(acc);
     const Acc mix = p.mix, rest = 1 - p.mix;
-    edict<Acc>(p, begin, end, [=](VecOf<Acc>& x, VecOf<Acc>& y) {
-      y = (y - rest * x) / mix;
-      x = (x - rest * y) / mix;
-    });
+    edict<Acc>(p, begin, end, [=](VecOf<Acc>& x, VecOf<Acc>& y) { unmix_pair(x, y, mix, rest); });
   });
 }
 

@@ -51,7 +51,7 @@ class TensorMap:
         )
 
 
-Argument = Tensor | TensorMap | Number
+Argument = Tensor | TensorMap | Number | bytes  # those of a struct, which may hold pointers
 
 
 class Fault(Exception):
@@ -73,19 +73,21 @@ class Module:
         kernel: str,
         arguments: Sequence[Argument],
         *others: object,
+        memory: Sequence[Tensor] = (),
         **named: object,
     ) -> None:
         """Launch in each order of warps and programs; Fault where the bits are not the same."""
-        storages = {x.untyped_storage().data_ptr(): x for x in _tensors(arguments)}
-        memory = [_memory(x) for x in storages.values()]
-        memory += [torch.from_numpy(x) for x in self._arrays if x.size]
-        before, first = [x.clone() for x in memory], None
+        given = [*_tensors(arguments), *memory]
+        storages = {x.untyped_storage().data_ptr(): x for x in given}
+        touched = [_memory(x) for x in storages.values()]
+        touched += [torch.from_numpy(x) for x in self._arrays if x.size]
+        before, first = [x.clone() for x in touched], None
         for order in ORDERS:
-            for now, then in zip(memory, before):
+            for now, then in zip(touched, before):
                 now.copy_(then)
-            self.launch(kernel, arguments, *others, **named, order=order)
-            first = first or [x.clone() for x in memory]
-            if not all(torch.equal(x, y) for x, y in zip(memory, first)):
+            self.launch(kernel, arguments, *others, memory=memory, **named, order=order)
+            first = first or [x.clone() for x in touched]
+            if not all(torch.equal(x, y) for x, y in zip(touched, first)):
                 raise Fault(
                     f"{kernel}: the result of {order} order is not that of {ORDERS[0]} order"
                 )
@@ -100,12 +102,15 @@ class Module:
         order: str = "forward",
         harsh: bool = False,
         seed: int = 0,
+        memory: Sequence[Tensor] = (),
     ) -> None:
-        """Run every program, its warps in an order between barriers; raises Fault."""
+        """Run every program, its warps in an order between barriers; raises Fault. It may touch the
+        memory of its tensors, and that of `memory`, into which structs among the arguments point.
+        """
         _check(grid, block, dynamic_shared)
         code = self._code(kernel)
         params = self._params(kernel, arguments)
-        storages = self._storages(arguments)
+        storages = self._storages([*_tensors(arguments), *memory])
         shared = -(-(self._unit.shared_bytes + dynamic_shared) // 16) * 16
         three = ctypes.c_int32 * 3
         options = Options(
@@ -136,6 +141,10 @@ class Module:
         if line:
             raise Fault(self._told(kernel, line, message.value.decode()))
 
+    def parameter_bytes(self, kernel: str) -> list[int]:
+        """The size of each parameter of a kernel."""
+        return [size for _, size in self._unit.functions[kernel].params.values()]
+
     def _code(self, kernel: str) -> Encoded:
         if kernel not in self._encoded:
             expansion = Expansion(self._unit, kernel)
@@ -155,9 +164,9 @@ class Module:
             params[place : place + size] = _bytes(value, size)
         return bytes(params)
 
-    def _storages(self, arguments: Sequence[Argument]) -> list[int]:
+    def _storages(self, tensors: Sequence[Tensor]) -> list[int]:
         """The beginning and the end of all memory that the launch may touch."""
-        storages = [x.untyped_storage() for x in _tensors(arguments)]
+        storages = [x.untyped_storage() for x in tensors]
         spans = {(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages if x.nbytes()}
         spans |= {(x.ctypes.data, x.ctypes.data + x.nbytes) for x in self._arrays}
         return [number for span in sorted(spans) for number in span] or [0, 0]
@@ -202,6 +211,10 @@ def _bytes(value: Argument, size: int) -> bytes:
         return value.data_ptr().to_bytes(8, "little")
     if isinstance(value, TensorMap):
         return value.pack()
+    if isinstance(value, bytes):
+        if len(value) != size:
+            raise ValueError(f"a struct must be {size} bytes, got {len(value)}")
+        return value
     if isinstance(value, float):
         return struct.pack({4: "<f", 8: "<d"}[size], value)
     return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")

@@ -1,0 +1,37 @@
+// What the CUDA library says of itself; its ops are defined in Python and find their kernels here.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include "cuda/device.h"
+
+void refuse_launch(cudaError_t error) { refuse("the GPU must run the kernel, got ", cudaGetErrorString(error)); }
+
+// Of the libtorch_cuda that is loaded where there are tensors of a GPU: one library serves torch with and without.
+cudaStream_t current_stream(int32_t device) {
+  using CurrentStream = AOTITorchError (*)(int32_t, void**);
+  static const CurrentStream ask = []() {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* function = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    REQUIRE(function != nullptr, "torch must be a build for CUDA, got one without a current stream");
+    return reinterpret_cast<CurrentStream>(function);
+  }();
+  void* stream = nullptr;
+  REQUIRE(ask(device, &stream) == AOTI_TORCH_SUCCESS, "torch must have a current stream, got none of GPU ", device);
+  return static_cast<cudaStream_t>(stream);
+}
+
+// The kind of tensors that the ops take.
+static std::string device() { return kDeviceName; }
+
+// The digest of the schemas that the kernels were compiled for.
+static std::string contract() { return DENSE_ATTN_CONTRACT; }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dense_attn_cuda, m) {
+  m.def("device() -> str");
+  m.def("contract() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, CompositeExplicitAutograd, m) {
+  m.impl("device", TORCH_BOX(&device));
+  m.impl("contract", TORCH_BOX(&contract));
+}

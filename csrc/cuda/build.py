@@ -1,0 +1,88 @@
+"""What the CUDA library is made of, and how nvcc compiles it: data and commands for setup.py and
+for the tests' emulated build. Knows the standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compresses for size
+HEAD_DIMS = (40, 64, 80, 96, 128, 160, 256)  # classes: a kernel takes those up to its own
+# Sources of each family, whose binding has its name; some are compiled once a head dim's class.
+KERNELS = {"reversible": ("csrc/cuda/reversible.cu",)}
+OF_A_HEAD_DIM: tuple[str, ...] = ()
+# Grid steps and thresholds must be the same bits on every device.
+SOURCE_FLAGS = {"csrc/cuda/reversible.cu": ("-fmad=false",)}
+# Those of sm_80 run on 8.6, 8.7 and 8.9 too: cubins of their own would be the same instructions at
+# half again the time of the build.
+ARCHS = ("80", "90", "100", "120")
+PTX = ("80", "120")  # for 11.0, and for what comes
+FLAGS = (
+    *("-std=c++20", "-O3", "-Icsrc", "--forward-unknown-to-host-compiler", "-fPIC"),
+    *("-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=all-warnings"),
+)
+BINDING_FLAGS = ("-Ibindings", "-Wno-psabi", "-Wno-error")  # torch's headers are not ours
+NEEDED, ADVICE = (
+    "the CUDA kernels must have nvcc {}.{} or newer".format(*OLDEST_NVCC),
+    "install the CUDA toolkit, or name its folder in CUDA_HOME",
+)
+WITHOUT = (
+    "without CUDA kernels the library still runs, on GPUs on Triton: "
+    "DENSE_ATTN_CUDA=0 pip install --no-build-isolation ."
+)
+
+
+class NvccError(Exception):
+    """No nvcc that can compile the kernels; the message is one sentence."""
+
+
+def nvcc() -> str:
+    """The compiler; raises NvccError where there is none that will do."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if found is None:
+        where = f"none in {os.path.join(home, 'bin')}" if home else "none"
+        raise NvccError(f"{NEEDED}, got {where}: {ADVICE}; {WITHOUT}")
+    try:
+        said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NvccError(
+            f"{NEEDED}, got {found!r} ({error.strerror}): {ADVICE}; {WITHOUT}"
+        ) from None
+    release = re.search(r"release (\d+)\.(\d+)", said.stdout)
+    if release is None or tuple(map(int, release.groups())) < OLDEST_NVCC:
+        got = f"{release[1]}.{release[2]}" if release else f"{found!r}, which says no version"
+        raise NvccError(f"{NEEDED}, got {got}: {ADVICE}; {WITHOUT}")
+    return found
+
+
+def code(archs: str | None) -> list[str]:
+    """The options that name the architectures: all, or "80,90" with the PTX of the last of them."""
+    cubins = archs.split(",") if archs else ARCHS
+    if unknown := [name for name in cubins if not re.fullmatch(r"\d{2,3}a?", name)]:
+        raise NvccError(f"DENSE_ATTN_CUDA_ARCHS must be like 80,90, got {unknown[0]!r}")
+    pairs = [(name, f"sm_{name}") for name in cubins]
+    pairs += [(name, f"compute_{name}") for name in (cubins[-1:] if archs else PTX)]
+    named = [f"-gencode=arch=compute_{name},code={target}" for name, target in pairs]
+    return [*named, "--compress-mode=size"]
+
+
+def jobs() -> Iterator[tuple[str, str, list[str]]]:
+    """Each compilation of a kernel: its source, a name of the variant, and the variant's flags."""
+    for source in (source for sources in KERNELS.values() for source in sources):
+        flags = [*FLAGS, *SOURCE_FLAGS.get(source, ())]
+        if source not in OF_A_HEAD_DIM:
+            yield source, "all", flags
+            continue
+        for head_dim in HEAD_DIMS:
+            name = f"head_dim_{head_dim}"
+            yield source, name, [*flags, f"-DDENSE_ATTN_HEAD_DIM={head_dim}"]
+
+
+def bindings() -> list[str]:
+    """The sources that see torch."""
+    return [f"bindings/cuda/{name}.cpp" for name in ("module", *KERNELS)]

@@ -1,0 +1,74 @@
+"""The CUDA library with the stand-in runtime, its kernels as PTX, compiled on first use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import runpy
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parents[3]
+BUILD = ROOT / "build" / "cuda"
+RUNTIME = Path(__file__).with_name("runtime.cpp")
+PLAN = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))
+STABLE_ABI = "0x020b000000000000"
+TARGETS = ("sm_80", "sm_90")
+PTX = [f"-gencode=arch=compute_{name[3:]},code=compute_{name[3:]}" for name in TARGETS]
+HEADERS = ("csrc/*.h", "csrc/common/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "bindings/**/*.h")
+
+
+@cache
+def library() -> Path:
+    """The library, of these sources; raises OSError where it does not compile."""
+    nvcc = PLAN["nvcc"]()
+    contract = runpy.run_path(str(ROOT / "dense_attn" / "_backends" / "contract.py"))["DIGEST"]
+    stable = (f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f'-DDENSE_ATTN_CONTRACT="{contract}"')
+    torch_headers = [f"-isystem{folder}" for folder in include_paths()]
+    on_the_cpu = [*PLAN["FLAGS"], *PLAN["BINDING_FLAGS"], *stable, *torch_headers]
+    on_the_cpu.append("-DDENSE_ATTN_DEVICE=CPU")
+    jobs = [(nvcc, source, "host", on_the_cpu) for source in PLAN["bindings"]()]
+    jobs.append((nvcc, str(RUNTIME.relative_to(ROOT)), "host", [*PLAN["FLAGS"]]))
+    jobs += [
+        (nvcc, source, variant, [*flags, *PTX, "--no-compress"])
+        for source, variant, flags in PLAN["jobs"]()
+    ]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: _object(*job), jobs))
+    path = BUILD / f"cuda-{_digest(*(name.encode() for name in map(str, objects)))}.so"
+    if not path.exists():
+        # The stand-in is told of every tensor whose memory a binding asks for.
+        wrapped = ["-Xlinker", "--wrap=aoti_torch_get_data_ptr", "-cudart=none"]
+        folders = [f"-L{folder}" for folder in library_paths()]
+        _run([nvcc, "-shared", *map(str, objects), *wrapped, *folders, "-ltorch_cpu"], path)
+    return path
+
+
+def _object(nvcc: str, source: str, variant: str, flags: list[str]) -> Path:
+    """A source compiled, found again while neither it nor a header has changed."""
+    headers = sorted(file for pattern in HEADERS for file in ROOT.glob(pattern))
+    state = [(ROOT / source).read_bytes(), *(file.read_bytes() for file in headers)]
+    digest = _digest(*state, " ".join(flags).encode())
+    path = BUILD / f"{Path(source).stem}-{variant}-{digest}.o"
+    if not path.exists():
+        _run([nvcc, *flags, "-c", source], path)
+    return path
+
+
+def _run(command: list[str], path: Path) -> None:
+    part = path.with_name(f"{os.getpid()}-{path.name}")
+    done = subprocess.run(
+        [*command, "-o", str(part)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise OSError(f"the CUDA code must compile, got {done.stderr[-4000:] or done.stdout}")
+    part.replace(path)
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
