@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 template <int kDims>
@@ -12,7 +14,7 @@ struct TensorView {
   int64_t strides[kDims] = {};
 
   template <class T, class... Index>
-  T* at(Index... index) const {
+  HOST_DEVICE T* at(Index... index) const {
     static_assert(sizeof...(index) <= kDims);
     T* pointer = static_cast<T*>(data);
     int axis = 0;

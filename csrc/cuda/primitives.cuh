@@ -103,6 +103,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// Approximate within 1 unit in the last place.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Over the four lanes that share a row of an mma's result.
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
