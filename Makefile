@@ -12,7 +12,7 @@ SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_TH
 	LD_PRELOAD="$(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
-PTX_FILES := $(patsubst %,tests/backends/%.py,test_backends triton_attention triton_lists triton_sega triton_steps triton_backend)
+PTX_FILES := $(patsubst %,tests/backends/%.py,test_backends triton_attention triton_lists triton_sega gpu_steps triton_backend)
 PTX_TABLE = $(BIN)/pytest -q --numprocesses=auto -p ptx.plugin $(PTX_FILES) -m "full or not full" -k "not (cpu or cuda)"
 
 .DEFAULT_GOAL := help

@@ -10,12 +10,6 @@
 #include "reversible.h"
 #include "tensor_view.h"
 
-inline std::string strides_of(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.stride(i));
-  return text + "]";
-}
-
 // One block of memory without gaps or overlaps, in whatever order of the axes; an axis of one has no stride.
 inline bool is_dense(const Tensor& tensor) {
   std::vector<int64_t> axes;

@@ -39,6 +39,12 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
+inline std::string strides_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.stride(i));
+  return text + "]";
+}
+
 inline void require_kind(const char* name, const Tensor& tensor, ScalarType dtype) {
   REQUIRE(kOnGpu ? tensor.is_cuda() : tensor.is_cpu(), name, " must be a ", kDeviceName, " tensor, got another device");
   REQUIRE(tensor.layout() == torch::headeronly::Layout::Strided, name, " must be strided, got another layout");

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/tensor_view.h"
 
@@ -34,6 +35,34 @@ struct SegaParams {
   bool all_warm;
   double guidance_scale, momentum_scale, momentum_beta;
 };
+
+// Magnitudes order like their bits, which are keys: no key is negative.
+template <class Acc>
+using KeyOf = std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t>;
+template <class Acc>
+constexpr KeyOf<Acc> kInfinity = __builtin_bit_cast(KeyOf<Acc>, static_cast<Acc>(__builtin_inf()));
+template <class Acc>
+constexpr KeyOf<Acc> kNoKey = sizeof(Acc) == 4 ? INT32_MAX : INT64_MAX;  // that of a NaN
+
+// A quantile's place among sorted values.
+struct QuantileRank {
+  int64_t below;
+  double fraction;
+};
+HOST_DEVICE QuantileRank quantile_rank(double level, int64_t count) {
+  const double rank = level * static_cast<double>(count - 1);
+  const int64_t below = static_cast<int64_t>(rank);
+  return {below, rank - static_cast<double>(below)};
+}
+
+// Between two neighbouring order statistics in double, rounded once; between equals, as inf - inf is no number,
+// nothing.
+template <class Acc>
+HOST_DEVICE Acc interpolate(Acc lower, Acc upper, double fraction) {
+  if (fraction == 0 || !(lower < upper)) return lower;
+  const double from = lower, to = upper;
+  return static_cast<Acc>(from + (to - from) * fraction);
+}
 
 // CPU: work is a range of items, any of which may run on any thread with that thread's scratch.
 struct SegaCpu {

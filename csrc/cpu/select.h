@@ -3,16 +3,9 @@
 #pragma once
 
 #include "common/dtypes.h"
+#include "sega.h"
 
 namespace DENSE_ATTN_ISA {
-
-// Signed, as vectors compare best: no key is negative.
-template <class Acc>
-using KeyOf = typename Simd<Acc>::IntLane;
-template <class Acc>
-constexpr KeyOf<Acc> kInfinity = __builtin_bit_cast(KeyOf<Acc>, static_cast<Acc>(__builtin_inf()));
-template <class Acc>
-constexpr KeyOf<Acc> kNoKey = sizeof(Acc) == 4 ? INT32_MAX : INT64_MAX;  // that of a NaN
 
 constexpr int kDigitBits = 10;
 constexpr int64_t kBuckets = 1 << kDigitBits;
@@ -220,26 +213,6 @@ Neighbours<Acc> select(KeyOf<Acc>* keys, int64_t count, int64_t rank, KeyRange<A
   return {keys[rank], rank + 1 < count ? keys[rank + 1] : next};
 }
 
-// A quantile's rank, and what lies between two neighbours: in double, rounded once, whatever is searched.
-struct Rank {
-  int64_t below;
-  double fraction;
-
-  Rank(double level, int64_t count) {
-    const double rank = level * static_cast<double>(count - 1);
-    below = static_cast<int64_t>(rank);
-    fraction = rank - static_cast<double>(below);
-  }
-
-  template <class Acc>
-  Acc interpolate(Neighbours<Acc> keys) const {
-    const Acc low = __builtin_bit_cast(Acc, keys.at_rank);
-    if (fraction == 0 || keys.at_rank == keys.after) return low;  // inf - inf is no number
-    const double from = low, to = __builtin_bit_cast(Acc, keys.after);
-    return static_cast<Acc>(from + (to - from) * fraction);
-  }
-};
-
 // The search for one row's quantile: passes over its parts, each followed by one narrowing, until that finds it. A row
 // with few candidates is gathered in one pass; of a longer one, digits are counted first. Lives in scratch memory.
 template <class Acc>
@@ -257,7 +230,7 @@ class Search {
   }
 
   void start(double level, int64_t count, int64_t parts) {
-    rank_ = Rank(level, count);
+    rank_ = quantile_rank(level, count);
     rank_within_ = rank_.below, count_ = population_ = count, parts_ = parts;
     range_ = {0, kNoKey<Acc>}, next_ = kNoKey<Acc>, first_ = true;
     part(0).offset = 0;
@@ -323,7 +296,8 @@ class Search {
   bool gathers() const { return population_ <= kGathered; }
 
   bool found(Neighbours<Acc> neighbours) {
-    quantile_ = rank_.interpolate(neighbours);
+    const Acc lower = __builtin_bit_cast(Acc, neighbours.at_rank), upper = __builtin_bit_cast(Acc, neighbours.after);
+    quantile_ = interpolate(lower, upper, rank_.fraction);
     return false;
   }
 
@@ -340,7 +314,7 @@ class Search {
     range_ = range_.bucket(bucket), population_ = offset, first_ = false;
   }
 
-  Rank rank_;
+  QuantileRank rank_;
   int64_t rank_within_, count_, population_, parts_;  // population_: how many keys lie within range_
   KeyRange<Acc> range_;
   Key next_;

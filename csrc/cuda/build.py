@@ -9,14 +9,15 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compresses for size
-HEAD_DIMS = (40, 64, 80, 96, 128, 160, 256)  # classes: a kernel takes those up to its own
+HEAD_DIMS = re.findall(r"f\((\d+)\)", Path(__file__).with_name("head_dims.h").read_text("utf-8"))
 # Sources of each family, whose binding has its name; some are compiled once a head dim's class.
-KERNELS = {"reversible": ("csrc/cuda/reversible.cu",)}
+KERNELS = {"reversible": ("csrc/cuda/reversible.cu",), "sega": ("csrc/cuda/sega.cu",)}
 OF_A_HEAD_DIM: tuple[str, ...] = ()
 # Grid steps and thresholds must be the same bits on every device.
-SOURCE_FLAGS = {"csrc/cuda/reversible.cu": ("-fmad=false",)}
+SOURCE_FLAGS = {f"csrc/cuda/{name}.cu": ("-fmad=false",) for name in ("reversible", "sega")}
 # Those of sm_80 run on 8.6, 8.7 and 8.9 too: cubins of their own would be the same instructions at
 # half again the time of the build.
 ARCHS = ("80", "90", "100", "120")

@@ -4,17 +4,21 @@
 
 #include <driver_types.h>
 
+#include "cuda/head_dims.h"
 #include "layout_attention.h"
 #include "reversible.h"
 #include "sega.h"
 
-// Layout attention: any number of keys, and up to kMaxRowKeys of them.
-cudaError_t layout_attention_fwd_cuda(const LayoutAttentionParams&, cudaStream_t);
-cudaError_t layout_attention_row_fwd_cuda(const LayoutAttentionParams&, cudaStream_t);
+constexpr int64_t kMaxRowKeys = 128;  // up to them a row of scores is held at once
 
-// Semantic guidance.
-cudaError_t percentile_mask_cuda(const PercentileParams&, cudaStream_t);
-cudaError_t sega_guidance_cuda(const SegaParams&, cudaStream_t);
+// Layout attention forward, for float16 and bfloat16.
+cudaError_t layout_attention_fwd_cuda(const LayoutAttentionParams&, cudaStream_t);
+
+// Percentiles and semantic guidance, with as many bytes of scratch memory as these say; none where the rows are short.
+size_t percentile_mask_scratch_bytes(const PercentileParams&);
+cudaError_t percentile_mask_cuda(const PercentileParams&, void* scratch, cudaStream_t);
+size_t sega_guidance_scratch_bytes(const SegaParams&);
+cudaError_t sega_guidance_cuda(const SegaParams&, void* scratch, cudaStream_t);
 
 // Reversible steps on this many elements. What leaves the grid becomes kOffGrid, its latent NaN.
 cudaError_t ddim_step_cuda(const DdimStepParams&, int64_t numel, cudaStream_t);

@@ -11,7 +11,7 @@ constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM, kStride = kRowStride<kHeadDim>;
 constexpr int kRows = 16;                           // of a warp at a time
 constexpr int kWarps = kHeadDim > 160 ? 2 : 4;      // of a block
 constexpr bool kAhead = kHeadDim <= 96;             // the next rows are fetched while these are worked on
-constexpr int kColumns = kHeadDim % 64 ? (kHeadDim > 96 ? kHeadDim / 2 : kHeadDim) : 64;  // of out at a time
+constexpr int kColumns = kHeadDim % 64 ? (kHeadDim > 96 ? kHeadDim / 4 : kHeadDim > 40 ? kHeadDim / 2 : kHeadDim) : 64;  // of out at a time
 static_assert(kHeadDim % kColumns == 0 && kColumns % 8 == 0);
 
 // What a lane of a warp has of an mma's tile: rows `group` and `group` + 8. Numbers of a row are worked out by the lanes
@@ -305,13 +305,15 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   const KeyWords<kKeys> words(shared.words, lane);
   const float signed_scale = p.scale, scale = fabsf(signed_scale);
   for (const int step = gridDim.y * kWarps * kRows; place < seqlen_q; place += step) {
-    const Row next(p, batch, head, place + step + lane.own);
+    const bool more = place + step < seqlen_q;
+    Row next = row;
+    if (more) next = Row(p, batch, head, place + step + lane.own);
     wait_for_copies<0>();
     __syncwarp();
     Scores<kKeys> s;
     multiply_keys(s, shared, queries, lane, signed_scale < 0);
     __syncwarp();
-    if constexpr (kAhead) fetch(next);
+    if (kAhead && more) fetch(next);
 
     int32_t both_words[2];
     lane.to_both(row.words, both_words);
@@ -345,7 +347,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         store_row_numbers<kModulation>(p, batch, head, row.token, rule, high, low, largest, sum);
       }
     }
-    if constexpr (!kAhead) {
+    if (!kAhead && more) {
       __syncwarp();
       fetch(next);
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dense_attn._backends import contract, ops
+from dense_attn._backends import contract, ops, raw_checks
 
 AUTOGRAD = False  # torch does not see into its kernels
 NO_KERNELS = {"tile_lists"}  # tiles of one kind are found on the way
@@ -59,4 +59,8 @@ LACKING: set[str] = set()  # ops that this build of the library has no kernel of
 if LOAD_ERROR is None:
     _library = ops.define(_NAME)
     globals().update(ops.overloads(_NAME))
+    if DEVICE == "cpu":  # emulated
+        globals().update(
+            {x: raw_checks.looked_at(globals()[x]) for x in ops.OPS if x.startswith("exact_")}
+        )
     LACKING = {name for name in ops.OPS if name not in NO_KERNELS and not _has_kernel(name)}

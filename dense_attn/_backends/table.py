@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks, _environment
-from dense_attn._backends import cpu, reference, triton
+from dense_attn._backends import cpu, cuda, reference, triton
 from dense_attn._backends.contract import MAX_HEAD_DIM
 
 OPS = {  # each op and the file that holds it, of the same name in every folder
@@ -20,20 +20,25 @@ OPS = {  # each op and the file that holds it, of the same name in every folder
 }
 # Under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU.
 ORDER = ("cuda", "triton", "cpu", "reference")
-NAMESPACES: dict[str, ModuleType | None] = {
-    "cuda": None,
+_FIRST = ("triton", "cuda", "cpu", "reference")  # what no GPU has verified comes behind
+# Each op's raw op that tells whether a backend has kernels of it.
+_RAW = {"layout_attention": "layout_attention_fwd", "ReversibleSampler": "exact_mix"}
+NAMESPACES: dict[str, ModuleType] = {
+    "cuda": cuda,
     "triton": triton,
     "cpu": cpu,
     "reference": reference,
 }
-_NOT_THERE = {name: f"no {name} kernels in this version of dense_attn" for name in ORDER}
+_HEAD_DIM_STEP = 8  # 16 bytes, which the CUDA kernels of layout attention load at once
 _OLDEST_GPU = (8, 0)  # asynchronous copies and products of bfloat16
 
 
 def missing(backend: str, op: str) -> str | None:
     """The reason why a backend lacks an op here, whatever the inputs; None if it has it."""
     kernels = NAMESPACES[backend]
-    return _NOT_THERE[backend] if kernels is None else getattr(kernels, "LOAD_ERROR", None)
+    if _RAW.get(op, op) in getattr(kernels, "LACKING", ()):
+        return f"no {backend} kernel of {op} in this build"
+    return getattr(kernels, "LOAD_ERROR", None)
 
 
 def unavailable(backend: str, op: str) -> str | None:
@@ -73,7 +78,7 @@ def _too_old(device: torch.device) -> str | None:
 
 def device_of(backend: str) -> str:
     """The kind of tensors that a backend takes; the reference takes any."""
-    return triton.DEVICE if backend == "triton" else "cuda" if backend == "cuda" else "cpu"
+    return {"triton": triton.DEVICE, "cuda": cuda.DEVICE}.get(backend, "cpu")
 
 
 def why_not(backend: str, op: str, x: Tensor) -> list[str]:
@@ -92,6 +97,8 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
         reasons.append(f"head_dim is at most {MAX_HEAD_DIM}, got {x.shape[-1]}")
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:
         reasons.append("has no float64 kernels")
+    if (backend, op) == ("cuda", "layout_attention"):
+        reasons += _why_not_cuda_attention(x)
     if (
         device == "cpu"
         and x.dtype == torch.bfloat16
@@ -102,10 +109,20 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
     return reasons
 
 
+def _why_not_cuda_attention(x: Tensor) -> list[str]:
+    """The reasons why the CUDA kernels of layout attention cannot take queries like x."""
+    reasons = []
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"its dtype is float16 or bfloat16, got {_checks.name(x.dtype)}")
+    if x.shape[-1] % _HEAD_DIM_STEP:
+        reasons.append(f"head_dim is a multiple of {_HEAD_DIM_STEP}, got {x.shape[-1]}")
+    return reasons
+
+
 def resolve(backend: str, op: str, x: Tensor) -> str:
     """The backend that runs the call: the named one or an error, or the first that can."""
     if backend == "auto":
-        for name in ORDER:
+        for name in _FIRST:
             if missing(name, op) is None and not why_not(name, op, x):
                 return name
     _checks.choice("backend", backend, ("auto", *ORDER))

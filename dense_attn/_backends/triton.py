@@ -90,23 +90,13 @@ def _layout_attention_fwd(
     return run(q, k, v, *tokens, *rule, q_order, k_order, lists, *last, config=config)
 
 
-def _on_the_grid(launch: Callable) -> Callable:
-    """The launcher of a step on the grid, whose results, but for the latent, must be there."""
-
-    @wraps(launch)
-    def looked_at(*arguments: object) -> tuple[Tensor, ...]:
-        results = launch(*arguments)
-        raw_checks.on_the_grid(*results[:-1])
-        return results
-
-    return looked_at
-
-
 def _launchers() -> dict[str, Callable]:
     """The launcher of each op, for arguments that are checked."""
     modules = (layout_attention, sega, reversible)
     found = {op: getattr(m, op) for op in ops.OPS for m in modules if hasattr(m, op)}
-    on_grid = {op: _on_the_grid(run) for op, run in found.items() if op.startswith("exact_")}
+    on_grid = {
+        op: raw_checks.looked_at(run) for op, run in found.items() if op.startswith("exact_")
+    }
     return found | on_grid | {"layout_attention_fwd": _layout_attention_fwd}
 
 

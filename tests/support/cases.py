@@ -162,7 +162,7 @@ def why_skip(
     reason = table.unavailable(backend, op)
     if reason is None:
         reason = "; ".join(
-            table.why_not(backend, op, torch.empty(1, 1, dtype=dtype, device=DEVICES[backend]))
+            table.why_not(backend, op, torch.empty(1, 8, dtype=dtype, device=DEVICES[backend]))
         )
     return f"{backend}: {reason}" if reason else None
 

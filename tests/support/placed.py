@@ -1,5 +1,5 @@
-"""Kernels of a module on tensors of Triton's device, the CPU's where it interprets, their results
-on the CPU.
+"""Kernels of a module on tensors of a backend's device, the CPU's where they are interpreted or
+emulated, their results on the CPU.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from dense_attn._backends import ops, triton
 class Placed:
     """A module whose ops take and give tensors of the CPU; all else of it is as it is."""
 
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
+    def __init__(self, module: ModuleType, device: str = triton.DEVICE) -> None:
+        self._module, self._device = module, device
 
     def __getattr__(self, name: str) -> object:
         value = getattr(self._module, name)
-        return _placed(value) if name in ops.OPS else value
+        return _placed(value, self._device) if name in ops.OPS else value
 
 
-def _placed(op: object) -> object:
+def _placed(op: object, device: str) -> object:
+    def there(x: object) -> object:
+        return copied(x, device) if isinstance(x, Tensor) else x
+
     def call(*arguments: object, **named: object) -> Tensor | tuple[Tensor, ...]:
-        named = {name: _there(value) for name, value in named.items()}
-        results = op(*map(_there, arguments), **named)
+        named = {name: there(value) for name, value in named.items()}
+        results = op(*map(there, arguments), **named)
         return results.cpu() if isinstance(results, Tensor) else tuple(x.cpu() for x in results)
 
     return call
-
-
-def _there(x: object) -> object:
-    return copied(x, triton.DEVICE) if isinstance(x, Tensor) else x
 
 
 def same(got: object, expected: object) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from dense_attn._backends import cpu, ops
 
 Arguments = dict[str, object]
+library = "dense_attn"  # whose ops are called
 FWD, BWD = "layout_attention_fwd", "layout_attention_bwd"
 
 
@@ -17,7 +18,7 @@ def registered() -> set[str]:
 
 
 def _op(name: str) -> torch._ops.OpOverload:
-    return getattr(torch.ops.dense_attn, name).default
+    return getattr(getattr(torch.ops, library), name).default
 
 
 def argument_names(op: str) -> list[str]:

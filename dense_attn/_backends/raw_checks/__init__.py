@@ -17,6 +17,7 @@ from dense_attn._backends.raw_checks.reversible import (
     exact_mix,
     exact_unmix,
     leapfrog_step,
+    looked_at,
     on_the_grid,
 )
 from dense_attn._backends.raw_checks.sega import percentile_mask, sega_guidance
@@ -33,6 +34,7 @@ __all__ = [
     "layout_attention_fwd",
     "leapfrog_step",
     "lists",
+    "looked_at",
     "on_the_grid",
     "percentile_mask",
     "sega_guidance",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -93,6 +96,18 @@ def on_the_grid(*grids: Tensor) -> None:
         if outside.numel() > 0:
             rule = "be finite and keep the latents within the grid of 2^50 steps"
             _checks.refuse("eps", rule, f"{outside[0].item():g} steps")
+
+
+def looked_at(launch: Callable) -> Callable:
+    """The launcher of a step on the grid, whose results, but for the latent, must be there."""
+
+    @wraps(launch)
+    def looking(*arguments: object) -> tuple[Tensor, ...]:
+        results = launch(*arguments)
+        on_the_grid(*results[:-1])
+        return results
+
+    return looking
 
 
 def _floats(name: str, x: Tensor, **others: Tensor | None) -> None:

@@ -71,16 +71,16 @@ class Runtime:
         return self._modules[key]
 
     def memory(self, structs: list[bytes]) -> list[Tensor]:
-        """The storages of all tensors whose pointers stand in the arguments."""
+        """The storages of all tensors that the arguments point into."""
         words = {
-            word for x in structs for word, in struct.iter_unpack("<Q", x[: len(x) // 8 * 8])
+            word for x in structs for (word,) in struct.iter_unpack("<Q", x[: len(x) // 8 * 8])
         }
         found = {}
         for i in range(self._library.count_spans()):
-            three = (ctypes.c_void_p * 3)()
-            self._library.get_span(i, three)
-            data, begin, end = three
-            if data in words:
+            both = (ctypes.c_void_p * 2)()
+            self._library.get_span(i, both)
+            begin, end = both
+            if any(begin <= word < end for word in words):
                 found[begin] = _bytes_at(begin, end - begin)
         return list(found.values())
 

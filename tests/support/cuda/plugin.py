@@ -21,6 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
+def raw_calls_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of raw calls take the emulated ops in the place of the CPU's."""
+    import raw
+
+    monkeypatch.setattr(raw, "library", "dense_attn_cuda")
+
+
+@pytest.fixture(autouse=True)
 def emulated_launches(pytestconfig: pytest.Config) -> Iterator[None]:
     """Every launch of a test, emulated."""
     from cuda.launch import emulated

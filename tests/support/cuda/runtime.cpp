@@ -18,10 +18,9 @@ struct Kernel {
   std::string name;
 };
 
-// A tensor that the host code asked the memory of.
+// The storage of a tensor that the host code asked the memory of.
 struct Span {
-  const char* data;   // what it was told
-  const char* begin;  // the storage under it
+  const char* begin;
   const char* end;
 };
 
@@ -65,9 +64,7 @@ cudaError_t refused(const std::string& text) {
 EXPORTED void set_launcher(Launcher to) { launcher = to; }
 EXPORTED void set_error(const char* text) { told = text; }
 EXPORTED int count_spans() { return static_cast<int>(spans.size()); }
-EXPORTED void get_span(int i, const void** three) {
-  three[0] = spans[i].data, three[1] = spans[i].begin, three[2] = spans[i].end;
-}
+EXPORTED void get_span(int i, const void** both) { both[0] = spans[i].begin, both[1] = spans[i].end; }
 
 // Every tensor that a binding makes a view of is what its launches may touch.
 using Handle = void*;
@@ -87,14 +84,10 @@ int32_t __wrap_aoti_torch_get_data_ptr(Handle tensor, void** data) {
       aoti_torch_get_dtype(tensor, &dtype)) {
     return 1;
   }
-  const char* told_data = static_cast<const char*>(*data);
-  const char* begin = told_data - offset * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
-  const Span span{told_data, begin, begin + bytes};
+  const char* begin = static_cast<const char*>(*data) - offset * aoti_torch_dtype_element_size(dtype);
+  const Span span{begin, begin + bytes};
   // Memory that was given back and handed out anew: the newest holds.
-  std::erase_if(spans, [&](const Span& old) {
-    const bool same_storage = old.begin == span.begin && old.end == span.end;
-    return old.begin < span.end && span.begin < old.end && (!same_storage || old.data == span.data);
-  });
+  std::erase_if(spans, [&](const Span& old) { return old.begin < span.end && span.begin < old.end; });
   if (bytes > 0) spans.push_back(span);
   return 0;
 }

@@ -1,5 +1,5 @@
-"""Triton's kernels of reversible steps against the reference, to the bit: on a GPU, emulated or
-interpreted.
+"""Triton's and CUDA's kernels of reversible steps against the reference, to the bit: on a GPU,
+emulated or interpreted.
 
 Run by test_interpreted, test_emulated and `make gpu`. Interpreted, bfloat16 is an input only: the
 interpreter cuts a float32 down to it where a GPU rounds.
@@ -11,18 +11,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import INTERPRETED
+from cases import DEVICES, INTERPRETED, why_skip
 from placed import Placed, same
 from torch import Tensor
 
 from dense_attn import reference
-from dense_attn._backends import triton
-from dense_attn.triton_kernels import reversible as _reversible
-from dense_attn.triton_kernels.reversible.grid import OFF_GRID
+from dense_attn._backends import table
 
-launched = Placed(_reversible)  # without the checks of raw calls
-reversible = Placed(triton)
-
+OFF_GRID = 2**62  # marks what left the grid
 INPUTS = (torch.float32, torch.float16, torch.float64, torch.bfloat16)
 DTYPES = INPUTS[: 3 if INTERPRETED else 4]  # of results
 SHAPES = ((), (1,), (2, 3, 17, 33), (0, 3))
@@ -36,6 +32,34 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def _not_here(backend: str) -> str | None:
+    return why_skip(backend, "ddim_step")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend of GPUs."""
+    if reason := _not_here(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def reversible(backend: str) -> Placed:
+    """The backend's ops."""
+    return Placed(table.NAMESPACES[backend], DEVICES[backend])
+
+
+@pytest.fixture
+def launched(backend: str) -> Placed:
+    """The launches alone, which refuse nothing."""
+    if backend == "cuda":
+        return Placed(torch.ops.dense_attn_cuda, DEVICES[backend])
+    from dense_attn.triton_kernels import reversible as launchers
+
+    return Placed(launchers, DEVICES[backend])
+
+
 def pair(
     dtype: torch.dtype, eps_dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,7 +68,7 @@ def pair(
 
 @pytest.mark.parametrize("eps_dtype", INPUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_float_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
+def test_float_steps(dtype: torch.dtype, eps_dtype: torch.dtype, reversible: Placed) -> None:
     x, y, eps, uncond = pair(dtype, eps_dtype, SHAPES[2])
     steps = [("ddim_step", (x, eps, other, 0.9, 0.3, 7.5)) for other in (uncond, None)]
     steps += [("leapfrog_step", (x, y, eps, 0.9, -0.3, 1.1))]
@@ -56,7 +80,7 @@ def test_float_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_steps_of_any_shape(shape: tuple[int, ...]) -> None:
+def test_steps_of_any_shape(shape: tuple[int, ...], reversible: Placed) -> None:
     x, y, eps, _ = pair(torch.float32, torch.float32, shape)
     same(
         reversible.leapfrog_step(x, y, eps, 0.9, -0.3, 1.1),
@@ -70,7 +94,7 @@ def coordinates(shape: tuple[int, ...], largest: int = 2**47) -> Tensor:
 
 @pytest.mark.parametrize("eps_dtype", INPUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_exact_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
+def test_exact_steps(dtype: torch.dtype, eps_dtype: torch.dtype, reversible: Placed) -> None:
     shape, to_latent = (2, 3, 5, 11), 2.0**-44
     x, y, eps = coordinates(shape), coordinates(shape), torch.randn(shape).to(eps_dtype)
     steps: list[tuple[str, tuple]] = [
@@ -91,14 +115,14 @@ def test_exact_steps(dtype: torch.dtype, eps_dtype: torch.dtype) -> None:
         same(getattr(reversible, name)(*arguments), getattr(reference, name)(*arguments))
 
 
-def test_latents_are_rounded_by_way_of_float32() -> None:
+def test_latents_are_rounded_by_way_of_float32(reversible: Placed) -> None:
     """Rounding by way of float32, as torch has it: just above the middle of two float16 numbers."""
     z = torch.tensor([2**40 + 2**29 + 1])
     arguments = (z, torch.zeros(1), 1.0, 2.0**-40, torch.float16)
     same(reversible.exact_couple(*arguments), reference.exact_couple(*arguments))
 
 
-def test_channels_last_memory_is_taken_as_it_lies() -> None:
+def test_channels_last_memory_is_taken_as_it_lies(reversible: Placed) -> None:
     x, y = (
         coordinates((2, 3, 5, 4)).contiguous(memory_format=torch.channels_last) for _ in range(2)
     )
@@ -108,7 +132,7 @@ def test_channels_last_memory_is_taken_as_it_lies() -> None:
     same(got, reference.exact_mix(*arguments))
 
 
-def test_exact_steps_undo_each_other() -> None:
+def test_exact_steps_undo_each_other(reversible: Placed) -> None:
     x, y, eps = coordinates((1000,)), coordinates((1000,)), torch.randn(1000)
     mixed = reversible.exact_mix(x, y, eps, 1e6, 0.93, True, 1.0, True, torch.float32)[:2]
     unmixed = reversible.exact_unmix(*mixed, None, 0.0, 0.93, True, 1.0, True, torch.float32)[:2]
@@ -131,7 +155,9 @@ OFFENDERS = [  # z, eps, what becomes of z
 
 
 @pytest.mark.parametrize(("z", "eps", "expected"), OFFENDERS)
-def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None) -> None:
+def test_the_edge_of_the_grid(
+    z: int, eps: float, expected: int | None, reversible: Placed, launched: Placed, backend: str
+) -> None:
     arguments = (
         torch.tensor([5, z]),
         torch.tensor([0.0, eps], dtype=torch.float64),
@@ -142,7 +168,7 @@ def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None) -> None:
     if expected is not None:
         same(reversible.exact_couple(*arguments), reference.exact_couple(*arguments))
         return
-    if INTERPRETED:  # a GPU's caller waits for no kernel
+    if DEVICES[backend] == "cpu":  # a GPU's caller waits for no kernel
         with pytest.raises(RuntimeError, match=OFF_GRID_TEXT):
             reversible.exact_couple(*arguments)
     moved, latent = launched.exact_couple(*arguments)  # as on a GPU
@@ -151,7 +177,7 @@ def test_the_edge_of_the_grid(z: int, eps: float, expected: int | None) -> None:
 
 
 @pytest.mark.parametrize("op", ["exact_mix", "exact_unmix"])
-def test_what_left_the_grid_stays_off_it(op: str) -> None:
+def test_what_left_the_grid_stays_off_it(op: str, launched: Placed) -> None:
     """Its partner follows, whatever the mix: the shear of a lost coordinate is no number."""
     lost, good = torch.tensor([OFF_GRID, 3]), torch.tensor([7, 4])
     x, y, latent = getattr(launched, op)(
@@ -164,42 +190,43 @@ def test_what_left_the_grid_stays_off_it(op: str) -> None:
 X, GRID = torch.randn(2, 3), torch.arange(6).reshape(2, 3)
 REFUSALS: dict[str, tuple[Callable, str]] = {
     "shape": (
-        lambda: reversible.ddim_step(X, X[:1], None, 1, 1, 1),
+        lambda steps: steps.ddim_step(X, X[:1], None, 1, 1, 1),
         r"eps must have x's shape \(2, 3\), got \(1, 3\)",
     ),
     "dtype": (
-        lambda: reversible.leapfrog_step(X, X.half(), X, 1, 1, 1),
+        lambda steps: steps.leapfrog_step(X, X.half(), X, 1, 1, 1),
         "near must have far's dtype float32, got",
     ),
     "eps dtype": (
-        lambda: reversible.ddim_step(X, X.int(), None, 1, 1, 1),
+        lambda steps: steps.ddim_step(X, X.int(), None, 1, 1, 1),
         "eps must be one of .*, got int32",
     ),
     "uncond": (
-        lambda: reversible.ddim_step(X, X, X.half(), 1, 1, 1),
+        lambda steps: steps.ddim_step(X, X, X.half(), 1, 1, 1),
         "eps_uncond must have eps' dtype float32, got",
     ),
     "gaps": (
-        lambda: reversible.ddim_step(X[:, ::2], X[:, ::2], None, 1, 1, 1),
+        lambda steps: steps.ddim_step(X[:, ::2], X[:, ::2], None, 1, 1, 1),
         r"x must be dense, got strides",
     ),
     "strides": (
-        lambda: reversible.edict_mix(X, torch.randn(3, 2).t(), None, 1, 1, 0.9, True),
+        lambda steps: steps.edict_mix(X, torch.randn(3, 2).t(), None, 1, 1, 0.9, True),
         r"y must be dense and have x's strides \(3, 1\), got strides \(1, 2\)",
     ),
     "grid": (
-        lambda: reversible.exact_couple(X, X, 1, 1, torch.float32),
+        lambda steps: steps.exact_couple(X, X, 1, 1, torch.float32),
         "z must be int64, got float32",
     ),
     "latent": (
-        lambda: reversible.exact_couple(GRID, X, 1, 1, torch.int32),
+        lambda steps: steps.exact_couple(GRID, X, 1, 1, torch.int32),
         "dtype must be one of .*, got int32",
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(name: str) -> None:
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)  # C++ has words of its own
+def test_refusals(name: str, reversible: Placed) -> None:
     call, message = REFUSALS[name]
     with pytest.raises(RuntimeError, match=message):
-        call()
+        call(reversible)
