@@ -1,23 +1,22 @@
-// Layout attention backward for the head dims of a class: the records of rows, then the pass over queries, then the one
-// over keys, which takes what the others have found.
+// Layout attention backward for head dims up to one: the records of rows, then the pass over queries, then the one over
+// keys, which takes what the others have found.
 #include "cuda/launch.h"
 #include "cuda/layout_attention_bwd_kv.cuh"
 
-namespace {
+namespace DENSE_ATTN_CLASS {
 
 template <class T, Modulation kModulation>
 cudaError_t launch_passes(const LayoutAttentionBwdParams& p, cudaStream_t stream) {
   const auto blocks = [&](int64_t seqlen, int64_t rows) {
     return dim3(static_cast<unsigned>(p.batch * p.num_heads * ((seqlen + rows - 1) / rows)));
   };
-  const dim3 threads(kThreads);
-  cudaError_t error = launch(layout_attention_bwd_rows_kernel<T, kModulation>, blocks(p.seqlen_q, kThreads / 8), threads,
-                             0, stream, p);
+  cudaError_t error =
+      launch(layout_attention_bwd_rows_kernel<T, kModulation>, blocks(p.seqlen_q, kBlockRows), kThreads, 0, stream, p);
   if (error != cudaSuccess) return error;
-  error = launch(layout_attention_bwd_q_kernel<T, kModulation>, blocks(p.seqlen_q, kBlockOwn), threads,
+  error = launch(layout_attention_bwd_q_kernel<T, kModulation>, blocks(p.seqlen_q, kBlockOwn), kThreads,
                  sizeof(QueryShared), stream, p);
   if (error != cudaSuccess) return error;
-  return launch(layout_attention_bwd_kv_kernel<T, kModulation>, blocks(p.seqlen_k, kBlockOwn), threads,
+  return launch(layout_attention_bwd_kv_kernel<T, kModulation>, blocks(p.seqlen_k, kBlockOwn), kThreads,
                 sizeof(KeyShared), stream, p);
 }
 
@@ -35,12 +34,9 @@ cudaError_t launch_modulation(const LayoutAttentionBwdParams& p, cudaStream_t st
   }
 }
 
-}  // namespace
-
-namespace DENSE_ATTN_CLASS {
-
-cudaError_t layout_attention_bwd(const LayoutAttentionBwdParams& p, cudaStream_t stream) {
-  return p.dtype == DType::kFloat16 ? launch_modulation<__half>(p, stream) : launch_modulation<__nv_bfloat16>(p, stream);
+cudaError_t layout_attention_bwd_cuda(const LayoutAttentionBwdParams& p, cudaStream_t stream) {
+  if (p.dtype == DType::kFloat16) return launch_modulation<__half>(p, stream);
+  return launch_modulation<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace DENSE_ATTN_CLASS

@@ -3,11 +3,15 @@
 
 #include "cuda/layout_attention_bwd_rows.cuh"
 
-constexpr int kGroup = 8;      // keys side by side, of which a lane remembers that one has the extreme
+namespace DENSE_ATTN_CLASS {
+
+constexpr int kGroup = 8;              // keys side by side, of which a lane remembers that one has the extreme
 constexpr int kListed = 4 * kThreads;  // extremes that are looked through at once
 
 template <Modulation kModulation>
-constexpr int kExtremes = kModulation == Modulation::kRange ? 2 : kModulation == Modulation::kMax ? 1 : 0;
+constexpr int kExtremes = kModulation == Modulation::kRange ? 2
+                          : kModulation == Modulation::kMax ? 1
+                                                            : 0;
 
 // The key at a row of a tile in shared memory: neighbours go to one lane, so that the order of keys is that of lanes,
 // groups and columns.
@@ -109,3 +113,5 @@ struct Listed {
     return begin;
   }
 };
+
+}  // namespace DENSE_ATTN_CLASS

@@ -3,6 +3,8 @@
 
 #include "cuda/layout_attention_bwd_q.cuh"
 
+namespace DENSE_ATTN_CLASS {
+
 // Operands of keys and of values, and two sums, would not all fit in registers.
 constexpr bool kValuesShared = kOwnTiles * kHeadDim > 96;
 
@@ -168,8 +170,8 @@ __device__ __forceinline__ void store_sums(const TensorView<4>& to, const Layout
 }
 
 template <class T, Modulation kModulation>
-__global__ void __launch_bounds__(kThreads, 2) layout_attention_bwd_kv_kernel(
-    const __grid_constant__ LayoutAttentionBwdParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    layout_attention_bwd_kv_kernel(const __grid_constant__ LayoutAttentionBwdParams p) {
   extern __shared__ __align__(16) char bytes[];
   KeyShared& shared = *reinterpret_cast<KeyShared*>(bytes);
   const Place place(p, p.seqlen_k, kBlockOwn);
@@ -220,5 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2) layout_attention_bwd_kv_kernel(
   const float back = exp2f(-lift_of<T>(p.scale));
   store_sums<T>(p.dv, p, place, dv, keys, back);
   if constexpr (kExtremes<kModulation> > 0) add_extremes<T, kModulation>(dk, p, place, shared, source);
-  store_sums<T>(p.dk, p, place, dk, keys, p.scale < 0 ? -back * kLn2 : back * kLn2);
+  store_sums<T>(p.dk, p, place, dk, keys, p.scale < 0 ? -back * kLn2Float : back * kLn2Float);
 }
+
+}  // namespace DENSE_ATTN_CLASS

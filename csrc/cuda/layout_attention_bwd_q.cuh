@@ -4,6 +4,8 @@
 
 #include "cuda/layout_attention_bwd_extremes.cuh"
 
+namespace DENSE_ATTN_CLASS {
+
 struct KeyTile {
   alignas(16) uint16_t k[kVisited * kStride], v[kVisited * kStride];
   alignas(16) int words[kVisited];
@@ -187,8 +189,8 @@ __device__ __forceinline__ void find_extremes(const LayoutAttentionBwdParams& p,
   for (int i = 0; i < 2 * kOwnTiles * kExtremes<kModulation>; ++i) {
     const int which = i / (2 * kOwnTiles), row = own + i % (2 * kOwnTiles) * 8 + lane / 4, visit = place.first + row;
     const T* q = p.q.at<const T>(place.batch, place.head, row_at(p, place.batch, visit));
-    const int key = first_key(q, k, p.k.strides[2], shared.groups[which][row], p.seqlen_k, p.head_dim,
-                              which == 0 ? sign : -sign);
+    const int key =
+        first_key(q, k, p.k.strides[2], shared.groups[which][row], p.seqlen_k, p.head_dim, which == 0 ? sign : -sign);
     if (lane % 4 == 0) {
       shared.keys[which][row] = key;
       if (visit < p.seqlen_q) scratch.places[(2 * place.index + which) * p.seqlen_q + visit] = key;
@@ -247,8 +249,8 @@ __device__ __forceinline__ void store_row_of_queries(const LayoutAttentionBwdPar
 }
 
 template <class T, Modulation kModulation>
-__global__ void __launch_bounds__(kThreads, 2) layout_attention_bwd_q_kernel(
-    const __grid_constant__ LayoutAttentionBwdParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    layout_attention_bwd_q_kernel(const __grid_constant__ LayoutAttentionBwdParams p) {
   extern __shared__ __align__(16) char bytes[];
   QueryShared& shared = *reinterpret_cast<QueryShared*>(bytes);
   const Place place(p, p.seqlen_q, kBlockOwn);
@@ -311,3 +313,5 @@ __global__ void __launch_bounds__(kThreads, 2) layout_attention_bwd_q_kernel(
                                          quad_sum(matched_grad[tile][half]), raw_grad);
   }
 }
+
+}  // namespace DENSE_ATTN_CLASS

@@ -1,9 +1,12 @@
 // What the backward kernels of layout attention leave each other of every row, and the kernel that begins it.
 #pragma once
 
+#include <type_traits>
+
+#include "cuda/kernels.h"
 #include "cuda/layout_attention_bwd_tiles.cuh"
 
-constexpr float kLn2 = 0.6931471805599453f;
+namespace DENSE_ATTN_CLASS {
 
 struct Record {
   float factor, add_in, add_out;  // a weight is exp2(raw * factor + add)
@@ -16,9 +19,6 @@ struct Scratch {
   Record* records;
   float *delta, *through;  // <grad_out, out> without lse's gradient; gradients of the largest and least score
   int *words, *places;     // regions; the keys of the largest and the least score
-
-  // Bytes a row: a record, two numbers, and two of each extreme.
-  static constexpr int64_t kBytes = sizeof(Record) + 6 * 4;
 
   __device__ __forceinline__ explicit Scratch(const LayoutAttentionBwdParams& p) {
     const int64_t rows = p.batch * p.num_heads * p.seqlen_q;
@@ -57,12 +57,12 @@ __device__ __forceinline__ float row_gradient(const LayoutAttentionBwdParams& p,
   return p.grad_lse.data ? *p.grad_lse.at<float>(batch, head, row) : 0;
 }
 
-// Eight lanes a row.
+constexpr int kLanes = 8, kBlockRows = kThreads / kLanes;  // of a row, and rows of a block
+
 template <class T, Modulation kModulation>
-__global__ void __launch_bounds__(kThreads) layout_attention_bwd_rows_kernel(
-    const __grid_constant__ LayoutAttentionBwdParams p) {
-  constexpr int kLanes = 8;
-  const Place place(p, p.seqlen_q, kThreads / kLanes);
+__global__ void __launch_bounds__(kThreads)
+    layout_attention_bwd_rows_kernel(const __grid_constant__ LayoutAttentionBwdParams p) {
+  const Place place(p, p.seqlen_q, kBlockRows);
   const int visit = place.first + threadIdx.x / kLanes, row = row_at(p, place.batch, visit);
   const T* grad = p.grad_out.at<const T>(place.batch, place.head, row);
   const T* out = p.out.at<const T>(place.batch, place.head, row);
@@ -85,3 +85,5 @@ __global__ void __launch_bounds__(kThreads) layout_attention_bwd_rows_kernel(
   scratch.delta[at] = delta;
   scratch.words[at] = row_words(p, place.batch, row);
 }
+
+}  // namespace DENSE_ATTN_CLASS

@@ -1,8 +1,11 @@
 // Tiles of rows for the backward kernels of one head dim: on their way to shared memory, and as operands of products.
 #pragma once
 
+#include "cuda/head_dims.h"
 #include "cuda/layout_attention_rows.cuh"
 #include "cuda/shared_rows.cuh"
+
+namespace DENSE_ATTN_CLASS {
 
 constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM;
 constexpr int kStride = kRowStride<kHeadDim>;
@@ -33,7 +36,8 @@ __device__ __forceinline__ void load_operand(Operand& x, uint32_t rows, bool neg
   const uint32_t at = rows + 2 * (lane % 16 * kStride + lane / 16 * 8);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) load_matrix_x4(x.a[step], at + 32 * step);
-  if constexpr (kParts > kSteps) load_matrix_x2(x.a[kSteps][0], x.a[kSteps][1], rows + 2 * (lane % 16 * kStride + 16 * kSteps));
+  if constexpr (kParts > kSteps)
+    load_matrix_x2(x.a[kSteps][0], x.a[kSteps][1], rows + 2 * (lane % 16 * kStride + 16 * kSteps));
   if (negate) {
 #pragma unroll
     for (int i = 0; i < 4 * kParts; ++i) x.a[i / 4][i % 4] ^= 0x80008000;
@@ -173,3 +177,5 @@ __device__ __forceinline__ float2 load_pair(const T* at) {
   __builtin_memcpy(two, &pair, sizeof(pair));
   return {static_cast<float>(two[0]), static_cast<float>(two[1])};
 }
+
+}  // namespace DENSE_ATTN_CLASS
