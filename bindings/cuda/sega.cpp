@@ -6,16 +6,20 @@
 namespace {
 
 template <auto scratch_bytes, auto kernel, class Params>
-void on_gpu(const Params& p, const Tensor& like) {
+void launch_with_scratch(const Params& p, const Tensor& like) {
   const int64_t bytes = static_cast<int64_t>(scratch_bytes(p));
   std::optional<Tensor> scratch;
   if (bytes > 0) scratch = allocate(like, {bytes}, ScalarType::Byte);
   launch_like(like, kernel, p, bytes > 0 ? scratch->data_ptr() : nullptr);
 }
 
+constexpr auto percentile_on_gpu =
+    launch_with_scratch<percentile_mask_scratch_bytes, percentile_mask_cuda, PercentileParams>;
+constexpr auto guidance_on_gpu = launch_with_scratch<sega_guidance_scratch_bytes, sega_guidance_cuda, SegaParams>;
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, DENSE_ATTN_DEVICE, m) {
-  m.impl("percentile_mask", TORCH_BOX(&percentile_mask<on_gpu<percentile_mask_scratch_bytes, percentile_mask_cuda>>));
-  m.impl("sega_guidance", TORCH_BOX(&sega_guidance<on_gpu<sega_guidance_scratch_bytes, sega_guidance_cuda>>));
+  m.impl("percentile_mask", TORCH_BOX(&percentile_mask<percentile_on_gpu>));
+  m.impl("sega_guidance", TORCH_BOX(&sega_guidance<guidance_on_gpu>));
 }

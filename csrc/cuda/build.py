@@ -14,8 +14,12 @@ from pathlib import Path
 OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compresses for size
 HEAD_DIMS = re.findall(r"f\((\d+)\)", Path(__file__).with_name("head_dims.h").read_text("utf-8"))
 # Sources of each family, whose binding has its name; some are compiled once a head dim's class.
-KERNELS = {"reversible": ("csrc/cuda/reversible.cu",), "sega": ("csrc/cuda/sega.cu",)}
-OF_A_HEAD_DIM: tuple[str, ...] = ()
+OF_A_HEAD_DIM = ("csrc/cuda/layout_attention_fwd.cu", "csrc/cuda/layout_attention_row.cu")
+KERNELS = {
+    "layout_attention": (*OF_A_HEAD_DIM, "csrc/cuda/layout_attention.cu"),
+    "sega": ("csrc/cuda/sega.cu",),
+    "reversible": ("csrc/cuda/reversible.cu",),
+}
 # Grid steps and thresholds must be the same bits on every device.
 SOURCE_FLAGS = {f"csrc/cuda/{name}.cu": ("-fmad=false",) for name in ("reversible", "sega")}
 # Those of sm_80 run on 8.6, 8.7 and 8.9 too: cubins of their own would be the same instructions at
@@ -24,7 +28,8 @@ ARCHS = ("80", "90", "100", "120")
 PTX = ("80", "120")  # for 11.0, and for what comes
 FLAGS = (
     *("-std=c++20", "-O3", "-Icsrc", "--forward-unknown-to-host-compiler", "-fPIC"),
-    *("-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=all-warnings"),
+    *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"),
+    "-Werror=all-warnings",
 )
 BINDING_FLAGS = ("-Ibindings", "-Wno-psabi", "-Wno-error")  # torch's headers are not ours
 NEEDED, ADVICE = (

@@ -3,7 +3,7 @@
 #include "cuda/launch.h"
 #include "cuda/layout_attention_fwd.cuh"
 
-namespace DENSE_ATTN_CLASS(DENSE_ATTN_HEAD_DIM) {
+namespace DENSE_ATTN_CLASS {
 
 template <class T, Modulation kModulation>
 cudaError_t launch_fwd(const LayoutAttentionParams& p, cudaStream_t stream) {
@@ -34,4 +34,4 @@ cudaError_t layout_attention_fwd_cuda(const LayoutAttentionParams& p, cudaStream
   return launch_modulation<__nv_bfloat16>(p, stream);
 }
 
-}  // namespace DENSE_ATTN_CLASS(DENSE_ATTN_HEAD_DIM)
+}  // namespace DENSE_ATTN_CLASS

@@ -3,13 +3,11 @@
 // measured from a shift that a population keeps until they could pass what their dtype or a sum holds.
 #pragma once
 
+#include "cuda/head_dims.h"
 #include "cuda/layout_attention_fwd_steps.cuh"
 #include "cuda/layout_attention_rows.cuh"
 
-#define DENSE_ATTN_CLASS_OF(head_dim) head_dim_##head_dim
-#define DENSE_ATTN_CLASS(head_dim) DENSE_ATTN_CLASS_OF(head_dim)
-
-namespace DENSE_ATTN_CLASS(DENSE_ATTN_HEAD_DIM) {
+namespace DENSE_ATTN_CLASS {
 
 constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM;
 constexpr int kValueDim = kHeadDim == 256 ? 128 : kHeadDim;  // two programs share the values' columns of the widest
@@ -96,8 +94,8 @@ __device__ __forceinline__ void store_rows(const Rows<T, kModulation>& rows, Pop
 }
 
 template <class T, Modulation kModulation>
-__global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const __grid_constant__ LayoutAttentionParams
-                                                                              p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    layout_attention_fwd_kernel(const __grid_constant__ LayoutAttentionParams p) {
   constexpr bool kOthers = kModulation != Modulation::kMask;
   extern __shared__ __align__(16) char smem[];
   const int row_tiles = (static_cast<int>(p.seqlen_q) + kBlockM - 1) / kBlockM;
@@ -160,4 +158,4 @@ __global__ void __launch_bounds__(kThreads, 1) layout_attention_fwd_kernel(const
   store_rows(rows, x, extremes, plain);
 }
 
-}  // namespace DENSE_ATTN_CLASS(DENSE_ATTN_HEAD_DIM)
+}  // namespace DENSE_ATTN_CLASS

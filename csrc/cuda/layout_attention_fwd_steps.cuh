@@ -152,9 +152,8 @@ __device__ __forceinline__ void absorb(Population<kColumns>& x, const Scores<kKe
     }
   }
   x.sum[0] += sum[0], x.sum[1] += sum[1];
-  with_values<T, kColumns, kKeys>(values, [&](int c, int n, uint32_t b0, uint32_t b1) {
-    mma_k16<T>(x.acc[c], weights.of[n], b0, b1);
-  });
+  with_values<T, kColumns, kKeys>(
+      values, [&](int c, int n, uint32_t b0, uint32_t b1) { mma_k16<T>(x.acc[c], weights.of[n], b0, b1); });
 }
 
 // The weights of both populations in a tile, 0 where a pair is of the other one or, in a tail, beyond the keys.

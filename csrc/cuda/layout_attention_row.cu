@@ -1,6 +1,7 @@
 // Layout attention forward where a warp holds whole rows of scores: up to 128 keys. Compiled once a class of head dims.
 #include <algorithm>
 
+#include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/layout_attention_rows.cuh"
 #include "cuda/shared_rows.cuh"
@@ -8,14 +9,17 @@
 namespace {
 
 constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM, kStride = kRowStride<kHeadDim>;
-constexpr int kRows = 16;                           // of a warp at a time
-constexpr int kWarps = kHeadDim > 160 ? 2 : 4;      // of a block
-constexpr bool kAhead = kHeadDim <= 96;             // the next rows are fetched while these are worked on
-constexpr int kColumns = kHeadDim % 64 ? (kHeadDim > 96 ? kHeadDim / 4 : kHeadDim > 40 ? kHeadDim / 2 : kHeadDim) : 64;  // of out at a time
+constexpr int kRows = 16;                       // of a warp at a time
+constexpr int kWarps = kHeadDim > 160 ? 2 : 4;  // of a block
+constexpr bool kAhead = kHeadDim <= 96;         // the next rows are fetched while these are worked on
+constexpr int kColumns = kHeadDim % 64 ? (kHeadDim > 96   ? kHeadDim / 4
+                                          : kHeadDim > 40 ? kHeadDim / 2
+                                                          : kHeadDim)
+                                       : 64;  // of out at a time
 static_assert(kHeadDim % kColumns == 0 && kColumns % 8 == 0);
 
-// What a lane of a warp has of an mma's tile: rows `group` and `group` + 8. Numbers of a row are worked out by the lanes
-// whose own it is: two of its quad for each of the two.
+// What a lane of a warp has of an mma's tile: rows `group` and `group` + 8. Numbers of a row are worked out by the
+// lanes whose own it is: two of its quad for each of the two.
 struct Lane {
   int index = threadIdx.x % kWarp, group = index / 4, column = index % 4 * 2, quad = index & ~3;
   int own = group + index % 2 * 8, half = index / 2 % 2;
@@ -33,7 +37,7 @@ struct Shared {
   alignas(16) T k[kKeys][kStride];
   alignas(16) T v[kKeys][kStride];
   alignas(16) T rows[kWarps][kAhead ? 2 : 1][kRows][kStride];  // queries, and out: behind them, or in their place
-  alignas(16) T exists[(kKeys + 31) / 32 * 32][8];         // 1 for keys that are there: their product is a row's sum
+  alignas(16) T exists[(kKeys + 31) / 32 * 32][8];  // 1 for keys that are there: their product is a row's sum
   alignas(16) int32_t words[kKeys];
 };
 
@@ -72,8 +76,8 @@ __device__ __forceinline__ void fetch_keys(Shared<T, kKeys>& shared, const Layou
 }
 
 template <class T, int kKeys>
-__device__ __forceinline__ void multiply_keys(Scores<kKeys>& s, const Shared<T, kKeys>& shared, const T (*rows)[kStride],
-                                              const Lane& lane, bool negate) {
+__device__ __forceinline__ void multiply_keys(Scores<kKeys>& s, const Shared<T, kKeys>& shared,
+                                              const T (*rows)[kStride], const Lane& lane, bool negate) {
   const uint32_t sign = negate ? 0x80008000u : 0u;
   const int i = lane.index;
   const uint32_t q_at = shared_address(&rows[i % 16][i / 16 * 8]);
@@ -183,8 +187,8 @@ __device__ __forceinline__ bool is_steep(const RowRule& rule) {
 
 // Scores as they are from the anchor on, and the largest exponent of the own row.
 template <int kKeys>
-__device__ __forceinline__ float search_top(Scores<kKeys>& s, const KeyWords<kKeys>& words, const int32_t (&row_words)[2],
-                                         const RowRule& rule, const Lane& lane) {
+__device__ __forceinline__ float search_top(Scores<kKeys>& s, const KeyWords<kKeys>& words,
+                                            const int32_t (&row_words)[2], const RowRule& rule, const Lane& lane) {
   Exponents exponents;
   float anchor[2], first = -INFINITY, second = -INFINITY;
   lane.to_both(rule.anchor, anchor);
@@ -206,9 +210,8 @@ __device__ __forceinline__ float search_top(Scores<kKeys>& s, const KeyWords<kKe
 
 // Weights of both rows' keys in 16 bits, as mma's first operand has them.
 template <class T, Modulation kModulation, int kKeys>
-__device__ __forceinline__ void weigh(Weights<kKeys>& weights, const Scores<kKeys>& s,
-                                      const KeyWords<kKeys>& words, const int32_t (&row_words)[2],
-                                      const Exponents& exponents) {
+__device__ __forceinline__ void weigh(Weights<kKeys>& weights, const Scores<kKeys>& s, const KeyWords<kKeys>& words,
+                                      const int32_t (&row_words)[2], const Exponents& exponents) {
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) {
     float weight[4];
@@ -389,8 +392,9 @@ cudaError_t launch_modulation(const LayoutAttentionParams& p, cudaStream_t strea
 
 namespace DENSE_ATTN_CLASS {
 
-cudaError_t layout_attention_row_fwd(const LayoutAttentionParams& p, cudaStream_t stream) {
-  return p.dtype == DType::kFloat16 ? launch_modulation<__half>(p, stream) : launch_modulation<__nv_bfloat16>(p, stream);
+cudaError_t layout_attention_row_fwd_cuda(const LayoutAttentionParams& p, cudaStream_t stream) {
+  return p.dtype == DType::kFloat16 ? launch_modulation<__half>(p, stream)
+                                    : launch_modulation<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace DENSE_ATTN_CLASS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import runpy
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,6 @@ PLAN = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))
 STABLE_ABI = "0x020b000000000000"
 TARGETS = ("sm_80", "sm_90")
 PTX = [f"-gencode=arch=compute_{name[3:]},code=compute_{name[3:]}" for name in TARGETS]
-HEADERS = ("csrc/*.h", "csrc/common/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "bindings/**/*.h")
 
 
 @cache
@@ -50,14 +50,24 @@ def library() -> Path:
 
 
 def _object(nvcc: str, source: str, variant: str, flags: list[str]) -> Path:
-    """A source compiled, found again while neither it nor a header has changed."""
-    headers = sorted(file for pattern in HEADERS for file in ROOT.glob(pattern))
-    state = [(ROOT / source).read_bytes(), *(file.read_bytes() for file in headers)]
-    digest = _digest(*state, " ".join(flags).encode())
+    """A source compiled, found again while neither it nor a header of it has changed."""
+    texts = _texts(ROOT / source, {})
+    digest = _digest(*(texts[path] for path in sorted(texts)), " ".join(flags).encode())
     path = BUILD / f"{Path(source).stem}-{variant}-{digest}.o"
     if not path.exists():
         _run([nvcc, *flags, "-c", source], path)
     return path
+
+
+def _texts(path: Path, found: dict[Path, bytes]) -> dict[Path, bytes]:
+    """A source and the headers of ours that it includes, however deep."""
+    found[path] = path.read_bytes()
+    for name in re.findall(rb'^#include "(.+)"', found[path], re.M):
+        folders = (path.parent, ROOT / "csrc", ROOT / "bindings")
+        header = next((x for folder in folders if (x := folder / name.decode()).is_file()), None)
+        if header is not None and header not in found:
+            _texts(header, found)
+    return found
 
 
 def _run(command: list[str], path: Path) -> None:
