@@ -15,7 +15,7 @@ constexpr int kExtremes = kModulation == Modulation::kRange ? 2
 
 // The key at a row of a tile in shared memory: neighbours go to one lane, so that the order of keys is that of lanes,
 // groups and columns.
-__device__ __forceinline__ int key_of(int row) { return row / 2 % 4 * 16 + row / 8 * 2 + row % 2; }
+__device__ __forceinline__ int key_of(int row) { return row / 2 % 4 * (kVisited / 4) + row / 8 * 2 + row % 2; }
 
 // A lane's extremes and the first keys of their groups.
 struct Extremes {

@@ -6,7 +6,7 @@
 namespace DENSE_ATTN_CLASS {
 
 // Operands of keys and of values, and two sums, would not all fit in registers.
-constexpr bool kValuesShared = kOwnTiles * kHeadDim > 96;
+constexpr bool kValuesShared = kHeadDim == 64 || kHeadDim > 128;
 
 struct RowTile {
   alignas(16) uint16_t q[kVisited * kStride], grad[kVisited * kStride];
@@ -14,11 +14,15 @@ struct RowTile {
   alignas(16) int words[kVisited];
 };
 struct KeyShared {
-  alignas(16) uint16_t values[kBlockOwn * kStride];
   union {
     RowTile stages[kStages];
-    alignas(16) uint16_t keys[kBlockOwn * kStride];
+    struct {
+      alignas(16) uint16_t keys[kBlockOwn * kStride], values[kValuesShared ? 8 : kBlockOwn * kStride];
+    } own;
   };
+  alignas(16) uint16_t kept[kValuesShared ? kBlockOwn * kStride : 8];
+
+  __device__ __forceinline__ uint16_t* values() { return kValuesShared ? kept : own.values; }
 };
 static_assert(sizeof(Listed) <= sizeof(RowTile));
 
@@ -86,10 +90,14 @@ struct RowSource : Source<T> {
     words = scratch.words + place.index * params.seqlen_q;
   }
   __device__ __forceinline__ void find(int tile) {
+    const int last = static_cast<int>(p.seqlen_q) - 1;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      this->tokens[i] = row_at(p, batch, tile * kVisited + min(this->row + i * kRowsAtOnce, kVisited - 1));
+      this->tokens[i] = min(tile * kVisited + min(this->row + i * kRowsAtOnce, kVisited - 1), last);
     }
+    if (!p.q_order.data) return;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) this->tokens[i] = row_at(p, batch, this->tokens[i]);
   }
   // Zeros of rows that are not there, whose pairs then add nothing.
   __device__ __forceinline__ void fetch(RowTile& tile, int first) {
@@ -177,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Place place(p, p.seqlen_k, kBlockOwn);
   const int own = threadIdx.x / kWarp * kOwn;
   const KeySource<T, kModulation> order(p, place);
-  fetch_own<T>(shared.keys, shared.values, p.k, p.v, place, p.seqlen_k, p.head_dim,
+  fetch_own<T>(shared.own.keys, shared.values(), p.k, p.v, place, p.seqlen_k, p.head_dim,
                [&](int at) { return order.key_at(at); });
   Operand k[kOwnTiles], v[kOwnTiles];
   int keys[kOwnTiles][2], key_words[kOwnTiles][2];
@@ -189,10 +197,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     keys[i / 2][i % 2] = at < p.seqlen_k ? key : -1;
     key_words[i / 2][i % 2] = *p.k_regions.at<int32_t>(place.batch, key);
   }
-  const uint32_t own_values = shared_address(shared.values + own * kStride);
+  const uint32_t own_values = shared_address(shared.values() + own * kStride);
 #pragma unroll
   for (int tile = 0; tile < kOwnTiles; ++tile) {
-    load_operand<T>(k[tile], shared_address(shared.keys + (own + 16 * tile) * kStride), p.scale < 0);
+    load_operand<T>(k[tile], shared_address(shared.own.keys + (own + 16 * tile) * kStride), p.scale < 0);
     if constexpr (!kValuesShared) load_operand<T>(v[tile], own_values + 2 * tile * 16 * kStride, false);
   }
   const Common common = common_words(key_words, there);

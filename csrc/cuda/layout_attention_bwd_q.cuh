@@ -125,20 +125,23 @@ struct KeySource : Source<T> {
       : Source<T>(params.k, params.v, place.batch, place.head), p(params), batch(place.batch) {}
 
   // The key in a place. Extremes are at their first key, so keys keep their order there.
+  __device__ __forceinline__ bool ordered() const { return kExtremes<kModulation> == 0 && p.k_order.data; }
   __device__ __forceinline__ int key_at(int place) const {
     const int last = static_cast<int>(p.seqlen_k) - 1;
     place = min(place, last);
-    if constexpr (kExtremes<kModulation> == 0) {
-      if (p.k_order.data) return max(min(*p.k_order.at<int32_t>(batch, place), last), 0);
-    }
-    return place;
+    return ordered() ? max(min(*p.k_order.at<int32_t>(batch, place), last), 0) : place;
   }
   __device__ __forceinline__ void find(int tile) {
+    const int last = static_cast<int>(p.seqlen_k) - 1;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      this->tokens[i] = key_at(tile * kVisited + key_of(min(this->row + i * kRowsAtOnce, kVisited - 1)));
+      this->tokens[i] = min(tile * kVisited + key_of(min(this->row + i * kRowsAtOnce, kVisited - 1)), last);
     }
-    if (threadIdx.x < kVisited) word_token = key_at(tile * kVisited + key_of(threadIdx.x));
+    word_token = min(tile * kVisited + key_of(threadIdx.x % kVisited), last);
+    if (!ordered()) return;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) this->tokens[i] = key_at(this->tokens[i]);
+    word_token = key_at(word_token);
   }
   __device__ __forceinline__ void fetch(KeyTile& tile) {
     Source<T>::fetch(shared_address(tile.k), shared_address(tile.v), p.head_dim, kVisited);
@@ -281,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (tile + 1 < tiles) source.fetch(shared.stages[(tile + 1) % kStages]);
     source.find(tile + 2);
     const KeyTile& stage = shared.stages[tile % kStages];
-    const int first = tile * kVisited + lane_of_warp() % 4 * 16, count = seqlen_k - first;
+    const int first = tile * kVisited + lane_of_warp() % 4 * (kVisited / 4), count = seqlen_k - first;
     bool matched, others;
     common.judge(stage.words, matched, others);
     if (kModulation == Modulation::kMask && others) continue;

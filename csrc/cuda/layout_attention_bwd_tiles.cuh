@@ -14,8 +14,8 @@ constexpr int kColumns = kHeadDim / 8;                                // results
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kStages = 2;
 constexpr int kOwnTiles = kHeadDim <= 64 ? 2 : 1;                // of 16 rows that a warp owns, as registers allow
 constexpr int kOwn = 16 * kOwnTiles, kBlockOwn = kWarps * kOwn;  // rows of a warp, and of a block
-constexpr int kVisited = 64;                                     // rows of a tile that passes by
-constexpr int kRowsAtOnce = kThreads / kColumns / 8 * 8;         // that all threads copy 16 bytes each of
+constexpr int kVisited = kHeadDim <= 128 ? 64 : 32;  // rows of a tile that passes by, as 99 KB of memory allow
+constexpr int kRowsAtOnce = kThreads / kColumns;     // that all threads copy 16 bytes each of
 constexpr int kCopies = (kVisited + kRowsAtOnce - 1) / kRowsAtOnce;
 constexpr float kInfinity = __builtin_huge_valf();
 
@@ -148,9 +148,13 @@ struct Common {
 
   // Whether a tile's pairs are all matched, or none is.
   __device__ __forceinline__ void judge(const int* words, bool& matched, bool& others) const {
-    const int2 two = *reinterpret_cast<const int2*>(words + 2 * lane_of_warp());
-    matched = __all_sync(~0u, (two.x & every) != 0 && (two.y & every) != 0);
-    others = __all_sync(~0u, ((two.x | two.y) & some) == 0);
+    bool all = true, none = true;
+#pragma unroll
+    for (int i = 0; i < kVisited / kWarp; ++i) {
+      const int word = words[i * kWarp + lane_of_warp()];
+      all &= (word & every) != 0, none &= (word & some) == 0;
+    }
+    matched = __all_sync(~0u, all), others = __all_sync(~0u, none);
   }
 };
 __device__ __forceinline__ Common common_words(const int (&words)[kOwnTiles][2], const bool (&there)[kOwnTiles][2]) {
