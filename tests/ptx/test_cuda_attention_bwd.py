@@ -31,6 +31,7 @@ LOG2_E = 1.4426950408889634
 # Tiles of one kind and of both, one that the keys end in, and the last rows in the second stage.
 CASE = Case("backward", (1, 2, 200, 180, HEAD_DIM), "runs", "full", ordered=True)
 TIES = Case("ties", (1, 1, 70, 150, HEAD_DIM), values="ties", scale=0.5)
+MATCHED = Case("matched", (1, 1, 70, 150, HEAD_DIM), "all", values="ties", scale=0.5)
 # What orders memory, one line of PTX each.
 ORDERING = r"\n[^\n]*(bar(\.warp)?\.sync|cp\.async\.(wait|commit)_group)[^\n]*;"
 SOURCE = """
@@ -112,7 +113,7 @@ def _launch_in_every_order(ptx: str, inputs: Inputs, scale: float) -> list[dict[
     return [_launch(Module(ptx), inputs, scale, order) for order in ORDERS]
 
 
-@pytest.mark.parametrize("case", [CASE, TIES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASE, TIES, MATCHED], ids=lambda case: case.name)
 def test_gradients(ptx: str, case: Case) -> None:
     inputs = make_inputs(case, torch.bfloat16)
     scale = HEAD_DIM**-0.5 if case.scale is None else case.scale
