@@ -5,15 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := 3.6.0
 OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
-NATIVE := setup.py $(shell find csrc bindings -name '*.h' -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+NATIVE := setup.py $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name 'build.py')
 PYTHON_SOURCES := $(shell find dense_attn triton_kernels benchmarks examples -name '*.py')
 SANITIZED := build/sanitize
 SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 
-PTX_FILES := $(patsubst %,tests/backends/%.py,test_backends triton_attention triton_lists triton_sega gpu_steps triton_backend)
+PTX_FILES := $(patsubst %,tests/backends/%.py,test_backends triton_attention triton_lists gpu_sega gpu_steps triton_backend)
 PTX_TABLE = $(BIN)/pytest -q --numprocesses=auto -p ptx.plugin $(PTX_FILES) -m "full or not full" -k "not (cpu or cuda)"
+CUDA_FILES := $(patsubst %,tests/backends/%.py,test_backends gpu_sega gpu_steps)
+CUDA_TABLE = $(BIN)/pytest -q --numprocesses=auto -p cuda.plugin $(CUDA_FILES) -m "full or not full" -k "cuda"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs bench kernels ptx compat gpu fuzz sanitize clean
@@ -46,7 +48,8 @@ kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton kerne
 
 ptx: $(VENV)/.built  ## every case on the kernels as compiled for sm_80 and sm_90, emulated: hours (ARGS="-k name")
 	@$(BIN)/pytest -q --numprocesses=auto tests/ptx -m "full or not full" -k "not emulated"
-	@for target in sm_80 sm_90; do $(PTX_TABLE) --ptx-target $$target --ptx-order each $(ARGS) || failed=1; done; exit $${failed:-0}
+	@for target in sm_80 sm_90; do $(PTX_TABLE) --ptx-target $$target --ptx-order each $(ARGS) || failed=1; \
+		$(CUDA_TABLE) --cuda-target $$target --cuda-order each $(ARGS) || failed=1; done; exit $${failed:-0}
 
 compat: $(VENV)/.built  ## one wheel beside torch 2.11, 2.13 and the newest: core tests, verify, docs/compatibility.md
 	@$(BIN)/python .ci/compat.py
@@ -58,7 +61,7 @@ sanitize: fuzz  ## the same, and the whole table of cases
 	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/backends/test_backends.py
 
 clean:  ## remove what was built and installed here
-	rm -rf $(VENV) build dist *.egg-info dense_attn/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info dense_attn/_C*.so dense_attn/_CUDA*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("dense_attn needs Python 3.10 or newer: make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'

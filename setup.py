@@ -1,5 +1,5 @@
 """Builds `dense_attn/_C.so`: each CPU kernel once per instruction set, and the stable-ABI binding.
-With nvcc and a torch for CUDA, `dense_attn/_CUDA.so` too, as `csrc/cuda/build.py` says.
+With nvcc and a torch for CUDA, `dense_attn/_CUDA.so` too, as `bindings/cuda/build.py` says.
 
 `DENSE_ATTN_CPU_KERNELS=0` builds the package without the first, `DENSE_ATTN_CUDA=0` without the
 second and `=1` with it on any machine; `DENSE_ATTN_SANITIZE=1` with sanitizers.
@@ -90,16 +90,20 @@ def contract() -> str:
     return runpy.run_path(CONTRACT)["DIGEST"]
 
 
+ENVIRONMENT = runpy.run_path("dense_attn/_environment.py")
+text = ENVIRONMENT["text"]
+
+
 def switch(name: str, default: bool) -> bool:
     """Whether an environment variable is switched on, as the library reads it."""
     try:
-        return runpy.run_path("dense_attn/_environment.py")["flag"](name, default)
+        return ENVIRONMENT["flag"](name, default)
     except ValueError as error:
         sys.exit(str(error))
 
 
 SANITIZED = switch("DENSE_ATTN_SANITIZE", False)
-CUDA = runpy.run_path("csrc/cuda/build.py")
+CUDA = runpy.run_path("bindings/cuda/build.py")
 
 
 def wants_cuda() -> bool:
@@ -139,13 +143,16 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         self._compiler()  # refuses a name that setuptools would fall over
+        if any(ext.name.endswith("_CUDA") for ext in self.extensions):
+            self._nvcc()  # refused before anything is compiled
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        self._check_compiler()
+        if not ext.name.endswith("_CUDA"):
+            self._check_compiler()
         include_paths, library_paths = self._torch_folders()
         stable_abi = [
             f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
@@ -178,11 +185,9 @@ class BuildExt(build_ext):
             raise PlatformError(f"{NEEDED}, got one that writes no file: {ADVICE}; {WITHOUT}")
 
     def _build_cuda(self, ext: Extension, stable_abi: list[str], folders: list[str]) -> None:
-        try:
-            nvcc, code = CUDA["nvcc"](), CUDA["code"](os.environ.get("DENSE_ATTN_CUDA_ARCHS"))
-        except CUDA["NvccError"] as error:
-            raise PlatformError(str(error)) from None
-        compiler = [nvcc, *(["-ccbin", self._named()[0]] if self._named() else [])]
+        nvcc, code = self._nvcc()
+        named = self._named()
+        compiler = [nvcc, *(["-ccbin", named[0]] if len(named) == 1 else [])]
         host = [*compiler, *CUDA["FLAGS"], *CUDA["BINDING_FLAGS"], *stable_abi]
         commands = [
             (source, "cuda", [*host, "-DDENSE_ATTN_DEVICE=CUDA"]) for source in CUDA["bindings"]()
@@ -195,6 +200,13 @@ class BuildExt(build_ext):
         said = f"the CUDA kernels did not compile, as nvcc says above ({{}}); {without}"
         # nvcc links its runtime statically.
         self._build(ext, commands, [*compiler, "-cudart=static", *folders], said)
+
+    def _nvcc(self) -> tuple[str, list[str]]:
+        """nvcc, and its options for the architectures."""
+        try:
+            return CUDA["nvcc"](), CUDA["code"](text("DENSE_ATTN_CUDA_ARCHS"))
+        except CUDA["NvccError"] as error:
+            raise PlatformError(str(error)) from None
 
     def _build(
         self,
@@ -289,7 +301,7 @@ def cuda_extension() -> list[Extension]:
     if not wants_cuda():
         return []
     sources = [*CUDA["bindings"](), *(source for source, *_ in CUDA["jobs"]())]
-    depends = _headers("csrc/cuda/*", "bindings/cuda/*.h")
+    depends = _headers("csrc/cuda/*.*", "csrc/cuda/*/*.*", "bindings/cuda/*.h")
     return [Extension("dense_attn._CUDA", sorted(set(sources)), depends=depends)]
 
 

@@ -155,7 +155,7 @@ def _tests(arguments: argparse.Namespace, environment: dict[str, str]) -> Step:
     elif arguments.minutes < LONG_MINUTES:
         selection += f" and {SHORT_TESTS}"
     else:
-        files += ["triton_attention", "triton_lists", "triton_sega", "gpu_steps"]
+        files += ["triton_attention", "triton_lists", "gpu_sega", "gpu_steps"]
     paths = [str(ROOT / "tests" / "backends" / f"{file}.py") for file in files]
     testers, note = min(MOST_TESTERS, os.cpu_count() or 1), ""
     if not arguments.dry_run:

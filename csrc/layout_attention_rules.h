@@ -21,6 +21,15 @@ struct RowRule {
   float common;                 // what lse has beside the exponents, in natural units
 };
 
+// Within 2^-22, or one part in as many.
+HOST_DEVICE float log2_approx(float x) {
+#ifdef __CUDA_ARCH__
+  return __log2f(x);
+#else
+  return log2f(x);
+#endif
+}
+
 // The factor of raw scores, known before the row is; the scale without its sign.
 template <Modulation kModulation>
 HOST_DEVICE float row_factor(float strength, float scale) {
@@ -85,7 +94,7 @@ HOST_DEVICE RowMerge merge_states(const RowRule& rule, float sum_in, float shift
 
 // Of a row whose weights, measured from `largest`, add up to `sum`; a row without keys that count has no weights.
 HOST_DEVICE float row_lse(const RowRule& rule, float largest, float sum) {
-  return sum == 0 ? -INFINITY : (largest + log2f(sum)) * kLn2Float + rule.common;
+  return sum == 0 ? -INFINITY : (largest + log2_approx(sum)) * kLn2Float + rule.common;
 }
 
 // What the backward kernels on a GPU, Triton's among them, need of a row: its extremes, and the offsets under which the
@@ -99,6 +108,6 @@ struct RowOffsets {
 
 HOST_DEVICE RowOffsets record_offsets(const RowRule& rule, float largest, float sum) {
   if (sum == 0) return {-INFINITY, -INFINITY};
-  const float log_sum = log2f(sum);
+  const float log_sum = log2_approx(sum);
   return {rule.offset_in - largest - log_sum, rule.offset_out - largest - log_sum};
 }

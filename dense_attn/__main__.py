@@ -15,7 +15,7 @@ import torch
 
 import dense_attn
 from dense_attn import _command, _kernel_report
-from dense_attn._backends import cpu, table
+from dense_attn._backends import choice, cpu, cuda, table
 from dense_attn._command import UserError
 from dense_attn.demo import run
 
@@ -160,6 +160,7 @@ def _info(arguments: argparse.Namespace) -> int:
     for backend, ops in table.backends().items():
         for op, state in ops.items():
             print(f"  {backend:<10} {op:<18} {state}")
+    print("\n".join(["", *_gpu_kernels()]))
     print("\noptional packages")
     brought: dict[str, str] = {}  # by the first extra that names it
     for extra, packages in EXTRAS.items():
@@ -168,6 +169,25 @@ def _info(arguments: argparse.Namespace) -> int:
     for package, extra in brought.items():
         print(f"  {package:<17} {_version(package) or f'missing: pip install dense_attn[{extra}]'}")
     return 0
+
+
+def _gpu_kernels() -> list[str]:
+    """Lines on the backends of GPUs: where they ran, and which of them "auto" takes first."""
+    lines = ["kernels of GPUs, as python -m dense_attn verify has found them"]
+    for backend in ("triton", "cuda"):
+        found = [
+            f"{'right' if passed else 'WRONG'} on {gpu}"
+            for gpu, passed in choice.gpus(backend).items()
+        ]
+        lines.append(f"  {backend:<10} {', '.join(found) or 'not run on a GPU'}")
+    for rule in choice.RULES:
+        calls = f"{rule.op} of {rule.most_keys} keys at most"
+        lines.append(f"  {rule.backend} first for {calls}: {rule.evidence}")
+    if cuda.LOAD_ERROR is None:
+        lines.append(
+            f"  the gradient of layout_attention on cuda is that of {cuda.gradient_of_attention()}"
+        )
+    return lines
 
 
 def _version(package: str) -> str | None:

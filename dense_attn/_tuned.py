@@ -1,4 +1,4 @@
-"""Measured launch configurations in a file, which kernels know nothing of.
+"""Measured launch configurations, and verdicts of `verify`, in files that kernels know nothing of.
 
 A file that is of no use is as if it were not there: nothing here fails.
 """
@@ -22,16 +22,16 @@ def requested() -> bool:
     return _environment.flag("DENSE_ATTN_AUTOTUNE")
 
 
-def cache_file() -> Path | None:
+def cache_file(name: str = "autotune.json") -> Path | None:
     """Where what was found is kept, None where there is no home to keep it in."""
     named, folder = (
         _environment.text("DENSE_ATTN_AUTOTUNE_CACHE"),
         _environment.text("XDG_CACHE_HOME"),
     )
-    if named is not None:
+    if named is not None and name == "autotune.json":
         return Path(named)
     try:
-        return Path(folder or Path.home() / ".cache") / "dense_attn" / "autotune.json"
+        return Path(folder or Path.home() / ".cache") / "dense_attn" / name
     except RuntimeError:
         return None
 

@@ -19,9 +19,12 @@ from dense_attn._backends import ops, table
 
 MODULES = tree.modules()
 FOLDERS = ("dense_attn", "triton_kernels", "benchmarks", "tests", "examples", ".ci")
-PYTHON = [*tree.python_files(*FOLDERS), ROOT / "setup.py"]
+PYTHON = [*tree.python_files(*FOLDERS, "bindings"), ROOT / "setup.py"]
 KERNELS = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-CPP = [*KERNELS, *sorted((ROOT / "bindings").iterdir())]
+CPP = [
+    *KERNELS,
+    *sorted(path for end in ("h", "cpp") for path in (ROOT / "bindings").rglob(f"*.{end}")),
+]
 TORCH_IN_KERNEL = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)')
 MOST_FILES = 15  # in one folder
 PUBLIC = {
@@ -51,7 +54,7 @@ def test_every_file_is_looked_at() -> None:
     folders = Counter(path.relative_to(ROOT).parts[0] for path in PYTHON)
     least = {"dense_attn": 60, "tests": 80, "benchmarks": 35, "examples": 12, "triton_kernels": 10}
     assert {name for name, count in least.items() if folders[name] < count} == set()
-    assert folders.keys() == {*least, ".ci", "setup.py"}
+    assert folders.keys() == {*least, ".ci", "bindings", "setup.py"}
     assert folders[".ci"] >= 3
     assert len(MODULES) >= 130
     assert len(CPP) >= 20
@@ -76,7 +79,7 @@ def test_no_import_goes_in_a_circle() -> None:
 def test_backends_do_not_import_each_other() -> None:
     """Nor the table of them; what they share is the contract, and the maths under it."""
     shared = {f"dense_attn._backends.{name}" for name in ("contract", "ops", "raw_checks")}
-    for backend in ("cpu", "reference", "triton"):
+    for backend in ("cpu", "cuda", "reference", "triton"):
         imported = tree.imports(MODULES[f"dense_attn._backends.{backend}"], MODULES)
         assert {name for name in imported if tree.family_of(name) == "_backends"} <= shared
 

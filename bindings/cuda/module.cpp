@@ -23,15 +23,33 @@ cudaStream_t current_stream(int32_t device) {
 // The kind of tensors that the ops take.
 static std::string device() { return kDeviceName; }
 
+static std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+// The reason why this machine's driver runs no kernel of this library, empty if it may: one of an older CUDA does not
+// know its runtime. Where there is none, there is no GPU either.
+static std::string driver_error() {
+  if constexpr (kOnGpu) {
+    int driver = 0;
+    if (cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0 && driver / 1000 < CUDART_VERSION / 1000) {
+      return "needs a driver for CUDA " + version(CUDART_VERSION) + ", got one for " + version(driver);
+    }
+  }
+  return "";
+}
+
 // The digest of the schemas that the kernels were compiled for.
 static std::string contract() { return DENSE_ATTN_CONTRACT; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dense_attn_cuda, m) {
   m.def("device() -> str");
   m.def("contract() -> str");
+  m.def("driver_error() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, CompositeExplicitAutograd, m) {
   m.impl("device", TORCH_BOX(&device));
   m.impl("contract", TORCH_BOX(&contract));
+  m.impl("driver_error", TORCH_BOX(&driver_error));
 }

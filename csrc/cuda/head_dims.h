@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-// csrc/cuda/build.py reads the classes here.
+// bindings/cuda/build.py reads the classes here.
 #define DENSE_ATTN_HEAD_DIMS(f) f(40) f(64) f(80) f(96) f(128) f(160) f(256)
 
 constexpr int64_t kHeadDimStep = 8;  // 16 bytes

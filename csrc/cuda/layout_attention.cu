@@ -1,4 +1,6 @@
 // Which kernel takes a call of layout attention.
+#include <cuda_runtime_api.h>
+
 #include "cuda/kernels.h"
 
 #define DENSE_ATTN_DECLARE(head_dim)                                                     \
@@ -9,12 +11,25 @@
   }
 DENSE_ATTN_HEAD_DIMS(DENSE_ATTN_DECLARE)
 
+namespace {
+
+using Launch = cudaError_t(const LayoutAttentionParams&, cudaStream_t);
+
+cudaError_t launch_either(Launch& row, Launch& any, const LayoutAttentionParams& p, cudaStream_t stream) {
+  if (p.seqlen_k > kMaxRowKeys) return any(p, stream);
+  const cudaError_t error = row(p, stream);
+  if (error != cudaErrorInvalidValue) return error;
+  cudaGetLastError();  // wide keys that a block of this GPU has not the shared memory for
+  return any(p, stream);
+}
+
+}  // namespace
+
 cudaError_t layout_attention_fwd_cuda(const LayoutAttentionParams& p, cudaStream_t stream) {
-  const bool row = p.seqlen_k <= kMaxRowKeys;
-#define DENSE_ATTN_CALL(largest)                                                        \
-  if (p.head_dim <= largest) {                                                          \
-    return row ? DENSE_ATTN_CLASS_OF(largest)::layout_attention_row_fwd_cuda(p, stream) \
-               : DENSE_ATTN_CLASS_OF(largest)::layout_attention_fwd_cuda(p, stream);    \
+#define DENSE_ATTN_CALL(largest)                                                              \
+  if (p.head_dim <= largest) {                                                                \
+    return launch_either(DENSE_ATTN_CLASS_OF(largest)::layout_attention_row_fwd_cuda,         \
+                         DENSE_ATTN_CLASS_OF(largest)::layout_attention_fwd_cuda, p, stream); \
   }
   DENSE_ATTN_HEAD_DIMS(DENSE_ATTN_CALL)
   return cudaErrorInvalidValue;

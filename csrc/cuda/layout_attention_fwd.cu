@@ -1,7 +1,7 @@
 // Launches layout attention forward for head dims up to one.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/layout_attention_fwd.cuh"
+#include "cuda/layout_attention/fwd.cuh"
 
 namespace DENSE_ATTN_CLASS {
 

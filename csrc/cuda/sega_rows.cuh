@@ -17,9 +17,14 @@ struct alignas(sizeof(T) < 8 ? kPack * sizeof(T) : 16) Pack {
   T values[kPack];
 };
 
+// How many of a pack's values a row has.
+__device__ __forceinline__ int values_left(int64_t at, int64_t count) {
+  return static_cast<int>(count - at < kPack ? count - at : kPack);
+}
+
 template <class T>
-__device__ __forceinline__ bool is_whole_pack(const T* first, int64_t stride, int64_t rest) {
-  return stride == 1 && rest >= kPack && reinterpret_cast<uintptr_t>(first) % alignof(Pack<T>) == 0;
+__device__ __forceinline__ bool is_whole_pack(const T* first, int64_t stride, int left) {
+  return stride == 1 && left == kPack && reinterpret_cast<uintptr_t>(first) % alignof(Pack<T>) == 0;
 }
 
 // The values of a row from `at` on, zeros beyond its end.
@@ -27,21 +32,23 @@ template <class T>
 __device__ __forceinline__ void load_pack(const T* row, int64_t stride, int64_t at, int64_t count,
                                           AccOf<T> (&to)[kPack]) {
   const T* first = row + at * stride;
-  if (is_whole_pack(first, stride, count - at)) {
+  const int left = values_left(at, count);
+  if (is_whole_pack(first, stride, left)) {
     const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(first);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) to[i] = static_cast<AccOf<T>>(pack.values[i]);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) to[i] = at + i < count ? static_cast<AccOf<T>>(first[i * stride]) : AccOf<T>{0};
+  for (int i = 0; i < kPack; ++i) to[i] = i < left ? static_cast<AccOf<T>>(first[i * stride]) : AccOf<T>{0};
 }
 
 template <class T>
 __device__ __forceinline__ void store_pack(T* row, int64_t stride, int64_t at, int64_t count,
                                            const AccOf<T> (&from)[kPack]) {
   T* first = row + at * stride;
-  if (is_whole_pack(first, stride, count - at)) {
+  const int left = values_left(at, count);
+  if (is_whole_pack(first, stride, left)) {
     Pack<T> pack;
 #pragma unroll
     for (int i = 0; i < kPack; ++i) pack.values[i] = static_cast<T>(from[i]);
@@ -50,7 +57,7 @@ __device__ __forceinline__ void store_pack(T* row, int64_t stride, int64_t at, i
   }
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
-    if (at + i < count) first[i * stride] = static_cast<T>(from[i]);
+    if (i < left) first[i * stride] = static_cast<T>(from[i]);
   }
 }
 
@@ -97,12 +104,12 @@ struct SegaConcept {
 };
 
 // Differences of up to kConcepts concepts from the unconditional estimate, or their sums over the channels.
-template <class T>
+template <class T, bool kSums>
 struct SegaRows {
   using Acc = AccOf<T>;
   static constexpr int kLowBit = 0;
 
-  SegaParams p;            // whose lists are the host's
+  SegaParams p;            // without its lists
   int first, num;          // concepts of this launch
   TensorView<3> guided;    // [B, C, N]: eps between launches
   bool is_first, is_last;  // of the launches that share the concepts
@@ -112,7 +119,7 @@ struct SegaRows {
   HOST_DEVICE int concepts() const { return num; }
   HOST_DEVICE int64_t batch() const { return p.batch; }
   HOST_DEVICE int64_t channels() const { return p.channels; }
-  HOST_DEVICE int64_t columns() const { return p.sum_channels ? 1 : p.channels; }
+  HOST_DEVICE int64_t columns() const { return kSums ? 1 : p.channels; }
   HOST_DEVICE int64_t count() const { return p.count; }
   __device__ QuantileRank rank(int e) const { return numbers[e].rank; }
   __device__ Acc* threshold(int e, int64_t b, int64_t c) const { return p.thresholds.at<Acc>(first + e, b, c); }
@@ -127,19 +134,19 @@ struct SegaRows {
   }
 
   __device__ __forceinline__ void magnitudes(int e, int64_t b, int64_t c, int64_t at, Acc (&to)[kPack]) const {
-    if (!p.sum_channels) {
+    if constexpr (!kSums) {
       differences(e, b, c, at, to);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) to[i] = magnitude(to[i]);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) to[i] = 0;
-    for (int64_t channel = 0; channel < p.channels; ++channel) {
-      Acc difference[kPack];
-      differences(e, b, channel, at, difference);
+      for (int i = 0; i < kPack; ++i) to[i] = 0;
+      for (int64_t channel = 0; channel < p.channels; ++channel) {
+        Acc difference[kPack];
+        differences(e, b, channel, at, difference);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) to[i] += magnitude(difference[i]);
+        for (int i = 0; i < kPack; ++i) to[i] += magnitude(difference[i]);
+      }
     }
   }
 
@@ -184,10 +191,10 @@ struct SegaRows {
     if (weight == 0 && partial == 0) return;
     Acc kept[kPack], compared[kPack];
     differences(e, b, c, at, kept);
-    if (p.sum_channels) magnitudes(e, b, c, at, compared);
+    if constexpr (kSums) magnitudes(e, b, c, at, compared);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
-      if (!p.sum_channels) compared[i] = magnitude(kept[i]);
+      if constexpr (!kSums) compared[i] = magnitude(kept[i]);
       kept[i] = compared[i] >= threshold ? kept[i] : Acc{0};
     }
     if (p.user_mask.data) {

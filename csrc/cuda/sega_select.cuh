@@ -9,6 +9,7 @@
 
 constexpr int kDigitBits = 11;
 constexpr int kBuckets = 1 << kDigitBits;
+constexpr int kCounts = kBuckets + 4;  // and one of what lies outside, which takes less than a branch around it
 
 // The rounds in which all bits of a key are found, but for the low ones that are 0 in every key.
 template <class Acc, int kLowBit>
@@ -59,16 +60,17 @@ struct Counter {
   using Key = KeyOf<Acc>;
 
   int round;
-  Key first;  // that has the digits found, without its low bits
-  uint32_t* counts;
+  Key first;         // that has the digits found, without its low bits
+  uint32_t* counts;  // [kCounts], shared
   Key nan = 0, beyond = 0;
 
   __device__ __forceinline__ Counter(int round_, Key digits, uint32_t* counts_)
       : round(round_), first(digits << D::width(round_)), counts(counts_) {}
 
+  // A negative key is none.
   __device__ __forceinline__ void add(Key key) {
     const Key bucket = (key >> D::shift(round)) - first, end = Key{1} << D::width(round);
-    if (bucket >= 0 && bucket < end) atomicAdd(counts + bucket, 1u);
+    atomicAdd(counts + (bucket >= 0 && bucket < end ? static_cast<int>(bucket) : kBuckets), 1u);
     if (round == 0) nan = key > nan ? key : nan;
     if (D::is_last(round) && bucket >= end) beyond = kNoKey<Acc> - key > beyond ? kNoKey<Acc> - key : beyond;
   }
@@ -101,13 +103,32 @@ __device__ __forceinline__ int find_lane(Count own, Count& rank) {
   return found;
 }
 
-// f(bucket) on a lane's own 64 neighbours, each lane at another bank.
-template <class F>
-__device__ __forceinline__ void for_own_buckets(const F& f) {
-  constexpr int kOwn = kBuckets / kWarp;
+constexpr int kOwn = kBuckets / kWarp;  // buckets of a lane, side by side
+
+// The sum of a lane's own buckets, each lane's four at other banks.
+__device__ __forceinline__ uint32_t own_sum(const uint32_t* counts) {
+  constexpr int kVecs = kOwn / 4;
   const int lane = threadIdx.x % kWarp;
+  const uint4* own = reinterpret_cast<const uint4*>(counts) + lane * kVecs;
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const uint4 four = own[(i + lane) % kVecs];
+    sum += four.x + four.y + four.z + four.w;
+  }
+  return sum;
+}
+__device__ __forceinline__ unsigned long long own_sum(const unsigned long long* counts) {
+  unsigned long long sum = 0;
 #pragma unroll 16
-  for (int i = 0; i < kOwn; ++i) f(lane * kOwn + (i + lane) % kOwn);
+  for (int i = 0; i < kOwn; ++i) sum += counts[threadIdx.x % kWarp * kOwn + i];
+  return sum;
+}
+
+// By one warp.
+__device__ __forceinline__ void clear_counts(uint32_t* counts) {
+#pragma unroll
+  for (int i = 0; i < kOwn / 4; ++i) reinterpret_cast<uint4*>(counts)[i * kWarp + threadIdx.x % kWarp] = uint4{};
 }
 
 struct Bucket {
@@ -118,11 +139,8 @@ struct Bucket {
 // The bucket that holds a rank, which becomes the rank within it; by one warp.
 template <class Count>
 __device__ __forceinline__ Bucket find_bucket(const Count* counts, Count& rank) {
-  constexpr int kOwn = kBuckets / kWarp;
   static_assert(kOwn == 2 * kWarp);
-  Count sum = 0;
-  for_own_buckets([&](int bucket) { sum += counts[bucket]; });
-  const int pairs = find_lane(sum, rank) * kOwn;
+  const int pairs = find_lane(own_sum(counts), rank) * kOwn;
   const int lane = threadIdx.x % kWarp;
   const Count even = counts[pairs + 2 * lane], odd = counts[pairs + 2 * lane + 1];
   const int pair = find_lane(even + odd, rank);
@@ -132,11 +150,14 @@ __device__ __forceinline__ Bucket find_bucket(const Count* counts, Count& rank) 
   return {pairs + 2 * pair + 1, rank + 1 == other};
 }
 
-// The next bucket that holds anything, or kBuckets; by one warp.
+// The next of `end` buckets that holds anything, or kBuckets; by one warp.
 template <class Count>
-__device__ __forceinline__ int next_bucket(const Count* counts, int bucket) {
+__device__ __forceinline__ int next_bucket(const Count* counts, int bucket, int end) {
   int next = kBuckets;
-  for_own_buckets([&](int other) { next = other > bucket && counts[other] != 0 && other < next ? other : next; });
+  for (int other = threadIdx.x % kWarp; other < end; other += kWarp) {
+    const bool filled = counts[other] != 0;
+    next = filled && other > bucket && other < next ? other : next;
+  }
   return __reduce_min_sync(~0u, next);
 }
 
@@ -159,7 +180,7 @@ __device__ __forceinline__ Acc quantile(const Count* counts, Found<Acc> found, E
   const Key first = found.digits << D::width(kLast), lower = (first + bucket.index) << D::shift(kLast);
   Key upper = lower;
   if (fraction != 0 && bucket.alone) {
-    const int next = next_bucket(counts, bucket.index);
+    const int next = next_bucket(counts, bucket.index, 1 << D::width(kLast));
     upper = next < kBuckets ? (first + next) << D::shift(kLast) : kNoKey<Acc> - extremes.beyond;
   }
   if (extremes.nan > 0) return __builtin_bit_cast(Acc, extremes.nan);

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dense_attn import reference
 from dense_attn._backends import contract, ops, raw_checks
 
 AUTOGRAD = False  # torch does not see into its kernels
@@ -29,7 +32,9 @@ def _load() -> str | None:
         except (OSError, RuntimeError) as error:
             return f"the CUDA library does not load: {str(error).splitlines()[0]}"
     # Kernels of another contract would read arguments that are not theirs.
-    return None if _said("contract") == contract.DIGEST else _OTHER_VERSION
+    if _said("contract") != contract.DIGEST:
+        return _OTHER_VERSION
+    return f"the CUDA library {error}" if (error := _said("driver_error")) else None
 
 
 def _said(name: str) -> str | None:
@@ -38,9 +43,70 @@ def _said(name: str) -> str | None:
     return None if op is None else op()
 
 
-def _has_kernel(name: str) -> bool:
+def _has_kernel(library: str, name: str) -> bool:
+    if not hasattr(getattr(torch.ops, library), name):
+        return False
     key = DEVICE.upper()
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_NAME}::{name}", key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{name}", key)
+
+
+def gradient_of_attention() -> str:
+    """The backend that the gradient of layout attention is handed to. Triton's kernels take it from
+    the same record of each row; it is asked for late, when every backend has been loaded.
+    """
+    return "triton" if _has_kernel("dense_attn_triton", "layout_attention_bwd") else "reference"
+
+
+def _layout_attention_bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient by another backend's kernels."""
+    if gradient_of_attention() == "triton":
+        return torch.ops.dense_attn_triton.layout_attention_bwd(*arguments)
+    _warn_of_the_reference()
+    raw_checks.layout_attention_bwd(*arguments)
+    return _gradient_by_the_reference(*arguments)
+
+
+@cache
+def _warn_of_the_reference() -> None:
+    warnings.warn(
+        "the gradient of layout_attention on CUDA kernels is the reference's, slow and with "
+        "memory for all scores: Triton, whose kernels make it, is not there",
+        stacklevel=3,
+    )
+
+
+def _gradient_by_the_reference(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    every_strength: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dstrength) in float32, rounded at the end."""
+    c = q.new_full(q.shape[:3], every_strength, dtype=torch.float32)
+    c = c if strength is None else strength
+    inputs = [x.detach().float().requires_grad_() for x in (q, k, v, c)]
+    if q.numel() == 0 or k.numel() == 0:
+        grads = [torch.zeros_like(x) for x in inputs]
+    else:
+        with torch.enable_grad():
+            *qkv, c = inputs
+            rule = {"modulation": modulation, "scale": scale}
+            results = reference.layout_attention(*qkv, q_regions, k_regions, c, **rule)
+            flowing = (grad_out.float(), torch.zeros_like(c) if grad_lse is None else grad_lse)
+            grads = torch.autograd.grad(results, inputs, flowing, materialize_grads=True)
+    dq, dk, dv = (x.to(q.dtype) for x in grads[:3])
+    return dq, dk, dv, grads[3]
 
 
 def attention_bytes(q: Tensor, k: Tensor) -> int:
@@ -63,4 +129,5 @@ if LOAD_ERROR is None:
         globals().update(
             {x: raw_checks.looked_at(globals()[x]) for x in ops.OPS if x.startswith("exact_")}
         )
-    LACKING = {name for name in ops.OPS if name not in NO_KERNELS and not _has_kernel(name)}
+    _library.impl("layout_attention_bwd", _layout_attention_bwd, DEVICE.upper())
+    LACKING = {x for x in ops.OPS if x not in NO_KERNELS and not _has_kernel(_NAME, x)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks, _environment
-from dense_attn._backends import cpu, cuda, reference, triton
+from dense_attn._backends import choice, cpu, cuda, reference, triton
 from dense_attn._backends.contract import MAX_HEAD_DIM
 
 OPS = {  # each op and the file that holds it, of the same name in every folder
@@ -18,9 +18,7 @@ OPS = {  # each op and the file that holds it, of the same name in every folder
     "ddim_step": "reversible",
     "ReversibleSampler": "reversible",
 }
-# Under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU.
-ORDER = ("cuda", "triton", "cpu", "reference")
-_FIRST = ("triton", "cuda", "cpu", "reference")  # what no GPU has verified comes behind
+ORDER = choice.ORDER
 # Each op's raw op that tells whether a backend has kernels of it.
 _RAW = {"layout_attention": "layout_attention_fwd", "ReversibleSampler": "exact_mix"}
 NAMESPACES: dict[str, ModuleType] = {
@@ -119,10 +117,12 @@ def _why_not_cuda_attention(x: Tensor) -> list[str]:
     return reasons
 
 
-def resolve(backend: str, op: str, x: Tensor) -> str:
-    """The backend that runs the call: the named one or an error, or the first that can."""
+def resolve(backend: str, op: str, x: Tensor, keys: int | None = None) -> str:
+    """The backend that runs the call (of attention: on so many keys): the named one or an error, or
+    the first that can.
+    """
     if backend == "auto":
-        for name in _FIRST:
+        for name in choice.order(op, x, keys):
             if missing(name, op) is None and not why_not(name, op, x):
                 return name
     _checks.choice("backend", backend, ("auto", *ORDER))

@@ -88,7 +88,7 @@ def layout_attention(
         scale = _checks.number("scale", scale, rule="be a number or None")
     strength, every = inputs.row_strength(strength, q)
     return_lse = _checks.flag("return_lse", return_lse)
-    name = table.resolve(backend, "layout_attention", q)
+    name = table.resolve(backend, "layout_attention", q, k.shape[2])
     kernels = table.NAMESPACES[name]
     recorded = dispatch.is_recorded(q, k, v, strength)
     try:
@@ -151,7 +151,7 @@ def tile_lists(
     """
     q, k, _ = inputs.autocast(q, k, k)
     inputs.check_tensors(q, k, k, q_regions, k_regions, q_order, k_order)
-    name = table.resolve(backend, "layout_attention", q)
+    name = table.resolve(backend, "layout_attention", q, k.shape[2])
     lists_for = table.NAMESPACES[name].tile_lists_for
     kept = not torch.compiler.is_compiling()  # a compiled graph makes its lists in every call
     return lists_for(q, k, q_regions, k_regions, q_order, k_order, kept=kept)

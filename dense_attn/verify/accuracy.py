@@ -76,7 +76,7 @@ def why_not(backend: str, op: str, dtype: torch.dtype = torch.float32) -> list[s
     device, reason = table.device_of(backend), table.unavailable(backend, op)
     if reason:
         return [reason]
-    return table.why_not(backend, op, torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
+    return table.why_not(backend, op, torch.empty(1, 1, 1, 8, dtype=dtype, device=device))
 
 
 def usable(op: str, dtype: torch.dtype, among: Sequence[str]) -> list[str]:

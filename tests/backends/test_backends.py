@@ -25,9 +25,9 @@ from cases import (
 from torch import Tensor
 
 from dense_attn import _checks, layout_attention
-from dense_attn._backends import contract
+from dense_attn._backends import contract, table
 
-KERNELS = backends("cpu", "triton", "cuda")
+KERNELS = backends("cpu", "triton", "cuda", dtypes=DTYPES)
 # Keys that Triton's kernels take as one tile, of exact float32 on a GPU.
 ROW_KEYS, FLOAT32_ROW_KEYS = 128, 32
 # Cases whose heads the warp-specialised kernel takes, and branches of it.
@@ -118,6 +118,8 @@ def calls() -> list:
                 if dtype not in case.dtypes or modulation not in _modulations(name, dtype, case):
                     continue
                 core = [pytest.mark.core] * case.core
+                if refused := _refused(name, dtype, case):
+                    core = [pytest.mark.skip(refused)]
                 for form in _forms(name, dtype, case):
                     call = "-".join(
                         filter(None, (name, form, case.name, _checks.name(dtype), modulation))
@@ -128,6 +130,12 @@ def calls() -> list:
                         )
                     )
     return params
+
+
+def _refused(backend: str, dtype: torch.dtype, case: Case) -> str:
+    """The table's reasons why a backend cannot run a case; empty if it can."""
+    q = torch.empty(1, case.size[4], dtype=dtype, device=DEVICES[backend])
+    return "; ".join(table.why_not(backend, "layout_attention", q))
 
 
 def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:

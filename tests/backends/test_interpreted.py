@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 PARTS = {
     "attention": ("test_backends.py", "triton_attention.py", "triton_lists.py", "-k", "triton"),
-    "guidance and steps": ("triton_sega.py", "gpu_steps.py"),
+    "guidance and steps": ("gpu_sega.py", "gpu_steps.py"),
     "public ops": ("triton_backend.py", "test_gpu.py", "test_out_of_memory.py"),
 }
 

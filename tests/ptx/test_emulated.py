@@ -36,13 +36,13 @@ OTHERS = (
 CORE = {
     "attention": (("test_backends.py",), f"triton and ({' or '.join(ATTENTION)})"),
     "guidance and steps": (
-        ("triton_sega.py", "gpu_steps.py"),
+        ("gpu_sega.py", "gpu_steps.py"),
         " or ".join(f"({part})" for part in OTHERS),
     ),
 }
 TABLES = {
     "attention": (("test_backends.py", "triton_attention.py", "triton_lists.py"), "triton"),
-    "guidance and steps": (("triton_sega.py", "gpu_steps.py"), ""),
+    "guidance and steps": (("gpu_sega.py", "gpu_steps.py"), ""),
     "public ops": (("triton_backend.py",), ""),
 }
 

@@ -17,7 +17,7 @@ from dense_attn import backends as availability
 from dense_attn._backends import table
 
 GRAMMAR = re.compile(r"[a-z_]+ must .+, got .+", re.DOTALL)
-every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
+every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu", op="sega_guidance"))
 E, B, C, H, W = 3, 2, 4, 5, 7
 NAN = float("nan")
 BACKEND = "backend must be one of auto, cuda, triton, cpu, reference, got 'opencl'"

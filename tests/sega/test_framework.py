@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dense_attn import percentile_mask, sega_guidance
 
-every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
+every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu", op="sega_guidance"))
 needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 OPTIONS = {**{name: list(values[:3]) for name, values in LISTS.items()}, **NUMBERS}
 RAW_LISTS = ("edit_guidance_scale", "edit_threshold", "weights", "partials", "reverse")

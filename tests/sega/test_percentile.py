@@ -15,7 +15,7 @@ from torch import Tensor
 from dense_attn import percentile_mask, reference
 from dense_attn.verify.sega import exact_quantile
 
-every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
+every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu", op="sega_guidance"))
 properties = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 

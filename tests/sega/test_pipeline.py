@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 from dense_attn.examples._tiny_pipeline import tiny_pipeline  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
+every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu", op="sega_guidance"))
 STEPS = 5
 PROMPTS, CONCEPTS = ["a castle", "two dogs"], ["winter", "a hat", "fog"]
 NEAR_TIE = 1e-4  # of a magnitude, ample beside the rounding of five steps

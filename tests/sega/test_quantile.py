@@ -13,7 +13,7 @@ from torch import Tensor
 from dense_attn import _checks, percentile_mask, reference
 from dense_attn.verify.sega import exact_quantile
 
-every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
+every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu", op="sega_guidance"))
 every_dtype = pytest.mark.parametrize("dtype", _checks.DTYPES, ids=str)
 LEVELS = (0.0, 5e-324, 1e-42, 0.1, 0.5, 0.7, 0.9, 0.95, 0.999, 1 - 2**-53, 1.0)
 KINDS = ("normal", "ties", "neighbours", "spread", "denormal", "infinite", "nan")

@@ -28,7 +28,7 @@ from dense_attn._backends import table
 from dense_attn.verify.accuracy import judge
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu"))
+every_backend = pytest.mark.parametrize("backend", backends("reference", "cpu", op="sega_guidance"))
 properties = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 CALLS = [
     pytest.param(case, dtype, id=f"{case.name}-{_checks.name(dtype)}")

@@ -72,7 +72,7 @@ def test_kernels_take_any_weights(all_warm: bool, sum_channels: bool) -> None:
     same_bits(got[2], expected[2])
 
 
-@pytest.mark.parametrize("backend", backends("reference", "cpu"))
+@pytest.mark.parametrize("backend", backends("reference", "cpu", op="sega_guidance"))
 @pytest.mark.parametrize("rules", ["cold", "over", "none"])
 def test_what_has_no_weight_has_a_gradient_of_zero(rules: str, backend: str) -> None:
     """Warm-up steps are such, after which a loop's gradients go on."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from placed import copied
 from torch import Tensor
 
 from dense_attn import Layout
@@ -167,15 +168,19 @@ def why_skip(
     return f"{backend}: {reason}" if reason else None
 
 
-def backends(*names: str) -> list:
-    """Parameters of these backends, or of all; skipped with their reason where they are absent."""
+def backends(
+    *names: str, op: str = "layout_attention", dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> list:
+    """Parameters of these backends, or of all; skipped where they lack an op or take none of these
+    dtypes. CUDA's is among them where it is emulated.
+    """
     params = []
-    for backend in names or DEVICES:
-        reason = why_skip(backend)
-        gpu = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
-        params.append(
-            pytest.param(backend, marks=[*gpu, *([pytest.mark.skip(reason)] if reason else [])])
-        )
+    emulated = ["cuda"] * (bool(names) and DEVICES["cuda"] == "cpu" and "cuda" not in names)
+    for backend in (*names, *emulated) or DEVICES:
+        reasons = [why_skip(backend, op, dtype) for dtype in dtypes]
+        marks = [pytest.mark.gpu] * (DEVICES[backend] == "cuda")
+        marks += [] if None in reasons else [pytest.mark.skip(reasons[0])]
+        params.append(pytest.param(backend, marks=marks))
     return params
 
 
@@ -186,17 +191,6 @@ def moved(inputs: Inputs, device: str) -> Inputs:
     return replace(
         inputs, **there, orders={name: copied(x, device) for name, x in inputs.orders.items()}
     )
-
-
-def copied(x: Tensor, device: str) -> Tensor:
-    """All the memory of x on a device, under x's view of it."""
-    if x.device.type == device:
-        return x
-    if x.is_neg():
-        return torch._neg_view(copied(torch._neg_view(x), device))
-    storage = x.untyped_storage()
-    memory = torch.empty(0, dtype=x.dtype).set_(storage, 0, (storage.nbytes() // x.itemsize,), (1,))
-    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:

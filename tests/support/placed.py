@@ -7,10 +7,20 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from cases import copied
 from torch import Tensor
 
 from dense_attn._backends import ops, triton
+
+
+def copied(x: Tensor, device: str) -> Tensor:
+    """All the memory of x on a device, under x's view of it."""
+    if x.device.type == device:
+        return x
+    if x.is_neg():
+        return torch._neg_view(copied(torch._neg_view(x), device))
+    storage = x.untyped_storage()
+    memory = torch.empty(0, dtype=x.dtype).set_(storage, 0, (storage.nbytes() // x.itemsize,), (1,))
+    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 class Placed:

@@ -27,7 +27,10 @@ ARROWS: dict[str, set[str]] = {  # what each family of modules may import; no ot
     "_tuned": {"_environment", "_files", "_progress"},
     "reference": {"_dtypes"},
     "triton_kernels": set(),
-    "_backends": {"_checks", "_dtypes", "_environment", "_tuned", "reference", "triton_kernels"},
+    "_backends": {
+        *("_checks", "_dtypes", "_environment", "_kernel_hashes", "_tuned"),
+        *("reference", "triton_kernels"),
+    },
     "layout_attention": {"_backends", "_checks", "_dtypes", "_memory"},
     "sega": {"_backends", "_checks", "_memory", "reference"},
     "reversible": {"_backends", "_checks", "_memory", "_progress", "reference"},

@@ -236,6 +236,35 @@ def test_a_build_that_does_not_compile_ends_with_what_works_without(tmp_path: Pa
     assert said.endswith(WITHOUT)
 
 
+NVCC = "error: the CUDA kernels must have nvcc 12.8 or newer, got "
+NO_NVCC = {  # what stands in CUDA_HOME, and what the sentence says of it
+    "none": ("", "none in {}"),
+    "old": ("echo release 12.6, V12.6.20", "12.6"),
+    "silent": ("exit 0", "'{}/nvcc', which says no version"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NVCC)
+def test_a_build_for_cuda_without_a_usable_nvcc_ends_with_what_to_install(
+    kind: str, tmp_path: Path
+) -> None:
+    text, got = NO_NVCC[kind]
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    if text:
+        Path(compiler(tmp_path, text)).rename(folder / "nvcc")
+    said = refusal(tmp_path, CUDA_HOME=str(tmp_path), DENSE_ATTN_CUDA="1")
+    advice = "install the CUDA toolkit, or name its folder in CUDA_HOME"
+    without = "without CUDA kernels the library still runs, on GPUs on Triton: DENSE_ATTN_CUDA=0"
+    assert said.startswith(f"{NVCC}{got.format(folder)}: {advice}; {without} pip install ")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+def test_an_architecture_that_is_none_is_refused(tmp_path: Path) -> None:
+    said = refusal(tmp_path, DENSE_ATTN_CUDA="1", DENSE_ATTN_CUDA_ARCHS="80,hopper")
+    assert said == "error: DENSE_ATTN_CUDA_ARCHS must be like 80,90, got 'hopper'"
+
+
 NO_TORCH = {  # a script that takes it away, and the end of the sentence
     "no torch": (
         "sys.modules['torch'] = None",

@@ -16,10 +16,19 @@ from torch.utils.cpp_extension import include_paths, library_paths
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "cuda"
 RUNTIME = Path(__file__).with_name("runtime.cpp")
-PLAN = runpy.run_path(str(ROOT / "csrc" / "cuda" / "build.py"))
+PLAN = runpy.run_path(str(ROOT / "bindings" / "cuda" / "build.py"))
 STABLE_ABI = "0x020b000000000000"
 TARGETS = ("sm_80", "sm_90")
 PTX = [f"-gencode=arch=compute_{name[3:]},code=compute_{name[3:]}" for name in TARGETS]
+
+
+def missing() -> str | None:
+    """The reason why the library cannot be compiled here; None if it can."""
+    try:
+        PLAN["nvcc"]()
+    except PLAN["NvccError"] as error:
+        return str(error).split(":")[0]
+    return None
 
 
 @cache

@@ -63,6 +63,10 @@ class Runtime:
         self._kept = _Launcher(called) if launch else _Launcher()
         self._library.set_launcher(self._kept)
 
+    def leave_out(self) -> None:
+        """Let launches do nothing, which leaves what the host does."""
+        self._library.set_launcher(self._library.launch_nothing)
+
     def module(self, launch: Launch, target: str) -> Module:
         """The PTX that holds a kernel, for a target."""
         key = (launch.image, target)
@@ -103,6 +107,16 @@ def ptx_of(image: int, target: str) -> str:
             return ctypes.string_at(at + header, size).rstrip(b"\0").decode()
         at += header + size
     raise Unsupported(f"a fat binary without PTX of {target}")
+
+
+@contextmanager
+def launches_left_out(runtime: Runtime) -> Iterator[None]:
+    """No launch in its body does anything: what is left is the host's cost."""
+    runtime.leave_out()
+    try:
+        yield
+    finally:
+        runtime.set_launcher(None)
 
 
 @contextmanager
@@ -148,4 +162,4 @@ def _emulate(
     return Run(kernel, module.executed - before, tuple(launch.grid), tuple(launch.block))
 
 
-__all__ = ["Fault", "Run", "Runtime", "emulated"]
+__all__ = ["Fault", "Run", "Runtime", "emulated", "launches_left_out"]

@@ -29,7 +29,7 @@ def raw_calls_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def emulated_launches(pytestconfig: pytest.Config) -> Iterator[None]:
+def emulated_cuda_launches(pytestconfig: pytest.Config) -> Iterator[None]:
     """Every launch of a test, emulated."""
     from cuda.launch import emulated
 

@@ -62,6 +62,7 @@ cudaError_t refused(const std::string& text) {
 }  // namespace
 
 EXPORTED void set_launcher(Launcher to) { launcher = to; }
+EXPORTED int launch_nothing(const Launch*) { return 0; }
 EXPORTED void set_error(const char* text) { told = text; }
 EXPORTED int count_spans() { return static_cast<int>(spans.size()); }
 EXPORTED void get_span(int i, const void** both) { both[0] = spans[i].begin, both[1] = spans[i].end; }

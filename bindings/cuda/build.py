@@ -1,5 +1,6 @@
-"""What the CUDA library is made of, and how nvcc compiles it: data and commands for setup.py and
-for the tests' emulated build. Knows the standard library alone.
+"""The CUDA library's sources and nvcc's options, for setup.py and the tests' emulated build.
+
+Knows the standard library alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compresses for size
-HEAD_DIMS = re.findall(r"f\((\d+)\)", Path(__file__).with_name("head_dims.h").read_text("utf-8"))
+_CLASSES = Path(__file__).parents[2] / "csrc" / "cuda" / "head_dims.h"
+HEAD_DIMS = re.findall(r"f\((\d+)\)", _CLASSES.read_text("utf-8"))
 # Sources of each family, whose binding has its name; some are compiled once a head dim's class.
 OF_A_HEAD_DIM = tuple(f"csrc/cuda/layout_attention_{name}.cu" for name in ("fwd", "row", "bwd"))
 KERNELS = {

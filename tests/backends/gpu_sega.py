@@ -1,7 +1,7 @@
-"""Triton's kernels of semantic guidance against the reference, on a GPU or interpreted: the very
-bits.
+"""Triton's and CUDA's kernels of semantic guidance against the reference, to the bit: on a GPU,
+emulated or interpreted.
 
-Run by test_interpreted, and by `make gpu`.
+Run by test_interpreted, test_emulated, test_cuda_sega and `make gpu`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import triton.language as tl
+from cases import DEVICES, why_skip
 from placed import Placed, same
 from torch import Tensor
 from triton import jit
 
 from dense_attn import reference
-from dense_attn._backends import triton
+from dense_attn._backends import table, triton
 from dense_attn.triton_kernels import sega as _sega
 from dense_attn.triton_kernels.sega import selection
 from dense_attn.triton_kernels.sega.rows import GROUP, whole_rank_of
-
-sega = Placed(triton)
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = (0.0, 1e-42, 0.123456, 0.5, 0.9, 1 - 2**-53, 1.0)
@@ -48,28 +47,36 @@ def use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(selection, "MAX_PROGRAMS", 20)
 
 
-@pytest.fixture(params=("whole", "several"))
-def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(request.param, monkeypatch)
+@pytest.fixture(params=("whole", "several", "cuda"))
+def sega(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Placed:
+    """The ops of Triton in one of its forms, or those of CUDA."""
+    backend = "cuda" if request.param == "cuda" else "triton"
+    if reason := why_skip(backend, "sega_guidance"):
+        pytest.skip(reason)
+    if backend == "triton":
+        use(request.param, monkeypatch)
+    return Placed(table.NAMESPACES[backend], DEVICES[backend])
 
 
-staged_too = pytest.mark.parametrize(
-    "programs", ["whole", "pairs", "staged", "several"], indirect=True
-)
+def forms(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("sega", names, indirect=True)
 
 
-def rows(values: str, dtype: torch.dtype) -> Tensor:
-    x = torch.randn(3, 140)
+staged_too = forms("whole", "pairs", "staged", "several", "cuda")
+
+
+def rows(values: str, dtype: torch.dtype, count: int = 140) -> Tensor:
+    x = torch.randn(3, count)
     if values == "ties":
         x = x.round()
     elif values == "equal":
-        x = x[:, :1].expand(3, 140)
+        x = x[:, :1].expand(3, count)
     elif values == "denormal":
         x = x * 1e-42
     elif values == "not finite":
         x[0, 5], x[1, 3], x[1, 4], x[2, 7:] = torch.nan, torch.inf, -torch.inf, torch.inf
     elif values == "transposed":
-        x = torch.randn(140, 3).t()
+        x = torch.randn(count, 3).t()
     elif values == "one":
         x = x[:, :1]
     return x.to(dtype)
@@ -79,7 +86,7 @@ def rows(values: str, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(
     "values", ["normal", "ties", "equal", "denormal", "not finite", "transposed", "one"]
 )
-def test_percentile_mask(values: str, dtype: torch.dtype, programs: None) -> None:
+def test_percentile_mask(values: str, dtype: torch.dtype, sega: Placed) -> None:
     x = rows(values, dtype)
     for level in LEVELS:
         same(sega.percentile_mask(x, level), reference.percentile_mask(x, level))
@@ -87,28 +94,32 @@ def test_percentile_mask(values: str, dtype: torch.dtype, programs: None) -> Non
 
 @pytest.mark.parametrize("level", [0.1, 0.3, 0.71])
 @pytest.mark.parametrize("num_rows", [0, 40])
-def test_interpolation(num_rows: int, level: float, programs: None) -> None:
+def test_interpolation(num_rows: int, level: float, sega: Placed) -> None:
     """Between neighbours on either side of the middle, to the last bit."""
     x = torch.randn(num_rows, 7)
     same(sega.percentile_mask(x, level), reference.percentile_mask(x, level))
 
 
-def test_many_programs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@forms("several")
+def test_many_programs_share_a_row(sega: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than one program adds up at a time: 16 of their counts, 256 of their extremes."""
     for name, value in (("SPAN", 16), ("MAX_PROGRAMS", 100)):
         monkeypatch.setattr(selection, name, value)
-    monkeypatch.setattr(_sega, "LONGEST", 0)
     x = torch.randn(1, 16 * 270 + 3)
     same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize(("version", "widest"), [((3, 6), 8), ((3, 8), 11)])
+@forms("several")
 def test_digits(
-    version: tuple[int, int], widest: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    version: tuple[int, int],
+    widest: int,
+    dtype: torch.dtype,
+    sega: Placed,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Narrow ones where a bin costs instructions, wide ones where it costs memory alone."""
-    use("several", monkeypatch)
     monkeypatch.setattr(selection, "_TRITON", version)
     monkeypatch.setattr(selection, "WARP_SIZE", 32)
     for bits in (31, 18, 15):
@@ -120,8 +131,8 @@ def test_digits(
     same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
 
 
-def test_counts_that_int32_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    use("several", monkeypatch)
+@forms("several")
+def test_counts_that_int32_cannot_hold(sega: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "NARROW", 0)
     x = torch.randn(2, 300)
     same(sega.percentile_mask(x, 0.77), reference.percentile_mask(x, 0.77))
@@ -161,7 +172,7 @@ def test_offsets_beyond_int32_go_to_the_programs_that_have_int64() -> None:
 def guidance(
     num_edits: int, dtype: torch.dtype, view: str = "contiguous", **change: object
 ) -> tuple[list, dict]:
-    batch, channels, height, width = 1, 2, 9, 15
+    batch, channels, height, width = change.pop("size", (1, 2, 9, 15))
     uncond, text, momentum = torch.randn(3, batch, channels, height, width).to(dtype)
     edits = torch.randn(num_edits, batch, channels, height, width).to(dtype)
     if view == "channels_last":
@@ -170,9 +181,9 @@ def guidance(
     ready = [e % 2 == 0 for e in range(num_edits)]
     options = {
         "guidance_scale": 7.5,
-        "edit_guidance_scale": [5.0, -3.0, 0.7, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5][:num_edits],
-        "edit_threshold": [0.9, 0.37, 0.95, 0.0, 1.0, 0.5, 0.6, 0.7, 0.8][:num_edits],
-        "weights": [1.0, 2.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.3][:num_edits],
+        "edit_guidance_scale": ([5.0, -3.0, 0.7, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5] * 4)[:num_edits],
+        "edit_threshold": ([0.9, 0.37, 0.95, 0.0, 1.0, 0.5, 0.6, 0.7, 0.8] * 4)[:num_edits],
+        "weights": ([1.0, 2.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.3] * 4)[:num_edits],
         "partials": [0.0] * num_edits,
         "all_warm": True,
         "reverse": [not one for one in ready],
@@ -204,14 +215,14 @@ SEGA_CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SEGA_CASES)
 @staged_too
-def test_sega_guidance(name: str, dtype: torch.dtype, programs: None) -> None:
+def test_sega_guidance(name: str, dtype: torch.dtype, sega: Placed) -> None:
     num_edits, change = SEGA_CASES[name]
     arguments, options = guidance(num_edits, dtype, **change)
     same(sega.sega_guidance(*arguments, **options), reference.sega_guidance(*arguments, **options))
 
 
 @staged_too
-def test_sega_guidance_of_what_is_not_finite(programs: None) -> None:
+def test_sega_guidance_of_what_is_not_finite(sega: Placed) -> None:
     """NaN keeps nothing of its row; an infinity times a weight of 0 is not added."""
     arguments, options = guidance(3, torch.float32, weights=[1.0, 0.0, 1.0])
     arguments[2][0, 0, 0, 3, 4], arguments[2][1, 0, 1, 2, 2] = torch.nan, torch.inf
@@ -221,25 +232,74 @@ def test_sega_guidance_of_what_is_not_finite(programs: None) -> None:
     assert got[2][0, 0, 0].isnan()
 
 
+WIDE = (*NARROW, torch.float64)
+LONG = {  # values of a row that CUDA's kernels take in several launches, 1 more than in one
+    **dict.fromkeys(NARROW, 16_385),
+    torch.float64: 8_193,
+}
+
+
+@forms("cuda")
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("values", ["normal", "ties", "not finite", "transposed"])
+def test_long_rows(values: str, dtype: torch.dtype, sega: Placed) -> None:
+    for count in (LONG[dtype] - 1, LONG[dtype]):
+        x = rows(values, dtype, count)
+        for level in (0.0, 0.123456, 0.9):
+            same(sega.percentile_mask(x, level), reference.percentile_mask(x, level))
+
+
+CUDA_CASES = {  # of concepts, in launches of 16, whose keys share 96 KiB
+    "as many as a launch": (16, {"size": (1, 1, 40, 50)}),
+    "two launches": (17, {"warming": True, "masked": True}),
+    "three launches": (34, {"sum_channels": True}),
+    "one at a time": (3, {"size": (1, 2, 64, 200)}),
+    "long": (2, {"size": (1, 2, 130, 130), "warming": True}),
+    "long in two launches": (17, {"size": (1, 1, 130, 130), "masked": True}),
+    "long sums": (2, {"size": (1, 3, 130, 130), "sum_channels": True, "masked": True}),
+    "long without concepts": (0, {"size": (1, 1, 130, 130)}),
+    "sums of no channels": (3, {"size": (2, 0, 9, 15), "sum_channels": True}),
+}
+
+
+@forms("cuda")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_sega_guidance_in_launches(name: str, dtype: torch.dtype, sega: Placed) -> None:
+    num_edits, change = CUDA_CASES[name]
+    arguments, options = guidance(num_edits, dtype, **change)
+    arguments[3] = arguments[3].to(reference.accumulation_dtype(dtype))
+    if options["user_mask"] is not None:
+        options["user_mask"] = options["user_mask"].to(arguments[3].dtype)
+    same(sega.sega_guidance(*arguments, **options), reference.sega_guidance(*arguments, **options))
+
+
 X = torch.randn(2, 3)
 MASK_REFUSALS: dict[str, tuple[Callable, str]] = {
     "float64": (
-        lambda: sega.percentile_mask(X.double(), 0.5),
+        lambda sega: sega.percentile_mask(X.double(), 0.5),
         "x must be one of float32, bfloat16, float16, got",
     ),
-    "level": (lambda: sega.percentile_mask(X, float("nan")), "level must be from 0 to 1, got nan"),
+    "level": (
+        lambda sega: sega.percentile_mask(X, float("nan")),
+        "level must be from 0 to 1, got nan",
+    ),
     "values": (
-        lambda: sega.percentile_mask(X[:, :0], 0.5),
+        lambda sega: sega.percentile_mask(X[:, :0], 0.5),
         r"x must have 2 dimensions and values in each row, got",
     ),
 }
 
 
+in_words_of_triton = forms("whole")  # C++ has words of its own
+
+
+@in_words_of_triton
 @pytest.mark.parametrize("name", MASK_REFUSALS)
-def test_refusals(name: str) -> None:
+def test_refusals(name: str, sega: Placed) -> None:
     call, message = MASK_REFUSALS[name]
     with pytest.raises(RuntimeError, match=message):
-        call()
+        call(sega)
 
 
 SEGA_REFUSALS = {
@@ -254,8 +314,9 @@ SEGA_REFUSALS = {
 }
 
 
+@in_words_of_triton
 @pytest.mark.parametrize("name", SEGA_REFUSALS)
-def test_sega_refusals(name: str) -> None:
+def test_sega_refusals(name: str, sega: Placed) -> None:
     index, change, message = SEGA_REFUSALS[name]
     arguments, options = guidance(1, torch.float32)
     arguments[index] = change(arguments[index])
@@ -263,7 +324,7 @@ def test_sega_refusals(name: str) -> None:
         sega.sega_guidance(*arguments, **options)
 
 
-def test_sega_refuses_lists_of_another_length() -> None:
+def test_sega_refuses_lists_of_another_length(sega: Placed) -> None:
     arguments, options = guidance(2, torch.float32, partials=[0.0])
     with pytest.raises(RuntimeError, match="partials must have 2 entries, got 1"):
         sega.sega_guidance(*arguments, **options)

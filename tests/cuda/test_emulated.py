@@ -1,0 +1,60 @@
+"""The tables of cases on the CUDA kernels, emulated in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")  # the emulator imports it
+
+from cuda import build
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+ATTENTION = (  # the row kernel, and that of any number of keys; the gradient is the reference's
+    "cross-attention-bfloat16-range",
+    "one-query-float16-max",
+    "ordered-in-runs-bfloat16-range",
+    "head-dim-160-float16-mask",
+)
+STEPS = (
+    "test_exact_steps and torch.float32-torch.bfloat16",
+    "test_float_steps and torch.bfloat16-torch.float32",
+)
+CORE = {  # files, a selection, and how many tests it holds
+    "attention": ("test_backends.py", f"cuda and ({' or '.join(ATTENTION)})", len(ATTENTION)),
+    "steps": ("gpu_steps.py", f"cuda and ({' or '.join(f'({x})' for x in STEPS)})", len(STEPS)),
+}
+TABLES = {
+    "attention": ("backends/test_backends.py", "cuda"),
+    "steps": ("backends/gpu_steps.py", "cuda"),
+    "raw calls of steps": ("reversible/test_raw_calls.py", ""),
+}
+
+
+def emulate(file: str, selection: str, *options: str) -> str:
+    """The output of a run of a file below tests/, which must pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider"]
+    command += ["-p", "no:xdist", "-p", "cuda.plugin", "-k", selection, *options, file]
+    done = subprocess.run(
+        command, cwd=ROOT / "tests", env=os.environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("part", CORE)
+def test_core(part: str) -> None:
+    file, selection, count = CORE[part]
+    assert f"{count} passed" in emulate(f"backends/{file}", selection, "--cuda-order", "each")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("target", "order"), [("sm_80", "random"), ("sm_90", "backward")])
+@pytest.mark.parametrize("part", TABLES)
+def test_tables(part: str, target: str, order: str) -> None:
+    emulate(*TABLES[part], "-m", "not full", "--cuda-target", target, "--cuda-order", order)

@@ -1,0 +1,58 @@
+"""CUDA's kernels of semantic guidance as nvcc compiles them, emulated in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+CORE = (
+    "test_interpolation and cuda-40-0.3",
+    "test_percentile_mask and cuda-not finite-torch.bfloat16",
+    "test_long_rows and ties-torch.float16",
+    "test_sega_guidance and cuda-warming-torch.float32",
+    "test_sega_guidance and cuda-summed-torch.float16",
+    "test_sega_guidance_in_launches and cuda-two launches-torch.float64",
+    "test_sega_guidance_in_launches and cuda-long sums-torch.float16",
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+def emulate(file: str, *options: str) -> str:
+    """The output of a run of a file, which must pass."""
+    command = [*(sys.executable, "-m", "pytest", "-q", "-rP"), *("-p", "cuda.plugin")]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", *options, file]
+    done = subprocess.run(
+        command,
+        cwd=TESTS,
+        env=os.environ | {"PYTHONPATH": str(TESTS / "support")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_core(target: str) -> None:
+    selection = " or ".join(f"({part})" for part in CORE)
+    options = ("--cuda-target", target, "--cuda-order", "each")
+    assert f"{len(CORE)} passed" in emulate("backends/gpu_sega.py", "-k", selection, *options)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("file", ["backends/gpu_sega.py", "sega"])
+def test_every_case(file: str, target: str) -> None:
+    emulate(file, "-k", "cuda", "--cuda-target", target, "--cuda-order", "random")
+
+
+def test_a_barrier_that_is_gone_is_found() -> None:
+    print(emulate("cuda/sega_mutants.py"))
