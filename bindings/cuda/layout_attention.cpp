@@ -52,7 +52,7 @@ Tensor in_pieces(const Tensor& x) {
   return torch::stable::copy_(copy, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradient(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& q_regions, const Tensor& k_regions, const std::optional<Tensor>& strength, const Tensor& out,
     const Tensor& stats, const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
@@ -96,7 +96,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
 
 }  // namespace
 
+// The kernels behind layout_attention_bwd, which Python hands to those that are to take a call; of the same arguments.
+STABLE_TORCH_LIBRARY_FRAGMENT(dense_attn_cuda, m) {
+  m.def(
+      "attention_gradient(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor q_regions, "
+      "Tensor k_regions, Tensor? strength, Tensor out, Tensor stats, str modulation, float scale, Tensor? q_order, "
+      "Tensor? k_order, float every_strength=1.) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dstrength)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, DENSE_ATTN_DEVICE, m) {
   m.impl("layout_attention_fwd", TORCH_BOX(&layout_attention_fwd));
-  m.impl("layout_attention_bwd", TORCH_BOX(&layout_attention_bwd));
+  m.impl("attention_gradient", TORCH_BOX(&attention_gradient));
 }

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cuda/launch.h"
-#include "cuda/layout_attention_bwd_kv.cuh"
+#include "cuda/layout_attention/bwd_kv.cuh"
 
 namespace DENSE_ATTN_CLASS {
 

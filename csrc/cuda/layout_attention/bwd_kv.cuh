@@ -1,7 +1,7 @@
 // Layout attention backward, the pass over keys: a warp's keys against all rows. dk and dv, from scores [keys, rows].
 #pragma once
 
-#include "cuda/layout_attention_bwd_q.cuh"
+#include "cuda/layout_attention/bwd_q.cuh"
 
 namespace DENSE_ATTN_CLASS {
 

@@ -35,7 +35,7 @@ MATCHED = Case("matched", (1, 1, 70, 150, HEAD_DIM), "all", values="ties", scale
 # What orders memory, one line of PTX each.
 ORDERING = r"\n[^\n]*(bar(\.warp)?\.sync|cp\.async\.(wait|commit)_group)[^\n]*;"
 SOURCE = """
-#include "cuda/layout_attention_bwd_kv.cuh"
+#include "cuda/layout_attention/bwd_kv.cuh"
 namespace DENSE_ATTN_CLASS {
 #define KERNEL(name) template __global__ void layout_attention_bwd_##name##_kernel<__nv_bfloat16, \
     Modulation::kRange>(const __grid_constant__ LayoutAttentionBwdParams);

@@ -2,13 +2,12 @@
 #pragma once
 
 #include "cuda/head_dims.h"
-#include "cuda/layout_attention_rows.cuh"
-#include "cuda/shared_rows.cuh"
+#include "cuda/layout_attention/rows.cuh"
 
 namespace DENSE_ATTN_CLASS {
 
 constexpr int kHeadDim = DENSE_ATTN_HEAD_DIM;
-constexpr int kStride = kRowStride<kHeadDim>;
+constexpr int kStride = (kHeadDim / 8 | 1) * 8;  // an odd number of 16 bytes: eight rows lie in all banks
 constexpr int kSteps = kHeadDim / 16, kParts = (kHeadDim + 15) / 16;  // whole steps of 16 columns, and all
 constexpr int kColumns = kHeadDim / 8;                                // results of 8 columns a row has
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kStages = 2;

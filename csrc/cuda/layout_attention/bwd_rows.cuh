@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "cuda/kernels.h"
-#include "cuda/layout_attention_bwd_tiles.cuh"
+#include "cuda/layout_attention/bwd_tiles.cuh"
 
 namespace DENSE_ATTN_CLASS {
 

@@ -2,7 +2,7 @@
 // over keys needs of a row's extremes.
 #pragma once
 
-#include "cuda/layout_attention_bwd_extremes.cuh"
+#include "cuda/layout_attention/bwd_extremes.cuh"
 
 namespace DENSE_ATTN_CLASS {
 

@@ -1,7 +1,7 @@
 // Gradients through a row's largest and smallest score, each at its first key.
 #pragma once
 
-#include "cuda/layout_attention_bwd_rows.cuh"
+#include "cuda/layout_attention/bwd_rows.cuh"
 
 namespace DENSE_ATTN_CLASS {
 
