@@ -52,14 +52,16 @@ def _has_kernel(library: str, name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{name}", key)
 
 
-def gradient_of_attention(q: Tensor) -> str:
-    """The backend whose kernels make the gradient of layout attention at queries like these. All
-    take it from the same record of each row. Triton's are asked for late, when every backend has
-    been loaded.
+def gradient_of_attention(q: Tensor | None = None) -> str:
+    """The backend whose kernels make the gradient of layout attention, at queries like these or at
+    usual ones. All take it from the same record of each row. Triton's are asked for late, when
+    every backend has been loaded.
     """
-    own = _has_kernel(_NAME, "attention_gradient") and q.shape[3] <= _GRADIENT_HEAD_DIM
+    device = torch.device(DEVICE) if q is None else q.device
+    own = _has_kernel(_NAME, "attention_gradient")
+    own = own and (q is None or q.shape[3] <= _GRADIENT_HEAD_DIM)
     triton = _has_kernel("dense_attn_triton", "layout_attention_bwd")
-    if own and not (triton and _multiplies_by_warp_groups(q.device)):
+    if own and not (triton and _multiplies_by_warp_groups(device)):
         return "cuda"
     return "triton" if triton else "reference"
 
@@ -68,7 +70,9 @@ def _multiplies_by_warp_groups(device: torch.device) -> bool:
     """Whether Triton's kernels have products there that the CUDA kernels' gradients lack: by count
     theirs take 0.9 times the cycles at 40 columns on 9.0, and 0.6 at 64; on 8.0 1.9 and 1.5 times.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _layout_attention_bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
