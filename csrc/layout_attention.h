@@ -38,7 +38,7 @@ struct LayoutAttentionBwdParams : LayoutAttentionParams {
   TensorView<4> dq, dk, dv;  // like q, k, v
   TensorView<3> dstrength;   // [B, H, M]
   int64_t parts;             // query ranges of one head that are worked on at once, each with its own dk and dv
-  void* partials;            // [B * H, parts, 2, N, padded D] when parts > 1
+  void* partials;            // [B * H, parts, 2, N, padded D] when parts > 1; on a GPU the scratch of its kernels
 };
 
 // CPU: work is a range of items, any of which may run on any thread with that thread's scratch.

@@ -16,7 +16,7 @@ OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compr
 _CLASSES = Path(__file__).parents[2] / "csrc" / "cuda" / "head_dims.h"
 HEAD_DIMS = re.findall(r"f\((\d+)\)", _CLASSES.read_text("utf-8"))
 # Sources of each family, whose binding has its name; some are compiled once a head dim's class.
-OF_A_HEAD_DIM = ("csrc/cuda/layout_attention_fwd.cu", "csrc/cuda/layout_attention_row.cu")
+OF_A_HEAD_DIM = tuple(f"csrc/cuda/layout_attention_{name}.cu" for name in ("fwd", "row", "bwd"))
 KERNELS = {
     "layout_attention": (*OF_A_HEAD_DIM, "csrc/cuda/layout_attention.cu"),
     "sega": ("csrc/cuda/sega.cu",),

@@ -14,6 +14,12 @@ constexpr int64_t kMaxRowKeys = 128;  // up to them a row of scores is held at o
 // Layout attention forward, for float16 and bfloat16.
 cudaError_t layout_attention_fwd_cuda(const LayoutAttentionParams&, cudaStream_t);
 
+// And backward, for head dims up to kMaxBwdHeadDim and rows that loads of 16 bytes allow, as the gradients' do; where
+// there are no rows or no keys it writes nothing.
+constexpr int64_t kMaxBwdHeadDim = 160;
+size_t layout_attention_bwd_scratch_bytes(const LayoutAttentionBwdParams&);
+cudaError_t layout_attention_bwd_cuda(const LayoutAttentionBwdParams&, void* scratch, cudaStream_t);
+
 // Percentiles and semantic guidance, with as many bytes of scratch memory as these say; none where the rows are short.
 size_t percentile_mask_scratch_bytes(const PercentileParams&);
 cudaError_t percentile_mask_cuda(const PercentileParams&, void* scratch, cudaStream_t);

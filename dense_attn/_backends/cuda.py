@@ -15,6 +15,8 @@ from dense_attn._backends import contract, ops, raw_checks
 AUTOGRAD = False  # torch does not see into its kernels
 NO_KERNELS = {"tile_lists"}  # tiles of one kind are found on the way
 _NAME = "dense_attn_cuda"
+_GRADIENT_HEAD_DIM = 160  # kMaxBwdHeadDim of csrc/cuda/kernels.h
+_QUERIES = 2  # among the arguments of layout_attention_bwd
 _ADVICE = "DENSE_ATTN_CUDA=1 pip install --no-build-isolation . where nvcc is"
 _OTHER_VERSION = (
     "the CUDA library is of another version, with other arguments of its ops: install it again"
@@ -50,16 +52,35 @@ def _has_kernel(library: str, name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{name}", key)
 
 
-def gradient_of_attention() -> str:
-    """The backend that the gradient of layout attention is handed to. Triton's kernels take it from
-    the same record of each row; it is asked for late, when every backend has been loaded.
+def gradient_of_attention(q: Tensor | None = None) -> str:
+    """The backend whose kernels make the gradient of layout attention, at queries like these or at
+    usual ones. All take it from the same record of each row. Triton's are asked for late, when
+    every backend has been loaded.
     """
-    return "triton" if _has_kernel("dense_attn_triton", "layout_attention_bwd") else "reference"
+    device = torch.device(DEVICE) if q is None else q.device
+    own = _has_kernel(_NAME, "attention_gradient")
+    own = own and (q is None or q.shape[3] <= _GRADIENT_HEAD_DIM)
+    triton = _has_kernel("dense_attn_triton", "layout_attention_bwd")
+    if own and not (triton and _multiplies_by_warp_groups(device)):
+        return "cuda"
+    return "triton" if triton else "reference"
+
+
+def _multiplies_by_warp_groups(device: torch.device) -> bool:
+    """Whether Triton's kernels have products there that the CUDA kernels' gradients lack: by count
+    theirs take 0.9 times the cycles at 40 columns on 9.0, and 0.6 at 64; on 8.0 1.9 and 1.5 times.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _layout_attention_bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient by another backend's kernels."""
-    if gradient_of_attention() == "triton":
+    """The gradient by the kernels that are to make it."""
+    backend = gradient_of_attention(arguments[_QUERIES])
+    if backend == "cuda":
+        return torch.ops.dense_attn_cuda.attention_gradient(*arguments)
+    if backend == "triton":
         return torch.ops.dense_attn_triton.layout_attention_bwd(*arguments)
     _warn_of_the_reference()
     raw_checks.layout_attention_bwd(*arguments)
@@ -70,7 +91,7 @@ def _layout_attention_bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor, T
 def _warn_of_the_reference() -> None:
     warnings.warn(
         "the gradient of layout_attention on CUDA kernels is the reference's, slow and with "
-        "memory for all scores: Triton, whose kernels make it, is not there",
+        "memory for all scores: neither these kernels nor Triton make it here",
         stacklevel=3,
     )
 

@@ -15,7 +15,7 @@ from cuda import build
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-ATTENTION = (  # the row kernel, and that of any number of keys; the gradient is the reference's
+ATTENTION = (  # the row kernel, and that of any number of keys, each with its gradient
     "cross-attention-bfloat16-range",
     "one-query-float16-max",
     "ordered-in-runs-bfloat16-range",
