@@ -20,7 +20,7 @@ PLAN = {  # seconds of 9 minutes, of which a longer run has more in the same pro
     "wheels": 6,
     "environment": 12,
     "build": 3,
-    "cuda-kernels": 60,  # nobody waits for what it leaves
+    "cuda-kernels": 60,  # the others get what it leaves
     "cpu-kernels": 120,  # beside the next ones, until something is timed
     "prewarm": 60,
     "real-sizes": 45,

@@ -25,7 +25,7 @@ from cases import (
 from torch import Tensor
 
 from dense_attn import _checks, layout_attention
-from dense_attn._backends import contract, table
+from dense_attn._backends import contract, cuda, table
 
 KERNELS = backends("cpu", "triton", "cuda", dtypes=DTYPES)
 # Keys that Triton's kernels take as one tile, of exact float32 on a GPU.
@@ -155,7 +155,11 @@ def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...
 
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
-    """The forms of a call of Triton's kernels: a row at once, or two phases, at times parked."""
+    """The forms of a call of Triton's kernels: a row at once, or two phases, at times parked; of
+    CUDA's, where Triton's make the gradient: with theirs, and with its own.
+    """
+    if backend == "cuda" and cuda.gradient_of_attention() == "triton":
+        return ("", "own-gradient")
     if backend != "triton":
         return ("",)
     most = ROW_KEYS if dtype != torch.float32 or INTERPRETED else FLOAT32_ROW_KEYS
@@ -170,6 +174,8 @@ def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
 
 def _use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the calls of a test take a form."""
+    if form == "own-gradient":
+        monkeypatch.setattr(cuda, "_multiplies_by_warp_groups", lambda device: False)
     if form in ("phases", "parked", "specialised"):
         from dense_attn.triton_kernels import configs
 
