@@ -71,7 +71,7 @@ def build_cpu() -> int:
 
 
 def _missing() -> str:
-    """What setup.py needs and this machine lacks, "" if nothing."""
+    """The first thing that setup.py needs and this machine lacks, "" if nothing."""
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         return "no C++ compiler"

@@ -42,7 +42,7 @@ def test_old_setuptools_cost_the_cpu_kernels_alone(
 
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What setup.py, which stands for itself alone here, is asked for; its exit code is in it."""
+    """The environment that setup.py, which is not run, is asked to build in; its exit code."""
     monkeypatch.setattr(gpu_build, "BUILD", tmp_path)
     monkeypatch.setattr(gpu_build, "LIBRARY", tmp_path / "lib")
     monkeypatch.setattr(gpu_build.shutil, "which", lambda name, path=None: name)
