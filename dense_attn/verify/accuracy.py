@@ -71,12 +71,14 @@ class Verdict:
         return max(self.numbers.values()) <= self.limit < self.control
 
 
-def why_not(backend: str, op: str, dtype: torch.dtype = torch.float32) -> list[str]:
+def why_not(
+    backend: str, op: str, dtype: torch.dtype = torch.float32, head_dim: int = 8
+) -> list[str]:
     """Why a backend cannot be checked here on tensors of its own device."""
     device, reason = table.device_of(backend), table.unavailable(backend, op)
     if reason:
         return [reason]
-    return table.why_not(backend, op, torch.empty(1, 1, 1, 8, dtype=dtype, device=device))
+    return table.why_not(backend, op, torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device))
 
 
 def usable(op: str, dtype: torch.dtype, among: Sequence[str]) -> list[str]:

@@ -28,6 +28,9 @@ def main(backends: Sequence[str] | None = None) -> int:
             emulates = backend == "triton" and EMULATOR.is_dir()
             hint = "; --emulated checks its kernels as compiled" if emulates else ""
             print(f"{backend}: not checked, {'; '.join(reasons)}{hint}")
+        for given in () if reasons else layout_attention.calls():
+            if refused := layout_attention.refused(backend, given.cast(torch.float16)):
+                print(f"{backend}: {given.name} of layout_attention not checked, {refused}")
     verdicts = [*_attention(backends), *_others(backends)]
     failed = sum(not verdict.passed for verdict in verdicts)
     print("\n" + (f"{failed} rows FAILED" if failed else "every row passed"))

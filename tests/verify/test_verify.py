@@ -96,6 +96,33 @@ def test_verify_fails_a_wrong_backend(results: set[str], capsys: pytest.CaptureF
     assert "rows FAILED" in out.splitlines()[-1]
 
 
+def test_calls_that_a_backend_refuses_are_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And what it takes is checked: a head dim is no reason to know nothing."""
+
+    def why_not(backend: str, op: str, x: Tensor) -> list[str]:
+        return ["too odd"] if backend == "cpu" and x.shape[-1] == 7 else []
+
+    def strict(q: Tensor, *rest: Tensor, backend: str, **options: object) -> tuple[Tensor, Tensor]:
+        assert not why_not(backend, "layout_attention", q)
+        run_on.append((backend, q.shape[-1]))
+        return layout_attention(q, *rest, backend="reference", **options)
+
+    run_on: list[tuple[str, int]] = []
+    monkeypatch.setattr(attention, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(attention, "MODULATIONS", ("max",))
+    monkeypatch.setattr(attention, "layout_attention", strict)
+    monkeypatch.setattr(table, "unavailable", lambda backend, op: None)
+    monkeypatch.setattr(table, "why_not", why_not)
+    for family in (sega, reversible):
+        monkeypatch.setattr(family, "verify", lambda backends: iter(()))
+    assert run.main(["cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "cpu: odd sizes of layout_attention not checked, too odd\n" in out
+    assert {head_dim for backend, head_dim in run_on if backend == "cpu"} == {40, 80, 160, 16}
+
+
 def test_verify_names_a_backend_for_other_tensors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
