@@ -105,7 +105,7 @@ def ptx_of(image: int) -> str:
         if kind == _IS_PTX:
             return ctypes.string_at(at + header, size).rstrip(b"\0").decode()
         at += header + size
-    raise Unsupported(f"a fat binary without PTX")
+    raise Unsupported("a fat binary without PTX")
 
 
 @contextmanager
