@@ -154,8 +154,15 @@ def inspect(cubin: bytes, option: str, tool: str = "cuobjdump") -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_tool(tool), option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return look_into(file.name, option, tool=tool)
+
+
+def look_into(
+    path: str | Path, *options: str, tool: str = "cuobjdump", cwd: str | None = None
+) -> str:
+    """The words of one of Triton's own tools on a file."""
+    command = [_tool(tool), *options, str(path)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
 def _cuda_usage(cubin: bytes, name: str) -> tuple[int, int]:

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from dense_attn._backends import cuda
 
-TARGET = "sm_80"
-
 
 def guidance(num_values: int) -> tuple[Tensor, ...]:
     uncond, text, momentum = torch.randn(3, 1, 2, num_values).half()
@@ -59,7 +57,7 @@ def alone(text: str, kernel: str) -> str:
 
 def results(call: Callable, order: str) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    with emulated(RUNTIME, TARGET, order):
+    with emulated(RUNTIME, order):
         return call()
 
 
@@ -67,10 +65,10 @@ def texts(call: Callable, kernel: str) -> list[str]:
     """The PTX of a kernel that a call launches."""
     found = []
 
-    def note(runtime: Runtime, launch: object, target: str) -> Module:
+    def note(runtime: Runtime, launch: object) -> Module:
         if kernel in launch.kernel.decode():
-            found.append(alone(ptx_of(launch.image, target), kernel))
-        return module(runtime, launch, target)
+            found.append(alone(ptx_of(launch.image), kernel))
+        return module(runtime, launch)
 
     module = Runtime.module
     with mock.patch.object(Runtime, "module", note):
@@ -89,9 +87,9 @@ def test_every_barrier_is_needed(kernel: str) -> None:
     def finds(ptx: str) -> bool:
         broken = Module(ptx)
 
-        def chosen(runtime: Runtime, launch: object, target: str) -> Module:
+        def chosen(runtime: Runtime, launch: object) -> Module:
             its = kernel in launch.kernel.decode()
-            return broken if its else module(runtime, launch, target)
+            return broken if its else module(runtime, launch)
 
         with mock.patch.object(Runtime, "module", chosen):
             for order in ORDERS:

@@ -21,7 +21,7 @@ from cuda.compiled import compiled_backend
 runtime = compiled_backend()
 from cuda.launch import emulated
 from dense_attn.benchmarks.host_cost import launches
-with emulated(runtime, "sm_90") as runs:
+with emulated(runtime) as runs:
     for part in launches.BY_CUDA:
         part()
 print(*{run.kernel for run in runs})

@@ -18,8 +18,7 @@ BUILD = ROOT / "build" / "cuda"
 RUNTIME = Path(__file__).with_name("runtime.cpp")
 PLAN = runpy.run_path(str(ROOT / "bindings" / "cuda" / "build.py"))
 STABLE_ABI = "0x020b000000000000"
-TARGETS = ("sm_80", "sm_90")
-PTX = [f"-gencode=arch=compute_{name[3:]},code=compute_{name[3:]}" for name in TARGETS]
+PTX = [f"-gencode=arch={PLAN['PTX']},code={PLAN['PTX']}"]
 
 
 def missing() -> str | None:

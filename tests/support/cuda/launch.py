@@ -49,7 +49,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(build.library()))
-        self._modules: dict[tuple[int, str], Module] = {}
+        self._modules: dict[int, Module] = {}
         self._kept = None
 
     def set_launcher(self, launch: object) -> None:
@@ -67,11 +67,11 @@ class Runtime:
         """Let launches do nothing, which leaves what the host does."""
         self._library.set_launcher(self._library.launch_nothing)
 
-    def module(self, launch: Launch, target: str) -> Module:
-        """The PTX that holds a kernel, for a target."""
-        key = (launch.image, target)
+    def module(self, launch: Launch) -> Module:
+        """The PTX that holds a kernel."""
+        key = launch.image
         if key not in self._modules:
-            self._modules[key] = Module(ptx_of(launch.image, target))
+            self._modules[key] = Module(ptx_of(launch.image))
         return self._modules[key]
 
     def memory(self, structs: list[bytes]) -> list[Tensor]:
@@ -94,19 +94,18 @@ def _bytes_at(address: int, count: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(array, np.uint8))
 
 
-def ptx_of(image: int, target: str) -> str:
-    """The PTX of a target in a fat binary: a header, then images with headers of their own."""
+def ptx_of(image: int) -> str:
+    """The PTX in a fat binary: a header, then images with headers of their own."""
     magic, _, header_bytes, bytes_ = struct.unpack("<IHHQ", ctypes.string_at(image, 16))
     if magic != _MAGIC:
         raise Unsupported(f"a fat binary of magic {magic:#x}")
     at, end = image + header_bytes, image + header_bytes + bytes_
     while at < end:
         kind, _, header, size = struct.unpack("<HHIQ", ctypes.string_at(at, 16))
-        (arch,) = struct.unpack("<I", ctypes.string_at(at + 28, 4))
-        if kind == _IS_PTX and arch == int(target[3:]):
+        if kind == _IS_PTX:
             return ctypes.string_at(at + header, size).rstrip(b"\0").decode()
         at += header + size
-    raise Unsupported(f"a fat binary without PTX of {target}")
+    raise Unsupported("a fat binary without PTX")
 
 
 @contextmanager
@@ -121,7 +120,7 @@ def launches_left_out(runtime: Runtime) -> Iterator[None]:
 
 @contextmanager
 def emulated(
-    runtime: Runtime, target: str, order: str = "forward", harsh: bool = False, seed: int = 0
+    runtime: Runtime, order: str = "forward", harsh: bool = False, seed: int = 0
 ) -> Iterator[list[Run]]:
     """Every launch in its body is emulated; a fault is raised by the op as a RuntimeError, and at
     the end as what it is, lest it be taken for a refusal.
@@ -131,7 +130,7 @@ def emulated(
 
     def run(launch: Launch) -> str | None:
         try:
-            runs.append(_emulate(runtime, launch, target, order, harsh, seed))
+            runs.append(_emulate(runtime, launch, order, harsh, seed))
         except Exception as error:  # into C++ none may go
             faults.append(error)
             return f"{type(error).__name__}: {error}"
@@ -146,10 +145,8 @@ def emulated(
             raise faults[0]
 
 
-def _emulate(
-    runtime: Runtime, launch: Launch, target: str, order: str, harsh: bool, seed: int
-) -> Run:
-    module, kernel = runtime.module(launch, target), launch.kernel.decode()
+def _emulate(runtime: Runtime, launch: Launch, order: str, harsh: bool, seed: int) -> Run:
+    module, kernel = runtime.module(launch), launch.kernel.decode()
     sizes = module.parameter_bytes(kernel)
     arguments = [ctypes.string_at(launch.arguments[i], size) for i, size in enumerate(sizes)]
     given = (kernel, arguments, tuple(launch.grid), tuple(launch.block), launch.shared_bytes)

@@ -15,7 +15,6 @@ RUNTIME = compiled_backend()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How the kernels are compiled and run."""
     group = parser.getgroup("emulated CUDA kernels")
-    group.addoption("--cuda-target", default="sm_90", choices=("sm_80", "sm_90"))
     group.addoption("--cuda-order", default="forward", choices=(*ORDERS, "each"))
     group.addoption("--cuda-harsh", action="store_true", help="inexact units as far off as may be")
 
@@ -33,6 +32,6 @@ def emulated_cuda_launches(pytestconfig: pytest.Config) -> Iterator[None]:
     """Every launch of a test, emulated."""
     from cuda.launch import emulated
 
-    options = (pytestconfig.getoption(f"--cuda-{name}") for name in ("target", "order", "harsh"))
+    options = (pytestconfig.getoption(f"--cuda-{name}") for name in ("order", "harsh"))
     with emulated(RUNTIME, *options):
         yield
