@@ -43,8 +43,9 @@ bench: $(VENV)/.built  ## the benchmark suite (ARGS="--json FILE --plot FILE"; "
 gpu:  ## on a machine with a GPU: build, test and measure in 9 minutes, no network needed (ARGS="--minutes 60", "--dry-run")
 	@$(PYTHON) .ci/gpu.py $(ARGS)
 
-kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton kernels for GPUs that are not here: a table
+kernels: $(VENV)/.built $(OLDEST_TRITON)/.installed  ## compile the Triton and CUDA kernels for GPUs that are not here: a table
 	@$(BIN)/python -m dense_attn.benchmarks.compiled.kernel_table --triton $(OLDEST_TRITON) --json benchmarks/results/kernels.json
+	@$(BIN)/python -m dense_attn.benchmarks.compiled.cuda_table --json benchmarks/results/kernels.json
 
 ptx: $(VENV)/.built  ## every case on the kernels as compiled for sm_80 and sm_90, emulated: hours (ARGS="-k name")
 	@$(BIN)/pytest -q --numprocesses=auto tests/ptx -m "full or not full" -k "not emulated"
