@@ -31,7 +31,7 @@ def emulate(file: str, *options: str) -> str:
     done = subprocess.run(
         command,
         cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": str(TESTS / "support")},
+        env=os.environ | {"PYTHONPATH": str(TESTS / "support"), "CUDA_HEAD_DIMS": "40"},
         capture_output=True,
         text=True,
         check=False,

@@ -28,10 +28,13 @@ print(*{run.kernel for run in runs})
 """
 
 
+@pytest.mark.full
 def test_every_kernel_is_launched() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "TRITON_INTERPRET": "1"},
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT / "tests" / "support"), "TRITON_INTERPRET": "1"}
+        | {"CUDA_HEAD_DIMS": "80"},  # narrower heads are of this class, too
         capture_output=True,
         text=True,
         check=False,
