@@ -302,7 +302,10 @@ def cuda_extension() -> list[Extension]:
         return []
     sources = [*CUDA["bindings"](), *(source for source, *_ in CUDA["jobs"]())]
     depends = _headers("csrc/cuda/*.*", "csrc/cuda/*/*.*", "bindings/cuda/*.h")
-    return [Extension("dense_attn._CUDA", sorted(set(sources)), depends=depends)]
+    # An install that did not ask for it goes on without it.
+    unasked = not switch("DENSE_ATTN_CUDA", False)
+    how = {"depends": depends, "optional": unasked}
+    return [Extension("dense_attn._CUDA", sorted(set(sources)), **how)]
 
 
 # Folders that are installed inside of the package.

@@ -13,6 +13,7 @@ import torch
 Result = TypeVar("Result")
 _TOO_LITTLE = (  # torch's own words: it has no type for an allocation that fails on a CPU
     "DefaultCPUAllocator",
+    "CUDA out of memory",  # of the CUDA library, whose errors come without their types
     "Storage size calculation overflowed",
 )
 

@@ -88,7 +88,7 @@ def launches_left_out() -> Iterator[list[str]]:
     # The others look at values where kernels are interpreted, and nowhere else.
     with (
         mock.patch.object(kind, "run", noted),
-        mock.patch.object(triton.raw_checks, "on_the_grid", noticed),
+        mock.patch.object(triton.raw_checks.reversible, "on_the_grid", noticed),
         mock.patch.object(triton.raw_checks.layout_attention, "_permutation", noticed),
     ):
         yield launched

@@ -72,6 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradient(
   view_rows("grad_out", grad_out, q.scalar_type(), row_sizes);
   view_rows("out", out, q.scalar_type(), row_sizes);
   p.stats = view_rows("stats", stats, ScalarType::Float, {p.batch, p.num_heads, p.seqlen_q, kStats});
+  REQUIRE(stats.is_contiguous() && reinterpret_cast<uintptr_t>(p.stats.data) % 16 == 0,
+          "stats must be contiguous and begin at 16 bytes, got strides that are not or another address");
   if (grad_lse) p.grad_lse = view("grad_lse", *grad_lse, ScalarType::Float, rows);
   Tensor dq = empty_rows_like(q), dk = empty_rows_like(k), dv = empty_rows_like(v), dstrength = new_rows(q);
   if (p.batch * p.num_heads * p.seqlen_q * p.seqlen_k == 0) {

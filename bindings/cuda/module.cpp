@@ -28,12 +28,15 @@ static std::string version(int number) {
 }
 
 // The reason why this machine's driver runs no kernel of this library, empty if it may: one of an older CUDA does not
-// know its runtime. Where there is none, there is no GPU either.
+// know its runtime, or how its kernels are compressed. Where there is none, there is no GPU either. Asking initialises
+// the driver.
 static std::string driver_error() {
+  constexpr int kCompressed = 12040, kRuntime = CUDART_VERSION / 1000 * 1000;
+  constexpr int kOldest = kRuntime > kCompressed ? kRuntime : kCompressed;
   if constexpr (kOnGpu) {
     int driver = 0;
-    if (cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0 && driver / 1000 < CUDART_VERSION / 1000) {
-      return "needs a driver for CUDA " + version(CUDART_VERSION) + ", got one for " + version(driver);
+    if (cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0 && driver < kOldest) {
+      return "needs a driver for CUDA " + version(kOldest) + ", got one for " + version(driver);
     }
   }
   return "";

@@ -16,7 +16,7 @@ _OTHER_VERSION = "the compiled library is of another version, {}: install it aga
 
 def _load() -> str | None:
     """Load the compiled library; the reason why not, or None."""
-    libraries = sorted(Path(__file__).parents[1].glob("_C*.so"))
+    libraries = sorted(Path(__file__).parents[1].glob("_C.*so"))
     if not libraries:
         advice = "install dense_attn from a wheel or with a C++ compiler"
         return f"the compiled library is missing: {advice}"

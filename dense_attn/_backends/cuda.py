@@ -18,6 +18,7 @@ _NAME = "dense_attn_cuda"
 _GRADIENT_HEAD_DIM = 160  # kMaxBwdHeadDim of csrc/cuda/kernels.h
 _QUERIES = 2  # among the arguments of layout_attention_bwd
 _ADVICE = "DENSE_ATTN_CUDA=1 pip install --no-build-isolation . where nvcc is"
+_driver_errors: list[str] = []  # the one answer, when it has been asked for
 _OTHER_VERSION = (
     "the CUDA library is of another version, with other arguments of its ops: install it again"
 )
@@ -25,6 +26,8 @@ _OTHER_VERSION = (
 
 def _load() -> str | None:
     """Load the CUDA library, unless its ops are there already; the reason why not, or None."""
+    if torch.version.hip is not None:
+        return "the CUDA library runs on NVIDIA's GPUs, got a torch for AMD's"
     if _said("contract") is None:
         libraries = sorted(Path(__file__).parents[1].glob("_CUDA*.so"))
         if not libraries:
@@ -34,9 +37,16 @@ def _load() -> str | None:
         except (OSError, RuntimeError) as error:
             return f"the CUDA library does not load: {str(error).splitlines()[0]}"
     # Kernels of another contract would read arguments that are not theirs.
-    if _said("contract") != contract.DIGEST:
-        return _OTHER_VERSION
-    return f"the CUDA library {error}" if (error := _said("driver_error")) else None
+    return None if _said("contract") == contract.DIGEST else _OTHER_VERSION
+
+
+def driver_error() -> str | None:
+    """The reason why the driver runs no kernel of the library; None if it may. Asking initialises
+    the driver, which an import must not, and torch's compiler cannot trace it.
+    """
+    if not _driver_errors and not torch.compiler.is_compiling():
+        _driver_errors.append(_said("driver_error") or "")
+    return f"the CUDA library {_driver_errors[0]}" if any(_driver_errors) else None
 
 
 def _said(name: str) -> str | None:

@@ -18,7 +18,6 @@ OPS = {  # each op and the file that holds it, of the same name in every folder
     "ddim_step": "reversible",
     "ReversibleSampler": "reversible",
 }
-ORDER = choice.ORDER
 # Each op's raw op that tells whether a backend has kernels of it.
 _RAW = {"layout_attention": "layout_attention_fwd", "ReversibleSampler": "exact_mix"}
 NAMESPACES: dict[str, ModuleType] = {
@@ -27,6 +26,7 @@ NAMESPACES: dict[str, ModuleType] = {
     "cpu": cpu,
     "reference": reference,
 }
+ORDER = tuple(NAMESPACES)
 _HEAD_DIM_STEP = 8  # 16 bytes, which the CUDA kernels of layout attention load at once
 _OLDEST_GPU = (8, 0)  # asynchronous copies and products of bfloat16
 
@@ -46,7 +46,7 @@ def unavailable(backend: str, op: str) -> str | None:
     """
     reason = missing(backend, op)
     if reason is None and device_of(backend) == "cuda":
-        reason = _no_gpu()
+        reason = _no_gpu() or (cuda.driver_error() if backend == "cuda" else None)
     if reason is None and (backend, op) == ("triton", "layout_attention"):
         reason = _environment.error()  # of DENSE_ATTN_AUTOTUNE, which it reads
     return cpu.isa_error() if reason is None and backend == "cpu" else reason
@@ -95,6 +95,8 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
         reasons.append(f"head_dim is at most {MAX_HEAD_DIM}, got {x.shape[-1]}")
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:
         reasons.append("has no float64 kernels")
+    if backend == device == "cuda" and not reasons and (reason := cuda.driver_error()):
+        reasons.append(reason)
     if (backend, op) == ("cuda", "layout_attention"):
         reasons += _why_not_cuda_attention(x)
     if (

@@ -136,6 +136,7 @@ def test_gradients_of_other_words_are_rejected(ptx: str) -> None:
             assert_accurate(name, result, exact[name], plain[name], torch.bfloat16)
 
 
+@pytest.mark.full
 def test_what_orders_memory_is_needed(ptx: str) -> None:
     inputs = make_inputs(CASE, torch.bfloat16)
     lines = list(re.finditer(ORDERING, ptx))

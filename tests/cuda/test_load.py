@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dense_attn._backends import contract, cuda, table
 
@@ -28,22 +29,29 @@ def test_a_library_that_does_not_load(package: Path) -> None:
     assert "_CUDA.so" in cuda._load()
 
 
-@pytest.mark.parametrize(
-    ("answers", "reason"),
-    [
-        ({"contract": "another"}, cuda._OTHER_VERSION),
-        (
-            {"contract": contract.DIGEST, "driver_error": "needs a driver for CUDA 13.0, got 12.4"},
-            "the CUDA library needs a driver for CUDA 13.0, got 12.4",
-        ),
-        ({"contract": contract.DIGEST, "driver_error": ""}, None),
-    ],
-)
-def test_a_library_that_is_there(
-    answers: dict[str, str], reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("digest", ["another", contract.DIGEST])
+def test_a_library_that_is_there(digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_said", {"contract": digest}.get)
+    assert cuda._load() == (None if digest == contract.DIGEST else cuda._OTHER_VERSION)
+
+
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for where a GPU is, and not at import."""
+    answers = {"driver_error": "needs a driver for CUDA 13.0, got one for 12.4"}
     monkeypatch.setattr(cuda, "_said", answers.get)
-    assert cuda._load() == reason
+    reason = "the CUDA library needs a driver for CUDA 13.0, got one for 12.4"
+    monkeypatch.setattr(cuda, "_driver_errors", [])
+    assert cuda.driver_error() == reason
+    monkeypatch.setattr(cuda, "LOAD_ERROR", None)
+    monkeypatch.setattr(cuda, "LACKING", set())
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")
+    monkeypatch.setattr(table, "_no_gpu", lambda: None)
+    assert table.unavailable("cuda", "ddim_step") == reason
+
+
+def test_a_torch_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert cuda._load() == "the CUDA library runs on NVIDIA's GPUs, got a torch for AMD's"
 
 
 def test_an_op_without_a_kernel_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,12 @@ from dense_attn._backends import cuda, reference, table
 x, y, eps = torch.randn(3, 300)
 """
 PROGRAMS = {
+    "shared memory that passes 48 KB with the kernel's own is asked for": """
+x = torch.randn(1, 10_200)
+with emulated(runtime):
+    masked, threshold = cuda.percentile_mask(x, 0.9)
+print(torch.equal(masked, reference.percentile_mask(x, 0.9)[0]))
+""",
     "the memory behind a storage is out of bounds": """
 memory = torch.randn(300)
 short = memory.as_strided((300,), (1,))
@@ -65,6 +71,7 @@ print(table.why_not("cuda", "layout_attention", half[..., :3].float()))
 """,
 }
 EXPECTED = {
+    "shared memory that passes 48 KB with the kernel's own is asked for": ["True"],
     "the memory behind a storage is out of bounds": ["Fault True True"],
     "a fault is not taken for a refusal": [
         "the GPU must run the kernel, got ZeroDivisionError: division by zero",

@@ -53,5 +53,6 @@ def test_every_case(file: str) -> None:
     emulate(file, "-k", "cuda", "--cuda-order", "random")
 
 
+@pytest.mark.full
 def test_a_barrier_that_is_gone_is_found() -> None:
     print(emulate("cuda/sega_mutants.py"))

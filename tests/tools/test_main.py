@@ -42,7 +42,7 @@ def test_info_tells_backends_with_reasons_and_missing_extras(
 def test_info_of_kernels(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("info", "--kernels")
     assert code == 0
-    kernels, model, bars, sources = (part.splitlines() for part in out.split("\n\n"))
+    kernels, model, bars, cuda, sources = (part.splitlines() for part in out.split("\n\n"))
     table = _kernel_report.results()["kernels.json"]
     assert len(kernels) == 2 + len(table["rows"])
     assert kernels[1].split() == list(_kernel_report.COLUMNS)
@@ -52,6 +52,8 @@ def test_info_of_kernels(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None
     assert model[3].split() == list(_kernel_report.MODEL_COLUMNS)
     assert bars[1].split() == list(_kernel_report.BAR_COLUMNS)
     assert len(bars) == 2 + len(table["bars"])
+    assert "compiled, not run on a GPU" in cuda[0]
+    assert len(cuda) == 3 + len(table["cuda_rows"])
     assert [line.split()[0] for line in sources[1:]] == list(kernel_hashes())
 
     monkeypatch.setattr(_kernel_report, "results", dict)
