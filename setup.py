@@ -298,14 +298,10 @@ def cpu_extension() -> list[Extension]:
 
 def cuda_extension() -> list[Extension]:
     """The library of CUDA's kernels, where it is wanted."""
-    if not wants_cuda():
-        return []
     sources = [*CUDA["bindings"](), *(source for source, *_ in CUDA["jobs"]())]
     depends = _headers("csrc/cuda/*.*", "csrc/cuda/*/*.*", "bindings/cuda/*.h")
-    # An install that did not ask for it goes on without it.
-    unasked = not switch("DENSE_ATTN_CUDA", False)
-    how = {"depends": depends, "optional": unasked}
-    return [Extension("dense_attn._CUDA", sorted(set(sources)), **how)]
+    how = {"depends": depends, "optional": not switch("DENSE_ATTN_CUDA", False)}
+    return [Extension("dense_attn._CUDA", sorted(set(sources)), **how)] if wants_cuda() else []
 
 
 # Folders that are installed inside of the package.
