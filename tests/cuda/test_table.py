@@ -87,6 +87,7 @@ def test_many_keys(committed: list[Row], target: str, head_dim: int) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.long  # minutes of ptxas
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_the_library_of_now(committed: list[Row], tmp_path: Path) -> None:
     """It is compiled without a warning, loads where no GPU is, and is what the table says."""
