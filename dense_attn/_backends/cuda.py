@@ -89,12 +89,26 @@ def _layout_attention_bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor, T
     """The gradient by the kernels that are to make it."""
     backend = gradient_of_attention(arguments[_QUERIES])
     if backend == "cuda":
-        return torch.ops.dense_attn_cuda.attention_gradient(*arguments)
+        return _of_groups(torch.ops.dense_attn_cuda.attention_gradient(*arguments), *arguments[2:5])
     if backend == "triton":
         return torch.ops.dense_attn_triton.layout_attention_bwd(*arguments)
     _warn_of_the_reference()
     raw_checks.layout_attention_bwd(*arguments)
     return _gradient_by_the_reference(*arguments)
+
+
+def _of_groups(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, dk and dv summed over the heads of q that meet one of k and v."""
+    if q.shape[1] == k.shape[1]:
+        return grads
+    dq, *parts, dstrength = grads
+    dk, dv = (ops.empty_rows_like(x) for x in (k, v))
+    for grad, each in zip((dk, dv), parts):
+        groups = each.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
+        grad.copy_(groups.sum(2, dtype=torch.float32))
+    return dq, dk, dv, dstrength
 
 
 @cache

@@ -24,7 +24,7 @@ def check_devices(first: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def _empty_rows_like(q: Tensor) -> Tensor:
+def empty_rows_like(q: Tensor) -> Tensor:
     """Rows in q's memory order, unless that leaves the last axis apart: the kernels' rule too."""
     like = torch.empty_like(q)
     return like if q.shape[3] == 1 or like.stride(3) == 1 else q.new_empty(q.shape)
@@ -60,7 +60,7 @@ def layout_attention_fwd(
     rows, dtype = q.shape[:3], accumulation_dtype(q.dtype)
     lse = q.new_empty(rows if with_lse else (0,), dtype=dtype)
     stats = q.new_empty((*rows, STATS) if with_stats else (0,), dtype=dtype)
-    return _empty_rows_like(q), lse, stats
+    return empty_rows_like(q), lse, stats
 
 
 def layout_attention_bwd(
@@ -87,7 +87,7 @@ def layout_attention_bwd(
     saved = {"grad_out": grad_out, "grad_lse": grad_lse, "out": out, "stats": stats}
     orders["seqlens_k"] = seqlens_k
     check_devices(q, k=k, v=v, strength=strength, **words, **orders, **saved)
-    grads = [_empty_rows_like(x) for x in (q, k, v)]
+    grads = [empty_rows_like(x) for x in (q, k, v)]
     return *grads, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 

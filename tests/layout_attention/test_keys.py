@@ -5,6 +5,7 @@ the formula has it, and heads share keys without a copy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -31,12 +32,16 @@ def attend(x: Inputs, backend: str, **options: object) -> dict[str, Tensor]:
 
 
 @RULES
-def test_the_reference_has_the_keys_that_are_there(modulation: str) -> None:
-    """Its rule for masks and groups against itself on each sample's own keys, one head a head."""
-    x = make_inputs(MASKED, torch.float64)
-    exact, _ = exact_and_plain(x, modulation=modulation)
+@pytest.mark.parametrize("scale", [0.16, -0.16])
+def test_the_reference_has_the_keys_that_are_there(modulation: str, scale: float) -> None:
+    """Its rule for masks and groups against itself on each sample's own keys, one head a head;
+    scores are all below 0 or all above.
+    """
+    x = make_inputs(replace(MASKED, values="low"), torch.float64)
+    exact, _ = exact_and_plain(x, modulation=modulation, scale=scale)
     x.k[~x.k_mask[:, None].expand(3, 2, N)] = torch.nan  # whatever the others hold
-    call = partial(reference.layout_attention, modulation=modulation, k_mask=x.k_mask)
+    options = {"modulation": modulation, "scale": scale, "k_mask": x.k_mask}
+    call = partial(reference.layout_attention, **options)
     for name, result in evaluate(call, x).items():
         torch.testing.assert_close(result, exact[name], rtol=1e-12, atol=1e-12)
 

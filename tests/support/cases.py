@@ -68,7 +68,7 @@ class Inputs:
     tied: bool = False  # equal scores, whose first key must stay the first
 
 
-ONLY_RANGE = ("range",)
+ONLY_RANGE, EXTREMES = ("range",), ("range", "max")
 HEAD_DIMS = (8, 40, 41, 64, 80, 96, 128, 160, 256)
 CASES = (
     *(Case(f"head-dim-{d}", (1, 2, 50, 70, d), core=d in (40, 41, 64, 128)) for d in HEAD_DIMS),
@@ -156,7 +156,19 @@ CASES = (
     # All keys count as matched, in whole tiles up to the last key.
     Case("ordered-without-strength", (1, 1, 140, 384, 40), "runs", 0.0, ordered=True),
     # Keys that are there: none, one, an odd number, all but one, all; in front and anywhere.
-    Case("keys-counted", (5, 2, 20, 53, 40), keys=(0, 1, 7, 52, 53), through="out", core=True),
+    Case("keys-counted", (5, 2, 20, 53, 40), keys=(0, 2, 7, 52, 53), core=True),
+    Case(
+        "low-scores-counted", (2, 2, 17, 53, 40), values="low", keys=(9, 33), modulations=EXTREMES
+    ),
+    Case(
+        "high-scores-counted",
+        (2, 2, 17, 53, 40),
+        values="low",
+        keys=(9, 33),
+        scale=-0.16,
+        modulations=EXTREMES,
+    ),
+    Case("one-key-counted", (3, 2, 20, 53, 40), keys=(1, 0, 1), through="none"),
     Case("keys-counted-in-runs", (3, 1, 70, 300, 40), "runs", keys=(130, 0, 300), ordered=True),
     Case(
         "many-keys-counted", (2, 1, 19, 9001, 8), keys=(4100, 9001), modulations=("range", "mask")

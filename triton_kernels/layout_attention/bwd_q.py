@@ -94,7 +94,8 @@ def _visit_all(
 ):
     """Every listed tile of keys; the one that they end in after the others, in code of its own."""
     listed, num_whole, count = listed
-    seqlen_k, key_tiles, ORDERED = source[5], source[6], source[3] is not None
+    seqlen_k, ORDERED = source[5], source[3] is not None
+    key_tiles = tl.cdiv(source[6], BLOCK_N)  # of which a list has room
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
     # Without a list tiles follow each other, and what they are loaded from goes along; AMD's wide
@@ -229,7 +230,7 @@ def layout_attention_bwd_q_kernel(
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
     known = tau * LOG2_E, add_in, add_out, anchor, row_words
     store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
-    own, key_tiles = key_head_of(head, GROUP), tl.cdiv(seqlen_k, BLOCK_N)
+    own, most_keys = key_head_of(head, GROUP), seqlen_k
     seqlen_k = keys_of(seqlens, batch, seqlen_k)
     keys = (head_of(k, batch, own), row_stride(k))
     values = (head_of(v, batch, own), row_stride(v))
@@ -237,10 +238,10 @@ def layout_attention_bwd_q_kernel(
     state = acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
     query, source = (
         (rows, grads, row_words),
-        (keys, values, k_words, k_order, batch, seqlen_k, key_tiles),
+        (keys, values, k_words, k_order, batch, seqlen_k, most_keys),
     )
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
-    listed = listed_tiles(tiles, counts, batch, tile, key_tiles)
+    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(most_keys, BLOCK_N))
     if seqlens is not None and tiles is None:
         listed = (listed[0], listed[1], tl.cdiv(seqlen_k, BLOCK_N))
     acc, sums, best, least = _visit_all(
