@@ -120,12 +120,14 @@ def _weights(raw, meets, numbers, KEYS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _of_keys(rows, left, PART_1: tl.constexpr):
+def _of_keys(rows, left, PART_1: tl.constexpr, COUNTED: tl.constexpr):
     """Rows in parts of the `left` first keys; 0 for those behind, whatever they hold."""
-    there = (tl.arange(0, rows[0].shape[0]) < left)[:, None]
-    first, second = tl.where(there, rows[0], 0.0), rows[1]
-    if PART_1 > 0:
-        second = tl.where(there, second, 0.0)
+    first, second = rows
+    if COUNTED:
+        there = (tl.arange(0, first.shape[0]) < left)[:, None]
+        first = tl.where(there, first, 0.0)
+        if PART_1 > 0:
+            second = tl.where(there, second, 0.0)
     return first, second
 
 
@@ -227,8 +229,7 @@ def layout_attention_bwd_kv_kernel(
     lift = lift_of(sm_scale, q[0].dtype.element_ty)
     nothing = tl.zeros([BLOCK_N], tl.float32)
     acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)
-    if seqlens is not None:
-        acc_v = _of_keys(acc_v, left, PART_1)
+    acc_v = _of_keys(acc_v, left, PART_1, seqlens is not None)
     store_head(dv, batch, head, keys, stored, acc_v, PART_0, PART_1, HEAD_DIM)
     if MODULATION == "range" or MODULATION == "max":  # which take keys without an order
         pairs = places_ptr + index * NUM_PLACES * seqlen_q
@@ -252,6 +253,5 @@ def layout_attention_bwd_kv_kernel(
         )
     back = tl.exp2(-lift) * LN_2  # from gradients times the factor
     acc_k = scale_rows(acc_k, nothing + (-back if NEGATE else back), PART_1)
-    if seqlens is not None:
-        acc_k = _of_keys(acc_k, left, PART_1)
+    acc_k = _of_keys(acc_k, left, PART_1, seqlens is not None)
     store_head(dk, batch, head, keys, stored, acc_k, PART_0, PART_1, HEAD_DIM)

@@ -65,6 +65,27 @@ def _tokens_of_tile(tile, source, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _source(k, v, k_words, k_order, batch, head, seqlens, seqlen_k):
+    """A head's keys and values, their words and order, how many are there and how many there may
+    be.
+    """
+    there = keys_of(seqlens, batch, seqlen_k)
+    keys, values = (
+        (head_of(k, batch, head), row_stride(k)),
+        (head_of(v, batch, head), row_stride(v)),
+    )
+    return keys, values, k_words, k_order, batch, there, seqlen_k
+
+
+@triton.jit
+def _with_keys(exist, seqlens, seqlen_k):
+    """Which rows exist, none of a sample without keys: it has no extremes."""
+    if seqlens is not None:
+        exist = exist & (tl.zeros_like(exist.to(tl.int32)) < seqlen_k)
+    return exist
+
+
+@triton.jit
 def _tokens_again(tile, order, batch, seqlen_q, PART_1: tl.constexpr, BLOCK_M: tl.constexpr):
     """The tokens of a tile of rows as `tokens_at` has them; of one part the condition in other
     words, since the compiler keeps the first one's in predicates, of which the loop is short.
@@ -96,6 +117,8 @@ def _visit_all(
     listed, num_whole, count = listed
     seqlen_k, ORDERED = source[5], source[3] is not None
     key_tiles = tl.cdiv(source[6], BLOCK_N)  # of which a list has room
+    if tiles is None:
+        count = tl.cdiv(seqlen_k, BLOCK_N)
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
     # Without a list tiles follow each other, and what they are loaded from goes along; AMD's wide
@@ -230,20 +253,12 @@ def layout_attention_bwd_q_kernel(
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
     known = tau * LOG2_E, add_in, add_out, anchor, row_words
     store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
-    own, most_keys = key_head_of(head, GROUP), seqlen_k
-    seqlen_k = keys_of(seqlens, batch, seqlen_k)
-    keys = (head_of(k, batch, own), row_stride(k))
-    values = (head_of(v, batch, own), row_stride(v))
+    source = _source(k, v, k_words, k_order, batch, key_head_of(head, GROUP), seqlens, seqlen_k)
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
     state = acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
-    query, source = (
-        (rows, grads, row_words),
-        (keys, values, k_words, k_order, batch, seqlen_k, most_keys),
-    )
+    query = (rows, grads, row_words)
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
-    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(most_keys, BLOCK_N))
-    if seqlens is not None and tiles is None:
-        listed = (listed[0], listed[1], tl.cdiv(seqlen_k, BLOCK_N))
+    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
     acc, sums, best, least = _visit_all(
         state,
         query,
@@ -264,22 +279,19 @@ def layout_attention_bwd_q_kernel(
     tokens, exist = _tokens_again(tile, q_order, batch, seqlen_q, PART_1, BLOCK_M)
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
-    through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    some = _with_keys(exist, seqlens, source[5])
+    through_lse = lse_gradient(grad_lse, batch, head, tokens, some, BLOCK_M)
     queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
-    if seqlens is not None:  # a sample without keys has no extremes
-        through_lse = tl.where(seqlen_k > 0, through_lse, 0.0)
     grad_in, grad_distance, missed = finished_sums(sums, through_lse, MODULATION, EXACT)
     shift += missed
-    high, low = load_extremes(stats_ptr, row, exist)
-    if seqlens is not None:
-        high, low = tl.where(seqlen_k > 0, high, 0.0), tl.where(seqlen_k > 0, low, 0.0)
+    high, low = load_extremes(stats_ptr, row, some)
     if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
         grad_raw = times_rows(acc, queries, PART_0, PART_1, HEAD_DIM)
         grad_distance = high * grad_in + low * (through_lse - grad_in)
         grad_distance += grad_raw if NEGATE else -grad_raw
     signed_scale = -sm_scale if NEGATE else sm_scale
     best_key, least_key = first_keys(
-        best, least, queries, keys, seqlen_k, MODULATION, NEGATE, BLOCK_N, HEAD_DIM, COLUMNS
+        best, least, queries, source[0], source[5], MODULATION, NEGATE, BLOCK_N, HEAD_DIM, COLUMNS
     )
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -300,9 +312,7 @@ def layout_attention_bwd_q_kernel(
         store_extreme(record, pair, KEY_OF_MIN, seqlen_q, exist, through_min, least_key)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
-    at = (head_of(dq, batch, head), row_stride(dq), tokens, exist)
-    if seqlens is not None:
-        keys = (keys[0], keys[1], tl.zeros([BLOCK_M], tl.int32) < seqlen_k)
-    store_with_extremes(at, acc[0], through, keys, MODULATION, 0, PART_0, HEAD_DIM)
+    at = (head_of(dq, batch, head), row_stride(dq), tokens, exist, some)
+    store_with_extremes(at, acc[0], through, source[0], MODULATION, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:  # after the first, so that the rows of one part at a time are held
-        store_with_extremes(at, acc[1], through, keys, MODULATION, PART_0, PART_1, HEAD_DIM)
+        store_with_extremes(at, acc[1], through, source[0], MODULATION, PART_0, PART_1, HEAD_DIM)
