@@ -209,6 +209,7 @@ SEGA_CASES = {
     "channels last": (3, {"view": "channels_last"}),
     "two groups": (9, {"warming": True}),
     "none": (0, {}),
+    "sums of no channels": (3, {"size": (2, 0, 9, 15), "sum_channels": True}),
 }
 
 
