@@ -15,15 +15,17 @@ from dense_attn.triton_kernels.layout_attention.records import (
     places_of_columns,
     weights_of,
 )
-from dense_attn.triton_kernels.layout_attention.tiles import listed_tiles, tile_at
+from dense_attn.triton_kernels.layout_attention.tiles import listed_tiles, rows_again, tile_at
 from dense_attn.triton_kernels.primitives import (
     LN_2,
     LOG2_E,
     add_product,
+    head_of,
     load_head,
     meeting,
     plus_bits,
     products,
+    row_stride,
     scale_rows,
     store_head,
     tile_of_program,
@@ -142,6 +144,7 @@ def layout_attention_bwd_kv_kernel(
     seqlen_k,
     sm_scale,
     APART: tl.constexpr,
+    AHEAD: tl.constexpr,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,10 +200,14 @@ def layout_attention_bwd_kv_kernel(
             weights = weights_of(raw, factor[None, :], anchor[None, :], offsets, EXACT)
             if MODULATION == "mask":
                 weights = (weights.to(tl.int32, bitcast=True) * meets).to(tl.float32, bitcast=True)
-        acc_v = add_product(acc_v, weights.to(grads[0].dtype), grads, PART_1, PRECISION)
+        at, stride = head_of(grad_out, batch, head), row_stride(grad_out)
+        turned = rows_again(grads, at, stride, here, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
+        acc_v = add_product(acc_v, weights.to(grads[0].dtype), turned, PART_1, PRECISION)
         slope = products(values, grads, PART_1, PRECISION)
         grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor
-        acc_k = add_product(acc_k, grad.to(rows[0].dtype), rows, PART_1, PRECISION)
+        at, stride = head_of(q, batch, head), row_stride(q)
+        turned = rows_again(rows, at, stride, here, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
+        acc_k = add_product(acc_k, grad.to(rows[0].dtype), turned, PART_1, PRECISION)
     lift = lift_of(sm_scale, q[0].dtype.element_ty)
     nothing = tl.zeros([BLOCK_N], tl.float32)
     acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)

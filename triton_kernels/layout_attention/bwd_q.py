@@ -80,6 +80,7 @@ def _visit_all(
     listed,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PART_0: tl.constexpr,
@@ -128,6 +129,7 @@ def _visit_all(
             TAILS,
             MODULATION,
             NEGATE,
+            AHEAD,
             PRECISION,
             HEAD_DIM,
             PART_0,
@@ -153,6 +155,7 @@ def _visit_all(
             True,
             MODULATION,
             NEGATE,
+            AHEAD,
             PRECISION,
             HEAD_DIM,
             PART_0,
@@ -190,6 +193,7 @@ def layout_attention_bwd_q_kernel(
     sm_scale,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PART_0: tl.constexpr,
@@ -224,11 +228,12 @@ def layout_attention_bwd_q_kernel(
     keys = (head_of(k, batch, head), row_stride(k))
     values = (head_of(v, batch, head), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
-    state = acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
+    mean = zero_rows(BLOCK_M, PART_0, PART_1)  # of keys by weight, where sums are exact
+    state = acc, mean, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
     query, source = (rows, grads, row_words), (keys, values, k_words, k_order, batch, seqlen_k)
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
     listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
-    acc, sums, best, least = _visit_all(
+    acc, mean, sums, best, least = _visit_all(
         state,
         query,
         numbers,
@@ -237,6 +242,7 @@ def layout_attention_bwd_q_kernel(
         listed,
         MODULATION,
         NEGATE,
+        AHEAD,
         PRECISION,
         HEAD_DIM,
         PART_0,
@@ -251,6 +257,9 @@ def layout_attention_bwd_q_kernel(
     through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
     grad_in, grad_distance, missed = finished_sums(sums, through_lse, MODULATION, EXACT)
+    if EXACT and PRECISION == "ieee":
+        mean = scale_rows(mean, missed, PART_1)
+        acc = acc[0] - mean[0], acc[1] - mean[1]
     shift += missed
     high, low = load_extremes(stats_ptr, row, exist)
     if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
