@@ -13,7 +13,8 @@ namespace {
 // What the kernels of both passes take.
 void require_attention(const LayoutAttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
                        const Tensor& q_regions, const Tensor& k_regions, const std::optional<Tensor>& strength,
-                       const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order) {
+                       const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order,
+                       const std::optional<Tensor>& seqlens_k) {
   require_device("k", k, "q", q);
   require_device("v", v, "q", q);
   require_device("q_regions", q_regions, "q", q);
@@ -21,6 +22,7 @@ void require_attention(const LayoutAttentionParams& p, const Tensor& q, const Te
   if (strength) require_device("strength", *strength, "q", q);
   if (q_order) require_device("q_order", *q_order, "q", q);
   if (k_order) require_device("k_order", *k_order, "q", q);
+  if (seqlens_k) require_device("seqlens_k", *seqlens_k, "q", q);
   REQUIRE(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, "q must be float16 or bfloat16, got ",
           torch::headeronly::toString(q.scalar_type()));
   REQUIRE(p.head_dim % kHeadDimStep == 0, "q must have a head dim that is a multiple of ", kHeadDimStep, ", got ",
@@ -32,11 +34,12 @@ std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
     const std::optional<Tensor>& strength, const std::string& modulation, double scale,
     const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order, const std::optional<Tensor>& tiles,
     const std::optional<Tensor>& counts, const std::optional<Tensor>& k_words, double every_strength, bool with_lse,
-    bool with_stats) {
+    bool with_stats, const std::optional<Tensor>& seqlens_k) {
   LayoutAttentionParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength,
+              seqlens_k);
   require_lists(tiles, counts, k_words);
-  require_attention(p, q, k, v, q_regions, k_regions, strength, q_order, k_order);
+  require_attention(p, q, k, v, q_regions, k_regions, strength, q_order, k_order, seqlens_k);
   const FwdResults results(p, q, with_lse, with_stats);
   if (p.batch * p.num_heads * p.seqlen_q > 0) launch_like(q, layout_attention_fwd_cuda, p);
   return {results.out, results.lse, results.stats};
@@ -56,10 +59,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradient(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& q_regions, const Tensor& k_regions, const std::optional<Tensor>& strength, const Tensor& out,
     const Tensor& stats, const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
-    const std::optional<Tensor>& k_order, double every_strength) {
+    const std::optional<Tensor>& k_order, double every_strength, const std::optional<Tensor>& seqlens_k) {
   LayoutAttentionBwdParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength);
-  require_attention(p, q, k, v, q_regions, k_regions, strength, q_order, k_order);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength,
+              seqlens_k);
+  require_attention(p, q, k, v, q_regions, k_regions, strength, q_order, k_order, seqlens_k);
   REQUIRE(p.head_dim <= kMaxBwdHeadDim, "q must have a head dim of at most ", kMaxBwdHeadDim,
           " where gradients are wanted, got ", p.head_dim);
   require_device("grad_out", grad_out, "q", q);
@@ -68,14 +72,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradient(
   if (grad_lse) require_device("grad_lse", *grad_lse, "q", q);
   const int64_t row_sizes[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim},
                 rows[3] = {p.batch, p.num_heads, p.seqlen_q};
-  const int64_t key_sizes[4] = {p.batch, p.num_heads, p.seqlen_k, p.head_dim};
+  const int64_t key_sizes[4] = {p.batch, p.num_heads / p.group, p.seqlen_k, p.head_dim};
   view_rows("grad_out", grad_out, q.scalar_type(), row_sizes);
   view_rows("out", out, q.scalar_type(), row_sizes);
   p.stats = view_rows("stats", stats, ScalarType::Float, {p.batch, p.num_heads, p.seqlen_q, kStats});
   REQUIRE(stats.is_contiguous() && reinterpret_cast<uintptr_t>(p.stats.data) % 16 == 0,
           "stats must be contiguous and begin at 16 bytes, got strides that are not or another address");
   if (grad_lse) p.grad_lse = view("grad_lse", *grad_lse, ScalarType::Float, rows);
-  Tensor dq = empty_rows_like(q), dk = empty_rows_like(k), dv = empty_rows_like(v), dstrength = new_rows(q);
+  // dk and dv of grouped heads are those of each head of q, whose sums are the caller's.
+  const int64_t grad_sizes[4] = {p.batch, p.num_heads, p.seqlen_k, p.head_dim};
+  const auto of_keys = [&](const Tensor& x) {
+    return p.group == 1 ? empty_rows_like(x) : allocate(x, grad_sizes, x.scalar_type());
+  };
+  Tensor dq = empty_rows_like(q), dk = of_keys(k), dv = of_keys(v), dstrength = new_rows(q);
   if (p.batch * p.num_heads * p.seqlen_q * p.seqlen_k == 0) {
     for (Tensor* grad : {&dq, &dk, &dv, &dstrength}) torch::stable::zero_(*grad);
     return {dq, dk, dv, dstrength};
@@ -88,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradient(
   p.grad_out = view_rows("grad_out", grad_rows, q.scalar_type(), row_sizes);
   p.out = view_rows("out", out_rows, q.scalar_type(), row_sizes);
   p.dq = view_rows("dq", dq, q.scalar_type(), row_sizes);
-  p.dk = view_rows("dk", dk, q.scalar_type(), key_sizes);
-  p.dv = view_rows("dv", dv, q.scalar_type(), key_sizes);
+  p.dk = view_rows("dk", dk, q.scalar_type(), grad_sizes);
+  p.dv = view_rows("dv", dv, q.scalar_type(), grad_sizes);
   p.dstrength = view("dstrength", dstrength, ScalarType::Float, rows);
   const Tensor scratch = allocate(q, {static_cast<int64_t>(layout_attention_bwd_scratch_bytes(p))}, ScalarType::Byte);
   launch_like(q, layout_attention_bwd_cuda, p, scratch.data_ptr());
@@ -103,7 +112,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dense_attn_cuda, m) {
   m.def(
       "attention_gradient(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor q_regions, "
       "Tensor k_regions, Tensor? strength, Tensor out, Tensor stats, str modulation, float scale, Tensor? q_order, "
-      "Tensor? k_order, float every_strength=1.) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dstrength)");
+      "Tensor? k_order, float every_strength=1., Tensor? seqlens_k=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor "
+      "dstrength)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, DENSE_ATTN_DEVICE, m) {

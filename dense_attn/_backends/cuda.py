@@ -89,12 +89,26 @@ def _layout_attention_bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor, T
     """The gradient by the kernels that are to make it."""
     backend = gradient_of_attention(arguments[_QUERIES])
     if backend == "cuda":
-        return torch.ops.dense_attn_cuda.attention_gradient(*arguments)
+        return _of_groups(torch.ops.dense_attn_cuda.attention_gradient(*arguments), *arguments[2:5])
     if backend == "triton":
         return torch.ops.dense_attn_triton.layout_attention_bwd(*arguments)
     _warn_of_the_reference()
     raw_checks.layout_attention_bwd(*arguments)
     return _gradient_by_the_reference(*arguments)
+
+
+def _of_groups(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, dk and dv summed over the heads of q that meet one of k and v."""
+    if q.shape[1] == k.shape[1]:
+        return grads
+    dq, *parts, dstrength = grads
+    dk, dv = (ops.empty_rows_like(x) for x in (k, v))
+    for grad, each in zip((dk, dv), parts):
+        groups = each.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
+        grad.copy_(groups.sum(2, dtype=torch.float32))
+    return dq, dk, dv, dstrength
 
 
 @cache
@@ -122,6 +136,7 @@ def _gradient_by_the_reference(
     q_order: Tensor | None,
     k_order: Tensor | None,
     every_strength: float = 1.0,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength) in float32, rounded at the end."""
     c = q.new_full(q.shape[:3], every_strength, dtype=torch.float32)
@@ -132,7 +147,10 @@ def _gradient_by_the_reference(
     else:
         with torch.enable_grad():
             *qkv, c = inputs
-            rule = {"modulation": modulation, "scale": scale}
+            rule = {"modulation": modulation, "scale": scale, "k_mask": None}
+            if seqlens_k is not None:
+                keys = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
+                rule["k_mask"] = keys < seqlens_k[:, None]
             results = reference.layout_attention(*qkv, q_regions, k_regions, c, **rule)
             flowing = (grad_out.float(), torch.zeros_like(c) if grad_lse is None else grad_lse)
             grads = torch.autograd.grad(results, inputs, flowing, materialize_grads=True)
@@ -145,7 +163,7 @@ def attention_bytes(q: Tensor, k: Tensor) -> int:
     return q.numel() * q.element_size()
 
 
-def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, kept: bool) -> None:
+def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, **how: object) -> None:
     """None: calls take no tile lists."""
 
 

@@ -22,6 +22,7 @@ from dense_attn.triton_kernels.configs import Config
 from dense_attn.triton_kernels.layout_attention.fwd_mixed import attend_mixed, softmax_weights
 from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
+from dense_attn.triton_kernels.layout_attention.tiles import keys_of
 from dense_attn.triton_kernels.parts import next_power_of_2
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
@@ -66,6 +67,8 @@ def packed_rows_kernel(
     PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+    seqlens=None,
 ):
     """Rows of keys (programs 0 of the second axis) or values in the order of visits, then rows of
     zeros; beside keys which tiles of queries have no strength in any row.
@@ -74,11 +77,16 @@ def packed_rows_kernel(
     tokens, exist = tokens_at(tile * BLOCK, order, batch, seqlen, BLOCK)
     if plain_ptr is not None and tl.program_id(1) == 0:
         query_tiles = tl.cdiv(seqlen_q, BLOCK_M)
-        for of in range(tile, query_tiles, tl.cdiv(padded, BLOCK)):
-            queries, there = tokens_at(of * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-            some = load_numbers(strength, batch, head, queries, there) != 0
+        for of in range(tile, GROUP * query_tiles, tl.cdiv(padded, BLOCK)):
+            own = head * GROUP + of // query_tiles
+            queries, there = tokens_at(
+                of % query_tiles * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M
+            )
+            some = load_numbers(strength, batch, own, queries, there) != 0
             plain = 1 - tl.max(some.to(tl.int32), 0)
-            tl.store(plain_ptr + index * query_tiles + of, plain)
+            tl.store(plain_ptr + index * GROUP * query_tiles + of, plain)
+    if seqlens is not None:
+        exist = tile * BLOCK + tl.arange(0, BLOCK) < keys_of(seqlens, batch, seqlen)
     base, stride = head_of(k, batch, head), row_stride(k)
     if tl.program_id(1) == 1:
         base, stride = head_of(v, batch, head), row_stride(v)
@@ -184,6 +192,8 @@ def layout_attention_specialised_fwd_kernel(
     STAGES: tl.constexpr,
     ENDS: tl.constexpr,
     COMPILED: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+    seqlens=None,
 ):
     """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge.
     Where no row has a strength all keys are matched.
@@ -200,12 +210,17 @@ def layout_attention_specialised_fwd_kernel(
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
     count_at = counts[0] + batch * counts[1] + tile * 3
-    source = (keys, values, (index * padded_k).to(tl.int32))
-    whole, plain = seqlen_k // BLOCK_N, False
+    own = index
+    if GROUP > 1:
+        own = index // GROUP
+    source = (keys, values, (own * padded_k).to(tl.int32))
+    keys_there = keys_of(seqlens, batch, seqlen_k)
+    whole, plain = keys_there // BLOCK_N, False
     if MODULATION != "mask":
         place = index * tl.cdiv(seqlen_q, BLOCK_M) + tile
         plain = _without_strength(strength, plain_ptr, batch, head, place)
 
+    ends = tl.cdiv(keys_there, BLOCK_N) - whole
     least, none = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     in_max, in_sum, in_acc = least, none, tl.zeros([BLOCK_M, PART], tl.float32)
     out_max, out_sum, out_acc = least, none, in_acc
@@ -232,8 +247,8 @@ def layout_attention_specialised_fwd_kernel(
             source,
             visited[0] + batch * visited[1],
             listed + key_tiles,
-            population * tl.where(plain, key_tiles - whole, tl.load(count_at + 1)),
-            seqlen_k,
+            population * tl.where(plain, ends, tl.load(count_at + 1)),
+            keys_there,
             plain,
             ENDS,
             COMPILED,
@@ -264,53 +279,46 @@ def launch(
     results: tuple,
     numbers: tuple[int, int, int, float],  # heads, queries, keys, and the scale's size
     constants: dict[str, object],
+    counts: dict[str, tuple[Tensor, int]],  # how many keys of a sample are there, or nothing
     config: Config,
 ) -> None:
     """Pack the keys and values, and attend to them."""
     rows, keys, values, words = inputs
     q_order, k_order, strength, *lists = visits
     num_heads, seqlen_q, seqlen_k, sm_scale = numbers
-    index = rows[0].shape[0] * num_heads
+    index, key_heads = rows[0].shape[0] * num_heads, keys[0].shape[1]
+    key_index = rows[0].shape[0] * key_heads
     padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
-    if index * padded >= 2**31:  # a place in a tensor map is an int32
-        raise ValueError(f"k must have fewer than 2**31 tokens in all heads, got {index * padded}")
+    if key_index * padded >= 2**31:  # a place in a tensor map is an int32
+        raise ValueError(
+            f"k must have fewer than 2**31 tokens in all heads, got {key_index * padded}"
+        )
     head_dim = constants["HEAD_DIM"]
     part = max(16, next_power_of_2(head_dim))
     query_tiles, plain = -(-seqlen_q // config.BLOCK_M), None
-    if k_order is None and padded == seqlen_k and _dense(keys[0]) and _dense(values[0]):
-        packed = [x[0].view(index * seqlen_k, head_dim) for x in (keys, values)]
+    ends = padded != seqlen_k or bool(counts)
+    if k_order is None and not ends and _dense(keys[0]) and _dense(values[0]):
+        packed = [x[0].view(key_index * seqlen_k, head_dim) for x in (keys, values)]
     else:
-        packed = keys[0].new_empty((2, index * padded, head_dim))
+        packed = keys[0].new_empty((2, key_index * padded, head_dim))
         if strength[0] is not None and constants["MODULATION"] != "mask":
             plain = packed.new_empty((index, query_tiles), dtype=torch.uint8)
         sizes = {"HEAD_DIM": head_dim, "PART": part, "BLOCK_M": config.BLOCK_M}
+        sizes |= {"GROUP": num_heads // key_heads}
         tensors = (keys, values, k_order, packed, q_order, strength, plain)
-        packed_rows_kernel[(index * padded // config.BLOCK_N, 2)](
-            *tensors, num_heads, seqlen_q, seqlen_k, padded, **sizes, BLOCK=config.BLOCK_N
+        packed_rows_kernel[(key_index * padded // config.BLOCK_N, 2)](
+            *tensors, key_heads, seqlen_q, seqlen_k, padded, **sizes, BLOCK=config.BLOCK_N, **counts
         )
     box = [config.BLOCK_N, part]
     maps = [TensorDescriptor(x, list(x.shape), [head_dim, 1], box) for x in packed]
-    own = {"NEGATE", "MODULATION", "HEAD_DIM"}
-    layout_attention_specialised_fwd_kernel[(index * query_tiles,)](
-        rows,
-        *maps,
-        words,
-        q_order,
-        strength,
-        plain,
-        *lists,
-        *results,
-        num_heads,
-        seqlen_q,
-        seqlen_k,
-        padded,
-        sm_scale,
-        PART=part,
-        STAGES=config.num_stages,
-        ENDS=padded != seqlen_k,
-        COMPILED=isinstance(layout_attention_specialised_fwd_kernel, triton.JITFunction),
-        **{name: value for name, value in constants.items() if name in own},
-        **config.launch,
+    own = {"NEGATE", "MODULATION", "HEAD_DIM", "GROUP"}
+    tensors = (rows, *maps, words, q_order, strength, plain, *lists, *results)
+    kernel = layout_attention_specialised_fwd_kernel
+    compiled = isinstance(kernel, triton.JITFunction)
+    ways = {"PART": part, "STAGES": config.num_stages, "ENDS": ends, "COMPILED": compiled}
+    ways |= {name: value for name, value in constants.items() if name in own} | counts
+    kernel[(index * query_tiles,)](
+        *tensors, num_heads, seqlen_q, seqlen_k, padded, sm_scale, **ways, **config.launch
     )
 
 

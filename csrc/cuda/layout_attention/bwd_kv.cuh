@@ -161,7 +161,7 @@ __device__ __forceinline__ void add_extremes(Sums& dk, const LayoutAttentionBwdP
 template <class T>
 __device__ __forceinline__ void store_sums(const TensorView<4>& to, const LayoutAttentionBwdParams& p,
                                            const Place& place, const Sums& sums, const int (&keys)[kOwnTiles][2],
-                                           float factor) {
+                                           float factor, int left) {
 #pragma unroll
   for (int i = 0; i < 2 * kOwnTiles; ++i) {
     const int key = keys[i / 2][i % 2];
@@ -172,6 +172,10 @@ __device__ __forceinline__ void store_sums(const TensorView<4>& to, const Layout
       const int column = n * 8 + lane_of_warp() % 4 * 2;
       if (column >= p.head_dim) break;
       const float* two = sums[i / 2][n] + i % 2 * 2;
+      if (i * 8 >= left) {  // a key that is not there, whatever its pairs have summed up to
+        *reinterpret_cast<uint32_t*>(row + column) = 0;
+        continue;
+      }
       *reinterpret_cast<uint32_t*>(row + column) = pack<T>(factor * two[0], factor * two[1]);
     }
   }
@@ -184,8 +188,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   KeyShared& shared = *reinterpret_cast<KeyShared*>(bytes);
   const Place place(p, p.seqlen_k, kBlockOwn);
   const int own = threadIdx.x / kWarp * kOwn;
-  const KeySource<T, kModulation> order(p, place);
-  fetch_own<T>(shared.own.keys, shared.values(), p.k, p.v, place, p.seqlen_k, p.head_dim,
+  const KeySource<T, kModulation> order(p, place, p.seqlen_k);
+  const int seqlen_k = keys_there(p, place.batch);
+  Place at_keys = place;
+  at_keys.head = key_head_of(p, place.head);
+  fetch_own<T>(shared.own.keys, shared.values(), p.k, p.v, at_keys, seqlen_k, p.head_dim,
                [&](int at) { return order.key_at(at); });
   Operand k[kOwnTiles], v[kOwnTiles];
   int keys[kOwnTiles][2], key_words[kOwnTiles][2];
@@ -193,9 +200,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < 2 * kOwnTiles; ++i) {
     const int at = place.first + own + i * 8 + lane_of_warp() / 4, key = order.key_at(at);
-    there[i / 2][i % 2] = at < p.seqlen_k;
+    there[i / 2][i % 2] = at < seqlen_k;
     keys[i / 2][i % 2] = at < p.seqlen_k ? key : -1;
     key_words[i / 2][i % 2] = *p.k_regions.at<int32_t>(place.batch, key);
+  }
+  if (place.first >= seqlen_k) {
+    store_sums<T>(p.dv, p, place, {}, keys, 0, 0);
+    store_sums<T>(p.dk, p, place, {}, keys, 0, 0);
+    return;
   }
   const uint32_t own_values = shared_address(shared.values() + own * kStride);
 #pragma unroll
@@ -228,9 +240,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   const float back = exp2f(-lift_of<T>(p.scale));
-  store_sums<T>(p.dv, p, place, dv, keys, back);
+  const int left = keys_there(p, place.batch) - (place.first + own + lane_of_warp() / 4);
+  store_sums<T>(p.dv, p, place, dv, keys, back, left);
   if constexpr (kExtremes<kModulation> > 0) add_extremes<T, kModulation>(dk, p, place, shared, source);
-  store_sums<T>(p.dk, p, place, dk, keys, p.scale < 0 ? -back * kLn2Float : back * kLn2Float);
+  store_sums<T>(p.dk, p, place, dk, keys, p.scale < 0 ? -back * kLn2Float : back * kLn2Float, left);
 }
 
 }  // namespace DENSE_ATTN_CLASS

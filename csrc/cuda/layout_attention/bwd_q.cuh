@@ -119,20 +119,21 @@ __device__ __forceinline__ void visit_keys(Sums& acc, Numbers& matched_grad, Ext
 template <class T, Modulation kModulation>
 struct KeySource : Source<T> {
   const LayoutAttentionBwdParams& p;
-  int batch, word_token;
+  int batch, last, word_token;
 
-  __device__ __forceinline__ KeySource(const LayoutAttentionBwdParams& params, const Place& place)
-      : Source<T>(params.k, params.v, place.batch, place.head), p(params), batch(place.batch) {}
+  __device__ __forceinline__ KeySource(const LayoutAttentionBwdParams& params, const Place& place, int seqlen_k)
+      : Source<T>(params.k, params.v, place.batch, key_head_of(params, place.head)),
+        p(params),
+        batch(place.batch),
+        last(max(seqlen_k - 1, 0)) {}
 
   // The key in a place. Extremes are at their first key, so keys keep their order there.
   __device__ __forceinline__ bool ordered() const { return kExtremes<kModulation> == 0 && p.k_order.data; }
   __device__ __forceinline__ int key_at(int place) const {
-    const int last = static_cast<int>(p.seqlen_k) - 1;
     place = min(place, last);
     return ordered() ? max(min(*p.k_order.at<int32_t>(batch, place), last), 0) : place;
   }
   __device__ __forceinline__ void find(int tile) {
-    const int last = static_cast<int>(p.seqlen_k) - 1;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       this->tokens[i] = min(tile * kVisited + key_of(min(this->row + i * kRowsAtOnce, kVisited - 1)), last);
@@ -185,15 +186,16 @@ __device__ __forceinline__ void find_extremes(const LayoutAttentionBwdParams& p,
     }
   }
   __syncwarp();
-  const T* k = p.k.at<const T>(place.batch, place.head);
+  const T* k = p.k.at<const T>(place.batch, key_head_of(p, place.head));
   const Scratch scratch(p);
   const float sign = p.scale < 0 ? -1 : 1;
+  const int seqlen_k = keys_there(p, place.batch);
 #pragma unroll 1
   for (int i = 0; i < 2 * kOwnTiles * kExtremes<kModulation>; ++i) {
     const int which = i / (2 * kOwnTiles), row = own + i % (2 * kOwnTiles) * 8 + lane / 4, visit = place.first + row;
     const T* q = p.q.at<const T>(place.batch, place.head, row_at(p, place.batch, visit));
     const int key =
-        first_key(q, k, p.k.strides[2], shared.groups[which][row], p.seqlen_k, p.head_dim, which == 0 ? sign : -sign);
+        first_key(q, k, p.k.strides[2], shared.groups[which][row], seqlen_k, p.head_dim, which == 0 ? sign : -sign);
     if (lane % 4 == 0) {
       shared.keys[which][row] = key;
       if (visit < p.seqlen_q) scratch.places[(2 * place.index + which) * p.seqlen_q + visit] = key;
@@ -223,7 +225,9 @@ __device__ __forceinline__ void store_row_of_queries(const LayoutAttentionBwdPar
   } else if constexpr (kModulation == Modulation::kBias) {
     dstrength = grad_in;
   }
-  const float through[2] = {c * grad_in, c * (lse_grad - grad_in)};
+  const bool keys = keys_there(p, place.batch) > 0;
+  if (!keys) dstrength = 0;  // of a row without keys extremes are no numbers
+  const float through[2] = {keys ? c * grad_in : 0, keys ? c * (lse_grad - grad_in) : 0};
   if (lane % 4 == 0) {
     *p.dstrength.at<float>(place.batch, place.head, token) = dstrength;
     const Scratch scratch(p);
@@ -235,7 +239,7 @@ __device__ __forceinline__ void store_row_of_queries(const LayoutAttentionBwdPar
   const float signed_scale = static_cast<float>(p.scale);
   const float temperature = kModulation == Modulation::kRange ? 1 - c : 1;
   T* dq = p.dq.at<T>(place.batch, place.head, token);
-  const T* k = p.k.at<const T>(place.batch, place.head);
+  const T* k = p.k.at<const T>(place.batch, key_head_of(p, place.head));
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
     const int column = n * 8 + lane % 4 * 2;
@@ -244,6 +248,7 @@ __device__ __forceinline__ void store_row_of_queries(const LayoutAttentionBwdPar
                 acc[n][2 * half + 1] * (temperature * signed_scale * back)};
 #pragma unroll
     for (int i = 0; i < kExtremes<kModulation>; ++i) {
+      if (!keys) break;
       const float2 key = load_pair(k + shared.keys[i][row] * p.k.strides[2] + column);
       x.x = fmaf(signed_scale * through[i], key.x, x.x), x.y = fmaf(signed_scale * through[i], key.y, x.y);
     }
@@ -257,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) char bytes[];
   QueryShared& shared = *reinterpret_cast<QueryShared*>(bytes);
   const Place place(p, p.seqlen_q, kBlockOwn);
-  const int own = threadIdx.x / kWarp * kOwn, seqlen_k = p.seqlen_k;
+  const int own = threadIdx.x / kWarp * kOwn;
   fetch_own<T>(shared.own.q, shared.own.grad, p.q, p.grad_out, place, p.seqlen_q, p.head_dim,
                [&](int visit) { return row_at(p, place.batch, visit); });
   Operand q[kOwnTiles], grad[kOwnTiles];
@@ -273,10 +278,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   Sums acc = {};
   Numbers matched_grad = {};
   Extremes extremes;
-  const int tiles = (seqlen_k + kVisited - 1) / kVisited;
-  KeySource<T, kModulation> source(p, place);
+  const int tiles = (keys_there(p, place.batch) + kVisited - 1) / kVisited;
+  KeySource<T, kModulation> source(p, place, keys_there(p, place.batch));
   source.find(0);
-  source.fetch(shared.stages[0]);
+  if (tiles > 0) source.fetch(shared.stages[0]);
   source.find(1);
   for (int tile = 0; tile < tiles; ++tile) {
     wait_for_copies<0>();
@@ -284,11 +289,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (tile + 1 < tiles) source.fetch(shared.stages[(tile + 1) % kStages]);
     source.find(tile + 2);
     const KeyTile& stage = shared.stages[tile % kStages];
-    const int first = tile * kVisited + lane_of_warp() % 4 * (kVisited / 4), count = seqlen_k - first;
+    const int first = tile * kVisited + lane_of_warp() % 4 * (kVisited / 4), count = source.last + 1 - first;
     bool matched, others;
     common.judge(stage.words, matched, others);
     if (kModulation == Modulation::kMask && others) continue;
-    if ((tile + 1) * kVisited > seqlen_k) {
+    if ((tile + 1) * kVisited > source.last + 1) {
       visit_keys<T, kModulation, Pairs::kTail>(acc, matched_grad, extremes, rows, q, grad, stage, first, count, false);
     } else if (matched || others) {
       visit_keys<T, kModulation, Pairs::kUniform>(acc, matched_grad, extremes, rows, q, grad, stage, first, count,

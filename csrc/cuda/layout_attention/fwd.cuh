@@ -70,8 +70,8 @@ __device__ __forceinline__ bool is_undefined(const Rows<T, kModulation>& rows, i
   if (kModulation > Modulation::kMax || (is_finite(rule.offset_in) && is_finite(rule.offset_out))) return false;
   const T* q = rows.queries(r);
   bool found = false;
-  for (int key = threadIdx.x % 4; key < p.seqlen_k; key += 4) {
-    const T* k = p.k.at<const T>(rows.batch, rows.head, key);
+  for (int key = threadIdx.x % 4; key < keys_there(p, rows.batch); key += 4) {
+    const T* k = p.k.at<const T>(rows.batch, key_head_of(p, rows.head), key);
     float raw = 0;
     for (int i = 0; i < p.head_dim; ++i) raw = fmaf(static_cast<float>(q[i]), static_cast<float>(k[i]), raw);
     const bool matched = (rows.words(r) & *p.k_regions.at<const int32_t>(rows.batch, key)) != 0;
@@ -121,10 +121,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr bool kOthers = kModulation != Modulation::kMask;
   extern __shared__ __align__(128) char smem[];
   const int row_tiles = (static_cast<int>(p.seqlen_q) + kBlockM - 1) / kBlockM;
-  const int index = blockIdx.x / row_tiles, num_heads = p.num_heads, seqlen_k = p.seqlen_k;
+  const int index = blockIdx.x / row_tiles, num_heads = p.num_heads;
   const int first = blockIdx.x % row_tiles * kBlockM + threadIdx.x / kWarp * 16;
   const Rows<T, kModulation> rows{p, index / num_heads, index % num_heads, first};
-  Tiles<T> tiles(p, smem, rows.batch, rows.head, blockIdx.y);
+  const int seqlen_k = keys_there(p, rows.batch);
+  Tiles<T> tiles(p, smem, rows.batch, key_head_of(p, rows.head), blockIdx.y, seqlen_k);
   const int count = (seqlen_k + kBlockN - 1) / kBlockN;
 #pragma unroll
   for (int tile = 0; tile < kStages - 1; ++tile) {

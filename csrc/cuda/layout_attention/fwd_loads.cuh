@@ -69,14 +69,15 @@ struct KeyTiles {
   uint32_t last, flags;
   uint32_t key_step, value_step, word_step;  // strides in bytes, right where kFast
 
-  __device__ __forceinline__ KeyTiles(const LayoutAttentionParams& params, char* shared, int batch, int head, int part)
+  __device__ __forceinline__ KeyTiles(const LayoutAttentionParams& params, char* shared, int batch, int head, int part,
+                                      int seqlen_k)
       : p(params),
         smem(shared),
         keys(reinterpret_cast<const char*>(p.k.at<const T>(batch, head))),
         values(reinterpret_cast<const char*>(p.v.at<const T>(batch, head)) + part * kValueDim * sizeof(T)),
         words(reinterpret_cast<const char*>(p.k_regions.at<const int32_t>(batch))),
         order(reinterpret_cast<const char*>(p.k_order.at<const int32_t>(p.k_order.data ? batch : 0))),
-        last(static_cast<uint32_t>(p.seqlen_k) - 1) {
+        last(static_cast<uint32_t>(seqlen_k) - 1) {
     const uint32_t row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
     const auto bits = reinterpret_cast<uintptr_t>(keys) | reinterpret_cast<uintptr_t>(values);
     const uint64_t key_stride = bytes(p.k.strides[2], sizeof(T)), value_stride = bytes(p.v.strides[2], sizeof(T));

@@ -15,9 +15,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
   extern __shared__ uint4 memory[];
   auto& shared = *reinterpret_cast<Shared<T, kKeys>*>(memory);
   const Lane lane;
-  const int num_heads = p.num_heads, seqlen_q = p.seqlen_q, seqlen_k = p.seqlen_k, head_dim = p.head_dim,
-            warp = threadIdx.x / kWarp;
-  const int batch = blockIdx.x / num_heads, head = blockIdx.x % num_heads;
+  const int num_heads = p.num_heads, seqlen_q = p.seqlen_q, head_dim = p.head_dim, warp = threadIdx.x / kWarp;
+  const int batch = blockIdx.x / num_heads, head = blockIdx.x % num_heads, seqlen_k = keys_there(p, batch);
   auto& queries = shared.rows[warp][0];
   auto& out = shared.rows[warp][kAhead ? 1 : 0];
   const bool q_pieces = in_pieces(p.q, head_dim), out_pieces = in_pieces(p.out, head_dim);
@@ -27,7 +26,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
   };
   int place = (blockIdx.y * kWarps + warp) * kRows;
   Row row(p, batch, head, place + lane.own);
-  fetch_keys(shared, p, batch, head);
+  fetch_keys(shared, p, batch, key_head_of(p, head), seqlen_k);
   fetch(row);
   wait_for_copies<0>();
   __syncthreads();

@@ -76,8 +76,8 @@ __device__ __forceinline__ void store_row(T* to, const T* from, int half, int he
 // counted then.
 template <class T, int kKeys>
 __device__ __forceinline__ void fetch_keys(Shared<T, kKeys>& shared, const LayoutAttentionParams& p, int batch,
-                                           int head) {
-  const int seqlen_k = p.seqlen_k, head_dim = p.head_dim, half = threadIdx.x % 2;
+                                           int head, int seqlen_k) {
+  const int head_dim = p.head_dim, half = threadIdx.x % 2;
   const bool k_pieces = in_pieces(p.k, head_dim), v_pieces = in_pieces(p.v, head_dim);
   for (int key = threadIdx.x / 2; key < kKeys; key += kWarps * kWarp / 2) {
     const int from = max(min(key, seqlen_k - 1), 0);

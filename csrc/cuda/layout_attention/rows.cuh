@@ -13,6 +13,15 @@ __device__ __forceinline__ int row_at(const LayoutAttentionParams& p, int batch,
   return p.q_order.data ? max(min(*p.q_order.at<int32_t>(batch, place), last), 0) : place;
 }
 
+// The keys of a sample that are there, and the head of keys that a head of queries meets. Most calls have all, and one
+// for each.
+__device__ __forceinline__ int keys_there(const LayoutAttentionParams& p, int batch) {
+  return p.seqlens_k.data ? static_cast<int>(keys_of(p, batch)) : static_cast<int>(p.seqlen_k);
+}
+__device__ __forceinline__ int key_head_of(const LayoutAttentionParams& p, int head) {
+  return p.group == 1 ? head : head / static_cast<int>(p.group);
+}
+
 __device__ __forceinline__ int32_t row_words(const LayoutAttentionParams& p, int batch, int row) {
   return *p.q_regions.at<int32_t>(batch, row);
 }
