@@ -180,9 +180,9 @@ def _gpu_kernels() -> list[str]:
             for gpu, passed in choice.gpus(backend).items()
         ]
         lines.append(f"  {backend:<10} {', '.join(found) or 'not run on a GPU'}")
-    for rule in choice.RULES:
-        calls = f"{rule.op} of {rule.most_keys} keys at most"
-        lines.append(f"  {rule.backend} first for {calls}: {rule.evidence}")
+    lines += ["", 'what "auto" takes first of two that are both right there, or both not run']
+    rows = [rule.cells for rule in choice.RULES]
+    lines += [f"  {line}" for line in _kernel_report.grid([choice.COLUMNS, *rows])]
     if cuda.LOAD_ERROR is None:
         lines.append(
             f"  the gradient of layout_attention on cuda is that of {cuda.gradient_of_attention()}"
