@@ -66,6 +66,8 @@ def _add_verify(commands: Any) -> None:
     checks = "check every available backend against the reference on this machine"
     verify = commands.add_parser("verify", help=checks)
     _add_threads(verify)
+    backend = "only this; may be repeated"
+    verify.add_argument("--backend", action="append", choices=table.ORDER, help=backend)
     emulated = "instead the Triton kernels as compiled for sm_90 or TARGET, emulated on the CPU"
     emulated += " (in a checkout; minutes)"
     verify.add_argument(
@@ -200,7 +202,9 @@ def _version(package: str) -> str | None:
 def _verify(arguments: argparse.Namespace) -> int:
     from dense_attn.verify import run as verification
 
-    return verification.emulated(arguments.emulated) if arguments.emulated else verification.main()
+    if arguments.emulated:
+        return verification.emulated(arguments.emulated)
+    return verification.main(arguments.backend)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -99,8 +99,8 @@ RULES = (
     Rule(
         GRADIENT,
         "cuda",
-        "counted, of a prototype: Triton's take 1.9 times the cycles at 40 columns on sm_80, 1.5 at "
-        "64, 1.2 at 128",
+        "counted, of a prototype: Triton's take 1.9 times the cycles at 40 columns on sm_80, "
+        "1.5 at 64, 1.2 at 128",
         _HALF,
         _GRADIENT_DIMS[0],
         gpus="not {}.x, {}.x".format(*cuda.TRITON_GRADIENTS),
@@ -108,8 +108,8 @@ RULES = (
     Rule(
         GRADIENT,
         "triton",
-        "counted, of a prototype: they take 0.9 times the cycles at 40 columns on sm_90, 0.6 at 64, "
-        "0.4 at 128",
+        "counted, of a prototype: they take 0.9 times the cycles at 40 columns on sm_90, "
+        "0.6 at 64, 0.4 at 128",
         _HALF,
         _GRADIENT_DIMS[0],
         gpus="{}.x, {}.x".format(*cuda.TRITON_GRADIENTS),
