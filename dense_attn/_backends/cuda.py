@@ -22,6 +22,7 @@ TRITON_GRADIENTS = (9, 10)  # compute capabilities where Triton's are taken if t
 _NAME = "dense_attn_cuda"
 _QUERIES = 2  # among the arguments of layout_attention_bwd
 _ADVICE = "DENSE_ATTN_CUDA=1 pip install --no-build-isolation . where nvcc is"
+_driver_errors: list[str] = []  # the one answer, when it has been asked for
 _OTHER_VERSION = "the CUDA library is of another version, {}: install it again"
 
 
@@ -55,14 +56,14 @@ def takes_gradients_of_triton() -> bool:
     return _has_kernel("dense_attn_triton", "layout_attention_bwd")
 
 
-@cache
 @torch.compiler.assume_constant_result  # torch's compiler cannot trace it
 def driver_error() -> str | None:
     """The reason why the driver runs no kernel of the library; None if it may. Asking initialises
     the driver, which an import must not.
     """
-    said = _said("driver_error")
-    return f"the CUDA library {said}" if said else None
+    if not _driver_errors:
+        _driver_errors.append(_said("driver_error") or "")
+    return f"the CUDA library {_driver_errors[0]}" if _driver_errors[0] else None
 
 
 def _said(name: str) -> str | None:
