@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _tuned
-from dense_attn._backends import cuda
+from dense_attn._backends import cuda, ops
 from dense_attn._kernel_hashes import kernel_hashes
 
 # Under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU.
@@ -139,7 +139,7 @@ def order(op: str, x: Tensor, keys: int | None = None) -> tuple[str, ...]:
     return (*right, *rest, *wrong)
 
 
-@torch.compiler.assume_constant_result  # read while a call is traced, so that it chooses as others
+@ops.constant_in_graphs  # so that a compiled call chooses as any other
 def _passed(backend: str, device: torch.device) -> bool | None:
     """Whether a backend has passed `verify` on a GPU; None where it was not checked."""
     index = device.index or 0

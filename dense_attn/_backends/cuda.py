@@ -56,7 +56,7 @@ def takes_gradients_of_triton() -> bool:
     return _has_kernel("dense_attn_triton", "layout_attention_bwd")
 
 
-@torch.compiler.assume_constant_result  # torch's compiler cannot trace it
+@ops.constant_in_graphs
 def driver_error() -> str | None:
     """The reason why the driver runs no kernel of the library; None if it may. Asking initialises
     the driver, which an import must not.
