@@ -22,6 +22,7 @@ BUILD = ROOT / "build" / "cuda"
 RUNTIME = Path(__file__).with_name("runtime.cpp")
 PLAN = runpy.run_path(str(ROOT / "bindings" / "cuda" / "build.py"))
 CHOOSER = "csrc/cuda/layout_attention.cu"  # among the classes
+MODULE = "bindings/cuda/module.cpp"
 STABLE_ABI = "0x020b000000000000"
 PTX = [f"-gencode=arch={PLAN['PTX']},code={PLAN['PTX']}"]
 
@@ -44,7 +45,9 @@ def library() -> Path:
     torch_headers = [f"-isystem{folder}" for folder in include_paths()]
     on_the_cpu = [*PLAN["FLAGS"], *PLAN["BINDING_FLAGS"], *stable, *torch_headers]
     on_the_cpu.append("-DDENSE_ATTN_DEVICE=CPU")
-    jobs = [(nvcc, source, "host", on_the_cpu) for source in PLAN["bindings"]()]
+    sources = f'-DDENSE_ATTN_CUDA_SOURCES="{PLAN["digest"](nvcc, PTX)}"'
+    flags = {MODULE: [*on_the_cpu, sources]}  # nothing else is compiled again for it
+    jobs = [(nvcc, name, "host", flags.get(name, on_the_cpu)) for name in PLAN["bindings"]()]
     jobs.append((nvcc, str(RUNTIME.relative_to(ROOT)), "host", [*PLAN["FLAGS"]]))
     jobs += [(nvcc, *job) for job in _kernels(os.environ.get("CUDA_HEAD_DIMS", ""))]
     BUILD.mkdir(parents=True, exist_ok=True)
