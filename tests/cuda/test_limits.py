@@ -4,19 +4,13 @@ shared memory, which another kernel takes: with the emulated library, in process
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")  # the emulator imports it
 
-from cuda import build
+from cuda.processes import COMPILED, run
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = COMPILED
 # No tensor has memory of its size. A launch would be refused, as no launcher is set.
 REFUSED = """
 import ctypes
@@ -112,33 +106,19 @@ for seqlen, kilobytes in ((100, 227), (100, 99), (80, 99)):
     runtime.set_device_shared(kilobytes << 10)
     k, words = k[:, :, :seqlen], (words[0], words[1][:seqlen])
     exact = reference.layout_attention(*(x.double() for x in (q, k, k)), *words, 0.7)[0]
+    how = None, "range", 160**-0.5, None, None, None, None, None, 0.7, False, False
     with emulated(runtime) as runs:
-        out = torch.ops.dense_attn_cuda.layout_attention_fwd(
-            q, k, k, *words, None, "range", 160**-0.5, None, None, None, None, None, 0.7, False, False
-        )[0]
+        out = torch.ops.dense_attn_cuda.layout_attention_fwd(q, k, k, *words, *how)[0]
     kernels = ["row" if "row_fwd" in run.kernel else "any" for run in runs]
     print(seqlen, kilobytes, *kernels, ((out - exact).abs().max() < 0.02).item())
 """
 
 
-def output(program: str, head_dims: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT / "tests" / "support",
-        env=os.environ | {"CUDA_HEAD_DIMS": head_dims},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()
-
-
 def test_what_no_launch_reaches_is_refused() -> None:
-    assert output(REFUSED, "40") == SENTENCES
+    assert run(REFUSED).splitlines() == SENTENCES
 
 
 @pytest.mark.full
 def test_keys_that_do_not_fit_are_taken_by_the_other_kernel() -> None:
     expected = ["100 227 row True", "100 99 any True", "80 99 row True"]
-    assert output(SMALL, "160") == expected
+    assert run(SMALL, "160").splitlines() == expected
