@@ -27,7 +27,7 @@ def run(program: str, head_dims: str = "40") -> str:
 
 
 def _output(arguments: list[str], head_dims: str) -> str:
-    given = {"PYTHONPATH": str(TESTS / "support"), "CUDA_HEAD_DIMS": head_dims}
+    given = {"PYTHONPATH": str(TESTS / "support"), "DENSE_ATTN_CUDA_HEAD_DIMS": head_dims}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=TESTS,
