@@ -16,11 +16,11 @@ OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compr
 _CLASSES = Path(__file__).parents[2] / "csrc" / "cuda" / "head_dims.h"
 HEAD_DIMS = re.findall(r"f\((\d+)\)", _CLASSES.read_text("utf-8"))
 # Sources of each family, whose binding has its name; some are compiled once a head dim's class.
-OF_A_HEAD_DIM = tuple(f"csrc/cuda/layout_attention_{name}.cu" for name in ("fwd", "row", "bwd"))
+OF_A_HEAD_DIM = tuple(f"csrc/cuda/layout_attention_{name}.cu" for name in ("bwd", "fwd", "row"))
 CHOOSER = "csrc/cuda/layout_attention.cu"  # among the classes
-KERNELS = {
-    "layout_attention": (*OF_A_HEAD_DIM, CHOOSER),
+KERNELS = {  # what takes longest first, so that no core waits for it at the end
     "sega": ("csrc/cuda/sega.cu",),
+    "layout_attention": (*OF_A_HEAD_DIM, CHOOSER),
     "reversible": ("csrc/cuda/reversible.cu",),
 }
 # Grid steps and thresholds must be the same bits on every device.
