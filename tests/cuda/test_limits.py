@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("triton")  # the emulator imports it
-
 from cuda.processes import COMPILED, run
 
 pytestmark = COMPILED

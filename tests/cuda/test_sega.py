@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("triton")  # the emulator imports it
+pytest.importorskip("triton")  # the tables of cases import it
 
 from cuda.processes import COMPILED, emulate
 

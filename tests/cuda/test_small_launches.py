@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")  # the emulator imports it
+pytest.importorskip("triton")  # the program imports it
 
 from cuda.processes import COMPILED, run
 
