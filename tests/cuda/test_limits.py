@@ -5,7 +5,6 @@ shared memory, which another kernel takes: with the emulated library, in process
 from __future__ import annotations
 
 import pytest
-
 from cuda.processes import COMPILED, run
 
 pytestmark = COMPILED
