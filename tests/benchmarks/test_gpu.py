@@ -126,7 +126,7 @@ def test_a_gpu_has_all_workloads_and_the_bars_have_their_rows(gpu: machine.Gpu) 
     for bar in GPU_BARS:
         setting = (bar.workload, bar.passes, bar.dtype)
         assert {(*setting, who) for who in (*bar.contenders, bar.way)} <= rows
-    assert sum(name.endswith("-1g") for name, *_ in rows) == 5 * 4
+    assert sum(name.endswith("-1g") for name, *_ in rows) == 5 * 6
     large = next(x for x in entries if str(x) == "long-self-64k-fwd-bfloat16-eager")
     assert "GiB of scores" in suite._too_much_memory(large, 80e9)
 

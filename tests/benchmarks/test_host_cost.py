@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,8 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     text = (ROOT / "docs" / "measured.md").read_text("utf-8")
     for table in page.tables(json.loads(RESULTS.read_text("utf-8"))["rows"]).split("\n\n"):
         assert table in text
+    cuda = json.loads(RESULTS.with_name("host-cost-cuda.json").read_text("utf-8"))
+    assert page.cuda_table(cuda) in text
+    date = datetime.fromisoformat(cuda["header"]["date"])
+    where = f"{cuda['header']['cores']} cores of an {cuda['header']['device']}"
+    assert f"{where}, {date:%-d %B %Y}; `benchmarks/results/host-cost-cuda.json`" in text
