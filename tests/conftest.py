@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Benchmarks that a test starts would not be timed beside it.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
-gc.disable()  # what is collected all stays
 
 import pytest
 import selection
@@ -22,6 +21,11 @@ from cases import INTERPRETED
 
 MODULES = pytest.StashKey[set[Path]]()
 ITEMS = pytest.StashKey[list[pytest.Item]]()
+
+
+def pytest_configure() -> None:
+    """Collect no garbage while tests are collected: all of it stays."""
+    gc.disable()
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
