@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytest.importorskip("triton")  # the emulator imports it
@@ -38,15 +36,11 @@ TABLES = {
 
 def emulate(file: str, selection: str, *options: str, head_dims: str = "40") -> str:
     """The output of a run of a file below tests/, which must pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider"]
-    command += ["-p", "no:xdist", "-p", "cuda.plugin", "-k", selection, *options, file]
-    done = subprocess.run(
-        command,
+    command = ("-q", "-rN", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "cuda.plugin")
+    done = forked.run(
+        *(forked.PYTEST, *command, "-k", selection, *options, file),
         cwd=ROOT / "tests",
-        env=os.environ | {"CUDA_HEAD_DIMS": head_dims},
-        capture_output=True,
-        text=True,
-        check=False,
+        CUDA_HEAD_DIMS=head_dims,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytest.importorskip("triton")  # the emulator imports it
@@ -89,12 +87,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_stand_in(program: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + PROGRAMS[program]],
-        cwd=ROOT / "tests" / "support",
-        env=os.environ | {"CUDA_HEAD_DIMS": "40"},
-        capture_output=True,
-        text=True,
-        check=False,
+    done = forked.run(
+        BEGIN + PROGRAMS[program], cwd=ROOT / "tests" / "support", CUDA_HEAD_DIMS="40"
     )
     assert done.stdout.splitlines() == EXPECTED[program], done.stderr[-2000:]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -26,16 +24,8 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 def emulate(file: str, *options: str) -> str:
     """The output of a run of a file, which must pass."""
-    command = [*(sys.executable, "-m", "pytest", "-q", "-rP"), *("-p", "cuda.plugin")]
-    command += ["-p", "no:cacheprovider", "-p", "no:xdist", *options, file]
-    done = subprocess.run(
-        command,
-        cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": str(TESTS / "support"), "CUDA_HEAD_DIMS": "40"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("-q", "-rP", "-p", "cuda.plugin", "-p", "no:cacheprovider", "-p", "no:xdist")
+    done = forked.run(forked.PYTEST, *command, *options, file, cwd=TESTS, CUDA_HEAD_DIMS="40")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 
