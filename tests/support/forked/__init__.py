@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 PYTEST = "import sys, pytest; sys.exit(pytest.main())"
+COMMAND = "import runpy; runpy.run_module('dense_attn', run_name='__main__', alter_sys=True)"
 SERVER = Path(__file__).with_name("server.py")
 
 
