@@ -180,7 +180,7 @@ def test_tokens_are_sorted_where_no_order_is_given(
     assert given[2] == (None, None)
 
 
-@pytest.mark.parametrize("modulation", ["range", "mask"])
+@pytest.mark.parametrize("modulation", ["range", pytest.param("mask", marks=pytest.mark.full)])
 @pytest.mark.parametrize("row_keys", [0, configs.ROW_KEYS], ids=["tiles", "row"])
 def test_a_number_is_the_strength_of_every_row(
     modulation: str, row_keys: int, monkeypatch: pytest.MonkeyPatch
