@@ -167,5 +167,3 @@ def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> 
 
 def test_a_model_has_a_file_of_its_own() -> None:
     assert len({model.__module__ for model in models.MODELS}) == len(models.MODELS)
-    for model in models.MODELS:
-        assert model.processor.__module__ == model.__module__

@@ -13,8 +13,10 @@ from dense_attn import _checks
 class Rows:
     """Follows the batches of one block, and looks at no tensor twice."""
 
-    def __init__(self, pipe: Any, num_layouts: int, apart: bool) -> None:
-        self.pipe, self.num_layouts, self.apart = pipe, num_layouts, apart
+    def __init__(self, pipe: Any, num_layouts: int, branches: str) -> None:
+        self.pipe, self.num_layouts = pipe, num_layouts
+        self.apart = branches == "calls"
+        self.prompt_first = branches == "prompt first"
         self._step_text: Tensor | None = None  # of the first call of this step
         self._seen: Tensor | None = None  # the texts that were looked at
         # their version, and whether the pipeline guided

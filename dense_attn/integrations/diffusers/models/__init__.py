@@ -9,10 +9,10 @@ import torch
 
 from dense_attn import _checks
 
+from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
-from .call import Model
 from .flux import Flux
-from .processor import LayoutProcessor
+from .record import Model
 from .sd3 import SD3
 from .unet import UNet
 
@@ -41,7 +41,7 @@ def _check_batches(kind: type, model: Model) -> None:
     encode = getattr(kind, "encode_prompt", None)
     if encode is None or "prompt" not in inspect.signature(encode).parameters:
         _checks.refuse("pipe", "have an encode_prompt of a prompt", kind.__name__)
-    if not model.guidance_apart and not hasattr(kind, "do_classifier_free_guidance"):
+    if model.branches != "calls" and not hasattr(kind, "do_classifier_free_guidance"):
         rule = "tell whether it guides (do_classifier_free_guidance)"
         _checks.refuse("pipe", rule, kind.__name__)
     for feature in ("do_perturbed_attention_guidance", "image_guidance_scale"):
@@ -53,18 +53,20 @@ def _check_batches(kind: type, model: Model) -> None:
         _checks.refuse("pipe", rule, kind.__name__)
 
 
-def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, Any]:
-    """A denoiser's attention modules by name; each must have a processor that the model knows."""
-    modules = denoiser.named_modules()
-    layers = {name: module for name, module in modules if hasattr(module, "get_processor")}
-    for name, module in layers.items():
-        inner = module.processor
-        while isinstance(inner, LayoutProcessor):
-            inner = inner.original
-        kind = type(inner)
-        if kind.__name__ not in model.replaces or not kind.__module__.startswith("diffusers."):
-            adapter = "IPAdapter" in kind.__name__
-            why = ": IP-Adapter's image attention has no layout" if adapter else ""
-            rule = f"have attention processors of {', '.join(model.replaces)}"
-            _checks.refuse("pipe", rule, f"{kind.__name__} in {name}{why}")
+def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, tuple[Any, str, int]]:
+    """A denoiser's attention modules by name, each with its kind and its halvings of the grid.
+
+    Each must have a processor whose softmax is seen.
+    """
+    layers: dict[str, tuple[Any, str, int]] = {}
+    for name, module in denoiser.named_modules():
+        if not hasattr(module, "processor"):
+            continue
+        kind = kind_of(module.processor)
+        if not reaches(kind) and stand_in(kind) is None:
+            rule = f"have attention processors that call {' or '.join(POINTS)}"
+            _checks.refuse("pipe", rule, f"{kind.__name__} in {name}")
+        place = model.place(denoiser, name)
+        if place is not None:
+            layers[name] = module, *place
     return layers
