@@ -6,8 +6,8 @@ import inspect
 
 import pytest
 import torch
-from pipeline_kinds import call, denoisers, kinds, made, model_name
-from pipelines import PROMPT, REGIONS, close, diffusers, latents, pipeline
+from pipeline_kinds import call, denoisers, kinds, made, model_name, parts_of
+from pipelines import PROMPT, REGIONS, close, diffusers, latents
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout, models
@@ -27,7 +27,9 @@ RUNS = """
     StableDiffusion3 StableDiffusion3Img2Img StableDiffusion3Inpaint StableDiffusion3ControlNet
     StableDiffusion3ControlNetInpainting Flux FluxImg2Img FluxInpaint FluxFill FluxKontext
     FluxKontextInpaint FluxControl FluxControlImg2Img FluxControlInpaint FluxControlNet
-    FluxControlNetImg2Img FluxControlNetInpaint
+    FluxControlNetImg2Img FluxControlNetInpaint AuraFlow QwenImage QwenImageImg2Img
+    QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
+    WanVideoToVideo LucyEdit
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -56,6 +58,10 @@ REFUSED = {
         StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG StableDiffusionXLPAGImg2Img
         StableDiffusionXLPAGInpaint
     """,
+    "encode its prompt without an image": """
+        QwenImageEdit QwenImageEditInpaint QwenImageEditPlus
+    """,
+    "make images of one layer": "QwenImageLayered",
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -95,9 +101,8 @@ def test_refused_with_the_reason(name: str) -> None:
         pipe = made(kind)
     else:  # its other parts are never reached
         pipe = kind.__new__(kind)
-        models = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
-        for part, model in denoisers(kind).items():
-            parts = pipeline(models.get(model, "sd")).components
+        for part in denoisers(kind):
+            parts = parts_of(model_name(kind))
             pipe.__dict__[part] = parts.get("transformer", parts.get("unet"))
     with (
         pytest.raises(ValueError, match=f"^pipe must {REASONS[name]}"),
@@ -126,7 +131,8 @@ def test_a_run(name: str, calls: list) -> None:
             call(pipe)
     finally:
         handle.remove()
-    apart = "true_cfg_scale" in inspect.signature(kind.__call__).parameters
+    takes = inspect.signature(kind.__call__).parameters
+    apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
@@ -153,7 +159,7 @@ def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> 
     with apply_layout(pipe, PROMPT, REGIONS):
         right = latents(pipe)
     pipe.transformer.__class__ = Other
-    of_others = "have a UNet2DConditionModel, SD3Transformer2DModel or FluxTransformer2DModel"
+    of_others = "have a UNet2DConditionModel, SD3Transformer2DModel, .* or WanTransformer3DModel"
     with pytest.raises(ValueError, match=f"^pipe must {of_others}, got .* with Other$"):
         apply_layout(pipe, PROMPT, REGIONS).__enter__()
 

@@ -200,14 +200,15 @@ class LayoutState:
                 _checks.refuse("pipe", rule, f"{type(layer.processor).__name__} in {name}")
         bound = arguments(denoiser, args, kwargs)
         call = self.model.read(bound.arguments)
+        self.steps.follow(call.timestep, self.model.unit)
+        said = self.reading.rows, self.reading.guides
+        rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
+        if rows is None:
+            return None
         if self.longest > call.text.shape[1]:
             rule = f"have its phrases in the {call.text.shape[1]} tokens of the call"
             _checks.refuse("prompt", rule, self.longest)
         self._read(call.text.shape[1])
-        self.steps.follow(call.timestep, self.model.unit)
-        rows = self._rows.of(call.latents, call.text, self.steps.repeated, self.reading.rows)
-        if rows is None:
-            return None
         bound.arguments["encoder_hidden_states"] = self._with_phrases(call.text, *rows)
         if self.steps.index < self.options.active * self.steps.total:
             self._make_layers(call, rows[1] - rows[0])

@@ -284,7 +284,7 @@ def test_what_a_layout_cannot_take_is_refused() -> None:
     layer, mask = unet_layer(cross=True), torch.zeros(3, 1, 5)
     with (
         hook.marked([(layer, Mark(hook.Expected(0, 3, 6, 5)))]),
-        pytest.raises(ValueError, match="^attention_mask must be None while a layout"),
+        pytest.raises(ValueError, match=r"^attention_mask must be None while a layout"),
     ):
         layer(X, TEXT, attention_mask=mask)
     call = hook._Call(Mark(None), hook.Expected(0, 3, 6, 6))

@@ -11,15 +11,18 @@ from dense_attn import _checks
 
 from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
+from .auraflow import AuraFlow
 from .flux import Flux
+from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
 from .unet import UNet
+from .wan import Wan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux)
+MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux, QwenImage, AuraFlow, Wan)
 
 
 def model_of(pipe: DiffusionPipeline) -> Model:
@@ -33,15 +36,23 @@ def model_of(pipe: DiffusionPipeline) -> Model:
         got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
         _checks.refuse("pipe", f"have a {', '.join(names)} or {last}", got)
     _check_batches(type(pipe), model)
+    if getattr(pipe, "transformer_2", None) is not None:
+        _checks.refuse("pipe", "have one denoiser", f"{type(pipe).__name__} with a transformer_2")
     return model
 
 
 def _check_batches(kind: type, model: Model) -> None:
     """Refuse a pipeline whose batches are neither halves where it guides, nor the prompt alone."""
     encode = getattr(kind, "encode_prompt", None)
-    if encode is None or "prompt" not in inspect.signature(encode).parameters:
+    parameters = () if encode is None else inspect.signature(encode).parameters
+    if "prompt" not in parameters:
         _checks.refuse("pipe", "have an encode_prompt of a prompt", kind.__name__)
-    if model.branches != "calls" and not hasattr(kind, "do_classifier_free_guidance"):
+    if "image" in parameters:
+        _checks.refuse("pipe", "encode its prompt without an image", kind.__name__)
+    if "layers" in inspect.signature(kind.__call__).parameters:
+        _checks.refuse("pipe", "make images of one layer", kind.__name__)
+    told = model.branches == "calls" or model.hears_guidance
+    if not told and not hasattr(kind, "do_classifier_free_guidance"):
         rule = "tell whether it guides (do_classifier_free_guidance)"
         _checks.refuse("pipe", rule, kind.__name__)
     for feature in ("do_perturbed_attention_guidance", "image_guidance_scale"):

@@ -23,8 +23,9 @@ class Call(NamedTuple):
 
     timestep: Tensor | float
     text: Tensor  # [B, L, C]
-    latents: Tensor  # [B, C, H, W], or packed [B, N, C]
-    places: Tensor | None = None  # of packed ones, [N, 3] or [B, N, 3]: image, row, column
+    latents: Tensor  # [B, C, H, W], of videos [B, C, F, H, W], or packed [B, N, C]
+    # of packed ones, [N, 3] or [B, N, 3]: image, row, column; or what a record makes of it
+    places: Any = None
 
     @property
     def key(self) -> object:
@@ -95,6 +96,7 @@ class Model:
     """
 
     patch: int = 1  # latents on a side of an image token
+    frames: int = 1  # of a video's latents in a token
 
     denoiser: ClassVar[str]  # the name of its class
     component: ClassVar[str] = "transformer"  # the pipeline's name for it
@@ -103,13 +105,15 @@ class Model:
     # where the negative prompt is: "halves" of a batch, before the prompt's, "prompt first" for
     # halves behind it, or "calls" of their own after the prompt's
     branches: ClassVar[str] = "halves"
+    hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
     attentions: ClassVar[tuple[Attention, ...]] = ()
 
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> Model:
         """The record of one denoiser."""
-        patch = getattr(denoiser.config, "patch_size", None)
-        return cls(patch if isinstance(patch, int) else 1)
+        patch = getattr(denoiser.config, "patch_size", 1)
+        frames, patch = (1, patch) if isinstance(patch, int) else (patch[0], patch[-1])
+        return cls(patch=patch, frames=frames)
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
@@ -156,6 +160,9 @@ class Model:
                 side = text
             elif segment.kind == "image":
                 side = state.image_side(layouts, (height, width), weight)
+                if call.latents.dim() == 5:  # every frame has the regions
+                    frames = call.latents.shape[2] // self.frames
+                    side = Side(*(tensor.repeat(1, frames) for tensor in side))
             else:
                 packed = call.latents.shape[1] - height * width
                 side = state.other_side(layouts, packed if segment.count is None else segment.count)

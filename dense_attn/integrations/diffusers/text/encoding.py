@@ -53,7 +53,7 @@ def rows_of(given: dict[str, Any]) -> int:
     embeddings, prompt = given.get("prompt_embeds"), given.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt or []
     texts = prompts if embeddings is None else embeddings
-    return len(texts) * given.get("num_images_per_prompt", 1)
+    return len(texts) * given.get("num_images_per_prompt", given.get("num_videos_per_prompt", 1))
 
 
 def missing(pipe: DiffusionPipeline) -> str | None:
