@@ -29,7 +29,7 @@ RUNS = """
     FluxKontextInpaint FluxControl FluxControlImg2Img FluxControlInpaint FluxControlNet
     FluxControlNetImg2Img FluxControlNetInpaint AuraFlow QwenImage QwenImageImg2Img
     QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
-    WanVideoToVideo LucyEdit
+    WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -62,6 +62,7 @@ REFUSED = {
         QwenImageEdit QwenImageEditInpaint QwenImageEditPlus
     """,
     "make images of one layer": "QwenImageLayered",
+    "call its Flux2Transformer2DModel as a Flux2Klein.* does": "Flux2 Flux2KleinKV",
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -133,6 +134,7 @@ def test_a_run(name: str, calls: list) -> None:
         handle.remove()
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
+    apart |= name.startswith("Flux2Klein")
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from families import FAMILIES, family
+from PIL import Image
 from pipelines import PROMPT, diffusers, pipeline
 
 from dense_attn.integrations.diffusers import models
@@ -27,6 +28,7 @@ OWN = {  # arguments of calls by class, in the place of those below
     "FluxKontextPipeline": {"max_area": 256, "_auto_resize": False},
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
     "WanVideoToVideoPipeline": {"video": [PICTURE[0]] * 5},
+    "Flux2KleinPipeline": {"image": Image.new("RGB", (64, 64))},
     "LucyEditPipeline": {"video": [PICTURE[0]] * 5},
     "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
     "StableDiffusionXLControlNetUnionImg2ImgPipeline": {
@@ -88,6 +90,7 @@ def model_name(kind: type) -> str:
         ("wan", "Wan"),
         ("wan", "Lucy"),
         ("auraflow", "Aura"),
+        ("flux2", "Flux2"),
     ):
         if kind.__name__.startswith(start):
             return name

@@ -18,7 +18,7 @@ MASKS[0, :, :6] = True
 MASKS[1, 4:, 2:] = True
 BOTH = [("cat", MASKS[0]), ("dog", MASKS[1])]
 # the tokens of a space and a word: T5 reads _ a _ c a t _ d o g, Qwen a _ c a t _ d o g
-PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9))}
+PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9)), "chat": ((2, 6), (6, 10))}
 
 
 @every_family
@@ -85,6 +85,9 @@ def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list
         return {(12, 12): (words, words, own), (12, 24): (words, text, cross)}
     if name == "qwen":
         text, image = text_side("qwen", 9 + 2), image_side(2, 3, 0.3)  # <|im_end|> and a line's end
+        words, strengths = (a + b for a, b in zip(text, image))
+    elif name == "flux2":
+        text, image = text_side("chat", 24), image_side(4, 6, 0.3)
         words, strengths = (a + b for a, b in zip(text, image))
     else:
         text, image = text_side("t5", 24), image_side(4, 6, 0.3)

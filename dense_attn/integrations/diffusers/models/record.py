@@ -99,6 +99,7 @@ class Model:
     frames: int = 1  # of a video's latents in a token
 
     denoiser: ClassVar[str]  # the name of its class
+    pipelines: ClassVar[str] = ".*"  # of the classes, a regular expression, that call it as here
     component: ClassVar[str] = "transformer"  # the pipeline's name for it
     latents: ClassVar[str] = "hidden_states"  # the argument that brings them
     unit: ClassVar[float] = 1.0  # of its timesteps, in the scheduler's
