@@ -126,6 +126,33 @@ def flux2() -> object:
     )
 
 
+def z_image() -> object:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 4, 8],
+        axes_lens=[128, 32, 32],
+    )
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if name.endswith("pad_token"):
+                weight.normal_()  # its memory is not filled
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ '<|im_start|>' }}{{ messages[0]['content'] }}{{ '<|im_end|>' }}"
+    return diffusers.ZImagePipeline(
+        scheduler=flow(),
+        vae=tiny._vae(4),
+        text_encoder=LastHidden(len(tokenizer) + 8, 16),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
 def qwen() -> object:
     tokenizer = chat_tokenizer()
     transformer = diffusers.QwenImageTransformer2DModel(
@@ -158,6 +185,7 @@ def qwen() -> object:
 FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
     "auraflow": (auraflow, {"max_sequence_length": 24, **SHAPES}),
     "flux2": (flux2, {"max_sequence_length": 24, **SHAPES}),
+    "z_image": (z_image, {"guidance_scale": 4.0, **SHAPES}),
     "wan": (wan, {"max_sequence_length": 24, "num_frames": 5, "height": 32, "width": 48}),
     "qwen": (qwen, {"height": 32, "width": 48, "true_cfg_scale": 4.0, "negative_prompt": "fog"}),
 }

@@ -91,6 +91,7 @@ def model_name(kind: type) -> str:
         ("wan", "Lucy"),
         ("auraflow", "Aura"),
         ("flux2", "Flux2"),
+        ("z_image", "ZImage"),
     ):
         if kind.__name__.startswith(start):
             return name
@@ -129,7 +130,7 @@ def call(pipe: Any) -> None:
     given = {name: value for name, value in ARGUMENTS.items() if name in takes} | OWN.get(
         type(pipe).__name__, {}
     )
-    if model_name(type(pipe)) in FAMILIES:  # of eight pixels a latent
+    if model_name(type(pipe)) in ("qwen", "wan", "flux2"):  # more pixels a latent
         given |= {"height": 32, "width": 32} if "height" in takes else {}
     if "num_frames" in takes:
         given["num_frames"] = 5

@@ -20,11 +20,12 @@ from .record import Model
 from .sd3 import SD3
 from .unet import UNet
 from .wan import Wan
+from .z_image import ZImage
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux, Flux2, QwenImage, AuraFlow, Wan)
+MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux, Flux2, QwenImage, ZImage, AuraFlow, Wan)
 
 
 def model_of(pipe: DiffusionPipeline) -> Model:
