@@ -9,11 +9,15 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compresses for size
-_CLASSES = Path(__file__).parents[2] / "csrc" / "cuda" / "head_dims.h"
+_ROOT = Path(__file__).parents[2]
+_CLASSES = _ROOT / "csrc" / "cuda" / "head_dims.h"
+# Every file that the library is made of lies here.
+_MADE_OF = ("csrc/*.h", "csrc/common/*.h", "csrc/cuda/**/*.*", "bindings/*.h", "bindings/cuda/*.*")
 HEAD_DIMS = re.findall(r"f\((\d+)\)", _CLASSES.read_text("utf-8"))
 # Sources of each family, whose binding has its name; some are compiled once a head dim's class.
 OF_A_HEAD_DIM = tuple(f"csrc/cuda/layout_attention_{name}.cu" for name in ("bwd", "fwd", "row"))
@@ -104,3 +108,14 @@ def jobs() -> Iterator[tuple[str, str, list[str]]]:
 def bindings() -> list[str]:
     """The sources that see torch."""
     return [f"bindings/cuda/{name}.cpp" for name in ("module", *KERNELS)]
+
+
+def digest(nvcc: str, code: Sequence[str]) -> str:
+    """A short name of a library: of its sources, the compiler and the options for architectures.
+    The library knows it, and a verdict on its kernels belongs to it.
+    """
+    said = subprocess.run([nvcc, "--version"], capture_output=True, check=False).stdout
+    parts = [said, *(option.encode() for option in code)]
+    for path in sorted(path for files in _MADE_OF for path in _ROOT.glob(files)):
+        parts += [path.relative_to(_ROOT).as_posix().encode(), path.read_bytes()]
+    return sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest()[:16]

@@ -20,6 +20,7 @@ from dense_attn import Layout, ReversibleSampler
 from dense_attn.demo import picture
 from dense_attn.demo import scene as scenes
 from dense_attn.demo import step as layers_of
+from dense_attn.verify import calls as verified_calls
 from dense_attn.verify import layout_attention as verified
 from dense_attn.verify import reversible as verified_chains
 from dense_attn.verify import sega as verified_guidance
@@ -242,11 +243,12 @@ def programs(backend: str) -> Thunk:
         measured = [run.difference for run in layers_of.measure(scene.layout, layers, backend)]
         inputs = [layers_of.make_inputs(layer, seed=1, batch=1) for layer in layers]
         attended = picture.attention(scene, "cross")
-        case = next(islice(verified.calls(), 3, None)).cast(torch.float64)
+        case = next(islice(verified_calls.calls(), 3, None)).cast(torch.float64)
         expected = verified.exact_and_plain(case, "range")
         rows = [case.run("range", backend), *expected]
-        rows += verified_guidance._guidance(backend, torch.float32)
-        rows += [verified_chains._float_step(backend, torch.bfloat16)]
+        options = verified_guidance.PLAIN
+        rows += [verified_guidance._guidance(backend, torch.float32, "guidance", options)]
+        rows += [verified_chains._float_step(backend, torch.bfloat16, "float steps")]
         return (
             measured,
             inputs,

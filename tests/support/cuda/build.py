@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "cuda"
 RUNTIME = Path(__file__).with_name("runtime.cpp")
 PLAN = runpy.run_path(str(ROOT / "bindings" / "cuda" / "build.py"))
+MODULE = "bindings/cuda/module.cpp"
 STABLE_ABI = "0x020b000000000000"
 PTX = [f"-gencode=arch={PLAN['PTX']},code={PLAN['PTX']}"]
 
@@ -42,10 +43,12 @@ def library() -> Path:
     torch_headers = [f"-isystem{folder}" for folder in include_paths()]
     on_the_cpu = [*PLAN["FLAGS"], *PLAN["BINDING_FLAGS"], *stable, *torch_headers]
     on_the_cpu.append("-DDENSE_ATTN_DEVICE=CPU")
-    jobs = [(nvcc, source, "host", on_the_cpu) for source in PLAN["bindings"]()]
+    sources = f'-DDENSE_ATTN_CUDA_SOURCES="{PLAN["digest"](nvcc, PTX)}"'
+    flags = {MODULE: [*on_the_cpu, sources]}  # nothing else is compiled again for it
+    jobs = [(nvcc, name, "host", flags.get(name, on_the_cpu)) for name in PLAN["bindings"]()]
     jobs.append((nvcc, str(RUNTIME.relative_to(ROOT)), "host", [*PLAN["FLAGS"]]))
-    for source, variant, flags in PLAN["jobs"]():
-        jobs.append((nvcc, source, variant, [*flags, *PTX, "--no-compress"]))
+    for source, variant, options in PLAN["jobs"]():
+        jobs.append((nvcc, source, variant, [*options, *PTX, "--no-compress"]))
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one run take what one of them compiles
