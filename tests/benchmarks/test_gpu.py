@@ -9,6 +9,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from cases import why_skip
@@ -244,8 +245,7 @@ def chosen(folder: Path, *argv: str) -> dict:
         pytest.importorskip(package)
     words = [f"--contender={name}" for name in ("eager", "sdpa", "dense_attn")]
     words += ["--workload=sega-1-64", "--workload=sd15-cross-64", "--dry-run", *argv]
-    command = [sys.executable, "-m", "dense_attn", "bench", *words, "--json", "rows.json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    done = forked.run(forked.COMMAND, "bench", *words, "--json", "rows.json", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "rows.json").read_text())
 

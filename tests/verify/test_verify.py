@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -186,8 +185,7 @@ def test_emulated_kernels_pass_and_wrong_ones_do_not() -> None:
         "sys.exit(__main__.main('sm_80'))\n"
     )
     for arguments, code, words in (((), 0, "every row passed"), (("wrong",), 1, "rows FAILED")):
-        command = [sys.executable, "-c", program, str(run.EMULATOR.parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = forked.run(program, str(run.EMULATOR.parent), *arguments)
         assert done.returncode == code, done.stdout + done.stderr
         assert words in done.stdout
         assert done.stdout.count("triton     float16") == 7

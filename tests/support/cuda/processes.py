@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from . import build
@@ -17,24 +15,17 @@ COMPILED = pytest.mark.skipif(build.missing() is not None, reason=str(build.miss
 
 def emulate(file: str, selection: str, *options: str, head_dims: str = "40") -> str:
     """The output of a run of a file below tests/, which must pass."""
-    command = ["-m", "pytest", "-q", "-rP", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return _output([*command, "-p", "cuda.plugin", "-k", selection, *options, file], head_dims)
+    command = ("-q", "-rP", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "cuda.plugin")
+    return _output(forked.PYTEST, *command, "-k", selection, *options, file, head_dims=head_dims)
 
 
 def run(program: str, head_dims: str = "40") -> str:
     """The output of a program, which must end well."""
-    return _output(["-c", program], head_dims)
+    return _output(f"import sys; sys.path.insert(0, 'support')\n{program}", head_dims=head_dims)
 
 
-def _output(arguments: list[str], head_dims: str) -> str:
-    given = {"PYTHONPATH": str(TESTS / "support"), "DENSE_ATTN_CUDA_HEAD_DIMS": head_dims}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=TESTS,
-        env=os.environ | given,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def _output(program: str, *arguments: str, head_dims: str) -> str:
+    given = {"DENSE_ATTN_CUDA_HEAD_DIMS": head_dims}
+    done = forked.run(program, *arguments, cwd=TESTS, **given)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
     return done.stdout
