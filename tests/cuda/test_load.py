@@ -61,7 +61,7 @@ def test_a_library_names_what_it_is_made_of() -> None:
     folder = str(Path(build.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"CUDA_HEAD_DIMS": "40", "PYTHONPATH": folder},
+        env=os.environ | {"DENSE_ATTN_CUDA_HEAD_DIMS": "40", "PYTHONPATH": folder},
         capture_output=True,
         text=True,
         check=True,

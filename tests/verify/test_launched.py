@@ -47,7 +47,10 @@ def test_every_kernel_of_a_class_is_launched() -> None:
     done = subprocess.run(
         [sys.executable, "-c", VERIFY.format(head_dim=CLASS)],
         env=os.environ
-        | {"CUDA_HEAD_DIMS": str(CLASS), "PYTHONPATH": str(Path(build.__file__).parents[1])},
+        | {
+            "DENSE_ATTN_CUDA_HEAD_DIMS": str(CLASS),
+            "PYTHONPATH": str(Path(build.__file__).parents[1]),
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -47,8 +47,8 @@ def library() -> Path:
     own = {MODULE: [*on_the_cpu, sources]}  # nothing else is compiled again for it
     jobs = [(nvcc, name, "host", own.get(name, on_the_cpu)) for name in PLAN["bindings"]()]
     jobs.append((nvcc, str(RUNTIME.relative_to(ROOT)), "host", [*PLAN["FLAGS"]]))
-    for source, variant, flags in PLAN["jobs"]():
-        jobs.append((nvcc, source, variant, [*flags, *PTX, "--no-compress"]))
+    for source, variant, options in PLAN["jobs"]():
+        jobs.append((nvcc, source, variant, [*options, *PTX, "--no-compress"]))
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one run take what one of them compiles
