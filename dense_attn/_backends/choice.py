@@ -46,13 +46,13 @@ class Rule(NamedTuple):
     keys: tuple[int, int] | None = None
     gpus: str = "all"
 
-    def takes(self, op: str, x: Tensor, keys: int | None) -> bool:
-        """Whether a call is one of these; without keys none that asks for some."""
-        if op != self.op or (self.dtypes and x.dtype not in self.dtypes):
-            return False  # before sizes, which may be symbols
-        if self.head_dims and not self.head_dims[0] <= x.shape[-1] <= self.head_dims[1]:
+    def takes(self, dtype: torch.dtype, head_dim: int, keys: int | None) -> bool:
+        """Whether a call of the op is one of these; without keys none that asks for some."""
+        if self.dtypes and dtype not in self.dtypes:  # before sizes, which may be symbols
             return False
-        return not self.keys or (keys is not None and self.keys[0] <= keys <= self.keys[1])
+        if self.keys and (keys is None or not self.keys[0] <= keys <= self.keys[1]):
+            return False
+        return not self.head_dims or self.head_dims[0] <= head_dim <= self.head_dims[1]
 
     @property
     def cells(self) -> list[str]:
@@ -85,7 +85,6 @@ _SAME = "not compared: both read and write the same bytes"
 _GRADIENT_DIMS = (1, cuda.GRADIENT_HEAD_DIM), (cuda.GRADIENT_HEAD_DIM + 1, cuda.HEAD_DIMS[-1])
 # The first rule that takes a call. None has been measured.
 RULES = (
-    *(_few_keys(least + 1, most) for least, most in zip((0, *cuda.HEAD_DIMS), cuda.HEAD_DIMS)),
     Rule(
         ATTENTION,
         "triton",
@@ -95,6 +94,7 @@ RULES = (
         (1, cuda.HEAD_DIMS[-1]),
         (cuda.ROW_KEYS + 1, _MOST),
     ),
+    *(_few_keys(least + 1, most) for least, most in zip((0, *cuda.HEAD_DIMS), cuda.HEAD_DIMS)),
     Rule(ATTENTION, "triton", "CUDA has no such kernels"),  # of other dtypes
     Rule(
         GRADIENT,
@@ -120,6 +120,16 @@ RULES = (
         for op in ("percentile_mask", "sega_guidance", "ddim_step", "ReversibleSampler")
     ),
 )
+_RULES_OF = {op: [rule for rule in RULES if rule.op == op] for op in {rule.op for rule in RULES}}
+_RULES_OF_HEAD_DIM = [  # a call must not wait for all classes to be looked at
+    [
+        rule
+        for rule in _RULES_OF[ATTENTION]
+        if rule.head_dims is None or rule.head_dims[0] <= head_dim <= rule.head_dims[1]
+    ]
+    for head_dim in range(cuda.HEAD_DIMS[-1] + 1)
+]
+_BEHIND = {first: (first, *(name for name in ORDER if name != first)) for first in ORDER}
 # Whether `verify` passed, by backend and the GPU's index; filled where it is asked for.
 _found: dict[tuple[str, int], bool | None] = {}
 
@@ -128,8 +138,7 @@ def order(op: str, x: Tensor, keys: int | None = None) -> tuple[str, ...]:
     """The backends as "auto" tries them for a call on inputs like x and so many keys. One that has
     passed on this GPU comes before one that nobody has checked there, and one that failed last.
     """
-    first = [rule.backend for rule in RULES if rule.takes(op, x, keys)][:1]
-    names = (*first, *(name for name in ORDER if name not in first))
+    names = _by_the_table(op, x, keys)
     if x.device.type != "cuda":
         return names
     found = {name: _passed(name, x.device) for name in GPU_BACKENDS}
@@ -137,6 +146,17 @@ def order(op: str, x: Tensor, keys: int | None = None) -> tuple[str, ...]:
     wrong = [name for name in names if found.get(name) is False]
     rest = [name for name in names if name not in right and name not in wrong]
     return (*right, *rest, *wrong)
+
+
+def _by_the_table(op: str, x: Tensor, keys: int | None) -> tuple[str, ...]:
+    dtype, head_dim, rules = x.dtype, 0, _RULES_OF.get(op, ())
+    if op == ATTENTION and dtype in _HALF:
+        head_dim = x.shape[-1]
+        rules = _RULES_OF_HEAD_DIM[head_dim] if head_dim < len(_RULES_OF_HEAD_DIM) else rules
+    for rule in rules:
+        if rule.takes(dtype, head_dim, keys):
+            return _BEHIND[rule.backend]
+    return ORDER
 
 
 @ops.constant_in_graphs  # so that a compiled call chooses as any other

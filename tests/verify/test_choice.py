@@ -79,7 +79,7 @@ def test_no_rule_is_ahead_of_a_verdict(rule: choice.Rule) -> None:
     dtype = (*rule.dtypes, torch.float32)[0]
     x = there(dtype, head_dim=(rule.head_dims or (64,))[0])
     keys = rule.keys and rule.keys[0]
-    assert rule.takes(rule.op, x, keys)
+    assert rule.takes(x.dtype, x.shape[-1], keys)
     assert choice.order(rule.op, x, keys)[0] == rule.backend
     (other,) = {*choice.GPU_BACKENDS} - {rule.backend}
     choice.remember(other, GPU, True)
@@ -95,9 +95,12 @@ def test_one_rule_takes_each_call() -> None:
     for head_dim in range(1, 257):
         for keys in (0, 1, 128, 129, 1 << 40):
             x = there(torch.bfloat16, head_dim=head_dim)
-            found = [rule for rule in choice.RULES if rule.takes("layout_attention", x, keys)]
+            rules = [rule for rule in choice.RULES if rule.op == choice.ATTENTION]
+            found = [rule for rule in rules if rule.takes(torch.bfloat16, head_dim, keys)]
             assert len(found) == 2  # the last is of all others
-            assert (found[0].backend == "cuda") == (keys <= 128)
+            expected = "cuda" if keys <= 128 else "triton"
+            assert found[0].backend == expected
+            assert choice.order("layout_attention", x, keys)[0] == expected
 
 
 @pytest.mark.parametrize("major", [8, 9, 10, 12])
@@ -115,7 +118,9 @@ def test_gradients_go_where_the_table_says(
     found = {
         rule.backend
         for rule in choice.RULES
-        if rule.takes(choice.GRADIENT, q, 77) and _is_of(rule.gpus, major)
+        if rule.op == choice.GRADIENT
+        and rule.takes(q.dtype, head_dim, 77)
+        and _is_of(rule.gpus, major)
     }
     assert len(found) == 1
     expected = found if by_triton else {"cuda" if head_dim <= 160 else "reference"}
@@ -213,6 +218,12 @@ def test_a_compiled_call_asks_the_driver_too(monkeypatch: pytest.MonkeyPatch) ->
     found = torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(()))
     assert names[int(found)] == names[int(call(torch.zeros(())))] == "triton"
     torch.compiler.reset()
+
+
+def test_a_call_has_any_number_of_dimensions() -> None:
+    assert choice.order("ddim_step", torch.zeros(()))[0] == "triton"
+    wide = there(head_dim=1000)
+    assert choice.order("layout_attention", wide, 77)[0] == "triton"
 
 
 def test_the_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
