@@ -6,8 +6,14 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Mapping
 
 import torch  # noqa: F401  (what every program would import first)
+
+
+def folders(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Where Python looks for modules before its own."""
+    return [x for x in environment.get("PYTHONPATH", "").split(os.pathsep) if x]
 
 
 def next_program() -> str | None:
@@ -37,10 +43,9 @@ def become(
         os.dup2(opened, fd)
         os.close(opened)
     os.chdir(cwd)
+    sys.path[: 1 + len(folders())] = ["", *folders(environment)]
     os.environ.clear()
     os.environ.update(environment)
-    folders = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[:] = ["", *folders, *(x for x in sys.path[1:])]
     sys.argv = ["-c", *arguments]
 
 
