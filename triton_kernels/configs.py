@@ -155,13 +155,13 @@ BACKWARD_KV: Table = {
     },
     "gfx942": {64: Config(32, 128, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 64, 4, 1)},
 }
-# tf32 for NVIDIA's: operands of 4 bytes, so half of the tile. Three stages here too.
+# tf32 for NVIDIA's: operands of 4 bytes, so half of the tile; three stages too.
 TF32_FORWARD: Table = {
     "sm_80": {
         64: Config(128, 32, 8, 3, half_spills=24),
         128: Config(128, 16, 8, 3, parks=True, spills=128, half_spills=352),
-        192: Config(32, 16, 4, 3, parks=True, spills=728),
-        256: Config(16, 16, 4, 3, parks=True, spills=136),  # 32 rows: 128 bytes above 99 KB
+        192: Config(32, 16, 4, 3, parks=True, spills=816),
+        256: Config(16, 16, 4, 3, parks=True, spills=328),  # 32 rows: 128 bytes above 99 KB
     },
     "sm_90": {
         64: Config(128, 64, 8, 3, spills=88, half_spills=120),
@@ -169,7 +169,7 @@ TF32_FORWARD: Table = {
         256: Config(64, 16, 8, 3, parks=True, spills=408),
     },
     "sm_100": {
-        64: Config(128, 64, 8, 3, spills=56, half_spills=48),
+        64: Config(128, 64, 8, 3, spills=56, half_spills=72),
         128: Config(128, 32, 8, 3, parks=True, spills=80, half_spills=88),
         256: Config(64, 16, 8, 3, parks=True, spills=72),
     },
@@ -186,11 +186,8 @@ TF32_BACKWARD_Q: Table = {
     "sm_100": {64: Config(128, 32, 8, 3), 128: Config(64, 16, 8, 3), 256: Config(16, 16, 4, 3)},
 }
 TF32_BACKWARD_KV: Table = {
-    "sm_80": {
-        64: Config(16, 128, 8, 3),
-        128: Config(16, 32, 2, 3),
-        256: Config(16, 16, 4, 1),  # two ahead: 165,888 bytes, at 160 columns 102,400 and more
-    },
+    # 256 columns two tiles ahead take 165,888 bytes, 160 of them more than 102,400.
+    "sm_80": {64: Config(16, 128, 8, 3), 128: Config(16, 32, 2, 3), 256: Config(16, 16, 4, 1)},
     "sm_90": {64: Config(32, 128, 8, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 16, 4, 3)},
     "sm_100": {64: Config(32, 128, 8, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 16, 4, 3)},
 }
@@ -204,8 +201,7 @@ _FLOAT32 = {
 _FLOAT32_BACKWARD = {64: Config(32, 16, 8, 3), 256: Config(16, 16, 8, 3)}
 FLOAT32: Table = {
     "sm_80": _FLOAT32,
-    "sm_90": {256: _FLOAT32[256]},
-    "sm_100": {256: _FLOAT32[256]},
+    **{of: {256: _FLOAT32[256]} for of in ("sm_90", "sm_100")},
     "gfx942": {of: replace(config, num_stages=1) for of, config in _FLOAT32.items()},
 }
 FLOAT32_BACKWARD: Table = {
@@ -215,8 +211,7 @@ FLOAT32_BACKWARD: Table = {
 # By queries 32 rows spill 32 bytes.
 FLOAT32_BACKWARD_Q: Table = {of: {256: rows[256]} for of, rows in FLOAT32_BACKWARD.items()}
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
-# Half floats in rows that are not aligned have an address an element, and no copy is of 2 bytes:
-# small tiles, none ahead, backward those of float32.
+# Of rows that are not aligned no copy is of one half float: small tiles, backward float32's.
 UNALIGNED = Config(32, 16, 4, 1, parks=True, spills=80)
 UNALIGNED_ROW = {
     "sm_80": Config(16, 128, 8, 1),

@@ -97,6 +97,40 @@ def test_too_few_stages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(forward_waits("sm_90", True)) == 0
 
 
+# Loops whose rows are not fetched two tiles ahead, and why.
+NOT_AHEAD = dict.fromkeys(
+    [("bwd_q", "sm_80", "tf32", 256), ("bwd_kv", "sm_80", "tf32", 256)],
+    "99 KB do not hold both orders of so many numbers",
+)
+LOOPING = ("fwd", "bwd_q", "bwd_kv")
+
+
+def test_every_precision_has_the_stages_to_fetch_two_tiles_ahead() -> None:
+    """But on AMD's; a row at once has no loop, and specialised warps have buffers of their own."""
+    behind = {
+        (*kind, largest)
+        for kind, rows in kernel_calls.tables().items()
+        for largest, config in rows.items()
+        if kind[0] in LOOPING and kind[1] != "gfx942" and config.num_stages <= kernel_table.AHEAD
+    }
+    assert behind == NOT_AHEAD.keys()
+
+
+def test_copies_of_every_precision_run_ahead() -> None:
+    """In every loop over tiles of the committed table; one that waits for all is a fault."""
+    seen = set()
+    for row in COMMITTED:
+        kernel = row["kernel"].removeprefix("layout_attention_").removesuffix("_kernel")
+        if kernel not in LOOPING or "bodies" not in row or row["stages"] <= kernel_table.AHEAD:
+            continue
+        copying = row["bodies"] if kernel == "fwd" else row["bodies"][:1]
+        assert all(min(body["copy_waits"]) >= kernel_table.AHEAD for body in copying), row
+        slow = [body | {"copy_waits": [0]} for body in row["bodies"]]
+        assert kernel_table.faults(row | {"bodies": slow}) != []
+        seen.add((row["target"], kernel_calls.precision_of(row["dtype"], row["tf32"]), kernel))
+    assert len(seen) == len(model.MODELLED) * len(("half", "tf32", "ieee")) * len(LOOPING)
+
+
 @pytest.mark.parametrize("head_dim", [pytest.param(64, marks=pytest.mark.full), 128])
 def test_groups_of_warps_part(head_dim: int) -> None:
     """One fetches tiles of keys, in as many buffers as there are stages, and two weigh them; loops
