@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from pipeline_kinds import call, denoisers, kinds, made, model_name, parts_of
+from families.classes import call, denoisers, kinds, made, model_name, parts_of
 from pipelines import PROMPT, REGIONS, close, diffusers, latents
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline

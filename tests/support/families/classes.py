@@ -13,11 +13,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from families import FAMILIES, family
 from PIL import Image
 from pipelines import PROMPT, diffusers, pipeline
 
 from dense_attn.integrations.diffusers import models
+from families import FAMILIES, family
 
 DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in models.MODELS)})\b")
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)

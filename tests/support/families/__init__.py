@@ -56,9 +56,13 @@ def wan() -> object:
         rope_max_seq_len=32,
     )
     vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-    )  # fmt: skip
+    )
     return diffusers.WanPipeline(
         **tiny._t5("", 32), vae=vae, transformer=transformer, scheduler=flow()
     )
@@ -166,9 +170,13 @@ def qwen() -> object:
         axes_dims_rope=(8, 4, 4),
     )
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-    )  # fmt: skip
+    )
     pipe = diffusers.QwenImagePipeline(
         scheduler=flow(),
         vae=vae,
