@@ -25,9 +25,8 @@ from dense_attn.triton_kernels.sega.rows import GROUP, whole_rank_of
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = (0.0, 1e-42, 0.123456, 0.5, 0.9, 1 - 2**-53, 1.0)
 
-# numpy's own
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+    "ignore:(invalid value|overflow) encountered:RuntimeWarning"  # numpy's own
 )
 
 

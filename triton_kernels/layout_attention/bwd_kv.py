@@ -107,7 +107,34 @@ def _add_extremes(
 
 
 @triton.jit
-def _weights(raw, meets, numbers, KEYS: tl.constexpr, ROWS: tl.constexpr):
+def _weights(
+    raw,
+    key_words,
+    numbers,
+    one,
+    MODULATION: tl.constexpr,
+    APART: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The softmax's weights [keys, rows] from raw scores, keys' words and numbers of rows."""
+    factor, add_out, gap, row_words, _, anchor = numbers
+    if APART and not EXACT:
+        meets = (key_words[:, None] & row_words[None, :]) != 0
+        of_rows = factor, anchor, add_out  # whose place additions to matched scores have
+        weights = _weights_apart(raw, meets, of_rows, raw.shape[0], raw.shape[1])
+        if MODULATION == "mask":  # whatever the scores of others are
+            weights = tl.where(meets, weights, 0.0)
+    else:
+        meets = meeting(key_words[:, None], row_words[None, :], one)
+        offsets = plus_bits(add_out[None, :], gap[None, :], meets)
+        weights = weights_of(raw, factor[None, :], anchor[None, :], offsets, EXACT)
+        if MODULATION == "mask":
+            weights = (weights.to(tl.int32, bitcast=True) * meets).to(tl.float32, bitcast=True)
+    return weights
+
+
+@triton.jit
+def _weights_apart(raw, meets, numbers, KEYS: tl.constexpr, ROWS: tl.constexpr):
     """The softmax's weights [keys, rows] from raw scores and which of them are matched; each second
     row apart, since of more conditions side by side LLVM makes masks of bits.
     """
@@ -208,22 +235,11 @@ def layout_attention_bwd_kv_kernel(
         rows = load_head(q, batch, head, here, there_are, PART_0, PART_1, HEAD_DIM)
         grads = load_head(grad_out, batch, head, here, there_are, PART_0, PART_1, HEAD_DIM)
         numbers = load_records(records, first, seqlen_q, BLOCK_M)
-        factor, add_out, gap, row_words, shift, anchor = numbers
+        factor, shift = numbers[0], numbers[4]
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
         raw = -raw if NEGATE else raw
         # Rows that do not exist have zeros for gradients; keys that do not exist are not stored.
-        if APART and not EXACT:
-            meets = (key_words[:, None] & row_words[None, :]) != 0
-            of_rows = factor, anchor, add_out  # whose place additions to matched scores have
-            weights = _weights(raw, meets, of_rows, BLOCK_N, BLOCK_M)
-            if MODULATION == "mask":  # whatever the scores of others are
-                weights = tl.where(meets, weights, 0.0)
-        else:
-            meets = meeting(key_words[:, None], row_words[None, :], one)
-            offsets = plus_bits(add_out[None, :], gap[None, :], meets)
-            weights = weights_of(raw, factor[None, :], anchor[None, :], offsets, EXACT)
-            if MODULATION == "mask":
-                weights = (weights.to(tl.int32, bitcast=True) * meets).to(tl.float32, bitcast=True)
+        weights = _weights(raw, key_words, numbers, one, MODULATION, APART, EXACT)
         at, stride = head_of(grad_out, batch, head), row_stride(grad_out)
         turned = rows_again(grads, at, stride, here, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
         acc_v = add_product(acc_v, weights.to(grads[0].dtype), turned, PART_1, PRECISION)

@@ -33,7 +33,10 @@ from dense_attn.triton_kernels.layout_attention.row_sums import (
     finished_sums,
     lse_gradient,
     no_sums,
+    of_some_keys,
+    through_extremes,
     times_rows,
+    without_missed,
 )
 from dense_attn.triton_kernels.layout_attention.tiles import (
     key_head_of,
@@ -56,6 +59,27 @@ from dense_attn.triton_kernels.primitives import (
     words_at,
     zero_rows,
 )
+
+COLUMNS = tl.constexpr(16)  # of rows at a time, to spare registers
+
+
+@triton.jit
+def _delta(
+    grad_out,
+    out,
+    grad_lse,
+    batch,
+    head,
+    tokens,
+    exist,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Rows' products of the output and its gradient, less the gradient of lse."""
+    grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
+    out_rows = (head_of(out, batch, head), row_stride(out), tokens, exist)
+    products = inner_products(grad_rows, out_rows, HEAD_DIM, COLUMNS)
+    return products - lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
 
 
 @triton.jit
@@ -214,13 +238,9 @@ def layout_attention_bwd_q_kernel(
     each row.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    COLUMNS: tl.constexpr = 16  # of rows at a time, to spare registers
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
-    out_rows = (head_of(out, batch, head), row_stride(out), tokens, exist)
-    shift = inner_products(grad_rows, out_rows, HEAD_DIM, COLUMNS)
-    shift -= lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    shift = _delta(grad_out, out, grad_lse, batch, head, tokens, exist, HEAD_DIM, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)
@@ -236,19 +256,15 @@ def layout_attention_bwd_q_kernel(
     store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
     own, most_keys = key_head_of(head, GROUP), seqlen_k
     seqlen_k = keys_of(seqlens, batch, seqlen_k)
-    keys = (head_of(k, batch, own), row_stride(k))
-    values = (head_of(v, batch, own), row_stride(v))
+    keys, values = (head_of(k, batch, own), row_stride(k)), (head_of(v, batch, own), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
     mean = zero_rows(BLOCK_M, PART_0, PART_1)  # of keys by weight, where sums are exact
     state = acc, mean, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
-    query, source = (
-        (rows, grads, row_words),
-        (keys, values, k_words, k_order, batch, seqlen_k, most_keys),
-    )
+    query = rows, grads, row_words
+    source = keys, values, k_words, k_order, batch, seqlen_k, most_keys
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
-    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(most_keys, BLOCK_N))
-    if seqlens is not None and tiles is None:
-        listed = (listed[0], listed[1], tl.cdiv(seqlen_k, BLOCK_N))
+    reach = most_keys if tiles is not None else seqlen_k
+    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(reach, BLOCK_N))
     acc, mean, sums, best, least = _visit_all(
         state,
         query,
@@ -272,16 +288,12 @@ def layout_attention_bwd_q_kernel(
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
-    if seqlens is not None:  # a sample without keys has no extremes
-        through_lse = tl.where(seqlen_k > 0, through_lse, 0.0)
+    through_lse = of_some_keys(through_lse, seqlens, seqlen_k)
     grad_in, grad_distance, missed = finished_sums(sums, through_lse, MODULATION, EXACT)
-    if EXACT and PRECISION == "ieee":
-        mean = scale_rows(mean, missed, PART_1)
-        acc = acc[0] - mean[0], acc[1] - mean[1]
+    acc = without_missed(acc, mean, missed, PART_1, EXACT and PRECISION == "ieee")
     shift += missed
     high, low = load_extremes(stats_ptr, row, exist)
-    if seqlens is not None:
-        high, low = tl.where(seqlen_k > 0, high, 0.0), tl.where(seqlen_k > 0, low, 0.0)
+    high, low = of_some_keys(high, seqlens, seqlen_k), of_some_keys(low, seqlens, seqlen_k)
     if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
         grad_raw = times_rows(acc, queries, PART_0, PART_1, HEAD_DIM)
         grad_distance = high * grad_in + low * (through_lse - grad_in)
@@ -296,22 +308,16 @@ def layout_attention_bwd_q_kernel(
     pair = places_ptr + index * NUM_PLACES * seqlen_q + places
     shift *= -(temperature(c, MODULATION) * sm_scale * LOG2_E)
     tl.store(record + SHIFT * seqlen_q, shift, mask=exist)
-    nothing = tl.zeros([BLOCK_M], tl.float32)
-    grad_strength = grad_in if MODULATION == "bias" else nothing
-    through_max, through_min = nothing, nothing
+    grads = grad_in, grad_distance, through_lse
+    grad_strength, through_max, through_min = through_extremes(c, high, grads, sm_scale, MODULATION)
     if MODULATION == "max" or MODULATION == "range":
-        grad_strength = sm_scale * high * grad_in
-        through_max = c * grad_in
         store_extreme(record, pair, KEY_OF_MAX, seqlen_q, exist, through_max, best_key)
     if MODULATION == "range":
-        grad_strength = sm_scale * grad_distance
-        through_min = c * (through_lse - grad_in)
         store_extreme(record, pair, KEY_OF_MIN, seqlen_q, exist, through_min, least_key)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
     at = (head_of(dq, batch, head), row_stride(dq), tokens, exist)
-    if seqlens is not None:
-        keys = (keys[0], keys[1], tl.zeros([BLOCK_M], tl.int32) < seqlen_k)
+    keys = (keys[0], keys[1], of_some_keys(exist, seqlens, seqlen_k))
     store_with_extremes(at, acc[0], through, keys, MODULATION, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:  # after the first, so that the rows of one part at a time are held
         store_with_extremes(at, acc[1], through, keys, MODULATION, PART_0, PART_1, HEAD_DIM)

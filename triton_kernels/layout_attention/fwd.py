@@ -211,8 +211,7 @@ def layout_attention_fwd_kernel(
     key_head, keys_there = key_head_of(head, GROUP), keys_of(seqlens, batch, seqlen_k)
     keys = (head_of(k, batch, key_head), k[3], k[4])
     values = (head_of(v, batch, key_head), v[3], v[4])
-    key_words = visited[0] + batch * visited[1]
-    source = (keys, values, key_words, k_order, batch, keys_there)
+    source = (keys, values, visited[0] + batch * visited[1], k_order, batch, keys_there)
     key_tiles, whole = tl.cdiv(seqlen_k, BLOCK_N), keys_there // BLOCK_N
     tiles_at = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
     count_at = counts[0] + batch * counts[1] + tile * 3
