@@ -71,6 +71,24 @@ def _tokens_again(tile, order, batch, seqlen_q, PART_1: tl.constexpr, BLOCK_M: t
 
 
 @triton.jit
+def _no_state(
+    BLOCK_M: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, EXACT: tl.constexpr
+):
+    """dq's sum, the mean key by weights, which exact products sum too, other sums, both extremes."""
+    acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
+    return acc, acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
+
+
+@triton.jit
+def _without_missed(acc, mean, missed, PART_1: tl.constexpr, SUMMED: tl.constexpr):
+    """dq's sum as delta would have it that missed nothing."""
+    if SUMMED:
+        mean = scale_rows(mean, missed, PART_1)
+        acc = acc[0] - mean[0], acc[1] - mean[1]
+    return acc
+
+
+@triton.jit
 def _visit_all(
     state,
     query,
@@ -216,22 +234,19 @@ def layout_attention_bwd_q_kernel(
     grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)
     c = load_numbers(strength, batch, head, tokens, exist)
-    tau = temperature(c, MODULATION) * sm_scale
+    factor = temperature(c, MODULATION) * sm_scale * LOG2_E
     row = index * seqlen_q + tokens
-    high, low, anchor, add_in, add_out = load_stats(
-        stats_ptr, row, exist, tau * LOG2_E, MODULATION, EXACT
-    )
+    known = load_stats(stats_ptr, row, exist, factor, MODULATION, EXACT)
+    high, low, anchor, add_in, add_out = known
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # records are in the order of visits
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
-    known = tau * LOG2_E, add_in, add_out, anchor, row_words
+    known = factor, add_in, add_out, anchor, row_words
     store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
     keys = (head_of(k, batch, head), row_stride(k))
     values = (head_of(v, batch, head), row_stride(v))
-    acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
-    mean = zero_rows(BLOCK_M, PART_0, PART_1)  # of keys by weight, where sums are exact
-    state = acc, mean, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
+    state = _no_state(BLOCK_M, PART_0, PART_1, EXACT)
     query, source = (rows, grads, row_words), (keys, values, k_words, k_order, batch, seqlen_k)
-    numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
+    numbers = factor, anchor, add_in, add_out, shift, high, low
     listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
     acc, mean, sums, best, least = _visit_all(
         state,
@@ -257,9 +272,7 @@ def layout_attention_bwd_q_kernel(
     through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
     grad_in, grad_distance, missed = finished_sums(sums, through_lse, MODULATION, EXACT)
-    if EXACT and PRECISION == "ieee":
-        mean = scale_rows(mean, missed, PART_1)
-        acc = acc[0] - mean[0], acc[1] - mean[1]
+    acc = _without_missed(acc, mean, missed, PART_1, EXACT and PRECISION == "ieee")
     shift += missed
     high, low = load_extremes(stats_ptr, row, exist)
     if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
