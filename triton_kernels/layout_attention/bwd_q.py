@@ -74,7 +74,7 @@ def _tokens_again(tile, order, batch, seqlen_q, PART_1: tl.constexpr, BLOCK_M: t
 def _no_state(
     BLOCK_M: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, EXACT: tl.constexpr
 ):
-    """dq's sum, the mean key by weights, which exact products sum too, other sums, both extremes."""
+    """dq's sum, the mean key by weights, which exact products sum, other sums, both extremes."""
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
     return acc, acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
 
