@@ -258,7 +258,6 @@ CUDA_CASES = {  # of concepts, in launches of 16, whose keys share 96 KiB
     "long-in-two-launches": (17, {"size": (1, 1, 130, 130), "masked": True}),
     "long-sums": (2, {"size": (1, 3, 130, 130), "sum_channels": True, "masked": True}),
     "long-without-concepts": (0, {"size": (1, 1, 130, 130)}),
-    "sums-of-no-channels": (3, {"size": (2, 0, 9, 15), "sum_channels": True}),
 }
 
 

@@ -52,7 +52,7 @@ def test_a_parked_state_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_delta_has_missed_is_taken_back() -> None:
-    """By exact float32: where one key weighs most, its slope's rounding must be in delta, which
+    """Exact float32 needs it: where a key weighs most, its slope's rounding must be in delta, which
     comes of `out`, as well. Here out is wrong by far more than that.
     """
     case = Case("missed", (1, 2, 70, 90, 40))

@@ -98,7 +98,7 @@ class Ops(TorchDispatchMode):
 
 
 def test_torch_is_passed_by_where_nothing_watches_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is called then is what the op calls, with the same result; else the op is seen."""
+    """The launcher is called then, with the same result; else the op is seen."""
     op, called = "dense_attn_triton::layout_attention_fwd", []
     at_once = triton.EAGER["layout_attention_fwd"]
     noting = lambda *given: called.append(1) or at_once(*given)  # noqa: E731
