@@ -188,7 +188,8 @@ class BuildExt(build_ext):
         nvcc, code = self._nvcc()
         named = self._named()
         compiler = [nvcc, *(["-ccbin", named[0]] if len(named) == 1 else [])]
-        host = [*compiler, *CUDA["FLAGS"], *CUDA["BINDING_FLAGS"], *stable_abi]
+        sources = f'-DDENSE_ATTN_CUDA_SOURCES="{CUDA["digest"](nvcc, code)}"'
+        host = [*compiler, *CUDA["FLAGS"], *CUDA["BINDING_FLAGS"], *stable_abi, sources]
         commands = [
             (source, "cuda", [*host, "-DDENSE_ATTN_DEVICE=CUDA"]) for source in CUDA["bindings"]()
         ]

@@ -1,4 +1,6 @@
 """`make compat`: one wheel beside each torch, its core tests and `verify`, and the table of them.
+Where nvcc is, it holds a CUDA library of one class of head dims, which is loaded; the same kernels
+are called beside each torch as PTX, emulated.
 
 Environments stay in .venv/compat; a version that cannot be installed, a test or a row that fails,
 fails the run.
@@ -7,6 +9,7 @@ fails the run.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -16,6 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "compat"
+SUPPORT = ROOT / "tests" / "support"
+ONE_CLASS = {
+    "DENSE_ATTN_CUDA": "1",
+    "DENSE_ATTN_CUDA_ARCHS": "80",
+    "DENSE_ATTN_CUDA_HEAD_DIMS": "40",
+}
 TABLE = ROOT / "docs" / "compatibility.md"
 VERSIONS = ("2.11.0", "2.13.0", "newest")
 TOOLS = ("numpy", "pytest", "hypothesis", "expecttest")
@@ -38,18 +47,46 @@ from importlib.metadata import PackageNotFoundError, version
 try: triton = version("triton")
 except PackageNotFoundError: triton = "none"
 states = {name: "; ".join(sorted(set(ops.values()))) for name, ops in dense_attn.backends().items()}
-found = dense_attn.__file__, torch.__version__, triton, states["cpu"], states["triton"]
-print(*found, sep="\\n")
+print(dense_attn.__file__, torch.__version__, triton, sep="\\n")
+print(*(states[name] for name in ("cpu", "triton", "cuda")), sep="\\n")
+"""
+# The library with the stand-in for CUDA's runtime: a call that is refused, one that is emulated.
+CALLS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from cuda import build
+build.library = lambda: Path(sys.argv[1])
+from cuda.compiled import compiled_backend
+from cuda.launch import emulated
+runtime = compiled_backend()
+import torch
+from dense_attn import reference
+q = torch.randn(1, 2, 20, 40, dtype=torch.float16, device="cpu")
+words = torch.tensor([1, 2], dtype=torch.int32, device="cpu").repeat(10)
+how = words, words, None, "range", 0.2, None, None, None, None, None, 0.7, False, False
+fwd = torch.ops.dense_attn_cuda.layout_attention_fwd
+try:
+    fwd(*[q.float()] * 3, *how)
+    raise SystemExit("nothing was refused")
+except RuntimeError as error:
+    assert "q must be float16 or bfloat16, got Float" in str(error), error
+with emulated(runtime) as runs:
+    out = fwd(q, q, q, *how)[0]
+exact = reference.layout_attention(*[q.double()] * 3, words, words, 0.7, scale=0.2)[0]
+assert runs and (out - exact).abs().max() < 1e-2
+print("emulated calls are right")
 """
 TEXT = """# Compatibility
 
 One wheel, `{wheel}`, built with torch {built} against the stable ABI of torch 2.11, in an
 environment of its own beside each torch: the core tests (every backend of layout attention,
-semantic guidance and reversible steps) and `python -m dense_attn verify`. `make compat` writes this
-page; {date}, Python {python}, no GPU.
+semantic guidance and reversible steps) and `python -m dense_attn verify`; and the CUDA library, of
+one class of head dims: loaded, and its kernels called with an emulator in the GPU's place.
+`make compat` writes this page; {date}, Python {python}, no GPU.
 
-| torch | Triton | core tests | verify | CPU kernels | Triton kernels |
-|---|---|---|---|---|---|
+| torch | Triton | core tests | verify | CPU kernels | Triton kernels | CUDA kernels |
+|---|---|---|---|---|---|---|
 {rows}
 """
 
@@ -67,22 +104,23 @@ class Row:
     tests: str = "-"
     verify: str = "-"
     cpu: str = "-"
-    gpu: str = "-"
+    triton_kernels: str = "-"
+    cuda: str = "-"
 
     @property
     def failed(self) -> bool:
         """Whether anything of the line is wrong."""
-        return "FAILED" in self.tests + self.verify or self.cpu != "available"
+        return "FAILED" in self.tests + self.verify + self.cuda or self.cpu != "available"
 
 
 def main() -> int:
     """Build, run, write the table; 1 if anything failed."""
     WORK.mkdir(parents=True, exist_ok=True)
-    wheel = build()
+    wheel, emulated = build(), emulated_library()
     rows = []
     for version in VERSIONS:
         print(f"torch {version}", flush=True)
-        rows.append(row_of(version, wheel))
+        rows.append(row_of(version, wheel, emulated))
         print(f"  {'FAILED' if rows[-1].failed else 'passed'}: {rows[-1]}", flush=True)
     write(wheel, rows)
     return int(any(row.failed for row in rows))
@@ -98,14 +136,27 @@ def build() -> Path:
     return wheel
 
 
-def row_of(version: str, wheel: Path) -> Row:
+def emulated_library() -> Path | None:
+    """The CUDA library for the emulator, built with the development environment's torch too; None
+    where nvcc is not.
+    """
+    if not shutil.which("nvcc"):
+        return None
+    script = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); from cuda import build"
+    return Path(run(Path(sys.executable), "-c", f"{script}; print(build.library())").stdout.strip())
+
+
+def row_of(version: str, wheel: Path, emulated: Path | None) -> Row:
     """The line of one torch, beside which the wheel is installed."""
     row = Row(version)
     try:
         python = install(version, wheel)
-        place, row.torch, row.triton, row.cpu, row.gpu = run(python, "-c", SEEN).stdout.splitlines()
+        seen = run(python, "-c", SEEN).stdout.splitlines()
+        place, row.torch, row.triton, row.cpu, row.triton_kernels, row.cuda = seen
         if not Path(place).is_relative_to(python.parents[1]):
             raise Failure(f"dense_attn is not the wheel's: {place}")
+        if emulated is not None:
+            row.cuda = cuda_kernels(python, row.cuda, emulated)
         row.verify = verify(python)
         row.tests = core_tests(python)
     except Failure as failure:
@@ -124,6 +175,15 @@ def install(version: str, wheel: Path) -> Path:
     pip(python, "install", *torch, *TOOLS)
     pip(python, "install", "--no-deps", "--force-reinstall", str(wheel))
     return python
+
+
+def cuda_kernels(python: Path, state: str, emulated: Path) -> str:
+    """The state of the wheel's library, which must load, and what became of the emulated calls."""
+    done = run(python, "-c", CALLS, str(emulated), str(SUPPORT), check=False)
+    if state.startswith("the CUDA library") or done.returncode:
+        print(state, done.stderr[-2000:], sep="\n", flush=True)
+        return "FAILED"
+    return f"{state}; {done.stdout.strip()}"
 
 
 def verify(python: Path) -> str:
@@ -171,8 +231,11 @@ def pip(python: Path, *arguments: str) -> None:
 
 
 def run(program: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a program away from the sources, so that it finds the wheel's package alone."""
+    """Run a program away from the sources, so that it finds the wheel's package alone. What it
+    compiles for CUDA is one class.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= ONE_CLASS if shutil.which("nvcc") else {}
     how = {"cwd": WORK, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([str(program), *arguments], **how, check=False)
     if check and done.returncode:
@@ -184,7 +247,10 @@ def write(wheel: Path, rows: list[Row]) -> None:
     """The page."""
     import torch
 
-    cells = [(row.torch, row.triton, row.tests, row.verify, row.cpu, row.gpu) for row in rows]
+    cells = [
+        (row.torch, row.triton, row.tests, row.verify, row.cpu, row.triton_kernels, row.cuda)
+        for row in rows
+    ]
     words = {
         "wheel": wheel.name,
         "built": torch.__version__,

@@ -25,6 +25,9 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+// As many elements as the kernels of a library's device take.
+int64_t most_elements();
+
 // The first operand of a step, which the others must resemble.
 class Operands {
  public:
@@ -33,6 +36,8 @@ class Operands {
     require_kind(name, first, dtype.value_or(first.scalar_type()));
     REQUIRE(first.numel() == 0 || is_dense(first), name, " must be dense, got shape ", shape_of(first), " and strides ",
             strides_of(first));
+    REQUIRE(first.numel() <= most_elements(), name, " must have at most ", most_elements(), " elements, got ",
+            first.numel());
   }
 
   FlatView floats(const char* name, const Tensor& tensor) const {

@@ -43,6 +43,9 @@ void guidance_on_threads(const SegaParams& p, const Tensor& like) {
 
 }  // namespace
 
+int64_t most_rows(const PercentileParams&) { return INT64_MAX; }
+int64_t most_channels(const SegaParams&) { return INT64_MAX; }
+
 STABLE_TORCH_LIBRARY_IMPL(dense_attn, CPU, m) {
   m.impl("percentile_mask", TORCH_BOX(&percentile_mask<percentile_on_threads>));
   m.impl("sega_guidance", TORCH_BOX(&sega_guidance<guidance_on_threads>));

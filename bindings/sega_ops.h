@@ -1,6 +1,7 @@
 // Percentiles and semantic guidance as ops, for every device: each fills its params and hands them to `run`.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -8,6 +9,10 @@
 #include "memory.h"
 #include "sega.h"
 #include "tensor_view.h"
+
+// As many rows, or channels of all samples, as the kernels of a library's device take.
+int64_t most_rows(const PercentileParams&);
+int64_t most_channels(const SegaParams&);
 
 inline void require_level(const char* name, double level) {
   REQUIRE(level >= 0 && level <= 1, name, " must be from 0 to 1, got ", level);
@@ -22,6 +27,7 @@ std::tuple<Tensor, Tensor> percentile_mask(const Tensor& x, double level) {
   p.x = view("x", x, x.scalar_type(), {p.rows, p.count});
   require_level("level", level);
   REQUIRE(p.rows == 0 || p.count > 0, "x must have values in each row, got ", shape_of(x));
+  REQUIRE(p.rows <= most_rows(p), "x must have at most ", most_rows(p), " rows of ", p.count, " values, got ", p.rows);
   const Tensor masked = allocate(x, {p.rows, p.count}, x.scalar_type());
   const Tensor threshold = allocate(x, {p.rows}, accumulation_dtype(x));
   p.masked = view("masked", masked, x.scalar_type(), {p.rows, p.count});
@@ -105,6 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> sega_guidance(
   const int64_t thresholds_of_concept = p.batch * (sum_channels ? 1 : p.channels);
   REQUIRE(p.count > 0 || thresholds_of_concept * p.concepts == 0, "eps_uncond must have values in each channel, got ",
           shape_of(eps_uncond));
+  const int64_t channels = p.batch * std::max<int64_t>(p.channels, 1);
+  REQUIRE(channels <= most_channels(p), "eps_uncond must have at most ", most_channels(p), " channels of ", p.count,
+          " values, got ", channels);
 
   std::vector<double> scales = edit_guidance_scale;
   for (int64_t e = 0; e < p.concepts; ++e) scales[e] = reverse[e] ? -scales[e] : scales[e];

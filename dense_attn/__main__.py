@@ -66,6 +66,8 @@ def _add_verify(commands: Any) -> None:
     checks = "check every available backend against the reference on this machine"
     verify = commands.add_parser("verify", help=checks)
     _add_threads(verify)
+    backend = "only this; may be repeated"
+    verify.add_argument("--backend", action="append", choices=table.ORDER, help=backend)
     emulated = "instead the Triton kernels as compiled for sm_90 or TARGET, emulated on the CPU"
     emulated += " (in a checkout; minutes)"
     verify.add_argument(
@@ -180,9 +182,9 @@ def _gpu_kernels() -> list[str]:
             for gpu, passed in choice.gpus(backend).items()
         ]
         lines.append(f"  {backend:<10} {', '.join(found) or 'not run on a GPU'}")
-    for rule in choice.RULES:
-        calls = f"{rule.op} of {rule.most_keys} keys at most"
-        lines.append(f"  {rule.backend} first for {calls}: {rule.evidence}")
+    lines += ["", 'what "auto" takes first of two that are both right there, or both not run']
+    rows = [rule.cells for rule in choice.RULES]
+    lines += [f"  {line}" for line in _kernel_report.grid([choice.COLUMNS, *rows])]
     if cuda.LOAD_ERROR is None:
         lines.append(
             f"  the gradient of layout_attention on cuda is that of {cuda.gradient_of_attention()}"
@@ -200,7 +202,9 @@ def _version(package: str) -> str | None:
 def _verify(arguments: argparse.Namespace) -> int:
     from dense_attn.verify import run as verification
 
-    return verification.emulated(arguments.emulated) if arguments.emulated else verification.main()
+    if arguments.emulated:
+        return verification.emulated(arguments.emulated)
+    return verification.main(arguments.backend)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -34,13 +35,13 @@ def report() -> list[str]:
     header = table["header"]
     revision = (header["git_revision"] or "an unknown revision")[:12]
     rows = [[_cell(row, name) for name in COLUMNS] for row in table["rows"]]
-    lines = [f"compiled ahead of time, not run, at {revision}", *_grid([COLUMNS, *rows]), ""]
+    lines = [f"compiled ahead of time, not run, at {revision}", *grid([COLUMNS, *rows]), ""]
     counted = [_counted(row) for row in table["rows"] if "plain" in row]
     devices = ", ".join(f"{device} ({target})" for target, device in header["devices"].items())
     model = _MODEL.format(devices=devices)
-    lines += [*model.splitlines(), *_grid([MODEL_COLUMNS, *counted]), ""]
+    lines += [*model.splitlines(), *grid([MODEL_COLUMNS, *counted]), ""]
     judged = [[_cell(bar, name) for name in BAR_COLUMNS] for bar in table["bars"]]
-    lines += [_BARS, *_grid([BAR_COLUMNS, *judged]), ""]
+    lines += [_BARS, *grid([BAR_COLUMNS, *judged]), ""]
     lines += _cuda(table)
     headers = {name: result["header"] for name, result in found.items()}
     return lines + sources(header["kernels"], headers)
@@ -59,7 +60,7 @@ def _cuda(table: dict[str, Any]) -> list[str]:
     ]
     cells = [[_cell(row, name) for name in CUDA_COLUMNS] for row in rows]
     said = _CUDA.format(**table["cuda"]).splitlines() if rows else []
-    return [*said, *_grid([CUDA_COLUMNS, *cells]), ""] if rows else []
+    return [*said, *grid([CUDA_COLUMNS, *cells]), ""] if rows else []
 
 
 def stale(headers: dict[str, dict[str, Any]]) -> list[str]:
@@ -88,7 +89,7 @@ def sources(table: dict[str, str], headers: dict[str, dict[str, Any]]) -> list[s
         gpus = [device if same else f"{device} (other sources)" for device, same in ran.items()]
         of_these = "of these sources" if table.get(file) == value else "table is of other sources"
         lines.append([file, of_these, ", ".join(gpus) or "not run on a GPU"])
-    return _grid(lines)
+    return grid(lines)
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -133,7 +134,8 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return str(row.get(name, "-"))
 
 
-def _grid(lines: list[list[str]]) -> list[str]:
+def grid(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells under each other."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines

@@ -155,39 +155,54 @@ BACKWARD_KV: Table = {
     },
     "gfx942": {64: Config(32, 128, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 64, 4, 1)},
 }
-# tf32 for NVIDIA's: operands of 4 bytes, so half of the tile; backward passes have the same on
-# each.
+# tf32 for NVIDIA's: operands of 4 bytes, so half of the tile; three stages too.
 TF32_FORWARD: Table = {
     "sm_80": {
         64: Config(128, 32, 8, 3, half_spills=24),
-        128: Config(64, 16, 4, 2, parks=True, spills=344),
-        256: Config(32, 16, 8, 1, parks=True, spills=824),
+        128: Config(128, 16, 8, 3, parks=True, spills=128, half_spills=352),
+        192: Config(32, 16, 4, 3, parks=True, spills=816),
+        256: Config(16, 16, 4, 3, parks=True, spills=328),  # 32 rows: 128 bytes above 99 KB
     },
     "sm_90": {
         64: Config(128, 64, 8, 3, spills=88, half_spills=120),
         128: Config(128, 32, 8, 3, parks=True, spills=56, half_spills=136),
-        256: Config(32, 16, 8, 1, parks=True, spills=832),
+        256: Config(64, 16, 8, 3, parks=True, spills=408),
     },
     "sm_100": {
-        64: Config(128, 64, 8, 2, spills=56, half_spills=48),
-        128: Config(128, 32, 8, 2, parks=True, spills=80, half_spills=88),
-        256: Config(64, 16, 8, 2, parks=True, spills=72),
+        64: Config(128, 64, 8, 3, spills=56, half_spills=72),
+        128: Config(128, 32, 8, 3, parks=True, spills=80, half_spills=88),
+        256: Config(64, 16, 8, 3, parks=True, spills=72),
     },
 }
-TF32_BACKWARD_Q = {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
-TF32_BACKWARD_KV = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+# The loops have both orders of a tile's numbers, so twice the copies of what two products take.
+TF32_BACKWARD_Q: Table = {
+    "sm_80": {
+        64: Config(64, 32, 4, 3),
+        128: Config(32, 16, 2, 3),  # four warps fetch twice as much from shared memory
+        192: Config(16, 16, 4, 3),
+        256: Config(16, 16, 4, 1),  # tiles two ahead: 132,352 bytes, of 101,376 at most
+    },
+    "sm_90": {64: Config(128, 32, 8, 3), 128: Config(64, 16, 4, 3), 256: Config(16, 16, 4, 3)},
+    "sm_100": {64: Config(128, 32, 8, 3), 128: Config(64, 16, 8, 3), 256: Config(16, 16, 4, 3)},
+}
+TF32_BACKWARD_KV: Table = {
+    # 256 columns two tiles ahead take 165,888 bytes, 160 of them more than 102,400.
+    "sm_80": {64: Config(16, 128, 8, 3), 128: Config(16, 32, 2, 3), 256: Config(16, 16, 4, 1)},
+    "sm_90": {64: Config(32, 128, 8, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 16, 4, 3)},
+    "sm_100": {64: Config(32, 128, 8, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 16, 4, 3)},
+}
 # Exact float32 products run on the ordinary units, whose operands fill registers: small tiles for
 # every architecture. Of four warps, or twice the rows or keys, rounds of 256 columns spill.
 _FLOAT32 = {
-    64: Config(32, 16, 8, 1, parks=True, spills=272),
-    256: Config(16, 16, 8, 1, parks=True, spills=936),
+    64: Config(32, 16, 8, 3, parks=True),
+    256: Config(16, 16, 8, 3, parks=True, spills=776),
 }
 # Four warps spill 32 bytes on sm_90.
-_FLOAT32_BACKWARD = {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)}
+_FLOAT32_BACKWARD = {64: Config(32, 16, 8, 3), 256: Config(16, 16, 8, 3)}
 FLOAT32: Table = {
-    **dict.fromkeys(("sm_80", "gfx942"), _FLOAT32),
-    "sm_90": {256: _FLOAT32[256]},
-    "sm_100": {256: _FLOAT32[256]},
+    "sm_80": _FLOAT32,
+    **{of: {256: _FLOAT32[256]} for of in ("sm_90", "sm_100")},
+    "gfx942": {of: replace(config, num_stages=1) for of, config in _FLOAT32.items()},
 }
 FLOAT32_BACKWARD: Table = {
     **dict.fromkeys(("sm_80", "sm_90", "sm_100"), _FLOAT32_BACKWARD),
@@ -196,8 +211,7 @@ FLOAT32_BACKWARD: Table = {
 # By queries 32 rows spill 32 bytes.
 FLOAT32_BACKWARD_Q: Table = {of: {256: rows[256]} for of, rows in FLOAT32_BACKWARD.items()}
 FLOAT32_ROW_KEYS = 32  # 128 keys spill kilobytes
-# Half floats in rows that are not aligned have an address an element: small tiles, backward those
-# of float32.
+# Of rows that are not aligned no copy is of one half float: small tiles, backward float32's.
 UNALIGNED = Config(32, 16, 4, 1, parks=True, spills=80)
 UNALIGNED_ROW = {
     "sm_80": Config(16, 128, 8, 1),
@@ -275,12 +289,14 @@ def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tu
         return INTERPRETED, INTERPRETED
     exact = FLOAT32_BACKWARD[architecture]
     if precision == "half" and head_dim % GRAIN:
-        return exact[256], exact[256]
+        unaligned = replace(exact[256], num_stages=1)
+        return unaligned, unaligned
     if precision == "half":
         by_query, by_key = BACKWARD_Q[architecture], BACKWARD_KV[architecture]
         return _pick(by_query, head_dim), _pick(by_key, head_dim)
     if precision == "tf32":
-        return _pick(TF32_BACKWARD_Q, head_dim), _pick(TF32_BACKWARD_KV, head_dim)
+        by_query, by_key = TF32_BACKWARD_Q[architecture], TF32_BACKWARD_KV[architecture]
+        return _pick(by_query, head_dim), _pick(by_key, head_dim)
     return _pick(FLOAT32_BACKWARD_Q[architecture], head_dim), _pick(exact, head_dim)
 
 

@@ -66,10 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def build(folder: Path, targets: Iterable[str]) -> Path:
-    """The CUDA library of this checkout, built into a folder for some devices."""
+def build(folder: Path, targets: Iterable[str], head_dims: str = "") -> Path:
+    """The CUDA library of this checkout, built into a folder for some devices: all of it, or the
+    classes of head dims that a text like "40,64" names.
+    """
     archs = ",".join(target.removeprefix("sm_") for target in targets)
     wanted = {"DENSE_ATTN_CUDA": "1", "DENSE_ATTN_CUDA_ARCHS": archs, "DENSE_ATTN_CPU_KERNELS": "0"}
+    wanted["DENSE_ATTN_CUDA_HEAD_DIMS"] = head_dims
     places = ["--build-temp", str(folder / "temp"), "--build-lib", str(folder)]
     command = [sys.executable, "setup.py", "--quiet", "build_ext", *places]
     options = {"capture_output": True, "text": True, "errors": "replace", "check": False}

@@ -211,8 +211,8 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
         if target in configs.TF32_FORWARD:
             found["fwd", target, "tf32"] = configs.TF32_FORWARD[target]
             found["row_fwd", target, "tf32"] = configs.FLOAT32[target]
-            found["bwd_q", target, "tf32"] = configs.TF32_BACKWARD_Q
-            found["bwd_kv", target, "tf32"] = configs.TF32_BACKWARD_KV
+            found["bwd_q", target, "tf32"] = configs.TF32_BACKWARD_Q[target]
+            found["bwd_kv", target, "tf32"] = configs.TF32_BACKWARD_KV[target]
     return found
 
 

@@ -51,6 +51,7 @@ MATRIX = {
 }
 TILED_FORWARD = [f"layout_attention_{kind}fwd_kernel" for kind in ("", "specialised_")]
 SPILLS = 56  # bytes that a backward kernel may spill; above 16 `configs` gives the reason
+AHEAD = 2  # groups of copies, keys' and values', that a loop over tiles leaves in flight
 MOST_LOCAL = 32  # of so many instructions of a round one may be for what has spilled
 SLOWEST = ("gfx942", "sm_100")  # to compile for, which therefore comes first
 NUMBERS = ("registers", "spills", "shared")
@@ -235,14 +236,18 @@ def _accepted(row: Row) -> int:
 
 
 def _attention_faults(row: Row) -> list[str]:
-    """Half floats in aligned rows go through the matrix units, and loops over whole tiles hardly
-    wait for what has spilled.
+    """Half floats in aligned rows go through the matrix units, loops over tiles wait for no copy of
+    the next two, and those over whole tiles hardly for what has spilled.
     """
     found = []
     narrow, unit = row["dtype"] != "float32", MATRIX[row["target"]]
     if narrow and row["head_dim"] % 8 == 0 and unit not in row["matrix"]:
         found.append(f"no {unit}")
     bodies = row["bodies"] if row.get("loops") else []
+    copying = bodies[:1] if "bwd" in row["kernel"] else bodies
+    ahead = row["stages"] > AHEAD and row["kernel"] != TILED_FORWARD[1]  # which has no such copies
+    if ahead and any(min(body.get("copy_waits", [0])) < AHEAD for body in copying):
+        found.append("waits for copies of the next tiles")
     for body in bodies[:1] if "bwd" in row["kernel"] else bodies[::2]:
         local, of = body["kinds"].get("local", 0), body["instructions"]
         if local * MOST_LOCAL > of:

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from dense_attn._backends import table
 from dense_attn.layout_attention.op import MODULATIONS
-from dense_attn.verify import layout_attention as verified
+from dense_attn.verify import calls as verified
 
 from ..harness import machine
 from ..host_cost import launches
@@ -92,11 +92,15 @@ def _small(dry: bool) -> Iterator[Task]:
 
 
 def _verify(dry: bool) -> Iterator[Task]:
+    calls = itertools.chain(verified.calls(), verified.kernel_calls(("triton",)))
+    given = list(itertools.islice(calls, 1 if dry else None))
     for dtype in (torch.float16,) if dry else (torch.float32, torch.float16, torch.bfloat16):
         for modulation in MODULATIONS:
-            for given in itertools.islice(verified.calls(), 1 if dry else None):
-                cast = partial(given.cast(dtype).run, modulation, "triton")
-                yield f"verify-{given.name}-{dtype}-{modulation}", cast
+            for one in given:
+                narrow = one.cast(dtype)
+                if narrow.concerns("triton", modulation):
+                    name = f"verify-{one.name}-{dtype}-{modulation}"
+                    yield name, partial(narrow.run, modulation, "triton")
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from dense_attn._backends import triton
+
 from . import machine
 
 Result = TypeVar("Result")
@@ -48,6 +50,15 @@ class DryGpu(machine.Gpu):
 
     def release(self) -> None:
         """Nothing is cached."""
+
+
+def hasten() -> None:
+    """Let Triton's interpreter do what it does for every operation once, where it is on."""
+    if triton.interpreted():
+        from .interpreter import changes
+
+        for change in changes():
+            setattr(*change)
 
 
 def shrink() -> None:

@@ -23,6 +23,7 @@ Row = dict[str, Any]
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 OURS = "dense_attn"
+BY_BACKEND = {"dense_attn-triton": "triton", "dense_attn-cuda": "cuda"}  # by no other
 _BASELINE_SLACK = 4  # wrong maths is off by far more
 
 
@@ -53,17 +54,25 @@ class Entry:
         """One of the library's own ways, whose rounding is the library's to promise."""
         return self.contender.startswith(OURS)
 
+    @property
+    def asked(self) -> str:
+        """The backend that a call of the library's is to name."""
+        return BY_BACKEND.get(self.contender, "auto")
+
     def describe(self, family: str, shape: Iterable[int], op: str) -> Row:
-        """A row's setting, before there are numbers."""
+        """A row's setting, before there are numbers; with the reason where its backend is not."""
         setting, probe = self.setting, torch.empty(0, device=machine.current().device)
+        named = BY_BACKEND.get(self.contender)
+        reasons = table.why_not(named, op, probe) if named else []
         return {
             "family": family,
             "workload": setting.workload,
             "contender": self.contender,
-            "backend": table.resolve("auto", op, probe) if self.ours else None,
+            "backend": named or (table.resolve("auto", op, probe) if self.ours else None),
             "pass": setting.passes,
             "dtype": setting.dtype,
             "shape": list(shape),
+            **({"reason": "; ".join(reasons)} if reasons else {}),
         }
 
 

@@ -1,5 +1,6 @@
 """The tables of docs/measured.md, from results:
-`python -m dense_attn.benchmarks.host_cost.page benchmarks/results/host-cost.json`.
+`python -m dense_attn.benchmarks.host_cost.page benchmarks/results/host-cost.json`, and those of
+CUDA's ops from `host-cost-cuda.json` beside it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from dense_attn import _command
 
@@ -49,6 +51,14 @@ def tables(rows: list[Row]) -> str:
     return "\n\n".join("\n".join(lines) for lines in (calls, ops) if len(lines) > 2)
 
 
+def cuda_table(found: dict[str, Any]) -> str:
+    """CUDA's ops before their launches, and with the public ops around them."""
+    lines = ["| CUDA op | us before its launch | us with the public op |", "|---|---|---|"]
+    for name, value in found["raw"].items():
+        lines.append(f"| {name} | {value:.1f} | {found['public'].get(name, '-')} |")
+    return "\n".join(lines)
+
+
 def _us(row: Row) -> str:
     return f"{1e6 * row['seconds']:.0f}"
 
@@ -56,8 +66,11 @@ def _us(row: Row) -> str:
 def main() -> int:
     """Print the tables of a file of results."""
     parser = argparse.ArgumentParser(f"python -m {__spec__.name}", description=__doc__)
-    parser.add_argument("results", type=Path, help="what `bench --family host_cost --json` wrote")
-    print(tables(json.loads(parser.parse_args().results.read_text("utf-8"))["rows"]))
+    parser.add_argument(
+        "results", type=Path, help="what `bench --family host_cost` or `cuda.host_cost` wrote"
+    )
+    found = json.loads(parser.parse_args().results.read_text("utf-8"))
+    print(tables(found["rows"]) if "rows" in found else cuda_table(found))
     return 0
 
 

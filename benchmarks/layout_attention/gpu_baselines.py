@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import dense_attn
 from dense_attn import layout_attention
 
+from ..harness.measure import BY_BACKEND
 from .baselines import (
     Call,
     bias_after_statistics,
@@ -158,7 +159,6 @@ def flash_attn(inputs: Inputs) -> Call:
     return lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-BY_BACKEND = {"dense_attn-triton": "triton", "dense_attn-cuda": "cuda"}  # by no other
 GPU_CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "dense_attn": raster,
     **{name: by_backend(backend) for name, backend in BY_BACKEND.items()},

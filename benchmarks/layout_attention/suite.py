@@ -10,9 +10,9 @@ import torch
 from dense_attn._backends import table
 
 from ..harness import machine
-from ..harness.measure import OURS
+from ..harness.measure import BY_BACKEND, OURS
 from .baselines import CONTENDERS, PLAIN, RANGE_ALONE
-from .gpu_baselines import BY_BACKEND, GPU_CONTENDERS, MATERIALISED, TRAINED
+from .gpu_baselines import GPU_CONTENDERS, MATERIALISED, TRAINED
 from .workloads import Workload, workloads
 
 GIB = 2**30

@@ -14,7 +14,18 @@ from dense_attn import reference
 from dense_attn._backends import table
 
 from ..harness import machine
-from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted, worst
+from ..harness.measure import (
+    BY_BACKEND,
+    OURS,
+    Entry,
+    Latest,
+    Row,
+    Setting,
+    Trial,
+    tried,
+    wanted,
+    worst,
+)
 from ..harness.measure import measure as measure_row
 
 SIZES = {"1m": 2**20, "16m": 2**24, "256m": 2**28, "1g": 2**30}
@@ -57,12 +68,14 @@ OPS = {
 WORKLOADS = {f"{op}-{size}": (op, size) for op in OPS for size in SIZES if size != "1g"}
 GPU_WORKLOADS = {f"{op}-1g": (op, "1g") for op in OPS}
 CONTENDERS = (OURS, "eager", "clone", "copy")
+GPU_CONTENDERS = (*CONTENDERS, *BY_BACKEND)
 
 
 def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     workloads = [*WORKLOADS, *(GPU_WORKLOADS if machine.on_gpu() else ())]
-    rows = (Entry(_setting(name), contender) for name in workloads for contender in CONTENDERS)
+    contenders = GPU_CONTENDERS if machine.on_gpu() else CONTENDERS
+    rows = (Entry(_setting(name), contender) for name in workloads for contender in contenders)
     few = "-256m" if machine.on_gpu() else "-1m"
     return wanted(rows, quick, names, lambda entry: entry.setting.workload.endswith(few))
 
@@ -117,7 +130,7 @@ def calls(entry: Entry, inputs: Inputs) -> Callable[[], list[Tensor]]:
     if entry.contender == "copy":
         target = torch.empty_like(inputs.source)
         return lambda: [target.copy_(inputs.source)]
-    kernels = reference if entry.contender == "eager" else _kernels(inputs.tensors[0])
+    kernels = reference if entry.contender == "eager" else _kernels(entry, inputs.tensors[0])
     call = _op_and_size(entry.setting.workload)[0].call
     return lambda: _listed(call(kernels, *inputs.tensors))
 
@@ -143,16 +156,17 @@ def _listed(results: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results)
 
 
-def _kernels(x: Tensor) -> ModuleType:
-    return table.NAMESPACES[table.resolve("auto", "ReversibleSampler", x)]
+def _kernels(entry: Entry, x: Tensor) -> ModuleType:
+    return table.NAMESPACES[table.resolve(entry.asked, "ReversibleSampler", x)]
 
 
 def why_not(entry: Entry) -> str | None:
     """The reason why a row is not measured, or None."""
     op, size = _op_and_size(entry.setting.workload)
     copied = op.moves // 2
-    results = {OURS: op.writes, "eager": op.eager, "clone": copied, "copy": copied}
-    needed = size * (op.reads + copied + max(results[entry.contender], results[_partner(entry)]))
+    results = {"eager": op.eager, "clone": copied, "copy": copied}  # of the others what is written
+    most = max(results.get(name, op.writes) for name in (entry.contender, _partner(entry)))
+    needed = size * (op.reads + copied + most)
     physical = machine.current().memory_bytes()
     if needed <= _SHARE_OF_MEMORY * physical:
         return None
@@ -172,7 +186,7 @@ def measure(entry: Entry, benchmark: Any) -> Row:
     """
     op, size = _op_and_size(entry.setting.workload)
     row = entry.describe("steps", [size], "ReversibleSampler")
-    reason = why_not(entry)
+    reason = row.get("reason") or why_not(entry)
     if reason is not None:
         return row | {"reason": reason}
     with torch.no_grad():

@@ -14,7 +14,18 @@ import dense_attn
 from dense_attn import reference
 
 from ..harness import machine
-from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted, worst
+from ..harness.measure import (
+    BY_BACKEND,
+    OURS,
+    Entry,
+    Latest,
+    Row,
+    Setting,
+    Trial,
+    tried,
+    wanted,
+    worst,
+)
 from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: shape of eps_edits
@@ -60,7 +71,7 @@ def make_step(shape: tuple[int, ...], seed: int = 0) -> Step:
     )
 
 
-def ours(step: Step) -> list[Tensor]:
+def ours(step: Step, backend: str = "auto") -> list[Tensor]:
     """(eps, momentum) by this library."""
     on = [True] * len(step.eps_edits)
     return list(
@@ -78,6 +89,7 @@ def ours(step: Step) -> list[Tensor]:
             reverse=step.reverse,
             edit_momentum_scale=_MOMENTUM,
             edit_mom_beta=_BETA,
+            backend=backend,
         )
     )
 
@@ -121,6 +133,9 @@ def public_pipeline(step: Step) -> list[Tensor]:
 
 
 CONTENDERS: dict[str, Callable[[Step], list[Tensor]]] = {OURS: ours, "diffusers": public_pipeline}
+GPU_CONTENDERS = CONTENDERS | {
+    name: partial(ours, backend=backend) for name, backend in BY_BACKEND.items()
+}
 
 
 def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
@@ -128,7 +143,7 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
     rows = (
         Entry(Setting(name, "fwd", "float32"), contender)
         for name in WORKLOADS
-        for contender in CONTENDERS
+        for contender in (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)
     )
     return wanted(rows, quick, names, lambda entry: entry.setting.workload == "sega-3-64")
 
@@ -163,13 +178,13 @@ def trial(entry: Entry) -> Trial:
     """Check a contender by the rule of accuracy, beyond which one wrongly kept entry is far."""
     step, exact, plain, trials = _prepared(entry.setting)
     if entry.contender not in trials:
-        call = CONTENDERS[entry.contender]
+        call = GPU_CONTENDERS[entry.contender]
 
         def check(got: list[Tensor]) -> tuple[float, float]:
             return worst(got, exact, plain, torch.float32)
 
         # The pipeline copies the places of the warm concepts from the host, which no graph holds.
-        trials[entry.contender] = tried(lambda: call(step), check, in_graph=entry.contender == OURS)
+        trials[entry.contender] = tried(lambda: call(step), check, in_graph=entry.ours)
     return trials[entry.contender]
 
 
@@ -177,6 +192,8 @@ def measure(entry: Entry, benchmark: Any) -> Row:
     """The row of an entry; the library's own has the public pipeline's step as its partner."""
     concepts, *shape = WORKLOADS[entry.setting.workload]
     row = entry.describe("sega", shape, "sega_guidance") | {"concepts": concepts}
+    if "reason" in row:
+        return row
     partner = Entry(entry.setting, "diffusers" if entry.contender == OURS else OURS)
     with torch.no_grad():
         return measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)

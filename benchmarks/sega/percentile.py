@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import dense_attn
 from dense_attn import reference
 
 from ..harness import machine
-from ..harness.measure import OURS, Entry, Latest, Row, Setting, Trial, tried, wanted
+from ..harness.measure import BY_BACKEND, OURS, Entry, Latest, Row, Setting, Trial, tried, wanted
 from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: rows and values a row
@@ -26,9 +27,9 @@ _DTYPES = ("float32", "bfloat16")
 _LEVEL = 0.9
 
 
-def ours(x: Tensor) -> tuple[Tensor, Tensor]:
+def ours(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The masked values and their threshold by this library."""
-    return dense_attn.percentile_mask(x, _LEVEL, dim=-1)
+    return dense_attn.percentile_mask(x, _LEVEL, dim=-1, backend=backend)
 
 
 def quantile(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,9 @@ CONTENDERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "torch.quantile": quantile,
     "torch.kthvalue": kthvalue,
 }
+GPU_CONTENDERS = CONTENDERS | {
+    name: partial(ours, backend=backend) for name, backend in BY_BACKEND.items()
+}
 
 
 def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
@@ -61,7 +65,7 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
         Entry(Setting(name, "fwd", dtype), who)
         for name in WORKLOADS
         for dtype in _DTYPES
-        for who in CONTENDERS
+        for who in (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)
     )
     return wanted(rows, quick, names, lambda entry: entry.setting.workload == "percentile-4x4096")
 
@@ -79,7 +83,7 @@ def trial(entry: Entry) -> Trial:
     """Check a contender's threshold, but for torch.quantile's to the bit, and the mask by it."""
     x, expected, trials = _prepared(entry.setting)
     if entry.contender not in trials:
-        call = CONTENDERS[entry.contender]
+        call = GPU_CONTENDERS[entry.contender]
         # The ranks of torch.quantile have but the bits of float32.
         allowed = 1e-4 * expected.max().item() if call is quantile else 0.0
 
@@ -97,6 +101,8 @@ def trial(entry: Entry) -> Trial:
 def measure(entry: Entry, benchmark: Any) -> Row:
     """The row of an entry; the library's own has torch.quantile as its partner."""
     row = entry.describe("percentile", WORKLOADS[entry.setting.workload], "percentile_mask")
+    if "reason" in row:
+        return row
     partner = Entry(entry.setting, "torch.quantile" if entry.contender == OURS else OURS)
     with torch.no_grad():
         return measure_row(row, lambda: trial(entry), lambda: trial(partner), benchmark)

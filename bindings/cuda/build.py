@@ -9,17 +9,22 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 OLDEST_NVCC = (12, 8)  # the first that knows every architecture below and compresses for size
-_CLASSES = Path(__file__).parents[2] / "csrc" / "cuda" / "head_dims.h"
+_ROOT = Path(__file__).parents[2]
+_CLASSES = _ROOT / "csrc" / "cuda" / "head_dims.h"
+# Every file that the library is made of lies here.
+_MADE_OF = ("csrc/*.h", "csrc/common/*.h", "csrc/cuda/**/*.*", "bindings/*.h", "bindings/cuda/*.*")
 HEAD_DIMS = re.findall(r"f\((\d+)\)", _CLASSES.read_text("utf-8"))
 # Sources of each family, whose binding has its name; some are compiled once a head dim's class.
-OF_A_HEAD_DIM = tuple(f"csrc/cuda/layout_attention_{name}.cu" for name in ("fwd", "row", "bwd"))
-KERNELS = {
-    "layout_attention": (*OF_A_HEAD_DIM, "csrc/cuda/layout_attention.cu"),
+OF_A_HEAD_DIM = tuple(f"csrc/cuda/layout_attention_{name}.cu" for name in ("bwd", "fwd", "row"))
+CHOOSER = "csrc/cuda/layout_attention.cu"  # among the classes
+KERNELS = {  # what takes longest first, so that no core waits for it at the end
     "sega": ("csrc/cuda/sega.cu",),
+    "layout_attention": (*OF_A_HEAD_DIM, CHOOSER),
     "reversible": ("csrc/cuda/reversible.cu",),
 }
 # Grid steps and thresholds must be the same bits on every device.
@@ -73,18 +78,29 @@ def code(archs: str | None) -> list[str]:
     cubins = archs.split(",") if archs else ARCHS
     if unknown := [name for name in cubins if not re.fullmatch(r"\d{2,3}", name)]:
         raise NvccError(f"DENSE_ATTN_CUDA_ARCHS must be like 80,90, got {unknown[0]!r}")
+    if unknown := [name for name in head_dims() if name not in HEAD_DIMS]:
+        known = ", ".join(HEAD_DIMS)
+        raise NvccError(f"DENSE_ATTN_CUDA_HEAD_DIMS must be of {known}, got {unknown[0]!r}")
     made = ",".join([*(f"sm_{name}" for name in cubins), PTX])
     return [f"-gencode=arch={PTX},code=[{made}]", "--compress-mode=size"]
+
+
+def head_dims() -> list[str]:
+    """The classes of head dims that are compiled: those that a test names, or all."""
+    named = os.environ.get("DENSE_ATTN_CUDA_HEAD_DIMS")
+    return named.split(",") if named else HEAD_DIMS
 
 
 def jobs() -> Iterator[tuple[str, str, list[str]]]:
     """Each compilation of a kernel: its source, a name of the variant, and the variant's flags."""
     for source in (source for sources in KERNELS.values() for source in sources):
         flags = [*FLAGS, *SOURCE_FLAGS.get(source, ())]
+        if source == CHOOSER and head_dims() != HEAD_DIMS:
+            flags.append(f"-DDENSE_ATTN_HEAD_DIMS(f)={' '.join(f'f({x})' for x in head_dims())}")
         if source not in OF_A_HEAD_DIM:
             yield source, "all", flags
             continue
-        for head_dim in HEAD_DIMS:
+        for head_dim in head_dims():
             name = f"head_dim_{head_dim}"
             yield source, name, [*flags, f"-DDENSE_ATTN_HEAD_DIM={head_dim}"]
 
@@ -92,3 +108,14 @@ def jobs() -> Iterator[tuple[str, str, list[str]]]:
 def bindings() -> list[str]:
     """The sources that see torch."""
     return [f"bindings/cuda/{name}.cpp" for name in ("module", *KERNELS)]
+
+
+def digest(nvcc: str, code: Sequence[str]) -> str:
+    """A short name of a library: of its sources, the compiler and the options for architectures.
+    The library knows it, and a verdict on its kernels belongs to it.
+    """
+    said = subprocess.run([nvcc, "--version"], capture_output=True, check=False).stdout
+    parts = [said, *(option.encode() for option in code)]
+    for path in sorted(path for files in _MADE_OF for path in _ROOT.glob(files)):
+        parts += [path.relative_to(_ROOT).as_posix().encode(), path.read_bytes()]
+    return sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest()[:16]

@@ -10,6 +10,11 @@
 
 namespace {
 
+void require_rows(const char* name, const LayoutAttentionParams& p, int64_t seqlen) {
+  const int64_t rows = p.batch * p.num_heads * seqlen;
+  REQUIRE(rows <= kMaxRows, name, " must have at most ", kMaxRows, " rows in all heads, got ", rows);
+}
+
 // What the kernels of both passes take.
 void require_attention(const LayoutAttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
                        const Tensor& q_regions, const Tensor& k_regions, const std::optional<Tensor>& strength,
@@ -27,6 +32,8 @@ void require_attention(const LayoutAttentionParams& p, const Tensor& q, const Te
           torch::headeronly::toString(q.scalar_type()));
   REQUIRE(p.head_dim % kHeadDimStep == 0, "q must have a head dim that is a multiple of ", kHeadDimStep, ", got ",
           p.head_dim);
+  require_rows("q", p, p.seqlen_q);
+  require_rows("k", p, p.seqlen_k);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(

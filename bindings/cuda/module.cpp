@@ -45,14 +45,19 @@ static std::string driver_error() {
 // The digest of the schemas that the kernels were compiled for.
 static std::string contract() { return DENSE_ATTN_CONTRACT; }
 
+// The digest of what the library is made of, to which a verdict on its kernels belongs.
+static std::string sources() { return DENSE_ATTN_CUDA_SOURCES; }
+
 STABLE_TORCH_LIBRARY_FRAGMENT(dense_attn_cuda, m) {
   m.def("device() -> str");
   m.def("contract() -> str");
+  m.def("sources() -> str");
   m.def("driver_error() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, CompositeExplicitAutograd, m) {
   m.impl("device", TORCH_BOX(&device));
   m.impl("contract", TORCH_BOX(&contract));
+  m.impl("sources", TORCH_BOX(&sources));
   m.impl("driver_error", TORCH_BOX(&driver_error));
 }

@@ -12,6 +12,8 @@ void on_gpu(const Params& p, const Tensor& like) {
 
 }  // namespace
 
+int64_t most_elements() { return kMaxStepElements; }
+
 STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, DENSE_ATTN_DEVICE, m) {
   m.impl("ddim_step", TORCH_BOX(&ddim_step<on_gpu<ddim_step_cuda>>));
   m.impl("leapfrog_step", TORCH_BOX(&leapfrog_step<on_gpu<leapfrog_step_cuda>>));

@@ -19,6 +19,9 @@ constexpr auto guidance_on_gpu = launch_with_scratch<sega_guidance_scratch_bytes
 
 }  // namespace
 
+int64_t most_rows(const PercentileParams& p) { return percentile_mask_most_rows(p); }
+int64_t most_channels(const SegaParams& p) { return sega_guidance_most_channels(p); }
+
 STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, DENSE_ATTN_DEVICE, m) {
   m.impl("percentile_mask", TORCH_BOX(&percentile_mask<percentile_on_gpu>));
   m.impl("sega_guidance", TORCH_BOX(&sega_guidance<guidance_on_gpu>));

@@ -1,7 +1,5 @@
 // Layout attention backward for head dims up to one: the records of rows, then the pass over queries, then the one over
 // keys, which takes what the others have found.
-#include <algorithm>
-
 #include "cuda/launch.h"
 #include "cuda/layout_attention/bwd_kv.cuh"
 
@@ -9,11 +7,9 @@ namespace DENSE_ATTN_CLASS {
 
 template <class T, Modulation kModulation>
 cudaError_t launch_passes(const LayoutAttentionBwdParams& p, cudaStream_t stream) {
-  const auto count = [&](int64_t seqlen, int64_t rows) { return p.batch * p.num_heads * ((seqlen + rows - 1) / rows); };
-  const auto blocks = [&](int64_t seqlen, int64_t rows) { return dim3(static_cast<unsigned>(count(seqlen, rows))); };
-  if (std::max(count(p.seqlen_q, kBlockRows), count(p.seqlen_k, kBlockOwn)) > INT32_MAX) {
-    return cudaErrorInvalidConfiguration;
-  }
+  const auto blocks = [&](int64_t seqlen, int64_t rows) {
+    return dim3(static_cast<unsigned>(p.batch * p.num_heads * ((seqlen + rows - 1) / rows)));
+  };
   cudaError_t error =
       launch(layout_attention_bwd_rows_kernel<T, kModulation>, blocks(p.seqlen_q, kBlockRows), kThreads, 0, stream, p);
   if (error != cudaSuccess) return error;

@@ -9,8 +9,6 @@ template <class T, Modulation kModulation>
 cudaError_t launch_fwd(const LayoutAttentionParams& p, cudaStream_t stream) {
   const int64_t programs = p.batch * p.num_heads * ((p.seqlen_q + kBlockM - 1) / kBlockM);
   if (programs == 0) return cudaSuccess;
-  constexpr int64_t kMost = INT32_MAX - 1024;  // of places, which are ints, some tiles ahead
-  if (programs > kMost || p.seqlen_q > kMost || p.seqlen_k > kMost) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(programs), kHeadDim / kValueDim);
   return launch(layout_attention_fwd_kernel<T, kModulation>, grid, kThreads, kStages * Tiles<T>::kStageBytes, stream,
                 p);

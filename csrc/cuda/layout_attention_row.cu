@@ -12,7 +12,6 @@ cudaError_t launch_row(const LayoutAttentionParams& p, cudaStream_t stream) {
   constexpr int64_t kEnough = 384, kMostSteps = 4;  // blocks that fill a GPU: with more of them, rows share keys
   const int64_t heads = p.batch * p.num_heads, tiles = (p.seqlen_q + kWarps * kRows - 1) / (kWarps * kRows);
   if (heads * tiles == 0) return cudaSuccess;
-  if (heads > INT32_MAX) return cudaErrorInvalidConfiguration;
   int64_t steps = 1;
   while (steps < kMostSteps && heads * tiles >= 2 * steps * kEnough) steps *= 2;
   const int64_t blocks = std::min<int64_t>((tiles + steps - 1) / steps, UINT16_MAX);

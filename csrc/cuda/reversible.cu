@@ -1,14 +1,12 @@
 // Reversible steps: arithmetic on every element of dense memory, with the CPU's very roundings. Compiled without fused
 // multiply-add, so that either device undoes the other's.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 
 namespace {
 
 constexpr int kThreads = 128, kElements = 8;  // a block, and a thread of it: loads of 16 bytes in every dtype
+static_assert(kMaxStepElements == kMaxBlocks * kThreads * kElements);
 
 template <class Acc, class T>
 __device__ Acc widen(T x) {
@@ -75,16 +73,7 @@ __device__ void with_stored(DType dtype, const F& f) {
   if constexpr (std::is_same_v<Acc, int64_t>) {
     f(int64_t{});
   } else {
-    switch (dtype) {
-      case DType::kFloat32:
-        return f(float{});
-      case DType::kFloat64:
-        return f(double{});
-      case DType::kFloat16:
-        return f(__half{});
-      case DType::kBFloat16:
-        return f(__nv_bfloat16{});
-    }
+    with_dtype(dtype, f);
   }
 }
 

@@ -184,6 +184,23 @@ bool takes_several(int64_t channels, int64_t count) {
 }
 
 template <class Rows>
+constexpr int64_t kWords = sizeof(Notes<Rows>) / sizeof(uint64_t);
+
+// Values of a longer row that one program counts.
+int64_t span_of(int64_t count) { return divide_up(std::max(kSpan, divide_up(count, kMostParts)), kPack) * kPack; }
+
+// Programs that finish a longer row.
+int64_t tiles_of(int64_t count) { return divide_up(count, kFewThreads * kPack); }
+
+// How many rows, each so often, the blocks of every launch reach.
+template <class Rows>
+int64_t most_rows(int64_t concepts, int64_t channels, int64_t count) {
+  if (!takes_several<typename Rows::Acc>(channels, count)) return kMaxBlocks;
+  const int64_t parts = divide_up(count, span_of(count)), words = divide_up(kWords<Rows>, kFewThreads);
+  return kMaxBlocks / std::max(concepts * std::max(parts, words), tiles_of(count));
+}
+
+template <class Rows>
 cudaError_t launch_whole(const Rows& rows, cudaStream_t stream) {
   using Acc = typename Rows::Acc;
   const int width = static_cast<int>(divide_up(rows.count(), kPack)) * kPack;
@@ -198,14 +215,14 @@ cudaError_t launch_whole(const Rows& rows, cudaStream_t stream) {
 template <class Rows>
 cudaError_t launch_several(const Rows& rows, void* scratch, cudaStream_t stream) {
   const int64_t num_rows = rows.concepts() * rows.batch() * rows.columns();
-  const int64_t tiles = divide_up(rows.count(), kFewThreads * kPack), channels = rows.batch() * rows.channels();
+  const int64_t tiles = tiles_of(rows.count()), channels = rows.batch() * rows.channels();
   cudaError_t error = cudaSuccess;
   if (num_rows > 0) {
     auto* const notes = static_cast<Notes<Rows>*>(scratch);
-    const int64_t words = num_rows * sizeof(Notes<Rows>) / sizeof(uint64_t);
+    const int64_t words = num_rows * kWords<Rows>;
     error = launch(clear_kernel, programs(divide_up(words, kFewThreads)), dim3(kFewThreads), 0, stream,
                    static_cast<uint64_t*>(scratch), words);
-    const int64_t span = divide_up(std::max(kSpan, divide_up(rows.count(), kMostParts)), kPack) * kPack;
+    const int64_t span = span_of(rows.count());
     const int parts = static_cast<int>(divide_up(rows.count(), span));
     for (int round = 0; error == cudaSuccess && round < DigitsOf<Rows>::kRounds; ++round) {
       error = launch(digits_kernel<Rows>, programs(num_rows * parts), dim3(kFewThreads), 0, stream, rows, notes, round,
@@ -217,21 +234,6 @@ cudaError_t launch_several(const Rows& rows, void* scratch, cudaStream_t stream)
   }
   if (error != cudaSuccess || channels == 0) return error;
   return launch(finish_kernel<Rows>, programs(channels * tiles), dim3(kFewThreads), 0, stream, rows, tiles);
-}
-
-// Calls f with a value of the kernel's element type.
-template <class F>
-auto with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat16:
-      return f(__half{});
-    case DType::kBFloat16:
-      return f(__nv_bfloat16{});
-    default:
-      return f(float{});
-  }
 }
 
 // The concepts of one launch.
@@ -274,6 +276,10 @@ cudaError_t guidance(const SegaParams& p, void* scratch, cudaStream_t stream) {
 
 }  // namespace
 
+int64_t percentile_mask_most_rows(const PercentileParams& p) {
+  return with_dtype(p.dtype, [&](auto x) { return most_rows<PercentileRows<decltype(x)>>(1, 1, p.count); });
+}
+
 size_t percentile_mask_scratch_bytes(const PercentileParams& p) {
   return with_dtype(p.dtype, [&](auto x) -> size_t {
     using Rows = PercentileRows<decltype(x)>;
@@ -289,6 +295,12 @@ cudaError_t percentile_mask_cuda(const PercentileParams& p, void* scratch, cudaS
     const bool several = takes_several<typename Rows::Acc>(1, p.count);
     return several ? launch_several(rows, scratch, stream) : launch_whole(rows, stream);
   });
+}
+
+int64_t sega_guidance_most_channels(const SegaParams& p) {
+  const int64_t concepts = std::clamp<int64_t>(p.concepts, 1, kConcepts);
+  return with_dtype(p.dtype,
+                    [&](auto x) { return most_rows<SegaRows<decltype(x), false>>(concepts, p.channels, p.count); });
 }
 
 size_t sega_guidance_scratch_bytes(const SegaParams& p) {

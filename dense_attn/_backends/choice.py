@@ -6,18 +6,33 @@ from __future__ import annotations
 
 from functools import cache
 from hashlib import sha256
-from pathlib import Path
+from importlib import metadata
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dense_attn import _tuned
+from dense_attn._backends import cuda, ops
 from dense_attn._kernel_hashes import kernel_hashes
 
 # Under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU.
 ORDER = ("triton", "cuda", "cpu", "reference")
-_OF_GPUS = ("triton", "cuda")
+GPU_BACKENDS = ("triton", "cuda")
+ATTENTION, GRADIENT = "layout_attention", "gradient on cuda"
+_HALF, _MOST = (torch.float16, torch.bfloat16), 1 << 62
+# Of the row kernels, by the largest head dim: instructions of a warp for 16 rows of 77 keys, with
+# `range` in bfloat16 on sm_80 and sm_90, the fewest and the most of CUDA's, the fewest of Triton's.
+ROWS_COUNTED = {
+    40: (492, 1003, 1004),
+    64: (562, 1077, 978),
+    80: (548, 1068, 1250),
+    96: (583, 1118, 1305),
+    128: (677, 1269, 1345),
+    160: (655, 1269, 1545),
+    256: (774, 1441, 1615),
+}
+_ONE_TURN = 64  # columns; of wider heads a turn of CUDA's loop over columns of values is counted
 
 
 class Rule(NamedTuple):
@@ -25,26 +40,96 @@ class Rule(NamedTuple):
 
     op: str
     backend: str
-    dtypes: tuple[torch.dtype, ...]
-    most_keys: int
-    evidence: str  # "counted: ..." or "measured on <GPU>: ..."
+    evidence: str  # "counted: ...", "measured on <GPU>: ...", or that nothing compares them
+    dtypes: tuple[torch.dtype, ...] = ()  # () for all
+    head_dims: tuple[int, int] | None = None  # the least and the most; None for all
+    keys: tuple[int, int] | None = None
+    gpus: str = "all"
 
-    def takes(self, op: str, x: Tensor, keys: int | None) -> bool:
-        """Whether a call is one of these."""
-        if op != self.op or x.dtype not in self.dtypes:  # before sizes, which may be symbols
+    def takes(self, dtype: torch.dtype, head_dim: int, keys: int | None) -> bool:
+        """Whether a call of the op is one of these; without keys none that asks for some."""
+        if self.dtypes and dtype not in self.dtypes:  # before sizes, which may be symbols
             return False
-        return keys is not None and keys <= self.most_keys
+        if self.keys and (keys is None or not self.keys[0] <= keys <= self.keys[1]):
+            return False
+        return not self.head_dims or self.head_dims[0] <= head_dim <= self.head_dims[1]
+
+    @property
+    def cells(self) -> list[str]:
+        """The rule as `info` prints it, under COLUMNS."""
+        dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes) or "all"
+        sizes = _span(self.head_dims), _span(self.keys)
+        return [self.op, self.backend, dtypes, *sizes, self.gpus, self.evidence]
 
 
+COLUMNS = ("op", "first", "dtypes", "head dims", "keys", "GPUs", "evidence")
+
+
+def _span(ends: tuple[int, int] | None) -> str:
+    if ends is None:
+        return "all"
+    return f"{ends[0]} up" if ends[1] == _MOST else f"{ends[0]} to {ends[1]}"
+
+
+def _few_keys(least: int, most: int) -> Rule:
+    """The row kernel of CUDA for the head dims of a class."""
+    fewest, longest, triton = ROWS_COUNTED[most]
+    turn = " with a turn over values" if most > _ONE_TURN else ""
+    said = (
+        f"counted: {fewest} to {longest:,} instructions for 16 rows{turn}, Triton's {triton:,} up"
+    )
+    return Rule(ATTENTION, "cuda", said, _HALF, (least, most), (0, cuda.ROW_KEYS))
+
+
+_SAME = "not compared: both read and write the same bytes"
+_GRADIENT_DIMS = (1, cuda.GRADIENT_HEAD_DIM), (cuda.GRADIENT_HEAD_DIM + 1, cuda.HEAD_DIMS[-1])
+# The first rule that takes a call. None has been measured.
 RULES = (
     Rule(
-        "layout_attention",
+        ATTENTION,
+        "triton",
+        "counted: from 1,024 keys on 482 cycles to issue 128 x 64 scores at 64 columns on sm_90, "
+        "CUDA's 628; on sm_80, where tensor cores bind both, 786 and 624",
+        _HALF,
+        (1, cuda.HEAD_DIMS[-1]),
+        (cuda.ROW_KEYS + 1, _MOST),
+    ),
+    *(_few_keys(least + 1, most) for least, most in zip((0, *cuda.HEAD_DIMS), cuda.HEAD_DIMS)),
+    Rule(ATTENTION, "triton", "CUDA has no such kernels"),  # of other dtypes
+    Rule(
+        GRADIENT,
         "cuda",
-        (torch.float16, torch.bfloat16),
-        128,
-        "counted, not measured: 492 to 1,003 instructions a warp for 16 rows, Triton's 1,018 up",
+        "counted, of a prototype: Triton's take 1.9 times the cycles at 40 columns on sm_80, "
+        "1.5 at 64, 1.2 at 128",
+        _HALF,
+        _GRADIENT_DIMS[0],
+        gpus="not {}.x, {}.x".format(*cuda.TRITON_GRADIENTS),
+    ),
+    Rule(
+        GRADIENT,
+        "triton",
+        "counted, of a prototype: they take 0.9 times the cycles at 40 columns on sm_90, "
+        "0.6 at 64, 0.4 at 128",
+        _HALF,
+        _GRADIENT_DIMS[0],
+        gpus="{}.x, {}.x".format(*cuda.TRITON_GRADIENTS),
+    ),
+    Rule(GRADIENT, "triton", "CUDA has no such kernels", _HALF, _GRADIENT_DIMS[1]),
+    *(
+        Rule(op, "triton", _SAME)
+        for op in ("percentile_mask", "sega_guidance", "ddim_step", "ReversibleSampler")
     ),
 )
+_RULES_OF = {op: [rule for rule in RULES if rule.op == op] for op in {rule.op for rule in RULES}}
+_RULES_OF_HEAD_DIM = [  # a call must not wait for all classes to be looked at
+    [
+        rule
+        for rule in _RULES_OF[ATTENTION]
+        if rule.head_dims is None or rule.head_dims[0] <= head_dim <= rule.head_dims[1]
+    ]
+    for head_dim in range(cuda.HEAD_DIMS[-1] + 1)
+]
+_BEHIND = {first: (first, *(name for name in ORDER if name != first)) for first in ORDER}
 # Whether `verify` passed, by backend and the GPU's index; filled where it is asked for.
 _found: dict[tuple[str, int], bool | None] = {}
 
@@ -53,24 +138,34 @@ def order(op: str, x: Tensor, keys: int | None = None) -> tuple[str, ...]:
     """The backends as "auto" tries them for a call on inputs like x and so many keys. One that has
     passed on this GPU comes before one that nobody has checked there, and one that failed last.
     """
-    first = [rule.backend for rule in RULES if rule.takes(op, x, keys)]
-    names = (*first, *(name for name in ORDER if name not in first))
+    names = _by_the_table(op, x, keys)
     if x.device.type != "cuda":
         return names
-    found = {name: _passed(name, x.device) for name in _OF_GPUS}
+    found = {name: _passed(name, x.device) for name in GPU_BACKENDS}
     right = [name for name in names if found.get(name) is True]
     wrong = [name for name in names if found.get(name) is False]
     rest = [name for name in names if name not in right and name not in wrong]
     return (*right, *rest, *wrong)
 
 
+def _by_the_table(op: str, x: Tensor, keys: int | None) -> tuple[str, ...]:
+    dtype, head_dim, rules = x.dtype, 0, _RULES_OF.get(op, ())
+    if op == ATTENTION and dtype in _HALF:
+        head_dim = x.shape[-1]
+        rules = _RULES_OF_HEAD_DIM[head_dim] if head_dim < len(_RULES_OF_HEAD_DIM) else rules
+    for rule in rules:
+        if rule.takes(dtype, head_dim, keys):
+            return _BEHIND[rule.backend]
+    return ORDER
+
+
+@ops.constant_in_graphs  # so that a compiled call chooses as any other
 def _passed(backend: str, device: torch.device) -> bool | None:
     """Whether a backend has passed `verify` on a GPU; None where it was not checked."""
     index = device.index or 0
-    # The compiler reads no file: it knows what calls before it have asked for.
-    if (backend, index) not in _found and not torch.compiler.is_compiling():
+    if (backend, index) not in _found:
         _found[backend, index] = verdict(backend, torch.cuda.get_device_name(device))
-    return _found.get((backend, index))
+    return _found[backend, index]
 
 
 def verdict(backend: str, gpu: str) -> bool | None:
@@ -88,7 +183,7 @@ def gpus(backend: str) -> dict[str, bool]:
 
 
 def remember(backend: str, gpu: str, passed: bool) -> None:
-    """Keep a verdict for later processes."""
+    """Keep a verdict for later processes; graphs that this one has compiled stay as they are."""
     _found.clear()
     kept = {_key(backend, gpu): {"gpu": gpu, "passed": passed}}
     _tuned.keep(_tuned.cache_file("verified.json"), kept)
@@ -99,15 +194,28 @@ def _verdicts() -> _tuned.Found:
 
 
 def _key(backend: str, gpu: str) -> str:
-    return f"{backend} on {gpu}, kernels {_kernels(backend)}"
+    return f"{backend} on {gpu}, dense_attn {_version()}, kernels {_kernels(backend)}"
+
+
+@cache
+def _version() -> str:
+    """The version of the library, "" where it runs without having been installed."""
+    return _version_of("dense_attn")
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @cache
 def _kernels(backend: str) -> str:
-    """A short name of a backend's kernels as they are here: Triton's sources, the CUDA library."""
-    if backend == "triton":
-        parts = [name.encode() for name in kernel_hashes().values()]
-    else:
-        libraries = sorted(Path(__file__).parents[1].glob("_CUDA*.so"))
-        parts = [library.read_bytes() for library in libraries]
-    return sha256(b"".join(parts)).hexdigest()[:16]
+    """A short name of the kernels that a backend's results are made by here: the CUDA library, of
+    which Triton's kernels make some gradients where they are there, and Triton's sources.
+    """
+    parts = [cuda.sources()] if backend == "cuda" else []
+    if backend == "triton" or cuda.takes_gradients_of_triton():
+        parts += [_version_of("triton"), *kernel_hashes().values()]
+    return sha256("|".join(parts).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -14,14 +15,15 @@ from dense_attn._backends import contract, ops, raw_checks
 
 AUTOGRAD = False  # torch does not see into its kernels
 NO_KERNELS = {"tile_lists"}  # tiles of one kind are found on the way
+HEAD_DIMS = (40, 64, 80, 96, 128, 160, 256)  # csrc/cuda/head_dims.h: a kernel takes those up to one
+ROW_KEYS = 128  # kMaxRowKeys of csrc/cuda/kernels.h
+GRADIENT_HEAD_DIM = 160  # kMaxBwdHeadDim there
+TRITON_GRADIENTS = (9, 10)  # compute capabilities where Triton's are taken if they are there
 _NAME = "dense_attn_cuda"
-_GRADIENT_HEAD_DIM = 160  # kMaxBwdHeadDim of csrc/cuda/kernels.h
 _QUERIES = 2  # among the arguments of layout_attention_bwd
 _ADVICE = "DENSE_ATTN_CUDA=1 pip install --no-build-isolation . where nvcc is"
 _driver_errors: list[str] = []  # the one answer, when it has been asked for
-_OTHER_VERSION = (
-    "the CUDA library is of another version, with other arguments of its ops: install it again"
-)
+_OTHER_VERSION = "the CUDA library is of another version, {}: install it again"
 
 
 def _load() -> str | None:
@@ -37,16 +39,31 @@ def _load() -> str | None:
         except (OSError, RuntimeError) as error:
             return f"the CUDA library does not load: {str(error).splitlines()[0]}"
     # Kernels of another contract would read arguments that are not theirs.
-    return None if _said("contract") == contract.DIGEST else _OTHER_VERSION
+    if _said("contract") != contract.DIGEST:
+        return _OTHER_VERSION.format("with other arguments of its ops")
+    if not re.fullmatch(r"[0-9a-f]{16}", sources()):
+        return _OTHER_VERSION.format(f"which must name its sources, got {sources()!r}")
+    return None
 
 
+def sources() -> str:
+    """The digest of what the library is made of, which its build has put into it."""
+    return _said("sources") or ""
+
+
+def takes_gradients_of_triton() -> bool:
+    """Whether some gradients are by Triton's kernels: those of wide heads, on some GPUs all."""
+    return _has_kernel("dense_attn_triton", "layout_attention_bwd")
+
+
+@ops.constant_in_graphs
 def driver_error() -> str | None:
     """The reason why the driver runs no kernel of the library; None if it may. Asking initialises
-    the driver, which an import must not, and torch's compiler cannot trace it.
+    the driver, which an import must not.
     """
-    if not _driver_errors and not torch.compiler.is_compiling():
+    if not _driver_errors:
         _driver_errors.append(_said("driver_error") or "")
-    return f"the CUDA library {_driver_errors[0]}" if any(_driver_errors) else None
+    return f"the CUDA library {_driver_errors[0]}" if _driver_errors[0] else None
 
 
 def _said(name: str) -> str | None:
@@ -69,8 +86,8 @@ def gradient_of_attention(q: Tensor | None = None) -> str:
     """
     device = torch.device(DEVICE) if q is None else q.device
     own = _has_kernel(_NAME, "attention_gradient")
-    own = own and (q is None or q.shape[3] <= _GRADIENT_HEAD_DIM)
-    triton = _has_kernel("dense_attn_triton", "layout_attention_bwd")
+    own = own and (q is None or q.shape[3] <= GRADIENT_HEAD_DIM)
+    triton = takes_gradients_of_triton()
     if own and not (triton and _multiplies_by_warp_groups(device)):
         return "cuda"
     return "triton" if triton else "reference"
@@ -82,7 +99,7 @@ def _multiplies_by_warp_groups(device: torch.device) -> bool:
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return torch.cuda.get_device_capability(device)[0] in TRITON_GRADIENTS
 
 
 def _layout_attention_bwd(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:

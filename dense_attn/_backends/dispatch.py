@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 from dense_attn._backends import table
 
 # isinstance(x, Tensor) takes long to say no.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _NO_TENSORS = frozenset((type(None), str, float, bool, int, list, tuple))
 
 
@@ -55,6 +57,23 @@ def run_as(function: type[torch.autograd.Function], recorded: bool, *inputs: obj
     # that those of before have left.
     live = unwrap_dead_wrappers(inputs)
     return super(torch.autograd.Function, _recorded(function)).apply(*live)
+
+
+def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
+    """A backend's raw op; what it calls, where nothing of torch's watches ops or stands for tensors
+    and the way through torch would take as long as all else of a small call.
+    """
+    kernels = table.NAMESPACES[backend]
+    bare = not (
+        torch.compiler.is_compiling()
+        or _in_a_transform()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch.autograd._profiler_enabled()
+    )
+    if bare and all(x is None or x.__class__ in _PLAIN for x in tensors):
+        return getattr(kernels, "EAGER", {}).get(op) or getattr(kernels, op)
+    return getattr(kernels, op)
 
 
 def _in_a_transform() -> bool:

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dense_attn._backends.contract import SCHEMAS, STATS
 from dense_attn._dtypes import accumulation_dtype
+
+Function = TypeVar("Function", bound=Callable)
 
 
 def check_devices(first: Tensor, **others: Tensor | None) -> None:
@@ -203,6 +205,14 @@ def exact_mix(
     """(x, y, latent)."""
     check_devices(x, y=y, eps=eps)
     return torch.empty_like(x), torch.empty_like(y), torch.empty_like(x, dtype=dtype)
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """The function, called while torch's compiler traces a call of it, whose result the graph then
+    holds: `torch.compiler.assume_constant_result`, which would load the compiler.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 class Op(NamedTuple):

@@ -125,7 +125,7 @@ def resolve(backend: str, op: str, x: Tensor, keys: int | None = None) -> str:
     """
     if backend == "auto":
         for name in choice.order(op, x, keys):
-            if missing(name, op) is None and not why_not(name, op, x):
+            if not why_not(name, op, x):
                 return name
     _checks.choice("backend", backend, ("auto", *ORDER))
     reasons = why_not(backend, op, x)

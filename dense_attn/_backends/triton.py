@@ -174,7 +174,10 @@ def interpreted() -> bool:
 LOAD_ERROR = _load()
 DEVICE = "cpu" if interpreted() else "cuda"  # the kind of tensors that the ops take
 
+EAGER: dict[str, Callable] = {}  # what public ops, which have checked their arguments, can call
+
 if LOAD_ERROR is None:
+    EAGER["layout_attention_fwd"] = _kernel(raw_checks.orders, _layout_attention_fwd)
     _library = ops.define("dense_attn_triton")
     for _name, _launch in _launchers().items():
         _library.impl(_name, _kernel(getattr(raw_checks, _name), _launch), DEVICE.upper())

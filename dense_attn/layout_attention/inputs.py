@@ -60,9 +60,8 @@ def check_lists(lists: tuple[Tensor | None, ...], q: Tensor, k: Tensor) -> None:
     """Require three lists and two orders, as `tile_lists` returns them."""
     if not isinstance(lists, (tuple, list)) or len(lists) != 5:
         _checks.refuse("tile_lists", "be what tile_lists returns", type(lists).__name__, TypeError)
-    for place, x in enumerate(lists):
-        if x is not None or place < 3:
-            _checks.tensor("tile_lists", x)
+    for x in lists[:3]:
+        _checks.tensor("tile_lists", x)
     for order, tokens in ((lists[3], q.shape[2]), (lists[4], k.shape[2])):
         if order is not None:
             _checks.token_words("tile_lists", order, q.shape[0], tokens, q)

@@ -207,7 +207,8 @@ class _LayoutAttention(torch.autograd.Function):
         seqlens_k: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run, words = table.NAMESPACES[backend].layout_attention_fwd, (q_regions, k_regions)
+        run = dispatch.kernel_of(backend, "layout_attention_fwd", q, k, v, strength)
+        words = q_regions, k_regions
         rule, lists = (strength, modulation, scale), (q_order, k_order, tiles, counts, k_words)
         return run(q, k, v, *words, *rule, *lists, every_strength, with_lse, with_stats, seqlens_k)
 

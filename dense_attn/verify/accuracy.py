@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import nan
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from dense_attn import _checks
 from dense_attn._backends import table
 
 DTYPES = _checks.DTYPES
+_LONGEST = 400  # characters of an error that are shown
 
 
 def judge(got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> tuple[float, float]:
@@ -64,11 +66,36 @@ class Verdict:
     control: float  # such a number of a result that is wrong on purpose
     limit: float = 1  # of the numbers; 0 for elements that differ
     worst: str = ""  # what is furthest off, and by how much
+    error: str = ""  # what the backend raised instead of results
 
     @property
     def passed(self) -> bool:
         """Whether the backend is right, and its control wrong."""
-        return max(self.numbers.values()) <= self.limit < self.control
+        return not self.error and max(self.numbers.values()) <= self.limit < self.control
+
+    @property
+    def fault(self) -> str:
+        """The words behind FAILED."""
+        return self.error or self.worst
+
+
+def raised(backend: str, dtype: torch.dtype, what: str, error: Exception, by: str = "") -> Verdict:
+    """The verdict on a backend that raised."""
+    words = " ".join(str(error).split())[:_LONGEST]
+    said = f"{by}{type(error).__name__}: {words}"
+    return Verdict(backend, _checks.name(dtype), what, {}, nan, error=said)
+
+
+def attempt(
+    make: Callable[..., Verdict], backend: str, dtype: torch.dtype, what: str, *arguments: object
+) -> Verdict:
+    """The verdict that is made, or that on a backend that raises: its row fails, whatever it was,
+    and the others are still checked.
+    """
+    try:
+        return make(backend, dtype, what, *arguments)
+    except Exception as error:
+        return raised(backend, dtype, what, error)
 
 
 def why_not(

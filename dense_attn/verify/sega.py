@@ -10,11 +10,36 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks, reference
+from dense_attn._backends import table
 
-from .accuracy import DTYPES, Verdict, call, differing, further, randn, ratio, usable
+from .accuracy import DTYPES, Verdict, attempt, call, differing, further, randn, ratio, usable
 
 CONCEPTS = 3
-SHAPE = (2, 4, 33, 31)
+# Channels of one launch, those that Triton's registers do not hold, those that take several.
+SHAPES = ((2, 4, 33, 31), (1, 2, 150, 150), (1, 2, 190, 190))
+
+
+PLAIN = {  # all concepts warm
+    "guidance_scale": 7.5,
+    "edit_momentum_scale": 0.1,
+    "edit_mom_beta": 0.4,
+    "edit_guidance_scale": [5.0, 3.0, 4.0],
+    "edit_threshold": [0.9, 0.0, 0.95],
+    "weights": [1.0] * CONCEPTS,
+    "partials": [0.0] * CONCEPTS,
+    "all_warm": True,
+    "reverse": [False] * CONCEPTS,
+    "user_mask": False,
+    "sum_channels": False,
+}
+MIXED = PLAIN | {  # every option
+    "weights": [1.0, 0.5, 0.0],  # the last concept is over
+    "partials": [1.0, 0.0, 0.0],  # the one between warms up
+    "all_warm": False,
+    "reverse": [False, True, False],
+    "user_mask": True,
+    "sum_channels": True,
+}
 
 
 def exact_quantile(magnitudes: Tensor, level: float) -> Tensor:
@@ -38,11 +63,12 @@ def verify(backends: Sequence[str]) -> Iterator[Verdict]:
     """One verdict for each of these backends that is available, dtype and kind of result."""
     for dtype in DTYPES:
         for backend in usable("sega_guidance", dtype, backends):
-            yield _thresholds(backend, dtype)
-            yield from _guidance(backend, dtype)
+            yield attempt(_thresholds, backend, dtype, "thresholds, masks")
+            for what, options in (("guidance", PLAIN), ("guidance, mixed", MIXED)):
+                yield attempt(_guidance, backend, dtype, what, options)
 
 
-def _thresholds(backend: str, dtype: torch.dtype) -> Verdict:
+def _thresholds(backend: str, dtype: torch.dtype, what: str) -> Verdict:
     """Rows of 1 to 40,000 values, ties and a NaN among them, against their definition."""
     generator, wrong, control = torch.Generator().manual_seed(0), 0, 0
     for count in (1, 2, 100, 4096, 40_000):
@@ -58,56 +84,35 @@ def _thresholds(backend: str, dtype: torch.dtype) -> Verdict:
             ordered = magnitudes.nan_to_num(nan=torch.inf).sort(-1).values
             control += differing(threshold, ordered[:, count // 3])
     numbers = {"bits": wrong}
-    return Verdict(backend, _checks.name(dtype), "thresholds, masks", numbers, control, limit=0)
+    return Verdict(backend, _checks.name(dtype), what, numbers, control, limit=0)
 
 
-def _guidance(backend: str, dtype: torch.dtype) -> Iterator[Verdict]:
-    """A step with all concepts warm, and one with every option."""
-    generator = torch.Generator().manual_seed(1)
-    uncond, text, momentum = (randn(generator, *SHAPE) for _ in range(3))
-    tensors = [uncond, text, randn(generator, CONCEPTS, *SHAPE), momentum]
-    mask = randn(generator, CONCEPTS, *SHAPE).sigmoid()
-    plain = {
-        "guidance_scale": 7.5,
-        "edit_momentum_scale": 0.1,
-        "edit_mom_beta": 0.4,
-        "edit_guidance_scale": [5.0, 3.0, 4.0],
-        "edit_threshold": [0.9, 0.0, 0.95],
-        "weights": [1.0] * CONCEPTS,
-        "partials": [0.0] * CONCEPTS,
-        "all_warm": True,
-        "reverse": [False] * CONCEPTS,
-        "user_mask": None,
-        "sum_channels": False,
-    }
-    mixed = plain | {
-        "weights": [1.0, 0.5, 0.0],  # the last concept is over
-        "partials": [1.0, 0.0, 0.0],  # the one between warms up
-        "all_warm": False,
-        "reverse": [False, True, False],
-        "user_mask": mask,
-        "sum_channels": True,
-    }
-    for what, options in (("guidance", plain), ("guidance, mixed", mixed)):
-        yield _guidance_verdict(backend, dtype, what, tensors, options)
-
-
-def _guidance_verdict(
-    backend: str, dtype: torch.dtype, what: str, tensors: list[Tensor], options: dict[str, object]
-) -> Verdict:
-    wide = reference.accumulation_dtype(dtype)
-    narrow = [*(x.to(dtype) for x in tensors[:3]), tensors[3].to(wide)]
-    if options["user_mask"] is not None:
-        options = options | {"user_mask": options["user_mask"].to(wide)}
-    step = partial(call, backend, "sega_guidance", *narrow)
-    results, (exact, plain) = step(**options)[:2], exact_and_plain(narrow, options)
-    numbers = {
-        name: ratio(got, right, rough, got.dtype)
-        for name, got, right, rough in zip(("eps", "momentum"), results, exact, plain)
-    }
-    wrong = step(**options | {"edit_threshold": [0.8, 0.0, 0.95]})[0]
-    control = ratio(wrong, exact[0], plain[0], dtype)
+def _guidance(backend: str, dtype: torch.dtype, what: str, options: dict[str, object]) -> Verdict:
+    """The worst of all shapes, and the control that is least wrong."""
+    numbers, control = {"eps": 0.0, "momentum": 0.0}, math.inf
+    for shape in SHAPES if table.device_of(backend) == "cuda" else SHAPES[:1]:
+        tensors, given = _inputs(shape, dtype, options)
+        step = partial(call, backend, "sega_guidance", *tensors)
+        results, (exact, plain) = step(**given)[:2], exact_and_plain(tensors, given)
+        for name, got, right, rough in zip(numbers, results, exact, plain):
+            numbers[name] = max(numbers[name], ratio(got, right, rough, got.dtype))
+        wrong = step(**given | {"edit_threshold": [0.8, 0.0, 0.95]})[0]
+        control = min(control, ratio(wrong, exact[0], plain[0], dtype))
     return Verdict(backend, _checks.name(dtype), what, numbers, control)
+
+
+def _inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, object]
+) -> tuple[list[Tensor], dict[str, object]]:
+    """(eps_uncond, eps_text, eps_edits, momentum) and the options, with a mask if they ask for
+    one.
+    """
+    generator, wide = torch.Generator().manual_seed(1), reference.accumulation_dtype(dtype)
+    uncond, text, momentum = (randn(generator, *shape) for _ in range(3))
+    edits, mask = (randn(generator, CONCEPTS, *shape) for _ in range(2))
+    given = [*(x.to(dtype) for x in (uncond, text, edits)), momentum.to(wide)]
+    masked = options["user_mask"]
+    return given, options | {"user_mask": mask.sigmoid().to(wide) if masked else None}
 
 
 def exact_and_plain(

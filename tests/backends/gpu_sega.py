@@ -25,9 +25,8 @@ from dense_attn.triton_kernels.sega.rows import GROUP, whole_rank_of
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = (0.0, 1e-42, 0.123456, 0.5, 0.9, 1 - 2**-53, 1.0)
 
-# numpy's own
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+    "ignore:(invalid value|overflow) encountered:RuntimeWarning"  # numpy's own
 )
 
 
@@ -209,6 +208,7 @@ SEGA_CASES = {
     "channels last": (3, {"view": "channels_last"}),
     "two groups": (9, {"warming": True}),
     "none": (0, {}),
+    "sums of no channels": (3, {"size": (2, 0, 9, 15), "sum_channels": True}),
 }
 
 
@@ -258,7 +258,6 @@ CUDA_CASES = {  # of concepts, in launches of 16, whose keys share 96 KiB
     "long-in-two-launches": (17, {"size": (1, 1, 130, 130), "masked": True}),
     "long-sums": (2, {"size": (1, 3, 130, 130), "sum_channels": True, "masked": True}),
     "long-without-concepts": (0, {"size": (1, 1, 130, 130)}),
-    "sums-of-no-channels": (3, {"size": (2, 0, 9, 15), "sum_channels": True}),
 }
 
 

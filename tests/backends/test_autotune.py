@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -298,8 +296,7 @@ def interpreted(program: str, file: Path) -> None:
     """Run a program in a process of its own; it must say that all is right."""
     asked = {"TRITON_INTERPRET": "1", "DENSE_ATTN_AUTOTUNE": "1"}
     asked["DENSE_ATTN_AUTOTUNE_CACHE"] = str(file)
-    command = [sys.executable, "-c", program]
-    result = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
+    result = forked.run(program, **asked)
     assert result.stdout == "right\n", result.stderr
 
 

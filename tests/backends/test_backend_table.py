@@ -5,12 +5,11 @@ a call refuses.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from cases import why_skip
@@ -141,10 +140,7 @@ def test_what_is_available_runs(backend: str, op: str) -> None:
 
 def run(program: str, **environment: str) -> str:
     """The output of a program in a process of its own."""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    done = forked.run(program, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

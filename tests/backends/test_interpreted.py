@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytest.importorskip("triton")
@@ -27,14 +25,9 @@ PARTS = {
     ],
 )
 def test_interpreted(part: str, cells: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "-m", cells]
-    done = subprocess.run(
-        [*command, *PARTS[part]],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+    options = ("-q", "-rN", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", cells)
+    done = forked.run(
+        forked.PYTEST, *options, *PARTS[part], cwd=Path(__file__).parent, TRITON_INTERPRET="1"
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

@@ -51,6 +51,65 @@ def test_a_parked_state_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(parked, results[name]), name
 
 
+def test_what_delta_has_missed_is_taken_back() -> None:
+    """Exact float32 needs it: where a key weighs most, its slope's rounding must be in delta, which
+    comes of `out`, as well. Here out is wrong by far more than that.
+    """
+    case = Case("missed", (1, 2, 70, 90, 40))
+    inputs = make_inputs(case, torch.float32)
+    strength = inputs.strength.expand(inputs.q.shape[:3])
+    tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions, strength
+    out, _, stats = launchers.layout_attention_fwd(*tensors, "range", 0.2)
+    grad = torch.randn_like(out)
+    expected, found = (
+        launchers.layout_attention_bwd(grad, None, *tensors, x, stats, "range", 0.2)
+        for x in (out, out + 0.01)
+    )
+    for name, x, y in zip(("dq", "dk", "dv", "dstrength"), expected, found):
+        assert torch.allclose(x, y, atol=2e-5), name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's tiles, which no order of sums parts")
+def test_rows_that_are_loaded_twice_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32's, of which the compiler copies ahead what each product reads by itself."""
+    inputs = make_inputs(CASE["head-dim-80"], torch.float32)
+    monkeypatch.setattr(configs, "precision", lambda q: "tf32")
+    results = run(CASE["head-dim-80"], "range", inputs, monkeypatch)
+    monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, num_stages=3))
+    for name, found in run(CASE["head-dim-80"], "range", inputs, monkeypatch).items():
+        assert torch.equal(found, results[name]), name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="small tiles, of which a head has several")
+def test_specialised_warps_know_tiles_without_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their lists are not looked at: keys are visited as they come, as one population."""
+    for name in ("ROW_KEYS", "PACKED_KEYS"):
+        monkeypatch.setattr(configs, name, 0)
+    monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, specialised=True))
+    case = Case("half-without", (2, 2, 130, 70, 16), words="runs", ordered=True)
+    inputs = make_inputs(case, torch.float32)
+    strength = inputs.strength.expand(inputs.q.shape[:3]).clone()
+    tokens = inputs.q_regions, inputs.k_regions
+    orders = inputs.orders["q_order"], inputs.orders["k_order"]
+    block = configs.INTERPRETED.BLOCK_M
+    strength[0, 1, orders[0][..., block : 2 * block].long()] = 0
+    strength[1] = 0
+    strength[1, 0, orders[0][..., -1].long()] = 0.5
+    lists = launchers.tile_lists(*tokens, *orders, block, configs.INTERPRETED.BLOCK_N)
+    given = (inputs.q, inputs.k, inputs.v, *tokens, strength, "range", 0.25)
+    got, _, _ = launchers.layout_attention_fwd(*given, *orders, lists)
+    expected = reference.layout_attention(*given[:6], modulation="range", scale=0.25)
+    assert torch.allclose(got, expected[0], atol=2e-6)
+    lists.counts.zero_()  # of no tile is anything to be visited now
+    blind, _, _ = launchers.layout_attention_fwd(*given, *orders, lists)
+    alike = (blind == got).all(-1)
+    some = strength.gather(2, orders[0].long().expand(2, 2, -1)) != 0
+    tiles = [part.any(-1, keepdim=True).expand(part.shape) for part in some.split(block, 2)]
+    places = orders[0].long().expand(2, 2, -1)
+    plain = torch.ones_like(some).scatter(2, places, ~torch.cat(tiles, 2))
+    assert torch.equal(alike, plain)
+
+
 def row_call(seqlen_k: int, modulation: str) -> tuple[object, ...]:
     """The arguments of a launch whose rows of scores are one tile."""
     case = Case(f"row-of-{seqlen_k}", (1, 1, 20, seqlen_k, 40))

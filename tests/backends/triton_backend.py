@@ -15,6 +15,7 @@ from chains import Network, sampler
 from sega_cases import LISTS, NUMBERS, raw_options
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_attn import ddim_step, layout_attention, percentile_mask, sega_guidance, tile_lists
 from dense_attn._backends import ops, raw_checks, table, triton
@@ -69,6 +70,7 @@ def test_layout_attention(modulation: str, monkeypatch: pytest.MonkeyPatch) -> N
             return launch(*arguments)
 
         monkeypatch.setattr(triton, name, partial(spying, q_at=8 if "fwd" in name else 12))
+    monkeypatch.setattr(triton, "EAGER", {})
     inputs = make_inputs(ATTENTION, torch.float32)
     exact, plain = exact_and_plain(inputs, modulation=modulation)
     there = moved(inputs, DEVICE)
@@ -81,6 +83,49 @@ def test_layout_attention(modulation: str, monkeypatch: pytest.MonkeyPatch) -> N
     for q_order, k_order in orders:
         assert torch.equal(q_order.cpu(), inputs.orders["q_order"])
         assert torch.equal(k_order.cpu(), inputs.orders["k_order"])
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops that torch meanwhile dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_is_passed_by_where_nothing_watches_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher is called then, with the same result; else the op is seen."""
+    op, called = "dense_attn_triton::layout_attention_fwd", []
+    at_once = triton.EAGER["layout_attention_fwd"]
+    noting = lambda *given: called.append(1) or at_once(*given)  # noqa: E731
+    monkeypatch.setitem(triton.EAGER, "layout_attention_fwd", noting)
+    there = moved(make_inputs(ATTENTION, torch.float32), DEVICE)
+    tensors = there.q, there.k, there.v, there.q_regions, there.k_regions, there.strength
+
+    def call(*tensors: Tensor) -> Tensor:
+        return layout_attention(*tensors, backend="triton", **there.orders)
+
+    bare = call(*tensors)
+    assert called == [1]
+    with Ops() as seen:
+        watched = call(*tensors)
+    assert seen.names.count(op) == 1
+    assert torch.equal(bare, watched)
+    with profile(activities=[ProfilerActivity.CPU]) as told:
+        call(*tensors)
+    assert op in {event.name for event in told.events()}
+    traced = torch.jit.trace(call, tensors, check_trace=False)
+    assert op in str(traced.inlined_graph)
+    assert torch.equal(traced(*tensors), bare)
+    assert called == [1]
+    if INTERPRETED:  # a look at values waits for a GPU
+        wrong = {"q_order": torch.zeros_like(there.orders["q_order"])}
+        with pytest.raises(RuntimeError, match="q_order must be a permutation of the tokens"):
+            layout_attention(*tensors, backend="triton", **wrong)
 
 
 def compare(call: Callable, *tensors: Tensor) -> None:

@@ -11,9 +11,11 @@ import torch
 from stopwatch import Stopwatch
 from torch import Tensor
 
+import dense_attn
 from dense_attn.benchmarks import families, plots
 from dense_attn.benchmarks.families import FAMILIES
-from dense_attn.benchmarks.harness.measure import Entry, Latest, Row, Setting
+from dense_attn.benchmarks.harness import dry_run, machine
+from dense_attn.benchmarks.harness.measure import BY_BACKEND, Entry, Latest, Row, Setting
 from dense_attn.benchmarks.reversible import chain, chains, gradient, round_trip, steps, unet
 from dense_attn.benchmarks.sega import guidance, percentile
 
@@ -212,3 +214,35 @@ def test_a_figure_shows_the_gradients_alone(tmp_path: Path) -> None:
     (file,) = plots.draw({"rows": rows, "header": header}, tmp_path / "a.svg")
     assert file == tmp_path / "a-reversible.svg"
     assert "a checkpoint each step" in file.read_text()
+
+
+@pytest.mark.parametrize("family", ["percentile", "sega", "steps"])
+def test_on_a_gpu_rows_of_one_backend_are_run_by_no_other(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks its backend, names it, and says why it is not there."""
+    monkeypatch.setattr(machine, "_current", dry_run.DryGpu())
+    module, asked = FAMILIES[family], []
+    rows = {x.contender: x for x in module.entries(quick=True)}
+    assert BY_BACKEND.keys() < rows.keys()
+    monkeypatch.setattr(
+        dense_attn, "sega_guidance", lambda *x, backend, **how: asked.append(backend) or []
+    )
+    monkeypatch.setattr(
+        dense_attn, "percentile_mask", lambda *x, backend, **how: asked.append(backend)
+    )
+    monkeypatch.setattr(
+        steps.table, "resolve", lambda backend, op, x: asked.append(backend) or "cpu"
+    )
+    for name, backend in BY_BACKEND.items():
+        if family == "steps":
+            steps.calls(rows[name], steps.Inputs([torch.ones(8, device="cpu")], None, {}))
+        else:
+            given = guidance.make_step((1, 1, 1, 4)) if family == "sega" else None
+            module.GPU_CONTENDERS[name](given)
+        assert asked[-1] == backend
+    monkeypatch.setattr(steps.table, "why_not", lambda backend, op, x: [f"no {backend}"])
+    found = {name: module.measure(rows[name], None) for name in BY_BACKEND}
+    assert {name: (row["backend"], row["reason"]) for name, row in found.items()} == {
+        name: (backend, f"no {backend}") for name, backend in BY_BACKEND.items()
+    }

@@ -5,13 +5,12 @@ launches are left out and counted.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from cases import why_skip
@@ -139,6 +138,7 @@ def before_launches() -> dict[str, dict[str, Row]]:
     pytest.importorskip("triton")
     program = """
 import json, torch
+torch.set_num_threads(1)
 from dense_attn.benchmarks.host_cost import recorded, stubbed
 from triton.runtime.interpreter import GridExecutor
 recorded._ROUNDS, recorded._ROUND_SECONDS = 3, 1e-6
@@ -152,9 +152,7 @@ def recorded_first(ours):
 stubbed._raw = recorded_first
 print(json.dumps({"rows": stubbed.measured(), "ops": ops}))
 """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forked.run(program, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -228,3 +226,8 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
     text = (ROOT / "docs" / "measured.md").read_text("utf-8")
     for table in page.tables(json.loads(RESULTS.read_text("utf-8"))["rows"]).split("\n\n"):
         assert table in text
+    cuda = json.loads(RESULTS.with_name("host-cost-cuda.json").read_text("utf-8"))
+    assert page.cuda_table(cuda) in text
+    date = datetime.fromisoformat(cuda["header"]["date"])
+    where = f"{cuda['header']['cores']} cores of an {cuda['header']['device']}"
+    assert f"{where}, {date:%-d %B %Y}; `benchmarks/results/host-cost-cuda.json`" in text

@@ -308,7 +308,7 @@ def test_rows_of_a_prompt_are_bound_by_their_bytes(table: Table) -> None:
 def test_the_model_is_shown(table: Table) -> None:
     """Beside plain attention, and not judged."""
     lines = [_kernel_report._counted(row) for row, facts in sides(table) if facts is row]
-    print("\n".join(_kernel_report._grid([_kernel_report.MODEL_COLUMNS, *lines])))
+    print("\n".join(_kernel_report.grid([_kernel_report.MODEL_COLUMNS, *lines])))
     column = _kernel_report.MODEL_COLUMNS.index("issue")
     assert all(re.fullmatch(r"[\d ]+ / \d+", line[column]) for line in lines)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,8 +85,7 @@ for module in (layout_attention, fwd_specialised, lists, reversible, sega, selec
             kernel[(1,)]
 print(*sorted(idle))
 """
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forked.run(program)
     assert done.returncode == 0, done.stderr
     watched, idle = done.stdout.split("\n")[:2]
     assert set(watched.split()) == jit_functions()

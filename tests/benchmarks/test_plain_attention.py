@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytest.importorskip("triton")
 
 
 def test_plain_attention_is_attention() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, "plain_attention.py"],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "plain_attention.py")
+    here = Path(__file__).parent
+    done = forked.run(forked.PYTEST, *options, cwd=here, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

@@ -8,7 +8,7 @@ from subprocess import CompletedProcess
 import compat
 import pytest
 
-FAULTS = ("none", "pip", "place", "library", "verify", "tests", "no report")
+FAULTS = ("none", "pip", "place", "library", "cuda", "calls", "verify", "tests", "no report")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -16,6 +16,7 @@ def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(compat, "WORK", tmp_path)
     monkeypatch.setattr(compat, "TABLE", tmp_path / "docs" / "table.md")
     monkeypatch.setattr(compat, "build", lambda: tmp_path / "a.whl")
+    monkeypatch.setattr(compat, "emulated_library", lambda: tmp_path / "cuda.so")
 
     def run(program: Path, *arguments: str, check: bool = True) -> CompletedProcess:
         folder = program.parents[1]
@@ -27,7 +28,10 @@ def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.M
             place = Path("/elsewhere") if wrong == "place" else folder
             state = "the compiled library does not load" if wrong == "library" else "available"
             torch = folder.name.removeprefix("torch-")
-            out = "\n".join((str(place / "dense_attn"), torch, "3.6", state, "no GPU"))
+            cuda = "the CUDA library does not load" if wrong == "cuda" else "no GPU"
+            out = "\n".join((str(place / "dense_attn"), torch, "3.6", state, "no GPU", cuda))
+        elif compat.CALLS in arguments:
+            code, out = int(wrong == "calls"), "calls are right\n"
         elif "verify" in arguments:
             code = int(wrong == "verify")
             out = "cpu FAILED\n1 rows FAILED" if code else "every row passed"
@@ -42,8 +46,9 @@ def test_a_fault_fails_the_run(fault: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(compat, "run", run)
     assert compat.main() == int(fault != "none")
     lines = compat.TABLE.read_text().splitlines()[-3:]
+    cuda = "no GPU; calls are right"
     right = [
-        f"| {v} | 3.6 | 8 passed, 2 skipped | every row passed | available | no GPU |"
+        f"| {v} | 3.6 | 8 passed, 2 skipped | every row passed | available | no GPU | {cuda} |"
         for v in compat.VERSIONS
     ]
     assert lines[::2] == right[::2]

@@ -11,6 +11,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import forked
 import gpu
 import gpu_build
 import gpu_plan
@@ -167,8 +168,7 @@ def selected(tmp_path: Path, *argv: str) -> set[tuple[str, str]]:
     words = step.command[step.command.index("pytest") + 1 :]
     if "-n" in words:
         del words[words.index("-n") : words.index("-n") + 2]
-    command = [sys.executable, "-m", "pytest", "--collect-only", *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = forked.run(forked.PYTEST, "--collect-only", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     lines = [line.split("::") for line in result.stdout.splitlines() if "::" in line]
     return {(Path(file).name, test) for file, test in lines}

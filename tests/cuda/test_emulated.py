@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-pytest.importorskip("triton")  # the emulator imports it
+pytest.importorskip("triton")  # the tables of cases import it
 
-from cuda import build
+from cuda.processes import COMPILED, emulate
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = COMPILED
 ATTENTION = (  # the row kernel, and that of any number of keys, each with its gradient
     "cross-attention-bfloat16-range",
     "one-query-float16-max",
@@ -34,22 +28,6 @@ TABLES = {
     "steps": ("backends/gpu_steps.py", "cuda"),
     "raw calls of steps": ("reversible/test_raw_calls.py", ""),
 }
-
-
-def emulate(file: str, selection: str, *options: str, head_dims: str = "40") -> str:
-    """The output of a run of a file below tests/, which must pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider"]
-    command += ["-p", "no:xdist", "-p", "cuda.plugin", "-k", selection, *options, file]
-    done = subprocess.run(
-        command,
-        cwd=ROOT / "tests",
-        env=os.environ | {"CUDA_HEAD_DIMS": head_dims},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize("part", CORE)

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from cuda.processes import COMPILED, run
 
-pytest.importorskip("triton")  # the emulator imports it
-
-from cuda import build
-
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = COMPILED
 BEGIN = """
 import torch
 from cuda.compiled import compiled_backend
@@ -89,12 +80,4 @@ EXPECTED = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_stand_in(program: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + PROGRAMS[program]],
-        cwd=ROOT / "tests" / "support",
-        env=os.environ | {"CUDA_HEAD_DIMS": "40"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.splitlines() == EXPECTED[program], done.stderr[-2000:]
+    assert run(BEGIN + PROGRAMS[program]).splitlines() == EXPECTED[program]

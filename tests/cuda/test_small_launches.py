@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")  # the emulator imports it
+pytest.importorskip("triton")  # the program imports it
 
-from cuda import build
+from cuda.processes import COMPILED, run
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+pytestmark = COMPILED
 PROGRAM = """
 from cuda.compiled import compiled_backend
 runtime = compiled_backend()
@@ -29,19 +26,11 @@ print(*{run.kernel for run in runs})
 
 
 @pytest.mark.full
-def test_every_kernel_is_launched() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT / "tests" / "support"), "TRITON_INTERPRET": "1"}
-        | {"CUDA_HEAD_DIMS": "80"},  # narrower heads are of this class, too
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def test_every_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    said = run(PROGRAM, head_dims="160")  # narrower heads are of this class, too
     sources = [x.read_text("utf-8") for x in (ROOT / "csrc" / "cuda").rglob("*.cu*")]
     kernels = re.findall(r"__global__ void[^;{]*?\b(\w+_kernel)\(", "".join(sources))
     assert len(kernels) == 15
     for kernel in kernels:
-        assert f"{len(kernel)}{kernel}" in done.stdout, kernel
+        assert f"{len(kernel)}{kernel}" in said, kernel

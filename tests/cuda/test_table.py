@@ -1,10 +1,9 @@
-"""The CUDA kernels as nvcc compiles them: the committed table, and with `-m full` the whole library
-for sm_80 and sm_90, built, linked, loaded and counted.
+"""The CUDA kernels as nvcc compiles them: the committed table, and with `-m full` the library for
+sm_80 and sm_90, built, linked, loaded and counted.
 """
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +13,14 @@ import pytest
 
 pytest.importorskip("triton")
 
+from cuda import build
+
 from dense_attn._backends.contract import MODULATIONS
 from dense_attn.benchmarks.compiled import cuda_table, kernel_table
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("sm_80", "sm_90")
+CLASSES = (40, 64, 80, 96, 128, 160, 256)
 ROW, FWD = "layout_attention_row_fwd_kernel", "layout_attention_fwd_kernel"
 # Instructions of a warp for 16 rows of 77 keys: alone, and with a rare search for the top, lse and
 # statistics, which is still less than Triton's kernel takes with the latter.
@@ -64,7 +66,7 @@ def test_every_kernel_is_there(committed: list[Row], target: str) -> None:
         for dtype in ("float16", "bfloat16"):
             for modulation in MODULATIONS:
                 found = rows_of(committed, kernel, dtype, modulation, target=target)
-                assert {row["head_dim"] for row in found} == {40, 64, 80, 96, 128, 160, 256}
+                assert {row["head_dim"] for row in found} == set(CLASSES)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -87,13 +89,21 @@ def test_many_keys(committed: list[Row], target: str, head_dim: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.long  # minutes of ptxas
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_the_library_of_now(committed: list[Row], tmp_path: Path) -> None:
+@pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+@pytest.mark.parametrize(
+    "head_dims",
+    ["40", pytest.param("", marks=pytest.mark.long, id="all")],  # minutes of ptxas
+)
+def test_the_library_of_now(head_dims: str, committed: list[Row], tmp_path: Path) -> None:
     """It is compiled without a warning, loads where no GPU is, and is what the table says."""
-    library = cuda_table.build(tmp_path, TARGETS)
+    library = cuda_table.build(tmp_path, TARGETS, head_dims)
     load = f"import torch; torch.ops.load_library({str(library)!r})"
     load += "; print(torch.ops.dense_attn_cuda.contract())"
     subprocess.run([sys.executable, "-c", load], check=True, capture_output=True)
-    known = [row for row in committed if row["target"] in TARGETS]
+    compiled = {*map(int, head_dims.split(","))} if head_dims else set(CLASSES)
+    known = [
+        row
+        for row in committed
+        if row["target"] in TARGETS and row["head_dim"] in {None, *compiled}
+    ]
     assert cuda_table.rows_of(library) == known

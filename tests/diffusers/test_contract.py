@@ -120,6 +120,9 @@ def test_torch_compile(way: str) -> None:
         right = latents(pipe)
     with semantic_guidance(pipe, [Edit("fog", warmup=1)]), apply_layout(pipe, PROMPT, REGIONS):
         guided = latents(pipe)
+    moved = [("dog", (0.0, 0.5, 1.0, 1.0)), ("cat", (0.5, 0.0, 1.0, 0.5))]
+    with apply_layout(pipe, PROMPT, moved):
+        elsewhere = latents(pipe)
     plain = latents(pipe)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -132,6 +135,10 @@ def test_torch_compile(way: str) -> None:
         graphs = counter.frame_count
         latents(pipe)
         assert counter.frame_count == graphs <= 2
+    with apply_layout(pipe, PROMPT, moved):
+        assert close(latents(pipe), elsewhere)
+    assert not close(elsewhere, right)
+    assert counter.frame_count == graphs
     assert close(latents(pipe), plain)
     with semantic_guidance(pipe, [Edit("fog", warmup=1)]), apply_layout(pipe, PROMPT, REGIONS):
         assert close(latents(pipe), guided)

@@ -130,6 +130,11 @@ def test_step_caches(cache: str, options: dict, calls: list) -> None:
     of_all = len(calls)
     calls.clear()
     pipe.transformer.enable_cache(config(**options))
+    with pytest.warns(UserWarning, match=f"^{cache}Config may repeat a layout's steps"):
+        with_layout(pipe)
+    calls.clear()
+    pipe.transformer.disable_cache()
+    pipe.transformer.enable_cache(config(**options))
     got = with_layout(pipe, active=1.0)
     assert 0 < len(calls) < of_all
     pipe.transformer.disable_cache()

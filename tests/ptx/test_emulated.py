@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from case_tensors import REAL_LAYOUTS
 
@@ -49,25 +47,10 @@ TABLES = {
 
 def emulate(files: tuple[str, ...], selection: str, *options: str, path: Path | None = None) -> str:
     """The output of a run of these files, which must pass."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rN",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    command += ["-p", "ptx.plugin", "-k", selection, *options]
-    done = subprocess.run(
-        [*command, *files],
-        cwd=BACKENDS,
-        env=os.environ | ({"PYTHONPATH": str(path)} if path else {}),
-        capture_output=True,
-        text=True,
-        check=False,
+    command = ("-q", "-rN", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "ptx.plugin")
+    environment = {"PYTHONPATH": str(path)} if path else {}
+    done = forked.run(
+        forked.PYTEST, *command, "-k", selection, *options, *files, cwd=BACKENDS, **environment
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout

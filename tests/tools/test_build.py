@@ -260,9 +260,19 @@ def test_a_build_for_cuda_without_a_usable_nvcc_ends_with_what_to_install(
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
-def test_an_architecture_that_is_none_is_refused(tmp_path: Path) -> None:
-    said = refusal(tmp_path, DENSE_ATTN_CUDA="1", DENSE_ATTN_CUDA_ARCHS="80,hopper")
-    assert said == "error: DENSE_ATTN_CUDA_ARCHS must be like 80,90, got 'hopper'"
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("ARCHS", "80,hopper", "like 80,90"),
+        ("HEAD_DIMS", "40,41", "of 40, 64, 80, 96, 128, 160, 256"),
+    ],
+)
+def test_what_a_library_is_not_made_for_is_refused(
+    name: str, value: str, rule: str, tmp_path: Path
+) -> None:
+    name, got = f"DENSE_ATTN_CUDA_{name}", value.split(",")[1]
+    said = refusal(tmp_path, **{"DENSE_ATTN_CUDA": "1", name: value})
+    assert said == f"error: {name} must be {rule}, got {got!r}"
 
 
 NO_TORCH = {  # a script that takes it away, and the end of the sentence

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import tree
@@ -157,11 +158,8 @@ def test_a_wrong_file_with_such_a_name_is_still_one_sentence(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("value", ["2", "maybe"])
-def test_a_wrong_variable_is_refused_by_every_command(
-    value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DENSE_ATTN_AUTOTUNE", value)
-    done = subprocess.run([*COMMAND, "info"], capture_output=True, text=True, check=False)
+def test_a_wrong_variable_is_refused_by_every_command(value: str) -> None:
+    done = forked.run(forked.COMMAND, "info", DENSE_ATTN_AUTOTUNE=value)
     assert done.returncode == 2
     assert done.stderr == f"dense_attn info: DENSE_ATTN_AUTOTUNE must be 1 or 0, got '{value}'\n"
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from dense_attn import Layout, ReversibleSampler
 from dense_attn.demo import picture
 from dense_attn.demo import scene as scenes
 from dense_attn.demo import step as layers_of
+from dense_attn.verify import calls as verified_calls
 from dense_attn.verify import layout_attention as verified
 from dense_attn.verify import reversible as verified_chains
 from dense_attn.verify import sega as verified_guidance
@@ -242,11 +242,12 @@ def programs(backend: str) -> Thunk:
         measured = [run.difference for run in layers_of.measure(scene.layout, layers, backend)]
         inputs = [layers_of.make_inputs(layer, seed=1, batch=1) for layer in layers]
         attended = picture.attention(scene, "cross")
-        case = next(islice(verified.calls(), 3, None)).cast(torch.float64)
+        case = next(islice(verified_calls.calls(), 3, None)).cast(torch.float64)
         expected = verified.exact_and_plain(case, "range")
         rows = [case.run("range", backend), *expected]
-        rows += verified_guidance._guidance(backend, torch.float32)
-        rows += [verified_chains._float_step(backend, torch.bfloat16)]
+        options = verified_guidance.PLAIN
+        rows += [verified_guidance._guidance(backend, torch.float32, "guidance", options)]
+        rows += [verified_chains._float_step(backend, torch.bfloat16, "float steps")]
         return (
             measured,
             inputs,
@@ -307,5 +308,4 @@ def test_it_is_imported_under_them(by: torch.dtype | torch.device) -> None:
     )
     code = f"import torch; {which}; from dense_attn.verify.reversible import ALPHAS_CUMPROD as a; "
     code += "print(a[-1].item())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == verified_chains.ALPHAS_CUMPROD[-1].item()
+    assert float(forked.run(code).stdout) == verified_chains.ALPHAS_CUMPROD[-1].item()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from dense_attn import _environment
@@ -53,11 +54,8 @@ def test_triton_reads_its_own_flag_as_this_library_does() -> None:
     pytest.importorskip("triton")
     program = "from triton.knobs import runtime; print(runtime.interpret)"
     for value in ("1", "TRUE", "yes", "on", "y", "0", "off", "n", "no", "false", ""):
-        environment = os.environ | {"TRITON_INTERPRET": value}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, check=True
-        )
-        assert done.stdout.decode().strip() == str(value.lower() in _environment.ON), value
+        done = forked.run(program, TRITON_INTERPRET=value)
+        assert done.stdout.strip() == str(value.lower() in _environment.ON), value
 
 
 @pytest.mark.parametrize(
@@ -77,11 +75,7 @@ torch.version.cuda = torch.version.hip = None
 from dense_attn import backends
 print(backends()["triton"]["layout_attention"])
 """
-    environment = os.environ | {"TRITON_INTERPRET": value}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
-    assert reason in done.stdout
+    assert reason in forked.run(program, TRITON_INTERPRET=value).stdout
 
 
 def test_nothing_else_reads_the_environment() -> None:

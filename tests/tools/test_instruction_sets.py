@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
+import forked
 import pytest
 import selection
 import torch
@@ -23,14 +23,8 @@ dense_attn.layout_attention(x, x, x, words, words, backend="cpu")"""
 pytestmark = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
 
 
-def run(isa: str, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | {ASKED: isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(isa: str, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return forked.run(program, *arguments, **{ASKED: isa})
 
 
 @pytest.mark.core
@@ -46,10 +40,10 @@ def test_every_instruction_set(isa: str, cells: str) -> None:
     mine = torch.ops.dense_attn.cpu_isa()
     if ISAS.index(isa) < ISAS.index(mine):
         refusal = f"{ASKED} must name an instruction set that this processor has, got {isa}"
-        assert refusal in run(isa, "-c", CALL).stderr
+        assert refusal in run(isa, CALL).stderr
     elif isa != mine:
         selected = ("-m", f"core and {cells}", *map(str, CORE))
-        done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected)
+        done = run(isa, forked.PYTEST, "-q", "-p", "no:cacheprovider", *selected)
         assert done.returncode == 0, done.stdout[-4000:]
         assert " passed" in done.stdout
 
@@ -62,6 +56,6 @@ def test_core_cases_are_found() -> None:
 
 @pytest.mark.parametrize("isa", ["sse9", "AVX2", "avx2,"])
 def test_an_unknown_instruction_set_is_refused(isa: str) -> None:
-    done = run(isa, "-c", CALL)
+    done = run(isa, CALL)
     assert done.returncode == 1
     assert f"{ASKED} must be one of {', '.join(ISAS)}, got {isa}" in done.stderr

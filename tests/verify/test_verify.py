@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from dense_attn import layout_attention
 from dense_attn.__main__ import main
 from dense_attn._backends import table
-from dense_attn.verify import accuracy, reversible, run, sega
+from dense_attn.verify import accuracy, calls, reversible, run, sega
 from dense_attn.verify import layout_attention as attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,10 +62,10 @@ def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
             return layout_attention(*tensors, backend=backend, **options)
         return request.param(layout_attention, *tensors, backend="reference", **options)
 
-    calls = list(attention.calls())[:1]
-    monkeypatch.setattr(attention, "calls", lambda: iter(calls))
+    first = list(calls.calls())[:1]
+    monkeypatch.setattr(calls, "calls", lambda: iter(first))
     monkeypatch.setattr(attention, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(attention, "layout_attention", faulty)
+    monkeypatch.setattr(calls, "layout_attention", faulty)
     monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace())
     for family in (sega, reversible):
         monkeypatch.setattr(family, "verify", lambda backends: iter(()))
@@ -86,7 +85,11 @@ def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 )
 @pytest.mark.usefixtures("wrong_backend")
 def test_verify_fails_a_wrong_backend(results: set[str], capsys: pytest.CaptureFixture) -> None:
-    verdicts = [verdict for verdict in attention.verify(table.ORDER) if verdict.backend == "triton"]
+    verdicts = [
+        verdict
+        for verdict in attention.verify(table.ORDER, [*calls.calls()])
+        if verdict.backend == "triton"
+    ]
     assert len(verdicts) == 4
     for verdict in verdicts:
         assert {name for name, ratio in verdict.numbers.items() if ratio > 1} >= results
@@ -112,7 +115,7 @@ def test_calls_that_a_backend_refuses_are_named_and_left_out(
     run_on: list[tuple[str, int]] = []
     monkeypatch.setattr(attention, "DTYPES", (torch.float32,))
     monkeypatch.setattr(attention, "MODULATIONS", ("max",))
-    monkeypatch.setattr(attention, "layout_attention", strict)
+    monkeypatch.setattr(calls, "layout_attention", strict)
     monkeypatch.setattr(table, "unavailable", lambda backend, op: None)
     monkeypatch.setattr(table, "why_not", why_not)
     for family in (sega, reversible):
@@ -132,7 +135,7 @@ def test_verify_names_a_backend_for_other_tensors(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(table, "device_of", lambda backend: "cuda")
     for module in (attention, sega, reversible):
-        monkeypatch.setattr(module, "verify", lambda backends: iter(()))
+        monkeypatch.setattr(module, "verify", lambda *_: iter(()))
     assert main(["verify"]) == 0
     assert "triton: not checked, no GPU on this machine" in capsys.readouterr().out
 
@@ -151,7 +154,7 @@ def test_without_a_gpu_verify_says_what_it_did_not_check(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for module in (attention, sega, reversible):
-        monkeypatch.setattr(module, "verify", lambda backends: iter(()))
+        monkeypatch.setattr(module, "verify", lambda *_: iter(()))
     monkeypatch.setattr(table, "missing", lambda *_: "no GPU")
     monkeypatch.setattr(table, "unavailable", lambda *_: "no GPU")
     assert main(["verify"]) == 0
@@ -168,9 +171,9 @@ def test_emulated_kernels_pass_and_wrong_ones_do_not() -> None:
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from ptx.compiled import compiled_backend; compiled_backend()\n"
         "import torch; from ptx import __main__; from ptx.module import Module\n"
-        "from dense_attn.verify import layout_attention, sega, reversible\n"
-        "calls = list(layout_attention.calls())[:1]\n"
-        "layout_attention.calls = lambda: iter(calls)\n"
+        "from dense_attn.verify import calls, layout_attention, sega, reversible\n"
+        "first = list(calls.calls())[:1]\n"
+        "calls.calls = lambda: iter(first)\n"
         "layout_attention.MODULATIONS = ('range',)\n"
         "for family in (layout_attention, sega, reversible): family.DTYPES = (torch.float16,)\n"
         "launch = Module.launch\n"
@@ -182,8 +185,7 @@ def test_emulated_kernels_pass_and_wrong_ones_do_not() -> None:
         "sys.exit(__main__.main('sm_80'))\n"
     )
     for arguments, code, words in (((), 0, "every row passed"), (("wrong",), 1, "rows FAILED")):
-        command = [sys.executable, "-c", program, str(run.EMULATOR.parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = forked.run(program, str(run.EMULATOR.parent), *arguments)
         assert done.returncode == code, done.stdout + done.stderr
         assert words in done.stdout
         assert done.stdout.count("triton     float16") == 7

@@ -125,6 +125,7 @@ def layout_attention_bwd(
         for kernel in ("bwd_q", "bwd_kv")
     )
     by_query, by_key = config or bwd_config(q, k)
+    tf32 = kind[1] == "tf32"
     lists = (None, None)
     if modulation == "mask":
         tokens = (q_regions, k_regions, q_order, k_order)
@@ -133,18 +134,21 @@ def layout_attention_bwd(
     saved = (numbers_of(strength, every_strength), rows_of(out), stats)
     results = (rows_of(dq), dstrength, numbers, places)
     grads_of = (grad_rows, None if grad_lse is None else rows_of(grad_lse))
+    tensors = (*grads_of, *inputs, *saved, *lists, *results)
+    ahead = tf32 and by_query.num_stages > 1
     layout_attention_bwd_q_kernel[(batch * num_heads * -(-seqlen_q // by_query.BLOCK_M),)](
-        *grads_of, *inputs, *saved, *lists, *results, *sizes, **by_queries, **by_query.launch
+        *tensors, *sizes, AHEAD=ahead, **by_queries, **by_query.launch
     )
     if modulation == "mask":
         tokens = (k_regions, q_regions, k_order, q_order)
         lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M, seqlens_k, None)
     # Conditions of every other row, by the count: sm_80 has masks of bits all the same.
-    apart = kind[0] == "sm_90"
+    ways = {"APART": kind[0] == "sm_90", "AHEAD": tf32 and by_key.num_stages > 1}
     keys_grads = _apart(q, k) if _group(q, k) > 1 else (dk, dv)
     results = (numbers, places, *lists, *map(rows_of, keys_grads))
+    tensors = (grad_rows, *rows, *visits, *results)
     layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
-        grad_rows, *rows, *visits, *results, *sizes, APART=apart, **by_keys, **by_key.launch
+        *tensors, *sizes, **ways, **by_keys, **by_key.launch
     )
     if _group(q, k) > 1:
         for grad, parts in zip((dk, dv), keys_grads):
@@ -188,7 +192,10 @@ def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def fwd_config(q: Tensor, k: Tensor, ordered: bool = False) -> configs.Config:
     """The configuration of a forward call, which visits tokens in an order or not."""
-    kind = configs.architecture(q.device), configs.precision(q)
+    return _fwd_config((configs.architecture(q.device), configs.precision(q)), q, k, ordered)
+
+
+def _fwd_config(kind: tuple[str, str], q: Tensor, k: Tensor, ordered: bool) -> configs.Config:
     config = configs.layout_attention_fwd(*kind, q.shape[3], k.shape[2])
     heads = q.shape[0] * q.shape[1]
     config = configs.filling(config, q.shape[2], heads, configs.processors(q.device))
@@ -248,7 +255,7 @@ def fwd_tiles(q: Tensor, k: Tensor, ordered: bool = False) -> configs.Config | N
     kind = configs.architecture(q.device), configs.precision(q)
     if k.shape[2] == 0 or configs.row_at_once(*kind, k.shape[2]):
         return None
-    return fwd_config(q, k, ordered)
+    return _fwd_config(kind, q, k, ordered)
 
 
 def fwd_blocks(q: Tensor, k: Tensor, ordered: bool = False) -> tuple[int, int] | None:

@@ -19,16 +19,19 @@ from dense_attn.triton_kernels.layout_attention.tiles import (
     key_head_of,
     keys_of,
     listed_tiles,
+    rows_again,
     tile_at,
 )
 from dense_attn.triton_kernels.primitives import (
     LN_2,
     LOG2_E,
     add_product,
+    head_of,
     load_head,
     meeting,
     plus_bits,
     products,
+    row_stride,
     scale_rows,
     store_head,
     tile_of_program,
@@ -104,7 +107,34 @@ def _add_extremes(
 
 
 @triton.jit
-def _weights(raw, meets, numbers, KEYS: tl.constexpr, ROWS: tl.constexpr):
+def _weights(
+    raw,
+    key_words,
+    numbers,
+    one,
+    MODULATION: tl.constexpr,
+    APART: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The softmax's weights [keys, rows] from raw scores, keys' words and numbers of rows."""
+    factor, add_out, gap, row_words, _, anchor = numbers
+    if APART and not EXACT:
+        meets = (key_words[:, None] & row_words[None, :]) != 0
+        of_rows = factor, anchor, add_out  # whose place additions to matched scores have
+        weights = _weights_apart(raw, meets, of_rows, raw.shape[0], raw.shape[1])
+        if MODULATION == "mask":  # whatever the scores of others are
+            weights = tl.where(meets, weights, 0.0)
+    else:
+        meets = meeting(key_words[:, None], row_words[None, :], one)
+        offsets = plus_bits(add_out[None, :], gap[None, :], meets)
+        weights = weights_of(raw, factor[None, :], anchor[None, :], offsets, EXACT)
+        if MODULATION == "mask":
+            weights = (weights.to(tl.int32, bitcast=True) * meets).to(tl.float32, bitcast=True)
+    return weights
+
+
+@triton.jit
+def _weights_apart(raw, meets, numbers, KEYS: tl.constexpr, ROWS: tl.constexpr):
     """The softmax's weights [keys, rows] from raw scores and which of them are matched; each second
     row apart, since of more conditions side by side LLVM makes masks of bits.
     """
@@ -120,14 +150,12 @@ def _weights(raw, meets, numbers, KEYS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _of_keys(rows, left, PART_1: tl.constexpr, COUNTED: tl.constexpr):
+def _of_keys(rows, left, PART_1: tl.constexpr):
     """Rows in parts of the `left` first keys; 0 for those behind, whatever they hold."""
-    first, second = rows
-    if COUNTED:
-        there = (tl.arange(0, first.shape[0]) < left)[:, None]
-        first = tl.where(there, first, 0.0)
-        if PART_1 > 0:
-            second = tl.where(there, second, 0.0)
+    there = (tl.arange(0, rows[0].shape[0]) < left)[:, None]
+    first, second = tl.where(there, rows[0], 0.0), rows[1]
+    if PART_1 > 0:
+        second = tl.where(there, second, 0.0)
     return first, second
 
 
@@ -159,6 +187,7 @@ def layout_attention_bwd_kv_kernel(
     seqlen_k,
     sm_scale,
     APART: tl.constexpr,
+    AHEAD: tl.constexpr,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -206,30 +235,24 @@ def layout_attention_bwd_kv_kernel(
         rows = load_head(q, batch, head, here, there_are, PART_0, PART_1, HEAD_DIM)
         grads = load_head(grad_out, batch, head, here, there_are, PART_0, PART_1, HEAD_DIM)
         numbers = load_records(records, first, seqlen_q, BLOCK_M)
-        factor, add_out, gap, row_words, shift, anchor = numbers
+        factor, shift = numbers[0], numbers[4]
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
         raw = -raw if NEGATE else raw
         # Rows that do not exist have zeros for gradients; keys that do not exist are not stored.
-        if APART and not EXACT:
-            meets = (key_words[:, None] & row_words[None, :]) != 0
-            of_rows = factor, anchor, add_out  # whose place additions to matched scores have
-            weights = _weights(raw, meets, of_rows, BLOCK_N, BLOCK_M)
-            if MODULATION == "mask":  # whatever the scores of others are
-                weights = tl.where(meets, weights, 0.0)
-        else:
-            meets = meeting(key_words[:, None], row_words[None, :], one)
-            offsets = plus_bits(add_out[None, :], gap[None, :], meets)
-            weights = weights_of(raw, factor[None, :], anchor[None, :], offsets, EXACT)
-            if MODULATION == "mask":
-                weights = (weights.to(tl.int32, bitcast=True) * meets).to(tl.float32, bitcast=True)
-        acc_v = add_product(acc_v, weights.to(grads[0].dtype), grads, PART_1, PRECISION)
+        weights = _weights(raw, key_words, numbers, one, MODULATION, APART, EXACT)
+        at, stride = head_of(grad_out, batch, head), row_stride(grad_out)
+        turned = rows_again(grads, at, stride, here, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
+        acc_v = add_product(acc_v, weights.to(grads[0].dtype), turned, PART_1, PRECISION)
         slope = products(values, grads, PART_1, PRECISION)
         grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor
-        acc_k = add_product(acc_k, grad.to(rows[0].dtype), rows, PART_1, PRECISION)
+        at, stride = head_of(q, batch, head), row_stride(q)
+        turned = rows_again(rows, at, stride, here, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
+        acc_k = add_product(acc_k, grad.to(rows[0].dtype), turned, PART_1, PRECISION)
     lift = lift_of(sm_scale, q[0].dtype.element_ty)
     nothing = tl.zeros([BLOCK_N], tl.float32)
     acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)
-    acc_v = _of_keys(acc_v, left, PART_1, seqlens is not None)
+    if seqlens is not None:
+        acc_v = _of_keys(acc_v, left, PART_1)
     store_head(dv, batch, head, keys, stored, acc_v, PART_0, PART_1, HEAD_DIM)
     if MODULATION == "range" or MODULATION == "max":  # which take keys without an order
         pairs = places_ptr + index * NUM_PLACES * seqlen_q
@@ -253,5 +276,6 @@ def layout_attention_bwd_kv_kernel(
         )
     back = tl.exp2(-lift) * LN_2  # from gradients times the factor
     acc_k = scale_rows(acc_k, nothing + (-back if NEGATE else back), PART_1)
-    acc_k = _of_keys(acc_k, left, PART_1, seqlens is not None)
+    if seqlens is not None:
+        acc_k = _of_keys(acc_k, left, PART_1)
     store_head(dk, batch, head, keys, stored, acc_k, PART_0, PART_1, HEAD_DIM)

@@ -33,7 +33,10 @@ from dense_attn.triton_kernels.layout_attention.row_sums import (
     finished_sums,
     lse_gradient,
     no_sums,
+    of_some_keys,
+    through_extremes,
     times_rows,
+    without_missed,
 )
 from dense_attn.triton_kernels.layout_attention.tiles import (
     key_head_of,
@@ -57,32 +60,32 @@ from dense_attn.triton_kernels.primitives import (
     zero_rows,
 )
 
+COLUMNS = tl.constexpr(16)  # of rows at a time, to spare registers
+
+
+@triton.jit
+def _delta(
+    grad_out,
+    out,
+    grad_lse,
+    batch,
+    head,
+    tokens,
+    exist,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Rows' products of the output and its gradient, less the gradient of lse."""
+    grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
+    out_rows = (head_of(out, batch, head), row_stride(out), tokens, exist)
+    products = inner_products(grad_rows, out_rows, HEAD_DIM, COLUMNS)
+    return products - lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+
 
 @triton.jit
 def _tokens_of_tile(tile, source, BLOCK_N: tl.constexpr):
     """The tokens of a tile of keys by its columns, and which of them exist."""
     return tokens_of(tile * BLOCK_N + keys_of_columns(BLOCK_N), source[3], source[4], source[5])
-
-
-@triton.jit
-def _source(k, v, k_words, k_order, batch, head, seqlens, seqlen_k):
-    """A head's keys and values, their words and order, how many are there and how many there may
-    be.
-    """
-    there = keys_of(seqlens, batch, seqlen_k)
-    keys, values = (
-        (head_of(k, batch, head), row_stride(k)),
-        (head_of(v, batch, head), row_stride(v)),
-    )
-    return keys, values, k_words, k_order, batch, there, seqlen_k
-
-
-@triton.jit
-def _with_keys(exist, seqlens, seqlen_k):
-    """Which rows exist, none of a sample without keys: it has no extremes."""
-    if seqlens is not None:
-        exist = exist & (tl.zeros_like(exist.to(tl.int32)) < seqlen_k)
-    return exist
 
 
 @triton.jit
@@ -106,6 +109,7 @@ def _visit_all(
     listed,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PART_0: tl.constexpr,
@@ -117,8 +121,6 @@ def _visit_all(
     listed, num_whole, count = listed
     seqlen_k, ORDERED = source[5], source[3] is not None
     key_tiles = tl.cdiv(source[6], BLOCK_N)  # of which a list has room
-    if tiles is None:
-        count = tl.cdiv(seqlen_k, BLOCK_N)
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
     # Without a list tiles follow each other, and what they are loaded from goes along; AMD's wide
@@ -158,6 +160,7 @@ def _visit_all(
             TAILS,
             MODULATION,
             NEGATE,
+            AHEAD,
             PRECISION,
             HEAD_DIM,
             PART_0,
@@ -183,6 +186,7 @@ def _visit_all(
             True,
             MODULATION,
             NEGATE,
+            AHEAD,
             PRECISION,
             HEAD_DIM,
             PART_0,
@@ -220,6 +224,7 @@ def layout_attention_bwd_q_kernel(
     sm_scale,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PART_0: tl.constexpr,
@@ -233,13 +238,9 @@ def layout_attention_bwd_q_kernel(
     each row.
     """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    COLUMNS: tl.constexpr = 16  # of rows at a time, to spare registers
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
-    grad_rows = (head_of(grad_out, batch, head), row_stride(grad_out), tokens, exist)
-    out_rows = (head_of(out, batch, head), row_stride(out), tokens, exist)
-    shift = inner_products(grad_rows, out_rows, HEAD_DIM, COLUMNS)
-    shift -= lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
+    shift = _delta(grad_out, out, grad_lse, batch, head, tokens, exist, HEAD_DIM, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     grads = load_head(grad_out, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
     row_words = words_at(q_words, batch, tokens, exist)
@@ -253,13 +254,18 @@ def layout_attention_bwd_q_kernel(
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
     known = tau * LOG2_E, add_in, add_out, anchor, row_words
     store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
-    source = _source(k, v, k_words, k_order, batch, key_head_of(head, GROUP), seqlens, seqlen_k)
+    own, most_keys = key_head_of(head, GROUP), seqlen_k
+    seqlen_k = keys_of(seqlens, batch, seqlen_k)
+    keys, values = (head_of(k, batch, own), row_stride(k)), (head_of(v, batch, own), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
-    state = acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
-    query = (rows, grads, row_words)
+    mean = zero_rows(BLOCK_M, PART_0, PART_1)  # of keys by weight, where sums are exact
+    state = acc, mean, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
+    query = rows, grads, row_words
+    source = keys, values, k_words, k_order, batch, seqlen_k, most_keys
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
-    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
-    acc, sums, best, least = _visit_all(
+    reach = most_keys if tiles is not None else seqlen_k
+    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(reach, BLOCK_N))
+    acc, mean, sums, best, least = _visit_all(
         state,
         query,
         numbers,
@@ -268,6 +274,7 @@ def layout_attention_bwd_q_kernel(
         listed,
         MODULATION,
         NEGATE,
+        AHEAD,
         PRECISION,
         HEAD_DIM,
         PART_0,
@@ -279,19 +286,21 @@ def layout_attention_bwd_q_kernel(
     tokens, exist = _tokens_again(tile, q_order, batch, seqlen_q, PART_1, BLOCK_M)
     row = index * seqlen_q + tokens
     c = load_numbers(strength, batch, head, tokens, exist)
-    some = _with_keys(exist, seqlens, source[5])
-    through_lse = lse_gradient(grad_lse, batch, head, tokens, some, BLOCK_M)
+    through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
+    through_lse = of_some_keys(through_lse, seqlens, seqlen_k)
     grad_in, grad_distance, missed = finished_sums(sums, through_lse, MODULATION, EXACT)
+    acc = without_missed(acc, mean, missed, PART_1, EXACT and PRECISION == "ieee")
     shift += missed
-    high, low = load_extremes(stats_ptr, row, some)
+    high, low = load_extremes(stats_ptr, row, exist)
+    high, low = of_some_keys(high, seqlens, seqlen_k), of_some_keys(low, seqlens, seqlen_k)
     if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
         grad_raw = times_rows(acc, queries, PART_0, PART_1, HEAD_DIM)
         grad_distance = high * grad_in + low * (through_lse - grad_in)
         grad_distance += grad_raw if NEGATE else -grad_raw
     signed_scale = -sm_scale if NEGATE else sm_scale
     best_key, least_key = first_keys(
-        best, least, queries, source[0], source[5], MODULATION, NEGATE, BLOCK_N, HEAD_DIM, COLUMNS
+        best, least, queries, keys, seqlen_k, MODULATION, NEGATE, BLOCK_N, HEAD_DIM, COLUMNS
     )
     acc = scale_rows(acc, temperature(c, MODULATION) * signed_scale, PART_1)
     places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -299,20 +308,16 @@ def layout_attention_bwd_q_kernel(
     pair = places_ptr + index * NUM_PLACES * seqlen_q + places
     shift *= -(temperature(c, MODULATION) * sm_scale * LOG2_E)
     tl.store(record + SHIFT * seqlen_q, shift, mask=exist)
-    nothing = tl.zeros([BLOCK_M], tl.float32)
-    grad_strength = grad_in if MODULATION == "bias" else nothing
-    through_max, through_min = nothing, nothing
+    grads = grad_in, grad_distance, through_lse
+    grad_strength, through_max, through_min = through_extremes(c, high, grads, sm_scale, MODULATION)
     if MODULATION == "max" or MODULATION == "range":
-        grad_strength = sm_scale * high * grad_in
-        through_max = c * grad_in
         store_extreme(record, pair, KEY_OF_MAX, seqlen_q, exist, through_max, best_key)
     if MODULATION == "range":
-        grad_strength = sm_scale * grad_distance
-        through_min = c * (through_lse - grad_in)
         store_extreme(record, pair, KEY_OF_MIN, seqlen_q, exist, through_min, least_key)
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
-    at = (head_of(dq, batch, head), row_stride(dq), tokens, exist, some)
-    store_with_extremes(at, acc[0], through, source[0], MODULATION, 0, PART_0, HEAD_DIM)
+    at = (head_of(dq, batch, head), row_stride(dq), tokens, exist)
+    keys = (keys[0], keys[1], of_some_keys(exist, seqlens, seqlen_k))
+    store_with_extremes(at, acc[0], through, keys, MODULATION, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:  # after the first, so that the rows of one part at a time are held
-        store_with_extremes(at, acc[1], through, source[0], MODULATION, PART_0, PART_1, HEAD_DIM)
+        store_with_extremes(at, acc[1], through, keys, MODULATION, PART_0, PART_1, HEAD_DIM)

@@ -8,6 +8,7 @@ import triton.language as tl
 from dense_attn.triton_kernels.layout_attention.extremes import add_extremes, by_columns, by_lanes
 from dense_attn.triton_kernels.layout_attention.records import weights_of
 from dense_attn.triton_kernels.layout_attention.row_sums import add_matched, add_sums
+from dense_attn.triton_kernels.layout_attention.tiles import rows_again
 from dense_attn.triton_kernels.primitives import add_product, load_rows, products
 
 
@@ -61,6 +62,7 @@ def visit(
     TAIL: tl.constexpr,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PART_0: tl.constexpr,
@@ -69,7 +71,7 @@ def visit(
     BLOCK_N: tl.constexpr,
 ):
     """One tile of keys further, of tokens and which exist; only a TAIL may lack some."""
-    acc, sums, best, least = state
+    acc, mean, sums, best, least = state
     rows, grads, row_words = query
     factor, anchor, add_in, add_out, shift, high, low = numbers
     EXACT: tl.constexpr = at[0].dtype.element_ty == tl.float32
@@ -80,6 +82,7 @@ def visit(
     keys, there = places
     if not TAIL:
         there = tl.full([BLOCK_N], True, tl.int1)
+    exist = there
     columns = load_rows(at[0], source[0][1], keys, there, PART_0, PART_1, HEAD_DIM)
     values = load_rows(at[1], source[1][1], keys, there, PART_0, PART_1, HEAD_DIM)
     words = tl.load(at[2] + keys * source[2][2], mask=there, other=0)
@@ -120,8 +123,15 @@ def visit(
                 sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N
             )
     grad = by_columns(grad, BLOCK_M, BLOCK_N) if SPREAD else grad
-    acc = add_product(acc, grad.to(columns[0].dtype), columns, PART_1, PRECISION)
-    return acc, sums, best, least
+    stride = source[0][1]
+    turned = rows_again(columns, at[0], stride, keys, exist, PART_0, PART_1, HEAD_DIM, AHEAD)
+    acc = add_product(acc, grad.to(columns[0].dtype), turned, PART_1, PRECISION)
+    if EXACT and PRECISION == "ieee":
+        first, second = tl.dot(weights, columns[0], mean[0], input_precision="ieee"), mean[1]
+        if PART_1 > 0:
+            second = tl.dot(weights, columns[1], second, input_precision="ieee")
+        mean = first, second
+    return acc, mean, sums, best, least
 
 
 @triton.jit

@@ -151,7 +151,8 @@ def store_with_extremes(
     HEAD_DIM: tl.constexpr,
 ):
     """Columns of dq, with the rank-one term of the keys of a row's extremes."""
-    base, stride, tokens, exist, there = at  # rows that exist, those of them that have keys
+    base, stride, tokens, exist = at
+    there = k[2]  # the rows that have keys
     if MODULATION == "max" or MODULATION == "range":
         best = load_part(k[0], k[1], through[1].to(tl.int64), there, FIRST, PART, HEAD_DIM)
         part += through[0][:, None] * best.to(tl.float32)

@@ -12,6 +12,7 @@ compiler gives every group a copy of the kernel, and asks for some care:
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -54,19 +55,36 @@ def packed_rows_kernel(
     v,
     order,
     packed_ptr,  # [2, B*H, padded, D]
+    # of queries: which tiles [B*H, query tiles] have no strength
+    q_order,
+    strength,
+    plain_ptr,
     num_heads,
+    seqlen_q,
     seqlen,
     padded,
     HEAD_DIM: tl.constexpr,
     PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr = 1,
     seqlens=None,
 ):
     """Rows of keys (programs 0 of the second axis) or values in the order of visits, then rows of
-    zeros.
+    zeros; beside keys which tiles of queries have no strength in any row.
     """
     index, tile, batch, head = tile_of_program(num_heads, padded, BLOCK)
     tokens, exist = tokens_at(tile * BLOCK, order, batch, seqlen, BLOCK)
+    if plain_ptr is not None and tl.program_id(1) == 0:
+        query_tiles = tl.cdiv(seqlen_q, BLOCK_M)
+        for of in range(tile, GROUP * query_tiles, tl.cdiv(padded, BLOCK)):
+            own = head * GROUP + of // query_tiles
+            queries, there = tokens_at(
+                of % query_tiles * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M
+            )
+            some = load_numbers(strength, batch, own, queries, there) != 0
+            plain = 1 - tl.max(some.to(tl.int32), 0)
+            tl.store(plain_ptr + index * GROUP * query_tiles + of, plain)
     if seqlens is not None:
         exist = tile * BLOCK + tl.arange(0, BLOCK) < keys_of(seqlens, batch, seqlen)
     base, stride = head_of(k, batch, head), row_stride(k)
@@ -119,12 +137,14 @@ def _attend(rows, factor, source, tiles, count, plain, STAGES: tl.constexpr):
 
 
 @triton.jit
-def _without_strength(strength, batch, head):
-    """Whether all rows of a head have one strength, which is 0; a reduction over rows would cross
-    the groups of warps.
+def _without_strength(strength, plain_ptr, batch, head, place):
+    """Whether no row of a tile has a strength, as was found where keys were packed, since a
+    reduction over rows would cross the groups of warps; else whether all of a head have one, 0.
     """
     if strength[0] is None:
         plain = tl.cast(strength[1], tl.float32) == 0
+    elif plain_ptr is not None:
+        plain = tl.load(plain_ptr + place) != 0
     else:
         plain = tl.where(strength[3] == 0, tl.load(head_of(strength, batch, head)) == 0, False)
     return plain
@@ -150,6 +170,7 @@ def layout_attention_specialised_fwd_kernel(
     q_words,
     q_order,
     strength,  # (pointer, strides)
+    plain_ptr,  # uint8 [B*H, query tiles]: where no row has a strength; or None
     # [B|1, query tiles, 2, key tiles], [B|1, query tiles, 3], [B|1, keys]: `TileLists`
     tiles,
     counts,
@@ -175,7 +196,7 @@ def layout_attention_specialised_fwd_kernel(
     seqlens=None,
 ):
     """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge.
-    Where a head has no strength all keys are matched.
+    Where no row has a strength all keys are matched.
     """
     WIDTH: tl.constexpr = HEAD_DIM * q[0].dtype.element_ty.primitive_bitwidth // 8
     index, tile, batch, head = tile_in_turn(num_heads, seqlen_q, seqlen_k, WIDTH, BLOCK_M)
@@ -196,7 +217,8 @@ def layout_attention_specialised_fwd_kernel(
     keys_there = keys_of(seqlens, batch, seqlen_k)
     whole, plain = keys_there // BLOCK_N, False
     if MODULATION != "mask":
-        plain = _without_strength(strength, batch, head)
+        place = index * tl.cdiv(seqlen_q, BLOCK_M) + tile
+        plain = _without_strength(strength, plain_ptr, batch, head, place)
 
     ends = tl.cdiv(keys_there, BLOCK_N) - whole
     least, none = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
@@ -262,7 +284,7 @@ def launch(
 ) -> None:
     """Pack the keys and values, and attend to them."""
     rows, keys, values, words = inputs
-    q_order, k_order, *others = visits
+    q_order, k_order, strength, *lists = visits
     num_heads, seqlen_q, seqlen_k, sm_scale = numbers
     index, key_heads = rows[0].shape[0] * num_heads, keys[0].shape[1]
     key_index = rows[0].shape[0] * key_heads
@@ -273,37 +295,30 @@ def launch(
         )
     head_dim = constants["HEAD_DIM"]
     part = max(16, next_power_of_2(head_dim))
+    query_tiles, plain = -(-seqlen_q // config.BLOCK_M), None
     ends = padded != seqlen_k or bool(counts)
     if k_order is None and not ends and _dense(keys[0]) and _dense(values[0]):
         packed = [x[0].view(key_index * seqlen_k, head_dim) for x in (keys, values)]
     else:
         packed = keys[0].new_empty((2, key_index * padded, head_dim))
-        sizes = {"HEAD_DIM": head_dim, "PART": part, "BLOCK": config.BLOCK_N}
+        if strength[0] is not None and constants["MODULATION"] != "mask":
+            plain = packed.new_empty((index, query_tiles), dtype=torch.uint8)
+        sizes = {"HEAD_DIM": head_dim, "PART": part, "BLOCK_M": config.BLOCK_M}
+        sizes |= {"GROUP": num_heads // key_heads}
+        tensors = (keys, values, k_order, packed, q_order, strength, plain)
         packed_rows_kernel[(key_index * padded // config.BLOCK_N, 2)](
-            keys, values, k_order, packed, key_heads, seqlen_k, padded, **sizes, **counts
+            *tensors, key_heads, seqlen_q, seqlen_k, padded, **sizes, BLOCK=config.BLOCK_N, **counts
         )
     box = [config.BLOCK_N, part]
     maps = [TensorDescriptor(x, list(x.shape), [head_dim, 1], box) for x in packed]
     own = {"NEGATE", "MODULATION", "HEAD_DIM", "GROUP"}
-    layout_attention_specialised_fwd_kernel[(index * -(-seqlen_q // config.BLOCK_M),)](
-        rows,
-        *maps,
-        words,
-        q_order,
-        *others,
-        *results,
-        num_heads,
-        seqlen_q,
-        seqlen_k,
-        padded,
-        sm_scale,
-        PART=part,
-        STAGES=config.num_stages,
-        ENDS=ends,
-        COMPILED=isinstance(layout_attention_specialised_fwd_kernel, triton.JITFunction),
-        **{name: value for name, value in constants.items() if name in own},
-        **counts,
-        **config.launch,
+    tensors = (rows, *maps, words, q_order, strength, plain, *lists, *results)
+    kernel = layout_attention_specialised_fwd_kernel
+    compiled = isinstance(kernel, triton.JITFunction)
+    ways = {"PART": part, "STAGES": config.num_stages, "ENDS": ends, "COMPILED": compiled}
+    ways |= {name: value for name, value in constants.items() if name in own} | counts
+    kernel[(index * query_tiles,)](
+        *tensors, num_heads, seqlen_q, seqlen_k, padded, sm_scale, **ways, **config.launch
     )
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.extremes import LANES, by_lanes
-from dense_attn.triton_kernels.primitives import load_numbers, load_part, sum_of
+from dense_attn.triton_kernels.primitives import load_numbers, load_part, scale_rows, sum_of
 
 
 @triton.jit
@@ -123,3 +123,36 @@ def lse_gradient(grad_lse, batch, head, tokens, exist, ROWS: tl.constexpr):
     if grad_lse is not None:
         gradient = load_numbers(grad_lse, batch, head, tokens, exist)
     return gradient
+
+
+@triton.jit
+def of_some_keys(x, seqlens, seqlen_k):
+    """Numbers of rows; 0 in a sample without keys, which has neither extremes nor an lse."""
+    if seqlens is not None:
+        x = tl.where(seqlen_k > 0, x, tl.zeros_like(x))
+    return x
+
+
+@triton.jit
+def without_missed(acc, mean, missed, PART_1: tl.constexpr, KNOWN: tl.constexpr):
+    """Sums of ds' times keys, in parts, rid of what delta has missed, which the mean key tells."""
+    if KNOWN:
+        mean = scale_rows(mean, missed, PART_1)
+        acc = acc[0] - mean[0], acc[1] - mean[1]
+    return acc
+
+
+@triton.jit
+def through_extremes(c, high, grads, sm_scale, MODULATION: tl.constexpr):
+    """(dstrength, the gradient through the largest score, through the smallest) of rows."""
+    grad_in, grad_distance, through_lse = grads
+    nothing = tl.zeros_like(through_lse)
+    grad_strength = grad_in if MODULATION == "bias" else nothing
+    through_max, through_min = nothing, nothing
+    if MODULATION == "max" or MODULATION == "range":
+        grad_strength = sm_scale * high * grad_in
+        through_max = c * grad_in
+    if MODULATION == "range":
+        grad_strength = sm_scale * grad_distance
+        through_min = c * (through_lse - grad_in)
+    return grad_strength, through_max, through_min

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.primitives import tokens_at, words_at
+from dense_attn.triton_kernels.primitives import part_of, tokens_at, words_at
 
 
 @triton.jit
@@ -116,3 +116,29 @@ def listed_tiles(tiles, counts, batch, tile, num_tiles):
         num_whole = tl.load(at)
         count = num_whole + tl.load(at + 1)
     return listed, num_whole, count
+
+
+@triton.jit
+def rows_again(
+    rows,
+    base,
+    stride,
+    tokens,
+    exist,
+    PART_0: tl.constexpr,
+    PART_1: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Rows of a head for a product over tokens, where `rows` are for one over columns: AHEAD, of
+    numbers of 4 bytes, a load of their own, since the compiler copies ahead only what all products
+    read in one order. Another policy of eviction keeps it from being made the first one.
+    """
+    first, second = rows
+    if AHEAD:
+        at, there = part_of(base, stride, tokens, exist, 0, PART_0, HEAD_DIM)
+        first = tl.load(at, mask=there, other=0.0, eviction_policy="evict_last")
+        if PART_1 > 0:
+            at, there = part_of(base, stride, tokens, exist, PART_0, PART_1, HEAD_DIM)
+            second = tl.load(at, mask=there, other=0.0, eviction_policy="evict_last")
+    return first, second

@@ -71,7 +71,7 @@ def sega_guidance(
     columns = 1 if sum_channels else channels
     thresholds = eps.new_empty(num_edits, batch, columns, dtype=torch.float32)
     if eps.numel() == 0:
-        return eps, momentum_out, thresholds
+        return eps, momentum_out, thresholds.zero_()  # of sums over no channels
 
     num_values = eps.numel() // (batch * channels)
     carry = momentum_out  # which one group of concepts does not touch

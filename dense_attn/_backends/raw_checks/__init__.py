@@ -6,6 +6,7 @@ from dense_attn._backends.raw_checks.layout_attention import (
     layout_attention_bwd,
     layout_attention_fwd,
     lists,
+    orders,
     tile_lists,
 )
 from dense_attn._backends.raw_checks.reversible import (
@@ -36,6 +37,7 @@ __all__ = [
     "lists",
     "looked_at",
     "on_the_grid",
+    "orders",
     "percentile_mask",
     "sega_guidance",
     "tile_lists",

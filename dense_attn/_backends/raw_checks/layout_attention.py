@@ -12,6 +12,7 @@ from dense_attn._backends.contract import MAX_HEAD_DIM, MODULATIONS, STATS
 from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ORDERS_END = 10  # arguments of a forward call up to its orders
 BLOCKS = (16, 32, 64, 128, 256)  # tokens of a tile
 
 
@@ -157,6 +158,15 @@ def _inputs(
     _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
     _order("q_order", q_order, batch, seqlen_q, q)
     _order("k_order", k_order, batch, seqlen_k, q)
+
+
+@of_a_raw_call
+def orders(*arguments: object) -> None:
+    """Refuse a forward call's orders that are no permutations, where all else has been checked."""
+    *_, q_order, k_order = arguments[:ORDERS_END]
+    for name, order in (("q_order", q_order), ("k_order", k_order)):
+        if order is not None:
+            _permutation(name, order)
 
 
 def _every_strength(number: float) -> None:

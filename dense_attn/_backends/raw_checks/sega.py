@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,7 @@ def sega_guidance(
     for level in edit_threshold:
         _level("edit_threshold", level)
     rows = count * one[0] * (1 if sum_channels else one[1])
-    if rows > 0 and eps_uncond.numel() == 0:
+    if rows > 0 and math.prod(one[2:]) == 0:
         _checks.refuse("eps_uncond", "have values in each channel", tuple(one))
 
 

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dense_attn import _checks
 from dense_attn._backends import table
 from dense_attn.layout_attention.op import MODULATIONS
 
+from ._attention_hook import marked
 from .hooks import unwrapped, watched
-from .models import LayoutProcessor, Model, attention_layers, model_of
+from .models import attention_layers, model_of
 from .regions import parse
 from .state import LayoutState, Options
 from .text.encoding import heard
@@ -47,8 +46,8 @@ def apply_layout(
     counts. Call `pipe` itself, not another pipeline around the same model.
 
     Args:
-        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), SD3Transformer2DModel or
-            FluxTransformer2DModel.
+        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
+            Stable Diffusion 3, FLUX, Qwen-Image, AuraFlow or Wan (every frame has the regions).
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight.
@@ -58,9 +57,9 @@ def apply_layout(
             where they first stand in the prompt; a `Phrase` names another place. Where two overlap
             the later counts; a region left without a token is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
-            alone. In joint attention (SD3, FLUX) image tokens' rows take self_weight, rows of a
-            phrase's tokens cross_weight; under "mask", which has no strength, only both at 0 count
-            there.
+            alone. In joint attention (all but U-Nets and Wan) image tokens' rows take self_weight,
+            rows of a phrase's tokens cross_weight; under "mask", which has no strength, only both
+            at 0 count there.
         active: the part of the steps in which the layout acts, from the first.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
             gets.
@@ -101,9 +100,11 @@ def apply_layout(
     component = getattr(pipe, model.component)
     layers = attention_layers(unwrapped(component), model)
     reading = Reading(pipe, prompts, parsed, encode_phrases)
+    state = LayoutState(pipe, model, reading, options)
     with (
         heard(pipe, reading.hear),
-        _installed(component, layers, LayoutState(pipe, model, reading, options), model),
+        marked(state.marks(layers)),
+        watched(component, state, state.before_call),
     ):
         yield
 
@@ -123,30 +124,3 @@ def _prompts(prompt: object) -> list[str]:
     ):
         _checks.refuse("prompt", "be a string or a list of strings", repr(prompt), TypeError)
     return list(prompts)
-
-
-@contextmanager
-def _installed(
-    component: torch.nn.Module, layers: dict[str, Any], state: LayoutState, model: Model
-) -> Iterator[None]:
-    """The layout's processors and hook, and afterwards whatever was there before."""
-    before = {name: layer.processor for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            depth = model.depth(unwrapped(component), name)
-            layer.set_processor(model.processor(_below(before[name]), state, depth))
-            state.installed[name] = layer, layer.processor
-        with watched(component, state, state.before_call):
-            yield
-    finally:
-        state.end()
-        for name, (layer, processor) in state.installed.items():
-            if layer.processor is processor:
-                inner = before[name]
-                ended = isinstance(inner, LayoutProcessor) and inner.state.ended
-                layer.set_processor(_below(inner) if ended else inner)
-
-
-def _below(processor: Any) -> Any:
-    """The processor under those of layouts."""
-    return processor.original if isinstance(processor, LayoutProcessor) else processor

@@ -13,17 +13,27 @@ from dense_attn import _checks
 class Rows:
     """Follows the batches of one block, and looks at no tensor twice."""
 
-    def __init__(self, pipe: Any, num_layouts: int, apart: bool) -> None:
-        self.pipe, self.num_layouts, self.apart = pipe, num_layouts, apart
+    def __init__(self, pipe: Any, num_layouts: int, branches: str) -> None:
+        self.pipe, self.num_layouts = pipe, num_layouts
+        self.apart = branches == "calls"
+        self.prompt_first = branches == "prompt first"
         self._step_text: Tensor | None = None  # of the first call of this step
         self._seen: Tensor | None = None  # the texts that were looked at
         # their version, and whether the pipeline guided
         self._state: tuple[int | None, bool] = (None, False)
 
     def of(
-        self, latents: Tensor, text: Tensor, repeated: bool, known: int | None = None
+        self,
+        latents: Tensor,
+        text: Tensor,
+        repeated: bool,
+        known: int | None = None,
+        heard: bool = False,
     ) -> tuple[int, int] | None:
-        """The first and last row that see the prompt; `known`: how many the pipeline encoded."""
+        """The first and last row that see the prompt.
+
+        `known`: how many the pipeline encoded; `heard`: whether it said then that it guides.
+        """
         batch, before = len(latents), self._step_text
         shared = self.apart and len(text) == 1  # FLUX takes one text for all rows
         if len(text) != batch and not shared:
@@ -36,13 +46,16 @@ class Rows:
             if repeated and text is not before:
                 return None
         else:
-            guides = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
+            guides = bool(getattr(self.pipe, "do_classifier_free_guidance", heard))
             if guides and repeated and before is not None and 2 * batch == len(before):
-                negative, prompt = before.chunk(2)  # one of them again
+                halves = before.chunk(2)  # one of them again
+                negative, prompt = halves[::-1] if self.prompt_first else halves
                 if torch.equal(text, negative) and not torch.equal(text, prompt):
                     return None
                 return self._whole(0, batch)
-        first, last = self._whole(batch // 2 if guides else 0, batch)
+        half = batch // 2 if guides else 0
+        ends = (0, batch - half) if self.prompt_first else (half, batch)
+        first, last = self._whole(*ends)
         state = version(text), guides
         new = text is not self._seen or state[0] is None or state != self._state
         if guides:

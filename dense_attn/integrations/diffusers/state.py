@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
 from dense_attn.layout_attention.layout import _BITS, nearest, resized
 
+from ._attention_hook import Expected, is_marked
 from .hooks import arguments, foreign, unwrapped
 from .rows import Rows
 from .steps import Steps
@@ -20,8 +20,7 @@ from .steps import Steps
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .models.call import Call, Model
-    from .models.processor import LayoutProcessor
+    from .models.record import Call, Model
     from .text.reading import Reading
 
 
@@ -72,7 +71,9 @@ class Layer:
     now: Tensor | None = None  # the strength of this step
     lists: dict[tuple, Any] = field(default_factory=dict)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, options: Options
+    ) -> Tensor:
         """Modulated attention of q, k, v [B, H, tokens, D] of the rows that see the prompt."""
         lists = self._tile_lists(q, k, options.backend)
         orders = {"q_order": self.q_order, "k_order": self.k_order}
@@ -84,6 +85,7 @@ class Layer:
             self.k_words,
             self.now,
             modulation=options.modulation,
+            scale=scale,
             tile_lists=lists,
             **(orders if lists is None else {}),  # lists have orders of their own
             backend=options.backend,
@@ -102,6 +104,26 @@ class Layer:
         return tile_lists(q, k, self.q_words, self.k_words, backend=backend)
 
 
+class LayerMark:
+    """A block's knowledge of one attention module, which its calls ask for."""
+
+    def __init__(self, state: LayoutState, name: str, kind: str, depth: int) -> None:
+        self.state, self.name = state, name
+        self.kind, self.depth = kind, depth  # as those of an Entry
+
+    def expected(self) -> Expected | None:
+        """The softmax to modulate in this call; None in steps and layers that are left alone."""
+        return self.state.expected(self.kind, self.depth)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Modulated attention of the rows q, k, v [B, H, N, D] that see the prompt."""
+        return self.state.attend(self.state.layers[self.kind, self.depth], q, k, v, scale)
+
+    def missed(self, seen: list[tuple[int, int]]) -> None:
+        """Say that the layer attends to other tokens than those of its place."""
+        self.state.missed(self, seen)
+
+
 class LayoutState:
     """One `apply_layout` block."""
 
@@ -113,65 +135,57 @@ class LayoutState:
         self.steps = Steps(pipe)
         self.longest = reading.needed
         self.paused = 0  # blocks inside of this one
-        self.ended = False
-        # attention modules by name, and the processors that they were given
-        self.installed: dict[str, tuple[Any, Any]] = {}
+        self.attentions: dict[str, Any] = {}  # the modules that have marks, by name
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
-        self._rows = Rows(pipe, len(self.images), model.guidance_apart)
-        self._told = False  # of layers left alone
+        self._rows = Rows(pipe, len(self.images), model.branches)
+        self._told = self._cached = False  # of layers left alone, of a cache of steps
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
 
-    def end(self) -> None:
-        """Leave processors that outlive the block without effect."""
-        self.ended, self.first, self.last = True, 0, 0
+    def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
+        """The marks of attention modules, given by name with their kind and depth."""
+        self.attentions = {name: layer for name, (layer, *_) in layers.items()}
+        return [(layer, LayerMark(self, name, *at)) for name, (layer, *at) in layers.items()]
 
-    def layer(
-        self, processor: LayoutProcessor, kind: str, hidden_states: Tensor, num_tokens: int
-    ) -> Layer | None:
-        """The layer of a processor's call, None where nothing is to be modulated."""
-        if self.first == self.last:
+    def expected(self, kind: str, depth: int) -> Expected | None:
+        """The softmax of a kind of layers, None where nothing is to be modulated."""
+        layer = self.layers.get((kind, depth))
+        if self.first == self.last or layer is None:
             return None
-        layer = self.layers.get((kind, processor.depth))
-        if layer is None:
-            return None
-        expected = layer.q_words.shape[1]
-        if num_tokens != expected or hidden_states.dim() != 3 or len(hidden_states) < self.last:
-            self._tell(processor, tuple(hidden_states.shape), num_tokens, expected)
-            return None
-        return layer
+        sizes = layer.q_words.shape[1], layer.k_words.shape[1]
+        return Expected(self.first, self.last, *sizes)
 
-    def _tell(
-        self, processor: LayoutProcessor, shape: tuple[int, ...], num_tokens: int, expected: int
-    ) -> None:
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Modulated attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
+        return layer.attention(q, k, v, scale, self.options)
+
+    def missed(self, mark: LayerMark, seen: list[tuple[int, int]]) -> None:
         """Refuse a layer's own number of tokens; once a block, warn of an extension's."""
-        name = next(name for name, (_, own) in self.installed.items() if own is processor)
-        other = foreign(unwrapped(getattr(self.pipe, self.model.component)), name)
-        if other is None and len(shape) == 3:
-            rule = f"give {name} the {expected} tokens of its latents' grid"
-            _checks.refuse("pipe", rule, num_tokens)
+        expected = self.layers[mark.kind, mark.depth].q_words.shape[1]
+        got = seen[0][0] if seen else "none"
+        other = foreign(unwrapped(getattr(self.pipe, self.model.component)), mark.name)
+        if other is None:
+            rule = f"give {mark.name} the {expected} tokens of its latents' grid"
+            _checks.refuse("pipe", rule, got)
         if not self._told:
             self._told = True
-            why = f"{other} gives it" if other else "it has"
-            text = f"{why} {shape} where {expected} tokens have a place"
+            text = f"{other} gives it {got} where {expected} tokens have a place"
             warnings.warn(
-                f"a layout leaves {name}, and layers like it, alone: {text}", stacklevel=2
+                f"a layout leaves {mark.name}, and layers like it, alone: {text}", stacklevel=2
             )
 
-    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q, k, v [B, N, H, D] as [B, M, H*D]: plain in rows without a layout."""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        first, last, end = self.first, self.last, len(q)
-        if last - first == end:
-            return _whole(layer.attention(q, k, v, self.options))
-        modulated = layer.attention(q[first:last], k[first:last], v[first:last], self.options)
-        parts = [_whole(modulated)]
-        if first:
-            parts.insert(0, _whole(scaled_dot_product_attention(q[:first], k[:first], v[:first])))
-        if last < end:
-            parts.append(_whole(scaled_dot_product_attention(q[last:], k[last:], v[last:])))
-        return torch.cat(parts)
+    def _tell_of_cache(self, denoiser: Any) -> None:
+        """Warn once of a cache of steps, which may keep what a layout made past its last step."""
+        if (
+            self.options.active == 1
+            or self._cached
+            or not getattr(denoiser, "is_cache_enabled", False)
+        ):
+            return
+        self._cached = True
+        kind = type(denoiser._cache_config).__name__
+        warnings.warn(f"{kind} may repeat a layout's steps after the last of them", stacklevel=2)
 
     def before_call(
         self, denoiser: torch.nn.Module, args: tuple, kwargs: dict
@@ -180,32 +194,34 @@ class LayoutState:
         self.first = self.last = 0
         if self.paused or not (self.options.cross_weight or self.options.self_weight):
             return None
-        for name, (layer, processor) in self.installed.items():
-            if layer.processor is not processor:
+        for name, layer in self.attentions.items():
+            if not is_marked(layer.processor):
                 rule = "keep the layout's attention processors inside of the block"
                 _checks.refuse("pipe", rule, f"{type(layer.processor).__name__} in {name}")
         bound = arguments(denoiser, args, kwargs)
         call = self.model.read(bound.arguments)
+        self.reading.check()
+        self.steps.follow(call.timestep, self.model.unit)
+        said = self.reading.rows, self.reading.guides
+        rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
+        if rows is None:
+            return None
         if self.longest > call.text.shape[1]:
             rule = f"have its phrases in the {call.text.shape[1]} tokens of the call"
             _checks.refuse("prompt", rule, self.longest)
         self._read(call.text.shape[1])
-        self.steps.follow(call.timestep, self.model.unit)
-        rows = self._rows.of(call.latents, call.text, self.steps.repeated, self.reading.rows)
-        if rows is None:
-            return None
-        bound.arguments["encoder_hidden_states"] = self._with_phrases(call.text, *rows)
+        self.model.write(bound.arguments, self._with_phrases(call.text, *rows))
         if self.steps.index < self.options.active * self.steps.total:
             self._make_layers(call, rows[1] - rows[0])
             factor = self.steps.time**self.options.exponent
             for layer in self.layers.values():
                 layer.now = layer.strength * factor
             self.first, self.last = rows
+            self._tell_of_cache(unwrapped(denoiser))
         return bound.args[1:], bound.kwargs
 
     def _read(self, num_tokens: int) -> None:
         """Take the phrases as they are in this call."""
-        self.reading.check()
         images = self.reading.images(num_tokens)
         if images is not self.images:
             self.images, self._made_for = images, None
@@ -214,7 +230,9 @@ class LayoutState:
         """The text tokens, with phrases' embeddings alone in the rows that see the prompt."""
         if not any(image.alone for image in self.images):
             return text
-        replaced = text.expand(last, -1, -1).clone()  # anew: callbacks change text in place
+        replaced = text.expand(
+            max(last, len(text)), -1, -1
+        ).clone()  # anew: callbacks change text in place
         each = (last - first) // len(self.images)
         for i, image in enumerate(self.images):
             for (start, stop), alone in image.alone:
@@ -251,14 +269,18 @@ class LayoutState:
             return side.words
         return torch.where(side.words == 0, -1, side.words)
 
-    def image_side(
-        self, layouts: list[Layout], grid: tuple[int, int], weight: float, others: int = 0
-    ) -> Side:
-        """The tokens of an image, and others after them that belong to no region."""
+    def image_side(self, layouts: list[Layout], grid: tuple[int, int], weight: float) -> Side:
+        """The tokens of an image."""
         options = {"weight": weight, "time": 1.0, "size_weight": self.options.size_weight}
         words = torch.stack([layout.query_regions(*grid) for layout in layouts])
         strength = torch.stack([layout.strength(*grid, **options) for layout in layouts])
-        return Side(*(torch.nn.functional.pad(x, (0, others)) for x in (words, strength)))
+        return Side(words, strength)
+
+    def other_side(self, layouts: list[Layout], count: int) -> Side:
+        """Tokens that belong to no region."""
+        shape, device = (len(layouts), count), layouts[0].masks.device
+        words = torch.zeros(shape, dtype=torch.int32, device=device)
+        return Side(words, torch.zeros(shape, dtype=torch.float32, device=device))
 
     def _text_side(self, layouts: list[Layout], text: Tensor) -> Side:
         """The tokens of a prompt; as queries, in joint attention, a phrase's are modulated."""
@@ -272,11 +294,6 @@ class LayoutState:
                     words[i, start:stop] = _BITS[r]
                     strength[i, start:stop] = cross_weight * (1 - size_weight * share)
         return Side(words.to(text.device), strength.to(text.device))
-
-
-def _whole(out: Tensor) -> Tensor:
-    """[B, H, M, D] as [B, M, H*D], a view where heads stand beside each other in memory."""
-    return out.transpose(1, 2).flatten(2)
 
 
 def joined(*sides: Side) -> Side:

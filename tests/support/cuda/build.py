@@ -1,5 +1,5 @@
 """The CUDA library with the stand-in runtime, its kernels as PTX, compiled on first use: for all
-classes of head dims, or for those that CUDA_HEAD_DIMS names, as "40,64".
+classes of head dims, or for those that DENSE_ATTN_CUDA_HEAD_DIMS names, as "40,64".
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import re
 import runpy
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "cuda"
 RUNTIME = Path(__file__).with_name("runtime.cpp")
 PLAN = runpy.run_path(str(ROOT / "bindings" / "cuda" / "build.py"))
-CHOOSER = "csrc/cuda/layout_attention.cu"  # among the classes
+MODULE = "bindings/cuda/module.cpp"
 STABLE_ABI = "0x020b000000000000"
 PTX = [f"-gencode=arch={PLAN['PTX']},code={PLAN['PTX']}"]
 
@@ -44,9 +43,12 @@ def library() -> Path:
     torch_headers = [f"-isystem{folder}" for folder in include_paths()]
     on_the_cpu = [*PLAN["FLAGS"], *PLAN["BINDING_FLAGS"], *stable, *torch_headers]
     on_the_cpu.append("-DDENSE_ATTN_DEVICE=CPU")
-    jobs = [(nvcc, source, "host", on_the_cpu) for source in PLAN["bindings"]()]
+    sources = f'-DDENSE_ATTN_CUDA_SOURCES="{PLAN["digest"](nvcc, PTX)}"'
+    own = {MODULE: [*on_the_cpu, sources]}  # nothing else is compiled again for it
+    jobs = [(nvcc, name, "host", own.get(name, on_the_cpu)) for name in PLAN["bindings"]()]
     jobs.append((nvcc, str(RUNTIME.relative_to(ROOT)), "host", [*PLAN["FLAGS"]]))
-    jobs += [(nvcc, *job) for job in _kernels(os.environ.get("CUDA_HEAD_DIMS", ""))]
+    for source, variant, options in PLAN["jobs"]():
+        jobs.append((nvcc, source, variant, [*options, *PTX, "--no-compress"]))
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one run take what one of them compiles
@@ -58,18 +60,6 @@ def library() -> Path:
         folders = [f"-L{folder}" for folder in library_paths()]
         _run([nvcc, "-shared", *map(str, objects), *wrapped, *folders, "-ltorch_cpu"], path)
     return path
-
-
-def _kernels(head_dims: str) -> Iterator[tuple[str, str, list[str]]]:
-    """The compilations of kernels, for these classes or for all."""
-    classes = head_dims.split(",") if head_dims else PLAN["HEAD_DIMS"]
-    for source, variant, flags in PLAN["jobs"]():
-        class_ = variant.removeprefix("head_dim_")
-        if class_ != variant and class_ not in classes:
-            continue
-        if head_dims and source == CHOOSER:
-            flags = [*flags, f"-DDENSE_ATTN_HEAD_DIMS(f)={' '.join(f'f({d})' for d in classes)}"]
-        yield source, variant, [*flags, *PTX, "--no-compress"]
 
 
 def _object(nvcc: str, source: str, variant: str, flags: list[str]) -> Path:

@@ -63,6 +63,10 @@ class Runtime:
         self._kept = _Launcher(called) if launch else _Launcher()
         self._library.set_launcher(self._kept)
 
+    def set_device_shared(self, count: int) -> None:
+        """Stand in for a GPU whose blocks can have so many bytes of shared memory."""
+        self._library.set_device_shared(count)
+
     def leave_out(self) -> None:
         """Let launches do nothing, which leaves what the host does."""
         self._library.set_launcher(self._library.launch_nothing)

@@ -41,7 +41,8 @@ std::vector<Span> spans;
 std::string told = "no launcher is set";
 Launcher launcher = nullptr;
 cudaError_t last_error = cudaSuccess;
-constexpr int kAlwaysShared = 47 << 10;  // beside what kernels have of their own, less than 1 KB
+constexpr int kAlwaysShared = 47 << 10, kOwnShared = 1 << 10;  // kernels have less than the latter of their own
+int device_shared = 227 << 10;  // bytes that a block of the GPU can have: of sm_90, and 99 KB of sm_86, 89 and 120
 
 struct Configuration {
   dim3 grid, block;
@@ -64,6 +65,7 @@ cudaError_t refused(const std::string& text) {
 EXPORTED void set_launcher(Launcher to) { launcher = to; }
 EXPORTED int launch_nothing(const Launch*) { return 0; }
 EXPORTED void set_error(const char* text) { told = text; }
+EXPORTED void set_device_shared(int bytes) { device_shared = bytes; }
 EXPORTED int count_spans() { return static_cast<int>(spans.size()); }
 EXPORTED void get_span(int i, const void** both) { both[0] = spans[i].begin, both[1] = spans[i].end; }
 
@@ -150,7 +152,10 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) most_shared[host] = value;
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value > device_shared - kOwnShared) return failed(cudaErrorInvalidValue);
+    most_shared[host] = value;
+  }
   return kernels.count(host) ? cudaSuccess : failed(cudaErrorInvalidDeviceFunction);
 }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }

@@ -16,4 +16,4 @@ def gradients_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """No head dim is left to the CUDA library's own gradient."""
     from dense_attn._backends import cuda
 
-    monkeypatch.setattr(cuda, "_GRADIENT_HEAD_DIM", 0)
+    monkeypatch.setattr(cuda, "GRADIENT_HEAD_DIM", 0)

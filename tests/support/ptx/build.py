@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shlex
@@ -58,7 +59,10 @@ def library() -> ctypes.CDLL:
     path = BUILD / f"machine-{hashlib.sha256(b'|'.join(state)).hexdigest()[:16]}.so"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        _compile([file for file in files if file.suffix == ".cpp"], path)
+        with (BUILD / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one run take what one of them compiles
+            if not path.exists():
+                _compile([file for file in files if file.suffix == ".cpp"], path)
     loaded = ctypes.CDLL(str(path))
     loaded.ptx_names.restype = ctypes.c_char_p
     return loaded

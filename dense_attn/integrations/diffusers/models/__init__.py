@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dense_attn import _checks
 
+from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
-from .call import Model
+from .auraflow import AuraFlow
 from .flux import Flux
-from .processor import LayoutProcessor
+from .flux2 import Flux2
+from .qwen import QwenImage
+from .record import Model
 from .sd3 import SD3
 from .unet import UNet
+from .wan import Wan
+from .z_image import ZImage
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux)
+MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux, Flux2, QwenImage, ZImage, AuraFlow, Wan)
 
 
 def model_of(pipe: DiffusionPipeline) -> Model:
@@ -33,15 +39,26 @@ def model_of(pipe: DiffusionPipeline) -> Model:
         got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
         _checks.refuse("pipe", f"have a {', '.join(names)} or {last}", got)
     _check_batches(type(pipe), model)
+    if getattr(pipe, "transformer_2", None) is not None:
+        _checks.refuse("pipe", "have one denoiser", f"{type(pipe).__name__} with a transformer_2")
     return model
 
 
 def _check_batches(kind: type, model: Model) -> None:
     """Refuse a pipeline whose batches are neither halves where it guides, nor the prompt alone."""
+    if not any(re.fullmatch(model.pipelines, base.__name__) for base in kind.__mro__):
+        rule = f"call its {model.denoiser} as a {model.pipelines} does"
+        _checks.refuse("pipe", rule, kind.__name__)
     encode = getattr(kind, "encode_prompt", None)
-    if encode is None or "prompt" not in inspect.signature(encode).parameters:
+    parameters = () if encode is None else inspect.signature(encode).parameters
+    if "prompt" not in parameters:
         _checks.refuse("pipe", "have an encode_prompt of a prompt", kind.__name__)
-    if not model.guidance_apart and not hasattr(kind, "do_classifier_free_guidance"):
+    if "image" in parameters:
+        _checks.refuse("pipe", "encode its prompt without an image", kind.__name__)
+    if "layers" in inspect.signature(kind.__call__).parameters:
+        _checks.refuse("pipe", "make images of one layer", kind.__name__)
+    told = model.branches == "calls" or model.hears_guidance
+    if not told and not hasattr(kind, "do_classifier_free_guidance"):
         rule = "tell whether it guides (do_classifier_free_guidance)"
         _checks.refuse("pipe", rule, kind.__name__)
     for feature in ("do_perturbed_attention_guidance", "image_guidance_scale"):
@@ -53,18 +70,20 @@ def _check_batches(kind: type, model: Model) -> None:
         _checks.refuse("pipe", rule, kind.__name__)
 
 
-def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, Any]:
-    """A denoiser's attention modules by name; each must have a processor that the model knows."""
-    modules = denoiser.named_modules()
-    layers = {name: module for name, module in modules if hasattr(module, "get_processor")}
-    for name, module in layers.items():
-        inner = module.processor
-        while isinstance(inner, LayoutProcessor):
-            inner = inner.original
-        kind = type(inner)
-        if kind.__name__ not in model.replaces or not kind.__module__.startswith("diffusers."):
-            adapter = "IPAdapter" in kind.__name__
-            why = ": IP-Adapter's image attention has no layout" if adapter else ""
-            rule = f"have attention processors of {', '.join(model.replaces)}"
-            _checks.refuse("pipe", rule, f"{kind.__name__} in {name}{why}")
+def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, tuple[Any, str, int]]:
+    """A denoiser's attention modules by name, each with its kind and its halvings of the grid.
+
+    Each must have a processor whose softmax is seen.
+    """
+    layers: dict[str, tuple[Any, str, int]] = {}
+    for name, module in denoiser.named_modules():
+        if not hasattr(module, "processor"):
+            continue
+        kind = kind_of(module.processor)
+        if not reaches(kind) and stand_in(kind) is None:
+            rule = f"have attention processors that call {' or '.join(POINTS)}"
+            _checks.refuse("pipe", rule, f"{kind.__name__} in {name}")
+        place = model.place(denoiser, name)
+        if place is not None:
+            layers[name] = module, *place
     return layers

@@ -7,38 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..hooks import unwrapped
 from ..state import LayoutState, NearestLayout, Side, order_of
-from .call import Call, Entry, Model
-from .processor import LayoutProcessor, heads, output, project
+from .record import Call, Entry, Model
 
 if TYPE_CHECKING:
     from dense_attn import Layout
-
-    from ..state import Layer
-
-
-class UNetProcessor(LayoutProcessor):
-    """For the self- and cross-attention of a U-Net."""
-
-    def layer(self, x: Tensor, context: Tensor | None) -> Layer | None:
-        """The layer of its resolution, and of its kind."""
-        return self.state.layer(self, "self" if context is None else "cross", x, x.shape[1])
-
-    def modulated(
-        self, attn: Any, layer: Layer, x: Tensor, context: Tensor | None, **_: Any
-    ) -> Tensor:
-        """The layer's output [B, M, C]."""
-        if context is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-        q, k, v = heads(attn, project(attn, x, context), attn.norm_q, attn.norm_k)
-        out = output(attn, self.state.attend(layer, q, k, v))
-        if attn.residual_connection:
-            out = out + x
-        factor = attn.rescale_output_factor
-        return out if factor == 1 else out / factor
 
 
 @dataclass(frozen=True)
@@ -49,19 +24,11 @@ class UNet(Model):
     denoiser = "UNet2DConditionModel"
     component = "unet"
     latents = "sample"
-    processor = UNetProcessor
-    replaces = (
-        "AttnProcessor2_0",
-        "AttnProcessor",
-        "FusedAttnProcessor2_0",
-        "SlicedAttnProcessor",
-        "XFormersAttnProcessor",
-    )
 
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> UNet:
         """The record of one U-Net."""
-        return cls(_resized(denoiser.down_blocks, "downsamplers"))
+        return cls(deepest=_resized(denoiser.down_blocks, "downsamplers"))
 
     def layers(
         self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
@@ -83,16 +50,18 @@ class UNet(Model):
                 yield Entry("cross", depth, cross, text, order)
             height, width = (height + 1) // 2, (width + 1) // 2
 
-    def depth(self, denoiser: torch.nn.Module, name: str) -> int:
-        """How often the grid is halved where a layer is; -1 for GLIGEN's, which have no grid."""
+    def place(self, denoiser: torch.nn.Module, name: str) -> tuple[str, int] | None:
+        """A layer's kind and its halvings of the grid; None for GLIGEN's, which have no grid."""
         part, *rest = name.split(".")
         if "fuser" in rest or part not in ("down_blocks", "mid_block", "up_blocks"):
-            return -1
+            return None
+        depth = self.deepest
         if part == "down_blocks":
-            return _resized(denoiser.down_blocks[: int(rest[0])], "downsamplers")
+            depth = _resized(denoiser.down_blocks[: int(rest[0])], "downsamplers")
         if part == "up_blocks":
-            return self.deepest - _resized(denoiser.up_blocks[: int(rest[0])], "upsamplers")
-        return self.deepest
+            depth -= _resized(denoiser.up_blocks[: int(rest[0])], "upsamplers")
+        cross = denoiser.get_submodule(name).is_cross_attention
+        return "cross" if cross else "self", depth
 
 
 def _first_attention(unet: torch.nn.Module) -> int:

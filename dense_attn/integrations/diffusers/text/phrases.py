@@ -79,12 +79,16 @@ class Phrase:
 
 
 class Segment(NamedTuple):
-    """A stretch of the denoiser's text tokens; tokenizers that share it number its tokens alike."""
+    """A stretch of the denoiser's text tokens; tokenizers that share it number its tokens alike.
+
+    It starts before the first of them, below 0, where the first tokens of a template are dropped.
+    """
 
     tokenizers: tuple[Any, ...]
     prompts: tuple[str, ...]  # the arguments of encode_prompt that they read
     start: int = 0
     longest: int | None = None  # tokens of every call; None: a call says it
+    template: str = "{}"  # around a prompt
 
     def tokens(self, num_tokens: int | None) -> int:
         """The segment's tokens among num_tokens, or the most that it can have."""
@@ -105,7 +109,10 @@ class Place(NamedTuple):
 
 
 def segments(pipe: DiffusionPipeline) -> list[Segment]:
-    """The segments of a pipeline's text tokens: of FLUX T5's alone, of SD3 T5's after CLIP's."""
+    """The segments of a pipeline's text tokens: of FLUX T5's alone, of SD3 T5's after CLIP's.
+
+    A pipeline's template is around the prompt, whose first tokens it may drop.
+    """
     first, second, third = (
         getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
     )
@@ -113,12 +120,23 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
         size = pipe.tokenizer_max_length
         found = [_segment((first, second), 0, size), _segment((None, None, third), size, None)]
     elif getattr(pipe, "unet", None) is None:
-        found = [_segment((None, second), 0, None)]
+        dropped = getattr(pipe, "prompt_template_encode_start_idx", 0)
+        segment = _segment((first,) if second is None else (None, second), -dropped, None)
+        template = getattr(pipe, "prompt_template_encode", None) or _chat(first)
+        found = [segment._replace(template=template)]
     else:
         length = getattr(second if first is None else first, "model_max_length", LONGEST)
         told = takes(pipe, "max_sequence_length")  # by Kolors' calls
         found = [_segment((first, second), 0, None if told or length > LONGEST else length)]
     return [segment for segment in found if segment.tokenizers]
+
+
+def _chat(tokenizer: Any) -> str:
+    """The template of a tokenizer's chats around a message; an answer's begin comes behind it."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "{}"
+    message = [{"role": "user", "content": "{}"}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
 def _segment(tokenizers: tuple[Any, ...], start: int, longest: int | None) -> Segment:
@@ -174,6 +192,9 @@ def place_of(
     length, found = segment.tokens(num_tokens), []
     for tokenizer in segment.tokenizers:
         text, inner = _converted(pipe, tokenizer, prompt, chars, argument)
+        before = segment.template.index("{}")
+        text = segment.template.replace("{}", text, 1)
+        inner = inner[0] + before, inner[1] + before
         whole = tokens_of(tokenizer, text).of(inner)
         if whole is None:
             _checks.refuse(

@@ -48,6 +48,7 @@ class Reading:
         self._said = False
         # texts of the call at hand, None where they are no prompt of the layout's
         self.rows: int | None = None
+        self.guides = False  # as encode_prompt was told
         if encode and any(phrase for image in self.regions for phrase in image.phrases):
             lacking = encoding.missing(pipe)
             if lacking is not None:
@@ -72,6 +73,7 @@ class Reading:
             self.options = encoding.options_of(self.pipe, given)
             for phrase in self._phrases() if self.encode else ():
                 self.embeddings(phrase)  # now, while the text encoders are at hand
+        self.guides = bool(given.get("do_classifier_free_guidance", self.guides))
         said, earlier = other_prompt(self, given), self.rows if self._heard else None
         self.rows = earlier if said else encoding.rows_of(given)
         self._heard.append(said)

@@ -6,14 +6,18 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
+import types
 import warnings
 from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 from pipelines import PROMPT, diffusers, pipeline
 
 from dense_attn.integrations.diffusers import models
+from families import FAMILIES, family
 
 DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in models.MODELS)})\b")
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -23,6 +27,9 @@ OWN = {  # arguments of calls by class, in the place of those below
     "StableDiffusionLDM3DPipeline": {"output_type": "np"},
     "FluxKontextPipeline": {"max_area": 256, "_auto_resize": False},
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
+    "WanVideoToVideoPipeline": {"video": [PICTURE[0]] * 5},
+    "Flux2KleinPipeline": {"image": Image.new("RGB", (64, 64))},
+    "LucyEditPipeline": {"video": [PICTURE[0]] * 5},
     "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
     "StableDiffusionXLControlNetUnionImg2ImgPipeline": {
         "control_image": [PICTURE],
@@ -78,6 +85,16 @@ def denoisers(kind: type) -> dict[str, str]:
 
 def model_name(kind: type) -> str:
     parts = inspect.signature(kind.__init__).parameters
+    for name, start in (
+        ("qwen", "QwenImage"),
+        ("wan", "Wan"),
+        ("wan", "Lucy"),
+        ("auraflow", "Aura"),
+        ("flux2", "Flux2"),
+        ("z_image", "ZImage"),
+    ):
+        if kind.__name__.startswith(start):
+            return name
     if "transformer" in parts:
         return "sd3" if "tokenizer_3" in parts else "flux"
     if kind.__name__.startswith("Kolors"):
@@ -88,14 +105,21 @@ def model_name(kind: type) -> str:
 def made(kind: type) -> Any:
     """A pipeline of a class, of the parts of a tiny one of its model and others beside them."""
     parts = inspect.signature(kind.__init__).parameters
+    text = sys.modules[kind.__module__]
+    if hasattr(text, "basic_clean") and not hasattr(text, "ftfy"):  # Wan's wants it
+        text.ftfy = types.SimpleNamespace(fix_text=str)
     given = parts_of(model_name(kind)) | {
         "safety_checker": None,
         "feature_extractor": None,
         "image_encoder": None,
+        "image_processor": None,
     }
     given |= {"requires_safety_checker": False, "add_watermarker": False, "depth_estimator": None}
     given |= extras(kind.__name__, model_name(kind), given)
     pipe = kind(**{name: part for name, part in given.items() if name in parts})
+    if hasattr(pipe, "prompt_template_encode"):
+        pipe.prompt_template_encode = family("qwen").prompt_template_encode
+        pipe.prompt_template_encode_start_idx = family("qwen").prompt_template_encode_start_idx
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -106,12 +130,18 @@ def call(pipe: Any) -> None:
     given = {name: value for name, value in ARGUMENTS.items() if name in takes} | OWN.get(
         type(pipe).__name__, {}
     )
+    if model_name(type(pipe)) in ("qwen", "wan", "flux2"):  # more pixels a latent
+        given |= {"height": 32, "width": 32} if "height" in takes else {}
+    if "num_frames" in takes:
+        given["num_frames"] = 5
     if "true_cfg_scale" in given:
         given["negative_prompt"] = "fog"
     pipe(**given, generator=torch.Generator().manual_seed(0))
 
 
 def parts_of(model: str) -> dict[str, Any]:
+    if model in FAMILIES:
+        return dict(family(model).components)
     if model == "kolors":
         return pipeline("sd").components | kolors()
     return dict(pipeline(model).components)
@@ -146,6 +176,9 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {"unet": changed(parts["unet"], in_channels=5)}
     if name.startswith("FluxControl"):
         return {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
+    if name in ("WanImageToVideoPipeline", "LucyEditPipeline"):  # an image's latents, and a mask's
+        channels = 4 + 4 + (4 if name.startswith("Wan") else 0)
+        return {"transformer": changed(parts["transformer"], in_channels=channels, out_channels=4)}
     if name == "FluxFillPipeline":
         return {
             "transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)
@@ -159,6 +192,7 @@ def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
         ControlNetModel,
         ControlNetUnionModel,
         FluxControlNetModel,
+        QwenImageControlNetModel,
         SD3ControlNetModel,
     )
 
@@ -169,6 +203,10 @@ def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
         return changed(
             net, num_trans_channel=8, num_proj_channel=8, num_trans_head=2, num_trans_layer=1
         )
+    if name.startswith("QwenImage"):
+        sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+        sizes["extra_condition_channels"] = 4 if "Inpaint" in name else 0
+        return QwenImageControlNetModel.from_transformer(parts["transformer"], **sizes)
     if name.startswith("StableDiffusion3"):
         extra = 1 if "Inpaint" in name else 0
         return SD3ControlNetModel.from_transformer(

@@ -1,0 +1,33 @@
+"""Qwen-Image: joint attention, the text of a chat before the image, a call for each prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .record import IMAGE, REFERENCES, TEXT, Attention, Call, Model
+
+
+class QwenImage(Model):
+    """QwenImageTransformer2DModel, whose calls are told the grids of the image and of others."""
+
+    denoiser = "QwenImageTransformer2DModel"
+    unit = 1e-3
+    branches = "calls"
+    attentions = (Attention("attn", (TEXT, IMAGE, REFERENCES)),)
+
+    @classmethod
+    def of(cls, denoiser: torch.nn.Module) -> QwenImage:
+        """The record of any of them: pipelines pack 2 x 2 latents in a token."""
+        return cls(patch=2)
+
+    def read(self, arguments: dict[str, Any]) -> Call:
+        """The layout's part of a call, with the grids in the place of positions."""
+        return super().read(arguments)._replace(places=arguments["img_shapes"])
+
+    def grid(self, call: Call) -> tuple[int, int]:
+        """The latents' height and width; ControlNet's pipelines give an image one grid, no list."""
+        grids = call.places[0]
+        _, height, width = grids if isinstance(grids[0], int) else grids[0]
+        return 2 * height, 2 * width

@@ -1,0 +1,176 @@
+"""A model's record: what the library must know of a denoiser to put phrases where they belong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..state import Side, joined, order_of
+
+if TYPE_CHECKING:
+    from dense_attn import Layout
+
+    from ..state import LayoutState
+
+
+class Call(NamedTuple):
+    """The arguments of a denoiser's call that a layout depends on."""
+
+    timestep: Tensor | float
+    text: Tensor  # [B, L, C]
+    latents: Tensor  # [B, C, H, W], of videos [B, C, F, H, W], or packed [B, N, C]
+    # of packed ones, [N, 3] or [B, N, 3]: image, row, column; or what a record makes of it
+    places: Any = None
+
+    @property
+    def key(self) -> object:
+        """Equal where the grid of latents is."""
+        return tuple(self.latents.shape), id(self.places)
+
+
+class Entry(NamedTuple):
+    """The layers of one kind and size."""
+
+    kind: str
+    depth: int  # halvings of the grid of latents
+    q: Side
+    k: Side  # the same object where queries and keys are the same tokens
+    order: Tensor  # int32 [P, M], of the queries
+
+
+class Segment(NamedTuple):
+    """A stretch of a layer's tokens."""
+
+    kind: str  # "text", "image", or "other" for tokens of no region
+    count: int | None = 0  # of "other": how many; None: those of the latents behind the image's
+    multiple: int = 1  # padding at its end makes the number of its tokens a multiple of this
+
+
+TEXT = Segment("text")
+IMAGE = Segment("image")
+REFERENCES = Segment("other", None)  # images to edit, which come as latents behind the image's
+
+
+def registers(count: int) -> Segment:
+    """Tokens that a model has of its own."""
+    return Segment("other", count)
+
+
+class Attention(NamedTuple):
+    """The tokens that layers of a name attend from and to, in their order."""
+
+    layers: str  # the end of their modules' names, a regular expression
+    queries: tuple[Segment, ...]
+    keys: tuple[Segment, ...] | None = None  # None: the queries' own tokens
+
+
+@dataclass(frozen=True)
+class Model:
+    """A kind of denoiser; a subclass in the list `MODELS` is all that the library knows of it.
+
+    Most records are a table. Layers are told apart by the ends of their modules' names; layers that
+    no name fits are left alone. Where a table does not do, a record has methods of its own.
+
+    Example:
+        A transformer whose blocks have an `attn1` of the image alone and an `attn2` from the image
+        to the text, and which is called once for the prompt and then for the negative prompt:
+
+        >>> from dense_attn.integrations.diffusers.models import record
+        >>> class Other(record.Model):
+        ...     denoiser = "OtherTransformer2DModel"
+        ...     branches = "calls"
+        ...     attentions = (
+        ...         record.Attention("attn1", (record.IMAGE,)),
+        ...         record.Attention("attn2", (record.IMAGE,), (record.TEXT,)),
+        ...     )
+
+        Joint attention of four registers, the text and the image has the queries
+        `(registers(4), TEXT, IMAGE)`, and `IMAGE._replace(multiple=32)` is an image with padding.
+        Where the patch, the grid of packed latents or a call's arguments are not as usual, `of`,
+        `grid`, `read` and `write` say so.
+    """
+
+    patch: int = 1  # latents on a side of an image token
+    frames: int = 1  # of a video's latents in a token
+
+    denoiser: ClassVar[str]  # the name of its class
+    pipelines: ClassVar[str] = ".*"  # of the classes, a regular expression, that call it as here
+    component: ClassVar[str] = "transformer"  # the pipeline's name for it
+    latents: ClassVar[str] = "hidden_states"  # the argument that brings them
+    unit: ClassVar[float] = 1.0  # of its timesteps, in the scheduler's
+    # where the negative prompt is: "halves" of a batch, before the prompt's, "prompt first" for
+    # halves behind it, or "calls" of their own after the prompt's
+    branches: ClassVar[str] = "halves"
+    hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
+    attentions: ClassVar[tuple[Attention, ...]] = ()
+
+    @classmethod
+    def of(cls, denoiser: torch.nn.Module) -> Model:
+        """The record of one denoiser."""
+        patch = getattr(denoiser.config, "patch_size", 1)
+        frames, patch = (1, patch) if isinstance(patch, int) else (patch[0], patch[-1])
+        return cls(patch=patch, frames=frames)
+
+    def read(self, arguments: dict[str, Any]) -> Call:
+        """The layout's part of a call."""
+        latents, text = arguments[self.latents], arguments["encoder_hidden_states"]
+        return Call(arguments["timestep"], text, latents, arguments.get("img_ids"))
+
+    def write(self, arguments: dict[str, Any], text: Tensor) -> None:
+        """Put text tokens [B, L, C] into a call."""
+        arguments["encoder_hidden_states"] = text
+
+    def grid(self, call: Call) -> tuple[int, int]:
+        """The latents' height and width."""
+        return tuple(call.latents.shape[-2:])
+
+    def place(self, denoiser: torch.nn.Module, name: str) -> tuple[str, int] | None:
+        """A layer's kind and its halvings of the grid; None for one that is left alone."""
+        ends = (attention.layers for attention in self.attentions)
+        return next(((end, 0) for end in ends if re.search(rf"(^|\.)({end})$", name)), None)
+
+    def layers(
+        self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
+    ) -> Iterator[Entry]:
+        """Every kind and size of attention layers."""
+        cross_weight, self_weight = state.options.cross_weight, state.options.self_weight
+        for kind, queries, keys in self.attentions:
+            others = TEXT not in queries and keys is not None
+            weight = cross_weight if others else self_weight
+            if not weight and TEXT not in queries:
+                continue  # the text's rows of joint attention have a weight of their own
+            q = self._side(state, layouts, text, call, queries, weight)
+            k = q if keys is None else self._side(state, layouts, text, call, keys, weight)
+            yield Entry(kind, 0, q, k, order_of(q))
+
+    def _side(
+        self,
+        state: LayoutState,
+        layouts: list[Layout],
+        text: Side,
+        call: Call,
+        segments: tuple[Segment, ...],
+        weight: float,
+    ) -> Side:
+        """The tokens of segments, one after the other."""
+        height, width = (side // self.patch for side in self.grid(call))
+        sides = []
+        for segment in segments:
+            if segment.kind == "text":
+                side = text
+            elif segment.kind == "image":
+                side = state.image_side(layouts, (height, width), weight)
+                if call.latents.dim() == 5:  # every frame has the regions
+                    frames = call.latents.shape[2] // self.frames
+                    side = Side(*(tensor.repeat(1, frames) for tensor in side))
+            else:
+                packed = call.latents.shape[1] - height * width
+                side = state.other_side(layouts, packed if segment.count is None else segment.count)
+            missing = -side.words.shape[1] % segment.multiple
+            sides.append(joined(side, state.other_side(layouts, missing)) if missing else side)
+        return joined(*sides)

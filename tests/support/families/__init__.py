@@ -1,0 +1,219 @@
+"""Tiny pipelines of random weights of the families of models whose records are tables."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from pipelines import diffusers
+from torch import Tensor
+
+from dense_attn.examples import _tiny_pipeline as tiny
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n"
+SHAPES = {"height": 16, "width": 24}
+
+
+def flow() -> object:
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def auraflow() -> object:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=256,
+    )
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if ".attn." in name:
+                weight.mul_(6)  # or attention counts for little beside the rest
+    return diffusers.AuraFlowPipeline(
+        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=flow()
+    )
+
+
+def wan() -> object:
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return diffusers.WanPipeline(
+        **tiny._t5("", 32), vae=vae, transformer=transformer, scheduler=flow()
+    )
+
+
+class LastHidden(torch.nn.Module):
+    """A text encoder with the outputs of Qwen's: a token's embedding and the mean before it."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(tokens, width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def forward(self, input_ids: Tensor, **_: object) -> object:
+        x = self.embedding(input_ids)
+        counts = torch.arange(1, x.shape[1] + 1).view(-1, 1)
+        return types.SimpleNamespace(hidden_states=[x + x.cumsum(1) / counts] * 28)
+
+
+def chat_tokenizer() -> object:
+    """Qwen's, of letters; every sign of a template but its special tokens is one token too."""
+    from transformers import Qwen2Tokenizer
+
+    letters = [*tiny.LETTERS, "Ċ", "Ġ", "<", "|", ">", "_"]
+    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.pad_token = "<|im_end|>"
+    return tokenizer
+
+
+def flux2() -> object:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ '<|im_start|>' }}{{ messages[0]['content'] }}{{ '<|im_end|>' }}"
+    return diffusers.Flux2KleinPipeline(
+        scheduler=flow(),
+        vae=vae,
+        text_encoder=LastHidden(len(tokenizer) + 8, 16),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def z_image() -> object:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 4, 8],
+        axes_lens=[128, 32, 32],
+    )
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if name.endswith("pad_token"):
+                weight.normal_()  # its memory is not filled
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ '<|im_start|>' }}{{ messages[0]['content'] }}{{ '<|im_end|>' }}"
+    return diffusers.ZImagePipeline(
+        scheduler=flow(),
+        vae=tiny._vae(4),
+        text_encoder=LastHidden(len(tokenizer) + 8, 16),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def qwen() -> object:
+    tokenizer = chat_tokenizer()
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    pipe = diffusers.QwenImagePipeline(
+        scheduler=flow(),
+        vae=vae,
+        text_encoder=LastHidden(len(tokenizer) + 8, 32),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+    pipe.prompt_template_encode = TEMPLATE
+    pipe.prompt_template_encode_start_idx = len(tokenizer(TEMPLATE.split("{}")[0]).input_ids)
+    return pipe
+
+
+# how each is made, and what its calls are given beside a prompt
+FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
+    "auraflow": (auraflow, {"max_sequence_length": 24, **SHAPES}),
+    "flux2": (flux2, {"max_sequence_length": 24, **SHAPES}),
+    "z_image": (z_image, {"guidance_scale": 4.0, **SHAPES}),
+    "wan": (wan, {"max_sequence_length": 24, "num_frames": 5, "height": 32, "width": 48}),
+    "qwen": (qwen, {"height": 32, "width": 48, "true_cfg_scale": 4.0, "negative_prompt": "fog"}),
+}
+
+
+@cache
+def family(name: str) -> object:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = FAMILIES[name][0]()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(name: str, prompt: str, *, steps: int = 4, **options: object) -> Tensor:
+    """The latents of a whole run."""
+    given = FAMILIES[name][1] | {"generator": torch.Generator().manual_seed(0)} | options
+    return family(name)(
+        prompt=prompt, num_inference_steps=steps, output_type="latent", return_dict=False, **given
+    )[0]
