@@ -82,7 +82,7 @@ class LastHidden(torch.nn.Module):
     def forward(self, input_ids: Tensor, **_: object) -> object:
         x = self.embedding(input_ids)
         counts = torch.arange(1, x.shape[1] + 1).view(-1, 1)
-        return types.SimpleNamespace(hidden_states=[x + x.cumsum(1) / counts])
+        return types.SimpleNamespace(hidden_states=[x + x.cumsum(1) / counts] * 28)
 
 
 def qwen() -> object:
@@ -117,11 +117,59 @@ def qwen() -> object:
     return pipe
 
 
+def chroma() -> object:
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return diffusers.ChromaPipeline(
+        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=flow()
+    )
+
+
+def zimage() -> object:
+    from transformers import Qwen2Tokenizer
+
+    letters = [*tiny.LETTERS, "Ġ"]
+    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.pad_token = "<|im_end|>"
+    tokenizer.chat_template = "{{ '<|im_start|>' }}{{ messages[0]['content'] }}{{ '<|im_end|>' }}"
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 4, 8],
+        axes_lens=[128, 32, 32],
+    )
+    return diffusers.ZImagePipeline(
+        scheduler=flow(),
+        vae=tiny._vae(4),
+        text_encoder=LastHidden(len(tokenizer) + 8, 32),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
 # how each is made, and what its calls are given beside a prompt
 FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
     "auraflow": (auraflow, {"max_sequence_length": 24, **SHAPES}),
     "wan": (wan, {"max_sequence_length": 24, "num_frames": 5, "height": 32, "width": 48}),
     "qwen": (qwen, {"height": 32, "width": 48, "true_cfg_scale": 4.0, "negative_prompt": "fog"}),
+    "zimage": (zimage, {"negative_prompt": "fog " * 12, "max_sequence_length": 64, **SHAPES}),
+    "chroma": (chroma, {"max_sequence_length": 24, "negative_prompt": "fog", **SHAPES}),
 }
 
 

@@ -88,6 +88,8 @@ def model_name(kind: type) -> str:
         ("wan", "Wan"),
         ("wan", "Lucy"),
         ("auraflow", "Aura"),
+        ("zimage", "ZImage"),
+        ("chroma", "Chroma"),
     ):
         if kind.__name__.startswith(start):
             return name
@@ -126,7 +128,7 @@ def call(pipe: Any) -> None:
     given = {name: value for name, value in ARGUMENTS.items() if name in takes} | OWN.get(
         type(pipe).__name__, {}
     )
-    if model_name(type(pipe)) in FAMILIES:  # of eight pixels a latent
+    if model_name(type(pipe)) in ("auraflow", "wan", "qwen"):  # of eight pixels a latent
         given |= {"height": 32, "width": 32} if "height" in takes else {}
     if "num_frames" in takes:
         given["num_frames"] = 5
@@ -170,6 +172,10 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {"vae": changed(parts["vae"], out_channels=6)}
     if "Depth2Img" in name:
         return {"unet": changed(parts["unet"], in_channels=5)}
+    if name == "ChromaInpaintPipeline":  # asks for a setting that its model has no more
+        transformer = changed(parts["transformer"])
+        transformer.register_to_config(guidance_embeds=False)
+        return {"transformer": transformer}
     if name.startswith("FluxControl"):
         return {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
     if name in ("WanImageToVideoPipeline", "LucyEditPipeline"):  # an image's latents, and a mask's
@@ -190,6 +196,7 @@ def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
         FluxControlNetModel,
         QwenImageControlNetModel,
         SD3ControlNetModel,
+        ZImageControlNetModel,
     )
 
     if "Union" in name:
@@ -203,6 +210,12 @@ def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
         sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
         sizes["extra_condition_channels"] = 4 if "Inpaint" in name else 0
         return QwenImageControlNetModel.from_transformer(parts["transformer"], **sizes)
+    if name.startswith("ZImage"):
+        sizes = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
+        sizes |= {"dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+        sizes["control_in_dim"] = 9 if "Inpaint" in name else 4
+        net = ZImageControlNetModel(**sizes)
+        return ZImageControlNetModel.from_transformer(net, parts["transformer"])
     if name.startswith("StableDiffusion3"):
         extra = 1 if "Inpaint" in name else 0
         return SD3ControlNetModel.from_transformer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from families import FAMILIES, family, run
@@ -18,7 +20,10 @@ MASKS[0, :, :6] = True
 MASKS[1, 4:, 2:] = True
 BOTH = [("cat", MASKS[0]), ("dog", MASKS[1])]
 # the tokens of a space and a word: T5 reads _ a _ c a t _ d o g, Qwen a _ c a t _ d o g
-PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9))}
+PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9)), "chat": ((2, 6), (6, 10))}
+LEFT_ALONE = "refiner"  # layers of the image or the text alone
+# joint attention's segments: a text and its tokens, an image and its rows, columns, padding
+JOINT = {"zimage": (("image", 4, 6, 8), ("chat", 64)), "chroma": (("t5", 24), ("image", 4, 6, 0))}
 
 
 @every_family
@@ -30,6 +35,9 @@ def test_whole_runs_equal_the_reference(name: str) -> None:
         exact = run(name, PROMPT)
     assert close(fused, exact)
     assert not close(fused, plain)
+    least = {"cross_weight": 1e-30, "self_weight": 1e-30, "encode_phrases": False}
+    with apply_layout(pipe, PROMPT, REGIONS, **least, **STRONG):
+        assert close(run(name, PROMPT), plain)
     with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
         assert torch.equal(run(name, PROMPT), plain)
     assert torch.equal(run(name, PROMPT), plain)
@@ -76,6 +84,17 @@ def text_side(kind: str, tokens: int) -> tuple[list[int], list[float]]:
     return words, strengths
 
 
+def sequence(segments: tuple[tuple, ...], weight: float) -> tuple[list[int], list[float]]:
+    """Words and strengths of segments, one after the other."""
+    words, strengths = [], []
+    for kind, *sizes in segments:
+        rest = sizes.pop() if kind == "image" else 0
+        own = image_side(*sizes, weight) if kind == "image" else text_side(kind, *sizes)
+        words += own[0] + [0] * rest
+        strengths += own[1] + [0.0] * rest
+    return words, strengths
+
+
 def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list[float]]]:
     """The words of queries and keys and the strengths of each kind of layers, by their lengths."""
     if name == "wan":
@@ -83,7 +102,9 @@ def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list
         words, own = (2 * side for side in image_side(2, 3, 0.3))  # two frames
         cross = 2 * image_side(2, 3, 1.0)[1]
         return {(12, 12): (words, words, own), (12, 24): (words, text, cross)}
-    if name == "qwen":
+    if name in JOINT:
+        words, strengths = sequence(JOINT[name], 0.3)
+    elif name == "qwen":
         text, image = text_side("qwen", 9 + 2), image_side(2, 3, 0.3)  # <|im_end|> and a line's end
         words, strengths = (a + b for a, b in zip(text, image))
     else:
@@ -99,7 +120,11 @@ def test_words_and_strengths(name: str, calls: list) -> None:
         run(name, PROMPT, steps=1)
     layers = by_hand(name)
     assert {(call[0].shape[2], call[1].shape[2]) for call in calls} == set(layers)
-    attentions = [m for m in family(name).transformer.modules() if hasattr(m, "processor")]
+    attentions = [
+        layer
+        for layer, module in family(name).transformer.named_modules()
+        if hasattr(module, "processor") and not re.search(LEFT_ALONE, layer)
+    ]
     assert len(calls) == len(attentions)
     for q, k, _, q_words, k_words, strength in calls:
         ours, theirs, right = layers[q.shape[2], k.shape[2]]

@@ -101,6 +101,7 @@ class Model:
     denoiser: ClassVar[str]  # the name of its class
     component: ClassVar[str] = "transformer"  # the pipeline's name for it
     latents: ClassVar[str] = "hidden_states"  # the argument that brings them
+    text: ClassVar[str] = "encoder_hidden_states"  # the one that brings the prompt's tokens
     unit: ClassVar[float] = 1.0  # of its timesteps, in the scheduler's
     # where the negative prompt is: "halves" of a batch, before the prompt's, "prompt first" for
     # halves behind it, or "calls" of their own after the prompt's
@@ -117,8 +118,12 @@ class Model:
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
-        latents, text = arguments[self.latents], arguments["encoder_hidden_states"]
+        latents, text = arguments[self.latents], arguments[self.text]
         return Call(arguments["timestep"], text, latents, arguments.get("img_ids"))
+
+    def write(self, arguments: dict[str, Any], text: Tensor) -> None:
+        """Give a call other text tokens than `read` found."""
+        arguments[self.text] = text
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""

@@ -92,9 +92,11 @@ class _Heard:
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        encoded = self.encode_prompt(*args, **kwargs)
+        given = inspect.signature(self).bind(*args, **kwargs).arguments
+        given = {name: list(x) if isinstance(x, list) else x for name, x in given.items()}
+        encoded = self.encode_prompt(*args, **kwargs)  # which may change lists in place
         for tell in self.listeners:
-            tell(inspect.signature(self).bind(*args, **kwargs).arguments)
+            tell(given)
         return encoded
 
     def leave(self, pipe: DiffusionPipeline) -> None:

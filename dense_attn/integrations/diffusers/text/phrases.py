@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,13 +123,25 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
     elif getattr(pipe, "unet", None) is None:
         dropped = getattr(pipe, "prompt_template_encode_start_idx", 0)
         segment = _segment((first,) if second is None else (None, second), -dropped, None)
-        template = getattr(pipe, "prompt_template_encode", "{}")
+        template = getattr(pipe, "prompt_template_encode", None) or _chat(pipe, first)
         found = [segment._replace(template=template)]
     else:
         length = getattr(second if first is None else first, "model_max_length", LONGEST)
         told = takes(pipe, "max_sequence_length")  # by Kolors' calls
         found = [_segment((first, second), 0, None if told or length > LONGEST else length)]
     return [segment for segment in found if segment.tokenizers]
+
+
+def _chat(pipe: DiffusionPipeline, tokenizer: Any) -> str:
+    """The template of a pipeline's chats around a message; an answer's begin comes behind it."""
+    methods = [
+        inspect.unwrap(call) for _, call in inspect.getmembers(type(pipe), inspect.isroutine)
+    ]
+    codes = (getattr(method, "__code__", None) for method in methods)
+    if not any("apply_chat_template" in code.co_names for code in codes if code is not None):
+        return "{}"
+    message = [{"role": "user", "content": "{}"}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
 def _segment(tokenizers: tuple[Any, ...], start: int, longest: int | None) -> Segment:
