@@ -32,6 +32,7 @@ RUNS = """
     QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
     WanVideoToVideo LucyEdit ZImage ZImageImg2Img ZImageInpaint
     ZImageControlNet ZImageControlNetInpaint Chroma ChromaImg2Img ChromaInpaint
+    PixArtAlpha PixArtSigma
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -58,7 +59,7 @@ REFUSED = {
         StableDiffusionControlNetPAG StableDiffusionControlNetPAGInpaint StableDiffusionPAG
         StableDiffusionPAGImg2Img StableDiffusionPAGInpaint StableDiffusionXLControlNetPAG
         StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG StableDiffusionXLPAGImg2Img
-        StableDiffusionXLPAGInpaint
+        StableDiffusionXLPAGInpaint PixArtSigmaPAG
     """,
     "encode its prompt without an image": """
         QwenImageEdit QwenImageEditInpaint QwenImageEditPlus ZImageOmni

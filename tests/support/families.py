@@ -135,6 +135,27 @@ def chroma() -> object:
     )
 
 
+def pixart() -> object:
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=32,
+    )
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if ".attn" in name:
+                weight.mul_(6)  # or attention counts for little beside the rest
+    return diffusers.PixArtSigmaPipeline(
+        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=tiny._ddim()
+    )
+
+
 def zimage() -> object:
     from transformers import Qwen2Tokenizer
 
@@ -169,6 +190,15 @@ FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
     "wan": (wan, {"max_sequence_length": 24, "num_frames": 5, "height": 32, "width": 48}),
     "qwen": (qwen, {"height": 32, "width": 48, "true_cfg_scale": 4.0, "negative_prompt": "fog"}),
     "zimage": (zimage, {"negative_prompt": "fog " * 12, "max_sequence_length": 64, **SHAPES}),
+    "pixart": (
+        pixart,
+        {
+            "max_sequence_length": 20,
+            "clean_caption": False,
+            "use_resolution_binning": False,
+            **SHAPES,
+        },
+    ),
     "chroma": (chroma, {"max_sequence_length": 24, "negative_prompt": "fog", **SHAPES}),
 }
 

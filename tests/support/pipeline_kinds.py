@@ -90,6 +90,7 @@ def model_name(kind: type) -> str:
         ("auraflow", "Aura"),
         ("zimage", "ZImage"),
         ("chroma", "Chroma"),
+        ("pixart", "PixArt"),
     ):
         if kind.__name__.startswith(start):
             return name
@@ -130,6 +131,8 @@ def call(pipe: Any) -> None:
     )
     if model_name(type(pipe)) in ("auraflow", "wan", "qwen"):  # of eight pixels a latent
         given |= {"height": 32, "width": 32} if "height" in takes else {}
+    if "use_resolution_binning" in takes:
+        given |= {"use_resolution_binning": False, "clean_caption": False}
     if "num_frames" in takes:
         given["num_frames"] = 5
     if "true_cfg_scale" in given:

@@ -318,8 +318,7 @@ def _functional(inner: types.ModuleType) -> types.ModuleType:
 
         def plain(start: int, stop: int) -> Tensor:
             rows = query[start:stop], key[start:stop], value[start:stop]
-            own = masks.of_rows(options, start, stop)
-            return inner.scaled_dot_product_attention(*rows, **own)
+            return inner.scaled_dot_product_attention(*rows, **masks.of_rows(options, start, stop))
 
         return call.attention(query, key, value, options, plain)
 

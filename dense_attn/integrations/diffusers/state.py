@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
 from dense_attn.layout_attention.layout import _BITS, nearest, resized
+from dense_attn.layout_attention.masks import Mask
 
 from ._attention_hook import Expected, is_marked
 from .hooks import arguments, foreign, unwrapped
@@ -20,8 +21,6 @@ from .steps import Steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from dense_attn.layout_attention.masks import Mask
 
     from .models.record import Call, Model
     from .text.reading import Reading

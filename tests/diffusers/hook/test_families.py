@@ -58,7 +58,7 @@ def test_the_negative_prompt_is_left_alone(name: str) -> None:
         handle.remove()
     plain, ours = seen[:2], seen[2:]
     assert len(plain) == len(ours) == 2
-    prompt = 1 if name == "auraflow" else 0
+    prompt = 1 if name in ("auraflow", "pixart") else 0
     assert not close(ours[prompt], plain[prompt])
     torch.testing.assert_close(ours[1 - prompt], plain[1 - prompt], rtol=1e-5, atol=1e-6)
 
@@ -102,6 +102,10 @@ def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list
         words, own = (2 * side for side in image_side(2, 3, 0.3))  # two frames
         cross = 2 * image_side(2, 3, 1.0)[1]
         return {(12, 12): (words, words, own), (12, 24): (words, text, cross)}
+    if name == "pixart":
+        text, _ = text_side("t5", 20)
+        words, own = image_side(4, 6, 0.3)
+        return {(24, 24): (words, words, own), (24, 20): (words, text, image_side(4, 6, 1.0)[1])}
     if name in JOINT:
         words, strengths = sequence(JOINT[name], 0.3)
     elif name == "qwen":
@@ -132,6 +136,24 @@ def test_words_and_strengths(name: str, calls: list) -> None:
         assert k_words.view(-1).tolist() == theirs
         inside = torch.tensor(ours) != 0
         torch.testing.assert_close(strength.view(-1)[inside], torch.tensor(right)[inside])
+
+
+def test_a_prompt_that_is_read_in_small_letters(
+    calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phrases are found where the small prompt has them; one that is cleaned is refused."""
+    pipe, prompt = family("pixart"), "  A Cat DOG "
+    regions = [("Cat", MASKS[0]), ("DOG", MASKS[1])]
+    with apply_layout(pipe, prompt, regions, exponent=0.0):
+        run("pixart", prompt, steps=1)
+    text = next(call[4] for call in calls if call[1].shape[2] == 20)
+    assert text.view(-1).tolist() == text_side("t5", 20)[0]
+    monkeypatch.setattr("diffusers.utils.is_bs4_available", lambda: True)
+    monkeypatch.setattr("diffusers.utils.is_ftfy_available", lambda: True)
+    monkeypatch.setattr(pipe, "_clean_caption", lambda text: text.lower().replace("dog", "elk"))
+    rule = r"^regions\[0\] must have a phrase of a prompt that clean_caption leaves as it is"
+    with pytest.raises(ValueError, match=rule), apply_layout(pipe, prompt, regions):
+        pytest.fail("the block must not run")
 
 
 def test_a_pipeline_of_two_denoisers_is_refused() -> None:

@@ -14,6 +14,7 @@ from ..hooks import unwrapped
 from .auraflow import AuraFlow
 from .chroma import Chroma
 from .flux import Flux
+from .pixart import PixArt
 from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
@@ -24,7 +25,17 @@ from .zimage import ZImage
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux, QwenImage, AuraFlow, ZImage, Chroma, Wan)
+MODELS: tuple[type[Model], ...] = (
+    UNet,
+    SD3,
+    Flux,
+    QwenImage,
+    AuraFlow,
+    ZImage,
+    Chroma,
+    PixArt,
+    Wan,
+)
 
 
 def model_of(pipe: DiffusionPipeline) -> Model:

@@ -281,7 +281,11 @@ def _in_a_word(text: str, place: int) -> bool:
 def _converted(
     pipe: DiffusionPipeline, tokenizer: Any, prompt: str, chars: Span, argument: str
 ) -> tuple[str, Span]:
-    """The prompt with learned words as tokens, and the place of the characters there."""
+    """The prompt as its tokenizer gets it, in small letters or with learned words as tokens, and
+    the place of the characters there.
+    """
+    if hasattr(pipe, "_text_preprocessing"):
+        return _small(pipe, prompt, chars, argument)
     if not hasattr(pipe, "maybe_convert_prompt"):
         return prompt, chars
     parts = prompt[: chars[0]], prompt[slice(*chars)], prompt[chars[1] :]
@@ -292,3 +296,21 @@ def _converted(
             argument, "have a phrase that cuts no learned word", repr(prompt[slice(*chars)])
         )
     return text, (len(before), len(before) + len(inner))
+
+
+def _small(pipe: DiffusionPipeline, prompt: str, chars: Span, argument: str) -> tuple[str, Span]:
+    """The prompt in small letters without the spaces around it, and the place of characters."""
+    from diffusers import utils
+
+    text = prompt.lower()
+    if len(text) != len(prompt):
+        rule = "have a phrase of a prompt that small letters leave as long"
+        _checks.refuse(argument, rule, repr(prompt[slice(*chars)]))
+    before, text = len(text) - len(text.lstrip()), text.strip()
+    if utils.is_bs4_available() and utils.is_ftfy_available():  # or no pipeline cleans
+        cleaned = pipe._clean_caption(pipe._clean_caption(prompt)).strip()
+        if cleaned.lower() != text:
+            rule = "have a phrase of a prompt that clean_caption leaves as it is"
+            _checks.refuse(argument, rule, f"{prompt!r}, which becomes {cleaned!r}")
+    start, stop = (min(max(place - before, 0), len(text)) for place in chars)
+    return text, (start, stop)
