@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from pipeline_kinds import call, denoisers, kinds, made, model_name, parts_of
+from families.classes import call, denoisers, kinds, made, model_name, parts_of
 from pipelines import PROMPT, REGIONS, close, diffusers, latents
 from torch import Tensor
 
@@ -30,7 +30,7 @@ RUNS = """
     FluxKontextInpaint FluxControl FluxControlImg2Img FluxControlInpaint FluxControlNet
     FluxControlNetImg2Img FluxControlNetInpaint AuraFlow QwenImage QwenImageImg2Img
     QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
-    WanVideoToVideo LucyEdit ZImage ZImageImg2Img ZImageInpaint
+    WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint ZImage ZImageImg2Img ZImageInpaint
     ZImageControlNet ZImageControlNetInpaint Chroma ChromaImg2Img ChromaInpaint
     PixArtAlpha PixArtSigma
 """
@@ -62,9 +62,11 @@ REFUSED = {
         StableDiffusionXLPAGInpaint PixArtSigmaPAG
     """,
     "encode its prompt without an image": """
-        QwenImageEdit QwenImageEditInpaint QwenImageEditPlus ZImageOmni
+        QwenImageEdit QwenImageEditInpaint QwenImageEditPlus
     """,
     "make images of one layer": "QwenImageLayered",
+    "call its Flux2Transformer2DModel as a Flux2Klein.* does": "Flux2 Flux2KleinKV",
+    "call its ZImageTransformer2DModel as a ZImage.* does": "ZImageOmni",
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -143,12 +145,13 @@ def test_a_run(name: str, calls: list) -> None:
         handle.remove()
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
-    apart = apart or name.startswith("Chroma")
+    apart |= name.startswith(("Flux2Klein", "Chroma"))
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
-    layers = models.attention_layers(denoiser, models.model_of(pipe))
-    assert len(calls) == -(-3 * steps // 10) * len(layers)
+    layers = sum(hasattr(module, "processor") for module in denoiser.modules())
+    layers -= 2 if name.startswith("ZImage") else 0  # refiners of the image or the text alone
+    assert len(calls) == -(-3 * steps // 10) * layers
     assert {len(one[0]) for one in calls} == {1}
     if apart:  # the second call of a step is the negative prompt's
         assert not close(estimates[0], plain[0])

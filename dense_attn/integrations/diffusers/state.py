@@ -224,6 +224,7 @@ class LayoutState:
                 _checks.refuse("pipe", rule, f"{type(layer.processor).__name__} in {name}")
         bound = arguments(denoiser, args, kwargs)
         call = self.model.read(bound.arguments)
+        self.reading.check()
         self.steps.follow(call.timestep, self.model.unit)
         said = self.reading.rows, self.reading.guides
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
@@ -245,7 +246,6 @@ class LayoutState:
 
     def _read(self, num_tokens: int) -> None:
         """Take the phrases as they are in this call."""
-        self.reading.check()
         images = self.reading.images(num_tokens)
         if images is not self.images:
             self.images, self._made_for = images, None

@@ -23,7 +23,7 @@ BOTH = [("cat", MASKS[0]), ("dog", MASKS[1])]
 PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9)), "chat": ((2, 6), (6, 10))}
 LEFT_ALONE = "refiner"  # layers of the image or the text alone
 # joint attention's segments: a text and its tokens, an image and its rows, columns, padding
-JOINT = {"zimage": (("image", 4, 6, 8), ("chat", 64)), "chroma": (("t5", 24), ("image", 4, 6, 0))}
+JOINT = {"z_image": (("image", 4, 6, 8), ("chat", 64)), "chroma": (("t5", 24), ("image", 4, 6, 0))}
 
 
 @every_family
@@ -58,6 +58,7 @@ def test_the_negative_prompt_is_left_alone(name: str) -> None:
         handle.remove()
     plain, ours = seen[:2], seen[2:]
     assert len(plain) == len(ours) == 2
+    # halves, of which Z-Image has the prompt's first
     prompt = 1 if name in ("auraflow", "pixart") else 0
     assert not close(ours[prompt], plain[prompt])
     torch.testing.assert_close(ours[1 - prompt], plain[1 - prompt], rtol=1e-5, atol=1e-6)
@@ -110,6 +111,9 @@ def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list
         words, strengths = sequence(JOINT[name], 0.3)
     elif name == "qwen":
         text, image = text_side("qwen", 9 + 2), image_side(2, 3, 0.3)  # <|im_end|> and a line's end
+        words, strengths = (a + b for a, b in zip(text, image))
+    elif name == "flux2":
+        text, image = text_side("chat", 24), image_side(4, 6, 0.3)
         words, strengths = (a + b for a, b in zip(text, image))
     else:
         text, image = text_side("t5", 24), image_side(4, 6, 0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,14 @@ from ..hooks import unwrapped
 from .auraflow import AuraFlow
 from .chroma import Chroma
 from .flux import Flux
+from .flux2 import Flux2
 from .pixart import PixArt
 from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
 from .unet import UNet
 from .wan import Wan
-from .zimage import ZImage
+from .z_image import ZImage
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,11 +31,12 @@ MODELS: tuple[type[Model], ...] = (
     UNet,
     SD3,
     Flux,
-    QwenImage,
-    AuraFlow,
-    ZImage,
+    Flux2,
     Chroma,
+    QwenImage,
+    ZImage,
     PixArt,
+    AuraFlow,
     Wan,
 )
 
@@ -56,11 +59,14 @@ def model_of(pipe: DiffusionPipeline) -> Model:
 
 def _check_batches(kind: type, model: Model) -> None:
     """Refuse a pipeline whose batches are neither halves where it guides, nor the prompt alone."""
+    if not any(re.fullmatch(model.pipelines, base.__name__) for base in kind.__mro__):
+        rule = f"call its {model.denoiser} as a {model.pipelines} does"
+        _checks.refuse("pipe", rule, kind.__name__)
     encode = getattr(kind, "encode_prompt", None)
     parameters = () if encode is None else inspect.signature(encode).parameters
     if "prompt" not in parameters:
         _checks.refuse("pipe", "have an encode_prompt of a prompt", kind.__name__)
-    if "image" in parameters or "num_condition_images" in parameters:
+    if "image" in parameters:
         _checks.refuse("pipe", "encode its prompt without an image", kind.__name__)
     if "layers" in inspect.signature(kind.__call__).parameters:
         _checks.refuse("pipe", "make images of one layer", kind.__name__)

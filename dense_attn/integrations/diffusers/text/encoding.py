@@ -93,8 +93,9 @@ class _Heard:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(self).bind(*args, **kwargs).arguments
-        given = {name: list(x) if isinstance(x, list) else x for name, x in given.items()}
-        encoded = self.encode_prompt(*args, **kwargs)  # which may change lists in place
+        # Z-Image's changes a list of prompts in place
+        given = {name: value[:] if type(value) is list else value for name, value in given.items()}
+        encoded = self.encode_prompt(*args, **kwargs)
         for tell in self.listeners:
             tell(given)
         return encoded
