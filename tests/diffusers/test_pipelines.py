@@ -32,7 +32,7 @@ RUNS = """
     QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
     WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint ZImage ZImageImg2Img ZImageInpaint
     ZImageControlNet ZImageControlNetInpaint Chroma ChromaImg2Img ChromaInpaint
-    PixArtAlpha PixArtSigma
+    PixArtAlpha PixArtSigma Lumina2
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -145,12 +145,14 @@ def test_a_run(name: str, calls: list) -> None:
         handle.remove()
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
-    apart |= name.startswith(("Flux2Klein", "Chroma"))
+    apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2"))
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
     layers = sum(hasattr(module, "processor") for module in denoiser.modules())
-    layers -= 2 if name.startswith("ZImage") else 0  # refiners of the image or the text alone
+    layers -= (
+        2 if name.startswith(("ZImage", "Lumina2")) else 0
+    )  # refiners of the image or the text alone
     assert len(calls) == -(-3 * steps // 10) * layers
     assert {len(one[0]) for one in calls} == {1}
     if apart:  # the second call of a step is the negative prompt's

@@ -19,11 +19,17 @@ MASKS = torch.zeros(2, 8, 12, dtype=torch.bool)
 MASKS[0, :, :6] = True
 MASKS[1, 4:, 2:] = True
 BOTH = [("cat", MASKS[0]), ("dog", MASKS[1])]
-# the tokens of a space and a word: T5 reads _ a _ c a t _ d o g, Qwen a _ c a t _ d o g
+# the tokens of a space and a word: T5 reads _ a _ c a t _ d o g, Qwen a _ c a t _ d o g;
+# sixteen stand before the prompt in _ s _ <P r o m p t _ S t a r t > _ a _ c a t _ d o g </s>
 PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9)), "chat": ((2, 6), (6, 10))}
+PLACES["system"] = (18, 22), (22, 26)
 LEFT_ALONE = "refiner"  # layers of the image or the text alone
 # joint attention's segments: a text and its tokens, an image and its rows, columns, padding
-JOINT = {"z_image": (("image", 4, 6, 8), ("chat", 64)), "chroma": (("t5", 24), ("image", 4, 6, 0))}
+JOINT = {
+    "lumina2": (("system", 27), ("image", 2, 3, 0)),
+    "z_image": (("image", 4, 6, 8), ("chat", 64)),
+    "chroma": (("t5", 24), ("image", 4, 6, 0)),
+}
 
 
 @every_family
@@ -158,6 +164,20 @@ def test_a_prompt_that_is_read_in_small_letters(
     rule = r"^regions\[0\] must have a phrase of a prompt that clean_caption leaves as it is"
     with pytest.raises(ValueError, match=rule), apply_layout(pipe, prompt, regions):
         pytest.fail("the block must not run")
+
+
+def test_prompts_that_lumina_2_places_otherwise_are_refused() -> None:
+    pipe, prompts = family("lumina2"), [PROMPT, "a cat a dog"]
+    with (
+        apply_layout(pipe, PROMPT, REGIONS),
+        pytest.raises(ValueError, match=r"^system_prompt must be the pipeline's own while a"),
+    ):
+        run("lumina2", PROMPT, system_prompt="t")
+    with (
+        apply_layout(pipe, prompts, REGIONS, encode_phrases=False),
+        pytest.raises(ValueError, match=r"^prompt must have prompts of as many tokens as each"),
+    ):
+        pipe(prompts, height=32, width=32, max_sequence_length=32, num_inference_steps=1)
 
 
 def test_a_pipeline_of_two_denoisers_is_refused() -> None:

@@ -207,6 +207,26 @@ def chroma() -> object:
     )
 
 
+def lumina2() -> object:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(64, 16, 16),
+        cap_feat_dim=32,
+    )
+    pipe = diffusers.Lumina2Pipeline(
+        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=flow()
+    )
+    pipe.system_prompt = "s"
+    return pipe
+
+
 def pixart() -> object:
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2,
@@ -235,6 +255,7 @@ FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
     "wan": (wan, {"max_sequence_length": 24, "num_frames": 5, "height": 32, "width": 48}),
     "qwen": (qwen, {"height": 32, "width": 48, "true_cfg_scale": 4.0, "negative_prompt": "fog"}),
     "z_image": (z_image, {"negative_prompt": "fog " * 12, "max_sequence_length": 64, **SHAPES}),
+    "lumina2": (lumina2, {"max_sequence_length": 32, "height": 32, "width": 48}),
     "pixart": (
         pixart,
         {

@@ -25,6 +25,7 @@ MASK = torch.zeros(1, 1, 16, 16)
 MASK[..., :8] = 1.0
 OWN = {  # arguments of calls by class, in the place of those below
     "StableDiffusionLDM3DPipeline": {"output_type": "np"},
+    "Lumina2Pipeline": {"max_sequence_length": 32},
     "FluxKontextPipeline": {"max_area": 256, "_auto_resize": False},
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
     "WanVideoToVideoPipeline": {"video": [PICTURE[0]] * 5},
@@ -93,6 +94,7 @@ def model_name(kind: type) -> str:
         ("flux2", "Flux2"),
         ("z_image", "ZImage"),
         ("chroma", "Chroma"),
+        ("lumina2", "Lumina2"),
         ("pixart", "PixArt"),
     ):
         if kind.__name__.startswith(start):
@@ -122,6 +124,8 @@ def made(kind: type) -> Any:
     if hasattr(pipe, "prompt_template_encode"):
         pipe.prompt_template_encode = family("qwen").prompt_template_encode
         pipe.prompt_template_encode_start_idx = family("qwen").prompt_template_encode_start_idx
+    if hasattr(pipe, "system_prompt"):
+        pipe.system_prompt = family("lumina2").system_prompt
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -16,6 +16,7 @@ from .auraflow import AuraFlow
 from .chroma import Chroma
 from .flux import Flux
 from .flux2 import Flux2
+from .lumina2 import Lumina2
 from .pixart import PixArt
 from .qwen import QwenImage
 from .record import Model
@@ -35,6 +36,7 @@ MODELS: tuple[type[Model], ...] = (
     Chroma,
     QwenImage,
     ZImage,
+    Lumina2,
     PixArt,
     AuraFlow,
     Wan,

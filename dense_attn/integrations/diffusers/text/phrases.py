@@ -124,6 +124,8 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
         dropped = getattr(pipe, "prompt_template_encode_start_idx", 0)
         segment = _segment((first,) if second is None else (None, second), -dropped, None)
         template = getattr(pipe, "prompt_template_encode", None) or _chat(pipe, first)
+        if takes(pipe, "system_prompt"):
+            template = f"{pipe.system_prompt} <Prompt Start> {{}}"
         found = [segment._replace(template=template)]
     else:
         length = getattr(second if first is None else first, "model_max_length", LONGEST)
