@@ -58,9 +58,9 @@ def apply_layout(
             where they first stand in the prompt; a `Phrase` names another place. Where two overlap
             the later counts; a region left without a token is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
-            alone. In joint attention (all but U-Nets, PixArt and Wan) image tokens' rows take self_weight,
-            rows of a phrase's tokens cross_weight; under "mask", which has no strength, only both
-            at 0 count there.
+            alone. In joint attention (all but U-Nets, PixArt and Wan) image tokens' rows take
+            self_weight, rows of a phrase's tokens cross_weight; under "mask", which has no
+            strength, only both at 0 count there.
         active: the part of the steps in which the layout acts, from the first.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
             gets.
