@@ -8,6 +8,7 @@ import pytest
 import torch
 from families.classes import call, denoisers, kinds, made, model_name, parts_of
 from pipelines import PROMPT, REGIONS, close, diffusers, latents
+from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout, models
@@ -30,6 +31,8 @@ RUNS = """
     FluxControlNetImg2Img FluxControlNetInpaint AuraFlow QwenImage QwenImageImg2Img
     QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
     WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint ZImage ZImageImg2Img ZImageInpaint
+    ZImageControlNet ZImageControlNetInpaint Chroma ChromaImg2Img ChromaInpaint
+    PixArtAlpha PixArtSigma Lumina2
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -56,16 +59,14 @@ REFUSED = {
         StableDiffusionControlNetPAG StableDiffusionControlNetPAGInpaint StableDiffusionPAG
         StableDiffusionPAGImg2Img StableDiffusionPAGInpaint StableDiffusionXLControlNetPAG
         StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG StableDiffusionXLPAGImg2Img
-        StableDiffusionXLPAGInpaint
+        StableDiffusionXLPAGInpaint PixArtSigmaPAG
     """,
     "encode its prompt without an image": """
         QwenImageEdit QwenImageEditInpaint QwenImageEditPlus
     """,
     "make images of one layer": "QwenImageLayered",
     "call its Flux2Transformer2DModel as a Flux2Klein.* does": "Flux2 Flux2KleinKV",
-    "call its ZImageTransformer2DModel as a ZImage.* does": """
-        ZImageControlNet ZImageControlNetInpaint ZImageOmni
-    """,
+    "call its ZImageTransformer2DModel as a ZImage.* does": "ZImageOmni",
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -115,6 +116,11 @@ def test_refused_with_the_reason(name: str) -> None:
         pytest.fail("the block must not run")
 
 
+def rows_of(estimates: Tensor | list[Tensor]) -> Tensor:
+    """A call's estimates, the prompt's last; Z-Image has it first, in a list."""
+    return torch.stack(estimates[::-1]) if isinstance(estimates, list) else estimates
+
+
 @pytest.mark.parametrize("name", names(RUNS))
 def test_a_run(name: str, calls: list) -> None:
     """The prompt's estimates alone are modulated, in every layer of the first steps.
@@ -126,11 +132,8 @@ def test_a_run(name: str, calls: list) -> None:
         pytest.skip(f"this diffusers has no {name}")
     pipe, estimates = made(kind), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    z_image = name.startswith("ZImage")  # whose estimates are a list, the prompt's first
     handle = denoiser.register_forward_hook(
-        lambda _module, _args, out: estimates.append(
-            torch.stack(out[0][::-1]) if z_image else out[0]
-        )
+        lambda _module, _args, out: estimates.append(rows_of(out[0]))
     )
     try:
         call(pipe)
@@ -142,12 +145,14 @@ def test_a_run(name: str, calls: list) -> None:
         handle.remove()
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
-    apart |= name.startswith("Flux2Klein")
+    apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2"))
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
     layers = sum(hasattr(module, "processor") for module in denoiser.modules())
-    layers -= 2 if z_image else 0  # refiners of the image or the text alone
+    layers -= (
+        2 if name.startswith(("ZImage", "Lumina2")) else 0
+    )  # refiners of the image or the text alone
     assert len(calls) == -(-3 * steps // 10) * layers
     assert {len(one[0]) for one in calls} == {1}
     if apart:  # the second call of a step is the negative prompt's

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
+from dense_attn.layout_attention import masks
 
 MARKS = "_dense_attn_marks"  # the attribute of a layer that holds its marks
 POINTS = "dispatch_attention_fn", "F.scaled_dot_product_attention"
@@ -31,7 +32,7 @@ STAND_INS = {
     "XFormersAttnProcessor": "AttnProcessor2_0",
     "XFormersJointAttnProcessor": "JointAttnProcessor2_0",
 }
-UNTAKEN = ("is_causal", "dropout_p", "enable_gqa", "return_lse", "_parallel_config")
+UNTAKEN = ("is_causal", "dropout_p", "return_lse", "_parallel_config")
 
 
 class Expected(NamedTuple):
@@ -49,7 +50,9 @@ class Mark(Protocol):
     def expected(self) -> Expected | None:
         """The softmax that this call is to exchange; None where it goes on as it is."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: masks.Mask | None
+    ) -> Tensor:
         """The modulated rows' attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
 
     def missed(self, seen: list[tuple[int, int]]) -> None:
@@ -83,14 +86,14 @@ class _Call:
         plain: Callable[[int, int], Tensor],
     ) -> Tensor:
         """Attention [B, H, M, D], modulated in the rows meant; `plain` is asked for others."""
-        if options.get("attn_mask") is not None:
-            _checks.refuse("attention_mask", "be None while a layout is on", "a mask")
         for name in UNTAKEN:
             if options.get(name):
                 _checks.refuse("pipe", f"attend without {name} while a layout is on", options[name])
         first, last, end = self.expected.first, self.expected.last, len(q)
         rows = q[first:last], k[first:last], v[first:last]
-        parts = [self.mark.attend(*rows, options.get("scale"))]
+        mask = masks.of_rows(options, first, last).get("attn_mask")
+        mask = None if mask is None else masks.reduced(mask, *rows[:2])
+        parts = [self.mark.attend(*rows, options.get("scale"), mask)]
         if last - first == end:
             return parts[0]
         if first:
@@ -287,7 +290,7 @@ def _backend(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
         def plain(start: int, stop: int) -> Tensor:
             rows = query[start:stop], key[start:stop], value[start:stop]
-            return inner(*rows, *args, **options).transpose(1, 2)
+            return inner(*rows, *args, **masks.of_rows(options, start, stop)).transpose(1, 2)
 
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return call.attention(q, k, v, options, plain).transpose(1, 2)
@@ -315,7 +318,7 @@ def _functional(inner: types.ModuleType) -> types.ModuleType:
 
         def plain(start: int, stop: int) -> Tensor:
             rows = query[start:stop], key[start:stop], value[start:stop]
-            return inner.scaled_dot_product_attention(*rows, **options)
+            return inner.scaled_dot_product_attention(*rows, **masks.of_rows(options, start, stop))
 
         return call.attention(query, key, value, options, plain)
 

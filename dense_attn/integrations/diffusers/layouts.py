@@ -47,7 +47,8 @@ def apply_layout(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
-            Stable Diffusion 3, FLUX, Qwen-Image, AuraFlow or Wan (every frame has the regions).
+            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or Wan
+            (every frame has the regions).
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight.
@@ -57,9 +58,9 @@ def apply_layout(
             where they first stand in the prompt; a `Phrase` names another place. Where two overlap
             the later counts; a region left without a token is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
-            alone. In joint attention (all but U-Nets and Wan) image tokens' rows take self_weight,
-            rows of a phrase's tokens cross_weight; under "mask", which has no strength, only both
-            at 0 count there.
+            alone. In joint attention (all but U-Nets, PixArt and Wan) image tokens' rows take
+            self_weight, rows of a phrase's tokens cross_weight; under "mask", which has no
+            strength, only both at 0 count there.
         active: the part of the steps in which the layout acts, from the first.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
             gets.

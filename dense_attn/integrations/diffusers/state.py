@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
 from dense_attn.layout_attention.layout import _BITS, nearest, resized
+from dense_attn.layout_attention.masks import Mask
 
 from ._attention_hook import Expected, is_marked
 from .hooks import arguments, foreign, unwrapped
@@ -72,10 +74,18 @@ class Layer:
     lists: dict[tuple, Any] = field(default_factory=dict)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, options: Options
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        options: Options,
+        scale: float | None,
+        k_mask: Tensor | None = None,
     ) -> Tensor:
         """Modulated attention of q, k, v [B, H, tokens, D] of the rows that see the prompt."""
-        lists = self._tile_lists(q, k, options.backend)
+        # lists belong to one mask, and a call brings its own
+        lists = self._tile_lists(q, k, options.backend) if k_mask is None else None
         orders = {"q_order": self.q_order, "k_order": self.k_order}
         return layout_attention(
             q,
@@ -86,6 +96,7 @@ class Layer:
             self.now,
             modulation=options.modulation,
             scale=scale,
+            k_mask=k_mask,
             tile_lists=lists,
             **(orders if lists is None else {}),  # lists have orders of their own
             backend=options.backend,
@@ -115,9 +126,11 @@ class LayerMark:
         """The softmax to modulate in this call; None in steps and layers that are left alone."""
         return self.state.expected(self.kind, self.depth)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Mask | None
+    ) -> Tensor:
         """Modulated attention of the rows q, k, v [B, H, N, D] that see the prompt."""
-        return self.state.attend(self.state.layers[self.kind, self.depth], q, k, v, scale)
+        return self.state.attend(self.state.layers[self.kind, self.depth], q, k, v, scale, mask)
 
     def missed(self, seen: list[tuple[int, int]]) -> None:
         """Say that the layer attends to other tokens than those of its place."""
@@ -156,9 +169,20 @@ class LayoutState:
         sizes = layer.q_words.shape[1], layer.k_words.shape[1]
         return Expected(self.first, self.last, *sizes)
 
-    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        mask: Mask | None = None,
+    ) -> Tensor:
         """Modulated attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
-        return layer.attention(q, k, v, scale, self.options)
+        run = partial(layer.attention, options=self.options)
+        if mask is None:
+            return run(q, k, v, scale=scale)
+        return mask.attention(q, k, v, scale, run)
 
     def missed(self, mark: LayerMark, seen: list[tuple[int, int]]) -> None:
         """Refuse a layer's own number of tokens; once a block, warn of an extension's."""

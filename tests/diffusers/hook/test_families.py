@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from families import FAMILIES, family, run
@@ -17,8 +19,17 @@ MASKS = torch.zeros(2, 8, 12, dtype=torch.bool)
 MASKS[0, :, :6] = True
 MASKS[1, 4:, 2:] = True
 BOTH = [("cat", MASKS[0]), ("dog", MASKS[1])]
-# the tokens of a space and a word: T5 reads _ a _ c a t _ d o g, Qwen a _ c a t _ d o g
+# the tokens of a space and a word: T5 reads _ a _ c a t _ d o g, Qwen a _ c a t _ d o g;
+# sixteen stand before the prompt in _ s _ <P r o m p t _ S t a r t > _ a _ c a t _ d o g </s>
 PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9)), "chat": ((2, 6), (6, 10))}
+PLACES["system"] = (18, 22), (22, 26)
+LEFT_ALONE = "refiner"  # layers of the image or the text alone
+# joint attention's segments: a text and its tokens, an image and its rows, columns, padding
+JOINT = {
+    "lumina2": (("system", 27), ("image", 2, 3, 0)),
+    "z_image": (("image", 4, 6, 8), ("chat", 64)),
+    "chroma": (("t5", 24), ("image", 4, 6, 0)),
+}
 
 
 @every_family
@@ -30,6 +41,9 @@ def test_whole_runs_equal_the_reference(name: str) -> None:
         exact = run(name, PROMPT)
     assert close(fused, exact)
     assert not close(fused, plain)
+    least = {"cross_weight": 1e-30, "self_weight": 1e-30, "encode_phrases": False}
+    with apply_layout(pipe, PROMPT, REGIONS, **least, **STRONG):
+        assert close(run(name, PROMPT), plain)
     with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
         assert torch.equal(run(name, PROMPT), plain)
     assert torch.equal(run(name, PROMPT), plain)
@@ -50,7 +64,8 @@ def test_the_negative_prompt_is_left_alone(name: str) -> None:
         handle.remove()
     plain, ours = seen[:2], seen[2:]
     assert len(plain) == len(ours) == 2
-    prompt = 1 if name == "auraflow" else 0  # halves, of which Z-Image has the prompt's first
+    # halves, of which Z-Image has the prompt's first
+    prompt = 1 if name in ("auraflow", "pixart") else 0
     assert not close(ours[prompt], plain[prompt])
     torch.testing.assert_close(ours[1 - prompt], plain[1 - prompt], rtol=1e-5, atol=1e-6)
 
@@ -76,6 +91,17 @@ def text_side(kind: str, tokens: int) -> tuple[list[int], list[float]]:
     return words, strengths
 
 
+def sequence(segments: tuple[tuple, ...], weight: float) -> tuple[list[int], list[float]]:
+    """Words and strengths of segments, one after the other."""
+    words, strengths = [], []
+    for kind, *sizes in segments:
+        rest = sizes.pop() if kind == "image" else 0
+        own = image_side(*sizes, weight) if kind == "image" else text_side(kind, *sizes)
+        words += own[0] + [0] * rest
+        strengths += own[1] + [0.0] * rest
+    return words, strengths
+
+
 def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list[float]]]:
     """The words of queries and keys and the strengths of each kind of layers, by their lengths."""
     if name == "wan":
@@ -83,12 +109,15 @@ def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list
         words, own = (2 * side for side in image_side(2, 3, 0.3))  # two frames
         cross = 2 * image_side(2, 3, 1.0)[1]
         return {(12, 12): (words, words, own), (12, 24): (words, text, cross)}
-    if name == "qwen":
+    if name == "pixart":
+        text, _ = text_side("t5", 20)
+        words, own = image_side(4, 6, 0.3)
+        return {(24, 24): (words, words, own), (24, 20): (words, text, image_side(4, 6, 1.0)[1])}
+    if name in JOINT:
+        words, strengths = sequence(JOINT[name], 0.3)
+    elif name == "qwen":
         text, image = text_side("qwen", 9 + 2), image_side(2, 3, 0.3)  # <|im_end|> and a line's end
         words, strengths = (a + b for a, b in zip(text, image))
-    elif name == "z_image":  # 24 tokens and 8 of padding, 11 and 21
-        text, image = text_side("chat", 1 + 9 + 1), image_side(4, 6, 0.3)
-        words, strengths = (a + [0] * 8 + b + [0] * (32 - len(b)) for a, b in zip(image, text))
     elif name == "flux2":
         text, image = text_side("chat", 24), image_side(4, 6, 0.3)
         words, strengths = (a + b for a, b in zip(text, image))
@@ -105,15 +134,50 @@ def test_words_and_strengths(name: str, calls: list) -> None:
         run(name, PROMPT, steps=1)
     layers = by_hand(name)
     assert {(call[0].shape[2], call[1].shape[2]) for call in calls} == set(layers)
-    attentions = [m for m in family(name).transformer.modules() if hasattr(m, "processor")]
-    refiners = 2 if name == "z_image" else 0  # of the image or the text alone
-    assert len(calls) == len(attentions) - refiners
+    attentions = [
+        layer
+        for layer, module in family(name).transformer.named_modules()
+        if hasattr(module, "processor") and not re.search(LEFT_ALONE, layer)
+    ]
+    assert len(calls) == len(attentions)
     for q, k, _, q_words, k_words, strength in calls:
         ours, theirs, right = layers[q.shape[2], k.shape[2]]
         assert q_words.view(-1).tolist() == ours
         assert k_words.view(-1).tolist() == theirs
         inside = torch.tensor(ours) != 0
         torch.testing.assert_close(strength.view(-1)[inside], torch.tensor(right)[inside])
+
+
+def test_a_prompt_that_is_read_in_small_letters(
+    calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phrases are found where the small prompt has them; one that is cleaned is refused."""
+    pipe, prompt = family("pixart"), "  A Cat DOG "
+    regions = [("Cat", MASKS[0]), ("DOG", MASKS[1])]
+    with apply_layout(pipe, prompt, regions, exponent=0.0):
+        run("pixart", prompt, steps=1)
+    text = next(call[4] for call in calls if call[1].shape[2] == 20)
+    assert text.view(-1).tolist() == text_side("t5", 20)[0]
+    monkeypatch.setattr("diffusers.utils.is_bs4_available", lambda: True)
+    monkeypatch.setattr("diffusers.utils.is_ftfy_available", lambda: True)
+    monkeypatch.setattr(pipe, "_clean_caption", lambda text: text.lower().replace("dog", "elk"))
+    rule = r"^regions\[0\] must have a phrase of a prompt that clean_caption leaves as it is"
+    with pytest.raises(ValueError, match=rule), apply_layout(pipe, prompt, regions):
+        pytest.fail("the block must not run")
+
+
+def test_prompts_that_lumina_2_places_otherwise_are_refused() -> None:
+    pipe, prompts = family("lumina2"), [PROMPT, "a cat a dog"]
+    with (
+        apply_layout(pipe, PROMPT, REGIONS),
+        pytest.raises(ValueError, match=r"^system_prompt must be the pipeline's own while a"),
+    ):
+        run("lumina2", PROMPT, system_prompt="t")
+    with (
+        apply_layout(pipe, prompts, REGIONS, encode_phrases=False),
+        pytest.raises(ValueError, match=r"^prompt must have prompts of as many tokens as each"),
+    ):
+        pipe(prompts, height=32, width=32, max_sequence_length=32, num_inference_steps=1)
 
 
 def test_a_pipeline_of_two_denoisers_is_refused() -> None:

@@ -38,7 +38,8 @@ class Mark:
     def expected(self) -> hook.Expected | None:
         return self._expected
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: object) -> Tensor:
+        self.mask = mask
         if not torch.compiler.is_compiling():
             self.calls.append((q.shape, k.shape, scale))
         return torch.zeros_like(q) + self.factor
@@ -280,13 +281,23 @@ def test_a_softmax_of_other_sizes_is_told_of(layer: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
+def test_masks_are_those_of_the_rows() -> None:
+    layer, mark = unet_layer(cross=True), Mark(hook.Expected(1, 2, 6, 5))
+    mask = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]])[:, None] * -1e4
+    with hook.marked([(layer, mark)]):
+        out = layer(X, TEXT, attention_mask=mask)
+    assert torch.equal(out[::2], layer(X, TEXT, attention_mask=mask)[::2])
+    assert mark.mask.keys.tolist() == [[False, True, True, True, True]]
+
+
+@torch.no_grad()
 def test_what_a_layout_cannot_take_is_refused() -> None:
-    layer, mask = unet_layer(cross=True), torch.zeros(3, 1, 5)
+    sliced = unet_layer(attention_processor.SlicedAttnProcessor(1), cross=True)
     with (
-        hook.marked([(layer, Mark(hook.Expected(0, 3, 6, 5)))]),
+        hook.marked([(sliced, Mark(hook.Expected(0, 3, 6, 5)))]),
         pytest.raises(ValueError, match=r"^attention_mask must be None while a layout"),
     ):
-        layer(X, TEXT, attention_mask=mask)
+        sliced(X, TEXT, attention_mask=torch.zeros(3, 1, 5))
     call = hook._Call(Mark(None), hook.Expected(0, 3, 6, 6))
     for name in hook.UNTAKEN:
         with pytest.raises(ValueError, match=f"^pipe must attend without {name} while a layout"):

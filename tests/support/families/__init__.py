@@ -189,13 +189,83 @@ def qwen() -> object:
     return pipe
 
 
+def chroma() -> object:
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return diffusers.ChromaPipeline(
+        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=flow()
+    )
+
+
+def lumina2() -> object:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=8,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(64, 16, 16),
+        cap_feat_dim=32,
+    )
+    pipe = diffusers.Lumina2Pipeline(
+        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=flow()
+    )
+    pipe.system_prompt = "s"
+    return pipe
+
+
+def pixart() -> object:
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=32,
+    )
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if ".attn" in name:
+                weight.mul_(6)  # or attention counts for little beside the rest
+    return diffusers.PixArtSigmaPipeline(
+        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=tiny._ddim()
+    )
+
+
 # how each is made, and what its calls are given beside a prompt
 FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
     "auraflow": (auraflow, {"max_sequence_length": 24, **SHAPES}),
     "flux2": (flux2, {"max_sequence_length": 24, **SHAPES}),
-    "z_image": (z_image, {"guidance_scale": 4.0, **SHAPES}),
     "wan": (wan, {"max_sequence_length": 24, "num_frames": 5, "height": 32, "width": 48}),
     "qwen": (qwen, {"height": 32, "width": 48, "true_cfg_scale": 4.0, "negative_prompt": "fog"}),
+    "z_image": (z_image, {"negative_prompt": "fog " * 12, "max_sequence_length": 64, **SHAPES}),
+    "lumina2": (lumina2, {"max_sequence_length": 32, "height": 32, "width": 48}),
+    "pixart": (
+        pixart,
+        {
+            "max_sequence_length": 20,
+            "clean_caption": False,
+            "use_resolution_binning": False,
+            **SHAPES,
+        },
+    ),
+    "chroma": (chroma, {"max_sequence_length": 24, "negative_prompt": "fog", **SHAPES}),
 }
 
 

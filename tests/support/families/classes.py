@@ -25,6 +25,7 @@ MASK = torch.zeros(1, 1, 16, 16)
 MASK[..., :8] = 1.0
 OWN = {  # arguments of calls by class, in the place of those below
     "StableDiffusionLDM3DPipeline": {"output_type": "np"},
+    "Lumina2Pipeline": {"max_sequence_length": 32},
     "FluxKontextPipeline": {"max_area": 256, "_auto_resize": False},
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
     "WanVideoToVideoPipeline": {"video": [PICTURE[0]] * 5},
@@ -92,6 +93,9 @@ def model_name(kind: type) -> str:
         ("auraflow", "Aura"),
         ("flux2", "Flux2"),
         ("z_image", "ZImage"),
+        ("chroma", "Chroma"),
+        ("lumina2", "Lumina2"),
+        ("pixart", "PixArt"),
     ):
         if kind.__name__.startswith(start):
             return name
@@ -120,6 +124,8 @@ def made(kind: type) -> Any:
     if hasattr(pipe, "prompt_template_encode"):
         pipe.prompt_template_encode = family("qwen").prompt_template_encode
         pipe.prompt_template_encode_start_idx = family("qwen").prompt_template_encode_start_idx
+    if hasattr(pipe, "system_prompt"):
+        pipe.system_prompt = family("lumina2").system_prompt
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -132,6 +138,8 @@ def call(pipe: Any) -> None:
     )
     if model_name(type(pipe)) in ("qwen", "wan", "flux2"):  # more pixels a latent
         given |= {"height": 32, "width": 32} if "height" in takes else {}
+    if "use_resolution_binning" in takes:
+        given |= {"use_resolution_binning": False, "clean_caption": False}
     if "num_frames" in takes:
         given["num_frames"] = 5
     if "true_cfg_scale" in given:
@@ -174,6 +182,10 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {"vae": changed(parts["vae"], out_channels=6)}
     if "Depth2Img" in name:
         return {"unet": changed(parts["unet"], in_channels=5)}
+    if name == "ChromaInpaintPipeline":  # asks for a setting that its model has no more
+        transformer = changed(parts["transformer"])
+        transformer.register_to_config(guidance_embeds=False)
+        return {"transformer": transformer}
     if name.startswith("FluxControl"):
         return {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
     if name in ("WanImageToVideoPipeline", "LucyEditPipeline"):  # an image's latents, and a mask's
@@ -194,6 +206,7 @@ def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
         FluxControlNetModel,
         QwenImageControlNetModel,
         SD3ControlNetModel,
+        ZImageControlNetModel,
     )
 
     if "Union" in name:
@@ -207,6 +220,12 @@ def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
         sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
         sizes["extra_condition_channels"] = 4 if "Inpaint" in name else 0
         return QwenImageControlNetModel.from_transformer(parts["transformer"], **sizes)
+    if name.startswith("ZImage"):
+        sizes = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
+        sizes |= {"dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+        sizes["control_in_dim"] = 9 if "Inpaint" in name else 4
+        net = ZImageControlNetModel(**sizes)
+        return ZImageControlNetModel.from_transformer(net, parts["transformer"])
     if name.startswith("StableDiffusion3"):
         extra = 1 if "Inpaint" in name else 0
         return SD3ControlNetModel.from_transformer(

@@ -13,8 +13,11 @@ from dense_attn import _checks
 from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
 from .auraflow import AuraFlow
+from .chroma import Chroma
 from .flux import Flux
 from .flux2 import Flux2
+from .lumina2 import Lumina2
+from .pixart import PixArt
 from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
@@ -25,7 +28,19 @@ from .z_image import ZImage
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux, Flux2, QwenImage, ZImage, AuraFlow, Wan)
+MODELS: tuple[type[Model], ...] = (
+    UNet,
+    SD3,
+    Flux,
+    Flux2,
+    Chroma,
+    QwenImage,
+    ZImage,
+    Lumina2,
+    PixArt,
+    AuraFlow,
+    Wan,
+)
 
 
 def model_of(pipe: DiffusionPipeline) -> Model:
@@ -73,17 +88,18 @@ def _check_batches(kind: type, model: Model) -> None:
 def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, tuple[Any, str, int]]:
     """A denoiser's attention modules by name, each with its kind and its halvings of the grid.
 
-    Each must have a processor whose softmax is seen.
+    Each must have a processor whose softmax is seen; layers without a place are left alone.
     """
     layers: dict[str, tuple[Any, str, int]] = {}
     for name, module in denoiser.named_modules():
         if not hasattr(module, "processor"):
             continue
+        place = model.place(denoiser, name)
+        if place is None:
+            continue
         kind = kind_of(module.processor)
         if not reaches(kind) and stand_in(kind) is None:
             rule = f"have attention processors that call {' or '.join(POINTS)}"
             _checks.refuse("pipe", rule, f"{kind.__name__} in {name}")
-        place = model.place(denoiser, name)
-        if place is not None:
-            layers[name] = module, *place
+        layers[name] = module, *place
     return layers

@@ -15,7 +15,7 @@ class ZImage(Model):
     """ZImageTransformer2DModel, whose refiners, of the image or the text alone, are left alone."""
 
     denoiser = "ZImageTransformer2DModel"
-    pipelines = "ZImage(Img2Img|Inpaint)?Pipeline"
+    pipelines = "ZImage(ControlNet)?(Img2Img|Inpaint)?Pipeline"
     latents = "x"
     branches = "prompt first"
     attentions = (

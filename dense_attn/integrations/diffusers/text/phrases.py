@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,7 +123,9 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
     elif getattr(pipe, "unet", None) is None:
         dropped = getattr(pipe, "prompt_template_encode_start_idx", 0)
         segment = _segment((first,) if second is None else (None, second), -dropped, None)
-        template = getattr(pipe, "prompt_template_encode", None) or _chat(first)
+        template = getattr(pipe, "prompt_template_encode", None) or _chat(pipe, first)
+        if takes(pipe, "system_prompt"):
+            template = f"{pipe.system_prompt} <Prompt Start> {{}}"
         found = [segment._replace(template=template)]
     else:
         length = getattr(second if first is None else first, "model_max_length", LONGEST)
@@ -131,9 +134,13 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
     return [segment for segment in found if segment.tokenizers]
 
 
-def _chat(tokenizer: Any) -> str:
-    """The template of a tokenizer's chats around a message; an answer's begin comes behind it."""
-    if getattr(tokenizer, "chat_template", None) is None:
+def _chat(pipe: DiffusionPipeline, tokenizer: Any) -> str:
+    """The template of a pipeline's chats around a message; an answer's begin comes behind it."""
+    methods = [
+        inspect.unwrap(call) for _, call in inspect.getmembers(type(pipe), inspect.isroutine)
+    ]
+    codes = (getattr(method, "__code__", None) for method in methods)
+    if not any("apply_chat_template" in code.co_names for code in codes if code is not None):
         return "{}"
     message = [{"role": "user", "content": "{}"}]
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -276,7 +283,11 @@ def _in_a_word(text: str, place: int) -> bool:
 def _converted(
     pipe: DiffusionPipeline, tokenizer: Any, prompt: str, chars: Span, argument: str
 ) -> tuple[str, Span]:
-    """The prompt with learned words as tokens, and the place of the characters there."""
+    """The prompt as its tokenizer gets it, in small letters or with learned words as tokens, and
+    the place of the characters there.
+    """
+    if hasattr(pipe, "_text_preprocessing"):
+        return _small(pipe, prompt, chars, argument)
     if not hasattr(pipe, "maybe_convert_prompt"):
         return prompt, chars
     parts = prompt[: chars[0]], prompt[slice(*chars)], prompt[chars[1] :]
@@ -287,3 +298,21 @@ def _converted(
             argument, "have a phrase that cuts no learned word", repr(prompt[slice(*chars)])
         )
     return text, (len(before), len(before) + len(inner))
+
+
+def _small(pipe: DiffusionPipeline, prompt: str, chars: Span, argument: str) -> tuple[str, Span]:
+    """The prompt in small letters without the spaces around it, and the place of characters."""
+    from diffusers import utils
+
+    text = prompt.lower()
+    if len(text) != len(prompt):
+        rule = "have a phrase of a prompt that small letters leave as long"
+        _checks.refuse(argument, rule, repr(prompt[slice(*chars)]))
+    before, text = len(text) - len(text.lstrip()), text.strip()
+    if utils.is_bs4_available() and utils.is_ftfy_available():  # or no pipeline cleans
+        cleaned = pipe._clean_caption(pipe._clean_caption(prompt)).strip()
+        if cleaned.lower() != text:
+            rule = "have a phrase of a prompt that clean_caption leaves as it is"
+            _checks.refuse(argument, rule, f"{prompt!r}, which becomes {cleaned!r}")
+    start, stop = (min(max(place - before, 0), len(text)) for place in chars)
+    return text, (start, stop)

@@ -67,6 +67,11 @@ class Reading:
 
     def hear(self, given: dict[str, Any]) -> None:
         """Take the arguments of an encode_prompt that must encode the prompt; phrases follow it."""
+        told = given.get("system_prompt")
+        if told is not None and told != self.pipe.system_prompt:
+            _checks.refuse(
+                "system_prompt", "be the pipeline's own while a layout is on", repr(told)
+            )
         # it comes after the prompt, with no options to tell
         negative = self._heard and given.get("prompt_embeds") is not None
         if not negative and encoding.missing(self.pipe) is None:

@@ -1,0 +1,38 @@
+"""Lumina 2: joint attention, the text's own tokens and then the image, a call for each prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dense_attn import _checks
+
+from .record import IMAGE, TEXT, Attention, Call, Model
+
+
+class Lumina2(Model):
+    """Lumina2Transformer2DModel, which leaves padding out; its time goes from 0 to 1.
+
+    Its refiners, of the image or the text alone, are left alone.
+    """
+
+    denoiser = "Lumina2Transformer2DModel"
+    unit = 1e-3
+    branches = "calls"
+    attentions = (Attention(r"layers\.\d+\.attn", (TEXT, IMAGE)),)
+
+    def read(self, arguments: dict[str, Any]) -> Call:
+        """The layout's part of a call, of the text tokens that are there."""
+        lengths = arguments["encoder_attention_mask"].sum(1).tolist()
+        if len(set(lengths)) > 1:
+            rule = "have prompts of as many tokens as each other, which the image stands behind"
+            _checks.refuse("prompt", rule, lengths)
+        call = super().read(arguments)
+        return call._replace(timestep=1 - call.timestep, text=call.text[:, : lengths[0]])
+
+    def write(self, arguments: dict[str, Any], text: Tensor) -> None:
+        """Put text tokens [B, L, C] into a call, before its padding."""
+        padding = arguments["encoder_hidden_states"][:, text.shape[1] :]
+        arguments["encoder_hidden_states"] = torch.cat((text, padding), 1)

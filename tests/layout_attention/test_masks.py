@@ -1,0 +1,100 @@
+"""Masks of attention layers, reduced to keys: each equals scaled_dot_product_attention's."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dense_attn import layout_attention
+from dense_attn.layout_attention.masks import reduced
+
+BATCH, HEADS, TOKENS = 2, 3, 7
+THERE = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 1, 1]], dtype=torch.bool)
+PAIRS = THERE[:, None, :, None] & THERE[:, None, None, :]
+ONES = THERE.float()
+MASKS = {
+    "one row": THERE[:1, None, None],
+    "a row a sample": THERE[:, None, None],
+    "heads and queries expanded": THERE[:, None, None].expand(-1, HEADS, TOKENS, -1),
+    "heads copied": THERE[:, None, None].repeat(1, HEADS, 1, 1),
+    "pairs of two dimensions": PAIRS[0, 0],
+    "pairs": PAIRS,
+    "pairs whose padding sees the first": PAIRS | (torch.arange(TOKENS) == 0),
+    "-1e4": (1 - ONES)[:, None, None] * -1e4,
+    "-1e4 of bfloat16": ((1 - ONES)[:, None, None] * -1e4).bfloat16().float(),
+    "-1e4 in copied heads": ((1 - ONES)[:, None, None] * -1e4).repeat(1, HEADS, 1, 1),
+    "the least number": torch.where(PAIRS, 0.0, torch.finfo(torch.float32).min),
+    "ones that are added": ONES[:, None, None],
+    "pairs of ones that are added": ONES[:, None, :, None] * ONES[:, None, None],
+}
+
+
+def qkv() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, BATCH, HEADS, TOKENS, 8, generator=generator).unbind(0)
+
+
+def plain(words: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+    return layout_attention(q, k, v, words, words, 0.0, **options)
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_a_reduced_mask_is_the_mask(mask: Tensor, scale: float | None) -> None:
+    q, k, v = qkv()
+    words = torch.ones(TOKENS, dtype=torch.int32)
+    ours = reduced(mask, q, k)
+    out = ours.attention(q, k, v, scale, partial(plain, words))
+    right = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    padding = mask.dtype == torch.bool or bool((mask < -1).any())
+    own = THERE[:1].expand(BATCH, -1) if mask.dim() == 2 else THERE
+    rows = own if padding and mask.shape[-2] > 1 else torch.ones_like(THERE)
+    for one, other, there in zip(out, right, rows):
+        torch.testing.assert_close(one[:, there], other[:, there])
+    assert out.is_contiguous() == right.is_contiguous()
+
+
+def test_masks_that_only_remove_keys_add_nothing() -> None:
+    q, k, _ = qkv()
+    assert reduced(MASKS["-1e4 of bfloat16"], q, k).keys.tolist() == THERE.tolist()
+    assert reduced(MASKS["the least number"], q, k).keys.tolist() == THERE.tolist()
+
+
+REFUSED = {
+    "a causal one": torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(),
+    "a causal one of floats": torch.zeros(TOKENS, TOKENS).masked_fill(
+        ~torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(), -torch.inf
+    ),
+    "other heads": torch.stack((THERE, ~THERE, THERE), 1)[:, :, None],
+    "a bias of pairs": torch.linspace(0, 1, TOKENS * TOKENS).view(TOKENS, TOKENS),
+    "other sizes": torch.ones(1, 1, 1, TOKENS + 1, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("mask", REFUSED.values(), ids=REFUSED)
+def test_other_masks_are_refused(mask: Tensor) -> None:
+    q, k, _ = qkv()
+    with pytest.raises(ValueError, match=r"^attention_mask must say which keys there are, for all"):
+        reduced(mask, q, k)
+
+
+def test_compiled() -> None:
+    """A graph without a break; what it cannot look at it asserts."""
+    q, k, v = qkv()
+    words = torch.ones(TOKENS, dtype=torch.int32)
+
+    def run(mask: Tensor) -> Tensor:
+        return reduced(mask, q, k).attention(q, k, v, None, partial(plain, words))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    for name in ("a row a sample", "heads copied", "-1e4 in copied heads", "pairs"):
+        torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
+    name = "pairs of ones that are added"
+    torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
+    with pytest.raises(RuntimeError, match="which keys there are"):
+        compiled(REFUSED["other heads"])
