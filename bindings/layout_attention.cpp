@@ -23,6 +23,14 @@ void require_permutation(const TensorView<2>& order) {
   }
 }
 
+// A count of other keys would be read as one of these.
+void require_counts(const LayoutAttentionParams& p) {
+  for (int64_t b = 0; p.seqlens_k.data != nullptr && b < p.batch; ++b) {
+    const int32_t count = *p.seqlens_k.at<int32_t>(b);
+    REQUIRE(count >= 0 && count <= p.seqlen_k, "seqlens_k must count 0 to ", p.seqlen_k, " keys, got ", count);
+  }
+}
+
 // The strength of all rows, where they have no tensor of their own: kernels read it where they would read theirs.
 class EveryStrength {
  public:
@@ -43,11 +51,13 @@ std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
     const std::optional<Tensor>& strength, const std::string& modulation, double scale,
     const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order, const std::optional<Tensor>& tiles,
     const std::optional<Tensor>& counts, const std::optional<Tensor>& k_words, double every_strength, bool with_lse,
-    bool with_stats) {
+    bool with_stats, const std::optional<Tensor>& seqlens_k) {
   LayoutAttentionParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength,
+              seqlens_k);
   const EveryStrength every(p);
   if (q_order) require_permutation(p.q_order);
+  require_counts(p);
   require_lists(tiles, counts, k_words);
   const FwdResults results(p, q, with_lse, with_stats);
   const LayoutAttentionCpu& cpu = kernels().layout_attention;
@@ -75,11 +85,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& q_regions, const Tensor& k_regions, const std::optional<Tensor>& strength, const Tensor& out,
     const Tensor& stats, const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
-    const std::optional<Tensor>& k_order, double every_strength) {
+    const std::optional<Tensor>& k_order, double every_strength, const std::optional<Tensor>& seqlens_k) {
   LayoutAttentionBwdParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength,
+              seqlens_k);
   const EveryStrength every(p);
   if (q_order) require_permutation(p.q_order);
+  require_counts(p);
   const int64_t out_sizes[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
   const int64_t rows[3] = {p.batch, p.num_heads, p.seqlen_q};
   p.grad_out = view_rows("grad_out", grad_out, q.scalar_type(), out_sizes);
@@ -93,11 +105,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layout_attention_bwd(
     return {dq, dk, dv, dstrength};
   }
   p.dq = view_rows("dq", dq, q.scalar_type(), out_sizes);
-  p.dk = view_rows("dk", dk, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
-  p.dv = view_rows("dv", dv, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
+  p.dk = view_rows("dk", dk, q.scalar_type(), {p.batch, p.num_heads / p.group, p.seqlen_k, p.head_dim});
+  p.dv = view_rows("dv", dv, q.scalar_type(), {p.batch, p.num_heads / p.group, p.seqlen_k, p.head_dim});
   p.dstrength = view("dstrength", dstrength, accumulation_dtype(q), rows);
-  const int64_t heads = p.batch * p.num_heads;
-  p.parts = parts_per_head(heads, p.seqlen_q);
+  const int64_t heads = p.batch * p.num_heads / p.group;
+  p.parts = parts_per_head(heads, p.seqlen_q * p.group);
   const LayoutAttentionCpu& cpu = kernels().layout_attention;
   const Tensor partials = allocate(q, {static_cast<int64_t>(cpu.bwd_partial_bytes(p))}, ScalarType::Byte);
   p.partials = partials.data_ptr();

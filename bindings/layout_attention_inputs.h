@@ -23,7 +23,8 @@ inline Modulation modulation_of(const std::string& name) {
 inline void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& q_regions, const Tensor& k_regions, const std::optional<Tensor>& strength,
                         const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
-                        const std::optional<Tensor>& k_order, double every_strength) {
+                        const std::optional<Tensor>& k_order, double every_strength,
+                        const std::optional<Tensor>& seqlens_k) {
   p.dtype = dtype_of("q", q);
   p.modulation = modulation_of(modulation);
   p.scale = scale;
@@ -35,8 +36,12 @@ inline void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor&
   REQUIRE(p.head_dim >= 1 && p.head_dim <= kMaxHeadDim, "q must have a head dim of 1 to ", kMaxHeadDim, ", got ",
           p.head_dim);
   p.q = view_rows("q", q, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
-  p.k = view_rows("k", k, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
-  p.v = view_rows("v", v, q.scalar_type(), {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
+  const int64_t key_heads = k.size(1);
+  REQUIRE(key_heads == p.num_heads || (key_heads > 0 && p.num_heads % key_heads == 0),
+          "k must have a number of heads that divides q's ", p.num_heads, ", got ", key_heads);
+  p.group = key_heads > 0 ? p.num_heads / key_heads : 1;
+  p.k = view_rows("k", k, q.scalar_type(), {p.batch, key_heads, p.seqlen_k, p.head_dim});
+  p.v = view_rows("v", v, q.scalar_type(), {p.batch, key_heads, p.seqlen_k, p.head_dim});
   p.q_regions = view_words("q_regions", q_regions, p.batch, p.seqlen_q);
   p.k_regions = view_words("k_regions", k_regions, p.batch, p.seqlen_k);
   REQUIRE(std::isfinite(every_strength), "every_strength must be finite, got ", every_strength);
@@ -46,6 +51,7 @@ inline void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor&
   if (strength) p.strength = view("strength", *strength, accumulation_dtype(q), {p.batch, p.num_heads, p.seqlen_q});
   if (q_order) p.q_order = view_words("q_order", *q_order, p.batch, p.seqlen_q);
   if (k_order) p.k_order = view_words("k_order", *k_order, p.batch, p.seqlen_k);
+  if (seqlens_k) p.seqlens_k = view("seqlens_k", *seqlens_k, ScalarType::Int, {p.batch});
 }
 
 inline Tensor new_rows(const Tensor& q) {

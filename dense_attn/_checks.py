@@ -166,7 +166,7 @@ def like(argument: str, value: object, other: Tensor, name_of_other: str) -> Ten
 
 
 def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Require q [B, H, M, D] and k, v [B, H, N, D] of one dtype and device."""
+    """Require q [B, H, M, D] and k, v [B, H / G, N, D] of one dtype and device."""
     if _rows_fit(q, k, v):
         return
     for argument, value in (("q", q), ("k", k), ("v", v)):
@@ -181,14 +181,15 @@ def attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     batch, num_heads, _, head_dim = q.shape
     if head_dim == 0:
         refuse("q", "have a head dim of at least 1", tuple(q.shape))
+    key_heads, seqlen_k = k.shape[1], k.shape[2]
+    if key_heads != num_heads and (key_heads == 0 or num_heads % key_heads):
+        rule = f"have {num_heads} heads as q has, or a number that divides them"
+        refuse("k", rule, tuple(k.shape))
+    expected = (batch, key_heads, seqlen_k, head_dim)
     for argument, value in (("k", k), ("v", v)):
-        if (
-            value.shape[:2] != q.shape[:2]
-            or value.shape[3] != head_dim
-            or value.shape[2] != k.shape[2]
-        ):
-            expected = f"[{batch}, {num_heads}, {k.shape[2]}, {head_dim}]"
-            refuse(argument, f"have shape {expected} to go with q and k", tuple(value.shape))
+        if value.shape != expected:
+            rule = f"have shape [{', '.join(map(str, expected))}] to go with q and k"
+            refuse(argument, rule, tuple(value.shape))
 
 
 def token_words(argument: str, value: Tensor, batch: int, num_tokens: int, q: Tensor) -> None:

@@ -173,7 +173,8 @@ def test_the_signature_is_that_of_the_api() -> None:
     parameters = (
         "q: Tensor, k: Tensor, v: Tensor, q_regions: Tensor, k_regions: Tensor",
         "strength: Tensor | float = 1.0, *, modulation: str = range, scale: float | None = None",
-        "return_lse: bool = False, q_order: Tensor | bool | None = None",
+        "k_mask: Tensor | None = None, return_lse: bool = False",
+        "q_order: Tensor | bool | None = None",
         "k_order: Tensor | bool | None = None",
         "tile_lists: tuple[Tensor | None, ...] | None = None, backend: str = auto",
     )

@@ -23,6 +23,8 @@ void require_attention(const LayoutAttentionParams& p, const Tensor& q, const Te
   if (k_order) require_device("k_order", *k_order, "q", q);
   REQUIRE(p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16, "q must be float16 or bfloat16, got ",
           torch::headeronly::toString(q.scalar_type()));
+  REQUIRE(p.seqlens_k.data == nullptr, "seqlens_k must be None for these kernels, got a tensor");
+  REQUIRE(p.group == 1, "k must have q's ", p.num_heads, " heads, got ", p.num_heads / p.group);
   REQUIRE(p.head_dim % kHeadDimStep == 0, "q must have a head dim that is a multiple of ", kHeadDimStep, ", got ",
           p.head_dim);
 }
@@ -32,9 +34,10 @@ std::tuple<Tensor, Tensor, Tensor> layout_attention_fwd(
     const std::optional<Tensor>& strength, const std::string& modulation, double scale,
     const std::optional<Tensor>& q_order, const std::optional<Tensor>& k_order, const std::optional<Tensor>& tiles,
     const std::optional<Tensor>& counts, const std::optional<Tensor>& k_words, double every_strength, bool with_lse,
-    bool with_stats) {
+    bool with_stats, const std::optional<Tensor>& seqlens_k) {
   LayoutAttentionParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength,
+              seqlens_k);
   require_lists(tiles, counts, k_words);
   require_attention(p, q, k, v, q_regions, k_regions, strength, q_order, k_order);
   const FwdResults results(p, q, with_lse, with_stats);
@@ -56,9 +59,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradient(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& q_regions, const Tensor& k_regions, const std::optional<Tensor>& strength, const Tensor& out,
     const Tensor& stats, const std::string& modulation, double scale, const std::optional<Tensor>& q_order,
-    const std::optional<Tensor>& k_order, double every_strength) {
+    const std::optional<Tensor>& k_order, double every_strength, const std::optional<Tensor>& seqlens_k) {
   LayoutAttentionBwdParams p{};
-  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength);
+  fill_inputs(p, q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order, every_strength,
+              seqlens_k);
   require_attention(p, q, k, v, q_regions, k_regions, strength, q_order, k_order);
   REQUIRE(p.head_dim <= kMaxBwdHeadDim, "q must have a head dim of at most ", kMaxBwdHeadDim,
           " where gradients are wanted, got ", p.head_dim);
@@ -103,7 +107,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dense_attn_cuda, m) {
   m.def(
       "attention_gradient(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor q_regions, "
       "Tensor k_regions, Tensor? strength, Tensor out, Tensor stats, str modulation, float scale, Tensor? q_order, "
-      "Tensor? k_order, float every_strength=1.) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dstrength)");
+      "Tensor? k_order, float every_strength=1., Tensor? seqlens_k=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor "
+      "dstrength)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dense_attn_cuda, DENSE_ATTN_DEVICE, m) {

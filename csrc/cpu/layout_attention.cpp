@@ -31,7 +31,7 @@ void fwd(const LayoutAttentionParams& p, int64_t begin, int64_t end, void* scrat
   });
 }
 
-int64_t bwd_items(const LayoutAttentionBwdParams& p) { return p.batch * p.num_heads * p.parts; }
+int64_t bwd_items(const LayoutAttentionBwdParams& p) { return p.batch * p.num_heads / p.group * p.parts; }
 
 size_t bwd_scratch_bytes(const LayoutAttentionBwdParams& p) {
   return with_dtype(p.dtype, [&](auto x) { return Backward<decltype(x)>(p, nullptr).scratch_bytes; });

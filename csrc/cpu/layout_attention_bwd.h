@@ -60,7 +60,7 @@ struct Backward {
     }
     std::memset(dk_sum, 0, p.seqlen_k * depth * sizeof(Acc));
     std::memset(dv_sum, 0, p.seqlen_k * depth * sizeof(Acc));
-    const int64_t strips = Strips(p.seqlen_q, kLanes<Acc>).count;
+    const int64_t strips = Strips(p.seqlen_q, kLanes<Acc>).count * p.group;  // of all heads that meet these keys
     for (int64_t i = strips * part / p.parts; i < strips * (part + 1) / p.parts; ++i) {
       const StripRows<Acc> rows(p, head * strips + i);
       switch (rows.stride / kLanes<Acc>) {
@@ -88,7 +88,7 @@ struct Backward {
   }
 
   void write_keys(int64_t item, const Acc* dk, const Acc* dv) const {
-    const int64_t batch = item / p.num_heads, head = item % p.num_heads;
+    const int64_t heads = p.num_heads / p.group, batch = item / heads, head = item % heads;
     for (int64_t j = 0; j < p.seqlen_k; ++j) {
       for (int64_t d = 0; d < p.head_dim; d += kLanes<Acc>) {
         store_lanes<T>(p.dk.at<T>(batch, head, j, d), load<Vec>(dk + j * depth + d), p.head_dim - d);
@@ -119,7 +119,7 @@ struct Backward {
 
   template <class F>
   void for_blocks(const StripRows<Acc>& rows, const F& f) {
-    const int64_t keys = p.seqlen_k;
+    const int64_t keys = rows.keys;
     for (KeyRun run = next_run(p, rows, 0, keys); run.begin < keys; run = next_run(p, rows, run.end, keys)) {
       for (int64_t j = run.begin; j < run.end; j += kBwdKeyBlock) {
         f(block_at(rows, j, run.end - j < kBwdKeyBlock ? run.end - j : kBwdKeyBlock));
@@ -128,8 +128,8 @@ struct Backward {
   }
 
   Block block_at(const StripRows<Acc>& rows, int64_t begin, int64_t count) {
-    const T* k = p.k.at<T>(rows.batch, rows.head, begin);
-    const T* v = p.v.at<T>(rows.batch, rows.head, begin);
+    const T* k = p.k.at<T>(rows.batch, rows.key_head, begin);
+    const T* v = p.v.at<T>(rows.batch, rows.key_head, begin);
     const int64_t at = waits ? begin * rows.stride : 0;
     Block block{begin,
                 count,
@@ -300,6 +300,10 @@ struct Backward {
     for (int64_t r = 0; r < rows.count; ++r) {
       const Acc grad_others = grad_lse.x[r] - matched_grad.x[r], scale = p.scale;
       Acc dstrength = 0;
+      if (rows.keys == 0) {  // whose extremes are no numbers
+        *p.dstrength.at<Acc>(rows.batch, rows.head, rows.token[r]) = dstrength;
+        continue;
+      }
       if (p.modulation == Modulation::kBias) dstrength = matched_grad.x[r];
       if (p.modulation == Modulation::kMax || p.modulation == Modulation::kRange) {
         dstrength = scale * (scale < 0 ? raw_min : raw_max).x[r] * matched_grad.x[r];
@@ -317,7 +321,7 @@ struct Backward {
   }
 
   void through_extreme(const StripRows<Acc>& rows, int64_t r, int64_t key, Acc factor) {
-    const T* k = p.k.at<T>(rows.batch, rows.head, key);
+    const T* k = p.k.at<T>(rows.batch, rows.key_head, key);
     const T* q = p.q.at<T>(rows.batch, rows.head, rows.token[r]);
     for (int64_t d = 0; d < p.head_dim; ++d) {
       dq_panel[d * rows.stride + r] += factor * to_float(k[d]);

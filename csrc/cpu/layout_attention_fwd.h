@@ -90,8 +90,9 @@ struct Forward {
   // The whole row is at hand: the extremes are known before anything is weighed, so one state serves both populations.
   template <int kVecs>
   void one_chunk(const StripRows<Acc>& rows) {
-    prepare(rows, 0, chunk);
-    for (KeyRun run = next_run(p, rows, 0, chunk); run.begin < chunk; run = next_run(p, rows, run.end, chunk)) {
+    const int64_t keys = rows.keys;
+    prepare(rows, 0, keys);
+    for (KeyRun run = next_run(p, rows, 0, keys); run.begin < keys; run = next_run(p, rows, run.end, keys)) {
       score<kVecs>(rows, 0, run.begin, run.end);
     }
     Exponents exponents;
@@ -103,7 +104,7 @@ struct Forward {
       exponents.set_in(v, state.add_in, state.shift);
       exponents.set_out(v, state.add_out, state.shift);
     }
-    for (KeyRun run = next_run(p, rows, 0, chunk); run.begin < chunk; run = next_run(p, rows, run.end, chunk)) {
+    for (KeyRun run = next_run(p, rows, 0, keys); run.begin < keys; run = next_run(p, rows, run.end, keys)) {
       weigh_run<kVecs>(rows, 0, run, exponents, sum_in, acc_in);
     }
     finish<kVecs>(rows, shift);
@@ -116,8 +117,8 @@ struct Forward {
     Exponents matched, others;  // those of one population, the other excluded
     Lanes<Acc> shift_in, shift_out, shift;
     for (int v = 0; v < kVecs; ++v) shift_in.set(v, Vec{}), shift_out.set(v, Vec{});
-    for (int64_t begin = 0; begin < p.seqlen_k; begin += chunk) {
-      const int64_t end = begin + chunk < p.seqlen_k ? begin + chunk : p.seqlen_k;
+    for (int64_t begin = 0; begin < rows.keys; begin += chunk) {
+      const int64_t end = begin + chunk < rows.keys ? begin + chunk : rows.keys;
       prepare(rows, begin, end);
       for (KeyRun run = next_run(p, rows, begin, end); run.begin < end; run = next_run(p, rows, run.end, end)) {
         score<kVecs>(rows, begin, run.begin, run.end);
@@ -243,14 +244,14 @@ struct Forward {
   // Points at the chunk's keys and values, packing what the products cannot read in place; a head's only chunk stays
   // packed.
   void prepare(const StripRows<Acc>& rows, int64_t begin, int64_t end) {
-    const T* k = p.k.at<T>(rows.batch, rows.head, begin);
-    const T* v = p.v.at<T>(rows.batch, rows.head, begin);
+    const T* k = p.k.at<T>(rows.batch, rows.key_head, begin);
+    const T* v = p.v.at<T>(rows.batch, rows.key_head, begin);
     k_data = reinterpret_cast<const char*>(pack_keys ? static_cast<const void*>(k_packed) : k);
     v_data = reinterpret_cast<const char*>(kPackValues ? static_cast<const void*>(v_packed) : v);
     k_row_bytes = pack_keys ? depth * sizeof(Elem) : p.k.strides[2] * sizeof(T);
     v_row_bytes = sizeof(Elem);
     v_step_bytes = kPackValues ? p.head_dim * sizeof(Elem) : p.v.strides[2] * sizeof(T);
-    const int64_t head = rows.batch * p.num_heads + rows.head;
+    const int64_t head = rows.batch * p.num_heads + rows.key_head;
     if (packed_head == head && packed_begin == begin) return;
     packed_head = head, packed_begin = begin;
     if constexpr (kDot) {

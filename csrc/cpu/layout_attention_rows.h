@@ -47,6 +47,7 @@ struct StripRows {
   using IntLane = typename Simd<Acc>::IntLane;
 
   int64_t batch, head, count, stride;  // stride = lanes of the strip, count of them are rows
+  int64_t key_head, keys;              // the head of k and v, and its keys that are there
   int32_t any_word, all_words;         // or and and of the rows' words
   int64_t token[kRowVecs * kLanes<Acc>];
   alignas(kVecBytes) IntLane words[kRowVecs * kLanes<Acc>];
@@ -57,6 +58,7 @@ struct StripRows {
     const int64_t strip = item % strips.count;
     batch = item / strips.count / p.num_heads;
     head = item / strips.count % p.num_heads;
+    key_head = head / p.group, keys = keys_of(p, batch);
     const int64_t first = strips.first_vec(strip) * kLanes<Acc>;
     stride = strips.first_vec(strip + 1) * kLanes<Acc> - first;
     count = p.seqlen_q - first < stride ? p.seqlen_q - first : stride;

@@ -25,17 +25,18 @@ SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor q_regions, Tensor k_regions, Tensor? strength, "
         "str modulation, float scale, Tensor? q_order, Tensor? k_order, Tensor? tiles, "
         "Tensor? counts, Tensor? k_words, float every_strength=1., bool with_lse=True, "
-        "bool with_stats=True) -> (Tensor out, Tensor lse, Tensor stats)"
+        "bool with_stats=True, Tensor? seqlens_k=None) -> (Tensor out, Tensor lse, Tensor stats)"
     ),
     "layout_attention_bwd": (
         "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor q_regions, "
         "Tensor k_regions, Tensor? strength, Tensor out, Tensor stats, str modulation, "
-        "float scale, Tensor? q_order, Tensor? k_order, float every_strength=1.) -> "
+        "float scale, Tensor? q_order, Tensor? k_order, float every_strength=1., "
+        "Tensor? seqlens_k=None) -> "
         "(Tensor dq, Tensor dk, Tensor dv, Tensor dstrength)"
     ),
     "tile_lists": (
         "(Tensor q_regions, Tensor k_regions, Tensor? q_order, Tensor? k_order, int block_m, "
-        "int block_n) -> (Tensor tiles, Tensor counts, Tensor k_words)"
+        "int block_n, Tensor? seqlens_k=None) -> (Tensor tiles, Tensor counts, Tensor k_words)"
     ),
     "percentile_mask": "(Tensor x, float level) -> (Tensor masked, Tensor threshold)",
     "sega_guidance": (

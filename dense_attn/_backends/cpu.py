@@ -53,7 +53,7 @@ def attention_bytes(q: Tensor, k: Tensor) -> int:
     return q.numel() * q.element_size()
 
 
-def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, kept: bool) -> None:
+def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, **how: object) -> None:
     """None: calls take no tile lists."""
 
 

@@ -122,6 +122,7 @@ def _gradient_by_the_reference(
     q_order: Tensor | None,
     k_order: Tensor | None,
     every_strength: float = 1.0,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength) in float32, rounded at the end."""
     c = q.new_full(q.shape[:3], every_strength, dtype=torch.float32)
@@ -132,7 +133,10 @@ def _gradient_by_the_reference(
     else:
         with torch.enable_grad():
             *qkv, c = inputs
-            rule = {"modulation": modulation, "scale": scale}
+            rule = {"modulation": modulation, "scale": scale, "k_mask": None}
+            if seqlens_k is not None:
+                keys = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
+                rule["k_mask"] = keys < seqlens_k[:, None]
             results = reference.layout_attention(*qkv, q_regions, k_regions, c, **rule)
             flowing = (grad_out.float(), torch.zeros_like(c) if grad_lse is None else grad_lse)
             grads = torch.autograd.grad(results, inputs, flowing, materialize_grads=True)
@@ -145,7 +149,7 @@ def attention_bytes(q: Tensor, k: Tensor) -> int:
     return q.numel() * q.element_size()
 
 
-def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, kept: bool) -> None:
+def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, **how: object) -> None:
     """None: calls take no tile lists."""
 
 

@@ -47,13 +47,15 @@ def layout_attention_fwd(
     every_strength: float = 1.0,
     with_lse: bool = True,
     with_stats: bool = True,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats), the latter [0] where they are not asked for; k_order and the tile lists
-    are for kernels that take them.
+    are for kernels that take them. Of each sample's keys the first seqlens_k are there, which an
+    order has in front.
     """
     words = {"q_regions": q_regions, "k_regions": k_regions}
     orders = {"q_order": q_order, "k_order": k_order}
-    lists = {"tiles": tiles, "counts": counts, "k_words": k_words}
+    lists = {"tiles": tiles, "counts": counts, "k_words": k_words, "seqlens_k": seqlens_k}
     check_devices(q, k=k, v=v, strength=strength, **words, **orders, **lists)
     rows, dtype = q.shape[:3], accumulation_dtype(q.dtype)
     lse = q.new_empty(rows if with_lse else (0,), dtype=dtype)
@@ -77,11 +79,13 @@ def layout_attention_bwd(
     q_order: Tensor | None,
     k_order: Tensor | None,
     every_strength: float = 1.0,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength); k_order is for kernels that take it."""
     words = {"q_regions": q_regions, "k_regions": k_regions}
     orders = {"q_order": q_order, "k_order": k_order}
     saved = {"grad_out": grad_out, "grad_lse": grad_lse, "out": out, "stats": stats}
+    orders["seqlens_k"] = seqlens_k
     check_devices(q, k=k, v=v, strength=strength, **words, **orders, **saved)
     grads = [_empty_rows_like(x) for x in (q, k, v)]
     return *grads, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
@@ -94,10 +98,13 @@ def tile_lists(
     k_order: Tensor | None,
     block_m: int,
     block_n: int,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tiles, counts, k_words)."""
-    check_devices(q_regions, k_regions=k_regions, q_order=q_order, k_order=k_order)
+    orders = {"q_order": q_order, "k_order": k_order}
+    check_devices(q_regions, k_regions=k_regions, **orders, seqlens_k=seqlens_k)
     rows, columns = _samples(q_regions, q_order), _samples(k_regions, k_order)
+    columns = columns if seqlens_k is None else max(columns, seqlens_k.shape[0])
     query_tiles, key_tiles = -(-q_regions.shape[-1] // block_m), -(-k_regions.shape[-1] // block_n)
     shape = (max(rows, columns) if min(rows, columns) else 0, query_tiles)
     tiles, counts = (q_regions.new_empty((*shape, *last)) for last in ((2, key_tiles), (3,)))

@@ -43,13 +43,18 @@ def layout_attention_fwd(
     every_strength: float = 1.0,
     with_lse: bool = True,
     with_stats: bool = True,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:
     """(out, lse) of `reference.layout_attention`, lse in any case, and no numbers for a backward
     pass.
     """
     c = every_strength if strength is None else strength
+    k_mask = None
+    if seqlens_k is not None:
+        keys = torch.arange(k.shape[2], dtype=torch.int32, device=k.device)
+        k_mask = keys < seqlens_k[:, None]
     out, lse = reference.layout_attention(
-        q, k, v, q_regions, k_regions, c, modulation=modulation, scale=scale
+        q, k, v, q_regions, k_regions, c, modulation=modulation, scale=scale, k_mask=k_mask
     )
     return out, lse.to(accumulation_dtype(q.dtype)), None
 
@@ -59,7 +64,7 @@ def attention_bytes(q: Tensor, k: Tensor) -> int:
     return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
 
 
-def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, kept: bool) -> None:
+def tile_lists_for(q: Tensor, k: Tensor, *tokens: object, **how: object) -> None:
     """None: calls take no tile lists."""
 
 

@@ -113,6 +113,7 @@ def tile_lists_for(
     q_order: Tensor | bool | None,
     k_order: Tensor | bool | None,
     kept: bool,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor | None, ...] | None:
     """The tile lists of calls like this one and the orders that they are of, None for calls that
     visit no tiles. Lists that are kept for many calls are worth more launches.
@@ -124,19 +125,23 @@ def tile_lists_for(
     if ours:
         q_order = _by_region(q_regions)
     if k_order is None:
-        k_order = q_order if ours and k_regions is q_regions else _by_region(k_regions)
+        same = ours and k_regions is q_regions and seqlens_k is None
+        k_order = q_order if same else _by_region(k_regions, seqlens_k)
     q_order, k_order = (None if order is False else order for order in (q_order, k_order))
     made = torch.ops.dense_attn_triton.tile_lists.default
-    lists = made(q_regions, k_regions, q_order, k_order, *blocks)
+    lists = made(q_regions, k_regions, q_order, k_order, *blocks, seqlens_k)
     if ours and kept:
         q_order, *lists = _longest_first(q_order, *lists, blocks[0])
     return *lists, q_order, k_order
 
 
-def _by_region(words: Tensor) -> Tensor:
+def _by_region(words: Tensor, counts: Tensor | None = None) -> Tensor:
     """The order in which tokens of one region word stand together, int32 [tokens] or [B|1,
-    tokens].
+    tokens]; in front those that are there, of which a sample has so many.
     """
+    if counts is not None:
+        place = torch.arange(words.shape[-1], dtype=torch.int32, device=words.device)
+        words = words.long().masked_fill(place >= counts[:, None], 1 << 32)
     return words.argsort(dim=-1, stable=True).to(torch.int32)
 
 

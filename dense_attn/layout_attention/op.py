@@ -8,19 +8,20 @@ from torch import Tensor
 from dense_attn import _checks, _memory
 from dense_attn._backends import dispatch, table
 from dense_attn._backends.contract import MODULATIONS
-from dense_attn.layout_attention import inputs
+from dense_attn.layout_attention import inputs, keys
 
 
 def layout_attention(
     q: Tensor,  # [B, H, M, D]
-    k: Tensor,  # [B, H, N, D]
-    v: Tensor,  # [B, H, N, D]
+    k: Tensor,  # [B, H / G, N, D]
+    v: Tensor,  # [B, H / G, N, D]
     q_regions: Tensor,  # int32 [M] or [B|1, M]
     k_regions: Tensor,  # int32 [N] or [B|1, N]
     strength: Tensor | float = 1.0,  # broadcastable to [B, H, M]
     *,
     modulation: str = "range",
     scale: float | None = None,
+    k_mask: Tensor | None = None,  # bool or floats [N], [B|1, N] or [B|1, 1, 1, N]; int32 [B]
     return_lse: bool = False,
     q_order: Tensor | bool | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | bool | None = None,  # int32 [N] or [B|1, N]
@@ -31,7 +32,8 @@ def layout_attention(
     them.
 
     With `s = scale * q k^T` and `R[i, j] = (q_regions[i] & k_regions[j]) != 0`, the result is
-    `softmax(s') v` where, for `c = strength` and the extremes taken over all keys of a row,
+    `softmax(s') v` where, for `c = strength` and the extremes taken over all keys of a row that
+    `k_mask` leaves,
 
     - `"range"`: `s' = s + c*R*(max(s) - s) - c*(1-R)*(s - min(s))` (DenseDiffusion);
     - `"max"`: `s' = s + c*R*max(s)` (paint-with-words);
@@ -40,27 +42,33 @@ def layout_attention(
       gives 0).
 
     Args:
-        q, k, v: `[B, H, M, D]`, `[B, H, N, D]`, `[B, H, N, D]`; float32, bfloat16, float16 or
-            float64; any strides with a contiguous last dimension, so a transposed
-            `[B, tokens, H, D]` is taken as it is.
+        q, k, v: `[B, H, M, D]`, `[B, H / G, N, D]`, `[B, H / G, N, D]`; float32, bfloat16, float16
+            or float64; any strides with a contiguous last dimension, so a transposed
+            `[B, tokens, H, D]` is taken as it is. Head h of q meets head `h // G` of k and v (G is
+            1, or more in grouped-query attention).
         q_regions, k_regions: int32 words, bit r set when the token is in region r (32 regions; bit
             31 is the sign).
         strength: a number, or float32 (float64 with float64 inputs) broadcastable to `[B, H, M]`; 0
             is plain attention.
         modulation: the rule above.
         scale: factor on the scores, `1/sqrt(D)` when None.
+        k_mask: which keys are there, for all samples or for each, True where one is; int32 `[B]`
+            counts them from the first. The others are removed: no score, no extreme, gradients of
+            0; a sample without any gives 0. Floats are added to the scores before the rule is
+            applied, and remove a key where they are -1e4 or less; they cost a copy of q, k and v
+            unless a look (which only the CPU takes) finds nothing added, and a head dim of 8 more.
         return_lse: also return `logsumexp(s')`, float32 (float64 with float64 inputs), `[B, H, M]`.
         q_order, k_order: permutations of the tokens, the order in which a kernel visits them; None
             for one that suits it (a GPU's: tokens of one region word together), False for raster.
             They change speed, never the result.
         tile_lists: what `tile_lists` has made of these regions, which is in its own orders; without
-            it a GPU makes it in every call.
+            it a GPU makes it in every call. It belongs to one `k_mask`.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or
             raises.
 
     Returns:
         `out [B, H, M, D]` in q's dtype and memory order, or `(out, lse)`. Differentiable once in q,
-        k, v and strength.
+        k, v, strength and a k_mask of floats.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names.
@@ -88,30 +96,40 @@ def layout_attention(
         scale = _checks.number("scale", scale, rule="be a number or None")
     strength, every = inputs.row_strength(strength, q)
     return_lse = _checks.flag("return_lse", return_lse)
+    there, bias = keys.of_mask(k_mask, q, k)
+    given = q
+    if bias is not None:
+        q, k, v = keys.with_bias(q, k, v, bias, scale)
     name = table.resolve(backend, "layout_attention", q, k.shape[2])
-    kernels = table.NAMESPACES[name]
+    kernels, seqlens_k = table.NAMESPACES[name], None
+    if there is not None:
+        k, v, k_regions = there.first(k), there.first(v), there.words(k_regions)
+        k_order, seqlens_k = there.visits(k_order), there.of_batch(q.shape[0])
     recorded = dispatch.is_recorded(q, k, v, strength)
     try:
         if tile_lists is None:
             tokens = q_regions, k_regions, q_order, k_order
-            tile_lists = kernels.tile_lists_for(q, k, *tokens, kept=False)
+            tile_lists = kernels.tile_lists_for(q, k, *tokens, kept=False, seqlens_k=seqlens_k)
         *lists, q_order, k_order = inputs.with_orders(tile_lists, q_order, k_order)
-        given = (q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
-        last = every, return_lse, recorded, name
-        out, lse, _ = dispatch.run_as(_LayoutAttention, recorded, *given, *lists, *last)
+        rule = strength, modulation, scale, q_order, k_order
+        last = every, return_lse, recorded, seqlens_k, name
+        tensors = q, k, v, q_regions, k_regions
+        out, lse, _ = dispatch.run_as(_LayoutAttention, recorded, *tensors, *rule, *lists, *last)
     except RuntimeError as error:
         least = kernels.attention_bytes(q, k)
         _memory.explain(error, "layout_attention", least, q=q, k=k)
         raise
+    out = out if bias is None else keys.without_columns(out, given)
     return (out, lse) if return_lse else out
 
 
 def tile_lists(
     q: Tensor,  # [B, H, M, D]
-    k: Tensor,  # [B, H, N, D]
+    k: Tensor,  # [B, H / G, N, D]
     q_regions: Tensor,  # int32 [M] or [B|1, M]
     k_regions: Tensor,  # int32 [N] or [B|1, N]
     *,
+    k_mask: Tensor | None = None,  # bool or floats [N], [B|1, N] or [B|1, 1, 1, N]; int32 [B]
     q_order: Tensor | bool | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | bool | None = None,  # int32 [N] or [B|1, N]
     backend: str = "auto",
@@ -127,7 +145,8 @@ def tile_lists(
     Args:
         q, k: any tensors of the shapes, dtype and device of the calls to come; their values are not
             looked at.
-        q_regions, k_regions, backend: as in `layout_attention`, to which the result belongs.
+        q_regions, k_regions, k_mask, backend: as in `layout_attention`, to which the result
+            belongs.
         q_order, k_order: permutations of the tokens; None to sort them, False for raster.
 
     Returns:
@@ -151,10 +170,17 @@ def tile_lists(
     """
     q, k, _ = inputs.autocast(q, k, k)
     inputs.check_tensors(q, k, k, q_regions, k_regions, q_order, k_order)
-    name = table.resolve(backend, "layout_attention", q, k.shape[2])
+    there, bias = keys.of_mask(k_mask, q, k)
+    if bias is not None:
+        q, k, _ = keys.with_bias(q, k, k, bias, 1.0)  # for their head dim
+    name, seqlens_k = table.resolve(backend, "layout_attention", q, k.shape[2]), None
+    if there is not None:
+        k_regions, k_order = there.words(k_regions), there.visits(k_order)
+        seqlens_k = there.of_batch(q.shape[0])
     lists_for = table.NAMESPACES[name].tile_lists_for
     kept = not torch.compiler.is_compiling()  # a compiled graph makes its lists in every call
-    return lists_for(q, k, q_regions, k_regions, q_order, k_order, kept=kept)
+    tokens = q_regions, k_regions, q_order, k_order
+    return lists_for(q, k, *tokens, kept=kept, seqlens_k=seqlens_k)
 
 
 class _LayoutAttention(torch.autograd.Function):
@@ -178,24 +204,25 @@ class _LayoutAttention(torch.autograd.Function):
         every_strength: float,
         with_lse: bool,
         with_stats: bool,
+        seqlens_k: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         run, words = table.NAMESPACES[backend].layout_attention_fwd, (q_regions, k_regions)
         rule, lists = (strength, modulation, scale), (q_order, k_order, tiles, counts, k_words)
-        return run(q, k, v, *words, *rule, *lists, every_strength, with_lse, with_stats)
+        return run(q, k, v, *words, *rule, *lists, every_strength, with_lse, with_stats, seqlens_k)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
         *tensors, ctx.modulation, ctx.scale, q_order, k_order = inputs[:10]
-        *_, ctx.every_strength, ctx.with_lse, _, ctx.backend = inputs
+        *_, ctx.every_strength, ctx.with_lse, _, seqlens_k, ctx.backend = inputs
         out, _, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, stats, q_order, k_order)
+        ctx.save_for_backward(*tensors, out, stats, q_order, k_order, seqlens_k)
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse, *_):  # noqa: ANN001, ANN002, ANN205
-        *tensors, out, stats, q_order, k_order = ctx.saved_tensors
+        *tensors, out, stats, q_order, k_order, seqlens_k = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_out.stride(-1) != 1:  # the gradient of a sum is one number under stride 0
@@ -203,10 +230,11 @@ class _LayoutAttention(torch.autograd.Function):
         if not ctx.with_lse:  # torch.compile has zeros for what is not there
             grad_lse = None
         orders = q_order, k_order
-        arguments = (*tensors, out, stats, ctx.modulation, ctx.scale, *orders, ctx.every_strength)
-        dq, dk, dv, dstrength = dispatch.run(_Backward, grad_out, grad_lse, *arguments, ctx.backend)
+        rule = ctx.modulation, ctx.scale, *orders, ctx.every_strength, seqlens_k, ctx.backend
+        grads = dispatch.run(_Backward, grad_out, grad_lse, *tensors, out, stats, *rule)
+        dq, dk, dv, dstrength = grads
         dstrength = None if tensors[-1] is None else dstrength
-        return dq, dk, dv, None, None, dstrength, *[None] * 11
+        return dq, dk, dv, None, None, dstrength, *[None] * 12
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
@@ -235,13 +263,14 @@ class _Backward(torch.autograd.Function):
         q_order: Tensor | None,
         k_order: Tensor | None,
         every_strength: float,
+        seqlens_k: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         given, saved = (q, k, v, q_regions, k_regions, strength), (out, stats)
-        rule, orders = (modulation, scale), (q_order, k_order)
+        rule = (modulation, scale, q_order, k_order, every_strength, seqlens_k)
         run = table.NAMESPACES[backend].layout_attention_bwd
         try:
-            return run(grad_out, grad_lse, *given, *saved, *rule, *orders, every_strength)
+            return run(grad_out, grad_lse, *given, *saved, *rule)
         except RuntimeError as error:
             least = (q.numel() + 2 * k.numel()) * q.element_size()
             _memory.explain(error, "layout_attention's backward pass", least, q=q, k=k)

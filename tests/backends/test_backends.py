@@ -91,6 +91,8 @@ INTERPRETED_ONCE = (
         "scale",
         "ordered-per-sample",
     ),
+    *("keys-counted", "keys-counted-in-runs", "keys-anywhere", "keys-anywhere-in-runs"),
+    *("groups-of-3", "one-group-of-8", "groups-of-some-keys"),
     *("gradient-of-out-alone", "gradient-of-lse-alone", "gradient-of-a-sum", "ties-across-tiles"),
 )
 
@@ -202,6 +204,7 @@ def run(backend: str, modulation: str, case: Case, inputs: Inputs) -> dict[str, 
         "scale": case.scale,
         "return_lse": True,
         "backend": backend,
+        "k_mask": there.k_mask,
         **there.orders,
     }
     results = evaluate(partial(layout_attention, **options), there, case.through)

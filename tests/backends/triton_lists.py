@@ -62,6 +62,41 @@ def test_tile_lists(case: str) -> None:
     assert found == ({0, 1, 2} if case == "ordered-in-runs" else found)
 
 
+def test_lists_are_of_the_keys_that_are_there() -> None:
+    """A tile of others is in none, the one that they begin in is in doubt."""
+    inputs = make_inputs(CASE["keys-anywhere-in-runs"], torch.float32)
+    counts_of = torch.tensor([33, 0], dtype=torch.int32, device=DEVICE)
+    words = inputs.q_regions, inputs.k_regions
+    tiles, counts, _ = launchers.tile_lists(*words, None, None, 16, 16, counts_of)
+    short = launchers.tile_lists(words[0], words[1][:33], None, None, 16, 16)
+    assert counts[1].tolist() == [[0, 0, 0]] * tiles.shape[1]
+    assert torch.equal(counts[0], short.counts[0])
+    for i, (matched, mixed, unmatched) in enumerate(counts[0].tolist()):
+        assert mixed > 0
+        assert torch.equal(tiles[0, i, 0, :matched], short.tiles[0, i, 0, :matched])
+        assert torch.equal(tiles[0, i, 1, :mixed], short.tiles[0, i, 1, :mixed])
+        ends = tiles.shape[3] - unmatched, short.tiles.shape[3] - unmatched
+        assert torch.equal(tiles[0, i, 0, ends[0] :], short.tiles[0, i, 0, ends[1] :])
+
+
+@pytest.mark.parametrize("case", ["keys-anywhere-in-runs", "keys-counted-in-runs"])
+def test_lists_of_a_mask_made_beforehand(case: str) -> None:
+    """They change nothing, and no number of a key that is not there does."""
+    inputs = make_inputs(CASE[case], torch.float32)
+    tensors = inputs.q, inputs.k, inputs.v, inputs.q_regions, inputs.k_regions
+    options = {"k_mask": inputs.k_mask, "backend": "triton"}
+    expected = layout_attention(*tensors, 0.7, **options, return_lse=True)
+    lists = tile_lists(*tensors[:2], *tensors[3:], **options)
+    there = inputs.k_mask
+    if there.dtype == torch.int32:
+        there = torch.arange(inputs.k.shape[2], device=DEVICE) < there[:, None]
+    for x in tensors[1:3]:
+        x[~there[:, None].expand(x.shape[:3])] = torch.nan
+    got = layout_attention(*tensors, 0.7, **options, return_lse=True, tile_lists=lists)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
 def test_lists_made_beforehand() -> None:
     inputs = make_inputs(CASE["ordered-in-runs"], torch.float32)
     q, k, strength = inputs.q, inputs.k, inputs.strength.expand(inputs.q.shape[:3])

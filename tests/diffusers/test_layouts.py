@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import REAL_LAYOUTS
+from case_tensors import REAL_LAYOUTS
 from pipelines import MODELS, PROMPT, REGIONS, Official, close, diffusers, latents, pipeline
 from torch import Tensor
 

@@ -91,7 +91,15 @@ BAD_CALLS = [  # argument, value, error, message
         "k",
         torch.randn(B, H + 1, N, D),
         ValueError,
-        "k must have shape [2, 3, 7, 8] to go with q and k, got (2, 4, 7, 8)",
+        "k must have 3 heads as q has, or a number that divides them, got (2, 4, 7, 8)",
+    ),
+    ("k", torch.randn(B, 2, N, D), ValueError, "or a number that divides them, got (2, 2, 7, 8)"),
+    ("k", torch.randn(B, 0, N, D), ValueError, "or a number that divides them, got (2, 0, 7, 8)"),
+    (
+        "v",
+        torch.randn(B, 1, N, D),
+        ValueError,
+        "v must have shape [2, 3, 7, 8] to go with q and k, got (2, 1, 7, 8)",
     ),
     (
         "k",
@@ -175,6 +183,32 @@ BAD_CALLS = [  # argument, value, error, message
     ("k_order", torch.randn(N), TypeError, "k_order must be int32, got float32"),
     ("q_order", True, TypeError, "q_order must be a tensor, False or None, got bool"),
     ("k_order", [0], TypeError, "k_order must be a tensor, False or None, got list"),
+    ("k_mask", [True] * N, TypeError, "k_mask must be a tensor, got list"),
+    (
+        "k_mask",
+        torch.ones(N, dtype=torch.int64),
+        TypeError,
+        "k_mask must be bool, int32 or one of float32, bfloat16, float16, float64, got int64",
+    ),
+    (
+        "k_mask",
+        torch.ones(N, dtype=torch.bool, device="meta"),
+        ValueError,
+        "k_mask must be on q's device cpu, got meta",
+    ),
+    (
+        "k_mask",
+        torch.ones(N + 1, dtype=torch.bool),
+        ValueError,
+        "k_mask must have shape [7], [1 or 2, 7] or that with 1, 1 between, got (8,)",
+    ),
+    ("k_mask", torch.ones(3, N), ValueError, "got (3, 7)"),
+    ("k_mask", torch.zeros(B, 1, M, N), ValueError, "got (2, 1, 5, 7)"),
+    ("k_mask", torch.zeros(B, H, 1, N), ValueError, "got (2, 3, 1, 7)"),
+    ("k_mask", torch.zeros(()), ValueError, "got ()"),
+    ("k_mask", words(N), ValueError, "k_mask must have shape [2] where it counts the keys, got (7"),
+    ("k_mask", words(B) * (N + 1), ValueError, "k_mask must count 0 to 7 keys, got 8"),
+    ("k_mask", words(B) * -1, ValueError, "k_mask must count 0 to 7 keys, got -1"),
     ("return_lse", "yes", TypeError, "return_lse must be a bool, got str"),
     (
         "backend",
@@ -203,6 +237,12 @@ def test_a_bad_argument_is_named(
     assert GRAMMAR.fullmatch(str(refusal.value))
     assert message in str(refusal.value)
     assert all(torch.equal(x, before[name]) for name, x in good.items() if name in before)
+
+
+def test_what_is_added_must_be_scaled() -> None:
+    added = torch.ones(N)
+    with pytest.raises(ValueError, match="scale must not be 0 with a k_mask that is added, got 0"):
+        layout_attention(**arguments(), scale=0.0, k_mask=added)
 
 
 def test_the_good_call_is_good() -> None:

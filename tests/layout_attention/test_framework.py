@@ -20,6 +20,7 @@ CHECKED_ELSEWHERE = ("sega/test_framework.py", "reversible/test_raw_calls.py")
 CALLS = {  # what a raw call may look like
     "plain": Case("raw", (2, 2, 37, 53, 40)),
     "strided": Case("raw", (2, 2, 37, 53, 40), view="transposed", words="per-sample"),
+    "some-keys": Case("raw", (3, 4, 37, 53, 40), keys=(0, 7, 53), group=2),
     "no-keys": Case("raw", (2, 2, 37, 0, 40)),
     "no-queries": Case("raw", (2, 2, 0, 53, 40)),
 }
@@ -37,6 +38,7 @@ def raw_arguments(
         "scale": 0.25,
     }
     arguments |= dict.fromkeys(("tiles", "counts", "k_words"))
+    arguments["seqlens_k"] = x.k_mask
     for name, tokens in (("q_order", x.q), ("k_order", x.k)):
         arguments[name] = torch.randperm(tokens.shape[2]).int() if ordered else None
     return raw.with_saved(arguments, grad_out=x.grad_out, grad_lse=x.grad_lse if ordered else None)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from cases import SIGN_BIT
+from case_tensors import SIGN_BIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import MODULATIONS, SIGN_BIT, backends
+from case_tensors import SIGN_BIT
+from cases import MODULATIONS, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -33,6 +33,7 @@ def raw_arguments() -> raw.Arguments:
         "scale": 0.3,
         "q_order": torch.arange(M, dtype=torch.int32),
         "k_order": torch.arange(N, dtype=torch.int32),
+        "seqlens_k": torch.tensor([N - 2, N], dtype=torch.int32),
         **{name: torch.ones(1, 2, 3, dtype=torch.int32) for name in LISTS},
     }
     return raw.with_saved(good, grad_out=torch.randn(B, H, M, D), grad_lse=torch.randn(ROWS))
@@ -51,6 +52,8 @@ def spoiled(good: Tensor, argument: str) -> list[Tensor]:
         wrong.append(good.new_zeros(*good.shape[:-1], 2 * good.shape[-1])[..., ::2])
     if argument == "q_order":  # no permutations
         wrong += [good * 0, good + 1, good - 1, good * 2**30]
+    if argument == "seqlens_k":  # more keys than there are, or fewer than none
+        wrong += [good + 1, good - N, good * 2**30]
     return wrong
 
 

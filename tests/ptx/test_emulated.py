@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import REAL_LAYOUTS
+from case_tensors import REAL_LAYOUTS
 
 pytest.importorskip("triton")
 

@@ -41,14 +41,34 @@ def exact_and_plain(
     inputs: Inputs, through: str = "both", **options: object
 ) -> tuple[Results, Results]:
     """The two measures of the rule: the reference in float64, and in the inputs' own dtype."""
-    exact = evaluate(partial(reference.layout_attention, **options), inputs, through, torch.float64)
-    plain = evaluate(partial(reference.layout_attention, **options), inputs, through)
+    formula = partial(_formula, k_mask=inputs.k_mask, **options)
+    exact = evaluate(formula, inputs, through, torch.float64)
+    plain = evaluate(formula, inputs, through)
     # Any order of the sums is as plain: the one furthest off counts, so that luck does not. float64
     # has nothing else.
     for seed in range(3):
         for name, other in evaluate(_reordered(inputs, seed, options), inputs, through).items():
             plain[name] = further(plain[name], other, exact[name])
     return exact, plain
+
+
+def _formula(
+    q: Tensor, k: Tensor, v: Tensor, *words: Tensor, k_mask: Tensor | None, **options: object
+) -> tuple[Tensor, Tensor]:
+    """The reference on every head's own keys, those of each sample that are there."""
+    k, v = (x.repeat_interleave(q.shape[1] // max(x.shape[1], 1), 1) for x in (k, v))
+    q_regions, k_regions, strength = words
+    if k_mask is None:
+        return reference.layout_attention(q, k, v, q_regions, k_regions, strength, **options)
+    if k_mask.dtype == torch.int32:
+        k_mask = torch.arange(k.shape[2]) < k_mask[:, None]
+    samples, strength = [], strength.expand(q.shape[:3])
+    q_regions, k_regions = (x.expand(len(q), x.shape[-1]) for x in (q_regions, k_regions))
+    for i, there in enumerate(k_mask.expand(len(q), -1)):
+        one = (x[i : i + 1] for x in (q, k[:, :, there], v[:, :, there]))
+        rest = q_regions[i], k_regions[i, there], strength[i : i + 1]
+        samples.append(reference.layout_attention(*one, *rest, **options))
+    return tuple(torch.cat(results) for results in zip(*samples))
 
 
 def _reordered(inputs: Inputs, seed: int, options: dict[str, object]) -> Callable:
@@ -68,7 +88,11 @@ def _reordered(inputs: Inputs, seed: int, options: dict[str, object]) -> Callabl
             q_regions,
             k_regions[..., keys],
         )
-        return reference.layout_attention(*tensors, c, **options)
+        mask = inputs.k_mask
+        if mask is not None and mask.dtype == torch.int32:
+            mask = torch.arange(len(keys)) < mask[:, None]
+        mask = None if mask is None else mask[..., keys]
+        return _formula(*tensors, c, k_mask=mask, **options)
 
     return attention
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from case_tensors import (
+    REAL_LAYOUTS,
+    mask_of,
+    order_of,
+    strength_of,
+    values_of,
+    view_of,
+    words_of,
+)
 from placed import copied
 from torch import Tensor
 
-from dense_attn import Layout
 from dense_attn._backends import table, triton
 
 MODULATIONS = ("range", "max", "bias", "mask")
@@ -23,8 +28,6 @@ NARROW = DTYPES[:3]
 DEVICES = {backend: table.device_of(backend) for backend in ("reference", "cpu", "triton", "cuda")}
 INTERPRETED = triton.interpreted()
 TIED = ("equal", "zero", "ties")
-SIGN_BIT = -(2**31)
-REAL_LAYOUTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "layouts.npz"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Case:
     # the outputs that receive a gradient: both, out, lse, or none where gradients are no numbers
     through: str = "both"
     ordered: bool = False  # pass q_order and k_order
+    group: int = 1  # heads of q that meet one of k and v
+    keys: tuple[int, ...] | str = ""  # how many are there of each sample, or which: k_mask
     scale: float | None = None
     modulations: tuple[str, ...] = MODULATIONS
     dtypes: tuple[torch.dtype, ...] = DTYPES
@@ -51,14 +56,15 @@ class Inputs:
     """The arguments of one call and the gradients that flow back into it."""
 
     q: Tensor  # [B, H, M, D]
-    k: Tensor  # [B, H, N, D]
-    v: Tensor  # [B, H, N, D]
+    k: Tensor  # [B, H / G, N, D]
+    v: Tensor  # [B, H / G, N, D]
     q_regions: Tensor  # int32 [M] or [B|1, M]
     k_regions: Tensor  # int32 [N] or [B|1, N]
     strength: Tensor  # broadcastable to [B, H, M]
     grad_out: Tensor  # [B, H, M, D]
     grad_lse: Tensor  # [B, H, M]
     orders: dict[str, Tensor] = field(default_factory=dict)
+    k_mask: Tensor | None = None  # int32 [B], bool [N] or [B, N]
     tied: bool = False  # equal scores, whose first key must stay the first
 
 
@@ -149,6 +155,27 @@ CASES = (
     Case("rising-scores", (1, 1, 33, 400, 40), "runs", values="rising", through="none"),
     # All keys count as matched, in whole tiles up to the last key.
     Case("ordered-without-strength", (1, 1, 140, 384, 40), "runs", 0.0, ordered=True),
+    # Keys that are there: none, one, an odd number, all but one, all; in front and anywhere.
+    Case("keys-counted", (5, 2, 20, 53, 40), keys=(0, 1, 7, 52, 53), through="out", core=True),
+    Case("keys-counted-in-runs", (3, 1, 70, 300, 40), "runs", keys=(130, 0, 300), ordered=True),
+    Case(
+        "many-keys-counted", (2, 1, 19, 9001, 8), keys=(4100, 9001), modulations=("range", "mask")
+    ),
+    Case("keys-anywhere", (3, 2, 37, 53, 40), "per-sample", "full", keys="anywhere", core=True),
+    Case("keys-anywhere-for-all", (2, 2, 37, 77, 40), "phrases", keys="anywhere-for-all"),
+    Case("keys-anywhere-in-runs", (2, 1, 70, 300, 64), "runs", keys="anywhere", ordered=True),
+    *(Case(f"groups-of-{g}", (2, 2 * g, 20, 53, 40), group=g, core=g == 3) for g in (2, 3, 4)),
+    Case("one-group-of-8", (1, 8, 20, 53, 80), strength="per-head", view="transposed", group=8),
+    Case("groups-in-runs", (1, 4, 200, 180, 64), "runs", ordered=True, group=2),
+    Case(
+        "groups-of-some-keys",
+        (3, 6, 37, 53, 40),
+        "runs",
+        "full",
+        group=3,
+        keys="anywhere",
+        core=True,
+    ),
     Case("gradient-of-out-alone", through="out", core=True),
     Case("gradient-of-lse-alone", through="lse"),
     Case("gradient-of-a-sum", view="expanded-gradient"),
@@ -203,126 +230,22 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    q, k, v = (normal(batch, num_heads, n, head_dim) for n in (seqlen_q, seqlen_k, seqlen_k))
-    q, k, v = _values(case.values, q, k, v, generator)
-    q_regions, k_regions = _words(case.words, batch, seqlen_q, seqlen_k, generator)
+    heads_and_tokens = ((num_heads, seqlen_q), *[(num_heads // case.group, seqlen_k)] * 2)
+    q, k, v = (normal(batch, *sizes, head_dim) for sizes in heads_and_tokens)
+    q, k, v = values_of(case.values, q, k, v, generator)
+    q_regions, k_regions = words_of(case.words, batch, seqlen_q, seqlen_k, generator)
     wide = torch.promote_types(dtype, torch.float32)
-    strength = _strength(case.strength, (batch, num_heads, seqlen_q), generator).to(wide)
+    strength = strength_of(case.strength, (batch, num_heads, seqlen_q), generator).to(wide)
     grad_out, grad_lse = normal(*q.shape), normal(batch, num_heads, seqlen_q)
     q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
     if case.view == "broadcast-queries":
         q, grad_out = q[:, :, :1].expand_as(q), grad_out[:, :, :1].expand_as(q)
-    q, k, v, grad_out = (_view(case.view, x) for x in (q, k, v, grad_out))
+    q, k, v, grad_out = (view_of(case.view, x) for x in (q, k, v, grad_out))
     if case.view == "expanded-gradient":  # as sum().backward() makes it
         grad_out = torch.tensor(0.7, dtype=dtype).expand(q.shape)
-    orders = {"q_order": _order(q_regions), "k_order": _order(k_regions)} if case.ordered else {}
+    orders = (
+        {"q_order": order_of(q_regions), "k_order": order_of(k_regions)} if case.ordered else {}
+    )
     words, grads = (q_regions, k_regions), (grad_out, grad_lse.to(wide))
-    return Inputs(q, k, v, *words, strength, *grads, orders, case.values in TIED)
-
-
-def _values(
-    values: str, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    if values == "equal":
-        k[:, 0] = k[:, 0, :1]  # in one head; the other measures the rounding
-    elif values == "zero":
-        q = torch.zeros_like(q)
-    elif values == "ties":  # small integers: every score is exact in every dtype
-        q, k = (torch.randint(-1, 2, x.shape, generator=generator).double() for x in (q, k))
-    elif values == "large":
-        q = q * (1e4 * q.shape[-1] ** 0.5 / (q @ k.mT).abs().max())
-    elif values == "rising":  # the last keys weigh 2**90 times what the first do
-        q, k = 0.2 * q + 1, 0.2 * k + torch.linspace(-5, 5, k.shape[2], dtype=k.dtype)[:, None]
-    elif values == "low":
-        q, k = 4 + 0.1 * q, -4 + 0.1 * k
-    elif values == "inf-in-k":
-        k[0, 1, 3, 5] = torch.inf
-    elif values == "inf-in-q":
-        q[0, 0, 3, 5] = torch.inf
-    elif values != "normal":
-        {"nan-in-q": q, "nan-in-k": k, "nan-in-v": v}[values][0, 1, 3, 5] = torch.nan
-    return q, k, v
-
-
-def _words(
-    words: str, batch: int, seqlen_q: int, seqlen_k: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
-
-    def both(make) -> tuple[Tensor, Tensor]:  # noqa: ANN001
-        return make(seqlen_q), make(seqlen_k)
-
-    if words == "phrases":  # a picture in three bands, a prompt with two phrases
-        k_words = torch.zeros(seqlen_k, dtype=torch.int32)
-        k_words[2:5], k_words[6:9] = 1, 2
-        return torch.arange(seqlen_q, dtype=torch.int32) * 3 // max(seqlen_q, 1), k_words
-    if words == "real":
-        side = round(seqlen_q**0.5)
-        layout = Layout.from_label_map(_real_label_maps()[7].astype(np.int64))
-        return (layout.query_regions(side, side),) * 2
-    makers = {
-        "overlapping": lambda n: integers(16, n),
-        "runs": lambda n: (
-            1 << (torch.arange(n, dtype=torch.int32) * 5 // max(n, 1))
-        ),  # uniform tiles and mixed ones
-        "per-sample": lambda n: integers(8, batch, n),
-        "one-sample": lambda n: integers(8, 1, n),
-        "strided": lambda n: integers(8, batch, 2 * n)[:, ::2],
-        "all": lambda n: torch.full((n,), 5, dtype=torch.int32),
-        "none": lambda n: torch.zeros(n, dtype=torch.int32),
-        "some-none": lambda n: integers(4, n) * (integers(3, n) == 0),
-        "32-regions": lambda n: 1 << integers(32, n),
-        "bit-31": lambda n: integers(2, n) * SIGN_BIT + integers(2, n),
-    }
-    return both(makers[words])
-
-
-def _strength(
-    strength: float | str, rows: tuple[int, int, int], generator: torch.Generator
-) -> Tensor:
-    batch, num_heads, seqlen_q = rows
-    if isinstance(strength, float):
-        return torch.tensor(strength)
-    shape = {
-        "rows": (seqlen_q,),
-        "per-batch": (batch, 1, 1),
-        "per-head": (num_heads, 1),
-        "full": rows,
-        "half-batch": (batch, 1, seqlen_q),
-    }[strength]
-    values = torch.rand(shape, generator=generator) * 2.4 - 0.6
-    if strength == "half-batch":
-        values[: batch // 2] = 0
-    return values
-
-
-def _view(view: str, x: Tensor) -> Tensor:
-    """The values of x [B, H, tokens, D], or some repeated, under the strides that a view names."""
-    if view == "transposed":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if view == "every-other-token":
-        return x.repeat_interleave(2, 2)[:, :, ::2]
-    if view == "unaligned":
-        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    if view == "sliding-windows":  # token i + 1 begins one element after token i: rows overlap
-        flat = torch.cat([x.flatten(), x.new_zeros(x.shape[3])])
-        return flat.as_strided(x.shape, (*x.stride()[:2], 1, 1))
-    if view == "negated":  # a lazy minus, as the imaginary part of a conjugate has it
-        return torch._neg_view(-x)
-    broadcast = {
-        "broadcast-batch": x[:1],
-        "broadcast-heads": x[:, :1],
-        "broadcast-tokens": x[:, :, :1],
-    }
-    return broadcast.get(view, x).expand(x.shape)
-
-
-def _order(words: Tensor) -> Tensor:
-    """The tokens by region word: runs of one word, as Layout.order makes them."""
-    return words.argsort(stable=True).to(torch.int32)
-
-
-@cache
-def _real_label_maps() -> np.ndarray:
-    return np.load(REAL_LAYOUTS)["label_maps"]  # uint8 [200, 128, 128]
+    k_mask = mask_of(case.keys, batch, seqlen_k, generator)
+    return Inputs(q, k, v, *words, strength, *grads, orders, k_mask, case.values in TIED)

@@ -24,7 +24,7 @@ ODD_NUMBERS = (torch.nan, torch.inf, -torch.inf, 1e38, -1e38, 1e-42, 0.0)
 HEAD_DIMS = (1, 2, 3, 8, 15, 16, 31, 40, 64, 80, 129, 160, 255, 256)
 FAMILIES = tuple(sorted(raw.registered() - {raw.FWD, raw.BWD}))
 LISTS = ("tiles", "counts", "k_words")  # which the CPU has no use for
-RAW_ALONE = {"every_strength": 1.0, "with_lse": True, "with_stats": True}
+RAW_ALONE = {"every_strength": 1.0, "with_lse": True, "with_stats": True, "seqlens_k": None}
 PUBLIC = ("percentile_mask", "sega_guidance", "ddim_step")
 REFUSALS = (ValueError, TypeError, RuntimeError)
 
@@ -68,30 +68,44 @@ class Fuzzer:
     def order(self, tokens: int) -> Tensor | None:
         return torch.randperm(tokens, generator=self.generator).int() if self.chance(0.3) else None
 
+    def counts(self, batch: int, most: int) -> Tensor | None:
+        if self.chance(0.6):
+            return None
+        return torch.randint(0, most + 1, (batch,), generator=self.generator, dtype=torch.int32)
+
+    def mask(self, batch: int, seqlen_k: int) -> Tensor | None:
+        """Which keys are there, in any of its forms."""
+        shape = self.rng.choice(((seqlen_k,), (batch, seqlen_k), (batch, 1, 1, seqlen_k)))
+        kind = self.rng.randrange(6)
+        if kind > 2:
+            return self.counts(batch, seqlen_k)
+        numbers = torch.rand(shape, generator=self.generator)
+        if kind == 0:
+            return numbers < self.rng.choice((0.0, 0.5, 1.0))
+        return numbers if kind == 1 else (numbers < 0.5).to(self.rng.choice(DTYPES)) * -1e4
+
     def arguments(self) -> raw.Arguments:
         """Arguments that are right, whatever their numbers."""
         dtype = self.rng.choice(DTYPES)
         batch, num_heads = self.rng.choice(((1, 1), (2, 1), (1, 3), (2, 2), (0, 2), (2, 0)))
         seqlen_q, seqlen_k, head_dim = self.length(), self.length(), self.rng.choice(HEAD_DIMS)
-        q, k, v = (
-            self.floats((batch, num_heads, n, head_dim), dtype)
-            for n in (seqlen_q, seqlen_k, seqlen_k)
-        )
+        group = self.rng.choice((1, 1, 2, 3))
+        q = self.floats((batch, num_heads * group, seqlen_q, head_dim), dtype)
+        k, v = (self.floats((batch, num_heads, seqlen_k, head_dim), dtype) for _ in range(2))
         return {
             "q": q,
             "k": k,
             "v": v,
             "q_regions": self.words(batch, seqlen_q),
             "k_regions": self.words(batch, seqlen_k),
-            "strength": self.floats(
-                (batch, num_heads, seqlen_q), torch.promote_types(dtype, torch.float32)
-            ),
+            "strength": self.floats(q.shape[:3], torch.promote_types(dtype, torch.float32)),
             "modulation": self.rng.choice(("range", "max", "bias", "mask")),
             "scale": self.rng.choice((0.1, -1.0, 0.0, 1e4)),
             "q_order": self.order(seqlen_q),
             "k_order": self.order(seqlen_k),
             **dict.fromkeys(LISTS),
             **RAW_ALONE,
+            "seqlens_k": self.counts(batch, seqlen_k),
         }
 
     def _percentile_arguments(self) -> raw.Arguments:
@@ -216,6 +230,7 @@ class Fuzzer:
     def public_call(self, arguments: raw.Arguments) -> None:
         private = (*LISTS, *RAW_ALONE)
         arguments = {name: x for name, x in arguments.items() if name not in private}
+        arguments["k_mask"] = self.mask(arguments["k"].shape[0], arguments["k"].shape[2])
         if self.chance(0.6):
             name = self.rng.choice(list(arguments))
             arguments[name] = self.spoil(arguments[name])

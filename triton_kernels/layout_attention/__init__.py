@@ -10,7 +10,12 @@ from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
 from dense_attn.triton_kernels.layout_attention import fwd_specialised
-from dense_attn.triton_kernels.layout_attention.arguments import numbers_of, rows_of, tokens_of
+from dense_attn.triton_kernels.layout_attention.arguments import (
+    counted,
+    numbers_of,
+    rows_of,
+    tokens_of,
+)
 from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
 from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
 from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel
@@ -22,8 +27,8 @@ from dense_attn.triton_kernels.parts import head_parts
 
 def layout_attention_fwd(
     q: Tensor,  # [B, H, M, D]
-    k: Tensor,  # [B, H, N, D]
-    v: Tensor,  # [B, H, N, D]
+    k: Tensor,  # [B, H / G, N, D]
+    v: Tensor,  # [B, H / G, N, D]
     q_regions: Tensor,  # int32 [M] or [B|1, M]
     k_regions: Tensor,  # int32 [N] or [B|1, N]
     strength: Tensor | None,  # [B, H, M]
@@ -35,6 +40,7 @@ def layout_attention_fwd(
     every_strength: float = 1.0,  # of all rows, where strength is None
     with_lse: bool = True,
     with_stats: bool = True,
+    seqlens_k: Tensor | None = None,  # int32 [B]
     config: configs.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of
@@ -54,26 +60,29 @@ def layout_attention_fwd(
     kind = configs.architecture(q.device), configs.precision(q)
     row = lists is None and configs.row_at_once(*kind, seqlen_k)
     kernel = "row_fwd" if row else "fwd"
-    constants = _constants(kernel, *kind, q.shape[3], modulation, scale < 0)
+    constants = _constants(kernel, *kind, q.shape[3], modulation, scale < 0, _group(q, k))
+    there = counted(seqlens_k)
     grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
     inputs = rows_of(q), rows_of(k), rows_of(v), tokens_of(q_regions)
     strengths = numbers_of(strength, every_strength)
     if row:
         tensors = (*inputs, tokens_of(k_regions), strengths, *results)
-        layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
+        options = {**constants, **config.launch, **there}
+        layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **options)
         return out, lse, stats
     if lists is None:
-        lists = tile_lists(q_regions, k_regions, q_order, k_order, config.BLOCK_M, config.BLOCK_N)
+        tokens, blocks = (q_regions, k_regions, q_order, k_order), (config.BLOCK_M, config.BLOCK_N)
+        lists = tile_lists(*tokens, *blocks, seqlens_k)
     visits = (tokens_of(q_order), tokens_of(k_order), strengths, *map(tokens_of, lists))
     if config.specialised:
-        fwd_specialised.launch(inputs, visits, results, numbers, constants, config)
+        fwd_specialised.launch(inputs, visits, results, numbers, constants, there, config)
         return out, lse, stats
     parked = None
     if config.parks and modulation != "mask":
         columns = constants["PART_0"] + constants["PART_1"]
         parked = q.new_empty((*q.shape[:3], columns), dtype=torch.float32)
     tensors = (*inputs, *visits, *results, parked)
-    layout_attention_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch)
+    layout_attention_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch, **there)
     return out, lse, stats
 
 
@@ -81,8 +90,8 @@ def layout_attention_bwd(
     grad_out: Tensor,  # [B, H, M, D]
     grad_lse: Tensor | None,  # [B, H, M]
     q: Tensor,  # [B, H, M, D]
-    k: Tensor,  # [B, H, N, D]
-    v: Tensor,  # [B, H, N, D]
+    k: Tensor,  # [B, H / G, N, D]
+    v: Tensor,  # [B, H / G, N, D]
     q_regions: Tensor,  # int32 [M] or [B|1, M]
     k_regions: Tensor,  # int32 [N] or [B|1, N]
     strength: Tensor | None,  # [B, H, M]
@@ -93,6 +102,7 @@ def layout_attention_bwd(
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
     every_strength: float = 1.0,  # of all rows, where strength is None
+    seqlens_k: Tensor | None = None,  # int32 [B]
     config: tuple[configs.Config, configs.Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength) of `reference.layout_attention`, the same bits on every run."""
@@ -110,14 +120,15 @@ def layout_attention_bwd(
     rows, grad_rows = (rows_of(q), rows_of(k), rows_of(v)), rows_of(grad_out)
     kind = configs.architecture(q.device), configs.precision(q)
     by_queries, by_keys = (
-        _constants(kernel, *kind, q.shape[3], modulation, scale < 0)
+        _constants(kernel, *kind, q.shape[3], modulation, scale < 0, _group(q, k))
+        | counted(seqlens_k)
         for kernel in ("bwd_q", "bwd_kv")
     )
     by_query, by_key = config or bwd_config(q, k)
     lists = (None, None)
     if modulation == "mask":
         tokens = (q_regions, k_regions, q_order, k_order)
-        lists = _mask_lists(*tokens, by_query.BLOCK_M, by_query.BLOCK_N)
+        lists = _mask_lists(*tokens, by_query.BLOCK_M, by_query.BLOCK_N, None, seqlens_k)
     inputs = (*rows, tokens_of(q_regions), *visits)
     saved = (numbers_of(strength, every_strength), rows_of(out), stats)
     results = (rows_of(dq), dstrength, numbers, places)
@@ -127,14 +138,29 @@ def layout_attention_bwd(
     )
     if modulation == "mask":
         tokens = (k_regions, q_regions, k_order, q_order)
-        lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M)
+        lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M, seqlens_k, None)
     # Conditions of every other row, by the count: sm_80 has masks of bits all the same.
     apart = kind[0] == "sm_90"
-    results = (numbers, places, *lists, rows_of(dk), rows_of(dv))
+    keys_grads = _apart(q, k) if _group(q, k) > 1 else (dk, dv)
+    results = (numbers, places, *lists, *map(rows_of, keys_grads))
     layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
         grad_rows, *rows, *visits, *results, *sizes, APART=apart, **by_keys, **by_key.launch
     )
+    if _group(q, k) > 1:
+        for grad, parts in zip((dk, dv), keys_grads):
+            grad.copy_(parts.unflatten(1, (k.shape[1], _group(q, k))).sum(2))
     return grads
+
+
+def _group(q: Tensor, k: Tensor) -> int:
+    """Heads of q that meet one head of k."""
+    return q.shape[1] // max(k.shape[1], 1)
+
+
+def _apart(q: Tensor, k: Tensor) -> Tensor:
+    """Room for dk and dv of each head of q, to be summed in the order of the heads."""
+    sizes = 2, *q.shape[:2], k.shape[2], q.shape[3]
+    return q.new_empty(sizes, dtype=torch.float32)
 
 
 def _mask_lists(
@@ -144,9 +170,12 @@ def _mask_lists(
     column_order: Tensor | None,
     block_rows: int,
     block_columns: int,
+    row_counts: Tensor | None,
+    column_counts: Tensor | None,
 ) -> tuple[tuple, tuple]:
     """Lists as the backward kernels take them for "mask", which visits matched tiles alone."""
-    lists = tile_lists(rows, columns, row_order, column_order, block_rows, block_columns)
+    orders, blocks = (row_order, column_order), (block_rows, block_columns)
+    lists = tile_lists(rows, columns, *orders, *blocks, column_counts, row_counts)
     return tokens_of(lists.tiles), tokens_of(lists.counts)
 
 
@@ -256,6 +285,7 @@ def _constants(
     head_dim: int,
     modulation: str,
     negate: bool,
+    group: int = 1,
 ) -> dict[str, object]:
     """The constants that a kernel is compiled for beside the tile."""
     first, second = head_parts(kernel, architecture, precision, head_dim)
@@ -266,4 +296,5 @@ def _constants(
         "HEAD_DIM": head_dim,
         "PART_0": first,
         "PART_1": second,
+        **({"GROUP": group} if group > 1 else {}),
     }

@@ -41,6 +41,11 @@ def tokens_of(x: Tensor | None) -> tuple[Tensor, int, int] | None:
     return x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
+def counted(seqlens_k: Tensor | None) -> dict[str, tuple[Tensor, int]]:
+    """How many keys of each sample are there, int32 [B], as kernels take it beside the others."""
+    return {} if seqlens_k is None else {"seqlens": (seqlens_k, seqlens_k.stride(0))}
+
+
 def numbers_of(
     x: Tensor | None, every: float
 ) -> tuple[Tensor | None, float, int, int, tl.constexpr]:

@@ -15,7 +15,12 @@ from dense_attn.triton_kernels.layout_attention.records import (
     places_of_columns,
     weights_of,
 )
-from dense_attn.triton_kernels.layout_attention.tiles import listed_tiles, tile_at
+from dense_attn.triton_kernels.layout_attention.tiles import (
+    key_head_of,
+    keys_of,
+    listed_tiles,
+    tile_at,
+)
 from dense_attn.triton_kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -115,6 +120,16 @@ def _weights(raw, meets, numbers, KEYS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _of_keys(rows, left, PART_1: tl.constexpr):
+    """Rows in parts of the `left` first keys; 0 for those behind, whatever they hold."""
+    there = (tl.arange(0, rows[0].shape[0]) < left)[:, None]
+    first, second = tl.where(there, rows[0], 0.0), rows[1]
+    if PART_1 > 0:
+        second = tl.where(there, second, 0.0)
+    return first, second
+
+
+@triton.jit
 def _alternate(x, KEYS: tl.constexpr, ROWS: tl.constexpr):
     """Each second row of x [keys, rows] from the first on, and the others."""
     return tl.split(tl.reshape(x, [KEYS, ROWS // 2, 2]))
@@ -150,19 +165,27 @@ def layout_attention_bwd_kv_kernel(
     PART_1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+    seqlens=None,
 ):
-    """One tile of keys against all query rows: dk and dv."""
+    """One tile of keys against all query rows: dk and dv, those of each head of queries apart."""
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
     index, tile, batch, head = tile_of_program(num_heads, seqlen_k, BLOCK_N)
-    keys, there = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
+    keys, stored = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
+    there, own, left = stored, key_head_of(head, GROUP), BLOCK_N
+    if seqlens is not None:
+        left = keys_of(seqlens, batch, seqlen_k) - tile * BLOCK_N
+        there = tl.arange(0, BLOCK_N) < left
     acc_k, acc_v = zero_rows(BLOCK_N, PART_0, PART_1), zero_rows(BLOCK_N, PART_0, PART_1)
     records = numbers_ptr + index * NUM_NUMBERS * seqlen_q
-    columns = load_head(k, batch, head, keys, there, PART_0, PART_1, HEAD_DIM)
-    values = load_head(v, batch, head, keys, there, PART_0, PART_1, HEAD_DIM)
+    columns = load_head(k, batch, own, keys, there, PART_0, PART_1, HEAD_DIM)
+    values = load_head(v, batch, own, keys, there, PART_0, PART_1, HEAD_DIM)
     key_words = words_at(k_words, batch, keys, there)
     one = tl.cast(tl.minimum(seqlen_k, 1), tl.int32)
     query_tiles = tl.cdiv(seqlen_q, BLOCK_M)
     listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, query_tiles)
+    if seqlens is not None:
+        count = tl.where(left > 0, count, 0)
     columns_at, last = places_of_columns(BLOCK_M), tl.maximum(count - 1, 0)
     now = tl.where(count > 0, tile_at(listed, query_tiles, 0, num_whole, tiles), 0)
     soon = tile_at(listed, query_tiles, tl.minimum(1, last), num_whole, tiles)
@@ -204,7 +227,9 @@ def layout_attention_bwd_kv_kernel(
     lift = lift_of(sm_scale, q[0].dtype.element_ty)
     nothing = tl.zeros([BLOCK_N], tl.float32)
     acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)
-    store_head(dv, batch, head, keys, there, acc_v, PART_0, PART_1, HEAD_DIM)
+    if seqlens is not None:
+        acc_v = _of_keys(acc_v, left, PART_1)
+    store_head(dv, batch, head, keys, stored, acc_v, PART_0, PART_1, HEAD_DIM)
     if MODULATION == "range" or MODULATION == "max":  # which take keys without an order
         pairs = places_ptr + index * NUM_PLACES * seqlen_q
         acc_k = _add_extremes(
@@ -227,4 +252,6 @@ def layout_attention_bwd_kv_kernel(
         )
     back = tl.exp2(-lift) * LN_2  # from gradients times the factor
     acc_k = scale_rows(acc_k, nothing + (-back if NEGATE else back), PART_1)
-    store_head(dk, batch, head, keys, there, acc_k, PART_0, PART_1, HEAD_DIM)
+    if seqlens is not None:
+        acc_k = _of_keys(acc_k, left, PART_1)
+    store_head(dk, batch, head, keys, stored, acc_k, PART_0, PART_1, HEAD_DIM)

@@ -35,7 +35,12 @@ from dense_attn.triton_kernels.layout_attention.row_sums import (
     no_sums,
     times_rows,
 )
-from dense_attn.triton_kernels.layout_attention.tiles import listed_tiles, tile_at
+from dense_attn.triton_kernels.layout_attention.tiles import (
+    key_head_of,
+    keys_of,
+    listed_tiles,
+    tile_at,
+)
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
     head_of,
@@ -89,15 +94,16 @@ def _visit_all(
 ):
     """Every listed tile of keys; the one that they end in after the others, in code of its own."""
     listed, num_whole, count = listed
-    seqlen_k, ORDERED = source[5], source[3] is not None
-    key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
+    seqlen_k, key_tiles, ORDERED = source[5], source[6], source[3] is not None
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
     # Without a list tiles follow each other, and what they are loaded from goes along; AMD's wide
     # tiles of wide rows, and two parts of a size, have no registers to carry it.
     FITS: tl.constexpr = not TAILS and PART_1 < PART_0 and (PART_0 < 128 or BLOCK_N < 64)
     STEADY: tl.constexpr = tiles is None and source[3] is None and FITS
-    tails = 0 if TAILS else key_tiles - seqlen_k // BLOCK_N  # 0 or 1: every list ends in it
+    tails = (
+        0 if TAILS else tl.cdiv(seqlen_k, BLOCK_N) - seqlen_k // BLOCK_N
+    )  # 0 or 1: every list ends in it
     at = source[0][0], source[1][0], source[2][0] + source[4] * source[2][1]
     tile = tl.where(count > 0, tile_at(listed, key_tiles, 0, num_whole, tiles), 0)
     soon = tile_at(listed, key_tiles, tl.minimum(1, tl.maximum(count - 1, 0)), num_whole, tiles)
@@ -196,6 +202,8 @@ def layout_attention_bwd_q_kernel(
     PART_1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+    seqlens=None,
 ):
     """One tile of query rows against all keys: dq, dstrength, and what the pass over keys needs of
     each row.
@@ -221,13 +229,20 @@ def layout_attention_bwd_q_kernel(
     record = numbers_ptr + index * NUM_NUMBERS * seqlen_q + places
     known = tau * LOG2_E, add_in, add_out, anchor, row_words
     store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
-    keys = (head_of(k, batch, head), row_stride(k))
-    values = (head_of(v, batch, head), row_stride(v))
+    own, key_tiles = key_head_of(head, GROUP), tl.cdiv(seqlen_k, BLOCK_N)
+    seqlen_k = keys_of(seqlens, batch, seqlen_k)
+    keys = (head_of(k, batch, own), row_stride(k))
+    values = (head_of(v, batch, own), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
     state = acc, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
-    query, source = (rows, grads, row_words), (keys, values, k_words, k_order, batch, seqlen_k)
+    query, source = (
+        (rows, grads, row_words),
+        (keys, values, k_words, k_order, batch, seqlen_k, key_tiles),
+    )
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
-    listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(seqlen_k, BLOCK_N))
+    listed = listed_tiles(tiles, counts, batch, tile, key_tiles)
+    if seqlens is not None and tiles is None:
+        listed = (listed[0], listed[1], tl.cdiv(seqlen_k, BLOCK_N))
     acc, sums, best, least = _visit_all(
         state,
         query,
@@ -250,9 +265,13 @@ def layout_attention_bwd_q_kernel(
     c = load_numbers(strength, batch, head, tokens, exist)
     through_lse = lse_gradient(grad_lse, batch, head, tokens, exist, BLOCK_M)
     queries = (head_of(q, batch, head), row_stride(q), tokens, exist)
+    if seqlens is not None:  # a sample without keys has no extremes
+        through_lse = tl.where(seqlen_k > 0, through_lse, 0.0)
     grad_in, grad_distance, missed = finished_sums(sums, through_lse, MODULATION, EXACT)
     shift += missed
     high, low = load_extremes(stats_ptr, row, exist)
+    if seqlens is not None:
+        high, low = tl.where(seqlen_k > 0, high, 0.0), tl.where(seqlen_k > 0, low, 0.0)
     if MODULATION == "range" and not EXACT:  # dq is the sum of ds' times keys: the rest is its own
         grad_raw = times_rows(acc, queries, PART_0, PART_1, HEAD_DIM)
         grad_distance = high * grad_in + low * (through_lse - grad_in)
@@ -281,6 +300,8 @@ def layout_attention_bwd_q_kernel(
     tl.store(dstrength_ptr + row, grad_strength, mask=exist)
     through = (signed_scale * through_max, best_key, signed_scale * through_min, least_key)
     at = (head_of(dq, batch, head), row_stride(dq), tokens, exist)
+    if seqlens is not None:
+        keys = (keys[0], keys[1], tl.zeros([BLOCK_M], tl.int32) < seqlen_k)
     store_with_extremes(at, acc[0], through, keys, MODULATION, 0, PART_0, HEAD_DIM)
     if PART_1 > 0:  # after the first, so that the rows of one part at a time are held
         store_with_extremes(at, acc[1], through, keys, MODULATION, PART_0, PART_1, HEAD_DIM)

@@ -152,10 +152,13 @@ def store_with_extremes(
 ):
     """Columns of dq, with the rank-one term of the keys of a row's extremes."""
     base, stride, tokens, exist = at
+    there = exist
+    if len(k) > 2:  # whether there are keys
+        there = exist & k[2]
     if MODULATION == "max" or MODULATION == "range":
-        best = load_part(k[0], k[1], through[1].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
+        best = load_part(k[0], k[1], through[1].to(tl.int64), there, FIRST, PART, HEAD_DIM)
         part += through[0][:, None] * best.to(tl.float32)
     if MODULATION == "range":
-        least = load_part(k[0], k[1], through[3].to(tl.int64), exist, FIRST, PART, HEAD_DIM)
+        least = load_part(k[0], k[1], through[3].to(tl.int64), there, FIRST, PART, HEAD_DIM)
         part += through[2][:, None] * least.to(tl.float32)
     store_part(base, stride, tokens, exist, part, FIRST, PART, HEAD_DIM)

@@ -24,6 +24,7 @@ from dense_attn.triton_kernels.layout_attention.fwd_steps import (
     visit_mixed,
 )
 from dense_attn.triton_kernels.layout_attention.records import store_stats
+from dense_attn.triton_kernels.layout_attention.tiles import key_head_of, keys_of
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
     head_of,
@@ -189,6 +190,8 @@ def layout_attention_fwd_kernel(
     PART_1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+    seqlens=None,
 ):
     """One tile of query rows: a state for matched keys and one for the others, and the merge of
     both. Where no row has a strength all keys are matched.
@@ -205,11 +208,12 @@ def layout_attention_fwd_kernel(
         rows = _signed_rows(q, out, batch, head, tokens, exist, turned, PART_0, PART_1, HEAD_DIM)
     else:
         rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
-    keys = (head_of(k, batch, head), k[3], k[4])
-    values = (head_of(v, batch, head), v[3], v[4])
+    key_head, keys_there = key_head_of(head, GROUP), keys_of(seqlens, batch, seqlen_k)
+    keys = (head_of(k, batch, key_head), k[3], k[4])
+    values = (head_of(v, batch, key_head), v[3], v[4])
     key_words = visited[0] + batch * visited[1]
-    source = (keys, values, key_words, k_order, batch, seqlen_k)
-    key_tiles, whole = tl.cdiv(seqlen_k, BLOCK_N), seqlen_k // BLOCK_N
+    source = (keys, values, key_words, k_order, batch, keys_there)
+    key_tiles, whole = tl.cdiv(seqlen_k, BLOCK_N), keys_there // BLOCK_N
     tiles_at = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
     count_at = counts[0] + batch * counts[1] + tile * 3
     count, plain = tl.load(count_at), False
@@ -229,7 +233,7 @@ def layout_attention_fwd_kernel(
         empty, low, query, source, listed, MODULATION, PART_0, PART_1, HEAD_DIM, BLOCK_N, PRECISION
     )
     # Counts are read where they are needed, so that the loops before need not carry them.
-    count = tl.where(plain, 0, tl.load(count_at + 1) - (key_tiles - whole))
+    count = tl.where(plain, 0, tl.load(count_at + 1) - (tl.cdiv(keys_there, BLOCK_N) - whole))
     states, listed = (matched, empty), (tiles_at + key_tiles, count, plain)
     states, low = _attend_mixed(
         states, low, query, source, listed, MODULATION, PART_0, PART_1, HEAD_DIM, BLOCK_N, PRECISION

@@ -21,6 +21,7 @@ from dense_attn.triton_kernels.configs import Config
 from dense_attn.triton_kernels.layout_attention.fwd_mixed import attend_mixed, softmax_weights
 from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
+from dense_attn.triton_kernels.layout_attention.tiles import keys_of
 from dense_attn.triton_kernels.parts import next_power_of_2
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
@@ -59,12 +60,15 @@ def packed_rows_kernel(
     HEAD_DIM: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
+    seqlens=None,
 ):
     """Rows of keys (programs 0 of the second axis) or values in the order of visits, then rows of
     zeros.
     """
     index, tile, batch, head = tile_of_program(num_heads, padded, BLOCK)
     tokens, exist = tokens_at(tile * BLOCK, order, batch, seqlen, BLOCK)
+    if seqlens is not None:
+        exist = tile * BLOCK + tl.arange(0, BLOCK) < keys_of(seqlens, batch, seqlen)
     base, stride = head_of(k, batch, head), row_stride(k)
     if tl.program_id(1) == 1:
         base, stride = head_of(v, batch, head), row_stride(v)
@@ -167,6 +171,8 @@ def layout_attention_specialised_fwd_kernel(
     STAGES: tl.constexpr,
     ENDS: tl.constexpr,
     COMPILED: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+    seqlens=None,
 ):
     """One tile of query rows: matched tiles of keys, the others, those in doubt, and the merge.
     Where a head has no strength all keys are matched.
@@ -183,11 +189,16 @@ def layout_attention_specialised_fwd_kernel(
     key_tiles = tl.cdiv(seqlen_k, BLOCK_N)
     listed = tiles[0] + batch * tiles[1] + tile * tl.cast(2 * key_tiles, tl.int64)
     count_at = counts[0] + batch * counts[1] + tile * 3
-    source = (keys, values, (index * padded_k).to(tl.int32))
-    whole, plain = seqlen_k // BLOCK_N, False
+    own = index
+    if GROUP > 1:
+        own = index // GROUP
+    source = (keys, values, (own * padded_k).to(tl.int32))
+    keys_there = keys_of(seqlens, batch, seqlen_k)
+    whole, plain = keys_there // BLOCK_N, False
     if MODULATION != "mask":
         plain = _without_strength(strength, batch, head)
 
+    ends = tl.cdiv(keys_there, BLOCK_N) - whole
     least, none = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     in_max, in_sum, in_acc = least, none, tl.zeros([BLOCK_M, PART], tl.float32)
     out_max, out_sum, out_acc = least, none, in_acc
@@ -214,8 +225,8 @@ def layout_attention_specialised_fwd_kernel(
             source,
             visited[0] + batch * visited[1],
             listed + key_tiles,
-            population * tl.where(plain, key_tiles - whole, tl.load(count_at + 1)),
-            seqlen_k,
+            population * tl.where(plain, ends, tl.load(count_at + 1)),
+            keys_there,
             plain,
             ENDS,
             COMPILED,
@@ -246,29 +257,34 @@ def launch(
     results: tuple,
     numbers: tuple[int, int, int, float],  # heads, queries, keys, and the scale's size
     constants: dict[str, object],
+    counts: dict[str, tuple[Tensor, int]],  # how many keys of a sample are there, or nothing
     config: Config,
 ) -> None:
     """Pack the keys and values, and attend to them."""
     rows, keys, values, words = inputs
     q_order, k_order, *others = visits
     num_heads, seqlen_q, seqlen_k, sm_scale = numbers
-    index = rows[0].shape[0] * num_heads
+    index, key_heads = rows[0].shape[0] * num_heads, keys[0].shape[1]
+    key_index = rows[0].shape[0] * key_heads
     padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
-    if index * padded >= 2**31:  # a place in a tensor map is an int32
-        raise ValueError(f"k must have fewer than 2**31 tokens in all heads, got {index * padded}")
+    if key_index * padded >= 2**31:  # a place in a tensor map is an int32
+        raise ValueError(
+            f"k must have fewer than 2**31 tokens in all heads, got {key_index * padded}"
+        )
     head_dim = constants["HEAD_DIM"]
     part = max(16, next_power_of_2(head_dim))
-    if k_order is None and padded == seqlen_k and _dense(keys[0]) and _dense(values[0]):
-        packed = [x[0].view(index * seqlen_k, head_dim) for x in (keys, values)]
+    ends = padded != seqlen_k or bool(counts)
+    if k_order is None and not ends and _dense(keys[0]) and _dense(values[0]):
+        packed = [x[0].view(key_index * seqlen_k, head_dim) for x in (keys, values)]
     else:
-        packed = keys[0].new_empty((2, index * padded, head_dim))
+        packed = keys[0].new_empty((2, key_index * padded, head_dim))
         sizes = {"HEAD_DIM": head_dim, "PART": part, "BLOCK": config.BLOCK_N}
-        packed_rows_kernel[(index * padded // config.BLOCK_N, 2)](
-            keys, values, k_order, packed, num_heads, seqlen_k, padded, **sizes
+        packed_rows_kernel[(key_index * padded // config.BLOCK_N, 2)](
+            keys, values, k_order, packed, key_heads, seqlen_k, padded, **sizes, **counts
         )
     box = [config.BLOCK_N, part]
     maps = [TensorDescriptor(x, list(x.shape), [head_dim, 1], box) for x in packed]
-    own = {"NEGATE", "MODULATION", "HEAD_DIM"}
+    own = {"NEGATE", "MODULATION", "HEAD_DIM", "GROUP"}
     layout_attention_specialised_fwd_kernel[(index * -(-seqlen_q // config.BLOCK_M),)](
         rows,
         *maps,
@@ -283,9 +299,10 @@ def launch(
         sm_scale,
         PART=part,
         STAGES=config.num_stages,
-        ENDS=padded != seqlen_k,
+        ENDS=ends,
         COMPILED=isinstance(layout_attention_specialised_fwd_kernel, triton.JITFunction),
         **{name: value for name, value in constants.items() if name in own},
+        **counts,
         **config.launch,
     )
 

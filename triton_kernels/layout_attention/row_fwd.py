@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.records import store_stats
+from dense_attn.triton_kernels.layout_attention.tiles import key_head_of, keys_of
 from dense_attn.triton_kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -31,12 +32,18 @@ from dense_attn.triton_kernels.primitives import (
 
 
 @triton.jit
-def _keys_at(seqlen_k, FIRST: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr):
-    """KEYS keys from FIRST on; behind the last key it comes again, which changes no extreme."""
-    keys = FIRST + tl.arange(0, KEYS)
-    if LAST:
+def _keys_at(
+    seqlen_k, FIRST: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, COUNTED: tl.constexpr
+):
+    """KEYS keys from FIRST on; behind the last key it comes again, which changes no extreme. A
+    sample that counts its keys may have none.
+    """
+    keys, exist = FIRST + tl.arange(0, KEYS), tl.full([KEYS], True, tl.int1)
+    if LAST or COUNTED:
         keys = tl.minimum(keys, seqlen_k - 1)
-    return keys.to(tl.int64), tl.full([KEYS], True, tl.int1)
+    if COUNTED:
+        exist = keys >= 0
+    return keys.to(tl.int64), exist
 
 
 @triton.jit
@@ -50,13 +57,14 @@ def _key_rows(
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """Rows of both parts of the keys of one head of x [B, H, N, D]."""
-    keys, exist = _keys_at(seqlen_k, 0, KEYS_0, KEYS_1 == 0)
+    keys, exist = _keys_at(seqlen_k, 0, KEYS_0, KEYS_1 == 0, COUNTED)
     first = load_head(x, batch, head, keys, exist, PART_0, PART_1, HEAD_DIM)
     second = first
     if KEYS_1 > 0:
-        keys, exist = _keys_at(seqlen_k, KEYS_0, KEYS_1, True)
+        keys, exist = _keys_at(seqlen_k, KEYS_0, KEYS_1, True, COUNTED)
         second = load_head(x, batch, head, keys, exist, PART_0, PART_1, HEAD_DIM)
     return first, second
 
@@ -81,13 +89,21 @@ def _scores(
 
 
 @triton.jit
-def _meets(row_words, k_words, batch, seqlen_k, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr):
+def _meets(
+    row_words,
+    k_words,
+    batch,
+    seqlen_k,
+    KEYS_0: tl.constexpr,
+    KEYS_1: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
     """Which pairs are matched, of both parts."""
-    keys, exist = _keys_at(seqlen_k, 0, KEYS_0, KEYS_1 == 0)
+    keys, exist = _keys_at(seqlen_k, 0, KEYS_0, KEYS_1 == 0, COUNTED)
     first = (row_words[:, None] & words_at(k_words, batch, keys, exist)[None, :]) != 0
     second = first
     if KEYS_1 > 0:
-        keys, exist = _keys_at(seqlen_k, KEYS_0, KEYS_1, True)
+        keys, exist = _keys_at(seqlen_k, KEYS_0, KEYS_1, True, COUNTED)
         second = (row_words[:, None] & words_at(k_words, batch, keys, exist)[None, :]) != 0
     return first, second
 
@@ -139,7 +155,14 @@ def _exponents(raw, meets, row, MODULATION: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _weights(
-    raw, meets, row, seqlen_k, KEYS_1: tl.constexpr, MODULATION: tl.constexpr, EXACT: tl.constexpr
+    raw,
+    meets,
+    row,
+    seqlen_k,
+    KEYS_1: tl.constexpr,
+    MODULATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """Weights of both parts, at most 1, and the exponent that they are measured from, of rows."""
     factor, anchor, add_in, add_out = row
@@ -157,7 +180,9 @@ def _weights(
     elif MODULATION != "mask":
         first, second = first - largest[:, None], second - largest[:, None]
     first, second = tl.exp2(first), tl.exp2(second)
-    # Only the last part has keys that come again.
+    if COUNTED:
+        first = tl.where((tl.arange(0, raw[0].shape[1]) < seqlen_k)[None, :], first, 0.0)
+    # Without counts only the last part has keys that come again.
     SECOND: tl.constexpr = raw[1].shape[1]
     there = raw[0].shape[1] * (KEYS_1 > 0) + tl.arange(0, SECOND) < seqlen_k
     second = tl.where(there[None, :], second, 0.0)
@@ -189,6 +214,8 @@ def layout_attention_row_fwd_kernel(
     PART_1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr = 1,
+    seqlens=None,
 ):
     """One tile of query rows against all keys, which fit one tile: no state, no lists."""
     KEYS_0: tl.constexpr = 64 if BLOCK_N > 64 else BLOCK_N
@@ -196,13 +223,15 @@ def layout_attention_row_fwd_kernel(
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, None, batch, seqlen_q, BLOCK_M)
     rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
-    keys = _key_rows(k, batch, head, seqlen_k, KEYS_0, KEYS_1, PART_0, PART_1, HEAD_DIM)
-    values = _key_rows(v, batch, head, seqlen_k, KEYS_0, KEYS_1, PART_0, PART_1, HEAD_DIM)
+    COUNTED: tl.constexpr = seqlens is not None
+    own, seqlen_k = key_head_of(head, GROUP), keys_of(seqlens, batch, seqlen_k)
+    keys = _key_rows(k, batch, own, seqlen_k, KEYS_0, KEYS_1, PART_0, PART_1, HEAD_DIM, COUNTED)
+    values = _key_rows(v, batch, own, seqlen_k, KEYS_0, KEYS_1, PART_0, PART_1, HEAD_DIM, COUNTED)
     raw = _scores(rows, keys, KEYS_1, NEGATE, PART_1, PRECISION)
     # Words are read behind the products, which need the registers before.
     c = load_numbers(strength, batch, head, tokens, exist)
     row_words = words_at(q_words, batch, tokens, exist)
-    meets = _meets(row_words, k_words, batch, seqlen_k, KEYS_0, KEYS_1)
+    meets = _meets(row_words, k_words, batch, seqlen_k, KEYS_0, KEYS_1, COUNTED)
     if MODULATION == "mask":
         raw = tl.where(meets[0], raw[0], float("-inf")), tl.where(meets[1], raw[1], float("-inf"))
         sm_scale = tl.maximum(sm_scale, 1e-30)  # 0 times -inf would be no number
@@ -214,7 +243,7 @@ def layout_attention_row_fwd_kernel(
     anchor = anchor_of(row_max, row_min, tau, MODULATION)
     row = (tau * LOG2_E, anchor, add_in, add_out)
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
-    first, second, largest = _weights(raw, meets, row, seqlen_k, KEYS_1, MODULATION, EXACT)
+    first, second, largest = _weights(raw, meets, row, seqlen_k, KEYS_1, MODULATION, EXACT, COUNTED)
     row_sum = _total((first, second), KEYS_1)
 
     acc = zero_rows(BLOCK_M, PART_0, PART_1)

@@ -9,8 +9,29 @@ from dense_attn.triton_kernels.primitives import tokens_at, words_at
 
 
 @triton.jit
-def word_bounds_kernel(words, order, visited_ptr, bounds_ptr, seqlen, BLOCK: tl.constexpr):
-    """One tile of tokens: its words as visited [B|1, tokens], and their bounds [B|1, tiles, 2]."""
+def keys_of(seqlens, batch, seqlen):
+    """How many of a sample's keys are there, the first ones; all without counts."""
+    if seqlens is not None:
+        count = tl.load(seqlens[0] + batch * seqlens[1])
+        seqlen = tl.minimum(tl.maximum(count, 0), tl.cast(seqlen, tl.int32))
+    return seqlen
+
+
+@triton.jit
+def key_head_of(head, GROUP: tl.constexpr):
+    """The head of keys that a head of queries meets, as GROUP of them do."""
+    if GROUP > 1:
+        head = head // GROUP
+    return head
+
+
+@triton.jit
+def word_bounds_kernel(
+    words, order, visited_ptr, bounds_ptr, seqlen, BLOCK: tl.constexpr, seqlens=None
+):
+    """One tile of tokens: its words as visited [B|1, tokens], and the bounds of those that are
+    there [B|1, tiles, 2].
+    """
     tiles = tl.cdiv(seqlen, BLOCK)
     index = tl.program_id(0).to(tl.int64)
     batch, tile = index // tiles, (index % tiles).to(tl.int32)
@@ -19,6 +40,9 @@ def word_bounds_kernel(words, order, visited_ptr, bounds_ptr, seqlen, BLOCK: tl.
     visited = words_at(words, batch, tokens, exist)
     place = tile * BLOCK + tl.arange(0, BLOCK)
     tl.store(visited_ptr + batch * seqlen + place, visited, mask=exist)
+    if seqlens is not None:
+        exist = place < keys_of(seqlens, batch, seqlen)
+        visited = tl.where(exist, visited, 0)
     held = (visited[:, None] >> bits[None, :]) & 1  # [tokens, 32]
     some = tl.max(held, 0)
     every = tl.min(tl.where(exist[:, None], held, 1), 0)
@@ -37,6 +61,7 @@ def tile_lists_kernel(
     seqlen_k,
     BLOCK_N: tl.constexpr,
     KEY_TILES: tl.constexpr,
+    seqlens=None,
 ):
     """One tile of query rows: its wholly matched key tiles, those in doubt, and its wholly
     unmatched ones.
@@ -47,6 +72,9 @@ def tile_lists_kernel(
     q_some, q_every = tl.load(at), tl.load(at + 1)
     key_tile = tl.arange(0, KEY_TILES)
     exist = key_tile < key_tiles
+    if seqlens is not None:
+        seqlen_k = keys_of(seqlens, batch, seqlen_k)
+        exist = key_tile < tl.cdiv(seqlen_k, BLOCK_N)
     at = k_bounds[0] + batch * k_bounds[1] + key_tile * 2
     k_some, k_every = tl.load(at, mask=exist, other=0), tl.load(at + 1, mask=exist, other=0)
     # The tile that the keys end in is tested key by key.

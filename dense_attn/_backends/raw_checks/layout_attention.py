@@ -33,10 +33,12 @@ def layout_attention_fwd(
     every_strength: float = 1.0,
     with_lse: bool = True,
     with_stats: bool = True,
+    seqlens_k: Tensor | None = None,
 ) -> None:
     """Refuse what the kernels cannot run on, but for the shapes of the tile lists: `lists`."""
     _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
     _every_strength(every_strength)
+    _seqlens(seqlens_k, q.shape[0], k.shape[2], q)
     given = 3 - (tiles is None) - (counts is None) - (k_words is None)
     if given not in (0, 3):
         _checks.refuse("tile_lists", "be 3 tensors", given)
@@ -59,10 +61,12 @@ def layout_attention_bwd(
     q_order: Tensor | None,
     k_order: Tensor | None,
     every_strength: float = 1.0,
+    seqlens_k: Tensor | None = None,
 ) -> None:
     """Refuse what the kernels cannot run on."""
     _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
     _every_strength(every_strength)
+    _seqlens(seqlens_k, q.shape[0], k.shape[2], q)
     shape, dtype = q.shape, q.dtype
     rows = shape[:3]
     _rows("grad_out", grad_out, q, shape, dtype)
@@ -82,6 +86,7 @@ def tile_lists(
     k_order: Tensor | None,
     block_m: int,
     block_n: int,
+    seqlens_k: Tensor | None = None,
 ) -> None:
     """Refuse words, orders and tiles of which no lists can be made."""
     for name, words in (("q_regions", q_regions), ("k_regions", k_regions)):
@@ -89,6 +94,9 @@ def tile_lists(
             _checks.refuse(name, "have 1 or 2 dimensions", tuple(words.shape))
     tokens = (q_regions, k_regions, q_order, k_order)
     batch = max([x.shape[0] for x in tokens if x is not None and x.dim() == 2], default=1)
+    if seqlens_k is not None:
+        batch = max(batch, seqlens_k.numel())
+        _seqlens(seqlens_k, batch, k_regions.shape[-1], q_regions)
     for name, words in (("q_regions", q_regions), ("k_regions", k_regions)):
         _checks.token_words(name, words, batch, words.shape[-1], q_regions)
     _order("q_order", q_order, batch, q_regions.shape[-1], q_regions)
@@ -155,6 +163,17 @@ def _every_strength(number: float) -> None:
     """Require a strength that float32 holds."""
     if not abs(number) <= _checks.LARGEST[torch.float32]:
         _checks.refuse("every_strength", "be finite in float32", number)
+
+
+def _seqlens(counts: Tensor | None, batch: int, seqlen_k: int, like: Tensor) -> None:
+    """Require int32 [B]; what they say is looked at on the CPU alone, and kernels bound it."""
+    if counts is None:
+        return
+    _checks.token_words("seqlens_k", counts, batch, batch, like)
+    if counts.dim() != 1:
+        _checks.refuse("seqlens_k", f"have shape [{batch}]", tuple(counts.shape))
+    if counts.device.type == "cpu" and ((counts < 0) | (counts > seqlen_k)).any():
+        _checks.refuse("seqlens_k", f"count 0 to {seqlen_k} keys", counts.tolist())
 
 
 def _rows(

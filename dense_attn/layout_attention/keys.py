@@ -1,0 +1,153 @@
+"""Which keys of a call are there: masks, made what the raw ops take, keys that are there first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dense_attn import _checks
+from dense_attn._dtypes import accumulation_dtype
+
+_REMOVED = -1e4  # an additive mask's way to say that a key is not there
+_STEP = 8  # columns, of which CUDA kernels take whole ones
+_COLUMN = 16.0  # a power of two, so that float16 holds a bias by a small scale
+
+
+class Keys(NamedTuple):
+    """The keys that count, per sample or for all: their places in front of the others', and how
+    many they are.
+    """
+
+    order: Tensor | None  # int64 [B|1, N], None where they stand in front already
+    counts: Tensor  # int32 [B|1]
+
+    def first(self, x: Tensor) -> Tensor:
+        """[B, H, N, D] with the keys that count in front; views where they are there already."""
+        if self.order is None:
+            return x
+        if self.order.shape[0] == 1:
+            return x.index_select(2, self.order[0])
+        return x.gather(2, self.order[:, None, :, None].expand(x.shape))
+
+    def of_batch(self, batch: int) -> Tensor:
+        """Their number in each sample, int32 [B]."""
+        return self.counts if len(self.counts) == batch else self.counts.expand(batch)
+
+    def words(self, words: Tensor) -> Tensor:
+        """[N] or [B|1, N] in the same turn."""
+        if self.order is None:
+            return words
+        samples = max(self.order.shape[0], words.shape[0] if words.dim() == 2 else 1)
+        words = words.expand(samples, words.shape[-1])
+        return words.gather(1, self.order.expand(words.shape))
+
+    def visits(self, k_order: Tensor | bool | None) -> Tensor | bool | None:
+        """A caller's order of all keys as one of these, those that count in front in its turn."""
+        if not isinstance(k_order, Tensor):
+            return k_order
+        samples = max(len(self.counts), k_order.shape[0] if k_order.dim() == 2 else 1)
+        seqlen_k = k_order.shape[-1]
+        places = k_order.expand(samples, seqlen_k).long().clamp(0, max(seqlen_k - 1, 0))
+        if self.order is not None:
+            places = self.order.argsort(-1).expand(places.shape).gather(1, places)
+        late = places >= self.counts[:, None]
+        return places.gather(1, late.byte().argsort(dim=-1, stable=True)).int()
+
+
+def of_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Keys | None, Tensor | None]:
+    """(which keys count, what is added to the scores of each [B|1, N]) by a `k_mask`, None where
+    that is all or nothing.
+    """
+    if mask is None:
+        return None, None
+    mask = _checked(mask, q, k)
+    if mask.dtype == torch.int32:
+        return _counted(mask, k.shape[2]), None
+    if mask.dtype == torch.bool:
+        return _keys(mask), None
+    there = ~(mask <= _REMOVED)  # a NaN is there, and is seen
+    bias = mask.to(accumulation_dtype(q.dtype)).masked_fill(~there, 0)
+    if _seen(mask) and not mask.requires_grad and not bias.any():
+        bias = None
+    return _keys(there), bias
+
+
+def with_bias(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with columns whose product, times the scale, is what each key's scores get; in two
+    terms, of which k's dtype holds the sum to twice its digits.
+    """
+    if scale == 0:
+        _checks.refuse("scale", "not be 0 with a k_mask that is added", scale)
+    batch, num_heads, seqlen_k, head_dim = k.shape
+    added = -(-(head_dim + 2) // _STEP) * _STEP - head_dim
+    whole = (bias / (scale * _COLUMN))[:, None, :, None]
+    high = whole.to(k.dtype)
+    columns = torch.cat((high, (whole - high).to(k.dtype)), -1)
+    columns = torch.nn.functional.pad(columns, (0, added - 2))
+    ones = q.new_full((1, 1, 1, 1), _COLUMN).expand(*q.shape[:3], added)
+    wide_k = torch.cat((k, columns.expand(batch, num_heads, seqlen_k, added)), -1)
+    return torch.cat((q, ones), -1), wide_k, torch.nn.functional.pad(v, (0, added))
+
+
+def without_columns(out: Tensor, q: Tensor) -> Tensor:
+    """The result of such a call in q's columns and memory order."""
+    return torch.empty_like(q).copy_(out[..., : q.shape[3]])
+
+
+def _checked(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Require int32 [B], or bool or floats of one row of keys for all or one a sample: [B|1, N]."""
+    batch, num_heads, seqlen_q, _ = q.shape
+    seqlen_k = k.shape[2]
+    _checks.tensor("k_mask", mask)
+    _checks.same_device("k_mask", mask, q)
+    if mask.dtype == torch.int32:
+        if mask.shape != (batch,):
+            rule = f"have shape [{batch}] where it counts the keys"
+            _checks.refuse("k_mask", rule, tuple(mask.shape))
+        return mask
+    if mask.dtype != torch.bool and mask.dtype not in _checks.DTYPES:
+        rule = f"be bool, int32 or one of {', '.join(map(_checks.name, _checks.DTYPES))}"
+        _checks.refuse("k_mask", rule, _checks.name(mask.dtype), TypeError)
+    shape = tuple(mask.shape)
+    if mask.dim() == 4:  # as scaled_dot_product_attention has them
+        for axis, tokens in ((1, num_heads), (2, seqlen_q)):
+            if shape[axis] == tokens > 1 and mask.stride(axis) == 0:
+                mask = mask.narrow(axis, 0, 1)
+        if mask.shape[1:3] == (1, 1):
+            mask = mask[:, 0, 0]
+    if mask.dim() == 1:
+        mask = mask[None]
+    if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != seqlen_k:
+        rule = f"have shape [{seqlen_k}], [1 or {batch}, {seqlen_k}] or that with 1, 1 between"
+        _checks.refuse("k_mask", rule, shape)
+    return mask
+
+
+def _counted(counts: Tensor, seqlen_k: int) -> Keys:
+    """The first keys of each sample."""
+    if _seen(counts):
+        wrong = counts[(counts < 0) | (counts > seqlen_k)]
+        if wrong.numel() > 0:
+            _checks.refuse("k_mask", f"count 0 to {seqlen_k} keys", int(wrong[0]))
+    return Keys(None, counts.clamp(0, seqlen_k))
+
+
+def _keys(there: Tensor) -> Keys | None:
+    """The keys of a mask [B|1, N]; None where all are there, as far as that can be seen."""
+    counts = there.sum(-1, dtype=torch.int32)
+    if _seen(there):
+        if there.all():
+            return None
+        place = torch.arange(there.shape[1], dtype=torch.int32, device=there.device)
+        if torch.equal(there, place < counts[:, None]):
+            return Keys(None, counts)
+    return Keys((~there).byte().argsort(dim=-1, stable=True), counts)
+
+
+def _seen(x: Tensor) -> bool:
+    """Whether a look at values waits for no GPU and breaks no graph."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
