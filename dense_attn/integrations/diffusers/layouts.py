@@ -15,9 +15,10 @@ from ._attention_hook import marked
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
 from .prompts import region
+from .prompts.models import region_state
 from .prompts.options import options_of
 from .prompts.region import has_prompts
-from .prompts.state import RegionState, region_state
+from .prompts.state import RegionState
 from .regions import parse
 from .state import LayoutState, Options
 from .text.encoding import heard

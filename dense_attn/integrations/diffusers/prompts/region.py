@@ -14,7 +14,7 @@ from dense_attn import _checks
 
 from ..regions import BOXES, _box, _is_box, _kind, _mask
 
-MOST = 31  # regions of an image: the base prompt has a bit beside theirs
+MOST = 30  # regions of an image: the call's prompt and the image have bits beside theirs
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,6 @@ from .. import regions as phrase_regions
 from .._attention_hook import Expected, is_marked
 from ..hooks import arguments, unwrapped, watchers
 from ..state import Layer, LayerMark, LayoutState, Side, order_of
-from ..text.encoding import missing
 from ..text.reading import Reading
 from .options import Options
 from .sharing import Round, members, rounds, words_of
@@ -179,7 +178,7 @@ class RegionState(LayoutState):
         if bound.arguments.get("encoder_attention_mask") is not None:
             _checks.refuse("encoder_attention_mask", "be None while regions have prompts", "a mask")
         self._make(call, *rows)
-        bound.arguments["encoder_hidden_states"] = self._texts(call.text, *rows)
+        self._with_texts(bound.arguments, call, *rows)
         self.first, self.last = rows
         self._tell_of_cache(unwrapped(denoiser))
         return bound.args[1:], bound.kwargs
@@ -192,6 +191,10 @@ class RegionState(LayoutState):
         if any(not isinstance(block, LayoutState) for block in watchers(denoiser)):
             rule = "be without semantic guidance while regions have prompts"
             _checks.refuse("pipe", rule, "both")
+
+    def _with_texts(self, given: dict[str, Any], call: Call, first: int, last: int) -> None:
+        """The texts of the regions in a call's arguments."""
+        given["encoder_hidden_states"] = self._texts(call.text, first, last)
 
     def _texts(self, text: Tensor, first: int, last: int) -> Tensor:
         """The text tokens [B, L, C], with those of the regions behind them in each row."""
@@ -216,12 +219,18 @@ class RegionState(LayoutState):
         made_for = call.key, self.num_tokens, str(lengths), call.text.device, first, last
         if made_for == self._made_for:
             return
-        each = (last - first) // len(self.images)
-        self.layers, self.halves, (height, width) = {}, {}, self.model.grid(call)
+        self.layers, self.halves = {}, {}
+        self._make_layers_of(call, texts, (last - first) // len(self.images))
+        self._made_for, self._call = made_for, call
+
+    def _make_layers_of(
+        self, call: Call, texts: dict[bool, list[list[Tensor | None]]], each: int
+    ) -> None:
+        """Each halving of the latents has layers of both kinds."""
+        height, width = self.model.grid(call)
         for depth in range(self.model.deepest + 1):
             self._make_depth(depth, (height, width), texts, each, call.text.device)
             height, width = (height + 1) // 2, (width + 1) // 2
-        self._made_for, self._call = made_for, call
 
     def _make_depth(
         self,
@@ -291,21 +300,3 @@ class RegionState(LayoutState):
                     words[b, begin : begin + len(block)] = _BITS[1 + r]
                     begin += len(block)
         return words
-
-
-def region_state(
-    pipe: DiffusionPipeline,
-    model: Model,
-    prompts: list[str] | None,
-    regions: list[Regions],
-    options: Options,
-) -> RegionState:
-    """The state of a block, for a model whose text is in cross-attention alone."""
-    if model.denoiser != "UNet2DConditionModel":
-        rule = "have a UNet2DConditionModel where regions have prompts of their own"
-        _checks.refuse("pipe", rule, f"{type(pipe).__name__} with {model.denoiser}")
-    lacking = missing(pipe)
-    if lacking is not None:
-        rule = f"have its {lacking} where regions have prompts of their own"
-        _checks.refuse("pipe", rule, "none")
-    return RegionState(pipe, model, RegionReading(pipe, prompts, regions), options)
