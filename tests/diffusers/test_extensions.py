@@ -117,6 +117,56 @@ def test_fused_projections_and_sliced_attention() -> None:
         assert close(latents(pipe), right)
 
 
+def test_fused_projections_of_joint_attention() -> None:
+    """Its processor leaves out the norms of q and k, with a layout as without one."""
+    pipe = tiny_pipeline(diffusers.StableDiffusion3Pipeline)
+    alike = {**pipe.transformer.config, "dual_attention_layers": ()}  # fused ones want a text
+    pipe.transformer = diffusers.SD3Transformer2DModel.from_config(alike).eval()
+    right = with_layout(pipe)
+    pipe.transformer.fuse_qkv_projections()
+    plain = latents(pipe)
+    fused = with_layout(pipe)
+    assert close(fused, with_layout(pipe, backend="reference"))
+    assert not close(fused, plain)
+    assert close(
+        with_layout(pipe, cross_weight=1e-30, self_weight=1e-30, encode_phrases=False), plain
+    )
+    pipe.transformer.unfuse_qkv_projections()
+    assert torch.equal(with_layout(pipe), right)
+
+
+def test_an_ip_adapter() -> None:
+    """Its image reaches the picture as it does without a layout, which places the phrases."""
+    pipe, width = tiny_pipeline(diffusers.StableDiffusionPipeline), 16
+    right = with_layout(pipe)
+    cross = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
+    weights = {
+        f"{2 * i + 1}.to_{side}_ip.weight": torch.randn(width, width)
+        for i in range(len(cross))
+        for side in "kv"
+    }
+    proj = {"proj.weight": torch.randn(4 * width, 8), "proj.bias": torch.zeros(4 * width)}
+    proj |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": proj, "ip_adapter": weights}])
+    kinds = {type(processor).__name__ for processor in pipe.unet.attn_processors.values()}
+    assert "IPAdapterAttnProcessor2_0" in kinds
+
+    def run(scale: float, **layout: object) -> torch.Tensor:
+        pipe.set_ip_adapter_scale(scale)
+        with apply_layout(pipe, PROMPT, REGIONS, **layout):
+            return latents(pipe, ip_adapter_image_embeds=[torch.ones(2, 1, 8)])
+
+    assert close(run(0.0), right)
+    seen = run(1.0)
+    assert not close(seen, right)
+    assert close(seen, run(1.0, backend="reference"))
+    off = {"cross_weight": 0, "self_weight": 0}
+    assert torch.equal(
+        run(1.0, **off), latents(pipe, ip_adapter_image_embeds=[torch.ones(2, 1, 8)])
+    )
+    assert not close(seen, run(1.0, **off))
+
+
 def test_set_attention_backend_reaches_the_layers_below() -> None:
     pipe = tiny_pipeline(diffusers.FluxPipeline)
     with apply_layout(pipe, PROMPT, REGIONS):

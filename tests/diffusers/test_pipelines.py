@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from pipeline_kinds import call, denoisers, kinds, made, model_name, parts_of
+from families.classes import call, denoisers, kinds, made, model_name, parts_of
 from pipelines import PROMPT, REGIONS, close, diffusers, latents
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
@@ -29,7 +29,7 @@ RUNS = """
     FluxKontextInpaint FluxControl FluxControlImg2Img FluxControlInpaint FluxControlNet
     FluxControlNetImg2Img FluxControlNetInpaint AuraFlow QwenImage QwenImageImg2Img
     QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
-    WanVideoToVideo LucyEdit
+    WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint ZImage ZImageImg2Img ZImageInpaint
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -62,6 +62,10 @@ REFUSED = {
         QwenImageEdit QwenImageEditInpaint QwenImageEditPlus
     """,
     "make images of one layer": "QwenImageLayered",
+    "call its Flux2Transformer2DModel as a Flux2Klein.* does": "Flux2 Flux2KleinKV",
+    "call its ZImageTransformer2DModel as a ZImage.* does": """
+        ZImageControlNet ZImageControlNetInpaint ZImageOmni
+    """,
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -122,7 +126,12 @@ def test_a_run(name: str, calls: list) -> None:
         pytest.skip(f"this diffusers has no {name}")
     pipe, estimates = made(kind), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    handle = denoiser.register_forward_hook(lambda _module, _args, out: estimates.append(out[0]))
+    z_image = name.startswith("ZImage")  # whose estimates are a list, the prompt's first
+    handle = denoiser.register_forward_hook(
+        lambda _module, _args, out: estimates.append(
+            torch.stack(out[0][::-1]) if z_image else out[0]
+        )
+    )
     try:
         call(pipe)
         plain, steps = estimates.copy(), len(estimates)
@@ -133,10 +142,13 @@ def test_a_run(name: str, calls: list) -> None:
         handle.remove()
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
+    apart |= name.startswith("Flux2Klein")
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
-    assert len(calls) == -(-3 * steps // 10) * len(denoiser.attn_processors)
+    layers = sum(hasattr(module, "processor") for module in denoiser.modules())
+    layers -= 2 if z_image else 0  # refiners of the image or the text alone
+    assert len(calls) == -(-3 * steps // 10) * layers
     assert {len(one[0]) for one in calls} == {1}
     if apart:  # the second call of a step is the negative prompt's
         assert not close(estimates[0], plain[0])

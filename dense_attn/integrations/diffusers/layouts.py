@@ -54,29 +54,30 @@ def apply_layout(
     that of the pipeline, in the backend that it has. Blocks inside of a block: the innermost
     counts. Call `pipe` itself, not another pipeline around the same model.
 
-    Regions may have prompts of their own instead (`Region`): in cross-attention a token of the
+    Regions may have prompts of their own instead (`Region`, on U-Nets and FLUX): a token of the
     image then sees the prompt of its region, and the call's where it is in none. Regions share a
     token by `weight * mask`: `sum_r share_r * attention(q, k_r, v_r)`, which is one call of the
-    attention where they do not overlap, and else as many as a token has prompts. What a model makes
-    of the whole prompt beside its tokens (the pooled vector of SDXL) stays the call's.
+    attention where they do not overlap, and else as many as a token has prompts. In joint attention
+    (FLUX) a region's text sees itself and the image in its region. What a model makes of the whole
+    prompt beside its tokens (the pooled vector of SDXL and FLUX) stays the call's.
 
     Args:
-        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), SD3Transformer2DModel or
-            FluxTransformer2DModel.
+        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
+            Stable Diffusion 3, FLUX, Qwen-Image, AuraFlow or Wan (every frame has the regions).
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
             theirs alone count, whatever the call's.
         regions: a list of `(phrase, mask)` or of `Region`, or one such list for each prompt, which
-            may be empty among those of `Region`. A phrase is a part of
-            the prompt, or None for a region without one; its mask a bool array [H, W], a PIL image,
-            light and opaque there, or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words,
-            where they first stand in the prompt; a `Phrase` names another place. Where two overlap
-            the later counts; a region left without a token is warned of.
+            may be empty among those of `Region`. A phrase is a part of the prompt, or None for a
+            region without one; its mask a bool array [H, W], a PIL image, light and opaque there,
+            or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words, where they first stand in
+            the prompt; a `Phrase` names another place. Where two overlap the later counts; a region
+            left without a token is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
-            alone. In joint attention (SD3, FLUX) image tokens' rows take self_weight, rows of a
-            phrase's tokens cross_weight; under "mask", which has no strength, only both at 0 count
-            there.
+            alone. In joint attention (all but U-Nets and Wan) image tokens' rows take self_weight,
+            rows of a phrase's tokens cross_weight; under "mask", which has no strength, only both
+            at 0 count there.
         active: the part of the steps in which the layout acts, from the first, or its first and
             last end, `(start, stop)`, where regions have prompts; None for 0.3, or 1 for these.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
@@ -88,7 +89,7 @@ def apply_layout(
         base_ratio: the call's prompt has this share in every region with a prompt, and these the
             rest; it costs a call of the attention.
         isolate: how much less regions with prompts see of each other in self-attention: a token of
-            another region, or of none, counts `1 - isolate` times.
+            another region, or of none, counts `1 - isolate` times (joint attention takes 0 or 1).
         every: regions with prompts act in the first of so many cross-attention layers, and likewise
             of self-attention layers.
         backend: as in `layout_attention`.

@@ -200,6 +200,7 @@ class LayoutState:
                 _checks.refuse("pipe", rule, f"{type(layer.processor).__name__} in {name}")
         bound = arguments(denoiser, args, kwargs)
         call = self.model.read(bound.arguments)
+        self.reading.check()
         self.steps.follow(call.timestep, self.model.unit)
         said = self.reading.rows, self.reading.guides
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
@@ -209,7 +210,7 @@ class LayoutState:
             rule = f"have its phrases in the {call.text.shape[1]} tokens of the call"
             _checks.refuse("prompt", rule, self.longest)
         self._read(call.text.shape[1])
-        bound.arguments["encoder_hidden_states"] = self._with_phrases(call.text, *rows)
+        self.model.write(bound.arguments, self._with_phrases(call.text, *rows))
         if self.steps.index < self.options.active * self.steps.total:
             self._make_layers(call, rows[1] - rows[0])
             factor = self.steps.time**self.options.exponent
@@ -221,7 +222,6 @@ class LayoutState:
 
     def _read(self, num_tokens: int) -> None:
         """Take the phrases as they are in this call."""
-        self.reading.check()
         images = self.reading.images(num_tokens)
         if images is not self.images:
             self.images, self._made_for = images, None
@@ -230,7 +230,9 @@ class LayoutState:
         """The text tokens, with phrases' embeddings alone in the rows that see the prompt."""
         if not any(image.alone for image in self.images):
             return text
-        replaced = text.expand(last, -1, -1).clone()  # anew: callbacks change text in place
+        replaced = text.expand(
+            max(last, len(text)), -1, -1
+        ).clone()  # anew: callbacks change text in place
         each = (last - first) // len(self.images)
         for i, image in enumerate(self.images):
             for (start, stop), alone in image.alone:

@@ -18,7 +18,7 @@ MASKS[0, :, :6] = True
 MASKS[1, 4:, 2:] = True
 BOTH = [("cat", MASKS[0]), ("dog", MASKS[1])]
 # the tokens of a space and a word: T5 reads _ a _ c a t _ d o g, Qwen a _ c a t _ d o g
-PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9))}
+PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9)), "chat": ((2, 6), (6, 10))}
 
 
 @every_family
@@ -50,7 +50,7 @@ def test_the_negative_prompt_is_left_alone(name: str) -> None:
         handle.remove()
     plain, ours = seen[:2], seen[2:]
     assert len(plain) == len(ours) == 2
-    prompt = 1 if name == "auraflow" else 0
+    prompt = 1 if name == "auraflow" else 0  # halves, of which Z-Image has the prompt's first
     assert not close(ours[prompt], plain[prompt])
     torch.testing.assert_close(ours[1 - prompt], plain[1 - prompt], rtol=1e-5, atol=1e-6)
 
@@ -86,6 +86,12 @@ def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list
     if name == "qwen":
         text, image = text_side("qwen", 9 + 2), image_side(2, 3, 0.3)  # <|im_end|> and a line's end
         words, strengths = (a + b for a, b in zip(text, image))
+    elif name == "z_image":  # 24 tokens and 8 of padding, 11 and 21
+        text, image = text_side("chat", 1 + 9 + 1), image_side(4, 6, 0.3)
+        words, strengths = (a + [0] * 8 + b + [0] * (32 - len(b)) for a, b in zip(image, text))
+    elif name == "flux2":
+        text, image = text_side("chat", 24), image_side(4, 6, 0.3)
+        words, strengths = (a + b for a, b in zip(text, image))
     else:
         text, image = text_side("t5", 24), image_side(4, 6, 0.3)
         words, strengths = ([0] * 8 + a + b for a, b in zip(text, image))
@@ -100,7 +106,8 @@ def test_words_and_strengths(name: str, calls: list) -> None:
     layers = by_hand(name)
     assert {(call[0].shape[2], call[1].shape[2]) for call in calls} == set(layers)
     attentions = [m for m in family(name).transformer.modules() if hasattr(m, "processor")]
-    assert len(calls) == len(attentions)
+    refiners = 2 if name == "z_image" else 0  # of the image or the text alone
+    assert len(calls) == len(attentions) - refiners
     for q, k, _, q_words, k_words, strength in calls:
         ours, theirs, right = layers[q.shape[2], k.shape[2]]
         assert q_words.view(-1).tolist() == ours

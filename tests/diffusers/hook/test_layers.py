@@ -136,17 +136,17 @@ def test_layers_without_a_mark_are_left_alone(layer: torch.nn.Module) -> None:
     other = flux_layer() if isinstance(layer, FluxAttention) else unet_layer()
     plain, found = layer(X), {}
 
-    class Inside(Mark):
-        def attend(self, q: Tensor, *rest: object) -> Tensor:
-            """Another thread's layer of the same sizes, while this one's call is at hand."""
-            thread = threading.Thread(target=lambda: found.update(out=other(X)))
-            thread.start()
-            thread.join()
-            return super().attend(q, *rest)
+    def beside(*_: object) -> None:
+        """Another thread's layer of the same sizes, while this one's call is at hand."""
+        thread = threading.Thread(target=lambda: found.update(out=other(X)))
+        thread.start()
+        thread.join()
 
-    with hook.marked([(layer, Inside(hook.Expected(0, 3, 6, 6)))]), torch.no_grad():
+    handle = layer.to_q.register_forward_pre_hook(beside)
+    with hook.marked([(layer, Mark(hook.Expected(0, 3, 6, 6)))]):
         assert torch.equal(other(X), plain)
         assert torch.equal(layer(X)[0], output(layer))
+    handle.remove()
     torch.testing.assert_close(found["out"].detach(), plain, rtol=0, atol=0)
     with hook.marked([(layer, Mark(None))]):
         assert torch.equal(layer(X), plain)

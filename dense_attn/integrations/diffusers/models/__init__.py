@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +14,18 @@ from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
 from .auraflow import AuraFlow
 from .flux import Flux
+from .flux2 import Flux2
 from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
 from .unet import UNet
 from .wan import Wan
+from .z_image import ZImage
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux, QwenImage, AuraFlow, Wan)
+MODELS: tuple[type[Model], ...] = (UNet, SD3, Flux, Flux2, QwenImage, ZImage, AuraFlow, Wan)
 
 
 def model_of(pipe: DiffusionPipeline) -> Model:
@@ -43,6 +46,9 @@ def model_of(pipe: DiffusionPipeline) -> Model:
 
 def _check_batches(kind: type, model: Model) -> None:
     """Refuse a pipeline whose batches are neither halves where it guides, nor the prompt alone."""
+    if not any(re.fullmatch(model.pipelines, base.__name__) for base in kind.__mro__):
+        rule = f"call its {model.denoiser} as a {model.pipelines} does"
+        _checks.refuse("pipe", rule, kind.__name__)
     encode = getattr(kind, "encode_prompt", None)
     parameters = () if encode is None else inspect.signature(encode).parameters
     if "prompt" not in parameters:

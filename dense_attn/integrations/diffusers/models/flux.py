@@ -1,4 +1,4 @@
-"""FLUX: joint attention, text tokens first; a negative prompt's estimate is a call of its own."""
+"""FLUX.1: joint attention, text tokens first, and a call for each prompt."""
 
 from __future__ import annotations
 

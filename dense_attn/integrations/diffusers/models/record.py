@@ -92,13 +92,14 @@ class Model:
         Joint attention of four registers, the text and the image has the queries
         `(registers(4), TEXT, IMAGE)`, and `IMAGE._replace(multiple=32)` is an image with padding.
         Where the patch, the grid of packed latents or a call's arguments are not as usual, `of`,
-        `grid` and `read` say so.
+        `grid`, `read` and `write` say so.
     """
 
     patch: int = 1  # latents on a side of an image token
     frames: int = 1  # of a video's latents in a token
 
     denoiser: ClassVar[str]  # the name of its class
+    pipelines: ClassVar[str] = ".*"  # of the classes, a regular expression, that call it as here
     component: ClassVar[str] = "transformer"  # the pipeline's name for it
     latents: ClassVar[str] = "hidden_states"  # the argument that brings them
     unit: ClassVar[float] = 1.0  # of its timesteps, in the scheduler's
@@ -119,6 +120,10 @@ class Model:
         """The layout's part of a call."""
         latents, text = arguments[self.latents], arguments["encoder_hidden_states"]
         return Call(arguments["timestep"], text, latents, arguments.get("img_ids"))
+
+    def write(self, arguments: dict[str, Any], text: Tensor) -> None:
+        """Put text tokens [B, L, C] into a call."""
+        arguments["encoder_hidden_states"] = text
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""

@@ -169,9 +169,9 @@ class RegionState(LayoutState):
         bound = arguments(denoiser, args, kwargs)
         call = self.model.read(bound.arguments)
         self.steps.follow(call.timestep, self.model.unit)
+        self.reading.check()
         said = self.reading.rows, self.reading.guides
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
-        self.reading.check()
         start, stop = (part * self.steps.total for part in self.options.window)
         if rows is None or not start <= self.steps.index < stop:
             return None

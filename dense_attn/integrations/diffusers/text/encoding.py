@@ -92,9 +92,12 @@ class _Heard:
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(self).bind(*args, **kwargs).arguments
+        # Z-Image's changes a list of prompts in place
+        given = {name: value[:] if type(value) is list else value for name, value in given.items()}
         encoded = self.encode_prompt(*args, **kwargs)
         for tell in self.listeners:
-            tell(inspect.signature(self).bind(*args, **kwargs).arguments)
+            tell(given)
         return encoded
 
     def leave(self, pipe: DiffusionPipeline) -> None:

@@ -122,13 +122,21 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
     elif getattr(pipe, "unet", None) is None:
         dropped = getattr(pipe, "prompt_template_encode_start_idx", 0)
         segment = _segment((first,) if second is None else (None, second), -dropped, None)
-        template = getattr(pipe, "prompt_template_encode", "{}")
+        template = getattr(pipe, "prompt_template_encode", None) or _chat(first)
         found = [segment._replace(template=template)]
     else:
         length = getattr(second if first is None else first, "model_max_length", LONGEST)
         told = takes(pipe, "max_sequence_length")  # by Kolors' calls
         found = [_segment((first, second), 0, None if told or length > LONGEST else length)]
     return [segment for segment in found if segment.tokenizers]
+
+
+def _chat(tokenizer: Any) -> str:
+    """The template of a tokenizer's chats around a message; an answer's begin comes behind it."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "{}"
+    message = [{"role": "user", "content": "{}"}]
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
 def _segment(tokenizers: tuple[Any, ...], start: int, longest: int | None) -> Segment:

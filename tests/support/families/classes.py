@@ -13,10 +13,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from families import FAMILIES, family
+from PIL import Image
 from pipelines import PROMPT, diffusers, pipeline
 
 from dense_attn.integrations.diffusers import models
+from families import FAMILIES, family
 
 DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in models.MODELS)})\b")
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -27,6 +28,7 @@ OWN = {  # arguments of calls by class, in the place of those below
     "FluxKontextPipeline": {"max_area": 256, "_auto_resize": False},
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
     "WanVideoToVideoPipeline": {"video": [PICTURE[0]] * 5},
+    "Flux2KleinPipeline": {"image": Image.new("RGB", (64, 64))},
     "LucyEditPipeline": {"video": [PICTURE[0]] * 5},
     "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
     "StableDiffusionXLControlNetUnionImg2ImgPipeline": {
@@ -88,6 +90,8 @@ def model_name(kind: type) -> str:
         ("wan", "Wan"),
         ("wan", "Lucy"),
         ("auraflow", "Aura"),
+        ("flux2", "Flux2"),
+        ("z_image", "ZImage"),
     ):
         if kind.__name__.startswith(start):
             return name
@@ -126,7 +130,7 @@ def call(pipe: Any) -> None:
     given = {name: value for name, value in ARGUMENTS.items() if name in takes} | OWN.get(
         type(pipe).__name__, {}
     )
-    if model_name(type(pipe)) in FAMILIES:  # of eight pixels a latent
+    if model_name(type(pipe)) in ("qwen", "wan", "flux2"):  # more pixels a latent
         given |= {"height": 32, "width": 32} if "height" in takes else {}
     if "num_frames" in takes:
         given["num_frames"] = 5

@@ -56,9 +56,13 @@ def wan() -> object:
         rope_max_seq_len=32,
     )
     vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-    )  # fmt: skip
+    )
     return diffusers.WanPipeline(
         **tiny._t5("", 32), vae=vae, transformer=transformer, scheduler=flow()
     )
@@ -82,15 +86,79 @@ class LastHidden(torch.nn.Module):
     def forward(self, input_ids: Tensor, **_: object) -> object:
         x = self.embedding(input_ids)
         counts = torch.arange(1, x.shape[1] + 1).view(-1, 1)
-        return types.SimpleNamespace(hidden_states=[x + x.cumsum(1) / counts])
+        return types.SimpleNamespace(hidden_states=[x + x.cumsum(1) / counts] * 28)
 
 
-def qwen() -> object:
+def chat_tokenizer() -> object:
+    """Qwen's, of letters; every sign of a template but its special tokens is one token too."""
     from transformers import Qwen2Tokenizer
 
     letters = [*tiny.LETTERS, "Ċ", "Ġ", "<", "|", ">", "_"]
     tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.pad_token = "<|im_end|>"
+    return tokenizer
+
+
+def flux2() -> object:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ '<|im_start|>' }}{{ messages[0]['content'] }}{{ '<|im_end|>' }}"
+    return diffusers.Flux2KleinPipeline(
+        scheduler=flow(),
+        vae=vae,
+        text_encoder=LastHidden(len(tokenizer) + 8, 16),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def z_image() -> object:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 4, 8],
+        axes_lens=[128, 32, 32],
+    )
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if name.endswith("pad_token"):
+                weight.normal_()  # its memory is not filled
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ '<|im_start|>' }}{{ messages[0]['content'] }}{{ '<|im_end|>' }}"
+    return diffusers.ZImagePipeline(
+        scheduler=flow(),
+        vae=tiny._vae(4),
+        text_encoder=LastHidden(len(tokenizer) + 8, 16),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def qwen() -> object:
+    tokenizer = chat_tokenizer()
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
@@ -102,9 +170,13 @@ def qwen() -> object:
         axes_dims_rope=(8, 4, 4),
     )
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-    )  # fmt: skip
+    )
     pipe = diffusers.QwenImagePipeline(
         scheduler=flow(),
         vae=vae,
@@ -120,6 +192,8 @@ def qwen() -> object:
 # how each is made, and what its calls are given beside a prompt
 FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
     "auraflow": (auraflow, {"max_sequence_length": 24, **SHAPES}),
+    "flux2": (flux2, {"max_sequence_length": 24, **SHAPES}),
+    "z_image": (z_image, {"guidance_scale": 4.0, **SHAPES}),
     "wan": (wan, {"max_sequence_length": 24, "num_frames": 5, "height": 32, "width": 48}),
     "qwen": (qwen, {"height": 32, "width": 48, "true_cfg_scale": 4.0, "negative_prompt": "fog"}),
 }
