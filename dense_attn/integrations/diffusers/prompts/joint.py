@@ -34,8 +34,12 @@ class JointMark(LayerMark):
         super().__init__(state, name, kind, depth)
         self.on = index % state.options.every == 0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Attention of q, k, v [B, H, N, D]."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: object = None
+    ) -> Tensor:
+        """Attention of q, k, v [B, H, N, D], of which all keys are there."""
+        if mask is not None:
+            _checks.refuse("attention_mask", "be None while regions have prompts", "a mask")
         blocks = self.state.halves[self.on, self.depth]
         return blocks.attention(q, k, v, scale, self.state.num_tokens, self.state.masked)
 

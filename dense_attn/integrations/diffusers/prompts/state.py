@@ -76,7 +76,7 @@ class Blocks(NamedTuple):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
         out = None
         for layer, shares in self.calls:
-            part = layer.attention(q, k, v, scale, rule)
+            part = layer.attention(q, k, v, scale=scale, options=rule)
             part = part if shares is None else part * shares.to(part.dtype)
             out = part if out is None else out + part
         return out
@@ -103,13 +103,17 @@ class RegionMark(LayerMark):
             return None
         return state.expected(self.kind, self.depth)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """Attention of q, k, v [B, H, N, D]."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: object = None
+    ) -> Tensor:
+        """Attention of q, k, v [B, H, N, D], of which all keys are there."""
+        if mask is not None:
+            _checks.refuse("attention_mask", "be None while regions have prompts", "a mask")
         state = self.state
         if self.kind == "cross":
             return state.cross(self.depth, self.on, q, k, v, scale)
         layer = state.layers[self.kind, self.depth]
-        return layer.attention(q, k, v, scale, state.isolation)
+        return layer.attention(q, k, v, scale=scale, options=state.isolation)
 
 
 class RegionState(LayoutState):
