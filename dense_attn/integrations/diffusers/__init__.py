@@ -5,6 +5,7 @@ from .guidance import semantic_guidance
 from .guider import semantic_guider
 from .inversion import Inversion, Optimized, invert, optimize, reconstruct
 from .layouts import apply_layout
+from .prompts.region import Region
 from .text.phrases import Phrase
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Inversion",
     "Optimized",
     "Phrase",
+    "Region",
     "apply_layout",
     "invert",
     "optimize",

@@ -232,12 +232,14 @@ def _apart(
     first, last, batch = expected.first, expected.last, len(hidden_states)
     parts: list[Any] = []
     for start, stop in ((0, first), (first, last), (last, batch)):
+        if start == stop:
+            continue
         x, context = hidden_states[start:stop], encoder_hidden_states
         given = attn, x, None if context is None else context[start:stop], None
         if start == first:
             rows = expected._replace(first=0, last=last - first)
             parts.append(_told(mark, rows, instead, *given, **kwargs))
-        elif start < stop:
+        else:
             processor, run = original
             parts.append(run(processor, *given, **kwargs))
     if isinstance(parts[0], tuple):

@@ -68,7 +68,7 @@ def watched(
     with ExitStack() as stack:
         blocks = _watchers.setdefault(unwrapped(module), [])
         for outer in blocks:
-            if type(outer) is type(block):
+            if isinstance(outer, type(block)) or isinstance(block, type(outer)):
                 outer.paused += 1
                 stack.callback(_resume, outer)
         blocks.append(block)

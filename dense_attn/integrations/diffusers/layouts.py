@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,11 @@ from dense_attn.layout_attention.op import MODULATIONS
 from ._attention_hook import marked
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
+from .prompts import region
+from .prompts.models import region_state
+from .prompts.options import options_of
+from .prompts.region import has_prompts
+from .prompts.state import RegionState
 from .regions import parse
 from .state import LayoutState, Options
 from .text.encoding import heard
@@ -25,16 +31,19 @@ if TYPE_CHECKING:
 @contextmanager
 def apply_layout(
     pipe: DiffusionPipeline,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None,
     regions: Sequence[Any],
     *,
     cross_weight: float = 1.0,
     self_weight: float = 0.3,
-    active: float = 0.3,
+    active: float | tuple[float, float] | None = None,
     exponent: float = 5.0,
     size_weight: float = 1.0,
     modulation: str = "range",
     encode_phrases: bool = True,
+    base_ratio: float = 0.0,
+    isolate: float = 0.0,
+    every: int = 1,
     backend: str = "auto",
 ) -> Iterator[None]:
     """Calls of the pipeline inside the block put each phrase of the prompt where its region is.
@@ -45,29 +54,45 @@ def apply_layout(
     that of the pipeline, in the backend that it has. Blocks inside of a block: the innermost
     counts. Call `pipe` itself, not another pipeline around the same model.
 
+    Regions may have prompts of their own instead (`Region`, on U-Nets and FLUX): a token of the
+    image then sees the prompt of its region, and the call's where it is in none. Regions share a
+    token by `weight * mask`: `sum_r share_r * attention(q, k_r, v_r)`, which is one call of the
+    attention where they do not overlap, and else as many as a token has prompts. In joint attention
+    (FLUX) a region's text sees itself and the image in its region. What a model makes of the whole
+    prompt beside its tokens (the pooled vector of SDXL and FLUX) stays the call's.
+
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
             Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or Wan
             (every frame has the regions).
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
-            are not the prompt's in any weight.
-        regions: a list of `(phrase, mask)`, or one such list for each prompt. A phrase is a part of
-            the prompt, or None for a region without one; its mask a bool array [H, W], a PIL image,
-            light and opaque there, or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words,
-            where they first stand in the prompt; a `Phrase` names another place. Where two overlap
-            the later counts; a region left without a token is warned of.
+            are not the prompt's in any weight. None where regions with prompts cover the image:
+            theirs alone count, whatever the call's.
+        regions: a list of `(phrase, mask)` or of `Region`, or one such list for each prompt, which
+            may be empty among those of `Region`. A phrase is a part of the prompt, or None for a
+            region without one; its mask a bool array [H, W], a PIL image, light and opaque there,
+            or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words, where they first stand in
+            the prompt; a `Phrase` names another place. Where two overlap the later counts; a region
+            left without a token is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
             alone. In joint attention (all but U-Nets, PixArt and Wan) image tokens' rows take
             self_weight, rows of a phrase's tokens cross_weight; under "mask", which has no
             strength, only both at 0 count there.
-        active: the part of the steps in which the layout acts, from the first.
+        active: the part of the steps in which the layout acts, from the first, or its first and
+            last end, `(start, stop)`, where regions have prompts; None for 0.3, or 1 for these.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
             gets.
         modulation: as in `layout_attention`; under "mask" tokens of no region take part everywhere.
         encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own,
             as `encode_prompt` makes them with the options of the call (LoRA scale, `clip_skip`,
             `max_sequence_length`).
+        base_ratio: the call's prompt has this share in every region with a prompt, and these the
+            rest; it costs a call of the attention.
+        isolate: how much less regions with prompts see of each other in self-attention: a token of
+            another region, or of none, counts `1 - isolate` times (joint attention takes 0 or 1).
+        every: regions with prompts act in the first of so many cross-attention layers, and likewise
+            of self-attention layers.
         backend: as in `layout_attention`.
 
     Raises:
@@ -85,29 +110,84 @@ def apply_layout(
         >>> with apply_layout(pipe, "a cat", [("cat", (0.0, 0.0, 0.5, 1.0))]):
         ...     image = pipe("a cat", num_inference_steps=4).images[0]
     """
-    model = model_of(pipe)
-    options = Options(
-        cross_weight=_checks.number("cross_weight", cross_weight),
-        self_weight=_checks.number("self_weight", self_weight),
-        active=_checks.fraction("active", active),
-        exponent=_not_negative("exponent", exponent),
-        size_weight=_checks.number("size_weight", size_weight),
-        modulation=_checks.choice("modulation", modulation, MODULATIONS),
-        backend=_checks.choice("backend", backend, ("auto", *table.ORDER)),
-    )
-    prompts = _prompts(prompt)
-    parsed = parse(regions, len(prompts))
-    _checks.flag("encode_phrases", encode_phrases)
-    component = getattr(pipe, model.component)
-    layers = attention_layers(unwrapped(component), model)
-    reading = Reading(pipe, prompts, parsed, encode_phrases)
-    state = LayoutState(pipe, model, reading, options)
+    given = {
+        "cross_weight": cross_weight,
+        "self_weight": self_weight,
+        "exponent": exponent,
+        "size_weight": size_weight,
+        "modulation": modulation,
+        "encode_phrases": encode_phrases,
+        "base_ratio": base_ratio,
+        "isolate": isolate,
+        "every": every,
+    }
+    build = _with_prompts if has_prompts(regions) else _with_phrases
+    state = build(pipe, prompt, regions, active, given, backend)
+    component = getattr(pipe, state.model.component)
+    layers = attention_layers(unwrapped(component), state.model)
     with (
-        heard(pipe, reading.hear),
+        heard(pipe, state.reading.hear),
         marked(state.marks(layers)),
         watched(component, state, state.before_call),
     ):
         yield
+
+
+def _with_phrases(
+    pipe: DiffusionPipeline,
+    prompt: object,
+    regions: object,
+    active: object,
+    given: dict[str, Any],
+    backend: object,
+) -> LayoutState:
+    """The state of regions with phrases."""
+    model = model_of(pipe)
+    options = Options(
+        cross_weight=_checks.number("cross_weight", given["cross_weight"]),
+        self_weight=_checks.number("self_weight", given["self_weight"]),
+        active=0.3 if active is None else _checks.fraction("active", active),
+        exponent=_not_negative("exponent", given["exponent"]),
+        size_weight=_checks.number("size_weight", given["size_weight"]),
+        modulation=_checks.choice("modulation", given["modulation"], MODULATIONS),
+        backend=_backend(backend),
+    )
+    prompts = _prompts(prompt)
+    parsed = parse(regions, len(prompts))
+    encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
+    _unused(given, ("base_ratio", "isolate", "every"), "phrases")
+    return LayoutState(pipe, model, Reading(pipe, prompts, parsed, encode_phrases), options)
+
+
+def _with_prompts(
+    pipe: DiffusionPipeline,
+    prompt: object,
+    regions: Sequence[Any],
+    active: object,
+    given: dict[str, Any],
+    backend: object,
+) -> RegionState:
+    """The state of regions with prompts."""
+    prompts = None if prompt is None else _prompts(prompt)
+    parsed = region.parse(regions, prompts)
+    names = "cross_weight", "self_weight", "exponent", "size_weight", "modulation", "encode_phrases"
+    _unused(given, names, "prompts of their own")
+    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every")}
+    options = options_of(numbers, active, _backend(backend), prompts is not None)
+    return region_state(pipe, model_of(pipe), prompts, parsed, options)
+
+
+def _unused(given: dict[str, Any], names: tuple[str, ...], kind: str) -> None:
+    """Refuse arguments that regions of a kind do not have, but for their defaults."""
+    for name in names:
+        default = inspect.signature(apply_layout).parameters[name].default
+        if given[name] != default:
+            rule = f"stay {default!r} where regions have {kind}"
+            _checks.refuse(name, rule, repr(given[name]))
+
+
+def _backend(backend: object) -> str:
+    return _checks.choice("backend", backend, ("auto", *table.ORDER))
 
 
 def _not_negative(argument: str, value: object) -> float:
