@@ -71,9 +71,24 @@ def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
         or torch._C._get_tracing_state()
         or torch.autograd._profiler_enabled()
     )
-    if bare and all(x is None or x.__class__ in _PLAIN for x in tensors):
+    if bare and all(x is None or _is_plain(x) for x in tensors):
         return getattr(kernels, "EAGER", {}).get(op) or getattr(kernels, op)
     return getattr(kernels, op)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether torch would hand a tensor to a kernel as it is: no subclass, no lazy minus."""
+    if x.__class__ not in _PLAIN:
+        return False
+    return not torch._C._dispatch_keys(x).raw_repr() & ~_plain_keys(x.device.type)
+
+
+@cache
+def _plain_keys(device: str) -> int:
+    """The dispatch keys that every tensor of a kind of device has, as bits."""
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=torch.float32, device=device)
+    return torch._C._dispatch_keys(empty).raw_repr()
 
 
 def _in_a_transform() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dense_attn import _checks
 from dense_attn._dtypes import accumulation_dtype
 
-_REMOVED = -1e4  # an additive mask's way to say that a key is not there
+_REMOVED = -9984.0  # -1e4 in bfloat16: an additive mask's way to say that a key is not there
 _STEP = 8  # columns, of which CUDA kernels take whole ones
 _COLUMN = 16.0  # a power of two, so that float16 holds a bias by a small scale
 

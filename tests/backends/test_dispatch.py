@@ -71,7 +71,8 @@ def test_with_a_gradient_one_function_is_recorded_and_no_argument_bound() -> Non
 
 def test_gradients_are_those_of_the_plain_function() -> None:
     tensors, strength = leaves(grad=True), torch.rand(1, 2, 6, requires_grad=True)
-    inputs = (*tensors, WORDS, WORDS, strength, "range", 0.3, *[None] * 5, 1.0, True, True, "cpu")
+    rule = strength, "range", 0.3, *[None] * 5, 1.0, True, True, None
+    inputs = (*tensors, WORDS, WORDS, *rule, "cpu")
     found = []
     for run in (lambda *x: dispatch.run(op._LayoutAttention, *x), op._LayoutAttention.apply):
         out, lse, _ = run(*inputs)

@@ -157,11 +157,10 @@ def test_tokens_are_sorted_where_no_order_is_given(
 ) -> None:
     """Signed words in ascending order, raster order within a word; False leaves tokens alone."""
     given = []
-    launch = triton.layout_attention_fwd
+    op = "layout_attention_fwd"
+    launch = triton.EAGER[op]
     monkeypatch.setattr(configs, "ROW_KEYS", 0)
-    monkeypatch.setattr(
-        triton, "layout_attention_fwd", lambda *x: (given.append(x[8:10]), launch(*x))[1]
-    )
+    monkeypatch.setitem(triton.EAGER, op, lambda *x: (given.append(x[8:10]), launch(*x))[1])
     tensors, strength = in_tiles(case)
     lists = tile_lists(*tensors[:2], *tensors[3:], backend="triton")
     raster = {"q_order": False, "k_order": False}

@@ -72,14 +72,14 @@ def spoil(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
         def nearest(x: Tensor) -> tuple[Tensor, Tensor]:
             return percentile.kthvalue(torch.nextafter(x, x + 1))
 
-        monkeypatch.setitem(percentile.CONTENDERS, "torch.kthvalue", nearest)
+        monkeypatch.setitem(percentile.GPU_CONTENDERS, "torch.kthvalue", nearest)
         return "torch.kthvalue"
     if family == "sega":
 
         def dropped(step: guidance.Step) -> list[Tensor]:
             return [x.masked_fill(x == x.max(), x.mean()) for x in guidance.public_pipeline(step)]
 
-        monkeypatch.setitem(guidance.CONTENDERS, "diffusers", dropped)
+        monkeypatch.setitem(guidance.GPU_CONTENDERS, "diffusers", dropped)
         return "diffusers"
     if family == "chain":
         monkeypatch.setitem(chain.CONTENDERS, "edict-float64", chain.CONTENDERS["ddim-float32"])

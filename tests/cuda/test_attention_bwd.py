@@ -89,11 +89,11 @@ def _launch(module: Module, inputs: Inputs, scale: float, order: str) -> dict[st
     grads = {f"d{name}": torch.empty_like(x) for name, x in zip("qkv", (q, k, v))}
     grads["dstrength"] = torch.empty(rows, dtype=torch.float32)
     scratch = torch.empty(rows.numel() * RECORD, dtype=torch.float32)
-    views = [(q, 4), (k, 4), (v, 4), *((x, 2) for x in words), (q_order, 2), (None, 2)]
+    views = [(q, 4), (k, 4), (v, 4), *((x, 2) for x in words), (q_order, 2), (None, 2), (None, 1)]
     saved = [(out, 4), (None, 3), (stats, 4), (inputs.grad_out, 4), (inputs.grad_lse, 3)]
     results = [(x, x.dim()) for x in grads.values()]
     params = [
-        struct.pack("<iid5q", BFLOAT16, RANGE, scale, *rows, seqlen_k, head_dim),
+        struct.pack("<iid6q", BFLOAT16, RANGE, scale, *rows, seqlen_k, head_dim, 1),
         *(_view(*x) for x in (*views, (strength, 3))),
         struct.pack("<d", 0.0),
         *(_view(*x) for x in (*saved, *results)),

@@ -123,7 +123,7 @@ def test_thin_regions_in_a_run(family: str, thin: str, monkeypatch: pytest.Monke
         LayoutState, "image_side", lambda *args: sides.append(make(*args)) or sides[-1]
     )
     monkeypatch.setattr(
-        LayoutState, "attend", lambda *args: tokens.append(args[2].shape[1]) or attend(*args)
+        LayoutState, "attend", lambda *args: tokens.append(args[2].shape[2]) or attend(*args)
     )
     with apply_layout(
         pipelines.pipeline(family), pipelines.PROMPT, [("cat", mask), ("dog", ~mask)]

@@ -196,7 +196,8 @@ def _marked(kind: type) -> type:
             return own(self, attn, *args, **kwargs)
         if instead is None:
             return _told(marks[-1], expected, own, self, attn, *args, **kwargs)
-        return _apart(marks[-1], expected, (self, own), instead, attn, *args, **kwargs)
+        original = functools.partial(own, self)
+        return _apart(marks[-1], expected, original, instead, attn, *args, **kwargs)
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), {**names, "__call__": __call__, MARKS: True})
@@ -218,7 +219,7 @@ def _told(mark: Mark, expected: Expected, run: Callable[..., Any], *args: Any, *
 def _apart(
     mark: Mark,
     expected: Expected,
-    original: tuple[Any, Callable[..., Any]],
+    original: Callable[..., Any],
     instead: Any,
     attn: torch.nn.Module,
     hidden_states: Tensor,  # [B, M, C]
@@ -229,19 +230,16 @@ def _apart(
     """The result of a processor with a stand-in, which has the modulated rows alone."""
     if attention_mask is not None:
         _checks.refuse("attention_mask", "be None while a layout is on", "a mask")
-    first, last, batch = expected.first, expected.last, len(hidden_states)
-    parts: list[Any] = []
-    for start, stop in ((0, first), (first, last), (last, batch)):
-        if start == stop:
-            continue
-        x, context = hidden_states[start:stop], encoder_hidden_states
+    first, last, context = expected.first, expected.last, encoder_hidden_states
+    spans, parts = ((0, first), (first, last), (last, len(hidden_states))), []
+    for start, stop in [span for span in spans if span[0] < span[1]]:
+        x = hidden_states[start:stop]
         given = attn, x, None if context is None else context[start:stop], None
         if start == first:
             rows = expected._replace(first=0, last=last - first)
             parts.append(_told(mark, rows, instead, *given, **kwargs))
         else:
-            processor, run = original
-            parts.append(run(processor, *given, **kwargs))
+            parts.append(original(*given, **kwargs))
     if isinstance(parts[0], tuple):
         return tuple(torch.cat(tensors) for tensors in zip(*parts))
     return torch.cat(parts)

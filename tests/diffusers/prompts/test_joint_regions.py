@@ -125,7 +125,7 @@ def test_runs_equal_dense_masks(case: str, calls: list) -> None:
 
 
 def test_isolated_regions() -> None:
-    """As under the hard masks of others, image tokens of another region are not seen."""
+    """Image tokens of another region are not seen, as under the hard masks of others."""
     pipe = pipeline("flux")
     regions = [Region(LEFT & TOP, "a cat"), Region(~LEFT, "dog")]
     shares = (LEFT & ~TOP, LEFT & TOP, ~LEFT)

@@ -11,9 +11,9 @@ def compiled_backend() -> None:
     """Load the backend as if Triton interpreted, so that it takes tensors of the CPU, and let
     Triton compile all the same. To be called before anything imports dense_attn.
     """
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton
+    import triton  # before the variable: functions of its own are compiled, too
 
+    os.environ["TRITON_INTERPRET"] = "1"
     compile_function = triton.jit
 
     def jit(fn: Callable | None = None, **options: object) -> Callable:

@@ -186,5 +186,5 @@ class Reading:
         for argument, phrase in lost.items():
             warnings.warn(
                 f"{argument} has no token of its own: later regions take all of {phrase!r}",
-                stacklevel=5,
+                stacklevel=6,
             )
