@@ -39,7 +39,7 @@ inline void fill_inputs(LayoutAttentionParams& p, const Tensor& q, const Tensor&
   const int64_t key_heads = k.size(1);
   REQUIRE(key_heads == p.num_heads || (key_heads > 0 && p.num_heads % key_heads == 0),
           "k must have a number of heads that divides q's ", p.num_heads, ", got ", key_heads);
-  p.group = key_heads > 0 ? p.num_heads / key_heads : 1;
+  p.group = std::max<int64_t>(1, key_heads > 0 ? p.num_heads / key_heads : 1);
   p.k = view_rows("k", k, q.scalar_type(), {p.batch, key_heads, p.seqlen_k, p.head_dim});
   p.v = view_rows("v", v, q.scalar_type(), {p.batch, key_heads, p.seqlen_k, p.head_dim});
   p.q_regions = view_words("q_regions", q_regions, p.batch, p.seqlen_q);

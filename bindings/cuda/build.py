@@ -111,11 +111,11 @@ def bindings() -> list[str]:
 
 
 def digest(nvcc: str, code: Sequence[str]) -> str:
-    """A short name of a library: of its sources, the compiler and the options for architectures.
+    """A short name of a library: of its sources, the compiler, the architectures and the head dims.
     The library knows it, and a verdict on its kernels belongs to it.
     """
     said = subprocess.run([nvcc, "--version"], capture_output=True, check=False).stdout
-    parts = [said, *(option.encode() for option in code)]
+    parts = [said, *(option.encode() for option in (*code, *map(str, head_dims())))]
     for path in sorted(path for files in _MADE_OF for path in _ROOT.glob(files)):
         parts += [path.relative_to(_ROOT).as_posix().encode(), path.read_bytes()]
     return sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest()[:16]

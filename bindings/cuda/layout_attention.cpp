@@ -79,12 +79,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_gradient(
   if (grad_lse) require_device("grad_lse", *grad_lse, "q", q);
   const int64_t row_sizes[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim},
                 rows[3] = {p.batch, p.num_heads, p.seqlen_q};
-  const int64_t key_sizes[4] = {p.batch, p.num_heads / p.group, p.seqlen_k, p.head_dim};
+  const int64_t key_sizes[4] = {p.batch, k.size(1), p.seqlen_k, p.head_dim};
   view_rows("grad_out", grad_out, q.scalar_type(), row_sizes);
   view_rows("out", out, q.scalar_type(), row_sizes);
   p.stats = view_rows("stats", stats, ScalarType::Float, {p.batch, p.num_heads, p.seqlen_q, kStats});
   REQUIRE(stats.is_contiguous() && reinterpret_cast<uintptr_t>(p.stats.data) % 16 == 0,
-          "stats must be contiguous and begin at 16 bytes, got strides that are not or another address");
+          "stats must be contiguous and begin at 16 bytes, got strides ", strides_of(stats), " at byte ",
+          reinterpret_cast<uintptr_t>(p.stats.data) % 16);
   if (grad_lse) p.grad_lse = view("grad_lse", *grad_lse, ScalarType::Float, rows);
   // dk and dv of grouped heads are those of each head of q, whose sums are the caller's.
   const int64_t grad_sizes[4] = {p.batch, p.num_heads, p.seqlen_k, p.head_dim};

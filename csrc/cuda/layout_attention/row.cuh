@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
     const float sum = numbers ? sum_own(s, seqlen_k, lane) : 0;
     Weights<kKeys> weights;
     round_weights<T>(weights, s);
+    if (seqlen_k == 0) weights = {};  // whatever q and the strength are
     float sums[2], inverse[2];
     sum_weights(sums, weights, shared, lane);
     for (int r = 0; r < 2; ++r) inverse[r] = sums[r] == 0 ? 0 : reciprocal_approx(sums[r]);
