@@ -60,14 +60,15 @@ def run_as(function: type[torch.autograd.Function], recorded: bool, *inputs: obj
 
 
 def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
-    """A backend's raw op; what it calls, where nothing of torch's watches ops or stands for tensors
-    and the way through torch would take as long as all else of a small call.
+    """A backend's raw op; what it calls, where no mode, transform, trace or profiler of torch's
+    watches ops: the way through torch would take as long as all else of a small call.
     """
     kernels = table.NAMESPACES[backend]
     bare = not (
         torch.compiler.is_compiling()
         or _in_a_transform()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch.autograd._profiler_enabled()
     )

@@ -207,9 +207,12 @@ class _LayoutAttention(torch.autograd.Function):
         seqlens_k: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        run = dispatch.kernel_of(backend, "layout_attention_fwd", q, k, v, strength)
-        words = q_regions, k_regions
-        rule, lists = (strength, modulation, scale), (q_order, k_order, tiles, counts, k_words)
+        words, lists = (q_regions, k_regions), (q_order, k_order, tiles, counts, k_words)
+        tensors, rule = (
+            (q, k, v, strength, *words, *lists, seqlens_k),
+            (strength, modulation, scale),
+        )
+        run = dispatch.kernel_of(backend, "layout_attention_fwd", *tensors)
         return run(q, k, v, *words, *rule, *lists, every_strength, with_lse, with_stats, seqlens_k)
 
     @staticmethod

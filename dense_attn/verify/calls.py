@@ -41,6 +41,8 @@ class AttentionCall:
     # The modulations by the backend, for some kernels of half floats alone; None for every backend,
     # dtype and modulation.
     only: dict[str, tuple[str, ...]] | None = None
+    k_mask: Tensor | None = None  # bool [B, N]
+    every: float | None = None  # the strength as a number, of a call without gradients and lse
 
     def concerns(self, backend: str, modulation: str) -> bool:
         """Whether the call, in its dtype, is for a backend's kernels."""
@@ -59,7 +61,9 @@ class AttentionCall:
     def reordered(self, keys: Tensor, dims: Tensor) -> AttentionCall:
         """The call with keys and head dim in another order: equal, but rounded differently."""
         k, words = self.k[:, :, keys][..., dims], self.k_regions[..., keys]
-        return replace(self, q=self.q[..., dims], k=k, v=self.v[:, :, keys], k_regions=words)
+        there = None if self.k_mask is None else self.k_mask[:, keys]
+        rest = {"v": self.v[:, :, keys], "k_regions": words, "k_mask": there}
+        return replace(self, q=self.q[..., dims], k=k, **rest)
 
     def run(self, modulation: str, backend: str) -> dict[str, Tensor]:
         """out, lse and their gradients, backwards from grad_out and grad_lse.
@@ -71,8 +75,12 @@ class AttentionCall:
         leaves = [x.detach().to(device).requires_grad_() for x in inputs]
         *qkv, strength = leaves
         words = self.q_regions.to(device), self.k_regions.to(device)
-        options = {"modulation": modulation, "return_lse": True, "backend": backend}
-        out, lse = layout_attention(*qkv, *words, strength, **options)
+        there = None if self.k_mask is None else self.k_mask.to(device)
+        options = {"modulation": modulation, "k_mask": there, "backend": backend}
+        if self.every is not None:
+            with torch.no_grad():
+                return {"out": layout_attention(*qkv, *words, self.every, **options).cpu()}
+        out, lse = layout_attention(*qkv, *words, strength, return_lse=True, **options)
         if not self._has_gradients(leaves[0], modulation, backend):
             return {"out": out.detach().cpu(), "lse": lse.detach().cpu()}
         grad_lse = self.grad_lse.to(device).masked_fill(lse == -torch.inf, 0.0)
@@ -124,6 +132,21 @@ def kernel_calls(backends: Sequence[str]) -> Iterator[AttentionCall]:
     # Packed keys, as long rows have them at narrow heads.
     only = {"triton": (MODULATIONS[0],)}
     yield make("packed wide keys", (1, 2, 33, 1100, 128), _WORDS, _WORDS, only)
+    for keys in (KEYS[0], 300):
+        yield from _some_keys(make, keys)
+
+
+def _some_keys(make: _Maker, keys: int) -> Iterator[AttentionCall]:
+    """A call of samples with all keys, none and half of them, two heads of queries to one of keys;
+    and one as inference makes it.
+    """
+    only = {"cuda": MODULATIONS, "triton": (MODULATIONS[0],)}
+    given = make(f"some of {keys} keys", (3, 4, 33, keys, 40), _WORDS, _WORDS, only)
+    counts = torch.tensor([[keys], [0], [keys // 2]], dtype=torch.int32, device="cpu")
+    there = torch.arange(keys, dtype=torch.int32, device="cpu") < counts
+    given = replace(given, k=given.k[:, :2], v=given.v[:, :2], k_mask=there)
+    yield given
+    yield replace(given, name=f"{given.name}, without gradients", every=1.0)
 
 
 def _runs_on_a_gpu(backend: str) -> bool:

@@ -72,13 +72,21 @@ def _check_apart(backend: str) -> None:
 
 
 def _remember(verdicts: Sequence[Verdict]) -> None:
-    """Keep for "auto" which backends are right on this GPU."""
+    """Keep for "auto" which backends failed on this GPU, and which are right in all their ops."""
     for backend in sorted({verdict.backend for verdict in verdicts}):
         if table.device_of(backend) == "cuda":
             passed = all(one.passed for one in verdicts if one.backend == backend)
+            if passed and _left_out(backend):
+                continue
             gpu = torch.cuda.get_device_name()
             choice.remember(backend, gpu, passed)
             print(f"remembered: {backend} {'is right' if passed else 'FAILED'} on {gpu}")
+
+
+def _left_out(backend: str) -> list[str]:
+    """The ops that a backend has and could not be asked for."""
+    ops = [op for op in table.OPS if table.missing(backend, op) is None]
+    return [op for op in ops if why_not(backend, op, torch.float16)]
 
 
 def emulated(target: str) -> int:

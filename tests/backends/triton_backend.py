@@ -14,6 +14,7 @@ from cases import DEVICES, INTERPRETED, Case, make_inputs, moved, why_skip
 from chains import Network, sampler
 from sega_cases import LISTS, NUMBERS, raw_options
 from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,6 +98,10 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Words(Tensor):
+    """Words of another kind than torch's."""
+
+
 def test_torch_is_passed_by_where_nothing_watches_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher is called then, with the same result; else the op is seen."""
     op, called = "dense_attn_triton::layout_attention_fwd", []
@@ -121,6 +126,9 @@ def test_torch_is_passed_by_where_nothing_watches_ops(monkeypatch: pytest.Monkey
     traced = torch.jit.trace(call, tensors, check_trace=False)
     assert op in str(traced.inlined_graph)
     assert torch.equal(traced(*tensors), bare)
+    with BaseTorchFunctionMode():
+        call(*tensors)
+    call(*tensors[:3], tensors[3].as_subclass(Words), *tensors[4:])
     assert called == [1]
     if INTERPRETED:  # a look at values waits for a GPU
         wrong = {"q_order": torch.zeros_like(there.orders["q_order"])}

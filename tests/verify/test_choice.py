@@ -286,3 +286,21 @@ def test_verify_remembers_the_backends_of_gpus(
     assert choice.gpus("triton") == {GPU: True}
     assert choice.gpus("cuda") == {GPU: False}
     assert choice.gpus("cpu") == {}
+
+
+def test_a_backend_with_an_op_that_was_not_checked_is_not_right(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dense_attn.verify import run
+    from dense_attn.verify.accuracy import Verdict
+
+    reasons = {"layout_attention": ["a variable that means nothing"]}
+    monkeypatch.setattr(run, "why_not", lambda backend, op, dtype: reasons.get(op, []))
+    monkeypatch.setattr(table, "missing", lambda backend, op: None)
+    monkeypatch.setattr(table, "device_of", lambda backend: "cuda")
+    checked = Verdict("triton", "float16", "ddim_step", {"bits": 0.0}, control=2.0)
+    run._remember([checked])
+    assert choice.gpus("triton") == {}
+    reasons.clear()
+    run._remember([checked])
+    assert choice.gpus("triton") == {GPU: True}

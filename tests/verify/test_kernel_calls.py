@@ -64,18 +64,20 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         v: Tensor,
         q_regions: Tensor,
         k_regions: Tensor,
-        strength: Tensor,
+        strength: Tensor | float,
         *,
         modulation: str,
-        return_lse: bool,
+        k_mask: Tensor | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if backend != "reference":
             call = backend, q.shape[3], tile(backend, k.shape[2]), modulation, q.dtype
             found.add((*call, False))
             q.register_hook(lambda grad: found.add((*call, True)))
         lse = (q.sum(3) + strength) * (q_regions.view(-1, q.shape[2])[0, 0] & 1)
-        return q * lse[..., None].to(q.dtype), lse
+        out = q * lse[..., None].to(q.dtype)
+        return (out, lse) if return_lse else out
 
     monkeypatch.setattr(calls, "_runs_on_a_gpu", lambda backend: True)
     monkeypatch.setattr(calls, "HEADS", 3)
@@ -126,6 +128,17 @@ def test_every_tile_of_triton_runs(seen: Seen, monkeypatch: pytest.MonkeyPatch) 
     }
     assert {keys for _, keys, *_ in run} == {0, *ROW_TILES["triton"]}
     assert {modulation for _, _, modulation, _ in run} == {*MODULATIONS}
+
+
+def test_inference_masks_and_groups_run(seen: Seen) -> None:
+    given = [one for one in calls.kernel_calls(["cuda"]) if one.k_mask is not None]
+    assert {(one.k.shape[2], one.every) for one in given} == {*product((77, 300), (None, 1.0))}
+    for one in given:
+        assert one.k_mask.sum(1).tolist() == [one.k.shape[2], 0, one.k.shape[2] // 2]
+        assert one.q.shape[1] == 2 * one.k.shape[1]
+        assert one.concerns("triton", "range") == (one.q.dtype in calls.HALF)
+        half = one.cast(torch.float16)
+        assert [*half.run("range", "reference")] == ["out"] if one.every else [*calls.RESULTS]
 
 
 def test_calls_of_kernels_are_of_half_floats_on_gpus(
