@@ -168,6 +168,7 @@ CASES = (
         scale=-0.16,
         modulations=EXTREMES,
     ),
+    Case("no-keys-at-strength-1", (2, 1, 20, 150, 8), strength=1.0, keys=(140, 0), core=True),
     Case("one-key-counted", (3, 2, 20, 53, 40), keys=(1, 0, 1), through="none"),
     Case("keys-counted-in-runs", (3, 1, 70, 300, 40), "runs", keys=(130, 0, 300), ordered=True),
     Case(

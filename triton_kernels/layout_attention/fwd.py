@@ -17,6 +17,7 @@ from dense_attn.triton_kernels.layout_attention.fwd_steps import (
     LEAST_FACTOR,
     absorb,
     lower,
+    of_samples,
     row_sums,
     rows_of,
     shares_of,
@@ -264,7 +265,7 @@ def layout_attention_fwd_kernel(
     tokens, exist = tokens_at(tile * BLOCK_M, q_order, batch, seqlen_q, BLOCK_M)
     c = load_numbers(strength, batch, head, tokens, exist)
     in_sum, out_sum = row_sums(in_sum), row_sums(others[1])
-    tops = (in_max, in_sum, others[0], out_sum, tl.min(low, 1))
+    tops = of_samples((in_max, in_sum, others[0], out_sum, tl.min(low, 1)), seqlens, keys_there)
     share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, plain, MODULATION)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
     share_in, share_out = share_in[:, None], share_out[:, None]

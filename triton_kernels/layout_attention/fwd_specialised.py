@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dense_attn.triton_kernels.configs import Config
 from dense_attn.triton_kernels.layout_attention.fwd_mixed import attend_mixed, softmax_weights
-from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, shares_of
+from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, of_samples, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
 from dense_attn.triton_kernels.layout_attention.tiles import keys_of
 from dense_attn.triton_kernels.parts import next_power_of_2
@@ -260,7 +260,7 @@ def layout_attention_specialised_fwd_kernel(
     c = load_numbers(strength, batch, head, tokens, exist)
     if MODULATION == "mask":  # what others hold, be it NaN, is not looked at
         out_max, out_sum = least, none
-    tops = (in_max, in_sum, out_max, out_sum, low)
+    tops = of_samples((in_max, in_sum, out_max, out_sum, low), seqlens, keys_there)
     share_in, share_out, lse, stats = shares_of(tops, c, sm_scale, plain, MODULATION)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist, APART=True)
     if stats_ptr is None and MODULATION != "range":

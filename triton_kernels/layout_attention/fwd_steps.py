@@ -157,6 +157,16 @@ def row_sums(row_sum):
 
 
 @triton.jit
+def of_samples(tops, seqlens, keys):
+    """The extremes and sums of rows; without keys a sample has no extremes, and they are 0."""
+    if seqlens is not None:
+        in_max, in_sum, out_max, out_sum, low = tops
+        in_max, out_max = tl.where(keys == 0, 0.0, in_max), tl.where(keys == 0, 0.0, out_max)
+        tops = in_max, in_sum, out_max, out_sum, tl.where(keys == 0, 0.0, low)
+    return tops
+
+
+@triton.jit
 def shares_of(tops, c, sm_scale, plain, MODULATION: tl.constexpr):
     """Shares of both states in the row, in the log domain, now that its extremes are known; lse and
     stats.
