@@ -11,7 +11,7 @@ from torch import Tensor
 from dense_attn import _checks
 from dense_attn._dtypes import accumulation_dtype
 
-_REMOVED = -9984.0  # -1e4 in bfloat16: an additive mask's way to say that a key is not there
+REMOVED = -9984.0  # -1e4 in bfloat16: an additive mask's way to say that a key is not there
 _STEP = 8  # columns, of which CUDA kernels take whole ones
 _COLUMNS = {torch.float16: 2.0**15}  # the largest of q, by which k's hold a bias
 _COLUMN = 2.0**100  # of the other dtypes, by which float32 holds a score of 2**27
@@ -69,7 +69,7 @@ def of_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Keys | None, Ten
         return _counted(mask, k.shape[2]), None
     if mask.dtype == torch.bool:
         return _keys(mask), None
-    there = ~(mask <= _REMOVED)  # a NaN is there, and is seen
+    there = ~(mask <= REMOVED)  # a NaN is there, and is seen
     bias = mask.to(accumulation_dtype(q.dtype)).masked_fill(~there, 0)
     if _seen(mask) and not mask.requires_grad and not bias.any():
         bias = None

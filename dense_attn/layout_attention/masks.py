@@ -11,7 +11,6 @@ from torch import Tensor
 from dense_attn import _checks
 from dense_attn.layout_attention import keys
 
-REMOVED = -9984.0  # what bfloat16 makes of -1e4
 RULE = "say which keys there are, for all queries and heads alike, while a layout is on"
 
 
@@ -68,7 +67,7 @@ def reduced(mask: Tensor, q: Tensor, k: Tensor) -> Mask:
         _require((mask == first).all(), shape)
     mask = first[:, 0]  # [B|1, M|1, N]
     if mask.dtype != torch.bool:
-        mask = mask.masked_fill(mask <= REMOVED, -torch.inf)
+        mask = mask.masked_fill(mask <= keys.REMOVED, -torch.inf)
     if mask.shape[1] == 1:
         return Mask(_plain(mask[:, 0]))
     there = mask.any(1) if mask.dtype == torch.bool else mask.amax(1)

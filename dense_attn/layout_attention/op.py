@@ -55,8 +55,9 @@ def layout_attention(
         k_mask: which keys are there, for all samples or for each, True where one is; int32 `[B]`
             counts them from the first. The others are removed: no score, no extreme, gradients of
             0; a sample without any gives 0. Floats are added to the scores before the rule is
-            applied, and remove a key where they are -1e4 or less; they cost a copy of q, k and v
-            unless a look (which only the CPU takes) finds nothing added, and a head dim of 8 more.
+            applied, and remove a key where they are -1e4 (-9984, as bfloat16 has it) or less; they
+            cost a copy of q, k and v unless a look (which only the CPU takes) finds nothing added,
+            and a head dim of 8 more.
         return_lse: also return `logsumexp(s')`, float32 (float64 with float64 inputs), `[B, H, M]`.
         q_order, k_order: permutations of the tokens, the order in which a kernel visits them; None
             for one that suits it (a GPU's: tokens of one region word together), False for raster.

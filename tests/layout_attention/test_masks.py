@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dense_attn import layout_attention
+from dense_attn.layout_attention import keys
 from dense_attn.layout_attention.masks import reduced
 
 BATCH, HEADS, TOKENS = 2, 3, 7
@@ -62,6 +63,20 @@ def test_masks_that_only_remove_keys_add_nothing() -> None:
     q, k, _ = qkv()
     assert reduced(MASKS["-1e4 of bfloat16"], q, k).keys.tolist() == THERE.tolist()
     assert reduced(MASKS["the least number"], q, k).keys.tolist() == THERE.tolist()
+
+
+def test_what_removes_a_key_is_said_once() -> None:
+    """Both kinds of masks remove from the number that the op's docstring has."""
+    q, k, _ = qkv()
+    assert torch.tensor(-1e4).bfloat16().item() == keys.REMOVED
+    told = " ".join(layout_attention.__doc__.split())
+    assert "-1e4 (-9984, as bfloat16 has it) or less" in told
+    for number, removed in ((-9984.0, True), (-9983.0, False)):
+        mask = torch.zeros(1, TOKENS)
+        mask[0, 0] = number
+        left, bias = keys.of_mask(mask, q, k)
+        assert (left is not None) == (bias is None) == removed
+        assert (reduced(mask, q, k).keys.dtype == torch.bool) == removed
 
 
 REFUSED = {
