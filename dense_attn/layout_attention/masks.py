@@ -49,10 +49,19 @@ def of_rows(options: dict[str, Any], first: int, last: int) -> dict[str, Any]:
     return options | {"attn_mask": mask[first:last]}
 
 
-def reduced(mask: Tensor, q: Tensor, k: Tensor) -> Mask:
+def of_call(
+    options: dict[str, Any], first: int, last: int, q: Tensor, k: Tensor, same_tokens: bool
+) -> Mask | None:
+    """The reduced mask of some rows, whose q and k these are; None without one."""
+    mask = of_rows(options, first, last).get("attn_mask")
+    return None if mask is None else reduced(mask, q, k, same_tokens)
+
+
+def reduced(mask: Tensor, q: Tensor, k: Tensor, same_tokens: bool = False) -> Mask:
     """A mask of q and k [B, H, tokens, D] without heads and, but for sums, without queries.
 
-    Queries whose key is removed are padding, and may see what they will.
+    Where queries and keys are the same tokens, queries whose key is removed are padding, and may
+    see what they will.
     """
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     shape = tuple(mask.shape)
@@ -74,7 +83,7 @@ def reduced(mask: Tensor, q: Tensor, k: Tensor) -> Mask:
     same = (mask == there[:, None]).all(2)
     if mask.dtype == torch.bool or _known(there.isinf().any()):
         gone = ~there if mask.dtype == torch.bool else there.isinf()
-        _require((same | gone).all() if same.shape == gone.shape else same.all(), shape)
+        _require((same | gone).all() if same_tokens else same.all(), shape)
         return Mask(_plain(there))
     _require((same | (mask == 0).all(2)).all() & ~there.isinf().any(), shape)
     return Mask(there, same)

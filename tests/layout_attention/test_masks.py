@@ -48,7 +48,7 @@ def plain(words: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: object) -> 
 def test_a_reduced_mask_is_the_mask(mask: Tensor, scale: float | None) -> None:
     q, k, v = qkv()
     words = torch.ones(TOKENS, dtype=torch.int32)
-    ours = reduced(mask, q, k)
+    ours = reduced(mask, q, k, same_tokens=True)
     out = ours.attention(q, k, v, scale, partial(plain, words))
     right = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     padding = mask.dtype == torch.bool or bool((mask < -1).any())
@@ -62,7 +62,7 @@ def test_a_reduced_mask_is_the_mask(mask: Tensor, scale: float | None) -> None:
 def test_masks_that_only_remove_keys_add_nothing() -> None:
     q, k, _ = qkv()
     assert reduced(MASKS["-1e4 of bfloat16"], q, k).keys.tolist() == THERE.tolist()
-    assert reduced(MASKS["the least number"], q, k).keys.tolist() == THERE.tolist()
+    assert reduced(MASKS["the least number"], q, k, same_tokens=True).keys.tolist() == THERE.tolist()
 
 
 def test_what_removes_a_key_is_said_once() -> None:
@@ -94,7 +94,17 @@ REFUSED = {
 def test_other_masks_are_refused(mask: Tensor) -> None:
     q, k, _ = qkv()
     with pytest.raises(ValueError, match=r"^attention_mask must say which keys there are, for all"):
-        reduced(mask, q, k)
+        reduced(mask, q, k, same_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs whose padding sees the first"])
+def test_queries_of_other_tokens_are_no_padding(name: str) -> None:
+    """A row of as many queries as keys is a query's own, whichever key its number removes."""
+    q, k, _ = qkv()
+    for mask in (MASKS[name], torch.where(MASKS[name], 0.0, -1e4)):
+        assert reduced(mask, q, k, same_tokens=True).keys.tolist() == THERE.tolist()
+        with pytest.raises(ValueError, match=r"^attention_mask must say which keys there are"):
+            reduced(mask, q, k)
 
 
 def test_compiled() -> None:
@@ -103,7 +113,7 @@ def test_compiled() -> None:
     words = torch.ones(TOKENS, dtype=torch.int32)
 
     def run(mask: Tensor) -> Tensor:
-        return reduced(mask, q, k).attention(q, k, v, None, partial(plain, words))
+        return reduced(mask, q, k, same_tokens=True).attention(q, k, v, None, partial(plain, words))
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="eager", fullgraph=True)
