@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -112,11 +112,20 @@ def without_columns(out: Tensor, q: Tensor) -> Tensor:
     return torch.empty_like(q).copy_(out[..., : q.shape[3]])
 
 
+def refuse_vmap() -> NoReturn:
+    """Raise the error of a call inside vmap."""
+    raise NotImplementedError(
+        "layout_attention must be called outside of vmap, got a vmapped input: use the batch"
+    )
+
+
 def _checked(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Require int32 [B], or bool or floats of one row of keys for all or one a sample: [B|1, N]."""
     batch, num_heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
     _checks.tensor("k_mask", mask)
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(mask):
+        refuse_vmap()  # before a look at it
     _checks.same_device("k_mask", mask, q)
     if mask.dtype == torch.int32:
         if mask.shape != (batch,):

@@ -240,9 +240,7 @@ class _LayoutAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
-        raise NotImplementedError(
-            "layout_attention must be called outside of vmap, got a vmapped input: use the batch"
-        )
+        keys.refuse_vmap()
 
 
 class _Backward(torch.autograd.Function):

@@ -62,7 +62,9 @@ def test_a_reduced_mask_is_the_mask(mask: Tensor, scale: float | None) -> None:
 def test_masks_that_only_remove_keys_add_nothing() -> None:
     q, k, _ = qkv()
     assert reduced(MASKS["-1e4 of bfloat16"], q, k).keys.tolist() == THERE.tolist()
-    assert reduced(MASKS["the least number"], q, k, same_tokens=True).keys.tolist() == THERE.tolist()
+    assert (
+        reduced(MASKS["the least number"], q, k, same_tokens=True).keys.tolist() == THERE.tolist()
+    )
 
 
 def test_what_removes_a_key_is_said_once() -> None:
