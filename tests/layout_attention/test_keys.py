@@ -283,3 +283,17 @@ def test_lists_of_a_mask_are_of_its_keys(backend: str) -> None:
     x = make_inputs(MASKED, torch.float32)
     words = x.q_regions, x.k_regions
     assert tile_lists(x.q, x.k, *words, k_mask=x.k_mask, backend=backend) is None
+
+
+@pytest.mark.parametrize("backend", backends("cpu"))
+def test_the_widest_heads_that_are_added_to(backend: str) -> None:
+    """The refusal of wider ones names the mask."""
+    words, mask = torch.ones(N, dtype=torch.int32), torch.randn(N)
+    q = torch.randn(1, 1, N, 254)
+    layout_attention(q, q, q, words, words, k_mask=mask, backend=backend)
+    q = torch.randn(1, 1, N, 256)
+    reason = r"head_dim is at most 256, got 264 \(256 and 8 for k_mask\)$"
+    with pytest.raises(RuntimeError, match=reason):
+        layout_attention(q, q, q, words, words, k_mask=mask, backend=backend)
+    with pytest.raises(RuntimeError, match=reason):
+        tile_lists(q, q, words, words, k_mask=mask, backend=backend)
