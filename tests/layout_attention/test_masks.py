@@ -31,6 +31,8 @@ MASKS = {
     "the least number": torch.where(PAIRS, 0.0, torch.finfo(torch.float32).min),
     "ones that are added": ONES[:, None, None],
     "pairs of ones that are added": ONES[:, None, :, None] * ONES[:, None, None],
+    "pairs of ones below 0": ONES[:, None, :, None] * -ONES[:, None, None],
+    "pairs of sums of both signs": ONES[:, None, :, None] * torch.linspace(-0.5, 0.7, TOKENS),
 }
 
 
@@ -88,6 +90,10 @@ REFUSED = {
     ),
     "other heads": torch.stack((THERE, ~THERE, THERE), 1)[:, :, None],
     "a bias of pairs": torch.linspace(0, 1, TOKENS * TOKENS).view(TOKENS, TOKENS),
+    "sums below 0 of two kinds": -torch.eye(TOKENS),
+    "a query without keys": torch.zeros(TOKENS, TOKENS).index_fill(
+        0, torch.tensor([2]), -torch.inf
+    ),
     "other sizes": torch.ones(1, 1, 1, TOKENS + 1, dtype=torch.bool),
 }
 
@@ -121,7 +127,7 @@ def test_compiled() -> None:
     compiled = torch.compile(run, backend="eager", fullgraph=True)
     for name in ("a row a sample", "heads copied", "-1e4 in copied heads", "pairs"):
         torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
-    name = "pairs of ones that are added"
-    torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
+    for name in ("pairs of ones that are added", "pairs of ones below 0"):
+        torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
     with pytest.raises(RuntimeError, match="which keys there are"):
         compiled(REFUSED["other heads"])
