@@ -168,7 +168,7 @@ def test_numbers_are_added_in_full(backend: str, modulation: str, dtype: torch.d
 def test_numbers_are_added_whatever_the_scale(
     backend: str, dtype: torch.dtype, scale: float
 ) -> None:
-    """By a small one they pass what float16 holds."""
+    """A small one makes of them what float16 does not hold."""
     x, bias = to_be_added(16, dtype)
     x.q *= min(1, 0.1 / abs(scale))
     bias = bias * 20
@@ -180,7 +180,7 @@ def test_numbers_are_added_whatever_the_scale(
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 2e-5), (torch.float32, -5e-324)])
 def test_too_small_a_scale_is_refused(dtype: torch.dtype, scale: float) -> None:
-    """One by which a column of q does not hold what is added."""
+    """No column of q is large enough to hold what is added by one."""
     x, bias = to_be_added(16, dtype)
     tensors = x.q, x.k, x.v, x.q_regions, x.k_regions
     rule = r"^scale must be (6.1e-05|1.6e-30) or more in size .* got -?(2e-05|5e-324)$"
