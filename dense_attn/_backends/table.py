@@ -79,8 +79,10 @@ def device_of(backend: str) -> str:
     return {"triton": triton.DEVICE, "cuda": cuda.DEVICE}.get(backend, "cpu")
 
 
-def why_not(backend: str, op: str, x: Tensor) -> list[str]:
-    """Every reason why a backend cannot run an op on inputs like x; empty if it can."""
+def why_not(backend: str, op: str, x: Tensor, added: int = 0) -> list[str]:
+    """Every reason why a backend cannot run an op on inputs like x; empty if it can. `added`: how
+    many of x's columns a `k_mask` has added.
+    """
     reason = missing(backend, op)
     if reason is not None:
         return [reason]
@@ -92,7 +94,8 @@ def why_not(backend: str, op: str, x: Tensor) -> list[str]:
     elif device == "cuda" and (reason := _too_old(x.device)):
         reasons.append(reason)
     if op == "layout_attention" and x.shape[-1] > MAX_HEAD_DIM:
-        reasons.append(f"head_dim is at most {MAX_HEAD_DIM}, got {x.shape[-1]}")
+        terms = f" ({x.shape[-1] - added} and {added} for k_mask)" if added else ""
+        reasons.append(f"head_dim is at most {MAX_HEAD_DIM}, got {x.shape[-1]}{terms}")
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:
         reasons.append("has no float64 kernels")
     if backend == device == "cuda" and not reasons and (reason := cuda.driver_error()):
@@ -119,16 +122,16 @@ def _why_not_cuda_attention(x: Tensor) -> list[str]:
     return reasons
 
 
-def resolve(backend: str, op: str, x: Tensor, keys: int | None = None) -> str:
-    """The backend that runs the call (of attention: on so many keys): the named one or an error, or
-    the first that can.
+def resolve(backend: str, op: str, x: Tensor, keys: int | None = None, added: int = 0) -> str:
+    """The backend that runs the call (of attention: on so many keys, with columns added for them):
+    the named one or an error, or the first that can.
     """
     if backend == "auto":
         for name in choice.order(op, x, keys):
             if not why_not(name, op, x):
                 return name
     _checks.choice("backend", backend, ("auto", *ORDER))
-    reasons = why_not(backend, op, x)
+    reasons = why_not(backend, op, x, added)
     if reasons:
         _checks.refuse(
             "backend", f"be able to run {op}", f"{backend!r}: {'; '.join(reasons)}", RuntimeError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch import Tensor
 from dense_attn import _checks
 from dense_attn._dtypes import accumulation_dtype
 
-_REMOVED = -9984.0  # -1e4 in bfloat16: an additive mask's way to say that a key is not there
+REMOVED = -9984.0  # -1e4 in bfloat16: an additive mask's way to say that a key is not there
 _STEP = 8  # columns, of which CUDA kernels take whole ones
-_COLUMN = 16.0  # a power of two, so that float16 holds a bias by a small scale
+_COLUMNS = {torch.float16: 2.0**15}  # the largest of q, by which k's hold a bias
+_COLUMN = 2.0**100  # of the other dtypes, by which float32 holds a score of 2**27
 
 
 class Keys(NamedTuple):
@@ -67,7 +69,7 @@ def of_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Keys | None, Ten
         return _counted(mask, k.shape[2]), None
     if mask.dtype == torch.bool:
         return _keys(mask), None
-    there = ~(mask <= _REMOVED)  # a NaN is there, and is seen
+    there = ~(mask <= REMOVED)  # a NaN is there, and is seen
     bias = mask.to(accumulation_dtype(q.dtype)).masked_fill(~there, 0)
     if _seen(mask) and not mask.requires_grad and not bias.any():
         bias = None
@@ -80,17 +82,29 @@ def with_bias(
     """q, k and v with columns whose product, times the scale, is what each key's scores get; in two
     terms, of which k's dtype holds the sum to twice its digits.
     """
-    if scale == 0:
-        _checks.refuse("scale", "not be 0 with a k_mask that is added", scale)
+    column = _column(scale, k.dtype)
     batch, num_heads, seqlen_k, head_dim = k.shape
     added = -(-(head_dim + 2) // _STEP) * _STEP - head_dim
-    whole = (bias / (scale * _COLUMN))[:, None, :, None]
+    whole = (bias / (scale * column))[:, None, :, None]
     high = whole.to(k.dtype)
     columns = torch.cat((high, (whole - high).to(k.dtype)), -1)
     columns = torch.nn.functional.pad(columns, (0, added - 2))
-    ones = q.new_full((1, 1, 1, 1), _COLUMN).expand(*q.shape[:3], added)
+    ones = q.new_full((1, 1, 1, 1), column).expand(*q.shape[:3], added)
     wide_k = torch.cat((k, columns.expand(batch, num_heads, seqlen_k, added)), -1)
     return torch.cat((q, ones), -1), wide_k, torch.nn.functional.pad(v, (0, added))
+
+
+def _column(scale: float, dtype: torch.dtype) -> float:
+    """The power of two whose product with the scale is 2 to 4, so that a bias by it is as large as
+    the bias: float16 has no room for more.
+    """
+    if scale == 0:
+        _checks.refuse("scale", "not be 0 with a k_mask that is added", scale)
+    least = 2 / _COLUMNS.get(dtype, _COLUMN)
+    if abs(scale) < least:
+        rule = f"be {least:.2g} or more in size with a k_mask that is added"
+        _checks.refuse("scale", rule, scale)
+    return max(2.0 ** (2 - math.frexp(scale)[1]), torch.finfo(dtype).tiny)
 
 
 def without_columns(out: Tensor, q: Tensor) -> Tensor:
@@ -98,11 +112,20 @@ def without_columns(out: Tensor, q: Tensor) -> Tensor:
     return torch.empty_like(q).copy_(out[..., : q.shape[3]])
 
 
+def refuse_vmap() -> NoReturn:
+    """Raise the error of a call inside vmap."""
+    raise NotImplementedError(
+        "layout_attention must be called outside of vmap, got a vmapped input: use the batch"
+    )
+
+
 def _checked(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Require int32 [B], or bool or floats of one row of keys for all or one a sample: [B|1, N]."""
     batch, num_heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
     _checks.tensor("k_mask", mask)
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(mask):
+        refuse_vmap()  # before a look at it
     _checks.same_device("k_mask", mask, q)
     if mask.dtype == torch.int32:
         if mask.shape != (batch,):

@@ -11,7 +11,6 @@ from torch import Tensor
 from dense_attn import _checks
 from dense_attn.layout_attention import keys
 
-REMOVED = -9984.0  # what bfloat16 makes of -1e4
 RULE = "say which keys there are, for all queries and heads alike, while a layout is on"
 
 
@@ -50,10 +49,19 @@ def of_rows(options: dict[str, Any], first: int, last: int) -> dict[str, Any]:
     return options | {"attn_mask": mask[first:last]}
 
 
-def reduced(mask: Tensor, q: Tensor, k: Tensor) -> Mask:
+def of_call(
+    options: dict[str, Any], first: int, last: int, q: Tensor, k: Tensor, same_tokens: bool
+) -> Mask | None:
+    """The reduced mask of some rows, whose q and k these are; None without one."""
+    mask = of_rows(options, first, last).get("attn_mask")
+    return None if mask is None else reduced(mask, q, k, same_tokens)
+
+
+def reduced(mask: Tensor, q: Tensor, k: Tensor, same_tokens: bool = False) -> Mask:
     """A mask of q and k [B, H, tokens, D] without heads and, but for sums, without queries.
 
-    Queries whose key is removed are padding, and may see what they will.
+    Where queries and keys are the same tokens, queries whose key is removed are padding, and may
+    see what they will.
     """
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     shape = tuple(mask.shape)
@@ -68,16 +76,20 @@ def reduced(mask: Tensor, q: Tensor, k: Tensor) -> Mask:
         _require((mask == first).all(), shape)
     mask = first[:, 0]  # [B|1, M|1, N]
     if mask.dtype != torch.bool:
-        mask = mask.masked_fill(mask <= REMOVED, -torch.inf)
+        mask = mask.masked_fill(mask <= keys.REMOVED, -torch.inf)
     if mask.shape[1] == 1:
         return Mask(_plain(mask[:, 0]))
     there = mask.any(1) if mask.dtype == torch.bool else mask.amax(1)
     same = (mask == there[:, None]).all(2)
     if mask.dtype == torch.bool or _known(there.isinf().any()):
         gone = ~there if mask.dtype == torch.bool else there.isinf()
-        _require((same | gone).all() if same.shape == gone.shape else same.all(), shape)
+        _require((same | gone).all() if same_tokens else same.all(), shape)
         return Mask(_plain(there))
-    _require((same | (mask == 0).all(2)).all() & ~there.isinf().any(), shape)
+    some = (mask != 0).any(2)  # queries that get a sum, be it below 0
+    row = some.byte().argmax(1)[:, None, None]
+    there = mask.gather(1, row.expand(-1, 1, mask.shape[2]))[:, 0]
+    same = (mask == there[:, None]).all(2)
+    _require((same | ~some).all() & ~there.isinf().any(), shape)
     return Mask(there, same)
 
 

@@ -55,8 +55,10 @@ def layout_attention(
         k_mask: which keys are there, for all samples or for each, True where one is; int32 `[B]`
             counts them from the first. The others are removed: no score, no extreme, gradients of
             0; a sample without any gives 0. Floats are added to the scores before the rule is
-            applied, and remove a key where they are -1e4 or less; they cost a copy of q, k and v
-            unless a look (which only the CPU takes) finds nothing added, and a head dim of 8 more.
+            applied, and remove a key where they are -1e4 (-9984, as bfloat16 has it) or less; they
+            cost a copy of q, k and v unless a look (which only the CPU takes) finds nothing added,
+            and a head dim of 8 more (of which all but the reference take 256: 254 of q's own, or
+            248 where it is a multiple of 8).
         return_lse: also return `logsumexp(s')`, float32 (float64 with float64 inputs), `[B, H, M]`.
         q_order, k_order: permutations of the tokens, the order in which a kernel visits them; None
             for one that suits it (a GPU's: tokens of one region word together), False for raster.
@@ -100,7 +102,8 @@ def layout_attention(
     given = q
     if bias is not None:
         q, k, v = keys.with_bias(q, k, v, bias, scale)
-    name = table.resolve(backend, "layout_attention", q, k.shape[2])
+    added = q.shape[3] - given.shape[3]
+    name = table.resolve(backend, "layout_attention", q, k.shape[2], added)
     kernels, seqlens_k = table.NAMESPACES[name], None
     if there is not None:
         k, v, k_regions = there.first(k), there.first(v), there.words(k_regions)
@@ -170,10 +173,11 @@ def tile_lists(
     """
     q, k, _ = inputs.autocast(q, k, k)
     inputs.check_tensors(q, k, k, q_regions, k_regions, q_order, k_order)
-    there, bias = keys.of_mask(k_mask, q, k)
+    (there, bias), given = keys.of_mask(k_mask, q, k), q
     if bias is not None:
         q, k, _ = keys.with_bias(q, k, k, bias, 1.0)  # for their head dim
-    name, seqlens_k = table.resolve(backend, "layout_attention", q, k.shape[2]), None
+    added, seqlens_k = q.shape[3] - given.shape[3], None
+    name = table.resolve(backend, "layout_attention", q, k.shape[2], added)
     if there is not None:
         k_regions, k_order = there.words(k_regions), there.visits(k_order)
         seqlens_k = there.of_batch(q.shape[0])
@@ -242,9 +246,7 @@ class _LayoutAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ANN001, ANN002, ANN205
-        raise NotImplementedError(
-            "layout_attention must be called outside of vmap, got a vmapped input: use the batch"
-        )
+        keys.refuse_vmap()
 
 
 class _Backward(torch.autograd.Function):

@@ -186,6 +186,20 @@ def test_vmap_is_refused() -> None:
 
 
 @on_cpu
+@pytest.mark.parametrize("kind", [Tensor.bool, Tensor.float, lambda mask: mask[:, :2].int()])
+def test_vmap_of_a_mask_is_refused(backend: str, kind: Callable) -> None:
+    q = torch.randn(2, 2, 24, 16)
+    words = torch.zeros(24, dtype=torch.int32)
+    masks = kind(torch.arange(72).view(3, 24) % 2)
+    with pytest.raises(
+        NotImplementedError, match="layout_attention must be called outside of vmap"
+    ):
+        torch.vmap(lambda m: layout_attention(q, q, q, words, words, k_mask=m, backend=backend))(
+            masks
+        )
+
+
+@on_cpu
 def test_deterministic_mode(backend: str, poisoned_memory: None) -> None:
     leaves = [torch.randn(2, 2, 24, 16, requires_grad=True) for _ in range(3)]
     words = torch.arange(24, dtype=torch.int32) % 4

@@ -162,6 +162,32 @@ def test_numbers_are_added_in_full(backend: str, modulation: str, dtype: torch.d
         assert_accurate(name, result, exact[name], plain[name], dtype)
 
 
+@pytest.mark.parametrize("backend", backends("cpu"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1e-4, -1e-4, 30.0])
+def test_numbers_are_added_whatever_the_scale(
+    backend: str, dtype: torch.dtype, scale: float
+) -> None:
+    """A small one makes of them what float16 does not hold."""
+    x, bias = to_be_added(16, dtype)
+    x.q *= min(1, 0.1 / abs(scale))
+    bias = bias * 20
+    call = added(x, bias, "range", scale)
+    exact, plain = evaluate(call, x, dtype=torch.float64), evaluate(call, x)
+    out = attend(x, backend, scale=scale, k_mask=bias)["out"]
+    assert_accurate("out", out, exact["out"], plain["out"], dtype)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 2e-5), (torch.float32, -5e-324)])
+def test_too_small_a_scale_is_refused(dtype: torch.dtype, scale: float) -> None:
+    """No column of q is large enough to hold what is added by one."""
+    x, bias = to_be_added(16, dtype)
+    tensors = x.q, x.k, x.v, x.q_regions, x.k_regions
+    rule = r"^scale must be (6.1e-05|1.6e-30) or more in size .* got -?(2e-05|5e-324)$"
+    with pytest.raises(ValueError, match=rule):
+        layout_attention(*tensors, scale=scale, k_mask=bias)
+
+
 @BACKENDS
 def test_what_is_added_has_a_gradient(backend: str) -> None:
     x = make_inputs(Case("added", (2, 4, 20, 33, 40), strength="full", group=2), torch.float64)
@@ -257,3 +283,17 @@ def test_lists_of_a_mask_are_of_its_keys(backend: str) -> None:
     x = make_inputs(MASKED, torch.float32)
     words = x.q_regions, x.k_regions
     assert tile_lists(x.q, x.k, *words, k_mask=x.k_mask, backend=backend) is None
+
+
+@pytest.mark.parametrize("backend", backends("cpu"))
+def test_the_widest_heads_that_are_added_to(backend: str) -> None:
+    """The refusal of wider ones names the mask."""
+    words, mask = torch.ones(N, dtype=torch.int32), torch.randn(N)
+    q = torch.randn(1, 1, N, 254)
+    layout_attention(q, q, q, words, words, k_mask=mask, backend=backend)
+    q = torch.randn(1, 1, N, 256)
+    reason = r"head_dim is at most 256, got 264 \(256 and 8 for k_mask\)$"
+    with pytest.raises(RuntimeError, match=reason):
+        layout_attention(q, q, q, words, words, k_mask=mask, backend=backend)
+    with pytest.raises(RuntimeError, match=reason):
+        tile_lists(q, q, words, words, k_mask=mask, backend=backend)

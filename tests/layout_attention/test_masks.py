@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dense_attn import layout_attention
+from dense_attn.layout_attention import keys
 from dense_attn.layout_attention.masks import reduced
 
 BATCH, HEADS, TOKENS = 2, 3, 7
@@ -30,6 +31,8 @@ MASKS = {
     "the least number": torch.where(PAIRS, 0.0, torch.finfo(torch.float32).min),
     "ones that are added": ONES[:, None, None],
     "pairs of ones that are added": ONES[:, None, :, None] * ONES[:, None, None],
+    "pairs of ones below 0": ONES[:, None, :, None] * -ONES[:, None, None],
+    "pairs of sums of both signs": ONES[:, None, :, None] * torch.linspace(-0.5, 0.7, TOKENS),
 }
 
 
@@ -47,7 +50,7 @@ def plain(words: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: object) -> 
 def test_a_reduced_mask_is_the_mask(mask: Tensor, scale: float | None) -> None:
     q, k, v = qkv()
     words = torch.ones(TOKENS, dtype=torch.int32)
-    ours = reduced(mask, q, k)
+    ours = reduced(mask, q, k, same_tokens=True)
     out = ours.attention(q, k, v, scale, partial(plain, words))
     right = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     padding = mask.dtype == torch.bool or bool((mask < -1).any())
@@ -61,7 +64,23 @@ def test_a_reduced_mask_is_the_mask(mask: Tensor, scale: float | None) -> None:
 def test_masks_that_only_remove_keys_add_nothing() -> None:
     q, k, _ = qkv()
     assert reduced(MASKS["-1e4 of bfloat16"], q, k).keys.tolist() == THERE.tolist()
-    assert reduced(MASKS["the least number"], q, k).keys.tolist() == THERE.tolist()
+    assert (
+        reduced(MASKS["the least number"], q, k, same_tokens=True).keys.tolist() == THERE.tolist()
+    )
+
+
+def test_what_removes_a_key_is_said_once() -> None:
+    """Both kinds of masks remove from the number that the op's docstring has."""
+    q, k, _ = qkv()
+    assert torch.tensor(-1e4).bfloat16().item() == keys.REMOVED
+    told = " ".join(layout_attention.__doc__.split())
+    assert "-1e4 (-9984, as bfloat16 has it) or less" in told
+    for number, removed in ((-9984.0, True), (-9983.0, False)):
+        mask = torch.zeros(1, TOKENS)
+        mask[0, 0] = number
+        left, bias = keys.of_mask(mask, q, k)
+        assert (left is not None) == (bias is None) == removed
+        assert (reduced(mask, q, k).keys.dtype == torch.bool) == removed
 
 
 REFUSED = {
@@ -71,6 +90,10 @@ REFUSED = {
     ),
     "other heads": torch.stack((THERE, ~THERE, THERE), 1)[:, :, None],
     "a bias of pairs": torch.linspace(0, 1, TOKENS * TOKENS).view(TOKENS, TOKENS),
+    "sums below 0 of two kinds": -torch.eye(TOKENS),
+    "a query without keys": torch.zeros(TOKENS, TOKENS).index_fill(
+        0, torch.tensor([2]), -torch.inf
+    ),
     "other sizes": torch.ones(1, 1, 1, TOKENS + 1, dtype=torch.bool),
 }
 
@@ -79,7 +102,17 @@ REFUSED = {
 def test_other_masks_are_refused(mask: Tensor) -> None:
     q, k, _ = qkv()
     with pytest.raises(ValueError, match=r"^attention_mask must say which keys there are, for all"):
-        reduced(mask, q, k)
+        reduced(mask, q, k, same_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs whose padding sees the first"])
+def test_queries_of_other_tokens_are_no_padding(name: str) -> None:
+    """A row of as many queries as keys is a query's own, whichever key its number removes."""
+    q, k, _ = qkv()
+    for mask in (MASKS[name], torch.where(MASKS[name], 0.0, -1e4)):
+        assert reduced(mask, q, k, same_tokens=True).keys.tolist() == THERE.tolist()
+        with pytest.raises(ValueError, match=r"^attention_mask must say which keys there are"):
+            reduced(mask, q, k)
 
 
 def test_compiled() -> None:
@@ -88,13 +121,13 @@ def test_compiled() -> None:
     words = torch.ones(TOKENS, dtype=torch.int32)
 
     def run(mask: Tensor) -> Tensor:
-        return reduced(mask, q, k).attention(q, k, v, None, partial(plain, words))
+        return reduced(mask, q, k, same_tokens=True).attention(q, k, v, None, partial(plain, words))
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="eager", fullgraph=True)
     for name in ("a row a sample", "heads copied", "-1e4 in copied heads", "pairs"):
         torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
-    name = "pairs of ones that are added"
-    torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
+    for name in ("pairs of ones that are added", "pairs of ones below 0"):
+        torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
     with pytest.raises(RuntimeError, match="which keys there are"):
         compiled(REFUSED["other heads"])

@@ -42,6 +42,7 @@ class Expected(NamedTuple):
     last: int
     num_queries: int
     num_keys: int
+    same_tokens: bool = False  # whether queries and keys are
 
 
 class Mark(Protocol):
@@ -70,7 +71,7 @@ class _Call:
     def takes(self, q: Tensor, k: Tensor, tokens: int) -> bool:
         """Whether q and k are those that are meant; `tokens`: the dimension of theirs."""
         sizes = q.shape[tokens], k.shape[tokens]
-        fits = sizes == self.expected[2:] and q.shape[0] >= self.expected.last
+        fits = sizes == self.expected[2:4] and q.shape[0] >= self.expected.last
         if fits and not self.done:
             self.done = True
             return True
@@ -91,8 +92,7 @@ class _Call:
                 _checks.refuse("pipe", f"attend without {name} while a layout is on", options[name])
         first, last, end = self.expected.first, self.expected.last, len(q)
         rows = q[first:last], k[first:last], v[first:last]
-        mask = masks.of_rows(options, first, last).get("attn_mask")
-        mask = None if mask is None else masks.reduced(mask, *rows[:2])
+        mask = masks.of_call(options, first, last, *rows[:2], self.expected.same_tokens)
         parts = [self.mark.attend(*rows, options.get("scale"), mask)]
         if last - first == end:
             return parts[0]

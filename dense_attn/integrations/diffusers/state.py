@@ -167,7 +167,7 @@ class LayoutState:
         if self.first == self.last or layer is None:
             return None
         sizes = layer.q_words.shape[1], layer.k_words.shape[1]
-        return Expected(self.first, self.last, *sizes)
+        return Expected(self.first, self.last, *sizes, layer.k_order is not None)
 
     def attend(
         self,
