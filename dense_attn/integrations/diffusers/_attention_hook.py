@@ -119,8 +119,8 @@ def _slot() -> _Thread | _Trace:
 def reaches(kind: type) -> bool:
     """Whether a class of processors calls its softmax where it is seen, itself or by a helper."""
     run = inspect.unwrap(kind.__call__)
-    names = set(run.__code__.co_names)
-    for name in run.__code__.co_names:
+    names = set(getattr(getattr(run, "__code__", None), "co_names", ()))  # C functions have none
+    for name in tuple(names):
         helper = run.__globals__.get(name)
         if inspect.isfunction(helper) and helper.__module__ == run.__module__:
             names |= set(helper.__code__.co_names)
@@ -147,7 +147,10 @@ def kind_of(processor: Any) -> type:
 
 @contextmanager
 def marked(marks: list[tuple[Any, Mark]]) -> Iterator[None]:
-    """Inside, calls of these layers are their marks', the last block's first; any may end first."""
+    """Inside the block, calls of these layers belong to their marks, of which the last counts.
+
+    Blocks may end in any order.
+    """
     processors = [layer.processor for layer, _ in marks]
     seen = {stand_in(kind_of(each)) or kind_of(each) for each in processors}
     done: list[tuple[Any, Mark, Any]] = []

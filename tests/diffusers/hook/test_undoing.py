@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from pipelines import PROMPT, REGIONS, latents, pipeline
@@ -44,3 +46,16 @@ def test_a_processor_that_cannot_be_marked_leaves_nothing_wrapped() -> None:
     assert not any(hasattr(layer, hook.MARKS) for layer in layers)
     assert not any(hook.is_marked(layer.processor) for layer in layers)
     assert torch.equal(latents(pipe, steps=2), plain)
+
+
+@pytest.mark.parametrize("processor", [lambda attn, x: x, functools.partial(max, 0), None])
+def test_processors_that_are_no_objects_with_a_call_are_refused(processor: object) -> None:
+    pipe = pipeline("sd")
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    kept, layer.processor = layer.processor, processor
+    rule = f"^pipe must have attention processors that call .*, got {type(processor).__name__} in "
+    try:
+        with pytest.raises(ValueError, match=rule), apply_layout(pipe, PROMPT, REGIONS):
+            pytest.fail("the block must not run")
+    finally:
+        layer.processor = kept
