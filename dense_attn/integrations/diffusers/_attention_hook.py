@@ -147,10 +147,7 @@ def kind_of(processor: Any) -> type:
 
 @contextmanager
 def marked(marks: list[tuple[Any, Mark]]) -> Iterator[None]:
-    """Inside the block, calls of these layers belong to their marks, of which the last counts.
-
-    Blocks may end in any order.
-    """
+    """Calls inside belong to their layers' last marks; blocks may end in any order."""
     processors = [layer.processor for layer, _ in marks]
     seen = {stand_in(kind_of(each)) or kind_of(each) for each in processors}
     done: list[tuple[Any, Mark, Any]] = []

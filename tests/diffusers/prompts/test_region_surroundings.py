@@ -239,7 +239,9 @@ def test_refusals(
     [
         ({"prompt": None}, TypeError, "prompt must be a string, got NoneType"),
         ({"weight": 0.0}, ValueError, "weight must be above 0, got 0.0"),
-        ({"weight": float("inf")}, ValueError, "weight must be finite, got inf"),
+        ({"weight": float("inf")}, ValueError, "weight must be finite in float32, got inf"),
+        ({"weight": 1e39}, ValueError, "weight must be finite in float32, got 1e[+]39"),
+        ({"weight": 1e-46}, ValueError, "weight must be at least float32's smallest, .* got 1e-46"),
         ({"negative": 3}, TypeError, "negative must be a string or None, got int"),
     ],
 )

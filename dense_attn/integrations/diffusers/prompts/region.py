@@ -52,8 +52,10 @@ class Region:
         if self.negative is not None and not isinstance(self.negative, str):
             kind = type(self.negative).__name__
             _checks.refuse("negative", "be a string or None", kind, TypeError)
-        if _checks.number("weight", self.weight) <= 0:
+        if _checks.number("weight", self.weight, torch.float32) <= 0:
             _checks.refuse("weight", "be above 0", self.weight)
+        if self.weight < torch.finfo(torch.float32).tiny:
+            _checks.refuse("weight", "be at least float32's smallest, 1.2e-38", self.weight)
 
 
 class Regions(NamedTuple):
