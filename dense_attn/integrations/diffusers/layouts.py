@@ -68,7 +68,7 @@ def apply_layout(
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
-            theirs alone count, whatever the call's.
+            theirs alone count, whatever the call's, in all layers and steps.
         regions: a list of `(phrase, mask)` or of `Region`, or one such list for each prompt, which
             may be empty among those of `Region`. A phrase is a part of the prompt, or None for a
             region without one; its mask a bool array [H, W], a PIL image, light and opaque there,

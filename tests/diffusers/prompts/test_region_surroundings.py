@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -257,11 +259,16 @@ def test_gaps_without_a_prompt_of_the_call() -> None:
     )
     with pytest.raises(ValueError, match=sentence), apply_layout(pipe, None, HALVES[:1]):
         pass
-    with (
-        pytest.raises(ValueError, match=r"^base_ratio must be 0 where prompt is None, got 0.5"),
-        apply_layout(pipe, None, HALVES, base_ratio=0.5),
+    for name, only, wrong in (
+        ("base_ratio", "0", 0.5),
+        ("every", "1", 2),
+        ("active", "the whole run", 0.5),
+        ("active", "the whole run", (0.5, 1)),
     ):
-        pass
+        sentence = rf"^{name} must be {only} where prompt is None, got {re.escape(str(wrong))}"
+        options = {name: wrong}
+        with pytest.raises(ValueError, match=sentence), apply_layout(pipe, None, HALVES, **options):
+            pass
 
 
 def test_models_of_other_attention() -> None:
