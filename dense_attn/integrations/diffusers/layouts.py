@@ -181,7 +181,8 @@ def _unused(given: dict[str, Any], names: tuple[str, ...], kind: str) -> None:
     """Refuse arguments that regions of a kind do not have, but for their defaults."""
     for name in names:
         default = inspect.signature(apply_layout).parameters[name].default
-        if given[name] != default:
+        kinds = (float, int) if type(default) is float else (type(default),)
+        if type(given[name]) not in kinds or given[name] != default:  # arrays tell no truth
             rule = f"stay {default!r} where regions have {kind}"
             _checks.refuse(name, rule, repr(given[name]))
 
