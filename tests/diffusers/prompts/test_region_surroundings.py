@@ -201,6 +201,9 @@ ONE = [Region(BOX, "cat")]
         ),
         ([Region(np.zeros((8, 12)), "a")], {}, ValueError, r"must have a mask of at least one pix"),
         ([Region(np.ones(8), "a")], {}, ValueError, r"must have a mask of 2 dimensions"),
+        ([Region(MASK.astype(">f4"), "a")], {}, TypeError, r"must have a bool mask, .* ndarray of"),
+        ([Region(MASK.astype(object), "a")], {}, TypeError, r"must have a bool mask, .* of object"),
+        ([Region(MASK.astype(np.longdouble), "a")], {}, TypeError, r"must have a bool mask, .* of"),
         ([Region(np.full((8, 12), np.nan), "a")], {}, ValueError, r"must have a mask of values in"),
         ([Region((0, 0, 2, 1), "a")], {}, ValueError, r"the box of regions\[0\] must have 0 <= x0"),
         (
