@@ -212,6 +212,12 @@ ONE = [Region(BOX, "cat")]
             ValueError,
             r"size \(8, 12\) of the",
         ),
+        (
+            [tuple(ONE)],
+            {},
+            TypeError,
+            r"\[0\]\[0\] must be a pair .*, or a Region in a list, got R",
+        ),
         (ONE * 31, {}, ValueError, "regions must hold at most 30 regions with prompts, got 31"),
         ([ONE, ONE], {}, ValueError, "regions must hold one list for each of the 1 prompts, got 2"),
         (ONE, {"active": 1.5}, ValueError, "active must be from 0 to 1, got 1.5"),
