@@ -89,6 +89,12 @@ MASK = np.ones((8, 8), bool)
             "modulation must be one of range, max, bias, mask, got 'min'",
         ),
         ({"encode_phrases": 1}, TypeError, "encode_phrases must be a bool"),
+        ({"isolate": np.zeros(2)}, ValueError, "isolate must stay 0.0 where .*, got array"),
+        (
+            {"base_ratio": 0, "every": torch.ones(2)},
+            ValueError,
+            "every must stay 1 where .* tensor",
+        ),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
     ],
 )

@@ -79,17 +79,11 @@ class _Call:
         return False
 
     def attention(
-        self,
-        q: Tensor,  # [B, H, M, D]
-        k: Tensor,  # [B, H, N, D]
-        v: Tensor,  # [B, H, N, D]
-        options: dict[str, Any],
-        plain: Callable[[int, int], Tensor],
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plain: Callable[..., Tensor]
     ) -> Tensor:
-        """Attention [B, H, M, D], modulated in the rows meant; `plain` is asked for others."""
-        for name in UNTAKEN:
-            if options.get(name):
-                _checks.refuse("pipe", f"attend without {name} while a layout is on", options[name])
+        """Attention of q, k, v [B, H, N, D], modulated in the rows meant; `plain` has others."""
+        for name in filter(options.get, UNTAKEN):
+            _checks.refuse("pipe", f"attend without {name} while a layout is on", options[name])
         first, last, end = self.expected.first, self.expected.last, len(q)
         rows = q[first:last], k[first:last], v[first:last]
         mask = masks.of_call(options, first, last, *rows[:2], self.expected.same_tokens)
@@ -125,8 +119,8 @@ def _slot() -> _Thread | _Trace:
 def reaches(kind: type) -> bool:
     """Whether a class of processors calls its softmax where it is seen, itself or by a helper."""
     run = inspect.unwrap(kind.__call__)
-    names = set(run.__code__.co_names)
-    for name in run.__code__.co_names:
+    names = set(getattr(getattr(run, "__code__", None), "co_names", ()))  # C functions have none
+    for name in tuple(names):
         helper = run.__globals__.get(name)
         if inspect.isfunction(helper) and helper.__module__ == run.__module__:
             names |= set(helper.__code__.co_names)
@@ -153,25 +147,21 @@ def kind_of(processor: Any) -> type:
 
 @contextmanager
 def marked(marks: list[tuple[Any, Mark]]) -> Iterator[None]:
-    """Inside the block, calls of these layers belong to their marks.
-
-    The mark of the block entered last counts, and blocks may end in any order.
-    """
+    """Calls inside belong to their layers' last marks; blocks may end in any order."""
     processors = [layer.processor for layer, _ in marks]
-    kinds = {kind_of(processor) for processor in processors}
-    seen = [kind if stand_in(kind) is None else stand_in(kind) for kind in kinds]
-    with _lock:
-        _wrap_points([inspect.unwrap(kind.__call__).__globals__ for kind in seen])
-        for (layer, mark), processor in zip(marks, processors):
-            vars(layer).setdefault(MARKS, []).append(mark)
-            if not is_marked(processor):
-                processor.__class__ = _marked(type(processor))
-            _layers[processor] = _layers.get(processor, 0) + 1
+    seen = {stand_in(kind_of(each)) or kind_of(each) for each in processors}
+    done: list[tuple[Any, Mark, Any]] = []
     try:
+        with _lock:
+            _wrap_points([inspect.unwrap(kind.__call__).__globals__ for kind in seen])
+            for (layer, mark), processor in zip(marks, processors):
+                _exchange(processor)
+                vars(layer).setdefault(MARKS, []).append(mark)
+                done.append((layer, mark, processor))
         yield
     finally:
         with _lock:
-            for (layer, mark), processor in zip(marks, processors):
+            for layer, mark, processor in done:
                 vars(layer)[MARKS].remove(mark)
                 if not vars(layer)[MARKS]:
                     del vars(layer)[MARKS]
@@ -180,6 +170,17 @@ def marked(marks: list[tuple[Any, Mark]]) -> Iterator[None]:
                     del _layers[processor]
                     processor.__class__ = kind_of(processor)
             _unwrap_points()
+
+
+def _exchange(processor: Any) -> None:
+    """Give a processor the class of marked ones, or refuse one that can have no other class."""
+    try:
+        count = _layers.get(processor, 0)
+        if not is_marked(processor):
+            processor.__class__ = _marked(type(processor))
+    except TypeError:
+        _checks.refuse("pipe", "have processors whose class can change", type(processor).__name__)
+    _layers[processor] = count + 1
 
 
 @functools.cache
@@ -254,16 +255,15 @@ _replaced: list[tuple[MutableMapping[Any, Any], Any, Any, Any]] = []  # where, n
 def _wrap_points(namespaces: list[dict[str, Any]]) -> None:
     """Wrap what stands at the points that processors of these modules reach, whosever it is."""
     global _blocks
+    _blocks += 1
     from diffusers.models import attention_dispatch
 
-    _blocks += 1
     registry = attention_dispatch._AttentionBackendRegistry._backends
     places = [(registry, name, _backend) for name in registry]
     places += [(space, "F", _functional) for space in namespaces if hasattr(space.get("F"), "silu")]
     ours = {id(now) for *_, now in _replaced}
     for where, name, wrap in places:
-        before = where[name]
-        if id(before) not in ours:
+        if id(before := where[name]) not in ours:
             where[name] = wrap(before)
             _replaced.append((where, name, before, where[name]))
 
@@ -302,6 +302,7 @@ def _backend(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _functional(inner: types.ModuleType) -> types.ModuleType:
     """torch.nn.functional, with an attention of q, k, v [B, H, N, D] that marked calls leave."""
 
+    @functools.wraps(inner.scaled_dot_product_attention)
     def attention(
         query: Tensor,
         key: Tensor,
@@ -323,8 +324,5 @@ def _functional(inner: types.ModuleType) -> types.ModuleType:
         return call.attention(query, key, value, options, plain)
 
     module = types.ModuleType(inner.__name__, inner.__doc__)
-    vars(module).update(vars(inner))
-    module.scaled_dot_product_attention = functools.wraps(inner.scaled_dot_product_attention)(
-        attention
-    )
+    vars(module).update(vars(inner), scaled_dot_product_attention=attention)
     return module

@@ -68,7 +68,7 @@ def apply_layout(
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
-            theirs alone count, whatever the call's.
+            theirs alone count, whatever the call's, in all layers and steps.
         regions: a list of `(phrase, mask)` or of `Region`, or one such list for each prompt, which
             may be empty among those of `Region`. A phrase is a part of the prompt, or None for a
             region without one; its mask a bool array [H, W], a PIL image, light and opaque there,
@@ -181,7 +181,8 @@ def _unused(given: dict[str, Any], names: tuple[str, ...], kind: str) -> None:
     """Refuse arguments that regions of a kind do not have, but for their defaults."""
     for name in names:
         default = inspect.signature(apply_layout).parameters[name].default
-        if given[name] != default:
+        kinds = (float, int) if type(default) is float else (type(default),)
+        if type(given[name]) not in kinds or given[name] != default:  # arrays tell no truth
             rule = f"stay {default!r} where regions have {kind}"
             _checks.refuse(name, rule, repr(given[name]))
 

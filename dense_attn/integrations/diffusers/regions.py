@@ -50,7 +50,8 @@ def _one_image(argument: str, regions: object) -> Regions:
         _checks.refuse(argument, f"hold 1 to {MAX_REGIONS} regions", got)
     for r, region in enumerate(regions):
         if not _is_region(region):
-            _checks.refuse(f"{argument}[{r}]", "be a pair (phrase, mask)", _kind(region), TypeError)
+            rule = "be a pair (phrase, mask), or a Region in a list"
+            _checks.refuse(f"{argument}[{r}]", rule, _kind(region), TypeError)
     drawn = [
         None if _is_box(mask) else _mask(f"{argument}[{r}]", mask)
         for r, (_, mask) in enumerate(regions)

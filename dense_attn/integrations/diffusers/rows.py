@@ -47,6 +47,7 @@ class Rows:
                 return None
         else:
             guides = bool(getattr(self.pipe, "do_classifier_free_guidance", heard))
+            guides &= not (self.prompt_first and batch == known)  # Z-Image may stop to guide
             if guides and repeated and before is not None and 2 * batch == len(before):
                 halves = before.chunk(2)  # one of them again
                 negative, prompt = halves[::-1] if self.prompt_first else halves

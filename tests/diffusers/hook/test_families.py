@@ -144,8 +144,7 @@ def test_words_and_strengths(name: str, calls: list) -> None:
         ours, theirs, right = layers[q.shape[2], k.shape[2]]
         assert q_words.view(-1).tolist() == ours
         assert k_words.view(-1).tolist() == theirs
-        inside = torch.tensor(ours) != 0
-        torch.testing.assert_close(strength.view(-1)[inside], torch.tensor(right)[inside])
+        torch.testing.assert_close(strength.view(-1), torch.tensor(right))
 
 
 def test_a_prompt_that_is_read_in_small_letters(
@@ -193,3 +192,22 @@ def test_a_pipeline_of_two_denoisers_is_refused() -> None:
             pytest.fail("the block must not run")
     finally:
         pipe.register_modules(transformer_2=None)
+
+
+def test_z_image_ends_its_guidance_before_the_run(calls: list) -> None:
+    """The last steps have the prompt's rows alone, which are modulated as before."""
+    pipe, batches = family("z_image"), []
+    handle = pipe.transformer.register_forward_hook(
+        lambda _module, _args, out: batches.append(len(out[0]))
+    )
+    try:
+        with apply_layout(pipe, PROMPT, REGIONS, **STRONG):
+            run("z_image", PROMPT, cfg_truncation=0.5)
+    finally:
+        handle.remove()
+    assert batches[0] == 2
+    assert batches[-1] == 1
+    assert len(calls) % len(batches) == 0
+    assert {len(call[0]) for call in calls} == {1}
+    last = calls[-len(calls) // len(batches) :]
+    assert all(bool((call[5] > 0).any()) for call in last)

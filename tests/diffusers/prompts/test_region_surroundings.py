@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -199,6 +201,9 @@ ONE = [Region(BOX, "cat")]
         ),
         ([Region(np.zeros((8, 12)), "a")], {}, ValueError, r"must have a mask of at least one pix"),
         ([Region(np.ones(8), "a")], {}, ValueError, r"must have a mask of 2 dimensions"),
+        ([Region(MASK.astype(">f4"), "a")], {}, TypeError, r"must have a bool mask, .* ndarray of"),
+        ([Region(MASK.astype(object), "a")], {}, TypeError, r"must have a bool mask, .* of object"),
+        ([Region(MASK.astype(np.longdouble), "a")], {}, TypeError, r"must have a bool mask, .* of"),
         ([Region(np.full((8, 12), np.nan), "a")], {}, ValueError, r"must have a mask of values in"),
         ([Region((0, 0, 2, 1), "a")], {}, ValueError, r"the box of regions\[0\] must have 0 <= x0"),
         (
@@ -206,6 +211,12 @@ ONE = [Region(BOX, "cat")]
             {},
             ValueError,
             r"size \(8, 12\) of the",
+        ),
+        (
+            [tuple(ONE)],
+            {},
+            TypeError,
+            r"\[0\]\[0\] must be a pair .*, or a Region in a list, got R",
         ),
         (ONE * 31, {}, ValueError, "regions must hold at most 30 regions with prompts, got 31"),
         ([ONE, ONE], {}, ValueError, "regions must hold one list for each of the 1 prompts, got 2"),
@@ -239,7 +250,9 @@ def test_refusals(
     [
         ({"prompt": None}, TypeError, "prompt must be a string, got NoneType"),
         ({"weight": 0.0}, ValueError, "weight must be above 0, got 0.0"),
-        ({"weight": float("inf")}, ValueError, "weight must be finite, got inf"),
+        ({"weight": float("inf")}, ValueError, "weight must be finite in float32, got inf"),
+        ({"weight": 1e39}, ValueError, "weight must be finite in float32, got 1e[+]39"),
+        ({"weight": 1e-46}, ValueError, "weight must be at least float32's smallest, .* got 1e-46"),
         ({"negative": 3}, TypeError, "negative must be a string or None, got int"),
     ],
 )
@@ -255,11 +268,16 @@ def test_gaps_without_a_prompt_of_the_call() -> None:
     )
     with pytest.raises(ValueError, match=sentence), apply_layout(pipe, None, HALVES[:1]):
         pass
-    with (
-        pytest.raises(ValueError, match=r"^base_ratio must be 0 where prompt is None, got 0.5"),
-        apply_layout(pipe, None, HALVES, base_ratio=0.5),
+    for name, only, wrong in (
+        ("base_ratio", "0", 0.5),
+        ("every", "1", 2),
+        ("active", "the whole run", 0.5),
+        ("active", "the whole run", (0.5, 1)),
     ):
-        pass
+        sentence = rf"^{name} must be {only} where prompt is None, got {re.escape(str(wrong))}"
+        options = {name: wrong}
+        with pytest.raises(ValueError, match=sentence), apply_layout(pipe, None, HALVES, **options):
+            pass
 
 
 def test_models_of_other_attention() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .record import IMAGE, TEXT, Attention, Model
+from typing import Any
+
+from .record import IMAGE, TEXT, Attention, Call, Model
 
 
 class Wan(Model):
@@ -11,3 +13,9 @@ class Wan(Model):
     denoiser = "WanTransformer3DModel"
     branches = "calls"
     attentions = Attention("attn1", (IMAGE,)), Attention("attn2", (IMAGE,), (TEXT,))
+
+    def read(self, arguments: dict[str, Any]) -> Call:
+        """The layout's part of a call; of timesteps of each token, the last frame's counts."""
+        call = super().read(arguments)
+        timestep = call.timestep  # [B], or [B, N], 0 in a frame that is given
+        return call._replace(timestep=timestep[:, -1]) if timestep.dim() == 2 else call

@@ -36,8 +36,12 @@ def options_of(numbers: dict[str, Any], active: object, backend: str, base: bool
         _checks.refuse("every", "be a whole number", type(every).__name__, TypeError)
     if every < 1:
         _checks.refuse("every", "be at least 1", every)
-    isolate = _checks.fraction("isolate", numbers["isolate"])
-    return Options(ratio, isolate, _window(active), int(every), backend)
+    isolate, window = _checks.fraction("isolate", numbers["isolate"]), _window(active)
+    if not base and every != 1:  # other layers and steps would see the call's prompt
+        _checks.refuse("every", "be 1 where prompt is None", every)
+    if not base and window != (0, 1):
+        _checks.refuse("active", "be the whole run where prompt is None", active)
+    return Options(ratio, isolate, window, int(every), backend)
 
 
 def _window(active: Any) -> tuple[float, float]:

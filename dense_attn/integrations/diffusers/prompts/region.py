@@ -52,8 +52,10 @@ class Region:
         if self.negative is not None and not isinstance(self.negative, str):
             kind = type(self.negative).__name__
             _checks.refuse("negative", "be a string or None", kind, TypeError)
-        if _checks.number("weight", self.weight) <= 0:
+        if _checks.number("weight", self.weight, torch.float32) <= 0:
             _checks.refuse("weight", "be above 0", self.weight)
+        if self.weight < torch.finfo(torch.float32).tiny:
+            _checks.refuse("weight", "be at least float32's smallest, 1.2e-38", self.weight)
 
 
 class Regions(NamedTuple):
@@ -125,7 +127,8 @@ def _one_image(argument: str, regions: Sequence[Any], base: bool) -> Regions:
 
 def _values(argument: str, mask: Any) -> Tensor:
     """A float32 tensor [H, W] on the CPU."""
-    soft = torch.from_numpy(np.array(mask)) if isinstance(mask, np.ndarray) else mask
+    ours = isinstance(mask, np.ndarray) and mask.dtype in (np.float16, np.float32, np.float64)
+    soft = torch.from_numpy(np.array(mask)) if ours else mask  # torch has no other floats
     if not isinstance(soft, Tensor) or not soft.is_floating_point():
         return _mask(argument, mask).float()
     soft = soft.detach().to("cpu", torch.float32, copy=True)

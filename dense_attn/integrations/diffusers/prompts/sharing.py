@@ -34,8 +34,10 @@ def members(masks: Tensor, weights: Tensor, size: tuple[int, int], base: bool) -
     total = inside.sum(0)
     rest = (1 - total).clamp(min=0) if base else torch.zeros_like(total)
     rest = torch.where(rest < SMALLEST, 0, rest)
-    weighted = inside * weights[:, None]
-    parts = weighted / weighted.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+    owned, tiny = torch.where(inside > 0, weights[:, None], 0), torch.finfo(torch.float32).tiny
+    # a token's largest weight becomes 1, or sums of very large and small ones leave float32's range
+    weighted = inside * (owned / torch.cat([torch.full_like(rest[None], tiny), owned]).amax(0))
+    parts = weighted / weighted.sum(0).clamp(min=tiny)
     return torch.cat([rest[None], (1 - rest) * parts])
 
 

@@ -289,6 +289,7 @@ def _converted(
     if hasattr(pipe, "_text_preprocessing"):
         return _small(pipe, prompt, chars, argument)
     if not hasattr(pipe, "maybe_convert_prompt"):
+        _check_clean(pipe, prompt, argument)
         return prompt, chars
     parts = prompt[: chars[0]], prompt[slice(*chars)], prompt[chars[1] :]
     before, inner, after = (pipe.maybe_convert_prompt(part, tokenizer) for part in parts)
@@ -298,6 +299,15 @@ def _converted(
             argument, "have a phrase that cuts no learned word", repr(prompt[slice(*chars)])
         )
     return text, (len(before), len(before) + len(inner))
+
+
+def _check_clean(pipe: DiffusionPipeline, prompt: str, argument: str) -> None:
+    """Refuse a prompt in which a Wan pipeline changes more than white space."""
+    encode = getattr(type(pipe), "_get_t5_prompt_embeds", None)
+    cleaned = getattr(encode, "__globals__", {}).get("prompt_clean", str)(prompt)
+    if cleaned.split() != prompt.split():
+        rule = "have a phrase of a prompt that the pipeline leaves as it is"
+        _checks.refuse(argument, rule, f"{prompt!r}, which becomes {cleaned!r}")
 
 
 def _small(pipe: DiffusionPipeline, prompt: str, chars: Span, argument: str) -> tuple[str, Span]:
