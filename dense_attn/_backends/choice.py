@@ -24,13 +24,13 @@ _HALF, _MOST = (torch.float16, torch.bfloat16), 1 << 62
 # Of the row kernels, by the largest head dim: instructions of a warp for 16 rows of 77 keys, with
 # `range` in bfloat16 on sm_80 and sm_90, the fewest and the most of CUDA's, the fewest of Triton's.
 ROWS_COUNTED = {
-    40: (492, 1003, 1004),
-    64: (562, 1077, 978),
-    80: (548, 1068, 1250),
-    96: (583, 1118, 1305),
-    128: (677, 1269, 1345),
-    160: (655, 1269, 1545),
-    256: (774, 1441, 1615),
+    40: (511, 1020, 1004),
+    64: (583, 1095, 978),
+    80: (568, 1086, 1250),
+    96: (605, 1137, 1305),
+    128: (697, 1287, 1345),
+    160: (675, 1286, 1545),
+    256: (795, 1459, 1615),
 }
 _ONE_TURN = 64  # columns; of wider heads a turn of CUDA's loop over columns of values is counted
 
@@ -89,7 +89,7 @@ RULES = (
         ATTENTION,
         "triton",
         "counted: from 1,024 keys on 482 cycles to issue 128 x 64 scores at 64 columns on sm_90, "
-        "CUDA's 628; on sm_80, where tensor cores bind both, 786 and 624",
+        "CUDA's 626; on sm_80, where tensor cores bind both, 786 and 624",
         _HALF,
         (1, cuda.HEAD_DIMS[-1]),
         (cuda.ROW_KEYS + 1, _MOST),

@@ -241,7 +241,7 @@ def test_on_a_gpu_rows_of_one_backend_are_run_by_no_other(
             given = guidance.make_step((1, 1, 1, 4)) if family == "sega" else None
             module.GPU_CONTENDERS[name](given)
         assert asked[-1] == backend
-    monkeypatch.setattr(steps.table, "why_not", lambda backend, op, x: [f"no {backend}"])
+    monkeypatch.setattr(steps.table, "why_not", lambda backend, op, x, *_: [f"no {backend}"])
     found = {name: module.measure(rows[name], None) for name in BY_BACKEND}
     assert {name: (row["backend"], row["reason"]) for name, row in found.items()} == {
         name: (backend, f"no {backend}") for name, backend in BY_BACKEND.items()

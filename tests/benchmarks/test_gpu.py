@@ -141,7 +141,7 @@ def test_a_row_names_the_backend_that_runs_it(
 ) -> None:
     """Few keys go to CUDA's kernels where they are, and "auto" is measured beside both backends."""
     monkeypatch.setattr(suite.table, "missing", lambda backend, op: None)
-    monkeypatch.setattr(suite.table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(suite.table, "why_not", lambda backend, op, x, *_: [])
     cross, own = "sd15-cross-64-fwd-bfloat16-", "sd15-self-64-fwd-bfloat16-"
     rows = ("dense_attn", "dense_attn-triton", "dense_attn-cuda", "sdpa")
     assert [suite.backend(attention_row(cross + x)) for x in rows] == [
@@ -169,7 +169,7 @@ def test_a_row_of_one_backend_is_run_by_no_other(
         assert asked[-2:] == [backend] * 2
     reasons = ["one", "two"]
     monkeypatch.setattr(
-        suite.table, "why_not", lambda backend, op, x: reasons if backend == "cuda" else []
+        suite.table, "why_not", lambda backend, op, x, *_: reasons if backend == "cuda" else []
     )
     rows = {x: attention_row(f"sd15-cross-64-fwd-bfloat16-{x}") for x in gpu_baselines.BY_BACKEND}
     assert suite.why_not(rows["dense_attn-cuda"]) == "one; two"

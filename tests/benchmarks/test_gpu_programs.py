@@ -207,7 +207,7 @@ def test_the_tasks_are_those_of_the_later_programs(monkeypatch: pytest.MonkeyPat
 def test_tasks_launch_no_kernel_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of CUDA's has Triton's gradient, whose kernels are compiled by a row of Triton's."""
     monkeypatch.setattr(prewarm.table, "missing", lambda backend, op: None)
-    monkeypatch.setattr(prewarm.table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(prewarm.table, "why_not", lambda backend, op, x, *_: [])
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     rows = [row for row in prewarm.suite.entries(quick=True) if row.ours]
     assert {prewarm.suite.backend(row) for row in rows} == {"triton", "cuda"}

@@ -182,7 +182,7 @@ def test_a_compiled_call_chooses_as_any_other(
 ) -> None:
     """Though nothing has asked for a verdict before: it is read while the call is traced."""
     monkeypatch.setattr(table, "missing", lambda backend, op: None)
-    monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(table, "why_not", lambda backend, op, x, *_: [])
     for backend in choice.GPU_BACKENDS[:1] if passed is not None else ():
         choice.remember(backend, GPU, passed)
     given, names = there(), choice.ORDER
@@ -240,9 +240,9 @@ def test_a_call_on_the_cpu_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "missing", lambda backend, op: None)
-    monkeypatch.setattr(table, "why_not", lambda backend, op, x: ["no"] * (backend == "cuda"))
+    monkeypatch.setattr(table, "why_not", lambda backend, op, x, *_: ["no"] * (backend == "cuda"))
     assert table.resolve("auto", "layout_attention", there(), 77) == "triton"
-    monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(table, "why_not", lambda backend, op, x, *_: [])
     assert table.resolve("auto", "layout_attention", there(), 77) == "cuda"
     choice.remember("triton", GPU, True)
     monkeypatch.setattr(choice, "_found", {})

@@ -53,7 +53,7 @@ def test_a_wrong_backend_fails(
 ) -> None:
     functions = {name: getattr(reference, name) for name in OPS} | {op: wrong}
     monkeypatch.setitem(table.NAMESPACES, "triton", SimpleNamespace(**functions))
-    monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(table, "why_not", lambda backend, op, x, *_: [])
     monkeypatch.setattr(table, "device_of", lambda backend: "cpu")
     for family in (sega, reversible):
         monkeypatch.setattr(family, "DTYPES", (torch.float32,))

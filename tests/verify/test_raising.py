@@ -31,7 +31,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(table, "unavailable", lambda backend, op: None)
-    monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(table, "why_not", lambda backend, op, x, *_: [])
     monkeypatch.setattr(table, "device_of", lambda backend: "cpu")
     devices = SimpleNamespace(**vars(table))
     devices.device_of = lambda backend: "cuda" if backend in choice.GPU_BACKENDS else "cpu"

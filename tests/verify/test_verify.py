@@ -71,7 +71,7 @@ def wrong_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(family, "verify", lambda backends: iter(()))
     monkeypatch.setattr(table, "ORDER", ("triton", "reference"))
     monkeypatch.setattr(table, "device_of", lambda backend: "cpu")
-    monkeypatch.setattr(table, "why_not", lambda backend, op, x: [])
+    monkeypatch.setattr(table, "why_not", lambda backend, op, x, *_: [])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_calls_that_a_backend_refuses_are_named_and_left_out(
 ) -> None:
     """And what it takes is checked: a head dim is no reason to know nothing."""
 
-    def why_not(backend: str, op: str, x: Tensor) -> list[str]:
+    def why_not(backend: str, op: str, x: Tensor, *_: int) -> list[str]:
         return ["too odd"] if backend == "cpu" and x.shape[-1] == 7 else []
 
     def strict(q: Tensor, *rest: Tensor, backend: str, **options: object) -> tuple[Tensor, Tensor]:
