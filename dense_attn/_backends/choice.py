@@ -89,7 +89,7 @@ RULES = (
         ATTENTION,
         "triton",
         "counted: from 1,024 keys on 482 cycles to issue 128 x 64 scores at 64 columns on sm_90, "
-        "CUDA's 626; on sm_80, where tensor cores bind both, 786 and 624",
+        "CUDA's 626; on sm_80, where tensor cores bind both, 786 and 622",
         _HALF,
         (1, cuda.HEAD_DIMS[-1]),
         (cuda.ROW_KEYS + 1, _MOST),
