@@ -64,7 +64,8 @@ def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
     watches ops: the way through torch would take as long as all else of a small call.
     """
     kernels = table.NAMESPACES[backend]
-    bare = not (
+    at_once = getattr(kernels, "EAGER", {}).get(op)
+    watched = at_once is None or (
         torch.compiler.is_compiling()
         or _in_a_transform()
         or torch._C._len_torch_dispatch_stack()
@@ -72,16 +73,18 @@ def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
         or torch._C._get_tracing_state()
         or torch.autograd._profiler_enabled()
     )
-    if bare and all(x is None or _is_plain(x) for x in tensors):
-        return getattr(kernels, "EAGER", {}).get(op) or getattr(kernels, op)
-    return getattr(kernels, op)
+    return getattr(kernels, op) if watched or not _are_plain(tensors) else at_once
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether torch would hand a tensor to a kernel as it is: no subclass, no lazy minus."""
-    if x.__class__ not in _PLAIN:
-        return False
-    return not torch._C._dispatch_keys(x).raw_repr() & ~_plain_keys(x.device.type)
+def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether torch would hand tensors to a kernel as they are: no subclass, no lazy minus."""
+    keys_of, keys = torch._C._dispatch_keys, 0
+    for x in tensors:
+        if x is not None:
+            if x.__class__ not in _PLAIN:
+                return False
+            keys |= keys_of(x).raw_repr()
+    return not keys & ~_plain_keys(tensors[0].device.type)
 
 
 @cache
