@@ -55,13 +55,14 @@ def test_a_library_that_is_there(
 
 
 @pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-def test_a_library_names_what_it_is_made_of() -> None:
+def test_a_library_names_what_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DENSE_ATTN_CUDA_HEAD_DIMS", "40")
     program = "from cuda.compiled import compiled_backend; compiled_backend()\n"
     program += "from dense_attn._backends import cuda; print(cuda.sources())"
     folder = str(Path(build.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"DENSE_ATTN_CUDA_HEAD_DIMS": "40", "PYTHONPATH": folder},
+        env=os.environ | {"PYTHONPATH": folder},
         capture_output=True,
         text=True,
         check=True,
@@ -69,7 +70,9 @@ def test_a_library_names_what_it_is_made_of() -> None:
     assert done.stdout.split() == [build.PLAN["digest"](build.PLAN["nvcc"](), build.PTX)]
 
 
-def test_the_digest_is_of_every_source_and_of_how_it_is_compiled(tmp_path: Path) -> None:
+def test_the_digest_is_of_every_source_and_of_how_it_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts: dict[Path, bytes] = {}
     for name in (*build.PLAN["bindings"](), *(source for source, *_ in build.PLAN["jobs"]())):
         build._texts(ROOT / name, texts)
@@ -84,6 +87,9 @@ def test_the_digest_is_of_every_source_and_of_how_it_is_compiled(tmp_path: Path)
     assert digest("true", ["sm_80"]) == whole
     assert digest("true", ["sm_90"]) != whole
     assert digest("uname", ["sm_80"]) != whole
+    monkeypatch.setenv("DENSE_ATTN_CUDA_HEAD_DIMS", "40")
+    assert digest("true", ["sm_80"]) != whole
+    monkeypatch.delenv("DENSE_ATTN_CUDA_HEAD_DIMS")
     for path in (*texts, plan):
         copy = tmp_path / path.relative_to(ROOT)
         copy.write_bytes(path.read_bytes() + b"\n")
