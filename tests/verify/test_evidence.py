@@ -46,7 +46,7 @@ def test_the_evidence_of_few_keys_is_that_of_the_table_of_kernels() -> None:
 
 
 def instructions(row: dict[str, Any]) -> int:
-    """Those of warps for 16 rows, of a Triton kernel's row of the table."""
+    """Instructions of warps for 16 rows, from a Triton kernel's row of the table."""
     block_m = int(row["tile"].split("x")[0])
     return sum(body["instructions"] for body in row["bodies"]) * row["warps"] * 16 // block_m
 

@@ -133,7 +133,7 @@ def test_the_block_entered_last_counts(layer: torch.nn.Module) -> None:
 @every_point
 @torch.no_grad()
 def test_layers_without_a_mark_are_left_alone(layer: torch.nn.Module) -> None:
-    """Those of other models, those that no call is meant of, and those of other threads."""
+    """Softmaxes of other models, of calls without a mark, and of other threads go on as they are."""
     other = flux_layer() if isinstance(layer, FluxAttention) else unet_layer()
     plain, found = layer(X), {}
 
