@@ -133,7 +133,7 @@ def test_the_block_entered_last_counts(layer: torch.nn.Module) -> None:
 @every_point
 @torch.no_grad()
 def test_layers_without_a_mark_are_left_alone(layer: torch.nn.Module) -> None:
-    """Softmaxes of other models, of calls without a mark, and of other threads go on as they are."""
+    """Softmaxes of other models, of unmarked calls and of other threads go on as they are."""
     other = flux_layer() if isinstance(layer, FluxAttention) else unet_layer()
     plain, found = layer(X), {}
 
