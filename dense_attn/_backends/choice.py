@@ -24,13 +24,13 @@ _HALF, _MOST = (torch.float16, torch.bfloat16), 1 << 62
 # Of the row kernels, by the largest head dim: instructions of a warp for 16 rows of 77 keys, with
 # `range` in bfloat16 on sm_80 and sm_90, the fewest and the most of CUDA's, the fewest of Triton's.
 ROWS_COUNTED = {
-    40: (511, 1020, 1004),
-    64: (583, 1095, 978),
-    80: (568, 1086, 1250),
-    96: (605, 1137, 1305),
-    128: (697, 1287, 1345),
-    160: (675, 1286, 1545),
-    256: (795, 1459, 1615),
+    40: (492, 1004, 1004),
+    64: (561, 1076, 978),
+    80: (550, 1070, 1250),
+    96: (584, 1119, 1305),
+    128: (678, 1270, 1345),
+    160: (655, 1269, 1545),
+    256: (774, 1440, 1615),
 }
 _ONE_TURN = 64  # columns; of wider heads a turn of CUDA's loop over columns of values is counted
 

@@ -21,11 +21,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
   auto& out = shared.rows[warp][kAhead ? 1 : 0];
   const bool q_pieces = in_pieces(p.q, head_dim), out_pieces = in_pieces(p.out, head_dim);
   const auto fetch = [&](const Row& row) {
-    fetch_row(queries[lane.own], p.q.at<T>(batch, head, row.token), lane.half, head_dim, true, q_pieces);
+    fetch_row(queries[lane.own], p.q.at<T>(batch, head, row.token), lane.half, head_dim, seqlen_k > 0, q_pieces);
     commit_copies();
   };
   int place = (blockIdx.y * kWarps + warp) * kRows;
-  Row row(p, batch, head, place + lane.own);
+  Row row(p, batch, head, place + lane.own, seqlen_k);
   fetch_keys(shared, p, batch, key_head_of(p, head), seqlen_k);
   fetch(row);
   wait_for_copies<0>();
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
   for (const int step = gridDim.y * kWarps * kRows; place < seqlen_q; place += step) {
     const bool more = place + step < seqlen_q;
     Row next = row;
-    if (more) next = Row(p, batch, head, place + step + lane.own);
+    if (more) next = Row(p, batch, head, place + step + lane.own, seqlen_k);
     wait_for_copies<0>();
     __syncwarp();
     Scores<kKeys> s;
@@ -63,7 +63,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, kResident<kKeys>)
     const float sum = numbers ? sum_own(s, seqlen_k, lane) : 0;
     Weights<kKeys> weights;
     round_weights<T>(weights, s);
-    if (seqlen_k == 0) weights = {};  // whatever q and the strength are
     float sums[2], inverse[2];
     sum_weights(sums, weights, shared, lane);
     for (int r = 0; r < 2; ++r) inverse[r] = sums[r] == 0 ? 0 : reciprocal_approx(sums[r]);

@@ -92,16 +92,16 @@ __device__ __forceinline__ void fetch_keys(Shared<T, kKeys>& shared, const Layou
   }
 }
 
-// What is read of a query row beside itself.
+// What is read of a query row beside itself; without keys neither counts, whatever is there.
 struct Row {
   int token;
   int32_t words;
   float strength;
 
-  __device__ __forceinline__ Row(const LayoutAttentionParams& p, int batch, int head, int place)
+  __device__ __forceinline__ Row(const LayoutAttentionParams& p, int batch, int head, int place, int seqlen_k)
       : token(row_at(p, batch, place)),
         words(row_words(p, batch, token)),
-        strength(row_strength(p, batch, head, token)) {}
+        strength(seqlen_k > 0 ? row_strength(p, batch, head, token) : 0) {}
 };
 
 }  // namespace DENSE_ATTN_CLASS::row
