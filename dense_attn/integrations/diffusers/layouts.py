@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from dense_attn import _checks
 from dense_attn._backends import table
-from dense_attn.layout_attention.op import MODULATIONS
 
 from ._attention_hook import marked
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
+from .options.blocks import check_count
+from .options.numbers import options_of
 from .prompts import region
 from .prompts.models import region_state
-from .prompts.options import options_of
+from .prompts.options import options_of as region_options
 from .prompts.region import has_prompts
 from .prompts.state import RegionState
 from .regions import parse
-from .state import LayoutState, Options
+from .state import LayoutState
 from .text.encoding import heard
 from .text.reading import Reading
 
@@ -34,12 +35,13 @@ def apply_layout(
     prompt: str | Sequence[str] | None,
     regions: Sequence[Any],
     *,
-    cross_weight: float = 1.0,
-    self_weight: float = 0.3,
+    cross_weight: float | None = None,
+    self_weight: float | None = None,
     active: float | tuple[float, float] | None = None,
-    exponent: float = 5.0,
+    exponent: float | None = None,
     size_weight: float = 1.0,
-    modulation: str = "range",
+    modulation: str | None = None,
+    blocks: str | Sequence[str] | None = None,
     encode_phrases: bool = True,
     base_ratio: float = 0.0,
     isolate: float = 0.0,
@@ -116,13 +118,15 @@ def apply_layout(
         "exponent": exponent,
         "size_weight": size_weight,
         "modulation": modulation,
+        "blocks": blocks,
+        "active": active,
         "encode_phrases": encode_phrases,
         "base_ratio": base_ratio,
         "isolate": isolate,
         "every": every,
     }
     build = _with_prompts if has_prompts(regions) else _with_phrases
-    state = build(pipe, prompt, regions, active, given, backend)
+    state = build(pipe, prompt, regions, given, backend)
     component = getattr(pipe, state.model.component)
     layers = attention_layers(unwrapped(component), state.model)
     with (
@@ -137,23 +141,15 @@ def _with_phrases(
     pipe: DiffusionPipeline,
     prompt: object,
     regions: object,
-    active: object,
     given: dict[str, Any],
     backend: object,
 ) -> LayoutState:
     """The state of regions with phrases."""
     model = model_of(pipe)
-    options = Options(
-        cross_weight=_checks.number("cross_weight", given["cross_weight"]),
-        self_weight=_checks.number("self_weight", given["self_weight"]),
-        active=0.3 if active is None else _checks.fraction("active", active),
-        exponent=_not_negative("exponent", given["exponent"]),
-        size_weight=_checks.number("size_weight", given["size_weight"]),
-        modulation=_checks.choice("modulation", given["modulation"], MODULATIONS),
-        backend=_backend(backend),
-    )
+    options = options_of(model, given, _backend(backend))
     prompts = _prompts(prompt)
     parsed = parse(regions, len(prompts))
+    check_count(options.blocks, max(len(image.phrases) for image in parsed))
     encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
     _unused(given, ("base_ratio", "isolate", "every"), "phrases")
     return LayoutState(pipe, model, Reading(pipe, prompts, parsed, encode_phrases), options)
@@ -163,18 +159,17 @@ def _with_prompts(
     pipe: DiffusionPipeline,
     prompt: object,
     regions: Sequence[Any],
-    active: object,
     given: dict[str, Any],
     backend: object,
 ) -> RegionState:
     """The state of regions with prompts."""
     prompts = None if prompt is None else _prompts(prompt)
     parsed = region.parse(regions, prompts)
-    names = "cross_weight", "self_weight", "exponent", "size_weight", "modulation", "encode_phrases"
-    _unused(given, names, "prompts of their own")
+    weights = "cross_weight", "self_weight", "exponent", "size_weight"
+    _unused(given, (*weights, "modulation", "blocks", "encode_phrases"), "prompts of their own")
     numbers = {name: given[name] for name in ("base_ratio", "isolate", "every")}
-    options = options_of(numbers, active, _backend(backend), prompts is not None)
-    return region_state(pipe, model_of(pipe), prompts, parsed, options)
+    ratios = region_options(numbers, given["active"], _backend(backend), prompts is not None)
+    return region_state(pipe, model_of(pipe), prompts, parsed, ratios)
 
 
 def _unused(given: dict[str, Any], names: tuple[str, ...], kind: str) -> None:
@@ -189,12 +184,6 @@ def _unused(given: dict[str, Any], names: tuple[str, ...], kind: str) -> None:
 
 def _backend(backend: object) -> str:
     return _checks.choice("backend", backend, ("auto", *table.ORDER))
-
-
-def _not_negative(argument: str, value: object) -> float:
-    if _checks.number(argument, value) < 0:
-        _checks.refuse(argument, "be at least 0", value)
-    return float(value)
 
 
 def _prompts(prompt: object) -> list[str]:
