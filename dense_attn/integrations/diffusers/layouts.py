@@ -13,6 +13,7 @@ from dense_attn._backends import table
 from ._attention_hook import marked
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
+from .modular.pipeline import Modular, listened, viewed
 from .options.blocks import check_count
 from .options.numbers import options_of
 from .prompts import region
@@ -22,7 +23,6 @@ from .prompts.region import has_prompts
 from .prompts.state import RegionState
 from .regions import parse
 from .state import LayoutState
-from .text.encoding import heard
 from .text.reading import Reading
 
 if TYPE_CHECKING:
@@ -56,6 +56,12 @@ def apply_layout(
     that of the pipeline, in the backend that it has. Blocks inside of a block: the innermost
     counts. Call `pipe` itself, not another pipeline around the same model.
 
+    Numbers that are None are the model's: DenseDiffusion's for U-Nets, PixArt and Wan (range, 1.0
+    and 0.3, time^5, 0.3 of the steps); for joint attention, in all others, a bias of 3 on image
+    tokens towards text tokens, as strong in all of the first half of the steps, which a trial on
+    one small model found (docs/diffusers.md). With a modulation that is not the model's own they
+    are DenseDiffusion's.
+
     Regions may have prompts of their own instead (`Region`, on U-Nets and FLUX): a token of the
     image then sees the prompt of its region, and the call's where it is in none. Regions share a
     token by `weight * mask`: `sum_r share_r * attention(q, k_r, v_r)`, which is one call of the
@@ -78,14 +84,20 @@ def apply_layout(
             the prompt; a `Phrase` names another place. Where two overlap the later counts; a region
             left without a token is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
-            alone. In joint attention (all but U-Nets, PixArt and Wan) image tokens' rows take
-            self_weight, rows of a phrase's tokens cross_weight; under "mask", which has no
-            strength, only both at 0 count there.
+            alone. In joint attention a row has one: image tokens' self_weight where blocks has
+            image->image, and else cross_weight, which is also that of a phrase's tokens. They must
+            be equal for image->text and image->image alone. Under "mask", which has no strength,
+            only 0 counts, for all rows that blocks touch.
         active: the part of the steps in which the layout acts, from the first, or its first and
-            last end, `(start, stop)`, where regions have prompts; None for 0.3, or 1 for these.
+            last end, `(start, stop)`, where regions have prompts, and None is all of them.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
             gets.
         modulation: as in `layout_attention`; under "mask" tokens of no region take part everywhere.
+        blocks: the pairs that are touched, from queries to keys: some of "image->text" and
+            "image->image" (cross- and self-attention), in joint attention also "text->image" and
+            "text->text"; all others are as without a layout. "range" changes all scores of a row,
+            and takes both of a kind of rows or none. Blocks that are not all of some rows towards
+            all of some columns take two bits a region, 16 regions at most.
         encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own,
             as `encode_prompt` makes them with the options of the call (LoRA scale, `clip_skip`,
             `max_sequence_length`).
@@ -125,12 +137,13 @@ def apply_layout(
         "isolate": isolate,
         "every": every,
     }
+    pipe = viewed(pipe)
     build = _with_prompts if has_prompts(regions) else _with_phrases
     state = build(pipe, prompt, regions, given, backend)
     component = getattr(pipe, state.model.component)
     layers = attention_layers(unwrapped(component), state.model)
     with (
-        heard(pipe, state.reading.hear),
+        listened(pipe, state.reading.hear),
         marked(state.marks(layers)),
         watched(component, state, state.before_call),
     ):
@@ -163,6 +176,9 @@ def _with_prompts(
     backend: object,
 ) -> RegionState:
     """The state of regions with prompts."""
+    if isinstance(pipe, Modular):
+        rule = "be no modular pipeline where regions have prompts of their own"
+        _checks.refuse("pipe", rule, type(pipe).__name__)
     prompts = None if prompt is None else _prompts(prompt)
     parsed = region.parse(regions, prompts)
     weights = "cross_weight", "self_weight", "exponent", "size_weight"

@@ -16,6 +16,8 @@ from dense_attn.layout_attention.masks import Mask
 
 from ._attention_hook import Expected, is_marked
 from .hooks import arguments, foreign, unwrapped
+from .modular.guiders import GuidedRows
+from .modular.pipeline import Modular
 from .options import blocks
 from .rows import Rows
 from .steps import Steps
@@ -141,7 +143,8 @@ class LayoutState:
         self.attentions: dict[str, Any] = {}  # the modules that have marks, by name
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
-        self._rows = Rows(pipe, len(self.images), model.branches)
+        rows = GuidedRows if isinstance(pipe, Modular) else Rows
+        self._rows = rows(pipe, len(self.images), model.branches)
         self._told = self._cached = False  # of layers left alone, of a cache of steps
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
