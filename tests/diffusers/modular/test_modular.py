@@ -14,6 +14,7 @@ from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeli
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import Region, apply_layout
+from dense_attn.integrations.diffusers.modular.pipeline import viewed
 
 modular_pipelines = pytest.importorskip("diffusers.modular_pipelines")
 from diffusers.guiders import ClassifierFreeGuidance  # noqa: E402
@@ -26,6 +27,9 @@ KINDS = {
     "flux": ("FluxAutoBlocks", {**SIZES, **MODELS["flux"][1]}),
     "z_image": ("ZImageAutoBlocks", FAMILIES["z_image"][1]),
     "wan": ("WanBlocks", {**FAMILIES["wan"][1], "negative_prompt": "fog"}),
+    "sd3": ("StableDiffusion3AutoBlocks", {**SIZES, **MODELS["sd3"][1], "negative_prompt": "fog"}),
+    "qwen": ("QwenImageAutoBlocks", {"height": 32, "width": 48, "negative_prompt": "fog"}),
+    "flux2": ("Flux2KleinBaseAutoBlocks", FAMILIES["flux2"][1]),
 }
 
 
@@ -63,6 +67,10 @@ def modular(name: str) -> object:
         parts["image_processor"] = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
         parts["guider"] = ClassifierFreeGuidance(5.0, use_original_formulation=True)
     pipe.update_components(**{part: parts[part] for part in pipe.components if part in parts})
+    if name == "qwen":
+        step = viewed(pipe).encoder.step
+        for template in ("prompt_template_encode", "prompt_template_encode_start_idx"):
+            setattr(step, template, getattr(classic(name), template))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -82,11 +90,23 @@ def ours(name: str, prompt: object = PROMPT, steps: int = 4, **options: object) 
 
 
 def theirs(name: str) -> Tensor:
-    if name not in MODELS:
-        return run(name, PROMPT, steps=4, negative_prompt=KINDS[name][1]["negative_prompt"])
-    if name == "sdxl":
-        return latents(pipeline(name), steps=4, guidance_scale=7.5)
-    return diffusers.FluxPipeline._unpack_latents(latents(pipeline(name), steps=4), 16, 24, 2)
+    """The latents of the other pipeline's run, which some pack into tokens."""
+    negative = {key: value for key, value in KINDS[name][1].items() if key == "negative_prompt"}
+    if name in MODELS:
+        scale = {"sdxl": {"guidance_scale": 7.5}, "sd3": {"guidance_scale": 7.0}}.get(name, {})
+        result = latents(pipeline(name), steps=4, **scale, **negative)
+    else:
+        result = run(name, PROMPT, steps=4, **negative)
+    if name == "flux":
+        return diffusers.FluxPipeline._unpack_latents(result, 16, 24, 2)
+    if name == "qwen":
+        return diffusers.QwenImagePipeline._unpack_latents(result, 32, 48, 8)
+    if name == "flux2":  # after the VAE's normalisation
+        norm = classic(name).vae.bn
+        result = diffusers.Flux2KleinPipeline._patchify_latents(result)
+        scale = (norm.running_var + norm.eps).sqrt().view(1, -1, 1, 1)
+        return (result - norm.running_mean.view(1, -1, 1, 1)) / scale
+    return result
 
 
 @contextmanager
@@ -103,7 +123,7 @@ def guided(guider: object) -> Iterator[object]:
 
 @pytest.mark.parametrize(
     "name",
-    ["sdxl", "flux", *(pytest.param(name, marks=pytest.mark.full) for name in ("z_image", "wan"))],
+    ["sdxl", "flux", *(pytest.param(name, marks=pytest.mark.full) for name in list(KINDS)[2:])],
 )
 def test_whole_runs_equal_those_of_other_pipelines(name: str) -> None:
     pipe, plain = modular(name), ours(name)
@@ -185,12 +205,30 @@ def test_blocks_may_end_in_any_order() -> None:
     assert torch.equal(ours("sdxl"), plain)
 
 
-def test_another_prompt_is_told_of() -> None:
+@pytest.mark.parametrize("name", ["sdxl", "qwen"])
+def test_another_prompt_is_told_of(name: str) -> None:
+    """Where a block has a method that encodes, and where its module has a function."""
+    encoder = viewed(modular(name)).encoder
+    before = getattr(encoder.holder, encoder.name)
     with (
-        apply_layout(modular("sdxl"), PROMPT, REGIONS),
-        pytest.warns(UserWarning, match="the call's prompt 'fog' is not the layout's 'a cat dog'"),
+        apply_layout(modular(name), PROMPT, REGIONS),
+        pytest.warns(UserWarning, match="the call's prompt 'a fog dog' is not the layout's 'a c"),
     ):
-        ours("sdxl", "fog", steps=1)
+        ours(name, "a fog dog", steps=1)
+    assert getattr(encoder.holder, encoder.name) is before
+
+
+def test_calls_of_another_pipeline_are_not_heard(recwarn: pytest.WarningsRecorder) -> None:
+    """Those that share a module's function."""
+    pipe = modular("sd3")
+    with apply_layout(pipe, PROMPT, REGIONS):
+        told = viewed(pipe).encoder.call
+        encoded = viewed(pipe).encoder.holder.encode_prompt
+        assert encoded is not told
+        other = types.SimpleNamespace(**pipe.components, _execution_device=torch.device("cpu"))
+        encoded(other, "a fog dog")
+        ours("sd3", steps=1)
+    assert not [one for one in recwarn if "is not the layout's" in str(one.message)]
 
 
 def test_what_is_not_followed_is_refused() -> None:
@@ -205,10 +243,16 @@ def test_what_is_not_followed_is_refused() -> None:
     rule = "prepare its guider before each call of its denoiser, got call 0 of 0"
     with apply_layout(pipe, PROMPT, REGIONS), pytest.raises(ValueError, match=f"^pipe must {rule}"):
         ask(pipe.unet)
-    other = modular_pipelines.QwenImageAutoBlocks().init_pipeline()
-    rule = "have one block with an encode_prompt, as those of SDXL, FLUX, Wan and Z-Image have, got"
+    other = modular_pipelines.Flux2AutoBlocks().init_pipeline()
+    rule = "have one block that calls one of encode_prompt, .*, got Flux2ModularPipeline with 0"
     with (
-        pytest.raises(ValueError, match=f"^pipe must {rule} QwenImageModularPipeline with 0"),
+        pytest.raises(ValueError, match=f"^pipe must {rule}"),
+        apply_layout(other, PROMPT, REGIONS),
+    ):
+        pytest.fail("the block must not run")
+    other = modular_pipelines.Wan22Blocks().init_pipeline()
+    with (
+        pytest.raises(ValueError, match=r"^pipe must have one guider, got WanModularPipeline"),
         apply_layout(other, PROMPT, REGIONS),
     ):
         pytest.fail("the block must not run")
