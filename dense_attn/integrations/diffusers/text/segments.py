@@ -35,8 +35,10 @@ class Segment(NamedTuple):
         """The segment's tokens among num_tokens, or the most that it can have."""
         if self.longest is not None:
             return self.longest
-        most = min(*(tokenizer.model_max_length for tokenizer in self.tokenizers), LONGEST)
-        return most if num_tokens is None else num_tokens - self.start
+        if num_tokens is not None:
+            return num_tokens - self.start
+        limits = [tokenizer.model_max_length for tokenizer in self.tokenizers]
+        return min(*limits, LONGEST - min(self.start, 0))
 
     def room(
         self, tokenizer: Any, batch: Sequence[str], num_tokens: int | None

@@ -28,5 +28,5 @@ class HunyuanDiT(Model):
         start = 0
         for name in ENCODED:
             _, length, width = arguments[name].shape
-            arguments[name] = text[:, start : start + length, :width]
+            arguments[name] = text[:, start : start + length, :width].contiguous()
             start += length
