@@ -218,9 +218,9 @@ def _rows_fit(q: object, k: object, v: object) -> bool:
         and keys[1] == shape[1]
         and keys[3] == shape[3] > 1
         and dtype in DTYPES
-        and k.dtype == dtype == v.dtype
-        and q.layout == k.layout == v.layout == torch.strided
-        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and k.dtype is dtype is v.dtype
+        and q.layout is k.layout is v.layout is torch.strided
+        and q.stride()[3] == k.stride()[3] == v.stride()[3] == 1
         and k.device == device == v.device
     )
 

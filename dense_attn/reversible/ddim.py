@@ -151,6 +151,8 @@ def apply(
 class _DdimStep(torch.autograd.Function):
     """Linear in its tensors: gradients are torch's own operators, and have gradients themselves."""
 
+    num_tensors = 3
+
     @staticmethod
     def forward(x, eps, eps_uncond, a, b, guidance_scale, backend):  # noqa: ANN001, ANN205
         strides = dense_strides(x)
