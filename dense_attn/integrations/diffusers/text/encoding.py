@@ -23,6 +23,15 @@ def takes(pipe: DiffusionPipeline, argument: str) -> bool:
     return argument in inspect.signature(pipe.encode_prompt).parameters
 
 
+def surroundings(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What a pipeline puts around a prompt, by the names of encode_prompt's arguments."""
+    found = {"system_prompt": getattr(pipe, "system_prompt", None)}
+    if takes(pipe, "prompt_template"):
+        parameters = inspect.signature(pipe.encode_prompt).parameters
+        found["prompt_template"] = parameters["prompt_template"].default
+    return {name: value for name, value in found.items() if takes(pipe, name)}
+
+
 @torch.no_grad()
 def encode(
     pipe: DiffusionPipeline, prompt: str | Sequence[str], **options: Any

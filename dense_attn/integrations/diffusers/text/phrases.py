@@ -12,7 +12,7 @@ import numpy as np
 
 from dense_attn import _checks
 
-from .encoding import takes
+from .encoding import surroundings, takes
 from .tokens import Span, Tokens, folded, tokens_of
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
     if takes(pipe, "prompt_3"):
         size = pipe.tokenizer_max_length
         found = [_segment((first, second), 0, size), _segment((None, None, third), size, None)]
+    elif own := surroundings(pipe).get("prompt_template"):  # HunyuanVideo's, without CLIP's text
+        found = [_segment((first,), -own["crop_start"], None)._replace(template=own["template"])]
     elif getattr(pipe, "unet", None) is None:
         dropped = getattr(pipe, "prompt_template_encode_start_idx", 0)
         segment = _segment((first,) if second is None else (None, second), -dropped, None)

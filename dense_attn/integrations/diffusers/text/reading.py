@@ -67,11 +67,10 @@ class Reading:
 
     def hear(self, given: dict[str, Any]) -> None:
         """Take the arguments of an encode_prompt that must encode the prompt; phrases follow it."""
-        told = given.get("system_prompt")
-        if told is not None and told != self.pipe.system_prompt:
-            _checks.refuse(
-                "system_prompt", "be the pipeline's own while a layout is on", repr(told)
-            )
+        for name, own in encoding.surroundings(self.pipe).items():
+            if given.get(name) is not None and given[name] != own:
+                rule = "be the pipeline's own while a layout is on"
+                _checks.refuse(name, rule, repr(given[name]))
         # it comes after the prompt, with no options to tell
         negative = self._heard and given.get("prompt_embeds") is not None
         if not negative and encoding.missing(self.pipe) is None:

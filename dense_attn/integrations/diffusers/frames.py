@@ -1,0 +1,74 @@
+"""Masks of a video: which of their frames stand for those of its tokens, and all as one picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dense_attn import _checks
+from dense_attn.layout_attention.layout import resized
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from .models.record import Call, Model
+    from .state import Image
+
+# the names that pipelines have for the frames of a video in one of its latents
+COMPRESSIONS = "vae_scale_factor_temporal", "vae_temporal_compression_ratio"
+
+
+class Video(NamedTuple):
+    """The frames of a denoiser's call."""
+
+    latents: int
+    each: int = 1  # latents in a token
+    compression: int = 1  # frames in latents, but for the first, which has one
+
+    @property
+    def tokens(self) -> int:
+        """The frames of tokens."""
+        return self.latents // self.each
+
+    def owners(self, count: int) -> list[int]:
+        """The frame of tokens of each of count frames, of the video or of its latents."""
+        of_pixels = [-(-f // self.compression) for f in range(count)]
+        whole = (count - 1) // self.compression + 1
+        for length, latents in ((whole, of_pixels), (count, list(range(count)))):
+            ahead = self.latents - length  # frames that a pipeline puts before a video
+            if 0 <= ahead < self.each:
+                return [min((f + ahead) // self.each, self.tokens - 1) for f in latents]
+        frames = (self.latents - 1) * self.compression + 1
+        rule = f"have masks of the video's {frames} frames or of the {self.latents} of its latents"
+        return _checks.refuse("regions", rule, count)
+
+
+def masks_of_call(
+    pipe: DiffusionPipeline, model: Model, call: Call, images: list[Image]
+) -> list[Tensor]:
+    """Masks of each image or video on the grid of a call's latents, frames of tokens one below the
+    other, bool [R, tokens * height, width].
+    """
+    found = (getattr(pipe, name, None) for name in COMPRESSIONS)
+    compression = next((int(factor) for factor in found if factor), 1)
+    video = Video(model.length(call), model.frames, compression)
+    grid, device = model.grid(call), call.text.device
+    return [_stacked(image.masks, grid, video).to(device) for image in images]
+
+
+def _stacked(masks: Tensor, grid: tuple[int, int], video: Video) -> Tensor:
+    """Masks on a grid, bool [R, tokens * height, width].
+
+    A frame of tokens has the masks in the middle of its frames; a region without a pixel there has
+    in each all that it takes in its frames.
+    """
+    if masks.dim() == 3:
+        return resized(masks, grid).repeat(1, video.tokens, 1)
+    owners = torch.tensor(video.owners(masks.shape[1]), dtype=torch.int64, device="cpu")
+    of_token = [masks[:, owners == t] for t in range(video.tokens)]  # [R, frames of t, H, W]
+    middle = torch.stack([own[:, own.shape[1] // 2] for own in of_token], 1)
+    kept = middle.flatten(1).any(1)[:, None, None, None]
+    frames = torch.where(kept, middle, torch.stack([own.any(1) for own in of_token], 1))
+    return resized(frames.flatten(0, 1), grid).view(len(masks), -1, grid[1])
