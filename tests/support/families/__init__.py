@@ -269,11 +269,17 @@ FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
 }
 
 
+def made_of(name: str) -> tuple[Callable[[], object], dict[str, object]]:
+    from families import video
+
+    return (FAMILIES | video.FAMILIES)[name]
+
+
 @cache
 def family(name: str) -> object:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = FAMILIES[name][0]()
+        pipe = made_of(name)[0]()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -283,7 +289,7 @@ def family(name: str) -> object:
 
 def run(name: str, prompt: str, *, steps: int = 4, **options: object) -> Tensor:
     """The latents of a whole run."""
-    given = FAMILIES[name][1] | {"generator": torch.Generator().manual_seed(0)} | options
+    given = made_of(name)[1] | {"generator": torch.Generator().manual_seed(0)} | options
     return family(name)(
         prompt=prompt, num_inference_steps=steps, output_type="latent", return_dict=False, **given
     )[0]

@@ -124,8 +124,10 @@ class Model:
 
     def denoisers(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """A pipeline's denoisers by the beginning of their layers' names: one, or two in turns."""
-        names = {"": self.component, f"{self.component}_2.": f"{self.component}_2"}
-        found = {start: getattr(pipe, name, None) for start, name in names.items()}
+        first, second = (
+            getattr(pipe, name, None) for name in (self.component, f"{self.component}_2")
+        )
+        found = {"": first, f"{self.component}_2.": None if second is first else second}
         return {start: denoiser for start, denoiser in found.items() if denoiser is not None}
 
     def root(self, pipe: DiffusionPipeline, name: str) -> tuple[torch.nn.Module, str]:
