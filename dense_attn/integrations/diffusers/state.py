@@ -15,8 +15,8 @@ from dense_attn.layout_attention.layout import _BITS, nearest
 from dense_attn.layout_attention.masks import Mask
 
 from ._attention_hook import Expected, is_marked
-from .frames import masks_of_call
 from .hooks import arguments, foreign, unwrapped
+from .regions.frames import masks_of_call
 from .rows import Rows
 from .steps import Steps
 

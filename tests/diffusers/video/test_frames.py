@@ -9,7 +9,7 @@ from families import family, run, video
 from pipelines import PROMPT, REGIONS, latents, pipeline
 
 from dense_attn.integrations.diffusers import Region, apply_layout
-from dense_attn.integrations.diffusers.frames import Video
+from dense_attn.integrations.diffusers.regions.frames import Video
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEFT = torch.zeros(8, 16, dtype=torch.bool)

@@ -44,28 +44,7 @@ def auraflow() -> object:
 
 
 def wan() -> object:
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    return diffusers.WanPipeline(
-        **tiny._t5("", 32), vae=vae, transformer=transformer, scheduler=flow()
-    )
+    return diffusers.WanPipeline(**tiny._wan())
 
 
 class LastHidden(torch.nn.Module):

@@ -13,38 +13,22 @@ from dense_attn.examples import _tiny_pipeline as tiny
 
 # a video of 3 frames of latents, of 2 x 4 tokens each
 SHAPES = {"num_frames": 9, "height": 32, "width": 64, "max_sequence_length": 24}
-WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 32,
-    "freq_dim": 8,
-    "ffn_dim": 16,
-    "num_layers": 2,
-    "rope_max_seq_len": 32,
-}
 
 
 def wan_2_2() -> object:
     """Two denoisers, of which the second has the last steps."""
-    parts = {name: families.wan().components[name] for name in ("vae", "tokenizer", "text_encoder")}
-    denoisers = (diffusers.WanTransformer3DModel(**WAN) for _ in range(2))
-    return diffusers.WanPipeline(
-        **parts,
-        scheduler=families.flow(),
-        **dict(zip(("transformer", "transformer_2"), denoisers)),
-        boundary_ratio=0.5,
-    )
+    second = tiny._wan()["transformer"]
+    return diffusers.WanPipeline(**tiny._wan(), transformer_2=second, boundary_ratio=0.5)
 
 
 def skyreels() -> object:
-    parts = {name: families.wan().components[name] for name in ("vae", "tokenizer", "text_encoder")}
-    transformer = diffusers.SkyReelsV2Transformer3DModel(**WAN)
+    parts = tiny._wan()
+    config = dict(parts["transformer"].config)
+    parts["transformer"] = diffusers.SkyReelsV2Transformer3DModel.from_config(config)
     text = sys.modules[diffusers.SkyReelsV2Pipeline.__module__]
     if not hasattr(text, "ftfy"):
         text.ftfy = types.SimpleNamespace(fix_text=str)
-    return diffusers.SkyReelsV2Pipeline(**parts, scheduler=families.flow(), transformer=transformer)
+    return diffusers.SkyReelsV2Pipeline(**parts)
 
 
 def ltx() -> object:

@@ -14,20 +14,20 @@ from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
 from .auraflow import AuraFlow
 from .chroma import Chroma
-from .chronoedit import ChronoEdit
-from .cogvideox import CogVideoX
 from .flux import Flux
 from .flux2 import Flux2
-from .hunyuan_video import HunyuanVideo
-from .ltx import LTX
 from .lumina2 import Lumina2
 from .pixart import PixArt
 from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
-from .skyreels import SkyReels
 from .unet import UNet
-from .wan import Wan
+from .video.chronoedit import ChronoEdit
+from .video.cogvideox import CogVideoX
+from .video.hunyuan_video import HunyuanVideo
+from .video.ltx import LTX
+from .video.skyreels import SkyReels
+from .video.wan import Wan
 from .z_image import ZImage
 
 if TYPE_CHECKING:

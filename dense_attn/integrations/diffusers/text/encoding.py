@@ -24,7 +24,7 @@ def takes(pipe: DiffusionPipeline, argument: str) -> bool:
 
 
 def surroundings(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What a pipeline puts around a prompt, by the names of encode_prompt's arguments."""
+    """The texts that a pipeline puts around a prompt, by encode_prompt's arguments of them."""
     found = {"system_prompt": getattr(pipe, "system_prompt", None)}
     if takes(pipe, "prompt_template"):
         parameters = inspect.signature(pipe.encode_prompt).parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .record import IMAGE, TEXT, Attention, Call, Model
+from ..record import IMAGE, TEXT, Attention, Call, Model
 
 
 class LTX(Model):

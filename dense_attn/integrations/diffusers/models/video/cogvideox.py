@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .record import IMAGE, TEXT, Attention, Call, Model
+from ..record import IMAGE, TEXT, Attention, Call, Model
 
 
 class CogVideoX(Model):

@@ -12,7 +12,7 @@ from torch import Tensor
 from dense_attn import Layout, _checks, _pixels
 from dense_attn.layout_attention.layout import MAX_REGIONS
 
-from .text.phrases import Phrase
+from ..text.phrases import Phrase
 
 BOXES = (512, 512)  # the grid on which boxes are drawn where no mask gives one
 

@@ -13,8 +13,8 @@ from dense_attn.layout_attention.layout import resized
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .models.record import Call, Model
-    from .state import Image
+    from ..models.record import Call, Model
+    from ..state import Image
 
 # the names that pipelines have for the frames of a video in one of its latents
 COMPRESSIONS = "vae_scale_factor_temporal", "vae_temporal_compression_ratio"
