@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dense_attn import _checks
@@ -140,13 +140,15 @@ def apply_layout(
     pipe = viewed(pipe)
     build = _with_prompts if has_prompts(regions) else _with_phrases
     state = build(pipe, prompt, regions, given, backend)
-    component = getattr(pipe, state.model.component)
-    layers = attention_layers(unwrapped(component), state.model)
-    with (
-        listened(pipe, state.reading.hear),
-        marked(state.marks(layers)),
-        watched(component, state, state.before_call),
-    ):
+    layers: dict[str, tuple[Any, str, int]] = {}
+    denoisers = state.model.denoisers(pipe)
+    for start, denoiser in denoisers.items():
+        layers |= attention_layers(unwrapped(denoiser), state.model, start)
+    with ExitStack() as stack:
+        stack.enter_context(listened(pipe, state.reading.hear))
+        stack.enter_context(marked(state.marks(layers)))
+        for denoiser in denoisers.values():
+            stack.enter_context(watched(denoiser, state, state.before_call))
         yield
 
 
@@ -161,7 +163,7 @@ def _with_phrases(
     model = model_of(pipe)
     options = options_of(model, given, _backend(backend))
     prompts = _prompts(prompt)
-    parsed = parse(regions, len(prompts))
+    parsed = parse(regions, len(prompts), model.video)
     check_count(options.blocks, max(len(image.phrases) for image in parsed))
     encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
     _unused(given, ("base_ratio", "isolate", "every"), "phrases")
