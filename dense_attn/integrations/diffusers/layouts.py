@@ -16,6 +16,7 @@ from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
 from .prompts import region
 from .prompts.models import region_state
+from .prompts.numbering import numbered
 from .prompts.options import options_of
 from .prompts.region import has_prompts
 from .prompts.state import RegionState
@@ -44,6 +45,7 @@ def apply_layout(
     base_ratio: float = 0.0,
     isolate: float = 0.0,
     every: int = 1,
+    area_scaling: bool = False,
     backend: str = "auto",
 ) -> Iterator[None]:
     """Calls of the pipeline inside the block put each phrase of the prompt where its region is.
@@ -120,6 +122,7 @@ def apply_layout(
         "base_ratio": base_ratio,
         "isolate": isolate,
         "every": every,
+        "area_scaling": area_scaling,
     }
     build = _with_prompts if has_prompts(regions) else _with_phrases
     state = build(pipe, prompt, regions, active, given, backend)
@@ -128,6 +131,7 @@ def apply_layout(
     with (
         heard(pipe, state.reading.hear),
         marked(state.marks(layers)),
+        numbered(state),
         watched(component, state, state.before_call),
     ):
         yield
@@ -155,7 +159,7 @@ def _with_phrases(
     prompts = _prompts(prompt)
     parsed = parse(regions, len(prompts))
     encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
-    _unused(given, ("base_ratio", "isolate", "every"), "phrases")
+    _unused(given, ("base_ratio", "isolate", "every", "area_scaling"), "phrases")
     return LayoutState(pipe, model, Reading(pipe, prompts, parsed, encode_phrases), options)
 
 
@@ -172,7 +176,7 @@ def _with_prompts(
     parsed = region.parse(regions, prompts)
     names = "cross_weight", "self_weight", "exponent", "size_weight", "modulation", "encode_phrases"
     _unused(given, names, "prompts of their own")
-    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every")}
+    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every", "area_scaling")}
     options = options_of(numbers, active, _backend(backend), prompts is not None)
     return region_state(pipe, model_of(pipe), prompts, parsed, options)
 

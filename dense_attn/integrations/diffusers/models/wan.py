@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from dense_attn import _checks
 
 from .record import IMAGE, TEXT, Attention, Call, Model
+
+if TYPE_CHECKING:
+    from ..prompts.texts import Texts
 
 
 class Wan(Model):
@@ -19,3 +24,10 @@ class Wan(Model):
         call = super().read(arguments)
         timestep = call.timestep  # [B], or [B, N], 0 in a frame that is given
         return call._replace(timestep=timestep[:, -1]) if timestep.dim() == 2 else call
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's; an image's keys stand 512 before the end."""
+        if arguments.get("encoder_hidden_states_image") is not None:
+            rule = "be None for a WanTransformer3DModel while regions have prompts"
+            _checks.refuse("encoder_hidden_states_image", rule, "an image")
+        super().lengthen(arguments, texts)
