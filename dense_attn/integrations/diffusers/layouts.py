@@ -18,6 +18,7 @@ from .options.blocks import check_count
 from .options.numbers import options_of
 from .prompts import region
 from .prompts.models import region_state
+from .prompts.numbering import numbered
 from .prompts.options import options_of as region_options
 from .prompts.region import has_prompts
 from .prompts.state import RegionState
@@ -46,6 +47,7 @@ def apply_layout(
     base_ratio: float = 0.0,
     isolate: float = 0.0,
     every: int = 1,
+    area_scaling: bool = False,
     backend: str = "auto",
 ) -> Iterator[None]:
     """Calls of the pipeline inside the block put each phrase of the prompt where its region is.
@@ -136,6 +138,7 @@ def apply_layout(
         "base_ratio": base_ratio,
         "isolate": isolate,
         "every": every,
+        "area_scaling": area_scaling,
     }
     pipe = viewed(pipe)
     build = _with_prompts if has_prompts(regions) else _with_phrases
@@ -147,6 +150,7 @@ def apply_layout(
     with ExitStack() as stack:
         stack.enter_context(listened(pipe, state.reading.hear))
         stack.enter_context(marked(state.marks(layers)))
+        stack.enter_context(numbered(state))
         for denoiser in denoisers.values():
             stack.enter_context(watched(denoiser, state, state.before_call))
         yield
@@ -166,7 +170,7 @@ def _with_phrases(
     parsed = parse(regions, len(prompts), model.video)
     check_count(options.blocks, max(len(image.phrases) for image in parsed))
     encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
-    _unused(given, ("base_ratio", "isolate", "every"), "phrases")
+    _unused(given, ("base_ratio", "isolate", "every", "area_scaling"), "phrases")
     return LayoutState(pipe, model, Reading(pipe, prompts, parsed, encode_phrases), options)
 
 
@@ -185,7 +189,7 @@ def _with_prompts(
     parsed = region.parse(regions, prompts)
     weights = "cross_weight", "self_weight", "exponent", "size_weight"
     _unused(given, (*weights, "modulation", "blocks", "encode_phrases"), "prompts of their own")
-    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every")}
+    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every", "area_scaling")}
     ratios = region_options(numbers, given["active"], _backend(backend), prompts is not None)
     return region_state(pipe, model_of(pipe), prompts, parsed, ratios)
 

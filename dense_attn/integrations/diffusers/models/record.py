@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dense_attn import Layout
 
+    from ..prompts.texts import Slots, Texts
     from ..state import LayoutState
 
 
@@ -115,6 +116,15 @@ class Model:
     hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
     sees_images: ClassVar[bool] = False  # whose tokens encode_prompt may put beside the prompt's
     attentions: ClassVar[tuple[Attention, ...]] = ()
+    # prompts of regions: whether joint attention takes more text behind the call's, as `lengthen`
+    # and `numbered` place it; layers in which text sees text, a regular expression as above; the
+    # argument that tells text from padding, and whether layers see padding all the same; the
+    # module and the function that number the tokens
+    longer_text: ClassVar[bool] = False
+    text_layers: ClassVar[str | None] = None
+    text_mask: ClassVar[str] = "encoder_attention_mask"
+    keeps_padding: ClassVar[bool] = False
+    numbering: ClassVar[tuple[str, str] | None] = None
 
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> Model:
@@ -160,6 +170,22 @@ class Model:
     def write(self, arguments: dict[str, Any], text: Tensor) -> None:
         """Put text tokens [B, L, C] into a call."""
         arguments["encoder_hidden_states"] = text
+
+    def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
+        """The tokens of each row of a call's text [B, L, C]."""
+        return [text.shape[1]] * len(text)
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's, with the places and the mask of their tokens."""
+        self.write(arguments, texts.tokens)
+        mask = arguments.get(self.text_mask)
+        if mask is not None:
+            own = mask[:, : texts.slots.own]
+            arguments[self.text_mask] = torch.cat([own, texts.mask.to(own)], 1)
+
+    def numbered(self, own: Any, slots: Slots, *args: Any, **kwargs: Any) -> Any:
+        """The result of the function that numbers tokens, `own`, for texts in their slots."""
+        raise NotImplementedError
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""

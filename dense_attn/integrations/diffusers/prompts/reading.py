@@ -1,0 +1,85 @@
+"""The prompts of regions, encoded as the pipeline encodes its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import regions as phrase_regions
+from ..text import encoding
+from ..text.reading import Reading
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from .region import Regions
+
+
+class Text(NamedTuple):
+    """One text as it is encoded, with its padding."""
+
+    tokens: Tensor  # [L, C]
+    mask: Tensor | None  # bool [L], the tokens that are no padding, where the pipeline tells
+
+
+class RegionReading(Reading):
+    """The prompts of one block: the call's, and those of the regions."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, prompts: list[str] | None, regions: list[Regions]
+    ) -> None:
+        given = [""] * len(regions) if prompts is None else prompts
+        self.images_of = regions * len(given) if len(regions) == 1 else regions
+        self.base = prompts is not None
+        self.negatives = any(text is not None for image in regions for text in image.negatives)
+        self._manner: dict[str, Any] = {}  # of encode_prompt, as the last call had it
+        self._texts: dict[tuple[str, str], Text] = {}  # by manner
+        none = phrase_regions.Regions([], torch.zeros(0, 1, 1, dtype=torch.bool, device="cpu"))
+        super().__init__(pipe, given, [none], encode=False)
+        if not self.base:
+            self.segments = []  # a call may have any prompt
+
+    def hear(self, given: dict[str, Any]) -> None:
+        """Take the arguments of a call of encode_prompt, and encode the regions' texts likewise."""
+        embedded = given.get("prompt_embeds") is not None
+        # it comes after the prompt, with no manner to tell
+        negative = bool(self._heard) and embedded
+        super().hear(given)
+        if not negative and encoding.missing(self.pipe) is None:
+            mine = ("device", "do_classifier_free_guidance")
+            self._manner = {
+                name: value
+                for name, value in given.items()
+                if "prompt" not in name and name not in mine
+            }
+            if embedded:  # of others only this one had an effect
+                self._manner = {k: v for k, v in self._manner.items() if k == "lora_scale"}
+            for text in self._all():  # now, while the text encoders are at hand
+                self.text(text)
+
+    def texts(self, positive: bool) -> list[list[Text | None]]:
+        """The texts of each image's regions; None for the negative prompt's own."""
+        return [
+            [
+                None if text is None else self.text(text)
+                for text in (image.prompts if positive else image.negatives)
+            ]
+            for image in self.images_of
+        ]
+
+    def text(self, text: str) -> Text:
+        """A text as the last call's manner encodes it."""
+        key = text, repr(sorted(self._manner.items()))
+        if key not in self._texts:
+            tokens, *others = encoding.encode(self.pipe, text, **self._manner)
+            same = (1, len(tokens[0]))
+            masks = (x[0].bool() for x in others if isinstance(x, Tensor) and x.shape == same)
+            self._texts[key] = Text(tokens[0], next(masks, None))
+        return self._texts[key]
+
+    def _all(self) -> Iterator[str]:
+        for image in self.images_of:
+            yield from image.texts
