@@ -139,7 +139,7 @@ def test_a_run(name: str, calls: list) -> None:
         call(pipe)
         plain, steps = estimates.copy(), len(estimates)
         estimates.clear()
-        with apply_layout(pipe, PROMPT, REGIONS):
+        with apply_layout(pipe, PROMPT, REGIONS, modulation="range"):
             call(pipe)
     finally:
         handle.remove()
