@@ -1,4 +1,4 @@
-"""Text encoders of random weights that read chats, with images in them where a pipeline has some."""
+"""Text encoders of random weights that read chats, with images in them if a pipeline has some."""
 
 from __future__ import annotations
 

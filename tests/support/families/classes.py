@@ -18,6 +18,7 @@ from pipelines import PROMPT, diffusers, pipeline
 
 from dense_attn.integrations.diffusers import models
 from families import FAMILIES, family, images
+from families.controlnets import changed, controlnet
 
 DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in models.MODELS)})\b")
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -60,6 +61,11 @@ ARGUMENTS = {
     "true_cfg_scale": 2.0,
 }
 
+# of the input of a class, in which there is more than latents
+CHANNELS = {
+    "StableDiffusionDepth2ImgPipeline": ("unet", 5),
+    "CogView4ControlPipeline": ("transformer", 8),
+}
 # attributes of pipelines that are shorter or smaller in tiny ones
 SHORT = {
     "prompt_template",
@@ -212,16 +218,15 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {"unet": changed(parts["unet"], time_cond_proj_dim=8), "scheduler": scheduler}
     if "LDM3D" in name:
         return {"vae": changed(parts["vae"], out_channels=6)}
-    if "Depth2Img" in name:
-        return {"unet": changed(parts["unet"], in_channels=5)}
+    if name in CHANNELS:
+        part, count = CHANNELS[name]
+        return {part: changed(parts[part], in_channels=count)}
     if name == "ChromaInpaintPipeline":  # asks for a setting that its model has no more
         transformer = changed(parts["transformer"])
         transformer.register_to_config(guidance_embeds=False)
         return {"transformer": transformer}
     if name == "Kandinsky5I2VPipeline":
         return {"vae": images.video_vae()}
-    if name == "CogView4ControlPipeline":
-        return {"transformer": changed(parts["transformer"], in_channels=8)}
     if name.startswith("FluxControl"):
         return {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
     if name in ("WanImageToVideoPipeline", "LucyEditPipeline"):  # an image's latents, and a mask's
@@ -232,61 +237,6 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
             "transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)
         }
     return {}
-
-
-def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
-    """The second network of a class, of the first one's sizes."""
-    from diffusers import (
-        ControlNetModel,
-        ControlNetUnionModel,
-        FluxControlNetModel,
-        HunyuanDiT2DControlNetModel,
-        QwenImageControlNetModel,
-        SanaControlNetModel,
-        SD3ControlNetModel,
-        ZImageControlNetModel,
-    )
-
-    if "Union" in name:
-        net = ControlNetUnionModel.from_unet(
-            parts["unet"], conditioning_embedding_out_channels=(8, 8)
-        )
-        return changed(
-            net, num_trans_channel=8, num_proj_channel=8, num_trans_head=2, num_trans_layer=1
-        )
-    if name.startswith("QwenImage"):
-        sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-        sizes["extra_condition_channels"] = 4 if "Inpaint" in name else 0
-        return QwenImageControlNetModel.from_transformer(parts["transformer"], **sizes)
-    if name.startswith("ZImage"):
-        sizes = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
-        sizes |= {"dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-        sizes["control_in_dim"] = 9 if "Inpaint" in name else 4
-        net = ZImageControlNetModel(**sizes)
-        return ZImageControlNetModel.from_transformer(net, parts["transformer"])
-    if name.startswith("HunyuanDiT"):
-        return HunyuanDiT2DControlNetModel.from_transformer(
-            parts["transformer"], transformer_num_layers=4, load_weights_from_transformer=False
-        )
-    if name.startswith("Sana"):
-        return SanaControlNetModel.from_config(parts["transformer"].config, num_layers=1)
-    if name.startswith("StableDiffusion3"):
-        extra = 1 if "Inpaint" in name else 0
-        return SD3ControlNetModel.from_transformer(
-            parts["transformer"], 1, num_extra_conditioning_channels=extra
-        )
-    if name.startswith("Flux"):
-        return FluxControlNetModel.from_transformer(
-            parts["transformer"], 1, 1, attention_head_dim=16, num_attention_heads=2
-        )
-    return ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 8))
-
-
-def changed(model: torch.nn.Module, **config: object) -> torch.nn.Module:
-    """A model like another, but for some of its sizes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return type(model).from_config(model.config, **config).eval()
 
 
 @cache
