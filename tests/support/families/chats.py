@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from dense_attn.examples import _tiny_pipeline as tiny
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+SPECIAL += ["[IMG]"]  # FLUX.2's, which it takes out of prompts
 
 
 def flow() -> object:
