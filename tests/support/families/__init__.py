@@ -32,7 +32,10 @@ def auraflow() -> object:
         pos_embed_max_size=256,
     )
     return diffusers.AuraFlowPipeline(
-        **tiny._t5("", 32), vae=tiny._vae(4), transformer=louder(transformer, ".attn."), scheduler=flow()
+        **tiny._t5("", 32),
+        vae=tiny._vae(4),
+        transformer=louder(transformer, ".attn."),
+        scheduler=flow(),
     )
 
 
@@ -180,7 +183,10 @@ def pixart() -> object:
         caption_channels=32,
     )
     return diffusers.PixArtSigmaPipeline(
-        **tiny._t5("", 32), vae=tiny._vae(4), transformer=louder(transformer, ".attn"), scheduler=tiny._ddim()
+        **tiny._t5("", 32),
+        vae=tiny._vae(4),
+        transformer=louder(transformer, ".attn"),
+        scheduler=tiny._ddim(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Text encoders of random weights that read chats, with images in them where a pipeline has some."""
+"""Text encoders of random weights that read chats, with images in them if a pipeline has some."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from dense_attn.examples import _tiny_pipeline as tiny
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+SPECIAL += ["[IMG]"]  # FLUX.2's, which it takes out of prompts
 
 
 def flow() -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from functools import partial
 
 import torch
@@ -37,6 +38,16 @@ def read_as(pipe: object, template: str, name: str = "prompt_template_encode") -
     return pipe
 
 
+def coarse_vae() -> torch.nn.Module:
+    """One of 8 x 8 pixels a latent, which some pipelines count on."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    )
+
+
 def hunyuan_dit() -> object:
     transformer = diffusers.HunyuanDiT2DModel(
         num_attention_heads=2,
@@ -44,14 +55,14 @@ def hunyuan_dit() -> object:
         in_channels=4,
         patch_size=2,
         hidden_size=16,
-        num_layers=2,
+        num_layers=4,
         cross_attention_dim=16,
         cross_attention_dim_t5=32,
         pooled_projection_dim=16,
     )
     tokenizer = tiny._clip("")["tokenizer"]
-    pipe = diffusers.HunyuanDiTPipeline(
-        vae=tiny._vae(4),
+    return diffusers.HunyuanDiTPipeline(
+        vae=coarse_vae(),
         text_encoder=LastHidden(len(tokenizer), 16),
         tokenizer=tokenizer,
         transformer=louder(transformer, ".attn"),
@@ -61,8 +72,6 @@ def hunyuan_dit() -> object:
         requires_safety_checker=False,
         **tiny._t5("_2", 32),
     )
-    pipe.vae_scale_factor = 8  # which its calls count on
-    return pipe
 
 
 def cogview4() -> object:
@@ -144,14 +153,7 @@ def kandinsky5(kind: str = "T2I") -> object:
         for name, weight in transformer.named_parameters():
             if "modulation" in name:
                 weight.normal_(std=0.3)  # all 0 at first
-    vae = None  # 8 x 8 pixels a latent, and 4 frames
-    if kind == "I2I":
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(8,) * 4,
-            norm_num_groups=4,
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-        )
+    vae = coarse_vae() if kind == "I2I" else None  # or 8 x 8 pixels a latent, and 4 frames
     pipe = getattr(diffusers, f"Kandinsky5{kind}Pipeline")(
         transformer=transformer,
         vae=vae,
@@ -165,14 +167,37 @@ def kandinsky5(kind: str = "T2I") -> object:
     return read_as(pipe, BESIDE if kind == "I2I" else CHAT, "prompt_template")
 
 
+def video_vae() -> torch.nn.Module:
+    """The encoder of a video's first image, of Kandinsky's 8 x 8 pixels and 4 frames a latent."""
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def deep_vae() -> torch.nn.Module:
+    """SANA's, of 32 x 32 pixels a latent."""
+    sizes = {"block_types": "ResBlock", "block_out_channels": (8,) * 6}
+    sizes |= {"layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6}
+    both = {f"{part}_{name}": sizes[name] for part in ("encoder", "decoder") for name in sizes}
+    return diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=8, **both).eval()
+
+
+def shrink(module: types.ModuleType) -> None:
+    """Let the images of a module's pipelines have 48 x 32 pixels, not 1024 x 1024."""
+    sizes = (48, 32) if "plus" in module.__name__ else (48, 32, None)
+    module.calculate_dimensions = lambda _area, _ratio: sizes
+
+
 def qwen_edit(kind: str = "QwenImageEditPipeline") -> object:
     from families import family
 
     parts = family("qwen").components
     pipe = getattr(diffusers, kind)(**parts, processor=Processor(parts["tokenizer"]))
-    module = sys.modules[type(pipe).__module__]
-    sizes = (48, 32) if "Plus" in kind else (48, 32, None)  # not 1024 x 1024
-    module.calculate_dimensions = lambda _area, _ratio: sizes
+    shrink(sys.modules[type(pipe).__module__])
     return read_as(pipe, CHAT if "Plus" in kind else EDIT)
 
 

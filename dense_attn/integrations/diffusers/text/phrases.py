@@ -225,7 +225,7 @@ def _converted(
     if hasattr(pipe, "_text_preprocessing"):
         return _small(pipe, prompt, chars, argument)
     if not hasattr(pipe, "maybe_convert_prompt"):
-        _check_clean(pipe, prompt, argument)
+        _check_clean(pipe, tokenizer, prompt, argument)
         return prompt, chars
     parts = prompt[: chars[0]], prompt[slice(*chars)], prompt[chars[1] :]
     before, inner, after = (pipe.maybe_convert_prompt(part, tokenizer) for part in parts)
@@ -237,11 +237,14 @@ def _converted(
     return text, (len(before), len(before) + len(inner))
 
 
-def _check_clean(pipe: DiffusionPipeline, prompt: str, argument: str) -> None:
-    """Refuse a prompt in which a Wan pipeline changes more than white space."""
-    encode = getattr(type(pipe), "_get_t5_prompt_embeds", None)
-    cleaned = getattr(encode, "__globals__", {}).get("prompt_clean", str)(prompt)
-    if cleaned.split() != prompt.split():
+def _check_clean(pipe: DiffusionPipeline, tokenizer: Any, prompt: str, argument: str) -> None:
+    """Refuse a prompt that a pipeline cleans to other tokens, as Wan's and FLUX.2's do."""
+    module = inspect.unwrap(type(pipe).encode_prompt).__globals__
+    cleaned = module.get("prompt_clean", str)(prompt)
+    if hasattr(pipe, "system_message"):
+        cleaned = cleaned.replace("[IMG]", "")
+    texts = cleaned, prompt
+    if cleaned != prompt and len({tuple(tokens_of(tokenizer, text).ids) for text in texts}) > 1:
         rule = "have a phrase of a prompt that the pipeline leaves as it is"
         _checks.refuse(argument, rule, f"{prompt!r}, which becomes {cleaned!r}")
 

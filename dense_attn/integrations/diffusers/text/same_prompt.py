@@ -11,8 +11,8 @@ from . import encoding
 from .tokens import tokens_of
 
 if TYPE_CHECKING:
-    from .segments import Segment
     from .reading import Reading
+    from .segments import Segment
 
 # of a token's distance from the empty prompt's: far above rounding, far below another word
 NEAR = 0.1

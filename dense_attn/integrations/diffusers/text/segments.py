@@ -40,9 +40,7 @@ class Segment(NamedTuple):
         limits = [tokenizer.model_max_length for tokenizer in self.tokenizers]
         return min(*limits, LONGEST - min(self.start, 0))
 
-    def room(
-        self, tokenizer: Any, batch: Sequence[str], num_tokens: int | None
-    ) -> tuple[int, int]:
+    def room(self, tokenizer: Any, batch: Sequence[str], num_tokens: int | None) -> tuple[int, int]:
         """The tokens of a batch's texts among num_tokens, and the place of the first of them."""
         if self.others is None:
             return self.tokens(num_tokens), self.start
@@ -119,7 +117,8 @@ def _chat(pipe: DiffusionPipeline, reader: Any, tokenizer: Any) -> str:
         inspect.unwrap(call) for _, call in inspect.getmembers(type(pipe), inspect.isroutine)
     ]
     codes = (getattr(method, "__code__", None) for method in methods)
-    if tokenizer is None or not any("apply_chat_template" in code.co_names for code in codes if code is not None):
+    named = {name for code in codes if code is not None for name in code.co_names}
+    if tokenizer is None or "apply_chat_template" not in named:
         return "{}"
     if hasattr(pipe, "system_message"):  # FLUX.2 dev's, with a processor
         form = inspect.unwrap(type(pipe).encode_prompt).__globals__["format_input"]

@@ -1,4 +1,4 @@
-"""Kandinsky 5: self-attention of images or videos, cross-attention to the text, two calls a step."""
+"""Kandinsky 5: self-attention of images or videos, cross-attention to text, two calls a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SANA: cross-attention from the image to the text; its self-attention is linear, without scores."""
+"""SANA: cross-attention from the image to the text; its self-attention is linear, not scored."""
 
 from __future__ import annotations
 
