@@ -33,6 +33,8 @@ RUNS = """
     WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint ZImage ZImageImg2Img ZImageInpaint
     ZImageControlNet ZImageControlNetInpaint Chroma ChromaImg2Img ChromaInpaint
     PixArtAlpha PixArtSigma Lumina2
+    LTX LTXImageToVideo HunyuanVideo HunyuanSkyreelsImageToVideo CogVideoX CogVideoXImageToVideo
+    CogVideoXVideoToVideo CogVideoXFunControl SkyReelsV2 SkyReelsV2ImageToVideo ChronoEdit
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -62,11 +64,16 @@ REFUSED = {
         StableDiffusionXLPAGInpaint PixArtSigmaPAG
     """,
     "encode its prompt without an image": """
-        QwenImageEdit QwenImageEditInpaint QwenImageEditPlus
+        QwenImageEdit QwenImageEditInpaint QwenImageEditPlus HunyuanVideoImageToVideo
     """,
     "make images of one layer": "QwenImageLayered",
     "call its Flux2Transformer2DModel as a Flux2Klein.* does": "Flux2 Flux2KleinKV",
     "call its ZImageTransformer2DModel as a ZImage.* does": "ZImageOmni",
+    r"call its LTXVideoTransformer3DModel as a LTX\(Image": "LTXCondition LTXI2VLongMultiPrompt",
+    r"call its SkyReelsV2Transformer3DModel as a SkyReelsV2\(Image": """
+        SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo
+        SkyReelsV2DiffusionForcingVideoToVideo
+    """,
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -146,12 +153,13 @@ def test_a_run(name: str, calls: list) -> None:
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
     apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2"))
+    apart &= not name.startswith(("LTX", "CogVideoX"))
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
     layers = sum(hasattr(module, "processor") for module in denoiser.modules())
     layers -= (
-        2 if name.startswith(("ZImage", "Lumina2")) else 0
+        2 if name.startswith(("ZImage", "Lumina2")) else 1 if name.startswith("Hunyuan") else 0
     )  # refiners of the image or the text alone
     assert len(calls) == -(-3 * steps // 10) * layers
     assert {len(one[0]) for one in calls} == {1}

@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines import PROMPT, diffusers, pipeline
 
 from dense_attn.integrations.diffusers import models
-from families import FAMILIES, family
+from families import FAMILIES, family, video
 
 DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in models.MODELS)})\b")
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -86,6 +86,8 @@ def denoisers(kind: type) -> dict[str, str]:
 
 def model_name(kind: type) -> str:
     parts = inspect.signature(kind.__init__).parameters
+    if kind.__name__.startswith(video.NAMES):
+        return video.model_name(kind.__name__)
     for name, start in (
         ("qwen", "QwenImage"),
         ("wan", "Wan"),
@@ -142,13 +144,16 @@ def call(pipe: Any) -> None:
         given |= {"use_resolution_binning": False, "clean_caption": False}
     if "num_frames" in takes:
         given["num_frames"] = 5
+    if type(pipe).__name__.startswith(video.NAMES):
+        more = video.arguments(type(pipe).__name__, PICTURE[0])
+        given |= {name: value for name, value in more.items() if name in takes}
     if "true_cfg_scale" in given:
         given["negative_prompt"] = "fog"
     pipe(**given, generator=torch.Generator().manual_seed(0))
 
 
 def parts_of(model: str) -> dict[str, Any]:
-    if model in FAMILIES:
+    if model in FAMILIES | video.FAMILIES:
         return dict(family(model).components)
     if model == "kolors":
         return pipeline("sd").components | kolors()
@@ -157,6 +162,8 @@ def parts_of(model: str) -> dict[str, Any]:
 
 def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts that a class has in the place of others, or beside them."""
+    if name.startswith(video.NAMES):
+        return video.extras(name, parts)
     from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, T2IAdapter
 
     if name.startswith(("AnimateDiff", "PIA")):
