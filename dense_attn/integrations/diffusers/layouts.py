@@ -73,8 +73,9 @@ def apply_layout(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
-            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or Wan
-            (every frame has the regions).
+            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or
+            ChronoEdit, or of a video's Wan (also 2.2, of two), SkyReels V2, LTX-Video, HunyuanVideo
+            or CogVideoX.
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
@@ -82,9 +83,11 @@ def apply_layout(
         regions: a list of `(phrase, mask)` or of `Region`, or one such list for each prompt, which
             may be empty among those of `Region`. A phrase is a part of the prompt, or None for a
             region without one; its mask a bool array [H, W], a PIL image, light and opaque there,
-            or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words, where they first stand in
-            the prompt; a `Phrase` names another place. Where two overlap the later counts; a region
-            left without a token is warned of.
+            or a box (x0, y0, x1, y1) in 0..1. Every frame of a video has it; an array [F, H, W] has
+            a mask for each frame of the video, or of its latents, which take the middle one of
+            their frames. A phrase is whole words, where they first stand in the prompt; a `Phrase`
+            names another place. Where two overlap the later counts; a region left without a token
+            is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
             alone. In joint attention a row has one: image tokens' self_weight where blocks has
             image->image, and else cross_weight, which is also that of a phrase's tokens. They must

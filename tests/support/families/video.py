@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
-from pipelines import diffusers
+import torch
+from PIL import Image
+from pipelines import ALL, diffusers
+from torch import Tensor
 
 import families
 from dense_attn.examples import _tiny_pipeline as tiny
@@ -143,6 +147,61 @@ def hunyuan_video() -> object:
         tokenizer=tokenizer,
         text_encoder=families.LastHidden(len(tokenizer) + 8, 32),
     )
+
+
+NAMES = "LTX", "CogVideoX", "Hunyuan", "SkyReels", "ChronoEdit"  # how pipelines' names begin
+CHANNELS = {  # of latents and of an image's beside them, and of a mask's frames
+    "CogVideoXImageToVideoPipeline": 8,
+    "CogVideoXFunControlPipeline": 8,
+    "HunyuanSkyreelsImageToVideoPipeline": 8,
+    "SkyReelsV2ImageToVideoPipeline": 12,
+    "ChronoEditPipeline": 12,
+}
+SIZES = {"height": 32, "width": 32, "guidance_scale": 4.0, "negative_prompt": "fog"}
+
+
+def model_name(name: str) -> str:
+    """The family of a pipeline's class."""
+    starts = dict(zip(NAMES, ("ltx", "cogvideox", "hunyuan_video", "skyreels", "skyreels")))
+    return next(family for start, family in starts.items() if name.startswith(start))
+
+
+def extras(name: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a class has in the place of others, or beside them."""
+    transformer = parts["transformer"]
+    config = (
+        dict(transformer.config) | ALL | {"in_channels": CHANNELS.get(name, 4), "out_channels": 4}
+    )
+    kind = type(transformer)
+    if config["in_channels"] == 12:  # whose text has 512 tokens behind an image's
+        config |= {"image_dim": 8, "added_kv_proj_dim": 24}
+        kind = diffusers.ChronoEditTransformer3DModel if "Chrono" in name else kind
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return vision() | {"transformer": kind.from_config(config).eval()}
+
+
+def arguments(name: str, picture: Tensor) -> dict[str, object]:
+    """The arguments of a class's calls, in the place of others."""
+    given = {"control_video": [Image.new("RGB", (32, 32))] * 5, "video": [picture] * 5}
+    return SIZES | given | ({"max_sequence_length": 512} if CHANNELS.get(name) == 12 else {})
+
+
+def vision() -> dict[str, Any]:
+    """An encoder of images."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    size = {"height": 8, "width": 8}
+    processor = CLIPImageProcessor(size=size, crop_size=size)
+    return {"image_encoder": CLIPVisionModel(config).eval(), "image_processor": processor}
 
 
 FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
