@@ -63,6 +63,8 @@ class Mark(Protocol):
 class _Call:
     """A call of a marked layer: its first softmax of the sizes that are meant is exchanged."""
 
+    __slots__ = ("done", "expected", "mark", "seen")
+
     def __init__(self, mark: Mark, expected: Expected) -> None:
         self.mark, self.expected = mark, expected
         self.done = False
@@ -84,12 +86,14 @@ class _Call:
         """Attention of q, k, v [B, H, N, D], modulated in the rows meant; `plain` has others."""
         for name in filter(options.get, UNTAKEN):
             _checks.refuse("pipe", f"attend without {name} while a layout is on", options[name])
-        first, last, end = self.expected.first, self.expected.last, len(q)
-        rows = q[first:last], k[first:last], v[first:last]
-        mask = masks.of_call(options, first, last, *rows[:2], self.expected.same_tokens)
-        parts = [self.mark.attend(*rows, options.get("scale"), mask)]
-        if last - first == end:
-            return parts[0]
+        first, last, _, _, same_tokens = self.expected
+        scale, mask, end = options.get("scale"), options.get("attn_mask"), q.shape[0]
+        if last - first == end:  # views of all rows would be these
+            mask = None if mask is None else masks.of_call(options, first, last, q, k, same_tokens)
+            return self.mark.attend(q, k, v, scale, mask)
+        q, k, v = q[first:last], k[first:last], v[first:last]
+        mask = None if mask is None else masks.of_call(options, first, last, q, k, same_tokens)
+        parts = [self.mark.attend(q, k, v, scale, mask)]
         if first:
             parts.insert(0, plain(0, first))
         if last < end:

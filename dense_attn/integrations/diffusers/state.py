@@ -179,10 +179,9 @@ class LayoutState:
         mask: Mask | None = None,
     ) -> Tensor:
         """Modulated attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
-        run = partial(layer.attention, options=self.options)
         if mask is None:
-            return run(q, k, v, scale=scale)
-        return mask.attention(q, k, v, scale, run)
+            return layer.attention(q, k, v, scale=scale, options=self.options)
+        return mask.attention(q, k, v, scale, partial(layer.attention, options=self.options))
 
     def missed(self, mark: LayerMark, seen: list[tuple[int, int]]) -> None:
         """Refuse a layer's own number of tokens; once a block, warn of an extension's."""
