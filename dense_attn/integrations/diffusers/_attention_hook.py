@@ -32,6 +32,7 @@ STAND_INS = {
     "XFormersAttnProcessor": "AttnProcessor2_0",
     "XFormersJointAttnProcessor": "JointAttnProcessor2_0",
 }
+OF_SDPA = ("attn_mask", "dropout_p", "is_causal")  # its options by place
 UNTAKEN = ("is_causal", "dropout_p", "return_lse", "_parallel_config")
 
 
@@ -63,8 +64,6 @@ class Mark(Protocol):
 class _Call:
     """A call of a marked layer: its first softmax of the sizes that are meant is exchanged."""
 
-    __slots__ = ("done", "expected", "mark", "seen")
-
     def __init__(self, mark: Mark, expected: Expected) -> None:
         self.mark, self.expected = mark, expected
         self.done = False
@@ -87,13 +86,13 @@ class _Call:
         for name in filter(options.get, UNTAKEN):
             _checks.refuse("pipe", f"attend without {name} while a layout is on", options[name])
         first, last, _, _, same_tokens = self.expected
-        scale, mask, end = options.get("scale"), options.get("attn_mask"), q.shape[0]
-        if last - first == end:  # views of all rows would be these
-            mask = None if mask is None else masks.of_call(options, first, last, q, k, same_tokens)
-            return self.mark.attend(q, k, v, scale, mask)
-        q, k, v = q[first:last], k[first:last], v[first:last]
-        mask = None if mask is None else masks.of_call(options, first, last, q, k, same_tokens)
-        parts = [self.mark.attend(q, k, v, scale, mask)]
+        end = q.shape[0]
+        if last - first < end:
+            q, k, v = q[first:last], k[first:last], v[first:last]
+        mask = masks.of_call(options, first, last, q, k, same_tokens)
+        parts = [self.mark.attend(q, k, v, options.get("scale"), mask)]
+        if last - first == end:
+            return parts[0]
         if first:
             parts.insert(0, plain(0, first))
         if last < end:
@@ -204,8 +203,14 @@ def _marked(kind: type) -> type:
         original = functools.partial(own, self)
         return _apart(marks[-1], expected, original, instead, attn, *args, **kwargs)
 
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {**names, "__call__": __call__, MARKS: True})
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        """A copy of a processor is one of its kind."""
+        made, given, *state = kind.__reduce_ex__(self, protocol)
+        return made, tuple(kind if each is type(self) else each for each in given), *state
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, MARKS: True}
+    methods = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
+    return type(kind.__name__, (kind,), names | methods)
 
 
 def _told(mark: Mark, expected: Expected, run: Callable[..., Any], *args: Any, **kw: Any) -> Any:
@@ -307,16 +312,8 @@ def _functional(inner: types.ModuleType) -> types.ModuleType:
     """torch.nn.functional, with an attention of q, k, v [B, H, N, D] that marked calls leave."""
 
     @functools.wraps(inner.scaled_dot_product_attention)
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        options |= {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        options.update(zip(OF_SDPA, args))
         call = _slot().call
         if call is None or query.dim() != 4 or not call.takes(query, key, 2):
             return inner.scaled_dot_product_attention(query, key, value, **options)

@@ -156,6 +156,12 @@ class LayoutState:
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
 
+    def __deepcopy__(self, memo: object) -> LayoutState:
+        """That of a copied denoiser, which is in no block: its calls go on as they are."""
+        other = object.__new__(type(self))
+        other.paused, other.first, other.last = 1, 0, 0
+        return other
+
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
         """The marks of attention modules, given by name with their kind and depth."""
         self.attentions = {name: layer for name, (layer, *_) in layers.items()}
