@@ -229,8 +229,8 @@ def _words_fit(words: object, num_tokens: int, q: Tensor) -> bool:
     """Whether one look finds nothing to refuse in words that all samples share."""
     return (
         isinstance(words, Tensor)
-        and words.dtype == torch.int32
-        and words.shape == (num_tokens,)
-        and words.layout == torch.strided
+        and words.dtype is torch.int32
+        and words.shape in ((num_tokens,), (1, num_tokens))
+        and words.layout is torch.strided
         and words.device == q.device
     )

@@ -53,7 +53,10 @@ def check_tensors(
     _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
     if q_order is None and k_order is None:
         return
-    for name, order, tokens in (("q_order", q_order, seqlen_q), ("k_order", k_order, seqlen_k)):
+    orders = [("q_order", q_order, seqlen_q)]
+    if k_order is not q_order or seqlen_q != seqlen_k:
+        orders.append(("k_order", k_order, seqlen_k))
+    for name, order, tokens in orders:
         if isinstance(order, Tensor):
             _checks.token_words(name, order, batch, tokens, q)
         elif order is not None and order is not False:
@@ -103,8 +106,13 @@ def row_strength(strength: Tensor | float, q: Tensor) -> tuple[Tensor | None, fl
     _checks.same_device("strength", strength, q)
     shape = (batch, num_heads, seqlen_q)
     if strength.shape != shape:
-        padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
-        if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
+        sizes = strength.shape
+        if not (
+            len(sizes) <= 3
+            and (len(sizes) < 1 or sizes[-1] in (1, seqlen_q))
+            and (len(sizes) < 2 or sizes[-2] in (1, num_heads))
+            and (len(sizes) < 3 or sizes[-3] in (1, batch))
+        ):
             rule = f"broadcast to [B, H, M] = {shape}"
             _checks.refuse("strength", rule, tuple(strength.shape))
         strength = strength.expand(batch, num_heads, seqlen_q)

@@ -150,6 +150,12 @@ class LayoutState:
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
 
+    def __deepcopy__(self, memo: object) -> LayoutState:
+        """That of a copied denoiser, which is in no block: its calls go on as they are."""
+        other = object.__new__(type(self))
+        other.paused, other.first, other.last = 1, 0, 0
+        return other
+
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
         """The marks of attention modules, given by name with their kind and depth."""
         self.attentions = {name: layer for name, (layer, *_) in layers.items()}
@@ -173,10 +179,9 @@ class LayoutState:
         mask: Mask | None = None,
     ) -> Tensor:
         """Modulated attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
-        run = partial(layer.attention, options=self.options)
         if mask is None:
-            return run(q, k, v, scale=scale)
-        return mask.attention(q, k, v, scale, run)
+            return layer.attention(q, k, v, scale=scale, options=self.options)
+        return mask.attention(q, k, v, scale, partial(layer.attention, options=self.options))
 
     def missed(self, mark: LayerMark, seen: list[tuple[int, int]]) -> None:
         """Refuse a layer's own number of tokens; once a block, warn of an extension's."""
