@@ -8,7 +8,7 @@ from dense_attn.reversible.schedule import Schedule
 
 # what is refused in its numbers, as a caller knows it
 _READ = ("timesteps", "alphas_cumprod", "final_alpha_cumprod", "sigmas")
-WORDS = {name: f"scheduler.{name}" for name in _READ}
+WORDS = {name: f"scheduler's {name}" for name in _READ}
 
 
 def read(scheduler: object) -> Schedule:
