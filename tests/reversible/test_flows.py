@@ -13,6 +13,7 @@ from cases import DEVICES, INTERPRETED, backends
 from chains import ONE, Network, leaves, weighted
 from torch import Tensor
 
+from dense_attn import optimize_latents
 from dense_attn._backends import table
 from dense_attn.reversible.sampler import sample_for_latents
 
@@ -202,6 +203,26 @@ def test_memory_does_not_grow_with_the_steps(method: str, options: dict) -> None
     assert saved[0] == saved[1] > 0
 
 
+def test_the_noise_of_a_flow_is_optimised(tmp_path: Path) -> None:
+    """A run goes on from a file, on the same schedule alone."""
+
+    def loss(image: Tensor) -> Tensor:
+        return (image - 0.5).square().mean()
+
+    network, noise = Network().requires_grad_(False), torch.randn(ONE)
+    how = {"clip": 0.03, "noise": 0.0, "progress": False}
+    functions = network, lambda x: x, loss, noise
+    whole = optimize_latents(flows.sampler(4), *functions, steps=8, **how)
+    assert whole.losses[-1] < whole.losses[0]
+    half = optimize_latents(flows.sampler(4), *functions, steps=4, **how)
+    torch.save(half.state, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    rest = optimize_latents(flows.sampler(4), *functions, steps=4, **how, state=state)
+    assert rest.losses == whole.losses
+    with pytest.raises(ValueError, match=r"^sampler must be that of state, with timesteps"):
+        optimize_latents(flows.sampler(4, 3.0), *functions, steps=4, **how, state=state)
+
+
 def rows() -> list[tuple[float, int, dict[str, float]]]:
     """The documentation's table: shift, network calls, the distances that are said."""
     page = (ROOT / "docs/reversible.md").read_text("utf-8")
@@ -225,6 +246,22 @@ def test_the_price_in_distance_from_euler_is_as_documented(shift: float) -> None
     for calls, said in found:
         for name, method in (("EDICT", "edict"), ("leapfrog", "bdia")):
             assert close(flows.from_euler(method, calls, shift, calls), said[f"{name} from Euler"])
+
+
+@pytest.mark.full
+def test_float_round_trips_lose_what_is_documented() -> None:
+    """To a factor of three: rounding differs between machines."""
+    page = (ROOT / "docs/reversible.md").read_text("utf-8")
+    said = re.findall(r"^\| (EDICT|leapfrog), (float\d\d) \|((?: \S+ \|){3})$", page, re.MULTILINE)
+    assert len(said) == 6
+    for name, dtype, numbers in said:
+        method, dtype = {"EDICT": "edict", "leapfrog": "bdia"}[name], getattr(torch, dtype)
+        noise = flows.toy_noise().to(dtype)
+        for steps, number in zip((10, 28, 50), re.findall(r"[^ |]+", numbers), strict=True):
+            chain = flows.sampler(steps, 3.0, method=method, exact=False, dtype=dtype)
+            back, _ = chain.invert(flows.toy_velocity, *chain.sample(flows.toy_velocity, noise))
+            lost = (back.double() - noise.double()).abs().max().item()
+            assert float(number) / 3 < lost < float(number) * 3
 
 
 @pytest.mark.full

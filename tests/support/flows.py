@@ -96,13 +96,16 @@ def toy_velocity(x: Tensor, t: Tensor) -> Tensor:
     return (shares * (sigma / variance * apart - data)).sum(1).to(x.dtype)
 
 
+def toy_noise() -> Tensor:
+    return torch.randn(200, 8, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
 @cache
 def _sampled(method: str, calls: int, shift: float) -> Tensor:
     """200 images of the toy field."""
-    noise = torch.randn(200, 8, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     steps = calls // 2 if method == "edict" else calls
     how = {"method": method, "dtype": torch.float64, "backend": "reference"}
-    return sampler(steps, shift, **how).sample(toy_velocity, noise)[0]
+    return sampler(steps, shift, **how).sample(toy_velocity, toy_noise())[0]
 
 
 def from_euler(method: str, calls: int, shift: float, calls_of_euler: int) -> float:
