@@ -136,7 +136,7 @@ def test_gamma_1_is_the_additive_leapfrog() -> None:
 def test_gradients_are_those_of_plain_autograd(
     method: str, options: dict, pair: bool, backend: str
 ) -> None:
-    """Of latents and parameters, in float64: to rounding, but for the grid's own."""
+    """Latents and parameters, in float64: to rounding, but for the grid's own."""
     for steps, tolerance in ((1, 1e-6), (12, 1e-5)):
         network, inputs = Network(dtype=torch.float64), leaves(pair)
         chain = flows.sampler(

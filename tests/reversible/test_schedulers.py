@@ -281,6 +281,9 @@ def test_refusals(scheduler: object, options: dict, error: type[Exception], mess
 def test_schedulers_of_other_kinds_are_refused() -> None:
     scheduler = made("FlowMatchHeunDiscreteScheduler")
     refused(ValueError, "have one timestep a step", ReversibleSampler.from_scheduler, scheduler)
+    scheduler = made("DPMSolverMultistepScheduler", prediction_type="flow_prediction")
+    message = "scheduler must use_flow_sigmas for flow_prediction, got DPMSolverMultistepScheduler"
+    refused(ValueError, message, ReversibleSampler.from_scheduler, scheduler)
     scheduler = made("EDMEulerScheduler")
     refused(TypeError, NEITHER, ReversibleSampler.from_scheduler, scheduler)
     scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler()
