@@ -8,7 +8,7 @@ from dense_attn.reversible.schedule import Schedule
 
 # what is refused in its numbers, as a caller knows it
 _READ = ("timesteps", "alphas_cumprod", "final_alpha_cumprod", "sigmas")
-WORDS = {name: f"scheduler.{name}" for name in _READ}
+WORDS = {name: f"scheduler's {name}" for name in _READ}
 
 
 def read(scheduler: object) -> Schedule:
@@ -29,6 +29,8 @@ def read(scheduler: object) -> Schedule:
     order = getattr(scheduler, "order", 1)
     if order != 1:
         _checks.refuse("scheduler", "have one timestep a step", f"{kind}, which has {order}")
+    if not flow and getattr(config, "prediction_type", None) == "flow_prediction":
+        _checks.refuse("scheduler", "use_flow_sigmas for flow_prediction", f"{kind} without")
     if flow:
         return schedule.from_flow(sigmas, timesteps)
     if sigmas is not None:
