@@ -153,7 +153,7 @@ CASES = (
     *(Case(f"keys-150-head-dim-{d}", (1, 1, 40, 150, d), "runs") for d in HEAD_DIMS[3:]),
     # More than 80 keys, with which CUDA's row kernel takes 128 columns.
     *(
-        Case(f"keys-100-head-dim-{d}", (1, 1, 40, 100, d), "runs")
+        Case(f"keys-100-columns-{d}", (1, 1, 40, 100, d), "runs")
         for d in (HEAD_DIMS[1], *HEAD_DIMS[3:])
     ),
     Case("runs-at-strength-1", (1, 1, 33, 400, 40), "runs", 1.0, modulations=ONLY_RANGE),
