@@ -183,7 +183,9 @@ class RegionState(LayoutState):
             span = next(span for span in spans if row < span.stop)
             b = (row - span.start) * len(images) // (span.stop - span.start)
             there = self.reading.texts(span.positive)[b]
-            counts = [0 if one is None else len(texts.trimmed(one, keep)) for one in there]
+            counts = [
+                0 if one is None else len(one.tokens if keep else one.bare) for one in there
+            ]
             seen = [length if self._sees_first(b, there) else 0, *counts]
             rows.append(there)
             lengths.append((length, *counts) + (0,) * (self._most - len(counts)))
