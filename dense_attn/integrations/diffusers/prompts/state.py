@@ -89,7 +89,12 @@ class RegionState(LayoutState):
         }
 
     def missed(self, mark: LayerMark, seen: list[tuple[int, int]]) -> None:
-        """Refuse another number of tokens: the layer would see the texts of all regions."""
+        """Refuse another number of tokens: the layer would see the texts of all regions.
+
+        Layers of the text alone may be a ControlNet's too, whose text is the call's.
+        """
+        if mark.kind == TEXT_ALONE:
+            return
         expected = self.parts[mark.kind, mark.depth].num_queries
         rule = f"give {mark.name} the {expected} tokens of its latents' grid"
         _checks.refuse("pipe", rule, seen[0][0] if seen else "none")
