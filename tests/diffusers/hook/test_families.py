@@ -130,7 +130,7 @@ def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list
 @every_family
 def test_words_and_strengths(name: str, calls: list) -> None:
     """Registers, a template's dropped tokens, frames and orders of segments, counted by hand."""
-    with apply_layout(family(name), PROMPT, BOTH, exponent=0.0):
+    with apply_layout(family(name), PROMPT, BOTH, modulation="range", exponent=0.0):
         run(name, PROMPT, steps=1)
     layers = by_hand(name)
     assert {(call[0].shape[2], call[1].shape[2]) for call in calls} == set(layers)

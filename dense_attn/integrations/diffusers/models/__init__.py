@@ -12,6 +12,7 @@ from dense_attn import _checks
 
 from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
+from ..modular.pipeline import Modular
 from .auraflow import AuraFlow
 from .chroma import Chroma
 from .flux import Flux
@@ -53,7 +54,8 @@ def model_of(pipe: DiffusionPipeline) -> Model:
         *names, last = (model.denoiser for model in MODELS)
         got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
         _checks.refuse("pipe", f"have a {', '.join(names)} or {last}", got)
-    _check_batches(type(pipe), model)
+    if not isinstance(pipe, Modular):  # whose calls a guider tells apart
+        _check_batches(type(pipe), model)
     if getattr(pipe, "transformer_2", None) is not None:
         _checks.refuse("pipe", "have one denoiser", f"{type(pipe).__name__} with a transformer_2")
     return model

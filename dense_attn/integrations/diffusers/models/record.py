@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..state import Side, joined, order_of
+from ..options.numbers import JOINT, RANGE, Defaults
+from ..state import Side, joined
 
 if TYPE_CHECKING:
     from dense_attn import Layout
@@ -41,7 +42,6 @@ class Entry(NamedTuple):
     depth: int  # halvings of the grid of latents
     q: Side
     k: Side  # the same object where queries and keys are the same tokens
-    order: Tensor  # int32 [P, M], of the queries
 
 
 class Segment(NamedTuple):
@@ -126,6 +126,17 @@ class Model:
         frames, patch = (1, patch) if isinstance(patch, int) else (patch[0], patch[-1])
         return cls(patch=patch, frames=frames)
 
+    @property
+    def joint(self) -> bool:
+        """Whether text tokens attend too, in the layers of the image."""
+        rows = (segment.kind for attention in self.attentions for segment in attention.queries)
+        return "text" in rows
+
+    @property
+    def defaults(self) -> Defaults:
+        """What a layout does where its caller does not say; a record may name its own."""
+        return JOINT if self.joint else RANGE
+
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
         latents, text = arguments[self.latents], arguments["encoder_hidden_states"]
@@ -164,15 +175,14 @@ class Model:
         self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
     ) -> Iterator[Entry]:
         """Every kind and size of attention layers."""
-        cross_weight, self_weight = state.options.cross_weight, state.options.self_weight
         for kind, queries, keys in self.attentions:
-            others = TEXT not in queries and keys is not None
-            weight = cross_weight if others else self_weight
-            if not weight and TEXT not in queries:
-                continue  # the text's rows of joint attention have a weight of their own
-            q = self._side(state, layouts, text, call, queries, weight)
-            k = q if keys is None else self._side(state, layouts, text, call, keys, weight)
-            yield Entry(kind, 0, q, k, order_of(q))
+            columns = tuple({segment.kind for segment in keys or queries})
+            weights = {row.kind: state.options.weight(row.kind, columns) for row in queries}
+            if not any(weights.values()):
+                continue
+            q = self._side(state, layouts, text, call, queries, weights.get("image", 0.0))
+            k = q if keys is None else self._side(state, layouts, text, call, keys, 0.0)
+            yield Entry(kind, 0, q, k)
 
     def _side(
         self,
