@@ -15,10 +15,14 @@ from ..hooks import unwrapped
 from ..modular.pipeline import Modular
 from .auraflow import AuraFlow
 from .chroma import Chroma
+from .cogview4 import CogView4
+from .cross.hunyuan_dit import HunyuanDiT
+from .cross.kandinsky5 import Kandinsky5
+from .cross.pixart import PixArt
+from .cross.sana import Sana
 from .flux import Flux
 from .flux2 import Flux2
 from .lumina2 import Lumina2
-from .pixart import PixArt
 from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
@@ -41,6 +45,10 @@ MODELS: tuple[type[Model], ...] = (
     PixArt,
     AuraFlow,
     Wan,
+    HunyuanDiT,
+    CogView4,
+    Sana,
+    Kandinsky5,
 )
 
 
@@ -70,7 +78,7 @@ def _check_batches(kind: type, model: Model) -> None:
     parameters = () if encode is None else inspect.signature(encode).parameters
     if "prompt" not in parameters:
         _checks.refuse("pipe", "have an encode_prompt of a prompt", kind.__name__)
-    if "image" in parameters:
+    if "image" in parameters and not model.sees_images:
         _checks.refuse("pipe", "encode its prompt without an image", kind.__name__)
     if "layers" in inspect.signature(kind.__call__).parameters:
         _checks.refuse("pipe", "make images of one layer", kind.__name__)

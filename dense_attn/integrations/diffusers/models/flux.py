@@ -21,13 +21,9 @@ class Flux(Model):
     denoiser = "FluxTransformer2DModel"
     longer_text = True
     unit = 1e-3
+    packs = 2
     branches = "calls"
     attentions = (Attention("attn", (TEXT, IMAGE, REFERENCES)),)
-
-    @classmethod
-    def of(cls, denoiser: torch.nn.Module) -> Flux:
-        """The record of any of them: pipelines pack 2 x 2 latents in a token."""
-        return cls(patch=2)
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width.

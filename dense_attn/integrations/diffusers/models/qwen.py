@@ -1,10 +1,9 @@
-"""Qwen-Image: joint attention, the text of a chat before the image, a call for each prompt."""
+"""Qwen-Image and its Edit: joint attention, a chat before the image, a call for each prompt."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .record import IMAGE, REFERENCES, TEXT, Attention, Call, Model
@@ -18,16 +17,13 @@ class QwenImage(Model):
 
     denoiser = "QwenImageTransformer2DModel"
     unit = 1e-3
+    packs = 2
     branches = "calls"
+    sees_images = True
     attentions = (Attention("attn", (TEXT, IMAGE, REFERENCES)),)
     longer_text = True
     text_mask = "encoder_hidden_states_mask"
     numbering = "pos_embed", "forward"
-
-    @classmethod
-    def of(cls, denoiser: torch.nn.Module) -> QwenImage:
-        """The record of any of them: pipelines pack 2 x 2 latents in a token."""
-        return cls(patch=2)
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, with the grids in the place of positions."""

@@ -104,10 +104,12 @@ class Model:
     component: ClassVar[str] = "transformer"  # the pipeline's name for it
     latents: ClassVar[str] = "hidden_states"  # the argument that brings them
     unit: ClassVar[float] = 1.0  # of its timesteps, in the scheduler's
+    packs: ClassVar[int | None] = None  # latents on a side of a token that its pipelines pack
     # where the negative prompt is: "halves" of a batch, before the prompt's, "prompt first" for
     # halves behind it, or "calls" of their own after the prompt's
     branches: ClassVar[str] = "halves"
     hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
+    sees_images: ClassVar[bool] = False  # whose tokens encode_prompt may put beside the prompt's
     attentions: ClassVar[tuple[Attention, ...]] = ()
     # prompts of regions: whether joint attention takes more text behind the call's, as `lengthen`
     # and `numbered` place it; layers in which text sees text, a regular expression as above; the
@@ -122,7 +124,7 @@ class Model:
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> Model:
         """The record of one denoiser."""
-        patch = getattr(denoiser.config, "patch_size", 1)
+        patch = cls.packs or getattr(denoiser.config, "patch_size", 1)
         frames, patch = (1, patch) if isinstance(patch, int) else (patch[0], patch[-1])
         return cls(patch=patch, frames=frames)
 

@@ -21,6 +21,7 @@ class ZImage(Model):
     denoiser = "ZImageTransformer2DModel"
     pipelines = "ZImage(ControlNet)?(Img2Img|Inpaint)?Pipeline"
     latents = "x"
+    packs = 2
     branches = "prompt first"
     attentions = (
         Attention(
@@ -30,11 +31,6 @@ class ZImage(Model):
     longer_text = True
     text_layers = r"^context_refiner\.\d+\.attention$"
     numbering = "", "patchify_and_embed"
-
-    @classmethod
-    def of(cls, denoiser: torch.nn.Module) -> ZImage:
-        """The record of any of them, in whose tokens are 2 x 2 latents."""
-        return cls(patch=2)
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, of lists with an entry a sample; time rises there."""
