@@ -144,7 +144,7 @@ def test_blocks_inside_of_blocks() -> None:
 
 def test_records_without_a_place_for_more_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Flux, "longer_text", False)
-    sentence = r"^pipe must have a record that says where texts .*, got ChromaPipeline with Chroma"
+    sentence = r"^pipe must have a model whose record places texts .*, got ChromaPipeline with Chro"
     with (
         pytest.raises(ValueError, match=sentence),
         apply_layout(family("chroma"), "dog", HALVES),

@@ -36,7 +36,7 @@ class RegionReading(Reading):
         self.base = prompts is not None
         self.negatives = any(text is not None for image in regions for text in image.negatives)
         self._manner: dict[str, Any] = {}  # of encode_prompt, as the last call had it
-        self._texts: dict[tuple[str, bool, str], Text] = {}  # prompts and negative ones, by manner
+        self._texts: dict[tuple[str, bool], Text] = {}  # prompts and negative ones, in that manner
         none = phrase_regions.Regions([], torch.zeros(0, 1, 1, dtype=torch.bool, device="cpu"))
         super().__init__(pipe, given, [none], encode=False)
         if not self.base:
@@ -49,14 +49,12 @@ class RegionReading(Reading):
         negative = bool(self._heard) and embedded
         super().hear(given)
         if not negative and encoding.missing(self.pipe) is None:
-            mine = ("device", "do_classifier_free_guidance")
-            self._manner = {
-                name: value
-                for name, value in given.items()
-                if "prompt" not in name and name not in mine
-            }
+            manner = {name: given[name] for name in given if _tells(name)}
             if embedded:  # of others only this one had an effect
-                self._manner = {k: v for k, v in self._manner.items() if k == "lora_scale"}
+                manner = {name: manner[name] for name in manner if name == "lora_scale"}
+            if not _same(manner, self._manner):
+                self._manner = manner
+                self._texts.clear()
             for positive in (True, False):  # now, while the text encoders are at hand
                 self.texts(positive)
 
@@ -72,7 +70,7 @@ class RegionReading(Reading):
 
     def _text(self, text: str, positive: bool) -> Text:
         """A prompt, or a negative one, as the last call's manner encodes it."""
-        key = text, positive, repr(sorted(self._manner.items()))
+        key = text, positive
         if key not in self._texts:
             found = self._encoded(text) if positive else self._negative(text)
             tokens, same = found[0][0], (1, len(found[0][0]))
@@ -92,3 +90,18 @@ class RegionReading(Reading):
         guided = {"negative_prompt": text, "do_classifier_free_guidance": True}
         pairs = zip(self._encoded(""), self._encoded("", **guided))
         return tuple(more for one, more in pairs if one is None or len(one) == 0)
+
+
+def _tells(name: str) -> bool:
+    """Whether an argument of encode_prompt is no text, and none that encoding sets by itself."""
+    own = ("device", "do_classifier_free_guidance", "text_encoder_index")
+    return "prompt" not in name and name not in own
+
+
+def _same(manner: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two manners are; images and lists are told apart as objects."""
+    plain = (str, int, float, bool)
+    return manner.keys() == other.keys() and all(
+        value is other[name] or (isinstance(value, plain) and value == other[name])
+        for name, value in manner.items()
+    )
