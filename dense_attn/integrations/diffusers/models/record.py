@@ -116,11 +116,11 @@ class Model:
     hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
     sees_images: ClassVar[bool] = False  # whose tokens encode_prompt may put beside the prompt's
     attentions: ClassVar[tuple[Attention, ...]] = ()
-    # prompts of regions: whether joint attention takes more text behind the call's, as `lengthen`
-    # and `numbered` place it; layers in which text sees text, a regular expression as above; the
-    # argument that tells text from padding, and whether layers see padding all the same; the
-    # module and the function that number the tokens
-    longer_text: ClassVar[bool] = False
+    # prompts of regions: whether a call takes more text behind its own, as `lengthen` and
+    # `numbered` place it, None where cross-attention does; layers in which text sees text, a
+    # regular expression; the argument that tells text from padding, and whether layers see padding
+    # all the same; the module and the function that number the tokens
+    longer_text: ClassVar[bool | None] = None
     text_layers: ClassVar[str | None] = None
     text_mask: ClassVar[str] = "encoder_attention_mask"
     keeps_padding: ClassVar[bool] = False

@@ -27,8 +27,8 @@ def region_state(
 ) -> RegionState:
     """The state of a block, for a model whose kind of attention is known."""
     kind, joint = model.denoiser, is_joint(model)
-    if joint and not model.longer_text:
-        rule = "have a record that says where texts of regions stand (longer_text)"
+    if not (model.longer_text or (model.longer_text is None and not joint)):
+        rule = "have a model whose record places texts of regions (longer_text)"
         _checks.refuse("pipe", rule, f"{type(pipe).__name__} with {kind}")
     if joint and options.isolate not in (0, 1):
         _checks.refuse("isolate", f"be 0 or 1 for a {kind}", options.isolate)

@@ -89,7 +89,12 @@ class RegionState(LayoutState):
         }
 
     def missed(self, mark: LayerMark, seen: list[tuple[int, int]]) -> None:
-        """Refuse another number of tokens: the layer would see the texts of all regions."""
+        """Refuse another number of tokens: the layer would see the texts of all regions.
+
+        Layers of the text alone may be a ControlNet's too, whose text is the call's.
+        """
+        if mark.kind == TEXT_ALONE:
+            return
         expected = self.parts[mark.kind, mark.depth].num_queries
         rule = f"give {mark.name} the {expected} tokens of its latents' grid"
         _checks.refuse("pipe", rule, seen[0][0] if seen else "none")
@@ -183,7 +188,9 @@ class RegionState(LayoutState):
             span = next(span for span in spans if row < span.stop)
             b = (row - span.start) * len(images) // (span.stop - span.start)
             there = self.reading.texts(span.positive)[b]
-            counts = [0 if one is None else len(texts.trimmed(one, keep)) for one in there]
+            counts = [
+                0 if one is None else len(one.tokens if keep else one.bare) for one in there
+            ]
             seen = [length if self._sees_first(b, there) else 0, *counts]
             rows.append(there)
             lengths.append((length, *counts) + (0,) * (self._most - len(counts)))

@@ -95,14 +95,9 @@ def written(
         begin = slots.own
         for one, size in zip(row, slots.sizes[1:]):
             if one is not None:
-                own = trimmed(one, keep_padding)
+                own = one.tokens if keep_padding else one.bare
                 tokens[b, begin : begin + len(own)] = own.to(text)
                 if keep_padding and one.mask is not None:
                     mask[b, begin - slots.own :][: len(own)] = one.mask.to(mask.device)
             begin += size
     return Texts(slots, tokens, mask)
-
-
-def trimmed(text: Text, keep_padding: bool) -> Tensor:
-    """The tokens of a text [n, C], without its padding unless that is kept."""
-    return text.tokens if keep_padding or text.mask is None else text.tokens[text.mask]
