@@ -32,7 +32,11 @@ RUNS = """
     QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
     WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint ZImage ZImageImg2Img ZImageInpaint
     ZImageControlNet ZImageControlNetInpaint Chroma ChromaImg2Img ChromaInpaint
-    PixArtAlpha PixArtSigma Lumina2
+    PixArtAlpha PixArtSigma Lumina2 QwenImageEdit QwenImageEditInpaint QwenImageEditPlus Flux2
+    HunyuanDiT HunyuanDiTControlNet CogView4 CogView4Control Sana SanaControlNet Kandinsky5T2I
+    Kandinsky5I2I Kandinsky5T2V Kandinsky5I2V
+    LTX LTXImageToVideo HunyuanVideo HunyuanSkyreelsImageToVideo CogVideoX CogVideoXImageToVideo
+    CogVideoXVideoToVideo CogVideoXFunControl SkyReelsV2 SkyReelsV2ImageToVideo ChronoEdit
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -59,14 +63,20 @@ REFUSED = {
         StableDiffusionControlNetPAG StableDiffusionControlNetPAGInpaint StableDiffusionPAG
         StableDiffusionPAGImg2Img StableDiffusionPAGInpaint StableDiffusionXLControlNetPAG
         StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG StableDiffusionXLPAGImg2Img
-        StableDiffusionXLPAGInpaint PixArtSigmaPAG
+        StableDiffusionXLPAGInpaint PixArtSigmaPAG HunyuanDiTPAG
     """,
-    "encode its prompt without an image": """
-        QwenImageEdit QwenImageEditInpaint QwenImageEditPlus
-    """,
+    "encode its prompt without an image": "HunyuanVideoImageToVideo",
     "make images of one layer": "QwenImageLayered",
-    "call its Flux2Transformer2DModel as a Flux2Klein.* does": "Flux2 Flux2KleinKV",
+    r"call its Flux2Transformer2DModel as a Flux2\(Klein.* does": "Flux2KleinKV",
+    r"call its SanaTransformer2DModel as a Sana\(C.* does": """
+        SanaPAG SanaSprint SanaSprintImg2Img
+    """,
     "call its ZImageTransformer2DModel as a ZImage.* does": "ZImageOmni",
+    r"call its LTXVideoTransformer3DModel as a LTX\(Image": "LTXCondition LTXI2VLongMultiPrompt",
+    r"call its SkyReelsV2Transformer3DModel as a SkyReelsV2\(Image": """
+        SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo
+        SkyReelsV2DiffusionForcingVideoToVideo
+    """,
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -80,6 +90,11 @@ REFUSED = {
         StableDiffusionXLControlNetXS
     """,
 }
+
+# layers of the image or the text alone, and linear ones
+LEFT_ALONE = {"z_image": 2, "lumina2": 2, "sana": 2}
+LEFT_ALONE |= {"hunyuan_video": 1}
+LEFT_ALONE |= dict.fromkeys(("kandinsky5", "kandinsky5_i2i", "kandinsky5_t2v"), 1)
 
 
 def names(listed: str) -> list[str]:
@@ -145,14 +160,13 @@ def test_a_run(name: str, calls: list) -> None:
         handle.remove()
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
-    apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2"))
+    apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2", "CogView4", "Kandinsky5"))
+    apart &= not name.startswith(("LTX", "CogVideoX"))
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
     layers = sum(hasattr(module, "processor") for module in denoiser.modules())
-    layers -= (
-        2 if name.startswith(("ZImage", "Lumina2")) else 0
-    )  # refiners of the image or the text alone
+    layers -= LEFT_ALONE.get(model_name(kind), 0)
     assert len(calls) == -(-3 * steps // 10) * layers
     assert {len(one[0]) for one in calls} == {1}
     if apart:  # the second call of a step is the negative prompt's
@@ -162,7 +176,7 @@ def test_a_run(name: str, calls: list) -> None:
         assert not close(estimates[0][-1:], plain[0][-1:])
         torch.testing.assert_close(estimates[0][:-1], plain[0][:-1], rtol=1e-5, atol=1e-6)
         assert len(estimates[0]) == (
-            1 if "Consistency" in name or model_name(kind) == "flux" else 2
+            1 if "Consistency" in name or model_name(kind) in ("flux", "flux2_dev") else 2
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dense_attn import _checks
@@ -18,6 +18,7 @@ from .options.blocks import check_count
 from .options.numbers import options_of
 from .prompts import region
 from .prompts.models import region_state
+from .prompts.numbering import numbered
 from .prompts.options import options_of as region_options
 from .prompts.region import has_prompts
 from .prompts.state import RegionState
@@ -46,6 +47,7 @@ def apply_layout(
     base_ratio: float = 0.0,
     isolate: float = 0.0,
     every: int = 1,
+    area_scaling: bool = False,
     backend: str = "auto",
 ) -> Iterator[None]:
     """Calls of the pipeline inside the block put each phrase of the prompt where its region is.
@@ -71,8 +73,9 @@ def apply_layout(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
-            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or Wan
-            (every frame has the regions).
+            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or
+            ChronoEdit, or of a video's Wan (also 2.2, of two), SkyReels V2, LTX-Video, HunyuanVideo
+            or CogVideoX.
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
@@ -80,9 +83,11 @@ def apply_layout(
         regions: a list of `(phrase, mask)` or of `Region`, or one such list for each prompt, which
             may be empty among those of `Region`. A phrase is a part of the prompt, or None for a
             region without one; its mask a bool array [H, W], a PIL image, light and opaque there,
-            or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words, where they first stand in
-            the prompt; a `Phrase` names another place. Where two overlap the later counts; a region
-            left without a token is warned of.
+            or a box (x0, y0, x1, y1) in 0..1. Every frame of a video has it; an array [F, H, W] has
+            a mask for each frame of the video, or of its latents, which take the middle one of
+            their frames. A phrase is whole words, where they first stand in the prompt; a `Phrase`
+            names another place. Where two overlap the later counts; a region left without a token
+            is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
             alone. In joint attention a row has one: image tokens' self_weight where blocks has
             image->image, and else cross_weight, which is also that of a phrase's tokens. They must
@@ -136,17 +141,21 @@ def apply_layout(
         "base_ratio": base_ratio,
         "isolate": isolate,
         "every": every,
+        "area_scaling": area_scaling,
     }
     pipe = viewed(pipe)
     build = _with_prompts if has_prompts(regions) else _with_phrases
     state = build(pipe, prompt, regions, given, backend)
-    component = getattr(pipe, state.model.component)
-    layers = attention_layers(unwrapped(component), state.model)
-    with (
-        listened(pipe, state.reading.hear),
-        marked(state.marks(layers)),
-        watched(component, state, state.before_call),
-    ):
+    layers: dict[str, tuple[Any, str, int]] = {}
+    denoisers = state.model.denoisers(pipe)
+    for start, denoiser in denoisers.items():
+        layers |= attention_layers(unwrapped(denoiser), state.model, start)
+    with ExitStack() as stack:
+        stack.enter_context(listened(pipe, state.reading.hear))
+        stack.enter_context(marked(state.marks(layers)))
+        stack.enter_context(numbered(state))
+        for denoiser in denoisers.values():
+            stack.enter_context(watched(denoiser, state, state.before_call))
         yield
 
 
@@ -161,10 +170,10 @@ def _with_phrases(
     model = model_of(pipe)
     options = options_of(model, given, _backend(backend))
     prompts = _prompts(prompt)
-    parsed = parse(regions, len(prompts))
+    parsed = parse(regions, len(prompts), model.video)
     check_count(options.blocks, max(len(image.phrases) for image in parsed))
     encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
-    _unused(given, ("base_ratio", "isolate", "every"), "phrases")
+    _unused(given, ("base_ratio", "isolate", "every", "area_scaling"), "phrases")
     return LayoutState(pipe, model, Reading(pipe, prompts, parsed, encode_phrases), options)
 
 
@@ -183,7 +192,7 @@ def _with_prompts(
     parsed = region.parse(regions, prompts)
     weights = "cross_weight", "self_weight", "exponent", "size_weight"
     _unused(given, (*weights, "modulation", "blocks", "encode_phrases"), "prompts of their own")
-    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every")}
+    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every", "area_scaling")}
     ratios = region_options(numbers, given["active"], _backend(backend), prompts is not None)
     return region_state(pipe, model_of(pipe), prompts, parsed, ratios)
 

@@ -278,14 +278,3 @@ def test_gaps_without_a_prompt_of_the_call() -> None:
         options = {name: wrong}
         with pytest.raises(ValueError, match=sentence), apply_layout(pipe, None, HALVES, **options):
             pass
-
-
-def test_models_of_other_attention() -> None:
-    pipe = pipeline("sd3")
-    before = state_of(pipe)
-    sentence = (
-        "^pipe must have a UNet2DConditionModel or FluxTransformer2DModel where .*, got Stable"
-    )
-    with pytest.raises(ValueError, match=sentence), apply_layout(pipe, PROMPT, ONE):
-        pass
-    assert state_of(pipe) == before
