@@ -1,4 +1,4 @@
-"""What a layout does where its caller does not say, by the family, and blocks that are refused."""
+"""Layouts whose caller says nothing, by the family, and blocks that are refused."""
 
 from __future__ import annotations
 

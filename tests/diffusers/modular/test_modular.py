@@ -142,7 +142,7 @@ def test_whole_runs_equal_those_of_other_pipelines(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [Backwards, Thrice])
 def test_the_prompts_estimate_alone_whatever_the_order(kind: type, calls: list) -> None:
-    """As many modulated layers and the same latents as where it comes first."""
+    """The modulated layers and the latents are those of a guider that asks for it first."""
     with apply_layout(modular("sdxl"), PROMPT, REGIONS):
         right = ours("sdxl")
     count = len(calls)

@@ -142,7 +142,7 @@ class Model:
 
     @property
     def defaults(self) -> Defaults:
-        """What a layout does where its caller does not say; a record may name its own."""
+        """The numbers of a layout whose caller does not say; a record may name its own."""
         return JOINT if self.joint else RANGE
 
     def denoisers(self, pipe: DiffusionPipeline) -> dict[str, Any]:

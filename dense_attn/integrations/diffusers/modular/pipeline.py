@@ -19,7 +19,7 @@ ENCODERS = "encode_prompt", "_get_qwen3_prompt_embeds", "get_qwen_prompt_embeds"
 
 
 class Encoder(NamedTuple):
-    """What encodes the prompts of a modular pipeline."""
+    """The function that encodes the prompts of a modular pipeline, and where it is called."""
 
     step: Any  # the block that calls it
     holder: Any  # whose attribute it is: the block, or its module
@@ -46,7 +46,7 @@ def viewed(pipe: Any) -> Any:
     # what phrases ask a class: how prompts are cleaned, and whether they become chats
     module = vars(sys.modules[type(found[0].step).__module__])
     helpers = {f"_{name}": call for name, call in module.items() if inspect.isfunction(call)}
-    return type(kind, (Modular,), helpers | {"_encode": found[0].call})(pipe, found[0])
+    return type(kind, (Modular,), helpers | {"encode_prompt": found[0].call})(pipe, found[0])
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def listened(pipe: Any, tell: Callable[[dict[str, Any]], None]) -> Iterator[None
 
 
 def _encoders(block: Any) -> Iterator[Encoder]:
-    """What encodes prompts in a block and all blocks in it."""
+    """The encoders of prompts in a block and all blocks in it."""
     module = sys.modules[type(block).__module__]
     code = getattr(inspect.unwrap(type(block).__call__), "__code__", None)
     name = next((name for name in ENCODERS if code and name in code.co_names), None)
