@@ -58,10 +58,10 @@ def apply_layout(
     that of the pipeline, in the backend that it has. Blocks inside of a block: the innermost
     counts. Call `pipe` itself, not another pipeline around the same model.
 
-    Numbers that are None are the model's: DenseDiffusion's for U-Nets, PixArt and Wan (range, 1.0
-    and 0.3, time^5, 0.3 of the steps); for joint attention, in all others, a bias of 3 on image
-    tokens towards text tokens, as strong in all of the first half of the steps, which a trial on
-    one small model found (docs/diffusers.md). With a modulation that is not the model's own they
+    Numbers that are None are the model's: DenseDiffusion's where the text is apart (U-Nets, PixArt,
+    Wan, ...): range, 1.0 and 0.3, time^5, 0.3 of the steps; for joint attention a bias of 3 on
+    image tokens towards text tokens, as strong in all of the first half of the steps, which a trial
+    on one small model found (docs/diffusers.md). With a modulation that is not the model's own they
     are DenseDiffusion's.
 
     Regions may have prompts of their own instead (`Region`, on U-Nets and FLUX): a token of the
@@ -75,7 +75,8 @@ def apply_layout(
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
             Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or
             ChronoEdit, or of a video's Wan (also 2.2, of two), SkyReels V2, LTX-Video, HunyuanVideo
-            or CogVideoX.
+            or CogVideoX. Of a modular pipeline the calls are changed that its guider makes for the
+            prompt's estimate (`pred_cond`), in whatever order.
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:

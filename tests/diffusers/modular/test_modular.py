@@ -13,7 +13,13 @@ from families import FAMILIES, family, run
 from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from torch import Tensor
 
-from dense_attn.integrations.diffusers import Region, apply_layout
+from dense_attn.integrations.diffusers import (
+    Edit,
+    Region,
+    apply_layout,
+    semantic_guidance,
+    semantic_guider,
+)
 from dense_attn.integrations.diffusers.modular.pipeline import viewed
 from dense_attn.integrations.diffusers.text.reading import Reading
 
@@ -168,6 +174,19 @@ def test_estimates_of_the_negative_prompt_are_left_alone() -> None:
         handle.remove()
     same = [torch.equal(plain, result) for plain, result in zip(seen[:3], seen[3:])]
     assert same == [True, True, False]
+
+
+def test_a_layout_with_semantic_guidance() -> None:
+    """The prompt's estimate is laid out, and those of concepts are not, as on other pipelines."""
+    pipe, edits = pipeline("sdxl"), [Edit("fog", scale=4, warmup=1)]
+    with apply_layout(pipe, PROMPT, REGIONS), semantic_guidance(pipe, edits):
+        right = latents(pipe, steps=4, guidance_scale=7.5)
+    with guided(semantic_guider(modular("sdxl"), edits, 7.5)) as same:
+        plain = ours("sdxl")
+        with apply_layout(same, PROMPT, REGIONS):
+            result = ours("sdxl")
+    assert close(result, right)
+    assert not close(plain, right)
 
 
 def test_without_guidance_every_call_is_the_prompts(calls: list) -> None:
