@@ -146,7 +146,7 @@ def test_whole_runs_equal_those_of_other_pipelines(name: str) -> None:
     assert torch.equal(ours(name), plain)
 
 
-@pytest.mark.parametrize("kind", [Backwards, Thrice])
+@pytest.mark.parametrize("kind", [pytest.param(Backwards, marks=pytest.mark.full), Thrice])
 def test_the_prompts_estimate_alone_whatever_the_order(kind: type, calls: list) -> None:
     """The modulated layers and the latents are those of a guider that asks for it first."""
     with apply_layout(modular("sdxl"), PROMPT, REGIONS):
