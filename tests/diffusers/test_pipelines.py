@@ -190,7 +190,7 @@ def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> 
     with apply_layout(pipe, PROMPT, REGIONS):
         right = latents(pipe)
     pipe.transformer.__class__ = Other
-    of_others = "have a UNet2DConditionModel, SD3Transformer2DModel, .* or WanTransformer3DModel"
+    of_others = r"have a UNet2DConditionModel, SD3.* or \w+, or one with a record \(.*\)"
     with pytest.raises(ValueError, match=f"^pipe must {of_others}, got .* with Other$"):
         apply_layout(pipe, PROMPT, REGIONS).__enter__()
 

@@ -149,7 +149,15 @@ def hunyuan_video() -> object:
     )
 
 
-NAMES = "LTX", "CogVideoX", "Hunyuan", "SkyReels", "ChronoEdit"  # how pipelines' names begin
+KINDS = {
+    "LTX": "ltx",
+    "CogVideoX": "cogvideox",
+    "HunyuanVideo": "hunyuan_video",
+    "HunyuanSkyreels": "hunyuan_video",
+    "SkyReels": "skyreels",
+    "ChronoEdit": "skyreels",
+}
+NAMES = tuple(KINDS)  # how pipelines' names begin
 CHANNELS = {  # of latents and of an image's beside them, and of a mask's frames
     "CogVideoXImageToVideoPipeline": 8,
     "CogVideoXFunControlPipeline": 8,
@@ -162,8 +170,7 @@ SIZES = {"height": 32, "width": 32, "guidance_scale": 4.0, "negative_prompt": "f
 
 def model_name(name: str) -> str:
     """The family of a pipeline's class."""
-    starts = dict(zip(NAMES, ("ltx", "cogvideox", "hunyuan_video", "skyreels", "skyreels")))
-    return next(family for start, family in starts.items() if name.startswith(start))
+    return next(family for start, family in KINDS.items() if name.startswith(start))
 
 
 def extras(name: str, parts: dict[str, Any]) -> dict[str, Any]:

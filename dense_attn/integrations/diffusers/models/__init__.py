@@ -47,18 +47,18 @@ MODELS: tuple[type[Model], ...] = (
     QwenImage,
     ZImage,
     Lumina2,
-    PixArt,
     AuraFlow,
+    CogView4,
+    PixArt,
+    HunyuanDiT,
+    Sana,
+    Kandinsky5,
+    Wan,
     SkyReels,
     ChronoEdit,
     LTX,
     HunyuanVideo,
     CogVideoX,
-    Wan,
-    HunyuanDiT,
-    CogView4,
-    Sana,
-    Kandinsky5,
 )
 
 
@@ -72,7 +72,10 @@ def model_of(pipe: DiffusionPipeline) -> Model:
     if model is None:
         *names, last = (model.denoiser for model in MODELS)
         got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
-        _checks.refuse("pipe", f"have a {', '.join(names)} or {last}", got)
+        rule = (
+            f"have a {', '.join(names)} or {last}, or one with a record (models/record.py)"
+        )
+        _checks.refuse("pipe", rule, got)
     if not isinstance(pipe, Modular):  # whose calls a guider tells apart
         _check_batches(type(pipe), model)
     for second in map(unwrapped, model.denoisers(pipe).values()):
