@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
-from dense_attn.layout_attention.layout import _BITS, nearest, resized
+from dense_attn.layout_attention.layout import _BITS, nearest
 from dense_attn.layout_attention.masks import Mask
 
 from ._attention_hook import Expected, is_marked
 from .hooks import arguments, foreign, unwrapped
+from .regions.frames import masks_of_call
 from .rows import Rows
 from .steps import Steps
 
@@ -42,7 +43,7 @@ class Options:
 class Image(NamedTuple):
     """The regions of one prompt: masks, each phrase's tokens, and their embeddings alone."""
 
-    masks: Tensor  # bool [R, H, W]
+    masks: Tensor  # bool [R, H, W], of each frame [R, F, H, W]
     spans: list[list[tuple[int, int]]]  # of each region, none without a phrase
     alone: list[tuple[tuple[int, int], Tensor]]  # in the order in which they are put in
 
@@ -188,7 +189,7 @@ class LayoutState:
         """Refuse a layer's own number of tokens; once a block, warn of an extension's."""
         expected = self.layers[mark.kind, mark.depth].q_words.shape[1]
         got = seen[0][0] if seen else "none"
-        other = foreign(unwrapped(getattr(self.pipe, self.model.component)), mark.name)
+        other = foreign(*self.model.root(self.pipe, mark.name))
         if other is None:
             rule = f"give {mark.name} the {expected} tokens of its latents' grid"
             _checks.refuse("pipe", rule, got)
@@ -268,8 +269,7 @@ class LayoutState:
         made_for = call.key, call.text.shape[1], call.text.device, rows
         if made_for == self._made_for:
             return
-        grid = self.model.grid(call)
-        layouts = [Layout(resized(image.masks, grid).to(call.text.device)) for image in self.images]
+        layouts = [Layout(x) for x in masks_of_call(self.pipe, self.model, call, self.images)]
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
 

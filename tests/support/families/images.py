@@ -65,7 +65,7 @@ def hunyuan_dit() -> object:
         vae=coarse_vae(),
         text_encoder=LastHidden(len(tokenizer), 16),
         tokenizer=tokenizer,
-        transformer=louder(transformer, ".attn"),
+        transformer=louder(transformer, ".to_v.", ".to_out."),
         scheduler=tiny._ddim(),
         safety_checker=None,
         feature_extractor=None,
@@ -148,7 +148,7 @@ def kandinsky5(kind: str = "T2I") -> object:
     )
     sys.modules[type(transformer).__module__].torch = Wide()
     processor, clip = Processor(chat_tokenizer()), tiny._clip("")["tokenizer"]
-    louder(transformer, "_attention.")
+    louder(transformer, ".to_value.", ".out_layer.")
     with torch.no_grad():
         for name, weight in transformer.named_parameters():
             if "modulation" in name:

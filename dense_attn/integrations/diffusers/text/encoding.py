@@ -32,6 +32,16 @@ def call_default(pipe: DiffusionPipeline, argument: str) -> Any:
     return None if parameter is None else parameter.default
 
 
+def surroundings(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The texts that a pipeline puts around a prompt, by encode_prompt's arguments of them."""
+    found = {"system_prompt": getattr(pipe, "system_prompt", None)}
+    if takes(pipe, "prompt_template"):
+        parameters = inspect.signature(pipe.encode_prompt).parameters
+        found["prompt_template"] = parameters["prompt_template"].default
+    found[INSTRUCTION] = call_default(pipe, INSTRUCTION)
+    return {name: value for name, value in found.items() if takes(pipe, name)}
+
+
 @torch.no_grad()
 def encode(
     pipe: DiffusionPipeline, prompt: str | Sequence[str], **options: Any
