@@ -179,6 +179,42 @@ def test_a_run(name: str, calls: list) -> None:
         )
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name",
+    names("""
+        Kolors StableDiffusion3 FluxKontext FluxFill QwenImageEditInpaint CogView4Control
+        HunyuanDiTControlNet SanaControlNet Kandinsky5I2V
+    """),
+)
+def test_whole_runs_equal_the_reference(name: str) -> None:
+    """Those of variants; families' own are in hook/test_families.py."""
+    kind = kinds().get(name)
+    if kind is None:
+        pytest.skip(f"this diffusers has no {name}")
+    pipe, estimates = made(kind), []
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    handle = denoiser.register_forward_hook(lambda _module, _args, out: estimates.append(out[0]))
+
+    def whole(**options: object) -> Tensor:
+        estimates.clear()
+        with apply_layout(pipe, PROMPT, REGIONS, exponent=0.0, active=1.0, **options):
+            call(pipe)
+        return torch.stack(estimates)
+
+    try:
+        fused, exact = whole(), whole(backend="reference")
+        untouched = whole(cross_weight=0, self_weight=0)
+        estimates.clear()
+        call(pipe)
+    finally:
+        handle.remove()
+    plain = torch.stack(estimates)
+    assert close(fused, exact)
+    assert not close(fused, plain)
+    assert torch.equal(untouched, plain)
+
+
 def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
     """A new kind of denoiser needs a subclass of Model in the list, and nothing else."""
 

@@ -63,9 +63,10 @@ def apply_layout(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
-            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or
-            ChronoEdit, or of a video's Wan (also 2.2, of two), SkyReels V2, LTX-Video, HunyuanVideo
-            or CogVideoX.
+            Stable Diffusion 3, FLUX.1 and FLUX.2, Chroma, Qwen-Image and its Edit, Z-Image,
+            Lumina 2, CogView4, AuraFlow, PixArt, HunyuanDiT, SANA (without its self-attention,
+            which is linear), Kandinsky 5 or ChronoEdit, or of a video's Wan (also 2.2, of two),
+            SkyReels V2, LTX-Video, HunyuanVideo or CogVideoX.
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
@@ -89,7 +90,7 @@ def apply_layout(
         modulation: as in `layout_attention`; under "mask" tokens of no region take part everywhere.
         encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own,
             as `encode_prompt` makes them with the options of the call (LoRA scale, `clip_skip`,
-            `max_sequence_length`).
+            `max_sequence_length`), and beside its images where the pipeline reads them so.
         base_ratio: the call's prompt has this share in every region with a prompt, and these the
             rest; it costs a call of the attention.
         isolate: how much less regions with prompts see of each other in self-attention: a token of
