@@ -33,6 +33,8 @@ OWN = {  # arguments of calls by class, in the place of those below
     "Flux2KleinPipeline": {"image": Image.new("RGB", (64, 64))},
     "HunyuanDiTControlNetPipeline": {"control_image": images.PICTURE},
     "SanaControlNetPipeline": {"control_image": images.PICTURE},
+    "SanaSprintPipeline": {"intermediate_timesteps": None},
+    "SanaSprintImg2ImgPipeline": {"intermediate_timesteps": None},
     "Kandinsky5I2IPipeline": {"max_sequence_length": 64},
     "LucyEditPipeline": {"video": [PICTURE[0]] * 5},
     "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
@@ -200,7 +202,7 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts that a class has in the place of others, or beside them."""
     if name.startswith(video.NAMES):
         return video.extras(name, parts)
-    from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, T2IAdapter
+    from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, SCMScheduler, T2IAdapter
 
     if name.startswith(("AnimateDiff", "PIA")):
         net = controlnet(name, parts)
@@ -214,6 +216,9 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         unet = pipeline(model, blocks=4).unet
         net = ControlNetXSAdapter.from_unet(unet, 1.0, conditioning_embedding_out_channels=(8, 8))
         return {"unet": unet, "controlnet": net}
+    if name.startswith("SanaSprint"):
+        transformer = changed(parts["transformer"], guidance_embeds=True)
+        return {"transformer": transformer, "scheduler": SCMScheduler(), "vae": images.deep_vae()}
     if name == "SanaControlNetPipeline":
         return {"controlnet": controlnet(name, parts).eval(), "vae": images.deep_vae()}
     if "ControlNet" in name:
