@@ -202,7 +202,7 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts that a class has in the place of others, or beside them."""
     if name.startswith(video.NAMES):
         return video.extras(name, parts)
-    from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, SCMScheduler, T2IAdapter
+    from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, T2IAdapter
 
     if name.startswith(("AnimateDiff", "PIA")):
         net = controlnet(name, parts)
@@ -216,13 +216,8 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         unet = pipeline(model, blocks=4).unet
         net = ControlNetXSAdapter.from_unet(unet, 1.0, conditioning_embedding_out_channels=(8, 8))
         return {"unet": unet, "controlnet": net}
-    if name.startswith("SanaSprint"):
-        transformer = changed(parts["transformer"], guidance_embeds=True)
-        return {"transformer": transformer, "scheduler": SCMScheduler(), "vae": images.deep_vae()}
-    if name == "SanaControlNetPipeline":
-        return {"controlnet": controlnet(name, parts).eval(), "vae": images.deep_vae()}
     if "ControlNet" in name:
-        return {"controlnet": controlnet(name, parts).eval()}
+        return {"controlnet": controlnet(name, parts).eval(), **images.extras(name, parts)}
     if "Adapter" in name:
         return {"adapter": T2IAdapter(3, [8, 16, 16, 16], 1, 4, "full_adapter_xl").eval()}
     if name.startswith("LatentConsistency"):
@@ -237,8 +232,6 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         transformer = changed(parts["transformer"])
         transformer.register_to_config(guidance_embeds=False)
         return {"transformer": transformer}
-    if name == "Kandinsky5I2VPipeline":
-        return {"vae": images.video_vae()}
     if name.startswith("FluxControl"):
         return {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
     if name in ("WanImageToVideoPipeline", "LucyEditPipeline"):  # an image's latents, and a mask's
@@ -248,7 +241,7 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {
             "transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)
         }
-    return {}
+    return images.extras(name, parts)
 
 
 @cache

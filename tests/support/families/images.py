@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from dense_attn.examples import _tiny_pipeline as tiny
 from families.chats import LastHidden, Processor, chat_tokenizer, flow, louder
+from families.controlnets import changed
 
 PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 EDIT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n"
@@ -184,6 +186,19 @@ def deep_vae() -> torch.nn.Module:
     sizes |= {"layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6}
     both = {f"{part}_{name}": sizes[name] for part in ("encoder", "decoder") for name in sizes}
     return diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=8, **both).eval()
+
+
+def extras(name: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a class has in the place of its family's."""
+    if name == "Kandinsky5I2VPipeline":
+        return {"vae": video_vae()}
+    if name == "SanaControlNetPipeline":
+        return {"vae": deep_vae()}
+    if name.startswith("SanaSprint"):
+        transformer, scheduler = parts["transformer"], diffusers.SCMScheduler()
+        own = {"transformer": changed(transformer, guidance_embeds=True), "scheduler": scheduler}
+        return {"vae": deep_vae(), **own}
+    return {}
 
 
 def shrink(module: types.ModuleType) -> None:
