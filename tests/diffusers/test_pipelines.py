@@ -91,7 +91,8 @@ REFUSED = {
 }
 
 # layers of the image or the text alone, and linear ones
-LEFT_ALONE = {"z_image": 2, "lumina2": 2, "sana": 2, "hunyuan_video": 1}
+LEFT_ALONE = {"z_image": 2, "lumina2": 2, "sana": 2}
+LEFT_ALONE |= {"hunyuan_video": 1}
 LEFT_ALONE |= dict.fromkeys(("kandinsky5", "kandinsky5_i2i", "kandinsky5_t2v"), 1)
 
 
@@ -152,7 +153,7 @@ def test_a_run(name: str, calls: list) -> None:
         call(pipe)
         plain, steps = estimates.copy(), len(estimates)
         estimates.clear()
-        with apply_layout(pipe, PROMPT, REGIONS):
+        with apply_layout(pipe, PROMPT, REGIONS, modulation="range"):
             call(pipe)
     finally:
         handle.remove()
@@ -226,7 +227,7 @@ def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> 
     with apply_layout(pipe, PROMPT, REGIONS):
         right = latents(pipe)
     pipe.transformer.__class__ = Other
-    of_others = "have a UNet2DConditionModel, SD3Transformer2DModel, .* or WanTransformer3DModel"
+    of_others = r"have a UNet2DConditionModel, SD3.* or \w+, or one with a record \(.*\)"
     with pytest.raises(ValueError, match=f"^pipe must {of_others}, got .* with Other$"):
         apply_layout(pipe, PROMPT, REGIONS).__enter__()
 

@@ -113,7 +113,7 @@ def by_hand(name: str, frames: tuple[int, ...]) -> list[tuple[list[int], list[in
 def test_words_and_strengths(name: str, kind: str, calls: list) -> None:
     """Frames, orders of segments and a template's dropped tokens, counted by hand."""
     regions = list(zip(("cat", "dog"), MASKS[kind]))
-    with apply_layout(family(name), PROMPT, regions, exponent=0.0):
+    with apply_layout(family(name), PROMPT, regions, modulation="range", exponent=0.0):
         run(name, PROMPT, steps=1)
     right = by_hand(name, FRAMES[kind])
     attentions = [

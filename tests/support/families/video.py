@@ -149,7 +149,7 @@ def hunyuan_video() -> object:
     )
 
 
-STARTS = {  # how pipelines' names begin
+KINDS = {
     "LTX": "ltx",
     "CogVideoX": "cogvideox",
     "HunyuanVideo": "hunyuan_video",
@@ -157,7 +157,7 @@ STARTS = {  # how pipelines' names begin
     "SkyReels": "skyreels",
     "ChronoEdit": "skyreels",
 }
-NAMES = tuple(STARTS)
+NAMES = tuple(KINDS)  # how pipelines' names begin
 CHANNELS = {  # of latents and of an image's beside them, and of a mask's frames
     "CogVideoXImageToVideoPipeline": 8,
     "CogVideoXFunControlPipeline": 8,
@@ -170,7 +170,7 @@ SIZES = {"height": 32, "width": 32, "guidance_scale": 4.0, "negative_prompt": "f
 
 def model_name(name: str) -> str:
     """The family of a pipeline's class."""
-    return next(family for start, family in STARTS.items() if name.startswith(start))
+    return next(family for start, family in KINDS.items() if name.startswith(start))
 
 
 def extras(name: str, parts: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dense_attn import _checks
 
 from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
+from ..modular.pipeline import Modular
 from .auraflow import AuraFlow
 from .chroma import Chroma
 from .cogview4 import CogView4
@@ -46,18 +47,18 @@ MODELS: tuple[type[Model], ...] = (
     QwenImage,
     ZImage,
     Lumina2,
-    PixArt,
     AuraFlow,
-    HunyuanDiT,
     CogView4,
+    PixArt,
+    HunyuanDiT,
     Sana,
     Kandinsky5,
+    Wan,
     SkyReels,
     ChronoEdit,
     LTX,
     HunyuanVideo,
     CogVideoX,
-    Wan,
 )
 
 
@@ -71,8 +72,12 @@ def model_of(pipe: DiffusionPipeline) -> Model:
     if model is None:
         *names, last = (model.denoiser for model in MODELS)
         got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
-        _checks.refuse("pipe", f"have a {', '.join(names)} or {last}", got)
-    _check_batches(type(pipe), model)
+        rule = (
+            f"have a {', '.join(names)} or {last}, or one with a record (models/record.py)"
+        )
+        _checks.refuse("pipe", rule, got)
+    if not isinstance(pipe, Modular):  # whose calls a guider tells apart
+        _check_batches(type(pipe), model)
     for second in map(unwrapped, model.denoisers(pipe).values()):
         if type(second) is not type(denoiser) or model.of(second) != model:
             rule = f"have two denoisers of one kind and patch, {kind}"

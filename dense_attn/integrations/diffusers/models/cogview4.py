@@ -11,3 +11,4 @@ class CogView4(Model):
     denoiser = "CogView4Transformer2DModel"
     branches = "calls"
     attentions = (Attention("attn1", (TEXT, IMAGE)),)
+    longer_text = True  # tokens of the text have no places

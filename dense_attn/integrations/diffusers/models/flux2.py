@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
 from .flux import Flux
+
+if TYPE_CHECKING:
+    from ..prompts.texts import Texts
 
 
 class Flux2(Flux):
@@ -10,3 +17,8 @@ class Flux2(Flux):
 
     denoiser = "Flux2Transformer2DModel"
     pipelines = "Flux2(Klein(Inpaint)?)?Pipeline"
+
+    def text_places(self, places: Tensor, texts: Texts) -> Tensor:
+        """The places of the regions' tokens [..., N, 4], whose last is a token's in its text."""
+        places[..., 3] = texts.slots.positions(places.device)[texts.slots.own :].to(places)
+        return places

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ..hooks import unwrapped
-from ..state import Side, joined, order_of
+from ..options.numbers import JOINT, RANGE, Defaults
+from ..state import Side, joined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dense_attn import Layout
 
+    from ..prompts.texts import Slots, Texts
     from ..state import LayoutState
 
 
@@ -44,7 +46,6 @@ class Entry(NamedTuple):
     depth: int  # halvings of the grid of latents
     q: Side
     k: Side  # the same object where queries and keys are the same tokens
-    order: Tensor  # int32 [P, M], of the queries
 
 
 class Segment(NamedTuple):
@@ -115,6 +116,15 @@ class Model:
     hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
     sees_images: ClassVar[bool] = False  # whose tokens encode_prompt may put beside the prompt's
     attentions: ClassVar[tuple[Attention, ...]] = ()
+    # prompts of regions: whether a call takes more text behind its own, as `lengthen` and
+    # `numbered` place it, None where cross-attention does; layers in which text sees text, a
+    # regular expression; the argument that tells text from padding, and whether layers see padding
+    # all the same; the module and the function that number the tokens
+    longer_text: ClassVar[bool | None] = None
+    text_layers: ClassVar[str | None] = None
+    text_mask: ClassVar[str] = "encoder_attention_mask"
+    keeps_padding: ClassVar[bool] = False
+    numbering: ClassVar[tuple[str, str] | None] = None
 
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> Model:
@@ -123,6 +133,17 @@ class Model:
         frames = getattr(denoiser.config, "patch_size_t", None) or 1
         frames, patch = (frames, patch) if isinstance(patch, int) else (patch[0], patch[-1])
         return cls(patch=patch, frames=frames)
+
+    @property
+    def joint(self) -> bool:
+        """Whether text tokens attend too, in the layers of the image."""
+        rows = (segment.kind for attention in self.attentions for segment in attention.queries)
+        return "text" in rows
+
+    @property
+    def defaults(self) -> Defaults:
+        """What a layout does where its caller does not say; a record may name its own."""
+        return JOINT if self.joint else RANGE
 
     def denoisers(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """A pipeline's denoisers by the beginning of their layers' names: one, or two in turns."""
@@ -150,6 +171,22 @@ class Model:
         """Put text tokens [B, L, C] into a call."""
         arguments["encoder_hidden_states"] = text
 
+    def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
+        """The tokens of each row of a call's text [B, L, C]."""
+        return [text.shape[1]] * len(text)
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's, with the places and the mask of their tokens."""
+        self.write(arguments, texts.tokens)
+        mask = arguments.get(self.text_mask)
+        if mask is not None:
+            own = mask[:, : texts.slots.own]
+            arguments[self.text_mask] = torch.cat([own, texts.mask.to(own)], 1)
+
+    def numbered(self, own: Any, slots: Slots, *args: Any, **kwargs: Any) -> Any:
+        """The result of the function that numbers tokens, `own`, for texts in their slots."""
+        raise NotImplementedError
+
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""
         return tuple(call.latents.shape[-2:])
@@ -167,15 +204,14 @@ class Model:
         self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
     ) -> Iterator[Entry]:
         """Every kind and size of attention layers."""
-        cross_weight, self_weight = state.options.cross_weight, state.options.self_weight
         for kind, queries, keys in self.attentions:
-            others = TEXT not in queries and keys is not None
-            weight = cross_weight if others else self_weight
-            if not weight and TEXT not in queries:
-                continue  # the text's rows of joint attention have a weight of their own
-            q = self._side(state, layouts, text, call, queries, weight)
-            k = q if keys is None else self._side(state, layouts, text, call, keys, weight)
-            yield Entry(kind, 0, q, k, order_of(q))
+            columns = tuple({segment.kind for segment in keys or queries})
+            weights = {row.kind: state.options.weight(row.kind, columns) for row in queries}
+            if not any(weights.values()):
+                continue
+            q = self._side(state, layouts, text, call, queries, weights.get("image", 0.0))
+            k = q if keys is None else self._side(state, layouts, text, call, keys, 0.0)
+            yield Entry(kind, 0, q, k)
 
     def _side(
         self,

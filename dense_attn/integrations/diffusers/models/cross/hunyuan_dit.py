@@ -16,6 +16,7 @@ class HunyuanDiT(Model):
     """HunyuanDiT2DModel, which is given the tokens of each encoder by themselves."""
 
     denoiser = "HunyuanDiT2DModel"
+    longer_text = False  # all tokens of the second encoder are pooled too
     attentions = Attention("attn1", (IMAGE,)), Attention("attn2", (IMAGE,), (TEXT,))
 
     def read(self, arguments: dict[str, Any]) -> Call:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dense_attn import _checks
 
 from ..record import IMAGE, TEXT, Attention, Call, Model
+
+if TYPE_CHECKING:
+    from ...prompts.texts import Texts
 
 BLOCK = r"visual_transformer_blocks\.\d+\."
 
@@ -24,6 +27,7 @@ class Kandinsky5(Model):
         Attention(f"{BLOCK}self_attention", (IMAGE,)),
         Attention(f"{BLOCK}cross_attention", (IMAGE,), (TEXT,)),
     )
+    text_layers = r"^text_transformer_blocks\.\d+\.self_attention$"
 
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> Model:
@@ -37,3 +41,9 @@ class Kandinsky5(Model):
         """The layout's part of a call, with the channels of latents before their frames."""
         call = super().read(arguments)
         return call._replace(latents=call.latents.movedim(-1, 1))
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's; the places of all begin anew."""
+        super().lengthen(arguments, texts)
+        places = arguments["text_rope_pos"]
+        arguments["text_rope_pos"] = texts.slots.positions(places.device).to(places)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from dense_attn import _checks
+
 from ..record import IMAGE, TEXT, Attention, Model
+
+if TYPE_CHECKING:
+    from ...prompts.texts import Texts
 
 
 class Wan(Model):
@@ -12,3 +19,10 @@ class Wan(Model):
     video = True
     branches = "calls"
     attentions = Attention("attn1", (IMAGE,)), Attention("attn2", (IMAGE,), (TEXT,))
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's; an image's keys stand 512 before the end."""
+        if arguments.get("encoder_hidden_states_image") is not None:
+            rule = "be None for a WanTransformer3DModel while regions have prompts"
+            _checks.refuse("encoder_hidden_states_image", rule, "an image")
+        super().lengthen(arguments, texts)
