@@ -33,7 +33,8 @@ RUNS = """
     WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint ZImage ZImageImg2Img ZImageInpaint
     ZImageControlNet ZImageControlNetInpaint Chroma ChromaImg2Img ChromaInpaint
     PixArtAlpha PixArtSigma Lumina2 QwenImageEdit QwenImageEditInpaint QwenImageEditPlus Flux2
-    HunyuanDiT HunyuanDiTControlNet CogView4 CogView4Control Sana SanaControlNet Kandinsky5T2I
+    HunyuanDiT HunyuanDiTControlNet CogView4 CogView4Control Sana SanaControlNet SanaSprint
+    SanaSprintImg2Img Kandinsky5T2I
     Kandinsky5I2I Kandinsky5T2V Kandinsky5I2V
     LTX LTXImageToVideo HunyuanVideo HunyuanSkyreelsImageToVideo CogVideoX CogVideoXImageToVideo
     CogVideoXVideoToVideo CogVideoXFunControl SkyReelsV2 SkyReelsV2ImageToVideo ChronoEdit
@@ -68,9 +69,7 @@ REFUSED = {
     "encode its prompt without an image": "HunyuanVideoImageToVideo",
     "make images of one layer": "QwenImageLayered",
     r"call its Flux2Transformer2DModel as a Flux2\(Klein.* does": "Flux2KleinKV",
-    r"call its SanaTransformer2DModel as a Sana\(C.* does": """
-        SanaPAG SanaSprint SanaSprintImg2Img
-    """,
+    r"call its SanaTransformer2DModel as a Sana\(C.* does": "SanaPAG",
     "call its ZImageTransformer2DModel as a ZImage.* does": "ZImageOmni",
     r"call its LTXVideoTransformer3DModel as a LTX\(Image": "LTXCondition LTXI2VLongMultiPrompt",
     r"call its SkyReelsV2Transformer3DModel as a SkyReelsV2\(Image": """
@@ -176,8 +175,46 @@ def test_a_run(name: str, calls: list) -> None:
         assert not close(estimates[0][-1:], plain[0][-1:])
         torch.testing.assert_close(estimates[0][:-1], plain[0][:-1], rtol=1e-5, atol=1e-6)
         assert len(estimates[0]) == (
-            1 if "Consistency" in name or model_name(kind) in ("flux", "flux2_dev") else 2
+            1
+            if "Consistency" in name or "Sprint" in name or model_name(kind).startswith("flux")
+            else 2
         )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name",
+    names("""
+        Kolors StableDiffusion3 FluxKontext FluxFill QwenImageEditInpaint CogView4Control
+        HunyuanDiTControlNet SanaControlNet Kandinsky5I2V
+    """),
+)
+def test_whole_runs_equal_the_reference(name: str) -> None:
+    """Those of variants; families' own are in hook/test_families.py."""
+    kind = kinds().get(name)
+    if kind is None:
+        pytest.skip(f"this diffusers has no {name}")
+    pipe, estimates = made(kind), []
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    handle = denoiser.register_forward_hook(lambda _module, _args, out: estimates.append(out[0]))
+
+    def whole(**options: object) -> Tensor:
+        estimates.clear()
+        with apply_layout(pipe, PROMPT, REGIONS, exponent=0.0, active=1.0, **options):
+            call(pipe)
+        return torch.stack(estimates)
+
+    try:
+        fused, exact = whole(), whole(backend="reference")
+        untouched = whole(cross_weight=0, self_weight=0)
+        estimates.clear()
+        call(pipe)
+    finally:
+        handle.remove()
+    plain = torch.stack(estimates)
+    assert close(fused, exact)
+    assert not close(fused, plain)
+    assert torch.equal(untouched, plain)
 
 
 def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:

@@ -58,11 +58,11 @@ def apply_layout(
     that of the pipeline, in the backend that it has. Blocks inside of a block: the innermost
     counts. Call `pipe` itself, not another pipeline around the same model.
 
-    Numbers that are None are the model's: DenseDiffusion's where the text is apart (U-Nets, PixArt,
-    Wan, ...): range, 1.0 and 0.3, time^5, 0.3 of the steps; for joint attention a bias of 3 on
-    image tokens towards text tokens, as strong in all of the first half of the steps, which a trial
-    on one small model found (docs/diffusers.md). With a modulation that is not the model's own they
-    are DenseDiffusion's.
+    Numbers that are None are the model's: DenseDiffusion's for attention across to the text, as in
+    U-Nets, PixArt and Wan (range, 1.0 and 0.3, time^5, 0.3 of the steps); for joint attention a
+    bias of 3 on image tokens towards text tokens, as strong in all of the first half of the steps,
+    which a trial on one small model found (docs/diffusers.md). With a modulation that is not the
+    model's own they are DenseDiffusion's.
 
     Regions may have prompts of their own instead (`Region`, on U-Nets and FLUX): a token of the
     image then sees the prompt of its region, and the call's where it is in none. Regions share a
@@ -73,10 +73,11 @@ def apply_layout(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
-            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or
-            ChronoEdit, or of a video's Wan (also 2.2, of two), SkyReels V2, LTX-Video, HunyuanVideo
-            or CogVideoX. Of a modular pipeline the calls are changed that its guider makes for the
-            prompt's estimate (`pred_cond`), in whatever order.
+            Stable Diffusion 3, FLUX.1 and FLUX.2, Chroma, Qwen-Image and its Edit, Z-Image,
+            Lumina 2, CogView4, AuraFlow, PixArt, HunyuanDiT, SANA (without its self-attention,
+            which is linear), Kandinsky 5 or ChronoEdit, or of a video's Wan (also 2.2, of two),
+            SkyReels V2, LTX-Video, HunyuanVideo or CogVideoX. Of a modular pipeline the calls are
+            changed that its guider makes for the prompt's estimate (`pred_cond`), in any order.
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
@@ -106,7 +107,7 @@ def apply_layout(
             all of some columns take two bits a region, 16 regions at most.
         encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own,
             as `encode_prompt` makes them with the options of the call (LoRA scale, `clip_skip`,
-            `max_sequence_length`).
+            `max_sequence_length`), and beside its images where the pipeline reads them so.
         base_ratio: the call's prompt has this share in every region with a prompt, and these the
             rest; it costs a call of the attention.
         isolate: how much less regions with prompts see of each other in self-attention: a token of

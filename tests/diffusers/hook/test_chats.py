@@ -17,28 +17,35 @@ RANGE = {"modulation": "range", "exponent": 0.0, "active": 1.0}
 
 @pytest.mark.parametrize("name", ["qwen_edit", "qwen_edit_plus", "kandinsky5_i2i"])
 def test_phrases_alone_are_read_beside_the_images_of_the_call(name: str) -> None:
-    """The embeddings of a phrase are those that encode_prompt makes with the same images."""
+    """The embeddings of a phrase are those that encode_prompt makes with the same images.
+
+    Those of an earlier call in the block are forgotten.
+    """
     pipe, images, texts = family(name), [], []
 
     def see(denoiser: torch.nn.Module, args: tuple, given: dict) -> None:
         texts.append(hooks.arguments(denoiser, args, given).arguments["encoder_hidden_states"])
 
-    picture = [PICTURE] if name == "qwen_edit_plus" else PICTURE
+    pictures = (PICTURE.resize((96, 96)), PICTURE)
+    if name == "qwen_edit_plus":
+        pictures = ([PICTURE, PICTURE], [PICTURE])
     with (
         apply_layout(pipe, PROMPT, REGIONS[:1], **RANGE),
         heard(pipe, lambda given: images.append(given["image"])),
     ):
         handle = pipe.transformer.register_forward_pre_hook(see, with_kwargs=True)
         try:
-            run(name, PROMPT, steps=1, image=picture)
+            for picture in pictures:
+                run(name, PROMPT, steps=1, image=picture)
         finally:
             handle.remove()
     with torch.no_grad():
-        right, plain = (pipe.encode_prompt(text, images[0])[0][0] for text in ("cat", PROMPT))
+        right, plain = (pipe.encode_prompt(text, images[-1])[0][0] for text in ("cat", PROMPT))
+    assert len(texts) == 4  # a prompt and a negative one, twice
     if name == "kandinsky5_i2i":  # a space's token has no other there
-        ours, theirs, before = texts[0][0][2:5], right[:3], plain[2:5]
+        ours, theirs, before = texts[2][0][2:5], right[:3], plain[2:5]
     else:
-        ours, theirs, before = texts[0][0][-9:-6], right[-5:-2], plain[-9:-6]
+        ours, theirs, before = texts[2][0][-9:-6], right[-5:-2], plain[-9:-6]
     assert torch.equal(ours, theirs)
     assert not close(ours, before)
 

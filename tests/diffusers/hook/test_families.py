@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from families import FAMILIES, family, run
-from pipelines import PROMPT, REGIONS, close
+from pipelines import PROMPT, REGIONS, close, latents, pipeline
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import apply_layout
@@ -176,6 +176,21 @@ def test_words_and_strengths(name: str, calls: list) -> None:
         assert q_words.view(-1).tolist() == ours
         assert k_words.view(-1).tolist() == theirs
         torch.testing.assert_close(strength.view(-1), torch.tensor(right))
+
+
+def test_words_of_stable_diffusion_3_5(calls: list) -> None:
+    """Its first block attends to the image once more, in a layer without text."""
+    with apply_layout(pipeline("sd3"), PROMPT, BOTH, modulation="range", exponent=0.0):
+        latents(pipeline("sd3"), PROMPT, steps=1)
+    image, text = image_side(4, 6, 0.3), sequence((("clip", 16), ("t5", 24)), 0.3)
+    joint = [a + b for a, b in zip(image, text)]
+    alone = [call for call in calls if call[1].shape[2] == len(image[0])]
+    assert len(alone) == 1
+    assert len(calls) == 3 + len(alone)
+    for call in calls:
+        words, strengths = image if any(call is one for one in alone) else joint
+        assert call[3].view(-1).tolist() == call[4].view(-1).tolist() == words
+        torch.testing.assert_close(call[5].view(-1), torch.tensor(strengths))
 
 
 def test_a_prompt_that_is_read_in_small_letters(

@@ -33,6 +33,8 @@ OWN = {  # arguments of calls by class, in the place of those below
     "Flux2KleinPipeline": {"image": Image.new("RGB", (64, 64))},
     "HunyuanDiTControlNetPipeline": {"control_image": images.PICTURE},
     "SanaControlNetPipeline": {"control_image": images.PICTURE},
+    "SanaSprintPipeline": {"intermediate_timesteps": None},
+    "SanaSprintImg2ImgPipeline": {"intermediate_timesteps": None},
     "Kandinsky5I2IPipeline": {"max_sequence_length": 64},
     "LucyEditPipeline": {"video": [PICTURE[0]] * 5},
     "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
@@ -214,10 +216,8 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         unet = pipeline(model, blocks=4).unet
         net = ControlNetXSAdapter.from_unet(unet, 1.0, conditioning_embedding_out_channels=(8, 8))
         return {"unet": unet, "controlnet": net}
-    if name == "SanaControlNetPipeline":
-        return {"controlnet": controlnet(name, parts).eval(), "vae": images.deep_vae()}
     if "ControlNet" in name:
-        return {"controlnet": controlnet(name, parts).eval()}
+        return {"controlnet": controlnet(name, parts).eval(), **images.extras(name, parts)}
     if "Adapter" in name:
         return {"adapter": T2IAdapter(3, [8, 16, 16, 16], 1, 4, "full_adapter_xl").eval()}
     if name.startswith("LatentConsistency"):
@@ -232,8 +232,6 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         transformer = changed(parts["transformer"])
         transformer.register_to_config(guidance_embeds=False)
         return {"transformer": transformer}
-    if name == "Kandinsky5I2VPipeline":
-        return {"vae": images.video_vae()}
     if name.startswith("FluxControl"):
         return {"transformer": changed(parts["transformer"], in_channels=32, out_channels=16)}
     if name in ("WanImageToVideoPipeline", "LucyEditPipeline"):  # an image's latents, and a mask's
@@ -243,7 +241,7 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {
             "transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)
         }
-    return {}
+    return images.extras(name, parts)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from dense_attn.examples import _tiny_pipeline as tiny
 from families.chats import LastHidden, Processor, chat_tokenizer, flow, louder
+from families.controlnets import changed
 
 PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 EDIT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n"
@@ -65,7 +67,7 @@ def hunyuan_dit() -> object:
         vae=coarse_vae(),
         text_encoder=LastHidden(len(tokenizer), 16),
         tokenizer=tokenizer,
-        transformer=louder(transformer, ".attn"),
+        transformer=louder(transformer, ".to_v.", ".to_out."),
         scheduler=tiny._ddim(),
         safety_checker=None,
         feature_extractor=None,
@@ -148,7 +150,7 @@ def kandinsky5(kind: str = "T2I") -> object:
     )
     sys.modules[type(transformer).__module__].torch = Wide()
     processor, clip = Processor(chat_tokenizer()), tiny._clip("")["tokenizer"]
-    louder(transformer, "_attention.")
+    louder(transformer, ".to_value.", ".out_layer.")
     with torch.no_grad():
         for name, weight in transformer.named_parameters():
             if "modulation" in name:
@@ -184,6 +186,19 @@ def deep_vae() -> torch.nn.Module:
     sizes |= {"layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 6}
     both = {f"{part}_{name}": sizes[name] for part in ("encoder", "decoder") for name in sizes}
     return diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=8, **both).eval()
+
+
+def extras(name: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a class has in the place of its family's."""
+    if name == "Kandinsky5I2VPipeline":
+        return {"vae": video_vae()}
+    if name == "SanaControlNetPipeline":
+        return {"vae": deep_vae()}
+    if name.startswith("SanaSprint"):
+        transformer, scheduler = parts["transformer"], diffusers.SCMScheduler()
+        own = {"transformer": changed(transformer, guidance_embeds=True), "scheduler": scheduler}
+        return {"vae": deep_vae(), **own}
+    return {}
 
 
 def shrink(module: types.ModuleType) -> None:

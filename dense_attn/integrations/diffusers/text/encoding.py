@@ -38,6 +38,7 @@ def surroundings(pipe: DiffusionPipeline) -> dict[str, Any]:
     if takes(pipe, "prompt_template"):
         parameters = inspect.signature(pipe.encode_prompt).parameters
         found["prompt_template"] = parameters["prompt_template"].default
+    found[INSTRUCTION] = call_default(pipe, INSTRUCTION)
     return {name: value for name, value in found.items() if takes(pipe, name)}
 
 

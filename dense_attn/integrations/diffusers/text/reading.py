@@ -89,14 +89,10 @@ class Reading:
 
     def _check_template(self, given: dict[str, Any]) -> None:
         """Refuse what stands before the prompt in the place of the pipeline's own."""
-        own = encoding.surroundings(self.pipe)
-        told = {name: given.get(name) or text for name, text in own.items()}  # as Lumina 2 does
-        if encoding.takes(self.pipe, encoding.INSTRUCTION):
-            own[encoding.INSTRUCTION] = encoding.call_default(self.pipe, encoding.INSTRUCTION)
-            told[encoding.INSTRUCTION] = given.get(encoding.INSTRUCTION)
-        for name, text in told.items():
-            if text != own[name]:
-                _checks.refuse(name, "be the pipeline's own while a layout is on", repr(text))
+        for name, own in encoding.surroundings(self.pipe).items():
+            told = given.get(name)
+            if told != own and (told is not None or name == encoding.INSTRUCTION):
+                _checks.refuse(name, "be the pipeline's own while a layout is on", repr(told))
 
     def _look(self, given: dict[str, Any]) -> None:
         """Take the images of a call; others make other tokens of a text."""

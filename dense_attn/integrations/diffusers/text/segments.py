@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .encoding import INSTRUCTION, call_default, surroundings, takes
+from .encoding import INSTRUCTION, surroundings, takes
 from .tokens import tokens_of
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _instructed(pipe: DiffusionPipeline, tokenizer: Any) -> Segment:
 
     The instruction's own last token is kept too, and takes the place behind the first.
     """
-    text = "\n".join(call_default(pipe, INSTRUCTION) or ())
+    text = "\n".join(surroundings(pipe)[INSTRUCTION] or ())
     dropped = len(tokens_of(tokenizer, text).ids) - 2 if text and tokenizer is not None else 0
     segment = _segment((tokenizer,), -dropped, None)
     return segment._replace(template=text + "{}")
