@@ -130,6 +130,24 @@ def test_words_and_strengths(name: str, kind: str, calls: list) -> None:
 
 
 @pytest.mark.full
+@every_family
+def test_videos_of_a_batch_are_those_alone(name: str) -> None:
+    """Prompts of different lengths, whose padding is masked, and regions of frames in one."""
+    prompts = [PROMPT, "dog and a small cat"]
+    regions = [[("cat", CAT)], [("cat", CAT[0]), ("dog", DOG)]]
+    latents = []
+    for i in range(2):
+        with apply_layout(family(name), prompts[i], regions[i], **STRONG):
+            generator = torch.Generator().manual_seed(i)
+            latents.append(run(name, prompts[i], steps=2, generator=generator))
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    more = {"negative_prompt": ["fog", "fog"]} if name == "hunyuan_video" else {}
+    with apply_layout(family(name), prompts, regions, **STRONG):
+        both = run(name, prompts, steps=2, generator=generators, **more)
+    assert close(both, torch.cat(latents))
+
+
+@pytest.mark.full
 def test_frames_that_are_left_out_in_the_middle_of_a_run(calls: list) -> None:
     """ChronoEdit's later steps have the first and the last frame alone; all have the regions."""
     pipe = classes.made(diffusers.ChronoEditPipeline)
