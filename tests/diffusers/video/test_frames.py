@@ -99,7 +99,7 @@ def test_two_latents_in_a_token(monkeypatch: pytest.MonkeyPatch, calls: list) ->
     """CogVideoX 1.5 puts a latent before those of nine frames, for tokens of two."""
     monkeypatch.setitem(video.FAMILIES, "cogvideox 1.5", (lambda: video.cogvideox(2), video.SHAPES))
     moving = torch.stack([LEFT] + [~LEFT] * 8)
-    with apply_layout(family("cogvideox 1.5"), PROMPT, [("cat", moving)]):
+    with apply_layout(family("cogvideox 1.5"), PROMPT, [("cat", moving)], modulation="range"):
         run("cogvideox 1.5", PROMPT, steps=1)
     assert calls[0][3][0, 24:].view(2, 8).tolist() == [[1, 1, 0, 0] * 2, [0, 0, 1, 1] * 2]
 
