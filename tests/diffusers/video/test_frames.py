@@ -30,7 +30,7 @@ def words(name: str, regions: list, calls: list, **options: object) -> list[list
         (Video(3, 1, 4), 9, [0, 1, 1, 1, 1, 2, 2, 2, 2]),
         (Video(3, 1, 4), 3, [0, 1, 2]),
         # frames past the last whole four, which pipelines leave out
-        (Video(3, 1, 4), 11, [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]),
+        (Video(3, 1, 4), 11, [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]),
         (Video(2, 1, 8), 9, [0, 1, 1, 1, 1, 1, 1, 1, 1]),
         (Video(1, 1, 4), 1, [0]),
         # two latents a token: of four, and of three with one that is put before them
@@ -75,6 +75,13 @@ def test_small_places_are_kept_in_each_frame(calls: list) -> None:
     small[3, 2, 9] = True
     seen = words("wan_2_2", [("cat", small)], calls)
     assert seen == [[1, 1, 0, 0] * 2, [0, 0, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0] * 2]
+
+
+def test_frames_that_pipelines_leave_out(calls: list) -> None:
+    """Eleven frames become nine; the last two have no place, and the others theirs."""
+    moving = torch.stack([LEFT] * 8 + [~LEFT] * 3)
+    seen = words("wan_2_2", [("cat", moving)], calls)
+    assert seen == [[1, 1, 0, 0] * 2] * 3
 
 
 def test_kinds_of_masks_stand_beside_each_other(calls: list) -> None:

@@ -33,13 +33,16 @@ class Video(NamedTuple):
         return self.latents // self.each
 
     def owners(self, count: int) -> list[int]:
-        """The frame of tokens of each of count frames, of the video or of its latents."""
+        """The frame of tokens of each of count frames, of the video or of its latents.
+
+        Frames behind those that fill latents, which pipelines leave out, are behind all tokens.
+        """
         of_pixels = [-(-f // self.compression) for f in range(count)]
         whole = (count - 1) // self.compression + 1
         for length, latents in ((whole, of_pixels), (count, list(range(count)))):
             ahead = self.latents - length  # frames that a pipeline puts before a video
             if 0 <= ahead < self.each:
-                return [min((f + ahead) // self.each, self.tokens - 1) for f in latents]
+                return [(f + ahead) // self.each for f in latents]
         frames = (self.latents - 1) * self.compression + 1
         rule = f"have masks of the video's {frames} frames or of the {self.latents} of its latents"
         return _checks.refuse("regions", rule, count)
