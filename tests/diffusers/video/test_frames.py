@@ -30,7 +30,7 @@ def words(name: str, regions: list, calls: list, **options: object) -> list[list
         (Video(3, 1, 4), 9, [0, 1, 1, 1, 1, 2, 2, 2, 2]),
         (Video(3, 1, 4), 3, [0, 1, 2]),
         # frames past the last whole four, which pipelines leave out
-        (Video(3, 1, 4), 11, [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]),
+        (Video(3, 1, 4), 11, [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3]),
         (Video(2, 1, 8), 9, [0, 1, 1, 1, 1, 1, 1, 1, 1]),
         (Video(1, 1, 4), 1, [0]),
         # two latents a token: of four, and of three with one that is put before them
@@ -77,6 +77,13 @@ def test_small_places_are_kept_in_each_frame(calls: list) -> None:
     assert seen == [[1, 1, 0, 0] * 2, [0, 0, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0] * 2]
 
 
+def test_frames_that_pipelines_leave_out(calls: list) -> None:
+    """Eleven frames become nine; the last two have no place, and the others theirs."""
+    moving = torch.stack([LEFT] * 8 + [~LEFT] * 3)
+    seen = words("wan_2_2", [("cat", moving)], calls)
+    assert seen == [[1, 1, 0, 0] * 2] * 3
+
+
 def test_kinds_of_masks_stand_beside_each_other(calls: list) -> None:
     """A box and a mask of all frames beside arrays with frames."""
     moving = np.stack([LEFT.numpy()] * 4 + [~LEFT.numpy()] * 5)
@@ -99,7 +106,7 @@ def test_two_latents_in_a_token(monkeypatch: pytest.MonkeyPatch, calls: list) ->
     """CogVideoX 1.5 puts a latent before those of nine frames, for tokens of two."""
     monkeypatch.setitem(video.FAMILIES, "cogvideox 1.5", (lambda: video.cogvideox(2), video.SHAPES))
     moving = torch.stack([LEFT] + [~LEFT] * 8)
-    with apply_layout(family("cogvideox 1.5"), PROMPT, [("cat", moving)]):
+    with apply_layout(family("cogvideox 1.5"), PROMPT, [("cat", moving)], modulation="range"):
         run("cogvideox 1.5", PROMPT, steps=1)
     assert calls[0][3][0, 24:].view(2, 8).tolist() == [[1, 1, 0, 0] * 2, [0, 0, 1, 1] * 2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from families import classes, family, run, video
 from pipelines import PROMPT, REGIONS, close, diffusers, state_of
 
@@ -119,3 +120,35 @@ def test_a_layer_of_the_second_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         pytest.warns(UserWarning, match=r"leaves transformer_2\.blocks\.1\.attn1, and layers"),
     ):
         run(NAME, PROMPT, steps=4)
+
+
+@pytest.mark.full
+def test_both_compiled() -> None:
+    """A graph each, whatever the layout; a moving region in the place of another needs none."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = video.wan_2_2()
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.text_encoder, pipe.transformer, pipe.transformer_2):
+        part.eval()
+    moving = torch.zeros(9, 8, 16, dtype=torch.bool)
+    moving[:4, :, :8] = moving[4:, :, 8:] = True
+
+    def latents() -> torch.Tensor:
+        given = video.SHAPES | {"num_inference_steps": 2, "output_type": "latent"}
+        return pipe(PROMPT, **given, generator=torch.Generator().manual_seed(0)).frames
+
+    plain = latents()
+    with apply_layout(pipe, PROMPT, [("cat", moving)], active=1.0):
+        right = latents()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    pipe.transformer.compile(backend=counter, fullgraph=True)
+    pipe.transformer_2 = torch.compile(pipe.transformer_2, backend=counter, fullgraph=True)
+    with apply_layout(pipe, PROMPT, [("cat", moving)], active=1.0):
+        assert close(latents(), right)
+    graphs = counter.frame_count
+    with apply_layout(pipe, PROMPT, [("cat", ~moving)], active=1.0):
+        assert not close(latents(), right)
+    assert counter.frame_count == graphs <= 2
+    assert close(latents(), plain)

@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from families import family, run, video
-from pipelines import PROMPT, REGIONS, close
+from families import classes, family, run, video
+from pipelines import PROMPT, REGIONS, close, diffusers
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import apply_layout
@@ -127,3 +127,56 @@ def test_words_and_strengths(name: str, kind: str, calls: list) -> None:
         assert q_words.view(-1).tolist() == ours
         assert k_words.view(-1).tolist() == theirs
         torch.testing.assert_close(strength.view(-1), torch.tensor(strengths))
+
+
+@pytest.mark.full
+@every_family
+def test_videos_of_a_batch_are_those_alone(name: str) -> None:
+    """Prompts of different lengths, whose padding is masked, and regions of frames in one."""
+    prompts = [PROMPT, "dog and a small cat"]
+    regions = [[("cat", CAT)], [("cat", CAT[0]), ("dog", DOG)]]
+    latents = []
+    for i in range(2):
+        with apply_layout(family(name), prompts[i], regions[i], **STRONG):
+            generator = torch.Generator().manual_seed(i)
+            latents.append(run(name, prompts[i], steps=2, generator=generator))
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    more = {"negative_prompt": ["fog", "fog"]} if name == "hunyuan_video" else {}
+    with apply_layout(family(name), prompts, regions, **STRONG):
+        both = run(name, prompts, steps=2, generator=generators, **more)
+    assert close(both, torch.cat(latents))
+
+
+@pytest.mark.full
+def test_frames_that_are_left_out_in_the_middle_of_a_run(calls: list) -> None:
+    """ChronoEdit's later steps have the first and the last frame alone; all have the regions."""
+    pipe = classes.made(diffusers.ChronoEditPipeline)
+    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(**config)  # as the real one's
+
+    def frames() -> Tensor:
+        return pipe(
+            classes.PICTURE,
+            PROMPT,
+            height=32,
+            width=64,
+            num_frames=9,
+            num_inference_steps=3,
+            enable_temporal_reasoning=True,
+            num_temporal_reasoning_steps=1,
+            max_sequence_length=512,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+
+    regions = [("cat", CAT[0]), ("dog", DOG)]
+    plain = frames()
+    with apply_layout(pipe, PROMPT, regions, **STRONG):
+        assert not close(frames(), plain)
+    words = image_side((0,), 0.3)[0]
+    assert {tuple(call[3].view(-1).tolist()) for call in calls} == {(*words * 3,), (*words * 2,)}
+    with (
+        pytest.raises(ValueError, match=r"^regions\[0\] must have a mask of 2 dimensions \[height"),
+        apply_layout(pipe, PROMPT, [("cat", CAT)]),
+    ):
+        pytest.fail("the block must not run")

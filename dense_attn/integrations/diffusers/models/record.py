@@ -104,7 +104,7 @@ class Model:
     frames: int = 1  # of a video's latents in a token
 
     denoiser: ClassVar[str]  # the name of its class
-    video: ClassVar[bool] = False  # whether masks may have frames
+    video: ClassVar[bool] = False  # whether it makes one, so that masks may have frames
     pipelines: ClassVar[str] = ".*"  # of the classes, a regular expression, that call it as here
     component: ClassVar[str] = "transformer"  # the pipeline's name for it
     latents: ClassVar[str] = "hidden_states"  # the argument that brings them
@@ -131,7 +131,8 @@ class Model:
         """The record of one denoiser."""
         patch = cls.packs or getattr(denoiser.config, "patch_size", 1)
         frames = getattr(denoiser.config, "patch_size_t", None) or 1
-        frames, patch = (frames, patch) if isinstance(patch, int) else (patch[0], patch[-1])
+        if not isinstance(patch, int):  # (frames, rows, columns), or without frames
+            frames, patch = patch[0] if len(patch) == 3 else 1, patch[-1]
         return cls(patch=patch, frames=frames)
 
     @property
