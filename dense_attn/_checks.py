@@ -218,9 +218,9 @@ def _rows_fit(q: object, k: object, v: object) -> bool:
         and keys[1] == shape[1]
         and keys[3] == shape[3] > 1
         and dtype in DTYPES
-        and k.dtype == dtype == v.dtype
-        and q.layout == k.layout == v.layout == torch.strided
-        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and k.dtype is dtype is v.dtype
+        and q.layout is k.layout is v.layout is torch.strided
+        and q.stride()[3] == k.stride()[3] == v.stride()[3] == 1
         and k.device == device == v.device
     )
 
@@ -229,8 +229,8 @@ def _words_fit(words: object, num_tokens: int, q: Tensor) -> bool:
     """Whether one look finds nothing to refuse in words that all samples share."""
     return (
         isinstance(words, Tensor)
-        and words.dtype == torch.int32
-        and words.shape == (num_tokens,)
-        and words.layout == torch.strided
+        and words.dtype is torch.int32
+        and words.shape in ((num_tokens,), (1, num_tokens))
+        and words.layout is torch.strided
         and words.device == q.device
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _tuned
+from dense_attn._checks import DTYPES
 from dense_attn._backends import cuda, ops
 from dense_attn._kernel_hashes import kernel_hashes
 
@@ -120,16 +121,26 @@ RULES = (
         for op in ("percentile_mask", "sega_guidance", "ddim_step", "ReversibleSampler")
     ),
 )
-_RULES_OF = {op: [rule for rule in RULES if rule.op == op] for op in {rule.op for rule in RULES}}
-_RULES_OF_HEAD_DIM = [  # a call must not wait for all classes to be looked at
+# A call must not wait for all rules to be looked at.
+_RULES_OF = {
+    (op, dtype): [rule for rule in RULES if rule.op == op and dtype in (rule.dtypes or (dtype,))]
+    for op in {rule.op for rule in RULES}
+    for dtype in DTYPES
+}
+_RULES_OF_HEAD_DIM = [
     [
         rule
-        for rule in _RULES_OF[ATTENTION]
+        for rule in _RULES_OF[ATTENTION, _HALF[0]]
         if rule.head_dims is None or rule.head_dims[0] <= head_dim <= rule.head_dims[1]
     ]
     for head_dim in range(cuda.HEAD_DIMS[-1] + 1)
 ]
 _BEHIND = {first: (first, *(name for name in ORDER if name != first)) for first in ORDER}
+_AT_ONCE = {  # where the first rule takes calls of any size
+    at: _BEHIND[rules[0].backend]
+    for at, rules in _RULES_OF.items()
+    if rules and rules[0].head_dims is rules[0].keys is None
+}
 # Whether `verify` passed, by backend and the GPU's index; filled where it is asked for.
 _found: dict[tuple[str, int], bool | None] = {}
 
@@ -149,7 +160,10 @@ def order(op: str, x: Tensor, keys: int | None = None) -> tuple[str, ...]:
 
 
 def _by_the_table(op: str, x: Tensor, keys: int | None) -> tuple[str, ...]:
-    dtype, head_dim, rules = x.dtype, 0, _RULES_OF.get(op, ())
+    dtype, head_dim = x.dtype, 0
+    if (op, dtype) in _AT_ONCE:
+        return _AT_ONCE[op, dtype]
+    rules = _RULES_OF.get((op, dtype), ())
     if op == ATTENTION and dtype in _HALF:
         head_dim = x.shape[-1]
         rules = _RULES_OF_HEAD_DIM[head_dim] if head_dim < len(_RULES_OF_HEAD_DIM) else rules

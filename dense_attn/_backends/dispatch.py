@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from dense_attn._backends import table
@@ -55,8 +55,12 @@ def run_as(function: type[torch.autograd.Function], recorded: bool, *inputs: obj
         return function.apply(*inputs)
     # Past what torch.autograd.Function does for the transforms that are not here, but for wrappers
     # that those of before have left.
-    live = unwrap_dead_wrappers(inputs)
-    return super(torch.autograd.Function, _recorded(function)).apply(*live)
+    live = [
+        unwrap_if_dead(x) if x.__class__ not in _NO_TENSORS and isinstance(x, Tensor) else x
+        for x in inputs
+    ]
+    num = function.num_tensors
+    return _recorded(function)(*live[:num], live[num:])
 
 
 def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
@@ -64,8 +68,9 @@ def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
     watches ops: the way through torch would take as long as all else of a small call.
     """
     kernels = table.NAMESPACES[backend]
-    at_once = getattr(kernels, "EAGER", {}).get(op)
-    watched = at_once is None or (
+    if backend != "triton" or (at_once := getattr(kernels, "EAGER", {}).get(op)) is None:
+        return getattr(kernels, op)
+    watched = (
         torch.compiler.is_compiling()
         or _in_a_transform()
         or torch._C._len_torch_dispatch_stack()
@@ -110,15 +115,23 @@ def _distinct(inputs: tuple[object, ...]) -> list[object]:
 
 
 @cache
-def _recorded(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The Function with forward and setup_context in one: torch binds the arguments of two."""
+def _recorded(function: type[torch.autograd.Function]) -> Callable:
+    """The `apply` of the Function with forward and setup_context in one, since torch binds the
+    arguments of two, and with all inputs behind `num_tensors` as one, since it looks at each.
+    """
+    num = function.num_tensors
 
-    def forward(ctx: Any, *inputs: object) -> Any:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        inputs = (*inputs[:num], *inputs[num])
         output = function.forward(*inputs)
         function.setup_context(ctx, inputs, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *function.backward(ctx, *grads)[:num], None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    recorded = type(
         function.__name__, (torch.autograd.Function,), members | {"__doc__": function.__doc__}
     )
+    return super(torch.autograd.Function, recorded).apply

@@ -34,7 +34,7 @@ _OLDEST_GPU = (8, 0)  # asynchronous copies and products of bfloat16
 def missing(backend: str, op: str) -> str | None:
     """The reason why a backend lacks an op here, whatever the inputs; None if it has it."""
     kernels = NAMESPACES[backend]
-    if _RAW.get(op, op) in getattr(kernels, "LACKING", ()):
+    if backend == "cuda" and _RAW.get(op, op) in getattr(kernels, "LACKING", ()):
         return f"no {backend} kernel of {op} in this build"
     return getattr(kernels, "LOAD_ERROR", None)
 
@@ -76,7 +76,9 @@ def _too_old(device: torch.device) -> str | None:
 
 def device_of(backend: str) -> str:
     """The kind of tensors that a backend takes; the reference takes any."""
-    return {"triton": triton.DEVICE, "cuda": cuda.DEVICE}.get(backend, "cpu")
+    if backend == "triton":
+        return triton.DEVICE
+    return cuda.DEVICE if backend == "cuda" else "cpu"
 
 
 def why_not(backend: str, op: str, x: Tensor, added: int = 0) -> list[str]:
@@ -96,6 +98,8 @@ def why_not(backend: str, op: str, x: Tensor, added: int = 0) -> list[str]:
     if op == "layout_attention" and x.shape[-1] > MAX_HEAD_DIM:
         terms = f" ({x.shape[-1] - added} and {added} for k_mask)" if added else ""
         reasons.append(f"head_dim is at most {MAX_HEAD_DIM}, got {x.shape[-1]}{terms}")
+    if backend == "cpu":
+        return reasons
     if backend == "triton" and OPS[op] != "reversible" and x.dtype == torch.float64:
         reasons.append("has no float64 kernels")
     if backend == device == "cuda" and not reasons and (reason := cuda.driver_error()):

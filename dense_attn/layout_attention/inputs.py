@@ -14,6 +14,8 @@ _NO_LISTS = (None, None, None)
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, q, k and v in autocast's dtype, as scaled_dot_product_attention has them."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return q, k, v
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     if device not in ("cpu", "cuda") and not _has_autocast(device):
         return q, k, v
@@ -46,10 +48,15 @@ def check_tensors(
 ) -> None:
     """Refuse tensors that do not go together."""
     _checks.attention_inputs(q, k, v)
-    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
+    (batch, _, seqlen_q, _), seqlen_k = q.shape, k.shape[2]
     _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
     _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
-    for name, order, tokens in (("q_order", q_order, seqlen_q), ("k_order", k_order, seqlen_k)):
+    if q_order is None and k_order is None:
+        return
+    orders = [("q_order", q_order, seqlen_q)]
+    if k_order is not q_order or seqlen_q != seqlen_k:
+        orders.append(("k_order", k_order, seqlen_k))
+    for name, order, tokens in orders:
         if isinstance(order, Tensor):
             _checks.token_words(name, order, batch, tokens, q)
         elif order is not None and order is not False:
@@ -71,9 +78,10 @@ def with_orders(
     lists: tuple[Tensor | None, ...] | None, q_order: Order, k_order: Order
 ) -> tuple[Tensor | None, ...]:
     """Lists and the orders of a call, which are those of the lists where there are any."""
-    given = q_order, k_order
     if lists is None:
-        return *_NO_LISTS, *(None if order is False else order for order in given)
+        orders = None if q_order is False else q_order, None if k_order is False else k_order
+        return _NO_LISTS + orders
+    given = q_order, k_order
     for name, order, own in zip(("q_order", "k_order"), given, lists[3:]):
         # Whether two permutations are the same is not known without a look at their values.
         if order is not None and (order is False) != (own is None):
@@ -98,8 +106,13 @@ def row_strength(strength: Tensor | float, q: Tensor) -> tuple[Tensor | None, fl
     _checks.same_device("strength", strength, q)
     shape = (batch, num_heads, seqlen_q)
     if strength.shape != shape:
-        padded = (1,) * (3 - strength.dim()) + tuple(strength.shape)
-        if strength.dim() > 3 or any(n not in (1, size) for n, size in zip(padded, shape)):
+        sizes = strength.shape
+        if not (
+            len(sizes) <= 3
+            and (len(sizes) < 1 or sizes[-1] in (1, seqlen_q))
+            and (len(sizes) < 2 or sizes[-2] in (1, num_heads))
+            and (len(sizes) < 3 or sizes[-3] in (1, batch))
+        ):
             rule = f"broadcast to [B, H, M] = {shape}"
             _checks.refuse("strength", rule, tuple(strength.shape))
         strength = strength.expand(batch, num_heads, seqlen_q)

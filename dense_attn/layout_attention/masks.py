@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dense_attn import _checks
 from dense_attn.layout_attention import keys
@@ -52,9 +53,26 @@ def of_rows(options: dict[str, Any], first: int, last: int) -> dict[str, Any]:
 def of_call(
     options: dict[str, Any], first: int, last: int, q: Tensor, k: Tensor, same_tokens: bool
 ) -> Mask | None:
-    """The reduced mask of some rows, whose q and k these are; None without one."""
-    mask = of_rows(options, first, last).get("attn_mask")
-    return None if mask is None else reduced(mask, q, k, same_tokens)
+    """The reduced mask of some rows, whose q and k these are; None without one.
+
+    The layers of a call share a mask, which is looked at once, until it is changed in place.
+    """
+    given = options.get("attn_mask")
+    if given is None:
+        return None
+    if torch.compiler.is_compiling() or given.is_inference():  # which has no versions
+        return reduced(of_rows(options, first, last)["attn_mask"], q, k, same_tokens)
+    at = first, last, q.shape[:3], k.shape[2], same_tokens, given._version
+    kept = _reduced.get(given)
+    if kept is None or kept[0] != at:
+        mask = reduced(of_rows(options, first, last)["attn_mask"], q, k, same_tokens)
+        # views would keep the mask that they are of
+        kept = at, Mask(*(x.clone() if x is not None and x._is_view() else x for x in mask))
+        _reduced[given] = kept
+    return kept[1]
+
+
+_reduced = WeakTensorKeyDictionary()  # the last of each mask, and what it was made for
 
 
 def reduced(mask: Tensor, q: Tensor, k: Tensor, same_tokens: bool = False) -> Mask:

@@ -190,6 +190,8 @@ def tile_lists(
 class _LayoutAttention(torch.autograd.Function):
     """Takes the arguments of the raw forward op, and the name of the backend that runs it."""
 
+    num_tensors = 6
+
     @staticmethod
     def forward(  # torch.compile counts the parameters: no *arguments
         q: Tensor,
@@ -251,6 +253,8 @@ class _LayoutAttention(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     """The backward pass as a function of q, k and v too: a second derivative is refused, not 0."""
+
+    num_tensors = 10
 
     @staticmethod
     def forward(

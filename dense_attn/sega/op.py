@@ -147,6 +147,7 @@ def guided(
 
 class _SegaGuidance(torch.autograd.Function):
     generate_vmap_rule = True
+    num_tensors = 5
 
     @staticmethod
     def forward(

@@ -71,7 +71,7 @@ def percentile_mask(
     masked = masked.reshape_as(moved)
     if order is not None:
         masked = masked.permute(sorted(range(x.dim()), key=order.__getitem__))
-    return masked, torch.reshape(threshold, sizes[:count])
+    return masked, threshold if count == 1 else torch.reshape(threshold, sizes[:count])
 
 
 def _axes(argument: str, value: object, x: Tensor) -> list[int]:
@@ -96,6 +96,7 @@ def _order(x: Tensor, last: list[int]) -> list[int]:
 
 class _PercentileMask(torch.autograd.Function):
     generate_vmap_rule = True
+    num_tensors = 1
 
     @staticmethod
     def forward(x, level, backend):  # noqa: ANN001, ANN205

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dense_attn import Layout
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance
+from dense_attn.integrations.diffusers import Edit, apply_layout, rows, semantic_guidance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -256,3 +256,33 @@ def test_a_repeated_call_for_the_negative_prompt(calls: list) -> None:
         with apply_layout(pipe, PROMPT, REGIONS):
             loop()
         assert len(calls) == 3 * layers * expected
+
+
+@pytest.mark.parametrize("guides", [True, False])
+def test_texts_that_are_made_anew_in_each_call_are_looked_at_twice_a_run(
+    guides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that stay are looked at once, and again where they are changed or others."""
+    scheduler = types.SimpleNamespace(timesteps=torch.arange(5))
+    pipe = types.SimpleNamespace(scheduler=scheduler, do_classifier_free_guidance=guides)
+    looked: list[bool] = []
+    monkeypatch.setattr(rows, "check_halves", lambda x, by_value: looked.append(by_value))
+    monkeypatch.setattr(rows.Rows, "_check_texts", lambda self, x, text: looked.append(True))
+    following, x = rows.Rows(pipe, 1, "halves"), torch.zeros(2, 4, 2, 2)
+
+    def looks(*texts: Tensor) -> int:
+        looked.clear()
+        for text in texts:
+            following.of(x, text, repeated=False)
+        return sum(looked)
+
+    kept = torch.zeros(2, 3, 4)
+    assert looks(kept, kept, kept) == 1
+    assert looks(kept.add_(1), kept) == 1
+    assert looks(*(kept.clone() for _ in range(3)), kept) == 4  # a callback's
+    assert looks(kept, kept) == 0
+    scheduler.timesteps = torch.arange(5)
+    assert looks(*(kept.clone() for _ in range(5))) == 2
+    assert looks(*(torch.zeros(2, 4, 4) for _ in range(5))) == 2
+    scheduler.timesteps = torch.arange(5)
+    assert looks(*(torch.zeros(2, 4, 4) for _ in range(5))) == 2

@@ -35,6 +35,8 @@ RUNS = """
     PixArtAlpha PixArtSigma Lumina2 QwenImageEdit QwenImageEditInpaint QwenImageEditPlus Flux2
     HunyuanDiT HunyuanDiTControlNet CogView4 CogView4Control Sana SanaControlNet Kandinsky5T2I
     Kandinsky5I2I Kandinsky5T2V Kandinsky5I2V
+    LTX LTXImageToVideo HunyuanVideo HunyuanSkyreelsImageToVideo CogVideoX CogVideoXImageToVideo
+    CogVideoXVideoToVideo CogVideoXFunControl SkyReelsV2 SkyReelsV2ImageToVideo ChronoEdit
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -63,12 +65,18 @@ REFUSED = {
         StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG StableDiffusionXLPAGImg2Img
         StableDiffusionXLPAGInpaint PixArtSigmaPAG HunyuanDiTPAG
     """,
+    "encode its prompt without an image": "HunyuanVideoImageToVideo",
     "make images of one layer": "QwenImageLayered",
     r"call its Flux2Transformer2DModel as a Flux2\(Klein.* does": "Flux2KleinKV",
     r"call its SanaTransformer2DModel as a Sana\(C.* does": """
         SanaPAG SanaSprint SanaSprintImg2Img
     """,
     "call its ZImageTransformer2DModel as a ZImage.* does": "ZImageOmni",
+    r"call its LTXVideoTransformer3DModel as a LTX\(Image": "LTXCondition LTXI2VLongMultiPrompt",
+    r"call its SkyReelsV2Transformer3DModel as a SkyReelsV2\(Image": """
+        SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo
+        SkyReelsV2DiffusionForcingVideoToVideo
+    """,
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -85,6 +93,7 @@ REFUSED = {
 
 # layers of the image or the text alone, and linear ones
 LEFT_ALONE = {"z_image": 2, "lumina2": 2, "sana": 2}
+LEFT_ALONE |= {"hunyuan_video": 1}
 LEFT_ALONE |= dict.fromkeys(("kandinsky5", "kandinsky5_i2i", "kandinsky5_t2v"), 1)
 
 
@@ -145,13 +154,14 @@ def test_a_run(name: str, calls: list) -> None:
         call(pipe)
         plain, steps = estimates.copy(), len(estimates)
         estimates.clear()
-        with apply_layout(pipe, PROMPT, REGIONS):
+        with apply_layout(pipe, PROMPT, REGIONS, modulation="range"):
             call(pipe)
     finally:
         handle.remove()
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
     apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2", "CogView4", "Kandinsky5"))
+    apart &= not name.startswith(("LTX", "CogVideoX"))
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dense_attn import layout_attention
-from dense_attn.layout_attention import keys
+from dense_attn.layout_attention import keys, masks
 from dense_attn.layout_attention.masks import reduced
 
 BATCH, HEADS, TOKENS = 2, 3, 7
@@ -131,3 +133,33 @@ def test_compiled() -> None:
         torch.testing.assert_close(compiled(MASKS[name]), run(MASKS[name]))
     with pytest.raises(RuntimeError, match="which keys there are"):
         compiled(REFUSED["other heads"])
+
+
+def test_a_mask_is_reduced_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all layers of a call; and what is kept lives no longer than the mask."""
+    (q, k, _), looks = qkv(), []
+    own = masks.reduced
+    monkeypatch.setattr(masks, "reduced", lambda *x: (looks.append(x[0].shape), own(*x))[1])
+
+    def keys_of(first: int, last: int, mask: Tensor) -> list:
+        return masks.of_call({"attn_mask": mask}, first, last, q[first:last], k, False).keys.tolist()
+
+    mask = THERE[:, None, None].clone()
+    for _ in range(3):
+        assert keys_of(0, 2, mask) == THERE.tolist()
+    assert len(looks) == 1
+    assert keys_of(1, 2, mask) == THERE[1:].tolist()
+    assert keys_of(0, 2, mask.clone()) == THERE.tolist()
+    assert len(looks) == 3
+    mask[0, 0, 0, 0] = False
+    assert keys_of(1, 2, mask) == THERE[1:].tolist()
+    assert keys_of(0, 2, mask)[0][0] is False
+    assert len(looks) == 5
+    with torch.inference_mode():
+        uncounted = THERE[:, None, None].clone()
+        assert keys_of(0, 2, uncounted) == keys_of(0, 2, uncounted) == THERE.tolist()
+    assert len(looks) == 7
+    gone = weakref.ref(mask)
+    del mask
+    gc.collect()
+    assert gone() is None

@@ -32,6 +32,7 @@ STAND_INS = {
     "XFormersAttnProcessor": "AttnProcessor2_0",
     "XFormersJointAttnProcessor": "JointAttnProcessor2_0",
 }
+OF_SDPA = ("attn_mask", "dropout_p", "is_causal")  # its options by place
 UNTAKEN = ("is_causal", "dropout_p", "return_lse", "_parallel_config")
 
 
@@ -84,10 +85,12 @@ class _Call:
         """Attention of q, k, v [B, H, N, D], modulated in the rows meant; `plain` has others."""
         for name in filter(options.get, UNTAKEN):
             _checks.refuse("pipe", f"attend without {name} while a layout is on", options[name])
-        first, last, end = self.expected.first, self.expected.last, len(q)
-        rows = q[first:last], k[first:last], v[first:last]
-        mask = masks.of_call(options, first, last, *rows[:2], self.expected.same_tokens)
-        parts = [self.mark.attend(*rows, options.get("scale"), mask)]
+        first, last, _, _, same_tokens = self.expected
+        end = q.shape[0]
+        if last - first < end:
+            q, k, v = q[first:last], k[first:last], v[first:last]
+        mask = masks.of_call(options, first, last, q, k, same_tokens)
+        parts = [self.mark.attend(q, k, v, options.get("scale"), mask)]
         if last - first == end:
             return parts[0]
         if first:
@@ -200,8 +203,14 @@ def _marked(kind: type) -> type:
         original = functools.partial(own, self)
         return _apart(marks[-1], expected, original, instead, attn, *args, **kwargs)
 
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {**names, "__call__": __call__, MARKS: True})
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        """A copy of a processor is one of its kind."""
+        made, given, *state = kind.__reduce_ex__(self, protocol)
+        return made, tuple(kind if each is type(self) else each for each in given), *state
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, MARKS: True}
+    methods = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
+    return type(kind.__name__, (kind,), names | methods)
 
 
 def _told(mark: Mark, expected: Expected, run: Callable[..., Any], *args: Any, **kw: Any) -> Any:
@@ -303,16 +312,8 @@ def _functional(inner: types.ModuleType) -> types.ModuleType:
     """torch.nn.functional, with an attention of q, k, v [B, H, N, D] that marked calls leave."""
 
     @functools.wraps(inner.scaled_dot_product_attention)
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        options |= {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        options.update(zip(OF_SDPA, args))
         call = _slot().call
         if call is None or query.dim() != 4 or not call.takes(query, key, 2):
             return inner.scaled_dot_product_attention(query, key, value, **options)

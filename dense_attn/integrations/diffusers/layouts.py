@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dense_attn import _checks
@@ -74,8 +74,9 @@ def apply_layout(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
-            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or Wan
-            (every frame has the regions).
+            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or
+            ChronoEdit, or of a video's Wan (also 2.2, of two), SkyReels V2, LTX-Video, HunyuanVideo
+            or CogVideoX.
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
@@ -83,9 +84,11 @@ def apply_layout(
         regions: a list of `(phrase, mask)` or of `Region`, or one such list for each prompt, which
             may be empty among those of `Region`. A phrase is a part of the prompt, or None for a
             region without one; its mask a bool array [H, W], a PIL image, light and opaque there,
-            or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words, where they first stand in
-            the prompt; a `Phrase` names another place. Where two overlap the later counts; a region
-            left without a token is warned of.
+            or a box (x0, y0, x1, y1) in 0..1. Every frame of a video has it; an array [F, H, W] has
+            a mask for each frame of the video, or of its latents, which take the middle one of
+            their frames. A phrase is whole words, where they first stand in the prompt; a `Phrase`
+            names another place. Where two overlap the later counts; a region left without a token
+            is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
             alone. In joint attention a row has one: image tokens' self_weight where blocks has
             image->image, and else cross_weight, which is also that of a phrase's tokens. They must
@@ -147,14 +150,16 @@ def apply_layout(
     pipe = viewed(pipe)
     build = _with_prompts if has_prompts(regions) else _with_phrases
     state = build(pipe, prompt, regions, given, backend)
-    component = getattr(pipe, state.model.component)
-    layers = attention_layers(unwrapped(component), state.model)
-    with (
-        listened(pipe, state.reading.hear),
-        marked(state.marks(layers)),
-        numbered(state),
-        watched(component, state, state.before_call),
-    ):
+    layers: dict[str, tuple[Any, str, int]] = {}
+    denoisers = state.model.denoisers(pipe)
+    for start, denoiser in denoisers.items():
+        layers |= attention_layers(unwrapped(denoiser), state.model, start)
+    with ExitStack() as stack:
+        stack.enter_context(listened(pipe, state.reading.hear))
+        stack.enter_context(marked(state.marks(layers)))
+        stack.enter_context(numbered(state))
+        for denoiser in denoisers.values():
+            stack.enter_context(watched(denoiser, state, state.before_call))
         yield
 
 
@@ -169,7 +174,7 @@ def _with_phrases(
     model = model_of(pipe)
     options = options_of(model, given, _backend(backend))
     prompts = _prompts(prompt)
-    parsed = parse(regions, len(prompts))
+    parsed = parse(regions, len(prompts), model.video)
     check_count(options.blocks, max(len(image.phrases) for image in parsed))
     encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
     _unused(given, ("base_ratio", "isolate", "every", "area_scaling"), "phrases")

@@ -11,16 +11,23 @@ from dense_attn import _checks
 
 
 class Rows:
-    """Follows the batches of one block, and looks at no tensor twice."""
+    """Follows the batches of one block, and looks at no tensor twice.
+
+    Where a pipeline makes its texts anew in each call, those of a run's first two are looked at,
+    and others of their shape are as they were.
+    """
 
     def __init__(self, pipe: Any, num_layouts: int, branches: str) -> None:
         self.pipe, self.num_layouts = pipe, num_layouts
         self.apart = branches == "calls"
         self.prompt_first = branches == "prompt first"
         self._step_text: Tensor | None = None  # of the first call of this step
-        self._seen: Tensor | None = None  # the texts that were looked at
-        # their version, and whether the pipeline guided
-        self._state: tuple[int | None, bool] = (None, False)
+        self._seen: Tensor | None = None  # the texts of the last call
+        self._version: int | None = None  # theirs
+        self._timesteps: object = None  # of that call's run
+        self._state: tuple[object, ...] = ()  # their shape, and whether the pipeline guided
+        # whether the second call of a run had texts of its own; None before that
+        self._anew: bool | None = None
 
     def of(
         self,
@@ -57,14 +64,27 @@ class Rows:
         half = batch // 2 if guides else 0
         ends = (0, batch - half) if self.prompt_first else (half, batch)
         first, last = self._whole(*ends)
-        state = version(text), guides
-        new = text is not self._seen or state[0] is None or state != self._state
+        new = self._is_new(text, guides)
         if guides:
             check_halves(latents, by_value=new)
         elif new and batch != known:
             self._check_texts(latents, text)
-        self._seen, self._state = text, state
         return first, last
+
+    def _is_new(self, text: Tensor, guides: bool) -> bool:
+        """Whether a call's values are to be looked at."""
+        timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+        state, number = (text.shape, guides), version(text)
+        if timesteps is not self._timesteps or state != self._state:
+            self._anew, new = None, True
+        elif text is self._seen:
+            self._anew, new = False, number is None or number != self._version
+        else:
+            new = not self._anew
+            self._anew = self._anew is not False
+        self._seen, self._version, self._state = text, number, state
+        self._timesteps = timesteps
+        return new
 
     def _whole(self, first: int, last: int) -> tuple[int, int]:
         if (last - first) % self.num_layouts:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
-from dense_attn.layout_attention.layout import _BITS, nearest, resized
+from dense_attn.layout_attention.layout import _BITS, nearest
 from dense_attn.layout_attention.masks import Mask
 
 from ._attention_hook import Expected, is_marked
@@ -19,6 +19,7 @@ from .hooks import arguments, foreign, unwrapped
 from .modular.guiders import GuidedRows
 from .modular.pipeline import Modular
 from .options import blocks
+from .regions.frames import masks_of_call
 from .rows import Rows
 from .steps import Steps
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 class Image(NamedTuple):
     """The regions of one prompt: masks, each phrase's tokens, and their embeddings alone."""
 
-    masks: Tensor  # bool [R, H, W]
+    masks: Tensor  # bool [R, H, W], of each frame [R, F, H, W]
     spans: list[list[tuple[int, int]]]  # of each region, none without a phrase
     alone: list[tuple[tuple[int, int], Tensor]]  # in the order in which they are put in
 
@@ -149,6 +150,12 @@ class LayoutState:
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
 
+    def __deepcopy__(self, memo: object) -> LayoutState:
+        """That of a copied denoiser, which is in no block: its calls go on as they are."""
+        other = object.__new__(type(self))
+        other.paused, other.first, other.last = 1, 0, 0
+        return other
+
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
         """The marks of attention modules, given by name with their kind and depth."""
         self.attentions = {name: layer for name, (layer, *_) in layers.items()}
@@ -172,16 +179,15 @@ class LayoutState:
         mask: Mask | None = None,
     ) -> Tensor:
         """Modulated attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
-        run = partial(layer.attention, options=self.options)
         if mask is None:
-            return run(q, k, v, scale=scale)
-        return mask.attention(q, k, v, scale, run)
+            return layer.attention(q, k, v, scale=scale, options=self.options)
+        return mask.attention(q, k, v, scale, partial(layer.attention, options=self.options))
 
     def missed(self, mark: LayerMark, seen: list[tuple[int, int]]) -> None:
         """Refuse a layer's own number of tokens; once a block, warn of an extension's."""
         expected = self.layers[mark.kind, mark.depth].q_words.shape[1]
         got = seen[0][0] if seen else "none"
-        other = foreign(unwrapped(getattr(self.pipe, self.model.component)), mark.name)
+        other = foreign(*self.model.root(self.pipe, mark.name))
         if other is None:
             rule = f"give {mark.name} the {expected} tokens of its latents' grid"
             _checks.refuse("pipe", rule, got)
@@ -261,8 +267,7 @@ class LayoutState:
         made_for = call.key, call.text.shape[1], call.text.device, rows
         if made_for == self._made_for:
             return
-        grid = self.model.grid(call)
-        layouts = [Layout(resized(image.masks, grid).to(call.text.device)) for image in self.images]
+        layouts = [Layout(x) for x in masks_of_call(self.pipe, self.model, call, self.images)]
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
 

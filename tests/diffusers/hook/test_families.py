@@ -210,21 +210,6 @@ def test_prompts_that_lumina_2_places_otherwise_are_refused() -> None:
         pipe(prompts, height=32, width=32, max_sequence_length=32, num_inference_steps=1)
 
 
-def test_a_pipeline_of_two_denoisers_is_refused() -> None:
-    pipe = family("wan")
-    pipe.register_modules(transformer_2=pipe.transformer)
-    try:
-        with (
-            pytest.raises(
-                ValueError, match=r"^pipe must have one denoiser, got WanPipeline with a"
-            ),
-            apply_layout(pipe, PROMPT, REGIONS),
-        ):
-            pytest.fail("the block must not run")
-    finally:
-        pipe.register_modules(transformer_2=None)
-
-
 def test_z_image_ends_its_guidance_before_the_run(calls: list) -> None:
     """The last steps have the prompt's rows alone, which are modulated as before."""
     pipe, batches = family("z_image"), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -59,3 +60,35 @@ def test_processors_that_are_no_objects_with_a_call_are_refused(processor: objec
             pytest.fail("the block must not run")
     finally:
         layer.processor = kept
+
+
+@torch.no_grad()
+def test_a_copy_of_a_denoiser_is_in_no_block() -> None:
+    """Neither inside of the block nor behind it, and it can have a block of its own."""
+    pipe = pipeline("sd")
+    text = torch.randn(2, 8, pipe.unet.config.cross_attention_dim)
+    given = torch.randn(2, 4, 8, 12), torch.tensor(5), text
+    plain = pipe.unet(*given).sample
+    with apply_layout(pipe, PROMPT, REGIONS):
+        copied = copy.deepcopy(pipe.unet)
+        processors = copied.attn_processors.values()
+        assert not any(hook.is_marked(each) for each in processors)
+        assert torch.equal(copied(*given).sample, plain)
+        layer = copy.deepcopy(pipe.unet.mid_block.attentions[0])
+        run = {"encoder_hidden_states": text}
+        x = torch.randn(2, layer.in_channels, 2, 2)
+        inside = layer(x, **run).sample
+    assert torch.equal(layer(x, **run).sample, inside)
+    assert torch.equal(pipe.unet.mid_block.attentions[0](x, **run).sample, inside)
+    assert torch.equal(copied(*given).sample, plain)
+    original, right = pipe.unet, layout_latents(pipe)
+    pipe.unet = copied
+    try:
+        assert torch.equal(layout_latents(pipe), right)
+    finally:
+        pipe.unet = original
+
+
+def layout_latents(pipe: object) -> torch.Tensor:
+    with apply_layout(pipe, PROMPT, REGIONS):
+        return latents(pipe, steps=2)

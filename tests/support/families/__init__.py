@@ -40,28 +40,7 @@ def auraflow() -> object:
 
 
 def wan() -> object:
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    return diffusers.WanPipeline(
-        **tiny._t5("", 32), vae=vae, transformer=transformer, scheduler=flow()
-    )
+    return diffusers.WanPipeline(**tiny._wan())
 
 
 def flux2() -> object:
@@ -233,11 +212,17 @@ FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
 }
 
 
+def made_of(name: str) -> tuple[Callable[[], object], dict[str, object]]:
+    from families import video
+
+    return (FAMILIES | video.FAMILIES)[name]
+
+
 @cache
 def family(name: str) -> object:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = FAMILIES[name][0]()
+        pipe = made_of(name)[0]()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -247,7 +232,7 @@ def family(name: str) -> object:
 
 def run(name: str, prompt: str, *, steps: int = 4, **options: object) -> Tensor:
     """The latents of a whole run."""
-    given = FAMILIES[name][1] | {"generator": torch.Generator().manual_seed(0)} | options
+    given = made_of(name)[1] | {"generator": torch.Generator().manual_seed(0)} | options
     return family(name)(
         prompt=prompt, num_inference_steps=steps, output_type="latent", return_dict=False, **given
     )[0]

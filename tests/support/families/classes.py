@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines import PROMPT, diffusers, pipeline
 
 from dense_attn.integrations.diffusers import models
-from families import FAMILIES, family, images
+from families import FAMILIES, family, images, video
 from families.controlnets import changed, controlnet
 
 DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in models.MODELS)})\b")
@@ -105,6 +105,8 @@ def denoisers(kind: type) -> dict[str, str]:
 
 def model_name(kind: type) -> str:
     parts = inspect.signature(kind.__init__).parameters
+    if kind.__name__.startswith(video.NAMES):
+        return video.model_name(kind.__name__)
     for name, start in (
         ("qwen_edit_plus", "QwenImageEditPlus"),
         ("qwen_edit", "QwenImageEdit"),
@@ -177,6 +179,9 @@ def call(pipe: Any) -> None:
         given["clean_caption"] = False
     if "num_frames" in takes:
         given["num_frames"] = 5
+    if type(pipe).__name__.startswith(video.NAMES):
+        more = video.arguments(type(pipe).__name__, PICTURE[0])
+        given |= {name: value for name, value in more.items() if name in takes}
     if "true_cfg_scale" in given:
         given["negative_prompt"] = "fog"
     torch.manual_seed(0)  # some encode images without a generator
@@ -184,7 +189,7 @@ def call(pipe: Any) -> None:
 
 
 def parts_of(model: str) -> dict[str, Any]:
-    if model in FAMILIES:
+    if model in FAMILIES | video.FAMILIES:
         return dict(family(model).components)
     if model == "kolors":
         return pipeline("sd").components | kolors()
@@ -193,6 +198,8 @@ def parts_of(model: str) -> dict[str, Any]:
 
 def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts that a class has in the place of others, or beside them."""
+    if name.startswith(video.NAMES):
+        return video.extras(name, parts)
     from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, T2IAdapter
 
     if name.startswith(("AnimateDiff", "PIA")):

@@ -27,7 +27,12 @@ from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
 from .unet import UNet
-from .wan import Wan
+from .video.chronoedit import ChronoEdit
+from .video.cogvideox import CogVideoX
+from .video.hunyuan_video import HunyuanVideo
+from .video.ltx import LTX
+from .video.skyreels import SkyReels
+from .video.wan import Wan
 from .z_image import ZImage
 
 if TYPE_CHECKING:
@@ -44,6 +49,11 @@ MODELS: tuple[type[Model], ...] = (
     Lumina2,
     PixArt,
     AuraFlow,
+    SkyReels,
+    ChronoEdit,
+    LTX,
+    HunyuanVideo,
+    CogVideoX,
     Wan,
     HunyuanDiT,
     CogView4,
@@ -55,7 +65,8 @@ MODELS: tuple[type[Model], ...] = (
 def model_of(pipe: DiffusionPipeline) -> Model:
     """The record of a pipeline's denoiser, whose batches must be of a known kind."""
     unet = getattr(pipe, "unet", None)
-    denoiser = unwrapped(getattr(pipe, "transformer", None) if unet is None else unet)
+    parts = unet, getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)
+    denoiser = unwrapped(next((part for part in parts if part is not None), None))
     kind = type(denoiser).__name__
     model = next((model.of(denoiser) for model in MODELS if model.denoiser == kind), None)
     if model is None:
@@ -64,8 +75,10 @@ def model_of(pipe: DiffusionPipeline) -> Model:
         _checks.refuse("pipe", f"have a {', '.join(names)} or {last}", got)
     if not isinstance(pipe, Modular):  # whose calls a guider tells apart
         _check_batches(type(pipe), model)
-    if getattr(pipe, "transformer_2", None) is not None:
-        _checks.refuse("pipe", "have one denoiser", f"{type(pipe).__name__} with a transformer_2")
+    for second in map(unwrapped, model.denoisers(pipe).values()):
+        if type(second) is not type(denoiser) or model.of(second) != model:
+            rule = f"have two denoisers of one kind and patch, {kind}"
+            _checks.refuse("pipe", rule, f"{type(pipe).__name__} with a {type(second).__name__}")
     return model
 
 
@@ -95,10 +108,13 @@ def _check_batches(kind: type, model: Model) -> None:
         _checks.refuse("pipe", rule, kind.__name__)
 
 
-def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, tuple[Any, str, int]]:
+def attention_layers(
+    denoiser: torch.nn.Module, model: Model, start: str = ""
+) -> dict[str, tuple[Any, str, int]]:
     """A denoiser's attention modules by name, each with its kind and its halvings of the grid.
 
-    Each must have a processor whose softmax is seen; layers without a place are left alone.
+    Each must have a processor whose softmax is seen; layers without a place are left alone. A
+    second denoiser's names have a start of their own.
     """
     layers: dict[str, tuple[Any, str, int]] = {}
     for name, module in denoiser.named_modules():
@@ -111,5 +127,5 @@ def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, tuple
         if not reaches(kind) and stand_in(kind) is None:
             rule = f"have attention processors that call {' or '.join(POINTS)}"
             _checks.refuse("pipe", rule, f"{kind.__name__} in {name}")
-        layers[name] = module, *place
+        layers[start + name] = module, *place
     return layers

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..hooks import unwrapped
 from ..options.numbers import JOINT, RANGE, Defaults
 from ..state import Side, joined
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from dense_attn import Layout
 
     from ..prompts.texts import Slots, Texts
@@ -26,13 +29,14 @@ class Call(NamedTuple):
     timestep: Tensor | float
     text: Tensor  # [B, L, C]
     latents: Tensor  # [B, C, H, W], of videos [B, C, F, H, W], or packed [B, N, C]
-    # of packed ones, [N, 3] or [B, N, 3]: image, row, column; or what a record makes of it
+    # of packed ones, [N, 3] or [B, N, 3]: image, row, column; or a record's own, a tuple by value
     places: Any = None
 
     @property
     def key(self) -> object:
         """Equal where the grid of latents is."""
-        return tuple(self.latents.shape), id(self.places)
+        places = self.places if isinstance(self.places, tuple) else id(self.places)
+        return tuple(self.latents.shape), places
 
 
 class Entry(NamedTuple):
@@ -100,6 +104,7 @@ class Model:
     frames: int = 1  # of a video's latents in a token
 
     denoiser: ClassVar[str]  # the name of its class
+    video: ClassVar[bool] = False  # whether masks may have frames
     pipelines: ClassVar[str] = ".*"  # of the classes, a regular expression, that call it as here
     component: ClassVar[str] = "transformer"  # the pipeline's name for it
     latents: ClassVar[str] = "hidden_states"  # the argument that brings them
@@ -125,7 +130,8 @@ class Model:
     def of(cls, denoiser: torch.nn.Module) -> Model:
         """The record of one denoiser."""
         patch = cls.packs or getattr(denoiser.config, "patch_size", 1)
-        frames, patch = (1, patch) if isinstance(patch, int) else (patch[0], patch[-1])
+        frames = getattr(denoiser.config, "patch_size_t", None) or 1
+        frames, patch = (frames, patch) if isinstance(patch, int) else (patch[0], patch[-1])
         return cls(patch=patch, frames=frames)
 
     @property
@@ -136,13 +142,30 @@ class Model:
 
     @property
     def defaults(self) -> Defaults:
-        """What a layout does where its caller does not say; a record may name its own."""
+        """The numbers of a layout whose caller does not say; a record may name its own."""
         return JOINT if self.joint else RANGE
+
+    def denoisers(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """A pipeline's denoisers by the beginning of their layers' names: one, or two in turns."""
+        first, second = (
+            getattr(pipe, name, None) for name in (self.component, f"{self.component}_2")
+        )
+        found = {"": first, f"{self.component}_2.": None if second is first else second}
+        return {start: denoiser for start, denoiser in found.items() if denoiser is not None}
+
+    def root(self, pipe: DiffusionPipeline, name: str) -> tuple[torch.nn.Module, str]:
+        """The denoiser of a layer, and the layer's name in it."""
+        denoisers = self.denoisers(pipe)
+        start = max((start for start in denoisers if name.startswith(start)), key=len)
+        return unwrapped(denoisers[start]), name.removeprefix(start)
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
         latents, text = arguments[self.latents], arguments["encoder_hidden_states"]
-        return Call(arguments["timestep"], text, latents, arguments.get("img_ids"))
+        timestep = arguments["timestep"]
+        if isinstance(timestep, Tensor) and timestep.dim() == 2:  # [B, N], 0 in a given frame
+            timestep = timestep[:, -1]
+        return Call(timestep, text, latents, arguments.get("img_ids"))
 
     def write(self, arguments: dict[str, Any], text: Tensor) -> None:
         """Put text tokens [B, L, C] into a call."""
@@ -167,6 +190,10 @@ class Model:
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""
         return tuple(call.latents.shape[-2:])
+
+    def length(self, call: Call) -> int:
+        """The latents' frames; an image has one."""
+        return call.latents.shape[2] if call.latents.dim() == 5 else 1
 
     def place(self, denoiser: torch.nn.Module, name: str) -> tuple[str, int] | None:
         """A layer's kind and its halvings of the grid; None for one that is left alone."""
@@ -197,15 +224,13 @@ class Model:
     ) -> Side:
         """The tokens of segments, one after the other."""
         height, width = (side // self.patch for side in self.grid(call))
+        height *= self.length(call) // self.frames  # frames stand one below the other
         sides = []
         for segment in segments:
             if segment.kind == "text":
                 side = text
             elif segment.kind == "image":
                 side = state.image_side(layouts, (height, width), weight)
-                if call.latents.dim() == 5:  # every frame has the regions
-                    frames = call.latents.shape[2] // self.frames
-                    side = Side(*(tensor.repeat(1, frames) for tensor in side))
             else:
                 packed = call.latents.shape[1] - height * width
                 side = state.other_side(layouts, packed if segment.count is None else segment.count)

@@ -1,1 +1,1 @@
-"""What a layout's numbers are, and which pairs of tokens it touches."""
+"""The numbers of a layout, and the pairs of tokens that it touches."""

@@ -17,7 +17,7 @@ KINDS = ("text", "image")
 
 
 class Defaults(NamedTuple):
-    """What a layout does where its caller does not say."""
+    """The numbers of a layout whose caller does not say."""
 
     modulation: str
     blocks: tuple[str, ...]

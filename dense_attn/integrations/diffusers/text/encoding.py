@@ -32,6 +32,15 @@ def call_default(pipe: DiffusionPipeline, argument: str) -> Any:
     return None if parameter is None else parameter.default
 
 
+def surroundings(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The texts that a pipeline puts around a prompt, by encode_prompt's arguments of them."""
+    found = {"system_prompt": getattr(pipe, "system_prompt", None)}
+    if takes(pipe, "prompt_template"):
+        parameters = inspect.signature(pipe.encode_prompt).parameters
+        found["prompt_template"] = parameters["prompt_template"].default
+    return {name: value for name, value in found.items() if takes(pipe, name)}
+
+
 @torch.no_grad()
 def encode(
     pipe: DiffusionPipeline, prompt: str | Sequence[str], **options: Any
@@ -91,27 +100,29 @@ def missing(pipe: DiffusionPipeline) -> str | None:
 
 
 @contextmanager
-def heard(pipe: DiffusionPipeline, tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def heard(
+    pipe: Any, tell: Callable[[dict[str, Any]], None], name: str = "encode_prompt"
+) -> Iterator[None]:
     """`tell` gets the arguments of every call of encode_prompt inside the block, after it."""
-    ears = vars(pipe).get("encode_prompt")
+    ears = vars(pipe).get(name)
     if not isinstance(ears, _Heard):
-        ears = _Heard(pipe, ears)
-        pipe.encode_prompt = ears
+        ears = _Heard(pipe, ears, name)
+        setattr(pipe, name, ears)
     ears.listeners.append(tell)
     try:
         yield
     finally:
         ears.listeners.remove(tell)
-        if not ears.listeners and vars(pipe).get("encode_prompt") is ears:
+        if not ears.listeners and vars(pipe).get(name) is ears:
             ears.leave(pipe)
 
 
 class _Heard:
     """An encode_prompt that tells what it was called with."""
 
-    def __init__(self, pipe: DiffusionPipeline, own: Callable[..., Any] | None) -> None:
-        functools.update_wrapper(self, pipe.encode_prompt)
-        self.own, self.encode_prompt = own, pipe.encode_prompt
+    def __init__(self, pipe: Any, own: Callable[..., Any] | None, name: str) -> None:
+        functools.update_wrapper(self, getattr(pipe, name))
+        self.own, self.encode_prompt, self.name = own, getattr(pipe, name), name
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,9 +134,9 @@ class _Heard:
             tell(given)
         return encoded
 
-    def leave(self, pipe: DiffusionPipeline) -> None:
+    def leave(self, pipe: Any) -> None:
         """Put back what was there."""
         if self.own is None:
-            del pipe.encode_prompt
+            delattr(pipe, self.name)
         else:
-            pipe.encode_prompt = self.own
+            setattr(pipe, self.name, self.own)

@@ -89,7 +89,7 @@ class Reading:
 
     def _check_template(self, given: dict[str, Any]) -> None:
         """Refuse what stands before the prompt in the place of the pipeline's own."""
-        own = {"system_prompt": getattr(self.pipe, "system_prompt", None)}
+        own = encoding.surroundings(self.pipe)
         told = {name: given.get(name) or text for name, text in own.items()}  # as Lumina 2 does
         if encoding.takes(self.pipe, encoding.INSTRUCTION):
             own[encoding.INSTRUCTION] = encoding.call_default(self.pipe, encoding.INSTRUCTION)

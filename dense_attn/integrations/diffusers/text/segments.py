@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .encoding import INSTRUCTION, call_default, takes
+from .encoding import INSTRUCTION, call_default, surroundings, takes
 from .tokens import tokens_of
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def segments(pipe: DiffusionPipeline) -> list[Segment]:
     elif takes(pipe, "text_encoder_index"):
         short, long = HUNYUAN_DIT
         found = [_segment((first,), 0, short), _segment((None, second), short, long)]
+    elif own := surroundings(pipe).get("prompt_template"):  # HunyuanVideo's, without CLIP's text
+        found = [_segment((first,), -own["crop_start"], None)._replace(template=own["template"])]
     elif takes(pipe, INSTRUCTION):
         found = [_instructed(pipe, first)]
     elif getattr(pipe, "unet", None) is None:

@@ -20,6 +20,7 @@ class Kandinsky5(Model):
     """Kandinsky5Transformer3DModel, whose blocks of the text alone are left alone."""
 
     denoiser = "Kandinsky5Transformer3DModel"
+    video = True
     branches = "calls"
     sees_images = True
     attentions = (

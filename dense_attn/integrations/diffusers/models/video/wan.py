@@ -6,24 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from dense_attn import _checks
 
-from .record import IMAGE, TEXT, Attention, Call, Model
+from ..record import IMAGE, TEXT, Attention, Model
 
 if TYPE_CHECKING:
-    from ..prompts.texts import Texts
+    from ...prompts.texts import Texts
 
 
 class Wan(Model):
     """WanTransformer3DModel; the image that a video begins with is another call of `attn2`."""
 
     denoiser = "WanTransformer3DModel"
+    video = True
     branches = "calls"
     attentions = Attention("attn1", (IMAGE,)), Attention("attn2", (IMAGE,), (TEXT,))
-
-    def read(self, arguments: dict[str, Any]) -> Call:
-        """The layout's part of a call; of timesteps of each token, the last frame's counts."""
-        call = super().read(arguments)
-        timestep = call.timestep  # [B], or [B, N], 0 in a frame that is given
-        return call._replace(timestep=timestep[:, -1]) if timestep.dim() == 2 else call
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's; an image's keys stand 512 before the end."""
