@@ -13,12 +13,12 @@ import torch
 from dense_attn import examples
 from dense_attn.examples import (
     compare_with_sdpa,
-    flux_regional_prompt,
     inversion_round_trip,
     latent_optimisation,
     layout_to_image,
     layout_to_video,
     optimise_queries,
+    regional_prompts,
     semantic_edit,
 )
 from dense_attn.examples import layout_attention as ten_lines
@@ -62,9 +62,9 @@ def test_layout_to_video() -> None:
     of_noise([plain[0], placed[0], placed[-1]], 3)
 
 
-def test_flux_regional_prompt() -> None:
+def test_regional_prompts() -> None:
     pytest.importorskip("diffusers")
-    of_noise(flux_regional_prompt.main(steps=4), 2)
+    of_noise(regional_prompts.main(steps=2), 4)
 
 
 def test_semantic_edit() -> None:

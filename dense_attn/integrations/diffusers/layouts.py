@@ -64,12 +64,13 @@ def apply_layout(
     which a trial on one small model found (docs/diffusers.md). With a modulation that is not the
     model's own they are DenseDiffusion's.
 
-    Regions may have prompts of their own instead (`Region`, on U-Nets and FLUX): a token of the
-    image then sees the prompt of its region, and the call's where it is in none. Regions share a
-    token by `weight * mask`: `sum_r share_r * attention(q, k_r, v_r)`, which is one call of the
-    attention where they do not overlap, and else as many as a token has prompts. In joint attention
-    (FLUX) a region's text sees itself and the image in its region. What a model makes of the whole
-    prompt beside its tokens (the pooled vector of SDXL and FLUX) stays the call's.
+    Regions may have prompts of their own instead (`Region`): a token of the image then sees the
+    prompt of its region, and the call's where it is in none. Regions share a token by
+    `weight * mask`: `sum_r share_r * attention(q, k_r, v_r)`, which is one call of the attention
+    where they do not overlap, and else as many as a token has prompts. In joint attention a
+    region's text sees itself and the image in its region; its tokens are numbered from the first,
+    and an image that stands behind the text is behind the longest that it sees. What a model makes
+    of the whole prompt beside its tokens (the pooled vector of SDXL and FLUX) stays the call's.
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
@@ -114,6 +115,9 @@ def apply_layout(
             another region, or of none, counts `1 - isolate` times (joint attention takes 0 or 1).
         every: regions with prompts act in the first of so many cross-attention layers, and likewise
             of self-attention layers.
+        area_scaling: scores of tokens of a region's prompt are multiplied by the image's area over
+            the region's, `softmax(area_image / area_r * scale * q k_r^T)`, which makes small
+            regions decided (Omost); in cross-attention alone.
         backend: as in `layout_attention`.
 
     Raises:

@@ -203,6 +203,9 @@ def test_what_joint_attention_refuses() -> None:
     pipe, regions = pipeline("flux"), [Region(LEFT, "a cat")]
     before = state_of(pipe)
     sentence = "isolate must be 0 or 1 for a FluxTransformer2DModel, got 0.5"
-    with pytest.raises(ValueError, match=sentence), apply_layout(pipe, PROMPT, regions, isolate=0.5):
+    with (
+        pytest.raises(ValueError, match=sentence),
+        apply_layout(pipe, PROMPT, regions, isolate=0.5),
+    ):
         pass
     assert state_of(pipe) == before

@@ -53,6 +53,7 @@ def test_several_images(name: str) -> None:
         assert near(both[b : b + 1], alone)
 
 
+@pytest.mark.full
 def test_a_compiled_transformer_numbers_texts_anew() -> None:
     """One graph with regions and one without, whatever the masks."""
     pipe = family("qwen")

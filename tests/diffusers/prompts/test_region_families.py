@@ -37,15 +37,16 @@ TEXTS = {
     "sd3": (16 + 24, 16 + 24, 16 + 24),
     "sana": (20, 6 + 1, 10 + 1),
     "cogview4": (16, 16, 16),
+    "kandinsky5": (9 + 2, 5 + 2, 9 + 2),
 }
-GRIDS = {"wan": (2, 3), "qwen": (2, 3), "lumina2": (2, 3), "cogview4": (8, 12)}  # others (4, 6)
+GRIDS = {"cogview4": (8, 12)} | dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
 OTHERS = [None]  # a token of no text and no place
 LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it", "wan": "ff"}  # of others "ti"
 
 
 def of(*names: str) -> pytest.MarkDecorator:
-    given = [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in names]
-    return pytest.mark.parametrize("name", given)
+    full = [pytest.param(name, marks=pytest.mark.full) for name in names if name not in QUICK]
+    return pytest.mark.parametrize("name", [*(name for name in names if name in QUICK), *full])
 
 
 def pipe_of(name: str) -> object:
@@ -61,7 +62,9 @@ def made(name: str, prompt: object, **options: object) -> Tensor:
     return pipeline(name)(prompt, **given).images
 
 
-def ours(name: str, prompt: object, regions: list, call: dict | None = None, **options: object):
+def ours(
+    name: str, prompt: object, regions: list, call: dict | None = None, **options: object
+) -> Tensor:
     with apply_layout(pipe_of(name), prompt, regions, **options):
         return made(name, prompt, **(call or {}))
 
@@ -90,7 +93,7 @@ class Dense:
         return found
 
     def image(self, positive: bool) -> list:
-        rows, columns = GRIDS.get(self.name, (4, 6))
+        rows, columns = GRIDS.get(self.name, (4, 6))  # image tokens
         step = 8 // rows
         block = np.where(CAT, 1, np.where(DOG, 2, 0))[::step, ::step][:rows, :columns]
         found = [("image", int(b) if positive else 0) for b in block.flatten()]
@@ -100,12 +103,12 @@ class Dense:
     def labels(self, kind: str, positive: bool) -> tuple[list, list]:
         """Those of queries and keys."""
         text, image = self.text(positive), self.image(positive)
-        if kind == "attn2":  # cross-attention
+        if kind == "attn2" or kind.endswith("cross_attention"):
             return image, text
         if kind == "text alone":
             return text, text
         sides = {"o": OTHERS * 8, "t": text, "i": image}
-        both = sum((sides[one] for one in LABELS.get(self.name, "ti")), [])
+        both = [label for one in LABELS.get(self.name, "ti") for label in sides[one]]
         return both, both
 
     def __call__(
@@ -156,7 +159,7 @@ def test_runs_equal_dense_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     dense = Dense(name)
     monkeypatch.setattr(RegionState, "attention", lambda _, *given: dense(*given))
     assert near(out, ours(name, PROMPT, REGIONS))
-    refined = {"text alone"} if name in ("z_image", "lumina2") else set()
+    refined = {"text alone"} if name in ("z_image", "lumina2", "kandinsky5") else set()
     assert len(dense.kinds - refined) == 1
     assert refined <= dense.kinds
     assert torch.equal(made(name, PROMPT), plain)
@@ -167,7 +170,7 @@ def test_one_region_of_the_whole_image_is_its_prompt(name: str) -> None:
     """Its text stands behind another, and means what it means alone; so does a negative one."""
     takes = inspect.signature(type(family(name)).__call__).parameters
     call = {"negative_prompt": NEGATIVE} if "negative_prompt" in takes else {}
-    # a vector of Kandinsky 5's whole text stays the call's, so there the texts are those of the call
+    # a vector of Kandinsky 5's whole text stays the call's, which there has the region's prompt
     pooled = name.startswith("kandinsky5")
     prompt, other = (PROMPT, call) if pooled else ("dog", dict.fromkeys(call, "dog"))
     right = made(name, PROMPT, **call)

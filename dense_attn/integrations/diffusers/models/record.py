@@ -177,7 +177,7 @@ class Model:
         return [text.shape[1]] * len(text)
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
-        """Put the texts of regions behind a call's, with the places and the mask of their tokens."""
+        """Put the texts of regions behind a call's, with what it is told of each token."""
         self.write(arguments, texts.tokens)
         mask = arguments.get(self.text_mask)
         if mask is not None:

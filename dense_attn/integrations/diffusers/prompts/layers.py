@@ -34,20 +34,15 @@ def has_text(segments: tuple | None) -> bool:
     return any(segment.kind == "text" for segment in segments or ())
 
 
-def is_joint(model: Model) -> bool:
-    """Whether a model's text attends to the image."""
-    return any(has_text(queries) for _, queries, _ in attentions_of(model))
-
-
 def multiple_of(model: Model) -> int:
-    """What padding makes the number of a text's tokens a multiple of."""
+    """The number of which padding makes a text's tokens a multiple."""
     sides = [side or () for _, *both in attentions_of(model) for side in both]
     return max(one.multiple for side in sides for one in side if one.kind == "text")
 
 
 @dataclass(eq=False)
 class Layers:
-    """What the layers of one call are made from."""
+    """The layers of one call, and all that they are made from."""
 
     model: Model
     reading: RegionReading

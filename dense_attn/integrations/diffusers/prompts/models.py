@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from dense_attn import _checks
 
 from ..text.encoding import missing
-from .layers import is_joint
 from .reading import RegionReading
 from .state import RegionState
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .region import Regions
 
+
 def region_state(
     pipe: DiffusionPipeline,
     model: Model,
@@ -26,7 +26,7 @@ def region_state(
     options: Options,
 ) -> RegionState:
     """The state of a block, for a model whose kind of attention is known."""
-    kind, joint = model.denoiser, is_joint(model)
+    kind, joint = model.denoiser, model.joint
     if not (model.longer_text or (model.longer_text is None and not joint)):
         rule = "have a model whose record places texts of regions (longer_text)"
         _checks.refuse("pipe", rule, f"{type(pipe).__name__} with {kind}")

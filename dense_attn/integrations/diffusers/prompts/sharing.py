@@ -52,7 +52,7 @@ def _on_grid(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def with_base(shares: Tensor, ratio: float, given: list[bool]) -> Tensor:
-    """Shares [1 + R, M] with the base prompt's ratio; it also has regions that are given no text."""
+    """Shares [1 + R, M] with the base prompt's ratio; it also has regions without a text."""
     shares = torch.cat([ratio + (1 - ratio) * shares[:1], (1 - ratio) * shares[1:]])
     for r, has_text in enumerate(given):
         if not has_text:

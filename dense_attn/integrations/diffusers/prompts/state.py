@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..models.record import Call, Model
 
+
 class RegionMark(LayerMark):
     """A block's knowledge of one attention module, and its place among those of its kind."""
 
@@ -188,9 +189,7 @@ class RegionState(LayoutState):
             span = next(span for span in spans if row < span.stop)
             b = (row - span.start) * len(images) // (span.stop - span.start)
             there = self.reading.texts(span.positive)[b]
-            counts = [
-                0 if one is None else len(one.tokens if keep else one.bare) for one in there
-            ]
+            counts = [0 if one is None else len(one.tokens if keep else one.bare) for one in there]
             seen = [length if self._sees_first(b, there) else 0, *counts]
             rows.append(there)
             lengths.append((length, *counts) + (0,) * (self._most - len(counts)))
@@ -201,7 +200,9 @@ class RegionState(LayoutState):
 
     def _sees_first(self, b: int, there: list[Text | None]) -> bool:
         """Whether any token of an image sees the call's own text."""
-        shares = with_base(self._own[b], self.options.base_ratio, [one is not None for one in there])
+        shares = with_base(
+            self._own[b], self.options.base_ratio, [one is not None for one in there]
+        )
         return bool((shares[0] > 0).any())
 
     def _make(self, call: Call, slots: Slots, spans: tuple[Span, ...]) -> None:

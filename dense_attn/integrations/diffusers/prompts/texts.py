@@ -83,9 +83,7 @@ def words(lengths: list[tuple[int, ...]], sizes: tuple[int, ...], multiple: int)
     return found
 
 
-def written(
-    text: Tensor, slots: Slots, rows: list[list[Text | None]], keep_padding: bool
-) -> Texts:
+def written(text: Tensor, slots: Slots, rows: list[list[Text | None]], keep_padding: bool) -> Texts:
     """The call's text [B, L, C], and the texts of each row's regions, in their slots."""
     tokens = text.new_zeros(len(text), slots.count, text.shape[2])
     tokens[:, : text.shape[1]] = text
