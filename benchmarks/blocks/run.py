@@ -76,7 +76,7 @@ def measure(name: str, dtype: str, side: int, rounds: int, dry: bool) -> list[Ro
     logging.set_verbosity_error()  # no words about parts that are to stay in float32: none does
     pipe.to(getattr(torch, dtype))
     with ExitStack() as stack:
-        ways = Ways(network, pipe, side, stack)
+        ways = Ways(network, pipe, side if dry else network.side or side, stack)
         for way in ways_of(name):
             rows.append({"family": "blocks", "workload": name, "contender": way, "dtype": dtype})
             try:

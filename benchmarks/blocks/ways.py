@@ -31,7 +31,7 @@ class Ways:
     """The calls of one block, of which each has a copy of the denoiser around the same weights."""
 
     def __init__(self, network: Network, pipe: Any, side: int, stack: ExitStack) -> None:
-        self.network, self.pipe, self.side, self.stack = network, pipe, network.side or side, stack
+        self.network, self.pipe, self.side, self.stack = network, pipe, side, stack
         denoiser = getattr(pipe, network.component)
         tensors = [*denoiser.parameters(), *denoiser.buffers()]
         self._copy = partial(copy.deepcopy, denoiser)
@@ -60,7 +60,8 @@ class Ways:
         )
         size = self.network.pixels * self.side
         given = {"height": size, "width": size, "num_inference_steps": 1, "output_type": "latent"}
-        pipe(PROMPT, **given, **self.network.call)
+        noise = torch.Generator().manual_seed(0)
+        pipe(PROMPT, generator=noise, **given, **self.network.call)
         hook.remove()
         args, kwargs = seen[0]
         return partial(block, *args, **kwargs)

@@ -84,11 +84,16 @@ def _order(words: Tensor) -> Tensor:
 def pinned(backend: SDPBackend) -> Callable[[Inputs], Call]:
     """Plain SDPA by one of its backends, which runs or raises."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v)
+    def prepare(inputs: Inputs) -> Call:
+        plain = sdpa(inputs)
 
-    return lambda inputs: call
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return plain(q, k, v)
+
+        return call
+
+    return prepare
 
 
 def efficient_bias(inputs: Inputs) -> Call:
