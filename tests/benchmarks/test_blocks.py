@@ -10,8 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from dense_attn.benchmarks.blocks import page, run, ways  # noqa: E402
-from dense_attn.benchmarks.blocks.networks import NETWORKS  # noqa: E402
+from dense_attn.benchmarks.blocks import page, run, ways
+from dense_attn.benchmarks.blocks.networks import NETWORKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
