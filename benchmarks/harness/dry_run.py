@@ -71,7 +71,7 @@ def shrink() -> None:
 
     torch.set_num_threads(1)
     for name, workload in workloads.WORKLOADS.items():
-        few = {"batch": 1, "num_heads": 1, "grid": (4, 8)}
+        few = {"batch": 1, "num_heads": 1, "groups": 1, "grid": (4, 8)}
         text_tokens = min(workload.text_tokens, 77)
         workloads.WORKLOADS[name] = replace(workload, **few, text_tokens=text_tokens)
     for name, (rows, values) in percentile.WORKLOADS.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import statistics
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
@@ -25,6 +26,16 @@ Result = TypeVar("Result")
 OURS = "dense_attn"
 BY_BACKEND = {"dense_attn-triton": "triton", "dense_attn-cuda": "cuda"}  # by no other
 _BASELINE_SLACK = 4  # wrong maths is off by far more
+
+
+def by_backend(ours: Callable[..., Result]) -> dict[str, Callable[..., Result]]:
+    """The library's way with each of a GPU's backends named, as contenders."""
+    return {name: partial(ours, backend=backend) for name, backend in BY_BACKEND.items()}
+
+
+def of_here(contenders: Collection[str], of_a_gpu: Collection[str]) -> Collection[str]:
+    """The contenders of the machine that is measured."""
+    return of_a_gpu if machine.on_gpu() else contenders
 
 
 @dataclass(frozen=True)

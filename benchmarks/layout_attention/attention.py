@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from dense_attn import reference
 from ..harness import machine
 from ..harness.measure import OURS, Row, Trial, tried, worst
 from ..harness.measure import measure as measure_row
-from .baselines import CONTENDERS, Call
+from .baselines import CONTENDERS, PLAIN, Call
 from .gpu_baselines import GPU_CONTENDERS
 from .suite import Entry, Setting, backend, entries, why_not, why_reference
 from .workloads import WORKLOADS, Inputs, Workload, make_inputs
@@ -29,7 +30,7 @@ _CHECKED_PAIRS = 2**23  # elements of a score matrix that float64 can afford
 def trial(entry: Entry) -> Trial:
     """Check a contender against the reference, then take its time and memory roughly."""
     setting, inputs = entry.setting, _inputs(entry.setting)
-    call = (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)[entry.contender](inputs)
+    call = _prepared(entry, inputs)
     heads, rows = _subset(setting.workload)
     grad_out = torch.zeros_like(inputs.grad_out)
     grad_out[:, :, rows] = inputs.grad_out[:, :, rows]  # the checked rows alone make dk and dv
@@ -48,6 +49,16 @@ def trial(entry: Entry) -> Trial:
         lambda: calls(inputs.grad_out),
         in_graph=not setting.backward,  # autograd stays on the stream of the forward pass
     )
+
+
+def _prepared(entry: Entry, inputs: Inputs) -> Call:
+    """A contender's call; who knows no grouped heads gets k and v with all of them, in the call."""
+    prepare = (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)[entry.contender]
+    groups = entry.setting.workload.groups
+    if groups == 1 or entry.ours or entry.contender in PLAIN:
+        return prepare(inputs)
+    call = prepare(replace(inputs, k=inputs.k.repeat_interleave(groups, 1)))
+    return lambda q, k, v: call(q, *(x.repeat_interleave(groups, 1) for x in (k, v)))
 
 
 def run(call: Call, inputs: Inputs, grad_out: Tensor, backward: bool) -> list[Tensor]:
@@ -96,7 +107,9 @@ def _expected(setting: Setting, modulated: bool) -> tuple[list[Tensor], list[Ten
     """
     inputs = _inputs(setting)
     heads, rows = _subset(setting.workload)
-    q, k, v, grad_out = (_heads(x, heads) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
+    q, grad_out = (_heads(x, heads) for x in (inputs.q, inputs.grad_out))
+    of_keys = [head // setting.workload.groups for head in heads]
+    k, v = (_heads(x, of_keys) for x in (inputs.k, inputs.v))
     strength = _heads(inputs.strength.expand(inputs.q.shape[:3])[..., None], heads)[..., 0]
     words = inputs.q_regions[rows], inputs.k_regions
 
@@ -153,6 +166,8 @@ def describe(entry: Entry) -> Row:
         "head_dim": workload.head_dim,
         "modulation": workload.modulation,
     }
+    if workload.groups > 1:
+        row["key_heads"] = workload.num_heads // workload.groups
     if workload.own:
         row["own"] = True
     return row if note is None else row | {"note": note}

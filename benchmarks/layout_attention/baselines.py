@@ -6,6 +6,7 @@ What depends on the layout alone (masks, words, compilation) is prepared once an
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ def dense_attn(inputs: Inputs, backend: str = "auto") -> Call:
 
 def sdpa(inputs: Inputs) -> Call:
     """Plain attention without modulation: the line to reach."""
+    grouped = inputs.q.shape[1] != inputs.k.shape[1]
+    if grouped:
+        return partial(scaled_dot_product_attention, enable_gqa=True)
     return scaled_dot_product_attention
 
 

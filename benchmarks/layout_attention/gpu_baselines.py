@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import dense_attn
 from dense_attn import layout_attention
 
-from ..harness.measure import BY_BACKEND
+from ..harness.measure import by_backend
 from .baselines import (
     Call,
     bias_after_statistics,
@@ -64,9 +64,9 @@ def gathered(inputs: Inputs) -> Call:
     return call
 
 
-def by_backend(backend: str) -> Callable[[Inputs], Call]:
+def named(inputs: Inputs, backend: str) -> Call:
     """This library by one of its backends, tokens as they come."""
-    return lambda inputs: _ours(inputs, order=False, listed=True, backend=backend)
+    return _ours(inputs, order=False, listed=True, backend=backend)
 
 
 def _ours(inputs: Inputs, order: bool | None, listed: bool, backend: str = "auto") -> Call:
@@ -84,11 +84,16 @@ def _order(words: Tensor) -> Tensor:
 def pinned(backend: SDPBackend) -> Callable[[Inputs], Call]:
     """Plain SDPA by one of its backends, which runs or raises."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v)
+    def prepare(inputs: Inputs) -> Call:
+        plain = sdpa(inputs)
 
-    return lambda inputs: call
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return plain(q, k, v)
+
+        return call
+
+    return prepare
 
 
 def efficient_bias(inputs: Inputs) -> Call:
@@ -161,7 +166,7 @@ def flash_attn(inputs: Inputs) -> Call:
 
 GPU_CONTENDERS: dict[str, Callable[[Inputs], Call]] = {
     "dense_attn": raster,
-    **{name: by_backend(backend) for name, backend in BY_BACKEND.items()},
+    **by_backend(named),
     "dense_attn-sorted": by_region,
     "dense_attn-no-lists": no_lists,
     "dense_attn-gather": gathered,

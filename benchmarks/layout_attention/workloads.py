@@ -34,6 +34,7 @@ class Workload:
     # classifier-free guidance: the unconditional sample, not modulated, and the conditional one
     batch: int = 2
     text_tokens: int = _PROMPT_TOKENS
+    groups: int = 1  # heads of q that meet one of k and v
     device: str = "cpu"  # the least that it takes
     flex: bool = False  # FlexAttention compiles anew for every shape: where a bar asks for it
     modulation: str = "range"
@@ -99,7 +100,26 @@ def _flux() -> list[Workload]:
     ]
 
 
-WORKLOADS = {workload.name: workload for workload in (*_stable_diffusion(), *_long(), *_flux())}
+def _transformers() -> list[Workload]:
+    """Diffusion transformers of every head dim, on CPUs at 512 pixels or what is as small."""
+    large, small = (64, 64), (32, 32)
+    return [
+        Workload("pixart-self-32", "self", 16, small, 72),
+        Workload("hunyuandit-self-32", "self", 16, small, 88),
+        Workload("lumina2-joint-512", "joint", 24, small, 96, 1, 256, groups=3),
+        Workload("sana-cross-32", "cross", 20, small, 112, text_tokens=300),
+        Workload("flux-joint-512", "joint", 24, small, 128, 1, 512),
+        Workload("auraflow-joint-512", "joint", 12, small, 256, 1, 256),
+        # 81 frames, one below the other
+        Workload("wan-cross-480p", "cross", 12, (21 * 30, 52), 128, 1, 512),
+        Workload("qwen-joint-1328", "joint", 24, (83, 83), 128, 1, 128, device="cuda"),
+        Workload("zimage-joint-1024", "joint", 30, large, 128, 1, 128, device="cuda"),
+        Workload("krea2-gqa-1024", "joint", 48, large, 128, 1, 512, groups=4, device="cuda"),
+    ]
+
+
+_ALL = (*_stable_diffusion(), *_long(), *_flux(), *_transformers())
+WORKLOADS = {workload.name: workload for workload in _ALL}
 _GPU_FLEX = ("sd15-self-64", "sdxl-self-64", "flux-joint-1024", "long-self-16k")
 
 
@@ -123,8 +143,8 @@ class Inputs:
     """The arguments of one call, and the gradient that comes back to it."""
 
     q: Tensor  # [B, H, M, D]
-    k: Tensor  # [B, H, N, D]
-    v: Tensor  # [B, H, N, D]
+    k: Tensor  # [B, H / G, N, D]
+    v: Tensor  # [B, H / G, N, D]
     grad_out: Tensor  # [B, H, M, D]
     q_regions: Tensor  # int32 [M]
     k_regions: Tensor  # int32 [N]
@@ -137,8 +157,8 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
     device = machine.current().device
     generator = torch.Generator(device).manual_seed(seed)
 
-    def randn(tokens: int) -> Tensor:
-        shape = (workload.batch, workload.num_heads, tokens, workload.head_dim)
+    def randn(tokens: int, groups: int = 1) -> Tensor:
+        shape = (workload.batch, workload.num_heads // groups, tokens, workload.head_dim)
         return torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
 
     layout = own_layout(workload) if workload.own else label_layout()[1]
@@ -152,9 +172,9 @@ def make_inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> Inputs
     strength = rows.new_zeros(workload.batch, 1, workload.seqlen_q)
     # Text rows of a joint sequence, which come first, are left alone.
     strength[workload.batch // 2 :, :, -len(rows) :] = rows
-    lengths = workload.seqlen_q, workload.seqlen_k, workload.seqlen_k, workload.seqlen_q
     moved = (x.to(device) for x in (q_regions, k_regions, strength))
-    return Inputs(*map(randn, lengths), *moved, workload.modulation)
+    q, (k, v) = randn(workload.seqlen_q), (randn(workload.seqlen_k, workload.groups) for _ in "kv")
+    return Inputs(q, k, v, randn(workload.seqlen_q), *moved, workload.modulation)
 
 
 @cache

@@ -22,6 +22,7 @@ from ..harness.measure import (
     Row,
     Setting,
     Trial,
+    of_here,
     tried,
     wanted,
     worst,
@@ -74,7 +75,7 @@ GPU_CONTENDERS = (*CONTENDERS, *BY_BACKEND)
 def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names."""
     workloads = [*WORKLOADS, *(GPU_WORKLOADS if machine.on_gpu() else ())]
-    contenders = GPU_CONTENDERS if machine.on_gpu() else CONTENDERS
+    contenders = of_here(CONTENDERS, GPU_CONTENDERS)
     rows = (Entry(_setting(name), contender) for name in workloads for contender in contenders)
     few = "-256m" if machine.on_gpu() else "-1m"
     return wanted(rows, quick, names, lambda entry: entry.setting.workload.endswith(few))

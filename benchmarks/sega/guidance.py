@@ -15,13 +15,14 @@ from dense_attn import reference
 
 from ..harness import machine
 from ..harness.measure import (
-    BY_BACKEND,
     OURS,
     Entry,
     Latest,
     Row,
     Setting,
     Trial,
+    by_backend,
+    of_here,
     tried,
     wanted,
     worst,
@@ -133,9 +134,7 @@ def public_pipeline(step: Step) -> list[Tensor]:
 
 
 CONTENDERS: dict[str, Callable[[Step], list[Tensor]]] = {OURS: ours, "diffusers": public_pipeline}
-GPU_CONTENDERS = CONTENDERS | {
-    name: partial(ours, backend=backend) for name, backend in BY_BACKEND.items()
-}
+GPU_CONTENDERS = CONTENDERS | by_backend(ours)
 
 
 def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
@@ -143,7 +142,7 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
     rows = (
         Entry(Setting(name, "fwd", "float32"), contender)
         for name in WORKLOADS
-        for contender in (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)
+        for contender in of_here(CONTENDERS, GPU_CONTENDERS)
     )
     return wanted(rows, quick, names, lambda entry: entry.setting.workload == "sega-3-64")
 

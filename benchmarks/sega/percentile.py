@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,18 @@ import dense_attn
 from dense_attn import reference
 
 from ..harness import machine
-from ..harness.measure import BY_BACKEND, OURS, Entry, Latest, Row, Setting, Trial, tried, wanted
+from ..harness.measure import (
+    OURS,
+    Entry,
+    Latest,
+    Row,
+    Setting,
+    Trial,
+    by_backend,
+    of_here,
+    tried,
+    wanted,
+)
 from ..harness.measure import measure as measure_row
 
 WORKLOADS = {  # name: rows and values a row
@@ -54,9 +64,7 @@ CONTENDERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "torch.quantile": quantile,
     "torch.kthvalue": kthvalue,
 }
-GPU_CONTENDERS = CONTENDERS | {
-    name: partial(ours, backend=backend) for name, backend in BY_BACKEND.items()
-}
+GPU_CONTENDERS = CONTENDERS | by_backend(ours)
 
 
 def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
@@ -65,7 +73,7 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
         Entry(Setting(name, "fwd", dtype), who)
         for name in WORKLOADS
         for dtype in _DTYPES
-        for who in (GPU_CONTENDERS if machine.on_gpu() else CONTENDERS)
+        for who in of_here(CONTENDERS, GPU_CONTENDERS)
     )
     return wanted(rows, quick, names, lambda entry: entry.setting.workload == "percentile-4x4096")
 

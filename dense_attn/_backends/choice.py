@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dense_attn import _tuned
-from dense_attn._checks import DTYPES
 from dense_attn._backends import cuda, ops
+from dense_attn._checks import DTYPES
 from dense_attn._kernel_hashes import kernel_hashes
 
 # Under TRITON_INTERPRET=1 "auto" interprets Triton's on the CPU.

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,21 @@ def test_what_is_left_out_has_a_reason() -> None:
     assert "needs a GPU" in reason("flux-joint-1024", "dense_attn", False)
 
 
+def test_grouped_heads_are_checked_on_every_way() -> None:
+    """k and v have fewer heads, which plain attention takes and others get repeated."""
+    few = replace(WORKLOADS["lumina2-joint-512"], num_heads=6, grid=(4, 8), text_tokens=16)
+    setting = suite.Setting(few, torch.float32, backward=False)
+    inputs = make_inputs(few, torch.float32)
+    assert (inputs.q.shape[1], inputs.k.shape[1], inputs.v.shape[1]) == (6, 2, 2)
+    for contender in ("dense_attn", "sdpa", "eager", "sdpa-bias"):
+        entry = suite.Entry(setting, contender)
+        trial = attention.trial(entry)
+        assert trial.error <= trial.allowed, contender
+        assert attention.describe(entry)["key_heads"] == 2
+        backward = suite.Entry(replace(setting, backward=True), contender)
+        assert "sums over heads" in suite.why_not(backward)
+
+
 def test_workloads_are_those_of_the_design() -> None:
     shapes = {
         name: (w.num_heads, w.seqlen_q, w.seqlen_k, w.head_dim) for name, w in WORKLOADS.items()
@@ -110,6 +126,13 @@ def test_workloads_are_those_of_the_design() -> None:
     assert shapes["sdxl-cross-32"] == (20, 1024, 77, 64)
     assert shapes["flux-joint-2048"] == (24, 16384 + 512, 16384 + 512, 128)
     assert shapes["long-self-64k"][1:] == (65536, 65536, 64)
+    assert shapes["qwen-joint-1328"] == (24, 83 * 83 + 128, 83 * 83 + 128, 128)
+    assert shapes["zimage-joint-1024"] == (30, 4096 + 128, 4096 + 128, 128)
+    assert shapes["krea2-gqa-1024"] == (48, 4096 + 512, 4096 + 512, 128)
+    assert shapes["wan-cross-480p"] == (12, 32760, 512, 128)
+    assert WORKLOADS["krea2-gqa-1024"].groups == 48 // 12
+    dims = {shape[3] for shape in shapes.values()}
+    assert dims == {40, 64, 72, 80, 88, 96, 112, 128, 160, 256}
     for workload in WORKLOADS.values():
         if workload.device == "cpu" and workload.pairs < 2**25:
             inputs = make_inputs(workload, torch.bfloat16)

@@ -20,6 +20,7 @@ from dense_attn._kernel_hashes import kernel_hashes
 from dense_attn.benchmarks import families
 from dense_attn.benchmarks.harness import dry_run, machine
 from dense_attn.benchmarks.harness.bars import GPU_BARS
+from dense_attn.benchmarks.harness.measure import BY_BACKEND
 from dense_attn.benchmarks.host_cost import calls, launch
 from dense_attn.benchmarks.layout_attention import attention, baselines, gpu_baselines, suite
 from dense_attn.benchmarks.layout_attention.workloads import WORKLOADS, make_inputs
@@ -164,14 +165,14 @@ def test_a_row_of_one_backend_is_run_by_no_other(
         (gpu_baselines.dense_attn, "tile_lists"),
     ):
         monkeypatch.setattr(module, name, lambda *x, backend, **how: asked.append(backend))
-    for name, backend in gpu_baselines.BY_BACKEND.items():
+    for name, backend in BY_BACKEND.items():
         gpu_baselines.GPU_CONTENDERS[name](inputs)(inputs.q, inputs.k, inputs.v)
         assert asked[-2:] == [backend] * 2
     reasons = ["one", "two"]
     monkeypatch.setattr(
         suite.table, "why_not", lambda backend, op, x, *_: reasons if backend == "cuda" else []
     )
-    rows = {x: attention_row(f"sd15-cross-64-fwd-bfloat16-{x}") for x in gpu_baselines.BY_BACKEND}
+    rows = {x: attention_row(f"sd15-cross-64-fwd-bfloat16-{x}") for x in BY_BACKEND}
     assert suite.why_not(rows["dense_attn-cuda"]) == "one; two"
     assert suite.why_not(rows["dense_attn-triton"]) is None
 

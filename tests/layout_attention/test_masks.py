@@ -142,7 +142,9 @@ def test_a_mask_is_reduced_once_until_it_changes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(masks, "reduced", lambda *x: (looks.append(x[0].shape), own(*x))[1])
 
     def keys_of(first: int, last: int, mask: Tensor) -> list:
-        return masks.of_call({"attn_mask": mask}, first, last, q[first:last], k, False).keys.tolist()
+        return masks.of_call(
+            {"attn_mask": mask}, first, last, q[first:last], k, False
+        ).keys.tolist()
 
     mask = THERE[:, None, None].clone()
     for _ in range(3):
