@@ -250,6 +250,7 @@ def chosen(folder: Path, *argv: str) -> dict:
     return json.loads((folder / "rows.json").read_text())
 
 
+@pytest.mark.full  # interprets what it would time
 def test_contenders_are_left_out_and_rows_in_order(tmp_path: Path) -> None:
     rows = chosen(tmp_path)["rows"]
     who = [(row["family"], row["contender"]) for row in rows]
