@@ -44,6 +44,7 @@ def compiled_rows(call: kernel_calls.Attention | kernel_calls.Other) -> list[ker
     return kernel_table.compile_call(call, modelled=False)
 
 
+@pytest.mark.full  # the committed table is held to the same rules
 def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: a tile too large for four warps."""
     monkeypatch.setitem(configs.FORWARD["sm_90"], 64, configs.Config(128, 64, 4, 3))
@@ -80,7 +81,7 @@ def forward_waits(target: str, ordered: bool) -> list[int]:
     ("target", "ordered"),
     [
         ("sm_80", True),
-        ("sm_90", True),
+        pytest.param("sm_90", True, marks=pytest.mark.full),
         pytest.param("sm_90", False, marks=pytest.mark.full),
         pytest.param("sm_100", True, marks=pytest.mark.full),
     ],
@@ -90,6 +91,7 @@ def test_keys_are_fetched_two_tiles_ahead(target: str, ordered: bool) -> None:
     assert min(forward_waits(target, ordered)) >= 2
 
 
+@pytest.mark.full
 def test_too_few_stages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
     table = configs.FORWARD["sm_90"]
@@ -286,6 +288,7 @@ def test_copies_run_ahead_by_the_oldest_triton() -> None:
     assert "3 passed" in done.stdout, done.stdout[-4000:]
 
 
+@pytest.mark.full  # a process of its own compiles
 def test_a_call_that_does_not_compile_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told, and the table has the rest."""
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # two calls of one process

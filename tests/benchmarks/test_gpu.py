@@ -251,6 +251,7 @@ def chosen(folder: Path, *argv: str) -> dict:
     return json.loads((folder / "rows.json").read_text())
 
 
+@pytest.mark.full  # interprets what it would time
 def test_contenders_are_left_out_and_rows_in_order(tmp_path: Path) -> None:
     rows = chosen(tmp_path)["rows"]
     who = [(row["family"], row["contender"]) for row in rows]
@@ -259,6 +260,7 @@ def test_contenders_are_left_out_and_rows_in_order(tmp_path: Path) -> None:
     assert set(who) == {*ours, ("sega", "dense_attn")}
 
 
+@pytest.mark.full  # a process of its own imports and warms up all
 def test_no_row_begins_when_the_time_is_over(tmp_path: Path) -> None:
     results = chosen(tmp_path, "--seconds=0.001")
     assert results["rows"] == []

@@ -174,13 +174,14 @@ def selected(tmp_path: Path, *argv: str) -> set[tuple[str, str]]:
     return {(Path(file).name, test) for file, test in lines}
 
 
-@pytest.mark.parametrize("family", ["attention", "sega"])
+@pytest.mark.parametrize("family", ["attention", pytest.param("sega", marks=pytest.mark.full)])
 def test_a_family_has_its_tests_on_a_gpu(family: str, tmp_path: Path) -> None:
     files = {file for file, _ in selected(tmp_path, "--family", family)}
     assert files >= {"test_gpu.py", "triton_backend.py"}
     assert ("test_backends.py" in files) == (family == "attention")
 
 
+@pytest.mark.full  # a process of its own collects all
 def test_a_long_run_takes_both_backends_of_gpus(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     tests = selected(tmp_path, "--minutes", "60")

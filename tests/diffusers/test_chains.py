@@ -157,14 +157,14 @@ def of_the_plain(scaling_factor: float) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def drawn_by(pipe: object) -> Tensor:
-    """What optimize makes of one step and noise."""
+    """Latents that optimize draws with one step."""
     options = {"num_inference_steps": 2, "steps": 1, "progress": False, "output_type": "latent"}
     generator = torch.Generator().manual_seed(3)
     return optimize(pipe, "a cat", torch.mean, **options, generator=generator).images
 
 
 def found_by(pipe: object) -> tuple[Tensor, ...]:
-    """The noise of an image."""
+    """Latents that invert finds for an image."""
     return tuple(invert(pipe, IMAGE, "a cat", num_inference_steps=2).latents)
 
 

@@ -15,10 +15,12 @@ BACKENDS = ROOT / "tests" / "backends"
 OLDEST = ROOT / ".venv" / "triton-3.6.0"
 ATTENTION = (  # each compiles three to five kernels
     "row-head-dim-40-bfloat16-range",
-    "row-head-dim-128-float16-mask",
     "phases-long-in-runs-bfloat16-range",
     "parked-head-dim-128-bfloat16-range",
     "specialised-ordered-in-runs-float16-range",
+)
+MORE_ATTENTION = (
+    "row-head-dim-128-float16-mask",
     "specialised-wide-in-runs-bfloat16-range",
     *(["phases-real-layout-float32-bias"] if REAL_LAYOUTS.exists() else []),
 )
@@ -31,11 +33,21 @@ OTHERS = (
     "test_exact_steps and torch.float32-torch.bfloat16",
     "test_float_steps and torch.bfloat16-torch.float32",
 )
-CORE = {
-    "attention": (("test_backends.py",), f"triton and ({' or '.join(ATTENTION)})"),
+CORE = {  # files, a selection, and how many tests it holds
+    "attention": (
+        ("test_backends.py",),
+        f"triton and ({' or '.join(ATTENTION)})",
+        len(ATTENTION),
+    ),
+    "more attention": (
+        ("test_backends.py",),
+        f"triton and ({' or '.join(MORE_ATTENTION)})",
+        len(MORE_ATTENTION),
+    ),
     "guidance and steps": (
         ("gpu_sega.py", "gpu_steps.py"),
         " or ".join(f"({part})" for part in OTHERS),
+        len(OTHERS),
     ),
 }
 TABLES = {
@@ -56,10 +68,13 @@ def emulate(files: tuple[str, ...], selection: str, *options: str, path: Path | 
     return done.stdout
 
 
-@pytest.mark.parametrize("part", CORE)
+@pytest.mark.parametrize(
+    "part",
+    ["attention", pytest.param("more attention", marks=pytest.mark.full), "guidance and steps"],
+)
 def test_core(part: str) -> None:
-    passed = {"attention": len(ATTENTION), "guidance and steps": len(OTHERS)}[part]
-    assert f"{passed} passed" in emulate(*CORE[part], "--ptx-order", "each")
+    *core, count = CORE[part]
+    assert f"{count} passed" in emulate(*core, "--ptx-order", "each")
 
 
 @pytest.mark.full
@@ -67,7 +82,8 @@ def test_core(part: str) -> None:
 def test_core_by_the_oldest_triton(part: str) -> None:
     if not OLDEST.exists():
         pytest.skip("Triton 3.6.0 is not installed: make test ARGS='-m full' does it")
-    emulate(*CORE[part], path=OLDEST)
+    *core, count = CORE[part]
+    assert f"{count} passed" in emulate(*core, path=OLDEST)
 
 
 @pytest.mark.full
@@ -82,5 +98,7 @@ def test_tables(part: str, target: str, order: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.long
-def test_inexact_units_as_far_off_as_they_may() -> None:
-    emulate(*CORE["attention"], "--ptx-harsh")
+@pytest.mark.parametrize("part", ["attention", "more attention"])
+def test_inexact_units_as_far_off_as_they_may(part: str) -> None:
+    *core, count = CORE[part]
+    assert f"{count} passed" in emulate(*core, "--ptx-harsh")

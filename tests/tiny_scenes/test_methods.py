@@ -82,12 +82,14 @@ def test_edits_of_images_without_a_thing(pipe: object) -> None:
     assert score.said(edits.effect(pipe, own, bare * 0 + 0.5)["inside"]) == "-"
 
 
+@pytest.mark.full
 def test_edits_turn_around(pipe: object) -> None:
     own = edits.open_prompts("size", 4)
     plain = score.generate(pipe, [case.prompt for case in own], range(4))
     assert edits.effect(pipe, own, plain, scale=-12.0)["gain"]["mean"] < -10
 
 
+@pytest.mark.full
 def test_the_control_of_edits_begins_with_the_same_image(
     pipe: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
