@@ -100,6 +100,11 @@ def names(listed: str) -> list[str]:
     return [name if "Pipeline" in name else f"{name}Pipeline" for name in listed.split()]
 
 
+# beside others of their family
+RARE = names("""
+    QwenImageEditInpaint QwenImageEditPlus HunyuanDiTControlNet CogView4Control SanaControlNet
+    SanaSprint Kandinsky5I2I Kandinsky5T2V Kandinsky5I2V
+""")
 REASONS = {name: reason for reason, listed in REFUSED.items() for name in names(listed)}
 
 
@@ -135,7 +140,10 @@ def rows_of(estimates: Tensor | list[Tensor]) -> Tensor:
     return torch.stack(estimates[::-1]) if isinstance(estimates, list) else estimates
 
 
-@pytest.mark.parametrize("name", names(RUNS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.full) if name in RARE else name for name in names(RUNS)],
+)
 def test_a_run(name: str, calls: list) -> None:
     """The prompt's estimates alone are modulated, in every layer of the first steps.
 
