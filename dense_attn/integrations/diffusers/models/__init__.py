@@ -72,9 +72,7 @@ def model_of(pipe: DiffusionPipeline) -> Model:
     if model is None:
         *names, last = (model.denoiser for model in MODELS)
         got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
-        rule = (
-            f"have a {', '.join(names)} or {last}, or one with a record (models/record.py)"
-        )
+        rule = f"have a {', '.join(names)} or {last}, or one with a record (models/record.py)"
         _checks.refuse("pipe", rule, got)
     if not isinstance(pipe, Modular):  # whose calls a guider tells apart
         _check_batches(type(pipe), model)
