@@ -14,7 +14,7 @@ from torch import Tensor
 from dense_attn.integrations.diffusers import Region, apply_layout
 from dense_attn.integrations.diffusers.hooks import arguments
 from dense_attn.integrations.diffusers.models.flux import Flux
-from dense_attn.integrations.diffusers.models.wan import Wan
+from dense_attn.integrations.diffusers.models.video.wan import Wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEFT = np.arange(12)[None].repeat(8, 0) < 8  # two of three columns of tokens
