@@ -194,13 +194,13 @@ def _with_prompts(
     if isinstance(pipe, Modular):
         rule = "be no modular pipeline where regions have prompts of their own"
         _checks.refuse("pipe", rule, type(pipe).__name__)
-    prompts = None if prompt is None else _prompts(prompt)
-    parsed = region.parse(regions, prompts)
+    prompts, model = None if prompt is None else _prompts(prompt), model_of(pipe)
+    parsed = region.parse(regions, prompts, model.video)
     weights = "cross_weight", "self_weight", "exponent", "size_weight"
     _unused(given, (*weights, "modulation", "blocks", "encode_phrases"), "prompts of their own")
     numbers = {name: given[name] for name in ("base_ratio", "isolate", "every", "area_scaling")}
     ratios = region_options(numbers, given["active"], _backend(backend), prompts is not None)
-    return region_state(pipe, model_of(pipe), prompts, parsed, ratios)
+    return region_state(pipe, model, prompts, parsed, ratios)
 
 
 def _unused(given: dict[str, Any], names: tuple[str, ...], kind: str) -> None:

@@ -79,9 +79,8 @@ class Steps:
         span = self.pipe.scheduler.config.num_train_timesteps
         if schedule.max() <= 2:
             # this scheduler counts in something else: its steps are taken as even
-            several = schedule[:-1] if len(schedule) > 1 and schedule[-1] == 0 else schedule
-            ends = span, 0, len(several) + 1  # a last 0 of SCM's is no step
-            schedule = torch.linspace(*ends, dtype=torch.float64, device="cpu")[:-1]
+            steps = max(len(schedule) - int(schedule[-1] == 0), 1)  # SCM's last 0 is none
+            schedule = torch.linspace(span, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
         self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[self._first :].tolist()]
         self.index, self.total = 0, len(self.times)
         if getattr(self.pipe, "denoising_end", 0) is not None and _takes_end(self.pipe):

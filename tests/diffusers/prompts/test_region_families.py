@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, family, run
+from families import FAMILIES, family, run, video
 from pipelines import MODELS, close, pipeline
 from torch import Tensor
 
@@ -40,6 +40,8 @@ TEXTS = {
     "kandinsky5": (9 + 2, 5 + 2, 9 + 2),
 }
 GRIDS = {"cogview4": (8, 12)} | dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
+FRAMES = {"wan": 2}
+REFUSED = "hunyuan_dit", "cogvideox", "hunyuan_video"
 OTHERS = [None]  # a token of no text and no place
 LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it", "wan": "ff"}  # of others "ti"
 
@@ -55,7 +57,7 @@ def pipe_of(name: str) -> object:
 
 def made(name: str, prompt: object, **options: object) -> Tensor:
     """The latents of a short run."""
-    if name in FAMILIES:
+    if name not in MODELS:
         return run(name, prompt, steps=2, **options)
     given = {"height": 16, "width": 24, "generator": torch.Generator().manual_seed(0)}
     given |= MODELS[name][1] | {"num_inference_steps": 2, "output_type": "latent"} | options
@@ -83,6 +85,7 @@ class Dense:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.frames = [(CAT, DOG)]  # the regions of each, one where all have the same
         self.kinds: set[str] = set()
 
     def text(self, positive: bool) -> list:
@@ -94,11 +97,11 @@ class Dense:
 
     def image(self, positive: bool) -> list:
         rows, columns = GRIDS.get(self.name, (4, 6))  # image tokens
-        step = 8 // rows
-        block = np.where(CAT, 1, np.where(DOG, 2, 0))[::step, ::step][:rows, :columns]
-        found = [("image", int(b) if positive else 0) for b in block.flatten()]
-        found += OTHERS * (8 if self.name == "z_image" else 0)  # 24 tokens in 32
-        return found * (2 if self.name == "wan" else 1)  # frames
+        step, found = 8 // rows, []
+        for cat, dog in self.frames * (FRAMES.get(self.name, 1) // len(self.frames)):
+            block = np.where(cat, 1, np.where(dog, 2, 0))[::step, ::step][:rows, :columns]
+            found += [("image", int(b) if positive else 0) for b in block.flatten()]
+        return found + OTHERS * (8 if self.name == "z_image" else 0)  # 24 tokens in 32
 
     def labels(self, kind: str, positive: bool) -> tuple[list, list]:
         """Those of queries and keys."""
@@ -165,7 +168,24 @@ def test_runs_equal_dense_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(made(name, PROMPT), plain)
 
 
-@of(*(name for name in FAMILIES if name != "hunyuan_dit"))
+def test_regions_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of a video's frames, here of its latents', hard and soft beside one of all frames."""
+    frames = np.stack([CAT, DOG])
+    regions = [Region(frames, "a cat"), Region(frames[::-1].astype(np.float32), "dog cat a")]
+    out = ours("wan", PROMPT, regions)
+    assert not close(out, ours("wan", PROMPT, REGIONS))
+    pixels = np.concatenate([frames[:1], frames[1:].repeat(4, 0)])
+    assert torch.equal(
+        ours("wan", PROMPT, [Region(pixels, "a cat"), *regions[1:]][:1]),
+        ours("wan", PROMPT, regions[:1]),
+    )
+    dense = Dense("wan")
+    dense.frames = [(CAT, DOG), (DOG, CAT)]
+    monkeypatch.setattr(RegionState, "attention", lambda _, *given: dense(*given))
+    assert near(out, ours("wan", PROMPT, regions))
+
+
+@of(*(name for name in {**FAMILIES, **video.FAMILIES} if name not in REFUSED))
 def test_one_region_of_the_whole_image_is_its_prompt(name: str) -> None:
     """Its text stands behind another, and means what it means alone; so does a negative one."""
     takes = inspect.signature(type(family(name)).__call__).parameters
@@ -178,13 +198,16 @@ def test_one_region_of_the_whole_image_is_its_prompt(name: str) -> None:
     if call:
         region = Region(WHOLE, PROMPT, negative=NEGATIVE)
         assert near(ours(name, prompt, [region], other), right)
-    assert not close(ours(name, prompt, [Region(WHOLE, "a cat")], call), right)
+    cat = [Region(WHOLE, "a cat")]
+    assert not close(ours(name, prompt, cat, call), right)
+    if not pooled:  # also behind a longer text, which no token of the image sees
+        assert near(ours(name, NEGATIVE, cat, call), made(name, "a cat", **call))
 
 
-def test_a_model_that_pools_its_text_is_refused() -> None:
-    rule = r"^pipe must have a model whose record places texts .* got HunyuanDiTPipeline with Hunyu"
-    with (
-        pytest.raises(ValueError, match=rule),
-        apply_layout(family("hunyuan_dit"), PROMPT, REGIONS),
-    ):
+@of(*REFUSED)
+def test_models_that_take_no_more_text(name: str) -> None:
+    """Their text is pooled, refined by its mean or placed by its length."""
+    pipe = family(name)
+    rule = rf"^pipe must have a model whose record places texts of .* got {type(pipe).__name__} wi"
+    with pytest.raises(ValueError, match=rule), apply_layout(pipe, PROMPT, REGIONS):
         pytest.fail("the block must not run")

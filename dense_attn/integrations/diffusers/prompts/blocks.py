@@ -120,8 +120,7 @@ class Sequence(NamedTuple):
 
     attention: Attention
     text: int  # tokens
-    image: int  # of a frame
-    frames: int  # in each of which the image's tokens have the same regions
+    image: int  # of all frames of a video
     others: int  # that come as latents behind the image's
 
     def count(self, segments: tuple[Segment, ...]) -> int:
@@ -139,7 +138,7 @@ class Sequence(NamedTuple):
             if segment.kind == "text":
                 side = text
             elif segment.kind == "image":
-                side = image.repeat(1, self.frames)
+                side = image
             else:
                 side = other.expand(-1, self.others if segment.count is None else segment.count)
             sides += [side, other.expand(-1, -side.shape[1] % segment.multiple)]

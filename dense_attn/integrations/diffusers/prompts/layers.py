@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models.record import IMAGE, TEXT, Attention
+from ..regions.frames import of_tokens, video_of
 from . import texts
 from .blocks import Blocks, Half, Part, Rule, Sequence
 from .sharing import areas_of, members, with_base, words_of
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..models.record import Call, Model
     from .options import Options
     from .reading import RegionReading
+    from .region import Regions
     from .texts import Slots, Span
 
 # layers of a model whose record has no table
@@ -85,12 +87,11 @@ class Layers:
 
     def _sequence(self, attention: Attention, size: tuple[int, int]) -> Sequence:
         """The tokens of a kind of layers."""
-        latents, image, frames, others = self.call.latents, size[0] * size[1], 1, 0
-        if latents.dim() == 5:
-            frames = latents.shape[2] // self.model.frames
-        elif latents.dim() == 3:
-            others = latents.shape[1] - image
-        return Sequence(attention, self.slots.count, image, frames, others)
+        call, others = self.call, 0
+        image = self.frames * size[0] * size[1]
+        if call.latents.dim() == 3:
+            others = call.latents.shape[1] - image
+        return Sequence(attention, self.slots.count, image, others)
 
     def _with_texts(self, sequence: Sequence, half: Half, on: bool, positive: bool) -> Blocks:
         """The calls of layers that see texts; cross-attention to the first alone has none."""
@@ -136,7 +137,7 @@ class Layers:
         """Some rows' shares of image tokens, and words of text tokens."""
         images, slots = self.reading.images_of, self.slots
         each = (span.stop - span.start) // len(images)
-        own = [members(one.masks, one.weights, size, self.reading.base) for one in images]
+        own = [self._members(image, size) for image in images]
         given = self.reading.texts(span.positive)
         shares = [
             with_base(image, self.options.base_ratio, [text is not None for text in row])
@@ -145,5 +146,22 @@ class Layers:
         # a text that all rows share has one row
         rows = [min(span.start + b * each, len(slots.lengths) - 1) for b in range(len(images))]
         text = texts.words([slots.lengths[row] for row in rows], slots.sizes, slots.multiple)
-        areas = [areas_of(one.masks, size) for one in images]
+        areas = [areas_of(self._masks(image), size) for image in images]
         return Half(shares, own, areas, text, each, self.call.text.device)
+
+    @property
+    def frames(self) -> int:
+        """The frames of tokens of a video; an image has one."""
+        return self.model.length(self.call) // self.model.frames
+
+    def _masks(self, image: Regions) -> Tensor:
+        """Masks of each frame of tokens, [R, frames, H, W]; one where all have the same."""
+        if image.masks.dim() == 3:
+            return image.masks[:, None]
+        return of_tokens(image.masks, video_of(self.reading.pipe, self.model, self.call))
+
+    def _members(self, image: Regions, size: tuple[int, int]) -> Tensor:
+        """Shares of all tokens, [1 + R, frames * height * width], one frame after the other."""
+        frames = self._masks(image).unbind(1)
+        found = [members(masks, image.weights, size, self.reading.base) for masks in frames]
+        return torch.cat(found * (self.frames // len(found)), 1)

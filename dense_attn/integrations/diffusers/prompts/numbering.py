@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ..hooks import unwrapped
@@ -14,11 +14,18 @@ from .state import RegionState
 @contextmanager
 def numbered(state: Any) -> Iterator[None]:
     """The function of a model's record gives texts of regions their places inside the block."""
-    if not isinstance(state, RegionState) or state.model.numbering is None:
+    with ExitStack() as stack:
+        if isinstance(state, RegionState) and state.model.numbering is not None:
+            path, name = state.model.numbering
+            for denoiser in state.model.denoisers(state.pipe).values():
+                module = unwrapped(denoiser).get_submodule(path)
+                stack.enter_context(_exchanged(module, name, state))
         yield
-        return
-    path, name = state.model.numbering
-    module = unwrapped(getattr(state.pipe, state.model.component)).get_submodule(path)
+
+
+@contextmanager
+def _exchanged(module: Any, name: str, state: RegionState) -> Iterator[None]:
+    """The function of one module."""
     own, before = getattr(module, name), vars(module).get(name)
 
     @functools.wraps(own)

@@ -23,7 +23,7 @@ class Region:
 
     Args:
         mask: a bool array [H, W], a PIL image, light and opaque there, a box (x0, y0, x1, y1) in
-            0..1, or floats [H, W] in 0..1 for soft edges.
+            0..1, or floats [H, W] in 0..1 for soft edges; of a video's frames [F, H, W].
         prompt: what the region shows.
         weight: its share where regions overlap, beside their weights; above 0.
         negative: what it does not show, in the place of the call's negative prompt.
@@ -64,7 +64,12 @@ class Regions(NamedTuple):
     prompts: list[str]
     negatives: list[str | None]
     weights: Tensor  # float32 [R]
-    masks: Tensor  # float32 [R, H, W], 0..1
+    masks: Tensor  # float32 [R, H, W], of each frame [R, F, H, W], 0..1
+
+    @property
+    def picture(self) -> Tensor:
+        """The masks as [R, H, W], one frame of a video below the other."""
+        return self.masks if self.masks.dim() == 3 else self.masks.flatten(1, 2)
 
     @property
     def texts(self) -> list[str]:
@@ -80,18 +85,18 @@ def has_prompts(regions: object) -> bool:
     return any(isinstance(region, Region) for region in first)
 
 
-def parse(regions: Sequence[Any], prompts: list[str] | None) -> list[Regions]:
+def parse(regions: Sequence[Any], prompts: list[str] | None, video: bool = False) -> list[Regions]:
     """One entry for all prompts, or one for each; without prompts they cover the image."""
     base = prompts is not None
     if all(isinstance(image, list) for image in regions):
         if base and len(prompts) != len(regions):
             rule = f"hold one list for each of the {len(prompts)} prompts"
             _checks.refuse("regions", rule, len(regions))
-        return [_one_image(f"regions[{b}]", image, base) for b, image in enumerate(regions)]
-    return [_one_image("regions", regions, base)]
+        return [_one_image(f"regions[{b}]", image, base, video) for b, image in enumerate(regions)]
+    return [_one_image("regions", regions, base, video)]
 
 
-def _one_image(argument: str, regions: Sequence[Any], base: bool) -> Regions:
+def _one_image(argument: str, regions: Sequence[Any], base: bool, video: bool) -> Regions:
     if len(regions) > MOST:
         _checks.refuse(argument, f"hold at most {MOST} regions with prompts", len(regions))
     for r, region in enumerate(regions):
@@ -99,22 +104,10 @@ def _one_image(argument: str, regions: Sequence[Any], base: bool) -> Regions:
             _checks.refuse(
                 f"{argument}[{r}]", "be a Region as others are", _kind(region), TypeError
             )
-    drawn = [
-        None if _is_box(region.mask) else _values(f"{argument}[{r}]", region.mask)
-        for r, region in enumerate(regions)
-    ]
-    size = next((tuple(mask.shape) for mask in drawn if mask is not None), BOXES)
-    for r, region in enumerate(regions):
-        if drawn[r] is None:
-            drawn[r] = _box(f"{argument}[{r}]", region.mask, size).float()
-        if tuple(drawn[r].shape) != size:
-            rule = f"have a mask of the size {size} of the others"
-            _checks.refuse(f"{argument}[{r}]", rule, tuple(drawn[r].shape))
-    empty = torch.zeros(0, *size, dtype=torch.float32, device="cpu")
-    masks = torch.stack(drawn) if drawn else empty
+    masks = _masks(argument, [region.mask for region in regions], video)
     bare = int((masks.sum(0) == 0).sum())
     if bare and not base:
-        got = f"{bare} of {size[0] * size[1]} pixels in no region"
+        got = f"{bare} of {masks[0].numel()} pixels in no region"
         _checks.refuse(argument, "cover the image where prompt is None", got)
     weights = [region.weight for region in regions]
     return Regions(
@@ -125,14 +118,38 @@ def _one_image(argument: str, regions: Sequence[Any], base: bool) -> Regions:
     )
 
 
-def _values(argument: str, mask: Any) -> Tensor:
-    """A float32 tensor [H, W] on the CPU."""
+def _masks(argument: str, masks: list[Any], video: bool) -> Tensor:
+    """The masks of one image, float32 [R, H, W], or [R, F, H, W] where any has frames."""
+    drawn = [
+        None if _is_box(mask) else _values(f"{argument}[{r}]", mask, video)
+        for r, mask in enumerate(masks)
+    ]
+    there = [mask for mask in drawn if mask is not None]
+    size = next((tuple(mask.shape[-2:]) for mask in there), BOXES)
+    length = next((len(mask) for mask in there if mask.dim() == 3), None)
+    for r, box in enumerate(masks):
+        if drawn[r] is None:
+            drawn[r] = _box(f"{argument}[{r}]", box, size).float()
+        if tuple(drawn[r].shape[-2:]) != size:
+            rule = f"have a mask of the size {size} of the others"
+            _checks.refuse(f"{argument}[{r}]", rule, tuple(drawn[r].shape[-2:]))
+        if drawn[r].dim() == 3 and len(drawn[r]) != length:
+            rule = f"have a mask of as many frames as the others, {length}"
+            _checks.refuse(f"{argument}[{r}]", rule, len(drawn[r]))
+        if length is not None:
+            drawn[r] = drawn[r].expand(length, *size)
+    empty = torch.zeros(0, *size, dtype=torch.float32, device="cpu")
+    return torch.stack(drawn) if drawn else empty
+
+
+def _values(argument: str, mask: Any, video: bool) -> Tensor:
+    """A float32 tensor [H, W] on the CPU, or [F, H, W] where it is of a video's frames."""
     ours = isinstance(mask, np.ndarray) and mask.dtype in (np.float16, np.float32, np.float64)
     soft = torch.from_numpy(np.array(mask)) if ours else mask  # torch has no other floats
     if not isinstance(soft, Tensor) or not soft.is_floating_point():
-        return _mask(argument, mask).float()
+        return _mask(argument, mask, video).float()
     soft = soft.detach().to("cpu", torch.float32, copy=True)
-    if soft.dim() != 2:
+    if soft.dim() != 2 and not (video and soft.dim() == 3):
         _checks.refuse(argument, "have a mask of 2 dimensions [height, width]", tuple(soft.shape))
     if not bool(((soft >= 0) & (soft <= 1)).all()):
         _checks.refuse(argument, "have a mask of values in 0..1", "others")

@@ -63,8 +63,9 @@ def with_base(shares: Tensor, ratio: float, given: list[bool]) -> Tensor:
 
 
 def areas_of(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """The part of a grid that each mask [R, H, W] covers, float32 [R]; 1 where it covers none."""
-    inside = _on_grid(masks, size).flatten(1).mean(1)
+    """The part that each region covers of all frames, float32 [R]; 1 where it covers none."""
+    frames = [_on_grid(frame, size).flatten(1).mean(1) for frame in masks.unbind(1)]
+    inside = torch.stack(frames).mean(0)
     return torch.where(inside > 0, inside, 1)
 
 

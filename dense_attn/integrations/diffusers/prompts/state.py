@@ -18,7 +18,7 @@ from . import texts
 from .blocks import Part, rows_of
 from .layers import TEXT_ALONE, Layers, multiple_of
 from .options import Options
-from .reading import RegionReading, Text
+from .reading import RegionReading
 from .sharing import members, with_base
 from .texts import Slots, Span, Texts
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..models.record import Call, Model
+    from .region import Regions
 
 
 class RegionMark(LayerMark):
@@ -62,12 +63,12 @@ class RegionState(LayoutState):
         self.spans: tuple[Span, ...] = ()  # of this call; none where nothing is changed
         self.batch = 0
         self.slots: Slots | None = None
-        images = reading.images_of
-        self._most = max(len(image.prompts) for image in images)
-        self._own = [  # shares on the masks' own grids
-            members(image.masks, image.weights, tuple(image.masks.shape[-2:]), reading.base)
-            for image in images
-        ]
+        self._most = max(len(image.prompts) for image in reading.images_of)
+        # whether any token of each image sees the call's prompt, and its negative prompt
+        self._first = {
+            positive: [self._sees_first(image, positive) for image in reading.images_of]
+            for positive in (True, False)
+        }
 
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
         """The marks of attention modules by name with their kind and depth, and of the text's."""
@@ -82,10 +83,10 @@ class RegionState(LayoutState):
     def _text_layers(self) -> dict[str, tuple[Any, str, int]]:
         if self.model.text_layers is None:
             return {}
-        denoiser = unwrapped(getattr(self.pipe, self.model.component))
         return {
-            name: (module, TEXT_ALONE, 0)
-            for name, module in denoiser.named_modules()
+            f"{start}{name}": (module, TEXT_ALONE, 0)
+            for start, denoiser in self.model.denoisers(self.pipe).items()
+            for name, module in unwrapped(denoiser).named_modules()
             if hasattr(module, "processor") and re.search(self.model.text_layers, name)
         }
 
@@ -190,7 +191,7 @@ class RegionState(LayoutState):
             b = (row - span.start) * len(images) // (span.stop - span.start)
             there = self.reading.texts(span.positive)[b]
             counts = [0 if one is None else len(one.tokens if keep else one.bare) for one in there]
-            seen = [length if self._sees_first(b, there) else 0, *counts]
+            seen = [length if self._first[span.positive][b] else 0, *counts]
             rows.append(there)
             lengths.append((length, *counts) + (0,) * (self._most - len(counts)))
             longest.append(texts.up(max(seen), multiple))
@@ -198,12 +199,11 @@ class RegionState(LayoutState):
         slots = Slots(sizes, tuple(lengths), multiple, tuple(longest))
         return texts.written(text, slots, rows, keep)
 
-    def _sees_first(self, b: int, there: list[Text | None]) -> bool:
-        """Whether any token of an image sees the call's own text."""
-        shares = with_base(
-            self._own[b], self.options.base_ratio, [one is not None for one in there]
-        )
-        return bool((shares[0] > 0).any())
+    def _sees_first(self, image: Regions, positive: bool) -> bool:
+        masks, base = image.picture, self.reading.base
+        shares = members(masks, image.weights, tuple(masks.shape[1:]), base)
+        given = [text is not None for text in (image.prompts if positive else image.negatives)]
+        return bool((with_base(shares, self.options.base_ratio, given)[0] > 0).any())
 
     def _make(self, call: Call, slots: Slots, spans: tuple[Span, ...]) -> None:
         """The layers of a latent grid and texts of some lengths, once a run."""

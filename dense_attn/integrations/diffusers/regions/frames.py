@@ -58,24 +58,33 @@ def masks_of_call(
     grid, device = model.grid(call), call.text.device
     if not model.video and model.length(call) == 1:
         return [resized(image.masks, grid).to(device) for image in images]
-    found = (getattr(pipe, name, None) for name in COMPRESSIONS)
-    compression = next((int(factor) for factor in found if factor), 1)
-    video = Video(model.length(call), model.frames, compression)
-    tokens = tuple(side // model.patch for side in grid)
+    tokens, video = tuple(side // model.patch for side in grid), video_of(pipe, model, call)
     return [_stacked(image.masks, tokens, video).to(device) for image in images]
 
 
+def video_of(pipe: DiffusionPipeline, model: Model, call: Call) -> Video:
+    """The frames of a call."""
+    found = (getattr(pipe, name, None) for name in COMPRESSIONS)
+    compression = next((int(factor) for factor in found if factor), 1)
+    return Video(model.length(call), model.frames, compression)
+
+
 def _stacked(masks: Tensor, grid: tuple[int, int], video: Video) -> Tensor:
-    """Masks [R, H, W] or [R, F, H, W] on the grids of tokens, bool [R, frames * height, width].
+    """Masks [R, H, W] or [R, F, H, W] on the grids of tokens, bool [R, frames * height, width]."""
+    if masks.dim() == 3:
+        return resized(masks, grid).repeat(1, video.tokens, 1)
+    frames = of_tokens(masks, video)
+    return resized(frames.flatten(0, 1), grid).view(len(masks), -1, grid[1])
+
+
+def of_tokens(masks: Tensor, video: Video) -> Tensor:
+    """Masks [R, F, H, W] of a video's frames as [R, frames of tokens, H, W].
 
     A frame of tokens has the masks in the middle of its frames; a region without a pixel there has
     in each all that it takes in its frames.
     """
-    if masks.dim() == 3:
-        return resized(masks, grid).repeat(1, video.tokens, 1)
     owners = torch.tensor(video.owners(masks.shape[1]), dtype=torch.int64, device="cpu")
     of_token = [masks[:, owners == t] for t in range(video.tokens)]  # [R, its frames, H, W]
     middle = torch.stack([own[:, own.shape[1] // 2] for own in of_token], 1)
     kept = middle.flatten(1).any(1)[:, None, None, None]
-    frames = torch.where(kept, middle, torch.stack([own.any(1) for own in of_token], 1))
-    return resized(frames.flatten(0, 1), grid).view(len(masks), -1, grid[1])
+    return torch.where(kept, middle, torch.stack([own.amax(1) for own in of_token], 1))

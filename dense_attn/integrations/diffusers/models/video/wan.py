@@ -23,6 +23,6 @@ class Wan(Model):
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's; an image's keys stand 512 before the end."""
         if arguments.get("encoder_hidden_states_image") is not None:
-            rule = "be None for a WanTransformer3DModel while regions have prompts"
+            rule = f"be None for a {self.denoiser} while regions have prompts"
             _checks.refuse("encoder_hidden_states_image", rule, "an image")
         super().lengthen(arguments, texts)
