@@ -119,7 +119,7 @@ def _found(calls: dict[str, Call], rounds: int) -> dict[str, Row]:
 
 
 def bars(rows: list[Row]) -> list[Row]:
-    """What each row with a bar is to keep, and whether it does."""
+    """Verdicts on the time and memory of each row that has a bar."""
     verdicts = []
     for row in rows:
         bound = BARS.get(row["contender"])
