@@ -56,6 +56,7 @@ TESTS = {  # of each family of the benchmark, what of the tests is its own
 }
 # Every row compiles kernels of its own: of the table of cases, those that users meet most.
 _CASES = "head-dim-40 or head-dim-128 or ordered-in-runs or cross-attention or flipped"
+_CASES += " or range and (groups-of-some-keys or keys-100-columns-40)"
 SHORT_TESTS = f"(not test_backends or bfloat16 and ({_CASES}))"
 MOST_TESTERS = 8  # processes
 _FOUND = 9  # the exit code of a checker that found something

@@ -25,7 +25,9 @@ WIDTH = 16  # of a text encoder
 def tiny_pipeline(
     kind: type[DiffusionPipeline], seed: int = 0, blocks: int = 2
 ) -> DiffusionPipeline:
-    """A pipeline built like Stable Diffusion's, its XL's and 3's, or FLUX's; 2 x 2 pixels a latent.
+    """A pipeline built like Stable Diffusion's, its XL's and 3's, FLUX's or Wan's.
+
+    A latent has 2 x 2 pixels, of Wan's 8 x 8.
 
     Args:
         kind: the class, of which the constructor's arguments say what it is made of.
@@ -43,6 +45,8 @@ def tiny_pipeline(
                 if "text_encoder_2" in parts
                 else _stable_diffusion(blocks)
             )
+        elif "transformer_2" in parts:
+            made = _wan()
         else:
             made = _stable_diffusion_3() if "tokenizer_3" in parts else _flux()
         pipe = kind(**{name: part for name, part in made.items() if name in parts})
@@ -96,12 +100,25 @@ def load(kind: str, model: str | None) -> DiffusionPipeline:
 
 def side_by_side(images: list[Image.Image], path: str) -> None:
     """Write images into one file."""
+    _files.write_by(path, partial(joined(images).save, format="PNG"))
+    print(f"wrote {path}")
+
+
+def joined(images: list[Image.Image]) -> Image.Image:
+    """Images as one, from left to right."""
     from PIL import Image
 
     whole = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):
         whole.paste(image, (i * image.width, 0))
-    _files.write_by(path, partial(whole.save, format="PNG"))
+    return whole
+
+
+def animation(videos: list[list[Image.Image]], path: str) -> None:
+    """Write the frames of videos, side by side, into one GIF of 16 frames a second."""
+    frames = [joined(list(images)) for images in zip(*videos)]
+    options = {"format": "GIF", "save_all": True, "append_images": frames[1:], "loop": 0}
+    _files.write_by(path, partial(frames[0].save, duration=1000 // 16, **options))
     print(f"wrote {path}")
 
 
@@ -186,6 +203,32 @@ def _flux() -> dict[str, Any]:
         "vae": _vae(4),
         "scheduler": scheduler,
     }
+
+
+def _wan() -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return {**_t5("", 32), "vae": vae, "transformer": transformer, "scheduler": scheduler}
 
 
 def _clip(suffix: str, projection: bool = False) -> dict[str, Any]:

@@ -31,11 +31,7 @@ State = dict[str, object]
 def identity(sampler: ReversibleSampler) -> dict[str, object]:
     """The numbers that make a sampler's chain: not its backend, nor the dtype of the network."""
     names = ("method", "exact", *READ.get(sampler.method, ()))
-    steps = {
-        "timesteps": [int(t) for t in sampler.timesteps],
-        "alpha_bars": list(sampler.alpha_bars),
-    }
-    return {name: getattr(sampler, name) for name in names} | steps
+    return {name: getattr(sampler, name) for name in names} | sampler.schedule.numbers()
 
 
 def first(

@@ -1,4 +1,4 @@
-"""Reversible DDIM: one step and its inverse, and samplers that run backwards to the last bit."""
+"""DDIM's step and its inverse; samplers of DDIM and flows that run backwards to the last bit."""
 
 from dense_attn.reference import OffGridError
 from dense_attn.reversible.ddim import ddim_step, ddim_step_inverse

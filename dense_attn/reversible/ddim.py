@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dense_attn import _checks, _memory, reference
 from dense_attn._backends import dispatch, table
-from dense_attn.reversible import links, schedule
+from dense_attn.reversible import moments, schedule
 from dense_attn.reversible.strides import dense_strides, laid_out
 
 
@@ -100,7 +100,7 @@ def _coefficients(
     """(a, b) of the step or of its inverse, finite in the dtype that kernels compute in."""
     now = schedule.alpha_bar("alpha_bar_t", alpha_bar_t)
     prev = schedule.alpha_bar("alpha_bar_prev", alpha_bar_prev)
-    a, b = links.ddim(now, prev)
+    a, b = moments.ddim(now, prev)
     argument, divisor = "alpha_bar_t", now
     if inverse:
         a, b, argument, divisor = 1 / a, -b / a, "alpha_bar_prev", prev

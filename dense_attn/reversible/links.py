@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, repeat
 
 from dense_attn import _checks
+from dense_attn.reversible.moments import Moment, move
+from dense_attn.reversible.schedule import Schedule
 
 MOST_BITS, FEWEST_BITS = 26, 20  # of the grid, behind the binary point
 _LIMIT_BITS, _LATENT_BITS = 50, 6  # |grid| <= 2^50 holds |latent| <= 64
@@ -76,74 +78,64 @@ def _undone(link: Link, then: str) -> Link:
     )
 
 
-def ddim(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float]:
-    """(a, b) of DDIM's `x_s = a*x_t + b*eps`, in either direction of time."""
-    a = math.sqrt(alpha_bar_s / alpha_bar_t)
-    return a, math.sqrt(1 - alpha_bar_s) - a * math.sqrt(1 - alpha_bar_t)
-
-
-def sigma(alpha_bar: float) -> float:
-    """Noise over signal: the time in which `x/sqrt(alpha_bar)` moves by eps."""
-    return math.sqrt((1 - alpha_bar) / alpha_bar)
-
-
 def build(
-    method: str, alpha_bars: Sequence[float], mix: float, gamma: float, alternate: bool, exact: bool
+    method: str, schedule: Schedule, mix: float, gamma: float, alternate: bool, exact: bool
 ) -> Chain | None:
-    """The chain of a method from the noise to the image; None for plain DDIM, which is none."""
+    """The chain of a method from the noise to the image; None for plain steps, which are none."""
+    moments = schedule.moments
     if method == "edict":
-        return edict(alpha_bars, mix, alternate, grid_bits(alpha_bars, mix) if exact else 0)
+        return edict(moments, mix, alternate, grid_bits(schedule, mix) if exact else 0)
     if method == "bdia":
         if exact and gamma != 1:
             _checks.refuse("gamma", "be 1 for exact=True", gamma)
-        return bdia(alpha_bars, gamma, MOST_BITS if exact else 0)
+        return bdia(moments, gamma, MOST_BITS if exact else 0)
     if method == "belm":
         if exact:
             rule = "be False for method='belm', which has no exact inverse on a grid"
             _checks.refuse("exact", rule, exact)
-        for step, (now, prev) in enumerate(pairwise(alpha_bars)):
-            if prev <= now:
-                rule = "grow at every step, the last one included, for method='belm'"
-                _checks.refuse("alphas_cumprod", rule, f"{prev:.4g} after {now:.4g} at step {step}")
-        return belm(alpha_bars)
+        schedule.require_noise_to_fall("for method='belm'")
+        return belm(moments)
     return None
 
 
-def edict(alpha_bars: Sequence[float], mix: float, alternate: bool, bits: int) -> Chain:
-    """EDICT: two couplings and a mix a step; on the grid, p^mixes of x/sqrt(alpha_bar) go aside."""
-    num_steps = len(alpha_bars) - 1
+def edict(moments: Sequence[Moment], mix: float, alternate: bool, bits: int) -> Chain:
+    """EDICT: two couplings and a mix a step; on the grid, p^mixes of z go aside."""
+    num_steps = len(moments) - 1
     kept_aside = mix if bits else 1.0  # floats keep nothing aside
     factors = repeat(kept_aside, num_steps)
     powers = list(accumulate(factors, operator.mul, initial=2.0**-bits))  # products: IEEE's bits
     links = []
-    for step, (now, prev) in enumerate(pairwise(alpha_bars)):
-        a, b = ddim(now, prev)
-        grid_eps = (sigma(prev) - sigma(now)) / powers[step]
+    for step, (now, prev) in enumerate(pairwise(moments)):
+        a, b = move(now, prev)
+        grid_eps = (prev.u - now.u) / powers[step]
         x_first = not (alternate and step % 2)
         for update_x, fed_at, then in ((x_first, now, ""), (not x_first, prev, "mix")):
-            scale = math.sqrt(fed_at) * powers[step]
+            scale = math.sqrt(fed_at.signal) * powers[step]
             links.append(Link(step, update_x, a, 0.0, b, 0.0, grid_eps, scale, then))
-    ends = (End(math.sqrt(alpha_bars[i]) * powers[i]) for i in (0, -1))
+    ends = (End(math.sqrt(moments[i].signal) * powers[i]) for i in (0, -1))
     return Chain(tuple(links), *ends, mix=mix, links_per_step=2)
 
 
-def bdia(alpha_bars: Sequence[float], gamma: float, bits: int) -> Chain:
-    """BDIA: `x_prev = gamma*x_next - gamma*D(t -> next) + D(t -> prev)`, D the DDIM step at x_t."""
+def bdia(moments: Sequence[Moment], gamma: float, bits: int) -> Chain:
+    """BDIA: `x_prev = gamma*x_next - gamma*D(t -> next) + D(t -> prev)`, D the plain step at x_t;
+    of a flow with gamma 1, `x_prev = x_next + (sigma_prev - sigma_next)*network(x_t)`.
+    """
     coefficients = []
-    for after, now, prev in zip(alpha_bars, alpha_bars[1:], alpha_bars[2:]):
-        (a_next, b_next), (a_prev, b_prev) = ddim(now, after), ddim(now, prev)
+    for after, now, prev in zip(moments, moments[1:], moments[2:]):
+        (a_next, b_next), (a_prev, b_prev) = move(now, after), move(now, prev)
         coefficients.append((gamma, a_prev - gamma * a_next, b_prev - gamma * b_next))
     return _leapfrog(coefficients, bits)
 
 
-def belm(alpha_bars: Sequence[float]) -> Chain:
-    """O-BELM: the second-order leapfrog of `z = x/sqrt(alpha_bar)` on steps of any length."""
+def belm(moments: Sequence[Moment]) -> Chain:
+    """O-BELM: the second-order leapfrog of z on steps of any length."""
     coefficients = []
-    for after, now, prev in zip(alpha_bars, alpha_bars[1:], alpha_bars[2:]):
-        step, step_before = sigma(now) - sigma(prev), sigma(after) - sigma(now)
-        ratio = step / step_before
-        keep, other = ratio**2 * math.sqrt(prev / after), (1 - ratio**2) * math.sqrt(prev / now)
-        coefficients.append((keep, other, -step * (ratio + 1) * math.sqrt(prev)))
+    for after, now, prev in zip(moments, moments[1:], moments[2:]):
+        step, step_before = now.u - prev.u, after.u - now.u
+        ratio, scale = step / step_before, math.sqrt(prev.signal)
+        keep = ratio**2 * math.sqrt(prev.signal / after.signal)
+        other = (1 - ratio**2) * math.sqrt(prev.signal / now.signal)
+        coefficients.append((keep, other, -step * (ratio + 1) * scale))
     return _leapfrog(coefficients, 0)
 
 
@@ -157,25 +149,26 @@ def _leapfrog(coefficients: Sequence[tuple[float, float, float]], bits: int) -> 
     return Chain(tuple(links), End(unit), End(unit, swapped=len(links) % 2 == 0))
 
 
-def grid_bits(alpha_bars: Sequence[float], mix: float) -> int:
+def grid_bits(schedule: Schedule, mix: float) -> int:
     """Bits behind the binary point with which every state of an EDICT chain stays on the grid."""
-    num_steps = len(alpha_bars) - 1
-    bits = _bits_left(alpha_bars, mix)
+    moments = schedule.moments
+    num_steps = len(moments) - 1
+    bits = _bits_left(moments, mix)
     if bits < FEWEST_BITS:
-        if _bits_left(alpha_bars, 1.0) < FEWEST_BITS:
-            _checks.refuse("alphas_cumprod", "be larger for exact=True", min(alpha_bars))
-        first, last = alpha_bars[0], alpha_bars[-1]
+        if _bits_left(moments, 1.0) < FEWEST_BITS:
+            schedule.refuse_noise("for exact=True")
+        first, last = moments[0], moments[-1]
         fewer = ((n, [first, *[last] * n]) for n in range(num_steps, -1, -1))
-        longest = next(n for n, bars in fewer if _bits_left(bars, mix) >= FEWEST_BITS)
+        longest = next(n for n, some in fewer if _bits_left(some, mix) >= FEWEST_BITS)
         mixes = (m / 1000 for m in range(1, 1001))
-        enough = next(m for m in mixes if _bits_left(alpha_bars, m) >= FEWEST_BITS)
+        enough = next(m for m in mixes if _bits_left(moments, m) >= FEWEST_BITS)
         rule = f"be at most {longest} with mix={mix:g} and exact=True, or mix at least {enough:g}"
         _checks.refuse("timesteps", rule, f"{num_steps} steps")
     return min(bits, MOST_BITS)
 
 
-def _bits_left(alpha_bars: Sequence[float], mix: float) -> int:
+def _bits_left(moments: Sequence[Moment], mix: float) -> int:
     growth = max(
-        -0.5 * math.log2(bar) - mixes * math.log2(mix) for mixes, bar in enumerate(alpha_bars)
+        -0.5 * math.log2(at.signal) - mixes * math.log2(mix) for mixes, at in enumerate(moments)
     )
     return math.floor(_LIMIT_BITS - _LATENT_BITS - growth)

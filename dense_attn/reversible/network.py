@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +17,20 @@ from dense_attn.reversible import grid
 from dense_attn.reversible.pairs import ExactPair, FloatPair
 from dense_attn.reversible.plan import Plan
 from dense_attn.reversible.strides import dense_strides, laid_out
+
+Method = TypeVar("Method", bound=Callable)
+
+
+def eager(method: Method) -> Method:
+    """The method, opaque to torch.compile: both directions must call the very same network."""
+
+    @wraps(method)
+    def opaque(*arguments: object, **named: object) -> object:
+        if "torch._dynamo" not in sys.modules:  # which takes a second to import
+            return method(*arguments, **named)
+        return torch.compiler.disable(method)(*arguments, **named)
+
+    return opaque
 
 
 def refuse_transforms(x: Tensor, y: Tensor | None) -> None:

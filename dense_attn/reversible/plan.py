@@ -37,7 +37,7 @@ class Plan:
     """All that a run needs beside the latents."""
 
     backend: str
-    chain: Chain | None  # None for plain DDIM
+    chain: Chain | None  # None for plain steps
     eps_fn: EpsFn
     timesteps: Sequence[object]
     dtype: torch.dtype  # of what the network is fed

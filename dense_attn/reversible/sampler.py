@@ -1,43 +1,30 @@
-"""DDIM that can be undone: samplers with exact inversion and cheap gradients."""
+"""Samplers of DDIM and of flows that can be undone: exact inversion and cheap gradients."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dense_attn import _checks
 from dense_attn._backends import table
-from dense_attn.reversible import backward, links, network, schedule, trajectory
+from dense_attn.reversible import backward, links, network, read_scheduler, schedule, trajectory
+from dense_attn.reversible.moments import move
+from dense_attn.reversible.network import eager
 from dense_attn.reversible.plan import EpsFn, Memory, Plan
 from dense_attn.reversible.strides import contiguous_strides, dense_strides, laid_out
 
-METHODS = ("edict", "bdia", "belm", "ddim")
+PAIRED = ("edict", "bdia", "belm")
+PLAIN = ("ddim", "euler")  # for sampling alone: of a noise schedule, of a flow
 _MOST_AMPLIFIED = 100.0
-Method = TypeVar("Method", bound=Callable)
-
-
-def _eager(method: Method) -> Method:
-    """The method, opaque to torch.compile: both directions must call the very same network."""
-
-    @wraps(method)
-    def opaque(*arguments: object, **named: object) -> object:
-        if "torch._dynamo" not in sys.modules:  # which takes a second to import
-            return method(*arguments, **named)
-        return torch.compiler.disable(method)(*arguments, **named)
-
-    return opaque
 
 
 class ReversibleSampler:
-    """DDIM that runs backwards: from noise to images and back, exactly, and with cheap gradients.
+    """DDIM, or a rectified flow, that runs backwards: exact inversion and cheap gradients.
 
-    A chain keeps a pair of latents. With `D` the DDIM step, `eps(x)` the network and q = 1 - mix,
-    one step is
+    A chain keeps a pair of latents. With `D` the DDIM step (of a flow, which `from_scheduler`
+    makes, Euler's), `eps(x)` the network and q = 1 - mix, one step is
 
     - `"edict"`: `x <- D(x, eps(y))`, `y <- D(y, eps(x))`, then `x <- mix*x + q*y`,
       `y <- q*x + mix*y`; the order of the two couplings alternates. The pair: two latents of one
@@ -46,9 +33,9 @@ class ReversibleSampler:
       latent at an end of the chain and its neighbour in time. Errors grow by 1/gamma a step on the
       way to the noise: gamma below 1 is for sampling, or for a handful of steps (growth up to 100).
     - `"belm"`: O-BELM, the leapfrog of second order, in floats alone; pairs as in `"bdia"`.
-    - `"ddim"`: plain DDIM, `sample` alone; both latents returned are the one there is.
-      Differentiable by plain autograd: any number of times, also in what eps_fn captures, in memory
-      that grows with the number of steps.
+    - `"ddim"`, and `"euler"` of a flow: plain steps, `sample` alone; both latents returned are the
+      one there is. Differentiable by plain autograd: any number of times, also in what eps_fn
+      captures, in memory that grows with the number of steps.
 
     With exact=True the latents are integers times a table of scales: every step adds a rounded
     function of the *other* latent and is undone to the last bit, whatever the precision of the
@@ -66,17 +53,17 @@ class ReversibleSampler:
 
     A call inside torch.compile breaks the graph and runs eagerly, its backward too; eps_fn may
     itself be compiled. torch.func's transforms and forward-mode differentiation are refused, for
-    `"ddim"` where `ddim_step` refuses them.
+    plain steps where `ddim_step` refuses them.
 
     Args:
         alphas_cumprod: 1-D tensor or sequence, indexed by timestep; the entries used are in (0, 1]
             and do not rise with the timesteps, the others may be anything.
         timesteps: descending integers, a tensor or a sequence; eps_fn is handed its elements.
-        method: one of the rules above.
+        method: one of the rules above, but for `"euler"`.
         mix: EDICT's p, in (0, 1].
         gamma: BDIA's gamma, in (0, 1]; 1 for exact=True.
         alternate: whether the order of EDICT's couplings alternates.
-        exact: inversion to the last bit, for `"edict"` and `"bdia"`; `"ddim"` has no use for it.
+        exact: inversion to the last bit, for `"edict"` and `"bdia"`; no matter to plain steps.
         final_alpha_cumprod: where the last step goes, alphas_cumprod[0] when None.
         dtype: of what eps_fn receives.
         backend: `"auto"`, `"reference"`, `"cpu"`, `"triton"` or `"cuda"`; a named one runs or
@@ -113,20 +100,94 @@ class ReversibleSampler:
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
-        self.method = _checks.choice("method", method, METHODS)
+        steps = schedule.from_alphas(alphas_cumprod, timesteps, final_alpha_cumprod)
+        self._set_up(steps, method, mix, gamma, alternate, exact, dtype, backend)
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: object,
+        *,
+        method: str = "edict",
+        mix: float = 0.93,
+        gamma: float = 1.0,
+        alternate: bool = True,
+        exact: bool = True,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> ReversibleSampler:
+        """A sampler on the schedule that a scheduler of diffusers was set to.
+
+        A flow's scheduler (FlowMatchEulerDiscreteScheduler and its like, or one with
+        use_flow_sigmas) makes chains of a rectified flow: `x_next = x + (sigma_next - sigma)*v` in
+        the place of the DDIM step, and eps_fn returns the velocity v, noise - data. Shifts, sigmas
+        given by hand and few steps are what set_timesteps made of them. Others (DDIM, DPM-Solver,
+        Euler and their like) make DDIM's chains, on their sigmas where they have them: eps_fn
+        receives and returns what it does for the constructor, whatever the scheduler scales.
+
+        The schedule alone is taken, not the rule of a step: no noise added, no clipping, no higher
+        order.
+
+        Args:
+            scheduler: an object with timesteps, num_inference_steps, and either alphas_cumprod
+                or sigmas; set_timesteps was called. Nothing in it is changed.
+            method: `"edict"`, `"bdia"`, `"belm"`, and, for `sample` alone, plain steps: `"ddim"`
+                of a noise schedule, `"euler"` of a flow.
+            mix, gamma, alternate, exact, dtype, backend: as for the constructor.
+
+        Raises:
+            ValueError, TypeError: an argument breaks the rule that the message names; the schedule
+                is of neither kind.
+
+        Source: Liu et al., Flow Straight and Fast, ICLR 2023.
+
+        Example:
+            >>> import torch, dense_attn
+            >>> from types import SimpleNamespace
+            >>> sigmas = torch.linspace(1, 0, 9)  # diffusers' schedulers hold these numbers too
+            >>> flow = dict(sigmas=sigmas, timesteps=1000 * sigmas[:-1], num_inference_steps=8)
+            >>> flow = SimpleNamespace(**flow, config=SimpleNamespace(use_flow_sigmas=True))
+            >>> sampler = dense_attn.ReversibleSampler.from_scheduler(flow)
+            >>> image = sampler.sample(lambda x, t: torch.tanh(x), torch.randn(1, 4, 8, 8))
+            >>> noise = sampler.invert(lambda x, t: torch.tanh(x), *image)
+            >>> all(map(torch.equal, sampler.sample(lambda x, t: torch.tanh(x), *noise), image))
+            True
+        """
+        sampler = cls.__new__(cls)
+        with _checks.renamed(read_scheduler.WORDS):
+            steps = read_scheduler.read(scheduler)
+            sampler._set_up(steps, method, mix, gamma, alternate, exact, dtype, backend)
+        return sampler
+
+    def _set_up(
+        self,
+        steps: schedule.Schedule,
+        method: str,
+        mix: float,
+        gamma: float,
+        alternate: bool,
+        exact: bool,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> None:
+        methods = (*PAIRED, "euler" if steps.flow else "ddim")
+        self.method = _checks.choice("method", method, methods)
         self.mix, self.gamma = schedule.above_0("mix", mix), schedule.above_0("gamma", gamma)
         self.alternate = _checks.flag("alternate", alternate)
-        self.exact = _checks.flag("exact", exact) and method != "ddim"
+        self.exact = _checks.flag("exact", exact) and method not in PLAIN
         if dtype not in _checks.DTYPES:
             _checks.refuse("dtype", _checks.DTYPE_RULE, dtype, TypeError)
         self.dtype, self.backend = dtype, _checks.choice("backend", backend, ("auto", *table.ORDER))
-        self.timesteps, numbers = schedule.descending(timesteps)
-        self.alpha_bars = schedule.schedule(alphas_cumprod, numbers, final_alpha_cumprod)
-        self._chain = links.build(
-            self.method, self.alpha_bars, self.mix, self.gamma, self.alternate, self.exact
-        )
+        self.schedule, self.timesteps = steps, steps.timesteps
+        numbers = self.mix, self.gamma, self.alternate, self.exact
+        self._chain = links.build(self.method, steps, *numbers)
 
-    @_eager
+    @property
+    def alpha_bars(self) -> list[float]:
+        """alpha_bar at each timestep and where the last step goes; all 1 for a flow."""
+        return [moment.signal for moment in self.schedule.moments]
+
+    @eager
     def sample(
         self,
         eps_fn: EpsFn,
@@ -138,19 +199,19 @@ class ReversibleSampler:
         """From noise to image latents.
 
         Args:
-            eps_fn: `eps_fn(x, t) -> eps`, x's shape and one of the four float dtypes;
-                classifier-free guidance and autocast belong inside it or around the call. It may
-                write to the x it is handed.
+            eps_fn: `eps_fn(x, t) -> eps`, of a flow the velocity: x's shape, one of the four float
+                dtypes; classifier-free guidance and autocast belong inside it or around the call.
+                It may write to the x it is handed.
             x: the latent at the first timestep, any shape.
             y: the other latent of the pair; None makes EDICT start from (x, x) and the leapfrogs
-                from a DDIM step; None for `"ddim"`.
+                from a plain step; None for plain steps.
             progress: show a bar.
 
         Returns:
             The pair at the end: float64 with exact=True, x's dtype otherwise. Differentiable once
             in x, y and, where eps_fn is an nn.Module, in its parameters; memory does not grow with
             the number of steps, the chain is inverted on the way back. Gradients do not reach other
-            tensors that eps_fn captures (a warning says so). For `"ddim"`: plain autograd, whose
+            tensors that eps_fn captures (a warning says so). Plain steps: plain autograd, whose
             memory grows with the steps and whose gradients reach such tensors.
 
         Raises:
@@ -160,7 +221,7 @@ class ReversibleSampler:
         """
         return self._run(eps_fn, x, y, progress, forward=True)
 
-    @_eager
+    @eager
     def invert(
         self,
         eps_fn: EpsFn,
@@ -185,10 +246,10 @@ class ReversibleSampler:
 
         Raises:
             ValueError, TypeError, RuntimeError: as `sample`; the method cannot be inverted
-                (`"ddim"`).
+                (`"ddim"`, `"euler"`).
         """
-        if self.method == "ddim":
-            _checks.refuse("method", "be edict, bdia or belm for invert", "'ddim'")
+        if self.method in PLAIN:
+            _checks.refuse("method", "be edict, bdia or belm for invert", repr(self.method))
         return self._run(eps_fn, x, y, progress, forward=False)
 
     def _run(
@@ -205,7 +266,7 @@ class ReversibleSampler:
         _checks.function("eps_fn", eps_fn)
         shown = _checks.flag("progress", progress)
         _checks.readable("x", _checks.floats("x", x))
-        if self.method != "ddim":
+        if self.method not in PLAIN:
             network.refuse_transforms(x, y)
         x, y, memory = self._inputs(x, y)
         plan = Plan(
@@ -219,10 +280,10 @@ class ReversibleSampler:
             parameters=parameters,
             progress=f"{self.method} {'sample' if forward else 'invert'}" if shown else "",
         )
-        if self.method == "ddim":
+        if self.method in PLAIN:
             if y is not None:
-                _checks.refuse("y", "be None for method='ddim'", "a tensor")
-            x = trajectory.run_ddim(plan, self.alpha_bars, x)
+                _checks.refuse("y", f"be None for method={self.method!r}", "a tensor")
+            x = trajectory.run_plain(plan, self.schedule.moments, x)
             return x, x
         self._check_growth(plan, x, y, forward)
         return backward.run(plan, x, x if y is None else y)
@@ -231,7 +292,7 @@ class ReversibleSampler:
         """The latents in the memory order of the run, and the memory that it takes at least."""
         strides = contiguous_strides(x) if self.exact else dense_strides(x)
         each = torch.int64.itemsize if self.exact else x.element_size()
-        memory = Memory(x, (1 if self.method == "ddim" else 2) * x.numel() * each)
+        memory = Memory(x, (1 if self.method in PLAIN else 2) * x.numel() * each)
         with memory:
             x = laid_out(x, strides)
             if y is not None:
@@ -245,9 +306,9 @@ class ReversibleSampler:
         chain = self._chain if forward else self._chain.inverse()
         if self.method == "edict" or not lone:
             return chain
-        bars, step = self.alpha_bars, 0 if forward else len(self.timesteps) - 1
-        now, then = bars[step : step + 2] if forward else bars[step : step + 2][::-1]
-        return chain.from_one(step, *links.ddim(now, then))
+        step = 0 if forward else len(self.timesteps) - 1
+        now, then = self.schedule.moments[step : step + 2]
+        return chain.from_one(step, *(move(now, then) if forward else move(then, now)))
 
     def _check_growth(self, plan: Plan, x: Tensor, y: Tensor | None, forward: bool) -> None:
         """Refuse to invert a BDIA chain, also for a gradient, whose errors would grow too far."""
@@ -260,7 +321,7 @@ class ReversibleSampler:
             _checks.refuse("gamma", rule, f"{self.gamma:g}, {growth:.3g} times")
 
 
-@_eager
+@eager
 def sample_for_latents(
     sampler: ReversibleSampler, eps_fn: EpsFn, x: Tensor, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from dense_attn import _progress
-from dense_attn.reversible import ddim, links, pairs
+from dense_attn.reversible import ddim, pairs
+from dense_attn.reversible.moments import Moment, move
 from dense_attn.reversible.network import Network
 from dense_attn.reversible.plan import Plan
 
@@ -31,15 +32,15 @@ def run(plan: Plan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return pair.latents()
 
 
-def run_ddim(plan: Plan, alpha_bars: Sequence[float], x: Tensor) -> Tensor:
-    """The latent at the end of plain DDIM; differentiable by plain autograd."""
-    network, steps = Network(plan, x), len(alpha_bars) - 1
+def run_plain(plan: Plan, moments: Sequence[Moment], x: Tensor) -> Tensor:
+    """The latent at the end of plain steps, DDIM's or Euler's; differentiable by plain autograd."""
+    network, steps = Network(plan, x), len(moments) - 1
     with _progress.bar(steps, plan.progress, shown=bool(plan.progress)) as advance:
-        for step, (now, prev) in enumerate(pairwise(alpha_bars)):
+        for step, (now, then) in enumerate(pairwise(moments)):
             with plan.memory:
                 fed = x.to(plan.dtype)
             eps = network(fed, step)
             with plan.memory:
-                x = ddim.apply(x, eps, None, *links.ddim(now, prev), 1.0, plan.backend)
+                x = ddim.apply(x, eps, None, *move(now, then), 1.0, plan.backend)
             advance()
     return x

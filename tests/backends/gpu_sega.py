@@ -262,7 +262,7 @@ CUDA_CASES = {  # of concepts, in launches of 16, whose keys share 96 KiB
 
 
 @forms("cuda")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("name", CUDA_CASES)
 def test_sega_guidance_in_launches(name: str, dtype: torch.dtype, sega: Placed) -> None:
     num_edits, change = CUDA_CASES[name]

@@ -146,10 +146,6 @@ def test_wrong_guiders_are_refused() -> None:
             lambda: semantic_guidance(modular, EDITS["one"]).__enter__(),
             "pipe must have an encode_prompt of a prompt, got",
         ),
-        (
-            lambda: apply_layout(modular, PROMPT, REGIONS).__enter__(),
-            "pipe must have an encode_prompt of a prompt, got",
-        ),
     ):
         with pytest.raises((TypeError, ValueError), match=sentence):
             call()

@@ -124,7 +124,7 @@ def test_flux_leaves_the_negative_prompt_alone(calls: list) -> None:
     layers = len(pipe.transformer.attn_processors)
     with apply_layout(pipe, PROMPT, REGIONS):
         latents(pipe, negative_prompt="fog", true_cfg_scale=3.0)
-        assert len(calls) == 3 * layers
+        assert len(calls) == 5 * layers  # half of the steps
         calls.clear()
         latents(pipe, negative_prompt="fog", true_cfg_scale=3.0, steps=1)
         assert len(calls) == layers

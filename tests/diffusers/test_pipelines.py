@@ -32,7 +32,12 @@ RUNS = """
     QwenImageInpaint QwenImageControlNet QwenImageControlNetInpaint Wan WanImageToVideo
     WanVideoToVideo LucyEdit Flux2Klein Flux2KleinInpaint ZImage ZImageImg2Img ZImageInpaint
     ZImageControlNet ZImageControlNetInpaint Chroma ChromaImg2Img ChromaInpaint
-    PixArtAlpha PixArtSigma Lumina2
+    PixArtAlpha PixArtSigma Lumina2 QwenImageEdit QwenImageEditInpaint QwenImageEditPlus Flux2
+    HunyuanDiT HunyuanDiTControlNet CogView4 CogView4Control Sana SanaControlNet SanaSprint
+    SanaSprintImg2Img Kandinsky5T2I
+    Kandinsky5I2I Kandinsky5T2V Kandinsky5I2V
+    LTX LTXImageToVideo HunyuanVideo HunyuanSkyreelsImageToVideo CogVideoX CogVideoXImageToVideo
+    CogVideoXVideoToVideo CogVideoXFunControl SkyReelsV2 SkyReelsV2ImageToVideo ChronoEdit
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -59,14 +64,18 @@ REFUSED = {
         StableDiffusionControlNetPAG StableDiffusionControlNetPAGInpaint StableDiffusionPAG
         StableDiffusionPAGImg2Img StableDiffusionPAGInpaint StableDiffusionXLControlNetPAG
         StableDiffusionXLControlNetPAGImg2Img StableDiffusionXLPAG StableDiffusionXLPAGImg2Img
-        StableDiffusionXLPAGInpaint PixArtSigmaPAG
+        StableDiffusionXLPAGInpaint PixArtSigmaPAG HunyuanDiTPAG
     """,
-    "encode its prompt without an image": """
-        QwenImageEdit QwenImageEditInpaint QwenImageEditPlus
-    """,
+    "encode its prompt without an image": "HunyuanVideoImageToVideo",
     "make images of one layer": "QwenImageLayered",
-    "call its Flux2Transformer2DModel as a Flux2Klein.* does": "Flux2 Flux2KleinKV",
+    r"call its Flux2Transformer2DModel as a Flux2\(Klein.* does": "Flux2KleinKV",
+    r"call its SanaTransformer2DModel as a Sana\(C.* does": "SanaPAG",
     "call its ZImageTransformer2DModel as a ZImage.* does": "ZImageOmni",
+    r"call its LTXVideoTransformer3DModel as a LTX\(Image": "LTXCondition LTXI2VLongMultiPrompt",
+    r"call its SkyReelsV2Transformer3DModel as a SkyReelsV2\(Image": """
+        SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo
+        SkyReelsV2DiffusionForcingVideoToVideo
+    """,
     "denoise the whole image in each call, not views of it": "StableDiffusionPanorama",
     # held as another component, or for several models
     "have a UNet2DConditionModel, .*, got (UnCLIP|Versatile)": """
@@ -80,6 +89,11 @@ REFUSED = {
         StableDiffusionXLControlNetXS
     """,
 }
+
+# layers of the image or the text alone, and linear ones
+LEFT_ALONE = {"z_image": 2, "lumina2": 2, "sana": 2}
+LEFT_ALONE |= {"hunyuan_video": 1}
+LEFT_ALONE |= dict.fromkeys(("kandinsky5", "kandinsky5_i2i", "kandinsky5_t2v"), 1)
 
 
 def names(listed: str) -> list[str]:
@@ -139,20 +153,19 @@ def test_a_run(name: str, calls: list) -> None:
         call(pipe)
         plain, steps = estimates.copy(), len(estimates)
         estimates.clear()
-        with apply_layout(pipe, PROMPT, REGIONS):
+        with apply_layout(pipe, PROMPT, REGIONS, modulation="range"):
             call(pipe)
     finally:
         handle.remove()
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
-    apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2"))
+    apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2", "CogView4", "Kandinsky5"))
+    apart &= not name.startswith(("LTX", "CogVideoX"))
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)
     layers = sum(hasattr(module, "processor") for module in denoiser.modules())
-    layers -= (
-        2 if name.startswith(("ZImage", "Lumina2")) else 0
-    )  # refiners of the image or the text alone
+    layers -= LEFT_ALONE.get(model_name(kind), 0)
     assert len(calls) == -(-3 * steps // 10) * layers
     assert {len(one[0]) for one in calls} == {1}
     if apart:  # the second call of a step is the negative prompt's
@@ -162,8 +175,46 @@ def test_a_run(name: str, calls: list) -> None:
         assert not close(estimates[0][-1:], plain[0][-1:])
         torch.testing.assert_close(estimates[0][:-1], plain[0][:-1], rtol=1e-5, atol=1e-6)
         assert len(estimates[0]) == (
-            1 if "Consistency" in name or model_name(kind) == "flux" else 2
+            1
+            if "Consistency" in name or "Sprint" in name or model_name(kind).startswith("flux")
+            else 2
         )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name",
+    names("""
+        Kolors StableDiffusion3 FluxKontext FluxFill QwenImageEditInpaint CogView4Control
+        HunyuanDiTControlNet SanaControlNet Kandinsky5I2V
+    """),
+)
+def test_whole_runs_equal_the_reference(name: str) -> None:
+    """Those of variants; families' own are in hook/test_families.py."""
+    kind = kinds().get(name)
+    if kind is None:
+        pytest.skip(f"this diffusers has no {name}")
+    pipe, estimates = made(kind), []
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    handle = denoiser.register_forward_hook(lambda _module, _args, out: estimates.append(out[0]))
+
+    def whole(**options: object) -> Tensor:
+        estimates.clear()
+        with apply_layout(pipe, PROMPT, REGIONS, exponent=0.0, active=1.0, **options):
+            call(pipe)
+        return torch.stack(estimates)
+
+    try:
+        fused, exact = whole(), whole(backend="reference")
+        untouched = whole(cross_weight=0, self_weight=0)
+        estimates.clear()
+        call(pipe)
+    finally:
+        handle.remove()
+    plain = torch.stack(estimates)
+    assert close(fused, exact)
+    assert not close(fused, plain)
+    assert torch.equal(untouched, plain)
 
 
 def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
@@ -176,7 +227,7 @@ def test_a_model_is_one_record(monkeypatch: pytest.MonkeyPatch, calls: list) -> 
     with apply_layout(pipe, PROMPT, REGIONS):
         right = latents(pipe)
     pipe.transformer.__class__ = Other
-    of_others = "have a UNet2DConditionModel, SD3Transformer2DModel, .* or WanTransformer3DModel"
+    of_others = r"have a UNet2DConditionModel, SD3.* or \w+, or one with a record \(.*\)"
     with pytest.raises(ValueError, match=f"^pipe must {of_others}, got .* with Other$"):
         apply_layout(pipe, PROMPT, REGIONS).__enter__()
 

@@ -151,6 +151,11 @@ CASES = (
     Case("ordered-per-sample", words="per-sample", ordered=True),
     # More keys than a tile; a factor of 0 in tiles of one population; anchors that move.
     *(Case(f"keys-150-head-dim-{d}", (1, 1, 40, 150, d), "runs") for d in HEAD_DIMS[3:]),
+    # More than 80 keys, with which CUDA's row kernel takes 128 columns.
+    *(
+        Case(f"keys-100-columns-{d}", (1, 1, 40, 100, d), "runs")
+        for d in (HEAD_DIMS[1], *HEAD_DIMS[3:])
+    ),
     Case("runs-at-strength-1", (1, 1, 33, 400, 40), "runs", 1.0, modulations=ONLY_RANGE),
     Case("rising-scores", (1, 1, 33, 400, 40), "runs", values="rising", through="none"),
     # All keys count as matched, in whole tiles up to the last key.

@@ -17,6 +17,7 @@ from dense_attn.examples import (
     inversion_round_trip,
     latent_optimisation,
     layout_to_image,
+    layout_to_video,
     optimise_queries,
     semantic_edit,
 )
@@ -52,6 +53,13 @@ def of_noise(images: list, count: int) -> None:
 def test_layout_to_image() -> None:
     pytest.importorskip("diffusers")
     of_noise(layout_to_image.main(steps=4), 2)
+
+
+def test_layout_to_video() -> None:
+    pytest.importorskip("diffusers")
+    plain, placed = layout_to_video.main(steps=2)
+    assert len(plain) == len(placed) == 9
+    of_noise([plain[0], placed[0], placed[-1]], 3)
 
 
 def test_flux_regional_prompt() -> None:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dense_attn import _checks
 from dense_attn._backends import table
-from dense_attn.layout_attention.op import MODULATIONS
 
 from ._attention_hook import marked
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
+from .modular.pipeline import Modular, listened, viewed
+from .options.blocks import check_count
+from .options.numbers import options_of
 from .prompts import region
 from .prompts.models import region_state
-from .prompts.options import options_of
+from .prompts.numbering import numbered
+from .prompts.options import options_of as region_options
 from .prompts.region import has_prompts
 from .prompts.state import RegionState
 from .regions import parse
-from .state import LayoutState, Options
-from .text.encoding import heard
+from .state import LayoutState
 from .text.reading import Reading
 
 if TYPE_CHECKING:
@@ -34,16 +36,18 @@ def apply_layout(
     prompt: str | Sequence[str] | None,
     regions: Sequence[Any],
     *,
-    cross_weight: float = 1.0,
-    self_weight: float = 0.3,
+    cross_weight: float | None = None,
+    self_weight: float | None = None,
     active: float | tuple[float, float] | None = None,
-    exponent: float = 5.0,
+    exponent: float | None = None,
     size_weight: float = 1.0,
-    modulation: str = "range",
+    modulation: str | None = None,
+    blocks: str | Sequence[str] | None = None,
     encode_phrases: bool = True,
     base_ratio: float = 0.0,
     isolate: float = 0.0,
     every: int = 1,
+    area_scaling: bool = False,
     backend: str = "auto",
 ) -> Iterator[None]:
     """Calls of the pipeline inside the block put each phrase of the prompt where its region is.
@@ -54,6 +58,12 @@ def apply_layout(
     that of the pipeline, in the backend that it has. Blocks inside of a block: the innermost
     counts. Call `pipe` itself, not another pipeline around the same model.
 
+    Numbers that are None are the model's: DenseDiffusion's for attention across to the text, as in
+    U-Nets, PixArt and Wan (range, 1.0 and 0.3, time^5, 0.3 of the steps); for joint attention a
+    bias of 3 on image tokens towards text tokens, as strong in all of the first half of the steps,
+    which a trial on one small model found (docs/diffusers.md). With a modulation that is not the
+    model's own they are DenseDiffusion's.
+
     Regions may have prompts of their own instead (`Region`, on U-Nets and FLUX): a token of the
     image then sees the prompt of its region, and the call's where it is in none. Regions share a
     token by `weight * mask`: `sum_r share_r * attention(q, k_r, v_r)`, which is one call of the
@@ -63,8 +73,11 @@ def apply_layout(
 
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
-            Stable Diffusion 3, FLUX, Chroma, Qwen-Image, Z-Image, Lumina 2, PixArt, AuraFlow or Wan
-            (every frame has the regions).
+            Stable Diffusion 3, FLUX.1 and FLUX.2, Chroma, Qwen-Image and its Edit, Z-Image,
+            Lumina 2, CogView4, AuraFlow, PixArt, HunyuanDiT, SANA (without its self-attention,
+            which is linear), Kandinsky 5 or ChronoEdit, or of a video's Wan (also 2.2, of two),
+            SkyReels V2, LTX-Video, HunyuanVideo or CogVideoX. Of a modular pipeline the calls are
+            changed that its guider makes for the prompt's estimate (`pred_cond`), in any order.
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:
@@ -72,21 +85,29 @@ def apply_layout(
         regions: a list of `(phrase, mask)` or of `Region`, or one such list for each prompt, which
             may be empty among those of `Region`. A phrase is a part of the prompt, or None for a
             region without one; its mask a bool array [H, W], a PIL image, light and opaque there,
-            or a box (x0, y0, x1, y1) in 0..1. A phrase is whole words, where they first stand in
-            the prompt; a `Phrase` names another place. Where two overlap the later counts; a region
-            left without a token is warned of.
+            or a box (x0, y0, x1, y1) in 0..1. Every frame of a video has it; an array [F, H, W] has
+            a mask for each frame of the video, or of its latents, which take the middle one of
+            their frames. A phrase is whole words, where they first stand in the prompt; a `Phrase`
+            names another place. Where two overlap the later counts; a region left without a token
+            is warned of.
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
-            alone. In joint attention (all but U-Nets, PixArt and Wan) image tokens' rows take
-            self_weight, rows of a phrase's tokens cross_weight; under "mask", which has no
-            strength, only both at 0 count there.
+            alone. In joint attention a row has one: image tokens' self_weight where blocks has
+            image->image, and else cross_weight, which is also that of a phrase's tokens. They must
+            be equal for image->text and image->image alone. Under "mask", which has no strength,
+            only 0 counts, for all rows that blocks touch.
         active: the part of the steps in which the layout acts, from the first, or its first and
-            last end, `(start, stop)`, where regions have prompts; None for 0.3, or 1 for these.
+            last end, `(start, stop)`, where regions have prompts, and None is all of them.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
             gets.
         modulation: as in `layout_attention`; under "mask" tokens of no region take part everywhere.
+        blocks: the pairs that are touched, from queries to keys: some of "image->text" and
+            "image->image" (cross- and self-attention), in joint attention also "text->image" and
+            "text->text"; all others are as without a layout. "range" changes all scores of a row,
+            and takes both of a kind of rows or none. Blocks that are not all of some rows towards
+            all of some columns take two bits a region, 16 regions at most.
         encode_phrases: replace the embeddings of a phrase's tokens by those that it has on its own,
             as `encode_prompt` makes them with the options of the call (LoRA scale, `clip_skip`,
-            `max_sequence_length`).
+            `max_sequence_length`), and beside its images where the pipeline reads them so.
         base_ratio: the call's prompt has this share in every region with a prompt, and these the
             rest; it costs a call of the attention.
         isolate: how much less regions with prompts see of each other in self-attention: a token of
@@ -116,20 +137,27 @@ def apply_layout(
         "exponent": exponent,
         "size_weight": size_weight,
         "modulation": modulation,
+        "blocks": blocks,
+        "active": active,
         "encode_phrases": encode_phrases,
         "base_ratio": base_ratio,
         "isolate": isolate,
         "every": every,
+        "area_scaling": area_scaling,
     }
+    pipe = viewed(pipe)
     build = _with_prompts if has_prompts(regions) else _with_phrases
-    state = build(pipe, prompt, regions, active, given, backend)
-    component = getattr(pipe, state.model.component)
-    layers = attention_layers(unwrapped(component), state.model)
-    with (
-        heard(pipe, state.reading.hear),
-        marked(state.marks(layers)),
-        watched(component, state, state.before_call),
-    ):
+    state = build(pipe, prompt, regions, given, backend)
+    layers: dict[str, tuple[Any, str, int]] = {}
+    denoisers = state.model.denoisers(pipe)
+    for start, denoiser in denoisers.items():
+        layers |= attention_layers(unwrapped(denoiser), state.model, start)
+    with ExitStack() as stack:
+        stack.enter_context(listened(pipe, state.reading.hear))
+        stack.enter_context(marked(state.marks(layers)))
+        stack.enter_context(numbered(state))
+        for denoiser in denoisers.values():
+            stack.enter_context(watched(denoiser, state, state.before_call))
         yield
 
 
@@ -137,25 +165,17 @@ def _with_phrases(
     pipe: DiffusionPipeline,
     prompt: object,
     regions: object,
-    active: object,
     given: dict[str, Any],
     backend: object,
 ) -> LayoutState:
     """The state of regions with phrases."""
     model = model_of(pipe)
-    options = Options(
-        cross_weight=_checks.number("cross_weight", given["cross_weight"]),
-        self_weight=_checks.number("self_weight", given["self_weight"]),
-        active=0.3 if active is None else _checks.fraction("active", active),
-        exponent=_not_negative("exponent", given["exponent"]),
-        size_weight=_checks.number("size_weight", given["size_weight"]),
-        modulation=_checks.choice("modulation", given["modulation"], MODULATIONS),
-        backend=_backend(backend),
-    )
+    options = options_of(model, given, _backend(backend))
     prompts = _prompts(prompt)
-    parsed = parse(regions, len(prompts))
+    parsed = parse(regions, len(prompts), model.video)
+    check_count(options.blocks, max(len(image.phrases) for image in parsed))
     encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
-    _unused(given, ("base_ratio", "isolate", "every"), "phrases")
+    _unused(given, ("base_ratio", "isolate", "every", "area_scaling"), "phrases")
     return LayoutState(pipe, model, Reading(pipe, prompts, parsed, encode_phrases), options)
 
 
@@ -163,18 +183,20 @@ def _with_prompts(
     pipe: DiffusionPipeline,
     prompt: object,
     regions: Sequence[Any],
-    active: object,
     given: dict[str, Any],
     backend: object,
 ) -> RegionState:
     """The state of regions with prompts."""
+    if isinstance(pipe, Modular):
+        rule = "be no modular pipeline where regions have prompts of their own"
+        _checks.refuse("pipe", rule, type(pipe).__name__)
     prompts = None if prompt is None else _prompts(prompt)
     parsed = region.parse(regions, prompts)
-    names = "cross_weight", "self_weight", "exponent", "size_weight", "modulation", "encode_phrases"
-    _unused(given, names, "prompts of their own")
-    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every")}
-    options = options_of(numbers, active, _backend(backend), prompts is not None)
-    return region_state(pipe, model_of(pipe), prompts, parsed, options)
+    weights = "cross_weight", "self_weight", "exponent", "size_weight"
+    _unused(given, (*weights, "modulation", "blocks", "encode_phrases"), "prompts of their own")
+    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every", "area_scaling")}
+    ratios = region_options(numbers, given["active"], _backend(backend), prompts is not None)
+    return region_state(pipe, model_of(pipe), prompts, parsed, ratios)
 
 
 def _unused(given: dict[str, Any], names: tuple[str, ...], kind: str) -> None:
@@ -189,12 +211,6 @@ def _unused(given: dict[str, Any], names: tuple[str, ...], kind: str) -> None:
 
 def _backend(backend: object) -> str:
     return _checks.choice("backend", backend, ("auto", *table.ORDER))
-
-
-def _not_negative(argument: str, value: object) -> float:
-    if _checks.number(argument, value) < 0:
-        _checks.refuse(argument, "be at least 0", value)
-    return float(value)
 
 
 def _prompts(prompt: object) -> list[str]:

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from dense_attn import Layout, _checks, layout_attention, tile_lists
-from dense_attn.layout_attention.layout import _BITS, nearest, resized
+from dense_attn.layout_attention.layout import _BITS, nearest
 from dense_attn.layout_attention.masks import Mask
 
 from ._attention_hook import Expected, is_marked
 from .hooks import arguments, foreign, unwrapped
+from .modular.guiders import GuidedRows
+from .modular.pipeline import Modular
+from .options import blocks
+from .regions.frames import masks_of_call
 from .rows import Rows
 from .steps import Steps
 
@@ -23,26 +27,14 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from .models.record import Call, Model
+    from .options.numbers import Options
     from .text.reading import Reading
-
-
-@dataclass(frozen=True)
-class Options:
-    """The numbers of `apply_layout`."""
-
-    cross_weight: float
-    self_weight: float
-    active: float
-    exponent: float
-    size_weight: float
-    modulation: str
-    backend: str
 
 
 class Image(NamedTuple):
     """The regions of one prompt: masks, each phrase's tokens, and their embeddings alone."""
 
-    masks: Tensor  # bool [R, H, W]
+    masks: Tensor  # bool [R, H, W], of each frame [R, F, H, W]
     spans: list[list[tuple[int, int]]]  # of each region, none without a phrase
     alone: list[tuple[tuple[int, int], Tensor]]  # in the order in which they are put in
 
@@ -59,6 +51,7 @@ class Side(NamedTuple):
 
     words: Tensor  # int32 [P, N]
     strength: Tensor  # float32 [P, N]
+    text: Tensor | None = None  # bool [P, N], where a token is of the text; None where none asks
 
 
 @dataclass(eq=False)
@@ -151,7 +144,8 @@ class LayoutState:
         self.attentions: dict[str, Any] = {}  # the modules that have marks, by name
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
-        self._rows = Rows(pipe, len(self.images), model.branches)
+        rows = GuidedRows if isinstance(pipe, Modular) else Rows
+        self._rows = rows(pipe, len(self.images), model.branches)
         self._told = self._cached = False  # of layers left alone, of a cache of steps
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
@@ -193,7 +187,7 @@ class LayoutState:
         """Refuse a layer's own number of tokens; once a block, warn of an extension's."""
         expected = self.layers[mark.kind, mark.depth].q_words.shape[1]
         got = seen[0][0] if seen else "none"
-        other = foreign(unwrapped(getattr(self.pipe, self.model.component)), mark.name)
+        other = foreign(*self.model.root(self.pipe, mark.name))
         if other is None:
             rule = f"give {mark.name} the {expected} tokens of its latents' grid"
             _checks.refuse("pipe", rule, got)
@@ -221,7 +215,7 @@ class LayoutState:
     ) -> tuple[tuple, dict] | None:
         """A hook before each call of the denoiser: its step in the run, its phrases' embeddings."""
         self.first = self.last = 0
-        if self.paused or not (self.options.cross_weight or self.options.self_weight):
+        if self.paused or not self.options.acts:
             return None
         for name, layer in self.attentions.items():
             if not is_marked(layer.processor):
@@ -273,47 +267,43 @@ class LayoutState:
         made_for = call.key, call.text.shape[1], call.text.device, rows
         if made_for == self._made_for:
             return
-        grid = self.model.grid(call)
-        layouts = [Layout(resized(image.masks, grid).to(call.text.device)) for image in self.images]
+        layouts = [Layout(x) for x in masks_of_call(self.pipe, self.model, call, self.images)]
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
 
         def spread(side: Tensor) -> Tensor:
             return side if len(self.images) == 1 else side.repeat_interleave(each, 0)
 
+        masked = self.options.modulation == "mask"  # where no row may see nothing
         for entry in self.model.layers(self, layouts, text, call):
-            order = spread(entry.order)
+            q_words, k_words = blocks.words(entry.q, entry.k, self.options.blocks, masked)
             self.layers[entry.kind, entry.depth] = Layer(
-                q_words=spread(self._words(entry.q)),
-                k_words=spread(self._words(entry.k)),
+                q_words=spread(q_words),
+                k_words=spread(k_words),
                 strength=spread(entry.q.strength)[:, None],
-                q_order=order,
-                k_order=order if entry.k is entry.q else None,
+                q_order=spread(order_of(entry.q._replace(words=q_words))),
+                k_order=spread(order_of(entry.k._replace(words=k_words)))
+                if entry.k is entry.q
+                else None,
             )
         self._made_for, self._call = made_for, call
-
-    def _words(self, side: Side) -> Tensor:
-        """A side's words; under a mask tokens of no region see all, for no row may see nothing."""
-        if self.options.modulation != "mask":
-            return side.words
-        return torch.where(side.words == 0, -1, side.words)
 
     def image_side(self, layouts: list[Layout], grid: tuple[int, int], weight: float) -> Side:
         """The tokens of an image."""
         options = {"weight": weight, "time": 1.0, "size_weight": self.options.size_weight}
         words = torch.stack([layout.query_regions(*grid) for layout in layouts])
         strength = torch.stack([layout.strength(*grid, **options) for layout in layouts])
-        return Side(words, strength)
+        return Side(words, strength, torch.zeros_like(words, dtype=torch.bool))
 
     def other_side(self, layouts: list[Layout], count: int) -> Side:
         """Tokens that belong to no region."""
         shape, device = (len(layouts), count), layouts[0].masks.device
-        words = torch.zeros(shape, dtype=torch.int32, device=device)
-        return Side(words, torch.zeros(shape, dtype=torch.float32, device=device))
+        kinds = torch.int32, torch.float32, torch.bool
+        return Side(*(torch.zeros(shape, dtype=kind, device=device) for kind in kinds))
 
     def _text_side(self, layouts: list[Layout], text: Tensor) -> Side:
         """The tokens of a prompt; as queries, in joint attention, a phrase's are modulated."""
-        cross_weight, size_weight = self.options.cross_weight, self.options.size_weight
+        weight, size_weight = self.options.weight("text"), self.options.size_weight
         words = torch.zeros(len(layouts), text.shape[1], dtype=torch.int32, device="cpu")
         strength = torch.zeros(len(layouts), text.shape[1], dtype=torch.float32, device="cpu")
         for i, (image, layout) in enumerate(zip(self.images, layouts)):
@@ -321,8 +311,9 @@ class LayoutState:
                 share = layout.masks[r].float().mean().item()
                 for start, stop in places:
                     words[i, start:stop] = _BITS[r]
-                    strength[i, start:stop] = cross_weight * (1 - size_weight * share)
-        return Side(words.to(text.device), strength.to(text.device))
+                    strength[i, start:stop] = weight * (1 - size_weight * share)
+        sides = words, strength, torch.ones_like(words, dtype=torch.bool)
+        return Side(*(side.to(text.device) for side in sides))
 
 
 def joined(*sides: Side) -> Side:

@@ -79,7 +79,7 @@ class Steps:
         span = self.pipe.scheduler.config.num_train_timesteps
         if schedule.max() <= 2:
             # this scheduler counts in something else: its steps are taken as even
-            ends = span, 0, len(schedule) + 1
+            ends = span, 0, len(schedule) + int(schedule[-1] != 0)  # SCM's is no step
             schedule = torch.linspace(*ends, dtype=torch.float64, device="cpu")[:-1]
         self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[self._first :].tolist()]
         self.index, self.total = 0, len(self.times)

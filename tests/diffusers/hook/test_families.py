@@ -7,13 +7,26 @@ import re
 import pytest
 import torch
 from families import FAMILIES, family, run
-from pipelines import PROMPT, REGIONS, close
+from pipelines import PROMPT, REGIONS, close, latents, pipeline
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import apply_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_family = pytest.mark.parametrize("name", FAMILIES)
+# others of a kind, as kandinsky5_i2i beside kandinsky5
+VARIANTS = {"kandinsky5_i2i", "kandinsky5_t2v", "qwen_edit_plus"}
+
+
+def each(*left_out: str) -> pytest.MarkDecorator:
+    """A test of every family, but for some."""
+    names = [
+        pytest.param(name, marks=pytest.mark.full) if name in VARIANTS else name
+        for name in FAMILIES
+        if name not in left_out
+    ]
+    return pytest.mark.parametrize("name", names)
+
+
 STRONG = {"exponent": 0.0, "active": 1.0}
 MASKS = torch.zeros(2, 8, 12, dtype=torch.bool)
 MASKS[0, :, :6] = True
@@ -23,33 +36,58 @@ BOTH = [("cat", MASKS[0]), ("dog", MASKS[1])]
 # sixteen stand before the prompt in _ s _ <P r o m p t _ S t a r t > _ a _ c a t _ d o g </s>
 PLACES = {"t5": ((2, 6), (6, 10)), "qwen": ((1, 5), (5, 9)), "chat": ((2, 6), (6, 10))}
 PLACES["system"] = (18, 22), (22, 26)
-LEFT_ALONE = "refiner"  # layers of the image or the text alone
-# joint attention's segments: a text and its tokens, an image and its rows, columns, padding
-JOINT = {
-    "lumina2": (("system", 27), ("image", 2, 3, 0)),
-    "z_image": (("image", 4, 6, 8), ("chat", 64)),
+PLACES |= {"clip": ((2, 5), (5, 8)), "gemma": ((3, 7), (7, 11)), "padded": ((8, 12), (12, 16))}
+# <|begin|> <|im_start|> s e e <|im_end|> <|im_start|> before it
+PLACES["begun"] = (8, 12), (12, 16)
+# <|vision_start|> <|image_pad|>... <|vision_end|>, of 24 patches, and twice with _ i c t u r e _
+PLACES |= {"pictured": ((27, 31), (31, 35)), "pictures": ((69, 73), (73, 77))}
+# layers of the image or the text alone, and linear ones
+LEFT_ALONE = dict.fromkeys(FAMILIES, "refiner|text_transformer_blocks") | {"sana": "attn1"}
+HALVES = ("auraflow", "pixart", "hunyuan_dit", "sana")  # with the negative prompt's first
+# joint attention's segments: a text and its tokens, an image and its rows, columns, tokens behind
+# it, others
+JOINT: dict[str, tuple[tuple, ...]] = {
+    "auraflow": (("registers", 8), ("t5", 24), ("image", 4, 6, 0)),
     "chroma": (("t5", 24), ("image", 4, 6, 0)),
+    "cogview4": (("padded", 16), ("image", 8, 12, 0)),
+    "flux2": (("chat", 24), ("image", 4, 6, 0)),
+    "flux2_dev": (("begun", 24), ("image", 4, 6, 16 * 16)),
+    "lumina2": (("system", 27), ("image", 2, 3, 0)),
+    "qwen": (("qwen", 9 + 2), ("image", 2, 3, 0)),  # <|im_end|> and a line's end
+    "qwen_edit": (("pictured", 26 + 9 + 2), ("image", 2, 3, 6)),
+    "qwen_edit_plus": (("pictures", 2 * 34 + 9 + 2), ("image", 2, 3, 2 * 6)),
+    "z_image": (("image", 4, 6, 8), ("chat", 64)),
+}
+# cross-attention's text, and the image's frames, rows and columns
+CROSS: dict[str, tuple[tuple, int, int, int]] = {
+    "hunyuan_dit": ((("clip", 77), ("t5", 256)), 1, 4, 6),
+    "kandinsky5": ((("qwen", 9 + 2),), 1, 4, 6),
+    "kandinsky5_i2i": ((("qwen", 9 + 18 + 1),), 1, 4, 6),  # 16 patches behind the prompt
+    "kandinsky5_t2v": ((("qwen", 9 + 2),), 2, 4, 6),
+    "pixart": ((("t5", 20),), 1, 4, 6),
+    "sana": ((("gemma", 20),), 1, 4, 6),
+    "wan": ((("t5", 24),), 2, 2, 3),
 }
 
 
-@every_family
+@each()
 def test_whole_runs_equal_the_reference(name: str) -> None:
-    pipe, plain = family(name), run(name, PROMPT)
+    pipe, plain = family(name), run(name, PROMPT, steps=2)
     with apply_layout(pipe, PROMPT, REGIONS, **STRONG):
-        fused = run(name, PROMPT)
+        fused = run(name, PROMPT, steps=2)
     with apply_layout(pipe, PROMPT, REGIONS, backend="reference", **STRONG):
-        exact = run(name, PROMPT)
+        exact = run(name, PROMPT, steps=2)
     assert close(fused, exact)
     assert not close(fused, plain)
     least = {"cross_weight": 1e-30, "self_weight": 1e-30, "encode_phrases": False}
     with apply_layout(pipe, PROMPT, REGIONS, **least, **STRONG):
-        assert close(run(name, PROMPT), plain)
+        assert close(run(name, PROMPT, steps=2), plain)
     with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
-        assert torch.equal(run(name, PROMPT), plain)
-    assert torch.equal(run(name, PROMPT), plain)
+        assert torch.equal(run(name, PROMPT, steps=2), plain)
+    assert torch.equal(run(name, PROMPT, steps=2), plain)
 
 
-@every_family
+@each("flux2_dev")  # has none
 def test_the_negative_prompt_is_left_alone(name: str) -> None:
     """Estimates of a first step, in the order of branches that the pipeline has."""
     seen: list[Tensor] = []
@@ -64,8 +102,7 @@ def test_the_negative_prompt_is_left_alone(name: str) -> None:
         handle.remove()
     plain, ours = seen[:2], seen[2:]
     assert len(plain) == len(ours) == 2
-    # halves, of which Z-Image has the prompt's first
-    prompt = 1 if name in ("auraflow", "pixart") else 0
+    prompt = 1 if name in HALVES else 0
     assert not close(ours[prompt], plain[prompt])
     torch.testing.assert_close(ours[1 - prompt], plain[1 - prompt], rtol=1e-5, atol=1e-6)
 
@@ -95,8 +132,14 @@ def sequence(segments: tuple[tuple, ...], weight: float) -> tuple[list[int], lis
     """Words and strengths of segments, one after the other."""
     words, strengths = [], []
     for kind, *sizes in segments:
-        rest = sizes.pop() if kind == "image" else 0
-        own = image_side(*sizes, weight) if kind == "image" else text_side(kind, *sizes)
+        rest = 0
+        if kind == "image":
+            *sizes, rest = sizes
+            own = image_side(*sizes, weight)
+        elif kind == "registers":
+            own, (rest,) = ([], []), sizes
+        else:
+            own = text_side(kind, *sizes)
         words += own[0] + [0] * rest
         strengths += own[1] + [0.0] * rest
     return words, strengths
@@ -104,40 +147,28 @@ def sequence(segments: tuple[tuple, ...], weight: float) -> tuple[list[int], lis
 
 def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list[float]]]:
     """The words of queries and keys and the strengths of each kind of layers, by their lengths."""
-    if name == "wan":
-        text, _ = text_side("t5", 24)
-        words, own = (2 * side for side in image_side(2, 3, 0.3))  # two frames
-        cross = 2 * image_side(2, 3, 1.0)[1]
-        return {(12, 12): (words, words, own), (12, 24): (words, text, cross)}
-    if name == "pixart":
-        text, _ = text_side("t5", 20)
-        words, own = image_side(4, 6, 0.3)
-        return {(24, 24): (words, words, own), (24, 20): (words, text, image_side(4, 6, 1.0)[1])}
     if name in JOINT:
         words, strengths = sequence(JOINT[name], 0.3)
-    elif name == "qwen":
-        text, image = text_side("qwen", 9 + 2), image_side(2, 3, 0.3)  # <|im_end|> and a line's end
-        words, strengths = (a + b for a, b in zip(text, image))
-    elif name == "flux2":
-        text, image = text_side("chat", 24), image_side(4, 6, 0.3)
-        words, strengths = (a + b for a, b in zip(text, image))
-    else:
-        text, image = text_side("t5", 24), image_side(4, 6, 0.3)
-        words, strengths = ([0] * 8 + a + b for a, b in zip(text, image))
-    return {(len(words), len(words)): (words, words, strengths)}
+        return {(len(words), len(words)): (words, words, strengths)}
+    text, frames, *grid = CROSS[name]
+    keys, _ = sequence(text, 0.3)
+    words, own = (frames * side for side in image_side(*grid, 0.3))
+    cross = frames * image_side(*grid, 1.0)[1]
+    layers = {(len(words), len(words)): (words, words, own)} if name != "sana" else {}
+    return layers | {(len(words), len(keys)): (words, keys, cross)}
 
 
-@every_family
+@each()
 def test_words_and_strengths(name: str, calls: list) -> None:
     """Registers, a template's dropped tokens, frames and orders of segments, counted by hand."""
-    with apply_layout(family(name), PROMPT, BOTH, exponent=0.0):
+    with apply_layout(family(name), PROMPT, BOTH, modulation="range", exponent=0.0):
         run(name, PROMPT, steps=1)
     layers = by_hand(name)
     assert {(call[0].shape[2], call[1].shape[2]) for call in calls} == set(layers)
     attentions = [
         layer
         for layer, module in family(name).transformer.named_modules()
-        if hasattr(module, "processor") and not re.search(LEFT_ALONE, layer)
+        if hasattr(module, "processor") and not re.search(LEFT_ALONE[name], layer)
     ]
     assert len(calls) == len(attentions)
     for q, k, _, q_words, k_words, strength in calls:
@@ -145,6 +176,21 @@ def test_words_and_strengths(name: str, calls: list) -> None:
         assert q_words.view(-1).tolist() == ours
         assert k_words.view(-1).tolist() == theirs
         torch.testing.assert_close(strength.view(-1), torch.tensor(right))
+
+
+def test_words_of_stable_diffusion_3_5(calls: list) -> None:
+    """Its first block attends to the image once more, in a layer without text."""
+    with apply_layout(pipeline("sd3"), PROMPT, BOTH, modulation="range", exponent=0.0):
+        latents(pipeline("sd3"), PROMPT, steps=1)
+    image, text = image_side(4, 6, 0.3), sequence((("clip", 16), ("t5", 24)), 0.3)
+    joint = [a + b for a, b in zip(image, text)]
+    alone = [call for call in calls if call[1].shape[2] == len(image[0])]
+    assert len(alone) == 1
+    assert len(calls) == 3 + len(alone)
+    for call in calls:
+        words, strengths = image if any(call is one for one in alone) else joint
+        assert call[3].view(-1).tolist() == call[4].view(-1).tolist() == words
+        torch.testing.assert_close(call[5].view(-1), torch.tensor(strengths))
 
 
 def test_a_prompt_that_is_read_in_small_letters(
@@ -177,21 +223,6 @@ def test_prompts_that_lumina_2_places_otherwise_are_refused() -> None:
         pytest.raises(ValueError, match=r"^prompt must have prompts of as many tokens as each"),
     ):
         pipe(prompts, height=32, width=32, max_sequence_length=32, num_inference_steps=1)
-
-
-def test_a_pipeline_of_two_denoisers_is_refused() -> None:
-    pipe = family("wan")
-    pipe.register_modules(transformer_2=pipe.transformer)
-    try:
-        with (
-            pytest.raises(
-                ValueError, match=r"^pipe must have one denoiser, got WanPipeline with a"
-            ),
-            apply_layout(pipe, PROMPT, REGIONS),
-        ):
-            pytest.fail("the block must not run")
-    finally:
-        pipe.register_modules(transformer_2=None)
 
 
 def test_z_image_ends_its_guidance_before_the_run(calls: list) -> None:

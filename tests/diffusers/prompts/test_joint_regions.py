@@ -178,17 +178,31 @@ def test_a_compiled_transformer() -> None:
     assert close(ours(pipe, regions), right)
 
 
-@pytest.mark.parametrize(
-    ("region", "options", "sentence"),
-    [
-        ({}, {"isolate": 0.5}, r"isolate must be 0 or 1 for a FluxTransformer2DModel, got 0.5"),
-        ({"negative": "a"}, {}, r"negative must be None for a FluxTransformer2DModel, got a n"),
-    ],
-)
-def test_what_joint_attention_refuses(region: dict, options: dict, sentence: str) -> None:
-    pipe = pipeline("flux")
+def test_negative_prompts_of_regions() -> None:
+    """The negative prompt's call has them, and a region without one has the call's."""
+    pipe, call = pipeline("flux"), {"true_cfg_scale": 2.0}
+
+    def with_regions(*negatives: str | None, whole: str = "a") -> Tensor:
+        regions = [Region(m, t, negative=n) for m, t, n in zip((LEFT, ~LEFT), TEXTS, negatives)]
+        with apply_layout(pipe, PROMPT, regions):
+            return latents(pipe, steps=3, negative_prompt=whole, **call)
+
+    out = with_regions(None, "cat")
+    assert not close(out, with_regions(None, None))
+    assert not close(out, with_regions("cat", "cat"))
+    seen: list[Tensor] = []
+    keep = pipe.transformer.register_forward_hook(lambda _m, _a, out: seen.append(out[0]))
+    with_regions(None, "cat")
+    # the first step's second call is that of one block of texts, "a", and another, "cat"
+    dense(pipe, (LEFT, ~LEFT), "a", "cat")
+    keep.remove()
+    assert near(seen[1], seen[6])
+
+
+def test_what_joint_attention_refuses() -> None:
+    pipe, regions = pipeline("flux"), [Region(LEFT, "a cat")]
     before = state_of(pipe)
-    regions = [Region(LEFT, "a cat", **region)]
-    with pytest.raises(ValueError, match=sentence), apply_layout(pipe, PROMPT, regions, **options):
+    sentence = "isolate must be 0 or 1 for a FluxTransformer2DModel, got 0.5"
+    with pytest.raises(ValueError, match=sentence), apply_layout(pipe, PROMPT, regions, isolate=0.5):
         pass
     assert state_of(pipe) == before

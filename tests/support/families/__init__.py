@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from functools import cache
 
@@ -11,13 +10,11 @@ from pipelines import diffusers
 from torch import Tensor
 
 from dense_attn.examples import _tiny_pipeline as tiny
+from families import images
+from families.chats import LastHidden, chat_tokenizer, flow, louder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n"
 SHAPES = {"height": 16, "width": 24}
-
-
-def flow() -> object:
-    return diffusers.FlowMatchEulerDiscreteScheduler()
 
 
 def auraflow() -> object:
@@ -34,70 +31,16 @@ def auraflow() -> object:
         out_channels=4,
         pos_embed_max_size=256,
     )
-    with torch.no_grad():
-        for name, weight in transformer.named_parameters():
-            if ".attn." in name:
-                weight.mul_(6)  # or attention counts for little beside the rest
     return diffusers.AuraFlowPipeline(
-        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=flow()
+        **tiny._t5("", 32),
+        vae=tiny._vae(4),
+        transformer=louder(transformer, ".attn."),
+        scheduler=flow(),
     )
 
 
 def wan() -> object:
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    return diffusers.WanPipeline(
-        **tiny._t5("", 32), vae=vae, transformer=transformer, scheduler=flow()
-    )
-
-
-class LastHidden(torch.nn.Module):
-    """A text encoder with the outputs of Qwen's: a token's embedding and the mean before it."""
-
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.embedding = torch.nn.Embedding(tokens, width)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.weight.device
-
-    def forward(self, input_ids: Tensor, **_: object) -> object:
-        x = self.embedding(input_ids)
-        counts = torch.arange(1, x.shape[1] + 1).view(-1, 1)
-        return types.SimpleNamespace(hidden_states=[x + x.cumsum(1) / counts] * 28)
-
-
-def chat_tokenizer() -> object:
-    """Qwen's, of letters; every sign of a template but its special tokens is one token too."""
-    from transformers import Qwen2Tokenizer
-
-    letters = [*tiny.LETTERS, "Ċ", "Ġ", "<", "|", ">", "_"]
-    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.pad_token = "<|im_end|>"
-    return tokenizer
+    return diffusers.WanPipeline(**tiny._wan())
 
 
 def flux2() -> object:
@@ -239,12 +182,11 @@ def pixart() -> object:
         patch_size=2,
         caption_channels=32,
     )
-    with torch.no_grad():
-        for name, weight in transformer.named_parameters():
-            if ".attn" in name:
-                weight.mul_(6)  # or attention counts for little beside the rest
     return diffusers.PixArtSigmaPipeline(
-        **tiny._t5("", 32), vae=tiny._vae(4), transformer=transformer, scheduler=tiny._ddim()
+        **tiny._t5("", 32),
+        vae=tiny._vae(4),
+        transformer=louder(transformer, ".attn"),
+        scheduler=tiny._ddim(),
     )
 
 
@@ -266,14 +208,21 @@ FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
         },
     ),
     "chroma": (chroma, {"max_sequence_length": 24, "negative_prompt": "fog", **SHAPES}),
+    **images.FAMILIES,
 }
+
+
+def made_of(name: str) -> tuple[Callable[[], object], dict[str, object]]:
+    from families import video
+
+    return (FAMILIES | video.FAMILIES)[name]
 
 
 @cache
 def family(name: str) -> object:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = FAMILIES[name][0]()
+        pipe = made_of(name)[0]()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -283,7 +232,7 @@ def family(name: str) -> object:
 
 def run(name: str, prompt: str, *, steps: int = 4, **options: object) -> Tensor:
     """The latents of a whole run."""
-    given = FAMILIES[name][1] | {"generator": torch.Generator().manual_seed(0)} | options
+    given = made_of(name)[1] | {"generator": torch.Generator().manual_seed(0)} | options
     return family(name)(
         prompt=prompt, num_inference_steps=steps, output_type="latent", return_dict=False, **given
     )[0]

@@ -17,7 +17,8 @@ from PIL import Image
 from pipelines import PROMPT, diffusers, pipeline
 
 from dense_attn.integrations.diffusers import models
-from families import FAMILIES, family
+from families import FAMILIES, family, images, video
+from families.controlnets import changed, controlnet
 
 DENOISERS = re.compile(rf"\b({'|'.join(model.denoiser for model in models.MODELS)})\b")
 PICTURE = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -30,6 +31,11 @@ OWN = {  # arguments of calls by class, in the place of those below
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
     "WanVideoToVideoPipeline": {"video": [PICTURE[0]] * 5},
     "Flux2KleinPipeline": {"image": Image.new("RGB", (64, 64))},
+    "HunyuanDiTControlNetPipeline": {"control_image": images.PICTURE},
+    "SanaControlNetPipeline": {"control_image": images.PICTURE},
+    "SanaSprintPipeline": {"intermediate_timesteps": None},
+    "SanaSprintImg2ImgPipeline": {"intermediate_timesteps": None},
+    "Kandinsky5I2IPipeline": {"max_sequence_length": 64},
     "LucyEditPipeline": {"video": [PICTURE[0]] * 5},
     "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
     "StableDiffusionXLControlNetUnionImg2ImgPipeline": {
@@ -55,6 +61,21 @@ ARGUMENTS = {
     "max_sequence_length": 24,
     "strength": 0.75,
     "true_cfg_scale": 2.0,
+}
+
+# of the input of a class, in which there is more than latents
+CHANNELS = {
+    "StableDiffusionDepth2ImgPipeline": ("unet", 5),
+    "CogView4ControlPipeline": ("transformer", 8),
+}
+# attributes of pipelines that are shorter or smaller in tiny ones
+SHORT = {
+    "prompt_template",
+    "prompt_template_encode",
+    "prompt_template_encode_start_idx",
+    "resolutions",
+    "system_message",
+    "system_prompt",
 }
 
 
@@ -86,12 +107,24 @@ def denoisers(kind: type) -> dict[str, str]:
 
 def model_name(kind: type) -> str:
     parts = inspect.signature(kind.__init__).parameters
+    if kind.__name__.startswith(video.NAMES):
+        return video.model_name(kind.__name__)
     for name, start in (
+        ("qwen_edit_plus", "QwenImageEditPlus"),
+        ("qwen_edit", "QwenImageEdit"),
         ("qwen", "QwenImage"),
         ("wan", "Wan"),
         ("wan", "Lucy"),
         ("auraflow", "Aura"),
-        ("flux2", "Flux2"),
+        ("flux2", "Flux2Klein"),
+        ("flux2_dev", "Flux2"),
+        ("hunyuan_dit", "HunyuanDiT"),
+        ("cogview4", "CogView4"),
+        ("sana", "Sana"),
+        ("kandinsky5_i2i", "Kandinsky5I2I"),
+        ("kandinsky5_t2v", "Kandinsky5I2V"),
+        ("kandinsky5_t2v", "Kandinsky5T2V"),
+        ("kandinsky5", "Kandinsky5"),
         ("z_image", "ZImage"),
         ("chroma", "Chroma"),
         ("lumina2", "Lumina2"),
@@ -110,6 +143,8 @@ def made(kind: type) -> Any:
     """A pipeline of a class, of the parts of a tiny one of its model and others beside them."""
     parts = inspect.signature(kind.__init__).parameters
     text = sys.modules[kind.__module__]
+    if hasattr(text, "calculate_dimensions"):
+        images.shrink(text)
     if hasattr(text, "basic_clean") and not hasattr(text, "ftfy"):  # Wan's wants it
         text.ftfy = types.SimpleNamespace(fix_text=str)
     given = parts_of(model_name(kind)) | {
@@ -121,11 +156,10 @@ def made(kind: type) -> Any:
     given |= {"requires_safety_checker": False, "add_watermarker": False, "depth_estimator": None}
     given |= extras(kind.__name__, model_name(kind), given)
     pipe = kind(**{name: part for name, part in given.items() if name in parts})
-    if hasattr(pipe, "prompt_template_encode"):
-        pipe.prompt_template_encode = family("qwen").prompt_template_encode
-        pipe.prompt_template_encode_start_idx = family("qwen").prompt_template_encode_start_idx
-    if hasattr(pipe, "system_prompt"):
-        pipe.system_prompt = family("lumina2").system_prompt
+    if model_name(kind) in FAMILIES:
+        like = family(model_name(kind))
+        for name in SHORT & vars(pipe).keys() & vars(like).keys():
+            setattr(pipe, name, getattr(like, name))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -138,17 +172,26 @@ def call(pipe: Any) -> None:
     )
     if model_name(type(pipe)) in ("qwen", "wan", "flux2"):  # more pixels a latent
         given |= {"height": 32, "width": 32} if "height" in takes else {}
+    if model_name(type(pipe)) in images.FAMILIES:
+        own = images.FAMILIES[model_name(type(pipe))][1]
+        given |= {name: value for name, value in own.items() if name in takes}
     if "use_resolution_binning" in takes:
-        given |= {"use_resolution_binning": False, "clean_caption": False}
+        given["use_resolution_binning"] = False
+    if "clean_caption" in takes:
+        given["clean_caption"] = False
     if "num_frames" in takes:
         given["num_frames"] = 5
+    if type(pipe).__name__.startswith(video.NAMES):
+        more = video.arguments(type(pipe).__name__, PICTURE[0])
+        given |= {name: value for name, value in more.items() if name in takes}
     if "true_cfg_scale" in given:
         given["negative_prompt"] = "fog"
+    torch.manual_seed(0)  # some encode images without a generator
     pipe(**given, generator=torch.Generator().manual_seed(0))
 
 
 def parts_of(model: str) -> dict[str, Any]:
-    if model in FAMILIES:
+    if model in FAMILIES | video.FAMILIES:
         return dict(family(model).components)
     if model == "kolors":
         return pipeline("sd").components | kolors()
@@ -157,6 +200,8 @@ def parts_of(model: str) -> dict[str, Any]:
 
 def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts that a class has in the place of others, or beside them."""
+    if name.startswith(video.NAMES):
+        return video.extras(name, parts)
     from diffusers import ControlNetXSAdapter, LCMScheduler, MotionAdapter, T2IAdapter
 
     if name.startswith(("AnimateDiff", "PIA")):
@@ -172,7 +217,7 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         net = ControlNetXSAdapter.from_unet(unet, 1.0, conditioning_embedding_out_channels=(8, 8))
         return {"unet": unet, "controlnet": net}
     if "ControlNet" in name:
-        return {"controlnet": controlnet(name, parts).eval()}
+        return {"controlnet": controlnet(name, parts).eval(), **images.extras(name, parts)}
     if "Adapter" in name:
         return {"adapter": T2IAdapter(3, [8, 16, 16, 16], 1, 4, "full_adapter_xl").eval()}
     if name.startswith("LatentConsistency"):
@@ -180,8 +225,9 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {"unet": changed(parts["unet"], time_cond_proj_dim=8), "scheduler": scheduler}
     if "LDM3D" in name:
         return {"vae": changed(parts["vae"], out_channels=6)}
-    if "Depth2Img" in name:
-        return {"unet": changed(parts["unet"], in_channels=5)}
+    if name in CHANNELS:
+        part, count = CHANNELS[name]
+        return {part: changed(parts[part], in_channels=count)}
     if name == "ChromaInpaintPipeline":  # asks for a setting that its model has no more
         transformer = changed(parts["transformer"])
         transformer.register_to_config(guidance_embeds=False)
@@ -195,54 +241,7 @@ def extras(name: str, model: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {
             "transformer": changed(parts["transformer"], in_channels=16 + 16 + 16, out_channels=16)
         }
-    return {}
-
-
-def controlnet(name: str, parts: dict[str, Any]) -> torch.nn.Module:
-    """The second network of a class, of the first one's sizes."""
-    from diffusers import (
-        ControlNetModel,
-        ControlNetUnionModel,
-        FluxControlNetModel,
-        QwenImageControlNetModel,
-        SD3ControlNetModel,
-        ZImageControlNetModel,
-    )
-
-    if "Union" in name:
-        net = ControlNetUnionModel.from_unet(
-            parts["unet"], conditioning_embedding_out_channels=(8, 8)
-        )
-        return changed(
-            net, num_trans_channel=8, num_proj_channel=8, num_trans_head=2, num_trans_layer=1
-        )
-    if name.startswith("QwenImage"):
-        sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
-        sizes["extra_condition_channels"] = 4 if "Inpaint" in name else 0
-        return QwenImageControlNetModel.from_transformer(parts["transformer"], **sizes)
-    if name.startswith("ZImage"):
-        sizes = {"control_layers_places": [0], "control_refiner_layers_places": [0]}
-        sizes |= {"dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-        sizes["control_in_dim"] = 9 if "Inpaint" in name else 4
-        net = ZImageControlNetModel(**sizes)
-        return ZImageControlNetModel.from_transformer(net, parts["transformer"])
-    if name.startswith("StableDiffusion3"):
-        extra = 1 if "Inpaint" in name else 0
-        return SD3ControlNetModel.from_transformer(
-            parts["transformer"], 1, num_extra_conditioning_channels=extra
-        )
-    if name.startswith("Flux"):
-        return FluxControlNetModel.from_transformer(
-            parts["transformer"], 1, 1, attention_head_dim=16, num_attention_heads=2
-        )
-    return ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 8))
-
-
-def changed(model: torch.nn.Module, **config: object) -> torch.nn.Module:
-    """A model like another, but for some of its sizes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return type(model).from_config(model.config, **config).eval()
+    return images.extras(name, parts)
 
 
 @cache

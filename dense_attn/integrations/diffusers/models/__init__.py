@@ -12,17 +12,27 @@ from dense_attn import _checks
 
 from .._attention_hook import POINTS, kind_of, reaches, stand_in
 from ..hooks import unwrapped
+from ..modular.pipeline import Modular
 from .auraflow import AuraFlow
 from .chroma import Chroma
+from .cogview4 import CogView4
+from .cross.hunyuan_dit import HunyuanDiT
+from .cross.kandinsky5 import Kandinsky5
+from .cross.pixart import PixArt
+from .cross.sana import Sana
 from .flux import Flux
 from .flux2 import Flux2
 from .lumina2 import Lumina2
-from .pixart import PixArt
 from .qwen import QwenImage
 from .record import Model
 from .sd3 import SD3
 from .unet import UNet
-from .wan import Wan
+from .video.chronoedit import ChronoEdit
+from .video.cogvideox import CogVideoX
+from .video.hunyuan_video import HunyuanVideo
+from .video.ltx import LTX
+from .video.skyreels import SkyReels
+from .video.wan import Wan
 from .z_image import ZImage
 
 if TYPE_CHECKING:
@@ -37,25 +47,41 @@ MODELS: tuple[type[Model], ...] = (
     QwenImage,
     ZImage,
     Lumina2,
-    PixArt,
     AuraFlow,
+    CogView4,
+    PixArt,
+    HunyuanDiT,
+    Sana,
+    Kandinsky5,
     Wan,
+    SkyReels,
+    ChronoEdit,
+    LTX,
+    HunyuanVideo,
+    CogVideoX,
 )
 
 
 def model_of(pipe: DiffusionPipeline) -> Model:
     """The record of a pipeline's denoiser, whose batches must be of a known kind."""
     unet = getattr(pipe, "unet", None)
-    denoiser = unwrapped(getattr(pipe, "transformer", None) if unet is None else unet)
+    parts = unet, getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)
+    denoiser = unwrapped(next((part for part in parts if part is not None), None))
     kind = type(denoiser).__name__
     model = next((model.of(denoiser) for model in MODELS if model.denoiser == kind), None)
     if model is None:
         *names, last = (model.denoiser for model in MODELS)
         got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
-        _checks.refuse("pipe", f"have a {', '.join(names)} or {last}", got)
-    _check_batches(type(pipe), model)
-    if getattr(pipe, "transformer_2", None) is not None:
-        _checks.refuse("pipe", "have one denoiser", f"{type(pipe).__name__} with a transformer_2")
+        rule = (
+            f"have a {', '.join(names)} or {last}, or one with a record (models/record.py)"
+        )
+        _checks.refuse("pipe", rule, got)
+    if not isinstance(pipe, Modular):  # whose calls a guider tells apart
+        _check_batches(type(pipe), model)
+    for second in map(unwrapped, model.denoisers(pipe).values()):
+        if type(second) is not type(denoiser) or model.of(second) != model:
+            rule = f"have two denoisers of one kind and patch, {kind}"
+            _checks.refuse("pipe", rule, f"{type(pipe).__name__} with a {type(second).__name__}")
     return model
 
 
@@ -68,7 +94,7 @@ def _check_batches(kind: type, model: Model) -> None:
     parameters = () if encode is None else inspect.signature(encode).parameters
     if "prompt" not in parameters:
         _checks.refuse("pipe", "have an encode_prompt of a prompt", kind.__name__)
-    if "image" in parameters:
+    if "image" in parameters and not model.sees_images:
         _checks.refuse("pipe", "encode its prompt without an image", kind.__name__)
     if "layers" in inspect.signature(kind.__call__).parameters:
         _checks.refuse("pipe", "make images of one layer", kind.__name__)
@@ -85,10 +111,13 @@ def _check_batches(kind: type, model: Model) -> None:
         _checks.refuse("pipe", rule, kind.__name__)
 
 
-def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, tuple[Any, str, int]]:
+def attention_layers(
+    denoiser: torch.nn.Module, model: Model, start: str = ""
+) -> dict[str, tuple[Any, str, int]]:
     """A denoiser's attention modules by name, each with its kind and its halvings of the grid.
 
-    Each must have a processor whose softmax is seen; layers without a place are left alone.
+    Each must have a processor whose softmax is seen; layers without a place are left alone. A
+    second denoiser's names have a start of their own.
     """
     layers: dict[str, tuple[Any, str, int]] = {}
     for name, module in denoiser.named_modules():
@@ -101,5 +130,5 @@ def attention_layers(denoiser: torch.nn.Module, model: Model) -> dict[str, tuple
         if not reaches(kind) and stand_in(kind) is None:
             rule = f"have attention processors that call {' or '.join(POINTS)}"
             _checks.refuse("pipe", rule, f"{kind.__name__} in {name}")
-        layers[name] = module, *place
+        layers[start + name] = module, *place
     return layers

@@ -9,6 +9,7 @@ class AuraFlow(Model):
     """AuraFlowTransformer2DModel, whose pipeline says in `encode_prompt` alone that it guides."""
 
     denoiser = "AuraFlowTransformer2DModel"
+    longer_text = True  # tokens of the text have no places
     unit = 1e-3
     hears_guidance = True
     attentions = (Attention("attn", (registers(8), TEXT, IMAGE)),)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 
 from dense_attn import _checks
 
 from .record import IMAGE, REFERENCES, TEXT, Attention, Call, Model
+
+if TYPE_CHECKING:
+    from ..prompts.texts import Texts
 
 
 class Flux(Model):
     """FluxTransformer2DModel, whose single blocks have the tokens of both as one."""
 
     denoiser = "FluxTransformer2DModel"
+    longer_text = True
     unit = 1e-3
+    packs = 2
     branches = "calls"
     attentions = (Attention("attn", (TEXT, IMAGE, REFERENCES)),)
-
-    @classmethod
-    def of(cls, denoiser: torch.nn.Module) -> Flux:
-        """The record of any of them: pipelines pack 2 x 2 latents in a token."""
-        return cls(patch=2)
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width.
@@ -38,3 +41,15 @@ class Flux(Model):
             rule = "number its image tokens row by row (img_ids)"
             _checks.refuse("pipe", rule, f"{len(own)} in rows of {width}")
         return 2 * height, 2 * width
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's; the places of all begin anew."""
+        super().lengthen(arguments, texts)
+        places = arguments["txt_ids"]
+        shape = *places.shape[:-2], texts.slots.count - texts.slots.own, places.shape[-1]
+        more = self.text_places(places.new_zeros(shape), texts)
+        arguments["txt_ids"] = torch.cat([places, more], -2)
+
+    def text_places(self, places: Tensor, texts: Texts) -> Tensor:
+        """The places of the regions' tokens, given as zeros [..., N, 3], which all texts have."""
+        return places

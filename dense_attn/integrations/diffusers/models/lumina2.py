@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from dense_attn import _checks
 
 from .record import IMAGE, TEXT, Attention, Call, Model
+
+if TYPE_CHECKING:
+    from ..prompts.texts import Slots
 
 
 class Lumina2(Model):
@@ -22,6 +25,9 @@ class Lumina2(Model):
     unit = 1e-3
     branches = "calls"
     attentions = (Attention(r"layers\.\d+\.attn", (TEXT, IMAGE)),)
+    longer_text = True
+    text_layers = r"^context_refiner\.\d+\.attn$"
+    numbering = "rope_embedder", "forward"
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, of the text tokens that are there."""
@@ -36,3 +42,13 @@ class Lumina2(Model):
         """Put text tokens [B, L, C] into a call, before its padding."""
         padding = arguments["encoder_hidden_states"][:, text.shape[1] :]
         arguments["encoder_hidden_states"] = torch.cat((text, padding), 1)
+
+    def numbered(self, own: Any, slots: Slots, latents: Tensor, mask: Tensor) -> tuple[Any, ...]:
+        """The rotations of texts whose places begin anew, and the image behind the longest."""
+        longest = max(slots.longest)
+        rest = own(latents, mask[:, :longest])
+        tokens, text, image, both, _, _ = rest
+        places = slots.positions(text.device).clamp(max=longest - 1)
+        text, both = text[:, places], torch.cat([text[:, places], both[:, longest:]], 1)
+        counts = [slots.count] * len(latents)
+        return tokens, text, image, both, counts, [n + image.shape[1] for n in counts]

@@ -1,12 +1,15 @@
-"""Qwen-Image: joint attention, the text of a chat before the image, a call for each prompt."""
+"""Qwen-Image and its Edit: joint attention, a chat before the image, a call for each prompt."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
 from .record import IMAGE, REFERENCES, TEXT, Attention, Call, Model
+
+if TYPE_CHECKING:
+    from ..prompts.texts import Slots
 
 
 class QwenImage(Model):
@@ -14,13 +17,13 @@ class QwenImage(Model):
 
     denoiser = "QwenImageTransformer2DModel"
     unit = 1e-3
+    packs = 2
     branches = "calls"
+    sees_images = True
     attentions = (Attention("attn", (TEXT, IMAGE, REFERENCES)),)
-
-    @classmethod
-    def of(cls, denoiser: torch.nn.Module) -> QwenImage:
-        """The record of any of them: pipelines pack 2 x 2 latents in a token."""
-        return cls(patch=2)
+    longer_text = True
+    text_mask = "encoder_hidden_states_mask"
+    numbering = "pos_embed", "forward"
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, with the grids in the place of positions."""
@@ -31,3 +34,10 @@ class QwenImage(Model):
         grids = call.places[0]
         _, height, width = grids if isinstance(grids[0], int) else grids[0]
         return 2 * height, 2 * width
+
+    def numbered(
+        self, own: Any, slots: Slots, *args: Any, max_txt_seq_len: int, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The rotations of the image's tokens and the text's, whose places begin anew."""
+        image, text = own(*args, max_txt_seq_len=max(slots.sizes), **kwargs)
+        return image, text[slots.positions(text.device)]

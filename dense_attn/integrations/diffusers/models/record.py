@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..state import Side, joined, order_of
+from ..hooks import unwrapped
+from ..options.numbers import JOINT, RANGE, Defaults
+from ..state import Side, joined
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from dense_attn import Layout
 
+    from ..prompts.texts import Slots, Texts
     from ..state import LayoutState
 
 
@@ -24,13 +29,14 @@ class Call(NamedTuple):
     timestep: Tensor | float
     text: Tensor  # [B, L, C]
     latents: Tensor  # [B, C, H, W], of videos [B, C, F, H, W], or packed [B, N, C]
-    # of packed ones, [N, 3] or [B, N, 3]: image, row, column; or what a record makes of it
+    # of packed ones, [N, 3] or [B, N, 3]: image, row, column; or a record's own, a tuple by value
     places: Any = None
 
     @property
     def key(self) -> object:
         """Equal where the grid of latents is."""
-        return tuple(self.latents.shape), id(self.places)
+        places = self.places if isinstance(self.places, tuple) else id(self.places)
+        return tuple(self.latents.shape), places
 
 
 class Entry(NamedTuple):
@@ -40,7 +46,6 @@ class Entry(NamedTuple):
     depth: int  # halvings of the grid of latents
     q: Side
     k: Side  # the same object where queries and keys are the same tokens
-    order: Tensor  # int32 [P, M], of the queries
 
 
 class Segment(NamedTuple):
@@ -99,35 +104,96 @@ class Model:
     frames: int = 1  # of a video's latents in a token
 
     denoiser: ClassVar[str]  # the name of its class
+    video: ClassVar[bool] = False  # whether masks may have frames
     pipelines: ClassVar[str] = ".*"  # of the classes, a regular expression, that call it as here
     component: ClassVar[str] = "transformer"  # the pipeline's name for it
     latents: ClassVar[str] = "hidden_states"  # the argument that brings them
     unit: ClassVar[float] = 1.0  # of its timesteps, in the scheduler's
+    packs: ClassVar[int | None] = None  # latents on a side of a token that its pipelines pack
     # where the negative prompt is: "halves" of a batch, before the prompt's, "prompt first" for
     # halves behind it, or "calls" of their own after the prompt's
     branches: ClassVar[str] = "halves"
     hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
+    sees_images: ClassVar[bool] = False  # whose tokens encode_prompt may put beside the prompt's
     attentions: ClassVar[tuple[Attention, ...]] = ()
+    # prompts of regions: whether a call takes more text behind its own, as `lengthen` and
+    # `numbered` place it, None where cross-attention does; layers in which text sees text, a
+    # regular expression; the argument that tells text from padding, and whether layers see padding
+    # all the same; the module and the function that number the tokens
+    longer_text: ClassVar[bool | None] = None
+    text_layers: ClassVar[str | None] = None
+    text_mask: ClassVar[str] = "encoder_attention_mask"
+    keeps_padding: ClassVar[bool] = False
+    numbering: ClassVar[tuple[str, str] | None] = None
 
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> Model:
         """The record of one denoiser."""
-        patch = getattr(denoiser.config, "patch_size", 1)
-        frames, patch = (1, patch) if isinstance(patch, int) else (patch[0], patch[-1])
+        patch = cls.packs or getattr(denoiser.config, "patch_size", 1)
+        frames = getattr(denoiser.config, "patch_size_t", None) or 1
+        frames, patch = (frames, patch) if isinstance(patch, int) else (patch[0], patch[-1])
         return cls(patch=patch, frames=frames)
+
+    @property
+    def joint(self) -> bool:
+        """Whether text tokens attend too, in the layers of the image."""
+        rows = (segment.kind for attention in self.attentions for segment in attention.queries)
+        return "text" in rows
+
+    @property
+    def defaults(self) -> Defaults:
+        """The numbers of a layout whose caller does not say; a record may name its own."""
+        return JOINT if self.joint else RANGE
+
+    def denoisers(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """A pipeline's denoisers by the beginning of their layers' names: one, or two in turns."""
+        first, second = (
+            getattr(pipe, name, None) for name in (self.component, f"{self.component}_2")
+        )
+        found = {"": first, f"{self.component}_2.": None if second is first else second}
+        return {start: denoiser for start, denoiser in found.items() if denoiser is not None}
+
+    def root(self, pipe: DiffusionPipeline, name: str) -> tuple[torch.nn.Module, str]:
+        """The denoiser of a layer, and the layer's name in it."""
+        denoisers = self.denoisers(pipe)
+        start = max((start for start in denoisers if name.startswith(start)), key=len)
+        return unwrapped(denoisers[start]), name.removeprefix(start)
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call."""
         latents, text = arguments[self.latents], arguments["encoder_hidden_states"]
-        return Call(arguments["timestep"], text, latents, arguments.get("img_ids"))
+        timestep = arguments["timestep"]
+        if isinstance(timestep, Tensor) and timestep.dim() == 2:  # [B, N], 0 in a given frame
+            timestep = timestep[:, -1]
+        return Call(timestep, text, latents, arguments.get("img_ids"))
 
     def write(self, arguments: dict[str, Any], text: Tensor) -> None:
         """Put text tokens [B, L, C] into a call."""
         arguments["encoder_hidden_states"] = text
 
+    def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
+        """The tokens of each row of a call's text [B, L, C]."""
+        return [text.shape[1]] * len(text)
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's, with the places and the mask of their tokens."""
+        self.write(arguments, texts.tokens)
+        mask = arguments.get(self.text_mask)
+        if mask is not None:
+            own = mask[:, : texts.slots.own]
+            arguments[self.text_mask] = torch.cat([own, texts.mask.to(own)], 1)
+
+    def numbered(self, own: Any, slots: Slots, *args: Any, **kwargs: Any) -> Any:
+        """The result of the function that numbers tokens, `own`, for texts in their slots."""
+        raise NotImplementedError
+
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""
         return tuple(call.latents.shape[-2:])
+
+    def length(self, call: Call) -> int:
+        """The latents' frames; an image has one."""
+        return call.latents.shape[2] if call.latents.dim() == 5 else 1
 
     def place(self, denoiser: torch.nn.Module, name: str) -> tuple[str, int] | None:
         """A layer's kind and its halvings of the grid; None for one that is left alone."""
@@ -138,15 +204,14 @@ class Model:
         self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
     ) -> Iterator[Entry]:
         """Every kind and size of attention layers."""
-        cross_weight, self_weight = state.options.cross_weight, state.options.self_weight
         for kind, queries, keys in self.attentions:
-            others = TEXT not in queries and keys is not None
-            weight = cross_weight if others else self_weight
-            if not weight and TEXT not in queries:
-                continue  # the text's rows of joint attention have a weight of their own
-            q = self._side(state, layouts, text, call, queries, weight)
-            k = q if keys is None else self._side(state, layouts, text, call, keys, weight)
-            yield Entry(kind, 0, q, k, order_of(q))
+            columns = tuple({segment.kind for segment in keys or queries})
+            weights = {row.kind: state.options.weight(row.kind, columns) for row in queries}
+            if not any(weights.values()):
+                continue
+            q = self._side(state, layouts, text, call, queries, weights.get("image", 0.0))
+            k = q if keys is None else self._side(state, layouts, text, call, keys, 0.0)
+            yield Entry(kind, 0, q, k)
 
     def _side(
         self,
@@ -159,15 +224,13 @@ class Model:
     ) -> Side:
         """The tokens of segments, one after the other."""
         height, width = (side // self.patch for side in self.grid(call))
+        height *= self.length(call) // self.frames  # frames stand one below the other
         sides = []
         for segment in segments:
             if segment.kind == "text":
                 side = text
             elif segment.kind == "image":
                 side = state.image_side(layouts, (height, width), weight)
-                if call.latents.dim() == 5:  # every frame has the regions
-                    frames = call.latents.shape[2] // self.frames
-                    side = Side(*(tensor.repeat(1, frames) for tensor in side))
             else:
                 packed = call.latents.shape[1] - height * width
                 side = state.other_side(layouts, packed if segment.count is None else segment.count)

@@ -9,4 +9,5 @@ class SD3(Model):
     """SD3Transformer2DModel."""
 
     denoiser = "SD3Transformer2DModel"
+    longer_text = True  # tokens of the text have no places
     attentions = Attention("attn", (IMAGE, TEXT)), Attention("attn2", (IMAGE,))

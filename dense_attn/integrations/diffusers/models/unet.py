@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..hooks import unwrapped
-from ..state import LayoutState, NearestLayout, Side, order_of
+from ..state import LayoutState, NearestLayout, Side
 from .record import Call, Entry, Model
 
 if TYPE_CHECKING:
@@ -37,17 +37,14 @@ class UNet(Model):
 
         The finest with attention has tokens of all regions.
         """
-        options, (height, width) = state.options, self.grid(call)
+        height, width = self.grid(call)
         for depth in range(self.deepest + 1):
             if depth == _first_attention(state.pipe.unet) + 1:
                 layouts = [NearestLayout(layout.masks) for layout in layouts]
-            image = state.image_side(layouts, (height, width), options.self_weight)
-            order = order_of(image)
-            if options.self_weight:
-                yield Entry("self", depth, image, image, order)
-            if options.cross_weight:
-                cross = state.image_side(layouts, (height, width), options.cross_weight)
-                yield Entry("cross", depth, cross, text, order)
+            for kind, column in (("self", "image"), ("cross", "text")):
+                if weight := state.options.weight("image", (column,)):
+                    image = state.image_side(layouts, (height, width), weight)
+                    yield Entry(kind, depth, image, text if kind == "cross" else image)
             height, width = (height + 1) // 2, (width + 1) // 2
 
     def place(self, denoiser: torch.nn.Module, name: str) -> tuple[str, int] | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from .record import IMAGE, TEXT, Attention, Call, Model
+
+if TYPE_CHECKING:
+    from ..prompts.texts import Slots, Texts
 
 
 class ZImage(Model):
@@ -17,17 +21,16 @@ class ZImage(Model):
     denoiser = "ZImageTransformer2DModel"
     pipelines = "ZImage(ControlNet)?(Img2Img|Inpaint)?Pipeline"
     latents = "x"
+    packs = 2
     branches = "prompt first"
     attentions = (
         Attention(
             r"layers\.\d+\.attention", (IMAGE._replace(multiple=32), TEXT._replace(multiple=32))
         ),
     )
-
-    @classmethod
-    def of(cls, denoiser: torch.nn.Module) -> ZImage:
-        """The record of any of them, in whose tokens are 2 x 2 latents."""
-        return cls(patch=2)
+    longer_text = True
+    text_layers = r"^context_refiner\.\d+\.attention$"
+    numbering = "", "patchify_and_embed"
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, of lists with an entry a sample; time rises there."""
@@ -38,3 +41,27 @@ class ZImage(Model):
         """Put text tokens [B, L, C] into a call, as many in each sample as there were."""
         lengths = [len(tokens) for tokens in arguments["cap_feats"]]
         arguments["cap_feats"] = [tokens[:length] for tokens, length in zip(text, lengths)]
+
+    def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
+        """The tokens of each row of a call's text."""
+        return [len(tokens) for tokens in arguments["cap_feats"]]
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's; a ControlNet's sums have none for them."""
+        arguments["cap_feats"] = list(texts.tokens)
+        sums = arguments.get("controlnet_block_samples")
+        if sums is not None:
+            more = texts.slots.count - texts.slots.own
+            sums = {layer: pad(x, (0, 0, 0, more)) for layer, x in sums.items()}
+            arguments["controlnet_block_samples"] = sums
+
+    def numbered(
+        self, own: Any, slots: Slots, images: list[Tensor], texts: list[Tensor], *sizes: int
+    ) -> tuple[Any, ...]:
+        """Tokens, places and padding of texts that begin anew; images stand behind the longest."""
+        seen = [text[:longest] for text, longest in zip(texts, slots.longest)]
+        image, _, size, image_ids, text_ids, image_padding, _ = own(images, seen, *sizes)
+        places = slots.positions(texts[0].device)
+        text_ids = [ids[places.clamp(max=len(ids) - 1)] for ids in text_ids]
+        padding = [slots.padding(row, places.device) for row in range(len(texts))]
+        return image, texts, size, image_ids, text_ids, image_padding, padding

@@ -1,4 +1,4 @@
-"""The kinds of denoisers that take prompts of regions."""
+"""Which models take prompts of regions, and with which options."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from dense_attn import _checks
 
 from ..text.encoding import missing
-from .joint import JointState
-from .state import RegionReading, RegionState
+from .layers import is_joint
+from .reading import RegionReading
+from .state import RegionState
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -16,12 +17,6 @@ if TYPE_CHECKING:
     from ..models.record import Model
     from .options import Options
     from .region import Regions
-
-STATES: dict[str, type[RegionState]] = {
-    "UNet2DConditionModel": RegionState,
-    "FluxTransformer2DModel": JointState,
-}
-
 
 def region_state(
     pipe: DiffusionPipeline,
@@ -31,11 +26,16 @@ def region_state(
     options: Options,
 ) -> RegionState:
     """The state of a block, for a model whose kind of attention is known."""
-    if model.denoiser not in STATES:
-        rule = f"have a {' or '.join(STATES)} where regions have prompts of their own"
-        _checks.refuse("pipe", rule, f"{type(pipe).__name__} with {model.denoiser}")
+    kind, joint = model.denoiser, is_joint(model)
+    if not (model.longer_text or (model.longer_text is None and not joint)):
+        rule = "have a model whose record places texts of regions (longer_text)"
+        _checks.refuse("pipe", rule, f"{type(pipe).__name__} with {kind}")
+    if joint and options.isolate not in (0, 1):
+        _checks.refuse("isolate", f"be 0 or 1 for a {kind}", options.isolate)
+    if joint and options.area_scaling:  # a key's factor would count for the text's queries too
+        _checks.refuse("area_scaling", f"be False for a {kind}, of joint attention", True)
     lacking = missing(pipe)
     if lacking is not None:
         rule = f"have its {lacking} where regions have prompts of their own"
         _checks.refuse("pipe", rule, "none")
-    return STATES[model.denoiser](pipe, model, RegionReading(pipe, prompts, regions), options)
+    return RegionState(pipe, model, RegionReading(pipe, prompts, regions), options)

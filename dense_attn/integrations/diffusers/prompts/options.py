@@ -18,6 +18,7 @@ class Options:
     isolate: float
     window: tuple[float, float]  # of the steps
     every: int  # n-th layer
+    area_scaling: bool
     backend: str
 
     @property
@@ -41,7 +42,8 @@ def options_of(numbers: dict[str, Any], active: object, backend: str, base: bool
         _checks.refuse("every", "be 1 where prompt is None", every)
     if not base and window != (0, 1):
         _checks.refuse("active", "be the whole run where prompt is None", active)
-    return Options(ratio, isolate, window, int(every), backend)
+    area_scaling = _checks.flag("area_scaling", numbers["area_scaling"])
+    return Options(ratio, isolate, window, int(every), area_scaling, backend)
 
 
 def _window(active: Any) -> tuple[float, float]:

@@ -51,6 +51,23 @@ def _on_grid(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.where(soft[:, None, None], means, hard)
 
 
+def with_base(shares: Tensor, ratio: float, given: list[bool]) -> Tensor:
+    """Shares [1 + R, M] with the base prompt's ratio; it also has regions that are given no text."""
+    shares = torch.cat([ratio + (1 - ratio) * shares[:1], (1 - ratio) * shares[1:]])
+    for r, has_text in enumerate(given):
+        if not has_text:
+            shares[0] += shares[1 + r]
+            shares[1 + r] = 0
+    alone = shares.max(0).values > 1 - 1e-6  # of one block, but for rounding
+    return torch.where(alone, (shares == shares.max(0).values).float(), shares)
+
+
+def areas_of(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """The part of a grid that each mask [R, H, W] covers, float32 [R]; 1 where it covers none."""
+    inside = _on_grid(masks, size).flatten(1).mean(1)
+    return torch.where(inside > 0, inside, 1)
+
+
 def words_of(shares: Tensor) -> Tensor:
     """The blocks that a token has a share of, int32 [M], from shares [1 + R, M]."""
     bits = torch.tensor(_BITS[: len(shares)], dtype=torch.int32, device=shares.device)

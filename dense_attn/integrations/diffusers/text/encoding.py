@@ -10,17 +10,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 # of a call that its phrases and concepts share
-OPTIONS = ("lora_scale", "clip_skip", "max_sequence_length")
+OPTIONS = ("lora_scale", "clip_skip", "max_sequence_length", "text_encoder_out_layers")
+
+INSTRUCTION = "complex_human_instruction"  # SANA's calls', before each prompt
 
 
 def takes(pipe: DiffusionPipeline, argument: str) -> bool:
     """Whether a pipeline's encode_prompt has an argument of that name."""
     return argument in inspect.signature(pipe.encode_prompt).parameters
+
+
+def call_default(pipe: DiffusionPipeline, argument: str) -> Any:
+    """The default of an argument of a pipeline's call, None of one that it has not."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(argument)
+    return None if parameter is None else parameter.default
+
+
+def surroundings(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The texts that a pipeline puts around a prompt, by encode_prompt's arguments of them."""
+    found = {"system_prompt": getattr(pipe, "system_prompt", None)}
+    if takes(pipe, "prompt_template"):
+        parameters = inspect.signature(pipe.encode_prompt).parameters
+        found["prompt_template"] = parameters["prompt_template"].default
+    found[INSTRUCTION] = call_default(pipe, INSTRUCTION)
+    return {name: value for name, value in found.items() if takes(pipe, name)}
 
 
 @torch.no_grad()
@@ -32,17 +51,31 @@ def encode(
         "device": pipe._execution_device,
         "num_images_per_prompt": 1,
         "do_classifier_free_guidance": False,
+        INSTRUCTION: call_default(pipe, INSTRUCTION),
     }
     given |= {"prompt_2": None, "prompt_3": None, **options}
+    given = {name: value for name, value in given.items() if takes(pipe, name)}
     unheard = getattr(pipe.encode_prompt, "encode_prompt", pipe.encode_prompt)
-    return unheard(prompt, **{name: value for name, value in given.items() if takes(pipe, name)})
+    if not takes(pipe, "text_encoder_index"):
+        return unheard(prompt, **given)
+    both = (unheard(prompt, **given, text_encoder_index=i)[0] for i in range(2))
+    return (beside(*both),)
+
+
+def beside(first: Tensor, second: Tensor) -> Tensor:
+    """Tokens [B, L, C] of two encoders, one after the other, in the width of the wider."""
+    width = max(first.shape[-1], second.shape[-1])
+    parts = [functional.pad(part, (0, width - part.shape[-1])) for part in (first, second)]
+    return torch.cat(parts, 1)
 
 
 def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]:
     """The options of a call of encode_prompt that are not its defaults and had an effect."""
     parameters = inspect.signature(pipe.encode_prompt).parameters
+    if "text_encoder_index" in parameters:  # HunyuanDiT's encoders have lengths of their own
+        return {}
     return {
-        name: given[name]
+        name: tuple(given[name]) if isinstance(given[name], list) else given[name]
         for name in (OPTIONS if given.get("prompt_embeds") is None else OPTIONS[:1])
         if given.get(name) is not None and given[name] != parameters[name].default
     }
@@ -68,27 +101,29 @@ def missing(pipe: DiffusionPipeline) -> str | None:
 
 
 @contextmanager
-def heard(pipe: DiffusionPipeline, tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def heard(
+    pipe: Any, tell: Callable[[dict[str, Any]], None], name: str = "encode_prompt"
+) -> Iterator[None]:
     """`tell` gets the arguments of every call of encode_prompt inside the block, after it."""
-    ears = vars(pipe).get("encode_prompt")
+    ears = vars(pipe).get(name)
     if not isinstance(ears, _Heard):
-        ears = _Heard(pipe, ears)
-        pipe.encode_prompt = ears
+        ears = _Heard(pipe, ears, name)
+        setattr(pipe, name, ears)
     ears.listeners.append(tell)
     try:
         yield
     finally:
         ears.listeners.remove(tell)
-        if not ears.listeners and vars(pipe).get("encode_prompt") is ears:
+        if not ears.listeners and vars(pipe).get(name) is ears:
             ears.leave(pipe)
 
 
 class _Heard:
     """An encode_prompt that tells what it was called with."""
 
-    def __init__(self, pipe: DiffusionPipeline, own: Callable[..., Any] | None) -> None:
-        functools.update_wrapper(self, pipe.encode_prompt)
-        self.own, self.encode_prompt = own, pipe.encode_prompt
+    def __init__(self, pipe: Any, own: Callable[..., Any] | None, name: str) -> None:
+        functools.update_wrapper(self, getattr(pipe, name))
+        self.own, self.encode_prompt, self.name = own, getattr(pipe, name), name
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,9 +135,9 @@ class _Heard:
             tell(given)
         return encoded
 
-    def leave(self, pipe: DiffusionPipeline) -> None:
+    def leave(self, pipe: Any) -> None:
         """Put back what was there."""
         if self.own is None:
-            del pipe.encode_prompt
+            delattr(pipe, self.name)
         else:
-            pipe.encode_prompt = self.own
+            setattr(pipe, self.name, self.own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,13 +12,12 @@ import numpy as np
 
 from dense_attn import _checks
 
-from .encoding import takes
+from .segments import Segment
 from .tokens import Span, Tokens, folded, tokens_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LONGEST = 512  # tokens that a T5 encoder of any pipeline is given
 # the scripts, by their letters' names, in which words stand beside each other or take endings
 WITHOUT_SPACES = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
@@ -79,26 +78,6 @@ class Phrase:
         object.__setattr__(self, "span", tuple(self.span))
 
 
-class Segment(NamedTuple):
-    """A stretch of the denoiser's text tokens; tokenizers that share it number its tokens alike.
-
-    It starts before the first of them, below 0, where the first tokens of a template are dropped.
-    """
-
-    tokenizers: tuple[Any, ...]
-    prompts: tuple[str, ...]  # the arguments of encode_prompt that they read
-    start: int = 0
-    longest: int | None = None  # tokens of every call; None: a call says it
-    template: str = "{}"  # around a prompt
-
-    def tokens(self, num_tokens: int | None) -> int:
-        """The segment's tokens among num_tokens, or the most that it can have."""
-        if self.longest is not None:
-            return self.longest
-        most = min(*(tokenizer.model_max_length for tokenizer in self.tokenizers), LONGEST)
-        return most if num_tokens is None else num_tokens - self.start
-
-
 class Place(NamedTuple):
     """The tokens of a phrase in one segment."""
 
@@ -107,53 +86,6 @@ class Place(NamedTuple):
     tokens: Tokens  # of the segment, which say what each is
     chars: Span  # in the text of the tokens
     needed: int  # tokens of the denoiser that hold the phrase
-
-
-def segments(pipe: DiffusionPipeline) -> list[Segment]:
-    """The segments of a pipeline's text tokens: of FLUX T5's alone, of SD3 T5's after CLIP's.
-
-    A pipeline's template is around the prompt, whose first tokens it may drop.
-    """
-    first, second, third = (
-        getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
-    )
-    if takes(pipe, "prompt_3"):
-        size = pipe.tokenizer_max_length
-        found = [_segment((first, second), 0, size), _segment((None, None, third), size, None)]
-    elif getattr(pipe, "unet", None) is None:
-        dropped = getattr(pipe, "prompt_template_encode_start_idx", 0)
-        segment = _segment((first,) if second is None else (None, second), -dropped, None)
-        template = getattr(pipe, "prompt_template_encode", None) or _chat(pipe, first)
-        if takes(pipe, "system_prompt"):
-            template = f"{pipe.system_prompt} <Prompt Start> {{}}"
-        found = [segment._replace(template=template)]
-    else:
-        length = getattr(second if first is None else first, "model_max_length", LONGEST)
-        told = takes(pipe, "max_sequence_length")  # by Kolors' calls
-        found = [_segment((first, second), 0, None if told or length > LONGEST else length)]
-    return [segment for segment in found if segment.tokenizers]
-
-
-def _chat(pipe: DiffusionPipeline, tokenizer: Any) -> str:
-    """The template of a pipeline's chats around a message; an answer's begin comes behind it."""
-    methods = [
-        inspect.unwrap(call) for _, call in inspect.getmembers(type(pipe), inspect.isroutine)
-    ]
-    codes = (getattr(method, "__code__", None) for method in methods)
-    if not any("apply_chat_template" in code.co_names for code in codes if code is not None):
-        return "{}"
-    message = [{"role": "user", "content": "{}"}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-
-
-def _segment(tokenizers: tuple[Any, ...], start: int, longest: int | None) -> Segment:
-    names = ("prompt", "prompt_2", "prompt_3")
-    there = [
-        (tokenizer, name) for tokenizer, name in zip(tokenizers, names) if tokenizer is not None
-    ]
-    return Segment(
-        tuple(tokenizer for tokenizer, _ in there), tuple(name for _, name in there), start, longest
-    )
 
 
 def characters(found: list[Segment], prompt: str, phrase: Phrase, argument: str) -> Span:
@@ -194,13 +126,17 @@ def place_of(
     chars: Span,
     num_tokens: int | None,
     argument: str,
+    batch: Sequence[str],
 ) -> Place | None:
-    """The tokens of a stretch of characters among num_tokens; None past what a tokenizer keeps."""
-    length, found = segment.tokens(num_tokens), []
+    """The tokens of a stretch of characters among num_tokens; None past what a tokenizer keeps.
+
+    `batch`: the prompts that are encoded at once, this one among them.
+    """
+    found = []
     for tokenizer in segment.tokenizers:
+        length, shift = segment.room(tokenizer, batch, num_tokens)
         text, inner = _converted(pipe, tokenizer, prompt, chars, argument)
-        before = segment.template.index("{}")
-        text = segment.template.replace("{}", text, 1)
+        before, text = segment.template.rindex("{}"), segment.around(text)
         inner = inner[0] + before, inner[1] + before
         whole = tokens_of(tokenizer, text).of(inner)
         if whole is None:
@@ -211,8 +147,8 @@ def place_of(
         place = kept.of(inner)
         cut = place is None or place[1] - place[0] != whole[1] - whole[0]
         start, stop = (0, 0) if cut else place
-        ends = segment.start + start, segment.start + stop
-        found.append(None if cut else Place(*ends, kept, inner, segment.start + whole[1]))
+        ends = shift + start, shift + stop
+        found.append(None if cut else Place(*ends, kept, inner, shift + whole[1]))
     if len({place and place[:2] for place in found}) > 1:
         places = {place and place[:2] for place in found}
         got = f"{prompt[slice(*chars)]!r} at {places}"
@@ -289,7 +225,7 @@ def _converted(
     if hasattr(pipe, "_text_preprocessing"):
         return _small(pipe, prompt, chars, argument)
     if not hasattr(pipe, "maybe_convert_prompt"):
-        _check_clean(pipe, prompt, argument)
+        _check_clean(pipe, tokenizer, prompt, argument)
         return prompt, chars
     parts = prompt[: chars[0]], prompt[slice(*chars)], prompt[chars[1] :]
     before, inner, after = (pipe.maybe_convert_prompt(part, tokenizer) for part in parts)
@@ -301,11 +237,14 @@ def _converted(
     return text, (len(before), len(before) + len(inner))
 
 
-def _check_clean(pipe: DiffusionPipeline, prompt: str, argument: str) -> None:
-    """Refuse a prompt in which a Wan pipeline changes more than white space."""
-    encode = getattr(type(pipe), "_get_t5_prompt_embeds", None)
-    cleaned = getattr(encode, "__globals__", {}).get("prompt_clean", str)(prompt)
-    if cleaned.split() != prompt.split():
+def _check_clean(pipe: DiffusionPipeline, tokenizer: Any, prompt: str, argument: str) -> None:
+    """Refuse a prompt that a pipeline cleans to other tokens, as Wan's and FLUX.2's do."""
+    module = inspect.unwrap(type(pipe).encode_prompt).__globals__
+    cleaned = module.get("prompt_clean", str)(prompt)
+    if hasattr(pipe, "system_message"):
+        cleaned = cleaned.replace("[IMG]", "")
+    texts = cleaned, prompt
+    if cleaned != prompt and len({tuple(tokens_of(tokenizer, text).ids) for text in texts}) > 1:
         rule = "have a phrase of a prompt that the pipeline leaves as it is"
         _checks.refuse(argument, rule, f"{prompt!r}, which becomes {cleaned!r}")
 

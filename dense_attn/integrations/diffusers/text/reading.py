@@ -13,6 +13,7 @@ from dense_attn import _checks
 from ..state import Image
 from . import encoding, phrases
 from .same_prompt import other_prompt
+from .segments import segments
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,9 +39,12 @@ class Reading:
         self.pipe, self.prompts, self.encode = pipe, prompts, encode
         self.regions = regions * len(prompts) if len(regions) == 1 else regions
         self.shared = len(regions) == 1
-        self.segments = phrases.segments(pipe)
+        self.segments = segments(pipe)
         self.chars = [self._characters(b) for b in range(len(prompts))]
         self.options: dict[str, Any] = {}  # of encode_prompt, as the last call had them
+        # the images of the last call, where encode_prompt puts them beside the prompt
+        self.pictures: dict[str, Any] = {}
+        self._waits = encoding.takes(pipe, "image")  # for them
         self._embeddings: dict[tuple, Tensor] = {}  # of a text under options
         self._images: dict[tuple, list[Image]] = {}  # of a number of tokens under options
         # what there is to say of each prompt since the denoiser's last call
@@ -54,6 +58,9 @@ class Reading:
             if lacking is not None:
                 rule = f"be False for a pipeline without its {lacking}"
                 _checks.refuse("encode_phrases", rule, True)
+        if self._waits and len(prompts) > 1:
+            rule = "be one prompt for a pipeline that encodes it with an image"
+            _checks.refuse("prompt", rule, f"{len(prompts)} prompts")
         self.needed = self._needed()
         self._warn_of_lost()
         self.images()
@@ -67,11 +74,8 @@ class Reading:
 
     def hear(self, given: dict[str, Any]) -> None:
         """Take the arguments of an encode_prompt that must encode the prompt; phrases follow it."""
-        told = given.get("system_prompt")
-        if told is not None and told != self.pipe.system_prompt:
-            _checks.refuse(
-                "system_prompt", "be the pipeline's own while a layout is on", repr(told)
-            )
+        self._check_template(given)
+        self._look(given)
         # it comes after the prompt, with no options to tell
         negative = self._heard and given.get("prompt_embeds") is not None
         if not negative and encoding.missing(self.pipe) is None:
@@ -82,6 +86,22 @@ class Reading:
         said, earlier = other_prompt(self, given), self.rows if self._heard else None
         self.rows = earlier if said else encoding.rows_of(given)
         self._heard.append(said)
+
+    def _check_template(self, given: dict[str, Any]) -> None:
+        """Refuse what stands before the prompt in the place of the pipeline's own."""
+        for name, own in encoding.surroundings(self.pipe).items():
+            told = given.get(name)
+            if told != own and (told is not None or name == encoding.INSTRUCTION):
+                _checks.refuse(name, "be the pipeline's own while a layout is on", repr(told))
+
+    def _look(self, given: dict[str, Any]) -> None:
+        """Take the images of a call; others make other tokens of a text."""
+        if encoding.takes(self.pipe, "image"):
+            image = given.get("image")
+            if self._waits or image is not self.pictures["image"]:
+                self._embeddings.clear()
+                self._images.clear()
+            self.pictures, self._waits = {"image": image}, False
 
     def check(self) -> None:
         """Say once if the prompt of the call at hand is another than the layout's."""
@@ -96,7 +116,7 @@ class Reading:
         return [
             []
             if chars is None
-            else self._of(self.prompts[b], chars, num_tokens, self.argument(b, r))
+            else self._of(self.prompts[b], chars, num_tokens, self.argument(b, r), self.prompts)
             for r, chars in enumerate(self.chars[b])
         ]
 
@@ -105,7 +125,8 @@ class Reading:
         options = self.options | {name: value for name, value in more.items() if value is not None}
         key = text, *sorted(options.items())
         if key not in self._embeddings:
-            self._embeddings[key] = encoding.encode(self.pipe, text, **options)[0][0]
+            found = encoding.encode(self.pipe, text, **options, **self.pictures)
+            self._embeddings[key] = found[0][0]
         return self._embeddings[key]
 
     def argument(self, b: int, r: int) -> str:
@@ -124,10 +145,15 @@ class Reading:
         return found
 
     def _of(
-        self, prompt: str, chars: Span, num_tokens: int | None, argument: str
+        self,
+        prompt: str,
+        chars: Span,
+        num_tokens: int | None,
+        argument: str,
+        batch: list[str],
     ) -> list[Place | None]:
         found = [
-            phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument)
+            phrases.place_of(self.pipe, segment, prompt, chars, num_tokens, argument, batch)
             for segment in self.segments
         ]
         if not any(found):
@@ -140,10 +166,11 @@ class Reading:
         for r, places in enumerate(self.places(b, num_tokens)):
             there = [place for place in places if place]
             spans.append([(place.start, place.stop) for place in there])
-            if self.encode and there:
+            if self.encode and there and not self._waits:
                 phrase = self._phrase(b, r)
                 alone = self.embeddings(phrase)
-                own = self._of(phrase, (0, len(phrase)), len(alone), self.argument(b, r))
+                whole = (0, len(phrase)), len(alone)
+                own = self._of(phrase, *whole, self.argument(b, r), [phrase])
                 embedded += [
                     ((place.start, place.stop), alone[phrases.matched(place, one)])
                     for place, one in zip(places, own)

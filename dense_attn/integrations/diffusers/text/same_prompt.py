@@ -11,8 +11,8 @@ from . import encoding
 from .tokens import tokens_of
 
 if TYPE_CHECKING:
-    from .phrases import Segment
     from .reading import Reading
+    from .segments import Segment
 
 # of a token's distance from the empty prompt's: far above rounding, far below another word
 NEAR = 0.1
@@ -50,6 +50,8 @@ def _other_text(reading: Reading, segment: Segment, i: int, given: Any) -> str |
 def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
     """The words for embeddings that hold another phrase where the layout's prompt has its own."""
     known = reading.segments and encoding.missing(reading.pipe) is None
+    if encoding.takes(reading.pipe, "text_encoder_index"):
+        return None  # of one encoder of two
     if not known or given.dim() != 3 or given.shape[1] < reading.needed:
         return None
     options: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .record import IMAGE, TEXT, Attention, Model
+from ..record import IMAGE, TEXT, Attention, Model
 
 
 class PixArt(Model):

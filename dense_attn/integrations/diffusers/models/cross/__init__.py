@@ -1,0 +1,1 @@
+"""Images whose transformers attend to themselves, and across to the text."""

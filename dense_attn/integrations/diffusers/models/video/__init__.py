@@ -1,0 +1,1 @@
+"""The kinds of denoisers of videos, a file each."""

@@ -1,0 +1,1 @@
+"""The numbers of a layout, and the pairs of tokens that it touches."""

@@ -1,0 +1,154 @@
+"""All kinds and sizes of a model's layers, for one grid of latents and the texts of a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..models.record import IMAGE, TEXT, Attention
+from . import texts
+from .blocks import Blocks, Half, Part, Rule, Sequence
+from .sharing import areas_of, members, with_base, words_of
+
+if TYPE_CHECKING:
+    from ..models.record import Call, Model
+    from .options import Options
+    from .reading import RegionReading
+    from .texts import Slots, Span
+
+# layers of a model whose record has no table
+OF_UNETS = Attention("self", (IMAGE,)), Attention("cross", (IMAGE,), (TEXT,))
+TEXT_ALONE = "text alone"  # the kind of layers in which text tokens see each other
+
+
+def attentions_of(model: Model) -> tuple[Attention, ...]:
+    """The kinds of a model's layers."""
+    return model.attentions or OF_UNETS
+
+
+def has_text(segments: tuple | None) -> bool:
+    """Whether tokens of a text are among segments."""
+    return any(segment.kind == "text" for segment in segments or ())
+
+
+def is_joint(model: Model) -> bool:
+    """Whether a model's text attends to the image."""
+    return any(has_text(queries) for _, queries, _ in attentions_of(model))
+
+
+def multiple_of(model: Model) -> int:
+    """What padding makes the number of a text's tokens a multiple of."""
+    sides = [side or () for _, *both in attentions_of(model) for side in both]
+    return max(one.multiple for side in sides for one in side if one.kind == "text")
+
+
+@dataclass(eq=False)
+class Layers:
+    """What the layers of one call are made from."""
+
+    model: Model
+    reading: RegionReading
+    options: Options
+    call: Call
+    slots: Slots
+    spans: tuple[Span, ...]
+
+    def parts(self) -> dict[tuple[str, int], Part]:
+        """The layers by kind and halvings of the grid."""
+        found: dict[tuple[str, int], Part] = {}
+        height, width = (side // self.model.patch for side in self.model.grid(self.call))
+        for depth in range(getattr(self.model, "deepest", 0) + 1):
+            for attention in attentions_of(self.model):
+                part = self._part(attention, (height, width))
+                if part is not None:
+                    found[attention.layers, depth] = part
+            height, width = (height + 1) // 2, (width + 1) // 2
+        if self.model.text_layers is not None:
+            found[TEXT_ALONE, 0] = self._of_text()
+        return found
+
+    def _part(self, attention: Attention, size: tuple[int, int]) -> Part | None:
+        """The layers of one kind and size; None for those that are left alone."""
+        _, queries, keys = attention
+        text = has_text(queries) or has_text(keys)
+        isolate, backend = self.options.isolate, self.options.backend
+        if not text and (not isolate or not any(span.positive for span in self.spans)):
+            return None
+        sequence = self._sequence(attention, size)
+        sizes = (sequence.count(side) for side in (queries, queries if keys is None else keys))
+        rule = Rule("mask" if text or isolate == 1 else "bias", backend)
+        part = Part(*sizes, keys is None, rule, text)
+        for span in self.spans:
+            half = self._half(span, size)
+            made = self._with_texts if text else self._isolated
+            for on in (True, False):
+                part.blocks[on, span.positive] = made(sequence, half, on, span.positive)
+        return part
+
+    def _sequence(self, attention: Attention, size: tuple[int, int]) -> Sequence:
+        """The tokens of a kind of layers."""
+        latents, image, frames, others = self.call.latents, size[0] * size[1], 1, 0
+        if latents.dim() == 5:
+            frames = latents.shape[2] // self.model.frames
+        elif latents.dim() == 3:
+            others = latents.shape[1] - image
+        return Sequence(attention, self.slots.count, image, frames, others)
+
+    def _with_texts(self, sequence: Sequence, half: Half, on: bool, positive: bool) -> Blocks:
+        """The calls of layers that see texts; cross-attention to the first alone has none."""
+        joint = has_text(sequence.attention.queries)
+        if not joint and not (on and (positive or self.reading.negatives)):
+            return Blocks([])
+        shares = half.shares if on else half.first_alone()
+        blocks = sequence.blocks(half, shares, bool(self.options.isolate))
+        if on and self.options.area_scaling:
+            blocks = blocks._replace(scales=half.spread(self._scales(half))[:, None, :, None])
+        return blocks
+
+    def _scales(self, half: Half) -> Tensor:
+        """The factor of each text token's scores, float32 [P, N]: the image's area over its own."""
+        sizes = torch.tensor(self.slots.sizes, dtype=torch.int64, device="cpu")
+        factors = torch.ones(len(half.own), len(sizes), dtype=torch.float32, device="cpu")
+        for row, area in zip(factors, half.areas):
+            row[1 : 1 + len(area)] = 1 / area
+        return factors.repeat_interleave(sizes, 1)
+
+    def _isolated(self, sequence: Sequence, half: Half, on: bool, positive: bool) -> Blocks:
+        """Self-attention in which tokens of another region count less."""
+        if not on or not positive:
+            return Blocks([])
+        image = torch.stack([words_of(one) for one in half.own])
+        every = torch.full_like(image[:, :1], -1)
+        words = sequence.joined(sequence.attention.queries, half.text, image, every)
+        apart = torch.tensor(1 - self.options.isolate, dtype=torch.float64, device="cpu")
+        strength = 0.0 if self.options.isolate == 1 else -float(apart.log())
+        return Blocks([(half.layer(words, None, strength), None)])
+
+    def _of_text(self) -> Part:
+        """Layers of the text alone, in which each text sees itself."""
+        count = self.slots.count
+        part = Part(count, count, True, Rule("mask", self.options.backend))
+        for span in self.spans:
+            half = self._half(span, (1, 1))
+            blocks = Blocks([(half.layer(half.text, None), None)])
+            part.blocks[True, span.positive] = part.blocks[False, span.positive] = blocks
+        return part
+
+    def _half(self, span: Span, size: tuple[int, int]) -> Half:
+        """Some rows' shares of image tokens, and words of text tokens."""
+        images, slots = self.reading.images_of, self.slots
+        each = (span.stop - span.start) // len(images)
+        own = [members(one.masks, one.weights, size, self.reading.base) for one in images]
+        given = self.reading.texts(span.positive)
+        shares = [
+            with_base(image, self.options.base_ratio, [text is not None for text in row])
+            for image, row in zip(own, given)
+        ]
+        # a text that all rows share has one row
+        rows = [min(span.start + b * each, len(slots.lengths) - 1) for b in range(len(images))]
+        text = texts.words([slots.lengths[row] for row in rows], slots.sizes, slots.multiple)
+        areas = [areas_of(one.masks, size) for one in images]
+        return Half(shares, own, areas, text, each, self.call.text.device)

@@ -1,0 +1,107 @@
+"""The prompts of regions, encoded as the pipeline encodes its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import regions as phrase_regions
+from ..text import encoding
+from ..text.reading import Reading
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from .region import Regions
+
+
+class Text(NamedTuple):
+    """One text as it is encoded."""
+
+    tokens: Tensor  # [L, C], with its padding
+    mask: Tensor | None  # bool [L], the tokens that are no padding, where the pipeline tells
+    bare: Tensor  # [n, C], without padding
+
+
+class RegionReading(Reading):
+    """The prompts of one block: the call's, and those of the regions."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, prompts: list[str] | None, regions: list[Regions]
+    ) -> None:
+        given = [""] * len(regions) if prompts is None else prompts
+        self.images_of = regions * len(given) if len(regions) == 1 else regions
+        self.base = prompts is not None
+        self.negatives = any(text is not None for image in regions for text in image.negatives)
+        self._manner: dict[str, Any] = {}  # of encode_prompt, as the last call had it
+        self._texts: dict[tuple[str, bool], Text] = {}  # prompts and negative ones, in that manner
+        none = phrase_regions.Regions([], torch.zeros(0, 1, 1, dtype=torch.bool, device="cpu"))
+        super().__init__(pipe, given, [none], encode=False)
+        if not self.base:
+            self.segments = []  # a call may have any prompt
+
+    def hear(self, given: dict[str, Any]) -> None:
+        """Take the arguments of a call of encode_prompt, and encode the regions' texts likewise."""
+        embedded = given.get("prompt_embeds") is not None
+        # it comes after the prompt, with no manner to tell
+        negative = bool(self._heard) and embedded
+        super().hear(given)
+        if not negative and encoding.missing(self.pipe) is None:
+            manner = {name: given[name] for name in given if _tells(name)}
+            if embedded:  # of others only this one had an effect
+                manner = {name: manner[name] for name in manner if name == "lora_scale"}
+            if not _same(manner, self._manner):
+                self._manner = manner
+                self._texts.clear()
+            for positive in (True, False):  # now, while the text encoders are at hand
+                self.texts(positive)
+
+    def texts(self, positive: bool) -> list[list[Text | None]]:
+        """The texts of each image's regions; None for the negative prompt's own."""
+        return [
+            [
+                None if text is None else self._text(text, positive)
+                for text in (image.prompts if positive else image.negatives)
+            ]
+            for image in self.images_of
+        ]
+
+    def _text(self, text: str, positive: bool) -> Text:
+        """A prompt, or a negative one, as the last call's manner encodes it."""
+        key = text, positive
+        if key not in self._texts:
+            found = self._encoded(text) if positive else self._negative(text)
+            tokens, same = found[0][0], (1, len(found[0][0]))
+            masks = (x[0].bool() for x in found[1:] if isinstance(x, Tensor) and x.shape == same)
+            mask = next(masks, None)
+            bare = tokens if mask is None else tokens[mask.to(tokens.device)]
+            self._texts[key] = Text(tokens, mask, bare)
+        return self._texts[key]
+
+    def _encoded(self, text: str, **options: Any) -> tuple[Any, ...]:
+        return encoding.encode(self.pipe, text, **self._manner, **options)
+
+    def _negative(self, text: str) -> tuple[Any, ...]:
+        """The outputs of encode_prompt that it has for guidance alone, if it has any."""
+        if not encoding.takes(self.pipe, "negative_prompt"):
+            return self._encoded(text)
+        guided = {"negative_prompt": text, "do_classifier_free_guidance": True}
+        pairs = zip(self._encoded(""), self._encoded("", **guided))
+        return tuple(more for one, more in pairs if one is None or len(one) == 0)
+
+
+def _tells(name: str) -> bool:
+    """Whether an argument of encode_prompt is no text, and none that encoding sets by itself."""
+    own = ("device", "do_classifier_free_guidance", "text_encoder_index")
+    return "prompt" not in name and name not in own
+
+
+def _same(manner: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two manners are; images and lists are told apart as objects."""
+    plain = (str, int, float, bool)
+    return manner.keys() == other.keys() and all(
+        value is other[name] or (isinstance(value, plain) and value == other[name])
+        for name, value in manner.items()
+    )
