@@ -230,7 +230,7 @@ def _words_fit(words: object, num_tokens: int, q: Tensor) -> bool:
     return (
         isinstance(words, Tensor)
         and words.dtype is torch.int32
-        and words.shape in ((num_tokens,), (1, num_tokens))
+        and (words.shape == (1, num_tokens) or words.shape == (num_tokens,))
         and words.layout is torch.strided
         and words.device == q.device
     )

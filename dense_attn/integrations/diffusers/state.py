@@ -79,7 +79,6 @@ class Layer:
         """Modulated attention of q, k, v [B, H, tokens, D] of the rows that see the prompt."""
         # lists belong to one mask, and a call brings its own
         lists = self._tile_lists(q, k, options.backend) if k_mask is None else None
-        orders = {"q_order": self.q_order, "k_order": self.k_order}
         return layout_attention(
             q,
             k,
@@ -90,8 +89,9 @@ class Layer:
             modulation=options.modulation,
             scale=scale,
             k_mask=k_mask,
-            tile_lists=lists,
-            **(orders if lists is None else {}),  # lists have orders of their own
+            tile_lists=lists,  # which have orders of their own
+            q_order=self.q_order if lists is None else None,
+            k_order=self.k_order if lists is None else None,
             backend=options.backend,
         )
 
@@ -100,9 +100,9 @@ class Layer:
         if torch.compiler.is_compiling():
             return self._new_lists(q, k, backend)
         key = q.shape, k.shape, q.dtype
-        if key not in self.lists:
-            self.lists[key] = self._new_lists(q, k, backend)
-        return self.lists[key]
+        if (lists := self.lists.get(key, key)) is key:
+            self.lists[key] = lists = self._new_lists(q, k, backend)
+        return lists
 
     def _new_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
         return tile_lists(q, k, self.q_words, self.k_words, backend=backend)
