@@ -125,8 +125,9 @@ class Sequence(NamedTuple):
 
     def count(self, segments: tuple[Segment, ...]) -> int:
         """The tokens of segments."""
-        place = {"dtype": torch.int32, "device": "cpu"}
-        sides = (torch.zeros(1, n, **place) for n in (self.text, self.image, 1))
+        sides = (
+            torch.zeros(1, n, dtype=torch.int32, device="cpu") for n in (self.text, self.image, 1)
+        )
         return self.joined(segments, *sides).shape[1]
 
     def joined(
