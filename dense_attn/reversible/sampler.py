@@ -120,8 +120,9 @@ class ReversibleSampler:
 
         A flow's scheduler (FlowMatchEulerDiscreteScheduler and its like, or one with
         use_flow_sigmas) makes chains of a rectified flow: `x_next = x + (sigma_next - sigma)*v` in
-        the place of the DDIM step, and eps_fn returns the velocity v, noise - data. Shifts, sigmas
-        given by hand and few steps are what set_timesteps made of them. Others (DDIM, DPM-Solver,
+        the place of the DDIM step, and eps_fn returns the velocity v, noise - data (data - noise
+        with invert_sigmas); its t is the scheduler's, of 1000, where some networks take t / 1000.
+        Shifts, sigmas given by hand and few steps are set_timesteps' own. Others (DDIM, DPM-Solver,
         Euler and their like) make DDIM's chains, on their sigmas where they have them: eps_fn
         receives and returns what it does for the constructor, whatever the scheduler scales.
 

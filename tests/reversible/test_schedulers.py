@@ -76,6 +76,8 @@ def test_the_network_is_handed_the_schedulers_timesteps() -> None:
     chain = ReversibleSampler.from_scheduler(scheduler, method="euler")
     chain.sample(lambda x, t: seen.append(t) or x, torch.randn(3))
     assert torch.equal(torch.stack(seen), scheduler.timesteps)
+    scheduler.timesteps.zero_()  # the chain's stay
+    assert not torch.equal(torch.stack(seen), scheduler.timesteps)
 
 
 def test_flow_sigmas_of_schedulers_that_have_two_kinds() -> None:
@@ -167,7 +169,9 @@ def diffusion(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(**{**good, "num_inference_steps": 3, **changes})
 
 
-NEITHER = "scheduler must have timesteps, and alphas_cumprod or the sigmas of a rectified flow, got"
+NEITHER = (
+    "scheduler must have timesteps, and alphas_cumprod, or a flow's sigmas (with scale_noise), got"
+)
 UNSET = "scheduler must know its steps, by set_timesteps, got SimpleNamespace without them"
 REFUSALS = [  # scheduler, options, error, message
     (None, {}, TypeError, NEITHER + " NoneType"),
@@ -283,6 +287,12 @@ def test_schedulers_of_other_kinds_are_refused() -> None:
     refused(ValueError, "have one timestep a step", ReversibleSampler.from_scheduler, scheduler)
     scheduler = made("DPMSolverMultistepScheduler", prediction_type="flow_prediction")
     message = "scheduler must use_flow_sigmas for flow_prediction, got DPMSolverMultistepScheduler"
+    refused(ValueError, message, ReversibleSampler.from_scheduler, scheduler)
+    scheduler = made("MiniMaxH3Scheduler")  # whose network points to the data
+    message = "have timesteps that fall as its sigmas do, got MiniMaxH3Scheduler, whose go from 0 "
+    refused(ValueError, message, ReversibleSampler.from_scheduler, scheduler)
+    scheduler = made("DPMSolverMultistepScheduler", use_flow_sigmas=True)
+    message = "have a prediction_type of flow_prediction on flow sigmas, got DPM"
     refused(ValueError, message, ReversibleSampler.from_scheduler, scheduler)
     scheduler = made("EDMEulerScheduler")
     refused(TypeError, NEITHER, ReversibleSampler.from_scheduler, scheduler)
