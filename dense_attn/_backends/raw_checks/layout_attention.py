@@ -39,7 +39,8 @@ def layout_attention_fwd(
     """Refuse what the kernels cannot run on, but for the shapes of the tile lists: `lists`."""
     _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
     _every_strength(every_strength)
-    _seqlens(seqlens_k, q.shape[0], k.shape[2], q)
+    if seqlens_k is not None:
+        _seqlens(seqlens_k, q.shape[0], k.shape[2], q)
     given = 3 - (tiles is None) - (counts is None) - (k_words is None)
     if given not in (0, 3):
         _checks.refuse("tile_lists", "be 3 tensors", given)
@@ -67,8 +68,9 @@ def layout_attention_bwd(
     """Refuse what the kernels cannot run on."""
     _inputs(q, k, v, q_regions, k_regions, strength, modulation, scale, q_order, k_order)
     _every_strength(every_strength)
-    _seqlens(seqlens_k, q.shape[0], k.shape[2], q)
     shape, dtype = q.shape, q.dtype
+    if seqlens_k is not None:
+        _seqlens(seqlens_k, shape[0], k.shape[2], q)
     rows = shape[:3]
     _rows("grad_out", grad_out, q, shape, dtype)
     _rows("out", out, q, shape, dtype)
@@ -100,8 +102,9 @@ def tile_lists(
         _seqlens(seqlens_k, batch, k_regions.shape[-1], q_regions)
     for name, words in (("q_regions", q_regions), ("k_regions", k_regions)):
         _checks.token_words(name, words, batch, words.shape[-1], q_regions)
-    _order("q_order", q_order, batch, q_regions.shape[-1], q_regions)
-    _order("k_order", k_order, batch, k_regions.shape[-1], q_regions)
+    for name, order, words in (("q_order", q_order, q_regions), ("k_order", k_order, k_regions)):
+        if order is not None:
+            _order(name, order, batch, words.shape[-1], q_regions)
     for name, block in (("block_m", block_m), ("block_n", block_n)):
         if block not in BLOCKS:
             _checks.refuse(name, f"be one of {', '.join(map(str, BLOCKS))}", block)
@@ -119,6 +122,8 @@ def lists(
     batch, seqlen_k = q.shape[0], k.shape[2]
     query_tiles, key_tiles = -(-q.shape[2] // block_m), -(-seqlen_k // block_n)
     shapes = ((query_tiles, 2, key_tiles), (query_tiles, 3), (seqlen_k,))
+    if _lists_fit(tensors, q, batch, shapes):
+        return
     for x, shape in zip(tensors, shapes):
         if x.dtype != torch.int32:
             _checks.refuse("tile_lists", "be int32", _checks.name(x.dtype), TypeError)
@@ -127,6 +132,25 @@ def lists(
             rule = f"have contiguous tensors of shape [1 or B, {', '.join(map(str, shape))}]"
             _checks.refuse("tile_lists", rule, tuple(x.shape))
         _checks.same_device("tile_lists", x, q)
+
+
+def _lists_fit(
+    tensors: tuple[Tensor, Tensor, Tensor], q: Tensor, batch: int, shapes: tuple[tuple, ...]
+) -> bool:
+    """Whether one look finds nothing to refuse in lists of one sample, or of each."""
+    tiles, counts, words = tensors
+    own, (tile, count, key), device = tiles.shape[0], shapes, q.device
+    return (
+        (own == 1 or own == batch)
+        and tiles.shape == (own, *tile)
+        and counts.shape == (own, *count)
+        and words.shape == (own, *key)
+        and tiles.dtype is counts.dtype is words.dtype is torch.int32
+        and tiles.is_contiguous()
+        and counts.is_contiguous()
+        and words.is_contiguous()
+        and tiles.device == counts.device == words.device == device
+    )
 
 
 def _inputs(
@@ -156,8 +180,10 @@ def _inputs(
         _rows("strength", strength, q, shape[:3])
     _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
     _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
-    _order("q_order", q_order, batch, seqlen_q, q)
-    _order("k_order", k_order, batch, seqlen_k, q)
+    if q_order is not None:
+        _order("q_order", q_order, batch, seqlen_q, q)
+    if k_order is not None:
+        _order("k_order", k_order, batch, seqlen_k, q)
 
 
 @of_a_raw_call
@@ -175,10 +201,8 @@ def _every_strength(number: float) -> None:
         _checks.refuse("every_strength", "be finite in float32", number)
 
 
-def _seqlens(counts: Tensor | None, batch: int, seqlen_k: int, like: Tensor) -> None:
+def _seqlens(counts: Tensor, batch: int, seqlen_k: int, like: Tensor) -> None:
     """Require int32 [B]; what they say is looked at on the CPU alone, and kernels bound it."""
-    if counts is None:
-        return
     _checks.token_words("seqlens_k", counts, batch, batch, like)
     if counts.dim() != 1:
         _checks.refuse("seqlens_k", f"have shape [{batch}]", tuple(counts.shape))
@@ -203,11 +227,10 @@ def _rows(
     _checks.same_device(name, x, q)
 
 
-def _order(name: str, order: Tensor | None, batch: int, num_tokens: int, like: Tensor) -> None:
-    """Require a permutation of the tokens, or None."""
-    if order is not None:
-        _checks.token_words(name, order, batch, num_tokens, like)
-        _permutation(name, order)
+def _order(name: str, order: Tensor, batch: int, num_tokens: int, like: Tensor) -> None:
+    """Require a permutation of the tokens."""
+    _checks.token_words(name, order, batch, num_tokens, like)
+    _permutation(name, order)
 
 
 def _permutation(name: str, order: Tensor) -> None:
