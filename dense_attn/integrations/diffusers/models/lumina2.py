@@ -12,7 +12,7 @@ from dense_attn import _checks
 from .record import IMAGE, TEXT, Attention, Call, Model
 
 if TYPE_CHECKING:
-    from ..prompts.texts import Slots
+    from ..prompts.texts import Slots, Texts
 
 
 class Lumina2(Model):
@@ -42,6 +42,12 @@ class Lumina2(Model):
         """Put text tokens [B, L, C] into a call, before its padding."""
         padding = arguments["encoder_hidden_states"][:, text.shape[1] :]
         arguments["encoder_hidden_states"] = torch.cat((text, padding), 1)
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's, in the place of its padding."""
+        own = arguments["encoder_attention_mask"][:, : texts.slots.own]
+        arguments["encoder_hidden_states"] = texts.tokens
+        arguments["encoder_attention_mask"] = torch.cat([own, texts.mask.to(own)], 1)
 
     def numbered(self, own: Any, slots: Slots, latents: Tensor, mask: Tensor) -> tuple[Any, ...]:
         """The rotations of texts whose places begin anew, and the image behind the longest."""
