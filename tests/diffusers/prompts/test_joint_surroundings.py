@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +143,37 @@ def test_blocks_inside_of_blocks() -> None:
         assert torch.equal(ours("qwen"), right)
         assert near(run("qwen", "dog", steps=2), cat)
     assert "forward" not in vars(pipe.transformer.pos_embed)
+
+
+def test_what_is_left_of_a_block() -> None:
+    """Nothing: of blocks that end in another order, in a copy, and where another put its own."""
+    pipe = family("z_image")
+    own, place = pipe.transformer, "patchify_and_embed"
+    plain = run("z_image", "dog", steps=1)
+    outer, inner = (apply_layout(pipe, "dog", regions) for regions in (HALVES, WHOLE))
+    outer.__enter__()
+    run("z_image", "dog", steps=1)
+    copied = copy.deepcopy(own)
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert not close(run("z_image", "dog", steps=1), plain)
+    inner.__exit__(None, None, None)
+    assert place not in vars(own)
+    assert getattr(copied, place).__self__.own.__self__ is copied
+    try:
+        pipe.transformer = copied
+        assert torch.equal(run("z_image", "dog", steps=1), plain)
+        assert not close(ours("z_image"), plain)
+        assert place not in vars(copied)
+        pipe.transformer = own
+        with apply_layout(pipe, "dog", HALVES):
+            run("z_image", "dog", steps=1)
+            ours_inside = getattr(own, place)
+            setattr(own, place, lambda *given: ours_inside(*given))
+        assert torch.equal(run("z_image", "dog", steps=1), plain)
+    finally:
+        pipe.transformer = own
+        vars(own).pop(place, None)
 
 
 def test_records_without_a_place_for_more_text(monkeypatch: pytest.MonkeyPatch) -> None:
