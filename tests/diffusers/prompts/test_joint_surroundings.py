@@ -35,11 +35,12 @@ def ours(name: str, regions: list = HALVES, **options: object) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen", *(pytest.param(name, marks=pytest.mark.full) for name in ("z_image", "wan"))]
+    "name",
+    ["qwen", *(pytest.param(x, marks=pytest.mark.full) for x in ("z_image", "wan", "lumina2"))],
 )
 def test_several_images(name: str) -> None:
     """Each alone is the same, of texts of other lengths, in one call."""
-    pipe, prompts = family(name), ["dog", "a cat dog cat"]
+    pipe, prompts = family(name), ["dog", "cat" if name == "lumina2" else "a cat dog cat"]
     regions = [HALVES, [Region(~LEFT, "cat", negative="a dog")]]
     given = FAMILIES[name][1] | {"num_inference_steps": 2, "output_type": "latent"}
     given |= {"return_dict": False}
