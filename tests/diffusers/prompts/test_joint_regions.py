@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import Region, apply_layout
+from dense_attn.integrations.diffusers.prompts.layers import Layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = MODELS["flux"][1]["max_sequence_length"]
@@ -197,6 +198,15 @@ def test_negative_prompts_of_regions() -> None:
     dense(pipe, (LEFT, ~LEFT), "a", "cat")
     keep.remove()
     assert near(seen[1], seen[6])
+
+
+def test_layers_are_made_once_for_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose calls take turns."""
+    made, parts = [], Layers.parts
+    monkeypatch.setattr(Layers, "parts", lambda self: made.append(self) or parts(self))
+    with apply_layout(pipeline("flux"), PROMPT, [Region(LEFT, "a cat", negative="dog")]):
+        latents(pipeline("flux"), steps=3, negative_prompt="a", true_cfg_scale=2.0)
+    assert len(made) == 2
 
 
 def test_what_joint_attention_refuses() -> None:

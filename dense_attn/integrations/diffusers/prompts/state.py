@@ -60,6 +60,8 @@ class RegionState(LayoutState):
     ) -> None:
         super().__init__(pipe, model, reading, options)
         self.parts: dict[tuple[str, int], Part] = {}  # by kind and halvings of the grid
+        # by all that they depend on, and beside what keeps their call's key its own
+        self._made: dict[tuple, tuple[Layers, dict[tuple[str, int], Part]]] = {}
         self.spans: tuple[Span, ...] = ()  # of this call; none where nothing is changed
         self.batch = 0
         self.slots: Slots | None = None
@@ -181,7 +183,7 @@ class RegionState(LayoutState):
     def _texts(self, given: dict[str, Any], call: Call, spans: tuple[Span, ...]) -> Texts:
         """The texts of a call in their slots."""
         images, text = self.reading.images_of, call.text
-        if len(text) < len(call.latents) and len(images) > 1:  # one for all rows
+        if len(text) < len(call.latents) and len(images) > 2:  # one for all rows
             text = text.expand(len(call.latents), -1, -1)
         keep = self.model.keeps_padding or given.get(self.model.text_mask) is None
         own, multiple = self.model.text_lengths(given, text), multiple_of(self.model)
@@ -206,9 +208,12 @@ class RegionState(LayoutState):
         return bool((with_base(shares, self.options.base_ratio, given)[0] > 0).any())
 
     def _make(self, call: Call, slots: Slots, spans: tuple[Span, ...]) -> None:
-        """The layers of a latent grid and texts of some lengths, once a run."""
+        """The layers of a latent grid and texts of some lengths, once a run for each prompt."""
         made_for = call.key, slots, call.text.device, spans
-        if made_for == self._made_for:
-            return
-        self.parts = Layers(self.model, self.reading, self.options, call, slots, spans).parts()
-        self._made_for, self._call = made_for, call
+        found = self._made.pop(made_for, None)
+        if found is None:
+            layers = Layers(self.model, self.reading, self.options, call, slots, spans)
+            found = layers, layers.parts()
+        (_, self.parts), self._made[made_for] = found, found
+        while len(self._made) > 2:  # the latest: the prompt's and the negative one's
+            del self._made[next(iter(self._made))]
