@@ -179,6 +179,16 @@ def test_semantic_guidance_is_refused() -> None:
         latents(pipe, steps=3)
 
 
+def test_regions_apart_under_the_calls_prompt() -> None:
+    """isolate goes on where base_ratio leaves the regions' prompts nothing."""
+    pipe, outs = pipeline("sd"), []
+    for ratio in (1.0, 0.999998):
+        with apply_layout(pipe, PROMPT, HALVES, isolate=1.0, base_ratio=ratio):
+            outs.append(latents(pipe, steps=3))
+    assert near(*outs)
+    assert not close(outs[0], latents(pipe, steps=3))
+
+
 BOX = (0.0, 0.0, 1.0, 1.0)
 ONE = [Region(BOX, "cat")]
 

@@ -142,7 +142,8 @@ class RegionState(LayoutState):
     ) -> tuple[tuple, dict] | None:
         """A hook before each call of the denoiser: the texts of the regions behind the call's."""
         self.spans = ()
-        if self.paused or self.options.base_ratio == 1:
+        apart = self.options.isolate and not self.model.joint
+        if self.paused or (self.options.base_ratio == 1 and not apart):
             return None
         self._check(denoiser)
         bound = arguments(denoiser, args, kwargs)
