@@ -50,10 +50,14 @@ class Blocks(NamedTuple):
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=there, scale=scale
             )
+        dtype = q.dtype
         if self.scales is not None:
+            if dtype == torch.float16:  # whose range a factor leaves
+                q, k, v, mask = q.float(), k.float(), v.float(), _wide(mask)
             k = k * self.scales.to(k.dtype)
         run = partial(self._sum, rule=rule)
-        return run(q, k, v, scale=scale) if mask is None else mask.attention(q, k, v, scale, run)
+        out = run(q, k, v, scale=scale) if mask is None else mask.attention(q, k, v, scale, run)
+        return out.to(dtype)
 
     def _sum(
         self,
@@ -184,6 +188,13 @@ class Sequence(NamedTuple):
 def rows_of(mask: Mask, start: int, stop: int) -> Mask:
     """The mask of some rows of the batch, of which each may have its own."""
     return Mask(*(x if x is None or len(x) == 1 else x[start:stop] for x in mask))
+
+
+def _wide(mask: Mask | None) -> Mask | None:
+    """A mask for float32, of which one of bools is one."""
+    if mask is None or not mask.keys.is_floating_point():
+        return mask
+    return mask._replace(keys=mask.keys.float())
 
 
 def _united(words: Tensor) -> Tensor:
