@@ -14,6 +14,7 @@ from pipelines import close
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import Region, apply_layout
+from dense_attn.integrations.diffusers._attention_hook import MARKS
 from dense_attn.integrations.diffusers.hooks import arguments
 from dense_attn.integrations.diffusers.models.flux import Flux
 from dense_attn.integrations.diffusers.models.video.wan import Wan
@@ -175,6 +176,14 @@ def test_what_is_left_of_a_block() -> None:
     finally:
         pipe.transformer = own
         vars(own).pop(place, None)
+
+
+def test_each_of_two_denoisers_has_a_first_layer() -> None:
+    pipe = family("wan_2_2")
+    with apply_layout(pipe, "dog", HALVES, every=100):
+        for denoiser in (pipe.transformer, pipe.transformer_2):
+            marks = [vars(block.attn2)[MARKS][-1] for block in denoiser.blocks]
+            assert [mark.on for mark in marks] == [True] + [False] * (len(marks) - 1)
 
 
 def test_records_without_a_place_for_more_text(monkeypatch: pytest.MonkeyPatch) -> None:

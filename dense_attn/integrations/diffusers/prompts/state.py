@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +77,11 @@ class RegionState(LayoutState):
         """The marks of attention modules by name with their kind and depth, and of the text's."""
         layers = layers | self._text_layers()
         self.attentions = {name: layer for name, (layer, *_) in layers.items()}
-        found, counts = [], dict.fromkeys((kind for _, kind, _ in layers.values()), 0)
+        found, counts = [], Counter()  # each of two denoisers has a first layer of a kind
         for name, (layer, kind, depth) in layers.items():
-            found.append((layer, RegionMark(self, name, kind, depth, counts[kind])))
-            counts[kind] += 1
+            of = self.model.root(self.pipe, name)[0], kind
+            found.append((layer, RegionMark(self, name, kind, depth, counts[of])))
+            counts[of] += 1
         return found
 
     def _text_layers(self) -> dict[str, tuple[Any, str, int]]:
