@@ -215,6 +215,10 @@ ONE = [Region(BOX, "cat")]
         ([Region(MASK.astype(object), "a")], {}, TypeError, r"must have a bool mask, .* of object"),
         ([Region(MASK.astype(np.longdouble), "a")], {}, TypeError, r"must have a bool mask, .* of"),
         ([Region(np.full((8, 12), np.nan), "a")], {}, ValueError, r"must have a mask of values in"),
+        ([Region(torch.eye(4).to_sparse(), "a")], {}, TypeError, r"\[0\] must be a strided tensor,"),
+        ([Region(torch.eye(4).bool().to_sparse(), "a")], {}, TypeError, r"must be a strided tensor,"),
+        ([Region(torch.ones(4, 4, device="meta"), "a")], {}, ValueError, r"got a meta tensor"),
+        ([("cat", torch.eye(4, device="meta").bool())], {}, ValueError, r"got a meta tensor"),
         ([Region((0, 0, 2, 1), "a")], {}, ValueError, r"the box of regions\[0\] must have 0 <= x0"),
         (
             [*ONE, Region(MASK, "a"), Region(MASK[1:], "a")],
