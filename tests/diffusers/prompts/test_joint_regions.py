@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -198,6 +201,19 @@ def test_negative_prompts_of_regions() -> None:
     dense(pipe, (LEFT, ~LEFT), "a", "cat")
     keep.remove()
     assert near(seen[1], seen[6])
+
+
+def test_negative_prompts_without_guidance_are_warned_of() -> None:
+    pipe, regions = pipeline("flux"), [Region(LEFT, "a cat", negative="dog")]
+    with pytest.warns(UserWarning, match="^regions have a negative prompt, and the p") as found:
+        ours(pipe, regions)
+    assert [Path(each.filename).name for each in found] == [Path(__file__).name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with apply_layout(pipe, PROMPT, regions):
+            latents(pipe, steps=2, negative_prompt="a", true_cfg_scale=2.0)
+        with apply_layout(pipeline("sd"), PROMPT, regions):
+            latents(pipeline("sd"), steps=2)
 
 
 def test_layers_are_made_once_for_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ class RegionState(LayoutState):
         self.spans: tuple[Span, ...] = ()  # of this call; none where nothing is changed
         self.batch = 0
         self.slots: Slots | None = None
+        self._told_apart: set[bool] = set()  # whether calls were the prompt's
         self._most = max(len(image.prompts) for image in reading.images_of)
         # whether any token of each image sees the call's prompt, and its negative prompt
         self._first = {
@@ -154,17 +156,24 @@ class RegionState(LayoutState):
         self.reading.check()
         said = self.reading.rows, self.reading.guides
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
+        spans = self._spans(rows, len(call.latents))
+        self._told_apart.update(span.positive for span in spans)
         start, stop = (part * self.steps.total for part in self.options.window)
         negative = rows is None and not self.reading.negatives  # a call of its own
         if negative or not start <= self.steps.index < stop:
             return None
-        spans = self._spans(rows, len(call.latents))
         made = self._texts(bound.arguments, call, spans)
         self._make(call, made.slots, spans)
         self.model.lengthen(bound.arguments, made)
         self.spans, self.batch, self.slots = spans, len(call.latents), made.slots
         self._tell_of_cache(unwrapped(denoiser))
         return bound.args[1:], bound.kwargs
+
+    def tell_of_negatives(self) -> None:
+        """Warn at a block's end of negative prompts that no call had a place for."""
+        if self.reading.negatives and self._told_apart == {True}:
+            text = "regions have a negative prompt, and the pipeline was called without guidance"
+            warnings.warn(text, stacklevel=4)  # the end of the user's with
 
     def _check(self, denoiser: torch.nn.Module) -> None:
         for name, layer in self.attentions.items():
