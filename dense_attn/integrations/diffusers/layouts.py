@@ -112,8 +112,7 @@ def apply_layout(
         base_ratio: the call's prompt has this share in every region with a prompt, and these the
             rest; it costs a call of the attention.
         isolate: how much less regions with prompts see of each other in self-attention: a token of
-            another region, or of none, counts `1 - isolate` times. Joint attention takes 0 or 1,
-            and what the call's prompt has of a token by base_ratio sees all of the image there.
+            another region, or of none, counts `1 - isolate` times (joint attention takes 0 or 1).
         every: regions with prompts act in the first of so many cross-attention layers, and likewise
             of self-attention layers.
         area_scaling: scores of tokens of a region's prompt are multiplied by the image's area over

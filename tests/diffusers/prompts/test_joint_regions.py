@@ -138,6 +138,27 @@ def test_isolated_regions() -> None:
     assert not close(out, ours(pipe, regions))
 
 
+@pytest.mark.parametrize("ratio", [0.25, 0.75, 1.0])
+def test_isolated_regions_under_the_calls_prompt(ratio: float) -> None:
+    """It shows a region's tokens no other region's, whatever share it has."""
+    pipe, regions = pipeline("flux"), [Region(LEFT & TOP, "a cat"), Region(~LEFT, "dog")]
+    own = np.stack([LEFT & ~TOP, LEFT & TOP, ~LEFT]).astype(np.float32)
+    shares = ratio * np.stack([ALL, NONE, NONE]) + (1 - ratio) * own
+    weights = torch.tensor(shares, dtype=torch.float32).flatten(1)
+    mixed, flat = Dense(weights, True), torch.from_numpy(own).flatten(1)
+    for mask in mixed.masks:
+        mask[3 * LENGTH :, 3 * LENGTH :] = flat.T @ flat > 0
+    out, before = (
+        ours(pipe, regions, isolate=1.0, base_ratio=ratio),
+        pipe.transformer.attn_processors,
+    )
+    pipe.transformer.set_attn_processor(mixed)
+    right = latents(pipe, None, steps=3, **embeddings(pipe, PROMPT, "a cat", "dog"))
+    pipe.transformer.set_attn_processor(before)
+    assert near(out, right)
+    assert not close(out, ours(pipe, regions, base_ratio=ratio))
+
+
 def test_the_others_of_every_second_layer_see_the_calls_prompt_alone() -> None:
     pipe = pipeline("flux")
     regions = [Region(LEFT, "a cat"), Region(~LEFT, "dog")]

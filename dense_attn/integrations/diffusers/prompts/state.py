@@ -146,8 +146,7 @@ class RegionState(LayoutState):
     ) -> tuple[tuple, dict] | None:
         """A hook before each call of the denoiser: the texts of the regions behind the call's."""
         self.spans = ()
-        apart = self.options.isolate and not self.model.joint
-        if self.paused or (self.options.base_ratio == 1 and not apart):
+        if self.paused or (self.options.base_ratio == 1 and not self.options.isolate):
             return None
         self._check(denoiser)
         bound = arguments(denoiser, args, kwargs)
