@@ -242,3 +242,12 @@ def test_z_image_ends_its_guidance_before_the_run(calls: list) -> None:
     assert {len(call[0]) for call in calls} == {1}
     last = calls[-len(calls) // len(batches) :]
     assert all(bool((call[5] > 0).any()) for call in last)
+
+
+def test_z_image_ends_its_guidance_for_all_images_of_a_prompt(calls: list) -> None:
+    """Two images of other noise: the last steps' rows are both theirs."""
+    noises = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    options = {"num_images_per_prompt": 2, "generator": noises, "cfg_truncation": 0.5}
+    with apply_layout(family("z_image"), PROMPT, REGIONS, **STRONG):
+        run("z_image", PROMPT, **options)
+    assert {len(call[0]) for call in calls} == {2}
