@@ -23,6 +23,8 @@ from torch import Tensor
 from dense_attn import _checks
 from dense_attn.layout_attention import masks
 
+from .hooks import registered_like
+
 MARKS = "_dense_attn_marks"  # the attribute of a layer that holds its marks
 POINTS = "dispatch_attention_fn", "F.scaled_dot_product_attention"
 # processors whose softmax is not seen, and those that have the same result
@@ -206,11 +208,11 @@ def _marked(kind: type) -> type:
         made, given, *state = kind.__reduce_ex__(self, protocol)
         return made, tuple(kind if each is type(self) else each for each in given), *state
 
-    # diffusers looks up, and calls, a processor's __class__
-    shown = property(lambda self: kind, object.__dict__["__class__"].__set__)
-    methods = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__class__": shown}
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, MARKS: True}
-    return type(kind.__name__, (kind,), names | methods)
+    own_names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, MARKS: True}
+    methods = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
+    # diffusers makes processors anew of a layer's class
+    methods["__new__"] = lambda _cls, *args, **given: kind(*args, **given)
+    return registered_like(kind, type(kind.__name__, (kind,), own_names | methods))
 
 
 def _told(mark: Mark, expected: Expected, run: Callable[..., Any], *args: Any, **kw: Any) -> Any:
