@@ -210,8 +210,7 @@ def _marked(kind: type) -> type:
 
     own_names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, MARKS: True}
     methods = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
-    # diffusers makes processors anew of a layer's class
-    methods["__new__"] = lambda _cls, *args, **given: kind(*args, **given)
+    methods["__new__"] = lambda _, *args, **given: kind(*args, **given)  # diffusers makes some
     return registered_like(kind, type(kind.__name__, (kind,), own_names | methods))
 
 

@@ -142,6 +142,12 @@ class Model:
         return "text" in rows
 
     @property
+    def layer_kinds(self) -> list[tuple[set[str], set[str]]]:
+        """What layers attend from and to, of "text" and "image", for each kind of them."""
+        sides = [(queries, keys or queries) for _, queries, keys in self.attentions]
+        return [tuple({part.kind for part in side} - {"other"} for side in pair) for pair in sides]
+
+    @property
     def defaults(self) -> Defaults:
         """The numbers of a layout whose caller does not say; a record may name its own."""
         return JOINT if self.joint else RANGE
