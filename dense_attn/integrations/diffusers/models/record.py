@@ -174,6 +174,9 @@ class Model:
             timestep = timestep[:, -1]
         return Call(timestep, text, latents, arguments.get("img_ids"))
 
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Refuse a call of the prompt's that no layout can be for."""
+
     def write(self, arguments: dict[str, Any], text: Tensor) -> None:
         """Put text tokens [B, L, C] into a call."""
         arguments["encoder_hidden_states"] = text
