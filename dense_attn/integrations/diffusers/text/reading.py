@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dense_attn import _checks
@@ -80,12 +82,20 @@ class Reading:
         negative = self._heard and given.get("prompt_embeds") is not None
         if not negative and encoding.missing(self.pipe) is None:
             self.options = encoding.options_of(self.pipe, given)
-            for phrase in self._phrases() if self.encode else ():
-                self.embeddings(phrase)  # now, while the text encoders are at hand
+            self._encode(anew=not self._heard and given.get("prompt_embeds") is None)
         self.guides = bool(given.get("do_classifier_free_guidance", self.guides))
         said, earlier = other_prompt(self, given), self.rows if self._heard else None
         self.rows = earlier if said else encoding.rows_of(given)
         self._heard.append(said)
+
+    def _encode(self, anew: bool) -> None:
+        """Have the phrases' embeddings now, while the text encoders, which may change, are here."""
+        before, self._embeddings = self._embeddings, {} if anew else self._embeddings
+        for phrase in self._phrases() if self.encode else ():
+            self.embeddings(phrase)
+        for key, old in before.items() if anew else ():
+            if key in self._embeddings and not torch.equal(old, self._embeddings[key]):
+                self._images.clear()
 
     def _check_template(self, given: dict[str, Any]) -> None:
         """Refuse what stands before the prompt in the place of the pipeline's own."""
@@ -98,7 +108,7 @@ class Reading:
         """Take the images of a call; others make other tokens of a text."""
         if encoding.takes(self.pipe, "image"):
             image = given.get("image")
-            if self._waits or image is not self.pictures["image"]:
+            if self._waits or not _same(image, self.pictures["image"]):
                 self._embeddings.clear()
                 self._images.clear()
             self.pictures, self._waits = {"image": image}, False
@@ -215,3 +225,9 @@ class Reading:
                 f"{argument} has no token of its own: later regions take all of {phrase!r}",
                 stacklevel=6,
             )
+
+
+def _same(image: Any, other: Any) -> bool:
+    """Whether two calls have one image, or lists of the same ones."""
+    lists = [each if isinstance(each, list) else [each] for each in (image, other)]
+    return len(lists[0]) == len(lists[1]) and all(map(operator.is_, *lists))
