@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ class Reading:
         negative = self._heard and given.get("prompt_embeds") is not None
         if not negative and encoding.missing(self.pipe) is None:
             self.options = encoding.options_of(self.pipe, given)
+            self.options |= self.length_of(given.get("prompt_embeds"))
             self._encode(anew=not self._heard and given.get("prompt_embeds") is None)
         self.guides = bool(given.get("do_classifier_free_guidance", self.guides))
         said, earlier = other_prompt(self, given), self.rows if self._heard else None
@@ -116,10 +118,18 @@ class Reading:
     def check(self) -> None:
         """Say once if the prompt of the call at hand is another than the layout's."""
         # one of several is the prompt, others are negative
-        if self._heard and all(self._heard) and not self._said:
+        if self._heard and all(self._heard) and not self._said and not self._unheard():
             self._said = True
             warnings.warn(self._heard[0], stacklevel=2)
         self._heard.clear()
+
+    def _unheard(self) -> bool:
+        """Whether a text is heard of a call that guides beside a prompt's embeddings.
+
+        Kandinsky 5 does not give them to encode_prompt.
+        """
+        guides = getattr(self.pipe, "guidance_scale", 1) > 1
+        return len(self._heard) == 1 and guides and not encoding.takes(self.pipe, "prompt_embeds")
 
     def places(self, b: int, num_tokens: int | None = None) -> list[list[Place | None]]:
         """The places of each region's phrase, in each segment of one prompt."""
@@ -138,6 +148,16 @@ class Reading:
             found = encoding.encode(self.pipe, text, **options, **self.pictures)
             self._embeddings[key] = found[0][0]
         return self._embeddings[key]
+
+    def length_of(self, embeddings: Any) -> dict[str, Any]:
+        """The option of a text as long as a caller's own embeddings [B, L, C]."""
+        name = "max_sequence_length"
+        tensor = isinstance(embeddings, Tensor) and embeddings.dim() == 3
+        if not (tensor and self.segments and encoding.takes(self.pipe, name)):
+            return {}
+        length = self.segments[-1].tokens(embeddings.shape[1])
+        default = inspect.signature(self.pipe.encode_prompt).parameters[name].default
+        return {} if length < 1 or length == default else {name: length}
 
     def argument(self, b: int, r: int) -> str:
         """The name of a region in messages."""
