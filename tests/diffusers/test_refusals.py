@@ -66,7 +66,7 @@ MASK = np.ones((8, 8), bool)
             r"the box of regions\[0\] must have 0 <= x0",
         ),
         ({"regions": [("cat", "left")]}, TypeError, r"regions\[0\] must have a bool mask"),
-        ({"regions": []}, TypeError, "regions must be a list of"),
+        ({"regions": []}, ValueError, "regions must hold at least one region, got none"),
         ({"regions": "cat"}, TypeError, "regions must be a list of"),
         (
             {"regions": [[("cat", MASK)], [("dog", MASK)]]},

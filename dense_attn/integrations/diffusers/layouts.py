@@ -164,6 +164,8 @@ def apply_layout(
         for denoiser in denoisers.values():
             stack.enter_context(watched(denoiser, state, state.before_call))
         yield
+    if isinstance(state, RegionState):
+        state.tell_of_negatives()
 
 
 def _with_phrases(

@@ -10,7 +10,10 @@ from pipelines import PROMPT, close, latents, pipeline
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import Region, apply_layout
+from dense_attn.integrations.diffusers.prompts.blocks import Blocks, Rule
 from dense_attn.integrations.diffusers.prompts.state import RegionState
+from dense_attn.integrations.diffusers.state import Layer, Side, order_of
+from dense_attn.layout_attention.masks import Mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, COLUMNS = np.ogrid[:8, :12]
@@ -82,6 +85,22 @@ def test_a_transformer_with_padding_equals_the_formula(monkeypatch: pytest.Monke
     formula.sizes, formula.factors = (20, 7), (1.0, 4.0)
     formula.shares = torch.from_numpy(np.stack([1 - SOFT, SOFT]).astype(np.float32))
     assert bool((soft - ours([Region(SOFT, "a cat")])).abs().max() <= 1e-5 * soft.abs().max())
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float16])
+def test_factors_of_float16(mask: torch.dtype | None) -> None:
+    """Keys times a factor that leave its range, as one of a small region's does."""
+    q, k, v = torch.randn(3, 1, 2, 4, 16, generator=torch.Generator().manual_seed(0)).half()
+    k[..., 0] = 40.0
+    words = torch.ones(1, 4, dtype=torch.int32)
+    side, now = Side(words, words), torch.zeros(1, 1, 1)
+    layer = Layer(words, words, now, order_of(side), None, now)
+    blocks = Blocks([(layer, None)], torch.full((1, 1, 4, 1), 4096.0))
+    there = None if mask is None else Mask(torch.ones(1, 4, dtype=mask))
+    out = blocks.attention(q, k, v, None, there, 4, Rule("mask", "reference"))
+    right = (4096 / 4 * q.double() @ k.double().mT).softmax(-1) @ v.double()
+    assert out.dtype == torch.float16
+    assert bool((out - right).abs().max() <= 1e-3 * right.abs().max())
 
 
 @pytest.mark.parametrize(

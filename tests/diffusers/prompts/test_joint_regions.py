@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import Region, apply_layout
+from dense_attn.integrations.diffusers.prompts.layers import Layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = MODELS["flux"][1]["max_sequence_length"]
@@ -134,6 +138,27 @@ def test_isolated_regions() -> None:
     assert not close(out, ours(pipe, regions))
 
 
+@pytest.mark.parametrize("ratio", [0.25, 0.75, 1.0])
+def test_isolated_regions_under_the_calls_prompt(ratio: float) -> None:
+    """It shows a region's tokens no other region's, whatever share it has."""
+    pipe, regions = pipeline("flux"), [Region(LEFT & TOP, "a cat"), Region(~LEFT, "dog")]
+    own = np.stack([LEFT & ~TOP, LEFT & TOP, ~LEFT]).astype(np.float32)
+    shares = ratio * np.stack([ALL, NONE, NONE]) + (1 - ratio) * own
+    weights = torch.tensor(shares, dtype=torch.float32).flatten(1)
+    mixed, flat = Dense(weights, True), torch.from_numpy(own).flatten(1)
+    for mask in mixed.masks:
+        mask[3 * LENGTH :, 3 * LENGTH :] = flat.T @ flat > 0
+    out, before = (
+        ours(pipe, regions, isolate=1.0, base_ratio=ratio),
+        pipe.transformer.attn_processors,
+    )
+    pipe.transformer.set_attn_processor(mixed)
+    right = latents(pipe, None, steps=3, **embeddings(pipe, PROMPT, "a cat", "dog"))
+    pipe.transformer.set_attn_processor(before)
+    assert near(out, right)
+    assert not close(out, ours(pipe, regions, base_ratio=ratio))
+
+
 def test_the_others_of_every_second_layer_see_the_calls_prompt_alone() -> None:
     pipe = pipeline("flux")
     regions = [Region(LEFT, "a cat"), Region(~LEFT, "dog")]
@@ -197,6 +222,28 @@ def test_negative_prompts_of_regions() -> None:
     dense(pipe, (LEFT, ~LEFT), "a", "cat")
     keep.remove()
     assert near(seen[1], seen[6])
+
+
+def test_negative_prompts_without_guidance_are_warned_of() -> None:
+    pipe, regions = pipeline("flux"), [Region(LEFT, "a cat", negative="dog")]
+    with pytest.warns(UserWarning, match="^regions have a negative prompt, and the p") as found:
+        ours(pipe, regions)
+    assert [Path(each.filename).name for each in found] == [Path(__file__).name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with apply_layout(pipe, PROMPT, regions):
+            latents(pipe, steps=2, negative_prompt="a", true_cfg_scale=2.0)
+        with apply_layout(pipeline("sd"), PROMPT, regions):
+            latents(pipeline("sd"), steps=2)
+
+
+def test_layers_are_made_once_for_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose calls take turns."""
+    made, parts = [], Layers.parts
+    monkeypatch.setattr(Layers, "parts", lambda self: made.append(self) or parts(self))
+    with apply_layout(pipeline("flux"), PROMPT, [Region(LEFT, "a cat", negative="dog")]):
+        latents(pipeline("flux"), steps=3, negative_prompt="a", true_cfg_scale=2.0)
+    assert len(made) == 2
 
 
 def test_what_joint_attention_refuses() -> None:

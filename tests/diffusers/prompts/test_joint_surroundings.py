@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pipelines import close
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import Region, apply_layout
+from dense_attn.integrations.diffusers._attention_hook import MARKS
 from dense_attn.integrations.diffusers.hooks import arguments
 from dense_attn.integrations.diffusers.models.flux import Flux
 from dense_attn.integrations.diffusers.models.video.wan import Wan
@@ -33,11 +36,12 @@ def ours(name: str, regions: list = HALVES, **options: object) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen", *(pytest.param(name, marks=pytest.mark.full) for name in ("z_image", "wan"))]
+    "name",
+    ["qwen", *(pytest.param(x, marks=pytest.mark.full) for x in ("z_image", "wan", "lumina2"))],
 )
 def test_several_images(name: str) -> None:
     """Each alone is the same, of texts of other lengths, in one call."""
-    pipe, prompts = family(name), ["dog", "a cat dog cat"]
+    pipe, prompts = family(name), ["dog", "cat" if name == "lumina2" else "a cat dog cat"]
     regions = [HALVES, [Region(~LEFT, "cat", negative="a dog")]]
     given = FAMILIES[name][1] | {"num_inference_steps": 2, "output_type": "latent"}
     given |= {"return_dict": False}
@@ -141,6 +145,45 @@ def test_blocks_inside_of_blocks() -> None:
         assert torch.equal(ours("qwen"), right)
         assert near(run("qwen", "dog", steps=2), cat)
     assert "forward" not in vars(pipe.transformer.pos_embed)
+
+
+def test_what_is_left_of_a_block() -> None:
+    """Nothing: of blocks that end in another order, in a copy, and where another put its own."""
+    pipe = family("z_image")
+    own, place = pipe.transformer, "patchify_and_embed"
+    plain = run("z_image", "dog", steps=1)
+    outer, inner = (apply_layout(pipe, "dog", regions) for regions in (HALVES, WHOLE))
+    outer.__enter__()
+    run("z_image", "dog", steps=1)
+    copied = copy.deepcopy(own)
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert not close(run("z_image", "dog", steps=1), plain)
+    inner.__exit__(None, None, None)
+    assert place not in vars(own)
+    assert getattr(copied, place).__self__.own.__self__ is copied
+    try:
+        pipe.transformer = copied
+        assert torch.equal(run("z_image", "dog", steps=1), plain)
+        assert not close(ours("z_image"), plain)
+        assert place not in vars(copied)
+        pipe.transformer = own
+        with apply_layout(pipe, "dog", HALVES):
+            run("z_image", "dog", steps=1)
+            ours_inside = getattr(own, place)
+            setattr(own, place, lambda *given: ours_inside(*given))
+        assert torch.equal(run("z_image", "dog", steps=1), plain)
+    finally:
+        pipe.transformer = own
+        vars(own).pop(place, None)
+
+
+def test_each_of_two_denoisers_has_a_first_layer() -> None:
+    pipe = family("wan_2_2")
+    with apply_layout(pipe, "dog", HALVES, every=100):
+        for denoiser in (pipe.transformer, pipe.transformer_2):
+            marks = [vars(block.attn2)[MARKS][-1] for block in denoiser.blocks]
+            assert [mark.on for mark in marks] == [True] + [False] * (len(marks) - 1)
 
 
 def test_records_without_a_place_for_more_text(monkeypatch: pytest.MonkeyPatch) -> None:

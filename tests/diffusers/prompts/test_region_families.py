@@ -204,6 +204,14 @@ def test_one_region_of_the_whole_image_is_its_prompt(name: str) -> None:
         assert near(ours(name, NEGATIVE, cat, call), made(name, "a cat", **call))
 
 
+def test_the_padding_of_lumina2s_own_length() -> None:
+    """Padding up to the pipeline's default length is no text, in calls of both prompts."""
+    regions = [Region(CAT, "a cat", negative="dim"), Region(DOG, "dog cat a")]
+    call = {"negative_prompt": "fog", "max_sequence_length": 64}
+    out = ours("lumina2", PROMPT, regions, call)
+    assert torch.equal(ours("lumina2", PROMPT, regions, call | {"max_sequence_length": 256}), out)
+
+
 @of(*REFUSED)
 def test_models_that_take_no_more_text(name: str) -> None:
     """Their text is pooled, refined by its mean or placed by its length."""

@@ -179,6 +179,16 @@ def test_semantic_guidance_is_refused() -> None:
         latents(pipe, steps=3)
 
 
+def test_regions_apart_under_the_calls_prompt() -> None:
+    """isolate goes on where base_ratio leaves the regions' prompts nothing."""
+    pipe, outs = pipeline("sd"), []
+    for ratio in (1.0, 0.999998):
+        with apply_layout(pipe, PROMPT, HALVES, isolate=1.0, base_ratio=ratio):
+            outs.append(latents(pipe, steps=3))
+    assert near(*outs)
+    assert not close(outs[0], latents(pipe, steps=3))
+
+
 BOX = (0.0, 0.0, 1.0, 1.0)
 ONE = [Region(BOX, "cat")]
 
@@ -205,6 +215,10 @@ ONE = [Region(BOX, "cat")]
         ([Region(MASK.astype(object), "a")], {}, TypeError, r"must have a bool mask, .* of object"),
         ([Region(MASK.astype(np.longdouble), "a")], {}, TypeError, r"must have a bool mask, .* of"),
         ([Region(np.full((8, 12), np.nan), "a")], {}, ValueError, r"must have a mask of values in"),
+        ([Region(torch.eye(4).to_sparse(), "a")], {}, TypeError, r"\[0\] must be a strided tenso"),
+        ([Region(torch.eye(4).bool().to_sparse(), "a")], {}, TypeError, r"must be a strided tenso"),
+        ([Region(torch.ones(4, 4, device="meta"), "a")], {}, ValueError, r"got a meta tensor"),
+        ([("cat", torch.eye(4, device="meta").bool())], {}, ValueError, r"got a meta tensor"),
         ([Region((0, 0, 2, 1), "a")], {}, ValueError, r"the box of regions\[0\] must have 0 <= x0"),
         (
             [*ONE, Region(MASK, "a"), Region(MASK[1:], "a")],

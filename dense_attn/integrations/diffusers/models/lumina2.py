@@ -12,7 +12,7 @@ from dense_attn import _checks
 from .record import IMAGE, TEXT, Attention, Call, Model
 
 if TYPE_CHECKING:
-    from ..prompts.texts import Slots
+    from ..prompts.texts import Slots, Texts
 
 
 class Lumina2(Model):
@@ -47,15 +47,24 @@ class Lumina2(Model):
         padding = arguments["encoder_hidden_states"][:, text.shape[1] :]
         arguments["encoder_hidden_states"] = torch.cat((text, padding), 1)
 
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's, in the place of its padding."""
+        own = arguments["encoder_attention_mask"][:, : texts.slots.own]
+        arguments["encoder_hidden_states"] = texts.tokens
+        arguments["encoder_attention_mask"] = torch.cat([own, texts.mask.to(own)], 1)
+
     def numbered(self, own: Any, slots: Slots, latents: Tensor, mask: Tensor) -> tuple[Any, ...]:
-        """The rotations of texts whose places begin anew, and the image behind the longest."""
-        longest = max(slots.longest)
-        rest = own(latents, mask[:, :longest])
-        tokens, text, image, both, _, _ = rest
-        places = slots.positions(text.device).clamp(max=longest - 1)
-        text, both = text[:, places], torch.cat([text[:, places], both[:, longest:]], 1)
+        """The rotations of texts whose places begin anew; images stand behind their longest."""
+        longest = torch.tensor(slots.longest, dtype=torch.int64, device=latents.device)[:, None]
+        seen = torch.arange(max(slots.longest), dtype=torch.int64, device=latents.device) < longest
+        tokens, text, image, both, _, _ = own(latents, seen)
+        places = slots.positions(text.device)[None].minimum(longest - 1)  # [B, N]
+        text = torch.stack([row[at] for row, at in zip(text, places)])
+        end = image.shape[1]
+        behind = [row[n : n + end] for row, n in zip(both, slots.longest)]
+        both = torch.cat([text, torch.stack(behind)], 1)
         counts = [slots.count] * len(latents)
-        return tokens, text, image, both, counts, [n + image.shape[1] for n in counts]
+        return tokens, text, image, both, counts, [n + end for n in counts]
 
 
 def _lengths(arguments: dict[str, Any]) -> list[int]:

@@ -50,10 +50,14 @@ class Blocks(NamedTuple):
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=there, scale=scale
             )
+        dtype = q.dtype
         if self.scales is not None:
+            if dtype == torch.float16:  # whose range a factor leaves
+                q, k, v, mask = q.float(), k.float(), v.float(), _wide(mask)
             k = k * self.scales.to(k.dtype)
         run = partial(self._sum, rule=rule)
-        return run(q, k, v, scale=scale) if mask is None else mask.attention(q, k, v, scale, run)
+        out = run(q, k, v, scale=scale) if mask is None else mask.attention(q, k, v, scale, run)
+        return out.to(dtype)
 
     def _sum(
         self,
@@ -145,12 +149,14 @@ class Sequence(NamedTuple):
             sides += [side, other.expand(-1, -side.shape[1] % segment.multiple)]
         return torch.cat(sides, 1)
 
-    def blocks(self, half: Half, shares: list[Tensor], isolate: bool) -> Blocks:
+    def blocks(
+        self, half: Half, shares: list[Tensor], isolate: bool, apart: bool = False
+    ) -> Blocks:
         """The calls with the texts, of image tokens with these shares.
 
         A text sees itself and the image in its region. The image sees its texts and, unless
         isolated, all of itself; tokens of no text and no place see all that the image sees, and
-        are seen by all.
+        are seen by all. Where the first text has a share of regions that stay apart, it has a call.
         """
         _, queries, keys = self.attention
         pairs = zip(half.shares, shares)
@@ -162,14 +168,31 @@ class Sequence(NamedTuple):
 
         k_words = self.joined(queries if keys is None else keys, half.text, met(seen), other)
         calls = []
-        for j, one in enumerate(rounds(shares)):
+        others = [torch.cat([0 * these[:1], these[1:]]) for these in shares]
+        for j, one in enumerate(rounds(others if apart else shares)):
             some = 0 if j else 1  # other calls leave tokens other than the image's alone
             words = self.joined(queries, some * half.text, met(one.words), some * other)
-            layer = half.layer(words, k_words)
-            if keys is None:
-                layer.k_order = half.spread(order_of(Side(k_words, k_words)))
-            calls.append((layer, self._shares(half, one, some)))
-        return Blocks(calls)
+            calls.append((self._layer(half, words, k_words), self._shares(half, one, some)))
+        return Blocks([*calls, self._first(half, shares, other)] if apart else calls)
+
+    def _layer(self, half: Half, words: Tensor, k_words: Tensor) -> Layer:
+        """A layer whose keys have words of their own, though they may be the queries' tokens."""
+        layer = half.layer(words, k_words)
+        if self.attention.keys is None:
+            layer.k_order = half.spread(order_of(Side(k_words, k_words)))
+        return layer
+
+    def _first(
+        self, half: Half, shares: list[Tensor], other: Tensor
+    ) -> tuple[Layer, Tensor | None]:
+        """The call of image tokens that see the first text, by a bit of its own, and regions'."""
+        _, queries, keys = self.attention
+        part, own = (torch.stack(x) for x in ([s[0] for s in shares], [*map(words_of, half.own)]))
+        words = torch.where(part > 0, own | IMAGE, 0)
+        text = torch.where(half.text == _BITS[0], IMAGE, 0).to(own.dtype)
+        k_words = self.joined(queries if keys is None else keys, text, own, other)
+        one = Round(self.joined(queries, 0 * text, words, 0 * other), part)
+        return self._layer(half, one.words, k_words), self._shares(half, one, 0)
 
     def _shares(self, half: Half, one: Round, rest: int) -> Tensor | None:
         """The shares of a call's queries, None where all are 1; rest: that of other tokens."""
@@ -184,6 +207,13 @@ class Sequence(NamedTuple):
 def rows_of(mask: Mask, start: int, stop: int) -> Mask:
     """The mask of some rows of the batch, of which each may have its own."""
     return Mask(*(x if x is None or len(x) == 1 else x[start:stop] for x in mask))
+
+
+def _wide(mask: Mask | None) -> Mask | None:
+    """A mask for float32, of which one of bools is one."""
+    if mask is None or not mask.keys.is_floating_point():
+        return mask
+    return mask._replace(keys=mask.keys.float())
 
 
 def _united(words: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ class Layers:
         if not joint and not (on and (positive or self.reading.negatives)):
             return Blocks([])
         shares = half.shares if on else half.first_alone()
-        blocks = sequence.blocks(half, shares, bool(self.options.isolate))
+        isolate = bool(self.options.isolate)
+        apart = joint and on and positive and isolate and self.options.base_ratio > 0
+        blocks = sequence.blocks(half, shares, isolate, apart)
         if on and self.options.area_scaling:
             blocks = blocks._replace(scales=half.spread(self._scales(half))[:, None, :, None])
         return blocks

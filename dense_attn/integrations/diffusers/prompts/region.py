@@ -71,11 +71,6 @@ class Regions(NamedTuple):
         """The masks as [R, H, W], one frame of a video below the other."""
         return self.masks if self.masks.dim() == 3 else self.masks.flatten(1, 2)
 
-    @property
-    def texts(self) -> list[str]:
-        """The texts to encode."""
-        return self.prompts + [text for text in self.negatives if text is not None]
-
 
 def has_prompts(regions: object) -> bool:
     """Whether regions are of this kind, for one image or each of several."""
@@ -148,6 +143,7 @@ def _values(argument: str, mask: Any, video: bool) -> Tensor:
     soft = torch.from_numpy(np.array(mask)) if ours else mask  # torch has no other floats
     if not isinstance(soft, Tensor) or not soft.is_floating_point():
         return _mask(argument, mask, video).float()
+    _checks.readable(argument, soft, "a mask that can be looked at")
     soft = soft.detach().to("cpu", torch.float32, copy=True)
     if soft.dim() != 2 and not (video and soft.dim() == 3):
         _checks.refuse(argument, "have a mask of 2 dimensions [height, width]", tuple(soft.shape))

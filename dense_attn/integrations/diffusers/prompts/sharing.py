@@ -77,7 +77,7 @@ def words_of(shares: Tensor) -> Tensor:
 
 def rounds(images: list[Tensor]) -> list[Round]:
     """The calls for shares [blocks, M] of each image."""
-    count = max(int((shares > 0).sum(0).max()) for shares in images)
+    count = max(1, *(int((shares > 0).sum(0).max()) for shares in images))
     found = []
     for j in range(count):
         words, parts = zip(*(_block(shares, j) for shares in images))

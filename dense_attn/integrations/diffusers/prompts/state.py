@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,9 +62,12 @@ class RegionState(LayoutState):
     ) -> None:
         super().__init__(pipe, model, reading, options)
         self.parts: dict[tuple[str, int], Part] = {}  # by kind and halvings of the grid
+        # by all that they depend on, and beside what keeps their call's key its own
+        self._made: dict[tuple, tuple[Layers, dict[tuple[str, int], Part]]] = {}
         self.spans: tuple[Span, ...] = ()  # of this call; none where nothing is changed
         self.batch = 0
         self.slots: Slots | None = None
+        self._told_apart: set[bool] = set()  # whether calls were the prompt's
         self._most = max(len(image.prompts) for image in reading.images_of)
         # whether any token of each image sees the call's prompt, and its negative prompt
         self._first = {
@@ -74,10 +79,11 @@ class RegionState(LayoutState):
         """The marks of attention modules by name with their kind and depth, and of the text's."""
         layers = layers | self._text_layers()
         self.attentions = {name: layer for name, (layer, *_) in layers.items()}
-        found, counts = [], dict.fromkeys((kind for _, kind, _ in layers.values()), 0)
+        found, counts = [], Counter()  # each of two denoisers has a first layer of a kind
         for name, (layer, kind, depth) in layers.items():
-            found.append((layer, RegionMark(self, name, kind, depth, counts[kind])))
-            counts[kind] += 1
+            of = self.model.root(self.pipe, name)[0], kind
+            found.append((layer, RegionMark(self, name, kind, depth, counts[of])))
+            counts[of] += 1
         return found
 
     def _text_layers(self) -> dict[str, tuple[Any, str, int]]:
@@ -140,7 +146,7 @@ class RegionState(LayoutState):
     ) -> tuple[tuple, dict] | None:
         """A hook before each call of the denoiser: the texts of the regions behind the call's."""
         self.spans = ()
-        if self.paused or self.options.base_ratio == 1:
+        if self.paused or (self.options.base_ratio == 1 and not self.options.isolate):
             return None
         self._check(denoiser)
         bound = arguments(denoiser, args, kwargs)
@@ -149,18 +155,25 @@ class RegionState(LayoutState):
         self.reading.check()
         said = self.reading.rows, self.reading.guides
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
+        spans = self._spans(rows, len(call.latents))
+        self._told_apart.update(span.positive for span in spans)
         start, stop = (part * self.steps.total for part in self.options.window)
         negative = rows is None and not self.reading.negatives  # a call of its own
         if negative or not start <= self.steps.index < stop:
             return None
         self.model.check(bound.arguments)
-        spans = self._spans(rows, len(call.latents))
         made = self._texts(bound.arguments, call, spans)
         self._make(call, made.slots, spans)
         self.model.lengthen(bound.arguments, made)
         self.spans, self.batch, self.slots = spans, len(call.latents), made.slots
         self._tell_of_cache(unwrapped(denoiser))
         return bound.args[1:], bound.kwargs
+
+    def tell_of_negatives(self) -> None:
+        """Warn at a block's end of negative prompts that no call had a place for."""
+        if self.reading.negatives and self._told_apart == {True}:
+            text = "regions have a negative prompt, and the pipeline was called without guidance"
+            warnings.warn(text, stacklevel=4)  # the end of the user's with
 
     def _check(self, denoiser: torch.nn.Module) -> None:
         for name, layer in self.attentions.items():
@@ -182,7 +195,7 @@ class RegionState(LayoutState):
     def _texts(self, given: dict[str, Any], call: Call, spans: tuple[Span, ...]) -> Texts:
         """The texts of a call in their slots."""
         images, text = self.reading.images_of, call.text
-        if len(text) < len(call.latents) and len(images) > 1:  # one for all rows
+        if len(text) < len(call.latents) and len(images) > 2:  # one for all rows
             text = text.expand(len(call.latents), -1, -1)
         keep = self.model.keeps_padding or given.get(self.model.text_mask) is None
         own, multiple = self.model.text_lengths(given, text), multiple_of(self.model)
@@ -207,9 +220,12 @@ class RegionState(LayoutState):
         return bool((with_base(shares, self.options.base_ratio, given)[0] > 0).any())
 
     def _make(self, call: Call, slots: Slots, spans: tuple[Span, ...]) -> None:
-        """The layers of a latent grid and texts of some lengths, once a run."""
+        """The layers of a latent grid and texts of some lengths, once a run for each prompt."""
         made_for = call.key, slots, call.text.device, spans
-        if made_for == self._made_for:
-            return
-        self.parts = Layers(self.model, self.reading, self.options, call, slots, spans).parts()
-        self._made_for, self._call = made_for, call
+        found = self._made.pop(made_for, None)
+        if found is None:
+            layers = Layers(self.model, self.reading, self.options, call, slots, spans)
+            found = layers, layers.parts()
+        (_, self.parts), self._made[made_for] = found, found
+        while len(self._made) > 2:  # the latest: the prompt's and the negative one's
+            del self._made[next(iter(self._made))]

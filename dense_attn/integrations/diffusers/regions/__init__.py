@@ -26,8 +26,10 @@ class Regions(NamedTuple):
 
 def parse(regions: object, num_prompts: int, video: bool = False) -> list[Regions]:
     """One entry for all prompts, or one for each; a video's masks may have frames."""
-    if not isinstance(regions, Sequence) or isinstance(regions, str) or not regions:
+    if not isinstance(regions, Sequence) or isinstance(regions, str):
         _checks.refuse("regions", "be a list of (phrase, mask)", _kind(regions), TypeError)
+    if not regions:
+        _checks.refuse("regions", "hold at least one region", "none")
     if not _is_region(regions[0]):
         if len(regions) != num_prompts:
             rule = f"hold one list for each of the {num_prompts} prompts"
@@ -93,6 +95,7 @@ def _mask(argument: str, mask: Any, video: bool = False) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         rule = "have a bool mask, a PIL image or a box (x0, y0, x1, y1)"
         _checks.refuse(argument, rule, _kind(mask), TypeError)
+    _checks.readable(argument, mask, "a mask that can be looked at")
     if mask.dim() not in ((2, 3) if video else (2,)):
         rule = "have a mask of 2 dimensions [height, width]"
         rule += ", or of 3 [frames, height, width]" if video else ""
