@@ -63,7 +63,7 @@ def test_processors_that_are_no_objects_with_a_call_are_refused(processor: objec
 
 
 def test_processors_made_of_a_layers_class_are_not_a_blocks() -> None:
-    """As diffusers makes them where it exchanges some layers' alone."""
+    """Diffusers makes them so where it exchanges those of some layers."""
     unet = pipeline("sd").unet
     with apply_layout(pipeline("sd"), PROMPT, REGIONS):
         processors = unet.attn_processors.values()

@@ -179,7 +179,7 @@ def test_encode_prompt_is_restored() -> None:
 
 @torch.no_grad()
 def test_a_text_encoder_that_changes_between_calls() -> None:
-    """As by load_lora_weights: the phrases of the next call are its own."""
+    """The phrases of the next call are its own, whatever changed it, such as a LoRA."""
     pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
     with apply_layout(pipe, PROMPT, REGIONS):
         first = latents(pipe, steps=2)

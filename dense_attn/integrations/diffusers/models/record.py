@@ -143,7 +143,7 @@ class Model:
 
     @property
     def layer_kinds(self) -> list[tuple[set[str], set[str]]]:
-        """What layers attend from and to, of "text" and "image", for each kind of them."""
+        """Each kind of layers: the tokens, "text" and "image", that it attends from and to."""
         sides = [(queries, keys or queries) for _, queries, keys in self.attentions]
         return [tuple({part.kind for part in side} - {"other"} for side in pair) for pair in sides]
 
