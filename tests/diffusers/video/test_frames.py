@@ -50,6 +50,8 @@ def test_every_length_that_a_video_may_have_is_named() -> None:
     rule = r"^regions must have masks of the video's 9 or 13 frames or of the 3 or 4 of .*, got 8$"
     with pytest.raises(ValueError, match=rule):
         Video(4, 2, 4).owners(8)
+    with pytest.raises(ValueError, match="frames or of the 3 or 4 of its latents, got 12"):
+        Video(4, 2, 4).owners(12)  # one less than 13, or three more than 9
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 13])

@@ -35,14 +35,16 @@ class Video(NamedTuple):
     def owners(self, count: int) -> list[int]:
         """The frame of tokens of each of count frames, of the video or of its latents.
 
-        Frames behind those that fill latents, which pipelines leave out, are behind all tokens.
+        Frames behind those that fill latents, which pipelines leave out, are behind all tokens;
+        where tokens have several latents they may be those of a shorter video, and are refused.
         """
         lengths = [self.latents - ahead for ahead in range(self.each)]  # without those put before
         owned, length = list(range(count)), count
         if count not in lengths:
             owned = [-(-f // self.compression) for f in owned]
             length = (count - 1) // self.compression + 1
-        if length in lengths:
+        behind = 0 if count in lengths else (count - 1) % self.compression
+        if length in lengths and (self.each == 1 or not behind):
             return [(latent + self.latents - length) // self.each for latent in owned]
         frames = [(length - 1) * self.compression + 1 for length in lengths]
         videos, theirs = (" or ".join(map(str, reversed(each))) for each in (frames, lengths))
