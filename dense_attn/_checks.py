@@ -111,7 +111,7 @@ def function(argument: str, value: object) -> None:
 
 def choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
     """Require one of a few words."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # arrays compare to many truths
         refuse(argument, f"be one of {', '.join(choices)}", repr(value))
     return value
 

@@ -66,6 +66,16 @@ MASK = np.ones((8, 8), bool)
             r"the box of regions\[0\] must have 0 <= x0",
         ),
         ({"regions": [("cat", "left")]}, TypeError, r"regions\[0\] must have a bool mask"),
+        (
+            {"regions": [("cat", torch.ones(8, 8, dtype=torch.bool).to_sparse())]},
+            TypeError,
+            r"regions\[0\] must be a strided tensor, got torch.sparse_coo",
+        ),
+        (
+            {"regions": [("cat", torch.ones(8, 8, dtype=torch.bool, device="meta"))]},
+            ValueError,
+            r"regions\[0\] must hold a mask that can be looked at, got a meta tensor",
+        ),
         ({"regions": []}, ValueError, "regions must hold at least one region, got none"),
         ({"regions": "cat"}, TypeError, "regions must be a list of"),
         (

@@ -23,6 +23,8 @@ from torch import Tensor
 from dense_attn import _checks
 from dense_attn.layout_attention import masks
 
+from .hooks import registered_like
+
 MARKS = "_dense_attn_marks"  # the attribute of a layer that holds its marks
 POINTS = "dispatch_attention_fn", "F.scaled_dot_product_attention"
 # processors whose softmax is not seen, and those that have the same result
@@ -93,10 +95,8 @@ class _Call:
         parts = [self.mark.attend(q, k, v, options.get("scale"), mask)]
         if last - first == end:
             return parts[0]
-        if first:
-            parts.insert(0, plain(0, first))
-        if last < end:
-            parts.append(plain(last, end))
+        parts = [plain(0, first), *parts] if first else parts
+        parts += [plain(last, end)] if last < end else []
         # heads beside each other in memory, which is how processors read them next
         return torch.cat([part.transpose(1, 2) for part in parts]).transpose(1, 2)
 
@@ -208,9 +208,10 @@ def _marked(kind: type) -> type:
         made, given, *state = kind.__reduce_ex__(self, protocol)
         return made, tuple(kind if each is type(self) else each for each in given), *state
 
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, MARKS: True}
+    own_names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, MARKS: True}
     methods = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
-    return type(kind.__name__, (kind,), names | methods)
+    methods["__new__"] = lambda _, *args, **given: kind(*args, **given)  # diffusers makes some
+    return registered_like(kind, type(kind.__name__, (kind,), own_names | methods))
 
 
 def _told(mark: Mark, expected: Expected, run: Callable[..., Any], *args: Any, **kw: Any) -> Any:

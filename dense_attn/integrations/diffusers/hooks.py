@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -127,3 +127,15 @@ class _Watched:
             changed = hook(self.module, args, kwargs, output)
             output = output if changed is None else changed
         return output
+
+
+def registered_like(kind: type, made: type) -> type:
+    """A class of attention processors, with the entry of another if diffusers has one of it.
+
+    Guiders that skip layers look for it.
+    """
+    with suppress(ImportError, AttributeError, ValueError):  # diffusers of old has no registry
+        from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
+
+        Registry.register(made, Registry.get(kind))
+    return made

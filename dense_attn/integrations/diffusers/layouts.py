@@ -14,7 +14,7 @@ from ._attention_hook import marked
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
 from .modular.pipeline import Modular, listened, viewed
-from .options.blocks import check_count
+from .options.blocks import check_count, check_phrases
 from .options.numbers import options_of
 from .prompts import region
 from .prompts.models import region_state
@@ -94,8 +94,9 @@ def apply_layout(
         cross_weight, self_weight: strengths of attention to text and to the image; 0 leaves it
             alone. In joint attention a row has one: image tokens' self_weight where blocks has
             image->image, and else cross_weight, which is also that of a phrase's tokens. They must
-            be equal for image->text and image->image alone. Under "mask", which has no strength,
-            only 0 counts, for all rows that blocks touch.
+            be equal for image->text and image->image alone, where one that is not given follows
+            the other. One that counts nowhere is refused unless it is 0. Under "mask", which has no
+            strength, only 0 counts, for all rows that blocks touch.
         active: the part of the steps in which the layout acts, from the first, or its first and
             last end, `(start, stop)`, where regions have prompts, and None is all of them.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
@@ -180,6 +181,7 @@ def _with_phrases(
     prompts = _prompts(prompt)
     parsed = parse(regions, len(prompts), model.video)
     check_count(options.blocks, max(len(image.phrases) for image in parsed))
+    check_phrases(options.blocks, options.modulation, parsed)
     encode_phrases = _checks.flag("encode_phrases", given["encode_phrases"])
     _unused(given, ("base_ratio", "isolate", "every", "area_scaling"), "phrases")
     return LayoutState(pipe, model, Reading(pipe, prompts, parsed, encode_phrases), options)

@@ -25,6 +25,7 @@ class Rows:
         self._seen: Tensor | None = None  # the texts of the last call
         self._version: int | None = None  # theirs
         self._timesteps: object = None  # of that call's run
+        self._first = 0  # rows of the run's first call
         self._state: tuple[object, ...] = ()  # their shape, and whether the pipeline guided
         # whether the second call of a run had texts of its own; None before that
         self._anew: bool | None = None
@@ -54,8 +55,10 @@ class Rows:
                 return None
         else:
             guides = bool(getattr(self.pipe, "do_classifier_free_guidance", heard))
-            guides &= not (self.prompt_first and batch == known)  # Z-Image may stop to guide
-            if guides and repeated and before is not None and 2 * batch == len(before):
+            halved = repeated and before is not None and 2 * batch == len(before)
+            if self.prompt_first and self._stopped(batch, known, halved):
+                guides = False
+            if guides and halved:
                 halves = before.chunk(2)  # one of them again
                 negative, prompt = halves[::-1] if self.prompt_first else halves
                 if torch.equal(text, negative) and not torch.equal(text, prompt):
@@ -71,10 +74,22 @@ class Rows:
             self._check_texts(latents, text)
         return first, last
 
+    def _stopped(self, batch: int, known: int | None, halved: bool) -> bool:
+        """Whether a call of Z-Image's guides no more: it has half of the rows of the run's first.
+
+        `halved`: whether it has half of those of a call in the same step.
+        """
+        if self._run() is not self._timesteps or not self._first:
+            self._first = batch
+        return batch == known or (2 * batch == self._first and not halved)
+
+    def _run(self) -> object:
+        """The timesteps of a run, which are its own."""
+        return getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
+
     def _is_new(self, text: Tensor, guides: bool) -> bool:
         """Whether a call's values are to be looked at."""
-        timesteps = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)
-        state, number = (text.shape, guides), version(text)
+        timesteps, state, number = self._run(), (text.shape, guides), version(text)
         if timesteps is not self._timesteps or state != self._state:
             self._anew, new = None, True
         elif text is self._seen:

@@ -229,6 +229,7 @@ class LayoutState:
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
         if rows is None:
             return None
+        self.model.check(bound.arguments)
         if self.longest > call.text.shape[1]:
             rule = f"have its phrases in the {call.text.shape[1]} tokens of the call"
             _checks.refuse("prompt", rule, self.longest)

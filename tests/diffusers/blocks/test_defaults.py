@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, family, run
-from pipelines import PROMPT, REGIONS, latents, pipeline
+from pipelines import MODELS, PROMPT, REGIONS, latents, pipeline
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import apply_layout
@@ -17,6 +20,7 @@ RANGE = {"modulation": "range", "cross_weight": 1.0, "self_weight": 0.3, "active
 RANGE |= {"exponent": 5.0}
 JOINT = {"modulation": "bias", "blocks": ["image->text"], "cross_weight": 3.0, "active": 0.5}
 JOINT |= {"exponent": 0.0}
+BOTH = ["image->text", "image->image"]
 
 
 def laid(model: str, **options: object) -> Tensor:
@@ -71,6 +75,33 @@ def test_equal_weights_where_one_is_given() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "one"), [({}, 0.3), ({"self_weight": 0.5}, 0.5), ({"cross_weight": 0.5}, 0.5)]
+)
+def test_rows_of_one_strength_take_the_weight_that_is_given(given: dict, one: float) -> None:
+    """For image->text and image->image alone, in joint attention."""
+    right = laid("flux", modulation="range", blocks=BOTH, cross_weight=one, self_weight=one)
+    assert torch.equal(laid("flux", modulation="range", blocks=BOTH, **given), right)
+
+
+def test_regions_without_phrases_are_told_of_where_nothing_is_theirs() -> None:
+    """They have no text tokens for image->text."""
+    nameless = [(None, (0.0, 0.0, 0.5, 1.0))]
+    with (
+        pytest.warns(
+            UserWarning, match="^regions without a phrase change nothing under blocks="
+        ) as told,
+        apply_layout(pipeline("flux"), PROMPT, nameless),
+    ):
+        pass
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"blocks": "image->image"}, {"modulation": "range"}):
+            with apply_layout(pipeline("flux"), PROMPT, nameless, **options):
+                pass
+
+
+@pytest.mark.parametrize(
     ("model", "options", "sentence"),
     [
         ("flux", {"blocks": ()}, r"blocks must name one or more of image->text, .*, got \(\)"),
@@ -80,7 +111,7 @@ def test_equal_weights_where_one_is_given() -> None:
         (
             "sd",
             {"blocks": ["image->text", "text->text"]},
-            "blocks must be of the image's rows on a UNet2DConditionModel, whose text attends to",
+            "blocks must be of the UNet2DConditionModel's own, image->text, image->image, got",
         ),
         (
             "flux",
@@ -89,8 +120,29 @@ def test_equal_weights_where_one_is_given() -> None:
         ),
         (
             "flux",
-            {"blocks": ("image->text", "image->image"), "self_weight": 1.0},
+            {"blocks": BOTH, "self_weight": 1.0, "cross_weight": 3},
             r"self_weight must be cross_weight where blocks=.*, for a row .*, got 1.0 and 3.0$",
+        ),
+        (
+            "flux",
+            {"self_weight": 7},
+            r"self_weight must stay None or 0 where blocks=\('image->text',\), of which none has",
+        ),
+        (
+            "sd",
+            {"blocks": "image->image", "cross_weight": 7},
+            "cross_weight must stay None or 0 where blocks=.*, of which none has it, got 7.0$",
+        ),
+        (
+            "sana",
+            {"blocks": ["image->text", "image->image"]},
+            "blocks must be of the SanaTransformer2DModel's own, image->text, got",
+        ),
+        ("flux", {"cross_weight": 1e300}, "cross_weight must be finite in float32, got 1e\\+300"),
+        (
+            "flux",
+            {"modulation": np.array(["bias", "range"])},
+            "modulation must be one of range, .*, got array",
         ),
         (
             "flux",
@@ -103,7 +155,7 @@ def test_refusals(model: str, options: dict, sentence: str) -> None:
     options = {"regions": REGIONS} | options
     with (
         pytest.raises(ValueError, match=f"^{sentence}"),
-        apply_layout(pipeline(model), PROMPT, **options),
+        apply_layout(pipeline(model) if model in MODELS else family(model), PROMPT, **options),
     ):
         pytest.fail("the block must not run")
 

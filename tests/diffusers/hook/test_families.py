@@ -225,6 +225,14 @@ def test_prompts_that_lumina_2_places_otherwise_are_refused() -> None:
         pipe(prompts, height=32, width=32, max_sequence_length=32, num_inference_steps=1)
 
 
+def test_lumina_may_have_negative_prompts_of_other_lengths(calls: list) -> None:
+    """Their call is left alone."""
+    prompts = ["a cat dog", "a dog cat"]
+    with apply_layout(family("lumina2"), prompts, REGIONS, encode_phrases=False):
+        run("lumina2", prompts, steps=1, negative_prompt=["fog", "a dog cat"])
+    assert len(calls) == 2  # a layer each
+
+
 def test_z_image_ends_its_guidance_before_the_run(calls: list) -> None:
     """The last steps have the prompt's rows alone, which are modulated as before."""
     pipe, batches = family("z_image"), []
@@ -242,3 +250,12 @@ def test_z_image_ends_its_guidance_before_the_run(calls: list) -> None:
     assert {len(call[0]) for call in calls} == {1}
     last = calls[-len(calls) // len(batches) :]
     assert all(bool((call[5] > 0).any()) for call in last)
+
+
+def test_z_image_ends_its_guidance_for_all_images_of_a_prompt(calls: list) -> None:
+    """Two images of other noise: the last steps' rows are both theirs."""
+    noises = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    options = {"num_images_per_prompt": 2, "generator": noises, "cfg_truncation": 0.5}
+    with apply_layout(family("z_image"), PROMPT, REGIONS, **STRONG):
+        run("z_image", PROMPT, **options)
+    assert {len(call[0]) for call in calls} == {2}

@@ -62,6 +62,15 @@ def test_processors_that_are_no_objects_with_a_call_are_refused(processor: objec
         layer.processor = kept
 
 
+def test_processors_made_of_a_layers_class_are_not_a_blocks() -> None:
+    """Diffusers makes them so where it exchanges those of some layers."""
+    unet = pipeline("sd").unet
+    with apply_layout(pipeline("sd"), PROMPT, REGIONS):
+        processors = unet.attn_processors.values()
+        assert all(hook.is_marked(each) for each in processors)
+        assert not any(hook.is_marked(each.__class__()) for each in processors)
+
+
 @torch.no_grad()
 def test_a_copy_of_a_denoiser_is_in_no_block() -> None:
     """Neither inside of the block nor behind it, and it can have a block of its own."""

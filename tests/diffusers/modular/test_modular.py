@@ -24,7 +24,8 @@ from dense_attn.integrations.diffusers.modular.pipeline import viewed
 from dense_attn.integrations.diffusers.text.reading import Reading
 
 modular_pipelines = pytest.importorskip("diffusers.modular_pipelines")
-from diffusers.guiders import ClassifierFreeGuidance  # noqa: E402
+from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance  # noqa: E402
+from diffusers.hooks import LayerSkipConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"height": 16, "width": 24}
@@ -159,6 +160,19 @@ def test_the_prompts_estimate_alone_whatever_the_order(kind: type, calls: list) 
     assert len(calls) == 2 * count > 0
     assert close(result, right)
     assert not close(result, plain)
+
+
+@pytest.mark.parametrize("skipped", ["skip_attention", "skip_attention_scores"])
+def test_estimates_of_layers_left_out_are_left_alone(skipped: str) -> None:
+    """Guiders that skip attention look for its processors' classes."""
+    config = {"skip_attention": False, "skip_ff": False, skipped: True}
+    layers = LayerSkipConfig([0], "mid_block.attentions.0.transformer_blocks", **config)
+    with guided(SkipLayerGuidance(7.5, 2.0, 0.0, 1.0, skip_layer_config=layers)) as pipe:
+        plain = ours("sdxl")
+        with apply_layout(pipe, PROMPT, REGIONS):
+            assert not close(ours("sdxl"), plain)
+        with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
+            assert torch.equal(ours("sdxl"), plain)
 
 
 def test_estimates_of_the_negative_prompt_are_left_alone() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from families import family, run
 from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from texts import deep, encoded, told
 from torch import Tensor
@@ -174,3 +175,29 @@ def test_encode_prompt_is_restored() -> None:
     with pytest.raises(ZeroDivisionError), apply_layout(pipe, PROMPT, REGIONS):
         raise ZeroDivisionError
     assert pipe.encode_prompt is mine
+
+
+@torch.no_grad()
+def test_a_text_encoder_that_changes_between_calls() -> None:
+    """The phrases of the next call are its own, whatever changed it, such as a LoRA."""
+    pipe = tiny_pipeline(diffusers.StableDiffusionPipeline)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        first = latents(pipe, steps=2)
+        for weight in pipe.text_encoder.parameters():
+            weight.mul_(1.5)
+        changed = latents(pipe, steps=2)
+    with apply_layout(pipe, PROMPT, REGIONS):
+        assert torch.equal(latents(pipe, steps=2), changed)
+    assert not torch.equal(first, changed)
+
+
+def test_phrases_beside_several_images_are_encoded_once_a_call() -> None:
+    """The prompt, the negative one, and two phrases."""
+    pipe, calls = family("qwen_edit_plus"), []
+    handle = pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with apply_layout(pipe, PROMPT, REGIONS):
+            run("qwen_edit_plus", PROMPT, steps=1)
+    finally:
+        handle.remove()
+    assert len(calls) == 4

@@ -7,11 +7,15 @@ import warnings
 
 import pytest
 import texts
+import torch
+from families import family
 from pipelines import PROMPT, REGIONS, latents, pipeline
 from texts import KINDS, TOKENS
 
 from dense_attn.integrations import diffusers as integration
 from dense_attn.integrations.diffusers import Phrase, apply_layout
+from dense_attn.integrations.diffusers.regions import parse
+from dense_attn.integrations.diffusers.text.reading import Reading
 from dense_attn.integrations.diffusers.text.tokens import tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -222,3 +226,20 @@ def test_the_example_of_a_phrase() -> None:
     (example,) = doctest.DocTestFinder(recurse=False).find(integration.Phrase, "Phrase")
     assert example.examples
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize("name", ["qwen", "z_image"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_a_pipeline_takes_out(
+    name: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The phrase of the shorter prompt stands where a word's letters change the embeddings."""
+    pipe, longer = family(name), "a dog in fog cat"
+    monkeypatch.setattr(pipe.tokenizer, "padding_side", side)
+    with torch.no_grad():
+        texts = [pipe.encode_prompt(prompt=[text, longer])[0] for text in ("a cat", "a cot")]
+    reading = Reading(pipe, ["a cat", longer], parse([("cat", (0.0, 0.0, 0.5, 1.0))], 2), False)
+    ((start, _),) = reading.images(max(map(len, texts[0])))[0].spans[0]
+    size = min(map(len, (texts[0][0], texts[1][0])))
+    changed = (texts[0][0][:size] - texts[1][0][:size]).abs().amax(1) > 1e-6
+    assert start + 2 == changed.nonzero()[0]  # behind the space and the first letter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import family, made_of, run
 from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from texts import deep, encoded, told
 from torch import Tensor
@@ -12,6 +13,7 @@ from dense_attn.examples._tiny_pipeline import tiny_pipeline
 from dense_attn.integrations.diffusers import apply_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+MASK = "prompt_attention_mask"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -180,3 +182,29 @@ def test_embeddings_beside_an_encoder_that_is_elsewhere(monkeypatch: pytest.Monk
         latents(pipe, None, steps=1, prompt_embeds=other, negative_prompt_embeds=other)
 
     assert told(pipe, PROMPT, run) == []
+
+
+def test_a_negative_prompt_beside_embeddings_that_are_not_heard() -> None:
+    """Kandinsky 5's encode_prompt gets none; a prompt that it hears alone is told of."""
+    pipe = family("kandinsky5")
+    with torch.no_grad():
+        embeddings = pipe.encode_prompt(prompt=PROMPT)
+    names = "prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens"
+    given = dict(zip(names, embeddings))
+    assert told(pipe, PROMPT, lambda: run("kandinsky5", None, steps=1, **given)) == []
+    other = {"prompt": "a dog cat", "steps": 1}
+    assert len(told(pipe, PROMPT, lambda: run("kandinsky5", **other))) == 1
+    assert len(told(pipe, PROMPT, lambda: run("kandinsky5", guidance_scale=1.0, **other))) == 1
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "ltx"])
+def test_phrases_beside_embeddings_are_padded_as_these(name: str) -> None:
+    pipe, own = family(name), {"max_sequence_length": made_of(name)[1]["max_sequence_length"]}
+    with torch.no_grad():
+        texts = pipe.encode_prompt(PROMPT, negative_prompt="", **own)
+    names = [f"{side}{kind}" for side in ("", "negative_") for kind in ("prompt_embeds", MASK)]
+    names = names if len(texts) == 4 else ["prompt_embeds", "negative_prompt_embeds"]
+    given = {"negative_prompt": None, **dict(zip(names, texts))}
+    with apply_layout(pipe, PROMPT, REGIONS):
+        right, ours = run(name, PROMPT, steps=1), run(name, None, steps=1, **given)
+    assert torch.equal(ours, right)

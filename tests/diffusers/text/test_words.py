@@ -154,6 +154,9 @@ def test_pipelines_without_their_text_parts() -> None:
         latents(pipe, None, prompt_embeds=text, negative_prompt_embeds=empty)
     pipe.tokenizer = None
     refused(pipe, "pipe must have the tokenizer of its prompt, got none")
+    pipe = tiny_pipeline(diffusers.StableDiffusionXLPipeline)
+    pipe.tokenizer = None
+    refused(pipe, "encode_phrases must be False for a pipeline without its tokenizer, got True")
 
 
 def test_phrases_past_what_a_tokenizer_keeps() -> None:

@@ -37,10 +37,21 @@ def words(name: str, regions: list, calls: list, **options: object) -> list[list
         (Video(4, 2, 4), 13, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]),
         (Video(4, 2, 4), 9, [0, 1, 1, 1, 1, 1, 1, 1, 1]),
         (Video(4, 2, 4), 3, [0, 1, 1]),
+        (Video(2, 2, 4), 2, [0, 0]),
+        (Video(2, 2, 4), 5, [0, 0, 0, 0, 0]),
+        (Video(2, 2, 4), 1, [0]),
     ],
 )
 def test_the_frames_of_tokens(video: Video, count: int, owners: list[int]) -> None:
     assert video.owners(count) == owners
+
+
+def test_every_length_that_a_video_may_have_is_named() -> None:
+    rule = r"^regions must have masks of the video's 9 or 13 frames or of the 3 or 4 of .*, got 8$"
+    with pytest.raises(ValueError, match=rule):
+        Video(4, 2, 4).owners(8)
+    with pytest.raises(ValueError, match="frames or of the 3 or 4 of its latents, got 12"):
+        Video(4, 2, 4).owners(12)  # one less than 13, or three more than 9
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 13])

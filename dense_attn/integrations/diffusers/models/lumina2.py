@@ -31,12 +31,16 @@ class Lumina2(Model):
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, of the text tokens that are there."""
-        lengths = arguments["encoder_attention_mask"].sum(1).tolist()
+        longest = max(_lengths(arguments))
+        call = super().read(arguments)
+        return call._replace(timestep=1 - call.timestep, text=call.text[:, :longest])
+
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Refuse texts behind which images stand in other places."""
+        lengths = _lengths(arguments)
         if len(set(lengths)) > 1:
             rule = "have prompts of as many tokens as each other, which the image stands behind"
             _checks.refuse("prompt", rule, lengths)
-        call = super().read(arguments)
-        return call._replace(timestep=1 - call.timestep, text=call.text[:, : lengths[0]])
 
     def write(self, arguments: dict[str, Any], text: Tensor) -> None:
         """Put text tokens [B, L, C] into a call, before its padding."""
@@ -61,3 +65,8 @@ class Lumina2(Model):
         both = torch.cat([text, torch.stack(behind)], 1)
         counts = [slots.count] * len(latents)
         return tokens, text, image, both, counts, [n + end for n in counts]
+
+
+def _lengths(arguments: dict[str, Any]) -> list[int]:
+    """The text tokens that are there in each row of a call."""
+    return arguments["encoder_attention_mask"].sum(1).tolist()

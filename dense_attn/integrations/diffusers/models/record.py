@@ -142,6 +142,12 @@ class Model:
         return "text" in rows
 
     @property
+    def layer_kinds(self) -> list[tuple[set[str], set[str]]]:
+        """Each kind of layers: the tokens, "text" and "image", that it attends from and to."""
+        sides = [(queries, keys or queries) for _, queries, keys in self.attentions]
+        return [tuple({part.kind for part in side} - {"other"} for side in pair) for pair in sides]
+
+    @property
     def defaults(self) -> Defaults:
         """The numbers of a layout whose caller does not say; a record may name its own."""
         return JOINT if self.joint else RANGE
@@ -167,6 +173,9 @@ class Model:
         if isinstance(timestep, Tensor) and timestep.dim() == 2:  # [B, N], 0 in a given frame
             timestep = timestep[:, -1]
         return Call(timestep, text, latents, arguments.get("img_ids"))
+
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Refuse a call of the prompt's that no layout can be for."""
 
     def write(self, arguments: dict[str, Any], text: Tensor) -> None:
         """Put text tokens [B, L, C] into a call."""

@@ -30,6 +30,11 @@ class UNet(Model):
         """The record of one U-Net."""
         return cls(deepest=_resized(denoiser.down_blocks, "downsamplers"))
 
+    @property
+    def layer_kinds(self) -> list[tuple[set[str], set[str]]]:
+        """Self- and cross-attention, from the image alone."""
+        return [({"image"}, {"image"}), ({"image"}, {"text"})]
+
     def layers(
         self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
     ) -> Iterator[Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from dense_attn import _checks
 from dense_attn.layout_attention.layout import MAX_REGIONS
 
 if TYPE_CHECKING:
+    from ..regions import Regions
     from ..state import Side
 
 # from queries to keys
@@ -37,6 +39,14 @@ def check_count(blocks: tuple[str, ...], count: int) -> None:
     if count > HALF and not _one_bit(blocks):
         rule = f"hold at most {HALF} regions, of two bits each, under blocks={blocks!r}"
         _checks.refuse("regions", rule, count)
+
+
+def check_phrases(blocks: tuple[str, ...], modulation: str, images: list[Regions]) -> None:
+    """Warn of an image whose regions have no phrase where these pairs alone would change."""
+    idle = any(not any(image.phrases) for image in images)
+    if idle and modulation != "range" and "image->image" not in blocks:
+        text = f"regions without a phrase change nothing under blocks={blocks!r}"
+        warnings.warn(f"{text}: image->image is theirs", stacklevel=5)
 
 
 def rows_of(blocks: tuple[str, ...], column: str) -> set[str]:

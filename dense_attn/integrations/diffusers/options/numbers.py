@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from dense_attn import _checks
 from dense_attn.layout_attention.op import MODULATIONS
@@ -48,10 +51,8 @@ class Options:
 
     def weight(self, rows: str, columns: tuple[str, ...] = KINDS) -> float:
         """The strength of rows of a kind of tokens in a layer of these kinds of keys."""
-        touched = [f"{rows}->{kind}" for kind in columns if f"{rows}->{kind}" in self.blocks]
-        if "image->image" in touched:
-            return self.self_weight
-        return self.cross_weight if touched else 0.0
+        name = _weight_of(self.blocks, rows, columns)
+        return 0.0 if name is None else getattr(self, name)
 
     @property
     def acts(self) -> bool:
@@ -67,27 +68,58 @@ def options_of(model: Model, given: dict[str, Any], backend: str) -> Options:
         modulation = _checks.choice("modulation", given["modulation"], MODULATIONS)
     if modulation != own.modulation:
         own = RANGE
-    numbers = {name: _number(name, given[name]) for name in ("cross_weight", "self_weight")}
-    for name, value in numbers.items():
-        numbers[name] = getattr(own, name) if value is None else value
-    if numbers["self_weight"] is None:
-        numbers["self_weight"] = numbers["cross_weight"]
-    blocks, active = given["blocks"], given["active"]
-    options = Options(
+    blocks = own.blocks
+    if given["blocks"] is not None:
+        blocks = _blocks.parse(given["blocks"])
+        _check_blocks(model, modulation, blocks)
+    numbers = _weights(model, own, blocks, given)
+    active = given["active"]
+    return Options(
         **numbers,
         active=own.active if active is None else _checks.fraction("active", active),
         exponent=own.exponent if given["exponent"] is None else _exponent(given["exponent"]),
-        size_weight=_checks.number("size_weight", given["size_weight"]),
+        size_weight=_checks.number("size_weight", given["size_weight"], torch.float32),
         modulation=modulation,
-        blocks=own.blocks if blocks is None else _blocks.parse(blocks),
+        blocks=blocks,
         backend=backend,
     )
-    _check_blocks(model, options, blocks is not None)
-    return options
 
 
-def _number(argument: str, value: object) -> float | None:
-    return None if value is None else _checks.number(argument, value)
+def _weights(
+    model: Model, own: Defaults, blocks: tuple[str, ...], given: dict[str, Any]
+) -> dict[str, float]:
+    """The strengths of a call, or a refusal of one that is given and that no row has."""
+    names = "cross_weight", "self_weight"
+    told = {
+        name: _checks.number(name, given[name], torch.float32)
+        for name in names
+        if given[name] is not None
+    }
+    numbers = {name: told.get(name, getattr(own, name)) for name in names}
+    if numbers["self_weight"] is None:
+        numbers["self_weight"] = numbers["cross_weight"]
+    kinds = model.layer_kinds
+    used = {_weight_of(blocks, row, columns) for rows, columns in kinds for row in rows} - {None}
+    if model.joint and {"image->text", "image->image"} == set(blocks):  # whose rows have one
+        if len(told) < 2:
+            numbers = dict.fromkeys(names, numbers[next(iter(told), "self_weight")])
+        elif told["cross_weight"] != told["self_weight"]:
+            rule = f"be cross_weight where blocks={blocks!r}, for a row has one strength"
+            _checks.refuse("self_weight", rule, f"{told['self_weight']} and {told['cross_weight']}")
+        return numbers
+    for name, value in told.items():
+        if name not in used and value not in (0, *(numbers[other] for other in used)):
+            rule = f"stay None or 0 where blocks={blocks!r}, of which none has it"
+            _checks.refuse(name, rule, value)
+    return numbers
+
+
+def _weight_of(blocks: tuple[str, ...], row: str, columns: Collection[str]) -> str | None:
+    """The name of the strength of a kind of rows in layers of these kinds of keys."""
+    touched = {f"{row}->{kind}" for kind in columns} & set(blocks)
+    if "image->image" in touched:
+        return "self_weight"
+    return "cross_weight" if touched else None
 
 
 def _exponent(value: object) -> float:
@@ -96,20 +128,14 @@ def _exponent(value: object) -> float:
     return float(value)
 
 
-def _check_blocks(model: Model, options: Options, named: bool) -> None:
+def _check_blocks(model: Model, modulation: str, blocks: tuple[str, ...]) -> None:
     """Refuse blocks that a model does not have, or that a row's one strength cannot honour."""
-    blocks = options.blocks
-    rows = {kind: [block for block in blocks if block.startswith(kind)] for kind in KINDS}
-    if not model.joint:
-        if named and rows["text"]:
-            rule = f"be of the image's rows on a {model.denoiser}, whose text attends to nothing"
-            _checks.refuse("blocks", rule, blocks)
-        return
-    if options.modulation == "range" and any(len(touched) == 1 for touched in rows.values()):
+    kinds = model.layer_kinds
+    pairs = {f"{row}->{kind}" for rows, columns in kinds for row in rows for kind in columns}
+    if not pairs.issuperset(blocks):
+        own = ", ".join(block for block in _blocks.BLOCKS if block in pairs)
+        _checks.refuse("blocks", f"be of the {model.denoiser}'s own, {own}", blocks)
+    touched = [sum(block.startswith(kind) for block in blocks) for kind in KINDS]
+    if model.joint and modulation == "range" and 1 in touched:
         rule = 'have all or none of the pairs of a row under modulation "range", which changes them'
         _checks.refuse("blocks", f"{rule} all", blocks)
-    if len(rows["image"]) == 2 and not rows["text"]:
-        weights = options.cross_weight, options.self_weight
-        if weights[0] != weights[1]:
-            rule = f"be cross_weight where blocks={blocks!r}, for a row has one strength"
-            _checks.refuse("self_weight", rule, f"{weights[1]} and {weights[0]}")

@@ -161,6 +161,7 @@ class RegionState(LayoutState):
         negative = rows is None and not self.reading.negatives  # a call of its own
         if negative or not start <= self.steps.index < stop:
             return None
+        self.model.check(bound.arguments)
         made = self._texts(bound.arguments, call, spans)
         self._make(call, made.slots, spans)
         self.model.lengthen(bound.arguments, made)

@@ -35,16 +35,20 @@ class Video(NamedTuple):
     def owners(self, count: int) -> list[int]:
         """The frame of tokens of each of count frames, of the video or of its latents.
 
-        Frames behind those that fill latents, which pipelines leave out, are behind all tokens.
+        Frames behind those that fill latents, which pipelines leave out, are behind all tokens;
+        where tokens have several latents they may be those of a shorter video, and are refused.
         """
-        of_pixels = [-(-f // self.compression) for f in range(count)]
-        whole = (count - 1) // self.compression + 1
-        for length, latents in ((whole, of_pixels), (count, list(range(count)))):
-            ahead = self.latents - length  # frames that a pipeline puts before a video
-            if 0 <= ahead < self.each:
-                return [(f + ahead) // self.each for f in latents]
-        frames = (self.latents - 1) * self.compression + 1
-        rule = f"have masks of the video's {frames} frames or of the {self.latents} of its latents"
+        lengths = [self.latents - ahead for ahead in range(self.each)]  # without those put before
+        owned, length = list(range(count)), count
+        if count not in lengths:
+            owned = [-(-f // self.compression) for f in owned]
+            length = (count - 1) // self.compression + 1
+        behind = 0 if count in lengths else (count - 1) % self.compression
+        if length in lengths and (self.each == 1 or not behind):
+            return [(latent + self.latents - length) // self.each for latent in owned]
+        frames = [(length - 1) * self.compression + 1 for length in lengths]
+        videos, theirs = (" or ".join(map(str, reversed(each))) for each in (frames, lengths))
+        rule = f"have masks of the video's {videos} frames or of the {theirs} of its latents"
         return _checks.refuse("regions", rule, count)
 
 

@@ -90,13 +90,12 @@ def rows_of(given: dict[str, Any]) -> int:
 
 
 def missing(pipe: DiffusionPipeline) -> str | None:
-    """The name of a text encoder that a pipeline with its tokenizer lacks."""
+    """The name of a text encoder or a tokenizer that a pipeline with the other of them lacks."""
     for suffix in ("", "_2", "_3"):
-        if (
-            getattr(pipe, f"tokenizer{suffix}", None) is not None
-            and getattr(pipe, f"text_encoder{suffix}") is None
-        ):
-            return f"text_encoder{suffix}"
+        names = f"tokenizer{suffix}", f"text_encoder{suffix}"
+        lacking = [name for name in names if getattr(pipe, name, pipe) is None]
+        if len(lacking) == 1:
+            return lacking[0]
     return None
 
 

@@ -143,7 +143,9 @@ def place_of(
             _checks.refuse(
                 argument, "have a phrase of at least one token", repr(prompt[slice(*chars)])
             )
-        kept = tokens_of(tokenizer, text, length) if length > 0 else Tokens(text, [], [])
+        kept = Tokens(text, [], [])
+        if length > 0:
+            kept = tokens_of(tokenizer, text, length, segment.padded)
         place = kept.of(inner)
         cut = place is None or place[1] - place[0] != whole[1] - whole[0]
         start, stop = (0, 0) if cut else place

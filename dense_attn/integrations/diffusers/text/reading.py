@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dense_attn import _checks
@@ -80,12 +83,21 @@ class Reading:
         negative = self._heard and given.get("prompt_embeds") is not None
         if not negative and encoding.missing(self.pipe) is None:
             self.options = encoding.options_of(self.pipe, given)
-            for phrase in self._phrases() if self.encode else ():
-                self.embeddings(phrase)  # now, while the text encoders are at hand
+            self.options |= self.length_of(given.get("prompt_embeds"))
+            self._encode(anew=not self._heard and given.get("prompt_embeds") is None)
         self.guides = bool(given.get("do_classifier_free_guidance", self.guides))
         said, earlier = other_prompt(self, given), self.rows if self._heard else None
         self.rows = earlier if said else encoding.rows_of(given)
         self._heard.append(said)
+
+    def _encode(self, anew: bool) -> None:
+        """Have the phrases' embeddings now, while the text encoders, which may change, are here."""
+        before, self._embeddings = self._embeddings, {} if anew else self._embeddings
+        for phrase in self._phrases() if self.encode else ():
+            self.embeddings(phrase)
+        for key, old in before.items() if anew else ():
+            if key in self._embeddings and not torch.equal(old, self._embeddings[key]):
+                self._images.clear()
 
     def _check_template(self, given: dict[str, Any]) -> None:
         """Refuse what stands before the prompt in the place of the pipeline's own."""
@@ -98,7 +110,7 @@ class Reading:
         """Take the images of a call; others make other tokens of a text."""
         if encoding.takes(self.pipe, "image"):
             image = given.get("image")
-            if self._waits or image is not self.pictures["image"]:
+            if self._waits or not _same(image, self.pictures["image"]):
                 self._embeddings.clear()
                 self._images.clear()
             self.pictures, self._waits = {"image": image}, False
@@ -106,10 +118,18 @@ class Reading:
     def check(self) -> None:
         """Say once if the prompt of the call at hand is another than the layout's."""
         # one of several is the prompt, others are negative
-        if self._heard and all(self._heard) and not self._said:
+        if self._heard and all(self._heard) and not self._said and not self._unheard():
             self._said = True
             warnings.warn(self._heard[0], stacklevel=2)
         self._heard.clear()
+
+    def _unheard(self) -> bool:
+        """Whether a text is heard of a call that guides beside a prompt's embeddings.
+
+        Kandinsky 5 does not give them to encode_prompt.
+        """
+        guides = getattr(self.pipe, "guidance_scale", 1) > 1
+        return len(self._heard) == 1 and guides and not encoding.takes(self.pipe, "prompt_embeds")
 
     def places(self, b: int, num_tokens: int | None = None) -> list[list[Place | None]]:
         """The places of each region's phrase, in each segment of one prompt."""
@@ -128,6 +148,16 @@ class Reading:
             found = encoding.encode(self.pipe, text, **options, **self.pictures)
             self._embeddings[key] = found[0][0]
         return self._embeddings[key]
+
+    def length_of(self, embeddings: Any) -> dict[str, Any]:
+        """The option of a text as long as a caller's own embeddings [B, L, C]."""
+        name = "max_sequence_length"
+        tensor = isinstance(embeddings, Tensor) and embeddings.dim() == 3
+        if not (tensor and self.segments and encoding.takes(self.pipe, name)):
+            return {}
+        length = self.segments[-1].tokens(embeddings.shape[1])
+        default = inspect.signature(self.pipe.encode_prompt).parameters[name].default
+        return {} if length < 1 or length == default else {name: length}
 
     def argument(self, b: int, r: int) -> str:
         """The name of a region in messages."""
@@ -215,3 +245,9 @@ class Reading:
                 f"{argument} has no token of its own: later regions take all of {phrase!r}",
                 stacklevel=6,
             )
+
+
+def _same(image: Any, other: Any) -> bool:
+    """Whether two calls have one image, or lists of the same ones."""
+    lists = [each if isinstance(each, list) else [each] for each in (image, other)]
+    return len(lists[0]) == len(lists[1]) and all(map(operator.is_, *lists))

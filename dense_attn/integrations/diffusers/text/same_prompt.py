@@ -54,9 +54,7 @@ def _other_embeddings(reading: Reading, given: Tensor) -> str | None:
         return None  # of one encoder of two
     if not known or given.dim() != 3 or given.shape[1] < reading.needed:
         return None
-    options: dict[str, Any] = {}
-    if encoding.takes(reading.pipe, "max_sequence_length"):
-        options["max_sequence_length"] = reading.segments[-1].tokens(given.shape[1])
+    options = reading.length_of(given)
     for b, embeddings in _pairs(len(reading.prompts), given):
         try:
             right = _holds_phrases(reading, b, embeddings, **options)

@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..hooks import unwrapped
 from .encoding import INSTRUCTION, surroundings, takes
 from .tokens import tokens_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+UNPADDED = "QwenImageTransformer2DModel", "ZImageTransformer2DModel"  # whose texts have none
 LONGEST = 512  # tokens that a T5 encoder of any pipeline is given
 HUNYUAN_DIT = 77, 256  # tokens of its encoders
 
@@ -30,6 +32,7 @@ class Segment(NamedTuple):
     # where a call's other tokens stand, such as an image's: "before" or "behind" the longest text;
     # None: a tokenizer pads
     others: str | None = None
+    padded: bool = True  # whether padding, which may stand before a text, is there
 
     def tokens(self, num_tokens: int | None) -> int:
         """The segment's tokens among num_tokens, or the most that it can have."""
@@ -97,7 +100,9 @@ def _templated(pipe: DiffusionPipeline, reader: Any, first: Any, second: Any) ->
         others = "behind" if "<|image_pad|>" in template.partition("{}")[2] else "before"
     elif hasattr(pipe, "_get_glm_embeds"):
         others = "before"  # CogView4's own padding
-    return segment._replace(template=template, others=others)
+    denoiser = unwrapped(getattr(pipe, "transformer", None))
+    padded = type(denoiser).__name__ not in UNPADDED
+    return segment._replace(template=template, others=others, padded=padded)
 
 
 def _instructed(pipe: DiffusionPipeline, tokenizer: Any) -> Segment:

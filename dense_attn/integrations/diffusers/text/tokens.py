@@ -62,14 +62,16 @@ def folded(text: str, lower: bool) -> Folded:
     return Folded("".join(letters), places)
 
 
-def tokens_of(tokenizer: Any, text: str, num_tokens: int | None = None) -> Tokens:
-    """The tokens of a text, whole, or cut and padded to the num_tokens of a network.
+def tokens_of(
+    tokenizer: Any, text: str, num_tokens: int | None = None, padded: bool = True
+) -> Tokens:
+    """The tokens of a text, whole, or cut and, if asked, padded to the num_tokens of a network.
 
     Fast tokenizers say which characters a token is of; slow ones' tokens are aligned with the text.
     """
     size: dict[str, Any] = {"max_length": WHOLE}
     if num_tokens is not None:
-        size = {"max_length": num_tokens, "padding": "max_length"}
+        size = {"max_length": num_tokens, "padding": "max_length" if padded else False}
     if getattr(tokenizer, "is_fast", False):
         read = tokenizer(
             text,
