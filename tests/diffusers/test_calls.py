@@ -262,7 +262,7 @@ def test_a_repeated_call_for_the_negative_prompt(calls: list) -> None:
 def test_texts_that_are_made_anew_in_each_call_are_looked_at_twice_a_run(
     guides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that stay are looked at once, and again where they are changed or others."""
+    """Texts that stay are looked at once, and again where they are changed or others."""
     scheduler = types.SimpleNamespace(timesteps=torch.arange(5))
     pipe = types.SimpleNamespace(scheduler=scheduler, do_classifier_free_guidance=guides)
     looked: list[bool] = []

@@ -139,7 +139,7 @@ def test_a_bias_equals_the_dense_matrix(
 def test_rows_without_a_touched_pair_keep_their_bits(
     model: str, modulation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the text under image->text alone, and of the image under text->text alone."""
+    """Rows of the text under image->text alone, and of the image under text->text alone."""
     text, seen = members(model)[1], watch(monkeypatch)
     for subset in ("image->text", "text->text"):
         with apply_layout(pipeline(model), PROMPT, REGIONS, modulation=modulation, blocks=subset):
@@ -195,7 +195,7 @@ def test_whole_runs_of_blocks_equal_the_reference(model: str, modulation: str) -
 
 
 def test_layers_of_the_image_alone_are_touched_by_image_to_image(calls: list) -> None:
-    """Those that Stable Diffusion 3.5 has beside joint attention."""
+    """Layers that Stable Diffusion 3.5 has beside joint attention."""
     counts = {}
     for subset in (("image->text",), ("image->image",), ("image->text", "image->image")):
         with apply_layout(pipeline("sd3"), PROMPT, REGIONS, modulation="bias", blocks=subset):

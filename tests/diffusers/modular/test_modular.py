@@ -253,7 +253,7 @@ def test_another_prompt_is_told_of(name: str) -> None:
 
 
 def test_calls_of_another_pipeline_are_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that share a module's function."""
+    """Pipelines that share a module's function."""
     pipe, told = modular("sd3"), []
     monkeypatch.setattr(Reading, "hear", lambda _reading, given: told.append(given["prompt"]))
     other = types.SimpleNamespace(**pipe.components, _execution_device=torch.device("cpu"))

@@ -104,7 +104,7 @@ class Dense:
         return found + OTHERS * (8 if self.name == "z_image" else 0)  # 24 tokens in 32
 
     def labels(self, kind: str, positive: bool) -> tuple[list, list]:
-        """Those of queries and keys."""
+        """Labels of queries and keys."""
         text, image = self.text(positive), self.image(positive)
         if kind == "attn2" or kind.endswith("cross_attention"):
             return image, text
