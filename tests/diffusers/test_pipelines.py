@@ -198,7 +198,7 @@ def test_a_run(name: str, calls: list) -> None:
     """),
 )
 def test_whole_runs_equal_the_reference(name: str) -> None:
-    """Those of variants; families' own are in hook/test_families.py."""
+    """Runs of variants; those of the families are in hook/test_families.py."""
     kind = kinds().get(name)
     if kind is None:
         pytest.skip(f"this diffusers has no {name}")
