@@ -154,7 +154,7 @@ def addition(
     options: tuple[object, ...],
     backend: str,
 ) -> Tensor | None:
-    """The part of a step beside classifier-free guidance, in the wide dtype; None where it is nothing.
+    """The part of a step beside classifier-free guidance, in the wide dtype; None where nothing is.
 
     It is the momentum of a step that keeps none of the old.
     """
