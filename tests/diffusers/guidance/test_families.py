@@ -12,8 +12,8 @@ from functools import cache
 
 import pytest
 import torch
-from estimates import first_estimates
 from families import FAMILIES, family, made_of, video
+from families.estimates import first_estimates
 from pipelines import MODELS, PROMPT, pipeline
 from torch import Tensor
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from estimates import first_estimates
 from families import family
+from families.estimates import first_estimates
 from pipelines import PROMPT, close, pipeline
 from torch import Tensor
 

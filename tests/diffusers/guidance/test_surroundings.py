@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from estimates import first_estimates
 from families import family, made_of
 from families.classes import made
+from families.estimates import first_estimates
 from pipelines import PROMPT, REGIONS, close, diffusers, latents, pipeline
 from torch import Tensor
 

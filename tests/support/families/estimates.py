@@ -1,4 +1,4 @@
-"""What a pipeline hands its scheduler in the first step of a run, after which the run ends."""
+"""The estimate that a pipeline hands its scheduler in the first step of a run, which ends there."""
 
 from __future__ import annotations
 
