@@ -105,7 +105,7 @@ class Rehearsed:
         settings = self.settings
         height, width = settings.size
         given = {
-            "prompt": texts["prompt"],
+            "prompt": [*texts["prompt"]],  # Z-Image's pipeline writes to its list
             "height": height,
             "width": width,
             "num_inference_steps": settings.num_inference_steps,
@@ -113,7 +113,7 @@ class Rehearsed:
             "output_type": "latent",
         }
         if settings.guidance_scale > self.model.unguided:
-            given["negative_prompt"] = texts["negative_prompt"]
+            given["negative_prompt"] = [*texts["negative_prompt"]]
         if "negative_prompt" not in takes:
             given.pop("negative_prompt", None)
             if any(texts["negative_prompt"]):
@@ -121,8 +121,10 @@ class Rehearsed:
                 _checks.refuse("negative_prompt", "be empty where pipe's call takes none", got)
         if "use_resolution_binning" in takes:
             given["use_resolution_binning"] = False
+        own = set() if "true_cfg_scale" in takes else {"guidance_scale"}
+        known = tuple(name for name in CALL if name in takes.keys() - own)
         for name in settings.call:
-            _checks.choice("call", name, tuple(name for name in CALL if name in takes))
+            _checks.choice("call", name, known)
         return {name: value for name, value in given.items() if value is not None} | settings.call
 
 
@@ -169,8 +171,10 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
     model, kind = model_of(pipe), type(pipe).__name__
     takes = inspect.signature(type(pipe).__call__).parameters
     prepares = inspect.signature(getattr(pipe, "prepare_latents", lambda: None)).parameters
-    if model.video or not {"prompt", "height", "width", "generator"} <= takes.keys():
+    if not {"prompt", "height", "width", "generator"} <= takes.keys():
         _checks.refuse("pipe", "make images of prompts", kind)
+    if "num_frames" in takes:
+        _checks.refuse("pipe", "make images, not videos", kind)
     beside = [name for name in BESIDE if getattr(pipe, name, None) is not None]
     beside += [name for name in ("image",) if name in prepares]
     beside += [name for name in ("control_image",) if name in takes]
