@@ -1,4 +1,4 @@
-"""Chains of every family of images: their networks are the pipelines' own, and their bits return."""
+"""Chains of every family of images: the networks are the pipelines' own, and bits return."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ from dense_attn.integrations.diffusers.inversion.images import pixels_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", NAMES)
+def each(*quick: str) -> pytest.MarkDecorator:
+    """A test of every family, of which few are quick."""
+    marked = [
+        name if name in quick else pytest.param(name, marks=pytest.mark.full) for name in NAMES
+    ]
+    return pytest.mark.parametrize("name", marked)
+
+
+@each("sd3", "flux", "qwen", "z_image", "sdxl")
 def test_a_chain_of_plain_steps_is_the_pipeline(name: str) -> None:
     """One step and four, with a negative prompt and without; a flow's have the same bits."""
     for guided, steps in ((True, 1), (True, 4), (False, 4)):
@@ -41,7 +49,7 @@ def test_a_chain_of_plain_steps_is_the_pipeline(name: str) -> None:
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("flux2", "qwen")
 def test_images_of_latents_are_the_pipelines(name: str) -> None:
     """And those of the encoder are what the decoder's normalisation undoes."""
     chain, pipe = chain_of(name, 1), pipe_of(name)
@@ -53,8 +61,7 @@ def test_images_of_latents_are_the_pipelines(name: str) -> None:
         x = encoded(pipe, chain.model, pixels_of(pipe, image_of(name)))
     assert close(found, images)
     assert x.shape == latents.shape
-    seen = []
-    own = pipe.vae.decode
+    seen, own = [], pipe.vae.decode
     try:
         pipe.vae.decode = lambda z, **_: seen.append(z) or own(z)
         with torch.no_grad():
@@ -70,7 +77,7 @@ def test_images_of_latents_are_the_pipelines(name: str) -> None:
     assert close(seen[0], z)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("sd3", "qwen")
 def test_an_image_comes_back_from_its_noise(name: str) -> None:
     """From the latents to the noise and back, and from the noise again: 0 differing bits."""
     pipe = pipe_of(name)

@@ -61,23 +61,24 @@ def optimize(
 ) -> Optimized:
     """The image of a prompt whose noise was changed until a loss fell: DOODL, with saliency SGOOL.
 
-    `optimize_latents` on the pipeline's U-Net and VAE: gradients of
+    `optimize_latents` on the pipeline's denoiser and VAE: gradients of
     `loss_fn(image) + w*loss_fn(salient crop)` go through the decoder and all steps of the chain, in
     memory that does not grow with them.
 
     Args:
-        pipe: a Stable Diffusion 1 or 2 pipeline, as `invert` takes it.
+        pipe: as `invert` takes it.
         prompt, negative_prompt: one for all images or one for each.
         loss_fn: images [B, 3, H, W] in -1..1 to a scalar tensor.
         saliency_fn: None, or images in 0..1 to maps [B, H, W] in 0..1
             (`spectral_residual_saliency`).
-        num_inference_steps, guidance_scale: of the chain.
-        latents: the noise to begin with, of variance 1; drawn when None, for images of height x
-            width.
-        height, width: in pixels; the size of latents, or the U-Net's own, when None.
+        num_inference_steps: of the chain.
+        guidance_scale: as in `invert`; None for no guidance.
+        latents: the noise to begin with, of variance 1, as the pipeline's loop has it; None: what
+            the pipeline draws for images of height x width.
+        height, width: in pixels; the size of latents, or the pipeline's own, when None.
         generator: of the noise.
         output_type: as in `reconstruct`.
-        sampler: further arguments of `ReversibleSampler`.
+        sampler, call: further arguments of `ReversibleSampler`, and of the pipeline's call.
         options: further arguments of `optimize_latents`: steps, salient_weight, clip, momentum,
             noise, progress, state.
 

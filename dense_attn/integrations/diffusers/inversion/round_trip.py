@@ -28,7 +28,8 @@ class Inversion:
     """The noise of an image, and what it took to find it.
 
     Attributes:
-        latents: the pair of latents at the noise end, in float64 where the chain is exact.
+        latents: the pair of latents at the noise end, as the pipeline's loop has them (packed, of
+            FLUX and Qwen-Image), in float64 where the chain is exact.
         settings: those of the way back.
         seconds: wall time.
         peak_bytes: what was added to the memory in use at the peak; None where the system does not
@@ -55,21 +56,30 @@ def invert(
 ) -> Inversion:
     """The noise of an image, from which `reconstruct` makes the image again, or an edit of it.
 
-    The image is encoded, `z = scaling * vae(image)`, and `ReversibleSampler.invert` takes z to the
-    noise; with exact chains, the default, the way back ends in the very bits of z.
+    The image is encoded, `z = (vae(image) - shift) * scale` as its pipelines have it, and
+    `ReversibleSampler.invert` takes z to the noise; with exact chains, the default, the way back
+    ends in the very bits of z. The network is the pipeline's own: a copy of the pipeline is called
+    with a stand-in for its denoiser, and what that is asked in each step (packed latents, texts,
+    masks, shifted sigmas, both branches) is asked again of the denoiser.
 
     Args:
-        pipe: a Stable Diffusion 1 or 2 pipeline with any scheduler of its noise schedule that
-            leaves signal at the first timestep. Its U-Net takes latents, a timestep and a text
-            alone: no channels of a mask or depth, no class labels, no embedding of the guidance
-            scale (LCM). A ControlNet or adapter beside it is not called.
+        pipe: one of a family that has a record (the table in docs/diffusers.md): a pipeline that
+            makes images of a prompt alone, without a cache or an IP-Adapter, whose scheduler is a
+            flow's (the chain is then the flow's, its schedule as the pipeline sets it) or has
+            Stable Diffusion's noise schedule (the chain is then DDIM's). Of Stable Diffusion 1 and
+            2 any with a schedule that leaves signal at the first timestep and a U-Net of latents,
+            timestep and text alone; a ControlNet or adapter beside it is not called.
         image: a PIL image, a list of them of one size, or a tensor [B, 3, H, W] in 0..1. A warning
-            says where it is resized, to multiples of the VAE's factor, and where transparent pixels
-            are taken as opaque.
+            says where it is resized, to multiples of the pipeline's tokens, and where transparent
+            pixels are taken as opaque.
         prompt, negative_prompt: what the image shows, and what it does not; one for all images or
             one for each.
         num_inference_steps: of the chain.
-        guidance_scale: classifier-free guidance; 1 for none. Large ones drive EDICT's pair apart.
+        guidance_scale: classifier-free guidance in the pipeline's own numbers (its true_cfg_scale,
+            where it has one); 1 for none, on Z-Image 0. None: 3, or the pipeline's own default
+            where that is less. Large ones drive EDICT's pair apart.
+        call: further arguments of the pipeline's call: `{"guidance_scale": 3.5}` for the number
+            that FLUX's network is told, max_sequence_length, sigmas, texts of other encoders.
         progress: show a bar.
         sampler: further arguments of `ReversibleSampler`: method, mix, gamma, alternate, exact,
             backend.
@@ -124,7 +134,7 @@ def reconstruct(
         pipe: the pipeline of the inversion.
         inversion: what `invert` returned.
         prompt: None for that of the inversion.
-        output_type: "pil", "pt", "np" or "latent", as pipelines have it.
+        output_type: "pil", "pt", "np" or "latent", as pipelines have it; latents as in their loop.
         progress: show a bar.
 
     Raises:
