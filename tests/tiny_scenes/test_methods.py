@@ -96,9 +96,9 @@ def test_the_control_of_edits_begins_with_the_same_image(
     own = edits.open_prompts("ground", 2)
     plain = score.generate(pipe, [case.prompt for case in own], range(2))
     monkeypatch.setitem(edits.USUAL, "warmup", score.STEPS + 1)
-    torch.testing.assert_close(edits._control(pipe, own), plain, atol=1e-4, rtol=0)
+    torch.testing.assert_close(edits.swapped(pipe, own), plain, atol=1e-4, rtol=0)
     monkeypatch.setitem(edits.USUAL, "warmup", 2)
-    assert edits._gain(edits._control(pipe, own), plain, own)["gain"]["mean"] > 100
+    assert edits._gain(edits.swapped(pipe, own), plain, own)["gain"]["mean"] > 100
 
 
 @pytest.mark.full
