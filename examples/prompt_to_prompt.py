@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SOURCE, TARGET = "a red circle and a blue square on gray", "a red circle and a yellow square on gray"
+SOURCE, TARGET = (
+    "a red circle and a blue square on gray",
+    "a red circle and a yellow square on gray",
+)
 
 
 class PromptToPrompt(TorchFunctionMode):
@@ -70,9 +73,9 @@ class PromptToPrompt(TorchFunctionMode):
             tokens(list(prompts), padding="max_length", truncation=True).input_ids
             for prompts in (sources, targets)
         )
-        factors = _factors(tokens, after, weights or {})[:, None]  # [B, 1, N]
+        factors = _factors(tokens, after, weights or {})[:, None].to(pipe.device)  # [B, 1, N]
         pairs = [alignment(*pair) for pair in zip(before, after)]
-        moved, new = (torch.stack(parts) for parts in zip(*pairs))
+        moved, new = (torch.stack(parts).to(pipe.device) for parts in zip(*pairs))
         self.moved, self.new = moved * factors, new * factors  # A and diag(1 - a), [B, N, N]
         self.cross, self.own, self.largest = cross, own, largest
         self.done, self.exchanged = 0.0, 0  # of the steps; softmaxes of this one
@@ -92,8 +95,7 @@ class PromptToPrompt(TorchFunctionMode):
     ) -> Any:
         """Every function of torch as it is, but for a softmax whose map is the source's."""
         if func is scaled_dot_product_attention and self._meant(*args[:2]):
-            self.exchanged += 1
-            return self._exchanged(*args, **(kwargs or {}))
+            return self._exchange(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _meant(self, q: Tensor, k: Tensor) -> bool:
@@ -104,7 +106,7 @@ class PromptToPrompt(TorchFunctionMode):
             return self.done < self.cross
         return self.done < self.own and q.shape[2] == k.shape[2] <= self.largest
 
-    def _exchanged(
+    def _exchange(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
         """Attention of q, k, v [4B, H, N, D], whose last B samples have the maps of those before.
@@ -113,7 +115,7 @@ class PromptToPrompt(TorchFunctionMode):
         """
         if attn_mask is not None:
             raise ValueError("attn_mask must be None, got a mask")
-        count = len(self.moved)
+        self.exchanged, count = self.exchanged + 1, len(self.moved)
         source = slice(2 * count, 3 * count)
         rows = [slice(0, 3 * count), source]
         values = v[3 * count :]

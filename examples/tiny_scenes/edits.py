@@ -123,7 +123,9 @@ def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
     for kind in _progress.track(KINDS, "edits, both backends", "kind"):
         own = open_prompts(kind, count)
         concepts = [[case.concept] for case in own]
-        ours, theirs = (edited(pipe, own, concepts, backend=backend) for backend in ("auto", "reference"))
+        ours, theirs = (
+            edited(pipe, own, concepts, backend=backend) for backend in ("auto", "reference")
+        )
         pixel = max(pixel, (ours - theirs).abs().max().item())
         for b, case in enumerate(own):
             gained = max(

@@ -41,9 +41,7 @@ def study(pipe: DiffusionPipeline, count: int = 20) -> dict[str, Any]:
     sizes = {name: mask.flatten(1).sum(1) for name, mask in colour_masks(plain).items()}
     most = torch.stack([sizes[name] for name in COLOURS]).argmax(0)
     seen = [list(COLOURS)[colour] for colour in most]
-    own = [
-        case._replace(concept=f"a {name} thing", counted=name) for case, name in zip(own, seen)
-    ]
+    own = [case._replace(concept=f"a {name} thing", counted=name) for case, name in zip(own, seen)]
     ways = _progress.track(WAYS, "negation", "way")
     rows = {name: scores(WAYS[name](pipe, own), plain, own) for name in ways}
     return {"prompts": count, "ways": beside(rows, BASE)}
