@@ -50,7 +50,8 @@ class PromptToPrompt(TorchFunctionMode):
         largest: image tokens up to which a map of the image to itself is the source's.
 
     Raises:
-        ValueError: prompts that are not as many, or a weight of a word that no target has.
+        ValueError: a pipeline without a U-Net, prompts that are not as many, or a weight of a word
+            that no target has; in a step of it, attention with a mask or without guidance.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class PromptToPrompt(TorchFunctionMode):
         largest: int = 1024,
     ) -> None:
         super().__init__()
+        if getattr(pipe, "unet", None) is None:
+            raise ValueError(f"pipe must have a U-Net, got {type(pipe).__name__}")
         if len(sources) != len(targets):
             got = f"{len(targets)} and {len(sources)}"
             raise ValueError(f"targets must be as many as sources, got {got}")

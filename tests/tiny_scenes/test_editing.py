@@ -60,11 +60,10 @@ def test_the_result_is_that_of_edited_maps(pipe: object, keys: int) -> None:
 
 
 def test_new_words_have_maps_of_their_own(pipe: object) -> None:
-    block = PromptToPrompt(pipe, ["a circle"], ["a blue circle"])
-    q, k, v = torch.randn(3, 4, 2, 9, 16, dtype=torch.float64)
-    k, v = torch.randn(2, 4, 2, 20, 16, dtype=torch.float64)
+    block = PromptToPrompt(pipe, ["a circle"], ["a blue circle"], weights={"blue": 3.0})
+    q, k, v = (torch.randn(4, 2, n, 16, dtype=torch.float64) for n in (9, 20, 20))
     source, own = ((q[b] @ k[b].transpose(1, 2) / 4).softmax(2) for b in (2, 3))
-    edited = torch.cat([source[..., :2], own[..., 2:3], source[..., 2:19]], -1)
+    edited = torch.cat([source[..., :2], 3 * own[..., 2:3], source[..., 2:19]], -1)
     with block:
         found = scaled_dot_product_attention(q, k, v)[3]
     torch.testing.assert_close(found, edited @ v[3], atol=1e-12, rtol=0)
@@ -81,6 +80,8 @@ def test_a_prompt_in_the_place_of_itself(pipe: object) -> None:
 
 
 def test_what_prompt_to_prompt_refuses(pipe: object) -> None:
+    with pytest.raises(ValueError, match="pipe must have a U-Net, got int"):
+        PromptToPrompt(3, ["a circle"], ["a circle"])
     with pytest.raises(ValueError, match="targets must be as many as sources, got 2 and 1"):
         PromptToPrompt(pipe, ["a circle"], ["a circle", "a square"])
     with pytest.raises(ValueError, match="weights must be of words of the targets, got 'green'"):

@@ -193,6 +193,7 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
         "inversion": inversion.table,
         "optimisation": optimisation.table,
     }
+    shown |= {name: part.table for name, part in evaluate.EDITING.items() if name in results}
     for part, shown_as in shown.items():
         for text in shown_as(results[part]).split("\n\n"):
             assert text in page, f"{part}:\n{text}"
