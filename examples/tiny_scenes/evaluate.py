@@ -14,6 +14,7 @@ from dense_attn import _command, _files
 from dense_attn.benchmarks.harness.header import describe_run
 
 from . import edits, inversion, layouts, optimisation, sheet
+from .editing import grids, negation, unique, ways
 from .model import load_pipeline
 from .score import GUIDANCE, STEPS
 
@@ -32,6 +33,10 @@ PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
         "optimisation": optimisation.same_tables(pipe, 2 if quick else 7, 2 if quick else 10),
     },
     "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 24),
+    "ways": lambda pipe, quick, _: ways.study(pipe, 2 if quick else 20),
+    "negation": lambda pipe, quick, _: negation.study(pipe, 2 if quick else 20),
+    "grids": lambda pipe, quick, _: grids.study(pipe, 2 if quick else 12),
+    "unique": lambda pipe, quick, _: unique.study(pipe, 2 if quick else 20),
     "inversion": lambda pipe, quick, _: inversion.study(
         pipe, 1 if quick else 8, (4,) if quick else (25, 50, 100, 200)
     ),
@@ -39,6 +44,8 @@ PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
         pipe, 2 if quick else 14, 2 if quick else 10
     ),
 }
+EDITING = {"ways": ways, "negation": negation, "grids": grids, "unique": unique}
+PLOTS = {"edits": edits.plot, "grids": grids.plot}
 RUN = ("date", "git_revision", "device", "threads", "quick")  # of the header, kept with each part
 
 
@@ -46,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the parts, add them to the file, print the tables of all that is in it."""
     arguments = _parse(argv)
     file, parts = arguments.json, arguments.only or list(PARTS)
-    pictures = file.with_name(f"{file.stem}-edits.png"), file.with_suffix(".png")
-    for path in (file, *pictures):
+    pictures = {name: file.with_name(f"{file.stem}-{name}.png") for name in PLOTS}
+    pictures["layouts"] = file.with_suffix(".png")
+    for path in (file, *pictures.values()):
         _files.check(path)
     pipe = load_pipeline(arguments.weights)
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -56,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         results["header"] = header = _header(arguments.quick)
         results[name]["run"] = {key: header[key] for key in RUN}
         _files.write(file, json.dumps(results, indent=1) + "\n")
-    if "edits" in parts:
-        edits.plot(results["edits"], pictures[0])
+    for name in set(parts) & PLOTS.keys():
+        PLOTS[name](results[name], pictures[name])
     if "layouts" in parts:
         rows = sheet.shipped_rows()
-        sheet.draw(rows, sheet.make(rows, pipe), pictures[1])
+        sheet.draw(rows, sheet.make(rows, pipe), pictures["layouts"])
     print("\n\n".join(tables(results)))
     return 0
 
@@ -107,6 +115,14 @@ def tables(results: dict[str, Any]) -> list[str]:
         shown.append("\n".join(lines))
     if "edits" in results:
         shown += [edits.table(results["edits"]), edits.curves(results["edits"])]
+    for name, part in (
+        ("ways", ways),
+        ("negation", negation),
+        ("grids", grids),
+        ("unique", unique),
+    ):
+        if name in results:
+            shown.append(part.table(results[name]))
     if "inversion" in results:
         shown.append(inversion.table(results["inversion"]))
     if "optimisation" in results:
