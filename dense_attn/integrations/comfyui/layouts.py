@@ -46,7 +46,8 @@ def apply_layout(
         modulation: "range", "max" or "bias" as in `layout_attention`, or "auto" for the model's:
             "bias" where text and image attend jointly, else "range".
         strength, self_strength: times what the model has without a word: 1.0 towards the text and
-            0.3 towards the image, falling with time^5, and a bias of 3 in joint attention.
+            0.3 towards the image, falling with time^5, and a bias of 3 in joint attention. 0 leaves
+            that attention alone, to the prompt without the regions' texts.
         size_weight: how much less a large region gets.
         start, end: the part of the schedule, in ComfyUI's percents from 0 to 1; None ends where the
             model has it, at 0.3, or 0.5 in joint attention.
@@ -75,6 +76,8 @@ def apply_layout(
         _backend(backend),
     )
     window = _window(start, numbers.end if end is None else end)
+    if not numbers.acts:
+        return model.clone()
     make = of_layouts(checked_regions, numbers)
     return _with(model, Wrapper(checked_regions, record, make, window, numbers.exponent))
 

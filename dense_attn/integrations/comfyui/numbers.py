@@ -20,6 +20,11 @@ class Numbers(NamedTuple):
     end: float
     backend: str
 
+    @property
+    def acts(self) -> bool:
+        """Whether any row has a strength."""
+        return bool(self.cross_weight or self.self_weight or self.text_weight)
+
     @classmethod
     def of(
         cls,
