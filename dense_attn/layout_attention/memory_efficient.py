@@ -82,7 +82,7 @@ class LayoutBias:
         return f"LayoutBias({', '.join(map(str, self.shape))}, modulation={self.modulation!r})"
 
     def to(self, device: torch.device | str) -> LayoutBias:
-        """The same bias on another device."""
+        """An equal bias on another device."""
         strength = self.strength
         strength = strength.to(device) if isinstance(strength, Tensor) else strength
         words = self.q_regions.to(device), self.k_regions.to(device)

@@ -1,4 +1,4 @@
-"""What calls of ComfyUI bring: rows, other overrides, masks, sizes; and what is left as it was."""
+"""Calls of ComfyUI: rows, other overrides, masks, sizes; and what is left as it was."""
 
 from __future__ import annotations
 

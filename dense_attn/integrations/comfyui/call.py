@@ -132,7 +132,7 @@ class Call:
         mask: Tensor | None,
         options: dict[str, Any],
     ) -> Tensor:
-        """What there was without a layout, be it another's override."""
+        """Attention without a layout, be it by another's override."""
         given = options if mask is None else options | {"mask": mask}
         if self.inner is None:
             return func(q, k, v, heads, **given)

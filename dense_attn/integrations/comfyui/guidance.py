@@ -95,7 +95,7 @@ def semantic_guidance(
 
 
 class _Addition:
-    """What concepts add to a guided estimate, for ComfyUI's sampler_post_cfg_function."""
+    """The addition of concepts to a guided estimate, for ComfyUI's sampler_post_cfg_function."""
 
     def __init__(self, guidance: SemanticGuidance, conditionings: list[list[Any]]) -> None:
         self.guidance, self.conditionings = guidance, conditionings

@@ -26,7 +26,7 @@ def each(images: int, rows: int) -> int:
 
 
 def of_prompts(regions: list[Region], base_ratio: float, backend: str) -> Make:
-    """What makes the blocks of layers with texts, where the image sees its region's."""
+    """A maker of the blocks of layers with texts, where the image sees its region's."""
     images = of_images(regions)
     weights = torch.tensor([one.weight for one in regions], dtype=torch.float32, device="cpu")
 
@@ -47,7 +47,7 @@ def of_prompts(regions: list[Region], base_ratio: float, backend: str) -> Make:
 
 
 def of_layouts(regions: list[Region], numbers: Numbers) -> Make:
-    """What makes the layers of a layout."""
+    """A maker of the layers of a layout."""
     layouts = [Layout(masks > 0.5) for masks in of_images(regions)]
 
     def make(

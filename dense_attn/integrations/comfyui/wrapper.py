@@ -74,7 +74,7 @@ class Wrapper:
         return end <= sigma <= start
 
     def _factor(self, sampling: Any, sigmas: Tensor) -> float:
-        """What strengths are multiplied by: the time, from 1 to 0, to the exponent."""
+        """The factor of strengths: the time, from 1 to 0, to the exponent."""
         if not self.exponent:
             return 1.0
         time = sigmas[0] if self.model.flow else sampling.timestep(sigmas[:1])[0] / 1000

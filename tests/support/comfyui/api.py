@@ -38,7 +38,7 @@ def of_kind(kind: str) -> type:
 
 @dataclass
 class Schema:
-    """What a node is."""
+    """The description of a node."""
 
     node_id: str
     display_name: str | None = None
