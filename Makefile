@@ -18,7 +18,7 @@ CUDA_FILES := $(patsubst %,tests/backends/%.py,test_backends gpu_sega gpu_steps)
 CUDA_TABLE = $(BIN)/pytest -q --numprocesses=auto -p cuda.plugin $(CUDA_FILES) -m "full or not full" -k "cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench kernels ptx compat gpu fuzz sanitize clean
+.PHONY: help demo test lint docs bench kernels ptx compat hub gpu fuzz sanitize clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -54,6 +54,9 @@ ptx: $(VENV)/.built  ## every case on the kernels as compiled for sm_80 and sm_9
 
 compat: $(VENV)/.built  ## one wheel beside torch 2.11, 2.13 and the newest: core tests, verify, docs/compatibility.md
 	@$(BIN)/python .ci/compat.py
+
+hub: $(VENV)/.built  ## the kernels in the layout of Hugging Face's kernels, in build/hub
+	@$(BIN)/python .ci/hub.py $(ARGS)
 
 fuzz: $(SANITIZED)/.built  ## 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(SANITIZER_ENV) $(BIN)/python tests/support/fuzz.py --calls 10000

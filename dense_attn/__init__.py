@@ -1,7 +1,13 @@
 """Fused kernels for controlling pre-trained diffusion models without training."""
 
 from dense_attn._backends.table import backends
-from dense_attn.layout_attention import Layout, layout_attention, tile_lists
+from dense_attn.layout_attention import (
+    Layout,
+    LayoutBias,
+    layout_attention,
+    memory_efficient_attention,
+    tile_lists,
+)
 from dense_attn.optimize import OptimizeResult, optimize_latents, spectral_residual_saliency
 from dense_attn.reversible import (
     OffGridError,
@@ -14,6 +20,7 @@ from dense_attn.sega import SemanticGuidance, percentile_mask, sega_guidance
 __version__ = "0.1.0"
 __all__ = [
     "Layout",
+    "LayoutBias",
     "OffGridError",
     "OptimizeResult",
     "ReversibleSampler",
@@ -22,6 +29,7 @@ __all__ = [
     "ddim_step",
     "ddim_step_inverse",
     "layout_attention",
+    "memory_efficient_attention",
     "optimize_latents",
     "percentile_mask",
     "sega_guidance",

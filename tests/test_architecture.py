@@ -40,6 +40,8 @@ PUBLIC = {
     "percentile_mask",
     "layout_attention",
     "Layout",
+    "LayoutBias",
+    "memory_efficient_attention",
     "sega_guidance",
     "tile_lists",
 }

@@ -1,0 +1,86 @@
+"""Nodes of semantic guidance: a list of concepts, and a model that they are put on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from dense_attn.integrations import comfyui
+
+from .regions import CATEGORY
+
+Edits = io.Custom("DENSE_ATTN_EDITS")
+
+
+class SemanticEdit(io.ComfyNode):
+    """A concept, behind others."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node."""
+        steps = {"min": 0, "max": 10000}
+        return io.Schema(
+            node_id="DenseAttnSemanticEdit",
+            display_name="Semantic Edit",
+            category=CATEGORY,
+            description="A concept that the image gets more of, or less; chain one for each.",
+            inputs=[
+                io.Conditioning.Input("conditioning"),
+                io.Float.Input("scale", default=5.0, min=0.0, max=100.0, step=0.1),
+                io.Float.Input("threshold", default=0.9, min=0.0, max=1.0, step=0.01),
+                io.Int.Input("warmup", default=10, tooltip="The step that it begins at.", **steps),
+                io.Int.Input("cooldown", default=0, tooltip="Its end; 0: none.", **steps),
+                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05),
+                io.Boolean.Input("reverse", default=False, tooltip="Away from the concept."),
+                Edits.Input("edits", optional=True, tooltip="The concepts before this one."),
+            ],
+            outputs=[Edits.Output("edits")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        conditioning: Any,
+        scale: float,
+        threshold: float,
+        warmup: int,
+        cooldown: int,
+        weight: float,
+        reverse: bool,
+        edits: list[Any] | None = None,
+    ) -> io.NodeOutput:
+        """Return the concepts with one more."""
+        steps = warmup, cooldown or None
+        edit = comfyui.Edit(conditioning, scale, threshold, *steps, weight, reverse)
+        return io.NodeOutput([*(edits or []), edit])
+
+
+class SemanticGuidance(io.ComfyNode):
+    """A model that is guided by concepts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node."""
+        part = {"min": 0.0, "max": 1.0, "step": 0.05}
+        return io.Schema(
+            node_id="DenseAttnSemanticGuidance",
+            display_name="Semantic Guidance (SEGA)",
+            category=CATEGORY,
+            description="Pushes the guided estimate towards or away from concepts.",
+            inputs=[
+                io.Model.Input("model"),
+                Edits.Input("edits"),
+                io.Float.Input("momentum_scale", default=0.1, **part),
+                io.Float.Input("momentum_beta", default=0.4, **part),
+            ],
+            outputs=[io.Model.Output("model")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, edits: list[Any], momentum_scale: float, momentum_beta: float
+    ) -> io.NodeOutput:
+        """Return the model with the concepts."""
+        momentum = {"momentum_scale": momentum_scale, "momentum_beta": momentum_beta}
+        return io.NodeOutput(comfyui.semantic_guidance(model, edits, **momentum))

@@ -1,0 +1,122 @@
+"""semantic_guidance on a sampler of ComfyUI's beside the loop of SemanticGuidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comfyui.scene import KINDS, NEGATIVE, POSITIVE, guided, made, noise, regions, text
+from torch import Tensor
+
+from dense_attn import SemanticGuidance
+from dense_attn.integrations.comfyui import Edit, apply_layout, semantic_guidance
+
+pytestmark = pytest.mark.usefixtures("installed")
+CONCEPTS = text(6, 5), text(7, 3)
+STEPS = 4
+HOW = {"warmup": 1, "threshold": 0.5}
+
+
+def edits() -> list[Edit]:
+    first, second = CONCEPTS
+    return [Edit(first, scale=3, **HOW), Edit(second, reverse=True, weight=2, cooldown=3, **HOW)]
+
+
+def loop(guidance: SemanticGuidance, kind: str, x: Tensor, sigmas: Tensor, scale: float) -> Any:
+    """The latents before and without noise at each of Euler's steps, in the library's own loop."""
+    guidance.guidance_scale, base, outs = scale, made(kind).model, []
+
+    def noise_of(conditioning: list, sigma: Tensor) -> Tensor:
+        options: dict[str, Any] = {}
+        how = {"c_crossattn": conditioning[0][0], "transformer_options": options}
+        return (x - base.apply_model(x, sigma[None], **how)) / sigma
+
+    for step, sigma in enumerate(sigmas[:-1]):
+        every = [noise_of(one, sigma) for one in (NEGATIVE, POSITIVE, *CONCEPTS)]
+        eps = guidance(step, every[0], every[1], every[2:])
+        outs.append((x, x - eps * sigma))
+        x = x + (sigmas[step + 1] - sigma) * eps
+    return outs
+
+
+@pytest.mark.parametrize("scale", [4.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_run_is_the_librarys_own_loop(kind: str, scale: float) -> None:
+    """Twice, so that the second run begins without the momentum of the first."""
+    x = noise(kind)
+    sigmas = torch.linspace(1, 0, STEPS + 1).double()  # small enough for a softmax of many keys
+    own = SemanticGuidance(
+        edit_guidance_scale=[3.0, 5.0],
+        edit_threshold=0.5,
+        edit_warmup_steps=1,
+        edit_cooldown_steps=[None, 3],
+        edit_weights=[1.0, 2.0],
+        reverse_editing_direction=[False, True],
+    )
+    right = loop(own, kind, x, sigmas, scale)
+    model = semantic_guidance(made(kind), edits())
+    for _ in range(2):
+        for step, (here, expected) in enumerate(right):
+            out = guided(model, here, sigmas, step, scale)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+    plain = guided(made(kind), x, sigmas, 1, scale)
+    assert (plain - guided(model, x, sigmas, 1, scale)).abs().max() > 1e-3
+
+
+def test_it_comes_on_top_of_other_guidance() -> None:
+    x, sigmas = noise("Flux"), torch.tensor([1.0, 0.5, 0.0]).double()
+    model = made("Flux")
+    model.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 2)
+    plain = guided(made("Flux"), x, sigmas, 1)
+    alone = guided(semantic_guidance(made("Flux"), edits()), x, sigmas, 1)
+    both = guided(semantic_guidance(model, edits()), x, sigmas, 1)
+    torch.testing.assert_close(both, 2 * plain + (alone - plain), rtol=0, atol=1e-12)
+
+
+def test_concepts_see_no_regions() -> None:
+    """A layout leaves their estimates as they are, and the addition with them."""
+    x, sigmas = noise("UNetModel"), torch.tensor([14.6, 14.0, 0.0]).double()
+    placed = apply_layout(made("UNetModel"), regions())
+    added = [
+        guided(semantic_guidance(model, edits()), x, sigmas, 1) - guided(model, x, sigmas, 1)
+        for model in (made("UNetModel"), placed)
+    ]
+    torch.testing.assert_close(*added, rtol=0, atol=1e-9)
+
+
+def test_concepts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = semantic_guidance(made("Flux"), edits())
+    seen: list[object] = []
+    monkeypatch.setattr(
+        model.model,
+        "extra_conds",
+        lambda **given: seen.append(1) or {"c_crossattn": given["cross_attn"]},
+    )
+    sigmas = torch.tensor([1.0, 0.5, 0.0]).double()
+    for step in range(2):
+        guided(model, noise("Flux"), sigmas, step)
+    assert len(seen) == 2
+    guided(model, noise("Flux", size=(4, 4)), sigmas, 0)
+    assert len(seen) == 4
+
+
+def refusal(run: Any) -> str:
+    with pytest.raises((ValueError, TypeError)) as refused:
+        run()
+    return str(refused.value)
+
+
+def test_what_cannot_be_is_refused_in_one_sentence() -> None:
+    model, x = made("Flux"), noise("Flux")
+    assert "edits must hold at least one" in refusal(lambda: semantic_guidance(model, []))
+    assert "edits must be a list of Edit" in refusal(lambda: semantic_guidance(model, [1]))
+    assert "edit_threshold must be from 0 to 1" in refusal(
+        lambda: semantic_guidance(model, [Edit(CONCEPTS[0], threshold=2)])
+    )
+    assert "conditioning must hold one text" in refusal(lambda: Edit([]))
+    (added,) = semantic_guidance(model, edits()).model_options["sampler_post_cfg_function"]
+    args = {"input": x, "denoised": x, "uncond_denoised": x, "uncond": None}
+    assert "negative prompt" in refusal(lambda: added(args))
+    args |= {"uncond": [], "sigma": torch.ones(1), "model_options": {}, "model": model.model}
+    assert "sample_sigmas" in refusal(lambda: added(args))
