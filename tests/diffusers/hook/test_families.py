@@ -51,6 +51,7 @@ JOINT: dict[str, tuple[tuple, ...]] = {
     "chroma": (("t5", 24), ("image", 4, 6, 0)),
     "cogview4": (("padded", 16), ("image", 8, 12, 0)),
     "flux2": (("chat", 24), ("image", 4, 6, 0)),
+    "hunyuan_image": (("image", 8, 12, 0), ("qwen", 24 + 16)),  # and those of quoted words
     "flux2_dev": (("begun", 24), ("image", 4, 6, 16 * 16)),
     "lumina2": (("system", 27), ("image", 2, 3, 0)),
     "qwen": (("qwen", 9 + 2), ("image", 2, 3, 0)),  # <|im_end|> and a line's end

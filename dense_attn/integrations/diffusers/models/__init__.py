@@ -22,6 +22,7 @@ from .cross.pixart import PixArt
 from .cross.sana import Sana
 from .flux import Flux
 from .flux2 import Flux2
+from .hunyuan_image import HunyuanImage
 from .lumina2 import Lumina2
 from .qwen import QwenImage
 from .record import Model
@@ -30,6 +31,7 @@ from .unet import UNet
 from .video.chronoedit import ChronoEdit
 from .video.cogvideox import CogVideoX
 from .video.hunyuan_video import HunyuanVideo
+from .video.hunyuan_video15 import HunyuanVideo15
 from .video.ltx import LTX
 from .video.skyreels import SkyReels
 from .video.wan import Wan
@@ -49,6 +51,7 @@ MODELS: tuple[type[Model], ...] = (
     Lumina2,
     AuraFlow,
     CogView4,
+    HunyuanImage,
     PixArt,
     HunyuanDiT,
     Sana,
@@ -58,6 +61,7 @@ MODELS: tuple[type[Model], ...] = (
     ChronoEdit,
     LTX,
     HunyuanVideo,
+    HunyuanVideo15,
     CogVideoX,
 )
 
