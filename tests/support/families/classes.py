@@ -31,6 +31,7 @@ OWN = {  # arguments of calls by class, in the place of those below
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
     "WanVideoToVideoPipeline": {"video": [PICTURE[0]] * 5},
     "Flux2KleinPipeline": {"image": Image.new("RGB", (64, 64))},
+    "Flux2KleinKVPipeline": {"image": Image.new("RGB", (64, 64))},
     "HunyuanDiTControlNetPipeline": {"control_image": images.PICTURE},
     "SanaControlNetPipeline": {"control_image": images.PICTURE},
     "SanaSprintPipeline": {"intermediate_timesteps": None},

@@ -190,6 +190,8 @@ def deep_vae() -> torch.nn.Module:
 
 def extras(name: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts that a class has in the place of its family's."""
+    if name == "Flux2KleinKVPipeline":  # which exchanges processors
+        return {"transformer": changed(parts["transformer"])}
     if name == "Kandinsky5I2VPipeline":
         return {"vae": video_vae()}
     if name == "SanaControlNetPipeline":
@@ -269,6 +271,13 @@ def hunyuan_image() -> object:
     return read_as(pipe, CHAT)
 
 
+def flux2_kv() -> object:
+    from families import family
+
+    parts = family("flux2").components  # whose processors stay
+    return diffusers.Flux2KleinKVPipeline(**parts | {"transformer": changed(parts["transformer"])})
+
+
 FEW = {"height": 32, "width": 48}
 LARGE = {"height": 64, "width": 96}
 SMALL = {"height": 16, "width": 24, "image": PICTURE}
@@ -289,5 +298,6 @@ FAMILIES = {
         {"image": [PICTURE, PICTURE], **FEW, **GUIDED},
     ),
     "hunyuan_image": (hunyuan_image, {"negative_prompt": "fog", "height": 256, "width": 384}),
+    "flux2_kv": (flux2_kv, {**SMALL, "max_sequence_length": 24}),
     "flux2_dev": (flux2_dev, {**SMALL, "max_sequence_length": 24}),
 }

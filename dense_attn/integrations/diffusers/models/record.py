@@ -213,6 +213,10 @@ class Model:
         """The latents' frames; an image has one."""
         return call.latents.shape[2] if call.latents.dim() == 5 else 1
 
+    def references(self, call: Call, image: int) -> int:
+        """The tokens of images to edit, beside so many of the image's own."""
+        return call.latents.shape[1] - image
+
     def place(self, denoiser: torch.nn.Module, name: str) -> tuple[str, int] | None:
         """A layer's kind and its halvings of the grid; None for one that is left alone."""
         ends = (attention.layers for attention in self.attentions)
@@ -250,8 +254,9 @@ class Model:
             elif segment.kind == "image":
                 side = state.image_side(layouts, (height, width), weight)
             else:
-                packed = call.latents.shape[1] - height * width
-                side = state.other_side(layouts, packed if segment.count is None else segment.count)
+                packed = segment.count is None
+                count = self.references(call, height * width) if packed else segment.count
+                side = state.other_side(layouts, count)
             missing = -side.words.shape[1] % segment.multiple
             sides.append(joined(side, state.other_side(layouts, missing)) if missing else side)
         return joined(*sides)
