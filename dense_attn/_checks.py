@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INT32, _STRIDED = torch.int32, torch.strided  # torch looks its names up each time
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
 
 
@@ -219,7 +220,7 @@ def _rows_fit(q: object, k: object, v: object) -> bool:
         and keys[3] == shape[3] > 1
         and dtype in DTYPES
         and k.dtype is dtype is v.dtype
-        and q.layout is k.layout is v.layout is torch.strided
+        and q.layout is k.layout is v.layout is _STRIDED
         and q.stride()[3] == k.stride()[3] == v.stride()[3] == 1
         and k.device == device == v.device
     )
@@ -229,8 +230,8 @@ def _words_fit(words: object, num_tokens: int, q: Tensor) -> bool:
     """Whether one look finds nothing to refuse in words that all samples share."""
     return (
         isinstance(words, Tensor)
-        and words.dtype is torch.int32
-        and (words.shape == (1, num_tokens) or words.shape == (num_tokens,))
-        and words.layout is torch.strided
+        and words.dtype is _INT32
+        and (words.shape == (num_tokens,) or words.shape == (1, num_tokens))
+        and words.layout is _STRIDED
         and words.device == q.device
     )

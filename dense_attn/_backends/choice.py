@@ -150,7 +150,7 @@ def order(op: str, x: Tensor, keys: int | None = None) -> tuple[str, ...]:
     passed on this GPU comes before one that nobody has checked there, and one that failed last.
     """
     names = _by_the_table(op, x, keys)
-    if x.device.type != "cuda":
+    if not x.is_cuda:  # the text of a device's type is slow to come
         return names
     found = {name: _passed(name, x.device) for name in GPU_BACKENDS}
     right = [name for name in names if found.get(name) is True]

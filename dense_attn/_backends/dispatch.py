@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from dense_attn._backends import table
 
 # isinstance(x, Tensor) takes long to say no.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _NO_TENSORS = frozenset((type(None), str, float, bool, int, list, tuple))
 
 
@@ -63,7 +63,9 @@ def run_as(function: type[torch.autograd.Function], recorded: bool, *inputs: obj
     return _recorded(function)(*live[:num], live[num:])
 
 
-def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
+def kernel_of(
+    backend: str, op: str, floats: tuple[Tensor | None, ...], ints: tuple[Tensor | None, ...]
+) -> Callable:
     """A backend's raw op; what it calls, where no mode, transform, trace or profiler of torch's
     watches ops: the way through torch would take as long as all else of a small call.
     """
@@ -78,24 +80,25 @@ def kernel_of(backend: str, op: str, *tensors: Tensor | None) -> Callable:
         or torch._C._get_tracing_state()
         or torch.autograd._profiler_enabled()
     )
-    return getattr(kernels, op) if watched or not _are_plain(tensors) else at_once
+    return getattr(kernels, op) if watched or not _are_plain(floats, ints) else at_once
 
 
-def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether torch would hand tensors to a kernel as they are: no subclass, no lazy minus."""
+def _are_plain(floats: tuple[Tensor | None, ...], ints: tuple[Tensor | None, ...]) -> bool:
+    """Whether torch would hand tensors to a kernel as they are: no subclass, no lazy minus, which
+    int32 has not.
+    """
+    if not _PLAIN.issuperset(map(type, floats + ints)):
+        return False
     keys_of, keys = torch._C._dispatch_keys, 0
-    for x in tensors:
+    for x in floats:
         if x is not None:
-            if x.__class__ not in _PLAIN:
-                return False
-            if x.dtype is not torch.int32:  # which no lazy rule changes; a dead wrapper has no data
-                keys |= keys_of(x).raw_repr()
-    return not keys & ~_plain_keys(tensors[0].device.type)
+            keys |= keys_of(x).raw_repr()
+    return not keys & ~_plain_keys(floats[0].device)
 
 
 @cache
-def _plain_keys(device: str) -> int:
-    """The dispatch keys that every tensor of a kind of device has, as bits."""
+def _plain_keys(device: torch.device) -> int:
+    """The dispatch keys that every tensor of a device has, as bits."""
     with torch.inference_mode(False):
         empty = torch.empty(0, dtype=torch.float32, device=device)
     return torch._C._dispatch_keys(empty).raw_repr()

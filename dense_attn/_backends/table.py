@@ -91,7 +91,7 @@ def why_not(backend: str, op: str, x: Tensor, added: int = 0) -> list[str]:
     if backend == "reference":
         return []
     reasons, device = [], device_of(backend)
-    if x.device.type != device:
+    if not (x.is_cuda if device == "cuda" else x.is_cpu):
         reasons.append(f"runs on {device} tensors, got {x.device}")
     elif device == "cuda" and (reason := _too_old(x.device)):
         reasons.append(reason)

@@ -50,7 +50,8 @@ def check_tensors(
     _checks.attention_inputs(q, k, v)
     (batch, _, seqlen_q, _), seqlen_k = q.shape, k.shape[2]
     _checks.token_words("q_regions", q_regions, batch, seqlen_q, q)
-    _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
+    if k_regions is not q_regions or seqlen_q != seqlen_k:
+        _checks.token_words("k_regions", k_regions, batch, seqlen_k, q)
     if q_order is None and k_order is None:
         return
     orders = [("q_order", q_order, seqlen_q)]
@@ -67,11 +68,13 @@ def check_lists(lists: tuple[Tensor | None, ...], q: Tensor, k: Tensor) -> None:
     """Require three lists and two orders, as `tile_lists` returns them."""
     if not isinstance(lists, (tuple, list)) or len(lists) != 5:
         _checks.refuse("tile_lists", "be what tile_lists returns", type(lists).__name__, TypeError)
-    for x in lists[:3]:
+    tiles, counts, k_words, q_order, k_order = lists
+    for x in (tiles, counts, k_words):
         _checks.tensor("tile_lists", x)
-    for order, tokens in ((lists[3], q.shape[2]), (lists[4], k.shape[2])):
-        if order is not None:
-            _checks.token_words("tile_lists", order, q.shape[0], tokens, q)
+    if q_order is not None:
+        _checks.token_words("tile_lists", q_order, q.shape[0], q.shape[2], q)
+    if k_order is not None:
+        _checks.token_words("tile_lists", k_order, q.shape[0], k.shape[2], q)
 
 
 def with_orders(
@@ -82,6 +85,8 @@ def with_orders(
         orders = None if q_order is False else q_order, None if k_order is False else k_order
         return _NO_LISTS + orders
     given = q_order, k_order
+    if q_order is k_order is None:
+        return lists
     for name, order, own in zip(("q_order", "k_order"), given, lists[3:]):
         # Whether two permutations are the same is not known without a look at their values.
         if order is not None and (order is False) != (own is None):

@@ -213,13 +213,11 @@ class _LayoutAttention(torch.autograd.Function):
         seqlens_k: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        words, lists = (q_regions, k_regions), (q_order, k_order, tiles, counts, k_words)
-        tensors, rule = (
-            (q, k, v, strength, *words, *lists, seqlens_k),
-            (strength, modulation, scale),
-        )
-        run = dispatch.kernel_of(backend, "layout_attention_fwd", *tensors)
-        return run(q, k, v, *words, *rule, *lists, every_strength, with_lse, with_stats, seqlens_k)
+        ints = q_regions, k_regions, q_order, k_order, tiles, counts, k_words, seqlens_k
+        run = dispatch.kernel_of(backend, "layout_attention_fwd", (q, k, v, strength), ints)
+        tokens, rule = (q, k, v, q_regions, k_regions), (strength, modulation, scale)
+        lists = q_order, k_order, tiles, counts, k_words
+        return run(*tokens, *rule, *lists, every_strength, with_lse, with_stats, seqlens_k)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001

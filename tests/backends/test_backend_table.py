@@ -66,7 +66,8 @@ def test_old_gpus_are_named(
     capability: tuple[int, int], reasons: list[str], gpus: Callable
 ) -> None:
     gpus(capability)
-    x = SimpleNamespace(device=torch.device("cuda:0"), shape=(1, 1, 1, 64), dtype=torch.float32)
+    place = {"device": torch.device("cuda:0"), "is_cuda": True}
+    x = SimpleNamespace(**place, shape=(1, 1, 1, 64), dtype=torch.float32)
     assert table.why_not("triton", "layout_attention", x) == [
         OLD.format(number) for number in reasons
     ]

@@ -38,6 +38,7 @@ RUNS = """
     Kandinsky5I2I Kandinsky5T2V Kandinsky5I2V
     LTX LTXImageToVideo HunyuanVideo HunyuanSkyreelsImageToVideo CogVideoX CogVideoXImageToVideo
     CogVideoXVideoToVideo CogVideoXFunControl SkyReelsV2 SkyReelsV2ImageToVideo ChronoEdit
+    HunyuanImage HunyuanVideo15 HunyuanVideo15ImageToVideo Flux2KleinKV
 """
 REFUSED = {
     r"tell whether it guides \(do_classifier_free_guidance\)": """
@@ -68,9 +69,9 @@ REFUSED = {
     """,
     "encode its prompt without an image": "HunyuanVideoImageToVideo",
     "make images of one layer": "QwenImageLayered",
-    r"call its Flux2Transformer2DModel as a Flux2\(Klein.* does": "Flux2KleinKV",
     r"call its SanaTransformer2DModel as a Sana\(C.* does": "SanaPAG",
     "call its ZImageTransformer2DModel as a ZImage.* does": "ZImageOmni",
+    "call its HunyuanImageTransformer2DModel as a HunyuanImageP": "HunyuanImageRefiner",
     r"call its LTXVideoTransformer3DModel as a LTX\(Image": "LTXCondition LTXI2VLongMultiPrompt",
     r"call its SkyReelsV2Transformer3DModel as a SkyReelsV2\(Image": """
         SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo
@@ -92,7 +93,7 @@ REFUSED = {
 
 # layers of the image or the text alone, and linear ones
 LEFT_ALONE = {"z_image": 2, "lumina2": 2, "sana": 2}
-LEFT_ALONE |= {"hunyuan_video": 1}
+LEFT_ALONE |= {"hunyuan_video": 1, "hunyuan_video15": 1, "hunyuan_image": 1}
 LEFT_ALONE |= dict.fromkeys(("kandinsky5", "kandinsky5_i2i", "kandinsky5_t2v"), 1)
 
 
@@ -103,7 +104,7 @@ def names(listed: str) -> list[str]:
 # beside others of their family
 RARE = names("""
     QwenImageEditInpaint QwenImageEditPlus HunyuanDiTControlNet CogView4Control SanaControlNet
-    SanaSprint Kandinsky5I2I Kandinsky5T2V Kandinsky5I2V
+    SanaSprint Kandinsky5I2I Kandinsky5T2V Kandinsky5I2V HunyuanVideo15ImageToVideo
 """)
 REASONS = {name: reason for reason, listed in REFUSED.items() for name in names(listed)}
 
@@ -168,7 +169,8 @@ def test_a_run(name: str, calls: list) -> None:
     takes = inspect.signature(kind.__call__).parameters
     apart = "true_cfg_scale" in takes or "num_frames" in takes or "video" in takes
     apart |= name.startswith(("Flux2Klein", "Chroma", "Lumina2", "CogView4", "Kandinsky5"))
-    apart &= not name.startswith(("LTX", "CogVideoX"))
+    apart |= name.startswith("HunyuanImage")
+    apart &= not name.startswith(("LTX", "CogVideoX", "Flux2KleinKV"))
     steps //= 2 if apart else 1
     assert len(estimates) == len(plain)
     assert all(bool(estimate.isfinite().all()) for estimate in estimates)

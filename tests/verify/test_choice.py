@@ -27,7 +27,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def there(
     dtype: torch.dtype = torch.float16, device: str = "cuda:0", head_dim: int = 64
 ) -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 8, 64, head_dim))
+    place = torch.device(device)
+    is_cuda, is_cpu = place.type == "cuda", place.type == "cpu"
+    shape = 1, 8, 64, head_dim
+    return SimpleNamespace(device=place, is_cuda=is_cuda, is_cpu=is_cpu, dtype=dtype, shape=shape)
 
 
 def first(keys: int | None, dtype: torch.dtype = torch.float16, device: str = "cuda:0") -> str:

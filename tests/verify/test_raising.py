@@ -158,4 +158,5 @@ def _interrupted(*_: object) -> accuracy.Verdict:
 
 
 def _there() -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float16, shape=(1, 8, 64, 64))
+    place = {"device": torch.device("cuda:0"), "is_cuda": True}
+    return SimpleNamespace(**place, dtype=torch.float16, shape=(1, 8, 64, 64))

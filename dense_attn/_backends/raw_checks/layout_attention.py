@@ -12,7 +12,6 @@ from dense_attn._backends.contract import MAX_HEAD_DIM, MODULATIONS, STATS
 from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ORDERS_END = 10  # arguments of a forward call up to its orders
 BLOCKS = (16, 32, 64, 128, 256)  # tokens of a tile
 
 
@@ -187,12 +186,12 @@ def _inputs(
 
 
 @of_a_raw_call
-def orders(*arguments: object) -> None:
+def orders(q_order: Tensor | None, k_order: Tensor | None) -> None:
     """Refuse a forward call's orders that are no permutations, where all else has been checked."""
-    *_, q_order, k_order = arguments[:ORDERS_END]
-    for name, order in (("q_order", q_order), ("k_order", k_order)):
-        if order is not None:
-            _permutation(name, order)
+    if q_order is not None:
+        _permutation("q_order", q_order)
+    if k_order is not None:
+        _permutation("k_order", k_order)
 
 
 def _every_strength(number: float) -> None:
@@ -235,7 +234,7 @@ def _order(name: str, order: Tensor, batch: int, num_tokens: int, like: Tensor) 
 
 def _permutation(name: str, order: Tensor) -> None:
     """A look at values, on the CPU alone: a row that no place names would stay unwritten."""
-    if order.device.type != "cpu":
+    if not order.is_cpu:
         return
     tokens = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device).expand_as(order)
     wrong = order.sort(-1).values != tokens

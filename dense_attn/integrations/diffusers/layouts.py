@@ -75,10 +75,11 @@ def apply_layout(
     Args:
         pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), or the transformer of
             Stable Diffusion 3, FLUX.1 and FLUX.2, Chroma, Qwen-Image and its Edit, Z-Image,
-            Lumina 2, CogView4, AuraFlow, PixArt, HunyuanDiT, SANA (without its self-attention,
-            which is linear), Kandinsky 5 or ChronoEdit, or of a video's Wan (also 2.2, of two),
-            SkyReels V2, LTX-Video, HunyuanVideo or CogVideoX. Of a modular pipeline the calls are
-            changed that its guider makes for the prompt's estimate (`pred_cond`), in any order.
+            Lumina 2, CogView4, AuraFlow, PixArt, HunyuanDiT, HunyuanImage, SANA (without its
+            self-attention, which is linear), Kandinsky 5 or ChronoEdit, or of a video's Wan (also
+            2.2, of two), SkyReels V2, LTX-Video, HunyuanVideo (also 1.5) or CogVideoX. Of a modular
+            pipeline the calls are changed that its guider makes for the prompt's estimate
+            (`pred_cond`), in any order.
         prompt: what the pipeline will be called with, or one prompt for each image; all its
             tokenizers read it. A call with another one is warned of, also of `prompt_embeds` that
             are not the prompt's in any weight. None where regions with prompts cover the image:

@@ -51,6 +51,8 @@ JOINT: dict[str, tuple[tuple, ...]] = {
     "chroma": (("t5", 24), ("image", 4, 6, 0)),
     "cogview4": (("padded", 16), ("image", 8, 12, 0)),
     "flux2": (("chat", 24), ("image", 4, 6, 0)),
+    "hunyuan_image": (("image", 8, 12, 0), ("qwen", 24 + 16)),  # and those of quoted words
+    "flux2_kv": (("chat", 24), ("image", 4, 6, 0)),
     "flux2_dev": (("begun", 24), ("image", 4, 6, 16 * 16)),
     "lumina2": (("system", 27), ("image", 2, 3, 0)),
     "qwen": (("qwen", 9 + 2), ("image", 2, 3, 0)),  # <|im_end|> and a line's end
@@ -58,6 +60,8 @@ JOINT: dict[str, tuple[tuple, ...]] = {
     "qwen_edit_plus": (("pictures", 2 * 34 + 9 + 2), ("image", 2, 3, 2 * 6)),
     "z_image": (("image", 4, 6, 8), ("chat", 64)),
 }
+# of keys that are others than the queries
+KEYS = {"flux2_kv": (("chat", 24), ("registers", 16 * 16), ("image", 4, 6, 0))}
 # cross-attention's text, and the image's frames, rows and columns
 CROSS: dict[str, tuple[tuple, int, int, int]] = {
     "hunyuan_dit": ((("clip", 77), ("t5", 256)), 1, 4, 6),
@@ -87,7 +91,7 @@ def test_whole_runs_equal_the_reference(name: str) -> None:
     assert torch.equal(run(name, PROMPT, steps=2), plain)
 
 
-@each("flux2_dev")  # has none
+@each("flux2_dev", "flux2_kv")  # have none
 def test_the_negative_prompt_is_left_alone(name: str) -> None:
     """Estimates of a first step, in the order of branches that the pipeline has."""
     seen: list[Tensor] = []
@@ -149,7 +153,8 @@ def by_hand(name: str) -> dict[tuple[int, int], tuple[list[int], list[int], list
     """The words of queries and keys and the strengths of each kind of layers, by their lengths."""
     if name in JOINT:
         words, strengths = sequence(JOINT[name], 0.3)
-        return {(len(words), len(words)): (words, words, strengths)}
+        keys, _ = sequence(KEYS.get(name, JOINT[name]), 0.3)
+        return {(len(words), len(keys)): (words, keys, strengths)}
     text, frames, *grid = CROSS[name]
     keys, _ = sequence(text, 0.3)
     words, own = (frames * side for side in image_side(*grid, 0.3))
@@ -176,6 +181,20 @@ def test_words_and_strengths(name: str, calls: list) -> None:
         assert q_words.view(-1).tolist() == ours
         assert k_words.view(-1).tolist() == theirs
         torch.testing.assert_close(strength.view(-1), torch.tensor(right))
+
+
+def test_keys_that_are_kept_have_their_words_in_all_steps(calls: list) -> None:
+    """FLUX.2 klein's images to edit, which the first step's call alone brings."""
+    with apply_layout(family("flux2_kv"), PROMPT, BOTH, modulation="range", **STRONG):
+        run("flux2_kv", PROMPT, steps=3)
+    assert len(calls) == 3 * 2
+    words, keys, _ = by_hand("flux2_kv")[48, 48 + 16 * 16]
+    assert {tuple(call[3].view(-1).tolist()) for call in calls} == {(*words,)}
+    assert {tuple(call[4].view(-1).tolist()) for call in calls} == {(*keys,)}
+    calls.clear()
+    with apply_layout(family("flux2_kv"), PROMPT, BOTH):
+        run("flux2_kv", PROMPT, steps=1, image=None)
+    assert {call[1].shape[2] for call in calls} == {48}
 
 
 def test_words_of_stable_diffusion_3_5(calls: list) -> None:

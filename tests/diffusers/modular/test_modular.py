@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES, family, run
+from families import FAMILIES, family, run, video
 from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from torch import Tensor
 
@@ -38,7 +38,18 @@ KINDS = {
     "sd3": ("StableDiffusion3AutoBlocks", {**SIZES, **MODELS["sd3"][1], "negative_prompt": "fog"}),
     "qwen": ("QwenImageAutoBlocks", {"height": 32, "width": 48, "negative_prompt": "fog"}),
     "flux2": ("Flux2KleinBaseAutoBlocks", FAMILIES["flux2"][1]),
+    "ltx": ("LTXAutoBlocks", {**video.FAMILIES["ltx"][1], "negative_prompt": "fog"}),
+    "hunyuan_video15": ("HunyuanVideo15AutoBlocks", video.FAMILIES["hunyuan_video15"][1]),
+    "qwen_edit": ("QwenImageEditAutoBlocks", FAMILIES["qwen_edit"][1]),
+    "qwen_edit_plus": ("QwenImageEditPlusAutoBlocks", FAMILIES["qwen_edit_plus"][1]),
 }
+OF_CLASS = (
+    "prompt_template_encode_start_idx",
+    "system_message",
+    "tokenizer_2_max_length",
+    "tokenizer_max_length",
+    "vision_num_semantic_tokens",
+)
 
 
 class Backwards(ClassifierFreeGuidance):
@@ -75,7 +86,10 @@ def modular(name: str) -> object:
         parts["image_processor"] = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
         parts["guider"] = ClassifierFreeGuidance(5.0, use_original_formulation=True)
     pipe.update_components(**{part: parts[part] for part in pipe.components if part in parts})
-    if name == "qwen":
+    if name == "hunyuan_video15":  # whose texts' lengths and message are its class's
+        own = {attribute: getattr(classic(name), attribute) for attribute in OF_CLASS}
+        pipe.__class__ = type(type(pipe).__name__, (type(pipe),), own)
+    if name.startswith("qwen"):
         step = viewed(pipe).encoder.step
         for template in ("prompt_template_encode", "prompt_template_encode_start_idx"):
             setattr(step, template, getattr(classic(name), template))
@@ -84,12 +98,17 @@ def modular(name: str) -> object:
 
 
 @pytest.fixture(autouse=True)
-def _without_ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wan's modular pipeline wants a package of its own, which leaves these prompts as they are."""
-    from diffusers.modular_pipelines.wan import encoders
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wan's wants a package of its own, which leaves these prompts as they are; images are small.
+
+    Those to edit have the pixels that `images.shrink` gives them in other pipelines.
+    """
+    from diffusers.modular_pipelines.qwenimage import encoders as qwen
+    from diffusers.modular_pipelines.wan import encoders as wan
 
     fixed = types.SimpleNamespace(fix_text=lambda text: text)
-    monkeypatch.setattr(encoders, "ftfy", fixed, raising=False)
+    monkeypatch.setattr(wan, "ftfy", fixed, raising=False)
+    monkeypatch.setattr(qwen, "calculate_dimensions", lambda *_: (48, 32, None))
 
 
 def ours(name: str, prompt: object = PROMPT, steps: int = 4, **options: object) -> Tensor:
@@ -107,8 +126,10 @@ def theirs(name: str) -> Tensor:
         result = run(name, PROMPT, steps=4, **negative)
     if name == "flux":
         return diffusers.FluxPipeline._unpack_latents(result, 16, 24, 2)
-    if name == "qwen":
+    if name.startswith("qwen"):
         return diffusers.QwenImagePipeline._unpack_latents(result, 32, 48, 8)
+    if name == "ltx":
+        return diffusers.LTXPipeline._unpack_latents(result, 3, 2, 4)
     if name == "flux2":  # after the VAE's normalisation
         norm = classic(name).vae.bn
         result = diffusers.Flux2KleinPipeline._patchify_latents(result)

@@ -31,11 +31,13 @@ OWN = {  # arguments of calls by class, in the place of those below
     "FluxKontextInpaintPipeline": {"max_area": 256, "_auto_resize": False},
     "WanVideoToVideoPipeline": {"video": [PICTURE[0]] * 5},
     "Flux2KleinPipeline": {"image": Image.new("RGB", (64, 64))},
+    "Flux2KleinKVPipeline": {"image": Image.new("RGB", (64, 64))},
     "HunyuanDiTControlNetPipeline": {"control_image": images.PICTURE},
     "SanaControlNetPipeline": {"control_image": images.PICTURE},
     "SanaSprintPipeline": {"intermediate_timesteps": None},
     "SanaSprintImg2ImgPipeline": {"intermediate_timesteps": None},
     "Kandinsky5I2IPipeline": {"max_sequence_length": 64},
+    "HunyuanVideo15ImageToVideoPipeline": {"image": Image.new("RGB", (32, 32), "red")},
     "LucyEditPipeline": {"video": [PICTURE[0]] * 5},
     "StableDiffusionXLControlNetUnionPipeline": {"control_image": [PICTURE], "control_mode": [0]},
     "StableDiffusionXLControlNetUnionImg2ImgPipeline": {
@@ -76,6 +78,9 @@ SHORT = {
     "resolutions",
     "system_message",
     "system_prompt",
+    "tokenizer_2_max_length",
+    "tokenizer_max_length",
+    "vision_num_semantic_tokens",
 }
 
 
@@ -119,6 +124,7 @@ def model_name(kind: type) -> str:
         ("flux2", "Flux2Klein"),
         ("flux2_dev", "Flux2"),
         ("hunyuan_dit", "HunyuanDiT"),
+        ("hunyuan_image", "HunyuanImage"),
         ("cogview4", "CogView4"),
         ("sana", "Sana"),
         ("kandinsky5_i2i", "Kandinsky5I2I"),
@@ -156,7 +162,7 @@ def made(kind: type) -> Any:
     given |= {"requires_safety_checker": False, "add_watermarker": False, "depth_estimator": None}
     given |= extras(kind.__name__, model_name(kind), given)
     pipe = kind(**{name: part for name, part in given.items() if name in parts})
-    if model_name(kind) in FAMILIES:
+    if model_name(kind) in FAMILIES | video.FAMILIES:
         like = family(model_name(kind))
         for name in SHORT & vars(pipe).keys() & vars(like).keys():
             setattr(pipe, name, getattr(like, name))

@@ -190,6 +190,8 @@ def deep_vae() -> torch.nn.Module:
 
 def extras(name: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts that a class has in the place of its family's."""
+    if name == "Flux2KleinKVPipeline":  # which exchanges processors
+        return {"transformer": changed(parts["transformer"])}
     if name == "Kandinsky5I2VPipeline":
         return {"vae": video_vae()}
     if name == "SanaControlNetPipeline":
@@ -233,6 +235,49 @@ def flux2_dev() -> object:
     return pipe
 
 
+def glyphs() -> dict[str, object]:
+    """The reader of quoted words, by bytes."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    encoder = T5EncoderModel(T5Config(vocab_size=384, **sizes))
+    return {"tokenizer_2": ByT5Tokenizer(), "text_encoder_2": encoder}
+
+
+def hunyuan_image() -> object:
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        rope_axes_dim=(8, 8),
+    )
+    tokenizer = chat_tokenizer()
+    pipe = diffusers.HunyuanImagePipeline(
+        scheduler=flow(),
+        vae=None,  # 32 x 32 pixels a latent
+        text_encoder=LastHidden(len(tokenizer) + 8, 16),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
+        **glyphs(),
+    )
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 24, 16
+    return read_as(pipe, CHAT)
+
+
+def flux2_kv() -> object:
+    from families import family
+
+    parts = family("flux2").components  # whose processors stay
+    return diffusers.Flux2KleinKVPipeline(**parts | {"transformer": changed(parts["transformer"])})
+
+
 FEW = {"height": 32, "width": 48}
 LARGE = {"height": 64, "width": 96}
 SMALL = {"height": 16, "width": 24, "image": PICTURE}
@@ -252,5 +297,7 @@ FAMILIES = {
         partial(qwen_edit, "QwenImageEditPlusPipeline"),
         {"image": [PICTURE, PICTURE], **FEW, **GUIDED},
     ),
+    "hunyuan_image": (hunyuan_image, {"negative_prompt": "fog", "height": 256, "width": 384}),
+    "flux2_kv": (flux2_kv, {**SMALL, "max_sequence_length": 24}),
     "flux2_dev": (flux2_dev, {**SMALL, "max_sequence_length": 24}),
 }

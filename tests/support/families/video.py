@@ -14,7 +14,9 @@ from torch import Tensor
 
 import families
 from dense_attn.examples import _tiny_pipeline as tiny
+from families import images
 
+SYSTEM = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 # a video of 3 frames of latents, of 2 x 4 tokens each
 SHAPES = {"num_frames": 9, "height": 32, "width": 64, "max_sequence_length": 24}
 
@@ -149,21 +151,60 @@ def hunyuan_video() -> object:
     )
 
 
+def hunyuan_video15() -> object:
+    """HunyuanVideo 1.5, whose chats drop what stands before their message here too."""
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        image_embed_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        target_size=32,
+    )
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
+    )
+    tokenizer = families.chat_tokenizer()
+    tokenizer.chat_template = SYSTEM
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        text_encoder=families.LastHidden(len(tokenizer) + 8, 16),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        vae=vae,
+        scheduler=families.flow(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0),
+        **images.glyphs(),
+    )
+    pipe.system_message, pipe.vision_num_semantic_tokens = "see", 6
+    pipe.prompt_template_encode_start_idx = 5  # <|im_start|> s e e <|im_end|>
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 24, 16
+    return pipe
+
+
 KINDS = {
     "LTX": "ltx",
     "CogVideoX": "cogvideox",
+    "HunyuanVideo15": "hunyuan_video15",
     "HunyuanVideo": "hunyuan_video",
     "HunyuanSkyreels": "hunyuan_video",
     "SkyReels": "skyreels",
     "ChronoEdit": "skyreels",
 }
 NAMES = tuple(KINDS)  # how pipelines' names begin
+READERS = "image_processor", "feature_extractor"  # the names that classes have for one
 CHANNELS = {  # of latents and of an image's beside them, and of a mask's frames
     "CogVideoXImageToVideoPipeline": 8,
     "CogVideoXFunControlPipeline": 8,
     "HunyuanSkyreelsImageToVideoPipeline": 8,
     "SkyReelsV2ImageToVideoPipeline": 12,
     "ChronoEditPipeline": 12,
+    "HunyuanVideo15Pipeline": 9,
+    "HunyuanVideo15ImageToVideoPipeline": 9,
 }
 SIZES = {"height": 32, "width": 32, "guidance_scale": 4.0, "negative_prompt": "fog"}
 
@@ -208,7 +249,8 @@ def vision() -> dict[str, Any]:
     )
     size = {"height": 8, "width": 8}
     processor = CLIPImageProcessor(size=size, crop_size=size)
-    return {"image_encoder": CLIPVisionModel(config).eval(), "image_processor": processor}
+    encoder = CLIPVisionModel(config).eval()
+    return {"image_encoder": encoder} | dict.fromkeys(READERS, processor)
 
 
 FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
@@ -219,5 +261,9 @@ FAMILIES: dict[str, tuple[Callable[[], object], dict[str, object]]] = {
     "hunyuan_video": (
         hunyuan_video,
         {**SHAPES, "negative_prompt": "fog", "true_cfg_scale": 4.0},
+    ),
+    "hunyuan_video15": (
+        hunyuan_video15,
+        {"num_frames": 9, "height": 32, "width": 64, "negative_prompt": "fog"},
     ),
 }

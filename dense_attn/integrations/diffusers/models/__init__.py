@@ -22,6 +22,8 @@ from .cross.pixart import PixArt
 from .cross.sana import Sana
 from .flux import Flux
 from .flux2 import Flux2
+from .flux2_kv import Flux2KV
+from .hunyuan_image import HunyuanImage
 from .lumina2 import Lumina2
 from .qwen import QwenImage
 from .record import Model
@@ -30,6 +32,7 @@ from .unet import UNet
 from .video.chronoedit import ChronoEdit
 from .video.cogvideox import CogVideoX
 from .video.hunyuan_video import HunyuanVideo
+from .video.hunyuan_video15 import HunyuanVideo15
 from .video.ltx import LTX
 from .video.skyreels import SkyReels
 from .video.wan import Wan
@@ -43,12 +46,14 @@ MODELS: tuple[type[Model], ...] = (
     SD3,
     Flux,
     Flux2,
+    Flux2KV,
     Chroma,
     QwenImage,
     ZImage,
     Lumina2,
     AuraFlow,
     CogView4,
+    HunyuanImage,
     PixArt,
     HunyuanDiT,
     Sana,
@@ -58,6 +63,7 @@ MODELS: tuple[type[Model], ...] = (
     ChronoEdit,
     LTX,
     HunyuanVideo,
+    HunyuanVideo15,
     CogVideoX,
 )
 
@@ -68,12 +74,14 @@ def model_of(pipe: DiffusionPipeline) -> Model:
     parts = unet, getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)
     denoiser = unwrapped(next((part for part in parts if part is not None), None))
     kind = type(denoiser).__name__
-    model = next((model.of(denoiser) for model in MODELS if model.denoiser == kind), None)
-    if model is None:
-        *names, last = (model.denoiser for model in MODELS)
+    known = [model for model in MODELS if model.denoiser == kind]
+    own = [model for model in known if _is_called_as(type(pipe), model)] or known
+    if not known:
+        *names, last = dict.fromkeys(model.denoiser for model in MODELS)
         got = type(pipe).__name__ + ("" if denoiser is None else f" with {kind}")
         rule = f"have a {', '.join(names)} or {last}, or one with a record (models/record.py)"
         _checks.refuse("pipe", rule, got)
+    model = own[0].of(denoiser)
     if not isinstance(pipe, Modular):  # whose calls a guider tells apart
         _check_batches(type(pipe), model)
     for second in map(unwrapped, model.denoisers(pipe).values()):
@@ -85,7 +93,7 @@ def model_of(pipe: DiffusionPipeline) -> Model:
 
 def _check_batches(kind: type, model: Model) -> None:
     """Refuse a pipeline whose batches are neither halves where it guides, nor the prompt alone."""
-    if not any(re.fullmatch(model.pipelines, base.__name__) for base in kind.__mro__):
+    if not _is_called_as(kind, model):
         rule = f"call its {model.denoiser} as a {model.pipelines} does"
         _checks.refuse("pipe", rule, kind.__name__)
     encode = getattr(kind, "encode_prompt", None)
@@ -107,6 +115,11 @@ def _check_batches(kind: type, model: Model) -> None:
     if hasattr(kind, "get_views"):
         rule = "denoise the whole image in each call, not views of it (get_views)"
         _checks.refuse("pipe", rule, kind.__name__)
+
+
+def _is_called_as(kind: type, model: Model | type[Model]) -> bool:
+    """Whether a class of pipelines, or what it is derived from, calls its denoiser as recorded."""
+    return any(re.fullmatch(model.pipelines, base.__name__) for base in kind.__mro__)
 
 
 def attention_layers(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Flux2(Flux):
-    """Flux2Transformer2DModel; another pipeline (KV) keeps keys between steps."""
+    """Flux2Transformer2DModel; a pipeline that keeps keys between steps has a record of its own."""
 
     denoiser = "Flux2Transformer2DModel"
     pipelines = "Flux2(Klein(Inpaint)?)?Pipeline"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..hooks import unwrapped
 from ..options.numbers import JOINT, RANGE, Defaults
+from ..rows import version
 from ..state import Side, joined
 
 if TYPE_CHECKING:
@@ -29,14 +30,21 @@ class Call(NamedTuple):
     timestep: Tensor | float
     text: Tensor  # [B, L, C]
     latents: Tensor  # [B, C, H, W], of videos [B, C, F, H, W], or packed [B, N, C]
-    # of packed ones, [N, 3] or [B, N, 3]: image, row, column; or a record's own, a tuple by value
+    # of packed ones, [N, 3] or [B, N, 3]: image, row, column; or a record's own, one or a tuple
     places: Any = None
 
     @property
     def key(self) -> object:
-        """Equal where the grid of latents is."""
-        places = self.places if isinstance(self.places, tuple) else id(self.places)
-        return tuple(self.latents.shape), places
+        """Equal where the grid of latents is, and where its tokens stand."""
+        places = self.places if isinstance(self.places, tuple) else (self.places,)
+        return tuple(self.latents.shape), *map(_identity, places)
+
+
+def _identity(x: Any) -> object:
+    """A tensor's, until it is changed in place; numbers and texts are known by their value."""
+    if isinstance(x, Tensor):
+        return id(x), version(x)
+    return x if isinstance(x, (int, float, str, type(None))) else id(x)
 
 
 class Entry(NamedTuple):
@@ -228,6 +236,10 @@ class Model:
         """The latents' frames; an image has one."""
         return call.latents.shape[2] if call.latents.dim() == 5 else 1
 
+    def references(self, call: Call, image: int) -> int:
+        """The tokens of images to edit, beside so many of the image's own."""
+        return call.latents.shape[1] - image
+
     def place(self, denoiser: torch.nn.Module, name: str) -> tuple[str, int] | None:
         """A layer's kind and its halvings of the grid; None for one that is left alone."""
         ends = (attention.layers for attention in self.attentions)
@@ -265,8 +277,9 @@ class Model:
             elif segment.kind == "image":
                 side = state.image_side(layouts, (height, width), weight)
             else:
-                packed = call.latents.shape[1] - height * width
-                side = state.other_side(layouts, packed if segment.count is None else segment.count)
+                packed = segment.count is None
+                count = self.references(call, height * width) if packed else segment.count
+                side = state.other_side(layouts, count)
             missing = -side.words.shape[1] % segment.multiple
             sides.append(joined(side, state.other_side(layouts, missing)) if missing else side)
         return joined(*sides)

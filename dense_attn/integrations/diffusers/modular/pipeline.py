@@ -15,7 +15,13 @@ from ..text.encoding import heard
 from .guiders import followed
 
 # what encodes prompts, a method of a block or a function of its module
-ENCODERS = "encode_prompt", "_get_qwen3_prompt_embeds", "get_qwen_prompt_embeds"
+ENCODERS = (
+    "encode_prompt",
+    "_get_qwen3_prompt_embeds",
+    "get_qwen_prompt_embeds",
+    "get_qwen_prompt_embeds_edit",
+    "get_qwen_prompt_embeds_edit_plus",
+)
 
 
 class Encoder(NamedTuple):
@@ -101,6 +107,8 @@ class Modular:
 
         encode_prompt.__signature__ = inspect.signature(call)
         self.encode_prompt, self.parts = encode_prompt, dict(zip(first, parts))
+        if "processor" in first:  # which has the tokenizer
+            self.tokenizer = pipe.processor
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)

@@ -90,7 +90,7 @@ def _templated(pipe: DiffusionPipeline, reader: Any, first: Any, second: Any) ->
     """The tokens of a transformer's one encoder, of which a chat's come first."""
     dropped = getattr(pipe, "prompt_template_encode_start_idx", 0)
     own = getattr(pipe, "prompt_template_encode", None) or getattr(pipe, "prompt_template", None)
-    chats = first is not None and (own is not None or second is None)
+    chats = first is not None and (own is not None or second is None or _has_system(pipe))
     segment = _segment((first,) if chats else (None, second), -dropped, None)
     template = own or _chat(pipe, reader, first)
     if takes(pipe, "system_prompt"):
@@ -125,13 +125,19 @@ def _chat(pipe: DiffusionPipeline, reader: Any, tokenizer: Any) -> str:
     named = {name for code in codes if code is not None for name in code.co_names}
     if tokenizer is None or "apply_chat_template" not in named:
         return "{}"
-    if hasattr(pipe, "system_message"):  # FLUX.2 dev's, with a processor
-        form = inspect.unwrap(type(pipe).encode_prompt).__globals__["format_input"]
-        chat = form(prompts=["{}"], system_message=pipe.system_message)[0]
+    if _has_system(pipe):  # FLUX.2 dev's, with a processor, or HunyuanVideo 1.5's
+        around = inspect.unwrap(type(pipe).encode_prompt).__globals__
+        form = around.get("format_input") or around["format_text_input"]
+        chat = form(["{}"], pipe.system_message)[0]
         text = reader.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
         return _begun_once(tokenizer, text)
     message = [{"role": "user", "content": "{}"}]
     return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+
+def _has_system(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline's chats begin with a system's message."""
+    return hasattr(pipe, "system_message")
 
 
 def _begun_once(tokenizer: Any, text: str) -> str:

@@ -1,0 +1,51 @@
+"""HunyuanImage 2.1: joint attention, the image before the text, whose padding comes last of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..state import Side, joined
+from .record import IMAGE, TEXT, Attention, Call, Entry, Model
+
+if TYPE_CHECKING:
+    from dense_attn import Layout
+
+    from ..state import LayoutState
+
+
+class HunyuanImage(Model):
+    """HunyuanImageTransformer2DModel, which puts tokens that are there before those that are not.
+
+    Quoted words are read by an encoder of their own; its tokens come first and have no region. The
+    refiner of the text alone is left alone.
+    """
+
+    denoiser = "HunyuanImageTransformer2DModel"
+    pipelines = "HunyuanImagePipeline"
+    branches = "calls"
+    longer_text = False  # texts are sorted by their masks
+    attentions = (Attention(r"(single_)?transformer_blocks\.\d+\.attn", (IMAGE, TEXT)),)
+
+    def read(self, arguments: dict[str, Any]) -> Call:
+        """The layout's part of a call, with what says which tokens are there."""
+        masks = arguments["encoder_attention_mask_2"], arguments["encoder_attention_mask"]
+        return super().read(arguments)._replace(places=masks)
+
+    def there(self, places: tuple[Tensor, ...]) -> Tensor:
+        """Which tokens are there, those of the prompt behind others: bool [B, N]."""
+        return torch.cat([mask.bool() for mask in places], 1)
+
+    def layers(
+        self, state: LayoutState, layouts: list[Layout], text: Side, call: Call
+    ) -> Iterator[Entry]:
+        """Every kind of attention layers, with the text in its order there."""
+        there = self.there(call.places)
+        there = there[:: len(there) // len(layouts)]  # a prompt's images have one text
+        others = state.other_side(layouts, there.shape[1] - text.words.shape[1])
+        order = (~there).byte().argsort(dim=1, stable=True)
+        side = Side(*(x.gather(1, order) for x in joined(others, text)))
+        return super().layers(state, layouts, side, call)
