@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
@@ -18,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from .scenes import SIDE, WORDS
 
 WEIGHTS = "tiny_scenes.safetensors"
+PARTS = ("unet", "text_encoder")  # that are trained
 TOKENS = 20  # of a prompt
 WIDTH = 96  # of the text encoder
 CHANNELS = (64, 128)
@@ -32,7 +39,7 @@ class PixelLatents(ModelMixin, ConfigMixin):
         self, block_out_channels: tuple[int, ...] = (3, 12), latent_channels: int = 12
     ) -> None:
         super().__init__()
-        self.register_to_config(scaling_factor=1.0, force_upcast=False)
+        self.register_to_config(scaling_factor=1.0, shift_factor=0.0, force_upcast=False)
         # tells dtype and device
         nothing = torch.zeros((), dtype=torch.float32, device="cpu")
         self.nothing = torch.nn.Parameter(nothing, requires_grad=False)
@@ -123,19 +130,20 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def weights_of(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
+def weights_of(pipe: DiffusionPipeline, parts: Sequence[str] = PARTS) -> dict[str, Tensor]:
     """All that is trained, by name."""
-    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     return {
         f"{part}.{name}": value
-        for part, module in parts.items()
-        for name, value in module.state_dict().items()
+        for part in parts
+        for name, value in getattr(pipe, part).state_dict().items()
     }
 
 
-def set_weights(pipe: StableDiffusionPipeline, weights: dict[str, Tensor]) -> None:
+def set_weights(
+    pipe: DiffusionPipeline, weights: dict[str, Tensor], parts: Sequence[str] = PARTS
+) -> None:
     """The inverse of `weights_of`."""
-    for part in ("unet", "text_encoder"):
+    for part in parts:
         prefix = f"{part}."
         own = {
             name.removeprefix(prefix): value
@@ -147,14 +155,20 @@ def set_weights(pipe: StableDiffusionPipeline, weights: dict[str, Tensor]) -> No
 
 def load_pipeline(path: Path | str | None = None) -> StableDiffusionPipeline:
     """The pipeline with trained weights, by default the shipped ones, in float32."""
+    return load_weights(untrained, PARTS, path or str(resources.files(__package__) / WEIGHTS))
+
+
+def load_weights(
+    make: Callable[[], DiffusionPipeline], parts: Sequence[str], path: Path | str
+) -> DiffusionPipeline:
+    """A pipeline that `make` builds, with the weights of a file in its trained parts."""
     from safetensors.torch import load_file
 
-    path = path or str(resources.files(__package__) / WEIGHTS)
     with torch.device("cpu"):
-        pipe = untrained()
-    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
-        part.float()
-    set_weights(pipe, {name: value.float() for name, value in load_file(path).items()})
-    for part in (pipe.unet, pipe.text_encoder):
-        part.eval().requires_grad_(False)
+        pipe = make()
+    for part in (*parts, "vae"):
+        getattr(pipe, part).float()
+    set_weights(pipe, {name: value.float() for name, value in load_file(path).items()}, parts)
+    for part in parts:
+        getattr(pipe, part).eval().requires_grad_(False)
     return pipe

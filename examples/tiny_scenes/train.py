@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from dense_attn import _command, _files
 
-from .model import TOKENS, load_pipeline, set_weights, untrained, weights_of
+from .model import PARTS, TOKENS, load_pipeline, set_weights, untrained, weights_of
 from .scenes import Scene, caption, draw_scene, left_out, render
 
 RATE, WARM_UP, DECAY = 1.5e-3, 100, 0.997  # of learning, its first steps, of the average of weights
+ADAM = {"betas": (0.9, 0.99), "weight_decay": 0.01}
 ALONE = 0.3  # captions whose phrases are encoded alone and put in, as DenseDiffusion does
 EMPTY = 0.1  # captions left out, for classifier-free guidance
 PARTLY = 0.5  # captions that leave something open, as those of photographs do
@@ -32,10 +34,23 @@ NOISY = 0.5  # times from the noisiest 40 %, where a scene is decided
 KEPT_EVERY = 250  # steps
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a model says of its training, in functions of a module, which other processes find."""
+
+    program: str  # the module to run
+    make: Callable[[Path | None], DiffusionPipeline]  # with the weights of a file, or random ones
+    parts: tuple[str, ...]  # of the pipeline, that are trained
+    optimisers: Callable[[list[Tensor]], list[torch.optim.Optimizer]]
+    loss: Callable[[DiffusionPipeline, list[Scene], random.Random, float], Tensor]
+    steps: int
+
+
 @dataclass
 class Run:
     """The settings that the processes of a training share."""
 
+    recipe: Recipe
     output: Path
     steps: int
     batch: int  # of one process
@@ -45,8 +60,13 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train the first model."""
+    train(RECIPE, argv)
+
+
+def train(recipe: Recipe, argv: list[str] | None = None) -> None:
     """Train, or go on where the last run ended, and write weights, losses and their plot."""
-    run = _parse(argv)
+    run = _parse(recipe, argv)
     run.output.mkdir(parents=True, exist_ok=True)
     if run.processes == 1:
         _work(0, run)
@@ -57,13 +77,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {run.output / 'weights.safetensors'} and {run.output / 'loss.png'}")
 
 
-def _parse(argv: list[str] | None) -> Run:
-    name = "python -m dense_attn.examples.tiny_scenes.train"
-    parser = argparse.ArgumentParser(name, description=__doc__)
+def _parse(recipe: Recipe, argv: list[str] | None) -> Run:
+    folder = recipe.program.split(".")[-2] + "_run"
+    parser = argparse.ArgumentParser(f"python -m {recipe.program}", description=__doc__)
     add = parser.add_argument
-    add("--output", type=Path, default=Path("tiny_scenes_run"), help="folder (%(default)s)")
+    add("--output", type=Path, default=Path(folder), help="folder (%(default)s)")
     steps = "of both together with what is done (%(default)s)"
-    add("--steps", type=int, default=3600, help=steps)
+    add("--steps", type=int, default=recipe.steps, help=steps)
     add("--batch", type=int, default=32, help="scenes a process and step (%(default)s)")
     add("--start", type=Path, help="weights to begin with (default: random ones)")
     add("--processes", type=int, default=None, help="default: one a core, one on a GPU")
@@ -75,7 +95,7 @@ def _parse(argv: list[str] | None) -> Run:
         parser.error(f"--start must begin in an empty folder, got {got}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processes = given.processes or (1 if device == "cuda" else os.cpu_count())
-    return Run(given.output, given.steps, given.batch, processes, device, given.start)
+    return Run(recipe, given.output, given.steps, given.batch, processes, device, given.start)
 
 
 def _work(rank: int, run: Run) -> None:
@@ -94,7 +114,8 @@ def _work(rank: int, run: Run) -> None:
 
     shown = {"initial": step, "total": run.steps, "disable": rank > 0, "mininterval": 10}
     for now in tqdm(range(step, run.steps), **shown):
-        training.update(now, _loss(training.pipe, [_draw(rng) for _ in range(run.batch)], rng))
+        drawn = [_draw(rng) for _ in range(run.batch)]
+        training.update(now, run.recipe.loss(training.pipe, drawn, rng, now / run.steps))
         if rank == 0 and ((now + 1) % KEPT_EVERY == 0 or now + 1 == run.steps):
             training.keep()
 
@@ -104,37 +125,39 @@ class Training:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.pipe = (load_pipeline(run.start) if run.start else untrained()).to(run.device)
-        # the backward pass of torch's fused attention is slow on a CPU
-        self.pipe.unet.set_attn_processor(AttnProcessor())
-        trained = (self.pipe.unet, self.pipe.text_encoder)
+        self.pipe = run.recipe.make(run.start).to(run.device)
+        trained = (getattr(self.pipe, part) for part in run.recipe.parts)
         self.parameters = [
             p for part in trained for p in part.train().requires_grad_(True).parameters()
         ]
-        options = {"lr": RATE, "betas": (0.9, 0.99), "weight_decay": 0.01}
-        self.optimiser = torch.optim.AdamW(self.parameters, **options)
-        weights = weights_of(self.pipe)
-        self.average = {name: value.detach().clone() for name, value in weights.items()}
+        self.optimisers = run.recipe.optimisers(self.parameters)
+        self.rates = [optimiser.defaults["lr"] for optimiser in self.optimisers]
+        self.average = {name: value.detach().clone() for name, value in self._weights().items()}
         self.losses: list[float] = []  # one a step
         self._resume()
 
     def update(self, step: int, loss: Tensor) -> None:
         """One step of the optimiser, of all processes together, and of the average."""
-        decay = 0.5 + 0.5 * math.cos(math.pi * step / self.run.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * decay
-        self.optimiser.zero_grad()
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.run.steps)
+        pace = min(1, (step + 1) / WARM_UP) * cosine
+        for optimiser, rate in zip(self.optimisers, self.rates):
+            optimiser.param_groups[0]["lr"] = rate * pace
+            optimiser.zero_grad()
         loss.backward()
         _share(self.parameters, self.run.processes)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         self.losses.append(loss.item())
         keep = min(DECAY, (step + 1) / (step + 10))
-        for name, value in weights_of(self.pipe).items():
+        for name, value in self._weights().items():
             if value.is_floating_point():
                 self.average[name].lerp_(value.detach(), 1 - keep)
             else:
                 self.average[name].copy_(value)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return weights_of(self.pipe, self.run.recipe.parts)
 
     def keep(self) -> None:
         """Write a checkpoint and the average's weights; a file is whole or is not there."""
@@ -142,9 +165,9 @@ class Training:
 
         output = self.run.output
         state = {
-            "weights": weights_of(self.pipe),
+            "weights": self._weights(),
             "average": self.average,
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "losses": self.losses,
         }
         _files.write_by(output / "checkpoint.pt", partial(torch.save, state))
@@ -162,8 +185,9 @@ class Training:
         if not path.exists():
             return
         state = torch.load(path, map_location=self.run.device)
-        set_weights(self.pipe, state["weights"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        set_weights(self.pipe, state["weights"], self.run.recipe.parts)
+        for optimiser, own in zip(self.optimisers, state["optimisers"]):
+            optimiser.load_state_dict(own)
         for name, value in state["average"].items():
             self.average[name].copy_(value)
         self.losses = state["losses"]
@@ -174,7 +198,20 @@ def _draw(rng: random.Random) -> Scene:
     return draw_scene(rng, count, unseen=False, touching=rng.random() < TOUCHING)
 
 
-def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random) -> Tensor:
+def _make(start: Path | None) -> StableDiffusionPipeline:
+    pipe = load_pipeline(start) if start else untrained()
+    # the backward pass of torch's fused attention is slow on a CPU
+    pipe.unet.set_attn_processor(AttnProcessor())
+    return pipe
+
+
+def _optimisers(parameters: list[Tensor]) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW(parameters, RATE, **ADAM)]
+
+
+def _loss(
+    pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random, done: float
+) -> Tensor:
     """The mean squared error of velocities."""
     device = pipe.device
     latents = pipe.vae.encode(render(scenes).to(device) * 2 - 1).latent_dist.sample()
@@ -191,27 +228,44 @@ def _loss(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random
 
 
 def encode(pipe: StableDiffusionPipeline, scenes: list[Scene], rng: random.Random) -> Tensor:
-    """Captions [B, L, C]; some are empty or do not say all, in some phrases are encoded alone."""
-    said = [([], "") if rng.random() < EMPTY else _say(rng, scene) for scene in scenes]
-    apart = [b for b in range(len(scenes)) if rng.random() < ALONE]
-    alone = [phrase for b in apart for phrase in said[b][0]]
+    """The states [B, L, C] of captions, of which some are empty or do not say all."""
+    said = captions(pipe, scenes, rng)
+    return said.joined(pipe.text_encoder(said.tokens)[0])
+
+
+@dataclass
+class Captions:
+    """The captions of a batch, and the phrases of some of them, which are encoded alone."""
+
+    tokens: Tensor  # of the captions, then of the phrases
+    alone: list[list[str]]  # of each caption
+
+    def joined(self, states: Tensor) -> Tensor:
+        """The captions' states [B, L, C], those of phrases put in, as DenseDiffusion does."""
+        text, encoded = states[: len(self.alone)].clone(), iter(states[len(self.alone) :])
+        for b, phrases in enumerate(self.alone):
+            start = 1
+            for phrase in phrases:
+                length = len(phrase.split())
+                text[b, start : start + length] = next(encoded)[1 : 1 + length]
+                start += length + 1  # and the "and" after it
+        return text
+
+
+def captions(
+    pipe: DiffusionPipeline, scenes: list[Scene], rng: random.Random, easy: bool = False
+) -> Captions:
+    """Captions of scenes; some are empty and, unless easy, leave something out or are in parts."""
+    partly, alone = (0.0, 0.0) if easy else (PARTLY, ALONE)
+    said = [([], "") if rng.random() < EMPTY else _say(rng, scene, partly) for scene in scenes]
+    apart = [phrases if rng.random() < alone else [] for phrases, _ in said]
+    texts = [caption(*words) for words in said] + [phrase for own in apart for phrase in own]
     options = {"padding": "max_length", "max_length": TOKENS, "return_tensors": "pt"}
-    tokens = pipe.tokenizer([caption(*words) for words in said] + alone, **options).input_ids.to(
-        pipe.device
-    )
-    states = pipe.text_encoder(tokens)[0]
-    text, encoded = states[: len(scenes)].clone(), iter(states[len(scenes) :])
-    for b in apart:
-        start = 1
-        for phrase in said[b][0]:
-            length = len(phrase.split())
-            text[b, start : start + length] = next(encoded)[1 : 1 + length]
-            start += length + 1  # and the "and" after it
-    return text
+    return Captions(pipe.tokenizer(texts, **options).input_ids.to(pipe.device), apart)
 
 
-def _say(rng: random.Random, scene: Scene) -> tuple[list[str], str]:
-    return left_out(rng, scene) if rng.random() < PARTLY else (scene.phrases, scene.background)
+def _say(rng: random.Random, scene: Scene, partly: float) -> tuple[list[str], str]:
+    return left_out(rng, scene) if rng.random() < partly else (scene.phrases, scene.background)
 
 
 def _share(parameters: list[Tensor], processes: int) -> None:
@@ -235,6 +289,11 @@ def _plot(output: Path) -> None:
     axes.plot(np.arange(len(smooth)) * window, smooth)
     axes.set(xlabel="step", ylabel="mean squared error of velocities", yscale="log")
     _files.write_by(output / "loss.png", partial(figure.savefig, format="png", dpi=120))
+
+
+RECIPE = Recipe(
+    "dense_attn.examples.tiny_scenes.train", _make, PARTS, _optimisers, _loss, steps=3600
+)
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def test_training_goes_on_where_it_ended(tmp_path: Path) -> None:
     first, second = (state["weights"]["unet.conv_in.weight"] for state in kept)
     # from the first step's weights, not from new ones
     assert 0 < (second - first).abs().max() < 2 * train.RATE
-    assert kept[1]["optimiser"]["state"][0]["step"] == 2
+    assert kept[1]["optimisers"][0]["state"][0]["step"] == 2
     assert kept[1]["losses"][0] == kept[0]["losses"][0]
     model.load_pipeline(tmp_path / "weights.safetensors")
     assert (tmp_path / "loss.png").exists()
