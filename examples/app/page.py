@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from dense_attn import _files
 
-from . import canvas, pictures, results, settings
+from . import canvas, look, pictures, results, settings
 from .layouts import layouts
 from .refused import FIELDS, Refused
 from .session import CancelledError, Run, Session, any_seed
@@ -26,6 +26,13 @@ Update = dict[Any, Any]
 TOLD = gr.Progress()  # the default by which gradio knows that a function tells of its progress
 
 
+class Asked(NamedTuple):
+    """A run that a browser has asked for."""
+
+    settings: settings.Settings
+    stop: threading.Event
+
+
 class Page:
     """One page: its components by name, and the runs that wait or go on, by browser session."""
 
@@ -35,7 +42,7 @@ class Page:
         self.fields: dict[str, Any] = {}  # what makes the settings
         self.shown: dict[str, Any] = {}  # what a run fills
         self.refusals: dict[str, Any] = {}
-        self.stops: dict[str | None, threading.Event] = {}
+        self.asked: dict[str | None, Asked] = {}
 
     def blocks(self) -> gr.Blocks:
         """The page, ready to be served."""
@@ -62,15 +69,9 @@ class Page:
         self.refusals[field] = gr.HTML(elem_id=where, visible=False, padding=False)
 
     def _canvas(self) -> None:
-        brush = gr.Brush(
-            default_size=56, colors=list(canvas.PAINTED.values()), color_mode="fixed",
-            default_color=canvas.PAINTED["vermilion"],
-        )  # fmt: skip
-        self.fields["canvas"] = gr.ImageEditor(
-            label="Canvas", type="pil", image_mode="RGBA", format="png", sources=(),
-            transforms=(), layers=False, brush=brush, eraser=gr.Eraser(default_size=56),
-            canvas_size=(canvas.SIDE, canvas.SIDE), fixed_canvas=True, height=520,
-            placeholder="Choose the brush, a colour, and paint", buttons=[], elem_id="canvas",
+        self.fields["canvas"] = gr.HTML(
+            canvas.paint(canvas.empty()), html_template=look.canvas(), js_on_load=look.SCRIPT,
+            colours=list(canvas.COLOURS.values()), apply_default_css=False, elem_id="canvas",
         )  # fmt: skip
         self._refusal("canvas")
         with gr.Accordion("Without painting: a label map, or boxes", open=False):
@@ -98,7 +99,10 @@ class Page:
         known = self.session.model.known
         info = f"The model knows: {', '.join(known)}." if known else None
         self.fields["prompt"] = gr.Textbox(
-            label="Full prompt (empty: the colours' words, joined by “and”)", info=info, lines=2
+            label="Full prompt (empty: the colours' words, joined by “and”)",
+            info=info,
+            lines=2,
+            elem_id="prompt",
         )
         self._refusal("prompt")
 
@@ -157,7 +161,7 @@ class Page:
 
     def _icon(self, number: int, made: settings.Settings) -> str:
         path = self.folder / f"example-{number}.png"
-        _files.write_by(path, partial(canvas.painting(made.labels, 1).save, format="PNG"))
+        _files.write_by(path, partial(canvas.painting(made.labels).save, format="PNG"))
         return str(path)
 
     def _results(self) -> None:
@@ -199,7 +203,7 @@ class Page:
         begun = {**quiet, "queue": False, "show_progress": "hidden"}
         self.run.click(self._begin, {*fields, ticket}, [ticket, *told], **begun)
         ticket.change(
-            self._run, fields, [*self.shown.values(), *told], concurrency_limit=1,
+            self._run, None, [*self.shown.values(), *told], concurrency_limit=1,
             show_progress="full", show_progress_on=[self.status], **quiet,
         )  # fmt: skip
         self.cancel.click(self._stop, None, self.status, **begun)
@@ -228,7 +232,7 @@ class Page:
         """The fields' settings, or Refused."""
         given = {name: values[field] for name, field in self.fields.items()}
         words = tuple(given.pop(f"words {n}") or "" for n in range(1, len(canvas.COLOURS) + 1))
-        given["labels"] = canvas.read_painting((given.pop("canvas") or {}).get("composite"))
+        given["labels"] = canvas.painted(given.pop("canvas"))
         if given["seed"] == -1:
             given["seed"] = any_seed()
         given |= {"prompt": given["prompt"] or "", "words": words}
@@ -238,23 +242,29 @@ class Page:
     def _begin(self, values: Update, request: gr.Request) -> Update:
         """Look at the fields at once, whoever runs, and take a place in the queue."""
         try:
-            self.session.model.check(self._settings(values))
+            asked = self._settings(values)
+            self.session.model.check(asked)
         except Refused as error:
             return self._answer(error)
-        self.stops[request.session_hash] = threading.Event()
+        self.asked[request.session_hash] = Asked(asked, threading.Event())
         waiting = results.status("Waiting for its turn.")
         return self._answer() | {self.ticket: values[self.ticket] + 1, self.status: waiting}
 
-    def _run(self, values: Update, request: gr.Request, progress: gr.Progress = TOLD) -> Update:
-        """The images of the fields, and all that is told of them."""
-        stop = self.stops.setdefault(request.session_hash, threading.Event())
+    def _run(self, request: gr.Request, progress: gr.Progress = TOLD) -> Update:
+        """The images of what was asked for, and all that is told of them."""
+        asked = self.asked.get(request.session_hash)
+        if asked is None:  # asked for twice, and done
+            return {}
         try:
-            run = self.session.run(self._settings(values), progress, stop)
+            run = self.session.run(asked.settings, progress, asked.stop)
         except CancelledError as error:
             return {self.status: results.status(str(error))}
         except Refused as error:
             said = results.status("Nothing was made.")
             return self._answer(error) | {self.status: said}
+        finally:
+            if self.asked.get(request.session_hash) is asked:
+                del self.asked[request.session_hash]
         return self._answer() | self._told(run, request.session_hash)
 
     def _told(self, run: Run, name: str | None) -> Update:
@@ -280,17 +290,17 @@ class Page:
 
     def _stop(self, request: gr.Request) -> Update:
         """End this browser's run at its next step, also one that waits."""
-        stop = self.stops.get(request.session_hash)
-        if stop is None:
+        asked = self.asked.get(request.session_hash)
+        if asked is None:
             return {self.status: results.status("There is no run to cancel.")}
-        stop.set()
+        asked.stop.set()
         return {self.status: results.status("Cancelled.")}
 
     def _left(self, request: gr.Request) -> None:
         """End the run of a browser that is gone, and remove its files."""
-        stop = self.stops.pop(request.session_hash, None)
-        if stop is not None:
-            stop.set()
+        asked = self.asked.get(request.session_hash)
+        if asked is not None:
+            asked.stop.set()
         shutil.rmtree(self.folder / str(request.session_hash), ignore_errors=True)
 
     def _painted(self, read: Callable[[str], Any], source: str) -> Update:
@@ -301,14 +311,12 @@ class Page:
 
     def _canvas_of(self, labels: Any) -> Update:
         """The canvas with labels on it, and a field for the words of each."""
-        picture = canvas.painting(labels)
-        painted = {"background": None, "layers": [picture], "composite": picture}
         there = set(labels.flat)
         seen = {
             self.fields[f"words {n}"]: gr.update(visible=n <= BRUSHES or n in there)
             for n in range(1, len(canvas.COLOURS) + 1)
         }
-        return seen | {self.fields["canvas"]: painted}
+        return seen | {self.fields["canvas"]: canvas.paint(labels)}
 
     def _loaded(self, path: str) -> Update:
         try:
