@@ -44,11 +44,11 @@ class Counted:
         self.layout, self.inside = layout, inside
 
     def expected(self) -> Expected | None:
-        """As the layout's."""
+        """The softmax that the layout exchanges."""
         return self.layout.expected()
 
     def missed(self, seen: list[tuple[int, int]]) -> None:
-        """As the layout's."""
+        """Tell the layout of a call without its softmax."""
         self.layout.missed(seen)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Any) -> Tensor:

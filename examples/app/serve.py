@@ -51,11 +51,20 @@ def main(model: str | None, host: str, port: int | None, show: bool) -> int:
         blocks = Page(session, Path(folder) / "page").blocks()
         blocks.queue(api_open=False)
         blocks.launch(
-            server_name=host, server_port=port, inbrowser=show, share=False, ssr_mode=False,
-            theme=THEME, css=CSS, footer_links=[], max_file_size=MOST_UPLOADED,
-            enable_monitoring=False, quiet=True,
-            app_kwargs={"middleware": [Middleware(Policy)]}, prevent_thread_lock=True,
-        )  # fmt: skip
+            server_name=host,
+            server_port=port,
+            inbrowser=show,
+            share=False,
+            ssr_mode=False,
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+            max_file_size=MOST_UPLOADED,
+            enable_monitoring=False,
+            quiet=True,
+            app_kwargs={"middleware": [Middleware(Policy)]},
+            prevent_thread_lock=True,
+        )
         print(f"{blocks.local_url} shows the page until Ctrl-C", flush=True)
         blocks.block_thread()
     return 0

@@ -60,7 +60,7 @@ def browser() -> Iterator[Any]:
 def page(address: str, browser: Any) -> Iterator[Any]:
     """A tab that shows the page, asks nobody else for anything and says no error."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(60_000)
     page, errors, outside = context.new_page(), [], []
     page.on("pageerror", lambda error: errors.append(str(error)))
 

@@ -135,12 +135,11 @@ def test_what_is_wrong_is_said_beside_its_field(page: Any, tmp_path: Path) -> No
     assert refused(page, "prompt").endswith("words that the model knows, got fox")
     assert page.locator("#refused-words [role=alert]").count() == 0
     page.get_by_text("Without painting").click()
-    for size, sentence in (((10_000, 8), "at most 4096 pixels a side, got 10000 x 8"),):
-        Image.new("L", size, 1).save(tmp_path / "map.png")
-        with page.expect_file_chooser() as chooser:
-            page.get_by_role("button", name="Upload a label map").click()
-        chooser.value.set_files(tmp_path / "map.png")
-        assert refused(page, "canvas").endswith(sentence)
+    Image.new("L", (10_000, 8), 1).save(tmp_path / "map.png")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload a label map").click()
+    chooser.value.set_files(tmp_path / "map.png")
+    assert refused(page, "canvas").endswith("at most 4096 pixels a side, got 10000 x 8")
     words(page, 1).fill("a red circle")
     steps(page, 2)
     run(page)
@@ -155,8 +154,8 @@ def test_boxes_examples_and_keys(page: Any) -> None:
     page.get_by_text("Without painting").click()
     page.get_by_label("Boxes").fill("1: 0 0 0.5 0.5\n2: 0.5 0.5 1 1")
     page.get_by_role("button", name="Draw the boxes").click()
-    corner = "() => document.querySelector('#canvas canvas').getContext('2d').getImageData(0, 0, 1, 1).data[2]"
-    page.wait_for_function(f"({corner})() === 0")  # vermilion has no blue
+    context = "document.querySelector('#canvas canvas').getContext('2d')"
+    page.wait_for_function(f"{context}.getImageData(0, 0, 1, 1).data[2] === 0")  # vermilion
     canvas = page.locator("#canvas canvas")
     canvas.focus()
     for key in ("3", "ArrowRight", " "):
