@@ -164,7 +164,7 @@ class Events:
         """The canvas with labels on it, and a field for the words of each."""
         there = set(labels.flat)
         seen = {
-            self.fields[f"words {n}"]: gr.update(visible=n <= BRUSHES or n in there)
+            self.fields[f"words {n}"]: gr.update(visible=n <= len(canvas.PAINTED) or n in there)
             for n in range(1, len(canvas.COLOURS) + 1)
         }
         return seen | {self.fields["canvas"]: canvas.paint(labels)}
