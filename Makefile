@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+APP := $(VENV)/app
 OLDEST := 3.6.0
 OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
 NATIVE := setup.py $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name 'build.py')
@@ -18,7 +19,7 @@ CUDA_FILES := $(patsubst %,tests/backends/%.py,test_backends gpu_sega gpu_steps)
 CUDA_TABLE = $(BIN)/pytest -q --numprocesses=auto -p cuda.plugin $(CUDA_FILES) -m "full or not full" -k "cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench kernels ptx compat hub gpu fuzz sanitize clean
+.PHONY: help demo test lint docs bench kernels ptx compat hub gpu fuzz sanitize browser clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,6 +65,10 @@ fuzz: $(SANITIZED)/.built  ## 10,000 fuzzed calls under AddressSanitizer and Und
 sanitize: fuzz  ## the same, and the whole table of cases
 	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/backends/test_backends.py
 
+browser: $(VENV)/.built $(APP)/.installed  ## the page of `python -m dense_attn app` in a real browser (installs Debian's chromium where none is)
+	@command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; }
+	@PYTHONPATH=$(APP) $(BIN)/pytest -q tests/app/browser $(ARGS)
+
 clean:  ## remove what was built and installed here
 	rm -rf $(VENV) build dist *.egg-info dense_attn/_C*.so dense_attn/_CUDA*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 
@@ -90,6 +95,13 @@ $(OLDEST_TRITON)/.installed: $(VENV)/.installed
 	@echo "Installing Triton $(OLDEST)"
 	@rm -rf $(OLDEST_TRITON)
 	@$(PIP) install --quiet --no-deps --target $(OLDEST_TRITON) triton==$(OLDEST)
+	@touch $@
+
+# What the page needs, in a folder of its own, for it takes an older pillow than the development environment's.
+$(APP)/.installed: pyproject.toml $(VENV)/.installed
+	@echo "Installing what the page needs into $(APP)"
+	@rm -rf $(APP)
+	@$(PIP) install --quiet --target $(APP) --group app
 	@touch $@
 
 $(SANITIZED)/.built: $(VENV)/.installed $(NATIVE) $(PYTHON_SOURCES)

@@ -322,7 +322,7 @@ setup(
     # MANIFEST.in names what a source distribution holds, pictures for the README too
     include_package_data=False,
     package_data={
-        "": ["*.md", "*.png", "*.safetensors", "py.typed"],
+        "": ["*.js", "*.md", "*.png", "*.safetensors", "py.typed"],
         "dense_attn.benchmarks": ["results/*.json"],
     },
     ext_modules=[*cpu_extension(), *cuda_extension()],

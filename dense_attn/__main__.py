@@ -1,4 +1,4 @@
-"""The command line: `python -m dense_attn info | verify | bench | demo`."""
+"""The command line: `python -m dense_attn info | verify | bench | demo | app`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dense_attn.demo import run
 EXTRAS = {  # pyproject.toml's, which an installation need not have beside it
     "triton": ("triton",),
     "diffusers": ("accelerate", "diffusers", "transformers"),
+    "app": ("accelerate", "diffusers", "gradio", "pillow", "transformers"),
     "bench": ("matplotlib", "pillow", "pytest", "pytest-benchmark", "tqdm", "xformers"),
     "test": ("diffusers", "expecttest", "hypothesis", "pillow", "pytest", "transformers"),
 }
@@ -45,12 +47,13 @@ def _run(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dense_attn", description=dense_attn.__doc__)
-    names = "info | verify | bench | demo"
+    names = "info | verify | bench | demo | app"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     _add_info(commands)
     _add_verify(commands)
     _add_bench(commands)
     _add_demo(commands)
+    _add_app(commands)
     return parser
 
 
@@ -121,6 +124,19 @@ def _add_demo(commands: Any) -> None:
     add("--backend", choices=("auto", *table.ORDER), default="auto", help="(%(default)s)")
     _add_threads(demo)
     demo.set_defaults(run=_run_demo)
+
+
+def _add_app(commands: Any) -> None:
+    app = commands.add_parser("app", help="a page in the browser to paint layouts on")
+    model = "a diffusers pipeline (default: the small model that is shipped)"
+    app.add_argument("--model", type=_command.said, metavar="ID_OR_PATH", help=model)
+    host = "where it listens (%(default)s: this machine alone)"
+    app.add_argument("--host", default="127.0.0.1", help=host)
+    port = "its port (default: the first free one from 7860 on)"
+    app.add_argument("--port", type=_positive, metavar="N", help=port)
+    app.add_argument("--show", action="store_true", help="open it in a browser")
+    _add_threads(app)
+    app.set_defaults(run=_app)
 
 
 def _add_threads(command: argparse.ArgumentParser) -> None:
@@ -223,6 +239,15 @@ def _bench(arguments: argparse.Namespace) -> int:
         if value is not None:
             flags.append(f"--{option}={value}")
     return run.main(flags)
+
+
+def _app(arguments: argparse.Namespace) -> int:
+    for package in ("diffusers", "gradio"):
+        if find_spec(package) is None:
+            raise UserError(f"the page needs {package}: pip install dense_attn[app]")
+    from dense_attn.examples.app import serve
+
+    return serve.main(arguments.model, arguments.host, arguments.port, arguments.show)
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
