@@ -32,7 +32,7 @@ def each(*names: str) -> pytest.MarkDecorator:
 
 
 def in_float64(name: str, chain: Rehearsed) -> Rehearsed:
-    """The same chain of a pipeline in float64."""
+    """A chain of the same settings on a pipeline in float64."""
     pipe = copy.copy(pipe_of(name))
     for part, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
