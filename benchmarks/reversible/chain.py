@@ -28,15 +28,15 @@ Chain = Callable[[EpsFn, Tensor], tuple[Tensor, Tensor]]
 class Clock:
     """An eps_fn that knows how long its network takes."""
 
-    def __init__(self, network: EpsFn) -> None:
+    def __init__(self, network: Callable[..., Any]) -> None:
         self._network = network
         self._spans: list[tuple[Mark, Mark]] = []
         self.shares: list[float] = []  # of a chain's time, what was not the network's
 
-    def __call__(self, x: Tensor, t: int) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         here = machine.current()
         start = here.mark()
-        eps = self._network(x, t)
+        eps = self._network(*args, **kwargs)
         self._spans.append((start, here.mark()))
         return eps
 

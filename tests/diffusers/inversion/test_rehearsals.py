@@ -1,4 +1,4 @@
-"""What a rehearsal refuses, and what it leaves as it was."""
+"""Rehearsals: their refusals, and the pipeline that stays as it was."""
 
 from __future__ import annotations
 

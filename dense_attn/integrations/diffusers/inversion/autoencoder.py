@@ -56,7 +56,7 @@ def decoded(pipe: DiffusionPipeline, model: Model, x: Tensor, grid: tuple[int, i
 
 
 def _affine(vae: torch.nn.Module, model: Model, like: Tensor) -> Affine:
-    """What is taken from a VAE's latents [B, C, H, W], and what the rest is multiplied by."""
+    """The shift of a VAE's latents [B, C, H, W], and the scale of the rest."""
     config = vae.config
     scale = config.get("scaling_factor") or 1.0
     mean, deviation = config.get("latents_mean"), config.get("latents_std")

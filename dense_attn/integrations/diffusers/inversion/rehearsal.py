@@ -118,7 +118,7 @@ class _StandIn:
 
 
 class _Run:
-    """What a pipeline asks its denoiser, and what it makes of the answers."""
+    """A run in which the denoiser's answers are random: its questions are kept."""
 
     def __init__(self, model: Model, scheduler: Any, scale: float, kind: str) -> None:
         self.model, self.scheduler, self.scale, self.kind = model, scheduler, scale, kind
@@ -139,7 +139,7 @@ class _Run:
         return _Made(self.model.given(answer))
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *_: Any, **__: Any) -> _Stepped:
-        """The same latents again, after a look at what reached the scheduler."""
+        """Latents as they were, after a look at the estimate that reached the scheduler."""
         asked, self._asked = self._asked, []
         asks = [self._ask(denoiser, bound, sample) for denoiser, bound, _ in asked]
         branches = sum(ask.copies for ask in asks)

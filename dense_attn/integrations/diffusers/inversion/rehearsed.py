@@ -32,7 +32,11 @@ CALL = (
     *("negative_crops_coords_top_left",),
 )
 PARTS = ("vae", "image_processor")  # which make tensors of images, and images of tensors
-BESIDE = ("controlnet", "adapter", "image_encoder_2", "unconditional_transformer")
+BESIDE = {  # what pipelines have that make more of an image, by where they say so
+    "__init__": {"controlnet", "adapter"},
+    "prepare_latents": {"image", "images", "video"},
+    "__call__": {"control_image", "control_video", "video"},
+}
 
 
 class Rehearsed:
@@ -170,17 +174,14 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
     """
     model, kind = model_of(pipe), type(pipe).__name__
     takes = inspect.signature(type(pipe).__call__).parameters
-    prepares = inspect.signature(getattr(pipe, "prepare_latents", lambda: None)).parameters
     if not {"prompt", "height", "width", "generator"} <= takes.keys():
         _checks.refuse("pipe", "make images of prompts", kind)
+    for method, names in BESIDE.items():
+        known = inspect.signature(getattr(type(pipe), method, check_pipe)).parameters
+        for name in sorted(names & known.keys()):
+            _checks.refuse("pipe", "make images of a prompt alone", f"{kind} with {name}")
     if "num_frames" in takes:
         _checks.refuse("pipe", "make images, not videos", kind)
-    beside = [name for name in BESIDE if getattr(pipe, name, None) is not None]
-    beside += [name for name in ("image",) if name in prepares]
-    beside += [name for name in ("control_image",) if name in takes]
-    if beside:
-        rule = "make images of a prompt alone"
-        _checks.refuse("pipe", rule, f"{kind} with {', '.join(beside)}")
     missing = [name for name in PARTS if pictures and getattr(pipe, name, None) is None]
     if missing:
         _checks.refuse("pipe", "have a VAE and image_processor", f"no {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""What images are sampled with, on the way to the noise and back, and its words in refusals."""
+"""Settings of a chain, on the way to the noise and back, and their words in refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What invert, reconstruct and optimize have in common."""
+"""Parts that invert, reconstruct and optimize share."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ def packed(latents: Tensor) -> Tensor:
 
 
 def unpacked(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What `packed` packed, latents [B, C, H, W] of a height and width."""
+    """Latents [B, C, H, W] of a height and width, out of the tokens of `packed`."""
     height, width = grid
     cells = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
