@@ -324,6 +324,7 @@ setup(
     package_data={
         "": ["*.md", "*.png", "*.safetensors", "py.typed"],
         "dense_attn.benchmarks": ["results/*.json"],
+        "dense_attn.examples.comfyui": ["*.toml", "example_workflows/*.json", "web/docs/*.md"],
     },
     ext_modules=[*cpu_extension(), *cuda_extension()],
     cmdclass={"build_ext": BuildExt},

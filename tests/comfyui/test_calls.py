@@ -133,7 +133,7 @@ def test_masks_of_any_dtype(put: Callable, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("put", WAYS)
 @pytest.mark.parametrize("kind", ["UNetModel", "Flux"])
 def test_models_in_half_floats(kind: str, put: Callable, dtype: torch.dtype) -> None:
-    """As near to float64 as they are without regions, by twice."""
+    """Their distance to float64 is at most twice that of the same model without regions."""
     x, half = noise(kind), {}
     for name, model in (("plain", made(kind)), ("put", put(made(kind), regions()))):
         exact = estimate(model, x)
