@@ -322,9 +322,7 @@ setup(
     # MANIFEST.in names what a source distribution holds, pictures for the README too
     include_package_data=False,
     package_data={
-        "": ["*.md", "*.png", "*.safetensors", "py.typed"],
-        "dense_attn.benchmarks": ["results/*.json"],
-        "dense_attn.examples.comfyui": ["*.toml", "example_workflows/*.json", "web/docs/*.md"],
+        "": ["*.md", "*.png", "*.safetensors", "*.toml", "*/*.json", "py.typed", "web/docs/*.md"],
     },
     ext_modules=[*cpu_extension(), *cuda_extension()],
     cmdclass={"build_ext": BuildExt},
