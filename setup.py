@@ -322,8 +322,7 @@ setup(
     # MANIFEST.in names what a source distribution holds, pictures for the README too
     include_package_data=False,
     package_data={
-        "": ["*.js", "*.md", "*.png", "*.safetensors", "py.typed"],
-        "dense_attn.benchmarks": ["results/*.json"],
+        "": "*.js *.md *.png *.safetensors *.toml */*.json py.typed web/docs/*.md".split(),
     },
     ext_modules=[*cpu_extension(), *cuda_extension()],
     cmdclass={"build_ext": BuildExt},

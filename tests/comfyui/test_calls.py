@@ -31,7 +31,15 @@ WAYS = [apply_layout, apply_region_prompts]
 
 @pytest.mark.parametrize("put", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunks", [(1, 0), (0, 1), (1,), (0, 0, 1)])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (1, 0),
+        pytest.param((0, 1), marks=pytest.mark.full),
+        pytest.param((1,), marks=pytest.mark.full),
+        (0, 0, 1),
+    ],
+)
 def test_negative_rows_are_the_plain_ones(kind: str, chunks: tuple, put: Callable) -> None:
     x = noise(kind, 2)
     model = put(made(kind), regions())
@@ -100,6 +108,8 @@ def test_each_image_has_its_mask(kind: str, put: Callable) -> None:
         torch.testing.assert_close(both[i : i + 1], alone, **ROUNDING)
     with pytest.raises(ValueError, match="mask must be one, or one for each of the 3 latents"):
         estimate(put(made(kind), regions(masks, other)), noise(kind, 3))
+    with pytest.raises(ValueError, match="mask must be one, or one for each of the 4 latents"):
+        estimate(put(made(kind), regions(masks, other)), noise(kind, 4))
 
 
 @pytest.mark.parametrize("size", [(5, 9), (1, 9), (8, 8)])
@@ -117,6 +127,19 @@ def test_masks_of_any_dtype(put: Callable, dtype: torch.dtype) -> None:
     masks = [one.mask for one in regions()]
     out = estimate(put(made("UNetModel"), regions(*(mask.to(dtype) for mask in masks))), x)
     assert torch.equal(out, estimate(put(made("UNetModel"), regions(*masks)), x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("put", WAYS)
+@pytest.mark.parametrize("kind", ["UNetModel", "Flux"])
+def test_models_in_half_floats(kind: str, put: Callable, dtype: torch.dtype) -> None:
+    """Their distance to float64 is at most twice that of the same model without regions."""
+    x, half = noise(kind), {}
+    for name, model in (("plain", made(kind)), ("put", put(made(kind), regions()))):
+        exact = estimate(model, x)
+        model.model.diffusion_model.to(dtype)
+        half[name] = (estimate(model, x.to(dtype)).double() - exact).abs().max()
+    assert half["put"] <= 2 * half["plain"] + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("put", WAYS)

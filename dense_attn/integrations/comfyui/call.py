@@ -68,8 +68,10 @@ class Call:
         """Attention as `func` has it, modulated in the rows that see the prompt."""
         options = dict(options, **dict(zip(("attn_precision", "skip_reshape"), args)))
         tokens = 2 if options.get("skip_reshape") else 1
-        each = len(q) // len(self.chunks)
-        part = self.parts.at(q.shape[tokens], k.shape[tokens], options, each, q.device)
+        each, rest = divmod(len(q), len(self.chunks))
+        part = None
+        if not rest:
+            part = self.parts.at(q.shape[tokens], k.shape[tokens], options, each, q.device)
         if part is None:
             self.seen = [*(self.seen or []), (q.shape[tokens], k.shape[tokens])]
             k, v, mask = (self._own(x, at) for x, at in ((k, tokens), (v, tokens), (mask, -1)))

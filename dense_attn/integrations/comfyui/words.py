@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dense_attn import Layout, _checks
 from dense_attn.layout_attention.layout import _BITS
@@ -18,11 +17,10 @@ from .parts import Make, Place
 from .regions import Region, of_images
 
 
-def each(images: int, rows: int) -> int:
-    """The rows of each image, of a number of rows that see the prompt."""
-    if rows % images:
+def check_rows(images: int, rows: int) -> None:
+    """Require masks of one image for all rows that see the prompt, or of one for each."""
+    if images not in (1, rows):
         _checks.refuse("mask", f"be one, or one for each of the {rows} latents", images)
-    return rows // images
 
 
 def of_prompts(regions: list[Region], base_ratio: float, backend: str) -> Make:
@@ -39,7 +37,8 @@ def of_prompts(regions: list[Region], base_ratio: float, backend: str) -> Make:
         own = [members(masks, weights, tuple(size), True).repeat(1, frames) for masks in images]
         shares = [with_base(one, base_ratio, [True] * len(regions)) for one in own]
         text = texts.words([sizes] * len(images), sizes, 1)
-        half = Half(shares, own, [], text, each(len(images), rows), device)
+        check_rows(len(images), rows)
+        half = Half(shares, own, [], text, rows // len(images), device)
         sequence = Sequence(attention, sum(sizes), shares[0].shape[1], others)
         return sequence.blocks(half, shares, False), Rule("mask", backend)
 
@@ -56,20 +55,15 @@ def of_layouts(regions: list[Region], numbers: Numbers) -> Make:
         weight = numbers.self_weight if place.attention == SELF else numbers.cross_weight
         if not weight and not (place.attention == JOINED and numbers.text_weight):
             return None
-        count = each(len(layouts), rows)
-
-        def spread(side: Tensor) -> Tensor:
-            side = side if len(layouts) == 1 else side.repeat_interleave(count, 0)
-            return side.to(device)
-
+        check_rows(len(layouts), rows)
         image, text = _image(layouts, place.grid, weight, numbers), _text(layouts, sizes, numbers)
         q, k = _sides(place, image, text, numbers)
         layer = Layer(
-            q_words=spread(q.words),
-            k_words=spread(k.words),
-            strength=spread(q.strength)[:, None],
-            q_order=spread(order_of(q)),
-            k_order=spread(order_of(k)) if place.attention.keys is None else None,
+            q_words=q.words.to(device),
+            k_words=k.words.to(device),
+            strength=q.strength.to(device)[:, None],
+            q_order=order_of(q).to(device),
+            k_order=order_of(k).to(device) if place.attention.keys is None else None,
         )
         layer.now = layer.strength
         return Blocks([(layer, None)]), Rule(numbers.modulation, numbers.backend)

@@ -69,8 +69,11 @@ def estimate(
     """One call of the model for prompts (0) and negative prompts (1), in this order."""
     options = model.options()["transformer_options"] | {"cond_or_uncond": list(chunks)}
     context = torch.cat([(POSITIVE, NEGATIVE)[i][0][0].expand(len(x), -1, -1) for i in chunks])
-    given = torch.cat([x] * len(chunks)), sigma_of(model, part).expand(len(x) * len(chunks))
-    return model.model.apply_model(*given, c_crossattn=context, transformer_options=options, **more)
+    sigma = sigma_of(model, part).to(x.dtype)
+    given = torch.cat([x] * len(chunks)), sigma.expand(len(x) * len(chunks))
+    return model.model.apply_model(
+        *given, c_crossattn=context.to(x), transformer_options=options, **more
+    )
 
 
 def guided(model: ModelPatcher, x: Tensor, sigmas: Tensor, step: int, scale: float = 4.0) -> Tensor:
