@@ -1,4 +1,4 @@
-"""What the page's events do: fields to settings, runs to what is shown, errors to sentences."""
+"""The page's events: fields to settings, runs to what is shown, errors to sentences."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Settings:
         return self.prompt.strip() or " and ".join(word for word in said if word)
 
     def words_of(self, label: int) -> str:
-        """What a colour shows; "" for none."""
+        """The words of a colour; "" for none."""
         return self.words[label - 1].strip() if label <= len(self.words) else ""
 
     def regions(self) -> list[Any]:

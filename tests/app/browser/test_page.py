@@ -56,8 +56,17 @@ def steps(page: Any, count: int) -> None:
 def run(page: Any) -> None:
     """Press Run and wait for its end."""
     page.locator("#run").click()
-    page.get_by_text("Done: seed").wait_for()
+    ended(page)
     page.locator("#files a").first.wait_for()
+
+
+def ended(page: Any) -> None:
+    """Wait for the end of a run, or tell what the page says instead."""
+    try:
+        page.get_by_text("Done: seed").wait_for()
+    except Exception as error:
+        said = page.locator("[role=status], [role=alert]").all_inner_texts()
+        raise AssertionError(f"no run has ended; the page says {said}") from error
 
 
 def downloaded(page: Any) -> bytes:
@@ -193,7 +202,7 @@ def test_two_tabs(page: Any, address: str) -> None:
     other.locator("#run").click()
     other.get_by_text("Waiting for its turn.").wait_for()
     assert page.get_by_text("Done: seed").count() == 0
-    other.get_by_text("Done: seed").wait_for()
+    ended(other)
     assert page.get_by_text("Done: seed").count() == 1
     assert "a magenta circle" in other.locator("#table").inner_text()
     assert "a red circle" in page.locator("#table").inner_text()
