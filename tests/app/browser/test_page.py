@@ -103,6 +103,7 @@ def test_paint_run_and_leave_with_the_code(
     names: dict[str, Any] = {}
     exec(compile(program, "code", "exec"), names)
     assert names["image"].tobytes() == Image.open(io.BytesIO(first)).tobytes()
+    assert (tmp_path / "seed-0.png").stat().st_size > 100
     page.get_by_label("number input for cross").fill("0")
     page.get_by_label("number input for cross").press("Tab")
     page.locator("#run").click()
