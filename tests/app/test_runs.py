@@ -54,7 +54,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.full if k == "without words" else ()) for k in KINDS],
+)
 def test_the_code_makes_the_same_image(
     session: Session, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
