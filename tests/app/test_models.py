@@ -44,7 +44,7 @@ def test_videos_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "FluxPipeline"])
 def test_other_pipelines_run(kind: str) -> None:
-    """Of random weights; what cannot be counted is not told."""
+    """Pipelines of random weights; what cannot be counted is not told."""
     model = models.of_pipeline(tiny_pipeline(getattr(diffusers, kind)), "a/model")
     own = {"modulation": "bias", "cross_weight": 3.0, "self_weight": 0.0, "active": 1.0}
     made = Settings("", BOXES, ("a cat", "a dog"), steps=1, **(own if model.joint else {}))
