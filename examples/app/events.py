@@ -1,4 +1,4 @@
-"""What the page's events do: fields to settings, runs to what is shown, errors to sentences."""
+"""The page's events: fields to settings, runs to what is shown, errors to sentences."""
 
 from __future__ import annotations
 
@@ -188,5 +188,5 @@ class Events:
             update[field] = gr.update(value=words, visible=update[field]["visible"] or bool(words))
         for name in ("prompt", "own_prompts", "seed", "modulation", *settings.NUMBERS):
             update[self.fields[name]] = getattr(made, name)
-        rows = settings.edit_rows(made.edits) or [["", 5, 0.9, 10, False]]
-        return self._answer() | update | {self.fields["edits"]: rows}
+        update[self.fields["edits"]] = settings.edit_rows(made.edits)
+        return self._answer() | update

@@ -8,7 +8,9 @@ import gradio as gr
 
 from .canvas import COLOURS, GRID, PAINTED
 
-THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+    body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600"
+)
 CSS = """
 .gradio-container { max-width: 1400px !important; }
 .pixels img { image-rendering: pixelated; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ def of_pipeline(pipe: Any, name: str) -> Model:
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     code = (
         "from diffusers import DiffusionPipeline",
-        f"pipe = DiffusionPipeline.from_pretrained({name!r}, torch_dtype=torch.{dtype})",
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name)}, torch_dtype=torch.{dtype})",
         f'pipe.to("{device}")',
     )
     return Model(pipe, name, code, joint=record.joint)

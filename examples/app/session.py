@@ -36,7 +36,7 @@ class CancelledError(Exception):
 
 @dataclass(frozen=True)
 class Cost:
-    """What images took on the average."""
+    """The mean time and the largest memory of images."""
 
     seconds: float
     extra_bytes: int | None  # at the peak, where the system tells

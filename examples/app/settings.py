@@ -20,6 +20,7 @@ from .refused import refuse
 MODULATIONS = ("range", "max", "bias", "mask")
 MOST_BIAS = 8  # the weights of joint attention, whose own is 3
 MOST_EDITS = 16
+EDIT_ROWS = 3  # of the table where fewer are there
 MOST_SEED = 2**63 - 1
 
 
@@ -90,7 +91,7 @@ class Settings:
         return self.prompt.strip() or " and ".join(word for word in said if word)
 
     def words_of(self, label: int) -> str:
-        """What a colour shows; "" for none."""
+        """The words of a colour; "" for none."""
         return self.words[label - 1].strip() if label <= len(self.words) else ""
 
     def regions(self) -> list[Any]:
@@ -168,8 +169,9 @@ def read_edits(rows: Sequence[Sequence[Any]]) -> tuple[Edit, ...]:
 
 
 def edit_rows(edits: Sequence[Edit]) -> list[list[Any]]:
-    """The inverse of `read_edits`."""
-    return [[e.prompt, e.scale, e.threshold, e.warmup, e.reverse] for e in edits]
+    """The inverse of `read_edits`, with bare rows behind them for the table."""
+    rows = [[e.prompt, e.scale, e.threshold, e.warmup, e.reverse] for e in edits]
+    return rows + [["", 5.0, 0.9, 10, False]] * (EDIT_ROWS - len(rows))
 
 
 def _number(field: str, name: str, value: Any, whole: bool = False) -> Any:

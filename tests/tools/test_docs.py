@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples/app/README.md",
     ROOT / "examples/tiny_scenes/README.md",
 ]
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -27,7 +28,7 @@ WITH_CODE = {
 
 
 def name_of(page: Path) -> str:
-    return page.stem if page.parent.name != "tiny_scenes" else "tiny_scenes"
+    return page.parent.name if page.is_relative_to(ROOT / "examples") else page.stem
 
 
 @pytest.fixture

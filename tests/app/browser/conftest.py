@@ -39,7 +39,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/"
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(20)
+        server.wait(60)
     assert list(temporary.iterdir()) == []
 
 

@@ -56,8 +56,17 @@ def steps(page: Any, count: int) -> None:
 def run(page: Any) -> None:
     """Press Run and wait for its end."""
     page.locator("#run").click()
-    page.get_by_text("Done: seed").wait_for()
+    ended(page)
     page.locator("#files a").first.wait_for()
+
+
+def ended(page: Any) -> None:
+    """Wait for the end of a run, or tell what the page says instead."""
+    try:
+        page.get_by_text("Done: seed").wait_for()
+    except Exception as error:
+        said = page.locator("[role=status], [role=alert]").all_inner_texts()
+        raise AssertionError(f"no run has ended; the page says {said}") from error
 
 
 def downloaded(page: Any) -> bytes:
@@ -94,6 +103,7 @@ def test_paint_run_and_leave_with_the_code(
     names: dict[str, Any] = {}
     exec(compile(program, "code", "exec"), names)
     assert names["image"].tobytes() == Image.open(io.BytesIO(first)).tobytes()
+    assert (tmp_path / "seed-0.png").stat().st_size > 100
     page.get_by_label("number input for cross").fill("0")
     page.get_by_label("number input for cross").press("Tab")
     page.locator("#run").click()
@@ -193,7 +203,7 @@ def test_two_tabs(page: Any, address: str) -> None:
     other.locator("#run").click()
     other.get_by_text("Waiting for its turn.").wait_for()
     assert page.get_by_text("Done: seed").count() == 0
-    other.get_by_text("Done: seed").wait_for()
+    ended(other)
     assert page.get_by_text("Done: seed").count() == 1
     assert "a magenta circle" in other.locator("#table").inner_text()
     assert "a red circle" in page.locator("#table").inner_text()
