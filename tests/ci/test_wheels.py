@@ -99,16 +99,10 @@ def test_what_fails_is_shown(
     assert shown.startswith(("newer symbols\n", "make wheel: "))
 
 
-def built_wheel(tmp_path: Path, *options: str) -> tuple[str, set[str], str]:
-    """The name of a wheel, the libraries in it, and what was said."""
-    egg = ("egg_info", "--egg-base", str(tmp_path))
-    build = ("build", "--build-base", str(tmp_path / "build"))
-    wheel = ("bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "bdist"))
-    command = [sys.executable, "setup.py", "--quiet", *egg, *build, *wheel, *options]
-    done = subprocess.run(command, cwd=wheels.ROOT, check=True, capture_output=True, text=True)
-    (path,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(path) as file:
-        return path.name, {x for x in file.namelist() if x.endswith(".so")}, done.stderr
+def setup(*words: str) -> str:
+    """What a program with setup.py's distribution at hand says."""
+    done = subprocess.run(words, cwd=wheels.ROOT, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def test_without_a_compiler_the_wheel_is_of_python_alone(
@@ -117,14 +111,22 @@ def test_without_a_compiler_the_wheel_is_of_python_alone(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("DENSE_ATTN_CUDA", "0")
     monkeypatch.delenv("CXX", raising=False)
-    name, libraries, said = built_wheel(tmp_path)
-    assert name == f"dense_attn-{dense_attn.__version__}-py3-none-any.whl"
-    assert libraries == set()
+    egg = ("egg_info", "--egg-base", str(tmp_path))
+    build = ("build", "--build-base", str(tmp_path / "build"))
+    wheel = ("bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "bdist"))
+    said = setup(sys.executable, "setup.py", "--quiet", *egg, *build, *wheel)
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name == f"dense_attn-{dense_attn.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(path) as file:
+        assert [name for name in file.namelist() if name.endswith(".so")] == []
     warning = "warning: dense_attn is built without its CPU kernels, as there is no C++ compiler: "
     assert warning in said
 
 
-def test_a_wheel_with_a_library_is_for_every_python(tmp_path: Path) -> None:
-    name, *_ = built_wheel(tmp_path, "--skip-build")
+def test_a_wheel_with_a_library_is_for_every_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DENSE_ATTN_CPU_KERNELS", "1")
+    program = "import setuptools; from distutils.core import run_setup as run"
+    program += "; wheel = run('setup.py', [], 'commandline').get_command_obj('bdist_wheel')"
+    program += "; wheel.ensure_finalized(); print(*wheel.get_tag())"
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    assert name == f"dense_attn-{dense_attn.__version__}-py3-none-{platform}.whl"
+    assert setup(sys.executable, "-c", program).endswith(f"py3 none {platform}\n")
