@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 APP := $(VENV)/app
 OLDEST := 3.6.0
 OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
-NATIVE := setup.py $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name 'build.py')
+NATIVE := setup.py $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.map' -o -name 'build.py')
 PYTHON_SOURCES := $(shell find dense_attn triton_kernels benchmarks examples -name '*.py')
 SANITIZED := build/sanitize
 SANITIZER_ENV = PYTHONPATH=$(SANITIZED)/lib PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=2 \
@@ -19,7 +19,7 @@ CUDA_FILES := $(patsubst %,tests/backends/%.py,test_backends gpu_sega gpu_steps)
 CUDA_TABLE = $(BIN)/pytest -q --numprocesses=auto -p cuda.plugin $(CUDA_FILES) -m "full or not full" -k "cuda"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench kernels ptx compat hub gpu fuzz sanitize browser clean
+.PHONY: help demo test lint docs bench kernels ptx wheel compat hub ci gpu fuzz sanitize browser clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -53,11 +53,17 @@ ptx: $(VENV)/.built  ## every case on the kernels as compiled for sm_80 and sm_9
 	@for target in sm_80 sm_90; do $(PTX_TABLE) --ptx-target $$target --ptx-order each $(ARGS) || failed=1; done; \
 		$(CUDA_TABLE) --cuda-order each $(ARGS) || failed=1; exit $${failed:-0}
 
-compat: $(VENV)/.built  ## one wheel beside torch 2.11, 2.13 and the newest: core tests, verify, docs/compatibility.md
+wheel: $(VENV)/.wheel  ## the source distribution and, from it, a wheel for every Python 3, in dist (ARGS="--cross aarch64")
+	@$(BIN)/python .ci/wheels.py $(ARGS)
+
+compat: $(VENV)/.wheel  ## that wheel beside torch 2.11, 2.13 and the newest on three Pythons: core tests, verify, docs/compatibility.md
 	@$(BIN)/python .ci/compat.py
 
 hub: $(VENV)/.built  ## the kernels in the layout of Hugging Face's kernels, in build/hub
 	@$(BIN)/python .ci/hub.py $(ARGS)
+
+ci:  ## what continuous integration runs: lint, the suite, the most of its full part, fuzz
+	@.ci/run
 
 fuzz: $(SANITIZED)/.built  ## 10,000 fuzzed calls under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(SANITIZER_ENV) $(BIN)/python tests/support/fuzz.py --calls 10000
@@ -85,9 +91,15 @@ $(VENV)/.docs: $(VENV)/.built
 	@$(PIP) install --quiet --group docs
 	@touch $@
 
+$(VENV)/.wheel: $(VENV)/.installed
+	@echo "Installing what a wheel needs"
+	@$(PIP) install --quiet --group wheel
+	@touch $@
+
+# Without a compiler setup.py leaves the CPU kernels out, of which a developer would not hear.
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	@echo "Building dense_attn"
-	@$(PIP) install -qq --no-build-isolation --no-deps --editable .
+	@DENSE_ATTN_CPU_KERNELS=$${DENSE_ATTN_CPU_KERNELS:-1} $(PIP) install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # The oldest Triton that the kernels work with, beside the development environment's.

@@ -1,87 +1,33 @@
 """Builds `dense_attn/_C.so`: each CPU kernel once per instruction set, and the stable-ABI binding.
 With nvcc and a torch for CUDA, `dense_attn/_CUDA.so` too, as `bindings/cuda/build.py` says.
 
-`DENSE_ATTN_CPU_KERNELS=0` builds the package without the first, `DENSE_ATTN_CUDA=0` without the
-second and `=1` with it on any machine; `DENSE_ATTN_SANITIZE=1` with sanitizers.
+`DENSE_ATTN_CPU_KERNELS=0` builds the package without the first, as a machine without a compiler
+does, `DENSE_ATTN_CUDA=0` without the second, `=1` either on any machine; `DENSE_ATTN_SANITIZE=1`
+with sanitizers.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import runpy
-import shlex
-import subprocess
 import sys
-import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import setuptools
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, PlatformError
 
 OLDEST_SETUPTOOLS = 77  # the first that reads pyproject.toml's licence
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = "0x020b000000000000"  # of this torch
-WITHOUT = (
-    "without CPU kernels the library still runs, on its PyTorch reference and, on GPUs, on Triton: "
-    "DENSE_ATTN_CPU_KERNELS=0 pip install --no-build-isolation ."
-)
-NEEDED, ADVICE = (
-    "the CPU kernels must have a C++20 compiler",
-    "install g++ 12 or newer, or name a compiler in CXX",
-)
-WARNINGS = [
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",
-    "-Wno-ignored-attributes",
-    "-Wno-maybe-uninitialized",
-    "-Wno-uninitialized",
-]
-PROBE = """
-#include <type_traits>
-template <typename T> requires std::is_integral_v<T> T f(T x);
-#if !__has_builtin(__builtin_shufflevector)
-#error no __builtin_shufflevector, which g++ has from 12 on
-#endif
-"""
-CXX_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
-KERNEL_FLAGS = [
-    "-O3",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-exceptions",
-    "-fno-rtti",
-]
-SANITIZE_FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-ISAS = {"portable": []}  # the names that csrc/cpu/dispatch.cpp knows
-if platform.machine() in ("x86_64", "AMD64"):
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-
-KERNELS = ["csrc/cpu/layout_attention.cpp", "csrc/cpu/sega.cpp", "csrc/cpu/reversible.cpp"]
-# Thresholds and grid steps must be the same bits on every device, so no product melts into a sum.
-SOURCE_FLAGS = {
-    source: ["-ffp-contract=off"] for source in ("csrc/cpu/sega.cpp", "csrc/cpu/reversible.cpp")
-}
-DISPATCH = ["csrc/cpu/dispatch.cpp"]
-BINDINGS = [
-    "bindings/module.cpp",
-    "bindings/layout_attention.cpp",
-    "bindings/sega.cpp",
-    "bindings/reversible.cpp",
-]
-
-
+T = TypeVar("T")
 CONTRACT = "dense_attn/_backends/contract.py"
 
 
@@ -103,7 +49,20 @@ def switch(name: str, default: bool) -> bool:
 
 
 SANITIZED = switch("DENSE_ATTN_SANITIZE", False)
-CUDA = runpy.run_path("bindings/cuda/build.py")
+CPU, CUDA = (runpy.run_path(f"bindings/{folder}build.py") for folder in ("", "cuda/"))
+WITHOUT = CPU["WITHOUT"]
+
+
+def wants_cpu() -> bool:
+    """Whether the CPU library is built: as it is asked for, else where a compiler is; one that
+    cannot make it is an error.
+    """
+    if not switch("DENSE_ATTN_CPU_KERNELS", True):
+        return False
+    if switch("DENSE_ATTN_CPU_KERNELS", False) or CPU["is_there"]():
+        return True
+    print(f"warning: {CPU['NONE']}", file=sys.stderr)
+    return False
 
 
 def wants_cuda() -> bool:
@@ -142,7 +101,7 @@ class BuildExt(build_ext):
     """Compiles every kernel for every instruction set; links one library that knows no Python."""
 
     def run(self) -> None:
-        self._compiler()  # refuses a name that setuptools would fall over
+        self._named()  # refuses a name that setuptools would fall over
         if any(ext.name.endswith("_CUDA") for ext in self.extensions):
             self._nvcc()  # refused before anything is compiled
         super().run()
@@ -151,8 +110,9 @@ class BuildExt(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        compiler = CPU["compiler"]()
         if not ext.name.endswith("_CUDA"):
-            self._check_compiler()
+            _checked(CPU["check"], compiler)
         include_paths, library_paths = self._torch_folders()
         stable_abi = [
             f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
@@ -164,25 +124,17 @@ class BuildExt(build_ext):
         if ext.name.endswith("_CUDA"):
             self._build_cuda(ext, stable_abi, folders)
             return
-        jobs = [(source, "host", stable_abi) for source in BINDINGS] + [
-            (source, "host", []) for source in DISPATCH
-        ]
-        for isa, flags in ISAS.items():
-            defines = [f"-DDENSE_ATTN_ISA={isa}"]
-            jobs += [
-                (source, isa, [*KERNEL_FLAGS, *flags, *defines, *SOURCE_FLAGS.get(source, ())])
-                for source in KERNELS
-            ]
+        # The sanitizers' own optimisation level comes last and so wins: at -O3 they take minutes.
+        last = CPU["SANITIZE_FLAGS"] if SANITIZED else []
         commands = [
-            # The sanitizers' own optimisation level comes last and so wins: at -O3 they take
-            # minutes.
-            (source, folder, [*self._compiler(flags), "-Icsrc"])
-            for source, folder, flags in jobs
+            (source, folder, [*compiler, *CPU["FLAGS"], *flags, *last, "-Icsrc"])
+            for source, folder, flags in CPU["jobs"](stable_abi)
         ]
         said = f"the CPU kernels did not compile, as the compiler says above ({{}}); {WITHOUT}"
-        library = self._build(ext, commands, [*self._compiler(), *folders], said)
-        if not library.is_file():
-            raise PlatformError(f"{NEEDED}, got one that writes no file: {ADVICE}; {WITHOUT}")
+        linker = [*compiler, *CPU["FLAGS"], *last, *CPU["LINK_FLAGS"], *folders]
+        if not self._build(ext, commands, linker, said).is_file():
+            needed, advice = CPU["NEEDED"], CPU["ADVICE"]
+            raise PlatformError(f"{needed}, got one that writes no file: {advice}; {WITHOUT}")
 
     def _build_cuda(self, ext: Extension, stable_abi: list[str], folders: list[str]) -> None:
         nvcc, code = self._nvcc()
@@ -204,10 +156,7 @@ class BuildExt(build_ext):
 
     def _nvcc(self) -> tuple[str, list[str]]:
         """nvcc, and its options for the architectures."""
-        try:
-            return CUDA["nvcc"](), CUDA["code"](text("DENSE_ATTN_CUDA_ARCHS"))
-        except CUDA["NvccError"] as error:
-            raise PlatformError(str(error)) from None
+        return _checked(CUDA["nvcc"]), _checked(CUDA["code"], text("DENSE_ATTN_CUDA_ARCHS"))
 
     def _build(
         self,
@@ -250,20 +199,6 @@ class BuildExt(build_ext):
             )
         return include_paths(), library_paths()
 
-    def _check_compiler(self) -> None:
-        """Refuse a compiler of which every source would complain, before it sees them."""
-        command = [*self._compiler(), "-x", "c++", "-fsyntax-only", "-"]
-        try:
-            done = subprocess.run(command, input=PROBE, capture_output=True, text=True, check=False)
-            lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-        except OSError as error:
-            done, lines = None, [str(error.strerror)]
-        if done is None or done.returncode:
-            # Warnings may stand before it.
-            said = next((line for line in lines if "error" in line), lines[0])
-            got = f"got {command[0]!r} ({said})"
-            raise PlatformError(f"{NEEDED}, {got}: {ADVICE}; {WITHOUT}")
-
     def _compile(self, source: str, folder: str, command: list[str]) -> str:
         target = Path(self.build_temp, folder, source).with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -272,16 +207,26 @@ class BuildExt(build_ext):
 
     def _named(self) -> list[str]:
         """The compiler that CXX names, if it does."""
-        named = os.environ.get("CXX", "")
-        try:
-            return shlex.split(named)
-        except ValueError as error:
-            raise PlatformError(f"CXX must name a compiler, got {named!r}: {error}") from None
+        return _checked(CPU["named"])
 
-    def _compiler(self, flags: list[str] = ()) -> list[str]:
-        usual = sysconfig.get_config_var("CXX") or "c++"
-        command = self._named() or shlex.split(usual)[:1]
-        return [*command, *CXX_FLAGS, *flags, *(SANITIZE_FLAGS if SANITIZED else [])]
+
+def wheel_command() -> type[Command]:
+    """The command that makes a wheel, for every Python 3: the libraries know none."""
+    from setuptools.command.bdist_wheel import bdist_wheel  # old versions have none
+
+    class BdistWheel(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    return BdistWheel
+
+
+def _checked(find: Callable[..., T], *arguments: Any) -> T:
+    """A result of a plan's function, whose refusal ends the build."""
+    try:
+        return find(*arguments)
+    except (CPU["CompilerError"], CUDA["NvccError"]) as error:
+        raise PlatformError(str(error)) from None
 
 
 def _headers(*more: str) -> list[str]:
@@ -290,11 +235,9 @@ def _headers(*more: str) -> list[str]:
 
 
 def cpu_extension() -> list[Extension]:
-    """The library of the CPU's kernels, unless it is not wanted."""
-    if not switch("DENSE_ATTN_CPU_KERNELS", True):
-        return []
-    sources = [*KERNELS, *DISPATCH, *BINDINGS]
-    return [Extension("dense_attn._C", sources, depends=_headers("csrc/cpu/*.h"))]
+    """The library of the CPU's kernels, where it is wanted."""
+    depends = _headers("csrc/cpu/*.h", "bindings/hidden.map")
+    return [Extension("dense_attn._C", CPU["SOURCES"], depends=depends)] if wants_cpu() else []
 
 
 def cuda_extension() -> list[Extension]:
@@ -325,5 +268,5 @@ setup(
         "": "*.js *.md *.png *.safetensors *.toml */*.json py.typed web/docs/*.md".split(),
     },
     ext_modules=[*cpu_extension(), *cuda_extension()],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"bdist_wheel": wheel_command(), "build_ext": BuildExt},
 )

@@ -1,21 +1,27 @@
-"""`make compat`: one wheel beside each torch, its core tests and `verify`, and the table of them.
-Where nvcc is, it holds a CUDA library of one class of head dims, which is loaded; the same kernels
-are called beside each torch as PTX, emulated.
+"""`make compat`: the wheel of `make wheel` on each Python and torch, its core tests from the source
+distribution and `verify`, and the table of them. Where nvcc is, a CUDA library of one class of head
+dims is put into each installation and loaded; the same kernels are called as PTX, emulated.
 
 Environments stay in .venv/compat; a version that cannot be installed, a test or a row that fails,
-fails the run.
+fails the run. `--only PYTHON` makes the row of one Python, and a page of it alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+
+import wheels
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "compat"
@@ -26,8 +32,9 @@ ONE_CLASS = {
     "DENSE_ATTN_CUDA_HEAD_DIMS": "40",
 }
 TABLE = ROOT / "docs" / "compatibility.md"
-VERSIONS = ("2.11.0", "2.13.0", "newest")
+PAIRS = (("3.10", "2.11.0"), ("3.11", "2.13.0"), ("3.13", "newest"))  # a Python and its torch
 TOOLS = ("numpy", "pytest", "hypothesis", "expecttest")
+ENDS = ("*.tar.gz", f"*{platform.machine()}.whl")  # of what is in dist/
 CORE = (
     ("backends/test_backends.py", "-m", "core"),
     (
@@ -79,14 +86,15 @@ print("emulated calls are right")
 """
 TEXT = """# Compatibility
 
-One wheel, `{wheel}`, built with torch {built} against the stable ABI of torch 2.11, in an
-environment of its own beside each torch: the core tests (every backend of layout attention,
-semantic guidance and reversible steps) and `python -m dense_attn verify`; and the CUDA library, of
-one class of head dims: loaded, and its kernels called with an emulator in the GPU's place.
-`make compat` writes this page; {date}, Python {python}, no GPU.
+One wheel, `{wheel}`, as `make wheel` built it on Python {python} with torch
+{built} against the stable ABI of torch 2.11, in an environment of its own on each Python and torch:
+the core tests (every backend of layout attention, semantic guidance and reversible steps), from the
+source distribution, and `python -m dense_attn verify`; and the CUDA library, of one class of head
+dims: put beside the wheel's and loaded, and its kernels called with an emulator in the GPU's place.
+`make compat` writes this page; {date}, no GPU.
 
-| torch | Triton | core tests | verify | CPU kernels | Triton kernels | CUDA kernels |
-|---|---|---|---|---|---|---|
+| Python | torch | Triton | core tests | verify | CPU kernels | Triton kernels | CUDA kernels |
+|---|---|---|---|---|---|---|---|
 {rows}
 """
 
@@ -99,6 +107,7 @@ class Failure(RuntimeError):
 class Row:
     """A line of the table."""
 
+    python: str
     torch: str
     triton: str = "-"
     tests: str = "-"
@@ -113,27 +122,54 @@ class Row:
         return "FAILED" in self.tests + self.verify + self.cuda or self.cpu != "available"
 
 
-def main() -> int:
+@dataclass
+class Built:
+    """What every environment gets, and the folder of the source distribution's tests."""
+
+    wheel: Path
+    tests: Path
+    cuda: Path | None
+    emulated: Path | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Build, run, write the table; 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="make compat", description=__doc__)
+    only = "this Python's row; may be repeated"
+    parser.add_argument("--only", action="append", metavar="PYTHON", help=only)
+    only = parser.parse_args(argv).only or [python for python, _ in PAIRS]
     WORK.mkdir(parents=True, exist_ok=True)
-    wheel, emulated = build(), emulated_library()
+    built = build()
     rows = []
-    for version in VERSIONS:
-        print(f"torch {version}", flush=True)
-        rows.append(row_of(version, wheel, emulated))
-        print(f"  {'FAILED' if rows[-1].failed else 'passed'}: {rows[-1]}", flush=True)
-    write(wheel, rows)
+    for python, torch in PAIRS:
+        if python in only:
+            print(f"Python {python}, torch {torch}", flush=True)
+            rows.append(row_of(python, torch, built))
+            print(f"  {'FAILED' if rows[-1].failed else 'passed'}: {rows[-1]}", flush=True)
+    write(built.wheel, rows)
     return int(any(row.failed for row in rows))
 
 
-def build() -> Path:
-    """The wheel, built with the development environment's torch."""
-    for old in WORK.glob("*.whl"):
-        old.unlink()
-    how = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(WORK))
-    pip(Path(sys.executable), "wheel", *how, str(ROOT))
-    (wheel,) = WORK.glob("*.whl")
-    return wheel
+def build() -> Built:
+    """The wheel and the tests beside it; where nvcc is, the CUDA libraries too."""
+    if wheels.main([]):
+        raise SystemExit("make compat: there is no wheel")
+    sdist, wheel = (max(wheels.DIST.glob(end), key=os.path.getmtime) for end in ENDS)
+    folder = WORK / "sdist"
+    shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(sdist) as file:
+        file.extractall(folder, filter="data")
+    (tests,) = folder.iterdir()
+    return Built(wheel, tests, cuda_library(), emulated_library())
+
+
+def cuda_library() -> Path | None:
+    """The CUDA library as an installation has it; None where nvcc is not."""
+    if not shutil.which("nvcc"):
+        return None
+    folders = ("--build-temp", str(WORK / "temp"), "--build-lib", str(WORK))
+    run(Path(sys.executable), "setup.py", "--quiet", "build_ext", *folders, cwd=ROOT)
+    return WORK / "dense_attn" / "_CUDA.so"
 
 
 def emulated_library() -> Path | None:
@@ -146,35 +182,46 @@ def emulated_library() -> Path | None:
     return Path(run(Path(sys.executable), "-c", f"{script}; print(build.library())").stdout.strip())
 
 
-def row_of(version: str, wheel: Path, emulated: Path | None) -> Row:
-    """The line of one torch, beside which the wheel is installed."""
-    row = Row(version)
+def row_of(version: str, torch: str, built: Built) -> Row:
+    """The line of one Python and torch, on which the wheel is installed."""
+    row = Row(version, torch)
     try:
-        python = install(version, wheel)
+        python = install(version, torch, built)
         seen = run(python, "-c", SEEN).stdout.splitlines()
         place, row.torch, row.triton, row.cpu, row.triton_kernels, row.cuda = seen
         if not Path(place).is_relative_to(python.parents[1]):
             raise Failure(f"dense_attn is not the wheel's: {place}")
-        if emulated is not None:
-            row.cuda = cuda_kernels(python, row.cuda, emulated)
+        if built.emulated is not None:
+            row.cuda = cuda_kernels(python, row.cuda, built.emulated)
         row.verify = verify(python)
-        row.tests = core_tests(python)
+        row.tests = core_tests(python, built.tests)
     except Failure as failure:
         print(failure, flush=True)
         row.verify = row.tests = "FAILED"
     return row
 
 
-def install(version: str, wheel: Path) -> Path:
+def install(version: str, torch: str, built: Built) -> Path:
     """The Python of the environment that has this torch, the tools of the tests and the wheel."""
-    folder = ROOT / ".venv" / "compat" / f"torch-{version}"
+    folder = ROOT / ".venv" / "compat" / f"python{version}-torch{torch}"
     python = folder / "bin" / "python"
     if not python.exists():
-        run(Path(sys.executable), "-m", "venv", str(folder))
-    torch = ("--upgrade", "torch") if version == "newest" else (f"torch=={version}",)
-    pip(python, "install", *torch, *TOOLS)
-    pip(python, "install", "--no-deps", "--force-reinstall", str(wheel))
+        run(interpreter(version), "-m", "venv", str(folder))
+    which = ("--upgrade", "torch") if torch == "newest" else (f"torch=={torch}",)
+    pip(python, "install", *which, *TOOLS)
+    pip(python, "install", "--no-deps", "--force-reinstall", str(built.wheel))
+    if built.cuda is not None:
+        (package,) = folder.glob("lib/python*/site-packages/dense_attn")
+        shutil.copy(built.cuda, package)
     return python
+
+
+def interpreter(version: str) -> Path:
+    """The interpreter of a version, which a version manager may have to be asked for."""
+    found = shutil.which(f"python{version}")
+    if found is None or run(Path(found), "--version", check=False).returncode:
+        raise Failure(f"Python {version} must be on this machine")
+    return Path(found)
 
 
 def cuda_kernels(python: Path, state: str, emulated: Path) -> str:
@@ -197,15 +244,15 @@ def verify(python: Path) -> str:
     return lines[-1]
 
 
-def core_tests(python: Path) -> str:
+def core_tests(python: Path, tests: Path) -> str:
     """How many tests passed and were skipped."""
     passed = skipped = broken = 0
     for number, selection in enumerate(CORE):
         report = WORK / f"{python.parents[1].name}-{number}.xml"
         report.unlink(missing_ok=True)
-        files = [str(ROOT / "tests" / word) if word.endswith(".py") else word for word in selection]
-        options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
-        options += ["--rootdir", str(ROOT), "--junitxml", str(report)]
+        files = [str(tests / "tests" / x) if x.endswith(".py") else x for x in selection]
+        options = ["-q", "-p", "no:cacheprovider", "-c", str(tests / "pyproject.toml")]
+        options += ["--rootdir", str(tests), "--junitxml", str(report)]
         done = run(python.with_name("pytest"), *options, *files, check=False)
         found = counted(report)
         if done.returncode or sum(found) == 0:
@@ -230,13 +277,17 @@ def pip(python: Path, *arguments: str) -> None:
     run(python, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", "-qq", *arguments)
 
 
-def run(program: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+def run(
+    program: Path, *arguments: str, check: bool = True, cwd: Path = WORK
+) -> subprocess.CompletedProcess:
     """Run a program away from the sources, so that it finds the wheel's package alone. What it
-    compiles for CUDA is one class.
+    compiles for CUDA is one class; what asks pyenv gets the version of its name.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= ONE_CLASS if shutil.which("nvcc") else {}
-    how = {"cwd": WORK, "env": environment, "capture_output": True, "text": True}
+    if program.name.startswith("python3."):
+        environment["PYENV_VERSION"] = program.name.removeprefix("python")
+    how = {"cwd": cwd, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([str(program), *arguments], **how, check=False)
     if check and done.returncode:
         raise Failure(f"{' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
@@ -247,16 +298,12 @@ def write(wheel: Path, rows: list[Row]) -> None:
     """The page."""
     import torch
 
-    cells = [
-        (row.torch, row.triton, row.tests, row.verify, row.cpu, row.triton_kernels, row.cuda)
-        for row in rows
-    ]
     words = {
         "wheel": wheel.name,
         "built": torch.__version__,
         "date": f"{datetime.now(timezone.utc):%-d %B %Y}",
         "python": ".".join(map(str, sys.version_info[:2])),
-        "rows": "\n".join(f"| {' | '.join(line)} |" for line in cells),
+        "rows": "\n".join(f"| {' | '.join(astuple(row))} |" for row in rows),
     }
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(TEXT.format(**words))

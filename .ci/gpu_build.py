@@ -13,7 +13,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -72,8 +71,8 @@ def build_cpu() -> int:
 
 def _missing() -> str:
     """The first thing that setup.py needs and this machine lacks, "" if nothing."""
-    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    if shutil.which(compiler) is None:
+    plan = runpy.run_path(str(ROOT / "bindings" / "build.py"))
+    if shutil.which(plan["compiler"]()[0]) is None:
         return "no C++ compiler"
     try:
         version = metadata.version("setuptools")

@@ -17,7 +17,7 @@ from dense_attn.reversible import (
 )
 from dense_attn.sega import SemanticGuidance, percentile_mask, sega_guidance
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Layout",
     "LayoutBias",

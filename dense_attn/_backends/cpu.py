@@ -11,6 +11,10 @@ from dense_attn._backends import contract, ops
 
 AUTOGRAD = False  # torch does not see into its kernels
 NO_KERNELS = {"tile_lists"}  # rows of queries meet keys one by one
+_ADVICE = (
+    "the reference runs, and Triton on GPUs; for the CPU kernels install g++ 12 or newer and then "
+    "dense_attn again, or a wheel that has them"
+)
 _OTHER_VERSION = "the compiled library is of another version, {}: install it again"
 
 
@@ -18,8 +22,7 @@ def _load() -> str | None:
     """Load the compiled library; the reason why not, or None."""
     libraries = sorted(Path(__file__).parents[1].glob("_C.*so"))
     if not libraries:
-        advice = "install dense_attn from a wheel or with a C++ compiler"
-        return f"the compiled library is missing: {advice}"
+        return f"the compiled library is missing: {_ADVICE}"
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:

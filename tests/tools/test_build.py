@@ -206,7 +206,9 @@ def test_an_empty_name_is_as_if_it_were_not_there(named: str, tmp_path: Path) ->
     usual += (
         "sysconfig.get_config_var = lambda name: '/the/usual -x' if name == 'CXX' else found(name)"
     )
-    assert "got '/the/usual' (No such file or directory): " in refusal(tmp_path, usual, CXX=named)
+    nowhere = {"PATH": str(tmp_path), "DENSE_ATTN_CPU_KERNELS": "1"}
+    said = refusal(tmp_path, usual, CXX=named, **nowhere)
+    assert "got '/the/usual' (No such file or directory): " in said
 
 
 def test_a_build_with_an_old_compiler_ends_with_what_to_install(tmp_path: Path) -> None:
