@@ -112,7 +112,7 @@ class RegionState(LayoutState):
         part = self.parts.get((mark.kind, mark.depth))
         if not self.spans or part is None:
             return None
-        sizes = part.num_queries, part.num_keys, part.same_tokens
+        sizes = part.num_queries, part.num_keys, part.same_tokens, self.sources
         if part.text:
             return Expected(0, self.batch, *sizes)
         prompt = [(span.start, span.stop) for span in self.spans if span.positive]
@@ -165,6 +165,7 @@ class RegionState(LayoutState):
         made = self._texts(bound.arguments, call, spans)
         self._make(call, made.slots, spans)
         self.model.lengthen(bound.arguments, made)
+        self.sources = self.model.mask_sources(bound.arguments)
         self.spans, self.batch, self.slots = spans, len(call.latents), made.slots
         self._tell_of_cache(unwrapped(denoiser))
         return bound.args[1:], bound.kwargs
