@@ -158,8 +158,9 @@ class RegionState(LayoutState):
         spans = self._spans(rows, len(call.latents))
         self._told_apart.update(span.positive for span in spans)
         start, stop = (part * self.steps.total for part in self.options.window)
-        negative = rows is None and not self.reading.negatives  # a call of its own
-        if negative or not start <= self.steps.index < stop:
+        # a call of its own, of the negative prompt or of what a guider asks for beside it
+        alone = rows is None and (self._rows.beside or not self.reading.negatives)
+        if alone or not start <= self.steps.index < stop:
             return None
         self.model.check(bound.arguments)
         made = self._texts(bound.arguments, call, spans)
