@@ -45,7 +45,7 @@ class Expected(NamedTuple):
     num_queries: int
     num_keys: int
     same_tokens: bool = False  # whether queries and keys are
-    sources: tuple[Tensor, ...] = ()  # what each layer makes its mask of, where that is known
+    sources: tuple[Tensor, ...] = ()  # that each layer makes its mask of, where known
 
 
 class Mark(Protocol):

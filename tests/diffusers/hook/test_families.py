@@ -202,7 +202,7 @@ def test_keys_that_are_kept_have_their_words_in_all_steps(calls: list) -> None:
     ("name", "runs"), [("chroma", 1), ("hunyuan_image", 1), ("qwen", 1), ("z_image", 2)]
 )
 def test_masks_are_looked_at_once(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all layers that make masks of their own, in a run or, made anew, in a call."""
+    """Layers that make masks of their own share one, of a run or, made anew, of a call."""
     own, looks = masks.reduced, []
     monkeypatch.setattr(masks, "reduced", lambda *x: (looks.append(x[0].shape), own(*x))[1])
     prompts = [PROMPT, "dog and a small cat"]

@@ -191,7 +191,7 @@ class Model:
         arguments["encoder_hidden_states"] = text
 
     def mask_sources(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-        """What each layer makes its mask of; none where they share one, or where that differs."""
+        """The tensors of which each layer makes its mask; none where they share one."""
         given = tuple(arguments.get(name) for name in self.masks)
         return given if all(isinstance(mask, Tensor) for mask in given) else ()
 
