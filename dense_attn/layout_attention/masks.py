@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,28 +52,39 @@ def of_rows(options: dict[str, Any], first: int, last: int) -> dict[str, Any]:
 
 
 def of_call(
-    options: dict[str, Any], first: int, last: int, q: Tensor, k: Tensor, same_tokens: bool
+    options: dict[str, Any],
+    first: int,
+    last: int,
+    q: Tensor,
+    k: Tensor,
+    same_tokens: bool,
+    sources: tuple[Tensor, ...] = (),
 ) -> Mask | None:
     """The reduced mask of some rows, whose q and k these are; None without one.
 
-    The layers of a call share a mask, which is looked at once, until it is changed in place.
+    The layers of a call share a mask, or what each makes its own of: the tensor that it is a view
+    of, or `sources`. It is looked at once, until these are changed in place.
     """
     given = options.get("attn_mask")
     if given is None:
         return None
-    if torch.compiler.is_compiling() or given.is_inference():  # which has no versions
+    owner, *others = sources or (given._base if given._is_view() else given,)
+    if torch.compiler.is_compiling() or any(x.is_inference() for x in (owner, *others)):
         return reduced(of_rows(options, first, last)["attn_mask"], q, k, same_tokens)
-    at = first, last, q.shape[:3], k.shape[2], same_tokens, given._version
-    kept = _reduced.get(given)
-    if kept is None or kept[0] != at:
+    rows = first, last, q.shape[:3], k.shape[2], same_tokens
+    form = given.shape, given.dtype, None if sources else (given.stride(), given.storage_offset())
+    at = rows, form, *(x._version for x in (owner, *others))
+    kept = _reduced.get(owner)
+    if kept is None or kept[0] != at or any(map(operator.is_not, kept[1], others)):
         mask = reduced(of_rows(options, first, last)["attn_mask"], q, k, same_tokens)
         # views would keep the mask that they are of
-        kept = at, Mask(*(x.clone() if x is not None and x._is_view() else x for x in mask))
-        _reduced[given] = kept
-    return kept[1]
+        mask = Mask(*(x.clone() if x is not None and x._is_view() else x for x in mask))
+        _reduced[owner] = kept = at, others, mask
+    return kept[2]
 
 
-_reduced = WeakTensorKeyDictionary()  # the last of each mask, and what it was made for
+# the last mask of each owner, what it was made for, and what else it was made of
+_reduced = WeakTensorKeyDictionary()
 
 
 def reduced(mask: Tensor, q: Tensor, k: Tensor, same_tokens: bool = False) -> Mask:

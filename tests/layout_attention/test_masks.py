@@ -161,7 +161,30 @@ def test_a_mask_is_reduced_once_until_it_changes(monkeypatch: pytest.MonkeyPatch
         uncounted = THERE[:, None, None].clone()
         assert keys_of(0, 2, uncounted) == keys_of(0, 2, uncounted) == THERE.tolist()
     assert len(looks) == 7
+    assert keys_of(0, 2, mask[:]) == keys_of(0, 2, mask[:]) == keys_of(0, 2, mask)
+    assert len(looks) == 7  # a view of all is of the same form
     gone = weakref.ref(mask)
     del mask
     gc.collect()
     assert gone() is None
+
+
+def test_masks_of_one_source_are_reduced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that make their own; until any source changes or is another."""
+    (q, k, _), looks = qkv(), []
+    own = masks.reduced
+    monkeypatch.setattr(masks, "reduced", lambda *x: (looks.append(x[0].shape), own(*x))[1])
+    sources = [THERE.clone(), torch.ones(1)]
+
+    def look() -> int:
+        made = {"attn_mask": sources[0][:, None, None] & (sources[1] > 0)}
+        assert masks.of_call(made, 0, 2, q, k, False, tuple(sources)).keys.shape == THERE.shape
+        return len(looks)
+
+    assert [look() for _ in range(3)] == [1, 1, 1]
+    sources[0][0, 0] = False
+    assert [look() for _ in range(2)] == [2, 2]
+    sources[1] = sources[1].clone()
+    assert [look() for _ in range(2)] == [3, 3]
+    sources[1].mul_(1)
+    assert [look() for _ in range(2)] == [4, 4]

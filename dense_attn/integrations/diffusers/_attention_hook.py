@@ -1,9 +1,8 @@
 """The softmax of a pipeline's attention layers, exchanged where q, k and v are ready for it.
 
-diffusers' attention processors reach it in one of two ways: by an entry of the registry behind
-`dispatch_attention_fn`, or by `F.scaled_dot_product_attention` of their module. Both are wrapped
-while a block is on, for the whole process. A mark around a layer's processor says whose call it is,
-in this thread; calls without one go on to what was there, and processors run as they are.
+diffusers' processors reach it by an entry of the registry behind `dispatch_attention_fn`, or by
+`F.scaled_dot_product_attention` of their module. Both are wrapped while a block is on, for all of
+the process. A mark around a layer's processor says whose call it is, in this thread; others go on.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ class Expected(NamedTuple):
     num_queries: int
     num_keys: int
     same_tokens: bool = False  # whether queries and keys are
+    sources: tuple[Tensor, ...] = ()  # that each layer makes its mask of, where known
 
 
 class Mark(Protocol):
@@ -87,11 +87,11 @@ class _Call:
         """Attention of q, k, v [B, H, N, D], modulated in the rows meant; `plain` has others."""
         for name in filter(options.get, UNTAKEN):
             _checks.refuse("pipe", f"attend without {name} while a layout is on", options[name])
-        first, last, _, _, same_tokens = self.expected
+        first, last, _, _, *tokens = self.expected
         end = q.shape[0]
         if last - first < end:
             q, k, v = q[first:last], k[first:last], v[first:last]
-        mask = masks.of_call(options, first, last, q, k, same_tokens)
+        mask = masks.of_call(options, first, last, q, k, *tokens)
         parts = [self.mark.attend(q, k, v, options.get("scale"), mask)]
         if last - first == end:
             return parts[0]

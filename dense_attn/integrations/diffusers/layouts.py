@@ -13,7 +13,7 @@ from dense_attn._backends import table
 from ._attention_hook import marked
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
-from .modular.pipeline import Modular, listened, viewed
+from .modular.pipeline import listened, viewed
 from .options.blocks import check_count, check_phrases
 from .options.numbers import options_of
 from .prompts import region
@@ -196,9 +196,6 @@ def _with_prompts(
     backend: object,
 ) -> RegionState:
     """The state of regions with prompts."""
-    if isinstance(pipe, Modular):
-        rule = "be no modular pipeline where regions have prompts of their own"
-        _checks.refuse("pipe", rule, type(pipe).__name__)
     prompts, model = None if prompt is None else _prompts(prompt), model_of(pipe)
     parsed = region.parse(regions, prompts, model.video)
     weights = "cross_weight", "self_weight", "exponent", "size_weight"

@@ -21,6 +21,7 @@ class Rows:
         self.pipe, self.num_layouts = pipe, num_layouts
         self.apart = branches == "calls"
         self.prompt_first = branches == "prompt first"
+        self.beside = False  # whether the last call was for neither the prompt nor the negative one
         self._step_text: Tensor | None = None  # of the first call of this step
         self._seen: Tensor | None = None  # the texts of the last call
         self._version: int | None = None  # theirs

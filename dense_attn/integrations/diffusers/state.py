@@ -144,6 +144,7 @@ class LayoutState:
         self.attentions: dict[str, Any] = {}  # the modules that have marks, by name
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
+        self.sources: tuple[Tensor, ...] = ()  # what its layers make their masks of
         rows = GuidedRows if isinstance(pipe, Modular) else Rows
         self._rows = rows(pipe, len(self.images), model.branches)
         self._told = self._cached = False  # of layers left alone, of a cache of steps
@@ -167,7 +168,7 @@ class LayoutState:
         if self.first == self.last or layer is None:
             return None
         sizes = layer.q_words.shape[1], layer.k_words.shape[1]
-        return Expected(self.first, self.last, *sizes, layer.k_order is not None)
+        return Expected(self.first, self.last, *sizes, layer.k_order is not None, self.sources)
 
     def attend(
         self,
@@ -235,6 +236,7 @@ class LayoutState:
             _checks.refuse("prompt", rule, self.longest)
         self._read(call.text.shape[1])
         self.model.write(bound.arguments, self._with_phrases(call.text, *rows))
+        self.sources = self.model.mask_sources(bound.arguments)
         if self.steps.index < self.options.active * self.steps.total:
             self._make_layers(call, rows[1] - rows[0])
             factor = self.steps.time**self.options.exponent

@@ -11,6 +11,7 @@ from pipelines import PROMPT, REGIONS, close, latents, pipeline
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import apply_layout
+from dense_attn.layout_attention import masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # others of a kind, as kandinsky5_i2i beside kandinsky5
@@ -195,6 +196,20 @@ def test_keys_that_are_kept_have_their_words_in_all_steps(calls: list) -> None:
     with apply_layout(family("flux2_kv"), PROMPT, BOTH):
         run("flux2_kv", PROMPT, steps=1, image=None)
     assert {call[1].shape[2] for call in calls} == {48}
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"), [("chroma", 1), ("hunyuan_image", 1), ("qwen", 1), ("z_image", 2)]
+)
+def test_masks_are_looked_at_once(name: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that make masks of their own share one, of a run or, made anew, of a call."""
+    own, looks = masks.reduced, []
+    monkeypatch.setattr(masks, "reduced", lambda *x: (looks.append(x[0].shape), own(*x))[1])
+    prompts = [PROMPT, "dog and a small cat"]
+    more = {"negative_prompt": ["fog" if name != "z_image" else 12 * "fog "] * 2}
+    with apply_layout(family(name), prompts, [[("cat", MASKS[0])]] * 2, **STRONG):
+        run(name, prompts, steps=2, **more)
+    assert len(looks) == runs
 
 
 def test_words_of_stable_diffusion_3_5(calls: list) -> None:

@@ -23,7 +23,7 @@ def test_a_layout_knows_layers_of_self_attention(order: Tensor | None) -> None:
     """They have an order of keys."""
     words = torch.zeros(1, 6, dtype=torch.int32)
     layer = SimpleNamespace(q_words=words, k_words=words, k_order=order)
-    state = SimpleNamespace(layers={("self", 0): layer}, first=1, last=2)
+    state = SimpleNamespace(layers={("self", 0): layer}, first=1, last=2, sources=())
     expected = LayoutState.expected(state, "self", 0)
     assert expected == hook.Expected(1, 2, 6, 6, same_tokens=order is not None)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES, family, run, video
-from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
+from families.modular import KINDS, classic, modular, ours, theirs
+from pipelines import PROMPT, REGIONS, close, latents, pipeline
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import (
@@ -28,28 +27,11 @@ from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance  # noqa:
 from diffusers.hooks import LayerSkipConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIZES = {"height": 16, "width": 24}
-# blocks, and what calls are given
-KINDS = {
-    "sdxl": ("StableDiffusionXLAutoBlocks", SIZES),
-    "flux": ("FluxAutoBlocks", {**SIZES, **MODELS["flux"][1]}),
-    "z_image": ("ZImageAutoBlocks", FAMILIES["z_image"][1]),
-    "wan": ("WanBlocks", {**FAMILIES["wan"][1], "negative_prompt": "fog"}),
-    "sd3": ("StableDiffusion3AutoBlocks", {**SIZES, **MODELS["sd3"][1], "negative_prompt": "fog"}),
-    "qwen": ("QwenImageAutoBlocks", {"height": 32, "width": 48, "negative_prompt": "fog"}),
-    "flux2": ("Flux2KleinBaseAutoBlocks", FAMILIES["flux2"][1]),
-    "ltx": ("LTXAutoBlocks", {**video.FAMILIES["ltx"][1], "negative_prompt": "fog"}),
-    "hunyuan_video15": ("HunyuanVideo15AutoBlocks", video.FAMILIES["hunyuan_video15"][1]),
-    "qwen_edit": ("QwenImageEditAutoBlocks", FAMILIES["qwen_edit"][1]),
-    "qwen_edit_plus": ("QwenImageEditPlusAutoBlocks", FAMILIES["qwen_edit_plus"][1]),
-}
-OF_CLASS = (
-    "prompt_template_encode_start_idx",
-    "system_message",
-    "tokenizer_2_max_length",
-    "tokenizer_max_length",
-    "vision_num_semantic_tokens",
-)
+TAKES_REGIONS = sorted(KINDS.keys() - {"sdxl", "hunyuan_video15"})
+PROMPTS = [
+    Region((0.0, 0.0, 0.5, 1.0), "a cat"),
+    Region((0.5, 0.0, 1.0, 1.0), "dog and a small cat", negative="fog"),
+]
 
 
 class Backwards(ClassifierFreeGuidance):
@@ -74,29 +56,6 @@ class Thrice(Backwards):
         return 3
 
 
-def classic(name: str) -> object:
-    return pipeline(name) if name in MODELS else family(name)
-
-
-@cache
-def modular(name: str) -> object:
-    pipe = getattr(modular_pipelines, KINDS[name][0])().init_pipeline()
-    parts = {part: value for part, value in classic(name).components.items() if value is not None}
-    if name == "z_image":  # whose other pipeline guides by another formula
-        parts["image_processor"] = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=4)
-        parts["guider"] = ClassifierFreeGuidance(5.0, use_original_formulation=True)
-    pipe.update_components(**{part: parts[part] for part in pipe.components if part in parts})
-    if name == "hunyuan_video15":  # whose texts' lengths and message are its class's
-        own = {attribute: getattr(classic(name), attribute) for attribute in OF_CLASS}
-        pipe.__class__ = type(type(pipe).__name__, (type(pipe),), own)
-    if name.startswith("qwen"):
-        step = viewed(pipe).encoder.step
-        for template in ("prompt_template_encode", "prompt_template_encode_start_idx"):
-            setattr(step, template, getattr(classic(name), template))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wan's wants a package of its own, which leaves these prompts as they are; images are small.
@@ -109,33 +68,6 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = types.SimpleNamespace(fix_text=lambda text: text)
     monkeypatch.setattr(wan, "ftfy", fixed, raising=False)
     monkeypatch.setattr(qwen, "calculate_dimensions", lambda *_: (48, 32, None))
-
-
-def ours(name: str, prompt: object = PROMPT, steps: int = 4, **options: object) -> Tensor:
-    given = {**KINDS[name][1], "generator": torch.Generator().manual_seed(0), **options}
-    return modular(name)(prompt=prompt, num_inference_steps=steps, output="latents", **given)
-
-
-def theirs(name: str) -> Tensor:
-    """The latents of the other pipeline's run, which some pack into tokens."""
-    negative = {key: value for key, value in KINDS[name][1].items() if key == "negative_prompt"}
-    if name in MODELS:
-        scale = {"sdxl": {"guidance_scale": 7.5}, "sd3": {"guidance_scale": 7.0}}.get(name, {})
-        result = latents(pipeline(name), steps=4, **scale, **negative)
-    else:
-        result = run(name, PROMPT, steps=4, **negative)
-    if name == "flux":
-        return diffusers.FluxPipeline._unpack_latents(result, 16, 24, 2)
-    if name.startswith("qwen"):
-        return diffusers.QwenImagePipeline._unpack_latents(result, 32, 48, 8)
-    if name == "ltx":
-        return diffusers.LTXPipeline._unpack_latents(result, 3, 2, 4)
-    if name == "flux2":  # after the VAE's normalisation
-        norm = classic(name).vae.bn
-        result = diffusers.Flux2KleinPipeline._patchify_latents(result)
-        scale = (norm.running_var + norm.eps).sqrt().view(1, -1, 1, 1)
-        return (result - norm.running_mean.view(1, -1, 1, 1)) / scale
-    return result
 
 
 @contextmanager
@@ -166,6 +98,37 @@ def test_whole_runs_equal_those_of_other_pipelines(name: str) -> None:
     with apply_layout(pipe, PROMPT, REGIONS, cross_weight=0, self_weight=0):
         assert torch.equal(ours(name), plain)
     assert torch.equal(ours(name), plain)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sdxl", *(pytest.param(name, marks=pytest.mark.full) for name in TAKES_REGIONS)],
+)
+def test_prompts_of_regions_equal_those_of_other_pipelines(name: str) -> None:
+    plain = ours(name)
+    with apply_layout(modular(name), PROMPT, PROMPTS):
+        result = ours(name)
+    with apply_layout(classic(name), PROMPT, PROMPTS):
+        assert close(result, theirs(name))
+    assert not close(result, plain)
+    assert torch.equal(ours(name), plain)
+
+
+def test_prompts_of_regions_leave_other_estimates_alone() -> None:
+    """The negative prompt's has the region's negative one, and what is between them nothing."""
+    seen: list[Tensor] = []
+    handle = pipeline("sdxl").unet.register_forward_hook(
+        lambda _module, _args, out: seen.append(out[0])
+    )
+    try:
+        with guided(Thrice(7.5)) as pipe:
+            ours("sdxl", steps=1)
+            with apply_layout(pipe, PROMPT, PROMPTS):
+                ours("sdxl", steps=1)
+    finally:
+        handle.remove()
+    same = [torch.equal(plain, result) for plain, result in zip(seen[:3], seen[3:])]
+    assert same == [False, True, False]
 
 
 @pytest.mark.parametrize("kind", [pytest.param(Backwards, marks=pytest.mark.full), Thrice])
@@ -307,12 +270,6 @@ def test_what_is_not_followed_is_refused() -> None:
     with (
         pytest.raises(ValueError, match=r"^pipe must have one guider, got WanModularPipeline"),
         apply_layout(other, PROMPT, REGIONS),
-    ):
-        pytest.fail("the block must not run")
-    rule = "be no modular pipeline where regions have prompts of their own"
-    with (
-        pytest.raises(ValueError, match=f"^pipe must {rule}"),
-        apply_layout(pipe, PROMPT, [Region((0.0, 0.0, 0.5, 1.0), "a cat")]),
     ):
         pytest.fail("the block must not run")
 

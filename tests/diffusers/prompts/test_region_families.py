@@ -41,7 +41,7 @@ TEXTS = {
 }
 GRIDS = {"cogview4": (8, 12)} | dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
 FRAMES = {"wan": 2}
-REFUSED = "hunyuan_dit", "cogvideox", "hunyuan_video"
+REFUSED = "hunyuan_dit", "hunyuan_image", "hunyuan_video", "hunyuan_video15", "flux2_kv"
 OTHERS = [None]  # a token of no text and no place
 LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it", "wan": "ff"}  # of others "ti"
 

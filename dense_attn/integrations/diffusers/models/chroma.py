@@ -18,6 +18,7 @@ class Chroma(Flux):
     denoiser = "ChromaTransformer2DModel"
     text_mask = "attention_mask"  # of the text and the image
     keeps_padding = True
+    masks = ("attention_mask",)
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's, and in its mask before the image."""

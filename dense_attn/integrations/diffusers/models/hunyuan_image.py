@@ -30,6 +30,8 @@ class HunyuanImage(Model):
     longer_text = False  # texts are sorted by their masks
     attentions = (Attention(r"(single_)?transformer_blocks\.\d+\.attn", (IMAGE, TEXT)),)
 
+    masks = "encoder_attention_mask", "encoder_attention_mask_2"
+
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, with what says which tokens are there."""
         masks = arguments["encoder_attention_mask_2"], arguments["encoder_attention_mask"]

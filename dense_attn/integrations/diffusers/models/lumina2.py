@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dense_attn import _checks
 
+from ..rows import version
 from .record import IMAGE, TEXT, Attention, Call, Model, like_norm
 
 if TYPE_CHECKING:
@@ -73,6 +75,13 @@ class Lumina2(Model):
         return tokens, text, image, both, counts, [n + end for n in counts]
 
 
+_counted = WeakTensorKeyDictionary()  # the text tokens that masks leave, and the masks' versions
+
+
 def _lengths(arguments: dict[str, Any]) -> list[int]:
-    """The text tokens that are there in each row of a call."""
-    return arguments["encoder_attention_mask"].sum(1).tolist()
+    """The text tokens that are there in each row of a call; a GPU is waited for once a mask."""
+    mask = arguments["encoder_attention_mask"]
+    number, kept = version(mask), _counted.get(mask)
+    if kept is None or kept[0] != number or number is None:
+        _counted[mask] = kept = number, mask.sum(1).tolist()
+    return kept[1]

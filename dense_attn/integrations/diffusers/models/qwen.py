@@ -33,6 +33,7 @@ class QwenImage(Model):
     attentions = (Attention("attn", (TEXT, IMAGE, REFERENCES)),)
     longer_text = True
     text_mask = "encoder_hidden_states_mask"
+    masks = ("encoder_hidden_states_mask",)
     numbering = "pos_embed", "forward"
 
     def read(self, arguments: dict[str, Any]) -> Call:

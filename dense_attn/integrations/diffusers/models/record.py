@@ -131,6 +131,7 @@ class Model:
     # `numbered` place it, None where cross-attention does; layers in which text sees text, a
     # regular expression; the argument that tells text from padding, and whether layers see padding
     # all the same; the module and the function that number the tokens
+    masks: ClassVar[tuple[str, ...]] = ()  # all arguments of which layers make masks of their own
     longer_text: ClassVar[bool | None] = None
     text_layers: ClassVar[str | None] = None
     text_mask: ClassVar[str] = "encoder_attention_mask"
@@ -191,6 +192,11 @@ class Model:
     def write(self, arguments: dict[str, Any], text: Tensor) -> None:
         """Put text tokens [B, L, C] into a call."""
         arguments["encoder_hidden_states"] = text
+
+    def mask_sources(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The tensors of which each layer makes its mask; none where they share one."""
+        given = tuple(arguments.get(name) for name in self.masks)
+        return given if all(isinstance(mask, Tensor) for mask in given) else ()
 
     def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
         """The tokens of each row of a call's text [B, L, C]."""

@@ -14,7 +14,7 @@ from dense_attn import _checks
 
 from ..rows import Rows
 
-PROMPT = "pred_cond"  # what guiders call the prompt's estimate
+PROMPT, NEGATIVE = "pred_cond", "pred_uncond"  # what guiders call the estimates of both prompts
 PREPARES = "prepare_inputs", "prepare_inputs_from_block_state"
 
 
@@ -93,7 +93,9 @@ class GuidedRows(Rows):
                 rule = "prepare its guider before each call of its denoiser"
                 got = f"call {calls.prepared} of {len(calls.names)} that were prepared"
                 _checks.refuse("pipe", rule, got)
-            if calls.names[calls.prepared - 1] != PROMPT:
+            name = calls.names[calls.prepared - 1]
+            self.beside = name not in (PROMPT, NEGATIVE)
+            if name != PROMPT:
                 return None
         if len(text) not in (1, len(latents)):
             got = f"{len(text)} texts for {len(latents)} rows"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import regions as phrase_regions
+from ..modular.pipeline import Modular
 from ..text import encoding
 from ..text.reading import Reading
 
@@ -84,8 +85,11 @@ class RegionReading(Reading):
         return encoding.encode(self.pipe, text, **self._manner, **options)
 
     def _negative(self, text: str) -> tuple[Any, ...]:
-        """The outputs of encode_prompt that it has for guidance alone, if it has any."""
-        if not encoding.takes(self.pipe, "negative_prompt"):
+        """The outputs of encode_prompt that it has for guidance alone, if it has any.
+
+        Modular pipelines encode negative prompts as they do prompts.
+        """
+        if isinstance(self.pipe, Modular) or not encoding.takes(self.pipe, "negative_prompt"):
             return self._encoded(text)
         guided = {"negative_prompt": text, "do_classifier_free_guidance": True}
         pairs = zip(self._encoded(""), self._encoded("", **guided))

@@ -112,7 +112,7 @@ class RegionState(LayoutState):
         part = self.parts.get((mark.kind, mark.depth))
         if not self.spans or part is None:
             return None
-        sizes = part.num_queries, part.num_keys, part.same_tokens
+        sizes = part.num_queries, part.num_keys, part.same_tokens, self.sources
         if part.text:
             return Expected(0, self.batch, *sizes)
         prompt = [(span.start, span.stop) for span in self.spans if span.positive]
@@ -158,13 +158,15 @@ class RegionState(LayoutState):
         spans = self._spans(rows, len(call.latents))
         self._told_apart.update(span.positive for span in spans)
         start, stop = (part * self.steps.total for part in self.options.window)
-        negative = rows is None and not self.reading.negatives  # a call of its own
-        if negative or not start <= self.steps.index < stop:
+        # a call of its own, of the negative prompt or of what a guider asks for beside it
+        alone = rows is None and (self._rows.beside or not self.reading.negatives)
+        if alone or not start <= self.steps.index < stop:
             return None
         self.model.check(bound.arguments)
         made = self._texts(bound.arguments, call, spans)
         self._make(call, made.slots, spans)
         self.model.lengthen(bound.arguments, made)
+        self.sources = self.model.mask_sources(bound.arguments)
         self.spans, self.batch, self.slots = spans, len(call.latents), made.slots
         self._tell_of_cache(unwrapped(denoiser))
         return bound.args[1:], bound.kwargs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..record import IMAGE, TEXT, Attention, Call, Model
 
 
@@ -14,8 +16,23 @@ class CogVideoX(Model):
     denoiser = "CogVideoXTransformer3DModel"
     video = True
     hears_guidance = True
+    longer_text = True  # tokens of the text have no places
     attentions = (Attention("attn1", (TEXT, IMAGE)),)
+
+    @classmethod
+    def of(cls, denoiser: torch.nn.Module) -> Model:
+        """The record of one denoiser."""
+        config = denoiser.config
+        placed = config.use_learned_positional_embeddings
+        placed |= not config.use_rotary_positional_embeddings
+        return super().of.__func__(CogVideoXPlaced if placed else cls, denoiser)
 
     def length(self, call: Call) -> int:
         """The latents' frames."""
         return call.latents.shape[1]
+
+
+class CogVideoXPlaced(CogVideoX):
+    """One that adds places to so many tokens of text and of a video."""
+
+    longer_text = False
