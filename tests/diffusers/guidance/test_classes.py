@@ -12,7 +12,7 @@ from dense_attn.integrations.diffusers.guidance.calls import FAMILIES
 from dense_attn.integrations.diffusers.models import MODELS, model_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.full]
-REFUSED = ("ControlNet", "SanaSprint", "LTXImageToVideo", "Kandinsky5I2V")  # parts of names
+REFUSED = ("ControlNet", "SanaSprint", "LTXImageToVideo", "Kandinsky5I2V", "Flux2KleinKV")
 
 
 def known(kind: type) -> bool:
@@ -23,8 +23,9 @@ def known(kind: type) -> bool:
         return False
 
 
-def test_every_record_has_its_family() -> None:
-    assert FAMILIES.keys() == {model.denoiser for model in MODELS} - {"UNet2DConditionModel"}
+def test_every_family_has_its_record() -> None:
+    assert FAMILIES.keys() <= {model.denoiser for model in MODELS} - {"UNet2DConditionModel"}
+    assert len(FAMILIES) >= 19
 
 
 @pytest.mark.parametrize("name", list(kinds()))
@@ -41,7 +42,8 @@ def test_a_class(name: str) -> None:
             with semantic_guidance(pipe, edits, batch_concepts=False):
                 return of(lambda: call(pipe))
 
-        if any(part in name for part in REFUSED):
+        unknown = model_of(pipe).denoiser not in FAMILIES
+        if unknown or any(part in name for part in REFUSED):
             with pytest.raises(ValueError, match=r"^pipe must ha"):
                 guided(3.0)
         else:

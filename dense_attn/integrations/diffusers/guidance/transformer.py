@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from ..models.record import Model
 
-# whose schedulers get something else, or of some latents alone
-OTHERS = "SanaSprint|LTXImageToVideo|Kandinsky5I2V"
+# whose schedulers get something else, or of some latents alone; or whose keys are kept
+OTHERS = "SanaSprint|LTXImageToVideo|Kandinsky5I2V|Flux2KleinKV"
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def guided_transformer(
         rule = f"have a {', '.join(FAMILIES)} or UNet2DConditionModel"
         _checks.refuse("pipe", rule, f"{type(pipe).__name__} with {model.denoiser}")
     if re.match(OTHERS, type(pipe).__name__):
-        rule = "hand its scheduler its denoiser's estimate of all latents"
+        rule = "hand its scheduler its denoiser's estimate of all latents, and keep no keys"
         _checks.refuse("pipe", rule, type(pipe).__name__)
     lacking = encoding.missing(pipe)
     if concepts and lacking is not None:
