@@ -248,6 +248,7 @@ def cuda_extension() -> list[Extension]:
     return [Extension("dense_attn._CUDA", sorted(set(sources)), **how)] if wants_cuda() else []
 
 
+DATA = ["*.js", "*.md", "*.png", "*.safetensors", "*.toml", "*/*.json", "py.typed", "web/docs/*.md"]
 # Folders that are installed inside of the package.
 BESIDE = ("benchmarks", "examples", "triton_kernels")
 
@@ -264,9 +265,7 @@ setup(
     package_dir={f"dense_attn.{folder}": folder for folder in BESIDE},
     # MANIFEST.in names what a source distribution holds, pictures for the README too
     include_package_data=False,
-    package_data={
-        "": "*.js *.md *.png *.safetensors *.toml */*.json py.typed web/docs/*.md".split(),
-    },
+    package_data={"": DATA},
     ext_modules=[*cpu_extension(), *cuda_extension()],
     cmdclass={"bdist_wheel": wheel_command(), "build_ext": BuildExt},
 )

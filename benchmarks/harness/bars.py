@@ -124,7 +124,10 @@ BARS = (
     Bar("sd15-self-64", "fwd", "bfloat16", (), 16e6),
     Bar("percentile-4x4096", "fwd", "float32", ("torch.quantile",), 20),
     Bar("percentile-1x16m", "fwd", "float32", ("torch.quantile",), 5),
-    Bar("sega-3-64", "fwd", "float32", ("diffusers",), 10),
+    *(
+        Bar(name, "fwd", "float32", ("diffusers",), 10)
+        for name in ("sega-3-64", "sega-3-128-16ch", "sega-3-packed")
+    ),
     *(
         Bar(f"{op}-{size}", "fwd", dtype, ("clone",), 0.8, "of_copy")
         for op, dtype in _STEPS.items()

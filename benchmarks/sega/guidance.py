@@ -36,8 +36,12 @@ WORKLOADS = {  # name: shape of eps_edits
     "sega-3-64-batch2": (3, 2, 4, 64, 64),
     "sega-3-128": (3, 1, 4, 128, 128),
     "sega-3-128-16ch": (3, 1, 16, 128, 128),
+    "sega-3-packed": (3, 1, 64, 4096),
+    "sega-3-packed-tokens": (3, 1, 4096, 64),
     "sega-3-video": (3, 1, 16, 21, 60, 104),
 }
+# FLUX's latents of 1024 x 1024 pixels: channels of [B, 4096, 64] as its pipelines hold them
+CHANNELS_LAST = {"sega-3-packed"}
 _GUIDANCE, _MOMENTUM, _BETA = 7.5, 0.1, 0.4
 
 
@@ -55,7 +59,7 @@ class Step:
     reverse: list[bool]
 
 
-def make_step(shape: tuple[int, ...], seed: int = 0) -> Step:
+def make_step(shape: tuple[int, ...], seed: int = 0, channels_last: bool = False) -> Step:
     """Predictions that differ a little, as those of a network for several prompts do."""
     generator, device = torch.Generator().manual_seed(seed), machine.current().device
     randn = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
@@ -63,6 +67,8 @@ def make_step(shape: tuple[int, ...], seed: int = 0) -> Step:
     shared = randn(shape[1:])
     text, momentum = (shared + 0.1 * randn(shape[1:]) for _ in range(2))
     edits = shared + 0.1 * randn(shape)
+    if channels_last:  # in memory; momentum is the library's own
+        shared, text, edits = (x.mT.contiguous().mT for x in (shared, text, edits))
     return Step(
         *(x.to(device) for x in (shared, text, edits, 0.1 * momentum)),
         scales=[5.0 + concept for concept in concepts],
@@ -73,13 +79,13 @@ def make_step(shape: tuple[int, ...], seed: int = 0) -> Step:
 
 
 def ours(step: Step, backend: str = "auto") -> list[Tensor]:
-    """(eps, momentum) by this library."""
+    """(eps, momentum) by this library, of copies of packed latents, as its pipelines have them."""
     on = [True] * len(step.eps_edits)
     return list(
         dense_attn.sega_guidance(
-            step.eps_uncond,
-            step.eps_text,
-            step.eps_edits,
+            step.eps_uncond.contiguous(),
+            step.eps_text.contiguous(),
+            step.eps_edits.contiguous(),
             step.momentum,
             guidance_scale=_GUIDANCE,
             edit_guidance_scale=step.scales,
@@ -149,7 +155,8 @@ def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Ent
 
 @Latest
 def _prepared(setting: Setting) -> tuple[Step, list[Tensor], list[Tensor], dict[str, Trial]]:
-    step = make_step(WORKLOADS[setting.workload])
+    name = setting.workload
+    step = make_step(WORKLOADS[name], channels_last=name in CHANNELS_LAST)
     return step, *expected(step), {}
 
 

@@ -137,7 +137,7 @@ def test_wrong_guiders_are_refused() -> None:
     for call, sentence in (
         (
             lambda: semantic_guider(pipeline("sdxl"), EDITS["one"]),
-            "pipe must be a StableDiffusionXLModularPipeline",
+            "pipe must be a modular pipeline with a guider, got StableDiffusionXLPipeline",
         ),
         (lambda: semantic_guider(modular, []), "edits must be a list of Edit"),
         (lambda: semantic_guider(modular, EDITS["one"], "7"), "guidance_scale must be a number"),

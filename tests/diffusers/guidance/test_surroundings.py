@@ -172,5 +172,7 @@ def test_schedulers_that_get_something_else_are_refused() -> None:
     for name in ("SanaSprintPipeline", "LTXImageToVideoPipeline", "Kandinsky5I2VPipeline"):
         kind = getattr(diffusers, name)
         pipe = made(kind)
-        with pytest.raises(ValueError, match=f"its denoiser's estimate of all latents, got {name}"):
+        with pytest.raises(
+            ValueError, match=f"estimate of all latents, and keep no keys, got {name}"
+        ):
             semantic_guidance(pipe, EDITS).__enter__()

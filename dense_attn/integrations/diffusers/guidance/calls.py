@@ -58,8 +58,10 @@ PLACES = "text_rope_pos"
 TEXTS = {name for family in FAMILIES.values() for name in family.text if name} | {PLACES}
 
 
-def encoded(pipe: DiffusionPipeline, family: Family, concept: str, manner: Arguments) -> Arguments:
-    """The text arguments of a concept's call, of one row."""
+def encoded(
+    pipe: DiffusionPipeline, family: Family, concept: str | list[str], manner: Arguments
+) -> Arguments:
+    """The text arguments of a concept's call, of one row, or of a row for each of several."""
     if takes(pipe, "text_encoder_index"):  # HunyuanDiT's encoders have lengths of their own
         pairs = [encode(pipe, concept, text_encoder_index=i) for i in range(2)]
         outputs = [part for text, _, mask, _ in pairs for part in (text, mask)]

@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from dense_attn import _checks
 
+from ..models import model_of
+from ..modular.pipeline import viewed
+from .calls import FAMILIES, TEXT, Family, encoded
 from .concepts import Edit, settings, warn_of_idle
 
 if TYPE_CHECKING:
     from diffusers.guiders import BaseGuidance
-    from diffusers.modular_pipelines import StableDiffusionXLModularPipeline
+    from diffusers.modular_pipelines import ModularPipeline
+
+# transformers that guiders were run with, and the names that guiders have for their texts
+GUIDED = {
+    "UNet2DConditionModel": Family(("prompt_embeds", None, "text_embeds")),
+    "SD3Transformer2DModel": Family((TEXT, None, "text_embeds")),
+    "Flux2Transformer2DModel": Family((TEXT,), channels=2),
+}
+GUIDED |= {
+    name: FAMILIES[name]
+    for name in ("QwenImageTransformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel")
+}
 
 
 def semantic_guider(
-    pipe: StableDiffusionXLModularPipeline,
+    pipe: ModularPipeline,
     edits: Sequence[Edit],
     guidance_scale: float = 7.5,
     *,
+    max_sequence_length: int | None = None,
     momentum_scale: float = 0.1,
     momentum_beta: float = 0.4,
     backend: str = "auto",
 ) -> BaseGuidance:
     """A guider of a modular pipeline by concepts, whose latents are those of `semantic_guidance`.
 
-    The estimate that the scheduler gets is `SemanticGuidance`'s; a modular pipeline evaluates the
-    prompt, the negative prompt and each concept in calls of their own.
+    The estimate is `SemanticGuidance`'s, `eps_u + g*(eps_t - eps_u)` and the concepts' part; a
+    modular pipeline evaluates the prompt, the negative prompt and each concept in calls of their
+    own. What a pipeline makes of a guider's estimate it makes of this one: Qwen-Image gives it the
+    norm of the prompt's, where `semantic_guidance` adds the concepts' part after that.
 
     Args:
-        pipe: a modular pipeline of Stable Diffusion XL, whose text encoders encode the concepts.
+        pipe: a modular pipeline with a guider: of Stable Diffusion XL or 3, FLUX.2 klein,
+            Qwen-Image, Z-Image or Wan; its text encoders encode the concepts.
         edits: the concepts, encoded now: a LoRA scale of the call does not reach them.
         guidance_scale: g, as of the ClassifierFreeGuidance whose place this takes.
+        max_sequence_length: of the calls, where they say it; None: the encoders' own.
         momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is
             kept.
         backend: as in `sega_guidance`.
@@ -56,19 +73,25 @@ def semantic_guider(
         >>> size = {"height": 16, "width": 16}
         >>> image = pipe(prompt="a face", num_inference_steps=4, output="images", **size)[0]
     """
-    if type(pipe).__name__ != "StableDiffusionXLModularPipeline":
-        _checks.refuse("pipe", "be a StableDiffusionXLModularPipeline", type(pipe).__name__)
     options = settings(edits, momentum_scale, momentum_beta, backend)
-    warn_of_idle(edits, 2)
     options["guidance_scale"] = _checks.number("guidance_scale", guidance_scale)
-    from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
-        StableDiffusionXLTextEncoderStep,
-    )
-
+    view = viewed(pipe)
+    if view is pipe or getattr(pipe, "guider", None) is None:
+        _checks.refuse("pipe", "be a modular pipeline with a guider", type(pipe).__name__)
+    kind = model_of(view).denoiser
+    family = GUIDED.get(kind)
+    if family is None:
+        got = f"{type(pipe).__name__} with {kind}"
+        _checks.refuse("pipe", f"have a {' or '.join(GUIDED)}", got)
+    length = max_sequence_length
+    given = {} if length is None else {"max_sequence_length": length}
+    warn_of_idle(edits, 2)
     from .modular_guider import SemanticGuider
 
-    with torch.no_grad():
-        encoded: Any = StableDiffusionXLTextEncoderStep.encode_prompt(
-            pipe, [edit.prompt for edit in edits], prepare_unconditional_embeds=False
-        )
-    return SemanticGuider({"prompt_embeds": encoded[0], "text_embeds": encoded[2]}, options)
+    texts = [edit.prompt for edit in edits]
+    if kind == "UNet2DConditionModel":  # texts of one length, in one batch as semantic_guidance's
+        whole = encoded(view, family, texts, given)
+        concepts = [{name: x[i : i + 1] for name, x in whole.items()} for i in range(len(texts))]
+    else:
+        concepts = [encoded(view, family, text, given) for text in texts]
+    return SemanticGuider(concepts, options, family.channels)

@@ -17,16 +17,18 @@ class SemanticGuider(BaseGuidance):
     """Predictions of the prompt, the negative prompt and each concept, as one estimate.
 
     Args:
-        concepts: what the denoiser is given for each concept in the place of the prompt's, [E, ...]
-            by its name.
+        concepts: what the denoiser is given for each in the place of the prompt's, of one row.
         options: the arguments of `SemanticGuidance`.
+        channels: the axis of an estimate's channels.
     """
 
     _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond"]
 
-    def __init__(self, concepts: dict[str, Tensor], options: dict[str, Any]) -> None:
+    def __init__(
+        self, concepts: list[dict[str, Any]], options: dict[str, Any], channels: int = 1
+    ) -> None:
         super().__init__()
-        self.concepts, self.runs = concepts, Runs(options)
+        self.concepts, self.runs, self.channels = concepts, Runs(options), channels
         self.guidance_scale = options["guidance_scale"]
         self.register_to_config(**options)
         self._names = [f"pred_edit_{e}" for e in range(len(options["edit_guidance_scale"]))]
@@ -35,19 +37,32 @@ class SemanticGuider(BaseGuidance):
 
     def new(self, **changes: Any) -> SemanticGuider:
         """A copy, with other options where they are given."""
-        return SemanticGuider(self.concepts, self.runs.options | changes)
+        return SemanticGuider(self.concepts, self.runs.options | changes, self.channels)
 
-    def prepare_inputs(self, data: dict[str, tuple[Tensor | None, Tensor | None]]) -> list[Any]:
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+        """The inputs of each call of the denoiser, from a pipeline's state and its names there."""
+        named = {
+            name: tuple(getattr(data, one, None) for one in field)
+            if isinstance(field, tuple)
+            else getattr(data, field, None)
+            for name, field in input_fields.items()
+        }
+        return self.prepare_inputs(named)
+
+    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """The inputs of each call of the denoiser, from the prompt's and the negative prompt's."""
+        data = {
+            name: value if isinstance(value, tuple) else (value,) * 2
+            for name, value in data.items()
+        }
         if any(value is not None for value in data.get("image_embeds", ())):
             _checks.refuse("pipe", "have no IP-Adapter with semantic guidance", "image_embeds")
         predictions = self._input_predictions if self._enabled else self._input_predictions[:1]
         batches = [self._prepare_batch(data, i, name) for i, name in enumerate(predictions)]
-        for e, name in enumerate(self._names if self._enabled else ()):
+        for concept, name in zip(self.concepts if self._enabled else (), self._names):
             inputs = {key: value[0] for key, value in data.items()}
-            for key, concepts in self.concepts.items():
-                prompt = inputs[key]
-                inputs[key] = concepts[e].to(prompt).expand(len(prompt), *concepts.shape[1:])
+            for key, text in concept.items():
+                inputs[key] = _rows(text, inputs[key])
             batches.append(
                 self._prepare_batch({key: (value,) for key, value in inputs.items()}, 0, name)
             )
@@ -62,9 +77,10 @@ class SemanticGuider(BaseGuidance):
         if self._guidance is None or self._step <= self._last:
             self._guidance = self.runs.begin(self._num_inference_steps)
         self._last = self._step
-        pred = self._guidance(
-            self._step, pred_uncond, pred_cond, [edits[name] for name in self._names]
-        )
+        estimates = pred_uncond, pred_cond, *(edits[name] for name in self._names)
+        first = [estimate.movedim(self.channels, 1).contiguous() for estimate in estimates]
+        pred = self._guidance(self._step, *first[:2], first[2:])
+        pred = pred.movedim(1, self.channels).contiguous()
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     @property
@@ -76,3 +92,10 @@ class SemanticGuider(BaseGuidance):
     def num_conditions(self) -> int:
         """Calls of the denoiser in a step."""
         return 2 + len(self._names) if self._enabled else 1
+
+
+def _rows(text: Any, prompt: Any) -> Any:
+    """A concept's one row for each of the prompt's."""
+    if text is None or isinstance(text, list):
+        return text and text * len(prompt)
+    return text if prompt is None else text.to(prompt).expand(len(prompt), *text.shape[1:])

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from ..models.record import Model
 
-# whose schedulers get something else, or of some latents alone
-OTHERS = "SanaSprint|LTXImageToVideo|Kandinsky5I2V"
+# whose schedulers get something else, or of some latents alone; or whose keys are kept
+OTHERS = "SanaSprint|LTXImageToVideo|Kandinsky5I2V|Flux2KleinKV"
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def guided_transformer(
         rule = f"have a {', '.join(FAMILIES)} or UNet2DConditionModel"
         _checks.refuse("pipe", rule, f"{type(pipe).__name__} with {model.denoiser}")
     if re.match(OTHERS, type(pipe).__name__):
-        rule = "hand its scheduler its denoiser's estimate of all latents"
+        rule = "hand its scheduler its denoiser's estimate of all latents, and keep no keys"
         _checks.refuse("pipe", rule, type(pipe).__name__)
     lacking = encoding.missing(pipe)
     if concepts and lacking is not None:
@@ -80,7 +80,6 @@ class GuidedTransformer:
         self.texts: list[Arguments] | None = None  # the concepts' in that manner
         self.known: int | None = None  # texts that the call's encode_prompt made
         self.guides = False  # as it was told
-        self.heard = False  # since the denoiser's last call
         # a step's estimates, as the denoiser gave them: the prompt's, the negative one's, concepts'
         self.own: Any = None
         self.negative: Any = None
@@ -90,14 +89,12 @@ class GuidedTransformer:
 
     def hear(self, given: dict[str, Any]) -> None:
         """Take the arguments of a call of encode_prompt: concepts are encoded as its prompt is."""
-        if not self.heard:  # the negative prompt's comes after it
-            self.heard, self.known = True, encoding.rows_of(given)
-            self.guides = bool(given.get("do_classifier_free_guidance", False))
-            manner = encoding.manner_of(given)
-            if self.texts is None or not encoding.same_manner(manner, self.manner):
-                self.manner = manner
-                texts = (encoded(self.pipe, self.family, one, manner) for one in self.concepts)
-                self.texts = list(texts)
+        self.known = encoding.rows_of(given)
+        self.guides = bool(given.get("do_classifier_free_guidance", False))
+        manner = encoding.manner_of(given)
+        if self.texts is None or not encoding.same_manner(manner, self.manner):
+            texts = [encoded(self.pipe, self.family, one, manner) for one in self.concepts]
+            self.manner, self.texts = manner, texts
 
     def follow_scheduler(self) -> None:
         """Exchange estimates in the pipeline's scheduler, which may be another in each run."""
@@ -109,7 +106,7 @@ class GuidedTransformer:
         self, denoiser: torch.nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         """The call with the concepts' rows behind its own, where they go together."""
-        self._span, self._apart, self.heard = None, [], False
+        self._span, self._apart = None, []
         if self.paused:
             return None
         bound = arguments(denoiser, args, kwargs)
@@ -169,9 +166,7 @@ class GuidedTransformer:
         eps = self._channels_first(estimate)
         edits = [self._channels_first(self._like(estimate, one)) for one in self.edits]
         step, guidance = self.steps.index, self.runs.guidance
-        if (
-            self.negative is None
-        ):  # the prompt's estimate alone, which any guidance was distilled in
+        if self.negative is None:  # the prompt's estimate alone, with what guidance is distilled
             guided = guidance(step, eps, eps, edits)
         else:
             base = self._channels_first(self._like(estimate, self.negative))
@@ -180,7 +175,8 @@ class GuidedTransformer:
         return guided.movedim(1, self.family.channels).contiguous()
 
     def _channels_first(self, estimate: Tensor) -> Tensor:
-        return estimate.movedim(self.family.channels, 1)
+        """An estimate with the rows of thresholds in one piece, which kernels read faster."""
+        return estimate.movedim(self.family.channels, 1).contiguous()
 
     def _like(self, estimate: Tensor, own: Any) -> Tensor:
         """A denoiser's estimates as the scheduler gets them; others of a pipeline's are its own."""
