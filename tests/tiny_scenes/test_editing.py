@@ -36,7 +36,7 @@ def test_words_that_stay_swap_and_are_new() -> None:
 
 @pytest.mark.parametrize("keys", [20, 49], ids=["cross", "self"])
 def test_the_result_is_that_of_edited_maps(pipe: object, keys: int) -> None:
-    """Against the paper's rule on maps that are written out: words swapped and weighted."""
+    """The paper's rule on maps that are written out: words swapped and weighted."""
     block = PromptToPrompt(pipe, [PROMPTS[0]] * 2, [PROMPTS[1], PROMPTS[0]], weights={"circle": -2})
     q, v = torch.randn(2, 8, 3, 49, 16, dtype=torch.float64)
     k, v = torch.randn_like(q)[:, :, :keys], v[:, :, :keys]
@@ -189,7 +189,7 @@ def test_composable_diffusion_is_its_formula(pipe: object, monkeypatch: pytest.M
 def test_studies_of_editing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `evaluate` runs them, into one file."""
+    """Run by `evaluate`, they come into one file and out of it as tables."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(score, "STEPS", 4)
     for part, kinds in ((ways, "KINDS"), (grids, "CURVES"), (unique, "CURVES")):

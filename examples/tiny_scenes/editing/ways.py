@@ -1,4 +1,4 @@
-"""The same edits in several ways: does what was asked appear, and does the rest stay?"""
+"""Ways of making one edit: does what was asked appear, and does the rest stay?"""
 
 from __future__ import annotations
 
