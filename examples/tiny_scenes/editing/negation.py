@@ -34,7 +34,7 @@ WAYS: dict[str, Way] = {
 }
 
 
-def study(pipe: DiffusionPipeline, count: int = 20) -> dict[str, Any]:
+def study(pipe: DiffusionPipeline, count: int = 16) -> dict[str, Any]:
     """Images of prompts without a colour, turned away from the one that each image has."""
     own = open_prompts("colour", count)
     plain = generate(pipe, [case.prompt for case in own], range(count))
