@@ -33,10 +33,10 @@ PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
         "optimisation": optimisation.same_tables(pipe, 2 if quick else 7, 2 if quick else 10),
     },
     "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 24),
-    "ways": lambda pipe, quick, _: ways.study(pipe, 2 if quick else 20),
-    "negation": lambda pipe, quick, _: negation.study(pipe, 2 if quick else 20),
-    "grids": lambda pipe, quick, _: grids.study(pipe, 2 if quick else 12),
-    "unique": lambda pipe, quick, _: unique.study(pipe, 2 if quick else 20),
+    "ways": lambda pipe, quick, _: ways.study(pipe, 2 if quick else 16),
+    "negation": lambda pipe, quick, _: negation.study(pipe, 2 if quick else 16),
+    "grids": lambda pipe, quick, _: grids.study(pipe, 2 if quick else 8),
+    "unique": lambda pipe, quick, _: unique.study(pipe, 4 if quick else 16),
     "inversion": lambda pipe, quick, _: inversion.study(
         pipe, 1 if quick else 8, (4,) if quick else (25, 50, 100, 200)
     ),

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from dense_attn.examples import prompt_to_prompt
 from dense_attn.examples.prompt_to_prompt import PromptToPrompt, alignment
-from dense_attn.examples.tiny_scenes import edits, score
+from dense_attn.examples.tiny_scenes import edits, evaluate, score
 from dense_attn.examples.tiny_scenes.editing import grids, negation, unique, ways
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +36,7 @@ def test_words_that_stay_swap_and_are_new() -> None:
 
 @pytest.mark.parametrize("keys", [20, 49], ids=["cross", "self"])
 def test_the_result_is_that_of_edited_maps(pipe: object, keys: int) -> None:
-    """Against the paper's rule on maps that are written out: words swapped and weighted."""
+    """The paper's rule on maps that are written out: words swapped and weighted."""
     block = PromptToPrompt(pipe, [PROMPTS[0]] * 2, [PROMPTS[1], PROMPTS[0]], weights={"circle": -2})
     q, v = torch.randn(2, 8, 3, 49, 16, dtype=torch.float64)
     k, v = torch.randn_like(q)[:, :, :keys], v[:, :, :keys]
@@ -186,19 +186,24 @@ def test_composable_diffusion_is_its_formula(pipe: object, monkeypatch: pytest.M
 
 
 @pytest.mark.full
-def test_studies_of_editing(pipe: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_of_editing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run by `evaluate`, they come into one file and out of it as tables."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(score, "STEPS", 4)
-    for part, names in ((ways, ("KINDS",)), (grids, ("CURVES",)), (unique, ("CURVES",))):
-        for name in names:
-            monkeypatch.setattr(part, name, ("colour",))
+    for part, kinds in ((ways, "KINDS"), (grids, "CURVES"), (unique, "CURVES")):
+        monkeypatch.setattr(part, kinds, ("colour",))
+    few = {name: ways.WAYS[name] for name in list(ways.WAYS)[::4]}
+    monkeypatch.setattr(ways, "WAYS", few)
     monkeypatch.setattr(grids, "AXES", {"warm-up": ("scale", (3.0, 6.0), "warmup", (0, 2))})
-    for part in (ways, negation, grids, unique):
-        found = json.loads(json.dumps(part.study(pipe, 2)))
-        assert "colour" in part.table(found)
-        if part is grids:
-            grids.plot(found, tmp_path / "grids.png")
-            assert (tmp_path / "grids.png").stat().st_size > 5_000
+    given = [word for name in evaluate.EDITING for word in ("--only", name)]
+    file = tmp_path / "found.json"
+    assert evaluate.main(["--quick", "--json", str(file), *given]) == 0
+    results, shown = json.loads(file.read_text()), capsys.readouterr().out
+    for name, part in evaluate.EDITING.items():
+        assert part.table(results[name]) in shown
+    assert (tmp_path / "found-grids.png").stat().st_size > 5_000
 
 
 def test_vectors_of_a_run_make_the_run_again(pipe: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ AXES: dict[str, tuple[str, tuple[float, ...], str, tuple[float, ...]]] = {  # of
 MOMENTUM = {"momentum_scale": 0.1, "momentum_beta": 0.4}
 
 
-def study(pipe: DiffusionPipeline, count: int = 12) -> dict[str, Any]:
+def study(pipe: DiffusionPipeline, count: int = 8) -> dict[str, Any]:
     """All grids on `count` prompts of each kind, the options not on an axis as usual."""
     grids: dict[str, Any] = {kind: {} for kind in CURVES}
     total = len(CURVES) * sum(len(axes[1]) * len(axes[3]) for axes in AXES.values())

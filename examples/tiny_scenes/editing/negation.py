@@ -34,7 +34,7 @@ WAYS: dict[str, Way] = {
 }
 
 
-def study(pipe: DiffusionPipeline, count: int = 20) -> dict[str, Any]:
+def study(pipe: DiffusionPipeline, count: int = 16) -> dict[str, Any]:
     """Images of prompts without a colour, turned away from the one that each image has."""
     own = open_prompts("colour", count)
     plain = generate(pipe, [case.prompt for case in own], range(count))
@@ -48,7 +48,7 @@ def study(pipe: DiffusionPipeline, count: int = 20) -> dict[str, Any]:
 
 
 def scores(images: Tensor, plain: Tensor, own: list[OpenPrompt]) -> dict[str, Tensor]:  # of [B]
-    """As those of `ways`, of which success is that the colour is gone and a thing is there."""
+    """Scores like those of `ways`; success: the colour is gone, and a thing is there."""
     before, after = colour_masks(plain), colour_masks(images)
     thing, things = (
         torch.stack([masks[name] for name in COLOURS]).any(0) for masks in (before, after)

@@ -21,7 +21,7 @@ ENOUGH = {"colour": PRESENT, "ground": 512}  # pixels gained, from which on an e
 OWN, RECORDED, OTHER = "its own vectors", "vectors of another prompt", "and of another noise"
 
 
-def study(pipe: DiffusionPipeline, count: int = 20) -> dict[str, Any]:
+def study(pipe: DiffusionPipeline, count: int = 16) -> dict[str, Any]:
     """Vectors of `count` prompts and noises, each on the prompt with the next shape."""
     kinds = {}
     for kind in _progress.track(CURVES, "unique", "kind"):

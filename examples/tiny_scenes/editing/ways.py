@@ -1,8 +1,8 @@
-"""The same edits in several ways: does what was asked appear, and does the rest stay?"""
+"""Ways of making one edit: does what was asked appear, and does the rest stay?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -68,14 +68,17 @@ WAYS: dict[str, Way] = {
 }
 
 
-def study(pipe: DiffusionPipeline, count: int = 20) -> dict[str, Any]:
-    """All ways on `count` prompts of each kind, each from the noise of its own seed."""
-    rows: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in WAYS}
-    with _progress.bar(len(KINDS) * len(WAYS), "ways", shown=True, unit="way") as advance:
+def study(
+    pipe: DiffusionPipeline, count: int = 16, ways: Mapping[str, Way] | None = None
+) -> dict[str, Any]:
+    """Ways (all of them) on `count` prompts of each kind, each from the noise of its own seed."""
+    ways = WAYS if ways is None else ways
+    rows: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in ways}
+    with _progress.bar(len(KINDS) * len(ways), "ways", shown=True, unit="way") as advance:
         for kind in KINDS:
             own = open_prompts(kind, count)
             plain = generate(pipe, [case.prompt for case in own], range(count))
-            for name, way in WAYS.items():
+            for name, way in ways.items():
                 rows[name][kind] = scores(way(pipe, own), plain, own, kind)
                 advance()
     return {"prompts": count, "kinds": list(KINDS), "ways": summaries(rows)}
