@@ -48,7 +48,7 @@ def bias(blocks: tuple[str, ...], weight: float) -> dict[str, Any]:
 
 
 def tried() -> dict[str, dict[str, dict[str, Any]]]:
-    """What has a weight to choose, and the options of each weight."""
+    """Settings that have a weight to choose, and the options of each weight."""
     found = {
         f"bias on {name}": {str(weight): bias(blocks, weight) for weight in WEIGHTS["bias"]}
         for name, blocks in BLOCKS.items()
