@@ -145,6 +145,43 @@ def guided(
     return eps.reshape_as(eps_uncond), momentum.reshape_as(eps_uncond)
 
 
+def addition(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    edits: Tensor,
+    momentum: Tensor | None,
+    user_mask: Tensor | None,
+    options: tuple[object, ...],
+    backend: str,
+) -> Tensor | None:
+    """The part of a step beside classifier-free guidance, in the wide dtype; None where nothing is.
+
+    It is the momentum of a step that keeps none of the old.
+    """
+    _, scales, thresholds, weights, partials, all_warm, reverse, rate, _, summed = options
+    if not all_warm:
+        if not any(partials):
+            return None
+        weights, momentum, rate = partials, None, 0.0
+    none, beta = [0.0] * len(weights), 0.0
+    alone = (1.0, scales, thresholds, weights, none, True, reverse, rate, beta, summed)
+    return guided(eps_uncond, eps_text, edits, momentum, user_mask, alone, backend)[1]
+
+
+def moved(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    addition: Tensor | None,  # in the wide dtype
+    options: tuple[object, ...],
+    backend: str,
+) -> Tensor:
+    """Classifier-free guidance and an addition, rounded once: a step without concepts adds it."""
+    none: list[float] = []
+    added = (options[0], none, none, none, none, True, none, 1.0, 0.0, False)
+    edits = eps_uncond.new_empty((0, *eps_uncond.shape))
+    return guided(eps_uncond, eps_text, edits, addition, None, added, backend)[0]
+
+
 class _SegaGuidance(torch.autograd.Function):
     generate_vmap_rule = True
     num_tensors = 5

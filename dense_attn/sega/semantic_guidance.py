@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dense_attn import _checks, reference
 from dense_attn._backends import table
-from dense_attn.sega import inputs, op
+from dense_attn.sega import inputs, op, vectors
 
 
 class _Lists(NamedTuple):
@@ -52,6 +52,8 @@ class SemanticGuidance:
             kept.
         sum_channels: thresholds over all channels together, as in `sega_guidance`.
         backend: as in `sega_guidance`.
+        apply: the guidance vectors of another run, from its `record()`, that each step adds to its
+            own; a call may then have no concepts. They belong to the noise that run began with.
 
     All from edit_guidance_scale to reverse_editing_direction are one value for all concepts, or a
     sequence of one for each. The attribute `momentum` is None before the first step; it carries
@@ -67,9 +69,12 @@ class SemanticGuidance:
     Example:
         >>> import torch, dense_attn
         >>> guidance = dense_attn.SemanticGuidance(edit_threshold=[0.9, 0.95], edit_warmup_steps=1)
+        >>> vectors = guidance.record()
         >>> for step in range(3):
         ...     uncond, text, smile, hat = torch.randn(4, 1, 4, 64, 64)  # of the U-Net
         ...     eps = guidance(step, uncond, text, [smile, hat])  # for the scheduler
+        >>> other = dense_attn.SemanticGuidance(apply=vectors)
+        >>> eps = other(0, uncond, text)  # another prompt's, from the same noise
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class SemanticGuidance:
         edit_mom_beta: float = 0.4,
         sum_channels: bool = False,
         backend: str = "auto",
+        apply: vectors.Vectors | None = None,
     ) -> None:
         number, flag = _checks.number, _checks.flag
         weights = 1.0 if edit_weights is None else edit_weights
@@ -106,6 +112,9 @@ class SemanticGuidance:
         self._sum_channels = flag("sum_channels", sum_channels)
         self._backend = _checks.choice("backend", backend, ("auto", *table.ORDER))
         self._beyond_float32 = self._large_numbers()
+        self._apply = vectors.by_step("apply", apply)
+        self._recorded: vectors.Vectors | None = None
+        self._kept_on: torch.device | None = None
         self._lists: dict[int, _Lists] = {}
         self.reset()
 
@@ -126,7 +135,7 @@ class SemanticGuidance:
         step: int,
         eps_uncond: Tensor,  # [B, C, ...]
         eps_text: Tensor,  # [B, C, ...]
-        eps_edits: Tensor | Sequence[Tensor],  # [E, B, C, ...], or E of [B, C, ...]
+        eps_edits: Tensor | Sequence[Tensor] = (),  # [E, B, C, ...], or E of [B, C, ...]
         *,
         user_mask: Tensor | None = None,  # broadcastable to [E, B, C, ...]
     ) -> Tensor:
@@ -136,8 +145,11 @@ class SemanticGuidance:
         if step < 0:
             _checks.refuse("step", "be at least 0", step)
         edits = inputs.estimates(eps_uncond, eps_text, eps_edits)
-        momentum = None if step == 0 or step < self._last else self.momentum
+        begins = step == 0 or step < self._last
+        momentum = None if begins else self.momentum
         _check_momentum(momentum, eps_uncond)
+        call = self._call + 1 if momentum is not None and step == self._last else 0
+        applied = vectors.applied("apply", self._apply, int(step), call, eps_uncond)
         wide = reference.accumulation_dtype(eps_uncond.dtype)
         for name, number in self._beyond_float32:
             _checks.number(name, number, wide)
@@ -156,11 +168,33 @@ class SemanticGuidance:
             self._mom_beta,
             self._sum_channels,
         )
-        eps, self.momentum = op.guided(
-            eps_uncond, eps_text, edits, momentum, user_mask, options, self._backend
-        )
-        self._last = int(step)
+        if momentum is None and self._recorded:  # of the run before
+            self._recorded = None
+        tensors = eps_uncond, eps_text, edits, momentum, user_mask
+        eps, after = op.guided(*tensors, options, self._backend)
+        if self._recorded is not None or applied is not None:
+            added = vectors.total(op.addition(*tensors, options, self._backend), applied)
+            eps = op.moved(eps_uncond, eps_text, added, options, self._backend)
+            if self._recorded is not None:
+                self._recorded.append((int(step), vectors.kept(added, self._kept_on)))
+        self.momentum, self._last, self._call = after, int(step), call
         return eps
+
+    def record(self, device: torch.device | str | None = None) -> vectors.Vectors:
+        """A list that the calls of a run fill, each with its step and its guidance vector.
+
+        The vector [B, C, ...] is what a step adds to classifier-free guidance, float32 (float64 for
+        float64), or None where nothing is added. It holds the next run, or the rest of one that has
+        begun, and `SemanticGuidance(apply=...)` adds it to another: to the run that it is from it
+        gives the same bits. A recorded run is like one that is not, but for rounding in steps that
+        add several concepts while another warms up.
+
+        Args:
+            device: where vectors are kept; None: where the estimates are.
+        """
+        self._kept_on = None if device is None else torch.device(device)
+        self._recorded = []
+        return self._recorded
 
     def _spread(self, count: int) -> _Lists:
         """The options of a number of concepts, kept for the steps that follow."""
@@ -172,6 +206,7 @@ class SemanticGuidance:
         """Forget the momentum: the next call begins another run, whatever its step."""
         self.momentum: Tensor | None = None
         self._last = 0  # the step of the last call
+        self._call = 0  # calls of that step before it
 
 
 def _check_momentum(momentum: Tensor | None, eps: Tensor) -> None:

@@ -75,7 +75,7 @@ def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
         for kind in KINDS:
             own = open_prompts(kind, count)
             plain = generate(pipe, [case.prompt for case in own], range(count))
-            found = result["kinds"][kind] = {"control": _gain(_control(pipe, own), plain, own)}
+            found = result["kinds"][kind] = {"control": _gain(swapped(pipe, own), plain, own)}
             advance()
 
             def curve(name: str, values: Sequence[float]) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def effect(
     pipe: StableDiffusionPipeline, own: list[OpenPrompt], plain: Tensor, **options: Any
 ) -> dict[str, Any]:
     """The pixels that become a colour, and the change where things were and elsewhere."""
-    edited = _edited(pipe, own, [[case.concept] for case in own], **options)
-    change = (edited - plain).abs().mean(1)  # [B, H, W]
+    made = edited(pipe, own, [[case.concept] for case in own], **options)
+    change = (made - plain).abs().mean(1)  # [B, H, W]
     thing = torch.stack(
         [mask for name, mask in colour_masks(plain).items() if name in COLOURS]
     ).any(0)
@@ -108,7 +108,7 @@ def effect(
     inside, outside = (
         (change * part).sum((1, 2))[there] / part.sum((1, 2))[there] for part in (thing, ~thing)
     )
-    return _gain(edited, plain, own) | {
+    return _gain(made, plain, own) | {
         "inside": summary(inside, len(inside)),
         "outside": summary(outside, len(outside)),
         "changed": changed.float().mean().item(),
@@ -123,7 +123,9 @@ def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
     for kind in _progress.track(KINDS, "edits, both backends", "kind"):
         own = open_prompts(kind, count)
         concepts = [[case.concept] for case in own]
-        ours, theirs = (_edited(pipe, own, concepts, backend) for backend in ("auto", "reference"))
+        ours, theirs = (
+            edited(pipe, own, concepts, backend=backend) for backend in ("auto", "reference")
+        )
         pixel = max(pixel, (ours - theirs).abs().max().item())
         for b, case in enumerate(own):
             gained = max(
@@ -145,22 +147,23 @@ def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
     own = [case._replace(prompt=case.prompt.removesuffix(" on gray")) for case in own]
     grounds = [case._replace(concept="on white", counted="white") for case in own]
     plain = generate(pipe, [case.prompt for case in own], range(count))
-    both = _edited(pipe, own, [[case.concept, "on white"] for case in own])
+    both = edited(pipe, own, [[case.concept, "on white"] for case in own])
     return {
         "colour": {"alone": effect(pipe, own, plain), "together": _gain(both, plain, own)},
         "ground": {"alone": effect(pipe, grounds, plain), "together": _gain(both, plain, grounds)},
     }
 
 
-def _edited(
+def edited(
     pipe: StableDiffusionPipeline,
     own: list[OpenPrompt],
     concepts: list[list[str]],
+    momentum: dict[str, float] | None = None,
     backend: str = "auto",
     **options: Any,
 ) -> Tensor:  # [B, 3, H, W]
     """Images of prompts under their concepts; a scale below 0 is the other direction."""
-    options = USUAL | options
+    options, momentum = USUAL | options, momentum or {}
     chosen = options | {"scale": abs(options["scale"]), "reverse": options["scale"] < 0}
     images: dict[int, Tensor] = {}
     for concept in {tuple(names): None for names in concepts}:
@@ -170,24 +173,27 @@ def _edited(
             pipe,
             [own[b].prompt for b in rows],
             rows,
-            semantic_guidance(pipe, edits, backend=backend),
+            semantic_guidance(pipe, edits, backend=backend, **momentum),
         )
         images |= dict(zip(rows, made))
     return torch.stack([images[b] for b in range(len(own))])
 
 
-def _control(pipe: StableDiffusionPipeline, own: list[OpenPrompt]) -> Tensor:
-    """Images whose prompt turns into the one that says it all where an edit would begin."""
+def swapped(
+    pipe: StableDiffusionPipeline, own: list[OpenPrompt], begin: int | None = None
+) -> Tensor:
+    """Images whose prompt turns into the one that says it all at a step, that of an edit's."""
+    begin = USUAL["warmup"] if begin is None else begin
     first, then = (
         pipe.encode_prompt(
             [getattr(case, name) for case in own], pipe.device, 1, True, [""] * len(own)
         )
         for name in ("prompt", "asked")
     )
-    swapped = torch.cat(then[::-1])  # unconditional, then conditional
+    both = torch.cat(then[::-1])  # unconditional, then conditional
 
     def swap(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors | ({"prompt_embeds": swapped} if step + 1 == USUAL["warmup"] else {})
+        return tensors | ({"prompt_embeds": both} if step + 1 == begin else {})
 
     return generate(
         pipe,

@@ -15,6 +15,7 @@ from dense_attn import _command, _files
 from dense_attn.benchmarks.harness.header import describe_run
 
 from . import edits, inversion, layouts, optimisation, sheet
+from .editing import grids, negation, unique, ways
 from .model import load_pipeline
 from .score import usual_of
 
@@ -33,6 +34,10 @@ PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
         "optimisation": optimisation.same_tables(pipe, 2 if quick else 7, 2 if quick else 10),
     },
     "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 24),
+    "ways": lambda pipe, quick, _: ways.study(pipe, 2 if quick else 20),
+    "negation": lambda pipe, quick, _: negation.study(pipe, 2 if quick else 20),
+    "grids": lambda pipe, quick, _: grids.study(pipe, 2 if quick else 12),
+    "unique": lambda pipe, quick, _: unique.study(pipe, 2 if quick else 20),
     "inversion": lambda pipe, quick, _: inversion.study(
         pipe, 1 if quick else 8, (4,) if quick else (25, 50, 100, 200)
     ),
@@ -41,6 +46,7 @@ PARTS: dict[str, Callable[[Any, bool, int], dict[str, Any]]] = {
     ),
 }
 Results = dict[str, Any]
+EDITING = {"ways": ways, "negation": negation, "grids": grids, "unique": unique}
 RUN = ("date", "git_revision", "device", "threads", "quick")  # of the header, kept with each part
 
 
@@ -51,8 +57,7 @@ class Evaluation(NamedTuple):
     load: Callable[[Path | None], DiffusionPipeline]
     parts: dict[str, Callable[[Any, bool, int], Results]]  # of a pipeline, quickly, seeds
     tables: Callable[[Results], list[str]]
-    # writes pictures of the parts just run, beside the file of the results
-    draw: Callable[[DiffusionPipeline, Results, list[str], Path], None]
+    plots: dict[str, Callable[[Any, Results, Path], None]]  # of a part, to a file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,7 +69,9 @@ def evaluate(evaluation: Evaluation, argv: list[str] | None = None) -> int:
     """Run the parts, add them to the file, print the tables of all that is in it."""
     arguments = _parse(evaluation, argv)
     file, parts = arguments.json, arguments.only or list(evaluation.parts)
-    for path in (file, _edits_picture(file), file.with_suffix(".png")):
+    pictures = {name: file.with_name(f"{file.stem}-{name}.png") for name in evaluation.plots}
+    pictures["layouts"] = file.with_suffix(".png")
+    for path in (file, *pictures.values()):
         _files.check(path)
     pipe = evaluation.load(arguments.weights)
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -73,22 +80,22 @@ def evaluate(evaluation: Evaluation, argv: list[str] | None = None) -> int:
         results["header"] = header = _header(pipe, arguments.quick)
         results[name]["run"] = {key: header[key] for key in RUN}
         _files.write(file, json.dumps(results, indent=1) + "\n")
-    evaluation.draw(pipe, results, parts, file)
+    for name in set(parts) & evaluation.plots.keys():
+        evaluation.plots[name](pipe, results[name], pictures[name])
     print("\n\n".join(evaluation.tables(results)))
     return 0
 
 
-def _edits_picture(file: Path) -> Path:
-    return file.with_name(f"{file.stem}-edits.png")
+def _sheet(pipe: StableDiffusionPipeline, _: Results, output: Path) -> None:
+    rows = sheet.shipped_rows()
+    sheet.draw(rows, sheet.make(rows, pipe), output)
 
 
-def draw(pipe: StableDiffusionPipeline, results: Results, parts: list[str], file: Path) -> None:
-    """The curves of edits, and the sheet of layouts."""
-    if "edits" in parts:
-        edits.plot(results["edits"], _edits_picture(file))
-    if "layouts" in parts:
-        rows = sheet.shipped_rows()
-        sheet.draw(rows, sheet.make(rows, pipe), file.with_suffix(".png"))
+PLOTS = {
+    "layouts": _sheet,
+    "edits": lambda _, result, output: edits.plot(result, output),
+    "grids": lambda _, result, output: grids.plot(result, output),
+}
 
 
 def _parse(evaluation: Evaluation, argv: list[str] | None) -> argparse.Namespace:
@@ -136,6 +143,14 @@ def tables(results: Results) -> list[str]:
         shown.append("\n".join(lines))
     if "edits" in results:
         shown += [edits.table(results["edits"]), edits.curves(results["edits"])]
+    for name, part in (
+        ("ways", ways),
+        ("negation", negation),
+        ("grids", grids),
+        ("unique", unique),
+    ):
+        if name in results:
+            shown.append(part.table(results[name]))
     if "inversion" in results:
         shown.append(inversion.table(results["inversion"]))
     if "optimisation" in results:
@@ -144,7 +159,7 @@ def tables(results: Results) -> list[str]:
 
 
 EVALUATION = Evaluation(
-    "dense_attn.examples.tiny_scenes.evaluate", load_pipeline, PARTS, tables, draw
+    "dense_attn.examples.tiny_scenes.evaluate", load_pipeline, PARTS, tables, PLOTS
 )
 
 

@@ -96,9 +96,9 @@ def test_the_control_of_edits_begins_with_the_same_image(
     own = edits.open_prompts("ground", 2)
     plain = score.generate(pipe, [case.prompt for case in own], range(2))
     monkeypatch.setitem(edits.USUAL, "warmup", score.STEPS + 1)
-    torch.testing.assert_close(edits._control(pipe, own), plain, atol=1e-4, rtol=0)
+    torch.testing.assert_close(edits.swapped(pipe, own), plain, atol=1e-4, rtol=0)
     monkeypatch.setitem(edits.USUAL, "warmup", 2)
-    assert edits._gain(edits._control(pipe, own), plain, own)["gain"]["mean"] > 100
+    assert edits._gain(edits.swapped(pipe, own), plain, own)["gain"]["mean"] > 100
 
 
 @pytest.mark.full
@@ -193,6 +193,7 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
         "inversion": inversion.table,
         "optimisation": optimisation.table,
     }
+    shown |= {name: part.table for name, part in evaluate.EDITING.items() if name in results}
     for part, shown_as in shown.items():
         for text in shown_as(results[part]).split("\n\n"):
             assert text in page, f"{part}:\n{text}"

@@ -18,6 +18,7 @@ from dense_attn.examples import (
     layout_to_image,
     layout_to_video,
     optimise_queries,
+    prompt_to_prompt,
     regional_prompts,
     semantic_edit,
 )
@@ -70,6 +71,11 @@ def test_regional_prompts() -> None:
 def test_semantic_edit() -> None:
     pytest.importorskip("diffusers")
     of_noise(semantic_edit.main(steps=5), 2)
+
+
+def test_prompt_to_prompt() -> None:
+    pytest.importorskip("diffusers")
+    of_noise(prompt_to_prompt.main(steps=5), 3)
 
 
 def test_inversion_round_trip() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dense_attn import SemanticGuidance, _checks
+
+if TYPE_CHECKING:
+    from dense_attn.sega.vectors import Vectors
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,18 @@ class Edit:
 
 
 def settings(
-    edits: Sequence[Edit], momentum_scale: float, momentum_beta: float, backend: str
+    edits: Sequence[Edit],
+    momentum_scale: float,
+    momentum_beta: float,
+    backend: str,
+    apply: Vectors | None = None,
 ) -> dict[str, Any]:
-    """The arguments of `SemanticGuidance` that concepts stand for, all of them good."""
-    if isinstance(edits, Edit) or not isinstance(edits, Sequence) or not edits:
+    """The arguments of `SemanticGuidance` that concepts stand for, all of them good.
+
+    With vectors of another run there may be no concepts.
+    """
+    listed = isinstance(edits, Sequence) and not isinstance(edits, Edit)
+    if not listed or not (edits or apply is not None):
         _checks.refuse("edits", "be a list of Edit", repr(edits), TypeError)
     for i, edit in enumerate(edits):
         if not isinstance(edit, Edit):
@@ -56,6 +67,7 @@ def settings(
         "edit_momentum_scale": momentum_scale,
         "edit_mom_beta": momentum_beta,
         "backend": backend,
+        "apply": apply,
     }
     SemanticGuidance(**options)
     return options
@@ -79,14 +91,21 @@ class Runs:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options  # arguments of SemanticGuidance
+        self.guidance = SemanticGuidance(**options)
         self._told: set[int] = set()  # concepts that a run was too short for
 
     def begin(self, steps: int) -> SemanticGuidance:
         """Guidance that knows of no step yet; a concept that begins too late is named once."""
+        if self.options["apply"] is not None:
+            recorded = max(step for step, _ in self.options["apply"]) + 1
+            if recorded != steps:
+                rule = f"be of a run of as many steps, {steps}"
+                _checks.refuse("apply", rule, recorded)
         for i, warmup in enumerate(self.options["edit_warmup_steps"]):
             if warmup > steps - 1 and i not in self._told:
                 self._told.add(i)
                 last = f"{steps - 1}, the last of the run's {steps} steps"
                 text = f"edits[{i}].warmup must be at most {last}, for the concept to act"
                 warnings.warn(f"{text}, got {warmup}", stacklevel=3)
-        return SemanticGuidance(**self.options)
+        self.guidance.reset()
+        return self.guidance

@@ -21,6 +21,8 @@ from .text.encoding import encode, heard, missing, options_of
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dense_attn.sega.vectors import Vectors
+
 RESIDUALS = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -31,12 +33,13 @@ RESIDUALS = (
 @contextmanager
 def semantic_guidance(
     pipe: DiffusionPipeline,
-    edits: Sequence[Edit],
+    edits: Sequence[Edit] = (),
     *,
     momentum_scale: float = 0.1,
     momentum_beta: float = 0.4,
     backend: str = "auto",
-) -> Iterator[None]:
+    apply: Vectors | None = None,
+) -> Iterator[SemanticGuidance]:
     """Calls of the pipeline inside the block are guided by concepts, in the batch of the U-Net.
 
     The estimate that the scheduler gets is `SemanticGuidance`'s,
@@ -52,6 +55,12 @@ def semantic_guidance(
         momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is
             kept.
         backend: as in `sega_guidance`.
+        apply: the guidance vectors of another run of as many steps and from the same noise, which
+            are added too; there may then be no edits.
+
+    Yields:
+        The block's `SemanticGuidance`, whose `record()` returns a list that the next run fills with
+        its guidance vectors, for `apply`.
 
     Raises:
         ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is
@@ -61,23 +70,27 @@ def semantic_guidance(
     2023.
 
     Example:
+        >>> import torch
         >>> from diffusers import StableDiffusionPipeline
         >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
         >>> from dense_attn.integrations.diffusers import Edit, semantic_guidance
         >>> pipe = tiny_pipeline(StableDiffusionPipeline)
         >>> smile, hat = Edit("smiling", scale=4, warmup=1), Edit("hat", warmup=2, reverse=True)
-        >>> with semantic_guidance(pipe, [smile, hat]):
-        ...     image = pipe("a face", num_inference_steps=4).images[0]
+        >>> with semantic_guidance(pipe, [smile, hat]) as guidance:
+        ...     vectors = guidance.record()
+        ...     image = pipe("a face", num_inference_steps=4, generator=torch.manual_seed(0))
+        >>> with semantic_guidance(pipe, apply=vectors):  # more of both, without an estimate
+        ...     image = pipe("a drawing", num_inference_steps=4, generator=torch.manual_seed(0))
     """
     unet = getattr(pipe, "unet", None)
     if type(unwrapped(unet)).__name__ != "UNet2DConditionModel":
         _checks.refuse("pipe", "have a UNet2DConditionModel", type(pipe).__name__)
     model_of(pipe)
-    options = settings(edits, momentum_scale, momentum_beta, backend)
+    options = settings(edits, momentum_scale, momentum_beta, backend, apply)
     warn_of_idle(edits, 3)  # at the user's `with`
     guided = _Guided(pipe, options, [edit.prompt for edit in edits])
     with heard(pipe, guided.hear), watched(unet, guided, guided.before_call, guided.after_call):
-        yield
+        yield guided.runs.guidance
 
 
 class _Guided:
@@ -102,7 +115,8 @@ class _Guided:
     def _encode(self, options: dict[str, Any]) -> None:
         key = tuple(options.items())
         if key not in self.encoded:
-            self.encoded[key] = encode(self.pipe, self.concepts, **options)
+            encoded = encode(self.pipe, self.concepts, **options) if self.concepts else (None, None)
+            self.encoded[key] = encoded
         text, _, *pooled = self.encoded[key]
         self.text, self.pooled = text, pooled[0] if pooled else None
 
@@ -147,7 +161,7 @@ class _Guided:
         if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != 2 * rows:
             return tensor
         if concepts is None:  # what the prompt's rows have
-            more = tensor[rows:].repeat(len(self.text), *[1] * (tensor.dim() - 1))
+            more = tensor[rows:].repeat(len(self.concepts), *[1] * (tensor.dim() - 1))
         else:
             more = concepts.to(tensor).repeat_interleave(rows, 0)
         return torch.cat([tensor, more])
@@ -157,7 +171,7 @@ class _Guided:
         if self.paused:
             return None
         estimates = output[0]
-        eps = estimates.unflatten(0, (2 + len(self.text), -1))
+        eps = estimates.unflatten(0, (2 + len(self.concepts), -1))
         guided = self.guidance(self.steps.index, eps[0], eps[1], eps[2:])
         both = torch.cat([guided, guided])
         return (both, *output[1:]) if isinstance(output, tuple) else type(output)(sample=both)
