@@ -140,21 +140,65 @@ class SemanticGuidance:
         user_mask: Tensor | None = None,  # broadcastable to [E, B, C, ...]
     ) -> Tensor:
         """The guided estimate of step 0, 1, ... of a run, [B, C, ...]; the momentum moves on."""
+        return self._step(step, eps_uncond, eps_text, eps_edits, user_mask, None)
+
+    def steer(
+        self,
+        step: int,
+        eps: Tensor,  # [B, C, ...]
+        eps_base: Tensor,  # [B, C, ...]
+        eps_edits: Tensor | Sequence[Tensor] = (),  # [E, B, C, ...], or E of [B, C, ...]
+        *,
+        user_mask: Tensor | None = None,  # broadcastable to [E, B, C, ...]
+    ) -> Tensor:
+        """An estimate of any guidance, eps, with the concepts' directions from eps_base added.
+
+        It is a step of the run as a call is, without a guidance of its own: where nothing is added
+        the result has eps' bits.
+        """
+        with _checks.renamed({"eps_uncond": "eps_base"}):
+            return self._step(step, eps_base, eps_base, eps_edits, user_mask, eps)
+
+    def _step(
+        self,
+        step: int,
+        eps_uncond: Tensor,
+        eps_text: Tensor,
+        eps_edits: Tensor | Sequence[Tensor],
+        user_mask: Tensor | None,
+        guided: Tensor | None,
+    ) -> Tensor:
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
             _checks.refuse("step", "be an int", type(step).__name__, TypeError)
         if step < 0:
             _checks.refuse("step", "be at least 0", step)
         edits = inputs.estimates(eps_uncond, eps_text, eps_edits)
-        begins = step == 0 or step < self._last
-        momentum = None if begins else self.momentum
+        if guided is not None:
+            _checks.like("eps", guided, eps_uncond, "eps_base")
+        momentum = None if step == 0 or step < self._last else self.momentum
         _check_momentum(momentum, eps_uncond)
         call = self._call + 1 if momentum is not None and step == self._last else 0
         applied = vectors.applied("apply", self._apply, int(step), call, eps_uncond)
-        wide = reference.accumulation_dtype(eps_uncond.dtype)
+        options = self._options(step, len(edits), reference.accumulation_dtype(eps_uncond.dtype))
+        if momentum is None and self._recorded:  # of the run before
+            self._recorded = None
+        tensors = eps_uncond, eps_text, edits, momentum, user_mask
+        eps, after = op.guided(*tensors, options, self._backend)
+        if guided is not None or self._recorded is not None or applied is not None:
+            added = vectors.total(op.addition(*tensors, options, self._backend), applied)
+            pair = (eps_uncond, eps_text) if guided is None else (guided, guided)
+            eps = op.moved(*pair, added, options, self._backend)
+            if self._recorded is not None:
+                self._recorded.append((int(step), vectors.kept(added, self._kept_on)))
+        self.momentum, self._last, self._call = after, int(step), call
+        return eps
+
+    def _options(self, step: int, count: int, wide: torch.dtype) -> tuple[object, ...]:
+        """The options of a step of a number of concepts, in the order of a raw call."""
         for name, number in self._beyond_float32:
             _checks.number(name, number, wide)
-        lists = self._lists.get(len(edits)) or self._spread(len(edits))
-        options = (
+        lists = self._lists.get(count) or self._spread(count)
+        return (
             _checks.number("guidance_scale", self.guidance_scale, wide),
             lists.scales,
             lists.thresholds,
@@ -168,17 +212,6 @@ class SemanticGuidance:
             self._mom_beta,
             self._sum_channels,
         )
-        if momentum is None and self._recorded:  # of the run before
-            self._recorded = None
-        tensors = eps_uncond, eps_text, edits, momentum, user_mask
-        eps, after = op.guided(*tensors, options, self._backend)
-        if self._recorded is not None or applied is not None:
-            added = vectors.total(op.addition(*tensors, options, self._backend), applied)
-            eps = op.moved(eps_uncond, eps_text, added, options, self._backend)
-            if self._recorded is not None:
-                self._recorded.append((int(step), vectors.kept(added, self._kept_on)))
-        self.momentum, self._last, self._call = after, int(step), call
-        return eps
 
     def record(self, device: torch.device | str | None = None) -> vectors.Vectors:
         """A list that the calls of a run fill, each with its step and its guidance vector.
@@ -195,6 +228,12 @@ class SemanticGuidance:
         self._kept_on = None if device is None else torch.device(device)
         self._recorded = []
         return self._recorded
+
+    def _spread(self, count: int) -> _Lists:
+        """The options of a number of concepts, kept for the steps that follow."""
+        lists = _Lists(*[inputs.spread(*named, count) for named in self._values.items()])
+        self._lists[count] = lists
+        return lists
 
     def _spread(self, count: int) -> _Lists:
         """The options of a number of concepts, kept for the steps that follow."""

@@ -124,8 +124,8 @@ def refused_layout(pipe: object, sentence: str) -> None:
 
 def test_pipelines_that_are_not_known_are_refused() -> None:
     refused_layout(object(), "pipe must have a UNet2DConditionModel, .*, got object")
-    with pytest.raises(ValueError, match="pipe must have a UNet2DConditionModel, got FluxPipeline"):
-        semantic_guidance(pipeline("flux"), [Edit("fog")]).__enter__()
+    with pytest.raises(ValueError, match=r"pipe must have a UNet2DConditionModel, .*, got object"):
+        semantic_guidance(object(), [Edit("fog")]).__enter__()
     for call in (
         lambda pipe: invert(pipe, torch.rand(1, 3, 16, 16), "a"),
         lambda pipe: optimize(pipe, "a", torch.sum),

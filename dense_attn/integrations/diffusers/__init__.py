@@ -1,8 +1,8 @@
 """One line on a diffusers pipeline: layouts, guidance, inversion and latent optimisation."""
 
-from .concepts import Edit
 from .guidance import semantic_guidance
-from .guider import semantic_guider
+from .guidance.concepts import Edit
+from .guidance.guider import semantic_guider
 from .inversion import Inversion, Optimized, invert, optimize, reconstruct
 from .layouts import apply_layout
 from .prompts.region import Region

@@ -49,10 +49,10 @@ class RegionReading(Reading):
         negative = bool(self._heard) and embedded
         super().hear(given)
         if not negative and encoding.missing(self.pipe) is None:
-            manner = {name: given[name] for name in given if _tells(name)}
+            manner = encoding.manner_of(given)
             if embedded:  # of others only this one had an effect
                 manner = {name: manner[name] for name in manner if name == "lora_scale"}
-            if not _same(manner, self._manner):
+            if not encoding.same_manner(manner, self._manner):
                 self._manner = manner
                 self._texts.clear()
             for positive in (True, False):  # now, while the text encoders are at hand
@@ -90,18 +90,3 @@ class RegionReading(Reading):
         guided = {"negative_prompt": text, "do_classifier_free_guidance": True}
         pairs = zip(self._encoded(""), self._encoded("", **guided))
         return tuple(more for one, more in pairs if one is None or len(one) == 0)
-
-
-def _tells(name: str) -> bool:
-    """Whether an argument of encode_prompt is no text, and none that encoding sets by itself."""
-    own = ("device", "do_classifier_free_guidance", "text_encoder_index")
-    return "prompt" not in name and name not in own
-
-
-def _same(manner: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two manners are; images and lists are told apart as objects."""
-    plain = (str, int, float, bool)
-    return manner.keys() == other.keys() and all(
-        value is other[name] or (isinstance(value, plain) and value == other[name])
-        for name, value in manner.items()
-    )

@@ -56,7 +56,7 @@ def encode(
     given |= {"prompt_2": None, "prompt_3": None, **options}
     given = {name: value for name, value in given.items() if takes(pipe, name)}
     unheard = getattr(pipe.encode_prompt, "encode_prompt", pipe.encode_prompt)
-    if not takes(pipe, "text_encoder_index"):
+    if not takes(pipe, "text_encoder_index") or "text_encoder_index" in options:
         return unheard(prompt, **given)
     both = (unheard(prompt, **given, text_encoder_index=i)[0] for i in range(2))
     return (beside(*both),)
@@ -79,6 +79,23 @@ def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]
         for name in (OPTIONS if given.get("prompt_embeds") is None else OPTIONS[:1])
         if given.get(name) is not None and given[name] != parameters[name].default
     }
+
+
+def manner_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of encode_prompt that are no text, and that encoding leaves alone."""
+    own = ("device", "do_classifier_free_guidance", "text_encoder_index")
+    return {
+        name: value for name, value in given.items() if "prompt" not in name and name not in own
+    }
+
+
+def same_manner(manner: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two manners are; images and lists are told apart as objects."""
+    plain = (str, int, float, bool)
+    return manner.keys() == other.keys() and all(
+        value is other[name] or (isinstance(value, plain) and value == other[name])
+        for name, value in manner.items()
+    )
 
 
 def rows_of(given: dict[str, Any]) -> int:

@@ -1,8 +1,8 @@
-"""semantic_guidance: concepts turned up or down in the images of a Stable Diffusion pipeline."""
+"""Semantic guidance of U-Nets: concepts in the batch, and both halves of it their guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,16 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
-from .concepts import Edit, Runs, settings, warn_of_idle
-from .hooks import arguments, unwrapped, watched
-from .models import model_of
-from .rows import check_halves
-from .steps import Steps
-from .text.encoding import encode, heard, missing, options_of
+from ..hooks import arguments, watched
+from ..rows import check_halves
+from ..steps import Steps
+from ..text.encoding import encode, heard, missing, options_of
+from .concepts import Runs
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dense_attn.sega.vectors import Vectors
+    from ..models.record import Model
 
 RESIDUALS = (
     "down_block_additional_residuals",
@@ -31,65 +30,21 @@ RESIDUALS = (
 
 
 @contextmanager
-def semantic_guidance(
+def guided_unet(
     pipe: DiffusionPipeline,
-    edits: Sequence[Edit] = (),
-    *,
-    momentum_scale: float = 0.1,
-    momentum_beta: float = 0.4,
-    backend: str = "auto",
-    apply: Vectors | None = None,
+    model: Model,
+    options: dict[str, Any],
+    concepts: list[str],
+    batched: bool,
 ) -> Iterator[SemanticGuidance]:
-    """Calls of the pipeline inside the block are guided by concepts, in the batch of the U-Net.
-
-    The estimate that the scheduler gets is `SemanticGuidance`'s,
-    `eps_u + g*(eps_t - eps_u) + sum_e w_e * d_e where |d_e| >= quantile(|d_e|, threshold_e)` with
-    `d_e = scale_e*(eps_e - eps_u)`, warm-up and momentum, and g the guidance scale of the
-    pipeline's call. Blocks inside of a block: the innermost counts. Call `pipe` itself, not another
-    pipeline around the same model.
-
-    Args:
-        pipe: of a UNet2DConditionModel (Stable Diffusion 1, 2, XL), called with a guidance scale
-            above 1.
-        edits: the concepts, encoded with the options of the call (LoRA scale, `clip_skip`).
-        momentum_scale, momentum_beta: how much of the momentum is added, and how much of it is
-            kept.
-        backend: as in `sega_guidance`.
-        apply: the guidance vectors of another run of as many steps and from the same noise, which
-            are added too; there may then be no edits.
-
-    Yields:
-        The block's `SemanticGuidance`, whose `record()` returns a list that the next run fills with
-        its guidance vectors, for `apply`.
-
-    Raises:
-        ValueError, TypeError: an argument breaks the rule that the message names; the pipeline is
-            as it was.
-
-    Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS
-    2023.
-
-    Example:
-        >>> import torch
-        >>> from diffusers import StableDiffusionPipeline
-        >>> from dense_attn.examples._tiny_pipeline import tiny_pipeline
-        >>> from dense_attn.integrations.diffusers import Edit, semantic_guidance
-        >>> pipe = tiny_pipeline(StableDiffusionPipeline)
-        >>> smile, hat = Edit("smiling", scale=4, warmup=1), Edit("hat", warmup=2, reverse=True)
-        >>> with semantic_guidance(pipe, [smile, hat]) as guidance:
-        ...     vectors = guidance.record()
-        ...     image = pipe("a face", num_inference_steps=4, generator=torch.manual_seed(0))
-        >>> with semantic_guidance(pipe, apply=vectors):  # more of both, without an estimate
-        ...     image = pipe("a drawing", num_inference_steps=4, generator=torch.manual_seed(0))
-    """
-    unet = getattr(pipe, "unet", None)
-    if type(unwrapped(unet)).__name__ != "UNet2DConditionModel":
-        _checks.refuse("pipe", "have a UNet2DConditionModel", type(pipe).__name__)
-    model_of(pipe)
-    options = settings(edits, momentum_scale, momentum_beta, backend, apply)
-    warn_of_idle(edits, 3)  # at the user's `with`
-    guided = _Guided(pipe, options, [edit.prompt for edit in edits])
-    with heard(pipe, guided.hear), watched(unet, guided, guided.before_call, guided.after_call):
+    """One block of a pipeline whose denoiser is a U-Net, which gets all concepts in one batch."""
+    if not batched:
+        _checks.refuse("batch_concepts", f"be True for a {model.denoiser}", batched)
+    guided = _Guided(pipe, options, concepts)
+    with (
+        heard(pipe, guided.hear),
+        watched(pipe.unet, guided, guided.before_call, guided.after_call),
+    ):
         yield guided.runs.guidance
 
 
