@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dense_attn import _progress, ddim_step, ddim_step_inverse
 from dense_attn.integrations.diffusers import invert, reconstruct
-from dense_attn.integrations.diffusers.chain import Chain, Settings
+from dense_attn.integrations.diffusers.inversion.chain import Chain, Settings
 
 from .scenes import Scene, draw_scene, render
 from .score import markdown

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dense_attn import _progress, ddim_step, spectral_residual_saliency
 from dense_attn.integrations.diffusers import optimize
-from dense_attn.integrations.diffusers.chain import Chain, Settings
 from dense_attn.integrations.diffusers.inversion import measured
+from dense_attn.integrations.diffusers.inversion.chain import Chain, Settings
 
 from .goals import GOALS, Goal, colour_goal, colour_loss
 from .score import kernels, markdown, said, summary

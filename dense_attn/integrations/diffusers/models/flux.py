@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from .record import IMAGE, REFERENCES, TEXT, Attention, Call, Model
+from .record import IMAGE, REFERENCES, TEXT, Attention, Call, Model, packed, unpacked
 
 if TYPE_CHECKING:
     from ..prompts.texts import Texts
@@ -23,6 +23,7 @@ class Flux(Model):
     unit = 1e-3
     packs = 2
     branches = "calls"
+    shifts = True
     attentions = (Attention("attn", (TEXT, IMAGE, REFERENCES)),)
 
     def grid(self, call: Call) -> tuple[int, int]:
@@ -41,6 +42,14 @@ class Flux(Model):
             rule = "number its image tokens row by row (img_ids)"
             _checks.refuse("pipe", rule, f"{len(own)} in rows of {width}")
         return 2 * height, 2 * width
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as tokens."""
+        return packed(latents)
+
+    def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens as latents [B, C, H, W]."""
+        return unpacked(latents, grid)
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's; the places of all begin anew."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from .record import IMAGE, TEXT, Attention, Call, Model
+from .record import IMAGE, TEXT, Attention, Call, Model, like_norm
 
 if TYPE_CHECKING:
     from ..prompts.texts import Slots, Texts
@@ -24,6 +24,8 @@ class Lumina2(Model):
     denoiser = "Lumina2Transformer2DModel"
     unit = 1e-3
     branches = "calls"
+    sign = -1
+    shifts = True
     attentions = (Attention(r"layers\.\d+\.attn", (TEXT, IMAGE)),)
     longer_text = True
     text_layers = r"^context_refiner\.\d+\.attn$"
@@ -34,6 +36,10 @@ class Lumina2(Model):
         longest = max(_lengths(arguments))
         call = super().read(arguments)
         return call._replace(timestep=1 - call.timestep, text=call.text[:, :longest])
+
+    def guided(self, negative: Tensor, prompt: Tensor, scale: float) -> Tensor:
+        """The estimate of two, as long as the prompt's, which is the pipeline's default."""
+        return like_norm(super().guided(negative, prompt, scale), prompt)
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Refuse texts behind which images stand in other places."""

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .record import IMAGE, REFERENCES, TEXT, Attention, Call, Model
+from .record import (
+    IMAGE,
+    REFERENCES,
+    TEXT,
+    Attention,
+    Call,
+    Model,
+    like_norm,
+    packed,
+    unpacked,
+)
 
 if TYPE_CHECKING:
     from ..prompts.texts import Slots
@@ -28,6 +38,18 @@ class QwenImage(Model):
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, with the grids in the place of positions."""
         return super().read(arguments)._replace(places=arguments["img_shapes"])
+
+    def guided(self, negative: Tensor, prompt: Tensor, scale: float) -> Tensor:
+        """The estimate of two, as long as the prompt's."""
+        return like_norm(super().guided(negative, prompt, scale), prompt)
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as tokens."""
+        return packed(latents)
+
+    def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens as latents [B, C, H, W]."""
+        return unpacked(latents, grid)
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width; ControlNet's pipelines give an image one grid, no list."""

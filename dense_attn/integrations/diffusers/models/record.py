@@ -113,6 +113,9 @@ class Model:
     # where the negative prompt is: "halves" of a batch, before the prompt's, "prompt first" for
     # halves behind it, or "calls" of their own after the prompt's
     branches: ClassVar[str] = "halves"
+    sign: ClassVar[int] = 1  # of its estimates, in the scheduler's
+    unguided: ClassVar[float] = 1.0  # the guidance scale without a negative branch
+    shifts: ClassVar[bool] = False  # whether its pipelines read the VAE's shift_factor
     hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
     sees_images: ClassVar[bool] = False  # whose tokens encode_prompt may put beside the prompt's
     attentions: ClassVar[tuple[Attention, ...]] = ()
@@ -197,6 +200,26 @@ class Model:
         """The result of the function that numbers tokens, `own`, for texts in their slots."""
         raise NotImplementedError
 
+    def guided(self, negative: Tensor, prompt: Tensor, scale: float) -> Tensor:
+        """The estimate that its pipelines make of two, before the sign."""
+        return negative + scale * (prompt - negative)
+
+    def given(self, latents: Tensor) -> Any:
+        """Latents of the pipeline's loop as the denoiser's argument."""
+        return latents
+
+    def taken(self, made: Any) -> Tensor:
+        """The denoiser's latents or estimates as the pipeline's loop has them."""
+        return made
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as the pipeline's loop has them."""
+        return latents
+
+    def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latents of the pipeline's loop as [B, C, H, W], of this height and width."""
+        return latents
+
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""
         return tuple(call.latents.shape[-2:])
@@ -247,3 +270,21 @@ class Model:
             missing = -side.words.shape[1] % segment.multiple
             sides.append(joined(side, state.other_side(layouts, missing)) if missing else side)
         return joined(*sides)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Latents [B, C, H, W] as tokens [B, H/2 * W/2, 4C] of 2 x 2, each channel's together."""
+    tokens = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, H/2, 2, W/2, 2]
+    return tokens.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Latents [B, C, H, W] of a height and width, out of the tokens of `packed`."""
+    height, width = grid
+    cells = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def like_norm(estimate: Tensor, prompt: Tensor) -> Tensor:
+    """A guided estimate whose vectors along the last axis are as long as those of the prompt's."""
+    return estimate * (prompt.norm(dim=-1, keepdim=True) / estimate.norm(dim=-1, keepdim=True))

@@ -9,5 +9,6 @@ class SD3(Model):
     """SD3Transformer2DModel."""
 
     denoiser = "SD3Transformer2DModel"
+    shifts = True
     longer_text = True  # tokens of the text have no places
     attentions = Attention("attn", (IMAGE, TEXT)), Attention("attn2", (IMAGE,))

@@ -23,6 +23,9 @@ class ZImage(Model):
     latents = "x"
     packs = 2
     branches = "prompt first"
+    sign = -1
+    unguided = 0.0
+    shifts = True
     attentions = (
         Attention(
             r"layers\.\d+\.attention", (IMAGE._replace(multiple=32), TEXT._replace(multiple=32))
@@ -36,6 +39,18 @@ class ZImage(Model):
         """The layout's part of a call, of lists with an entry a sample; time rises there."""
         text = pad_sequence(arguments["cap_feats"], batch_first=True)
         return Call(1000 * (1 - arguments["t"]), text, torch.stack(arguments["x"]))
+
+    def guided(self, negative: Tensor, prompt: Tensor, scale: float) -> Tensor:
+        """The estimate of two, for which a scale of 0 is the prompt's alone."""
+        return prompt + scale * (prompt - negative)
+
+    def given(self, latents: Tensor) -> list[Tensor]:
+        """Latents [B, C, H, W] as a list of [C, 1, H, W]."""
+        return list(latents.unsqueeze(2).unbind(0))
+
+    def taken(self, made: list[Tensor]) -> Tensor:
+        """A list of [C, 1, H, W] as [B, C, H, W]."""
+        return torch.stack(made).squeeze(2)
 
     def write(self, arguments: dict[str, Any], text: Tensor) -> None:
         """Put text tokens [B, L, C] into a call, as many in each sample as there were."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dense_attn import _checks
 
@@ -41,6 +42,14 @@ class Kandinsky5(Model):
         """The layout's part of a call, with the channels of latents before their frames."""
         call = super().read(arguments)
         return call._replace(latents=call.latents.movedim(-1, 1))
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as a video [B, 1, H, W, C]."""
+        return latents.movedim(1, -1).unsqueeze(1)
+
+    def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """A video of one frame [B, 1, H, W, C] as latents [B, C, H, W]."""
+        return latents.squeeze(1).movedim(-1, 1)
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's; the places of all begin anew."""

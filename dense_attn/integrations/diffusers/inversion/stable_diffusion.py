@@ -1,4 +1,4 @@
-"""Which pipelines reversible chains take, and latents of theirs."""
+"""Which pipelines of Stable Diffusion 1 and 2 reversible chains take, and latents of theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dense_attn import _checks
 
-from .hooks import unwrapped, watchers
+from ..hooks import unwrapped, watchers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -27,6 +27,14 @@ WANTED = {  # what a U-Net's config says that it wants beside latents, timestep 
     "num_class_embeds": "class labels",
     "time_cond_proj_dim": "the guidance scale's embedding, as those distilled for few steps (LCM)",
 }
+
+
+def is_stable_diffusion(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline is to be one of Stable Diffusion 1 or 2: XL's U-Net is told of sizes."""
+    unet = unwrapped(getattr(pipe, "unet", None))
+    if type(unet).__name__ != "UNet2DConditionModel":
+        return getattr(pipe, "transformer", None) is None
+    return unet.config.addition_embed_type != "text_time"
 
 
 def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> None:

@@ -16,26 +16,40 @@ if TYPE_CHECKING:
 DEEP = ("I", "F")  # how the modes begin of whose values PIL cuts off what 8 bits do not hold
 
 
-def check_images(pipe: DiffusionPipeline, images: Any) -> list[Any] | Tensor:
-    """PIL images in colour and of one size, or a tensor [B, 3, H, W] in 0..1."""
+def check_images(
+    pipe: DiffusionPipeline, images: Any, least: int | None = None
+) -> list[Any] | Tensor:
+    """PIL images in colour and of one size, or a tensor [B, 3, H, W] in 0..1.
+
+    `least`: pixels on a side, None for the image processor's own.
+    """
     # ConsistencyDecoderVAE has another name for it
     channels = getattr(pipe.vae.config, "in_channels", 3)
     if channels != 3:
         got = f"{type(pipe).__name__} with {channels}"
         _checks.refuse("pipe", "have a VAE of images of 3 channels", got)
     images = _tensor(images) if isinstance(images, Tensor) else _pictures(images)
-    least, (width, height) = pipe.image_processor.config.vae_scale_factor, size_of(images)
+    least = least or pipe.image_processor.config.vae_scale_factor
+    width, height = size_of(images)
     if min(width, height) < least:
         _checks.refuse("image", f"be of at least {least} x {least} pixels", f"{width} x {height}")
     return images
 
 
-def pixels_of(pipe: DiffusionPipeline, images: list[Any] | Tensor) -> Tensor:
-    """Images [B, 3, H, W] in -1..1 of sides that the VAE takes; says so where they were others."""
-    pixels = pipe.image_processor.preprocess(images)
-    before, after = size_of(images), size_of(pixels)
+def pixels_of(
+    pipe: DiffusionPipeline, images: list[Any] | Tensor, unit: int | None = None
+) -> Tensor:
+    """Images [B, 3, H, W] in -1..1 of sides that the VAE takes; says so where they were others.
+
+    `unit`: what the sides are to be multiples of, None for the image processor's own.
+    """
+    before, sides = size_of(images), {}
+    if unit is not None:
+        sides = {name: side - side % unit for name, side in zip(("width", "height"), before)}
+    pixels = pipe.image_processor.preprocess(images, **sides)
+    after = size_of(pixels)
     if before != after:
-        unit = pipe.image_processor.config.vae_scale_factor
+        unit = unit or pipe.image_processor.config.vae_scale_factor
         rule = f"have sides of multiples of {unit} to be taken as it is"
         text = f"image must {rule}, got {before[0]} x {before[1]}"
         warnings.warn(f"{text}: it is resized to {after[0]} x {after[1]}", stacklevel=3)

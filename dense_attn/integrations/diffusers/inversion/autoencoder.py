@@ -1,0 +1,80 @@
+"""Pixels to the latents of a pipeline's loop and back, as its VAE and its record have them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dense_attn import _checks
+
+from ..hooks import unwrapped
+from ..models.record import Model
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Affine = tuple[float | Tensor, float | Tensor]
+
+
+def encoded(pipe: DiffusionPipeline, model: Model, pixels: Tensor) -> Tensor:
+    """The latents of pixels [B, 3, H, W] in -1..1, without noise."""
+    vae = unwrapped(pipe.vae)
+    video = _of_videos(vae)
+    pixels = pixels.to(vae.dtype)
+    made = pipe.vae.encode(pixels.unsqueeze(2) if video else pixels)
+    if hasattr(made, "latent_dist"):
+        x = made.latent_dist.mode()
+    else:  # AutoencoderTiny and AutoencoderDC, which draw nothing
+        x = made.latents if hasattr(made, "latents") else made.latent
+    shift, scale = _affine(vae, model, x)
+    x = ((x.squeeze(2) if video else x) - shift) * scale
+    x = model.arranged(x)
+    if hasattr(vae, "bn"):
+        mean, deviation = _of_tokens(vae, x)
+        x = (x - mean) / deviation
+    if not x.isfinite().all():
+        rule = "have a VAE that makes finite latents of image"
+        _checks.refuse("pipe", rule, f"nan or inf in {_checks.name(vae.dtype)}")
+    return x
+
+
+def decoded(pipe: DiffusionPipeline, model: Model, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The images [B, 3, H, W] of latents, in -1..1."""
+    vae = unwrapped(pipe.vae)
+    x = x.to(vae.dtype)
+    if hasattr(vae, "bn"):
+        mean, deviation = _of_tokens(vae, x)
+        x = x * deviation + mean
+    x = model.pictured(x, grid)
+    shift, scale = _affine(vae, model, x)
+    x = x / scale + shift
+    if _of_videos(vae):
+        return pipe.vae.decode(x.unsqueeze(2)).sample.squeeze(2).float()
+    return pipe.vae.decode(x).sample.float()
+
+
+def _affine(vae: torch.nn.Module, model: Model, like: Tensor) -> Affine:
+    """The shift of a VAE's latents [B, C, H, W], and the scale of the rest."""
+    config = vae.config
+    scale = config.get("scaling_factor") or 1.0
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and deviation is not None:
+        options = {"dtype": like.dtype, "device": like.device}
+        mean, deviation = (
+            torch.tensor(numbers, **options).view(1, -1, 1, 1) for numbers in (mean, deviation)
+        )
+        return mean, scale / deviation
+    return (config.get("shift_factor") or 0.0) if model.shifts else 0.0, scale
+
+
+def _of_tokens(vae: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the tokens of FLUX.2's VAE, which has learned them."""
+    variance = vae.bn.running_var + vae.config.batch_norm_eps
+    return vae.bn.running_mean.to(like), variance.sqrt().to(like)
+
+
+def _of_videos(vae: torch.nn.Module) -> bool:
+    """Whether a VAE takes images as videos of one frame, as Qwen-Image's does."""
+    return any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())

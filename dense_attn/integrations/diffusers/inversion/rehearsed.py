@@ -1,0 +1,200 @@
+"""Any pipeline of a known denoiser as a reversible chain, asked as it asks by itself."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dense_attn import ReversibleSampler, _checks
+
+from ..hooks import unwrapped, watchers
+from ..models import model_of
+from .chain import GUIDANCE, on_noise
+from .rehearsal import Ask, combined, rehearse
+from .schedules import is_flow, noise_of, of_flow, of_noise, velocities
+from .settings import Settings, in_words
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..models.record import Model
+
+# arguments of pipelines' calls that change texts, numbers that networks are told, and sigmas
+CALL = (
+    *("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "guidance_scale", "sigmas"),
+    *("mu", "max_sequence_length", "clip_skip", "clean_caption", "system_prompt"),
+    *("complex_human_instruction", "text_encoder_out_layers", "original_size", "target_size"),
+    *("crops_coords_top_left", "negative_original_size", "negative_target_size"),
+    *("negative_crops_coords_top_left",),
+)
+PARTS = ("vae", "image_processor")  # which make tensors of images, and images of tensors
+BESIDE = {  # what pipelines have that make more of an image, by where they say so
+    "__init__": {"controlnet", "adapter"},
+    "prepare_latents": {"image", "images", "video"},
+    "__call__": {"control_image", "control_video", "video"},
+}
+
+
+class Rehearsed:
+    """A reversible sampler on a pipeline's schedule, with its denoiser as the network.
+
+    The pipeline prepares itself: a copy of it is called with a stand-in for the denoiser, and what
+    that is asked in each step is asked again of the denoiser itself, of other latents.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        settings: Settings,
+        count: int,
+        generator: torch.Generator | None = None,
+        *,
+        guided: bool = True,
+    ) -> None:
+        """Rehearse the pipeline's run; `guided`: whether it guides where nothing is said."""
+        settings.check()
+        self.model = model_of(pipe)
+        takes = inspect.signature(type(pipe).__call__).parameters
+        name, scale = _guidance(self.model, takes, settings.guidance_scale, guided)
+        self.scale, self.settings = scale, replace(settings, guidance_scale=scale)
+        given = self._arguments(takes, settings.texts(count), generator) | {name: scale}
+        steps = settings.num_inference_steps
+        flow = is_flow(pipe.scheduler)
+        scheduler = of_flow(pipe, steps) if flow else _kept(of_noise(pipe, steps), pipe)
+        self.alphas = None if flow else velocities(scheduler)
+        found = rehearse(pipe, self.model, scheduler, scale, given)
+        self.latents = found.latents  # noise as the pipeline draws it
+        scheduler.timesteps = scheduler.timesteps.cpu()  # read in each step
+        self._asks = dict(zip(scheduler.timesteps.tolist(), found.steps))
+        dtype = found.steps[0][0].dtype
+        if flow:
+            with in_words(pipe):
+                self.sampler = ReversibleSampler.from_scheduler(
+                    scheduler, dtype=dtype, **settings.sampler
+                )
+        else:
+            self.sampler = on_noise(pipe, scheduler, settings, dtype)
+
+    def eps(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided estimate of the velocity, or the noise, in x."""
+        asks = self._asks[t.item()]
+        out = combined(self.model, asks, [ask.again(self.model, x) for ask in asks], self.scale)
+        return noise_of(self.alphas, t, x, out)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The latents' height and width."""
+        first: Ask = next(iter(self._asks.values()))[0]
+        given = first.bound.arguments | {self.model.latents: self.model.given(self.latents)}
+        return self.model.grid(self.model.read(given))
+
+    def check(self, argument: str, latents: Tensor) -> None:
+        """Refuse latents of another shape than the pipeline's, or elsewhere."""
+        shape = tuple(self.latents.shape)
+        if tuple(_checks.floats(argument, latents).shape) != shape:
+            _checks.refuse(argument, f"have pipe's shape {shape}", tuple(latents.shape))
+        if latents.device.type != self.latents.device.type:
+            _checks.refuse(argument, f"be on pipe's device {self.latents.device}", latents.device)
+        if not latents.isfinite().all():
+            _checks.refuse(argument, "be finite", "nan or inf")
+
+    def _arguments(
+        self, takes: Any, texts: dict[str, list[str]], generator: torch.Generator | None
+    ) -> dict[str, Any]:
+        """The arguments of the pipeline's call, but for the guidance."""
+        settings = self.settings
+        height, width = settings.size
+        given = {
+            "prompt": [*texts["prompt"]],  # Z-Image's pipeline writes to its list
+            "height": height,
+            "width": width,
+            "num_inference_steps": settings.num_inference_steps,
+            "generator": generator,
+            "output_type": "latent",
+        }
+        if settings.guidance_scale > self.model.unguided:
+            given["negative_prompt"] = [*texts["negative_prompt"]]
+        if "negative_prompt" not in takes:
+            given.pop("negative_prompt", None)
+            if any(texts["negative_prompt"]):
+                got = texts["negative_prompt"]
+                _checks.refuse("negative_prompt", "be empty where pipe's call takes none", got)
+        if "use_resolution_binning" in takes:
+            given["use_resolution_binning"] = False
+        own = set() if "true_cfg_scale" in takes else {"guidance_scale"}
+        known = tuple(name for name in CALL if name in takes.keys() - own)
+        for name in settings.call:
+            _checks.choice("call", name, known)
+        return {name: value for name, value in given.items() if value is not None} | settings.call
+
+
+def _kept(scheduler: Any, pipe: DiffusionPipeline) -> Any:
+    """A scheduler whose timesteps a pipeline's call leaves as they are."""
+    scheduler.timesteps = scheduler.timesteps.to(pipe._execution_device)
+    scheduler.set_timesteps = lambda *_, **__: None
+    return scheduler
+
+
+def _guidance(model: Model, takes: Any, scale: float | None, guided: bool) -> tuple[str, float]:
+    """The argument of a pipeline's call that guides without a classifier, and its value."""
+    name = "true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale"
+    own = takes[name].default
+    if scale is not None:
+        return name, float(scale)
+    if "negative_prompt" not in takes and "negative_prompt_embeds" not in takes:
+        return name, own  # a number that the network is told
+    return name, min(GUIDANCE, own) if guided else model.unguided
+
+
+def factor(pipe: DiffusionPipeline) -> int:
+    """Pixels on a side of a latent."""
+    return getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
+
+
+def size_of(pipe: DiffusionPipeline, latents: Tensor) -> tuple[int | None, int | None]:
+    """The height and width of latents in pixels, where their shape says it."""
+    if latents.dim() != 4:
+        return None, None
+    return tuple(factor(pipe) * side for side in latents.shape[2:])
+
+
+def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
+    """Refuse pipelines that make no image of a prompt alone, or miss a part.
+
+    Args:
+        pipe: any.
+        pictures: whether images are to be made tensors or tensors images.
+
+    Returns:
+        What the sides of images are to be multiples of.
+    """
+    model, kind = model_of(pipe), type(pipe).__name__
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if not {"prompt", "height", "width", "generator"} <= takes.keys():
+        _checks.refuse("pipe", "make images of prompts", kind)
+    for method, names in BESIDE.items():
+        known = inspect.signature(getattr(type(pipe), method, check_pipe)).parameters
+        for name in sorted(names & known.keys()):
+            _checks.refuse("pipe", "make images of a prompt alone", f"{kind} with {name}")
+    if "num_frames" in takes:
+        _checks.refuse("pipe", "make images, not videos", kind)
+    missing = [name for name in PARTS if pictures and getattr(pipe, name, None) is None]
+    if missing:
+        _checks.refuse("pipe", "have a VAE and image_processor", f"no {', '.join(missing)}")
+    for denoiser in map(unwrapped, model.denoisers(pipe).values()):
+        if watchers(denoiser):
+            _checks.refuse(
+                "pipe",
+                "be outside of apply_layout and semantic_guidance",
+                "a pipeline inside of such a block",
+            )
+        if getattr(denoiser, "is_cache_enabled", False):
+            _checks.refuse("pipe", "have no cache between the steps", f"{kind} with enable_cache")
+        projection = type(getattr(denoiser, "encoder_hid_proj", None)).__name__
+        if getattr(pipe, "is_ip_adapter_active", False) or "IPAdapter" in projection:
+            _checks.refuse("pipe", "have no IP-Adapter", f"{kind} with one")
+    return factor(pipe) * model.patch

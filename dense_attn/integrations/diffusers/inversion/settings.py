@@ -1,0 +1,78 @@
+"""Settings of a chain, on the way to the noise and back, and their words in refusals."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dense_attn import _checks
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+SAMPLER = ("method", "mix", "gamma", "alternate", "exact", "backend")
+WORDS = {  # what the sampler is given here, as a caller knows it
+    "timesteps": "num_inference_steps",
+    "alphas_cumprod": "the noise schedule of pipe",
+    "scheduler": "pipe.scheduler",
+    "decode_fn": "pipe.vae",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are sampled; the way back takes the same.
+
+    Attributes:
+        guidance_scale: None for the pipeline's own, 3 at most.
+        sampler: further arguments of `ReversibleSampler`.
+        call: further arguments of the pipeline's call.
+        size: height and width of the images in pixels, where the pipeline's call is told.
+    """
+
+    prompt: str | list[str]
+    negative_prompt: str | list[str]
+    guidance_scale: float | None
+    num_inference_steps: int
+    sampler: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int | None, int | None] = (None, None)
+
+    def check(self) -> None:
+        """Refuse numbers and names that no chain knows."""
+        if self.guidance_scale is not None:
+            _checks.number("guidance_scale", self.guidance_scale)
+        for argument, given in (("sampler", self.sampler), ("call", self.call)):
+            if not isinstance(given, dict):
+                _checks.refuse(argument, "be a dict", type(given).__name__, TypeError)
+        for name in self.sampler:
+            _checks.choice("sampler", name, SAMPLER)
+
+    def texts(self, count: int) -> dict[str, list[str]]:
+        """A prompt and a negative prompt for each image."""
+        if not count:
+            _checks.refuse("prompt", "hold at least one", "none")
+        texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        for argument, text in texts.items():
+            texts[argument] = [text] * count if isinstance(text, str) else text
+            if not isinstance(texts[argument], list) or not all(
+                isinstance(one, str) for one in texts[argument]
+            ):
+                rule = "be a string or a list of strings"
+                _checks.refuse(argument, rule, repr(text), TypeError)
+            if len(texts[argument]) != count:
+                rule = f"hold one entry for each of the {count} images"
+                _checks.refuse(argument, rule, len(text))
+        return texts
+
+
+def in_words(pipe: DiffusionPipeline, **more: str) -> AbstractContextManager[None]:
+    """A sampler's refusals in the words of who called invert, reconstruct or optimize."""
+    network = "pipe.unet" if getattr(pipe, "unet", None) is not None else "pipe.transformer"
+    own = {
+        "dtype": f"{network}'s dtype",
+        "eps_fn": network,
+        "eps_fn's result": f"{network}'s result",
+    }
+    return _checks.renamed(WORDS | own | more)
