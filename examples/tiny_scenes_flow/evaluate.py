@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from dense_attn import _command
 
 from ..tiny_scenes import edits
+from ..tiny_scenes.editing import grids, unique
 from ..tiny_scenes.evaluate import Evaluation, Results, evaluate, gate_line
 from ..tiny_scenes.layouts import gate
 from . import inversion, layouts, optimisation, sheet
-from .model import OneEncoder, load_pipeline
+from .model import load_pipeline
 
 PARTS: dict[str, Callable[[Any, bool, int], Results]] = {
     "gate": lambda pipe, quick, _: gate(pipe, 4 if quick else 200),
@@ -20,6 +20,8 @@ PARTS: dict[str, Callable[[Any, bool, int], Results]] = {
         pipe, *((2, 1, 2) if quick else (100, seeds, 40))
     ),
     "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 12),
+    "grids": lambda pipe, quick, _: grids.study(pipe, 2 if quick else 8),
+    "unique": lambda pipe, quick, _: unique.study(pipe, 2 if quick else 16),
     "inversion": lambda pipe, quick, _: inversion.study(
         pipe, *((1, (4,), (8,), 10) if quick else ())
     ),
@@ -28,6 +30,8 @@ PARTS: dict[str, Callable[[Any, bool, int], Results]] = {
 TABLES = {
     "layouts": layouts.table,
     "edits": edits.table,
+    "grids": grids.table,
+    "unique": unique.table,
     "inversion": inversion.table,
     "optimisation": optimisation.table,
 }
@@ -44,14 +48,12 @@ def tables(results: Results) -> list[str]:
     return shown + [table(results[name]) for name, table in TABLES.items() if name in results]
 
 
-def draw(pipe: OneEncoder, results: Results, parts: list[str], file: Path) -> None:
-    """The sheet of layouts."""
-    if "layouts" in parts:
-        sheet.draw(pipe, file.with_suffix(".png"))
-
-
+PLOTS = {
+    "layouts": lambda pipe, _, output: sheet.draw(pipe, output),
+    "edits": lambda _, result, output: edits.plot(result, output),
+}
 EVALUATION = Evaluation(
-    "dense_attn.examples.tiny_scenes_flow.evaluate", load_pipeline, PARTS, tables, draw
+    "dense_attn.examples.tiny_scenes_flow.evaluate", load_pipeline, PARTS, tables, PLOTS
 )
 
 
