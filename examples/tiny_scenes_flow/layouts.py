@@ -61,7 +61,7 @@ def tried() -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 40) -> dict[str, Any]:
+def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 24) -> dict[str, Any]:
     """Weights and windows on layouts of their own, then all settings on the same ones and noises.
 
     Args:
