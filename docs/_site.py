@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "index.md", content=readme))
     for picture in sorted((ROOT / RESULTS).glob("*.png")):
         files.append(File.generated(config, RESULTS + picture.name, abs_src_path=str(picture)))
-    card = ROOT / "examples/tiny_scenes/README.md"
-    files.append(File.generated(config, "tiny_scenes.md", content=card.read_text(encoding="utf-8")))
+    for card in sorted(ROOT.glob("examples/*/README.md")):
+        text = card.read_text(encoding="utf-8")
+        files.append(File.generated(config, f"{card.parent.name}.md", content=text))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """A page's text with its links to those files as they lie in the site."""
-    return markdown.replace(f"](../{RESULTS}", f"]({RESULTS}").replace(
-        "](../examples/tiny_scenes/README.md", "](tiny_scenes.md"
-    )
+    markdown = re.sub(rf"\]\((\.\./)*\.\./{RESULTS}", rf"](\1{RESULTS}", markdown)
+    return re.sub(r"\]\((\.\./)*\.\./examples/(\w+)/README\.md", r"](\1\2.md", markdown)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dense_attn import _files, _progress
@@ -61,7 +61,7 @@ def open_prompts(kind: str, count: int) -> list[OpenPrompt]:
 KINDS = ("colour", "ground", "presence", "size", "contradiction")
 
 
-def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
+def study(pipe: DiffusionPipeline, count: int = 12) -> dict[str, Any]:
     """All curves on `count` prompts of each kind."""
     result: dict[str, Any] = {
         "prompts": count,
@@ -95,7 +95,7 @@ def study(pipe: StableDiffusionPipeline, count: int = 12) -> dict[str, Any]:
 
 
 def effect(
-    pipe: StableDiffusionPipeline, own: list[OpenPrompt], plain: Tensor, **options: Any
+    pipe: DiffusionPipeline, own: list[OpenPrompt], plain: Tensor, **options: Any
 ) -> dict[str, Any]:
     """The pixels that become a colour, and the change where things were and elsewhere."""
     made = edited(pipe, own, [[case.concept] for case in own], **options)
@@ -117,7 +117,7 @@ def effect(
     }
 
 
-def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
+def same_tables(pipe: DiffusionPipeline, count: int) -> dict[str, Any]:
     """How far kernels and reference are apart under edits: in a pixel, and in pixels gained."""
     name, pixel, gained = kernels("sega_guidance"), 0.0, 0
     for kind in _progress.track(KINDS, "edits, both backends", "kind"):
@@ -141,7 +141,7 @@ def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
     }
 
 
-def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
+def isolation(pipe: DiffusionPipeline, count: int) -> dict[str, Any]:
     """The gain of a ground and of a colour, each alone and both at once."""
     own = open_prompts("colour", count)
     own = [case._replace(prompt=case.prompt.removesuffix(" on gray")) for case in own]
@@ -155,7 +155,7 @@ def isolation(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
 
 
 def edited(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     own: list[OpenPrompt],
     concepts: list[list[str]],
     momentum: dict[str, float] | None = None,
@@ -179,31 +179,37 @@ def edited(
     return torch.stack([images[b] for b in range(len(own))])
 
 
-def swapped(
-    pipe: StableDiffusionPipeline, own: list[OpenPrompt], begin: int | None = None
-) -> Tensor:
+def swapped(pipe: DiffusionPipeline, own: list[OpenPrompt], begin: int | None = None) -> Tensor:
     """Images whose prompt turns into the one that says it all at a step, that of an edit's."""
     begin = USUAL["warmup"] if begin is None else begin
     first, then = (
-        pipe.encode_prompt(
-            [getattr(case, name) for case in own], pipe.device, 1, True, [""] * len(own)
-        )
-        for name in ("prompt", "asked")
+        embeddings(pipe, [getattr(case, name) for case in own]) for name in ("prompt", "asked")
     )
-    both = torch.cat(then[::-1])  # unconditional, then conditional
+    names = [name for name in first if not name.startswith("negative_")]
+    both = {name: torch.cat([then[f"negative_{name}"], then[name]]) for name in names}
 
     def swap(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors | ({"prompt_embeds": both} if step + 1 == begin else {})
+        return tensors | (both if step + 1 == begin else {})
 
     return generate(
         pipe,
         None,
         range(len(own)),
-        prompt_embeds=first[0],
-        negative_prompt_embeds=first[1],
+        **first,
         callback_on_step_end=swap,
-        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        callback_on_step_end_tensor_inputs=names,
     )
+
+
+def embeddings(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    """A call's embeddings of prompts and of as many empty ones, by the names of its arguments."""
+    texts = {"prompt": prompts, "negative_prompt": [""] * len(prompts), "device": pipe.device}
+    if hasattr(pipe, "tokenizer_3"):
+        texts |= {"prompt_2": None, "prompt_3": None}
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    found = pipe.encode_prompt(**texts, **options)
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    return dict(zip((*names, "pooled_prompt_embeds", "negative_pooled_prompt_embeds"), found))
 
 
 def _gain(images: Tensor, plain: Tensor, own: list[OpenPrompt]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -97,7 +97,7 @@ def study(
     parts_of_all = len(settings) * len(list(batches(work)))
     with _progress.bar(parts_of_all, "layouts", shown=True, unit="batch") as advance:
         for name, setting in settings.items():
-            rows[name] = _scores(pipe, work, setting, backend, advance)
+            rows[name] = scores(pipe, work, setting, backend, advance)
     return {
         "layouts": count,
         "seeds": seeds,
@@ -105,7 +105,12 @@ def study(
         "backend": backend,
         "settings": {name: setting for name, setting in settings.items() if setting is not None},
         "tuned": weights,
-        "rows": {name: _row(name, rows, count) for name in rows},
+        "rows": {
+            name: row(
+                name, rows, count, ("plain", "DenseDiffusion", *([CHOSEN] if name in TUNED else []))
+            )
+            for name in rows
+        },
     }
 
 
@@ -125,7 +130,7 @@ def matched(
             for weight in weights
         }
         ious = {
-            weight: _scores(pipe, work, tried[weight], backend)["iou"].mean().item()
+            weight: scores(pipe, work, tried[weight], backend)["iou"].mean().item()
             for weight in weights
         }
         found[name] = {str(weight): iou for weight, iou in ious.items()}
@@ -133,17 +138,17 @@ def matched(
     return settings, found
 
 
-def _row(name: str, rows: dict[str, dict[str, Tensor]], groups: int) -> dict[str, Any]:
+def row(
+    name: str, rows: dict[str, dict[str, Tensor]], groups: int, others: Sequence[str]
+) -> dict[str, Any]:
     """Means, and differences to other settings on the same layouts and noises."""
     values = rows[name]
-    others = ("plain", "DenseDiffusion", *([CHOSEN] if name in TUNED else []))
-    row = {metric: summary(values[metric], groups) for metric in METRICS}
     paired = {
         f"{metric} - {other}": summary(values[metric] - rows[other][metric], groups)
         for metric in ("present", "iou")
         for other in others
     }
-    return row | paired
+    return {metric: summary(values[metric], groups) for metric in METRICS} | paired
 
 
 def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def same_tables(pipe: StableDiffusionPipeline, count: int) -> dict[str, Any]:
     }
 
 
-def _scores(
+def scores(
     pipe: StableDiffusionPipeline,
     work: list[tuple[Scene, int]],
     setting: dict | None,

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dense_attn._backends import table
-from dense_attn.integrations.diffusers import apply_layout
+from dense_attn.integrations.diffusers import Region, apply_layout
 
 from .scenes import COLOURS, PRESENT, Scene, colour_masks, masks
 
@@ -32,7 +32,7 @@ LAYOUTS: dict[str, dict[str, Any] | None] = {
 
 
 def generate(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str] | None,
     seeds: Sequence[int],
     inside: Any = None,
@@ -41,7 +41,7 @@ def generate(
     """Images [B, 3, 32, 32] in 0..1, each from the noise of its own seed."""
     block: AbstractContextManager = nullcontext() if inside is None else inside
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | options
+    options = usual_of(pipe) | options
     with block:
         images = pipe(
             prompts and list(prompts), generator=generators, output_type="pt", **options
@@ -49,20 +49,32 @@ def generate(
     return images.cpu()
 
 
+def usual_of(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """How a model makes its images."""
+    usual = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    return usual | getattr(pipe, "usual", {})
+
+
 def laid_out(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     scenes: Sequence[Scene],
     seeds: Sequence[int],
     setting: dict | None,
     backend: str,
 ) -> Tensor:
-    """An image of each scene's caption, under its layout by the options of `apply_layout`."""
+    """An image of each scene's caption, under its layout by the options of `apply_layout`.
+
+    With "prompts" among the options a scene's phrases are prompts of their regions.
+    """
     prompts = [scene.caption for scene in scenes]
     if setting is None:
         return generate(pipe, prompts, seeds)
+    options = {name: value for name, value in setting.items() if name != "prompts"}
     regions = [list(zip(scene.phrases, masks(scene).numpy())) for scene in scenes]
+    if setting.get("prompts"):
+        regions = [[Region(mask, phrase) for phrase, mask in own] for own in regions]
     return generate(
-        pipe, prompts, seeds, apply_layout(pipe, prompts, regions, backend=backend, **setting)
+        pipe, prompts, seeds, apply_layout(pipe, prompts, regions, backend=backend, **options)
     )
 
 

@@ -162,29 +162,23 @@ def overlap(image: Tensor, row: Row) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def draw(rows: Sequence[Row], images: dict[str, Tensor], output: Path) -> None:
-    """Write the sheet to a file."""
+def draw(rows: Sequence[Row], images: dict[str, Tensor], output: Path, millions: int = 4) -> None:
+    """Write the sheet to a file, with a column for each name of images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 0.6 + 2.25 * len(rows)), dpi=110, layout="constrained")
-    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
-    for line, row in zip(range(len(rows)), rows):
-        for place, name in zip(axes[line], COLUMNS):
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for line, row in enumerate(rows):
+        for place, name in zip(axes[line], images):
             _draw_one(place, images[name][line], row, name)
-        axes[line][-1].set_xlabel(
-            f"{axes[line][-1].get_xlabel()}, on {other_ground(images['DenseDiffusion'][line])}"
-        )
+        if COLUMNS[-1] in images:
+            ground = other_ground(images["DenseDiffusion"][line])
+            axes[line][-1].set_xlabel(f"{axes[line][-1].get_xlabel()}, on {ground}")
         axes[line][0].set_ylabel(row.prompt.replace(" and ", "\nand "), fontsize=9)
-    for place, name in zip(axes[0], COLUMNS):
+    for place, name in zip(axes[0], images):
         place.set_title(name, fontsize=11, fontweight="bold")
-    figure.supxlabel(
-        (
-            "Numbers: overlap (IoU) of each phrase's colour with its region. A model of 4 "
-            "million parameters."
-        ),
-        fontsize=9,
-        color="#666666",
-    )
+    note = "Numbers: overlap (IoU) of each phrase's colour with its region. A model of"
+    figure.supxlabel(f"{note} {millions} million parameters.", fontsize=9, color="#666666")
     _files.write_by(output, partial(figure.savefig, format=output.suffix[1:]))
 
 

@@ -36,7 +36,7 @@ KEPT_EVERY = 250  # steps
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model says of its training, in functions of a module, which other processes find."""
+    """A model's own part of its training, in functions of a module, which other processes find."""
 
     program: str  # the module to run
     make: Callable[[Path | None], DiffusionPipeline]  # with the weights of a file, or random ones

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -26,6 +26,8 @@ LAYERS, HEADS, HEAD = 4, 4, 48  # of the transformer
 
 class OneEncoder(StableDiffusion3Pipeline):
     """Stable Diffusion 3's pipeline with the first of its three text encoders alone."""
+
+    usual: ClassVar[dict[str, float]] = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
     def _get_clip_prompt_embeds(
         self, *args: Any, clip_model_index: int = 0, **options: Any

@@ -120,7 +120,7 @@ def test_differences_are_paired() -> None:
             "DenseDiffusion": [0.1, 0.6, 1.1],
         }.items()
     }
-    row = layouts._row("DenseDiffusion", rows, 3)
+    row = layouts.row("DenseDiffusion", rows, 3, ("plain", "DenseDiffusion"))
     assert row["iou"]["error"] == pytest.approx(0.5 / 3**0.5)
     assert row["iou - plain"] == pytest.approx({"mean": 0.1, "error": 0.0}, abs=1e-6)
     assert row["iou - DenseDiffusion"] == {"mean": 0.0, "error": 0.0}

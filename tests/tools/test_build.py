@@ -109,6 +109,7 @@ def test_an_installation_holds_what_git_tracks(tmp_path: Path) -> None:
         "dense_attn/triton_kernels/sega/__init__.py",
         "dense_attn/benchmarks/harness/__init__.py",
         "dense_attn/examples/tiny_scenes/tiny_scenes.safetensors",
+        "dense_attn/examples/tiny_scenes_flow/tiny_scenes_flow.safetensors",
     }
     assert tracked - shipped == set()
     assert shipped - tracked - installed(git_files("--others", "--exclude-standard")) == set()

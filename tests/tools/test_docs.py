@@ -11,9 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "examples/app/README.md",
-    ROOT / "examples/tiny_scenes/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
 ]
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)")
@@ -28,7 +27,7 @@ WITH_CODE = {
 
 
 def name_of(page: Path) -> str:
-    return page.parent.name if page.is_relative_to(ROOT / "examples") else page.stem
+    return page.parent.name if page.parent.parent.name == "examples" else page.stem
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ NAMED = {  # what makes floats, or takes the dtype of Python's numbers
     *("randn", "eye", "arange", "linspace", "logspace"),
 }
 PLACED = {"randint", "randperm"}  # integers by themselves
-SOURCES = tree.python_files("dense_attn", "triton_kernels", "examples/tiny_scenes")
+SOURCES = tree.python_files(
+    "dense_attn", "triton_kernels", "examples/tiny_scenes", "examples/tiny_scenes_flow"
+)
 
 
 def nameless(source: str) -> list[int]:

@@ -1,0 +1,170 @@
+"""The study of layouts on joint attention: which modulation, on which pairs, how strong, when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from dense_attn import _progress
+
+from ..tiny_scenes.layouts import row, scores
+from ..tiny_scenes.scenes import Scene, draw_scene
+from ..tiny_scenes.score import markdown, said
+from .model import OneEncoder
+
+TO_TEXT, TO_IMAGE = "image->text", "image->image"
+BLOCKS: dict[str, tuple[str, ...]] = {  # pairs of queries and keys
+    "image->text": (TO_TEXT,),
+    "image->text, text->image": (TO_TEXT, "text->image"),
+    "image->text, image->image": (TO_TEXT, TO_IMAGE),
+    "all pairs": (TO_TEXT, TO_IMAGE, "text->image", "text->text"),
+    "image->image": (TO_IMAGE,),
+    "text->image": ("text->image",),
+}
+WEIGHTS = {"bias": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0), "range": (0.3, 1.0, 3.0)}
+HALF = {"active": 0.5, "exponent": 0.0}  # of the steps, as strong in all of them
+SHIFTS, WINDOWS = (1.0, 3.0), (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+DEFAULT = "bias 3 on image->text"
+OTHERS: dict[str, dict[str, Any] | None] = {  # beside those whose weights are chosen
+    "plain": None,
+    DEFAULT: {},
+    "range 1 and 0.3, first 30%": {"modulation": "range"},
+    "mask on image->text": {"modulation": "mask", "blocks": (TO_TEXT,)} | HALF,
+    "mask on all pairs": {"modulation": "mask", "blocks": BLOCKS["all pairs"]} | HALF,
+    "a prompt per region": {"prompts": True},
+    "a prompt per region, base_ratio 0.3": {"prompts": True, "base_ratio": 0.3},
+}
+
+
+def bias(blocks: tuple[str, ...], weight: float) -> dict[str, Any]:
+    """The options of a constant on some pairs."""
+    names = {"self_weight"} if TO_IMAGE in blocks else set()
+    names |= {"cross_weight"} if blocks != (TO_IMAGE,) else set()
+    return {"modulation": "bias", "blocks": blocks} | dict.fromkeys(sorted(names), weight) | HALF
+
+
+def tried() -> dict[str, dict[str, dict[str, Any]]]:
+    """Settings that have a weight to choose, and the options of each weight."""
+    found = {
+        f"bias on {name}": {str(weight): bias(blocks, weight) for weight in WEIGHTS["bias"]}
+        for name, blocks in BLOCKS.items()
+    }
+    found["range, first 50%"] = {
+        str(weight): {"modulation": "range", "cross_weight": weight, "self_weight": 0.3 * weight}
+        | HALF
+        for weight in WEIGHTS["range"]
+    }
+    return found
+
+
+def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 24) -> dict[str, Any]:
+    """Weights and windows on layouts of their own, then all settings on the same ones and noises.
+
+    Args:
+        pipe: the model.
+        count: of layouts, of two things.
+        seeds: noises of each.
+        tuning: layouts on which weights are chosen.
+    """
+    rng = random.Random(37)
+    own = [(draw_scene(rng, 2), 5000 + i) for i in range(tuning)]
+    scenes = [draw_scene(rng, 2) for _ in range(count)]
+    work = [(scene, seeds * i + seed) for i, scene in enumerate(scenes) for seed in range(seeds)]
+    weights, settings = {}, dict(OTHERS)
+    for name, ways in _progress.track(tried().items(), "weights", "kind"):
+        weights[name] = {weight: _means(pipe, own, options) for weight, options in ways.items()}
+        best = max(weights[name], key=lambda weight: weights[name][weight]["iou"])
+        settings[f"{name}, {float(best):g}"] = ways[best]
+    windows = {
+        f"{shift:g}": {
+            f"{part:g}": _window(pipe, own, shift, part)
+            for part in _progress.track(WINDOWS, f"windows, shift {shift:g}", "window")
+        }
+        for shift in SHIFTS
+    }
+    rows = {
+        name: scores(pipe, work, setting, "auto")
+        for name, setting in _progress.track(settings.items(), "layouts", "setting")
+    }
+    return {
+        "layouts": count,
+        "seeds": seeds,
+        "tuning": tuning,
+        "settings": {name: setting for name, setting in settings.items() if setting},
+        "weights": weights,
+        "windows": windows,
+        "rows": {name: row(name, rows, count, ("plain", DEFAULT)) for name in rows},
+    }
+
+
+def _means(
+    pipe: OneEncoder, work: list[tuple[Scene, int]], options: dict[str, Any]
+) -> dict[str, float]:
+    found = scores(pipe, work, options, "auto")
+    return {name: found[name].mean().item() for name in ("iou", "present")}
+
+
+def _window(
+    pipe: OneEncoder, work: list[tuple[Scene, int]], shift: float, part: float
+) -> dict[str, float]:
+    """The default's scores where it acts in a part of the steps, and the sigma where it ends."""
+    with shifted(pipe, shift) as sigmas:
+        end = sigmas[round(part * (len(sigmas) - 1))]
+        return _means(pipe, work, {"active": part}) | {"sigma": end}
+
+
+@contextmanager
+def shifted(pipe: OneEncoder, shift: float) -> Iterator[list[float]]:
+    """The pipeline on a schedule with more of its steps where noise is high, and its sigmas."""
+    before = pipe.scheduler
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(before.config, shift=shift)
+    pipe.scheduler.set_timesteps(pipe.usual["num_inference_steps"])
+    try:
+        yield pipe.scheduler.sigmas.tolist()
+    finally:
+        pipe.scheduler = before
+
+
+def table(result: dict[str, Any]) -> str:
+    """Rows of all settings, then the weights and windows that were tried, as Markdown."""
+    rows = []
+    for name, found in result["rows"].items():
+        paired = [
+            "-" if name == other else said(found[f"iou - {other}"], "+.3f")
+            for other in ("plain", DEFAULT)
+        ]
+        means = said(found["present"]), said(found["iou"]), f"{found['swapped']['mean']:.3f}"
+        rows.append([name, *means, *paired, f"{found['off_palette']['mean']:.3f}"])
+    title = f"{result['layouts']} layouts of 2 things, {result['seeds']} seeds each"
+    head = [title, "all things there", "IoU with the layout", "swapped layout", "IoU over plain"]
+    head += ["IoU over the default", "off palette"]
+    return "\n\n".join([markdown(head, rows), _weights(result), _windows(result)])
+
+
+def _weights(result: dict[str, Any]) -> str:
+    columns = sorted({float(weight) for ways in result["weights"].values() for weight in ways})
+    rows = [
+        [name, *(_pair(ways.get(str(weight))) for weight in columns)]
+        for name, ways in result["weights"].items()
+    ]
+    title = f"IoU / all there on {result['tuning']} other layouts, weight"
+    return markdown([title, *(f"{weight:g}" for weight in columns)], rows)
+
+
+def _windows(result: dict[str, Any]) -> str:
+    rows = []
+    for shift, found in result["windows"].items():
+        rows.append(
+            [f"shift {shift}", *(f"{_pair(own)} ({own['sigma']:.2f})" for own in found.values())]
+        )
+    parts = next(iter(result["windows"].values()))
+    title = "the default in the first part of the steps (sigma where it ends)"
+    return markdown([title, *(f"{float(part):.0%}" for part in parts)], rows)
+
+
+def _pair(found: dict[str, float] | None) -> str:
+    return "-" if found is None else f"{found['iou']:.3f} / {found['present']:.2f}"
