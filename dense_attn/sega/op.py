@@ -145,7 +145,7 @@ def guided(
     return eps.reshape_as(eps_uncond), momentum.reshape_as(eps_uncond)
 
 
-def addition(
+def parts(
     eps_uncond: Tensor,
     eps_text: Tensor,
     edits: Tensor,
@@ -153,19 +153,24 @@ def addition(
     user_mask: Tensor | None,
     options: tuple[object, ...],
     backend: str,
-) -> Tensor | None:
-    """The part of a step beside classifier-free guidance, in the wide dtype; None where nothing is.
+) -> tuple[Tensor | None, Tensor]:
+    """What a step adds to classifier-free guidance, None where nothing, and the momentum after.
 
-    It is the momentum of a step that keeps none of the old.
+    Both are in the wide dtype. The addition is the momentum of a step that keeps none of the old.
     """
-    _, scales, thresholds, weights, partials, all_warm, reverse, rate, _, summed = options
-    if not all_warm:
+    _, scales, thresholds, weights, partials, all_warm, reverse, rate, beta, summed = options
+    tensors = eps_uncond, eps_text, edits
+    none = [0.0] * len(weights)
+    if not all_warm:  # what is added and what the momentum takes have other weights
+        after = guided(*tensors, momentum, user_mask, options, backend)[1]
         if not any(partials):
-            return None
-        weights, momentum, rate = partials, None, 0.0
-    none, beta = [0.0] * len(weights), 0.0
-    alone = (1.0, scales, thresholds, weights, none, True, reverse, rate, beta, summed)
-    return guided(eps_uncond, eps_text, edits, momentum, user_mask, alone, backend)[1]
+            return None, after
+        alone = (1.0, scales, thresholds, partials, none, True, reverse, 0.0, 0.0, summed)
+        return guided(*tensors, None, user_mask, alone, backend)[1], after
+    alone = (1.0, scales, thresholds, weights, none, True, reverse, rate, 0.0, summed)
+    added = guided(*tensors, momentum, user_mask, alone, backend)[1]
+    kept = added * (1 - beta)
+    return added, kept if momentum is None else kept + beta * momentum
 
 
 def moved(

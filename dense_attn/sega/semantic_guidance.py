@@ -183,9 +183,11 @@ class SemanticGuidance:
         if momentum is None and self._recorded:  # of the run before
             self._recorded = None
         tensors = eps_uncond, eps_text, edits, momentum, user_mask
-        eps, after = op.guided(*tensors, options, self._backend)
-        if guided is not None or self._recorded is not None or applied is not None:
-            added = vectors.total(op.addition(*tensors, options, self._backend), applied)
+        if guided is None and self._recorded is None and applied is None:
+            eps, after = op.guided(*tensors, options, self._backend)
+        else:
+            added, after = op.parts(*tensors, options, self._backend)
+            added = vectors.total(added, applied)
             pair = (eps_uncond, eps_text) if guided is None else (guided, guided)
             eps = op.moved(*pair, added, options, self._backend)
             if self._recorded is not None:
@@ -228,12 +230,6 @@ class SemanticGuidance:
         self._kept_on = None if device is None else torch.device(device)
         self._recorded = []
         return self._recorded
-
-    def _spread(self, count: int) -> _Lists:
-        """The options of a number of concepts, kept for the steps that follow."""
-        lists = _Lists(*[inputs.spread(*named, count) for named in self._values.items()])
-        self._lists[count] = lists
-        return lists
 
     def _spread(self, count: int) -> _Lists:
         """The options of a number of concepts, kept for the steps that follow."""
