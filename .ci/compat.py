@@ -124,7 +124,7 @@ class Row:
 
 @dataclass
 class Built:
-    """What every environment gets, and the folder of the source distribution's tests."""
+    """The files that every environment gets, and the source distribution's tests."""
 
     wheel: Path
     tests: Path

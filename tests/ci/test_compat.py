@@ -55,7 +55,7 @@ class Programs:
 
     @staticmethod
     def seen(folder: Path, wrong: str) -> str:
-        """What an installation says of itself."""
+        """An installation's word of itself."""
         assert list(folder.glob("lib/python3/site-packages/dense_attn/_CUDA.so"))
         place = Path("/elsewhere") if wrong == "place" else folder
         state = "the compiled library does not load" if wrong == "library" else "available"

@@ -100,7 +100,7 @@ def test_what_fails_is_shown(
 
 
 def setup(*words: str) -> str:
-    """What a program with setup.py's distribution at hand says."""
+    """The output of a program with setup.py's distribution at hand."""
     done = subprocess.run(words, cwd=wheels.ROOT, check=True, capture_output=True, text=True)
     return done.stdout + done.stderr
 

@@ -27,7 +27,7 @@ def fault(command: str) -> str:
 
 
 def commands(path: Path) -> list[str]:
-    """What the steps of a workflow run, or a script after it came to the project's folder."""
+    """The commands of a workflow's steps, or of a script once it is in the project's folder."""
     if path.suffix != ".yml":
         return path.read_text().partition('/.."\n')[2].strip().splitlines()
     yaml = pytest.importorskip("yaml", reason="no YAML reader here")
