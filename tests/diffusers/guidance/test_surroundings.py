@@ -7,7 +7,7 @@ import torch
 from families import family, made_of
 from families.classes import made
 from families.estimates import first_estimates
-from pipelines import PROMPT, REGIONS, close, diffusers, latents, pipeline
+from pipelines import ALL, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
@@ -126,14 +126,14 @@ def test_a_layout_is_the_prompts_alone(name: str, batched: bool) -> None:
 @pytest.mark.full
 def test_a_mean_flows_second_time_is_every_rows() -> None:
     """HunyuanImage's distilled model, without a guider: concepts in the batch are as apart."""
-    parts = dict(family("hunyuan_image").components) | {"guider": None}
-    config = dict(parts["transformer"].config) | {"use_meanflow": True}
+    pipe = made(diffusers.HunyuanImagePipeline)
+    config = dict(pipe.transformer.config) | ALL | {"use_meanflow": True}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts["transformer"] = type(parts["transformer"]).from_config(config).eval()
-    pipe = diffusers.HunyuanImagePipeline(**parts)
-    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 64, 16
-    given = {"latents": torch.randn(NOISE["hunyuan_image"], generator=torch.Generator())}
+        pipe.transformer = type(pipe.transformer).from_config(config).eval()
+    pipe.guider = None
+    noise = torch.Generator().manual_seed(0)
+    given = {"latents": torch.randn(NOISE["hunyuan_image"], generator=noise)}
     given |= {"num_inference_steps": 3, "height": 256, "width": 384, "output_type": "latent"}
     found = []
     for batched in (True, False):

@@ -13,7 +13,7 @@ EDITS = [Edit("fog", warmup=1, threshold=0.5), Edit("a long bank of snow", warmu
 NOISE = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("model", ["sd", "sdxl"])
+@pytest.mark.parametrize("model", ["sd", pytest.param("sdxl", marks=pytest.mark.full)])
 def test_a_call_each_is_the_batch(model: str) -> None:
     """Two prompts with two images in all, a layout in either order, and no more rows a call."""
     pipe, counts = pipeline(model), []
