@@ -25,7 +25,7 @@ def known(kind: type) -> bool:
 
 def test_every_family_has_its_record() -> None:
     assert FAMILIES.keys() <= {model.denoiser for model in MODELS} - {"UNet2DConditionModel"}
-    assert len(FAMILIES) >= 19
+    assert len(FAMILIES) >= 21
 
 
 @pytest.mark.parametrize("name", list(kinds()))

@@ -7,7 +7,7 @@ import torch
 from families import family, made_of
 from families.classes import made
 from families.estimates import first_estimates
-from pipelines import PROMPT, REGIONS, close, diffusers, latents, pipeline
+from pipelines import ALL, PROMPT, REGIONS, close, diffusers, latents, pipeline
 from torch import Tensor
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:edits.*warmup must be at most"),
 ]
 EDITS = [Edit("snow", warmup=1, threshold=0.5), Edit("a long bank of fog", warmup=0, reverse=True)]
-NOISE = {"sd3": (2, 16, 8, 12), "flux": (2, 24, 16), "z_image": (2, 4, 8, 12)}
+NOISE = {"sd3": (2, 16, 8, 12), "flux": (2, 24, 16)}
+NOISE |= dict.fromkeys(("z_image", "hunyuan_image"), (2, 4, 8, 12))
 
 
 def run(name: str, prompt: object = PROMPT, *, steps: int = 3, **options: object) -> Tensor:
@@ -40,7 +41,7 @@ def pipe_of(name: str) -> object:
 def test_every_image_of_every_prompt_has_the_concepts(name: str, batched: bool) -> None:
     """Together they are as each is by itself."""
     noise = torch.randn(NOISE[name], generator=torch.Generator().manual_seed(1))
-    given = {"negative_prompt": "rain"} if name == "z_image" else {}
+    given = {} if name in ("sd3", "flux") else {"negative_prompt": "rain"}
     with semantic_guidance(pipe_of(name), EDITS, batch_concepts=batched):
         both = run(name, ["a cat", "a dog"], latents=noise, **doubled(given))
         twice = run(name, "a cat", latents=noise, num_images_per_prompt=2, **given)
@@ -122,6 +123,26 @@ def test_a_layout_is_the_prompts_alone(name: str, batched: bool) -> None:
     assert close(both - laid, concept)
 
 
+@pytest.mark.full
+def test_a_mean_flows_second_time_is_every_rows() -> None:
+    """HunyuanImage's distilled model, without a guider: concepts in the batch are as apart."""
+    pipe = made(diffusers.HunyuanImagePipeline)
+    config = dict(pipe.transformer.config) | ALL | {"use_meanflow": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe.transformer = type(pipe.transformer).from_config(config).eval()
+    pipe.guider = None
+    noise = torch.Generator().manual_seed(0)
+    given = {"latents": torch.randn(NOISE["hunyuan_image"], generator=noise)}
+    given |= {"num_inference_steps": 3, "height": 256, "width": 384, "output_type": "latent"}
+    found = []
+    for batched in (True, False):
+        with semantic_guidance(pipe, EDITS, batch_concepts=batched):
+            found.append(pipe(prompt=list(TEXTS), **given)[0])
+    assert close(*found)
+    assert not close(found[0], pipe(prompt=list(TEXTS), **given)[0])
+
+
 def test_vectors_of_a_distilled_run() -> None:
     pipe = pipeline("flux")
     with semantic_guidance(pipe, EDITS) as guidance:
@@ -152,8 +173,6 @@ def test_what_is_no_estimate_of_the_prompt_alone_is_refused() -> None:
         latents(pipe, steps=2)
     with pytest.raises(TypeError, match="batch_concepts must be"):
         semantic_guidance(pipe, EDITS, batch_concepts="no").__enter__()
-    with pytest.raises(ValueError, match="batch_concepts must be True for a UNet2DConditionModel"):
-        semantic_guidance(pipeline("sd"), EDITS, batch_concepts=False).__enter__()
     assert torch.equal(latents(pipe, steps=4), plain)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Arguments = dict[str, Any]
 TEXT, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
 T5 = f"{TEXT}_t5", "text_embedding_mask_t5"
+GLYPHS = f"{TEXT}_2", f"{MASK}_2"  # of quoted words, by byT5
 
 
 class Family(NamedTuple):
@@ -46,12 +47,14 @@ FAMILIES = {
     "LTXVideoTransformer3DModel": Family((TEXT, MASK), channels=2),
     "HunyuanVideoTransformer3DModel": Family((TEXT, POOLED, MASK)),
     "CogVideoXTransformer3DModel": Family((TEXT,), channels=2),
+    "HunyuanImageTransformer2DModel": Family((TEXT, MASK, *GLYPHS)),
+    "HunyuanVideo15Transformer3DModel": Family((TEXT, MASK, *GLYPHS)),
 }  # fmt: skip
 # the other arguments of calls that have an entry for each row of the batch
 BY_ROW = {
     *("hidden_states", "x", "timestep", "t", "guidance", "img_ids", "img_shapes"),
     *("original_size", "target_size", "crop_coords", "image_meta_size", "style"),
-    *("added_cond_kwargs", "encoder_hidden_states_image"),
+    *("added_cond_kwargs", "encoder_hidden_states_image", "timestep_r", "image_embeds"),
 }
 
 PLACES = "text_rope_pos"

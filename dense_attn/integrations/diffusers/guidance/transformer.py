@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,11 +12,11 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
-from ..hooks import arguments, unwrapped, watched, watchers
+from ..hooks import arguments, watched
 from ..rows import Rows
-from ..state import LayoutState
 from ..steps import Steps
 from ..text import encoding
+from .apart import estimates_of
 from .calls import FAMILIES, Arguments, Calls, encoded
 from .concepts import Runs
 from .exchange import exchanged
@@ -147,9 +145,7 @@ class GuidedTransformer:
         if last - first < rows:
             self.negative = estimates[last:rows] if first == 0 else estimates[:first]
         if self._apart:
-            with _plain(denoiser):
-                self.edits = [self._called(denoiser, concept) for concept in self._apart]
-            self._apart = []
+            self.edits, self._apart = estimates_of(denoiser, self._apart), []
             return None
         ends = range(rows, len(estimates), last - first)
         self.edits = [estimates[start : start + last - first] for start in ends]
@@ -191,12 +187,6 @@ class GuidedTransformer:
         own = own.to(estimate)
         return own if self.family.sign > 0 else -own
 
-    def _called(self, denoiser: torch.nn.Module, given: Arguments) -> Any:
-        """The estimates of a concept's own call, outside of the hooks around the pipeline's."""
-        signature = inspect.signature(type(unwrapped(denoiser)).forward)
-        bound = inspect.BoundArguments(signature, OrderedDict(given))
-        return denoiser.forward(*bound.args[1:], **bound.kwargs)[0]
-
     def _check(self, given: Arguments) -> None:
         """Refuse calls whose concepts' estimates would be something else."""
         if self.own is not None:
@@ -210,20 +200,3 @@ class GuidedTransformer:
                 _checks.refuse("pipe", "have no ControlNet or adapter with semantic guidance", name)
         if self.concepts and self.texts is None:
             _checks.refuse("pipe", "call its encode_prompt, which concepts follow", "none")
-
-
-@contextmanager
-def _plain(denoiser: torch.nn.Module) -> Iterator[None]:
-    """Inside the block calls of the denoiser have no layout, and no cache of steps may be on."""
-    if getattr(unwrapped(denoiser), "is_cache_enabled", False):
-        rule = "have no cache of steps while concepts have calls of their own"
-        _checks.refuse("pipe", rule, type(unwrapped(denoiser)._cache_config).__name__)
-    layouts = [block for block in watchers(denoiser) if isinstance(block, LayoutState)]
-    rows = [(layout.first, layout.last) for layout in layouts]
-    for layout in layouts:
-        layout.first = layout.last = 0
-    try:
-        yield
-    finally:
-        for layout, (first, last) in zip(layouts, rows):
-            layout.first, layout.last = first, last

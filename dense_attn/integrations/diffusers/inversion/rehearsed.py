@@ -182,6 +182,8 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
             _checks.refuse("pipe", "make images of a prompt alone", f"{kind} with {name}")
     if "num_frames" in takes:
         _checks.refuse("pipe", "make images, not videos", kind)
+    if not takes.keys() & {"guidance_scale", "true_cfg_scale"}:
+        _checks.refuse("pipe", "take the scale of its guidance in its call", kind)
     missing = [name for name in PARTS if pictures and getattr(pipe, name, None) is None]
     if missing:
         _checks.refuse("pipe", "have a VAE and image_processor", f"no {', '.join(missing)}")

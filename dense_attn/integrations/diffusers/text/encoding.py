@@ -84,7 +84,7 @@ def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]
 def manner_of(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of encode_prompt that are no text, and that encoding leaves alone."""
     own = ("device", "do_classifier_free_guidance", "text_encoder_index")
-    own += ("prepare_unconditional_embeds",)  # modular ones' word for it
+    own += ("prepare_unconditional_embeds", "batch_size")  # modular ones' word; Hunyuan's
     return {
         name: value for name, value in given.items() if "prompt" not in name and name not in own
     }
