@@ -48,6 +48,9 @@ def bias(blocks: tuple[str, ...], weight: float) -> dict[str, Any]:
     return {"modulation": "bias", "blocks": blocks} | dict.fromkeys(sorted(names), weight) | HALF
 
 
+SAME = bias(BLOCKS[TO_TEXT], 3.0)  # as the default says
+
+
 def tried() -> dict[str, dict[str, dict[str, Any]]]:
     """Settings that have a weight to choose, and the options of each weight."""
     found = {
@@ -115,8 +118,8 @@ def chosen(weights: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[st
     """The settings of the weights whose images overlap best with their layouts."""
     ways, found = tried(), {}
     for name, scored in weights.items():
-        if name.removeprefix("bias on ") not in ALONE:
-            best = max(scored, key=lambda weight, own=scored: own[weight]["iou"])
+        best = max(scored, key=lambda weight, own=scored: own[weight]["iou"])
+        if name.removeprefix("bias on ") not in ALONE and ways[name][best] != SAME:
             found[f"{name}, {float(best):g}"] = ways[name][best]
     return found
 
@@ -166,7 +169,8 @@ def table(result: dict[str, Any]) -> str:
         ]
         means = said(found["present"]), said(found["iou"]), f"{found['swapped']['mean']:.3f}"
         rows.append([name, *means, *paired, f"{found['off_palette']['mean']:.3f}"])
-    title = f"{result['layouts']} layouts of 2 things, {result['seeds']} seeds each"
+    seeds = "one seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
+    title = f"{result['layouts']} layouts of 2 things, {seeds} each"
     head = [title, "all things there", "IoU with the layout", "swapped layout", "IoU over plain"]
     head += ["IoU over the default", "off palette"]
     return "\n\n".join([markdown(head, rows), _weights(result), _windows(result)])
