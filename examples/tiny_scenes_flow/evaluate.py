@@ -17,7 +17,7 @@ from .model import load_pipeline
 PARTS: dict[str, Callable[[Any, bool, int], Results]] = {
     "gate": lambda pipe, quick, _: gate(pipe, 4 if quick else 200),
     "layouts": lambda pipe, quick, seeds: layouts.study(
-        pipe, *((2, 1, 2) if quick else (100, seeds, 40))
+        pipe, *((2, 1, 2) if quick else (100, seeds, 24))
     ),
     "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 12),
     "grids": lambda pipe, quick, _: grids.study(pipe, 2 if quick else 8),
@@ -25,7 +25,7 @@ PARTS: dict[str, Callable[[Any, bool, int], Results]] = {
     "inversion": lambda pipe, quick, _: inversion.study(
         pipe, *((1, (4,), (8,), 10) if quick else ())
     ),
-    "optimisation": lambda pipe, quick, _: optimisation.study(pipe, *((2, 2) if quick else ())),
+    "optimisation": lambda pipe, quick, _: optimisation.study(pipe, *((2, 2) if quick else (7, 6))),
 }
 TABLES = {
     "layouts": layouts.table,

@@ -25,9 +25,10 @@ BLOCKS: dict[str, tuple[str, ...]] = {  # pairs of queries and keys
     "image->image": (TO_IMAGE,),
     "text->image": ("text->image",),
 }
-WEIGHTS = {"bias": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0), "range": (0.3, 1.0, 3.0)}
+ALONE = ("image->image", "text->image")  # are tried and not compared
+WEIGHTS = {"bias": (1.0, 3.0, 6.0), "alone": (3.0,), "range": (1.0, 3.0)}
 HALF = {"active": 0.5, "exponent": 0.0}  # of the steps, as strong in all of them
-SHIFTS, WINDOWS = (1.0, 3.0), (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+SHIFTS, WINDOWS = (1.0, 3.0), (0.3, 0.5, 0.75, 1.0)
 DEFAULT = "bias 3 on image->text"
 OTHERS: dict[str, dict[str, Any] | None] = {  # beside those whose weights are chosen
     "plain": None,
@@ -47,10 +48,16 @@ def bias(blocks: tuple[str, ...], weight: float) -> dict[str, Any]:
     return {"modulation": "bias", "blocks": blocks} | dict.fromkeys(sorted(names), weight) | HALF
 
 
+SAME = bias(BLOCKS[TO_TEXT], 3.0)  # as the default says
+
+
 def tried() -> dict[str, dict[str, dict[str, Any]]]:
     """Settings that have a weight to choose, and the options of each weight."""
     found = {
-        f"bias on {name}": {str(weight): bias(blocks, weight) for weight in WEIGHTS["bias"]}
+        f"bias on {name}": {
+            str(weight): bias(blocks, weight)
+            for weight in WEIGHTS["alone" if name in ALONE else "bias"]
+        }
         for name, blocks in BLOCKS.items()
     }
     found["range, first 50%"] = {
@@ -59,6 +66,9 @@ def tried() -> dict[str, dict[str, dict[str, Any]]]:
         for weight in WEIGHTS["range"]
     }
     return found
+
+
+Work = list[tuple[Scene, int]]  # a scene and the seed of its noise
 
 
 def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 24) -> dict[str, Any]:
@@ -70,22 +80,9 @@ def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 24) 
         seeds: noises of each.
         tuning: layouts on which weights are chosen.
     """
-    rng = random.Random(37)
-    own = [(draw_scene(rng, 2), 5000 + i) for i in range(tuning)]
-    scenes = [draw_scene(rng, 2) for _ in range(count)]
-    work = [(scene, seeds * i + seed) for i, scene in enumerate(scenes) for seed in range(seeds)]
-    weights, settings = {}, dict(OTHERS)
-    for name, ways in _progress.track(tried().items(), "weights", "kind"):
-        weights[name] = {weight: _means(pipe, own, options) for weight, options in ways.items()}
-        best = max(weights[name], key=lambda weight: weights[name][weight]["iou"])
-        settings[f"{name}, {float(best):g}"] = ways[best]
-    windows = {
-        f"{shift:g}": {
-            f"{part:g}": _window(pipe, own, shift, part)
-            for part in _progress.track(WINDOWS, f"windows, shift {shift:g}", "window")
-        }
-        for shift in SHIFTS
-    }
+    own, work = drawn(count, seeds, tuning)
+    weights = weighed(pipe, own)
+    settings = OTHERS | chosen(weights)
     rows = {
         name: scores(pipe, work, setting, "auto")
         for name, setting in _progress.track(settings.items(), "layouts", "setting")
@@ -96,21 +93,54 @@ def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 24) 
         "tuning": tuning,
         "settings": {name: setting for name, setting in settings.items() if setting},
         "weights": weights,
-        "windows": windows,
+        "windows": windows(pipe, own),
         "rows": {name: row(name, rows, count, ("plain", DEFAULT)) for name in rows},
     }
 
 
-def _means(
-    pipe: OneEncoder, work: list[tuple[Scene, int]], options: dict[str, Any]
-) -> dict[str, float]:
+def drawn(count: int, seeds: int, tuning: int) -> tuple[Work, Work]:
+    """Layouts on which weights are chosen, and those on which settings are compared."""
+    rng = random.Random(37)
+    own = [(draw_scene(rng, 2), 5000 + i) for i in range(tuning)]
+    scenes = [draw_scene(rng, 2) for _ in range(count)]
+    return own, [(scenes[i], count * seed + i) for i in range(count) for seed in range(seeds)]
+
+
+def weighed(pipe: OneEncoder, own: Work) -> dict[str, dict[str, dict[str, float]]]:
+    """The scores of every weight of what has one."""
+    return {
+        name: {weight: _means(pipe, own, options) for weight, options in ways.items()}
+        for name, ways in _progress.track(tried().items(), "weights", "kind")
+    }
+
+
+def chosen(weights: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """The settings of the weights whose images overlap best with their layouts."""
+    ways, found = tried(), {}
+    for name, scored in weights.items():
+        best = max(scored, key=lambda weight, own=scored: own[weight]["iou"])
+        if name.removeprefix("bias on ") not in ALONE and ways[name][best] != SAME:
+            found[f"{name}, {float(best):g}"] = ways[name][best]
+    return found
+
+
+def windows(pipe: OneEncoder, own: Work) -> dict[str, dict[str, dict[str, float]]]:
+    """The default's scores where it acts in parts of the steps, on two schedules."""
+    return {
+        f"{shift:g}": {
+            f"{part:g}": _window(pipe, own, shift, part)
+            for part in _progress.track(WINDOWS, f"windows, shift {shift:g}", "window")
+        }
+        for shift in SHIFTS
+    }
+
+
+def _means(pipe: OneEncoder, work: Work, options: dict[str, Any]) -> dict[str, float]:
     found = scores(pipe, work, options, "auto")
     return {name: found[name].mean().item() for name in ("iou", "present")}
 
 
-def _window(
-    pipe: OneEncoder, work: list[tuple[Scene, int]], shift: float, part: float
-) -> dict[str, float]:
+def _window(pipe: OneEncoder, work: Work, shift: float, part: float) -> dict[str, float]:
     """The default's scores where it acts in a part of the steps, and the sigma where it ends."""
     with shifted(pipe, shift) as sigmas:
         end = sigmas[round(part * (len(sigmas) - 1))]
@@ -139,7 +169,8 @@ def table(result: dict[str, Any]) -> str:
         ]
         means = said(found["present"]), said(found["iou"]), f"{found['swapped']['mean']:.3f}"
         rows.append([name, *means, *paired, f"{found['off_palette']['mean']:.3f}"])
-    title = f"{result['layouts']} layouts of 2 things, {result['seeds']} seeds each"
+    seeds = "one seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
+    title = f"{result['layouts']} layouts of 2 things, {seeds} each"
     head = [title, "all things there", "IoU with the layout", "swapped layout", "IoU over plain"]
     head += ["IoU over the default", "off palette"]
     return "\n\n".join([markdown(head, rows), _weights(result), _windows(result)])

@@ -61,7 +61,7 @@ def apply_layout(
     Numbers that are None are the model's: DenseDiffusion's for attention across to the text, as in
     U-Nets, PixArt and Wan (range, 1.0 and 0.3, time^5, 0.3 of the steps); for joint attention a
     bias of 3 on image tokens towards text tokens, as strong in all of the first half of the steps,
-    which a trial on one small model found (docs/diffusers.md). With a modulation that is not the
+    which two small models found (docs/diffusers.md). With a modulation that is not the
     model's own they are DenseDiffusion's.
 
     Regions may have prompts of their own instead (`Region`): a token of the image then sees the

@@ -32,7 +32,7 @@ class Defaults(NamedTuple):
 
 # DenseDiffusion's own, of its authors' code for Stable Diffusion
 RANGE = Defaults("range", _blocks.BLOCKS, 1.0, 0.3, 0.3, 5.0)
-# joint attention: the best of 18 settings on one small model, see docs/diffusers.md
+# joint attention: the best on two small models, see docs/diffusers.md
 JOINT = Defaults("bias", ("image->text",), 3.0, None, 0.5, 0.0)
 
 
