@@ -46,9 +46,6 @@ class Lists:
 
     def of(self, layer: Layer, q: Tensor, k: Tensor, mask: Tensor | None, backend: str) -> Any:
         """The lists of a layer's call; None where there are none, or none that could be kept."""
-        words = layer.q_words, layer.k_words
-        if torch.compiler.is_compiling():
-            return None if mask is not None else tile_lists(q, k, *words, backend=backend)
         kept, form = self._kept, None
         if mask is not None:
             if mask.is_inference():  # its changes are not counted
@@ -58,6 +55,7 @@ class Lists:
             form = mask.shape, mask.dtype, mask.stride(), mask.storage_offset(), mask._version
         shape = q.shape, k.shape, q.dtype
         if (found := kept.get(shape)) is None or found[0] != form:
+            words = layer.q_words, layer.k_words
             made = tile_lists(q, k, *words, k_mask=mask, backend=backend)
             kept[shape] = found = form, made
         return found[1]
@@ -74,6 +72,7 @@ class Layer:
     k_order: Tensor | None  # int32 [B|1, N], where queries and keys are the same tokens
     now: Tensor | None = None  # the strength of this step
     lists: Lists = field(default_factory=Lists)
+    _spread: tuple[Any, ...] = None, None, None  # that strength, q's shape, and a view for its rows
 
     def attention(
         self,
@@ -86,14 +85,19 @@ class Layer:
         k_mask: Tensor | None = None,
     ) -> Tensor:
         """Modulated attention of q, k, v [B, H, tokens, D] of the rows that see the prompt."""
-        lists = self.lists.of(self, q, k, k_mask, options.backend)
+        if torch.compiler.is_compiling():  # a graph keeps nothing
+            words, strength = (self.q_words, self.k_words), self.now
+            lists = tile_lists(q, k, *words, backend=options.backend) if k_mask is None else None
+        else:
+            lists = self.lists.of(self, q, k, k_mask, options.backend)
+            strength = self._strength(q)
         return layout_attention(
             q,
             k,
             v,
             self.q_words,
             self.k_words,
-            self.now,
+            strength,
             modulation=options.modulation,
             scale=scale,
             k_mask=k_mask,
@@ -102,3 +106,11 @@ class Layer:
             k_order=self.k_order if lists is None else None,
             backend=options.backend,
         )
+
+    def _strength(self, q: Tensor) -> Tensor:
+        """The strength of this step as a view [B, H, M], made once for all layers and calls."""
+        now, shape, spread = self._spread
+        if now is not self.now or shape != q.shape:
+            spread = self.now.expand(q.shape[:3])
+            self._spread = self.now, q.shape, spread
+        return spread

@@ -128,3 +128,13 @@ def test_lists_of_pipelines_are_made_once_a_mask(
         run(name, prompts, steps=2, **more)
     assert all(mask is not None for mask in asked)
     assert len(asked) == runs < len(calls)
+
+
+def test_strengths_are_spread_once_a_step(call: Callable) -> None:
+    layer, q = call.layer, torch.zeros(2, 3, TOKENS, 16, device=DEVICE)
+    first = layer._strength(q)
+    assert layer._strength(q) is first
+    assert torch.equal(first, layer.now.expand(2, 3, TOKENS))
+    layer.now = layer.strength * 0.5
+    assert torch.equal(layer._strength(q), layer.now.expand(2, 3, TOKENS))
+    assert layer._strength(q[:1]).shape == (1, 3, TOKENS)
