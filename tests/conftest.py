@@ -92,17 +92,20 @@ def pipe() -> object:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
-    """The positional arguments of every call of layout_attention inside of pipelines."""
-    from dense_attn.integrations.diffusers import state
+    """The positional arguments of every call of layout_attention inside of pipelines; of
+    strengths, which all heads share, those of one.
+    """
+    from dense_attn.integrations.diffusers import layers
 
     seen: list[tuple[torch.Tensor, ...]] = []
-    original: Callable = state.layout_attention
+    original: Callable = layers.layout_attention
 
     def watched(*args: torch.Tensor, **options: object) -> torch.Tensor:
-        seen.append(args)
+        *others, strength = args
+        seen.append((*others, strength[:, :1]))
         return original(*args, **options)
 
-    monkeypatch.setattr(state, "layout_attention", watched)
+    monkeypatch.setattr(layers, "layout_attention", watched)
     return seen
 
 

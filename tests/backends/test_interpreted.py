@@ -13,13 +13,15 @@ PARTS = {
     "attention": ("test_backends.py", "triton_attention.py", "triton_lists.py", "-k", "triton"),
     "guidance and steps": ("gpu_sega.py", "gpu_steps.py"),
     "public ops": ("triton_backend.py", "test_gpu.py", "test_out_of_memory.py"),
+    "pipelines": ("../diffusers/hook/test_lists.py", "-k", "not pipelines"),
 }
 
 
 @pytest.mark.parametrize(
     ("part", "cells"),
     [
-        *((part, "not full") for part in PARTS),
+        *((part, "not full") for part in PARTS if part != "pipelines"),
+        pytest.param("pipelines", "not full", marks=pytest.mark.full),
         pytest.param("attention", "full", marks=pytest.mark.full),
         pytest.param("guidance and steps", "full", marks=pytest.mark.full),
     ],

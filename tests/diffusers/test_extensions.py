@@ -9,7 +9,7 @@ import torch
 from pipelines import MODELS, PROMPT, REGIONS, close, diffusers, latents, pipeline
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import Edit, apply_layout, semantic_guidance, state
+from dense_attn.integrations.diffusers import Edit, apply_layout, layers, semantic_guidance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,7 +182,7 @@ def test_set_attention_backend_reaches_the_layers_below() -> None:
 
 def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """q, k and v reach the op as views of the projections, [B, tokens, heads, head dim]."""
-    seen, original = [], state.layout_attention
+    seen, original = [], layers.layout_attention
 
     def watched(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: object, **options: object
@@ -190,7 +190,7 @@ def test_views_of_the_projections_are_taken_without_a_copy(monkeypatch: pytest.M
         seen.extend(x._base is not None and x.stride(1) == x.shape[3] for x in (q, k, v))
         return original(q, k, v, *args, **options)
 
-    monkeypatch.setattr(state, "layout_attention", watched)
+    monkeypatch.setattr(layers, "layout_attention", watched)
     with apply_layout(pipeline("sd"), PROMPT, REGIONS):
         latents(pipeline("sd"))
     assert seen

@@ -7,10 +7,10 @@ import torch
 from dense_attn import Layout, _checks
 from dense_attn.layout_attention.layout import _BITS
 
+from ..diffusers.layers import Layer, Side, joined, order_of
 from ..diffusers.prompts import texts
 from ..diffusers.prompts.blocks import Blocks, Half, Rule, Sequence
 from ..diffusers.prompts.sharing import members, with_base
-from ..diffusers.state import Layer, Side, joined, order_of
 from .models import JOINED, SELF
 from .numbers import Numbers
 from .parts import Make, Place

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dense_attn import Layout, _checks, layout_attention, tile_lists
+from dense_attn import Layout, _checks
 from dense_attn.layout_attention.layout import _BITS, nearest
 from dense_attn.layout_attention.masks import Mask
 
 from ._attention_hook import Expected, is_marked
 from .hooks import arguments, foreign, unwrapped
+from .layers import Layer, Side, order_of
 from .modular.guiders import GuidedRows
 from .modular.pipeline import Modular
 from .options import blocks
@@ -44,68 +44,6 @@ class NearestLayout(Layout):
 
     def _resized(self, height: int, width: int) -> Tensor:
         return nearest(self.masks, (height, width)).flatten(1)
-
-
-class Side(NamedTuple):
-    """The queries or keys of attention: region words, and strengths at time 1."""
-
-    words: Tensor  # int32 [P, N]
-    strength: Tensor  # float32 [P, N]
-    text: Tensor | None = None  # bool [P, N], where a token is of the text; None where none asks
-
-
-@dataclass(eq=False)
-class Layer:
-    """Attention layers of one kind and size: what `layout_attention` takes beside q, k and v."""
-
-    q_words: Tensor  # int32 [B|1, M]
-    k_words: Tensor  # int32 [B|1, N]
-    strength: Tensor  # float32 [B|1, 1, M], at time 1
-    q_order: Tensor  # int32 [B|1, M]
-    k_order: Tensor | None  # int32 [B|1, N], where queries and keys are the same tokens
-    now: Tensor | None = None  # the strength of this step
-    lists: dict[tuple, Any] = field(default_factory=dict)
-
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        options: Options,
-        scale: float | None,
-        k_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Modulated attention of q, k, v [B, H, tokens, D] of the rows that see the prompt."""
-        # lists belong to one mask, and a call brings its own
-        lists = self._tile_lists(q, k, options.backend) if k_mask is None else None
-        return layout_attention(
-            q,
-            k,
-            v,
-            self.q_words,
-            self.k_words,
-            self.now,
-            modulation=options.modulation,
-            scale=scale,
-            k_mask=k_mask,
-            tile_lists=lists,  # which have orders of their own
-            q_order=self.q_order if lists is None else None,
-            k_order=self.k_order if lists is None else None,
-            backend=options.backend,
-        )
-
-    def _tile_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
-        """The tile lists, made once for all layers and steps of a shape."""
-        if torch.compiler.is_compiling():
-            return self._new_lists(q, k, backend)
-        key = q.shape, k.shape, q.dtype
-        if (lists := self.lists.get(key, key)) is key:
-            self.lists[key] = lists = self._new_lists(q, k, backend)
-        return lists
-
-    def _new_lists(self, q: Tensor, k: Tensor, backend: str) -> Any:
-        return tile_lists(q, k, self.q_words, self.k_words, backend=backend)
 
 
 class LayerMark:
@@ -317,13 +255,3 @@ class LayoutState:
                     strength[i, start:stop] = weight * (1 - size_weight * share)
         sides = words, strength, torch.ones_like(words, dtype=torch.bool)
         return Side(*(side.to(text.device) for side in sides))
-
-
-def joined(*sides: Side) -> Side:
-    """The tokens of several sides, one after the other."""
-    return Side(*(torch.cat(tensors, 1) for tensors in zip(*sides)))
-
-
-def order_of(side: Side) -> Tensor:
-    """The order in which tokens of one region word stand together."""
-    return side.words.argsort(dim=1, stable=True).to(torch.int32)

@@ -10,9 +10,9 @@ from pipelines import PROMPT, REGIONS, close, latents, pipeline
 from torch import Tensor
 
 from dense_attn import layout_attention
-from dense_attn.integrations.diffusers import apply_layout, state
+from dense_attn.integrations.diffusers import apply_layout, layers
+from dense_attn.integrations.diffusers.layers import Side
 from dense_attn.integrations.diffusers.options.blocks import BLOCKS, words
-from dense_attn.integrations.diffusers.state import Side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SUBSETS = [subset for size in (1, 2, 3, 4) for subset in combinations(BLOCKS, size)]
@@ -82,13 +82,13 @@ def dense(model: str, subset: tuple[str, ...], strengths: tuple[float, float]) -
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict, Tensor]]:
     """The arguments and the result of every call of layout_attention."""
-    seen, original = [], state.layout_attention
+    seen, original = [], layers.layout_attention
 
     def watched(*args: Tensor, **options: object) -> Tensor:
         seen.append((args, options, original(*args, **options)))
         return seen[-1][-1]
 
-    monkeypatch.setattr(state, "layout_attention", watched)
+    monkeypatch.setattr(layers, "layout_attention", watched)
     return seen
 
 

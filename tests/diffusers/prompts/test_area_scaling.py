@@ -10,9 +10,9 @@ from pipelines import PROMPT, close, latents, pipeline
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import Region, apply_layout
+from dense_attn.integrations.diffusers.layers import Layer, Side, order_of
 from dense_attn.integrations.diffusers.prompts.blocks import Blocks, Rule
 from dense_attn.integrations.diffusers.prompts.state import RegionState
-from dense_attn.integrations.diffusers.state import Layer, Side, order_of
 from dense_attn.layout_attention.masks import Mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

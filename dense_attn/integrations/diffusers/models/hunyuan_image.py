@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..state import Side, joined
+from ..layers import Side, joined
 from .record import IMAGE, TEXT, Attention, Call, Entry, Model
 
 if TYPE_CHECKING:

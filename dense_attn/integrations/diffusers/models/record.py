@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..hooks import unwrapped
+from ..layers import Side, joined
 from ..options.numbers import JOINT, RANGE, Defaults
 from ..rows import version
-from ..state import Side, joined
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

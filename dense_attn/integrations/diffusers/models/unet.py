@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..hooks import unwrapped
-from ..state import LayoutState, NearestLayout, Side
+from ..layers import Side
+from ..state import LayoutState, NearestLayout
 from .record import Call, Entry, Model
 
 if TYPE_CHECKING:

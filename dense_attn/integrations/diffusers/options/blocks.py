@@ -13,8 +13,8 @@ from dense_attn import _checks
 from dense_attn.layout_attention.layout import MAX_REGIONS
 
 if TYPE_CHECKING:
+    from ..layers import Side
     from ..regions import Regions
-    from ..state import Side
 
 # from queries to keys
 BLOCKS = ("image->text", "text->image", "image->image", "text->text")

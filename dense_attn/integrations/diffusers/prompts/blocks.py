@@ -12,8 +12,8 @@ from torch import Tensor
 from dense_attn.layout_attention.layout import _BITS
 from dense_attn.layout_attention.masks import Mask
 
+from ..layers import Layer, Side, order_of
 from ..models.record import Attention, Segment
-from ..state import Layer, Side, order_of
 from .sharing import Round, rounds, words_of
 
 IMAGE = _BITS[-1]  # a bit beside those of the texts, which tokens of the image have in common
