@@ -22,6 +22,7 @@ import sys
 from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "dense_attn"  # of the package; the kernel's has a dash
@@ -118,6 +119,7 @@ def write_variant(folder: Path, backend: str, ops: str, library: Path | None = N
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
 
 
+WRITTEN = {"build.toml", "README.md", "torch-ext", "build"}
 BUILD = """[general]
 name = "dense-attn"
 version = {version}
@@ -173,6 +175,26 @@ def write(out: Path, ops: str, library: Path) -> None:
         write_variant(out / "build" / f"torch-{backend}", backend, f"{ops}_{backend}")
 
 
+def is_free(out: Path) -> bool:
+    """Whether a folder is not there, is empty, or has a layout that was written here, alone."""
+    if not out.exists():
+        return True
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+    if names == WRITTEN and (out / "build.toml").is_file():
+        return 'name = "dense-attn"' in (out / "build.toml").read_text("utf-8", "replace")
+    return not names
+
+
+def put(out: Path, ops: str, library: Path) -> None:
+    """Write the layout beside a folder, then put it in that folder's place."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{out.name}-", dir=out.parent) as beside:
+        write(Path(beside, "new"), ops, library)
+        if out.exists():
+            out.rename(Path(beside, "old"))
+        Path(beside, "new").rename(out)
+
+
 def main() -> None:
     """Write build/hub anew."""
     parser = argparse.ArgumentParser(prog="make hub", description=__doc__.splitlines()[0])
@@ -182,11 +204,14 @@ def main() -> None:
     given = parser.parse_args()
     if (given.library is None) != (given.ops is None):
         parser.error("--library and --ops must be given both, or none")
+    if given.library is not None and not given.library.is_file():
+        parser.error(f"--library must be a file, got {given.library}")
+    out = given.out.resolve()
+    if not is_free(out):
+        parser.error(f"--out must be empty, or hold nothing but a layout of {NAME}, got {out}")
     ops = given.ops or f"_{NAME}_{digest()}"
-    library = given.library or built(ops, given.out.with_name("hub-library"))
-    shutil.rmtree(given.out, ignore_errors=True)
-    write(given.out, ops, library)
-    print(f"wrote {given.out}, whose ops are torch.ops.{ops}")
+    put(out, ops, given.library or built(ops, out.with_name("hub-library")))
+    print(f"wrote {out}, whose ops are torch.ops.{ops}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dense_attn import _checks
 from dense_attn._backends.contract import MODULATIONS
+from dense_attn.layout_attention import inputs
 from dense_attn.layout_attention.op import layout_attention, tile_lists
 
 AXES = ("samples", "heads", "queries", "keys")
@@ -143,6 +144,8 @@ def memory_efficient_attention(
     p: float = 0.0,
     scale: float | None = None,
     *,
+    op: None = None,
+    output_dtype: None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Layout attention in the shapes of xformers' function of this name, in whose place it stands
@@ -154,17 +157,21 @@ def memory_efficient_attention(
 
     Args:
         query, key, value: `[B, M, H, K]`, or `[B, M, K]` for one head; as in `layout_attention`.
-        attn_bias: the layout, or None for plain attention (by PyTorch's own).
+        attn_bias: the layout, or None for plain attention (by PyTorch's own where the backend is
+            "auto").
         p: dropout, 0.
         scale: factor on the scores, `1/sqrt(K)` when None.
+        op: xformers' choice of a kernel, None: `backend` is the one here.
+        output_dtype: xformers' dtype of the result, None: it is query's.
         backend: as in `layout_attention`.
 
     Returns:
         `[B, M, H, K]` or `[B, M, K]`, as query is, in its dtype; gradients as `layout_attention`'s.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `layout_attention`; dropout, and another bias than
-            a LayoutBias, of which xformers' own are named.
+        ValueError, TypeError, RuntimeError: as `layout_attention`, also without a layout; dropout,
+            an op, an output_dtype, and another bias than a LayoutBias, of which xformers' own are
+            named.
 
     Source: xformers.ops.memory_efficient_attention.
 
@@ -178,6 +185,10 @@ def memory_efficient_attention(
     """
     if p != 0:
         _checks.refuse("p", "be 0: there is no dropout", p)
+    if op is not None:
+        _checks.refuse("op", "be None: backend names the kernels", op)
+    if output_dtype is not None:
+        _checks.refuse("output_dtype", "be None: the result has query's", output_dtype)
     if attn_bias is not None and not isinstance(attn_bias, LayoutBias):
         rule = "be a LayoutBias or None (xformers takes its own, and tensors)"
         _checks.refuse("attn_bias", rule, type(attn_bias).__name__, TypeError)
@@ -186,10 +197,11 @@ def memory_efficient_attention(
         heads = (x[:, :, None] for x in (query, key, value))
         return memory_efficient_attention(*heads, attn_bias, p, scale, backend=backend)[:, :, 0]
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if attn_bias is None:
-        grouped = q.shape[1] != k.shape[1]
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q, k, v, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    if attn_bias is None and backend == "auto":
+        return _plain(q, k, v, scale).transpose(1, 2)
+    if attn_bias is None:  # a named backend runs or raises
+        words = (torch.zeros(x.shape[2], dtype=torch.int32, device=x.device) for x in (q, k))
+        attn_bias = LayoutBias(*words, 0.0, modulation="bias")
     lists = None
     if q.device.type != "cpu" and not torch.compiler.is_compiling():
         lists = attn_bias.tile_lists(q, k, backend)
@@ -197,6 +209,17 @@ def memory_efficient_attention(
     words = attn_bias.q_regions, attn_bias.k_regions, attn_bias.strength
     out = layout_attention(q, k, v, *words, **how, tile_lists=lists, backend=backend)
     return out.transpose(1, 2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """PyTorch's attention of [B, H, tokens, K], of what `layout_attention` takes."""
+    q, k, v = inputs.autocast(q, k, v)
+    _checks.attention_inputs(q, k, v)
+    if scale is not None:
+        scale = _checks.number("scale", scale, rule="be a number or None")
+    grouped = q.shape[1] != k.shape[1]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, scale=scale, enable_gqa=grouped)
 
 
 def _is_whole(x: object) -> bool:

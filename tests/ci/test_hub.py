@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from base64 import b64encode
@@ -129,6 +130,67 @@ def test_ops_have_the_kernels_name() -> None:
         'f"_own::{name}"; _NAME = "_own_cuda"; advice = "install dense_attn"\n'
     )
     assert re.fullmatch(r"[0-9a-f]{7}", hub.digest())
+
+
+def run(monkeypatch: pytest.MonkeyPatch, out: Path, library: Path = LIBRARY) -> None:
+    """The command, around a library that is there."""
+    given = ["--out", str(out), "--library", str(library), "--ops", "dense_attn"]
+    monkeypatch.setattr(sys, "argv", ["hub.py", *given])
+    hub.main()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files, by their places."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_an_older_layout_is_replaced(
+    tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "hub"
+    out.mkdir()
+    for _ in range(2):  # into an empty folder, and over what is there then
+        run(monkeypatch, out)
+        assert contents(out) == contents(written)
+        (out / "torch-ext" / "old.py").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "build.toml", ".git"])
+def test_a_folder_with_something_else_is_left_as_it_is(
+    name: str,
+    tmp_path: Path,
+    written: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Somebody's own, also beside a layout."""
+    out = tmp_path / "own"
+    if name == ".git":
+        shutil.copytree(written, out)
+    out.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    before = contents(out)
+    for given in (out, out / name):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, given)
+        assert "--out must be empty, or hold nothing but" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_nothing_is_erased_for_a_library_that_is_not_there(
+    tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = shutil.copytree(written, tmp_path / "hub")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, out, tmp_path / "none.so")
+    assert "--library must be a file, got" in capsys.readouterr().err
+    monkeypatch.setattr(hub, "write_variant", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # nor when writing fails midway
+        run(monkeypatch, out)
+    assert contents(out) == contents(written)
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
 @pytest.mark.long

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+SCRIPT = ROOT / ".ci" / "run"
 TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split())
 RULES = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
 
@@ -26,16 +28,30 @@ def fault(command: str) -> str:
     )
 
 
+def jobs(path: Path) -> list[dict[str, Any]]:
+    """The jobs of a workflow."""
+    yaml = pytest.importorskip("yaml", reason="no YAML reader here")
+    return list(yaml.safe_load(path.read_text())["jobs"].values())
+
+
 def commands(path: Path) -> list[str]:
     """The commands of a workflow's steps, or of a script once it is in the project's folder."""
     if path.suffix != ".yml":
         return path.read_text().partition('/.."\n')[2].strip().splitlines()
-    yaml = pytest.importorskip("yaml", reason="no YAML reader here")
-    jobs = yaml.safe_load(path.read_text())["jobs"].values()
-    return [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    return [step["run"] for job in jobs(path) for step in job["steps"] if "run" in step]
 
 
-@pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def runs(job: dict[str, Any]) -> list[tuple[str, str]]:
+    """A job's commands, those of .ci/run for `make ci`, each with a Python that it runs on."""
+    steps = job["steps"]
+    (named,) = (step["with"]["python-version"] for step in steps if "setup" in step.get("uses", ""))
+    pythons = job.get("strategy", {}).get("matrix", {}).get("python", [named])
+    found = [step["run"] for step in steps if "run" in step]
+    found = [one for text in found for one in (commands(SCRIPT) if text == "make ci" else [text])]
+    return [(command, python) for command in found for python in pythons]
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, SCRIPT], ids=lambda path: path.name)
 def test_every_command_is_a_make_target(path: Path) -> None:
     found = commands(path)
     assert found
@@ -44,8 +60,26 @@ def test_every_command_is_a_make_target(path: Path) -> None:
 
 def test_the_jobs_of_a_public_home_are_there() -> None:
     found = {shlex.split(command)[1] for path in WORKFLOWS for command in commands(path)}
-    assert found >= {"ci", "compat", "docs", "lint", "test", "wheel"}
+    assert found >= {"ci", "compat", "docs", "test", "wheel"}
+    assert {shlex.split(command)[1] for command in commands(SCRIPT)} >= {"lint", "test", "fuzz"}
     assert RULES == TARGETS
+
+
+def test_no_command_runs_twice_on_one_python() -> None:
+    found = [one for job in jobs(ROOT / ".github/workflows/ci.yml") for one in runs(job)]
+    assert len(found) == len(set(found))
+    pythons = {python for command, python in found if command == "make test"}
+    assert pythons == {"3.10", "3.11", "3.13"}
+
+
+def test_no_home_is_named_until_there_is_one() -> None:
+    """Whoever gives the project a home changes the sentence and all of its places."""
+    places = "pyproject.toml", "CITATION.cff", "examples/comfyui/pyproject.toml"
+    texts = [(ROOT / place).read_text("utf-8") for place in places]
+    url = re.compile(r"^(?:repository|repository-code|homepage|url)\b.*http", re.M | re.I)
+    named = [text for text in texts if url.search(text)]
+    none = "has no public home yet" in (ROOT / "docs" / "contributing.md").read_text("utf-8")
+    assert none == (not named)
 
 
 @pytest.mark.parametrize(

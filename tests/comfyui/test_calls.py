@@ -27,6 +27,8 @@ from dense_attn.integrations.comfyui import Region, apply_layout, apply_region_p
 pytestmark = pytest.mark.usefixtures("installed")
 ROUNDING = {"rtol": 0, "atol": 1e-12}  # float64, in batches of other sizes
 WAYS = [apply_layout, apply_region_prompts]
+FLOATS = torch.zeros(1, 3, 4)
+INTS = FLOATS.int()
 
 
 @pytest.mark.parametrize("put", WAYS)
@@ -230,10 +232,19 @@ def refusal(run: Callable[[], object]) -> str:
     return str(refused.value)
 
 
+@pytest.mark.parametrize("model", [None, "model", Other()], ids=["none", "name", "denoiser"])
+@pytest.mark.parametrize("put", WAYS)
+def test_what_is_no_model_is_refused_in_one_sentence(put: Callable, model: object) -> None:
+    said = refusal(lambda: put(model, regions()))
+    assert said == f"model must be a ModelPatcher, got {type(model).__name__}"
+
+
 def test_what_cannot_be_is_refused_in_one_sentence() -> None:
     model = made("UNetModel")
     other = ModelPatcher(BaseModel(Other(), True))
     assert "got Other" in refusal(lambda: apply_layout(other, regions()))
+    faint = regions(torch.full((4, 4), 0.5), torch.ones(4, 4))
+    assert "above 0.5 in each image" in refusal(lambda: apply_layout(model, faint))
     twice = apply_layout(model, regions())
     assert "in one list" in refusal(lambda: apply_region_prompts(twice, regions()))
     assert "start must be at most end" in refusal(
@@ -270,12 +281,18 @@ def test_what_a_call_cannot_be_is_refused_in_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("mask", "conditioning", "weight", "rule"),
     [
-        (torch.zeros(4, 4), text(1, 3), 1.0, "mask must have a pixel above 0.5"),
+        (torch.zeros(4, 4), text(1, 3), 1.0, "mask must have a pixel above 0 in each image"),
         (torch.full((4, 4), 2.0), text(1, 3), 1.0, "mask must hold values in 0..1"),
         (torch.ones(4), text(1, 3), 1.0, "mask must have shape [height, width]"),
         (torch.ones(4, 4).int(), text(1, 3), 1.0, "mask must hold floats, got int32"),
         (torch.ones(4, 4), text(1, 3) * 2, 1.0, "conditioning must hold one text"),
         (torch.ones(4, 4), [[torch.zeros(3, 4), {}]], 1.0, "conditioning must hold tokens"),
+        (torch.ones(4, 4), text(1, 0), 1.0, "hold tokens [1, number, channels], at least one, got"),
+        (torch.ones(4, 4), [[INTS, {}]], 1.0, "conditioning must hold tokens of floats, got int32"),
+        (torch.ones(4, 4), [[None, {}]], 1.0, "conditioning must be a tensor, got NoneType"),
+        (torch.ones(4, 4), [[]], 1.0, "conditioning must be [[tokens, {...}]] of one text, got ["),
+        (torch.ones(4, 4), [5], 1.0, "must be [[tokens, {...}]] of one text, got [int]"),
+        (torch.ones(4, 4), [[FLOATS]], 1.0, "must be [[tokens, {...}]] of one text, got [list]"),
         (torch.ones(4, 4), text(1, 3), 0.0, "weight must be above 0"),
     ],
 )

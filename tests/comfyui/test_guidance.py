@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -107,13 +108,35 @@ def refusal(run: Any) -> str:
     return str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"scale": math.nan}, "scale must be finite, got nan"),
+        ({"scale": "a"}, "scale must be a number, got str"),
+        ({"scale": [5.0]}, "scale must be a number, got list"),
+        ({"threshold": 2}, "threshold must be from 0 to 1, got 2"),
+        ({"warmup": -1}, "warmup must be at least 0, got -1"),
+        ({"cooldown": -1}, "cooldown must be at least 0, got -1"),
+        ({"weight": math.inf}, "weight must be finite, got inf"),
+        ({"reverse": "yes"}, "reverse must be a bool, got str"),
+    ],
+)
+def test_numbers_are_refused_at_once_by_their_names(numbers: dict, said: str) -> None:
+    assert refusal(lambda: Edit(CONCEPTS[0], **numbers)) == said
+
+
+@pytest.mark.parametrize("name", ["momentum_scale", "momentum_beta"])
+def test_momentum_is_refused_by_its_names(name: str) -> None:
+    said = refusal(lambda: semantic_guidance(made("Flux"), edits(), **{name: math.nan}))
+    assert said == f"{name} must be finite, got nan"
+
+
 def test_what_cannot_be_is_refused_in_one_sentence() -> None:
     model, x = made("Flux"), noise("Flux")
+    none = refusal(lambda: semantic_guidance(None, edits()))
+    assert none == "model must be a ModelPatcher, got NoneType"
     assert "edits must hold at least one" in refusal(lambda: semantic_guidance(model, []))
     assert "edits must be a list of Edit" in refusal(lambda: semantic_guidance(model, [1]))
-    assert "edit_threshold must be from 0 to 1" in refusal(
-        lambda: semantic_guidance(model, [Edit(CONCEPTS[0], threshold=2)])
-    )
     assert "conditioning must hold one text" in refusal(lambda: Edit([]))
     (added,) = semantic_guidance(model, edits()).model_options["sampler_post_cfg_function"]
     args = {"input": x, "denoised": x, "uncond_denoised": x, "uncond": None}

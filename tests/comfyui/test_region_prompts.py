@@ -99,10 +99,12 @@ SOFT = torch.linspace(0, 1, 40).expand(40, 40).contiguous()
 
 @pytest.mark.parametrize("base_ratio", [0.0, 0.25])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["boxes", "soft"])
+@pytest.mark.parametrize("name", ["boxes", "soft", "faint"])
 def test_the_image_sees_its_regions_texts(kind: str, base_ratio: float, name: str) -> None:
     """To float64's rounding, through two layers of attention; shares are float32."""
-    masks = [one.mask for one in regions()] if name == "boxes" else [SOFT, 0.9 - 0.7 * SOFT]
+    boxes = [one.mask for one in regions()]
+    faint = [0.4 * mask for mask in boxes]  # nowhere above a half
+    masks = {"boxes": boxes, "soft": [SOFT, 0.9 - 0.7 * SOFT], "faint": faint}[name]
     x = noise(kind)
     model = apply_region_prompts(made(kind), regions(*masks), base_ratio=base_ratio)
     out = estimate(model, x)

@@ -148,6 +148,18 @@ def test_without_a_bias_it_is_plain_attention() -> None:
     torch.testing.assert_close(grouped, sdpa(q, *everyone, zeros), rtol=0, atol=1e-14)
 
 
+def test_without_a_bias_a_named_backend_runs_or_raises() -> None:
+    q, k, v = inputs()
+    out = memory_efficient_attention(q, k, v, backend="reference")
+    words = (torch.zeros(n, dtype=torch.int32) for n in (QUERIES, KEYS))
+    none = LayoutBias(*words, 0.0, modulation="bias")
+    assert torch.equal(out, memory_efficient_attention(q, k, v, none, backend="reference"))
+    plain = memory_efficient_attention(q, k, v)
+    torch.testing.assert_close(out, plain, rtol=0, atol=1e-14)
+    with pytest.raises(RuntimeError, match="cuda"):
+        memory_efficient_attention(q, k, v, backend="cuda")
+
+
 def test_tile_lists_are_made_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """No CPU has any: what makes them is put in, and counted."""
     from dense_attn.layout_attention import memory_efficient
@@ -176,12 +188,43 @@ def refusal(**changed: object) -> str:
 def test_calls_are_refused_in_one_sentence() -> None:
     q = inputs()[0]
     assert refusal(p=0.1) == "p must be 0: there is no dropout, got 0.1"
+    assert refusal(op=len).startswith("op must be None: backend names the kernels, got ")
+    said = "output_dtype must be None: the result has query's, got torch.float32"
+    assert refusal(output_dtype=torch.float32) == said
     assert refusal(attn_bias=LowerTriangularMask()).endswith("got LowerTriangularMask")
     assert refusal(attn_bias=torch.zeros(1)).endswith("got Tensor")
     assert refusal(query=q[None]).startswith("query must have the shape [B, tokens, H, K]")
     assert refusal(query=q[0]).startswith("query, key and value must have heads all")
     assert refusal(query=None) == "query must be a tensor, got NoneType"
     assert refusal(attn_bias=bias_of("range")[:, :, 1:]).startswith("q_regions must have shape")
+
+
+def test_xformers_keywords_are_taken() -> None:
+    given, bias = inputs(), bias_of("range")
+    out = memory_efficient_attention(*given, attn_bias=bias, p=0.0, op=None, output_dtype=None)
+    assert torch.equal(out, memory_efficient_attention(*given, bias))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"backend": "nonsense"},
+        {"backend": ["auto"]},
+        {"scale": float("nan")},
+        {"scale": "a"},
+        {"key": inputs()[1][:1]},
+        {"key": inputs()[1][:, :, :2], "value": inputs()[2][:, :, :2]},
+        {"value": inputs()[2][..., :8]},
+        {"value": inputs()[2].float()},
+        {"query": inputs()[0].int()},
+    ],
+    ids=["backend", "backends", "nan", "word", "samples", "heads", "width", "dtype", "ints"],
+)
+def test_calls_without_a_bias_are_refused_as_those_with_one(changed: dict[str, object]) -> None:
+    q, k = (torch.zeros(n, dtype=torch.int32) for n in (QUERIES, KEYS))
+    said = refusal(attn_bias=None, **changed)
+    assert " must " in said
+    assert said == refusal(attn_bias=LayoutBias(q, k, 0.0), **changed)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
-from dense_attn._backends import table
 
+from .models import denoiser_of
 from .regions import _tokens
+
+NAMES = {  # of SemanticGuidance's arguments here
+    "edit_guidance_scale": "scale",
+    "edit_threshold": "threshold",
+    "edit_warmup_steps": "warmup",
+    "edit_cooldown_steps": "cooldown",
+    "edit_weights": "weight",
+    "reverse_editing_direction": "reverse",
+    "edit_momentum_scale": "momentum_scale",
+    "edit_mom_beta": "momentum_beta",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +52,7 @@ class Edit:
 
     def __post_init__(self) -> None:
         _tokens("conditioning", self.conditioning)
+        _guidance_of([self])
 
 
 def semantic_guidance(
@@ -72,26 +84,32 @@ def semantic_guidance(
     Source: Brack et al., SEGA: Instructing Text-to-Image Models using Semantic Guidance, NeurIPS
     2023.
     """
+    denoiser_of(model)
     if not isinstance(edits, Sequence) or not all(isinstance(edit, Edit) for edit in edits):
         _checks.refuse("edits", "be a list of Edit", type(edits).__name__, TypeError)
     if not edits:
         _checks.refuse("edits", "hold at least one concept", "none")
-    guidance = SemanticGuidance(
-        edit_guidance_scale=[edit.scale for edit in edits],
-        edit_threshold=[edit.threshold for edit in edits],
-        edit_warmup_steps=[edit.warmup for edit in edits],
-        edit_cooldown_steps=[edit.cooldown for edit in edits],
-        edit_weights=[edit.weight for edit in edits],
-        reverse_editing_direction=[edit.reverse for edit in edits],
-        edit_momentum_scale=momentum_scale,
-        edit_mom_beta=momentum_beta,
-        backend=_checks.choice("backend", backend, ("auto", *table.ORDER)),
-    )
+    momentum = {"edit_momentum_scale": momentum_scale, "edit_mom_beta": momentum_beta}
+    guidance = _guidance_of(edits, **momentum, backend=backend)
     patched = model.clone()
     added = _Addition(guidance, [edit.conditioning for edit in edits])
     # at a scale of 1 ComfyUI would leave the negative prompt out
     patched.set_model_sampler_post_cfg_function(added, disable_cfg1_optimization=True)
     return patched
+
+
+def _guidance_of(edits: Sequence[Edit], **options: Any) -> SemanticGuidance:
+    """The guidance of concepts, whose numbers it refuses by their names here."""
+    with _checks.renamed(NAMES):
+        return SemanticGuidance(
+            edit_guidance_scale=[edit.scale for edit in edits],
+            edit_threshold=[edit.threshold for edit in edits],
+            edit_warmup_steps=[edit.warmup for edit in edits],
+            edit_cooldown_steps=[edit.cooldown for edit in edits],
+            edit_weights=[edit.weight for edit in edits],
+            reverse_editing_direction=[edit.reverse for edit in edits],
+            **options,
+        )
 
 
 class _Addition:

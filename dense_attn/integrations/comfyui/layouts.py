@@ -62,7 +62,7 @@ def apply_layout(
 
     Source: Kim et al., Dense Text-to-Image Generation with Attention Modulation, ICCV 2023.
     """
-    record = model_of(model.model.diffusion_model)
+    record = model_of(model)
     checked_regions = checked(regions)
     own = record.defaults
     if modulation != AUTO:
@@ -109,7 +109,7 @@ def apply_region_prompts(
     Raises:
         ValueError, TypeError: as `apply_layout`.
     """
-    record = model_of(model.model.diffusion_model)
+    record = model_of(model)
     checked_regions = checked(regions)
     ratio = _checks.fraction("base_ratio", base_ratio)
     make = of_prompts(checked_regions, ratio, _backend(backend))

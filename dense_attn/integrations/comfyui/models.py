@@ -50,8 +50,17 @@ MODELS = (
 )
 
 
-def model_of(denoiser: Any) -> Model:
-    """The record of a denoiser, by its class or one that it is derived from."""
+def denoiser_of(model: Any) -> Any:
+    """The denoiser of a ModelPatcher."""
+    denoiser = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if denoiser is None:
+        _checks.refuse("model", "be a ModelPatcher", type(model).__name__, TypeError)
+    return denoiser
+
+
+def model_of(model: Any) -> Model:
+    """The record of a ModelPatcher's denoiser, by its class or one that it is derived from."""
+    denoiser = denoiser_of(model)
     kinds = [kind.__name__ for kind in type(denoiser).__mro__]
     for model in MODELS:
         if model.denoiser in kinds:

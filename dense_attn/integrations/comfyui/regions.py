@@ -50,11 +50,15 @@ class Region:
             _checks.refuse("mask", rule, tuple(mask.shape))
         if not bool(((mask >= 0) & (mask <= 1)).all()):
             _checks.refuse("mask", "hold values in 0..1", "others")
-        if not (self.masks > 0.5).flatten(1).any(1).all():
-            _checks.refuse("mask", "have a pixel above 0.5 in each image", "none")
+        self.check_pixels(0)
         if _checks.number("weight", self.weight, torch.float32) <= 0:
             _checks.refuse("weight", "be above 0", self.weight)
         _tokens("conditioning", self.conditioning)
+
+    def check_pixels(self, level: float) -> None:
+        """Require a pixel above a level in the mask of each image."""
+        if not (self.masks > level).flatten(1).any(1).all():
+            _checks.refuse("mask", f"have a pixel above {level} in each image", "none")
 
     @property
     def masks(self) -> Tensor:
@@ -73,10 +77,16 @@ def _tokens(argument: str, conditioning: object) -> Tensor:
     if not isinstance(conditioning, list) or len(conditioning) != 1:
         got = len(conditioning) if isinstance(conditioning, list) else type(conditioning).__name__
         _checks.refuse(argument, "hold one text (not a combination of several)", got)
-    tokens = conditioning[0][0]
-    if not isinstance(tokens, Tensor) or tokens.dim() != 3 or len(tokens) != 1:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        _checks.refuse(argument, "hold tokens [1, number, channels]", got)
+    (text,) = conditioning
+    if not (isinstance(text, (list, tuple)) and len(text) == 2 and isinstance(text[1], dict)):
+        got = f"[{type(text).__name__}]"
+        _checks.refuse(argument, "be [[tokens, {...}]] of one text", got, TypeError)
+    tokens = _checks.tensor(argument, text[0])
+    if tokens.dim() != 3 or len(tokens) != 1 or not tokens.numel():
+        rule = "hold tokens [1, number, channels], at least one"
+        _checks.refuse(argument, rule, tuple(tokens.shape))
+    if not tokens.is_floating_point():
+        _checks.refuse(argument, "hold tokens of floats", _checks.name(tokens.dtype), TypeError)
     return tokens
 
 

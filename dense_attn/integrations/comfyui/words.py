@@ -47,6 +47,8 @@ def of_prompts(regions: list[Region], base_ratio: float, backend: str) -> Make:
 
 def of_layouts(regions: list[Region], numbers: Numbers) -> Make:
     """A maker of the layers of a layout."""
+    for region in regions:
+        region.check_pixels(0.5)
     layouts = [Layout(masks > 0.5) for masks in of_images(regions)]
 
     def make(
