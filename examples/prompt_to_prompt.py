@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from dense_attn import layout_attention
+from dense_attn import _checks, layout_attention
 from dense_attn.examples._tiny_pipeline import command, load, side_by_side
+from dense_attn.integrations.diffusers.hooks import arguments, watched
+from dense_attn.integrations.diffusers.steps import Steps
+from dense_attn.integrations.diffusers.text.encoding import heard
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,21 +41,23 @@ class PromptToPrompt(TorchFunctionMode):
     """Inside the block, images of `targets` have the attention of those of `sources`.
 
     The pipeline, one of a U-Net, is called with the prompts `[*sources, *targets]`, each target
-    from its source's noise, with guidance and with `callback_on_step_end=block.step_ended`.
+    from its source's noise, with guidance, as often as wanted. Blocks inside of a block: the
+    innermost counts.
 
     Args:
         pipe: whose tokenizer tells the words apart.
         sources, targets: prompts. Where words differ they are swapped (those of the target get the
             map of those that stood there), where there are more of them the new ones have a map of
             their own (refinement).
-        cross, own: the shares of the steps in which maps across to the text, and of the image to
-            itself, are the source's.
+        cross, own: the shares of the steps, 0 to 1, in which maps across to the text, and of the
+            image to itself, are the source's.
         weights: factors of words of the targets (reweighting), while `cross` lasts.
         largest: image tokens up to which a map of the image to itself is the source's.
 
     Raises:
-        ValueError: a pipeline without a U-Net, prompts that are not as many, or a weight of a word
-            that no target has; in a step of it, attention with a mask or without guidance.
+        ValueError, TypeError: an argument breaks the rule that the message names; in the call,
+            other prompts, attention with a mask, without guidance or by other functions, or a layer
+            with as many image tokens as the text has, which looks like one across to the text.
     """
 
     def __init__(
@@ -67,31 +73,61 @@ class PromptToPrompt(TorchFunctionMode):
     ) -> None:
         super().__init__()
         if getattr(pipe, "unet", None) is None:
-            raise ValueError(f"pipe must have a U-Net, got {type(pipe).__name__}")
+            _checks.refuse("pipe", "have a U-Net", type(pipe).__name__)
+        self.prompts = [*_prompts("sources", sources), *_prompts("targets", targets)]
         if len(sources) != len(targets):
             got = f"{len(targets)} and {len(sources)}"
-            raise ValueError(f"targets must be as many as sources, got {got}")
+            _checks.refuse("targets", "be as many as sources", got)
+        shares = _checks.fraction("cross", cross), _checks.fraction("own", own)
+        self.shares = dict(zip(("cross", "own"), shares))
+        self.largest = _checks.number("largest", largest)
         tokens = pipe.tokenizer
         before, after = (
             tokens(list(prompts), padding="max_length", truncation=True).input_ids
             for prompts in (sources, targets)
         )
-        factors = _factors(tokens, after, weights or {})[:, None].to(pipe.device)  # [B, 1, N]
+        factors = _factors(tokens, after, weights)[:, None].to(pipe.device)  # [B, 1, N]
         pairs = [alignment(*pair) for pair in zip(before, after)]
         moved, new = (torch.stack(parts).to(pipe.device) for parts in zip(*pairs))
         self.moved, self.new = moved * factors, new * factors  # A and diag(1 - a), [B, N, N]
-        self.cross, self.own, self.largest = cross, own, largest
-        self.done, self.exchanged = 0.0, 0  # of the steps; softmaxes of this one
+        self.pipe, self.steps, self.paused = pipe, Steps(pipe), 0
+        self.done, self.reached = 0.0, set[str]()  # of the steps; kinds of softmax in this one
 
-    def step_ended(
-        self, pipe: DiffusionPipeline, step: int, _: Any, tensors: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Count a step, as a callback of the pipeline."""
-        if not self.exchanged and self.done < min(self.cross, self.own):
-            rule = "reach scaled_dot_product_attention with both halves of guidance"
-            raise ValueError(f"pipe must {rule}, got a step without one")
-        self.done, self.exchanged = (step + 1) / pipe.num_timesteps % 1, 0
-        return tensors
+    def __enter__(self) -> PromptToPrompt:
+        """Follow the pipeline's prompts and steps."""
+        with ExitStack() as stack:
+            stack.enter_context(heard(self.pipe, self._hear))
+            stack.enter_context(watched(self.pipe.unet, self, self._before, self._after))
+            self._following = stack.pop_all()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the pipeline as it was."""
+        self._following.close()
+        super().__exit__(*error)
+
+    def _hear(self, given: dict[str, Any]) -> None:
+        """Refuse a call with other prompts; embeddings say nothing of theirs."""
+        prompt, images = given.get("prompt"), given.get("num_images_per_prompt", 1)
+        if self.paused or prompt is None:
+            return
+        if isinstance(prompt, str) or list(prompt) != self.prompts:
+            _checks.refuse("prompt", f"be [*sources, *targets], {self.prompts}", repr(prompt))
+        if images != 1:
+            _checks.refuse("num_images_per_prompt", "be 1", images)
+
+    def _before(self, unet: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """Find out which step of which run this is; a run may have broken off."""
+        if not self.paused:
+            self.steps.follow(arguments(unet, args, kwargs).arguments["timestep"])
+            self.done, self.reached = self.steps.index / self.steps.total, set()
+
+    def _after(self, *_: Any) -> None:
+        """Refuse a step in which maps were to be exchanged, and none of the kind was seen."""
+        for kind, share in self.shares.items():
+            if not self.paused and self.done < share and kind not in self.reached:
+                rule = "reach scaled_dot_product_attention with both halves of guidance"
+                _checks.refuse("pipe", rule, f"a step without one, for {kind}={share}")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -103,11 +139,16 @@ class PromptToPrompt(TorchFunctionMode):
 
     def _meant(self, q: Tensor, k: Tensor) -> bool:
         """Whether this softmax is the denoiser's, at a step and of a size that are exchanged."""
-        if len(q) != 4 * len(self.moved):
+        image, keys, text = q.shape[2], k.shape[2], self.moved.shape[1]
+        over = self.done >= max(self.shares.values())
+        if self.paused or over or len(q) != 4 * len(self.moved) or keys not in (image, text):
             return False
-        if k.shape[2] == self.moved.shape[1] != q.shape[2]:
-            return self.done < self.cross
-        return self.done < self.own and q.shape[2] == k.shape[2] <= self.largest
+        if image == text:
+            rule = f"have no layer of as many image tokens as the text's {text}"
+            _checks.refuse("pipe", rule, "one: take another height or width")
+        kind = "cross" if keys == text else "own"
+        self.reached.add(kind)
+        return self.done < self.shares[kind] and (kind == "cross" or image <= self.largest)
 
     def _exchange(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any
@@ -117,8 +158,8 @@ class PromptToPrompt(TorchFunctionMode):
         `out = softmax(q_s k_s^T) A v + softmax(q k^T) (1 - a) v`, the second where words are new.
         """
         if attn_mask is not None:
-            raise ValueError("attn_mask must be None, got a mask")
-        self.exchanged, count = self.exchanged + 1, len(self.moved)
+            _checks.refuse("attn_mask", "be None", "a mask")
+        count = len(self.moved)
         source = slice(2 * count, 3 * count)
         rows = [slice(0, 3 * count), source]
         values = v[3 * count :]
@@ -155,18 +196,31 @@ def alignment(source: Sequence[int], target: Sequence[int]) -> tuple[Tensor, Ten
     return moved, new
 
 
-def _factors(tokenizer: Any, targets: list[list[int]], weights: Mapping[str, float]) -> Tensor:
+def _prompts(argument: str, value: object) -> Sequence[str]:
+    """Require a list of prompts, one or more."""
+    listed = isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+    if not listed or not value:
+        kind = ValueError if listed else TypeError
+        _checks.refuse(argument, "be a list of one prompt or more", repr(value), kind)
+    return value
+
+
+def _factors(
+    tokenizer: Any, targets: list[list[int]], weights: Mapping[str, float] | None
+) -> Tensor:
     """The factor of each token of each target, [B, N]."""
     factors = torch.ones(len(targets), len(targets[0]), dtype=torch.float32, device="cpu")
-    for word, weight in weights.items():
-        found, ids = False, tokenizer(word, add_special_tokens=False).input_ids
-        for b, target in enumerate(targets):
-            for start in range(len(target)):
-                if target[start : start + len(ids)] == ids:
-                    factors[b, start : start + len(ids)] = weight
-                    found = True
+    if not isinstance(weights, Mapping | None):
+        _checks.refuse("weights", "be factors by words", type(weights).__name__, TypeError)
+    for word, weight in (weights or {}).items():
+        factor = _checks.number(f"weights[{word!r}]", weight, torch.float32)
+        ids = tokenizer(word, add_special_tokens=False).input_ids if isinstance(word, str) else []
+        ends = [(b, i) for b, target in enumerate(targets) for i in range(len(target))]
+        found = [(b, i) for b, i in ends if ids and targets[b][i : i + len(ids)] == ids]
         if not found:
-            raise ValueError(f"weights must be of words of the targets, got {word!r}")
+            _checks.refuse("weights", "be of words of the targets", repr(word))
+        for b, start in found:
+            factors[b, start : start + len(ids)] = factor
     return factors
 
 
@@ -190,8 +244,8 @@ def main(
         return pipe(prompts, num_inference_steps=steps, generator=noises, **options).images
 
     (plain,) = images([target])
-    with PromptToPrompt(pipe, [source], [target], weights=weights) as edit:
-        first, edited = images([source, target], callback_on_step_end=edit.step_ended)
+    with PromptToPrompt(pipe, [source], [target], weights=weights):
+        first, edited = images([source, target])
     return [first, plain, edited]
 
 

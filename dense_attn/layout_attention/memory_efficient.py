@@ -117,8 +117,11 @@ class LayoutBias:
         if self.modulation == "mask":
             bias = torch.zeros_like(matched, dtype=dtype).masked_fill(~matched, -torch.inf)
         else:
-            strength = torch.as_tensor(self.strength, device=self.device)
-            bias = (strength[..., None] * matched).to(dtype)
+            strength = self.strength
+            if isinstance(strength, Tensor):
+                bias = (strength[..., None] * matched).to(dtype)
+            else:
+                bias = matched.to(dtype) * strength
         given, own = tuple(shape), tuple(bias.shape)
         if len(given) < 4 and all(size == 1 for size in own[: 4 - len(given)]):
             bias = bias.reshape(own[4 - len(given) :])

@@ -113,7 +113,7 @@ class SemanticGuidance:
         self._backend = _checks.choice("backend", backend, ("auto", *table.ORDER))
         self._beyond_float32 = self._large_numbers()
         self._apply = vectors.by_step("apply", apply)
-        self._recorded: vectors.Vectors | None = None
+        self.recorded: vectors.Vectors | None = None  # what the calls fill
         self._kept_on: torch.device | None = None
         self._lists: dict[int, _Lists] = {}
         self.reset()
@@ -154,7 +154,7 @@ class SemanticGuidance:
         """An estimate of any guidance, eps, with the concepts' directions from eps_base added.
 
         It is a step of the run as a call is, without a guidance of its own: where nothing is added
-        the result has eps' bits.
+        the result is eps itself.
         """
         with _checks.renamed({"eps_uncond": "eps_base"}):
             return self._step(step, eps_base, eps_base, eps_edits, user_mask, eps)
@@ -180,19 +180,23 @@ class SemanticGuidance:
         call = self._call + 1 if momentum is not None and step == self._last else 0
         applied = vectors.applied("apply", self._apply, int(step), call, eps_uncond)
         options = self._options(step, len(edits), reference.accumulation_dtype(eps_uncond.dtype))
-        if momentum is None and self._recorded:  # of the run before
-            self._recorded = None
+        if momentum is None and self.recorded:  # of the run before
+            self.recorded = None
         tensors = eps_uncond, eps_text, edits, momentum, user_mask
-        if guided is None and self._recorded is None and applied is None:
+        idle = len(edits) == 0 and (momentum is None or self._idle)
+        if guided is None and self.recorded is None and applied is None:
             eps, after = op.guided(*tensors, options, self._backend)
         else:
             added, after = op.parts(*tensors, options, self._backend)
-            added = vectors.total(added, applied)
-            pair = (eps_uncond, eps_text) if guided is None else (guided, guided)
-            eps = op.moved(*pair, added, options, self._backend)
-            if self._recorded is not None:
-                self._recorded.append((int(step), vectors.kept(added, self._kept_on)))
-        self.momentum, self._last, self._call = after, int(step), call
+            added = vectors.total(None if idle else added, applied)
+            if guided is not None and added is None:  # a sum would lose -0.0 and inf
+                eps = guided
+            else:
+                pair = (eps_uncond, eps_text) if guided is None else (guided, guided)
+                eps = op.moved(*pair, added, options, self._backend)
+            if self.recorded is not None:
+                self.recorded.append((int(step), vectors.kept(added, self._kept_on)))
+        self.momentum, self._last, self._call, self._idle = after, int(step), call, idle
         return eps
 
     def _options(self, step: int, count: int, wide: torch.dtype) -> tuple[object, ...]:
@@ -224,12 +228,19 @@ class SemanticGuidance:
         gives the same bits. A recorded run is like one that is not, but for rounding in steps that
         add several concepts while another warms up.
 
+        A run of a pipeline that breaks off before its last step is not kept: the list is emptied
+        when the next one begins, and holds that. In a loop of your own, which says nothing of its
+        last step, call `record()` again.
+
         Args:
             device: where vectors are kept; None: where the estimates are.
+
+        Raises:
+            ValueError, TypeError: no such device is here.
         """
-        self._kept_on = None if device is None else torch.device(device)
-        self._recorded = []
-        return self._recorded
+        self._kept_on = vectors.place("device", device)
+        self.recorded = []
+        return self.recorded
 
     def _spread(self, count: int) -> _Lists:
         """The options of a number of concepts, kept for the steps that follow."""
@@ -242,6 +253,7 @@ class SemanticGuidance:
         self.momentum: Tensor | None = None
         self._last = 0  # the step of the last call
         self._call = 0  # calls of that step before it
+        self._idle = False  # whether no call of the run had a concept
 
 
 def _check_momentum(momentum: Tensor | None, eps: Tensor) -> None:

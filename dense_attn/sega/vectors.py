@@ -23,7 +23,11 @@ def by_step(argument: str, vectors: object) -> dict[int, list[Tensor | None]] | 
     if not vectors:
         _checks.refuse(argument, "hold the vectors of a run", "none: no step was recorded")
     steps: dict[int, list[Tensor | None]] = {}
-    for step, vector in vectors:
+    for i, (step, vector) in enumerate(vectors):
+        if step < 0:
+            _checks.refuse(f"{argument}[{i}]", "be of a step of at least 0", step)
+        if vector is not None:
+            _checks.readable(f"{argument}[{i}]", _checks.floats(f"{argument}[{i}]", vector))
         steps.setdefault(int(step), []).append(vector)
     return steps
 
@@ -53,7 +57,7 @@ def applied(
     if vector is None:
         return None
     if vector.shape[1:] != eps.shape[1:] or len(vector) not in (1, len(eps)):
-        rule = f"hold vectors of eps_uncond's shape {tuple(eps.shape)}, or of one sample's"
+        rule = f"hold vectors of the estimates' shape {tuple(eps.shape)}, or of one sample's"
         _checks.refuse(argument, rule, tuple(vector.shape))
     wide = reference.accumulation_dtype(eps.dtype)
     return vector.to(eps.device, wide).expand(eps.shape)
@@ -63,6 +67,21 @@ def total(*vectors: Tensor | None) -> Tensor | None:
     """The sum of the vectors that are there."""
     there = [vector for vector in vectors if vector is not None]
     return sum(there[1:], there[0]) if there else None
+
+
+def place(argument: str, device: object) -> torch.device | None:
+    """The device of a recording, one that is there and holds values; None: the estimates'."""
+    if device is None:
+        return None
+    rule = "be a device that is here and holds values"
+    try:
+        found = torch.empty(0, dtype=torch.uint8, device=device).device
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # as builds have it
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        _checks.refuse(argument, rule, repr(device), kind, error)
+    if found.type == "meta":
+        _checks.refuse(argument, rule, repr(device))
+    return found
 
 
 def kept(vector: Tensor | None, device: torch.device | None) -> Tensor | None:

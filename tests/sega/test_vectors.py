@@ -126,11 +126,54 @@ def test_vectors_are_saved_and_changed_as_what_they_are() -> None:
         ([torch.zeros(3)], TypeError, "apply must be the list that record"),
         ([(True, None)], TypeError, "apply must be the list that record"),
         ([], ValueError, "apply must hold the vectors of a run, got none"),
+        (
+            [(0, None), (-1, None)],
+            ValueError,
+            r"apply\[1\] must be of a step of at least 0, got",
+        ),
+        ([(0, torch.zeros(2, dtype=torch.cfloat))], TypeError, r"apply\[0\] must be .*, got compl"),
+        ([(0, torch.zeros(2, dtype=torch.int64))], TypeError, r"apply\[0\] must be .*, got int64"),
+        ([(0, torch.zeros(2, dtype=torch.bool))], TypeError, r"apply\[0\] must be .*, got bool"),
+        ([(0, torch.zeros(2, 2).to_sparse())], TypeError, r"apply\[0\] must be a strided tensor"),
+        (
+            [(0, torch.zeros(2, device="meta"))],
+            ValueError,
+            r"apply\[0\] must hold values, got a",
+        ),
     ],
 )
 def test_wrong_vectors_are_refused(apply: object, kind: type, sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
         SemanticGuidance(apply=apply)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", 5.5, "cuda:99", "privateuseone"], ids=str)
+def test_a_place_for_vectors_that_is_not_there_is_refused(device: object) -> None:
+    guidance = SemanticGuidance()
+    before = guidance.record()
+    kind = TypeError if device == 5.5 else ValueError
+    with pytest.raises(kind, match=f"device must be a device .*, got {device!r}"):
+        guidance.record(device)
+    guidance(0, *estimates(0))
+    assert len(before) == 1  # what was asked for is recorded
+
+
+@every_backend
+def test_steered_by_nothing_an_estimate_keeps_its_bits(backend: str) -> None:
+    """Also its -0.0 and inf, which a sum would change; vectors there are None."""
+    odd = torch.full((1, 4, 5, 7), -0.0)
+    odd[0, 0, 0, 0] = torch.inf
+    uncond, _, edits = estimates(0)
+    warm = SemanticGuidance(apply=[(0, None), (1, None)], backend=backend)
+    vectors = warm.record()
+    cold = SemanticGuidance(edit_warmup_steps=2, backend=backend)
+    for step in range(2):
+        for eps in (warm.steer(step, odd, uncond), cold.steer(step, odd, uncond, edits)):
+            assert torch.equal(eps.view(torch.int32), odd.view(torch.int32))
+    assert vectors == [(0, None), (1, None)]
+    carried = SemanticGuidance(backend=backend)
+    carried.momentum = torch.ones(1, 4, 5, 7)
+    assert torch.equal(carried.steer(1, uncond, uncond), uncond + 0.1)  # is something
 
 
 def test_vectors_of_another_run_are_refused_and_move_nothing() -> None:
@@ -139,8 +182,8 @@ def test_vectors_of_another_run_are_refused_and_move_nothing() -> None:
     two, three = estimates(0, batch=2)[:2], estimates(0, batch=3)[:2]
     recorded = guidance.record()
     for step, pair, sentence in (
-        (0, three, r"apply must hold vectors of eps_uncond's shape \(3, 4, 5, 7\)"),
-        (1, two, "apply must hold vectors of eps_uncond's shape"),
+        (0, three, r"apply must hold vectors of the estimates' shape \(3, 4, 5, 7\)"),
+        (1, two, "apply must hold vectors of the estimates' shape"),
         (2, two, "apply must hold a vector for each call of step 2, got 0, for steps 0 to 1"),
     ):
         with pytest.raises(ValueError, match=sentence):

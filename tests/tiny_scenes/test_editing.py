@@ -72,28 +72,100 @@ def test_new_words_have_maps_of_their_own(pipe: object) -> None:
 def test_a_prompt_in_the_place_of_itself(pipe: object) -> None:
     """Its image is the source's, and a factor of 1 changes nothing."""
     prompts, few = [PROMPTS[0]] * 2, {"num_inference_steps": 3}
-    with PromptToPrompt(pipe, prompts[:1], prompts[:1], weights={"red": 1.0}) as edit:
-        images = score.generate(pipe, prompts, [3, 3], callback_on_step_end=edit.step_ended, **few)
+    with PromptToPrompt(pipe, prompts[:1], prompts[:1], weights={"red": 1.0}):
+        images = score.generate(pipe, prompts, [3, 3], **few)
     torch.testing.assert_close(images[1], images[0], atol=1e-4, rtol=0)
     plain = score.generate(pipe, prompts[:1], [3], **few)
     torch.testing.assert_close(images[:1], plain, atol=1e-4, rtol=0)
 
 
-def test_what_prompt_to_prompt_refuses(pipe: object) -> None:
+def test_steps_are_counted_without_a_callback(pipe: object) -> None:
+    """Maps are exchanged in the steps that were asked for, and anew after a run that broke off."""
+    noise, steps, calls = {"prompts": PROMPTS, "seeds": [3, 3]}, {"num_inference_steps": 3}, []
+
+    def stop(_pipe: object, step: int, *_: object) -> dict:
+        if step == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    with PromptToPrompt(pipe, *[[each] for each in PROMPTS], cross=0.5, own=0.3) as edit:
+        exchange = edit._exchange
+        edit._exchange = lambda *given, **options: (
+            calls.append((edit.done, given[0].shape[2] == given[1].shape[2])),
+            exchange(*given, **options),
+        )[1]
+        images = score.generate(pipe, **noise, **steps)
+        assert sorted(set(calls)) == [(0.0, False), (0.0, True), (1 / 3, False)]
+        with pytest.raises(KeyboardInterrupt):
+            score.generate(pipe, **noise, **steps, callback_on_step_end=stop)
+        assert torch.equal(score.generate(pipe, **noise, **steps), images)
+    assert not torch.equal(score.generate(pipe, **noise, **steps)[1], images[1])
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_the_innermost_block_counts(pipe: object) -> None:
+    noise, few = {"prompts": PROMPTS, "seeds": [3, 3]}, {"num_inference_steps": 2}
+    pair = [[each] for each in PROMPTS]
+    with PromptToPrompt(pipe, *pair), PromptToPrompt(pipe, *pair, cross=0, own=0):
+        inner = score.generate(pipe, **noise, **few)
+    assert torch.equal(inner, score.generate(pipe, **noise, **few))
+
+
+@pytest.mark.parametrize("shares", [{"cross": 0}, {"own": 0}, {}, {"cross": 0, "largest": 4}])
+def test_a_step_without_both_halves_is_refused(pipe: object, shares: dict) -> None:
+    edit = PromptToPrompt(pipe, *[["a circle"]] * 2, **shares)
+    options = {"num_inference_steps": 2, "seeds": [0, 0]}
+    with edit, pytest.raises(ValueError, match="with both halves of guidance, got a step without"):
+        score.generate(pipe, ["a circle"] * 2, guidance_scale=1.0, **options)
+    with edit:  # no layer that is small enough is none that is missing
+        score.generate(pipe, ["a circle"] * 2, **options)
+
+
+A, B = (["a circle"], ["a blue circle"])
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "options", "sentence"),
+    [
+        (A, A * 2, {}, "targets must be as many as sources, got 2 and 1"),
+        (A[0], B, {}, "sources must be a list of one prompt or more, got 'a circle'"),
+        (A, B[0], {}, "targets must be a list of one prompt or more, got 'a blue circle'"),
+        ([], [], {}, r"sources must be a list of one prompt or more, got \[\]"),
+        (A, [3], {}, r"targets must be a list of one prompt or more, got \[3\]"),
+        (A, B, {"cross": NAN}, "cross must be finite, got nan"),
+        (A, B, {"cross": 5}, "cross must be from 0 to 1, got 5"),
+        (A, B, {"own": -1}, "own must be from 0 to 1, got -1"),
+        (A, B, {"largest": None}, "largest must be a number, got NoneType"),
+        (A, B, {"weights": {"blue": NAN}}, r"weights\['blue'\] must be finite in float32, got nan"),
+        (A, B, {"weights": {"blue": "3"}}, r"weights\['blue'\] must be a number, got str"),
+        (A, B, {"weights": {"": 3.0}}, "weights must be of words of the targets, got ''"),
+        (A, B, {"weights": {3: 3.0}}, "weights must be of words of the targets, got 3"),
+        (A, A, {"weights": {"green": 2.0}}, "weights must be of words of the targets, got 'green'"),
+        (A, B, {"weights": ["blue"]}, "weights must be factors by words, got list"),
+    ],
+)
+def test_what_prompt_to_prompt_refuses(
+    pipe: object, sources: object, targets: object, options: dict, sentence: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^{sentence}$"):
+        PromptToPrompt(pipe, sources, targets, **options)
+
+
+def test_what_prompt_to_prompt_refuses_of_a_pipeline(pipe: object) -> None:
     with pytest.raises(ValueError, match="pipe must have a U-Net, got int"):
-        PromptToPrompt(3, ["a circle"], ["a circle"])
-    with pytest.raises(ValueError, match="targets must be as many as sources, got 2 and 1"):
-        PromptToPrompt(pipe, ["a circle"], ["a circle", "a square"])
-    with pytest.raises(ValueError, match="weights must be of words of the targets, got 'green'"):
-        PromptToPrompt(pipe, *[["a circle"]] * 2, weights={"green": 2.0})
-    edit = PromptToPrompt(pipe, *[["a circle"]] * 2)
-    q = torch.randn(4, 2, 9, 16)
-    mask = torch.ones(9, 9, dtype=torch.bool)
+        PromptToPrompt(3, A, B)
+    edit, options = PromptToPrompt(pipe, A, B), {"num_inference_steps": 1, "seeds": [0, 0]}
+    q, words = torch.randn(4, 2, 9, 16), torch.randn(4, 2, 20, 16)  # as many as of the text
     with edit, pytest.raises(ValueError, match="attn_mask must be None, got a mask"):
-        scaled_dot_product_attention(q, q, q, mask)
-    options = {"callback_on_step_end": edit.step_ended, "guidance_scale": 1.0}
-    with edit, pytest.raises(ValueError, match="with both halves of guidance"):
-        score.generate(pipe, ["a circle"] * 2, [0, 0], num_inference_steps=2, **options)
+        scaled_dot_product_attention(q, q, q, torch.ones(9, 9, dtype=torch.bool))
+    with edit, pytest.raises(ValueError, match="no layer of as many image tokens as the text's 20"):
+        scaled_dot_product_attention(words, words, words)
+    for prompts in (B + A, A * 2, A[0]):
+        with edit, pytest.raises(ValueError, match=r"prompt must be \[\*sources, \*targets\], "):
+            pipe(prompts, num_inference_steps=1)
+    with edit, pytest.raises(ValueError, match="num_images_per_prompt must be 1, got 2"):
+        score.generate(pipe, A + B, num_images_per_prompt=2, **(options | {"seeds": [0] * 4}))
 
 
 def test_the_command_line_of_prompt_to_prompt(

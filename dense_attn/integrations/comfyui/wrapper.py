@@ -95,7 +95,8 @@ class Wrapper:
             if one.shape[2] != channels:
                 rule = f"be of the prompt's text encoder, {channels} channels"
                 _checks.refuse("conditioning", rule, one.shape[2])
-        rows = torch.tensor(sees, device=text.device).repeat_interleave(batch // len(sees))
+        rows = torch.tensor(sees, dtype=torch.bool, device=text.device)
+        rows = rows.repeat_interleave(batch // len(sees))
         own = torch.cat(self._texts, 1) * rows[:, None, None].to(text)
         return torch.cat([text, own], 1)
 

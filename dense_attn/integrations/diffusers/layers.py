@@ -63,7 +63,7 @@ class Lists:
 
 @dataclass(eq=False)
 class Layer:
-    """What layers take for `layout_attention` beside q, k and v."""
+    """The arguments of `layout_attention` beside q, k and v, as layers take them."""
 
     q_words: Tensor  # int32 [B|1, M]
     k_words: Tensor  # int32 [B|1, N]

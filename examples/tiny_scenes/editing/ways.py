@@ -50,9 +50,8 @@ def with_maps(
     """Prompt-to-Prompt: the maps of the prompt's image in the first steps of the other's."""
     sources, targets = [case.prompt for case in own], [case.asked for case in own]
     seeds = [*range(len(own))] * 2
-    with PromptToPrompt(pipe, sources, targets, cross=cross, own=own_maps) as edit:
-        both = generate(pipe, sources + targets, seeds, callback_on_step_end=edit.step_ended)
-    return both[len(own) :]
+    with PromptToPrompt(pipe, sources, targets, cross=cross, own=own_maps):
+        return generate(pipe, sources + targets, seeds)[len(own) :]
 
 
 WAYS: dict[str, Way] = {

@@ -34,6 +34,53 @@ def test_the_same_run_gets_its_bits_without_a_concept(model: str) -> None:
         assert close(latents(pipe, **given), guided)
 
 
+@pytest.mark.parametrize("model", ["sd", "sd3"])
+def test_a_run_that_breaks_off_is_not_kept_and_the_next_is(model: str) -> None:
+    pipe = pipeline(model)
+
+    def stop(_pipe: object, step: int, *_: object) -> dict:
+        if step == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with semantic_guidance(pipe, EDITS) as guidance:
+        guided = latents(pipe, steps=5)
+        vectors = guidance.record()
+        with pytest.raises(KeyboardInterrupt):
+            latents(pipe, steps=5, callback_on_step_end=stop)
+        assert [step for step, _ in vectors] == [0, 1, 2]
+        assert torch.equal(latents(pipe, steps=5), guided)
+        latents(pipe, "a dog", steps=4)  # is not recorded
+    assert [step for step, _ in vectors] == [0, 1, 2, 3, 4]
+    with semantic_guidance(pipe, apply=vectors):
+        assert close(latents(pipe, steps=5), guided)
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "sentence"),
+    [
+        (Edit("a", scale=float("nan")), ValueError, r"edits\[1\].scale must be finite, got nan"),
+        (Edit("a", scale=[1.0]), TypeError, r"edits\[1\].scale must be a number, got list"),
+        (Edit("a", threshold=2), ValueError, r"edits\[1\].threshold must be from 0 to 1, got 2"),
+        (Edit("a", warmup=-1), ValueError, r"edits\[1\].warmup must be at least 0, got -1"),
+        (Edit("a", cooldown="b"), TypeError, r"edits\[1\].cooldown must be a number, got str"),
+        (Edit("a", weight=None), TypeError, r"edits\[1\].weight must be a number, got NoneType"),
+        (Edit("a", reverse=1), TypeError, r"edits\[1\].reverse must be a bool, got int"),
+    ],
+    ids=lambda value: getattr(value, "prompt", ""),
+)
+def test_a_refused_concept_is_named_as_the_user_has_it(
+    edit: Edit, kind: type, sentence: str
+) -> None:
+    pipe = pipeline("sd")
+    with pytest.raises(kind, match=sentence):
+        semantic_guidance(pipe, [EDITS[0], edit]).__enter__()
+    with pytest.raises(TypeError, match="momentum_scale must be a number, got str"):
+        semantic_guidance(pipe, EDITS, momentum_scale="a").__enter__()
+    with pytest.raises(ValueError, match="momentum_beta must be finite, got inf"):
+        semantic_guidance(pipe, EDITS, momentum_beta=float("inf")).__enter__()
+
+
 def test_vectors_of_a_run_of_other_steps_are_refused() -> None:
     pipe = pipeline("sd")
     with semantic_guidance(pipe, EDITS) as guidance:

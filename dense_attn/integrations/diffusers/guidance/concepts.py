@@ -37,6 +37,17 @@ class Edit:
     reverse: bool = False
 
 
+# the arguments of SemanticGuidance that a concept has
+FIELDS = {
+    "edit_guidance_scale": "scale",
+    "edit_threshold": "threshold",
+    "edit_warmup_steps": "warmup",
+    "edit_cooldown_steps": "cooldown",
+    "edit_weights": "weight",
+    "reverse_editing_direction": "reverse",
+}
+
+
 def settings(
     edits: Sequence[Edit],
     momentum_scale: float,
@@ -57,19 +68,14 @@ def settings(
         if not isinstance(edit.prompt, str):
             got = type(edit.prompt).__name__
             _checks.refuse(f"edits[{i}].prompt", "be a string", got, TypeError)
-    options = {
-        "edit_guidance_scale": [edit.scale for edit in edits],
-        "edit_threshold": [edit.threshold for edit in edits],
-        "edit_warmup_steps": [edit.warmup for edit in edits],
-        "edit_cooldown_steps": [edit.cooldown for edit in edits],
-        "edit_weights": [edit.weight for edit in edits],
-        "reverse_editing_direction": [edit.reverse for edit in edits],
-        "edit_momentum_scale": momentum_scale,
-        "edit_mom_beta": momentum_beta,
-        "backend": backend,
-        "apply": apply,
-    }
-    SemanticGuidance(**options)
+        with _checks.renamed({name: f"edits[{i}].{field}" for name, field in FIELDS.items()}):
+            SemanticGuidance(**{name: [getattr(edit, field)] for name, field in FIELDS.items()})
+    own = {name: [getattr(edit, field) for edit in edits] for name, field in FIELDS.items()}
+    others = {"edit_momentum_scale": momentum_scale, "edit_mom_beta": momentum_beta}
+    options = {**own, **others, "backend": backend, "apply": apply}
+    names = {"edit_momentum_scale": "momentum_scale", "edit_mom_beta": "momentum_beta"}
+    with _checks.renamed(names):
+        SemanticGuidance(**options)
     return options
 
 
@@ -92,6 +98,7 @@ class Runs:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options  # arguments of SemanticGuidance
         self.guidance = SemanticGuidance(**options)
+        self._steps = 0  # of the run before
         self._told: set[int] = set()  # concepts that a run was too short for
 
     def begin(self, steps: int) -> SemanticGuidance:
@@ -107,5 +114,9 @@ class Runs:
                 last = f"{steps - 1}, the last of the run's {steps} steps"
                 text = f"edits[{i}].warmup must be at most {last}, for the concept to act"
                 warnings.warn(f"{text}, got {warmup}", stacklevel=3)
+        recorded = self.guidance.recorded
+        if recorded and recorded[-1][0] + 1 < self._steps:  # that run broke off
+            recorded.clear()
+        self._steps = steps
         self.guidance.reset()
         return self.guidance

@@ -158,7 +158,7 @@ def _together(rows: int, count: int, value: Any, concepts: Tensor | None = None)
 
 
 def _alone(rows: int, place: int, value: Any, concepts: Tensor | None = None) -> Any:
-    """What the prompt's rows have, or one concept's text for each of them."""
+    """The prompt's rows of an argument, or one concept's text for each of them."""
     if not _has_rows(value, rows):
         return value
     if concepts is None:
