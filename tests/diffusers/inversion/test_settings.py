@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import family
 from pipelines import IMAGE, pipeline
 
 from dense_attn.integrations.diffusers import invert, optimize
@@ -116,3 +117,8 @@ def test_whole_numbers_of_numpy_are_taken(name: str) -> None:
     for steps in (True, 2.0, np.bool_(True)):
         with pytest.raises(ValueError, match=r"^num_inference_steps must be a whole number"):
             inverted(name, num_inference_steps=steps)
+
+
+def test_calls_that_are_told_of_no_guidance_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^pipe must take a guidance_scale in its call, got F"):
+        invert(family("flux2_kv"), IMAGE, "a cat", **STEPS)
