@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import suppress
 
 import pytest
@@ -11,6 +12,7 @@ from families.images import PICTURE
 
 from dense_attn.integrations.diffusers import invert
 from dense_attn.integrations.diffusers.inversion.shared import check_pipe
+from dense_attn.integrations.diffusers.models import model_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHAINED = set(
@@ -38,6 +40,19 @@ def test_classes_that_have_chains_are_known() -> None:
                 check_pipe(skeleton(kind))
                 found.add(name.removesuffix("Pipeline"))
     assert found == CHAINED | {"SanaSprint"}
+
+
+@pytest.mark.full
+def test_vaes_are_upcast_where_their_pipelines_do() -> None:
+    told = {name for name in CHAINED if "force_upcast" in source(name)}
+    assert told == {"AuraFlow", "Kolors", "StableDiffusionXL"}
+    assert told == {
+        name for name in CHAINED if model_of(skeleton(kinds()[f"{name}Pipeline"])).upcasts
+    }
+
+
+def source(name: str) -> str:
+    return inspect.getsource(kinds()[f"{name}Pipeline"].__call__)
 
 
 @pytest.mark.full

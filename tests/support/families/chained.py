@@ -87,7 +87,7 @@ def chain_of(
     """A family's chain, of noise of a seed."""
     settings = Settings(
         [PROMPT] * count,
-        NEGATIVE if "negative_prompt" in takes(name) else "",
+        NEGATIVE if guided and "negative_prompt" in takes(name) else "",
         SCALE if guided else None,
         steps,
         sampler,

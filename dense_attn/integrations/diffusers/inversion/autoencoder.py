@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,12 +20,33 @@ if TYPE_CHECKING:
 Affine = tuple[float | Tensor, float | Tensor]
 
 
+@contextmanager
+def upcast(pipe: DiffusionPipeline, model: Model) -> Iterator[None]:
+    """Inside the block, gradients included, a VAE that overflows in half precision is in float32.
+
+    Where its config says so (force_upcast) and the pipeline's own call heeds it.
+    """
+    vae = unwrapped(getattr(pipe, "vae", None))
+    told = model.upcasts and vae is not None and vae.config.get("force_upcast")
+    if not told or vae.dtype != torch.float16:
+        yield
+        return
+    with torch.inference_mode(False):  # its parameters would stay without gradients
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False):
+            vae.to(torch.float16)
+
+
 def encoded(pipe: DiffusionPipeline, model: Model, pixels: Tensor) -> Tensor:
     """The latents of pixels [B, 3, H, W] in -1..1, without noise."""
     vae = unwrapped(pipe.vae)
     video = _of_videos(vae)
-    pixels = pixels.to(vae.dtype)
-    made = pipe.vae.encode(pixels.unsqueeze(2) if video else pixels)
+    with upcast(pipe, model):
+        pixels = pixels.to(vae.dtype)
+        made = pipe.vae.encode(pixels.unsqueeze(2) if video else pixels)
     if hasattr(made, "latent_dist"):
         x = made.latent_dist.mode()
     else:  # AutoencoderTiny and AutoencoderDC, which draw nothing
@@ -42,8 +65,12 @@ def encoded(pipe: DiffusionPipeline, model: Model, pixels: Tensor) -> Tensor:
 
 def decoded(pipe: DiffusionPipeline, model: Model, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """The images [B, 3, H, W] of latents, in -1..1."""
+    with upcast(pipe, model):
+        return _decoded(pipe, model, x.to(unwrapped(pipe.vae).dtype), grid)
+
+
+def _decoded(pipe: DiffusionPipeline, model: Model, x: Tensor, grid: tuple[int, int]) -> Tensor:
     vae = unwrapped(pipe.vae)
-    x = x.to(vae.dtype)
     if hasattr(vae, "bn"):
         mean, deviation = _of_tokens(vae, x)
         x = x * deviation + mean

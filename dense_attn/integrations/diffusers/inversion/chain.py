@@ -13,7 +13,7 @@ from dense_attn import ReversibleSampler, _checks
 from ..hooks import unwrapped
 from ..models.unet import UNet
 from .schedules import noise_of, of_noise, velocities
-from .settings import Settings, in_words
+from .settings import Settings, check_unguided, in_words
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, DiffusionPipeline
@@ -27,11 +27,13 @@ class Chain:
     model, grid = UNet(), (0, 0)  # latents are as the VAE has them, but for its scaling
 
     def __init__(self, pipe: DiffusionPipeline, settings: Settings, count: int) -> None:
-        settings.check()
+        settings = settings.checked()
         if settings.guidance_scale is None:
             settings = replace(settings, guidance_scale=GUIDANCE)
         self.pipe, self.settings, self.scale = pipe, settings, float(settings.guidance_scale)
         texts = settings.texts(count)
+        if self.scale == 1:
+            check_unguided("negative_prompt", texts["negative_prompt"], 1)
         if settings.call:
             _checks.refuse("call", "be empty on Stable Diffusion 1 and 2", list(settings.call))
         scheduler = of_noise(pipe, settings.num_inference_steps)

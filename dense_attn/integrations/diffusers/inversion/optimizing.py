@@ -13,10 +13,10 @@ from torch import Tensor
 from dense_attn import _checks, optimize_latents
 from dense_attn.optimize.loop import OptimizeResult
 
-from .autoencoder import decoded
+from .autoencoder import decoded, upcast
 from .chain import Chain
-from .rehearsed import Rehearsed, size_of
-from .settings import Settings, in_words
+from .rehearsed import Rehearsed, packs, size_of
+from .settings import Settings, in_words, sides
 from .shared import OUTPUTS, check_pipe, images_of, measured
 from .stable_diffusion import noise_shape
 
@@ -75,7 +75,8 @@ def optimize(
         guidance_scale: as in `invert`; None for no guidance.
         latents: the noise to begin with, of variance 1, as the pipeline's loop has it; None: what
             the pipeline draws for images of height x width.
-        height, width: in pixels; the size of latents, or the pipeline's own, when None.
+        height, width: in pixels, multiples of a token's; the size of latents, or the pipeline's
+            own, when None. Packed latents (FLUX, Qwen-Image) tell no size and need both.
         generator: of the noise.
         output_type: as in `reconstruct`.
         sampler, call: further arguments of `ReversibleSampler`, and of the pipeline's call.
@@ -98,15 +99,14 @@ def optimize(
         ((16, 16), 2)
     """
     unit = check_pipe(pipe, pictures=output_type != "latent")
+    size = sides(unit or pipe.vae_scale_factor, height, width)
     _checks.choice("output_type", output_type, OUTPUTS)
     if generator is not None and not isinstance(generator, torch.Generator):
         got = type(generator).__name__
         _checks.refuse("generator", "be a torch.Generator or None", got, TypeError)
     count = 1 if isinstance(prompt, str) or not isinstance(prompt, list) else len(prompt)
     given = sampler or {}, call or {}
-    settings = Settings(
-        prompt, negative_prompt, guidance_scale, num_inference_steps, *given, (height, width)
-    )
+    settings = Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, *given, size)
     if unit is None:
         chain, latents = _of_stable_diffusion(pipe, settings, count, latents, generator)
     else:
@@ -126,12 +126,23 @@ def optimize(
 
     own = "the chain of pipe, num_inference_steps and sampler"
     with in_words(pipe, x="latents", sampler=own):
-        result, seconds, peak = measured(run, latents.device)
-        pair = result.latents if isinstance(result.latents, tuple) else (result.latents,)
-        with torch.no_grad():
-            x = chain.sampler.sample(chain.eps, *pair)[0]
-            images = images_of(pipe, chain, x, output_type)
+        with upcast(pipe, chain.model):
+            result, seconds, peak = measured(run, latents.device)
+        try:
+            images = _drawn(pipe, chain, result, output_type)
+        except ValueError as error:
+            error.result = result  # the state to go on from
+            raise
     return Optimized(images, result, seconds, peak)
+
+
+@torch.no_grad()
+def _drawn(
+    pipe: DiffusionPipeline, chain: Chain | Rehearsed, result: OptimizeResult, output_type: str
+) -> Any:
+    """The images of optimised noise."""
+    pair = result.latents if isinstance(result.latents, tuple) else (result.latents,)
+    return images_of(pipe, chain, chain.sampler.sample(chain.eps, *pair)[0], output_type)
 
 
 def _of_stable_diffusion(
@@ -163,8 +174,12 @@ def _of_rehearsal(
     """A chain of another pipeline, and the noise to begin with, which it draws itself."""
     if latents is not None:
         generator = torch.Generator()  # of noise that nothing is done with
-        size = size_of(pipe, _checks.floats("latents", latents))
-        settings = replace(settings, size=tuple(a or b for a, b in zip(settings.size, size)))
+        own = size_of(pipe, _checks.floats("latents", latents))
+        settings = replace(settings, size=tuple(a or b for a, b in zip(settings.size, own)))
+        for argument, side in zip(("height", "width"), settings.size):
+            if side is None and latents.dim() == 3 and packs(pipe):
+                rule = "be given with packed latents, which do not tell it"
+                _checks.refuse(argument, rule, side)
     with in_words(pipe):
         chain = Rehearsed(pipe, settings, count, generator, guided=False)
     if latents is None:

@@ -16,7 +16,7 @@ from ..models import model_of
 from .chain import GUIDANCE, on_noise
 from .rehearsal import Ask, combined, rehearse
 from .schedules import is_flow, noise_of, of_flow, of_noise, velocities
-from .settings import Settings, in_words
+from .settings import Settings, check_unguided, in_words, listed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,6 +31,9 @@ CALL = (
     *("crops_coords_top_left", "negative_original_size", "negative_target_size"),
     *("negative_crops_coords_top_left",),
 )
+NEGATIVES = ("negative_prompt_2", "negative_prompt_3")
+TEXTS = ("prompt_2", "prompt_3", *NEGATIVES)
+NUMBERS = ("guidance_scale", "mu")
 PARTS = ("vae", "image_processor")  # which make tensors of images, and images of tensors
 BESIDE = {  # what pipelines have that make more of an image, by where they say so
     "__init__": {"controlnet", "adapter"},
@@ -56,15 +59,18 @@ class Rehearsed:
         guided: bool = True,
     ) -> None:
         """Rehearse the pipeline's run; `guided`: whether it guides where nothing is said."""
-        settings.check()
+        settings = settings.checked()
         self.model = model_of(pipe)
         takes = inspect.signature(type(pipe).__call__).parameters
         name, scale = _guidance(self.model, takes, settings.guidance_scale, guided)
         self.scale, self.settings = scale, replace(settings, guidance_scale=scale)
-        given = self._arguments(takes, settings.texts(count), generator) | {name: scale}
-        steps = settings.num_inference_steps
-        flow = is_flow(pipe.scheduler)
-        scheduler = of_flow(pipe, steps) if flow else _kept(of_noise(pipe, steps), pipe)
+        flow, steps = is_flow(pipe.scheduler), settings.num_inference_steps
+        call = _further(settings, _known(takes, flow), count)
+        given = self._arguments(takes, settings.texts(count), generator) | call | {name: scale}
+        if scale <= self.model.unguided:
+            for argument in call.keys() & NEGATIVES:
+                check_unguided(f"call[{argument!r}]", call[argument] or [], self.model.unguided)
+        scheduler = of_flow(pipe) if flow else _kept(of_noise(pipe, steps), pipe)
         self.alphas = None if flow else velocities(scheduler)
         found = rehearse(pipe, self.model, scheduler, scale, given)
         self.latents = found.latents  # noise as the pipeline draws it
@@ -116,20 +122,53 @@ class Rehearsed:
             "generator": generator,
             "output_type": "latent",
         }
-        if settings.guidance_scale > self.model.unguided:
-            given["negative_prompt"] = [*texts["negative_prompt"]]
+        negative = [*texts["negative_prompt"]]
         if "negative_prompt" not in takes:
-            given.pop("negative_prompt", None)
-            if any(texts["negative_prompt"]):
-                got = texts["negative_prompt"]
-                _checks.refuse("negative_prompt", "be empty where pipe's call takes none", got)
+            if any(negative):
+                rule = "be empty where pipe's call takes none"
+                _checks.refuse("negative_prompt", rule, negative)
+        elif settings.guidance_scale > self.model.unguided:
+            given["negative_prompt"] = negative
+        else:
+            check_unguided("negative_prompt", negative, self.model.unguided)
         if "use_resolution_binning" in takes:
             given["use_resolution_binning"] = False
-        own = set() if "true_cfg_scale" in takes else {"guidance_scale"}
-        known = tuple(name for name in CALL if name in takes.keys() - own)
-        for name in settings.call:
-            _checks.choice("call", name, known)
-        return {name: value for name, value in given.items() if value is not None} | settings.call
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _known(takes: Any, flow: bool) -> tuple[str, ...]:
+    """The further arguments of a pipeline's call that may be given."""
+    own = set() if "true_cfg_scale" in takes else {"guidance_scale"}
+    own |= set() if flow else {"sigmas"}  # the schedule is DDIM's
+    return tuple(name for name in CALL if name in takes.keys() - own)
+
+
+def _further(settings: Settings, known: tuple[str, ...], count: int) -> dict[str, Any]:
+    """Further arguments of a pipeline's call: texts for each image, finite numbers, sigmas."""
+    call = dict(settings.call)
+    for name, value in settings.call.items():
+        _checks.choice("call", name, known)
+        argument = f"call[{name!r}]"
+        if value is None:
+            continue
+        if name in TEXTS:
+            call[name] = listed(argument, value, count)
+        elif name in NUMBERS:
+            _checks.number(argument, value)
+        elif name == "sigmas":
+            call[name] = _sigmas(argument, value, settings.num_inference_steps)
+    return call
+
+
+def _sigmas(argument: str, value: Any, steps: int) -> list[float]:
+    """A list of as many numbers as there are steps."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    rule = f"hold a number for each of the {steps} steps"
+    if not isinstance(value, (list, tuple)):
+        _checks.refuse(argument, rule, repr(value), TypeError)
+    if len(value) != steps:
+        _checks.refuse(argument, rule, len(value))
+    return [_checks.number(argument, sigma) for sigma in value]
 
 
 def _kept(scheduler: Any, pipe: DiffusionPipeline) -> Any:
@@ -143,9 +182,13 @@ def _guidance(model: Model, takes: Any, scale: float | None, guided: bool) -> tu
     """The argument of a pipeline's call that guides without a classifier, and its value."""
     name = "true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale"
     own = takes[name].default
+    told = "negative_prompt" not in takes and "negative_prompt_embeds" not in takes
     if scale is not None:
+        if not told and scale < model.unguided:
+            rule = f"be at least {model.unguided:g} (no guidance)"
+            _checks.refuse("guidance_scale", rule, scale)
         return name, float(scale)
-    if "negative_prompt" not in takes and "negative_prompt_embeds" not in takes:
+    if told:
         return name, own  # a number that the network is told
     return name, min(GUIDANCE, own) if guided else model.unguided
 
@@ -155,11 +198,17 @@ def factor(pipe: DiffusionPipeline) -> int:
     return getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
 
 
+def packs(pipe: DiffusionPipeline) -> bool:
+    """Whether the latents of a pipeline's loop are tokens in a row."""
+    latents = torch.empty(1, 4, 2, 2, dtype=torch.float32, device="meta")
+    return model_of(pipe).arranged(latents).dim() == 3
+
+
 def size_of(pipe: DiffusionPipeline, latents: Tensor) -> tuple[int | None, int | None]:
     """The height and width of latents in pixels, where their shape says it."""
-    if latents.dim() != 4:
+    if latents.dim() not in (4, 5):
         return None, None
-    return tuple(factor(pipe) * side for side in latents.shape[2:])
+    return tuple(factor(pipe) * side for side in latents.shape[2:4])  # also of [B, 1, H, W, C]
 
 
 def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
@@ -176,6 +225,8 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
     takes = inspect.signature(type(pipe).__call__).parameters
     if not {"prompt", "height", "width", "generator"} <= takes.keys():
         _checks.refuse("pipe", "make images of prompts", kind)
+    if not {"guidance_scale", "true_cfg_scale"} & takes.keys():
+        _checks.refuse("pipe", "take a guidance_scale in its call", kind)
     for method, names in BESIDE.items():
         known = inspect.signature(getattr(type(pipe), method, check_pipe)).parameters
         for name in sorted(names & known.keys()):

@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
-def check_steps(steps: int) -> None:
-    """Refuse what is no number of steps."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        _checks.refuse("num_inference_steps", "be a whole number of at least 1", repr(steps))
-
-
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler is of a rectified flow."""
     told = scheduler.config.get("use_flow_sigmas")
@@ -30,9 +24,8 @@ def is_flow(scheduler: Any) -> bool:
     return told
 
 
-def of_flow(pipe: DiffusionPipeline, steps: int) -> Any:
+def of_flow(pipe: DiffusionPipeline) -> Any:
     """A copy of the pipeline's scheduler, which its own call sets to the steps."""
-    check_steps(steps)
     if pipe.scheduler.config.get("stochastic_sampling"):
         kind = type(pipe.scheduler).__name__
         _checks.refuse(
@@ -45,7 +38,6 @@ def of_noise(pipe: DiffusionPipeline, steps: int) -> DDIMScheduler:
     """DDIM on the pipeline's noise schedule, with the timesteps of a chain."""
     from diffusers import DDIMScheduler
 
-    check_steps(steps)
     config = pipe.scheduler.config
     if "beta_start" not in config:
         rule = "have a scheduler of Stable Diffusion's noise schedule (betas)"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dense_attn import _checks
 
@@ -39,8 +41,11 @@ class Settings:
     call: dict[str, Any] = field(default_factory=dict)
     size: tuple[int | None, int | None] = (None, None)
 
-    def check(self) -> None:
-        """Refuse numbers and names that no chain knows."""
+    def checked(self) -> Settings:
+        """Refuse numbers and names that no chain knows; numpy's whole numbers are Python's."""
+        steps = self.num_inference_steps
+        if not _is_whole(steps) or steps < 1:
+            _checks.refuse("num_inference_steps", "be a whole number of at least 1", repr(steps))
         if self.guidance_scale is not None:
             _checks.number("guidance_scale", self.guidance_scale)
         for argument, given in (("sampler", self.sampler), ("call", self.call)):
@@ -48,23 +53,44 @@ class Settings:
                 _checks.refuse(argument, "be a dict", type(given).__name__, TypeError)
         for name in self.sampler:
             _checks.choice("sampler", name, SAMPLER)
+        return replace(self, num_inference_steps=int(steps))
 
     def texts(self, count: int) -> dict[str, list[str]]:
         """A prompt and a negative prompt for each image."""
         if not count:
             _checks.refuse("prompt", "hold at least one", "none")
         texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
-        for argument, text in texts.items():
-            texts[argument] = [text] * count if isinstance(text, str) else text
-            if not isinstance(texts[argument], list) or not all(
-                isinstance(one, str) for one in texts[argument]
-            ):
-                rule = "be a string or a list of strings"
-                _checks.refuse(argument, rule, repr(text), TypeError)
-            if len(texts[argument]) != count:
-                rule = f"hold one entry for each of the {count} images"
-                _checks.refuse(argument, rule, len(text))
-        return texts
+        return {argument: listed(argument, text, count) for argument, text in texts.items()}
+
+
+def listed(argument: str, text: str | list[str], count: int) -> list[str]:
+    """A text for each image."""
+    texts = [text] * count if isinstance(text, str) else text
+    if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+        _checks.refuse(argument, "be a string or a list of strings", repr(text), TypeError)
+    if len(texts) != count:
+        _checks.refuse(argument, f"hold one entry for each of the {count} images", len(texts))
+    return texts
+
+
+def check_unguided(argument: str, texts: list[str], unguided: float) -> None:
+    """Refuse negative prompts that nothing would be done with."""
+    if any(texts):
+        rule = f"be empty where guidance_scale is {unguided:g} (no guidance)"
+        _checks.refuse(argument, rule, texts)
+
+
+def sides(unit: int, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+    """An image's height and width, of whole tokens, or None for the pipeline's own."""
+    given = {"height": height, "width": width}
+    for argument, side in given.items():
+        if side is not None and (not _is_whole(side) or side <= 0 or side % unit):
+            _checks.refuse(argument, f"be a positive multiple of {unit}", repr(side))
+    return tuple(side if side is None else int(side) for side in given.values())
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
 
 
 def in_words(pipe: DiffusionPipeline, **more: str) -> AbstractContextManager[None]:

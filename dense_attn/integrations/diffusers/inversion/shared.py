@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from dense_attn import _memory
+from dense_attn import _checks, _memory
 
+from ..hooks import unwrapped
 from . import rehearsed, stable_diffusion
 from .autoencoder import decoded
 from .chain import Chain
@@ -41,6 +42,9 @@ def images_of(
     if output_type == "latent":
         return x
     images = decoded(pipe, chain.model, x, chain.grid)
+    if not images.isfinite().all():
+        got = f"nan or inf in {_checks.name(unwrapped(pipe.vae).dtype)}"
+        _checks.refuse("pipe", "have a VAE that makes finite images of latents", got)
     return pipe.image_processor.postprocess(images, output_type=output_type)
 
 

@@ -32,9 +32,8 @@ WANTED = {  # what a U-Net's config says that it wants beside latents, timestep 
 def is_stable_diffusion(pipe: DiffusionPipeline) -> bool:
     """Whether a pipeline is to be one of Stable Diffusion 1 or 2: XL's U-Net is told of sizes."""
     unet = unwrapped(getattr(pipe, "unet", None))
-    if type(unet).__name__ != "UNet2DConditionModel":
-        return getattr(pipe, "transformer", None) is None
-    return unet.config.addition_embed_type != "text_time"
+    known = type(unet).__name__ == "UNet2DConditionModel"
+    return known and unet.config.addition_embed_type != "text_time"
 
 
 def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> None:
@@ -45,7 +44,7 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> None:
         pictures: whether images are to be made tensors or tensors images.
     """
     unet, kind = unwrapped(getattr(pipe, "unet", None)), type(pipe).__name__
-    if type(unet).__name__ != "UNet2DConditionModel" or unet.config.addition_embed_type:
+    if unet.config.addition_embed_type:
         _checks.refuse("pipe", "be of Stable Diffusion 1 or 2", kind)
     parts = (*PARTS, "image_processor") if pictures else PARTS
     missing = [name for name in parts if getattr(pipe, name, None) is None]
@@ -101,9 +100,6 @@ def noise_shape(
 ) -> tuple[int, ...]:
     """The shape of the noise of images: that of latents, or the U-Net's own by default."""
     config, unit = unwrapped(pipe.unet).config, pipe.vae_scale_factor
-    for name, side in (("height", height), ("width", width)):
-        if side is not None and (not isinstance(side, int) or side <= 0 or side % unit):
-            _checks.refuse(name, f"be a positive multiple of {unit}", repr(side))
     own = config.sample_size if latents is None else None
     rows, columns = own if isinstance(own, (list, tuple)) else (own, own)
     rows, columns = (

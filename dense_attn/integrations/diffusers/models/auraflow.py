@@ -12,4 +12,5 @@ class AuraFlow(Model):
     longer_text = True  # tokens of the text have no places
     unit = 1e-3
     hears_guidance = True
+    upcasts = True
     attentions = (Attention("attn", (registers(8), TEXT, IMAGE)),)

@@ -124,6 +124,7 @@ class Model:
     sign: ClassVar[int] = 1  # of its estimates, in the scheduler's
     unguided: ClassVar[float] = 1.0  # the guidance scale without a negative branch
     shifts: ClassVar[bool] = False  # whether its pipelines read the VAE's shift_factor
+    upcasts: ClassVar[bool] = False  # whether they heed the VAE's force_upcast
     hears_guidance: ClassVar[bool] = False  # encode_prompt is told whether it guides, no one else
     sees_images: ClassVar[bool] = False  # whose tokens encode_prompt may put beside the prompt's
     attentions: ClassVar[tuple[Attention, ...]] = ()

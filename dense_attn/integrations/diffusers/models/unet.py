@@ -22,6 +22,7 @@ class UNet(Model):
     """UNet2DConditionModel."""
 
     deepest: int = 0  # halvings of the grid in the middle
+    upcasts: bool = False  # pipelines of XL's U-Net do
     denoiser = "UNet2DConditionModel"
     component = "unet"
     latents = "sample"
@@ -29,7 +30,8 @@ class UNet(Model):
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> UNet:
         """The record of one U-Net."""
-        return cls(deepest=_resized(denoiser.down_blocks, "downsamplers"))
+        xl = denoiser.config.addition_embed_type == "text_time"
+        return cls(deepest=_resized(denoiser.down_blocks, "downsamplers"), upcasts=xl)
 
     @property
     def layer_kinds(self) -> list[tuple[set[str], set[str]]]:
