@@ -154,7 +154,7 @@ def parts(
     options: tuple[object, ...],
     backend: str,
 ) -> tuple[Tensor | None, Tensor]:
-    """The addition of a step to classifier-free guidance, None where there is none, and the momentum.
+    """The addition to classifier-free guidance, None where there is none, and the momentum after.
 
     Both are in the wide dtype. The addition is the momentum of a step that keeps none of the old.
     """

@@ -88,9 +88,9 @@ def _affine(vae: torch.nn.Module, model: Model, like: Tensor) -> Affine:
     scale = config.get("scaling_factor") or 1.0
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and deviation is not None:
-        options = {"dtype": like.dtype, "device": like.device}
         mean, deviation = (
-            torch.tensor(numbers, **options).view(1, -1, 1, 1) for numbers in (mean, deviation)
+            torch.tensor(numbers, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+            for numbers in (mean, deviation)
         )
         return mean, scale / deviation
     return (config.get("shift_factor") or 0.0) if model.shifts else 0.0, scale
