@@ -154,7 +154,7 @@ def parts(
     options: tuple[object, ...],
     backend: str,
 ) -> tuple[Tensor | None, Tensor]:
-    """What a step adds to classifier-free guidance, None where nothing, and the momentum after.
+    """The addition of a step to classifier-free guidance, None if nothing, and the momentum after.
 
     Both are in the wide dtype. The addition is the momentum of a step that keeps none of the old.
     """
