@@ -1,4 +1,4 @@
-"""What no chain would heed is refused: sizes, guidance, negative prompts, arguments of a call."""
+"""Settings that no chain would heed are refused: sizes, guidance, negative prompts, calls."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def is_as_before(pipe: Any, before: dict[str, Tensor]) -> bool:
 
 
 def test_encoder_decoder_and_gradient_are_in_float32() -> None:
-    """To the bits of the same VAE in float32, and its own float16 bits return."""
+    """With the bits of the same VAE in float32; its own float16 bits return."""
     pipe = overflowing()
     before = bits(pipe)
     with torch.inference_mode():
@@ -60,9 +60,9 @@ def test_a_loss_that_raises_leaves_the_vae_as_it_was() -> None:
     before = bits(pipe)
 
     def loss_fn(image: Tensor) -> Tensor:
-        raise RuntimeError(str(image.dtype))
+        raise RuntimeError("no loss")
 
-    with pytest.raises(RuntimeError, match=r"^torch\.float32$"):
+    with pytest.raises(RuntimeError, match="no loss"):
         optimize(pipe, "a cat", loss_fn, **SIZE, **HOW)
     assert is_as_before(pipe, before)
 
