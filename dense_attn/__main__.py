@@ -133,7 +133,7 @@ def _add_app(commands: Any) -> None:
     host = "where it listens (%(default)s: this machine alone)"
     app.add_argument("--host", default="127.0.0.1", help=host)
     port = "its port (default: the first free one from 7860 on)"
-    app.add_argument("--port", type=_positive, metavar="N", help=port)
+    app.add_argument("--port", type=_port, metavar="N", help=port)
     app.add_argument("--show", action="store_true", help="open it in a browser")
     _add_threads(app)
     app.set_defaults(run=_app)
@@ -158,6 +158,12 @@ def _add_shape(bench: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"must be in 1..65535, got {text!r}")
     return int(text)
 
 

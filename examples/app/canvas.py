@@ -14,7 +14,7 @@ import numpy as np
 
 from dense_attn import _pixels
 
-from .refused import refuse
+from .refused import Refused, refuse
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,16 +80,21 @@ def read_upload(path: str | Path) -> np.ndarray:
 
     Brush colours keep their places. Black and what is transparent are bare.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    size = f"have at most {MOST_PIXELS} pixels a side"
     try:
         with Image.open(path) as image:
             if max(image.size) > MOST_PIXELS:
-                rule = f"have at most {MOST_PIXELS} pixels a side"
-                refuse("canvas", "the label map", rule, "{} x {}".format(*image.size))
+                refuse("canvas", "the label map", size, "{} x {}".format(*image.size))
             found = _pixels.labels("the label map", image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError):
-        refuse("canvas", "the label map", "be a picture", Path(path).name)
+    except Refused:
+        raise
+    except Image.DecompressionBombError:  # before its size is known
+        refuse("canvas", "the label map", size, "many more")
+    except (ValueError, SyntaxError, OSError):
+        rule = "be a picture of colours or whole numbers"
+        refuse("canvas", "the label map", rule, Path(path).name)
     rows, columns = (
         ((np.arange(GRID) + 0.5) * extent / GRID).astype(int) for extent in found.shape
     )

@@ -43,8 +43,8 @@ def _call(settings: Settings, seed: int) -> list[str]:
     lines, blocks = [f"options = dict({options})"], "apply_layout(pipe, prompt, regions, **options)"
     if settings.edits:
         made = [
-            f"    Edit({_text(e.prompt)}, scale={e.scale:g}, threshold={e.threshold:g}, "
-            f"warmup={e.warmup:g}, reverse={e.reverse}),"
+            f"    Edit({_text(e.prompt)}, scale={e.scale!r}, threshold={e.threshold!r}, "
+            f"warmup={e.warmup!r}, reverse={e.reverse}),"
             for e in settings.edits
         ]
         lines += ["edits = [", *made, "]"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,7 +36,7 @@ class Events:
 
     def __init__(self, page: Page) -> None:
         self.page, self.session, self.fields = page, page.session, page.fields
-        self.asked: dict[str | None, Asked] = {}
+        self.asked: defaultdict[str | None, list[Asked]] = defaultdict(list)
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Tie the events to the page's components."""
@@ -92,7 +93,7 @@ class Events:
             self.session.model.check(asked)
         except Refused as error:
             return self._answer(error)
-        self.asked[request.session_hash] = Asked(asked, threading.Event())
+        self.asked[request.session_hash].append(Asked(asked, threading.Event()))
         waiting = results.status("Waiting for its turn.")
         return self._answer() | {
             self.page.ticket: values[self.page.ticket] + 1,
@@ -100,10 +101,11 @@ class Events:
         }
 
     def _run(self, request: gr.Request, progress: gr.Progress = TOLD) -> Update:
-        """The images of what was asked for, and all that is told of them."""
-        asked = self.asked.get(request.session_hash)
-        if asked is None:  # asked for twice, and done
+        """The images of what was asked for last, and all that is told of them."""
+        waiting = self.asked[request.session_hash]
+        if not waiting:  # asked for twice, and done
             return {}
+        asked = waiting[-1]
         try:
             run = self.session.run(asked.settings, progress, asked.stop)
         except CancelledError as error:
@@ -112,8 +114,7 @@ class Events:
             said = results.status("Nothing was made.")
             return self._answer(error) | {self.page.status: said}
         finally:
-            if self.asked.get(request.session_hash) is asked:
-                del self.asked[request.session_hash]
+            del waiting[: waiting.index(asked) + 1]
         return self._answer() | self._told(run, request.session_hash)
 
     def _told(self, run: Run, name: str | None) -> Update:
@@ -140,17 +141,16 @@ class Events:
         }
 
     def _stop(self, request: gr.Request) -> Update:
-        """End this browser's run at its next step, also one that waits."""
-        asked = self.asked.get(request.session_hash)
-        if asked is None:
+        """End this browser's run at its next step, and those that wait."""
+        if not self.asked[request.session_hash]:
             return {self.page.status: results.status("There is no run to cancel.")}
-        asked.stop.set()
+        for asked in self.asked[request.session_hash]:
+            asked.stop.set()
         return {self.page.status: results.status("Cancelled.")}
 
     def _left(self, request: gr.Request) -> None:
-        """End the run of a browser that is gone, and remove its files."""
-        asked = self.asked.get(request.session_hash)
-        if asked is not None:
+        """End the runs of a browser that is gone, and remove its files."""
+        for asked in self.asked.pop(request.session_hash, []):
             asked.stop.set()
         shutil.rmtree(self.page.folder / str(request.session_hash), ignore_errors=True)
 

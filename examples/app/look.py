@@ -31,15 +31,7 @@ CSS = """
 .tools [aria-pressed="true"] { border-color: currentColor; font-weight: 600; }
 .tools input { vertical-align: middle; }
 .refused { color: #b42318; font-weight: 600; }
-.dark #canvas canvas {
-  width: min(100%, 512px); aspect-ratio: 1; image-rendering: pixelated; touch-action: none;
-  display: block; margin: 0.5rem auto; border: 1px solid #767676; cursor: crosshair;
-}
-.tools { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
-.tools button { padding: 0.3rem 0.6rem; border: 2px solid #bbbbbb; border-radius: 0.4rem; }
-.tools [aria-pressed="true"] { border-color: currentColor; font-weight: 600; }
-.tools input { vertical-align: middle; }
-.refused { color: #ff9b8f; }
+.dark .refused { color: #ff9b8f; }
 """
 SCRIPT = (Path(__file__).parent / "canvas.js").read_text("utf-8")
 CSS += "".join(

@@ -34,7 +34,7 @@ def png(image: Image.Image, settings: str) -> bytes:
 
 def read_settings(path: str | Path) -> tuple[Settings, str]:
     """The settings in a PNG or a JSON file of the page, and the name of their model."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     text: object = None
     try:
@@ -45,7 +45,7 @@ def read_settings(path: str | Path) -> tuple[Settings, str]:
                 text = image.info.get(KEY)
         elif len(start) <= MOST_BYTES:
             text = start.decode()
-    except (UnidentifiedImageError, SyntaxError, ValueError, OSError):
+    except (Image.DecompressionBombError, SyntaxError, ValueError, OSError):
         pass
     if not isinstance(text, str):
         refuse("file", "the file", "be an image of this page or its JSON", Path(path).name)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+from dense_attn._command import UserError
 
 from .models import load_model
 from .session import Session
@@ -39,6 +43,7 @@ class Policy:
 
 def main(model: str | None, host: str, port: int | None, show: bool) -> int:
     """Serve the page until Ctrl-C; its folder is gone with it."""
+    _check_address(host, port)
     with tempfile.TemporaryDirectory(prefix="dense_attn-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # before gradio is imported, which reads it then
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -68,3 +73,16 @@ def main(model: str | None, host: str, port: int | None, show: bool) -> int:
         print(f"{blocks.local_url} shows the page until Ctrl-C", flush=True)
         blocks.block_thread()
     return 0
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Refuse an address that cannot be listened on, before a model is loaded."""
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"--port must be free, got {port}") from None
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"--host must be an address of this machine, got {host!r}") from None
+        raise

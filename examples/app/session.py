@@ -116,12 +116,13 @@ class Session:
             clock = _Clock(2 * settings.samples * settings.steps, told, stop)
             try:
                 return self._run(settings, clock)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                if isinstance(error, Refused):
-                    raise
-                raise Refused("run", str(error)) from error
+            except Refused:
+                raise
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise Refused("run", f"memory is too small: {error}".splitlines()[0]) from error
+            except (ValueError, TypeError, RuntimeError) as error:  # also a CPU's lack of memory
+                sentence = str(error).strip() or type(error).__name__
+                raise Refused("run", sentence.splitlines()[0]) from error
 
     def _run(self, settings: Settings, clock: _Clock) -> Run:
         with warnings.catch_warnings(record=True) as heard:

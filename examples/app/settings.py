@@ -182,9 +182,9 @@ def _number(field: str, name: str, value: Any, whole: bool = False) -> Any:
         number = float(value)
         if not math.isfinite(number) or (whole and number != int(number)):
             raise ValueError
+        return int(value) if whole else number
     except (TypeError, ValueError, OverflowError):
         refuse(field, name, "be a whole number" if whole else "be a number", repr(value))
-    return int(value) if whole else number
 
 
 def settings_of(given: dict[str, Any], field: str = "numbers") -> Settings:

@@ -13,7 +13,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from dense_attn.examples.app import canvas
+from dense_attn.examples.app import canvas, pictures
 from dense_attn.examples.app.refused import Refused
 from dense_attn.integrations.diffusers.regions import parse
 
@@ -85,8 +85,32 @@ def test_uploads_are_refused(tmp_path: Path) -> None:
     lost[0, 0], lost[100:200] = 1, 2
     Image.fromarray(lost).save(path)
     assert "regions that reach a point of a 64 x 64 grid, got 1 that do not" in refused(path)
-    path.write_bytes(b"no picture")
-    assert refused(path) == "the label map must be a picture, got map.png"
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "bmp"])
+def test_what_has_no_labels_is_refused(kind: str, tmp_path: Path) -> None:
+    """No picture, one of fractions, and one whose palette is longer than Pillow takes."""
+    path = tmp_path / f"map.{kind}"
+    if kind == "png":
+        path.write_bytes(b"no picture")
+    elif kind == "tiff":
+        Image.new("F", (64, 64), 0.5).save(path)
+    else:
+        Image.new("P", (64, 64)).save(path)
+        data = bytearray(path.read_bytes())
+        data[46:50] = (300).to_bytes(4, "little")  # the length of the palette
+        path.write_bytes(data + bytes(4 * 44))
+    rule = "be a picture of colours or whole numbers"
+    assert refused(path) == f"the label map must {rule}, got map.{kind}"
+
+
+def test_a_huge_label_map_is_refused_by_its_size(tmp_path: Path) -> None:
+    """Pillow's own limit comes before the page's."""
+    path = tmp_path / "map.png"
+    Image.new("1", (13_400, 13_400)).save(path)
+    assert refused(path) == "the label map must have at most 4096 pixels a side, got many more"
+    with pytest.raises(Refused, match="the file must be an image of this page"):
+        pictures.read_settings(path)
 
 
 def test_boxes_are_typed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ import diffusers
 from dense_attn import __main__
 from dense_attn._command import UserError
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.examples.app import canvas, models
+from dense_attn.examples.app import canvas, models, serve
 from dense_attn.examples.app.session import Session
 from dense_attn.examples.app.settings import Settings
+from dense_attn.integrations.diffusers import Edit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOXES = canvas.read_boxes("1: 0 0 0.5 0.5\n2: 0.5 0.5 1 1")
@@ -30,6 +33,23 @@ def test_without_gradio_the_command_says_so(
     assert __main__.main(["app"]) == 2
     said = "dense_attn app: the page needs gradio: pip install dense_attn[app]\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "any"])
+def test_a_port_is_a_number_of_two_bytes(port: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["app", f"--port={port}"])
+    assert f"--port: must be in 1..65535, got '{port}'\n" in capsys.readouterr().err
+
+
+def test_what_cannot_be_listened_on_is_refused() -> None:
+    """Before a model is loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"^--port must be free, got {port}$"):
+            serve.main("no model", "127.0.0.1", port, show=False)
+    with pytest.raises(UserError, match=r"^--host must be an address of this machine, got '192\."):
+        serve.main("no model", "192.0.2.1", None, show=False)
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
@@ -48,7 +68,11 @@ def test_other_pipelines_run(kind: str) -> None:
     model = models.of_pipeline(tiny_pipeline(getattr(diffusers, kind)), "a/model")
     own = {"modulation": "bias", "cross_weight": 3.0, "self_weight": 0.0, "active": 1.0}
     made = Settings("", BOXES, ("a cat", "a dog"), steps=1, **(own if model.joint else {}))
-    run = Session(model).run(made)
+    session = Session(model)
+    run = session.run(made)
+    edits = (Edit("snow", 12.0, 0.5, warmup=0.0),)
+    edited = session.run(dataclasses.replace(made, edits=edits)).samples[0]
+    assert edited.placed.tobytes() != run.samples[0].placed.tobytes()
     sample = run.samples[0]
     assert model.joint == (kind == "FluxPipeline")
     assert sample.placed.tobytes() != sample.plain.tobytes()

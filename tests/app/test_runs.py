@@ -19,6 +19,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from dense_attn.examples.app import attention, canvas, models, pictures, results, settings
+from dense_attn.examples.app.code import code_of
 from dense_attn.examples.app.refused import Refused
 from dense_attn.examples.app.session import CancelledError, Run, Session
 from dense_attn.examples.app.settings import Settings
@@ -71,6 +72,13 @@ def test_the_code_makes_the_same_image(
     assert names["image"].tobytes() == first.placed.tobytes() != first.plain.tobytes()
     saved = Image.open(tmp_path / f"seed-{made.seed}.png")
     assert saved.tobytes() == first.placed.tobytes()
+
+
+def test_the_code_has_every_digit(session: Session) -> None:
+    fine = Edit("on white", 5.1234567890123, 0.91234567, warmup=1.00000001)
+    text = code_of(dataclasses.replace(TWO, edits=(fine,)), session.model, 0)
+    edit = 'Edit("on white", scale=5.1234567890123, threshold=0.91234567, warmup=1.00000001,'
+    assert edit in text
 
 
 def test_files_have_the_settings_of_their_image(session: Session, run: Run, tmp_path: Path) -> None:
@@ -206,6 +214,28 @@ def test_what_the_library_refuses_is_told(session: Session) -> None:
     assert error.value.field == "run"
     with pytest.raises(Refused, match="words that the model knows"):
         session.run(dataclasses.replace(TWO, prompt="a fox"))
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RuntimeError("can't allocate memory\nmore"), "can't allocate memory"),
+        (torch.OutOfMemoryError("of a GPU\nmore"), "memory is too small: of a GPU"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_what_torch_raises_is_told(
+    session: Session, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    """A CPU out of memory is a plain RuntimeError."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Session, "_samples", fail)
+    with pytest.raises(Refused) as refused:
+        session.run(TWO)
+    assert (refused.value.field, str(refused.value)) == ("run", sentence)
 
 
 def test_what_the_library_warns_of_is_told(session: Session, run: Run) -> None:

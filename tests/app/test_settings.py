@@ -155,6 +155,8 @@ def test_settings_go_into_a_picture_and_come_back(tmp_path: Path) -> None:
         {"prompt": None},
         {"own_prompts": "no"},
         {"steps": "many"},
+        {"steps": "3.0"},
+        {"steps": "1e1"},
         {"more": 1},
         {"words": [""] * 33},
     ],

@@ -189,6 +189,34 @@ def test_cancel(page: Any) -> None:
     run(page)
 
 
+def test_cancel_ends_every_run_of_its_page(page: Any) -> None:
+    """Also the one that goes on while Run is pressed again."""
+    page.get_by_role("button", name=EXAMPLE).first.click()
+    page.wait_for_function("document.querySelector('#colour-1 textarea, #colour-1 input').value")
+    steps(page, 100)
+    page.locator("#run").click()
+    page.get_by_text("s left").wait_for()
+    page.locator("#run").click()
+    page.wait_for_timeout(200)
+    page.locator("#cancel").click()
+    page.get_by_text("cancelled before it began").wait_for()
+    steps(page, 2)
+    run(page)
+
+
+@pytest.mark.parametrize(
+    ("theme", "colour"), [("light", "rgb(180, 35, 24)"), ("dark", "rgb(255, 155, 143)")]
+)
+def test_refusals_are_read_in_both_themes(page: Any, address: str, theme: str, colour: str) -> None:
+    """Dark red on white, pale red on black."""
+    page.goto(f"{address}?__theme={theme}")
+    page.locator("#canvas canvas").wait_for()
+    page.locator("#run").click()
+    said = page.locator("#refused-canvas [role=alert]")
+    said.wait_for()
+    assert said.evaluate("element => getComputedStyle(element).color") == colour
+
+
 def test_two_tabs(page: Any, address: str) -> None:
     """The second waits for the first, and each gets its own."""
     other = page.context.new_page()
