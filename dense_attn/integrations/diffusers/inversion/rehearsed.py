@@ -225,8 +225,6 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
     takes = inspect.signature(type(pipe).__call__).parameters
     if not {"prompt", "height", "width", "generator"} <= takes.keys():
         _checks.refuse("pipe", "make images of prompts", kind)
-    if not {"guidance_scale", "true_cfg_scale"} & takes.keys():
-        _checks.refuse("pipe", "take a guidance_scale in its call", kind)
     for method, names in BESIDE.items():
         known = inspect.signature(getattr(type(pipe), method, check_pipe)).parameters
         for name in sorted(names & known.keys()):
