@@ -131,10 +131,7 @@ def resolve(backend: str, op: str, x: Tensor, keys: int | None = None, added: in
     the named one or an error, or the first that can.
     """
     if backend == "auto":
-        elsewhere = not x.is_cuda
         for name in choice.order(op, x, keys):
-            if elsewhere and device_of(name) == "cuda":  # known without its reasons
-                continue
             if not why_not(name, op, x):
                 return name
     _checks.choice("backend", backend, ("auto", *ORDER))
