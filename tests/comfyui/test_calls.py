@@ -33,15 +33,7 @@ INTS = FLOATS.int()
 
 @pytest.mark.parametrize("put", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        (1, 0),
-        pytest.param((0, 1), marks=pytest.mark.full),
-        pytest.param((1,), marks=pytest.mark.full),
-        (0, 0, 1),
-    ],
-)
+@pytest.mark.parametrize("chunks", [(1, 0), (0, 1), (1,), (0, 0, 1)])
 def test_negative_rows_are_the_plain_ones(kind: str, chunks: tuple, put: Callable) -> None:
     x = noise(kind, 2)
     model = put(made(kind), regions())

@@ -196,8 +196,8 @@ def test_calls_that_do_not_fit_the_layout() -> None:
         (Edit("fog"), TypeError, "edits must be a list of Edit"),
         (["fog"], TypeError, r"edits\[0\] must be an Edit, got str"),
         ([Edit(3)], TypeError, r"edits\[0\].prompt must be a string, got int"),
-        ([Edit("fog", threshold=2.0)], ValueError, "edit_threshold"),
-        ([Edit("fog", warmup=-1)], ValueError, "edit_warmup_steps"),
+        ([Edit("fog", threshold=2.0)], ValueError, r"edits\[0\].threshold must"),
+        ([Edit("fog", warmup=-1)], ValueError, r"edits\[0\].warmup must"),
     ],
 )
 def test_wrong_edits_are_refused(edits: object, kind: type, sentence: str) -> None:

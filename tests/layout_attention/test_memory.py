@@ -88,7 +88,7 @@ def test_views_are_taken_as_they_are(backend: str) -> None:
     assert torch.equal(out, same)
     one = k.numel() * k.element_size()
     assert viewed < one / 2  # a copy of keys or values alone would take one
-    assert copied > 2 * one  # the negative control
+    assert copied > 1.5 * one  # the negative control; a little of it may be memory freed before
 
 
 @needs_proc

@@ -95,6 +95,11 @@ def attention(backend: str) -> Thunk:
                     )
                     results.append(with_gradients(out, q, k, v))
             results.append(dense_attn.tile_lists(q, k, *words, backend=backend))
+            bias = dense_attn.LayoutBias(*words, 0.3)
+            turned = [x.movedim(1, 2) for x in (q, k, v)]  # [B, M, H, K]
+            results.append(
+                dense_attn.memory_efficient_attention(*turned, attn_bias=bias, backend=backend)
+            )
         return results
 
     return run
