@@ -99,3 +99,4 @@ watch("value", read);
 choose(1);
 take("brush");
 read();
+canvas.dataset.ready = "";

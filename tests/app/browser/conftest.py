@@ -70,7 +70,7 @@ def page(address: str, browser: Any) -> Iterator[Any]:
 
     page.on("request", asked)
     page.goto(address)
-    page.locator("#canvas canvas").wait_for()
+    page.locator("#canvas canvas[data-ready]").wait_for()  # it listens
     yield page
     context.close()
     assert (errors, outside) == ([], [])
