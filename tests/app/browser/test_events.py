@@ -38,7 +38,7 @@ def begin(wired: events.Events, request: Any) -> None:
 
 @pytest.mark.parametrize("end", ["_stop", "_left"])
 def test_all_runs_of_a_browser_end_at_once(wired: events.Events, end: str) -> None:
-    """Those that go on and those that wait, and nobody else's."""
+    """Runs that go on and runs that wait, and nobody else's."""
     heard: list[str] = []
 
     def told(part: float, text: str) -> None:

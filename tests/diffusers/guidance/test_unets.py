@@ -39,7 +39,7 @@ def test_a_call_each_is_the_batch(model: str) -> None:
 
 
 def test_vectors_need_no_call() -> None:
-    """Those of concepts by themselves are the batch's, and add to a run of no concepts."""
+    """The vectors of concepts by themselves are the batch's, and add to a run of no concepts."""
     pipe = pipeline("sd")
     plain = latents(pipe, steps=3)
     with semantic_guidance(pipe, EDITS, batch_concepts=False) as guidance:

@@ -32,7 +32,7 @@ def skeleton(kind: type) -> object:
 
 @pytest.mark.full
 def test_classes_that_have_chains_are_known() -> None:
-    """Those of Stable Diffusion 1 and 2 are in test_chains.py; Sprint's scheduler is refused."""
+    """Chains of Stable Diffusion 1 and 2 are in test_chains.py; Sprint's scheduler is refused."""
     found = set()
     for name, kind in kinds().items():
         if model_name(kind) != "sd":
