@@ -105,13 +105,13 @@ def _exact(calls: int, method: str) -> Way:
     return Way(calls, there, back)
 
 
-def sampler(levels: list[float], method: str) -> ReversibleSampler:
+def sampler(levels: list[float], method: str, exact: bool = True) -> ReversibleSampler:
     """The library's chain on a schedule."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=levels[:-1])
-    return ReversibleSampler.from_scheduler(scheduler, method=method)
+    return ReversibleSampler.from_scheduler(scheduler, method=method, exact=exact)
 
 
 WAYS = {

@@ -11,27 +11,29 @@ from ..tiny_scenes import edits
 from ..tiny_scenes.editing import grids, unique
 from ..tiny_scenes.evaluate import Evaluation, Results, evaluate, gate_line
 from ..tiny_scenes.layouts import gate
-from . import inversion, layouts, optimisation, sheet
+from . import inversion, layouts, optimisation, round_trips, sheet
 from .model import load_pipeline
 
 PARTS: dict[str, Callable[[Any, bool, int], Results]] = {
     "gate": lambda pipe, quick, _: gate(pipe, 4 if quick else 200),
     "layouts": lambda pipe, quick, seeds: layouts.study(
-        pipe, *((2, 1, 2) if quick else (100, seeds, 24))
+        pipe, *((2, 1, 2) if quick else (200, seeds, 40))
     ),
     "edits": lambda pipe, quick, _: edits.study(pipe, 2 if quick else 12),
     "grids": lambda pipe, quick, _: grids.study(pipe, 2 if quick else 8),
     "unique": lambda pipe, quick, _: unique.study(pipe, 2 if quick else 16),
+    "round-trips": lambda pipe, quick, _: round_trips.study(pipe, *((2, (4,)) if quick else ())),
     "inversion": lambda pipe, quick, _: inversion.study(
         pipe, *((1, (4,), (8,), 10) if quick else ())
     ),
-    "optimisation": lambda pipe, quick, _: optimisation.study(pipe, *((2, 2) if quick else (7, 6))),
+    "optimisation": lambda pipe, quick, _: optimisation.study(pipe, *((2, 2) if quick else ())),
 }
 TABLES = {
     "layouts": layouts.table,
     "edits": edits.table,
     "grids": grids.table,
     "unique": unique.table,
+    "round-trips": round_trips.table,
     "inversion": inversion.table,
     "optimisation": optimisation.table,
 }

@@ -71,7 +71,7 @@ def tried() -> dict[str, dict[str, dict[str, Any]]]:
 Work = list[tuple[Scene, int]]  # a scene and the seed of its noise
 
 
-def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 24) -> dict[str, Any]:
+def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 40) -> dict[str, Any]:
     """Weights and windows on layouts of their own, then all settings on the same ones and noises.
 
     Args:

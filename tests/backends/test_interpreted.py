@@ -9,8 +9,10 @@ import pytest
 
 pytest.importorskip("triton")
 
+LATER = ("lists", "pipelines")  # not in `make test`
 PARTS = {
-    "attention": ("test_backends.py", "triton_attention.py", "triton_lists.py", "-k", "triton"),
+    "attention": ("test_backends.py", "-k", "triton"),
+    "lists": ("triton_attention.py", "triton_lists.py"),
     "guidance and steps": ("gpu_sega.py", "gpu_steps.py"),
     "public ops": ("triton_backend.py", "test_gpu.py", "test_out_of_memory.py"),
     "pipelines": ("../diffusers/hook/test_lists.py", "-k", "not pipelines"),
@@ -20,9 +22,12 @@ PARTS = {
 @pytest.mark.parametrize(
     ("part", "cells"),
     [
-        *((part, "not full") for part in PARTS if part != "pipelines"),
-        pytest.param("pipelines", "not full", marks=pytest.mark.full),
+        *(
+            pytest.param(part, "not full", marks=[pytest.mark.full] * (part in LATER))
+            for part in PARTS
+        ),
         pytest.param("attention", "full", marks=pytest.mark.full),
+        pytest.param("lists", "full", marks=pytest.mark.full),
         pytest.param("guidance and steps", "full", marks=pytest.mark.full),
     ],
 )

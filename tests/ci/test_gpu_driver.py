@@ -51,6 +51,7 @@ def only(*names: str) -> list[str]:
     return [word for name in names for word in ("--only", name)]
 
 
+@pytest.mark.full  # builds, and times what is small
 def test_a_dry_run_of_three_steps(tmp_path: Path) -> None:
     """Rows come as they are made; the plan and the limits are printed."""
     pytest.importorskip("triton")
@@ -174,7 +175,8 @@ def selected(tmp_path: Path, *argv: str) -> set[tuple[str, str]]:
     return {(Path(file).name, test) for file, test in lines}
 
 
-@pytest.mark.parametrize("family", ["attention", pytest.param("sega", marks=pytest.mark.full)])
+@pytest.mark.full  # a process of its own collects all
+@pytest.mark.parametrize("family", ["attention", "sega"])
 def test_a_family_has_its_tests_on_a_gpu(family: str, tmp_path: Path) -> None:
     files = {file for file, _ in selected(tmp_path, "--family", family)}
     assert files >= {"test_gpu.py", "triton_backend.py"}

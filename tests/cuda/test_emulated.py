@@ -30,10 +30,11 @@ TABLES = {
 }
 
 
+@pytest.mark.parametrize("order", ["random", pytest.param("backward", marks=pytest.mark.full)])
 @pytest.mark.parametrize("part", CORE)
-def test_core(part: str) -> None:
+def test_core(part: str, order: str) -> None:
     file, selection, count = CORE[part]
-    assert f"{count} passed" in emulate(f"backends/{file}", selection, "--cuda-order", "each")
+    assert f"{count} passed" in emulate(f"backends/{file}", selection, "--cuda-order", order)
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from torch import Tensor
 from dense_attn import layout_attention
 
 needs_cpu_kernels = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("cpu")))
-on_cpu = pytest.mark.parametrize("backend", backends("reference", "cpu"))
+on_cpu = pytest.mark.parametrize("backend", backends("cpu", "reference"))
 CHECKED_ELSEWHERE = ("sega/test_framework.py", "reversible/test_raw_calls.py")
 CALLS = {  # what a raw call may look like
     "plain": Case("raw", (2, 2, 37, 53, 40)),

@@ -176,7 +176,7 @@ def runs(draw: st.DrawFn) -> tuple[Options, int, int]:
 
 
 @every_backend
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(run=runs())
 def test_whole_runs_equal_the_pipeline(backend: str, run: tuple[Options, int, int]) -> None:
     exact, gap = ours(*run, torch.float64, backend)

@@ -79,11 +79,11 @@ def test_weights_are_small() -> None:
 
 def test_the_gate_and_layouts(pipe: object) -> None:
     """On few scenes: both things there without a layout, and where the layout says with one."""
-    assert layouts.gate(pipe, 8)["both present"] >= 0.8
+    assert layouts.gate(pipe, 4)["both present"] >= 0.75
     rng = random.Random(29)
-    drawn = [scenes.draw_scene(rng, 2) for _ in range(6)]
+    drawn = [scenes.draw_scene(rng, 2) for _ in range(4)]
     plain, ours = (
-        score.score(score.laid_out(pipe, drawn, range(6), setting, "auto"), drawn)
+        score.score(score.laid_out(pipe, drawn, range(4), setting, "auto"), drawn)
         for setting in (None, score.LAYOUTS["DenseDiffusion"])
     )
     assert ours["iou"].mean() > plain["iou"].mean() + 0.1

@@ -13,8 +13,8 @@ from cases import why_skip
 from tree import ROOT
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the first that a processor has is taken
-# Where avx512 is not a processor's own, the one above it has all of its code but a few products.
-EACH = [pytest.param(isa, marks=[pytest.mark.full] * (isa == "avx512")) for isa in ISAS]
+# `make test` takes a processor's own, and the one that is least like it.
+EACH = [pytest.param(isa, marks=[pytest.mark.full] * isa.startswith("avx")) for isa in ISAS]
 ASKED = "DENSE_ATTN_ISA"  # read when the library is loaded, so by processes of their own
 CORE = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.core" in path.read_text()]
 CALL = """import torch, dense_attn

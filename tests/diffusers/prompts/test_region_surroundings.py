@@ -126,6 +126,7 @@ def test_processors_whose_softmax_is_not_seen(kind: str) -> None:
     assert near(latents(pipe, steps=3), plain)
 
 
+@pytest.mark.full  # a joint model's regions are compiled beside this one's
 def test_torch_compile() -> None:
     """One graph with regions and one without; other masks need no other."""
     pipe, moved = tiny_pipeline(diffusers.StableDiffusionPipeline), MASK[:, ::-1].copy()
