@@ -53,6 +53,7 @@ def tables(results: Results) -> list[str]:
 PLOTS = {
     "layouts": lambda pipe, _, output: sheet.draw(pipe, output),
     "edits": lambda _, result, output: edits.plot(result, output),
+    "grids": lambda _, result, output: grids.plot(result, output),
 }
 EVALUATION = Evaluation(
     "dense_attn.examples.tiny_scenes_flow.evaluate", load_pipeline, PARTS, tables, PLOTS

@@ -173,10 +173,10 @@ def test_parts_of_an_evaluation_add_up(
     flow: model.OneEncoder, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     file = str(tmp_path / "found.json")
-    for part in ("gate", "inversion", "optimisation"):
+    for part in ("gate", "round-trips", "inversion", "optimisation"):
         assert evaluate.main(["--quick", "--only", part, "--json", file]) == 0
     results = json.loads((tmp_path / "found.json").read_text())
-    assert results.keys() == {"gate", "inversion", "optimisation", "header"}
+    assert results.keys() == {"gate", "round-trips", "inversion", "optimisation", "header"}
     assert results["header"]["steps"] == flow.usual["num_inference_steps"]
     assert "| Euler, 4 steps | 4 |" in capsys.readouterr().out
 

@@ -33,6 +33,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.long  # each study twice
 @pytest.mark.usefixtures("few_steps")
 def test_kernels_and_reference_have_the_same_scores(
     pipe: object, monkeypatch: pytest.MonkeyPatch
@@ -122,6 +123,7 @@ def test_the_table_and_plot_of_edits(
 
 
 @pytest.mark.full
+@pytest.mark.long  # four optimisations
 def test_chains(pipe: object) -> None:
     errors = inversion.study(pipe, 1, (4,))["rows"]
     assert errors["exact EDICT"]["4"]["all"] < 1e-6 < errors["float16 EDICT"]["4"]["all"]
