@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,11 +99,7 @@ def sega_guidance(
         inputs.each("enabled", enabled, flag, count),
     )
     return guided(
-        eps_uncond,
-        eps_text,
-        edits,
-        momentum,
-        user_mask,
+        Tensors(eps_uncond, eps_text, edits, momentum, user_mask),
         (
             _checks.number("guidance_scale", guidance_scale, wide),
             inputs.each("edit_guidance_scale", edit_guidance_scale, number, count),
@@ -117,16 +114,19 @@ def sega_guidance(
     )
 
 
-def guided(
-    eps_uncond: Tensor,
-    eps_text: Tensor,
-    edits: Tensor,
-    momentum: Tensor | None,
-    user_mask: Tensor | None,
-    options: tuple[object, ...],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The step on estimates and options that are right, the latter in the order of a raw call."""
+class Tensors(NamedTuple):
+    """A step's tensors, which are right."""
+
+    eps_uncond: Tensor  # [B, C, ...]
+    eps_text: Tensor  # [B, C, ...]
+    edits: Tensor  # [E, B, C, ...]
+    momentum: Tensor | None  # [B, C, ...]
+    user_mask: Tensor | None  # broadcastable to [E, B, C, ...]
+
+
+def guided(given: Tensors, options: tuple[object, ...], backend: str) -> tuple[Tensor, Tensor]:
+    """The step on options that are right, in the order of a raw call."""
+    eps_uncond, eps_text, edits, momentum, user_mask = given
     try:
         user_mask = inputs.wide_mask(user_mask, eps_uncond, edits.shape)
         tensors = (
@@ -139,38 +139,31 @@ def guided(
         name = table.resolve(backend, "sega_guidance", eps_uncond)
         eps, momentum, _ = dispatch.run(_SegaGuidance, *tensors, *options, name)
     except RuntimeError as error:
-        given = {"eps_uncond": eps_uncond, "eps_edits": edits}
-        _memory.explain(error, "sega_guidance", eps_uncond.nbytes, **given)
+        shown = {"eps_uncond": eps_uncond, "eps_edits": edits}
+        _memory.explain(error, "sega_guidance", eps_uncond.nbytes, **shown)
         raise
     return eps.reshape_as(eps_uncond), momentum.reshape_as(eps_uncond)
 
 
 def parts(
-    eps_uncond: Tensor,
-    eps_text: Tensor,
-    edits: Tensor,
-    momentum: Tensor | None,
-    user_mask: Tensor | None,
-    options: tuple[object, ...],
-    backend: str,
+    given: Tensors, options: tuple[object, ...], backend: str
 ) -> tuple[Tensor | None, Tensor]:
     """The addition to classifier-free guidance, None where there is none, and the momentum after.
 
     Both are in the wide dtype. The addition is the momentum of a step that keeps none of the old.
     """
     _, scales, thresholds, weights, partials, all_warm, reverse, rate, beta, summed = options
-    tensors = eps_uncond, eps_text, edits
     none = [0.0] * len(weights)
     if not all_warm:  # what is added and what the momentum takes have other weights
-        after = guided(*tensors, momentum, user_mask, options, backend)[1]
+        after = guided(given, options, backend)[1]
         if not any(partials):
             return None, after
         alone = (1.0, scales, thresholds, partials, none, True, reverse, 0.0, 0.0, summed)
-        return guided(*tensors, None, user_mask, alone, backend)[1], after
+        return guided(given._replace(momentum=None), alone, backend)[1], after
     alone = (1.0, scales, thresholds, weights, none, True, reverse, rate, 0.0, summed)
-    added = guided(*tensors, momentum, user_mask, alone, backend)[1]
+    added = guided(given, alone, backend)[1]
     kept = added * (1 - beta)
-    return added, kept if momentum is None else kept + beta * momentum
+    return added, kept if given.momentum is None else kept + beta * given.momentum
 
 
 def moved(
@@ -184,7 +177,8 @@ def moved(
     none: list[float] = []
     added = (options[0], none, none, none, none, True, none, 1.0, 0.0, False)
     edits = eps_uncond.new_empty((0, *eps_uncond.shape))
-    return guided(eps_uncond, eps_text, edits, addition, None, added, backend)[0]
+    given = Tensors(eps_uncond, eps_text, edits, addition, None)
+    return guided(given, added, backend)[0]
 
 
 class _SegaGuidance(torch.autograd.Function):

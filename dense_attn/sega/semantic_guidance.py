@@ -182,12 +182,12 @@ class SemanticGuidance:
         options = self._options(step, len(edits), reference.accumulation_dtype(eps_uncond.dtype))
         if momentum is None and self.recorded:  # of the run before
             self.recorded = None
-        tensors = eps_uncond, eps_text, edits, momentum, user_mask
+        tensors = op.Tensors(eps_uncond, eps_text, edits, momentum, user_mask)
         idle = len(edits) == 0 and (momentum is None or self._idle)
         if guided is None and self.recorded is None and applied is None:
-            eps, after = op.guided(*tensors, options, self._backend)
+            eps, after = op.guided(tensors, options, self._backend)
         else:
-            added, after = op.parts(*tensors, options, self._backend)
+            added, after = op.parts(tensors, options, self._backend)
             added = vectors.total(None if idle else added, applied)
             if guided is not None and added is None:  # a sum would lose -0.0 and inf
                 eps = guided

@@ -7,6 +7,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
@@ -104,7 +106,7 @@ class Events:
         """The images of what was asked for last, and all that is told of them."""
         waiting = self.asked[request.session_hash]
         if not waiting:  # asked for twice, and done
-            return {}
+            return gr.skip()
         asked = waiting[-1]
         try:
             run = self.session.run(asked.settings, progress, asked.stop)
@@ -121,8 +123,9 @@ class Events:
         folder, paths = self.page.folder / str(name), []
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        place = Path(mkdtemp(dir=folder))  # no browser takes the next run's files for these
         for file, data in run.files.items():
-            paths.append(str(folder / file))
+            paths.append(str(place / file))
             _files.write(paths[-1], data)
         captions = [f"seed {sample.seed}" for sample in run.samples]
         values = {
@@ -146,7 +149,7 @@ class Events:
             return {self.page.status: results.status("There is no run to cancel.")}
         for asked in self.asked[request.session_hash]:
             asked.stop.set()
-        return {self.page.status: results.status("Cancelled.")}
+        return gr.skip()  # a run says itself how far it came, perhaps before this answer is there
 
     def _left(self, request: gr.Request) -> None:
         """End the runs of a browser that is gone, and remove its files."""

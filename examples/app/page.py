@@ -49,7 +49,8 @@ class Page:
                     self._edits()
                 with gr.Column(min_width=340):
                     self._results()
-            self.ticket = gr.Number(0, visible="hidden")  # of the last run that was asked for
+            # of the last run that was asked for
+            self.ticket = gr.Number(0, visible="hidden", elem_id="ticket")
             Events(self).wire(blocks)
         return blocks
 

@@ -8,9 +8,7 @@ from comfy_api.latest import io
 
 from dense_attn.integrations import comfyui
 
-from .regions import CATEGORY
-
-Edits = io.Custom("DENSE_ATTN_EDITS")
+from .schema import Edits, node, number, patch
 
 
 class SemanticEdit(io.ComfyNode):
@@ -20,23 +18,18 @@ class SemanticEdit(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
         steps = {"min": 0, "max": 10000}
-        return io.Schema(
-            node_id="DenseAttnSemanticEdit",
-            display_name="Semantic Edit",
-            category=CATEGORY,
-            description="A concept that the image gets more of, or less; chain one for each.",
-            inputs=[
-                io.Conditioning.Input("conditioning"),
-                io.Float.Input("scale", default=5.0, min=0.0, max=100.0, step=0.1),
-                io.Float.Input("threshold", default=0.9, min=0.0, max=1.0, step=0.01),
-                io.Int.Input("warmup", default=10, tooltip="The step that it begins at.", **steps),
-                io.Int.Input("cooldown", default=0, tooltip="Its end; 0: none.", **steps),
-                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05),
-                io.Boolean.Input("reverse", default=False, tooltip="Away from the concept."),
-                Edits.Input("edits", optional=True, tooltip="The concepts before this one."),
-            ],
-            outputs=[Edits.Output("edits")],
-        )
+        inputs = [
+            io.Conditioning.Input("conditioning"),
+            number("scale", 5.0, 100.0, step=0.1),
+            number("threshold", 0.9, step=0.01),
+            io.Int.Input("warmup", default=10, tooltip="The step that it begins at.", **steps),
+            io.Int.Input("cooldown", default=0, tooltip="Its end; 0: none.", **steps),
+            number("weight", 1.0, 10.0),
+            io.Boolean.Input("reverse", default=False, tooltip="Away from the concept."),
+            Edits.Input("edits", optional=True, tooltip="The concepts before this one."),
+        ]
+        says = "A concept that the image gets more of, or less; chain one for each."
+        return node("SemanticEdit", "Semantic Edit", says, inputs, Edits.Output("edits"))
 
     @classmethod
     def execute(
@@ -62,19 +55,13 @@ class SemanticGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
-        part = {"min": 0.0, "max": 1.0, "step": 0.05}
-        return io.Schema(
-            node_id="DenseAttnSemanticGuidance",
-            display_name="Semantic Guidance (SEGA)",
-            category=CATEGORY,
-            description="Pushes the guided estimate towards or away from concepts.",
-            inputs=[
-                io.Model.Input("model"),
-                Edits.Input("edits"),
-                io.Float.Input("momentum_scale", default=0.1, **part),
-                io.Float.Input("momentum_beta", default=0.4, **part),
-            ],
-            outputs=[io.Model.Output("model")],
+        return patch(
+            "SemanticGuidance",
+            "Semantic Guidance (SEGA)",
+            "Pushes the guided estimate towards or away from concepts.",
+            Edits.Input("edits"),
+            number("momentum_scale", 0.1),
+            number("momentum_beta", 0.4),
         )
 
     @classmethod

@@ -8,17 +8,9 @@ from comfy_api.latest import io
 
 from dense_attn.integrations import comfyui
 
-CATEGORY = "dense_attn"
-Regions = io.Custom("DENSE_ATTN_REGIONS")
+from .schema import Regions, node, number, patch, percents
 
-
-def percents(end: float) -> list[Any]:
-    """The part of the schedule in which a model is changed."""
-    how = {"min": 0.0, "max": 1.0, "step": 0.01}
-    return [
-        io.Float.Input("start_percent", default=0.0, **how),
-        io.Float.Input("end_percent", default=end, **how),
-    ]
+OVERLAPPING = "Region prompts: its share where regions overlap."
 
 
 class Region(io.ComfyNode):
@@ -27,26 +19,14 @@ class Region(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
-        return io.Schema(
-            node_id="DenseAttnRegion",
-            display_name="Region",
-            category=CATEGORY,
-            description="What a part of the image shows; chain one for each part.",
-            inputs=[
-                io.Mask.Input("mask", tooltip="One for all images of the batch, or one for each."),
-                io.Conditioning.Input("conditioning", tooltip="By the text encoder of the prompt."),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=0.01,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="Region prompts: its share where regions overlap.",
-                ),
-                Regions.Input("regions", optional=True, tooltip="The regions before this one."),
-            ],
-            outputs=[Regions.Output("regions")],
-        )
+        inputs = [
+            io.Mask.Input("mask", tooltip="One for all images of the batch, or one for each."),
+            io.Conditioning.Input("conditioning", tooltip="By the text encoder of the prompt."),
+            number("weight", 1.0, 100.0, least=0.01, step=0.01, tooltip=OVERLAPPING),
+            Regions.Input("regions", optional=True, tooltip="The regions before this one."),
+        ]
+        says = "What a part of the image shows; chain one for each part."
+        return node("Region", "Region", says, inputs, Regions.Output("regions"))
 
     @classmethod
     def execute(
@@ -63,22 +43,16 @@ class ApplyLayout(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
-        strength = {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.05}
-        return io.Schema(
-            node_id="DenseAttnApplyLayout",
-            display_name="Apply Layout (DenseDiffusion)",
-            category=CATEGORY,
-            description="Pulls each region of the image toward its conditioning.",
-            inputs=[
-                io.Model.Input("model"),
-                Regions.Input("regions"),
-                io.Combo.Input("modulation", options=["auto", "range", "max", "bias"]),
-                io.Float.Input("strength", tooltip="Times the model's own.", **strength),
-                io.Float.Input("self_strength", tooltip="From image to image.", **strength),
-                io.Float.Input("size_weight", default=1.0, min=0.0, max=1.0, step=0.05),
-                *percents(0.0),
-            ],
-            outputs=[io.Model.Output("model")],
+        return patch(
+            "ApplyLayout",
+            "Apply Layout (DenseDiffusion)",
+            "Pulls each region of the image toward its conditioning.",
+            Regions.Input("regions"),
+            io.Combo.Input("modulation", options=["auto", "range", "max", "bias"]),
+            number("strength", 1.0, 10.0, tooltip="Times the model's own."),
+            number("self_strength", 1.0, 10.0, tooltip="From image to image."),
+            number("size_weight", 1.0),
+            *percents(0.0),
         )
 
     @classmethod
@@ -113,25 +87,13 @@ class ApplyRegionPrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node."""
-        return io.Schema(
-            node_id="DenseAttnApplyRegionPrompts",
-            display_name="Apply Region Prompts",
-            category=CATEGORY,
-            description="Each region sees its own conditioning, and the prompt where none is.",
-            inputs=[
-                io.Model.Input("model"),
-                Regions.Input("regions"),
-                io.Float.Input(
-                    "base_ratio",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="The prompt's share in every region.",
-                ),
-                *percents(1.0),
-            ],
-            outputs=[io.Model.Output("model")],
+        return patch(
+            "ApplyRegionPrompts",
+            "Apply Region Prompts",
+            "Each region sees its own conditioning, and the prompt where none is.",
+            Regions.Input("regions"),
+            number("base_ratio", 0.0, tooltip="The prompt's share in every region."),
+            *percents(1.0),
         )
 
     @classmethod

@@ -109,20 +109,24 @@ def refusal(run: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"),
+    ("edit", "said"),
     [
-        ({"scale": math.nan}, "scale must be finite, got nan"),
-        ({"scale": "a"}, "scale must be a number, got str"),
-        ({"scale": [5.0]}, "scale must be a number, got list"),
-        ({"threshold": 2}, "threshold must be from 0 to 1, got 2"),
-        ({"warmup": -1}, "warmup must be at least 0, got -1"),
-        ({"cooldown": -1}, "cooldown must be at least 0, got -1"),
-        ({"weight": math.inf}, "weight must be finite, got inf"),
-        ({"reverse": "yes"}, "reverse must be a bool, got str"),
+        (Edit(CONCEPTS[0], scale=math.nan), "edits[1].scale must be finite, got nan"),
+        (Edit(CONCEPTS[0], warmup=-1), "edits[1].warmup must be at least 0, got -1"),
+        (Edit([]), "edits[1].prompt must hold one text (not a combination of several), got 0"),
+        (Edit("fog"), "edits[1].prompt must hold one text (not a combination of several), got str"),
+        (CONCEPTS[0], "edits[1] must be an Edit, got list"),
     ],
 )
-def test_numbers_are_refused_at_once_by_their_names(numbers: dict, said: str) -> None:
-    assert refusal(lambda: Edit(CONCEPTS[0], **numbers)) == said
+def test_a_concept_is_refused_by_its_place(edit: Any, said: str) -> None:
+    concepts = [Edit(CONCEPTS[1]), edit]
+    assert refusal(lambda: semantic_guidance(made("Flux"), concepts)) == said
+
+
+def test_a_concept_that_cannot_act_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"edits\[0\].cooldown must be above its warmup") as told:
+        semantic_guidance(made("Flux"), [Edit(CONCEPTS[0], cooldown=3)])
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("name", ["momentum_scale", "momentum_beta"])
@@ -135,9 +139,9 @@ def test_what_cannot_be_is_refused_in_one_sentence() -> None:
     model, x = made("Flux"), noise("Flux")
     none = refusal(lambda: semantic_guidance(None, edits()))
     assert none == "model must be a ModelPatcher, got NoneType"
-    assert "edits must hold at least one" in refusal(lambda: semantic_guidance(model, []))
-    assert "edits must be a list of Edit" in refusal(lambda: semantic_guidance(model, [1]))
-    assert "conditioning must hold one text" in refusal(lambda: Edit([]))
+    said = "edits must be a list of Edit, got "
+    assert refusal(lambda: semantic_guidance(model, [])) == f"{said}none"
+    assert refusal(lambda: semantic_guidance(model, edits()[0])) == f"{said}Edit"
     (added,) = semantic_guidance(model, edits()).model_options["sampler_post_cfg_function"]
     args = {"input": x, "denoised": x, "uncond_denoised": x, "uncond": None}
     assert "negative prompt" in refusal(lambda: added(args))

@@ -37,7 +37,7 @@ def loaded(folder: Path) -> ModuleType:
 
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for part in ("", ".regions", ".guidance"):
+    for part in ("", ".schema", ".regions", ".guidance"):
         monkeypatch.setitem(sys.modules, f"dense_attn_nodes{part}", None)
         del sys.modules[f"dense_attn_nodes{part}"]
     return Path(shutil.copytree(FOLDER, tmp_path / "custom_nodes" / "dense_attn_nodes"))

@@ -1,6 +1,7 @@
 """Layouts, prompts of regions and semantic guidance on a model of ComfyUI."""
 
-from .guidance import Edit, semantic_guidance
+from ..edits import Edit
+from .guidance import semantic_guidance
 from .layouts import apply_layout, apply_region_prompts
 from .regions import Region
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,48 +10,9 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
+from ..edits import Edit, settings, warn_of_idle
 from .models import denoiser_of
 from .regions import _tokens
-
-NAMES = {  # of SemanticGuidance's arguments here
-    "edit_guidance_scale": "scale",
-    "edit_threshold": "threshold",
-    "edit_warmup_steps": "warmup",
-    "edit_cooldown_steps": "cooldown",
-    "edit_weights": "weight",
-    "reverse_editing_direction": "reverse",
-    "edit_momentum_scale": "momentum_scale",
-    "edit_mom_beta": "momentum_beta",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """A concept that an image gets more of, or less.
-
-    Args:
-        conditioning: a CONDITIONING of one text, the concept.
-        scale: how strongly it pulls.
-        threshold: 0 to 1, the share of entries that it leaves alone.
-        warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end.
-        weight: against other concepts; a negative one counts as 0.
-        reverse: away from the concept, not towards it.
-
-    Raises:
-        ValueError, TypeError: an argument breaks the rule that the message names.
-    """
-
-    conditioning: list[Any]
-    scale: float = 5.0
-    threshold: float = 0.9
-    warmup: int = 10
-    cooldown: int | None = None
-    weight: float = 1.0
-    reverse: bool = False
-
-    def __post_init__(self) -> None:
-        _tokens("conditioning", self.conditioning)
-        _guidance_of([self])
 
 
 def semantic_guidance(
@@ -71,7 +31,7 @@ def semantic_guidance(
 
     Args:
         model: a ModelPatcher of any kind, sampled with a negative prompt.
-        edits: the concepts.
+        edits: the concepts, each with a CONDITIONING for its prompt.
         momentum_scale, momentum_beta: how much of the momentum is added, and how much is kept.
         backend: as in `sega_guidance`.
 
@@ -85,31 +45,13 @@ def semantic_guidance(
     2023.
     """
     denoiser_of(model)
-    if not isinstance(edits, Sequence) or not all(isinstance(edit, Edit) for edit in edits):
-        _checks.refuse("edits", "be a list of Edit", type(edits).__name__, TypeError)
-    if not edits:
-        _checks.refuse("edits", "hold at least one concept", "none")
-    momentum = {"edit_momentum_scale": momentum_scale, "edit_mom_beta": momentum_beta}
-    guidance = _guidance_of(edits, **momentum, backend=backend)
+    options = settings(edits, momentum_scale, momentum_beta, backend, check=_tokens)
+    warn_of_idle(edits, 2)
     patched = model.clone()
-    added = _Addition(guidance, [edit.conditioning for edit in edits])
+    added = _Addition(SemanticGuidance(**options), [edit.prompt for edit in edits])
     # at a scale of 1 ComfyUI would leave the negative prompt out
     patched.set_model_sampler_post_cfg_function(added, disable_cfg1_optimization=True)
     return patched
-
-
-def _guidance_of(edits: Sequence[Edit], **options: Any) -> SemanticGuidance:
-    """The guidance of concepts, whose numbers it refuses by their names here."""
-    with _checks.renamed(NAMES):
-        return SemanticGuidance(
-            edit_guidance_scale=[edit.scale for edit in edits],
-            edit_threshold=[edit.threshold for edit in edits],
-            edit_warmup_steps=[edit.warmup for edit in edits],
-            edit_cooldown_steps=[edit.cooldown for edit in edits],
-            edit_weights=[edit.weight for edit in edits],
-            reverse_editing_direction=[edit.reverse for edit in edits],
-            **options,
-        )
 
 
 class _Addition:

@@ -1,7 +1,7 @@
 """One line on a diffusers pipeline: layouts, guidance, inversion and latent optimisation."""
 
+from ..edits import Edit
 from .guidance import semantic_guidance
-from .guidance.concepts import Edit
 from .guidance.guider import semantic_guider
 from .inversion import Inversion, Optimized, invert, optimize, reconstruct
 from .layouts import apply_layout

@@ -8,16 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
+LONGEST = 120_000  # ms that a page may take for anything, on a machine that has much else to do
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage",  # containers have little of it
 ]  # fmt: skip
 
 
@@ -44,33 +46,47 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Chromium of the system, without a window."""
+def context() -> Iterator[Any]:
+    """Chromium of the system, without a window; its cache serves all tabs."""
     sync = pytest.importorskip("playwright.sync_api", reason="make browser installs playwright")
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("make browser installs chromium")
+    sync.expect.set_options(timeout=LONGEST)
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield browser
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        context.set_default_timeout(LONGEST)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        yield context
         browser.close()
 
 
 @pytest.fixture
-def page(address: str, browser: Any) -> Iterator[Any]:
-    """A tab that shows the page, asks nobody else for anything and says no error."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(60_000)
-    page, errors, outside = context.new_page(), [], []
-    page.on("pageerror", lambda error: errors.append(str(error)))
+def tab(address: str, context: Any) -> Iterator[Callable[..., Any]]:
+    """Opens tabs that show the page, ask nobody else for anything and say no error."""
+    opened, errors, outside = [], [], []
 
     def asked(request: Any) -> None:
         if not request.url.startswith((address, "data:", "blob:")):
             outside.append(request.url)
 
-    page.on("request", asked)
-    page.goto(address)
-    page.locator("#canvas canvas[data-ready]").wait_for()  # it listens
-    yield page
-    context.close()
+    def shown(query: str = "") -> Any:
+        page = context.new_page()
+        opened.append(page)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", asked)
+        page.goto(f"{address}{query}")
+        page.locator("#canvas canvas[data-ready]").wait_for()  # it listens
+        return page
+
+    yield shown
+    for page in opened:
+        page.close()
     assert (errors, outside) == ([], [])
+
+
+@pytest.fixture
+def page(tab: Callable[..., Any]) -> Any:
+    """A tab that shows the page."""
+    return tab()

@@ -1,8 +1,12 @@
-"""The page as people use it: painted, typed, run, cancelled, saved and loaded in a real browser."""
+"""The page as people use it: painted, typed, run, cancelled, saved and loaded in a real browser.
+
+Every wait is for what the page shows, none for time.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +14,38 @@ import numpy as np
 import pytest
 
 pytest.importorskip("PIL")
+pytest.importorskip("playwright", reason="make browser installs playwright")
 from PIL import Image
+from playwright.sync_api import expect
 
 pytestmark = pytest.mark.browser
 SHOT = Path(__file__).resolve().parents[3] / "examples/app/page.png"
 VISIBLE = 3.0  # mean difference of two screenshots in grey values from which the committed changes
 EXAMPLE = "a red circle and a blue square"
+REDS = {"dark": "rgb(255, 155, 143)", "light": "rgb(180, 35, 24)"}  # on black, on white
+STARTS = "20"  # the steps of examples
 
 
-def drag(page: Any, x0: float, y0: float, x1: float, y1: float) -> None:
+def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
     """A stroke over the canvas, in fractions of it."""
-    place = page.locator("#canvas canvas").bounding_box()
+    canvas = page.locator("#canvas canvas")
+    box = canvas.bounding_box()
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return place["x"] + x * place["width"], place["y"] + y * place["height"]
+    def at(x: float, y: float) -> dict[str, float]:
+        return {"x": x * box["width"], "y": y * box["height"]}
 
-    page.mouse.move(*at(x0, y0))
+    canvas.hover(position=at(*start))  # once it stands still
     page.mouse.down()
-    page.mouse.move(*at(x1, y1), steps=4)
+    canvas.hover(position=at(*end))
     page.mouse.up()
 
 
 def paint_two(page: Any) -> None:
     """A stroke, a box and their words."""
-    drag(page, 0.2, 0.15, 0.3, 0.35)
+    drag(page, (0.2, 0.15), (0.3, 0.35))
     page.get_by_role("button", name="2 blue").click()
     page.get_by_role("button", name="box", exact=True).click()
-    drag(page, 0.55, 0.55, 0.9, 0.9)
+    drag(page, (0.55, 0.55), (0.9, 0.9))
     words(page, 1).fill("a red circle")
     words(page, 2).fill("a blue square")
 
@@ -46,47 +55,90 @@ def words(page: Any, label: int) -> Any:
     return page.locator(f"#colour-{label} textarea, #colour-{label} input").first
 
 
-def steps(page: Any, count: int) -> None:
-    """Set the number of steps."""
-    field = page.get_by_label("number input for steps")
-    field.fill(str(count))
+def number(page: Any, name: str) -> Any:
+    """The field of a number beside its slider."""
+    return page.get_by_label(f"number input for {name}")
+
+
+def set_number(page: Any, name: str, value: int) -> None:
+    """Type a number."""
+    field = number(page, name)
+    field.fill(str(value))
     field.press("Tab")
+    expect(field).to_have_value(str(value))
 
 
-def run(page: Any) -> None:
-    """Press Run and wait for its end."""
+def example(page: Any, prompt: str = EXAMPLE) -> None:
+    """Choose an example, and wait until it has filled the last of its fields too."""
+    set_number(page, "samples", 2)
+    page.get_by_role("button", name=prompt).first.click()
+    expect(number(page, "samples")).to_have_value("1")
+    expect(number(page, "steps")).to_have_value(STARTS)
+    expect(words(page, 1)).not_to_have_value("")
+
+
+def said(page: Any, text: str) -> None:
+    """Wait for a sentence on the run."""
+    page.locator("#status").filter(has_text=text).wait_for()
+
+
+def press_run(page: Any, times: int = 1) -> None:
+    """Press Run for the first, second, ... time on a page, and wait until it was heard."""
     page.locator("#run").click()
-    ended(page)
-    page.locator("#files a").first.wait_for()
+    ticket = "times => document.querySelector('#ticket input').value === `${times}`"
+    page.wait_for_function(ticket, arg=times)
 
 
-def ended(page: Any) -> None:
-    """Wait for the end of a run, or tell what the page says instead."""
-    try:
-        page.get_by_text("Done: seed").wait_for()
-    except Exception as error:
-        said = page.locator("[role=status], [role=alert]").all_inner_texts()
-        raise AssertionError(f"no run has ended; the page says {said}") from error
+def run(page: Any, times: int = 1) -> None:
+    """Press Run and wait for its end; no run has ended on the page before."""
+    expect(page.get_by_text("Done: seed")).to_have_count(0)
+    press_run(page, times)
+    said(page, "Done: seed")
+
+
+def begin_long(page: Any) -> None:
+    """Begin a run of an example that takes far longer than a press of a button."""
+    example(page)
+    set_number(page, "samples", 4)
+    set_number(page, "steps", 100)
+    press_run(page)
+    said(page, "s left")
+
+
+def shorten(page: Any) -> None:
+    """Make the next run a short one."""
+    set_number(page, "samples", 1)
+    set_number(page, "steps", 2)
 
 
 def downloaded(page: Any) -> bytes:
     """The image of the last run."""
-    link = page.locator("#files a").first.get_attribute("href")
-    return page.request.get(link).body()
+    return page.request.get(image_link(page).get_attribute("href")).body()
+
+
+def image_link(page: Any) -> Any:
+    """The link to the first image of the last run."""
+    return page.locator("#files a").first
 
 
 def code(page: Any) -> str:
-    """The program that the page shows."""
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    """The program that the page shows, by its button for copies."""
+    page.evaluate("navigator.clipboard.writeText('')")
     page.locator("#code button").first.click()
+    page.wait_for_function("async () => await navigator.clipboard.readText() !== ''")
     return page.evaluate("navigator.clipboard.readText()")
 
 
-def refused(page: Any, field: str) -> str:
-    """The sentence beside a field."""
-    place = page.locator(f"#refused-{field} [role=alert]")
-    place.wait_for()
-    return place.inner_text()
+def refused(page: Any, field: str, sentence: str) -> None:
+    """Wait for a sentence, or its end, beside a field."""
+    page.locator(f"#refused-{field} [role=alert]").filter(has_text=sentence).wait_for()
+
+
+def choose_file(page: Any, button: str, path: Path) -> None:
+    """Give a file to a button."""
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name=button).click()
+    chooser.value.set_files(path)
 
 
 def test_paint_run_and_leave_with_the_code(
@@ -94,9 +146,10 @@ def test_paint_run_and_leave_with_the_code(
 ) -> None:
     """The image that is downloaded is the code's, bit for bit; scores change with the numbers."""
     paint_two(page)
-    steps(page, 4)
+    set_number(page, "steps", 4)
     run(page)
-    first, scores = downloaded(page), page.locator("#table").inner_text()
+    first, link = downloaded(page), image_link(page).get_attribute("href")
+    scores = page.locator("#table").inner_text()
     assert "1 a red circle" in scores
     program = code(page)
     monkeypatch.chdir(tmp_path)
@@ -104,63 +157,58 @@ def test_paint_run_and_leave_with_the_code(
     exec(compile(program, "code", "exec"), names)
     assert names["image"].tobytes() == Image.open(io.BytesIO(first)).tobytes()
     assert (tmp_path / "seed-0.png").stat().st_size > 100
-    page.get_by_label("number input for cross").fill("0")
-    page.get_by_label("number input for cross").press("Tab")
-    page.locator("#run").click()
-    page.wait_for_function(
-        "before => document.querySelector('#table').innerText !== before", arg=scores
-    )
+    set_number(page, "cross", 0)
+    press_run(page, 2)
+    expect(image_link(page)).not_to_have_attribute("href", link)
+    expect(page.locator("#table")).not_to_have_text(scores, use_inner_text=True)
     assert Image.open(io.BytesIO(downloaded(page))).tobytes() != names["image"].tobytes()
 
 
-def test_settings_are_loaded_again(page: Any, address: str, tmp_path: Path) -> None:
+def test_settings_are_loaded_again(page: Any, tab: Callable[..., Any], tmp_path: Path) -> None:
     paint_two(page)
-    steps(page, 3)
+    set_number(page, "steps", 3)
     run(page)
     path = tmp_path / "seed-0.png"
     path.write_bytes(downloaded(page))
-    page.goto(address)
-    page.locator("#canvas canvas").wait_for()
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Load the settings").click()
-    chooser.value.set_files(path)
-    page.get_by_text("Loaded.").wait_for()
-    assert words(page, 2).input_value() == "a blue square"
-    assert page.get_by_label("number input for steps").input_value() == "3"
-    run(page)
-    assert downloaded(page) == path.read_bytes()
+    other = tab()
+    choose_file(other, "Load the settings", path)
+    said(other, "Loaded.")
+    expect(words(other, 2)).to_have_value("a blue square")
+    expect(number(other, "steps")).to_have_value("3")
+    run(other)
+    assert downloaded(other) == path.read_bytes()
 
 
 def test_what_is_wrong_is_said_beside_its_field(page: Any, tmp_path: Path) -> None:
-    """And nothing of what was painted or typed is lost."""
+    """In a red for each theme, and nothing of what was painted or typed is lost."""
     page.locator("#run").click()
-    assert refused(page, "canvas") == "the canvas must have a painted region, got none"
+    refused(page, "canvas", "the canvas must have a painted region, got none")
+    for theme, colour in REDS.items():
+        page.evaluate(f"document.body.classList.toggle('dark', '{theme}' === 'dark')")
+        expect(page.locator("#refused-canvas [role=alert]")).to_have_css("color", colour)
     paint_two(page)
     words(page, 3).fill("a green square")
     page.locator("#run").click()
-    assert refused(page, "words").startswith("colour 3 (green) must be painted")
+    refused(page, "words", "colour 3 (green) must be painted")
     words(page, 3).fill("")
     words(page, 1).fill("a fox")
     page.locator("#run").click()
-    assert refused(page, "prompt").endswith("words that the model knows, got fox")
-    assert page.locator("#refused-words [role=alert]").count() == 0
+    refused(page, "prompt", "words that the model knows, got fox")
+    expect(page.locator("#refused-words [role=alert]")).to_have_count(0)
     page.get_by_text("Without painting").click()
     Image.new("L", (10_000, 8), 1).save(tmp_path / "map.png")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Upload a label map").click()
-    chooser.value.set_files(tmp_path / "map.png")
-    assert refused(page, "canvas").endswith("at most 4096 pixels a side, got 10000 x 8")
+    choose_file(page, "Upload a label map", tmp_path / "map.png")
+    refused(page, "canvas", "at most 4096 pixels a side, got 10000 x 8")
     words(page, 1).fill("a red circle")
-    steps(page, 2)
+    set_number(page, "steps", 2)
     run(page)
-    assert words(page, 2).input_value() == "a blue square"
+    expect(words(page, 2)).to_have_value("a blue square")
 
 
 def test_boxes_examples_and_keys(page: Any) -> None:
     """Three ways to a layout without a mouse on the canvas."""
-    page.get_by_role("button", name=EXAMPLE).first.click()
-    page.wait_for_function("document.querySelector('#colour-1 textarea, #colour-1 input').value")
-    assert words(page, 1).input_value() == "a red circle"
+    example(page)
+    expect(words(page, 1)).to_have_value("a red circle")
     page.get_by_text("Without painting").click()
     page.get_by_label("Boxes").fill("1: 0 0 0.5 0.5\n2: 0.5 0.5 1 1")
     page.get_by_role("button", name="Draw the boxes").click()
@@ -172,93 +220,69 @@ def test_boxes_examples_and_keys(page: Any) -> None:
         canvas.press(key)
     words(page, 3).fill("a green triangle")
     page.locator("#prompt textarea").fill("")
-    steps(page, 2)
+    set_number(page, "steps", 2)
     run(page)
     assert "3 a green triangle" in page.locator("#table").inner_text()
 
 
-def test_cancel(page: Any) -> None:
-    page.get_by_role("button", name=EXAMPLE).first.click()
-    page.wait_for_function("document.querySelector('#colour-1 textarea, #colour-1 input').value")
-    steps(page, 100)
-    page.locator("#run").click()
-    page.get_by_text("s left").wait_for()
-    page.locator("#cancel").click()
-    page.get_by_text("cancelled after").wait_for()
-    steps(page, 2)
-    run(page)
-
-
 def test_cancel_ends_every_run_of_its_page(page: Any) -> None:
-    """Also the one that goes on while Run is pressed again."""
-    page.get_by_role("button", name=EXAMPLE).first.click()
-    page.wait_for_function("document.querySelector('#colour-1 textarea, #colour-1 input').value")
-    steps(page, 100)
-    page.locator("#run").click()
-    page.get_by_text("s left").wait_for()
-    page.locator("#run").click()
-    page.wait_for_timeout(200)
+    """The one that goes on, and the one that waits since Run was pressed again."""
+    begin_long(page)
     page.locator("#cancel").click()
-    page.get_by_text("cancelled before it began").wait_for()
-    steps(page, 2)
-    run(page)
+    said(page, "cancelled after")
+    press_run(page, 2)
+    said(page, "s left")
+    press_run(page, 3)
+    page.locator("#cancel").click()
+    said(page, "cancelled before it began")
+    shorten(page)
+    run(page, 4)
+    page.locator("#cancel").click()
+    said(page, "There is no run to cancel.")
 
 
-@pytest.mark.parametrize(
-    ("theme", "colour"), [("light", "rgb(180, 35, 24)"), ("dark", "rgb(255, 155, 143)")]
-)
-def test_refusals_are_read_in_both_themes(page: Any, address: str, theme: str, colour: str) -> None:
-    """Dark red on white, pale red on black."""
-    page.goto(f"{address}?__theme={theme}")
-    page.locator("#canvas canvas").wait_for()
-    page.locator("#run").click()
-    said = page.locator("#refused-canvas [role=alert]")
-    said.wait_for()
-    assert said.evaluate("element => getComputedStyle(element).color") == colour
-
-
-def test_two_tabs(page: Any, address: str) -> None:
+def test_two_tabs(page: Any, tab: Callable[..., Any]) -> None:
     """The second waits for the first, and each gets its own."""
-    other = page.context.new_page()
-    other.goto(address)
-    for tab, example in ((page, EXAMPLE), (other, "a magenta circle and a cyan triangle")):
-        tab.get_by_role("button", name=example).first.click()
-        tab.wait_for_function("document.querySelector('#colour-1 textarea, #colour-1 input').value")
-    steps(page, 30)
-    steps(other, 2)
-    page.locator("#run").click()
-    page.get_by_text("s left").wait_for()
-    other.locator("#run").click()
-    other.get_by_text("Waiting for its turn.").wait_for()
-    assert page.get_by_text("Done: seed").count() == 0
-    ended(other)
-    assert page.get_by_text("Done: seed").count() == 1
+    other = tab()
+    example(other, "a magenta circle and a cyan triangle")
+    set_number(other, "steps", 2)
+    page.bring_to_front()
+    begin_long(page)
+    other.bring_to_front()
+    press_run(other)
+    said(other, "queue: 1/1")
+    page.bring_to_front()
+    page.locator("#cancel").click()
+    said(page, "cancelled after")
+    said(other, "Done: seed")
+    shorten(page)
+    run(page, 2)
     assert "a magenta circle" in other.locator("#table").inner_text()
     assert "a red circle" in page.locator("#table").inner_text()
 
 
-def test_nothing_outside_is_served(page: Any, address: str) -> None:
-    answer = page.request.get(address)
+def test_nothing_outside_is_served(context: Any, address: str) -> None:
+    answer = context.request.get(address)
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     for path in ("/etc/passwd", Path(__file__), "README.md", "../README.md"):
-        assert page.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
+        assert context.request.get(f"{address}gradio_api/file={path}").status in (403, 404)
 
 
 def test_the_screenshot_shows_the_page(page: Any) -> None:
     """The committed one is written anew where it differs visibly."""
-    page.get_by_role("button", name=EXAMPLE).first.click()
-    page.wait_for_function("document.querySelector('#colour-1 textarea, #colour-1 input').value")
+    example(page)
     page.get_by_text("Numbers", exact=True).click()
     run(page)
     page.mouse.move(0, 0)
-    page.wait_for_timeout(1000)
-    shot = page.screenshot(full_page=True)
+    expect(page.locator("#code")).to_contain_text("import")
+    page.wait_for_function("[...document.images].every((image) => image.complete)")
+    shot = page.screenshot(full_page=True, animations="disabled")
     assert np.asarray(Image.open(io.BytesIO(shot))).std() > 10
     if not SHOT.exists() or difference(shot, SHOT.read_bytes()) > VISIBLE:
         SHOT.write_bytes(shot)
     for width in (390, 768):
         page.set_viewport_size({"width": width, "height": 844})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
 
 
 def difference(first: bytes, second: bytes) -> float:

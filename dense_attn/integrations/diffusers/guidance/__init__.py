@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from dense_attn import SemanticGuidance, _checks
 
+from ...edits import Edit, settings, warn_of_idle
 from ..models import model_of
-from .concepts import Edit, settings, warn_of_idle
 from .transformer import guided_transformer
 from .unet import guided_unet
 

@@ -20,11 +20,10 @@ GLYPHS = f"{TEXT}_2", f"{MASK}_2"  # of quoted words, by byT5
 
 
 class Family(NamedTuple):
-    """How a kind of transformer is told a prompt, and how the scheduler gets its estimates."""
+    """How a kind of transformer is told a prompt, and how its estimates lie."""
 
     text: tuple[str | None, ...]  # the arguments that encode_prompt's outputs become
-    sign: int = 1  # of an estimate in the scheduler's hands, over the network's
-    channels: int = 1  # the axis of its channels
+    channels: int = 1  # the axis of an estimate's channels
 
 
 FAMILIES = {
@@ -33,8 +32,8 @@ FAMILIES = {
     "Flux2Transformer2DModel": Family((TEXT, "txt_ids"), channels=2),
     "ChromaTransformer2DModel": Family((TEXT, "txt_ids", "attention_mask"), channels=2),
     "QwenImageTransformer2DModel": Family((TEXT, f"{TEXT}_mask"), channels=2),
-    "ZImageTransformer2DModel": Family(("cap_feats",), sign=-1),
-    "Lumina2Transformer2DModel": Family((TEXT, MASK), sign=-1),
+    "ZImageTransformer2DModel": Family(("cap_feats",)),
+    "Lumina2Transformer2DModel": Family((TEXT, MASK)),
     "AuraFlowTransformer2DModel": Family((TEXT,)),
     "CogView4Transformer2DModel": Family((TEXT,)),
     "PixArtTransformer2DModel": Family((TEXT, MASK)),

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from dense_attn import _checks
 
+from ...edits import Edit, settings, warn_of_idle
 from ..models import model_of
 from ..modular.pipeline import viewed
 from .calls import FAMILIES, TEXT, Family, encoded
-from .concepts import Edit, settings, warn_of_idle
 
 if TYPE_CHECKING:
     from diffusers.guiders import BaseGuidance

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
-from .concepts import Runs
+from .runs import Runs
 
 
 class SemanticGuider(BaseGuidance):

@@ -18,8 +18,8 @@ from ..steps import Steps
 from ..text import encoding
 from .apart import estimates_of
 from .calls import FAMILIES, Arguments, Calls, encoded
-from .concepts import Runs
 from .exchange import exchanged
+from .runs import Runs
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -185,7 +185,7 @@ class GuidedTransformer:
             rule = f"hand its scheduler its denoiser's estimate, {tuple(own.shape)}"
             _checks.refuse("pipe", rule, tuple(estimate.shape))
         own = own.to(estimate)
-        return own if self.family.sign > 0 else -own
+        return own if self.model.sign > 0 else -own
 
     def _check(self, given: Arguments) -> None:
         """Refuse calls whose concepts' estimates would be something else."""

@@ -17,7 +17,7 @@ from ..rows import check_halves
 from ..steps import Steps
 from ..text.encoding import encode, heard, missing, options_of
 from .apart import estimates_of
-from .concepts import Runs
+from .runs import Runs
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -1,9 +1,9 @@
-"""The concepts of semantic guidance, as its two integrations share them."""
+"""Concepts of semantic guidance, as every integration takes them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ class Edit:
     """A concept that an image gets more of, or less.
 
     Args:
-        prompt: the concept in words.
+        prompt: the concept in words; in ComfyUI a CONDITIONING of one text.
         scale: how strongly it pulls.
         threshold: 0 to 1, the share of entries that it leaves alone.
         warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end. Schedulers
@@ -28,13 +28,19 @@ class Edit:
         reverse: away from the concept, not towards it.
     """
 
-    prompt: str
+    prompt: Any
     scale: float = 5.0
     threshold: float = 0.9
     warmup: float = 10
     cooldown: float | None = None
     weight: float = 1.0
     reverse: bool = False
+
+
+def check_words(name: str, prompt: Any) -> None:
+    """Refuse a concept that is not a string."""
+    if not isinstance(prompt, str):
+        _checks.refuse(name, "be a string", type(prompt).__name__, TypeError)
 
 
 # the arguments of SemanticGuidance that a concept has
@@ -54,6 +60,7 @@ def settings(
     momentum_beta: float,
     backend: str,
     apply: Vectors | None = None,
+    check: Callable[[str, Any], object] = check_words,  # of a name and a concept's prompt
 ) -> dict[str, Any]:
     """The arguments of `SemanticGuidance` that concepts stand for, all of them good.
 
@@ -61,13 +68,12 @@ def settings(
     """
     listed = isinstance(edits, Sequence) and not isinstance(edits, Edit)
     if not listed or not (edits or apply is not None):
-        _checks.refuse("edits", "be a list of Edit", repr(edits), TypeError)
+        got = type(edits).__name__ if edits else "none"
+        _checks.refuse("edits", "be a list of Edit", got, TypeError)
     for i, edit in enumerate(edits):
         if not isinstance(edit, Edit):
             _checks.refuse(f"edits[{i}]", "be an Edit", type(edit).__name__, TypeError)
-        if not isinstance(edit.prompt, str):
-            got = type(edit.prompt).__name__
-            _checks.refuse(f"edits[{i}].prompt", "be a string", got, TypeError)
+        check(f"edits[{i}].prompt", edit.prompt)
         with _checks.renamed({name: f"edits[{i}].{field}" for name, field in FIELDS.items()}):
             SemanticGuidance(**{name: [getattr(edit, field)] for name, field in FIELDS.items()})
     own = {name: [getattr(edit, field) for edit in edits] for name, field in FIELDS.items()}
@@ -90,33 +96,3 @@ def warn_of_idle(edits: Sequence[Edit], level: int) -> None:
             rule = "be above 0 for the concept to act (reverse=True turns away from it)"
             text = f"edits[{i}].weight must {rule}, got {edit.weight}"
             warnings.warn(text, stacklevel=level + 1)
-
-
-class Runs:
-    """Semantic guidance of one run after the other, by the same concepts."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options  # arguments of SemanticGuidance
-        self.guidance = SemanticGuidance(**options)
-        self._steps = 0  # of the run before
-        self._told: set[int] = set()  # concepts that a run was too short for
-
-    def begin(self, steps: int) -> SemanticGuidance:
-        """Guidance that knows of no step yet; a concept that begins too late is named once."""
-        if self.options["apply"] is not None:
-            recorded = max(step for step, _ in self.options["apply"]) + 1
-            if recorded != steps:
-                rule = f"be of a run of as many steps, {steps}"
-                _checks.refuse("apply", rule, recorded)
-        for i, warmup in enumerate(self.options["edit_warmup_steps"]):
-            if warmup > steps - 1 and i not in self._told:
-                self._told.add(i)
-                last = f"{steps - 1}, the last of the run's {steps} steps"
-                text = f"edits[{i}].warmup must be at most {last}, for the concept to act"
-                warnings.warn(f"{text}, got {warmup}", stacklevel=3)
-        recorded = self.guidance.recorded
-        if recorded and recorded[-1][0] + 1 < self._steps:  # that run broke off
-            recorded.clear()
-        self._steps = steps
-        self.guidance.reset()
-        return self.guidance
