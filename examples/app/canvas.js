@@ -15,6 +15,7 @@ function draw() {
   labels.forEach((value, i) => image.data.set(value ? [...colours[value - 1], 255] : [255, 255, 255, 255], 4 * i));
   if (cursor) image.data.set([0, 0, 0, 255], 4 * (cursor[1] * side + cursor[0]));
   context.putImageData(image, 0, 0);
+  document.body.dataset.shown = [...new Set([label, ...labels])].join(" ");  // for the fields of words
 }
 
 function fill(x0, y0, x1, y1, inside) {
@@ -49,6 +50,7 @@ function cell(event) {
 function choose(value) {
   label = value;
   choices.forEach((button) => button.setAttribute("aria-pressed", Number(button.dataset.label) === label));
+  draw();
 }
 function take(value) {
   tool = value;

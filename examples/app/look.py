@@ -12,7 +12,8 @@ THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]
     body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600"
 )
 CSS = """
-.gradio-container { max-width: 1400px !important; }
+.gradio-container { max-width: 1400px !important; overflow: clip !important; }
+#sides { align-items: stretch; }
 .pixels img { image-rendering: pixelated; }
 .pixels .grid-wrap, #grid .image-container { padding-top: 2.4rem; }
 .example { font-weight: 400 !important; font-size: 0.85rem !important; }
@@ -20,6 +21,16 @@ CSS = """
 .scores { width: 100%; border-collapse: collapse; }
 .scores th, .scores td { padding: 0.2rem 0.5rem; text-align: left; font-weight: 400; }
 .scores thead th { font-weight: 600; }
+#press {
+  position: sticky; top: 0; z-index: var(--layer-5); flex-grow: 0 !important;
+  background: var(--body-background-fill);
+}
+@media (max-width: 760px) {
+  #press { position: fixed; top: auto; bottom: 0; left: 0; right: 0; padding: 0.5rem 1rem 0; }
+  .gradio-container { padding-bottom: 9rem !important; }
+  .scores { font-size: 0.8rem; }
+  .scores th, .scores td { padding: 0.2rem !important; }
+}
 .small { font-size: 0.85em; margin-top: 0.4rem; }
 .note { border-left: 3px solid #9a6700; padding-left: 0.5rem; }
 #canvas canvas {
@@ -34,8 +45,11 @@ CSS = """
 .dark .refused { color: #ff9b8f; }
 """
 SCRIPT = (Path(__file__).parent / "canvas.js").read_text("utf-8")
+# The words of a colour are asked for once it is chosen or painted.
 CSS += "".join(
     f"#colour-{label} {{ border-left: 0.8rem solid {code} !important }}\n"
+    f"body[data-shown]:not([data-shown~='{label}']) #colour-{label}:has(:placeholder-shown) "
+    "{ display: none !important }\n"
     for label, code in enumerate(COLOURS.values(), 1)
 )
 

@@ -41,7 +41,7 @@ class Page:
                 f"Or begin with an example. Model: {self.session.model.name}."
             )
             self._examples()
-            with gr.Row():
+            with gr.Row(elem_id="sides"):
                 with gr.Column(min_width=340):
                     self._canvas()
                     self._words()
@@ -91,6 +91,7 @@ class Page:
                     visible=label <= BRUSHES,
                     min_width=200,
                     max_lines=1,
+                    placeholder="what is there",
                     elem_id=f"colour-{label}",
                     elem_classes="words",
                 )
@@ -174,12 +175,13 @@ class Page:
         return str(path)
 
     def _results(self) -> None:
-        with gr.Row():
-            self.run = gr.Button("Run", variant="primary", elem_id="run")
-            self.cancel = gr.Button("Cancel", elem_id="cancel")
-        begun = results.status("Nothing has run yet.")
-        self.status = gr.HTML(begun, elem_id="status", padding=False, min_height=60)
-        self._refusal("run")
+        with gr.Column(elem_id="press"):
+            with gr.Row():
+                self.run = gr.Button("Run", variant="primary", elem_id="run", min_width=100)
+                self.cancel = gr.Button("Cancel", elem_id="cancel", min_width=100)
+            begun = results.status("Nothing has run yet.")
+            self.status = gr.HTML(begun, elem_id="status", padding=False, min_height=60)
+            self._refusal("run")
         how = {"columns": 2, "object_fit": "contain", "elem_classes": "pixels", "format": "png"}
         with gr.Row():
             for name, label in (("plain", "Plain"), ("placed", "With the layout")):
@@ -190,7 +192,7 @@ class Page:
             self.shown[name] = gr.HTML(elem_id=name, visible=False, padding=False)
         with gr.Row():
             self.shown["words"] = gr.Image(
-                label="Region words on the latent grid",
+                label="The regions on the latent grid",
                 elem_id="grid",
                 format="png",
                 interactive=False,
@@ -210,7 +212,6 @@ class Page:
             language="python",
             elem_id="code",
             interactive=False,
-            wrap_lines=True,
             buttons=["copy"],
             min_width=260,
         )

@@ -187,6 +187,8 @@ def test_what_is_wrong_is_said_beside_its_field(page: Any, tmp_path: Path) -> No
         page.evaluate(f"document.body.classList.toggle('dark', '{theme}' === 'dark')")
         expect(page.locator("#refused-canvas [role=alert]")).to_have_css("color", colour)
     paint_two(page)
+    expect(words(page, 3)).to_be_hidden()  # until its colour is chosen
+    page.get_by_role("button", name="3 green").click()
     words(page, 3).fill("a green square")
     page.locator("#run").click()
     refused(page, "words", "colour 3 (green) must be painted")
@@ -270,7 +272,7 @@ def test_nothing_outside_is_served(context: Any, address: str) -> None:
 
 def test_the_screenshot_shows_the_page(page: Any) -> None:
     """The committed one is written anew where it differs visibly."""
-    example(page)
+    example(page, "a orange square and a green triangle")
     page.get_by_text("Numbers", exact=True).click()
     run(page)
     page.mouse.move(0, 0)
