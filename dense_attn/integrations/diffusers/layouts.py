@@ -11,6 +11,7 @@ from dense_attn import _checks
 from dense_attn._backends import table
 
 from ._attention_hook import marked
+from .calls import called
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
 from .modular.pipeline import listened, viewed
@@ -160,6 +161,8 @@ def apply_layout(
         layers |= attention_layers(unwrapped(denoiser), state.model, start)
     with ExitStack() as stack:
         stack.enter_context(listened(pipe, state.reading.hear))
+        if state.model.video:
+            stack.enter_context(called(getattr(pipe, "pipe", pipe), state.hear_call))
         stack.enter_context(marked(state.marks(layers)))
         stack.enter_context(numbered(state))
         for denoiser in denoisers.values():

@@ -19,7 +19,7 @@ from .layers import Layer, Side, order_of
 from .modular.guiders import GuidedRows
 from .modular.pipeline import Modular
 from .options import blocks
-from .regions.frames import masks_of_call
+from .regions.frames import asked_of, check_call, masks_of_call
 from .rows import Rows
 from .steps import Steps
 
@@ -83,6 +83,7 @@ class LayoutState:
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
         self.sources: tuple[Tensor, ...] = ()  # what its layers make their masks of
+        self.asked: int | None = None  # frames of the video that the pipeline's call asks for
         rows = GuidedRows if isinstance(pipe, Modular) else Rows
         self._rows = rows(pipe, len(self.images), model.branches)
         self._told = self._cached = False  # of layers left alone, of a cache of steps
@@ -94,6 +95,17 @@ class LayoutState:
         other = object.__new__(type(self))
         other.paused, other.first, other.last = 1, 0, 0
         return other
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Those of each image's regions, [R, H, W] or [R, F, H, W]."""
+        return [image.masks for image in self.images]
+
+    def hear_call(self, given: dict[str, Any]) -> None:
+        """Take the arguments of a call of the pipeline, and refuse masks of other frames."""
+        if not self.paused:
+            check_call(self.pipe, self.model, given, self.masks)
+        self.asked = asked_of(self.pipe, given)
 
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
         """The marks of attention modules, given by name with their kind and depth."""
@@ -205,10 +217,11 @@ class LayoutState:
 
     def _make_layers(self, call: Call, rows: int) -> None:
         """The layers of a latent grid and a number of text tokens, once a run."""
-        made_for = call.key, call.text.shape[1], call.text.device, rows
+        made_for = call.key, call.text.shape[1], call.text.device, rows, self.asked
         if made_for == self._made_for:
             return
-        layouts = [Layout(x) for x in masks_of_call(self.pipe, self.model, call, self.images)]
+        masks = masks_of_call(self.pipe, self.model, call, self.images, self.asked)
+        layouts = [Layout(x) for x in masks]
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
 

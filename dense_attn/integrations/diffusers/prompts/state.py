@@ -75,6 +75,11 @@ class RegionState(LayoutState):
             for positive in (True, False)
         }
 
+    @property
+    def masks(self) -> list[Tensor]:
+        """Those of each image's regions, [R, H, W] or [R, F, H, W]."""
+        return [image.masks for image in self.reading.images_of]
+
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
         """The marks of attention modules by name with their kind and depth, and of the text's."""
         layers = layers | self._text_layers()
@@ -223,10 +228,11 @@ class RegionState(LayoutState):
 
     def _make(self, call: Call, slots: Slots, spans: tuple[Span, ...]) -> None:
         """The layers of a latent grid and texts of some lengths, once a run for each prompt."""
-        made_for = call.key, slots, call.text.device, spans
+        made_for = call.key, slots, call.text.device, spans, self.asked
         found = self._made.pop(made_for, None)
         if found is None:
-            layers = Layers(self.model, self.reading, self.options, call, slots, spans)
+            made = call, slots, spans, self.asked
+            layers = Layers(self.model, self.reading, self.options, *made)
             found = layers, layers.parts()
         (_, self.parts), self._made[made_for] = found, found
         while len(self._made) > 2:  # the latest: the prompt's and the negative one's
