@@ -168,6 +168,8 @@ class RegionState(LayoutState):
         if alone or not start <= self.steps.index < stop:
             return None
         self.model.check(bound.arguments)
+        if not self._sees_call(spans) and self.model.without_text(bound.arguments):
+            call = self.model.read(bound.arguments)
         made = self._texts(bound.arguments, call, spans)
         self._make(call, made.slots, spans)
         self.model.lengthen(bound.arguments, made)
@@ -219,6 +221,10 @@ class RegionState(LayoutState):
         sizes = tuple(texts.up(max(column), multiple) for column in zip(*lengths))
         slots = Slots(sizes, tuple(lengths), multiple, tuple(longest))
         return texts.written(text, slots, rows, keep)
+
+    def _sees_call(self, spans: tuple[Span, ...]) -> bool:
+        """Whether any token of these rows sees the call's own text, in any layer."""
+        return self.options.every > 1 or any(any(self._first[span.positive]) for span in spans)
 
     def _sees_first(self, image: Regions, positive: bool) -> bool:
         masks, base = image.picture, self.reading.base
