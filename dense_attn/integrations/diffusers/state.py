@@ -76,7 +76,7 @@ class LayoutState:
     ) -> None:
         self.pipe, self.model, self.options = pipe, model, options
         self.reading, self.images = reading, reading.images()
-        self.steps = Steps(pipe)
+        self.steps = Steps(pipe, options.active_sigma)
         self.longest = reading.needed
         self.paused = 0  # blocks inside of this one
         self.attentions: dict[str, Any] = {}  # the modules that have marks, by name
@@ -152,7 +152,7 @@ class LayoutState:
     def _tell_of_cache(self, denoiser: Any) -> None:
         """Warn once of a cache of steps, which may keep what a layout made past its last step."""
         if (
-            self.options.active == 1
+            (self.options.active == 1 and not self.options.active_sigma)
             or self._cached
             or not getattr(denoiser, "is_cache_enabled", False)
         ):
@@ -187,7 +187,7 @@ class LayoutState:
         self._read(call.text.shape[1])
         self.model.write(bound.arguments, self._with_phrases(call.text, *rows))
         self.sources = self.model.mask_sources(bound.arguments)
-        if self.steps.index < self.options.active * self.steps.total:
+        if self.steps.within(0.0, self.options.active):
             self._make_layers(call, rows[1] - rows[0])
             factor = self.steps.time**self.options.exponent
             for layer in self.layers.values():

@@ -162,10 +162,9 @@ class RegionState(LayoutState):
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
         spans = self._spans(rows, len(call.latents))
         self._told_apart.update(span.positive for span in spans)
-        start, stop = (part * self.steps.total for part in self.options.window)
         # a call of its own, of the negative prompt or of what a guider asks for beside it
         alone = rows is None and (self._rows.beside or not self.reading.negatives)
-        if alone or not start <= self.steps.index < stop:
+        if alone or not self.steps.within(*self.options.window):
             return None
         self.model.check(bound.arguments)
         if not self._sees_call(spans) and self.model.without_text(bound.arguments):
