@@ -1,4 +1,4 @@
-"""What is made of tensors, kept for the calls to come."""
+"""Results of tensors that are kept for the calls to come."""
 
 from __future__ import annotations
 

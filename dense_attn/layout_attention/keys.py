@@ -52,7 +52,7 @@ class Keys:
         return self._once(k_order, self._visits) if isinstance(k_order, Tensor) else k_order
 
     def _once(self, x: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is made of x, which is kept where these keys are."""
+        """The turned x, which is kept where these keys are."""
         make = partial(turn, x)
         return make() if self.turned is None else self.turned.of(x, turn.__name__, make)
 
@@ -72,7 +72,7 @@ class Keys:
 
 
 class KeyMask(NamedTuple):
-    """What is made of a `k_mask`, None where that is all keys or nothing; a call takes it too."""
+    """A `k_mask` as calls take it too; None where it is all keys, or adds nothing."""
 
     there: Keys | None  # the keys that count
     bias: Tensor | None  # [B|1, N], what is added to the scores of each

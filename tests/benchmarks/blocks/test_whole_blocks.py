@@ -79,7 +79,7 @@ def test_rows_of_a_real_images_tokens(tmp_path: Path) -> None:
     ],
 )
 def test_tokens_of_texts(name: str, plain: int, regions: int) -> None:
-    """As a real call has them; of regions that cover the image without the call's own."""
+    """Real calls' numbers; regions that cover the image go without the call's own text."""
     pipe = NETWORKS[name].make(True)
     pipe.set_progress_bar_config(disable=True)
     with ExitStack() as stack:

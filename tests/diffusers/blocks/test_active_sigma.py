@@ -39,7 +39,7 @@ def counted(pipe: object, sigma: float) -> int:
 @pytest.mark.parametrize("regions", [REGIONS, WHOLE])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sigma_is_a_number_of_steps(name: str, regions: list) -> None:
-    """The same bits as so many of them, for regions with phrases and with prompts."""
+    """Equal bits, for regions with phrases and with prompts."""
     pipe, run_of = named(name)
     ended = []
     for sigma in (SIGMA, 0.85):

@@ -101,7 +101,7 @@ def test_a_number_that_pipelines_round_either_way(
 
 
 def test_two_latents_in_a_token_tell_nine_frames_from_thirteen(calls: list) -> None:
-    """Of nine frames one latent is put before; the denoiser's calls of both are the same."""
+    """A latent is put before the nine frames'; the denoiser's calls of both are the same."""
     moving = torch.stack([LEFT] * 5 + [~LEFT] * 8)
     seen = {}
     for count in (9, 13):
@@ -155,7 +155,8 @@ def test_a_video_to_change(calls: list) -> None:
 def test_a_pipeline_is_as_it_was() -> None:
     """Blocks may end in any order; a copy that is made inside is heard by none of them."""
     pipe = family("wan_2_2")
-    kind, before = type(pipe), state_of(pipe)
+    kind, before = diffusers.WanPipeline, state_of(pipe)
+    assert type(pipe) is kind
     one, two = (apply_layout(pipe, PROMPT, regions(9)) for _ in range(2))
     one.__enter__()
     two.__enter__()
