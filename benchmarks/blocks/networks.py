@@ -31,6 +31,7 @@ class Network:
     pixels: int  # of the pipeline's on a side of an image token
     joint: bool = True  # text and image in one attention
     side: int | None = None  # image tokens on a side; None: as asked
+    real: bool = False  # as many as at 1,024 pixels: bfloat16 alone, and fewer calls
     call: dict[str, Any] = field(default_factory=dict)  # options of the pipeline's call
 
 
@@ -105,13 +106,17 @@ def qwen(dry: bool) -> Any:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    return diffusers.QwenImagePipeline(
+    pipe = diffusers.QwenImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         text_encoder=_LastHidden(len(tokenizer) + 8, 32),
         tokenizer=tokenizer,
         transformer=transformer,
     )
+    # whose own message of the system, here as many tokens as letters, the pipeline drops
+    before = pipe.prompt_template_encode.split("{}")[0]
+    pipe.prompt_template_encode_start_idx = len(tokenizer(before).input_ids)
+    return pipe
 
 
 def z_image(dry: bool) -> Any:
@@ -176,12 +181,19 @@ class _LastHidden(torch.nn.Module):
 
 _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 _UNGUIDED = {"guidance_scale": 1.0}
+_TRUE = {"true_cfg_scale": 1.0}
+_TWO_STREAMS = "transformer_blocks.0"
 NETWORKS = {
     "sd15": Network(stable_diffusion, "unet", _BLOCK, 2, joint=False, side=64, call=_UNGUIDED),
     "sdxl": Network(stable_diffusion_xl, "unet", _BLOCK, 2, joint=False, side=64, call=_UNGUIDED),
-    "flux": Network(
-        flux, "transformer", "transformer_blocks.0", 4, call={"max_sequence_length": 512}
+    "flux": Network(flux, "transformer", _TWO_STREAMS, 4, call={"max_sequence_length": 512}),
+    "flux-1024px": Network(
+        flux, "transformer", _TWO_STREAMS, 4, side=64, real=True, call={"max_sequence_length": 512}
     ),
-    "qwen": Network(qwen, "transformer", "transformer_blocks.0", 16, call={"true_cfg_scale": 1.0}),
+    "flux-1024px-128": Network(
+        flux, "transformer", _TWO_STREAMS, 4, side=64, real=True, call={"max_sequence_length": 128}
+    ),
+    "qwen": Network(qwen, "transformer", _TWO_STREAMS, 16, call=_TRUE),
+    "qwen-1024px": Network(qwen, "transformer", _TWO_STREAMS, 16, side=64, real=True, call=_TRUE),
     "z-image": Network(z_image, "transformer", "layers.0", 4, call={"guidance_scale": 0.0}),
 }

@@ -20,6 +20,8 @@ _NO_TENSORS = frozenset((type(None), str, float, bool, int, list, tuple))
 
 def run(function: type[torch.autograd.Function], *inputs: object) -> Any:
     """The results of an autograd.Function whose last input names the backend."""
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _in_a_transform()):
+        return function.forward(*inputs)  # as a backward pass has it
     return run_as(function, is_recorded(*inputs), *inputs)
 
 
@@ -59,8 +61,7 @@ def run_as(function: type[torch.autograd.Function], recorded: bool, *inputs: obj
         unwrap_if_dead(x) if x.__class__ not in _NO_TENSORS and isinstance(x, Tensor) else x
         for x in inputs
     ]
-    num = function.num_tensors
-    return _recorded(function)(*live[:num], live[num:])
+    return _recorded(function)(*live[: function.num_tensors], live)
 
 
 def kernel_of(
@@ -121,15 +122,17 @@ def _distinct(inputs: tuple[object, ...]) -> list[object]:
 @cache
 def _recorded(function: type[torch.autograd.Function]) -> Callable:
     """The `apply` of the Function with forward and setup_context in one, since torch binds the
-    arguments of two, and with all inputs behind `num_tensors` as one, since it looks at each.
+    arguments of two, and with all inputs as one behind `num_tensors`, since it looks at each.
+
+    Of the results it has as many as setup_context says, if it does: each costs the host too.
     """
     num = function.num_tensors
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        inputs = (*inputs[:num], *inputs[num])
+        inputs = inputs[num]
         output = function.forward(*inputs)
-        function.setup_context(ctx, inputs, output)
-        return output
+        count = function.setup_context(ctx, inputs, output)
+        return output if count is None else output[:count]
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return *function.backward(ctx, *grads)[:num], None

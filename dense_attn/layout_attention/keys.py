@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from dense_attn import _checks
 from dense_attn._dtypes import accumulation_dtype
+from dense_attn.layout_attention.kept import Kept
 
 REMOVED = -9984.0  # -1e4 in bfloat16: an additive mask's way to say that a key is not there
 _STEP = 8  # columns, of which CUDA kernels take whole ones
@@ -17,13 +21,15 @@ _COLUMNS = {torch.float16: 2.0**15}  # the largest of q, by which k's hold a bia
 _COLUMN = 2.0**100  # of the other dtypes, by which float32 holds a score of 2**27
 
 
-class Keys(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Keys:
     """The keys that count, per sample or for all: their places in front of the others', and how
     many they are.
     """
 
     order: Tensor | None  # int64 [B|1, N], None where they stand in front already
     counts: Tensor  # int32 [B|1]
+    turned: Kept | None = None  # words and orders in their turn; None where none are kept
 
     def first(self, x: Tensor) -> Tensor:
         """[B, H, N, D] with the keys that count in front; views where they are there already."""
@@ -39,16 +45,23 @@ class Keys(NamedTuple):
 
     def words(self, words: Tensor) -> Tensor:
         """[N] or [B|1, N] in the same turn."""
-        if self.order is None:
-            return words
+        return words if self.order is None else self._once(words, self._words)
+
+    def visits(self, k_order: Tensor | bool | None) -> Tensor | bool | None:
+        """A caller's order of all keys as one of these, those that count in front in its turn."""
+        return self._once(k_order, self._visits) if isinstance(k_order, Tensor) else k_order
+
+    def _once(self, x: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+        """The turned x, which is kept where these keys are."""
+        make = partial(turn, x)
+        return make() if self.turned is None else self.turned.of(x, turn.__name__, make)
+
+    def _words(self, words: Tensor) -> Tensor:
         samples = max(self.order.shape[0], words.shape[0] if words.dim() == 2 else 1)
         words = words.expand(samples, words.shape[-1])
         return words.gather(1, self.order.expand(words.shape))
 
-    def visits(self, k_order: Tensor | bool | None) -> Tensor | bool | None:
-        """A caller's order of all keys as one of these, those that count in front in its turn."""
-        if not isinstance(k_order, Tensor):
-            return k_order
+    def _visits(self, k_order: Tensor) -> Tensor:
         samples = max(len(self.counts), k_order.shape[0] if k_order.dim() == 2 else 1)
         seqlen_k = k_order.shape[-1]
         places = k_order.expand(samples, seqlen_k).long().clamp(0, max(seqlen_k - 1, 0))
@@ -58,22 +71,44 @@ class Keys(NamedTuple):
         return places.gather(1, late.byte().argsort(dim=-1, stable=True)).int()
 
 
-def of_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Keys | None, Tensor | None]:
-    """(which keys count, what is added to the scores of each [B|1, N]) by a `k_mask`, None where
-    that is all or nothing.
-    """
+class KeyMask(NamedTuple):
+    """A `k_mask` as calls take it too; None where it is all keys, or adds nothing."""
+
+    there: Keys | None  # the keys that count
+    bias: Tensor | None  # [B|1, N], what is added to the scores of each
+
+
+def of_mask(mask: Tensor | KeyMask | None, q: Tensor, k: Tensor) -> KeyMask:
+    """Which keys count in a call, and what is added to their scores."""
     if mask is None:
-        return None, None
+        return KeyMask(None, None)
+    if isinstance(mask, KeyMask):
+        return mask
     mask = _checked(mask, q, k)
     if mask.dtype == torch.int32:
-        return _counted(mask, k.shape[2]), None
+        return KeyMask(_counted(mask, k.shape[2]), None)
     if mask.dtype == torch.bool:
-        return _keys(mask), None
+        return KeyMask(_keys(mask), None)
     there = ~(mask <= REMOVED)  # a NaN is there, and is seen
     bias = mask.to(accumulation_dtype(q.dtype)).masked_fill(~there, 0)
     if _seen(mask) and not mask.requires_grad and not bias.any():
         bias = None
-    return _keys(there), bias
+    return KeyMask(_keys(there), bias)
+
+
+_masks = Kept()
+
+
+def kept(mask: Tensor, q: Tensor, k: Tensor) -> Tensor | KeyMask:
+    """A `k_mask` as calls of these shapes take it, sorted once until it is changed in place."""
+    if mask.requires_grad or mask.is_inference():
+        return mask
+
+    def make() -> KeyMask:
+        there, bias = of_mask(mask, q, k)
+        return KeyMask(None if there is None else replace(there, turned=Kept()), bias)
+
+    return _masks.of(mask, (q.shape[:3], k.shape[2], q.dtype), make)
 
 
 def with_bias(

@@ -117,13 +117,13 @@ def layout_attention(
         rule = strength, modulation, scale, q_order, k_order
         last = every, return_lse, recorded, seqlens_k, name
         tensors = q, k, v, q_regions, k_regions
-        out, lse, _ = dispatch.run_as(_LayoutAttention, recorded, *tensors, *rule, *lists, *last)
+        out, *more = dispatch.run_as(_LayoutAttention, recorded, *tensors, *rule, *lists, *last)
     except RuntimeError as error:
         least = kernels.attention_bytes(q, k)
         _memory.explain(error, "layout_attention", least, q=q, k=k)
         raise
     out = out if bias is None else keys.without_columns(out, given)
-    return (out, lse) if return_lse else out
+    return (out, more[0]) if return_lse else out
 
 
 def tile_lists(
@@ -220,16 +220,18 @@ class _LayoutAttention(torch.autograd.Function):
         return run(*tokens, *rule, *lists, every_strength, with_lse, with_stats, seqlens_k)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx, inputs, output) -> int:  # noqa: ANN001
+        """How many of the results a recorded call needs."""
         *tensors, ctx.modulation, ctx.scale, q_order, k_order = inputs[:10]
         *_, ctx.every_strength, ctx.with_lse, _, seqlens_k, ctx.backend = inputs
         out, _, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, stats, q_order, k_order, seqlens_k)
+        return 2 if ctx.with_lse else 1
 
     @staticmethod
-    def backward(ctx, grad_out, grad_lse, *_):  # noqa: ANN001, ANN002, ANN205
+    def backward(ctx, grad_out, grad_lse=None, *_):  # noqa: ANN001, ANN002, ANN205
         *tensors, out, stats, q_order, k_order, seqlens_k = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -274,11 +276,11 @@ class _Backward(torch.autograd.Function):
         seqlens_k: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        given, saved = (q, k, v, q_regions, k_regions, strength), (out, stats)
-        rule = (modulation, scale, q_order, k_order, every_strength, seqlens_k)
+        tokens, rule = (q, k, v, q_regions, k_regions), (strength, out, stats, modulation, scale)
+        last = q_order, k_order, every_strength, seqlens_k
         run = table.NAMESPACES[backend].layout_attention_bwd
         try:
-            return run(grad_out, grad_lse, *given, *saved, *rule)
+            return run(grad_out, grad_lse, *tokens, *rule, *last)
         except RuntimeError as error:
             least = (q.numel() + 2 * k.numel()) * q.element_size()
             _memory.explain(error, "layout_attention's backward pass", least, q=q, k=k)

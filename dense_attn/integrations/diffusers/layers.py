@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dense_attn import layout_attention, tile_lists
+from dense_attn.layout_attention import keys
+from dense_attn.layout_attention.kept import Kept
 
 if TYPE_CHECKING:
     from .options.numbers import Options
@@ -34,31 +35,30 @@ def order_of(side: Side) -> Tensor:
 
 
 class Lists:
-    """The tile lists of layers of one kind and size, made once for each shape and mask.
-
-    Those of a mask live as long as it does, or the tensor that it is a view of, and are made again
-    where it has changed in place.
-    """
+    """The tile lists of layers of one kind and size, made once for each shape and mask."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple, Any] = {}
-        self._of_masks = WeakTensorKeyDictionary()
+        self._kept: dict[tuple, Any] = {}  # without a mask
+        self.of_masks = Kept()
 
-    def of(self, layer: Layer, q: Tensor, k: Tensor, mask: Tensor | None, backend: str) -> Any:
-        """The lists of a layer's call; None where there are none, or none that could be kept."""
-        kept, form = self._kept, None
-        if mask is not None:
-            if mask.is_inference():  # its changes are not counted
-                return None
-            owner = mask._base if mask._is_view() else mask
-            kept = self._of_masks.setdefault(owner, {})
-            form = mask.shape, mask.dtype, mask.stride(), mask.storage_offset(), mask._version
-        shape = q.shape, k.shape, q.dtype
-        if (found := kept.get(shape)) is None or found[0] != form:
+    def of(
+        self, layer: Layer, q: Tensor, k: Tensor, mask: Tensor | None, k_mask: Any, backend: str
+    ) -> Any:
+        """The lists of a layer's call; None where there are none, or none that could be kept.
+
+        `k_mask`: what calls take of the mask.
+        """
+
+        def make() -> Any:
             words = layer.q_words, layer.k_words
-            made = tile_lists(q, k, *words, k_mask=mask, backend=backend)
-            kept[shape] = found = form, made
-        return found[1]
+            return tile_lists(q, k, *words, k_mask=k_mask, backend=backend)
+
+        shape = q.shape, k.shape, q.dtype
+        if mask is not None:
+            return None if mask.is_inference() else self.of_masks.of(mask, shape, make)
+        if shape not in self._kept:
+            self._kept[shape] = make()
+        return self._kept[shape]
 
 
 @dataclass(eq=False)
@@ -89,7 +89,8 @@ class Layer:
             words, strength = (self.q_words, self.k_words), self.now
             lists = tile_lists(q, k, *words, backend=options.backend) if k_mask is None else None
         else:
-            lists = self.lists.of(self, q, k, k_mask, options.backend)
+            mask, k_mask = k_mask, k_mask if k_mask is None else keys.kept(k_mask, q, k)
+            lists = self.lists.of(self, q, k, mask, k_mask, options.backend)
             strength = self._strength(q)
         return layout_attention(
             q,

@@ -11,6 +11,7 @@ from dense_attn import _checks
 from dense_attn._backends import table
 
 from ._attention_hook import marked
+from .calls import called
 from .hooks import unwrapped, watched
 from .models import attention_layers, model_of
 from .modular.pipeline import listened, viewed
@@ -39,6 +40,7 @@ def apply_layout(
     cross_weight: float | None = None,
     self_weight: float | None = None,
     active: float | tuple[float, float] | None = None,
+    active_sigma: float | None = None,
     exponent: float | None = None,
     size_weight: float = 1.0,
     modulation: str | None = None,
@@ -100,6 +102,8 @@ def apply_layout(
             strength, only 0 counts, for all rows that blocks touch.
         active: the part of the steps in which the layout acts, from the first, or its first and
             last end, `(start, stop)`, where regions have prompts, and None is all of them.
+        active_sigma: in the place of active, on a flow: the layout acts until its sigma, 1 at pure
+            noise, has fallen to this, however many steps a schedule's shift spends above it.
         exponent, size_weight: how fast strength falls with time, and how much less a large region
             gets.
         modulation: as in `layout_attention`; under "mask" tokens of no region take part everywhere.
@@ -145,6 +149,7 @@ def apply_layout(
         "modulation": modulation,
         "blocks": blocks,
         "active": active,
+        "active_sigma": active_sigma,
         "encode_phrases": encode_phrases,
         "base_ratio": base_ratio,
         "isolate": isolate,
@@ -160,6 +165,8 @@ def apply_layout(
         layers |= attention_layers(unwrapped(denoiser), state.model, start)
     with ExitStack() as stack:
         stack.enter_context(listened(pipe, state.reading.hear))
+        if state.model.video:
+            stack.enter_context(called(getattr(pipe, "pipe", pipe), state.hear_call))
         stack.enter_context(marked(state.marks(layers)))
         stack.enter_context(numbered(state))
         for denoiser in denoisers.values():
@@ -200,8 +207,7 @@ def _with_prompts(
     parsed = region.parse(regions, prompts, model.video)
     weights = "cross_weight", "self_weight", "exponent", "size_weight"
     _unused(given, (*weights, "modulation", "blocks", "encode_phrases"), "prompts of their own")
-    numbers = {name: given[name] for name in ("base_ratio", "isolate", "every", "area_scaling")}
-    ratios = region_options(numbers, given["active"], _backend(backend), prompts is not None)
+    ratios = region_options(given, _backend(backend), prompts is not None)
     return region_state(pipe, model, prompts, parsed, ratios)
 
 

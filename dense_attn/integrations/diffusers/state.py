@@ -19,7 +19,7 @@ from .layers import Layer, Side, order_of
 from .modular.guiders import GuidedRows
 from .modular.pipeline import Modular
 from .options import blocks
-from .regions.frames import masks_of_call
+from .regions.frames import asked_of, check_call, masks_of_call
 from .rows import Rows
 from .steps import Steps
 
@@ -76,13 +76,14 @@ class LayoutState:
     ) -> None:
         self.pipe, self.model, self.options = pipe, model, options
         self.reading, self.images = reading, reading.images()
-        self.steps = Steps(pipe)
+        self.steps = Steps(pipe, options.active_sigma)
         self.longest = reading.needed
         self.paused = 0  # blocks inside of this one
         self.attentions: dict[str, Any] = {}  # the modules that have marks, by name
         self.layers: dict[tuple[str, int], Layer] = {}  # by kind and halvings of the grid
         self.first, self.last = 0, 0  # the rows of the batch that this call modulates
         self.sources: tuple[Tensor, ...] = ()  # what its layers make their masks of
+        self.asked: int | None = None  # frames of the video that the pipeline's call asks for
         rows = GuidedRows if isinstance(pipe, Modular) else Rows
         self._rows = rows(pipe, len(self.images), model.branches)
         self._told = self._cached = False  # of layers left alone, of a cache of steps
@@ -94,6 +95,17 @@ class LayoutState:
         other = object.__new__(type(self))
         other.paused, other.first, other.last = 1, 0, 0
         return other
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Those of each image's regions, [R, H, W] or [R, F, H, W]."""
+        return [image.masks for image in self.images]
+
+    def hear_call(self, given: dict[str, Any]) -> None:
+        """Take the arguments of a call of the pipeline, and refuse masks of other frames."""
+        if not self.paused:
+            check_call(self.pipe, self.model, given, self.masks)
+        self.asked = asked_of(self.pipe, given)
 
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
         """The marks of attention modules, given by name with their kind and depth."""
@@ -140,7 +152,7 @@ class LayoutState:
     def _tell_of_cache(self, denoiser: Any) -> None:
         """Warn once of a cache of steps, which may keep what a layout made past its last step."""
         if (
-            self.options.active == 1
+            (self.options.active == 1 and not self.options.active_sigma)
             or self._cached
             or not getattr(denoiser, "is_cache_enabled", False)
         ):
@@ -175,7 +187,7 @@ class LayoutState:
         self._read(call.text.shape[1])
         self.model.write(bound.arguments, self._with_phrases(call.text, *rows))
         self.sources = self.model.mask_sources(bound.arguments)
-        if self.steps.index < self.options.active * self.steps.total:
+        if self.steps.within(0.0, self.options.active):
             self._make_layers(call, rows[1] - rows[0])
             factor = self.steps.time**self.options.exponent
             for layer in self.layers.values():
@@ -205,10 +217,11 @@ class LayoutState:
 
     def _make_layers(self, call: Call, rows: int) -> None:
         """The layers of a latent grid and a number of text tokens, once a run."""
-        made_for = call.key, call.text.shape[1], call.text.device, rows
+        made_for = call.key, call.text.shape[1], call.text.device, rows, self.asked
         if made_for == self._made_for:
             return
-        layouts = [Layout(x) for x in masks_of_call(self.pipe, self.model, call, self.images)]
+        masks = masks_of_call(self.pipe, self.model, call, self.images, self.asked)
+        layouts = [Layout(x) for x in masks]
         text = self._text_side(layouts, call.text)
         each, self.layers = rows // len(self.images), {}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from dense_attn import _checks
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -17,14 +19,21 @@ class Steps:
 
     Timesteps are read once a run, which is the one wait for a GPU, and again only where they come
     in other memory.
+
+    Args:
+        pipe: the pipeline.
+        until: the sigma of a flow at which a block's steps end, where that is told.
     """
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: DiffusionPipeline, until: float | None = None) -> None:
+        self.pipe, self.until = pipe, until
+        if until is not None:
+            check_flow(pipe.scheduler)
         self.index = 0  # of the step in this run
         self.total = 0  # steps of this run
         self.repeated = False  # whether a call of the same step came before
         self.times: list[float] = []  # of all steps, 1 at pure noise
+        self.sigmas: list[float] = []  # at the begin of each, where `until` asks for them
         self._timesteps: Tensor | None = None  # as the scheduler had them at the last call
         self._schedule: list[float] = []  # their values
         self._first = 0  # the run's first in it
@@ -53,6 +62,12 @@ class Steps:
     def time(self) -> float:
         """1 at pure noise, 0 at the image: the timestep over the training's, or a flow's sigma."""
         return self.times[self.index]
+
+    def within(self, start: float, stop: float) -> bool:
+        """Whether a block acts in this step: in a part of the run, or before a sigma is reached."""
+        if self.until is not None:
+            return self.sigmas[self.index] > self.until
+        return start * self.total <= self.index < stop * self.total
 
     def _is_new(self, timestep: Tensor | float, unit: float, count: int | None) -> bool:
         """Whether the timesteps were set for another run, not copied in the middle of this one."""
@@ -83,8 +98,20 @@ class Steps:
             schedule = torch.linspace(span, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
         self.times = [min(max(t / span, 0.0), 1.0) for t in schedule[self._first :].tolist()]
         self.index, self.total = 0, len(self.times)
+        if self.until is not None:
+            check_flow(self.pipe.scheduler)
+            self.sigmas = self.pipe.scheduler.sigmas.tolist()[self._first :]
         if getattr(self.pipe, "denoising_end", 0) is not None and _takes_end(self.pipe):
             self.total = min(getattr(self.pipe, "num_timesteps", None) or self.total, self.total)
+
+
+def check_flow(scheduler: Any) -> None:
+    """Refuse a scheduler without the sigmas of a flow, from 1 to 0."""
+    from .inversion.schedules import is_flow  # which stands on modules that have steps
+
+    if not is_flow(scheduler) or not isinstance(getattr(scheduler, "sigmas", None), Tensor):
+        rule = "be None for a scheduler that is no flow's"
+        _checks.refuse("active_sigma", rule, type(scheduler).__name__)
 
 
 def _takes_end(pipe: DiffusionPipeline) -> bool:

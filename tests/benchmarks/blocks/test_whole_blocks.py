@@ -55,6 +55,42 @@ def test_prompts_of_regions_that_are_wrong_are_told_of(
     assert dry(path, "--network", "sd15") == 0
 
 
+def test_rows_of_a_real_images_tokens(tmp_path: Path) -> None:
+    """One dtype, and no way by hand."""
+    path = tmp_path / "blocks.json"
+    names = [name for name, network in NETWORKS.items() if network.real]
+    asked = [part for name in names for part in ("--network", name)]
+    small = ["--dry-run", "--rounds", "1", "--side", "8", "--json", str(path), *asked]
+    assert run.main(small) == 0
+    rows = json.loads(path.read_text())["rows"]
+    found = [(row["workload"], row["dtype"], row["contender"]) for row in rows]
+    ways_of = ("plain", "layout", "regions")
+    assert found == [(name, "bfloat16", way) for name in names for way in ways_of]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "plain", "regions"),
+    [
+        ("flux-1024px-128", 128, 3 * 128),
+        # a prompt's letters, and <|im_end|> \n <|im_start|> assistant \n
+        ("qwen", len(ways.PROMPT) + 13, sum(len(text) + 13 for text in ways.PHRASES)),
+    ],
+)
+def test_tokens_of_texts(name: str, plain: int, regions: int) -> None:
+    """Real calls' numbers; regions that cover the image go without the call's own text."""
+    pipe = NETWORKS[name].make(True)
+    pipe.set_progress_bar_config(disable=True)
+    with ExitStack() as stack:
+        made = ways.Ways(NETWORKS[name], pipe, 8, stack)
+        counts = [
+            made.call(way).keywords["encoder_hidden_states"].shape[1]
+            for way in ("plain", "layout", "regions")
+        ]
+    assert counts == [plain, plain, regions]
+
+
 @torch.no_grad()
 def test_a_layout_changes_a_block_and_nothing_else() -> None:
     torch.manual_seed(0)

@@ -95,7 +95,7 @@ def test_rows_of_a_mask_share_lists(call: Callable, asked: list) -> None:
 def test_lists_live_no_longer_than_their_mask(call: Callable, asked: list) -> None:
     mask = valid(40, 120)
     call(mask[:])
-    gone, kept = weakref.ref(mask), call.layer.lists._of_masks
+    gone, kept = weakref.ref(mask), call.layer.lists.of_masks.owners
     assert len(kept) == 1
     del mask
     asked.clear()

@@ -35,23 +35,33 @@ def words(name: str, regions: list, calls: list, **options: object) -> list[list
         (Video(1, 1, 4), 1, [0]),
         # two latents a token: of four, and of three with one that is put before them
         (Video(4, 2, 4), 13, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]),
-        (Video(4, 2, 4), 9, [0, 1, 1, 1, 1, 1, 1, 1, 1]),
-        (Video(4, 2, 4), 3, [0, 1, 1]),
+        (Video(4, 2, 4, 9), 9, [0, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (Video(4, 2, 4, 9), 3, [0, 1, 1]),
+        (Video(4, 2, 4, 12), 12, [0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2]),
         (Video(2, 2, 4), 2, [0, 0]),
-        (Video(2, 2, 4), 5, [0, 0, 0, 0, 0]),
-        (Video(2, 2, 4), 1, [0]),
+        (Video(2, 2, 4, 5), 5, [0, 0, 0, 0, 0]),
+        (Video(2, 2, 4, 1), 1, [0]),
     ],
 )
 def test_the_frames_of_tokens(video: Video, count: int, owners: list[int]) -> None:
     assert video.owners(count) == owners
 
 
-def test_every_length_that_a_video_may_have_is_named() -> None:
-    rule = r"^regions must have masks of the video's 9 or 13 frames or of the 3 or 4 of .*, got 8$"
-    with pytest.raises(ValueError, match=rule):
-        Video(4, 2, 4).owners(8)
-    with pytest.raises(ValueError, match="frames or of the 3 or 4 of its latents, got 12"):
-        Video(4, 2, 4).owners(12)  # one less than 13, or three more than 9
+@pytest.mark.parametrize(
+    ("video", "wrong", "told"),
+    [
+        (Video(4, 2, 4, 9), (2, 4, 8, 10, 13), "9 frames or of the 3"),
+        (Video(4, 2, 4, 11), (2, 4, 8, 10, 12, 13), "9 or 11 frames or of the 3"),
+        (Video(4, 2, 4, 13), (3, 9, 12, 14), "13 frames or of the 4"),
+        (Video(4, 1, 4, 12), (3, 9, 12), "13 frames or of the 4"),  # some pipelines round up
+        (Video(3, 1, 4, 49), (2, 8, 10, 49), "9 frames or of the 3"),  # latents of the caller's
+        (Video(3, 1, 4), (2, 4, 8, 13), "9 frames or of the 3"),
+    ],
+)
+def test_other_numbers_of_frames(video: Video, wrong: tuple[int, ...], told: str) -> None:
+    for count in wrong:
+        with pytest.raises(ValueError, match=rf"the video's {told} of its latents, got {count}$"):
+            video.owners(count)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 13])
@@ -91,7 +101,7 @@ def test_small_places_are_kept_in_each_frame(calls: list) -> None:
 def test_frames_that_pipelines_leave_out(calls: list) -> None:
     """Eleven frames become nine; the last two have no place, and the others theirs."""
     moving = torch.stack([LEFT] * 8 + [~LEFT] * 3)
-    seen = words("wan_2_2", [("cat", moving)], calls)
+    seen = words("wan_2_2", [("cat", moving)], calls, num_frames=11)
     assert seen == [[1, 1, 0, 0] * 2] * 3
 
 

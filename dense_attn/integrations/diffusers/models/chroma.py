@@ -20,6 +20,13 @@ class Chroma(Flux):
     keeps_padding = True
     masks = ("attention_mask",)
 
+    def without_text(self, arguments: dict[str, Any]) -> bool:
+        """Take a call's own text out, also of the mask of all tokens."""
+        count, mask = arguments["encoder_hidden_states"].shape[1], arguments["attention_mask"]
+        if mask is not None:
+            arguments["attention_mask"] = mask[:, count:]
+        return super().without_text(arguments)
+
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's, and in its mask before the image."""
         mask = arguments["attention_mask"]

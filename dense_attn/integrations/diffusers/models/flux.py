@@ -51,6 +51,12 @@ class Flux(Model):
         """Tokens as latents [B, C, H, W]."""
         return unpacked(latents, grid)
 
+    def without_text(self, arguments: dict[str, Any]) -> bool:
+        """Take a call's own text out, with its places."""
+        self.write(arguments, arguments["encoder_hidden_states"][:, :0])
+        arguments["txt_ids"] = arguments["txt_ids"][..., :0, :]
+        return True
+
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's; the places of all begin anew."""
         super().lengthen(arguments, texts)

@@ -58,6 +58,11 @@ class QwenImage(Model):
         _, height, width = grids if isinstance(grids[0], int) else grids[0]
         return 2 * height, 2 * width
 
+    def without_text(self, arguments: dict[str, Any]) -> bool:
+        """Take a call's own text out; its mask is cut to the text that there is."""
+        self.write(arguments, arguments["encoder_hidden_states"][:, :0])
+        return True
+
     def numbered(
         self, own: Any, slots: Slots, *args: Any, max_txt_seq_len: int, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

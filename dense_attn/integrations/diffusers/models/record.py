@@ -203,6 +203,10 @@ class Model:
         """The tokens of each row of a call's text [B, L, C]."""
         return [text.shape[1]] * len(text)
 
+    def without_text(self, arguments: dict[str, Any]) -> bool:
+        """Take a call's own text out where none of it is seen; no where a model needs one."""
+        return False
+
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's, with what it is told of each token."""
         self.write(arguments, texts.tokens)

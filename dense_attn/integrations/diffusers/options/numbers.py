@@ -43,6 +43,7 @@ class Options:
     cross_weight: float
     self_weight: float
     active: float
+    active_sigma: float | None
     exponent: float
     size_weight: float
     modulation: str
@@ -77,12 +78,23 @@ def options_of(model: Model, given: dict[str, Any], backend: str) -> Options:
     return Options(
         **numbers,
         active=own.active if active is None else _checks.fraction("active", active),
+        active_sigma=sigma_of(given),
         exponent=own.exponent if given["exponent"] is None else _exponent(given["exponent"]),
         size_weight=_checks.number("size_weight", given["size_weight"], torch.float32),
         modulation=modulation,
         blocks=blocks,
         backend=backend,
     )
+
+
+def sigma_of(given: dict[str, Any]) -> float | None:
+    """The noise at which a layout's steps end, where a call says it in the place of a part."""
+    sigma = given["active_sigma"]
+    if sigma is None:
+        return None
+    if given["active"] is not None:
+        _checks.refuse("active", "be None beside active_sigma", given["active"])
+    return _checks.fraction("active_sigma", sigma)
 
 
 def _weights(

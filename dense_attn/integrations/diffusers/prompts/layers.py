@@ -52,6 +52,7 @@ class Layers:
     call: Call
     slots: Slots
     spans: tuple[Span, ...]
+    asked: int | None  # frames of the video that the pipeline's call asks for
 
     def parts(self) -> dict[tuple[str, int], Part]:
         """The layers by kind and halvings of the grid."""
@@ -160,7 +161,8 @@ class Layers:
         """Masks of each frame of tokens, [R, frames, H, W]; one where all have the same."""
         if image.masks.dim() == 3:
             return image.masks[:, None]
-        return of_tokens(image.masks, video_of(self.reading.pipe, self.model, self.call))
+        video = video_of(self.reading.pipe, self.model, self.call, self.asked)
+        return of_tokens(image.masks, video)
 
     def _members(self, image: Regions, size: tuple[int, int]) -> Tensor:
         """Shares of all tokens, [1 + R, frames * height * width], one frame after the other."""

@@ -9,6 +9,8 @@ import numpy as np
 
 from dense_attn import _checks
 
+from ..options.numbers import sigma_of
+
 
 @dataclass(frozen=True)
 class Options:
@@ -17,6 +19,7 @@ class Options:
     base_ratio: float
     isolate: float
     window: tuple[float, float]  # of the steps
+    active_sigma: float | None  # in its place
     every: int  # n-th layer
     area_scaling: bool
     backend: str
@@ -27,7 +30,7 @@ class Options:
         return self.window[1]
 
 
-def options_of(numbers: dict[str, Any], active: object, backend: str, base: bool) -> Options:
+def options_of(numbers: dict[str, Any], backend: str, base: bool) -> Options:
     """The numbers of a call; `base`: whether there is a prompt beside the regions'."""
     ratio = _checks.fraction("base_ratio", numbers["base_ratio"])
     if ratio and not base:
@@ -37,13 +40,16 @@ def options_of(numbers: dict[str, Any], active: object, backend: str, base: bool
         _checks.refuse("every", "be a whole number", type(every).__name__, TypeError)
     if every < 1:
         _checks.refuse("every", "be at least 1", every)
-    isolate, window = _checks.fraction("isolate", numbers["isolate"]), _window(active)
+    isolate, window = _checks.fraction("isolate", numbers["isolate"]), _window(numbers["active"])
+    sigma = sigma_of(numbers)
     if not base and every != 1:  # other layers and steps would see the call's prompt
         _checks.refuse("every", "be 1 where prompt is None", every)
     if not base and window != (0, 1):
-        _checks.refuse("active", "be the whole run where prompt is None", active)
+        _checks.refuse("active", "be the whole run where prompt is None", numbers["active"])
+    if not base and sigma is not None:
+        _checks.refuse("active_sigma", "be None where prompt is None", sigma)
     area_scaling = _checks.flag("area_scaling", numbers["area_scaling"])
-    return Options(ratio, isolate, window, int(every), area_scaling, backend)
+    return Options(ratio, isolate, window, sigma, int(every), area_scaling, backend)
 
 
 def _window(active: Any) -> tuple[float, float]:

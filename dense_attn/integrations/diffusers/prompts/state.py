@@ -75,6 +75,11 @@ class RegionState(LayoutState):
             for positive in (True, False)
         }
 
+    @property
+    def masks(self) -> list[Tensor]:
+        """Those of each image's regions, [R, H, W] or [R, F, H, W]."""
+        return [image.masks for image in self.reading.images_of]
+
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
         """The marks of attention modules by name with their kind and depth, and of the text's."""
         layers = layers | self._text_layers()
@@ -157,12 +162,13 @@ class RegionState(LayoutState):
         rows = self._rows.of(call.latents, call.text, self.steps.repeated, *said)
         spans = self._spans(rows, len(call.latents))
         self._told_apart.update(span.positive for span in spans)
-        start, stop = (part * self.steps.total for part in self.options.window)
         # a call of its own, of the negative prompt or of what a guider asks for beside it
         alone = rows is None and (self._rows.beside or not self.reading.negatives)
-        if alone or not start <= self.steps.index < stop:
+        if alone or not self.steps.within(*self.options.window):
             return None
         self.model.check(bound.arguments)
+        if not self._sees_call(spans) and self.model.without_text(bound.arguments):
+            call = self.model.read(bound.arguments)
         made = self._texts(bound.arguments, call, spans)
         self._make(call, made.slots, spans)
         self.model.lengthen(bound.arguments, made)
@@ -215,6 +221,10 @@ class RegionState(LayoutState):
         slots = Slots(sizes, tuple(lengths), multiple, tuple(longest))
         return texts.written(text, slots, rows, keep)
 
+    def _sees_call(self, spans: tuple[Span, ...]) -> bool:
+        """Whether any token of these rows sees the call's own text, in any layer."""
+        return self.options.every > 1 or any(any(self._first[span.positive]) for span in spans)
+
     def _sees_first(self, image: Regions, positive: bool) -> bool:
         masks, base = image.picture, self.reading.base
         shares = members(masks, image.weights, tuple(masks.shape[1:]), base)
@@ -223,10 +233,11 @@ class RegionState(LayoutState):
 
     def _make(self, call: Call, slots: Slots, spans: tuple[Span, ...]) -> None:
         """The layers of a latent grid and texts of some lengths, once a run for each prompt."""
-        made_for = call.key, slots, call.text.device, spans
+        made_for = call.key, slots, call.text.device, spans, self.asked
         found = self._made.pop(made_for, None)
         if found is None:
-            layers = Layers(self.model, self.reading, self.options, call, slots, spans)
+            made = call, slots, spans, self.asked
+            layers = Layers(self.model, self.reading, self.options, *made)
             found = layers, layers.parts()
         (_, self.parts), self._made[made_for] = found, found
         while len(self._made) > 2:  # the latest: the prompt's and the negative one's

@@ -26,7 +26,7 @@ class Slots:
     """Where the texts of a call stand: a slot begins at the same token in all rows of the batch.
 
     Args:
-        sizes: tokens of each slot, first the call's own.
+        sizes: tokens of each slot, first the call's own, which has none where no token sees it.
         lengths: of each row, the tokens of its text in each slot.
         multiple: padding, which is seen as the text is, makes the tokens of each a multiple of it.
         longest: of each row, the tokens of the longest text that its image sees, with padding.

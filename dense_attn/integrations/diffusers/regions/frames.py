@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,51 +26,87 @@ class Video(NamedTuple):
     latents: int
     each: int = 1  # latents in a token
     compression: int = 1  # frames in latents, but for the first, which has one
+    asked: int | None = None  # frames that the pipeline's call asks for, where it says
 
     @property
     def tokens(self) -> int:
         """The frames of tokens."""
         return self.latents // self.each
 
+    @property
+    def ahead(self) -> int:
+        """Latents that the pipeline puts before a video's own, to fill tokens."""
+        return 0 if self.asked is None else -latents_of(self.asked, self.compression) % self.each
+
     def owners(self, count: int) -> list[int]:
         """The frame of tokens of each of count frames, of the video or of its latents.
 
-        Frames behind those that fill latents, which pipelines leave out, are behind all tokens;
-        where tokens have several latents they may be those of a shorter video, and are refused.
+        Frames behind those that fill latents, which pipelines leave out, are behind all tokens.
         """
-        lengths = [self.latents - ahead for ahead in range(self.each)]  # without those put before
-        owned, length = list(range(count)), count
-        if count not in lengths:
-            owned = [-(-f // self.compression) for f in owned]
-            length = (count - 1) // self.compression + 1
-        behind = 0 if count in lengths else (count - 1) % self.compression
-        if length in lengths and (self.each == 1 or not behind):
-            return [(latent + self.latents - length) // self.each for latent in owned]
-        frames = [(length - 1) * self.compression + 1 for length in lengths]
-        videos, theirs = (" or ".join(map(str, reversed(each))) for each in (frames, lengths))
-        rule = f"have masks of the video's {videos} frames or of the {theirs} of its latents"
-        return _checks.refuse("regions", rule, count)
+        own = self.latents - self.ahead
+        whole = (own - 1) * self.compression + 1
+        cut = range(whole, whole + self.compression)  # of each a pipeline makes this video
+        named = {whole, self.asked}.intersection(cut)
+        if count != own and count not in (cut if self.asked is None else named):
+            videos = " or ".join(map(str, sorted(named)))
+            rule = f"have masks of the video's {videos} frames or of the {own} of its latents"
+            _checks.refuse("regions", rule, count)
+        each = 1 if count == own else self.compression
+        return [(-(-frame // each) + self.ahead) // self.each for frame in range(count)]
+
+
+def latents_of(frames: int, compression: int) -> int:
+    """The latents of a video's frames, without those that fill none."""
+    return (frames - 1) // compression + 1
+
+
+def asked_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> int | None:
+    """The frames that a call of the pipeline asks for; None where it does not say."""
+    if "num_frames" not in given:
+        return None
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    frames = given["num_frames"] or getattr(config, "sample_frames", None)  # CogVideoX's own
+    return frames if isinstance(frames, int) and frames > 0 else None
+
+
+def check_call(
+    pipe: DiffusionPipeline, model: Model, given: dict[str, Any], masks: list[Tensor]
+) -> None:
+    """Refuse masks of other frames than a pipeline's call will have, where that is known."""
+    asked, compression = asked_of(pipe, given), _compression(pipe)
+    if not asked or given.get("latents") is not None or asked % compression == 0:
+        return  # some pipelines round such a number up, others down: the denoiser's call tells
+    own = latents_of(asked, compression)
+    video = Video(own + -own % model.frames, model.frames, compression, asked)
+    for each in masks:
+        if each.dim() == 4:
+            video.owners(each.shape[1])
 
 
 def masks_of_call(
-    pipe: DiffusionPipeline, model: Model, call: Call, images: list[Image]
+    pipe: DiffusionPipeline, model: Model, call: Call, images: list[Image], asked: int | None
 ) -> list[Tensor]:
     """The masks of each image on the grid of a call's latents, bool [R, height, width].
 
-    Those of a video are on the grids of its tokens, one frame below the other.
+    Those of a video, of whose frames the pipeline's call `asked` for so many, are on the grids of
+    its tokens, one frame below the other.
     """
     grid, device = model.grid(call), call.text.device
     if not model.video and model.length(call) == 1:
         return [resized(image.masks, grid).to(device) for image in images]
-    tokens, video = tuple(side // model.patch for side in grid), video_of(pipe, model, call)
+    tokens, video = tuple(side // model.patch for side in grid), video_of(pipe, model, call, asked)
     return [_stacked(image.masks, tokens, video).to(device) for image in images]
 
 
-def video_of(pipe: DiffusionPipeline, model: Model, call: Call) -> Video:
+def video_of(pipe: DiffusionPipeline, model: Model, call: Call, asked: int | None) -> Video:
     """The frames of a call."""
+    return Video(model.length(call), model.frames, _compression(pipe), asked)
+
+
+def _compression(pipe: DiffusionPipeline) -> int:
+    """The frames in latents."""
     found = (getattr(pipe, name, None) for name in COMPRESSIONS)
-    compression = next((int(factor) for factor in found if factor), 1)
-    return Video(model.length(call), model.frames, compression)
+    return next((int(factor) for factor in found if factor), 1)
 
 
 def _stacked(masks: Tensor, grid: tuple[int, int], video: Video) -> Tensor:
