@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..record import IMAGE, TEXT, Attention, Call, Model
 
@@ -30,6 +31,14 @@ class CogVideoX(Model):
     def length(self, call: Call) -> int:
         """The latents' frames."""
         return call.latents.shape[1]
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] as [B, F, C, H, W]."""
+        return latents.transpose(1, 2)
+
+    def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latents [B, F, C, H, W] as [B, C, F, H, W]."""
+        return latents.transpose(1, 2)
 
 
 class CogVideoXPlaced(CogVideoX):
