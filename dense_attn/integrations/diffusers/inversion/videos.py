@@ -35,14 +35,13 @@ def factor(pipe: DiffusionPipeline) -> int:
 def whole_frames(
     pipe: DiffusionPipeline, model: Model, number: Any, argument: str = "num_frames"
 ) -> int:
-    """A number of frames that is one of whole latents and tokens; None for the pipeline's own."""
+    """A number of frames that its VAE decodes to as many; None for the pipeline's own."""
     if number is None:
         number = inspect.signature(type(pipe).__call__).parameters["num_frames"].default
         number = number or pipe.transformer.config.sample_frames  # CogVideoX's
-    unit = factor(pipe) * model.frames
-    rest = (1 - factor(pipe)) % unit
-    if not is_whole(number) or number < 1 or number % unit != rest:
-        _checks.refuse(argument, f"be {rest} above a multiple of {unit}", repr(number))
+    unit = factor(pipe) * model.lengths
+    if not is_whole(number) or number < 1 or (number - 1) % unit:
+        _checks.refuse(argument, f"be 1 above a multiple of {unit}", repr(number))
     return int(number)
 
 

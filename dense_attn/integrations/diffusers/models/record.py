@@ -125,6 +125,7 @@ class Model:
     # the axis on which text-to-video calls have room for an image behind the latents: zeros, as
     # many channels and a mask's
     room: ClassVar[int | None] = None
+    lengths: ClassVar[int] = 1  # of its videos, in frames of latents: 1 above a multiple of it
     unguided: ClassVar[float] = 1.0  # the guidance scale without a negative branch
     shifts: ClassVar[bool] = False  # whether its pipelines read the VAE's shift_factor
     upcasts: ClassVar[bool] = False  # whether they heed the VAE's force_upcast
