@@ -36,7 +36,7 @@ def ours(chain: Rehearsed, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def autograd(chain: Rehearsed, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same steps, of which all activations are kept."""
+    """Plain steps, of which all activations are kept."""
     times, sigmas = chain.sampler.timesteps, [one.u for one in chain.sampler.schedule.moments]
 
     def network(x: Tensor, t: float) -> Tensor:

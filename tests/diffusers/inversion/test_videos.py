@@ -54,7 +54,7 @@ def test_videos_are_taken_in_every_form() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_a_pipelines_own_videos_come_back(output_type: str) -> None:
-    """As its call returns them, several at once; the way back ends in its own form."""
+    """Several at once, in each form that its call returns, in which the way back ends too."""
     pipe, options = pipe_of("wan"), {"height": 32, "width": 48, "num_frames": 5} | STEPS
     options |= call_of("wan") | {"output_type": output_type}
     made = pipe(["a cat", "a dog"], **options).frames
