@@ -87,7 +87,7 @@ def plain(
     """`sample` as the papers' formulas have it, in plain PyTorch in x's dtype; differentiable."""
     bars = [*ALPHAS[list(steps)].tolist(), ALPHAS[0].item()]
     if method == "edict":
-        return _edict(network, steps, bars, x, x if y is None else y, mix, alternate)
+        return edict(network, steps, bars, x, x if y is None else y, mix, alternate)
     y = _moved(x, network(x, steps[0]), bars[0], bars[1]) if y is None else y
     if method == "ddim":
         for t, now, prev in zip(steps, bars, bars[1:]):
@@ -110,15 +110,16 @@ def plain(
     return latent, before
 
 
-def _edict(
+def edict(
     network: Callable,
     steps: Sequence[int],
     bars: list[float],
     x: Tensor,
     y: Tensor,
-    mix: float,
-    alternate: bool,
+    mix: float = 0.93,
+    alternate: bool = True,
 ) -> Pair:
+    """EDICT's pair over the alpha bars of steps, and of where the last one goes."""
     for i, t in enumerate(steps):
         if alternate and i % 2:
             y = _moved(y, network(x, t), bars[i], bars[i + 1])

@@ -17,7 +17,8 @@ from dense_attn.integrations.diffusers.models import model_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHAINED = set(
     """AuraFlow Chroma CogView4 Flux Flux2 Flux2Klein HunyuanDiT Kandinsky5T2I Kolors Lumina2
-    PixArtAlpha PixArtSigma QwenImage Sana StableDiffusion3 StableDiffusionXL ZImage""".split()  # noqa: SIM905
+    PixArtAlpha PixArtSigma QwenImage Sana StableDiffusion3 StableDiffusionXL ZImage HunyuanImage
+    Wan SkyReelsV2 LTX HunyuanVideo HunyuanVideo15 Kandinsky5T2V CogVideoX""".split()  # noqa: SIM905
 )
 
 
@@ -27,6 +28,8 @@ def skeleton(kind: type) -> object:
     for name in ("unet", "transformer"):
         pipe.__dict__[name] = parts.get(name)
     pipe.__dict__ |= {"vae": object(), "image_processor": object(), "vae_scale_factor": 8}
+    pipe.__dict__["video_processor"] = object()
+    pipe.__dict__ |= {"guider": None} if "guider" in parts else {}
     return pipe
 
 

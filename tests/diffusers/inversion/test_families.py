@@ -1,4 +1,4 @@
-"""Chains of every family of images: the networks are the pipelines' own, and bits return."""
+"""Chains of every family: the networks are the pipelines' own, and bits return."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from families.chained import (
     SCALE,
     call_of,
     chain_of,
+    frames_of,
     image_of,
     pipe_of,
     plain_run,
@@ -19,10 +20,12 @@ from families.chained import (
     takes,
 )
 from pipelines import close
+from torch import Tensor
 
 from dense_attn.integrations.diffusers import invert, reconstruct
 from dense_attn.integrations.diffusers.inversion.autoencoder import decoded, encoded
-from dense_attn.integrations.diffusers.inversion.images import pixels_of
+from dense_attn.integrations.diffusers.inversion.rehearsed import Rehearsed
+from dense_attn.integrations.diffusers.inversion.shared import images_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +38,7 @@ def each(*quick: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", marked)
 
 
-@each("sd3", "flux", "qwen", "z_image", "sdxl")
+@each("sd3", "flux", "qwen", "z_image", "sdxl", "wan", "cogvideox")
 def test_a_chain_of_plain_steps_is_the_pipeline(name: str) -> None:
     """One step and four, with a negative prompt and without; a flow's have the same bits."""
     for guided, steps in ((True, 1), (True, 4), (False, 4)):
@@ -49,35 +52,42 @@ def test_a_chain_of_plain_steps_is_the_pipeline(name: str) -> None:
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@each("flux2", "qwen")
+def latents_of(name: str, chain: Rehearsed) -> Tensor:
+    """The latents of its image, or video."""
+    pipe = pipe_of(name)
+    pixels = 2 * image_of(name) - 1
+    if frames_of(name):
+        pixels = pixels.transpose(1, 2)
+    with torch.no_grad():
+        return encoded(pipe, chain.model, pixels)
+
+
+@each("flux2", "qwen", "wan", "ltx")
 def test_images_of_latents_are_the_pipelines(name: str) -> None:
     """And those of the encoder are what the decoder's normalisation undoes."""
     chain, pipe = chain_of(name, 1), pipe_of(name)
     latents, images = plain_run(name, chain, output_type="pt")
     with torch.no_grad():
-        found = pipe.image_processor.postprocess(
-            decoded(pipe, chain.model, latents, chain.grid), output_type="pt"
-        )
-        x = encoded(pipe, chain.model, pixels_of(pipe, image_of(name)))
+        found = images_of(pipe, chain, latents, "pt")
     assert close(found, images)
+    x = latents_of(name, chain)
     assert x.shape == latents.shape
     seen, own = [], pipe.vae.decode
     try:
         pipe.vae.decode = lambda z, **_: seen.append(z) or own(z)
         with torch.no_grad():
             decoded(pipe, chain.model, x, chain.grid)
-            made = pipe.vae.encode(
-                2 * image_of(name).unsqueeze(2) - 1
-                if seen[0].dim() == 5
-                else 2 * image_of(name) - 1
-            )
+            pixels = 2 * image_of(name) - 1
+            if seen[0].dim() == 5:
+                pixels = pixels.transpose(1, 2) if frames_of(name) else pixels.unsqueeze(2)
+            made = pipe.vae.encode(pixels)
     finally:
         del pipe.vae.decode
     z = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latent
     assert close(seen[0], z)
 
 
-@each("sd3", "qwen")
+@each("sd3", "qwen", "wan")
 def test_an_image_comes_back_from_its_noise(name: str) -> None:
     """From the latents to the noise and back, and from the noise again: 0 differing bits."""
     pipe = pipe_of(name)
@@ -91,8 +101,7 @@ def test_an_image_comes_back_from_its_noise(name: str) -> None:
     assert all(map(torch.equal, chain.sampler.invert(chain.eps, *pair), found.latents))
     back = reconstruct(pipe, found, output_type="latent")
     assert torch.equal(back, pair[0])
-    with torch.no_grad():
-        x = encoded(pipe, chain.model, pixels_of(pipe, image_of(name)))
+    x = latents_of(name, chain)
     assert (back - x).abs().max() <= 2.0**-20
     edited = reconstruct(pipe, found, "dog", output_type="latent")
     assert not close(edited, back)

@@ -121,8 +121,7 @@ def test_blocks_and_caches_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("wan", "pipe must make images, not videos, got WanPipeline"),
-        ("hunyuan_image", "pipe must take the scale of its guidance in its call, got Hunyuan"),
+        ("flux2_kv", "pipe must have its guidance's scale in its call or a guider, got Flux2Klein"),
         ("qwen_edit", "pipe must make images of a prompt alone, got .*EditPipeline with image"),
         ("kandinsky5_i2i", "pipe must make images of a prompt alone, got .*I2IPipeline with image"),
     ],

@@ -120,5 +120,5 @@ def test_whole_numbers_of_numpy_are_taken(name: str) -> None:
 
 
 def test_calls_that_are_told_of_no_guidance_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^pipe must take the scale of its guidance"):
+    with pytest.raises(ValueError, match=r"^pipe must have its guidance's scale in its call"):
         invert(family("flux2_kv"), IMAGE, "a cat", **STEPS)

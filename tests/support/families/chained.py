@@ -1,4 +1,4 @@
-"""The families of images that have chains, with VAEs that normalise, and their plain calls."""
+"""The families that have chains, with VAEs that normalise, and their plain calls."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from dense_attn.integrations.diffusers.inversion.settings import Settings
 from families import family, images, made_of
 
 FLOWS = ("sd3", "flux", "flux2", "chroma", "qwen", "z_image", "lumina2", "auraflow", "cogview4")
-FLOWS += ("sana", "kandinsky5")
-NAMES = (*FLOWS, "sdxl", "pixart", "hunyuan_dit")
+FLOWS += ("sana", "kandinsky5", "hunyuan_image")
+VIDEOS = ("wan", "wan_2_2", "skyreels", "ltx", "hunyuan_video", "hunyuan_video15")
+VIDEOS += ("kandinsky5_t2v",)
+FLOWS += VIDEOS
+NAMES = (*FLOWS, "sdxl", "pixart", "hunyuan_dit", "cogvideox")
 PROMPT, NEGATIVE, SCALE = "a cat dog", "fog", 4.0
 SIZES = {"qwen": (32, 48), "lumina2": (32, 48), "hunyuan_dit": (64, 96), "kandinsky5": (64, 96)}
-SIZES |= {"sana": (64, 96), "cogview4": (32, 48)}
+SIZES |= {"sana": (64, 96), "cogview4": (32, 48), "hunyuan_image": (64, 96)}
 OWN = {  # what the calls of some are given beside the rest
     "sd3": {"max_sequence_length": 24},
     "flux": {"max_sequence_length": 24},
@@ -32,13 +35,22 @@ OF_OTHERS = {
     "sana": images.deep_vae,
     "kandinsky5": images.coarse_vae,
     "lumina2": images.coarse_vae,
+    "hunyuan_image": images.deepest_vae,
+    "kandinsky5_t2v": images.video_vae,
 }
 LATER = ("negative_prompt", "true_cfg_scale", "use_resolution_binning", "height", "width")
+LATER += ("guidance_scale", "num_frames")
 
 
 def size_of(name: str) -> tuple[int, int]:
     """Height and width of its images in pixels."""
-    return SIZES.get(name, (16, 24))
+    given = made_of(name)[1] if frames_of(name) else {"height": 16, "width": 24}
+    return SIZES.get(name, (given["height"], given["width"]))
+
+
+def frames_of(name: str) -> int | None:
+    """How many frames its videos have."""
+    return None if name in MODELS else made_of(name)[1].get("num_frames")
 
 
 def call_of(name: str) -> dict[str, Any]:
@@ -49,9 +61,10 @@ def call_of(name: str) -> dict[str, Any]:
 
 
 def image_of(name: str, count: int = 1) -> Tensor:
-    """Images with values in 0..1."""
-    seed = torch.Generator().manual_seed(1)
-    return torch.rand(count, 3, *size_of(name), generator=seed, dtype=torch.float32)
+    """Images, or videos, with values in 0..1."""
+    frames, seed = frames_of(name), torch.Generator().manual_seed(1)
+    shape = (count, *([frames] if frames else []), 3, *size_of(name))
+    return torch.rand(shape, generator=seed, dtype=torch.float32)
 
 
 @cache
@@ -67,12 +80,17 @@ def pipe_of(name: str) -> Any:
     if hasattr(vae, "bn"):
         vae.bn.running_mean.copy_(numbers)
         vae.bn.running_var.copy_(numbers.flip(0))
+    elif "latents_mean" in dict(vae.named_buffers()):
+        vae.latents_mean.copy_(numbers[:count])
+        vae.latents_std.copy_(numbers[-count:])
     elif vae.config.get("latents_mean") is not None:
         mean, deviation = numbers[:count].tolist(), numbers[-count:].tolist()
         vae.register_to_config(latents_mean=mean, latents_std=deviation)
     else:
         vae.register_to_config(scaling_factor=0.7, shift_factor=0.3)
     vars(pipe)["vae"] = vae.eval()
+    if name == "cogvideox":  # whose pipeline notes it when it is made
+        vars(pipe)["vae_scaling_factor_image"] = vae.config.scaling_factor
     return pipe
 
 
@@ -93,6 +111,7 @@ def chain_of(
         sampler,
         call_of(name),
         size_of(name),
+        frames_of(name),
     )
     return Rehearsed(pipe_of(name), settings, count, noise(), guided=guided)
 
@@ -103,10 +122,14 @@ def noise() -> torch.Generator:
 
 def plain_run(name: str, chain: Rehearsed, **options: Any) -> tuple[Tensor, Any]:
     """The latents at the end of the pipeline's own loop, and what it returns."""
-    pipe, known, last = pipe_of(name), takes(name), {}
+    pipe, known, last = copy.copy(pipe_of(name)), takes(name), {}
+    if hasattr(pipe, "guider"):
+        vars(pipe)["guider"] = pipe.guider.new(guidance_scale=chain.scale)
     scale = "true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"
-    given = call_of(name) | {"prompt": [*chain.settings.prompt], scale: chain.scale}
-    given |= dict(zip(("height", "width"), size_of(name)))
+    given = call_of(name) | {"prompt": [*chain.settings.prompt]}
+    given |= dict(zip(("height", "width", "num_frames"), (*size_of(name), frames_of(name))))
+    given |= {scale: chain.scale}
+    given = {key: value for key, value in given.items() if key in known}
     if "negative_prompt" in known and chain.scale > chain.model.unguided:
         given["negative_prompt"] = [NEGATIVE] * len(chain.settings.prompt)
     if "use_resolution_binning" in known:
@@ -118,9 +141,12 @@ def plain_run(name: str, chain: Rehearsed, **options: Any) -> tuple[Tensor, Any]
 
     if "callback_on_step_end" in known:
         given["callback_on_step_end"] = kept
-    else:
+    elif "callback" in known:
         given["callback"] = lambda _step, _t, latents: last.update(latents=latents)
     steps = chain.settings.num_inference_steps
     given |= {"num_inference_steps": steps, "generator": noise(), "return_dict": False}
     made = pipe(**given | options)[0]
-    return last.get("latents", made), made
+    if chain.model.room is not None:  # callbacks hear of it too, or there are none
+        given |= {"generator": noise(), "output_type": "latent"}
+        last["latents"] = pipe(**given)[0]
+    return last["latents"], made

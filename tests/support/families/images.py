@@ -188,6 +188,19 @@ def deep_vae() -> torch.nn.Module:
     return diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=8, **both).eval()
 
 
+def deepest_vae() -> torch.nn.Module:
+    """HunyuanImage's, of 32 x 32 pixels a latent."""
+    return diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32,) * 6,
+        layers_per_block=1,
+        spatial_compression_ratio=32,
+        sample_size=64,
+    ).eval()
+
+
 def extras(name: str, parts: dict[str, Any]) -> dict[str, Any]:
     """The parts that a class has in the place of its family's."""
     if name == "Flux2KleinKVPipeline":  # which exchanges processors

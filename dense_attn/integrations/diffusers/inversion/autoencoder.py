@@ -13,6 +13,7 @@ from dense_attn import _checks
 
 from ..hooks import unwrapped
 from ..models.record import Model
+from .videos import makes_videos
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,18 +42,19 @@ def upcast(pipe: DiffusionPipeline, model: Model) -> Iterator[None]:
 
 
 def encoded(pipe: DiffusionPipeline, model: Model, pixels: Tensor) -> Tensor:
-    """The latents of pixels [B, 3, H, W] in -1..1, without noise."""
+    """The latents of pixels [B, 3, H, W], or [B, 3, F, H, W], in -1..1, without noise."""
     vae = unwrapped(pipe.vae)
-    video = _of_videos(vae)
+    one = pixels.dim() == 4 and _of_videos(vae)  # frame
     with upcast(pipe, model):
         pixels = pixels.to(vae.dtype)
-        made = pipe.vae.encode(pixels.unsqueeze(2) if video else pixels)
+        made = pipe.vae.encode(pixels.unsqueeze(2) if one else pixels)
     if hasattr(made, "latent_dist"):
         x = made.latent_dist.mode()
     else:  # AutoencoderTiny and AutoencoderDC, which draw nothing
         x = made.latents if hasattr(made, "latents") else made.latent
     shift, scale = _affine(vae, model, x)
-    x = ((x.squeeze(2) if video else x) - shift) * scale
+    x = (x - shift) * scale
+    x = x.squeeze(2) if one else x
     x = model.arranged(x)
     if hasattr(vae, "bn"):
         mean, deviation = _of_tokens(vae, x)
@@ -64,7 +66,7 @@ def encoded(pipe: DiffusionPipeline, model: Model, pixels: Tensor) -> Tensor:
 
 
 def decoded(pipe: DiffusionPipeline, model: Model, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The images [B, 3, H, W] of latents, in -1..1."""
+    """The images [B, 3, H, W] of latents, or the videos [B, F, 3, H, W], in -1..1."""
     with upcast(pipe, model):
         return _decoded(pipe, model, x.to(unwrapped(pipe.vae).dtype), grid)
 
@@ -75,25 +77,34 @@ def _decoded(pipe: DiffusionPipeline, model: Model, x: Tensor, grid: tuple[int, 
         mean, deviation = _of_tokens(vae, x)
         x = x * deviation + mean
     x = model.pictured(x, grid)
+    if _of_videos(vae) != (x.dim() == 5):  # an image is one frame, of either
+        x = x.squeeze(2) if x.dim() == 5 else x.unsqueeze(2)
     shift, scale = _affine(vae, model, x)
-    x = x / scale + shift
-    if _of_videos(vae):
-        return pipe.vae.decode(x.unsqueeze(2)).sample.squeeze(2).float()
-    return pipe.vae.decode(x).sample.float()
+    made = pipe.vae.decode(x / scale + shift, *_time(vae, x)).sample.float()
+    if makes_videos(pipe):
+        return made.transpose(1, 2)
+    return made.squeeze(2) if made.dim() == 5 else made
+
+
+def _time(vae: torch.nn.Module, like: Tensor) -> tuple[Tensor, ...]:
+    """The time that some of LTX's VAEs are told, at which pipelines add no noise."""
+    return (like.new_zeros(len(like)),) if vae.config.get("timestep_conditioning") else ()
 
 
 def _affine(vae: torch.nn.Module, model: Model, like: Tensor) -> Affine:
-    """The shift of a VAE's latents [B, C, H, W], and the scale of the rest."""
-    config = vae.config
-    scale = config.get("scaling_factor") or 1.0
-    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    """The shift of a VAE's latents [B, C, ...], and the scale of the rest."""
+    known = {**vae.config, **dict(vae.named_buffers(recurse=False))}  # LTX's has learned them
+    scale = known.get("scaling_factor") or 1.0
+    mean, deviation = known.get("latents_mean"), known.get("latents_std")
     if mean is not None and deviation is not None:
         mean, deviation = (
-            torch.tensor(numbers, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+            torch.as_tensor(numbers, dtype=like.dtype, device=like.device).view(
+                1, -1, *(1,) * (like.dim() - 2)
+            )
             for numbers in (mean, deviation)
         )
         return mean, scale / deviation
-    return (config.get("shift_factor") or 0.0) if model.shifts else 0.0, scale
+    return (known.get("shift_factor") or 0.0) if model.shifts else 0.0, scale
 
 
 def _of_tokens(vae: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def check_images(
     if channels != 3:
         got = f"{type(pipe).__name__} with {channels}"
         _checks.refuse("pipe", "have a VAE of images of 3 channels", got)
-    images = _tensor(images) if isinstance(images, Tensor) else _pictures(images)
+    images = _tensor(images) if isinstance(images, Tensor) else pictures(images)
     least = least or pipe.image_processor.config.vae_scale_factor
     width, height = size_of(images)
     if min(width, height) < least:
@@ -64,6 +64,11 @@ def size_of(images: list[Any] | Tensor) -> tuple[int, int]:
 def _tensor(images: Tensor) -> Tensor:
     if _checks.tensor("image", images).dim() != 4 or images.shape[1] != 3 or not images.numel():
         _checks.refuse("image", "have shape (B, 3, H, W)", tuple(images.shape))
+    return check_values(images)
+
+
+def check_values(images: Tensor) -> Tensor:
+    """Tensors of floats in 0..1."""
     if images.dtype not in _checks.DTYPES:
         got = _checks.name(images.dtype)
         _checks.refuse("image", "be a tensor of floats in 0..1", got, TypeError)
@@ -75,7 +80,8 @@ def _tensor(images: Tensor) -> Tensor:
     return images
 
 
-def _pictures(images: Any) -> list[Any]:
+def pictures(images: Any) -> list[Any]:
+    """PIL images of one size, in colour."""
     listed = images if isinstance(images, (list, tuple)) else [images]
     if not listed or not all(hasattr(image, "convert") for image in listed):
         kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in listed)) or "nothing"

@@ -13,6 +13,8 @@ from torch import Tensor
 from dense_attn import _checks, optimize_latents
 from dense_attn.optimize.loop import OptimizeResult
 
+from ..models import model_of
+from . import videos
 from .autoencoder import decoded, upcast
 from .chain import Chain
 from .rehearsed import Rehearsed, packs, size_of
@@ -53,6 +55,7 @@ def optimize(
     latents: Tensor | None = None,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     generator: torch.Generator | None = None,
     output_type: str = "pil",
     sampler: dict[str, Any] | None = None,
@@ -68,15 +71,16 @@ def optimize(
     Args:
         pipe: as `invert` takes it.
         prompt, negative_prompt: one for all images or one for each.
-        loss_fn: images [B, 3, H, W] in -1..1 to a scalar tensor.
+        loss_fn: images [B, 3, H, W], or videos [B, F, 3, H, W], in -1..1 to a scalar tensor.
         saliency_fn: None, or images in 0..1 to maps [B, H, W] in 0..1
-            (`spectral_residual_saliency`).
+            (`spectral_residual_saliency`); of videos all frames are images, [B*F, 3, H, W].
         num_inference_steps: of the chain.
         guidance_scale: as in `invert`; None for no guidance.
         latents: the noise to begin with, of variance 1, as the pipeline's loop has it; None: what
             the pipeline draws for images of height x width.
         height, width: in pixels, multiples of a token's; the size of latents, or the pipeline's
-            own, when None. Packed latents (FLUX, Qwen-Image) tell no size and need both.
+            own, when None. Packed latents (FLUX, Qwen-Image, LTX) tell no size and need both.
+        num_frames: of videos, as height and width.
         generator: of the noise.
         output_type: as in `reconstruct`.
         sampler, call: further arguments of `ReversibleSampler`, and of the pipeline's call.
@@ -106,7 +110,12 @@ def optimize(
         _checks.refuse("generator", "be a torch.Generator or None", got, TypeError)
     count = 1 if isinstance(prompt, str) or not isinstance(prompt, list) else len(prompt)
     given = sampler or {}, call or {}
-    settings = Settings(prompt, negative_prompt, guidance_scale, num_inference_steps, *given, size)
+    settings = Settings(
+        prompt, negative_prompt, guidance_scale, num_inference_steps, *given, size, num_frames
+    )
+    many = unit is not None and videos.makes_videos(pipe)
+    if num_frames is not None and not many:
+        _checks.refuse("num_frames", "be None where pipe makes images", repr(num_frames))
     if unit is None:
         chain, latents = _of_stable_diffusion(pipe, settings, count, latents, generator)
     else:
@@ -116,8 +125,8 @@ def optimize(
         return optimize_latents(
             chain.sampler,
             chain.eps,
-            partial(decoded, pipe, chain.model, grid=chain.grid),
-            _users(loss_fn),
+            partial(_pictures, pipe, chain),
+            _users(loss_fn, count if many else 0),
             latents,
             saliency_fn=_users(saliency_fn),
             generator=generator,
@@ -134,6 +143,11 @@ def optimize(
             error.result = result  # the state to go on from
             raise
     return Optimized(images, result, seconds, peak)
+
+
+def _pictures(pipe: DiffusionPipeline, chain: Chain | Rehearsed, x: Tensor) -> Tensor:
+    """The images [B, 3, H, W] of latents, or all frames of their videos."""
+    return decoded(pipe, chain.model, x, chain.grid).flatten(0, -4)
 
 
 @torch.no_grad()
@@ -174,12 +188,21 @@ def _of_rehearsal(
     """A chain of another pipeline, and the noise to begin with, which it draws itself."""
     if latents is not None:
         generator = torch.Generator()  # of noise that nothing is done with
-        own = size_of(pipe, _checks.floats("latents", latents))
-        settings = replace(settings, size=tuple(a or b for a, b in zip(settings.size, own)))
-        for argument, side in zip(("height", "width"), settings.size):
+        frames, *own = size_of(pipe, _checks.floats("latents", latents))
+        settings = replace(
+            settings,
+            size=tuple(a or b for a, b in zip(settings.size, own)),
+            frames=settings.frames or frames,
+        )
+        told = dict(zip(("height", "width"), settings.size))
+        told |= {"num_frames": settings.frames} if videos.makes_videos(pipe) else {}
+        for argument, side in told.items():
             if side is None and latents.dim() == 3 and packs(pipe):
                 rule = "be given with packed latents, which do not tell it"
                 _checks.refuse(argument, rule, side)
+    if videos.makes_videos(pipe):
+        frames = videos.whole_frames(pipe, model_of(pipe), settings.frames)
+        settings = replace(settings, frames=frames)
     with in_words(pipe):
         chain = Rehearsed(pipe, settings, count, generator, guided=False)
     if latents is None:
@@ -188,11 +211,11 @@ def _of_rehearsal(
     return chain, latents
 
 
-def _users(function: Any) -> Any:
-    """A user's function, whose refusals are in the words of whom it calls."""
+def _users(function: Any, count: int = 0) -> Any:
+    """A user's function, of so many videos or of images; its refusals are in its own words."""
 
     def called(image: Tensor) -> Tensor:
         with _checks.not_renamed():
-            return function(image)
+            return function(image.unflatten(0, (count, -1)) if count else image)
 
     return called if callable(function) else function

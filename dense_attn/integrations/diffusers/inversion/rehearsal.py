@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..models.record import Model
 
+GUIDERS = "guider", "ocr_guider"  # of pipelines whose calls take no scale
 ROUNDING = 2.0**-6  # of sums in bfloat16, as a share of the largest
 
 
@@ -33,7 +34,9 @@ class Ask(NamedTuple):
     def again(self, model: Model, latents: Tensor) -> Tensor:
         """The estimates of other latents, [copies * B, ...]."""
         given = self.bound.arguments | {
-            model.latents: model.given(torch.cat([latents.to(self.dtype)] * self.copies))
+            model.latents: model.given(
+                with_room(model, torch.cat([latents.to(self.dtype)] * self.copies))
+            )
         }
         bound = inspect.BoundArguments(self.bound.signature, given)
         made = model.taken(self.denoiser(*bound.args[1:], **bound.kwargs)[0])
@@ -45,6 +48,15 @@ class Rehearsal(NamedTuple):
 
     latents: Tensor
     steps: list[list[Ask]]
+
+
+def with_room(model: Model, latents: Tensor) -> Tensor:
+    """Latents with room for an image behind them, where a record says so."""
+    if model.room is None:
+        return latents
+    shape = list(latents.shape)
+    shape[model.room] += 1
+    return torch.cat([latents, latents.new_zeros(shape)], model.room)
 
 
 def estimate(made: Tensor, latents: Tensor) -> Tensor:
@@ -75,6 +87,10 @@ def rehearse(
     says. The pipeline is as it was; the scheduler, which is to be one of its own, is changed.
     """
     run, actor = _Run(model, scheduler, scale, type(pipe).__name__), copy.copy(pipe)
+    for name in GUIDERS:
+        guider = copy.copy(getattr(pipe, name, None))
+        if guider is not None:
+            guider.guidance_scale, vars(actor)[name] = scale, guider
     for name in (model.component, f"{model.component}_2"):
         if getattr(pipe, name, None) is not None:
             vars(actor)[name] = _StandIn(getattr(pipe, name), run)
@@ -134,7 +150,10 @@ class _Run:
         for name, value in bound.arguments.items():
             if isinstance(value, dict):  # pipelines change some between their calls
                 bound.arguments[name] = dict(value)
-        answer = self._answer(len(self._asked), denoiser, self._taken(bound))
+        fed, axis = self._taken(bound), self.model.room
+        if axis is not None:
+            fed = fed.narrow(axis, 0, fed.shape[axis] // 2)
+        answer = self._answer(len(self._asked), denoiser, fed)
         self._asked.append((denoiser, bound, answer))
         return _Made(self.model.given(answer))
 
@@ -164,7 +183,8 @@ class _Run:
         """A call of the latents alone, which are not kept."""
         fed = self._taken(bound)
         copies = len(fed) // len(sample)
-        if not copies or not _same(fed, torch.cat([sample] * copies).to(fed.dtype)):
+        own = with_room(self.model, torch.cat([sample] * copies)) if copies else sample
+        if not _same(fed, own.to(fed.dtype)):
             rule = "give its denoiser the latents and nothing beside them"
             _checks.refuse("pipe", rule, f"{self.kind}, which gives it {tuple(fed.shape)}")
         del bound.arguments[self.model.latents]

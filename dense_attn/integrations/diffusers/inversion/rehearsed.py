@@ -13,6 +13,7 @@ from dense_attn import ReversibleSampler, _checks
 
 from ..hooks import unwrapped, watchers
 from ..models import model_of
+from . import videos
 from .chain import GUIDANCE, on_noise
 from .rehearsal import Ask, combined, rehearse
 from .schedules import is_flow, noise_of, of_flow, of_noise, velocities
@@ -29,12 +30,13 @@ CALL = (
     *("mu", "max_sequence_length", "clip_skip", "clean_caption", "system_prompt"),
     *("complex_human_instruction", "text_encoder_out_layers", "original_size", "target_size"),
     *("crops_coords_top_left", "negative_original_size", "negative_target_size"),
-    *("negative_crops_coords_top_left",),
+    *("negative_crops_coords_top_left", "frame_rate", "distilled_guidance_scale"),
 )
 NEGATIVES = ("negative_prompt_2", "negative_prompt_3")
 TEXTS = ("prompt_2", "prompt_3", *NEGATIVES)
-NUMBERS = ("guidance_scale", "mu")
-PARTS = ("vae", "image_processor")  # which make tensors of images, and images of tensors
+NUMBERS = ("guidance_scale", "mu", "frame_rate", "distilled_guidance_scale")
+SCALES = ("true_cfg_scale", "guidance_scale")  # arguments that guide without a classifier
+FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 BESIDE = {  # what pipelines have that make more of an image, by where they say so
     "__init__": {"controlnet", "adapter"},
     "prepare_latents": {"image", "images", "video"},
@@ -62,11 +64,12 @@ class Rehearsed:
         settings = settings.checked()
         self.model = model_of(pipe)
         takes = inspect.signature(type(pipe).__call__).parameters
-        name, scale = _guidance(self.model, takes, settings.guidance_scale, guided)
+        name, scale = _guidance(pipe, self.model, takes, settings.guidance_scale, guided)
         self.scale, self.settings = scale, replace(settings, guidance_scale=scale)
         flow, steps = is_flow(pipe.scheduler), settings.num_inference_steps
         call = _further(settings, _known(takes, flow), count)
-        given = self._arguments(takes, settings.texts(count), generator) | call | {name: scale}
+        given = self._arguments(takes, settings.texts(count), generator) | call
+        given |= {name: scale} if name in takes else {}
         if scale <= self.model.unguided:
             for argument in call.keys() & NEGATIVES:
                 check_unguided(f"call[{argument!r}]", call[argument] or [], self.model.unguided)
@@ -118,6 +121,7 @@ class Rehearsed:
             "prompt": [*texts["prompt"]],  # Z-Image's pipeline writes to its list
             "height": height,
             "width": width,
+            "num_frames": settings.frames,
             "num_inference_steps": settings.num_inference_steps,
             "generator": generator,
             "output_type": "latent",
@@ -178,10 +182,17 @@ def _kept(scheduler: Any, pipe: DiffusionPipeline) -> Any:
     return scheduler
 
 
-def _guidance(model: Model, takes: Any, scale: float | None, guided: bool) -> tuple[str, float]:
+def _guidance(
+    pipe: DiffusionPipeline, model: Model, takes: Any, scale: float | None, guided: bool
+) -> tuple[str, float]:
     """The argument of a pipeline's call that guides without a classifier, and its value."""
-    name = "true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale"
-    own = takes[name].default
+    name = next((name for name in SCALES if name in takes), "guider")
+    own = takes[name].default if name in takes else _of_guider(pipe.guider)
+    if own is None:
+        if scale not in (None, model.unguided):
+            rule = f"be {model.unguided:g} where pipe has no guider of a guidance_scale"
+            _checks.refuse("guidance_scale", rule, scale)
+        return name, model.unguided
     told = "negative_prompt" not in takes and "negative_prompt_embeds" not in takes
     if scale is not None:
         if not told and scale < model.unguided:
@@ -193,9 +204,14 @@ def _guidance(model: Model, takes: Any, scale: float | None, guided: bool) -> tu
     return name, min(GUIDANCE, own) if guided else model.unguided
 
 
+def _of_guider(guider: Any) -> float | None:
+    """The scale of a pipeline's guider, None for one that does not guide, or by no scale."""
+    return getattr(guider, "guidance_scale", None) if getattr(guider, "_enabled", False) else None
+
+
 def factor(pipe: DiffusionPipeline) -> int:
     """Pixels on a side of a latent."""
-    return getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
+    return next(side for name in FACTORS if (side := getattr(pipe, name, None)))
 
 
 def packs(pipe: DiffusionPipeline) -> bool:
@@ -204,15 +220,17 @@ def packs(pipe: DiffusionPipeline) -> bool:
     return model_of(pipe).arranged(latents).dim() == 3
 
 
-def size_of(pipe: DiffusionPipeline, latents: Tensor) -> tuple[int | None, int | None]:
-    """The height and width of latents in pixels, where their shape says it."""
+def size_of(pipe: DiffusionPipeline, latents: Tensor) -> tuple[int | None, ...]:
+    """The frames, height and width of latents in pixels, where their shape says it."""
     if latents.dim() not in (4, 5):
-        return None, None
-    return tuple(factor(pipe) * side for side in latents.shape[2:4])  # also of [B, 1, H, W, C]
+        return None, None, None
+    shape = model_of(pipe).pictured(latents, (0, 0)).shape
+    frames = 1 + videos.factor(pipe) * (shape[2] - 1) if videos.makes_videos(pipe) else None
+    return frames, *(factor(pipe) * side for side in shape[-2:])
 
 
 def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
-    """Refuse pipelines that make no image of a prompt alone, or miss a part.
+    """Refuse pipelines that make no image or video of a prompt alone, or miss a part.
 
     Args:
         pipe: any.
@@ -229,13 +247,15 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int:
         known = inspect.signature(getattr(type(pipe), method, check_pipe)).parameters
         for name in sorted(names & known.keys()):
             _checks.refuse("pipe", "make images of a prompt alone", f"{kind} with {name}")
-    if "num_frames" in takes:
+    if videos.makes_videos(pipe) and not model.video:
         _checks.refuse("pipe", "make images, not videos", kind)
-    if not takes.keys() & {"guidance_scale", "true_cfg_scale"}:
-        _checks.refuse("pipe", "take the scale of its guidance in its call", kind)
-    missing = [name for name in PARTS if pictures and getattr(pipe, name, None) is None]
+    if not takes.keys() & {*SCALES} and not hasattr(pipe, "guider"):
+        _checks.refuse("pipe", "have its guidance's scale in its call or a guider", kind)
+    processor = "video_processor" if videos.makes_videos(pipe) else "image_processor"
+    parts = ("vae", processor) if pictures else ()
+    missing = [name for name in parts if getattr(pipe, name, None) is None]
     if missing:
-        _checks.refuse("pipe", "have a VAE and image_processor", f"no {', '.join(missing)}")
+        _checks.refuse("pipe", f"have a VAE and {processor}", f"no {', '.join(missing)}")
     for denoiser in map(unwrapped, model.denoisers(pipe).values()):
         if watchers(denoiser):
             _checks.refuse(

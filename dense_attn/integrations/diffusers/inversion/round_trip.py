@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dense_attn import _checks
 
+from ..models import model_of
+from . import videos
 from .autoencoder import encoded
 from .chain import Chain
 from .images import check_images, pixels_of
@@ -64,14 +66,17 @@ def invert(
 
     Args:
         pipe: one of a family that has a record (the table in docs/diffusers.md): a pipeline that
-            makes images of a prompt alone, without a cache or an IP-Adapter, whose scheduler is a
-            flow's (the chain is then the flow's, its schedule as the pipeline sets it) or has
-            Stable Diffusion's noise schedule (the chain is then DDIM's). Of Stable Diffusion 1 and
-            2 any with a schedule that leaves signal at the first timestep and a U-Net of latents,
-            timestep and text alone; a ControlNet or adapter beside it is not called.
+            makes images or videos of a prompt alone, without a cache or an IP-Adapter, whose
+            scheduler is a flow's (the chain is then the flow's, its schedule as the pipeline sets
+            it) or has Stable Diffusion's noise schedule (the chain is then DDIM's). Of Stable
+            Diffusion 1 and 2 any with a schedule that leaves signal at the first timestep and a
+            U-Net of latents, timestep and text alone; a ControlNet or adapter beside it is not
+            called.
         image: a PIL image, a list of them of one size, or a tensor [B, 3, H, W] in 0..1. A warning
             says where it is resized, to multiples of the pipeline's tokens, and where transparent
-            pixels are taken as opaque.
+            pixels are taken as opaque. For pipelines of videos a video: a list of PIL images, a
+            tensor [F, 3, H, W] in 0..1, or an array [F, H, W, 3] of these or of bytes; or several,
+            as pipelines return them. It is not resized.
         prompt, negative_prompt: what the image shows, and what it does not; one for all images or
             one for each. A negative prompt without guidance is refused.
         num_inference_steps: of the chain.
@@ -102,19 +107,25 @@ def invert(
         >>> edited = reconstruct(pipe, inversion, prompt="a dog")[0]
     """
     unit = check_pipe(pipe)
-    image = check_images(pipe, image, unit)
+    many = unit is not None and videos.makes_videos(pipe)
+    if not many:
+        image = check_images(pipe, image, unit)
     settings = Settings(
         prompt, negative_prompt, guidance_scale, num_inference_steps, sampler, call or {}
     )
     with in_words(pipe, sampler="a further argument"):
-        if unit is None:
-            chain, pixels = Chain(pipe, settings, len(image)), pixels_of(pipe, image)
+        if many:
+            pixels = videos.pixels_of(pipe, model_of(pipe), image, unit)
+            settings = replace(settings, frames=pixels.shape[2])
         else:
             pixels = pixels_of(pipe, image, unit)
-            settings = replace(settings, size=tuple(pixels.shape[2:]))
+        if unit is None:
+            chain = Chain(pipe, settings, len(pixels))
+        else:
+            settings = replace(settings, size=tuple(pixels.shape[-2:]))
             generator = torch.Generator()  # of noise that nothing is done with
-            chain = Rehearsed(pipe, settings, len(image), generator)
-    with torch.no_grad(), in_words(pipe, x="the latents of image"):
+            chain = Rehearsed(pipe, settings, len(pixels), generator)
+    with torch.no_grad(), in_words(pipe, x=f"the latents of {'video' if many else 'image'}"):
         x = encoded(pipe, chain.model, pixels)
         invert_it = partial(chain.sampler.invert, chain.eps, x, progress=progress)
         latents, seconds, peak = measured(invert_it, x.device)

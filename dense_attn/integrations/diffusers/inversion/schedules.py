@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # taken from a config also where they are its defaults
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+NOISE += ("snr_shift_scale",)  # CogVideoX's
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -36,14 +37,15 @@ def of_flow(pipe: DiffusionPipeline) -> Any:
 
 def of_noise(pipe: DiffusionPipeline, steps: int) -> DDIMScheduler:
     """DDIM on the pipeline's noise schedule, with the timesteps of a chain."""
-    from diffusers import DDIMScheduler
+    from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
 
     config = pipe.scheduler.config
     if "beta_start" not in config:
         rule = "have a scheduler of Stable Diffusion's noise schedule (betas)"
         _checks.refuse("pipe", rule, type(pipe.scheduler).__name__)
+    kind = CogVideoXDDIMScheduler if "snr_shift_scale" in config else DDIMScheduler
     try:
-        scheduler = DDIMScheduler.from_config(
+        scheduler = kind.from_config(
             config, **{name: config[name] for name in NOISE if name in config}
         )
     except NotImplementedError:

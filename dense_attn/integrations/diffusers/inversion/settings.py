@@ -31,6 +31,7 @@ class Settings:
         sampler: further arguments of `ReversibleSampler`.
         call: further arguments of the pipeline's call.
         size: height and width of the images in pixels, where the pipeline's call is told.
+        frames: of videos.
     """
 
     prompt: str | list[str]
@@ -40,11 +41,12 @@ class Settings:
     sampler: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     size: tuple[int | None, int | None] = (None, None)
+    frames: int | None = None
 
     def checked(self) -> Settings:
         """Refuse numbers and names that no chain knows; numpy's whole numbers are Python's."""
         steps = self.num_inference_steps
-        if not _is_whole(steps) or steps < 1:
+        if not is_whole(steps) or steps < 1:
             _checks.refuse("num_inference_steps", "be a whole number of at least 1", repr(steps))
         if self.guidance_scale is not None:
             _checks.number("guidance_scale", self.guidance_scale)
@@ -84,12 +86,13 @@ def sides(unit: int, height: int | None, width: int | None) -> tuple[int | None,
     """An image's height and width, of whole tokens, or None for the pipeline's own."""
     given = {"height": height, "width": width}
     for argument, side in given.items():
-        if side is not None and (not _is_whole(side) or side <= 0 or side % unit):
+        if side is not None and (not is_whole(side) or side <= 0 or side % unit):
             _checks.refuse(argument, f"be a positive multiple of {unit}", repr(side))
     return tuple(side if side is None else int(side) for side in given.values())
 
 
-def _is_whole(number: object) -> bool:
+def is_whole(number: object) -> bool:
+    """Whether a number is an int, or one of numpy's."""
     return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
 
 

@@ -15,6 +15,7 @@ from ..hooks import unwrapped
 from . import rehearsed, stable_diffusion
 from .autoencoder import decoded
 from .chain import Chain
+from .videos import makes_videos
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,13 +39,15 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int | None:
 def images_of(
     pipe: DiffusionPipeline, chain: Chain | rehearsed.Rehearsed, x: Tensor, output_type: str
 ) -> Any:
-    """The images of latents, as pipelines return them."""
+    """The images of latents, or the videos, as pipelines return them."""
     if output_type == "latent":
         return x
     images = decoded(pipe, chain.model, x, chain.grid)
     if not images.isfinite().all():
         got = f"nan or inf in {_checks.name(unwrapped(pipe.vae).dtype)}"
         _checks.refuse("pipe", "have a VAE that makes finite images of latents", got)
+    if makes_videos(pipe):
+        return pipe.video_processor.postprocess_video(images.transpose(1, 2), output_type)
     return pipe.image_processor.postprocess(images, output_type=output_type)
 
 

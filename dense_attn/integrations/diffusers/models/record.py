@@ -122,6 +122,10 @@ class Model:
     # halves behind it, or "calls" of their own after the prompt's
     branches: ClassVar[str] = "halves"
     sign: ClassVar[int] = 1  # of its estimates, in the scheduler's
+    # the axis on which text-to-video calls have room for an image behind the latents: zeros, as
+    # many channels and a mask's
+    room: ClassVar[int | None] = None
+    lengths: ClassVar[int] = 1  # of its videos, in frames of latents: 1 above a multiple of it
     unguided: ClassVar[float] = 1.0  # the guidance scale without a negative branch
     shifts: ClassVar[bool] = False  # whether its pipelines read the VAE's shift_factor
     upcasts: ClassVar[bool] = False  # whether they heed the VAE's force_upcast
@@ -232,11 +236,11 @@ class Model:
         return made
 
     def arranged(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] as the pipeline's loop has them."""
+        """Latents [B, C, H, W], of videos [B, C, F, H, W], as the pipeline's loop has them."""
         return latents
 
     def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Latents of the pipeline's loop as [B, C, H, W], of this height and width."""
+        """Latents of the pipeline's loop, of this height and width, as the VAE has them."""
         return latents
 
     def grid(self, call: Call) -> tuple[int, int]:

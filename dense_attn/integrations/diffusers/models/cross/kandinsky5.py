@@ -36,7 +36,8 @@ class Kandinsky5(Model):
         kind = denoiser.config.attention_type
         if kind != "regular":
             _checks.refuse("pipe", 'have a transformer of attention_type "regular"', repr(kind))
-        return super().of(denoiser)
+        made = Kandinsky5WithRoom if denoiser.config.visual_cond else cls
+        return super().of.__func__(made, denoiser)
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, with the channels of latents before their frames."""
@@ -44,15 +45,21 @@ class Kandinsky5(Model):
         return call._replace(latents=call.latents.movedim(-1, 1))
 
     def arranged(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] as a video [B, 1, H, W, C]."""
-        return latents.movedim(1, -1).unsqueeze(1)
+        """Latents, of images as of one frame, as a video [B, F, H, W, C]."""
+        return (latents if latents.dim() == 5 else latents.unsqueeze(2)).movedim(1, -1)
 
     def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        """A video of one frame [B, 1, H, W, C] as latents [B, C, H, W]."""
-        return latents.squeeze(1).movedim(-1, 1)
+        """A video [B, F, H, W, C] as latents [B, C, F, H, W]."""
+        return latents.movedim(-1, 1)
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's; the places of all begin anew."""
         super().lengthen(arguments, texts)
         places = arguments["text_rope_pos"]
         arguments["text_rope_pos"] = texts.slots.positions(places.device).to(places)
+
+
+class Kandinsky5WithRoom(Kandinsky5):
+    """One whose calls have room for an image behind the latents."""
+
+    room = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..record import IMAGE, TEXT, Attention, Call, Model
 
@@ -16,6 +17,7 @@ class CogVideoX(Model):
     denoiser = "CogVideoXTransformer3DModel"
     video = True
     hears_guidance = True
+    lengths = 2  # its VAE decodes an even number to as many times 4
     longer_text = True  # tokens of the text have no places
     attentions = (Attention("attn1", (TEXT, IMAGE)),)
 
@@ -30,6 +32,15 @@ class CogVideoX(Model):
     def length(self, call: Call) -> int:
         """The latents' frames."""
         return call.latents.shape[1]
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] as [B, F, C, H, W], the first twice where tokens have two."""
+        latents = latents.transpose(1, 2)
+        return torch.cat([latents[:, : -latents.shape[1] % self.frames], latents], 1)
+
+    def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latents [B, F, C, H, W] as [B, C, F, H, W], without those that fill a token."""
+        return latents.transpose(1, 2)[:, :, self.frames - 1 :]
 
 
 class CogVideoXPlaced(CogVideoX):

@@ -17,6 +17,7 @@ class HunyuanVideo15(HunyuanImage):
     denoiser = "HunyuanVideo15Transformer3DModel"
     pipelines = "HunyuanVideo15(ImageToVideo)?Pipeline"
     video = True
+    room = 1
     masks = (*HunyuanImage.masks, "image_embeds")
 
     def read(self, arguments: dict[str, Any]) -> Call:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..record import IMAGE, TEXT, Attention, Call, Model
 
 
@@ -19,6 +21,14 @@ class LTX(Model):
         """The layout's part of a call, with the sizes of the latents in the place of positions."""
         sizes = tuple(arguments[name] for name in ("num_frames", "height", "width"))
         return super().read(arguments)._replace(places=sizes)
+
+    def arranged(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] as tokens [B, N, C]."""
+        return latents.flatten(2).transpose(1, 2)
+
+    def pictured(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens [B, N, C] as latents [B, C, F, H, W]."""
+        return latents.transpose(1, 2).unflatten(2, (-1, *grid))
 
     def grid(self, call: Call) -> tuple[int, int]:
         """The latents' height and width."""
