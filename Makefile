@@ -72,8 +72,8 @@ sanitize: fuzz  ## the same, and the whole table of cases
 	@$(SANITIZER_ENV) $(BIN)/pytest -q -p no:cacheprovider tests/backends/test_backends.py
 
 browser: $(VENV)/.built $(APP)/.installed  ## the page of `python -m dense_attn app` in a real browser (installs Debian's chromium where none is)
-	@command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; } \
-		>/dev/null 2>&1 || { echo "make browser needs chromium: it is not here, and apt-get could not install it" >&2; exit 1; }
+	@command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo "chromium is not here, and apt-get could not install it: what needs a browser is skipped" >&2
 	@PYTHONPATH=$(APP) $(BIN)/pytest -q tests/app/browser $(ARGS)
 
 clean:  ## remove what was built and installed here
