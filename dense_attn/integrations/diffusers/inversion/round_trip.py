@@ -81,9 +81,9 @@ def invert(
             one for each. A negative prompt without guidance is refused.
         num_inference_steps: of the chain.
         guidance_scale: classifier-free guidance in the pipeline's own numbers (its true_cfg_scale,
-            where it has one); 1 for none, on Z-Image 0, and less on Stable Diffusion 1 and 2 alone.
-            None: 3, or the pipeline's own default where that is less. Large ones drive EDICT's
-            pair apart.
+            where it has one, or its guider's); 1 for none, on Z-Image 0, and less on Stable
+            Diffusion 1 and 2 alone. None: 3, or the pipeline's own default where that is less.
+            Large ones drive EDICT's pair apart.
         call: further arguments of the pipeline's call: `{"guidance_scale": 3.5}` for the number
             that FLUX's network is told, max_sequence_length, sigmas (of flows, one a step), texts
             of other encoders.
