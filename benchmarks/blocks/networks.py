@@ -31,7 +31,7 @@ class Network:
     pixels: int  # of the pipeline's on a side of an image token
     joint: bool = True  # text and image in one attention
     side: int | None = None  # image tokens on a side; None: as asked
-    real: bool = False  # as many as at 1,024 pixels: bfloat16 alone, and fewer calls
+    real: bool = False  # as many as at 1,024 pixels: float32 alone, and fewer calls
     call: dict[str, Any] = field(default_factory=dict)  # options of the pipeline's call
 
 

@@ -4,9 +4,10 @@
 A block as wide as a real model's runs in several ways (`ways.py`) that take turns, on one image
 without guidance, of as many tokens as U-Nets have at 512 and at 1,024 pixels, and as joint
 attention has at 512 (`--side 64`: 1,024), which takes seconds a call. FLUX and Qwen-Image have
-rows at 1,024 pixels too, in bfloat16 and of a round less: what regions cost depends on how many
-tokens their texts add to the image's. Ratios are medians over rounds; memory is what a call adds
-beyond what the plain one adds.
+rows at 1,024 pixels too, in float32 and of a round less: what regions cost depends on how many
+tokens their texts add to the image's, and with `--dtype bfloat16` as much on which attention the
+processor has an instruction for. Ratios are medians over rounds; memory is what a call adds beyond
+what the plain one adds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     start, rows = time.perf_counter(), []
     for name in arguments.network or NETWORKS:
         real = NETWORKS[name].real
-        for dtype in arguments.dtype or (DTYPES[1:] if real else DTYPES):
+        for dtype in arguments.dtype or (DTYPES[:1] if real else DTYPES):
             rounds = max(1, arguments.rounds - real)
             rows += measure(name, dtype, arguments.side, rounds, arguments.dry_run)
             print(table(rows[-len(ways_of(name)) :]), flush=True)
@@ -88,7 +89,7 @@ def measure(name: str, dtype: str, side: int, rounds: int, dry: bool) -> list[Ro
                 calls[way] = ways.call(way)
             except ValueError as error:
                 rows[-1]["reason"] = str(error)
-        found = _found(calls, rounds)
+        found = _found(calls, rounds, warm=network.real)
     for row in rows:
         row |= found.get(row["contender"], {})
         if COUPLE in calls and row["contender"] == "regions":
@@ -97,11 +98,12 @@ def measure(name: str, dtype: str, side: int, rounds: int, dry: bool) -> list[Ro
     return rows
 
 
-def _found(calls: dict[str, Call], rounds: int) -> dict[str, Row]:
-    """Numbers of each way, the first of which is plain."""
+def _found(calls: dict[str, Call], rounds: int, warm: bool) -> dict[str, Row]:
+    """Numbers of each way, the first of which is plain; `warm`: what is made once is there."""
     bytes_of, results, times = {}, {}, {way: [] for way in calls}
     for way, call in calls.items():
-        call()  # what is made once
+        if not warm:
+            call()  # what is made once
         bytes_of[way], results[way] = _memory.peak_extra_bytes(call)
     for _ in range(rounds):
         for way, call in calls.items():
