@@ -26,7 +26,8 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:
-        return f"the compiled library does not load: {str(error).splitlines()[0]}"
+        cause = error.__cause__ or error  # torch names the file alone
+        return f"the compiled library does not load: {str(cause).splitlines()[0]}"
     # Kernels of another contract would read arguments that are not theirs.
     known = getattr(torch.ops.dense_attn, "contract", None)
     if known is None or known() != contract.DIGEST:

@@ -225,6 +225,7 @@ def test_a_library_that_does_not_load_is_named(
     (tmp_path / "_C.so").write_bytes(b"no library")
     reason = cpu._load()
     assert reason.startswith("the compiled library does not load: ")
+    assert "file too short" in reason or "invalid ELF header" in reason
     assert "\n" not in reason
 
 
