@@ -126,7 +126,7 @@ BARS = (
     Bar("percentile-1x16m", "fwd", "float32", ("torch.quantile",), 5),
     *(
         Bar(name, "fwd", "float32", ("diffusers",), 10)
-        for name in ("sega-3-64", "sega-3-128-16ch", "sega-3-packed")
+        for name in ("sega-3-64", "sega-3-128-16ch", "sega-3-packed", "sega-3-packed-tokens")
     ),
     *(
         Bar(f"{op}-{size}", "fwd", dtype, ("clone",), 0.8, "of_copy")
