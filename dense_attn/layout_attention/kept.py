@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -13,7 +14,7 @@ class Kept:
     """Results that live as long as the tensor that they are made of, or that it is a view of.
 
     They are made again where it has changed in place; one whose changes are not counted, made in
-    inference mode, keeps none.
+    inference mode, keeps none. Results made in that mode, which no gradient may keep, are its own.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,8 @@ class Kept:
         if x.is_inference():
             return make()
         kept = self.owners.setdefault(x._base if x._is_view() else x, {})
-        form = name, x.shape, x.dtype, x.stride(), x.storage_offset()
+        inference = torch.is_inference_mode_enabled()
+        form = name, x.shape, x.dtype, x.stride(), x.storage_offset(), inference
         if (found := kept.get(form)) is None or found[0] != x._version:
             kept[form] = found = x._version, make()
         return found[1]

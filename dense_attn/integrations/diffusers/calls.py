@@ -1,18 +1,33 @@
-"""A pipeline's own call, heard before it runs: what it was given, by name."""
+"""A pipeline's own call, heard before it runs: what it was given, by name.
+
+The `__call__` of its class is wrapped while a block is on, for all of the process: pipelines keep
+their class, copies are not heard, and others of the class go on.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 Listener = Callable[[dict[str, Any]], None]
-HEARD = "_dense_attn_heard"  # the mark of a class whose calls are heard
 
+
+class _Wrapped(NamedTuple):
+    """A class whose calls are heard."""
+
+    before: Any  # its own `__call__`; None where it has that of another class
+    now: Any
+    blocks: list[Listener]  # that are on
+
+
+_lock = threading.Lock()
 _listeners: WeakKeyDictionary[Any, list[Listener]] = WeakKeyDictionary()  # of each pipeline
+_wrapped: dict[type, _Wrapped] = {}
 
 
 @contextmanager
@@ -21,35 +36,45 @@ def called(pipe: Any, tell: Listener) -> Iterator[None]:
 
     They have their defaults; those that a modular pipeline takes by name are beside the others.
     """
-    pipe.__class__ = _heard(_own(type(pipe)))
-    listeners = _listeners.setdefault(pipe, [])
-    listeners.append(tell)
+    kind = type(pipe)
+    with _lock:
+        if kind not in _wrapped:
+            before, kind.__call__ = vars(kind).get("__call__"), _telling(kind.__call__)
+            _wrapped[kind] = _Wrapped(before, kind.__call__, [])
+        _wrapped[kind].blocks.append(tell)
+        _listeners.setdefault(pipe, []).append(tell)
     try:
         yield
     finally:
-        listeners.remove(tell)
-        if not listeners:
-            del _listeners[pipe]
-            pipe.__class__ = _own(type(pipe))
+        with _lock:
+            _listeners[pipe].remove(tell)
+            _wrapped[kind].blocks.remove(tell)
+            if not _wrapped[kind].blocks:
+                _unwrap(kind, *_wrapped.pop(kind)[:2])
 
 
-def _own(kind: type) -> type:
-    """The class of a pipeline as it is without a block."""
-    return kind.__mro__[1] if HEARD in vars(kind) else kind
+def _unwrap(kind: type, before: Any, now: Any) -> None:
+    """Put back a class's own call, but where others have wrapped it in the meantime."""
+    if vars(kind).get("__call__") is not now:
+        return
+    if before is None:
+        del kind.__call__
+    else:
+        kind.__call__ = before
 
 
-@functools.cache
-def _heard(kind: type) -> type:
-    """A class of pipelines that tell their listeners of their calls; copies have none."""
+def _telling(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A call that its pipeline's listeners are told of."""
 
-    @functools.wraps(kind.__call__)  # whose arguments are looked for
+    @functools.wraps(own)  # whose arguments are looked for
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(kind.__call__).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments | bound.arguments.get("kwargs", {})
-        for tell in _listeners.get(self, ()):
-            tell(given)
-        return kind.__call__(self, *args, **kwargs)
+        listeners = _listeners.get(self)
+        if listeners:
+            bound = inspect.signature(own).bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments | bound.arguments.get("kwargs", {})
+            for tell in tuple(listeners):
+                tell(given)
+        return own(self, *args, **kwargs)
 
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, HEARD: True}
-    return type(kind.__name__, (kind,), names | {"__call__": __call__, "__doc__": kind.__doc__})
+    return __call__

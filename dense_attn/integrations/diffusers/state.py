@@ -218,6 +218,7 @@ class LayoutState:
     def _make_layers(self, call: Call, rows: int) -> None:
         """The layers of a latent grid and a number of text tokens, once a run."""
         made_for = call.key, call.text.shape[1], call.text.device, rows, self.asked
+        made_for += (torch.is_inference_mode_enabled(),)  # whose tensors no gradient may keep
         if made_for == self._made_for:
             return
         masks = masks_of_call(self.pipe, self.model, call, self.images, self.asked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -101,6 +101,8 @@ class Steps:
         if self.until is not None:
             check_flow(self.pipe.scheduler)
             self.sigmas = self.pipe.scheduler.sigmas.tolist()[self._first :]
+            if self.sigmas[0] < self.sigmas[-1]:  # a call's own, or a subclass's
+                _refuse_rising(self.pipe.scheduler)
         if getattr(self.pipe, "denoising_end", 0) is not None and _takes_end(self.pipe):
             self.total = min(getattr(self.pipe, "num_timesteps", None) or self.total, self.total)
 
@@ -112,6 +114,14 @@ def check_flow(scheduler: Any) -> None:
     if not is_flow(scheduler) or not isinstance(getattr(scheduler, "sigmas", None), Tensor):
         rule = "be None for a scheduler that is no flow's"
         _checks.refuse("active_sigma", rule, type(scheduler).__name__)
+    if scheduler.config.get("invert_sigmas"):
+        _refuse_rising(scheduler)
+
+
+def _refuse_rising(scheduler: Any) -> NoReturn:
+    """Refuse sigmas that count the image and not the noise: the first steps would be the last."""
+    rule = "be None for a scheduler whose sigmas rise"
+    _checks.refuse("active_sigma", rule, type(scheduler).__name__)
 
 
 def _takes_end(pipe: DiffusionPipeline) -> bool:

@@ -112,6 +112,40 @@ def test_what_is_refused(regions: list) -> None:
         pytest.fail("the block must not run")
 
 
+class Rising(diffusers.FlowMatchEulerDiscreteScheduler):
+    """A schedule that rises, whose config does not say so."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: object = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        super().set_timesteps(num_inference_steps, device, sigmas, mu)
+        self.timesteps, self.sigmas = self.timesteps.flip(0), self.sigmas.flip(0)
+
+
+@pytest.mark.parametrize("regions", [REGIONS, WHOLE])
+def test_sigmas_that_rise(regions: list, calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout's first steps would be the last: the block says it, or else the first step."""
+    pipe, rule = pipeline("flux"), "^active_sigma must be None for a scheduler whose sigmas rise, "
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    with (
+        pytest.raises(ValueError, match=f"{rule}got FlowMatchEulerDiscreteScheduler$"),
+        apply_layout(pipe, PROMPT, regions, active_sigma=0.5),
+    ):
+        pytest.fail("the block must not run")
+    monkeypatch.setattr(pipe, "scheduler", Rising())
+    with (
+        pytest.raises(ValueError, match=f"{rule}got Rising$"),
+        apply_layout(pipe, PROMPT, regions, active_sigma=0.5),
+    ):
+        latents(pipe, steps=3)
+    assert not calls
+
+
 def test_a_scheduler_that_is_exchanged_inside() -> None:
     """The call says it before its first step."""
     pipe = pipeline("sd3")

@@ -5,7 +5,9 @@ A look at values, which the CPU takes and a GPU does not, is left out where that
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import family, run
+from families import family, made_of, run
+from pipelines import close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,6 +108,22 @@ def test_a_mask_whose_changes_are_not_counted(attend: Callable) -> None:
         attend(mask)
 
 
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("form", [torch.clone, added])
+def test_a_mask_that_inference_has_seen_first(form: Callable, layer: layers.Layer) -> None:
+    """A gradient's call keeps nothing that was made in inference mode."""
+    options = SimpleNamespace(modulation="bias", backend="auto")
+    mask = form(torch.arange(TOKENS)[None] % 5 > 0)
+    x = torch.randn(3, 1, 2, TOKENS, 16, requires_grad=True)
+    run = functools.partial(layer.attention, options=options, scale=None, k_mask=mask)
+    with torch.inference_mode():
+        first = run(*x.unbind(0))
+    out = run(*x.unbind(0))
+    assert torch.equal(out, first)
+    out.square().sum().backward()
+    assert x.grad.abs().max() > 0
+
+
 def test_a_mask_that_is_learned_keeps_its_gradient(layer: layers.Layer) -> None:
     options = SimpleNamespace(modulation="bias", backend="reference")
     mask = torch.zeros(1, TOKENS, requires_grad=True)
@@ -166,3 +185,24 @@ def test_a_runs_later_steps(name: str, kind: str, more: int) -> None:
         counts.append(sorts.counts["sort"] + sorts.counts["argsort"])
     assert counts[0] > 0
     assert counts[1] - counts[0] == 2 * more
+
+
+@pytest.mark.parametrize("kind", REGIONS)
+def test_a_block_that_inference_has_seen_first(kind: str) -> None:
+    """A run with gradients in it has layers of its own, and but for rounding the same result."""
+    pipe, given = family("wan"), made_of("wan")[1] | {"output_type": "latent"}
+    network = pipe.transformer.proj_out.weight
+    run_of = functools.partial(inspect.unwrap(type(pipe).__call__), pipe, PROMPT, **given)
+
+    def made() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return run_of(num_inference_steps=1, generator=generator).frames
+
+    with apply_layout(pipe, PROMPT, REGIONS[kind], active=1.0):
+        with torch.inference_mode():
+            first = made()
+        with torch.enable_grad():
+            out = made()
+            (grad,) = torch.autograd.grad(out.square().sum(), network)
+    assert close(out, first)
+    assert grad.abs().max() > 0

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from ..models.record import IMAGE, TEXT, Attention
-from ..regions.frames import of_tokens, video_of
 from . import texts
 from .blocks import Blocks, Half, Part, Rule, Sequence
-from .sharing import areas_of, members, with_base, words_of
+from .sharing import words_of
 
 if TYPE_CHECKING:
     from ..models.record import Call, Model
+    from .image import ImageTokens
     from .options import Options
     from .reading import RegionReading
-    from .region import Regions
     from .texts import Slots, Span
 
 # layers of a model whose record has no table
@@ -52,18 +51,16 @@ class Layers:
     call: Call
     slots: Slots
     spans: tuple[Span, ...]
-    asked: int | None  # frames of the video that the pipeline's call asks for
+    image: ImageTokens
 
     def parts(self) -> dict[tuple[str, int], Part]:
         """The layers by kind and halvings of the grid."""
         found: dict[tuple[str, int], Part] = {}
-        height, width = (side // self.model.patch for side in self.model.grid(self.call))
-        for depth in range(getattr(self.model, "deepest", 0) + 1):
+        for depth, size in enumerate(self.image.sizes):
             for attention in attentions_of(self.model):
-                part = self._part(attention, (height, width))
+                part = self._part(attention, size)
                 if part is not None:
                     found[attention.layers, depth] = part
-            height, width = (height + 1) // 2, (width + 1) // 2
         if self.model.text_layers is not None:
             found[TEXT_ALONE, 0] = self._of_text()
         return found
@@ -89,7 +86,7 @@ class Layers:
     def _sequence(self, attention: Attention, size: tuple[int, int]) -> Sequence:
         """The tokens of a kind of layers."""
         call, others = self.call, 0
-        image = self.frames * size[0] * size[1]
+        image = self.image.frames * size[0] * size[1]
         if call.latents.dim() == 3:
             others = call.latents.shape[1] - image
         return Sequence(attention, self.slots.count, image, others)
@@ -138,34 +135,10 @@ class Layers:
 
     def _half(self, span: Span, size: tuple[int, int]) -> Half:
         """Some rows' shares of image tokens, and words of text tokens."""
-        images, slots = self.reading.images_of, self.slots
-        each = (span.stop - span.start) // len(images)
-        own = [self._members(image, size) for image in images]
-        given = self.reading.texts(span.positive)
-        shares = [
-            with_base(image, self.options.base_ratio, [text is not None for text in row])
-            for image, row in zip(own, given)
-        ]
+        slots, own = self.slots, self.image.own(size)
+        each = (span.stop - span.start) // len(own)
         # a text that all rows share has one row
-        rows = [min(span.start + b * each, len(slots.lengths) - 1) for b in range(len(images))]
+        rows = [min(span.start + b * each, len(slots.lengths) - 1) for b in range(len(own))]
         text = texts.words([slots.lengths[row] for row in rows], slots.sizes, slots.multiple)
-        areas = [areas_of(self._masks(image), size) for image in images]
+        shares, areas = self.image.shares(own, span.positive), self.image.areas(size)
         return Half(shares, own, areas, text, each, self.call.text.device)
-
-    @property
-    def frames(self) -> int:
-        """The frames of tokens of a video; an image has one."""
-        return self.model.length(self.call) // self.model.frames
-
-    def _masks(self, image: Regions) -> Tensor:
-        """Masks of each frame of tokens, [R, frames, H, W]; one where all have the same."""
-        if image.masks.dim() == 3:
-            return image.masks[:, None]
-        video = video_of(self.reading.pipe, self.model, self.call, self.asked)
-        return of_tokens(image.masks, video)
-
-    def _members(self, image: Regions, size: tuple[int, int]) -> Tensor:
-        """Shares of all tokens, [1 + R, frames * height * width], one frame after the other."""
-        frames = self._masks(image).unbind(1)
-        found = [members(masks, image.weights, size, self.reading.base) for masks in frames]
-        return torch.cat(found * (self.frames // len(found)), 1)

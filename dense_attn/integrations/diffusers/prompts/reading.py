@@ -62,12 +62,16 @@ class RegionReading(Reading):
     def texts(self, positive: bool) -> list[list[Text | None]]:
         """The texts of each image's regions; None for the negative prompt's own."""
         return [
-            [
-                None if text is None else self._text(text, positive)
-                for text in (image.prompts if positive else image.negatives)
-            ]
-            for image in self.images_of
+            [None if text is None else self._text(text, positive) for text in texts]
+            for texts in self._own(positive)
         ]
+
+    def given(self, positive: bool) -> list[list[bool]]:
+        """Whether each image's regions have a prompt, or a negative one."""
+        return [[text is not None for text in texts] for texts in self._own(positive)]
+
+    def _own(self, positive: bool) -> list[list[str | None]]:
+        return [image.prompts if positive else image.negatives for image in self.images_of]
 
     def _text(self, text: str, positive: bool) -> Text:
         """A prompt, or a negative one, as the last call's manner encodes it."""

@@ -66,11 +66,6 @@ class Regions(NamedTuple):
     weights: Tensor  # float32 [R]
     masks: Tensor  # float32 [R, H, W], of each frame [R, F, H, W], 0..1
 
-    @property
-    def picture(self) -> Tensor:
-        """The masks as [R, H, W], one frame of a video below the other."""
-        return self.masks if self.masks.dim() == 3 else self.masks.flatten(1, 2)
-
 
 def has_prompts(regions: object) -> bool:
     """Whether regions are of this kind, for one image or each of several."""

@@ -18,17 +18,16 @@ from ..hooks import arguments, unwrapped, watchers
 from ..state import LayerMark, LayoutState
 from . import texts
 from .blocks import Part, rows_of
+from .image import ImageTokens
 from .layers import TEXT_ALONE, Layers, multiple_of
 from .options import Options
 from .reading import RegionReading
-from .sharing import members, with_base
 from .texts import Slots, Span, Texts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..models.record import Call, Model
-    from .region import Regions
 
 
 class RegionMark(LayerMark):
@@ -69,11 +68,7 @@ class RegionState(LayoutState):
         self.slots: Slots | None = None
         self._told_apart: set[bool] = set()  # whether calls were the prompt's
         self._most = max(len(image.prompts) for image in reading.images_of)
-        # whether any token of each image sees the call's prompt, and its negative prompt
-        self._first = {
-            positive: [self._sees_first(image, positive) for image in reading.images_of]
-            for positive in (True, False)
-        }
+        self._image: tuple[object, ImageTokens | None] = None, None  # of the last call, by its grid
 
     @property
     def masks(self) -> list[Tensor]:
@@ -167,6 +162,7 @@ class RegionState(LayoutState):
         if alone or not self.steps.within(*self.options.window):
             return None
         self.model.check(bound.arguments)
+        self._follow(call)
         if not self._sees_call(spans) and self.model.without_text(bound.arguments):
             call = self.model.read(bound.arguments)
         made = self._texts(bound.arguments, call, spans)
@@ -205,6 +201,7 @@ class RegionState(LayoutState):
         images, text = self.reading.images_of, call.text
         if len(text) < len(call.latents) and len(images) > 2:  # one for all rows
             text = text.expand(len(call.latents), -1, -1)
+        first = self._image[1].sees_first
         keep = self.model.keeps_padding or given.get(self.model.text_mask) is None
         own, multiple = self.model.text_lengths(given, text), multiple_of(self.model)
         rows, lengths, longest = [], [], []
@@ -213,7 +210,7 @@ class RegionState(LayoutState):
             b = (row - span.start) * len(images) // (span.stop - span.start)
             there = self.reading.texts(span.positive)[b]
             counts = [0 if one is None else len(one.tokens if keep else one.bare) for one in there]
-            seen = [length if self._first[span.positive][b] else 0, *counts]
+            seen = [length if first[span.positive][b] else 0, *counts]
             rows.append(there)
             lengths.append((length, *counts) + (0,) * (self._most - len(counts)))
             longest.append(texts.up(max(seen), multiple))
@@ -221,22 +218,25 @@ class RegionState(LayoutState):
         slots = Slots(sizes, tuple(lengths), multiple, tuple(longest))
         return texts.written(text, slots, rows, keep)
 
+    def _follow(self, call: Call) -> None:
+        """Take the grid of a call's latents, on which its layers share the image's tokens."""
+        found = call.key, self.asked
+        if found != self._image[0]:
+            given = self.model, self.reading, self.options, call, self.asked
+            self._image = found, ImageTokens(*given)
+
     def _sees_call(self, spans: tuple[Span, ...]) -> bool:
         """Whether any token of these rows sees the call's own text, in any layer."""
-        return self.options.every > 1 or any(any(self._first[span.positive]) for span in spans)
-
-    def _sees_first(self, image: Regions, positive: bool) -> bool:
-        masks, base = image.picture, self.reading.base
-        shares = members(masks, image.weights, tuple(masks.shape[1:]), base)
-        given = [text is not None for text in (image.prompts if positive else image.negatives)]
-        return bool((with_base(shares, self.options.base_ratio, given)[0] > 0).any())
+        first = self._image[1].sees_first
+        return self.options.every > 1 or any(any(first[span.positive]) for span in spans)
 
     def _make(self, call: Call, slots: Slots, spans: tuple[Span, ...]) -> None:
         """The layers of a latent grid and texts of some lengths, once a run for each prompt."""
         made_for = call.key, slots, call.text.device, spans, self.asked
+        made_for += (torch.is_inference_mode_enabled(),)  # whose tensors no gradient may keep
         found = self._made.pop(made_for, None)
         if found is None:
-            made = call, slots, spans, self.asked
+            made = call, slots, spans, self._image[1]
             layers = Layers(self.model, self.reading, self.options, *made)
             found = layers, layers.parts()
         (_, self.parts), self._made[made_for] = found, found
