@@ -18,7 +18,7 @@ class Edit:
     """A concept that an image gets more of, or less.
 
     Args:
-        prompt: the concept in words; in ComfyUI a CONDITIONING of one text.
+        prompt: the concept in words.
         scale: how strongly it pulls.
         threshold: 0 to 1, the share of entries that it leaves alone.
         warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end. Schedulers
