@@ -68,7 +68,7 @@ def settings(
     """
     listed = isinstance(edits, Sequence) and not isinstance(edits, Edit)
     if not listed or not (edits or apply is not None):
-        got = type(edits).__name__ if edits else "none"
+        got = "none" if listed else type(edits).__name__
         _checks.refuse("edits", "be a list of Edit", got, TypeError)
     for i, edit in enumerate(edits):
         if not isinstance(edit, Edit):

@@ -190,13 +190,13 @@ def test_inversions_of_another_kind_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "frames", "sentence"),
     [
-        ("sd3", (16, 16), 5, "inversion must be of images, which pipe makes, got one of a video"),
-        ("sd", (16, 16), 5, "inversion must be of images, which pipe makes, got one of a video"),
+        ("sd3", (16, 16), 5, "inversion must be of images, which pipe makes, got one of videos"),
+        ("sd", (16, 16), 5, "inversion must be of images, which pipe makes, got one of videos"),
         (
             "wan",
             (32, 48),
             None,
-            "inversion must be of videos, which pipe makes, got one of an image",
+            "inversion must be of videos, which pipe makes, got one of images",
         ),
         ("sd3", (18, 24), None, "inversion must be of sides of multiples of 4, got 24 x 18"),
         ("wan", (32, 40), 5, "inversion must be of sides of multiples of 16, got 40 x 32"),

@@ -1,17 +1,15 @@
-"""Chains of videos: what is taken as one, what is refused, and their schedules and losses."""
+"""Chains of videos: what is taken as one, and their frames, schedules and losses."""
 
 from __future__ import annotations
 
 import copy
-import math
-import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import family
-from families.chained import call_of, chain_of, image_of, pipe_of, plain_run, size_of
+from families.chained import bytes_of, call_of, chain_of, image_of, pipe_of, plain_run, size_of
 from families.video import cogvideox
 from PIL import Image
 from pipelines import close, diffusers
@@ -29,31 +27,15 @@ def inverted(video: Any, name: str = "wan", pipe: Any = None, **options: Any) ->
     return invert(pipe or pipe_of(name), video, "a cat", **STEPS | options, call=call_of(name))
 
 
-PICTURE = Image.new("RGB", (48, 32))
-RGBA = [(0, 0)] * 3 + [(0, 1)]
-TENSOR = "video must have shape (F, 3, H, W) or (B, F, 3, H, W) as a tensor"
-ARRAY = "video must have shape (F, H, W, 3) or (B, F, H, W, 3) as an array"
-FRAMES = "video must have shape (H, W, 3) or (F, H, W, 3) as an array of a list"
-FORMS = "video must be a list of PIL images, a tensor [F, 3, H, W], an array [F, H, W, 3], or a lis"
-FORMS += "t of these"
-VALUES = "video must hold floats in 0..1 or bytes, got"
-SAME = "video must hold frames of one shape and dtype, got"
-
-
 def optimized(name: str = "wan", **options: Any) -> Any:
     height, width = (None, None) if "latents" in options else (32, 48)
     given = {"height": height, "width": width, "call": call_of(name)} | RUN | options
     return optimize(pipe_of(name), "a cat", given.pop("loss", torch.mean), **given)
 
 
-def of_bytes() -> np.ndarray:
-    """A video [F, H, W, 3]."""
-    return (255 * image_of("wan")[0].movedim(1, -1)).round().byte().numpy()
-
-
 def test_videos_are_taken_in_every_form() -> None:
     """Tensors, arrays of bytes and of floats, pictures, and lists of frames or videos."""
-    frames = of_bytes()
+    frames = bytes_of("wan")
     tensor = torch.from_numpy(frames).movedim(-1, 1)
     pictures = [Image.fromarray(frame) for frame in frames]
     floats = tensor.float() / 255
@@ -77,81 +59,6 @@ def test_a_pipelines_own_videos_come_back(output_type: str) -> None:
     assert np.shape(again[1]) == np.shape(made[1])
     one = inverted(made[1:]).latents[0]
     assert close(found.latents[0][1:], one)
-
-
-def test_several_videos_have_a_prompt_each() -> None:
-    with pytest.raises(ValueError, match=r"^prompt must hold one entry for each of the 2 "):
-        invert(pipe_of("wan"), image_of("wan", 2), ["a cat"], **STEPS)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda x: x[:, :4], "the number of frames of video must be 1 above a multiple of 4, got"),
-        (lambda x: x[..., :40], "video must have sides of multiples of 16, got 40 x 32"),
-        (lambda x: x[:, :, :2], f"{TENSOR}, got (1, 5, 2, 32, 48)"),
-        (lambda x: x[0, 0], f"{TENSOR}, got (3, 32, 48)"),
-        (lambda x: x[:, :0], f"{TENSOR}, got (1, 0, 3, 32, 48)"),
-        (lambda x: x[0].numpy(), f"{ARRAY}, got (5, 3, 32, 48)"),
-        (lambda _: np.pad(of_bytes(), RGBA), f"{ARRAY}, got (5, 32, 48, 4)"),
-        (lambda _: list(np.pad(of_bytes(), RGBA)), f"{FRAMES}, got (32, 48, 4)"),
-        (
-            lambda x: [[*x]],
-            "video must have shape (3, H, W) as a tensor of a list, got (5, 3, 32, ",
-        ),
-        (lambda x: 2 * x, "video must hold floats in 0..1 or bytes, got values from 0"),
-        (lambda x: 2 * x.numpy()[0].transpose(0, 2, 3, 1), f"{VALUES} values from 0"),
-        (lambda x: x * math.nan, f"{VALUES} nan"),
-        (lambda x: 255 * x.int(), f"{VALUES} int32"),
-        (lambda x: x.numpy() > 0.5, f"{VALUES} bool"),
-        (lambda x: x.to("meta"), "video must hold values, got a meta tensor"),
-        (lambda x: x.byte().to("meta"), "video must hold values, got a meta tensor"),
-        (
-            lambda _: [PICTURE.crop((0, 0, 0, 0))] * 5,
-            "video must have sides of multiples of 16, got ",
-        ),
-        (lambda _: PICTURE, f"{FORMS}, got Image 48 x 32"),
-        (lambda _: "video.mp4", f"{FORMS}, got str"),
-        (lambda _: [], f"{FORMS}, got a list of 0"),
-        (
-            lambda x: [*x[0], PICTURE],
-            f"{FORMS}, got a list of 6: float32 (3, 32, 48), Image 48 x 32",
-        ),
-        (lambda x: [PICTURE, x[0, 0]], f"{FORMS}, got a list of 2: Image 48 x 32, float32 (3, "),
-        (lambda x: [[[*x[0]]]], f"{FORMS}, got a list of 5: float32 (3, 32, 48)"),
-        (lambda x: [x[0], x[0, :1]], f"{SAME} float32 (5, 3, 32, 48) and float32 (1, 3, 32, 48)"),
-        (
-            lambda x: [*x[0, :4], x[0, 4].byte()],
-            f"{SAME} float32 (3, 32, 48) and uint8 (3, 32, 48)",
-        ),
-        (
-            lambda _: [of_bytes(), of_bytes()[:, :16]],
-            f"{SAME} uint8 (5, 32, 48, 3) and uint8 (5, 1",
-        ),
-        (lambda _: [[PICTURE] * 5, [PICTURE]], f"{SAME} a list of 5: Image 48 x 32 and a list of "),
-    ],
-)
-def test_other_videos_are_refused(change: Any, sentence: str) -> None:
-    """Before anything is encoded."""
-    pipe, seen = copy.copy(pipe_of("wan")), []
-    vars(pipe)["encode_prompt"] = seen.append
-    with pytest.raises((ValueError, TypeError), match=f"^{re.escape(sentence)}"):
-        inverted(change(image_of("wan")), pipe=pipe)
-    assert seen == []
-
-
-def test_pictures_of_two_sizes_are_refused() -> None:
-    pictures = [Image.new("RGB", size) for size in ((48, 32), (32, 48))]
-    with pytest.raises(ValueError, match=r"^video must hold pictures of one size, got 48 x 32 and"):
-        inverted(pictures)
-
-
-def test_a_transparent_video_is_warned_of_in_its_name() -> None:
-    clear = [Image.new("RGBA", (48, 32))] * 5
-    for video in (clear, [clear]):
-        with pytest.warns(UserWarning, match=r"^video must be opaque to be taken as") as told:
-            invert(pipe_of("wan"), video, "a cat", **STEPS, call=call_of("wan"))
-        assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("number", [0, 4, -3, 5.0, True, "5"])

@@ -194,12 +194,12 @@ def _check_made(pipe: DiffusionPipeline, inversion: Inversion, unit: int | None)
     if inversion.denoiser not in (None, kind):
         got = f"one of {inversion.denoiser}"
         _checks.refuse("inversion", f"be of a pipeline of {kind}", got)
-    many, frames = unit is not None and videos.makes_videos(pipe), settings.frames
-    if many != (frames is not None):
-        rule = f"be of {'videos' if many else 'images'}, which pipe makes"
-        _checks.refuse("inversion", rule, f"one of {'an image' if many else 'a video'}")
+    many = unit is not None and videos.makes_videos(pipe)
+    if settings.made != (made := "videos" if many else "images"):
+        _checks.refuse("inversion", f"be of {made}, which pipe makes", f"one of {settings.made}")
     if many:
-        videos.whole_frames(pipe, model_of(pipe), frames, "the number of frames of inversion")
+        argument = "the number of frames of inversion"
+        videos.whole_frames(pipe, model_of(pipe), settings.frames, argument)
     if any(side is not None and side % (unit or 1) for side in settings.size):
         height, width = settings.size
         rule = f"be of sides of multiples of {unit}"
