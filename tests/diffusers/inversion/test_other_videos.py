@@ -1,4 +1,4 @@
-"""What is no video, or none of these pipelines: refusals in the words of who gave it."""
+"""Refusals of other videos, in the words of who gave them."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Settings:
 
     @property
     def made(self) -> str:
-        """What is sampled, in words."""
+        """The kind of things that are sampled."""
         return "images" if self.frames is None else "videos"
 
     def texts(self, count: int) -> dict[str, list[str]]:
