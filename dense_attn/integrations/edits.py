@@ -18,7 +18,7 @@ class Edit:
     """A concept that an image gets more of, or less.
 
     Args:
-        prompt: the concept in words; in ComfyUI a CONDITIONING of one text.
+        prompt: the concept in words.
         scale: how strongly it pulls.
         threshold: 0 to 1, the share of entries that it leaves alone.
         warmup, cooldown: the steps, from 0, at which it begins and ends; None: no end. Schedulers
@@ -68,7 +68,7 @@ def settings(
     """
     listed = isinstance(edits, Sequence) and not isinstance(edits, Edit)
     if not listed or not (edits or apply is not None):
-        got = type(edits).__name__ if edits else "none"
+        got = "none" if listed else type(edits).__name__
         _checks.refuse("edits", "be a list of Edit", got, TypeError)
     for i, edit in enumerate(edits):
         if not isinstance(edit, Edit):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance
 from dense_attn.integrations.comfyui import Edit, apply_layout, semantic_guidance
+from dense_attn.integrations.edits import Edit as InWords
 
 pytestmark = pytest.mark.usefixtures("installed")
 CONCEPTS = text(6, 5), text(7, 3)
@@ -113,14 +114,40 @@ def refusal(run: Any) -> str:
     [
         (Edit(CONCEPTS[0], scale=math.nan), "edits[1].scale must be finite, got nan"),
         (Edit(CONCEPTS[0], warmup=-1), "edits[1].warmup must be at least 0, got -1"),
-        (Edit([]), "edits[1].prompt must hold one text (not a combination of several), got 0"),
-        (Edit("fog"), "edits[1].prompt must hold one text (not a combination of several), got str"),
+        (
+            InWords("fog"),
+            "edits[1].prompt must hold one text (not a combination of several), got str",
+        ),
         (CONCEPTS[0], "edits[1] must be an Edit, got list"),
     ],
 )
 def test_a_concept_is_refused_by_its_place(edit: Any, said: str) -> None:
     concepts = [Edit(CONCEPTS[1]), edit]
     assert refusal(lambda: semantic_guidance(made("Flux"), concepts)) == said
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "said"),
+    [
+        ([], "prompt must hold one text (not a combination of several), got 0"),
+        ("fog", "prompt must hold one text (not a combination of several), got str"),
+        (
+            [[torch.zeros(2), {}]],
+            "prompt must hold tokens [1, number, channels], at least one, got",
+        ),
+    ],
+)
+def test_a_conditioning_is_refused_where_its_concept_is_made(conditioning: Any, said: str) -> None:
+    assert refusal(lambda: Edit(conditioning)).startswith(said)
+
+
+def test_concepts_compare() -> None:
+    """Conditionings, whose tensors do not, by identity; words by value."""
+    one, other = Edit(CONCEPTS[0]), Edit(CONCEPTS[0])
+    assert one == one != other
+    assert len({one, other, one}) == 2
+    assert InWords("fog", 3) == InWords("fog", 3) != InWords("fog", 4)
+    assert len({InWords("fog", 3), InWords("fog", 3), InWords("fog", 4)}) == 2
 
 
 def test_a_concept_that_cannot_act_is_warned_of() -> None:

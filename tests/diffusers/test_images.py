@@ -90,7 +90,7 @@ def values(image: object) -> torch.Tensor:
         (
             torch.full((1, 3, 16, 16), torch.nan),
             ValueError,
-            "image must be a tensor of floats in 0..1, got values from n",
+            "image must be a tensor of floats in 0..1, got nan",
         ),
         (
             2 * torch.rand(1, 3, 16, 16) - 1,
@@ -162,7 +162,7 @@ def values(image: object) -> torch.Tensor:
         (
             grey(np.float32, 0, np.nan),
             ValueError,
-            "image must hold values in 0..255 where it is of mode F, .* from nan",
+            "image must hold values in 0..255 where it is of mode F, got nan",
         ),
     ],
     ids=range(27),

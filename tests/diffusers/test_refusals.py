@@ -193,7 +193,9 @@ def test_calls_that_do_not_fit_the_layout() -> None:
     ("edits", "kind", "sentence"),
     [
         ([], TypeError, "edits must be a list of Edit"),
-        (Edit("fog"), TypeError, "edits must be a list of Edit"),
+        (Edit("fog"), TypeError, "edits must be a list of Edit, got Edit"),
+        (torch.zeros(2), TypeError, "edits must be a list of Edit, got Tensor"),
+        (None, TypeError, "edits must be a list of Edit, got NoneType"),
         (["fog"], TypeError, r"edits\[0\] must be an Edit, got str"),
         ([Edit(3)], TypeError, r"edits\[0\].prompt must be a string, got int"),
         ([Edit("fog", threshold=2.0)], ValueError, r"edits\[0\].threshold must"),

@@ -1,7 +1,6 @@
 """Layouts, prompts of regions and semantic guidance on a model of ComfyUI."""
 
-from ..edits import Edit
-from .guidance import semantic_guidance
+from .guidance import Edit, semantic_guidance
 from .layouts import apply_layout, apply_region_prompts
 from .regions import Region
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,29 @@ from torch import Tensor
 
 from dense_attn import SemanticGuidance, _checks
 
-from ..edits import Edit, settings, warn_of_idle
+from ..edits import Edit as Concept
+from ..edits import settings, warn_of_idle
 from .models import denoiser_of
 from .regions import _tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Edit(Concept):
+    """A concept that an image gets more of, or less: diffusers' `Edit` of a CONDITIONING.
+
+    Args:
+        prompt: a CONDITIONING of one text, the concept.
+        scale, threshold, warmup, cooldown, weight, reverse: as on diffusers.
+
+    Raises:
+        ValueError, TypeError: a conditioning breaks the rule that the message names.
+    """
+
+    # tensors have no equality of one truth
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def __post_init__(self) -> None:
+        _tokens("prompt", self.prompt)
 
 
 def semantic_guidance(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 from typing import Any
 
 import pytest
@@ -13,7 +15,13 @@ from families.images import PICTURE
 from pipelines import diffusers, pipeline
 
 from dense_attn.examples._tiny_pipeline import tiny_pipeline
-from dense_attn.integrations.diffusers import apply_layout, invert, optimize, reconstruct
+from dense_attn.integrations.diffusers import (
+    Inversion,
+    apply_layout,
+    invert,
+    optimize,
+    reconstruct,
+)
 from dense_attn.integrations.diffusers.inversion.rehearsal import rehearse
 from dense_attn.integrations.diffusers.inversion.rehearsed import Rehearsed
 from dense_attn.integrations.diffusers.inversion.settings import Settings
@@ -155,6 +163,66 @@ def test_a_pipeline_that_gives_more_than_latents_is_refused() -> None:
     scheduler = copy.deepcopy(pipe.scheduler)
     with pytest.raises(ValueError, match=r"^pipe must give its denoiser the latents and nothing"):
         rehearse(pipe, model_of(pipe), scheduler, 1.0, given)
+
+
+def test_inversions_of_another_kind_are_refused() -> None:
+    """In one sentence, before a prompt is encoded: of videos, images, other denoisers, XL."""
+    kinds = {
+        "wan": "WanTransformer3DModel",
+        "ltx": "LTXVideoTransformer3DModel",
+        "sd3": "SD3Transformer2DModel",
+        "sd": "UNet2DConditionModel",
+        "sdxl": "UNet2DConditionModel (text_time)",
+    }
+    latents, seen = (torch.zeros(1, 4, 8, 8, dtype=torch.float64),) * 2, []
+    for name, kind in kinds.items():
+        pipe = copy.copy(pipe_of(name))
+        vars(pipe)["encode_prompt"] = lambda **given: seen.append(given)
+        for other in kinds.values():
+            if other != kind:
+                found = Inversion(latents, Settings("a", "", None, 2), 0.0, None, other)
+                sentence = f"inversion must be of a pipeline of {kind}, got one of {other}"
+                with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+                    reconstruct(pipe, found)
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "frames", "sentence"),
+    [
+        ("sd3", (16, 16), 5, "inversion must be of images, which pipe makes, got one of videos"),
+        ("sd", (16, 16), 5, "inversion must be of images, which pipe makes, got one of videos"),
+        (
+            "wan",
+            (32, 48),
+            None,
+            "inversion must be of videos, which pipe makes, got one of images",
+        ),
+        ("sd3", (18, 24), None, "inversion must be of sides of multiples of 4, got 24 x 18"),
+        ("wan", (32, 40), 5, "inversion must be of sides of multiples of 16, got 40 x 32"),
+        ("wan", (32, 48), 4, "the number of frames of inversion must be 1 above a multiple of 4"),
+    ],
+)
+def test_inversions_that_no_pipeline_of_this_kind_made(
+    name: str, size: tuple[int, int], frames: int | None, sentence: str
+) -> None:
+    """Nor do those of before tell their kind."""
+    latents = (torch.zeros(1, 4, 8, 8, dtype=torch.float64),) * 2
+    settings = Settings("a", "", None, 2, size=size, frames=frames)
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        reconstruct(pipe_of(name), Inversion(latents, settings, 0.0, None))
+
+
+def test_inversions_of_before_are_still_taken() -> None:
+    """Pickles that lack a field have its default."""
+    pipe = pipeline("flux")
+    found = invert(pipe, torch.rand(1, 3, 16, 24), "a", **FLUX)
+    assert found.denoiser == "FluxTransformer2DModel"
+    old = copy.copy(found)
+    del vars(old)["denoiser"]
+    again = pickle.loads(pickle.dumps(old))
+    expected = reconstruct(pipe, found, output_type="latent")
+    assert torch.equal(reconstruct(pipe, again, output_type="latent"), expected)
 
 
 def test_inversions_of_another_size_are_refused() -> None:

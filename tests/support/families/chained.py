@@ -7,6 +7,7 @@ import inspect
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from pipelines import MODELS, pipeline
 from torch import Tensor
@@ -65,6 +66,11 @@ def image_of(name: str, count: int = 1) -> Tensor:
     frames, seed = frames_of(name), torch.Generator().manual_seed(1)
     shape = (count, *([frames] if frames else []), 3, *size_of(name))
     return torch.rand(shape, generator=seed, dtype=torch.float32)
+
+
+def bytes_of(name: str) -> np.ndarray:
+    """A video [F, H, W, 3] of bytes."""
+    return (255 * image_of(name)[0].movedim(1, -1)).round().byte().numpy()
 
 
 @cache

@@ -67,21 +67,23 @@ def _tensor(images: Tensor) -> Tensor:
     return check_values(images)
 
 
-def check_values(images: Tensor) -> Tensor:
+def check_values(images: Tensor, rule: str = "be a tensor of floats in 0..1") -> Tensor:
     """Tensors of floats in 0..1."""
     if images.dtype not in _checks.DTYPES:
-        got = _checks.name(images.dtype)
-        _checks.refuse("image", "be a tensor of floats in 0..1", got, TypeError)
-    if images.is_meta:
-        _checks.refuse("image", "hold values", "a meta tensor")
+        _checks.refuse("image", rule, _checks.name(images.dtype), TypeError)
+    _checks.readable("image", images)
     if not bool(((images >= 0) & (images <= 1)).all()):
-        low, high = (bound.item() for bound in images.aminmax())
-        _checks.refuse("image", "be a tensor of floats in 0..1", f"values from {low:g} to {high:g}")
+        _checks.refuse("image", rule, _bounds(*(bound.item() for bound in images.aminmax())))
     return images
 
 
-def pictures(images: Any) -> list[Any]:
-    """PIL images of one size, in colour."""
+def _bounds(low: float, high: float) -> str:
+    """Values in words, by the least and the largest."""
+    return "nan" if low != low else f"values from {low:g} to {high:g}"
+
+
+def pictures(images: Any, argument: str = "image", level: int = 4) -> list[Any]:
+    """PIL images of one size, in colour; `level` frames up stands the user's line."""
     listed = images if isinstance(images, (list, tuple)) else [images]
     if not listed or not all(hasattr(image, "convert") for image in listed):
         kinds = ", ".join(dict.fromkeys(type(image).__name__ for image in listed)) or "nothing"
@@ -91,8 +93,8 @@ def pictures(images: Any) -> list[Any]:
     if len(sizes) > 1:
         _checks.refuse("image", "hold pictures of one size", " and ".join(sizes))
     if any(_transparent(image) for image in listed):
-        text = "image must be opaque to be taken as it looks, got transparent pixels"
-        warnings.warn(f"{text}: their colours are taken instead", stacklevel=4)
+        text = f"{argument} must be opaque to be taken as it looks, got transparent pixels"
+        warnings.warn(f"{text}: their colours are taken instead", stacklevel=level)
     return [_in_colour(image) for image in listed]
 
 
@@ -108,5 +110,5 @@ def _in_colour(image: Any) -> Any:
         low, high = np.min(image), np.max(image)
         if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
             rule = f"hold values in 0..255 where it is of mode {image.mode}"
-            _checks.refuse("image", rule, f"values from {low:g} to {high:g}")
+            _checks.refuse("image", rule, _bounds(low, high))
     return image.convert("RGB")

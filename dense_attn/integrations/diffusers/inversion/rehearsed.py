@@ -156,7 +156,7 @@ def _further(settings: Settings, known: tuple[str, ...], count: int) -> dict[str
         if value is None:
             continue
         if name in TEXTS:
-            call[name] = listed(argument, value, count)
+            call[name] = listed(argument, value, count, settings.made)
         elif name in NUMBERS:
             _checks.number(argument, value)
         elif name == "sigmas":

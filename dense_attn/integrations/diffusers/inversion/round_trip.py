@@ -18,7 +18,7 @@ from .chain import Chain
 from .images import check_images, pixels_of
 from .rehearsed import Rehearsed
 from .settings import Settings, in_words
-from .shared import OUTPUTS, check_pipe, images_of, measured
+from .shared import OUTPUTS, check_pipe, denoiser_of, images_of, measured
 from .stable_diffusion import check_noise
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ class Inversion:
         seconds: wall time.
         peak_bytes: what was added to the memory in use at the peak; None where the system does not
             tell.
+        denoiser: the kind of the pipeline's denoiser; None in inversions that were saved without.
     """
 
     latents: tuple[Tensor, Tensor]
     settings: Settings
     seconds: float
     peak_bytes: int | None
+    denoiser: str | None = None
 
 
 def invert(
@@ -129,7 +131,7 @@ def invert(
         x = encoded(pipe, chain.model, pixels)
         invert_it = partial(chain.sampler.invert, chain.eps, x, progress=progress)
         latents, seconds, peak = measured(invert_it, x.device)
-    return Inversion(latents, chain.settings, seconds, peak)
+    return Inversion(latents, chain.settings, seconds, peak, denoiser_of(pipe))
 
 
 @torch.no_grad()
@@ -144,7 +146,7 @@ def reconstruct(
     """The image of an inversion, or, with another prompt, an edit of it.
 
     Args:
-        pipe: the pipeline of the inversion.
+        pipe: the pipeline of the inversion, or another of its kind of denoiser.
         inversion: what `invert` returned.
         prompt: None for that of the inversion.
         output_type: "pil", "pt", "np" or "latent", as pipelines have it; latents as in their loop.
@@ -168,6 +170,7 @@ def reconstruct(
     unit = check_pipe(pipe, pictures=output_type != "latent")
     if not isinstance(inversion, Inversion):
         _checks.refuse("inversion", "be what invert returns", type(inversion).__name__, TypeError)
+    _check_made(pipe, inversion, unit)
     _checks.choice("output_type", output_type, OUTPUTS)
     name, pair = "the latents of inversion", inversion.latents
     settings = inversion.settings if prompt is None else replace(inversion.settings, prompt=prompt)
@@ -183,3 +186,21 @@ def reconstruct(
     with in_words(pipe, x=name, y=name):
         x, _ = chain.sampler.sample(chain.eps, *pair, progress=progress)
     return images_of(pipe, chain, x, output_type)
+
+
+def _check_made(pipe: DiffusionPipeline, inversion: Inversion, unit: int | None) -> None:
+    """Refuse an inversion of another kind of denoiser, or of what the pipeline does not make."""
+    settings, kind = inversion.settings, denoiser_of(pipe)
+    if inversion.denoiser not in (None, kind):
+        got = f"one of {inversion.denoiser}"
+        _checks.refuse("inversion", f"be of a pipeline of {kind}", got)
+    many = unit is not None and videos.makes_videos(pipe)
+    if settings.made != (made := "videos" if many else "images"):
+        _checks.refuse("inversion", f"be of {made}, which pipe makes", f"one of {settings.made}")
+    if many:
+        argument = "the number of frames of inversion"
+        videos.whole_frames(pipe, model_of(pipe), settings.frames, argument)
+    if any(side is not None and side % (unit or 1) for side in settings.size):
+        height, width = settings.size
+        rule = f"be of sides of multiples of {unit}"
+        _checks.refuse("inversion", rule, f"{width} x {height}")

@@ -57,21 +57,26 @@ class Settings:
             _checks.choice("sampler", name, SAMPLER)
         return replace(self, num_inference_steps=int(steps))
 
+    @property
+    def made(self) -> str:
+        """The kind of things that are sampled."""
+        return "images" if self.frames is None else "videos"
+
     def texts(self, count: int) -> dict[str, list[str]]:
         """A prompt and a negative prompt for each image."""
         if not count:
             _checks.refuse("prompt", "hold at least one", "none")
         texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
-        return {argument: listed(argument, text, count) for argument, text in texts.items()}
+        return {name: listed(name, text, count, self.made) for name, text in texts.items()}
 
 
-def listed(argument: str, text: str | list[str], count: int) -> list[str]:
-    """A text for each image."""
+def listed(argument: str, text: str | list[str], count: int, made: str) -> list[str]:
+    """A text for each of so many images or videos."""
     texts = [text] * count if isinstance(text, str) else text
     if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
         _checks.refuse(argument, "be a string or a list of strings", repr(text), TypeError)
     if len(texts) != count:
-        _checks.refuse(argument, f"hold one entry for each of the {count} images", len(texts))
+        _checks.refuse(argument, f"hold one entry for each of the {count} {made}", len(texts))
     return texts
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dense_attn import _checks, _memory
 
 from ..hooks import unwrapped
+from ..models import model_of
 from . import rehearsed, stable_diffusion
 from .autoencoder import decoded
 from .chain import Chain
@@ -34,6 +35,15 @@ def check_pipe(pipe: DiffusionPipeline, *, pictures: bool = True) -> int | None:
         stable_diffusion.check_pipe(pipe, pictures=pictures)
         return None
     return rehearsed.check_pipe(pipe, pictures=pictures)
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> str:
+    """The kind of a pipeline's denoiser, with what a U-Net is told beside the text."""
+    unet = unwrapped(getattr(pipe, "unet", None))
+    if unet is None:
+        return model_of(pipe).denoiser
+    told = unet.config.addition_embed_type
+    return type(unet).__name__ + (f" ({told})" if told else "")
 
 
 def images_of(

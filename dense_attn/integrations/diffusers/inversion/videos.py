@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 FACTORS = "vae_scale_factor_temporal", "vae_temporal_compression_ratio"
 ARRAYS = "uint8", "float16", "float32", "float64"
+TENSORS = (*ARRAYS, "bfloat16")
+VALUES = "hold floats in 0..1 or bytes"
+FORMS = "be a list of PIL images, a tensor [F, 3, H, W], an array [F, H, W, 3], or a list of these"
 
 
 def makes_videos(pipe: DiffusionPipeline) -> bool:
@@ -57,31 +60,62 @@ def pixels_of(pipe: DiffusionPipeline, model: Model, videos: Any, unit: int) -> 
     with _checks.renamed({"image": "video"}):
         x = _frames(videos)
         x = x.unsqueeze(0) if x.dim() == 4 else x
-        if x.dim() != 5 or x.shape[2] != 3 or not x.numel():
-            rule = "have shape (F, 3, H, W) or (B, F, 3, H, W), arrays with the colours last"
-            _checks.refuse("video", rule, f"frames of shape {tuple(x.shape[-3:])}")
-        x = x.float() / 255 if x.dtype == torch.uint8 else check_values(x)
+        x = x.float() / 255 if x.dtype == torch.uint8 else check_values(x, VALUES)
     whole_frames(pipe, model, x.shape[1], "the number of frames of video")
     height, width = x.shape[3:]
-    if height % unit or width % unit:
+    if not x.numel() or height % unit or width % unit:
         _checks.refuse("video", f"have sides of multiples of {unit}", f"{width} x {height}")
     return pipe.video_processor.preprocess_video(x).to(pipe._execution_device)
 
 
-def _frames(videos: Any) -> Tensor:
-    """Frames [..., 3, H, W] as they come: tensors, arrays, pictures, or lists of these."""
-    if isinstance(videos, Tensor):
-        return videos
-    if isinstance(videos, np.ndarray) and videos.ndim > 2 and videos.dtype.name in ARRAYS:
-        return torch.from_numpy(videos.copy()).movedim(-1, -3)
-    if not isinstance(videos, (list, tuple)) or not videos:
-        rule = "be PIL images, a tensor, or an array of floats or bytes [F, H, W, 3]"
-        got = f"{videos.dtype.name} {videos.shape}" if hasattr(videos, "dtype") else repr(videos)
-        _checks.refuse("video", rule, got, TypeError)
-    if hasattr(videos[0], "convert"):
-        return torch.from_numpy(np.stack(pictures(videos))).movedim(-1, -3)
-    found = [_frames(video) for video in videos]
+def _frames(video: Any, depth: int = 0) -> Tensor:
+    """Frames [..., 3, H, W] of a video or several; `depth`: the lists that it is in."""
+    if isinstance(video, (Tensor, np.ndarray)):
+        return _numbers(video, depth)
+    listed = isinstance(video, (list, tuple)) and len(video) > 0 and depth < 2
+    pictured = [hasattr(one, "convert") for one in video] if listed else []
+    if not listed or any(pictured) != all(pictured):
+        _checks.refuse("video", FORMS, _said(video), TypeError)
+    if all(pictured):
+        return torch.from_numpy(np.stack(pictures(video, "video", 5 + depth))).movedim(-1, -3)
+    found = []
+    for one in video:  # a comprehension has a frame of its own, before Python 3.12
+        found.append(_frames(one, depth + 1))
     if len({(frames.shape, frames.dtype) for frames in found}) > 1:
-        shapes = dict.fromkeys(str(tuple(frames.shape)) for frames in found)
-        _checks.refuse("video", "hold frames of one shape and dtype", " and ".join(shapes))
+        kinds = " and ".join(dict.fromkeys(map(_said, video)))
+        _checks.refuse("video", "hold frames of one shape and dtype", kinds)
     return torch.stack(found)
+
+
+def _numbers(video: Tensor | np.ndarray, depth: int) -> Tensor:
+    """Frames [..., 3, H, W] of a tensor, or of an array with the colours last."""
+    array = isinstance(video, np.ndarray)
+    if not array:
+        _checks.readable("video", video)
+    dtype = _dtype(video)
+    if dtype not in (ARRAYS if array else TENSORS):
+        _checks.refuse("video", VALUES, dtype, TypeError)
+    axes, colours = ("H, W, 3", -1) if array else ("3, H, W", -3)
+    most = 5 - depth
+    if not max(most - 1, 3) <= video.ndim <= most or video.shape[colours] != 3 or 0 in video.shape:
+        shapes = [f"({axes})", f"(F, {axes})", f"(B, F, {axes})"][max(1 - depth, 0) : 3 - depth]
+        form = f"{'an array' if array else 'a tensor'}{' of a list' if depth else ''}"
+        _checks.refuse("video", f"have shape {' or '.join(shapes)} as {form}", tuple(video.shape))
+    if not array:
+        return video
+    return torch.from_numpy(video.astype(dtype, order="C")).movedim(-1, -3)  # in native bytes
+
+
+def _dtype(video: Tensor | np.ndarray) -> str:
+    return _checks.name(video.dtype) if isinstance(video, Tensor) else video.dtype.name
+
+
+def _said(video: Any) -> str:
+    """A video, or a part of one, in the words of who gave it."""
+    if isinstance(video, (Tensor, np.ndarray)):
+        return f"{_dtype(video)} {tuple(video.shape)}"
+    if isinstance(video, (list, tuple)):
+        kinds = ", ".join(dict.fromkeys(map(_said, video)))
+        return f"a list of {len(video)}" + (f": {kinds}" if kinds else "")
+    kind = type(video).__name__
+    return f"{kind} {video.width} x {video.height}" if hasattr(video, "convert") else kind
