@@ -51,7 +51,8 @@ def only(*names: str) -> list[str]:
     return [word for name in names for word in ("--only", name)]
 
 
-@pytest.mark.full  # builds, and times what is small
+@pytest.mark.full
+@pytest.mark.long  # the whole dry run has these too
 def test_a_dry_run_of_three_steps(tmp_path: Path) -> None:
     """Rows come as they are made; the plan and the limits are printed."""
     pytest.importorskip("triton")

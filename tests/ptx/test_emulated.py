@@ -50,11 +50,16 @@ CORE = {  # files, a selection, and how many tests it holds
         len(OTHERS),
     ),
 }
-TABLES = {
+LONG_TABLES = {
     "attention": (("test_backends.py", "triton_attention.py", "triton_lists.py"), "triton"),
+}
+HALF = "attention in bfloat16"  # what continuous integration has time for
+SHORT_TABLES = {
+    HALF: (("test_backends.py",), "triton and bfloat16"),
     "guidance and steps": (("gpu_sega.py", "gpu_steps.py"), ""),
     "public ops": (("triton_backend.py",), ""),
 }
+TABLES = LONG_TABLES | SHORT_TABLES
 
 
 def emulate(files: tuple[str, ...], selection: str, *options: str, path: Path | None = None) -> str:
@@ -88,10 +93,17 @@ def test_core_by_the_oldest_triton(part: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("target", "order"),
-    [("sm_80", "random"), pytest.param("sm_90", "backward", marks=pytest.mark.long)],
+    ("part", "target", "order"),
+    [
+        *((part, "sm_80", "random") for part in SHORT_TABLES),
+        *(pytest.param(part, "sm_80", "random", marks=pytest.mark.long) for part in LONG_TABLES),
+        *(
+            pytest.param(part, "sm_90", "backward", marks=pytest.mark.long)
+            for part in TABLES
+            if part != HALF
+        ),
+    ],
 )
-@pytest.mark.parametrize("part", TABLES)
 def test_tables(part: str, target: str, order: str) -> None:
     emulate(*TABLES[part], "-m", "not full", "--ptx-target", target, "--ptx-order", order)
 
