@@ -13,6 +13,7 @@ import forked
 import pytest
 import torch
 import tree
+from interrupts import interruptible
 
 from dense_attn import _command
 from dense_attn._command import UserError
@@ -30,11 +31,6 @@ def test_the_demo_stands_above(below: str) -> None:
     imported = {name for path in paths for name in tree.imports(path, modules)}
     assert imported
     assert "demo" not in map(tree.family_of, imported)
-
-
-def interruptible() -> None:
-    """Undo what a shell does to commands behind an ampersand."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def interrupted(arguments: list[str], ready: str, folder: Path) -> tuple[int, str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupts import interruptible
 
 ROOT = Path(__file__).resolve().parents[3]
 LONGEST = 120_000  # ms that a page may take for anything, on a machine that has much else to do
@@ -34,7 +35,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     temporary = tmp_path_factory.mktemp("server")
     command = [sys.executable, "-m", "dense_attn", "app", "--port", str(port), "--threads", "1"]
     environment = os.environ | {"TMPDIR": str(temporary)}
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    how = {"text": True, "stdout": subprocess.PIPE, "preexec_fn": interruptible}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, **how)
     try:
         line = server.stdout.readline()
         assert f"http://127.0.0.1:{port}/" in line
