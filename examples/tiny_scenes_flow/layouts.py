@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from dense_attn import _progress
 
 from ..tiny_scenes.layouts import row, scores
 from ..tiny_scenes.scenes import Scene, draw_scene
 from ..tiny_scenes.score import markdown, said
+from .extremes import of_the_text
 from .model import OneEncoder
 
 TO_TEXT, TO_IMAGE = "image->text", "image->image"
@@ -26,7 +28,8 @@ BLOCKS: dict[str, tuple[str, ...]] = {  # pairs of queries and keys
     "text->image": ("text->image",),
 }
 ALONE = ("image->image", "text->image")  # are tried and not compared
-WEIGHTS = {"bias": (1.0, 3.0, 6.0), "alone": (3.0,), "range": (1.0, 3.0)}
+WEIGHTS = {"bias": (1.0, 3.0, 6.0), "alone": (3.0,), "range": (1.0, 3.0), "block": (0.3, 1.0, 3.0)}
+OF_TEXT = "range of the text block, first 50%"  # the extremes are
 HALF = {"active": 0.5, "exponent": 0.0}  # of the steps, as strong in all of them
 SHIFTS, WINDOWS = (1.0, 3.0), (0.3, 0.5, 0.75, 1.0)
 DEFAULT = "bias 3 on image->text"
@@ -39,6 +42,9 @@ OTHERS: dict[str, dict[str, Any] | None] = {  # beside those whose weights are c
     "a prompt per region": {"prompts": True},
     "a prompt per region, base_ratio 0.3": {"prompts": True, "base_ratio": 0.3},
 }
+
+
+Work = list[tuple[Scene, int]]  # a scene and the seed of its noise
 
 
 def bias(blocks: tuple[str, ...], weight: float) -> dict[str, Any]:
@@ -65,10 +71,22 @@ def tried() -> dict[str, dict[str, dict[str, Any]]]:
         | HALF
         for weight in WEIGHTS["range"]
     }
+    found[OF_TEXT] = {
+        str(weight): bias(BLOCKS[TO_TEXT], weight) | {"extremes": "text"}
+        for weight in WEIGHTS["block"]
+    }
     return found
 
 
-Work = list[tuple[Scene, int]]  # a scene and the seed of its noise
+def scored(pipe: OneEncoder, work: Work, setting: dict[str, Any] | None) -> dict[str, Tensor]:
+    """The scores of a setting, which may have extremes of the text block."""
+    with of_the_text() if setting and "extremes" in setting else nullcontext():
+        return scores(pipe, work, setting and options_of(setting), "auto")
+
+
+def options_of(setting: dict[str, Any]) -> dict[str, Any]:
+    """The options of `apply_layout`, or of the first model's study, in a setting."""
+    return {name: value for name, value in setting.items() if name != "extremes"}
 
 
 def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 40) -> dict[str, Any]:
@@ -84,7 +102,7 @@ def study(pipe: OneEncoder, count: int = 200, seeds: int = 3, tuning: int = 40) 
     weights = weighed(pipe, own)
     settings = OTHERS | chosen(weights)
     rows = {
-        name: scores(pipe, work, setting, "auto")
+        name: scored(pipe, work, setting)
         for name, setting in _progress.track(settings.items(), "layouts", "setting")
     }
     return {
@@ -136,7 +154,7 @@ def windows(pipe: OneEncoder, own: Work) -> dict[str, dict[str, dict[str, float]
 
 
 def _means(pipe: OneEncoder, work: Work, options: dict[str, Any]) -> dict[str, float]:
-    found = scores(pipe, work, options, "auto")
+    found = scored(pipe, work, options)
     return {name: found[name].mean().item() for name in ("iou", "present")}
 
 

@@ -19,6 +19,7 @@ from dense_attn.examples.tiny_scenes.train import RATE
 from dense_attn.examples.tiny_scenes_flow import (
     chains,
     evaluate,
+    extremes,
     inversion,
     layouts,
     model,
@@ -71,7 +72,8 @@ def test_every_setting_of_the_study_is_taken(flow: model.OneEncoder) -> None:
     settings = [options for ways in layouts.tried().values() for options in ways.values()]
     for setting in [*settings, *layouts.OTHERS.values()]:
         if setting and "prompts" not in setting:
-            with apply_layout(flow, "a red circle", [("a red circle", (0, 0, 0.5, 1))], **setting):
+            options = layouts.options_of(setting)
+            with apply_layout(flow, "a red circle", [("a red circle", (0, 0, 0.5, 1))], **options):
                 pass
 
 
@@ -199,3 +201,26 @@ def test_the_tables_of_the_docs_are_those_of_the_results() -> None:
                 assert text in page, f"{part}:\n{text}"
     for name in ("both present", "shape right", "both present in their shapes"):
         assert f"{results['gate'][name]:.1%}" in page
+
+
+def test_extremes_of_the_text_block() -> None:
+    """At strength 1 a row's own words have its largest score of the text, all others the least."""
+    q, k = torch.randn(2, 1, 2, 70, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    v = torch.eye(70).expand(1, 2, 70, 70)  # so that results are weights
+    words, text = torch.ones(1, 70, dtype=torch.int32), extremes.IMAGE_TOKENS
+    words[:, text + 2 :] = 0
+    moved, plain = (
+        extremes.attention(q, k, v, words, words, torch.full((1, 2, 70), c), scale=None)
+        for c in (1.0, 0.0)
+    )
+    torch.testing.assert_close(plain, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    own, others = moved[:, :, :text, text : text + 2], moved[:, :, :text, text + 2 :]
+    for part in (own, others):
+        torch.testing.assert_close(part, part[..., :1].expand_as(part))
+    ratio = moved[:, :, :text, :text] / plain[:, :, :text, :text]  # images among themselves
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
+    block = plain[:, :, :text, text:]
+    torch.testing.assert_close(
+        own[..., 0] / others[..., 0], block.amax(-1) / block.amin(-1), rtol=1e-4, atol=0
+    )
+    assert torch.equal(moved[:, :, text:], plain[:, :, text:])

@@ -13,7 +13,7 @@ import forked
 import pytest
 import torch
 import tree
-from interrupts import interruptible
+from forked.interrupts import interruptible
 
 from dense_attn import _command
 from dense_attn._command import UserError

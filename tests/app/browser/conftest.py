@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interrupts import interruptible
+from forked.interrupts import interruptible
 
 ROOT = Path(__file__).resolve().parents[3]
 LONGEST = 120_000  # ms that a page may take for anything, on a machine that has much else to do
