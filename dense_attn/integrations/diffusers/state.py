@@ -98,7 +98,7 @@ class LayoutState:
 
     @property
     def masks(self) -> list[Tensor]:
-        """Those of each image's regions, [R, H, W] or [R, F, H, W]."""
+        """The masks of each image's regions, [R, H, W] or [R, F, H, W]."""
         return [image.masks for image in self.images]
 
     def hear_call(self, given: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ def taken(name: str, asked: int, count: int, calls: list) -> list[int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_frames_of_a_call(name: str, calls: list, encoded: list) -> None:
-    """Those of the video and of its latents; one more or one less is refused before all else."""
+    """Counts of the video and of its latents pass; one more or one less is refused first."""
     for count in (2, 4, 8, 10, 13):
         refused(name, 9, count, "9 frames or of the 3")
     assert not encoded

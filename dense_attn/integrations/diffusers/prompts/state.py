@@ -72,7 +72,7 @@ class RegionState(LayoutState):
 
     @property
     def masks(self) -> list[Tensor]:
-        """Those of each image's regions, [R, H, W] or [R, F, H, W]."""
+        """The masks of each image's regions, [R, H, W] or [R, F, H, W]."""
         return [image.masks for image in self.reading.images_of]
 
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:
