@@ -7,9 +7,9 @@
 
 namespace DENSE_ATTN_ISA {
 
-constexpr int kDigitBits = 10;
-constexpr int64_t kBuckets = 1 << kDigitBits;
-constexpr int64_t kFew = 32;            // candidates that are sorted outright
+constexpr int kMostDigitBits = 10;
+constexpr int kLeastDigitBits = 6;
+constexpr int64_t kFew = 12;            // candidates that are sorted outright
 constexpr int64_t kGathered = 1 << 16;  // candidates kept in a buffer; more of them are read again where they lie
 constexpr int64_t kKeyBlock = 512;
 
@@ -28,6 +28,23 @@ inline Int32s smaller(Int32s a, Int32s b) { return (Int32s)_mm512_min_epi32((__m
 inline Int32s larger(Int32s a, Int32s b) { return (Int32s)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 inline Int64s smaller(Int64s a, Int64s b) { return (Int64s)_mm512_min_epi64((__m512i)a, (__m512i)b); }
 inline Int64s larger(Int64s a, Int64s b) { return (Int64s)_mm512_max_epi64((__m512i)a, (__m512i)b); }
+inline int32_t least(Int32s x) { return _mm512_reduce_min_epi32((__m512i)x); }
+inline int64_t least(Int64s x) { return _mm512_reduce_min_epi64((__m512i)x); }
+inline int32_t most(Int32s x) { return _mm512_reduce_max_epi32((__m512i)x); }
+inline int64_t most(Int64s x) { return _mm512_reduce_max_epi64((__m512i)x); }
+#else
+template <class Int>
+inline auto least(Int x) {
+  auto bound = x[0];
+  for (int lane = 1; lane < kVecBytes / static_cast<int>(sizeof(bound)); ++lane) bound = smaller(bound, x[lane]);
+  return bound;
+}
+template <class Int>
+inline auto most(Int x) {
+  auto bound = x[0];
+  for (int lane = 1; lane < kVecBytes / static_cast<int>(sizeof(bound)); ++lane) bound = larger(bound, x[lane]);
+  return bound;
+}
 #endif
 
 inline float magnitude(float x) { return __builtin_fabsf(x); }
@@ -63,11 +80,21 @@ inline void load_keys(const T* row, int64_t stride, int64_t count, KeyOf<Acc>* t
   for_lanes(row, stride, count, [&](int64_t i, VecOf<Acc> lanes) { store(to + i, (IntOf<Acc>)lanes & kNoKey<Acc>); });
 }
 
+// A digit has about as many values as there are keys: to clear and search more would take most of a short row's time.
+inline int digit_bits(int64_t count) {
+  int bits = kLeastDigitBits;
+  while (bits < kMostDigitBits && count >> bits > 1) ++bits;
+  return bits;
+}
+
 // Counts of a digit's values, twice: equal neighbours would wait for each other's sum.
 struct Digits {
-  int64_t counts[2][kBuckets];
+  int64_t counts[2][1 << kMostDigitBits];
 
-  void clear() { std::memset(counts, 0, sizeof(counts)); }
+  void clear(int bits = kMostDigitBits) {
+    using Int = IntOf<double>;
+    for (int64_t i = 0; i < 1 << bits; i += kLanes<double>) store(counts[0] + i, Int{}), store(counts[1] + i, Int{});
+  }
   int64_t of(int64_t bucket) const { return counts[0][bucket] + counts[1][bucket]; }
 
   template <class Key>
@@ -79,7 +106,7 @@ struct Digits {
   }
 
   void add(const Digits& other) {
-    for (int64_t i = 0; i < kBuckets; ++i) counts[0][i] += other.of(i);
+    for (int64_t i = 0; i < 1 << kMostDigitBits; ++i) counts[0][i] += other.of(i);
   }
 
   // The bucket that holds a rank, which becomes the rank within the bucket.
@@ -105,13 +132,13 @@ struct KeyRange {
   Key lowest, highest;
 
   bool single() const { return lowest == highest; }
-  int shift() const {
+  int shift(int digit = kMostDigitBits) const {
     const Key width = highest - lowest;
     const int bits = width == 0 ? 0 : 64 - __builtin_clzll(width);
-    return bits > kDigitBits ? bits - kDigitBits : 0;
+    return bits > digit ? bits - digit : 0;
   }
-  KeyRange bucket(int64_t index) const {
-    const Key first = lowest + (static_cast<Key>(index) << shift()), rest = (Key{1} << shift()) - 1;
+  KeyRange bucket(int64_t index, int digit = kMostDigitBits) const {
+    const Key first = lowest + (static_cast<Key>(index) << shift(digit)), rest = (Key{1} << shift(digit)) - 1;
     return {first, highest - first < rest ? highest : first + rest};
   }
   static KeyRange of(const Key* keys, int64_t count) {
@@ -122,12 +149,10 @@ struct KeyRange {
       const Int key = load<Int>(keys + i);
       low = smaller(low, key), high = larger(high, key);
     }
-    KeyRange range{keys[0], keys[0]};
-    const auto include = [&](Key least, Key most) {
-      range = {smaller(range.lowest, least), larger(range.highest, most)};
-    };
-    for (int lane = 0; lane < kLanes<Acc>; ++lane) include(low[lane], high[lane]);
-    for (int64_t i = whole; i < count; ++i) include(keys[i], keys[i]);
+    KeyRange range{least(low), most(high)};
+    for (int64_t i = whole; i < count; ++i) {
+      range = {smaller(range.lowest, keys[i]), larger(range.highest, keys[i])};
+    }
     return range;
   }
 };
@@ -183,7 +208,7 @@ inline int64_t gather(KeyOf<Acc>* keys, int64_t count, KeyRange<Acc> range, KeyO
     kept += (key >= lowest) & (key <= highest);
     next = key > highest ? smaller(next, key) : next;
   }
-  for (int lane = 0; lane < kLanes<Acc>; ++lane) next = smaller<KeyOf<Acc>>(next, beyond[lane]);
+  next = smaller<KeyOf<Acc>>(next, least(beyond));
   return kept;
 }
 
@@ -199,9 +224,10 @@ Neighbours<Acc> select(KeyOf<Acc>* keys, int64_t count, int64_t rank, KeyRange<A
                        Digits& digits) {
   using Key = KeyOf<Acc>;
   while (!range.single() && count > kFew) {
-    digits.clear();
-    digits.add(keys, count, range.lowest, range.shift());
-    count = gather<Acc>(keys, count, range.bucket(digits.find(rank)), next);
+    const int bits = digit_bits(count);
+    digits.clear(bits);
+    digits.add(keys, count, range.lowest, range.shift(bits));
+    count = gather<Acc>(keys, count, range.bucket(digits.find(rank), bits), next);
     range = KeyRange<Acc>::of(keys, count);
   }
   for (int64_t i = 1; !range.single() && i < count; ++i) {
