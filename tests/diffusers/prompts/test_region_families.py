@@ -41,7 +41,7 @@ TEXTS = {
 }
 GRIDS = {"cogview4": (8, 12)} | dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
 FRAMES = {"wan": 2}
-REFUSED = "hunyuan_dit", "hunyuan_image", "hunyuan_video", "hunyuan_video15", "flux2_kv"
+POOLED = "kandinsky5", "hunyuan_dit", "hunyuan_video"  # but for 1.5
 OTHERS = [None]  # a token of no text and no place
 LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it", "wan": "ff"}  # of others "ti"
 
@@ -190,8 +190,8 @@ def test_one_region_of_the_whole_image_is_its_prompt(name: str) -> None:
     """Its text stands behind another, and means what it means alone; so does a negative one."""
     takes = inspect.signature(type(family(name)).__call__).parameters
     call = {"negative_prompt": NEGATIVE} if "negative_prompt" in takes else {}
-    # a vector of Kandinsky 5's whole text stays the call's, which there has the region's prompt
-    pooled = name.startswith("kandinsky5")
+    # a vector of the whole text stays the call's, which there has the region's prompt
+    pooled = name.startswith(POOLED)
     prompt, other = (PROMPT, call) if pooled else ("dog", dict.fromkeys(call, "dog"))
     right = made(name, PROMPT, **call)
     assert near(ours(name, prompt, [Region(WHOLE, PROMPT)], call), right)

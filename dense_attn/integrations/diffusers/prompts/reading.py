@@ -24,6 +24,7 @@ class Text(NamedTuple):
     tokens: Tensor  # [L, C], with its padding
     mask: Tensor | None  # bool [L], the tokens that are no padding, where the pipeline tells
     bare: Tensor  # [n, C], without padding
+    second: Text | None = None  # as another encoder reads it, of those whose padding has a mask
 
 
 class RegionReading(Reading):
@@ -78,11 +79,11 @@ class RegionReading(Reading):
         key = text, positive
         if key not in self._texts:
             found = self._encoded(text) if positive else self._negative(text)
-            tokens, same = found[0][0], (1, len(found[0][0]))
-            masks = (x[0].bool() for x in found[1:] if isinstance(x, Tensor) and x.shape == same)
-            mask = next(masks, None)
-            bare = tokens if mask is None else tokens[mask.to(tokens.device)]
-            self._texts[key] = Text(tokens, mask, bare)
+            same = found[0].shape[:2]
+            masks = (x for x in found[1:] if isinstance(x, Tensor) and x.shape == same)
+            pairs = (pair for pair in zip(found[1:], found[2:]) if _is_masked(*pair))
+            second = next((_text(*pair) for pair in pairs), None)
+            self._texts[key] = _text(found[0], next(masks, None))._replace(second=second)
         return self._texts[key]
 
     def _encoded(self, text: str, **options: Any) -> tuple[Any, ...]:
@@ -98,3 +99,17 @@ class RegionReading(Reading):
         guided = {"negative_prompt": text, "do_classifier_free_guidance": True}
         pairs = zip(self._encoded(""), self._encoded("", **guided))
         return tuple(more for one, more in pairs if one is None or len(one) == 0)
+
+
+def _text(tokens: Tensor, mask: Tensor | None) -> Text:
+    """One text out of an encoder's [1, L, C] and its mask [1, L]."""
+    if mask is None:
+        return Text(tokens[0], None, tokens[0])
+    mask = mask[0].bool()
+    return Text(tokens[0], mask, tokens[0][mask.to(tokens.device)])
+
+
+def _is_masked(tokens: Any, mask: Any) -> bool:
+    """Whether two outputs of encode_prompt are the tokens of an encoder and their mask."""
+    both = isinstance(tokens, Tensor) and isinstance(mask, Tensor)
+    return both and tokens.dim() == 3 and mask.shape == tokens.shape[:2]
