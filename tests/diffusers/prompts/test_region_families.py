@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, family, run, video
-from pipelines import MODELS, close, pipeline
+from pipelines import ALL, MODELS, close, pipeline
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import Region, apply_layout
@@ -24,7 +24,7 @@ REGIONS = [Region(CAT, "a cat"), Region(DOG, "dog cat a")]  # a third of the ima
 PROMPT = "a cat dog"
 NEGATIVE = "fog " * 12
 # the tokens of the call's prompt and of the two regions', a space one of T5's, in their slots:
-# Qwen's have <|im_end|> and a line's end, Lumina's sixteen of the system's
+# Qwen's and others' have <|im_end|> and a line's end, Lumina's sixteen of the system's
 TEXTS = {
     "auraflow": (24, 24, 24),
     "flux2": (24, 24, 24),
@@ -38,12 +38,21 @@ TEXTS = {
     "sana": (20, 6 + 1, 10 + 1),
     "cogview4": (16, 16, 16),
     "kandinsky5": (9 + 2, 5 + 2, 9 + 2),
+    "flux2_kv": (24, 24, 24),
+    "hunyuan_dit": (333, 333, 333),
+    "hunyuan_image": (9 + 2, 5 + 2, 9 + 2),
+    "hunyuan_video": (9 + 1, 5 + 1, 9 + 1),
+    "hunyuan_video15": (9 + 2, 5 + 2, 9 + 2),
 }
-GRIDS = {"cogview4": (8, 12)} | dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
-FRAMES = {"wan": 2}
+GRIDS = dict.fromkeys(("cogview4", "hunyuan_image"), (8, 12))
+GRIDS |= dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
+GRIDS |= dict.fromkeys(("hunyuan_video", "hunyuan_video15"), (2, 4))
+FRAMES = {"wan": 2, "hunyuan_video": 3, "hunyuan_video15": 3}
 POOLED = "kandinsky5", "hunyuan_dit", "hunyuan_video"  # but for 1.5
 OTHERS = [None]  # a token of no text and no place
-LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it", "wan": "ff"}  # of others "ti"
+LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it"}  # of others "ti"
+LABELS |= dict.fromkeys(("hunyuan_image", "hunyuan_video", "hunyuan_video15"), "it")
+KEYS = {"flux2_kv": "tri"}  # of others the queries
 
 
 def of(*names: str) -> pytest.MarkDecorator:
@@ -97,9 +106,9 @@ class Dense:
 
     def image(self, positive: bool) -> list:
         rows, columns = GRIDS.get(self.name, (4, 6))  # image tokens
-        step, found = 8 // rows, []
+        found = []
         for cat, dog in self.frames * (FRAMES.get(self.name, 1) // len(self.frames)):
-            block = np.where(cat, 1, np.where(dog, 2, 0))[::step, ::step][:rows, :columns]
+            block = np.where(cat, 1, np.where(dog, 2, 0))[:: 8 // rows, :: 12 // columns]
             found += [("image", int(b) if positive else 0) for b in block.flatten()]
         return found + OTHERS * (8 if self.name == "z_image" else 0)  # 24 tokens in 32
 
@@ -110,9 +119,10 @@ class Dense:
             return image, text
         if kind == "text alone":
             return text, text
-        sides = {"o": OTHERS * 8, "t": text, "i": image}
-        both = [label for one in LABELS.get(self.name, "ti") for label in sides[one]]
-        return both, both
+        sides = {"o": OTHERS * 8, "t": text, "i": image, "r": OTHERS * 16 * 16}
+        own = LABELS.get(self.name, "ti")
+        both = own, KEYS.get(self.name, own)
+        return tuple([label for one in order for label in sides[one]] for order in both)
 
     def __call__(
         self,
@@ -185,7 +195,7 @@ def test_regions_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     assert near(out, ours("wan", PROMPT, regions))
 
 
-@of(*(name for name in {**FAMILIES, **video.FAMILIES} if name not in REFUSED))
+@of(*(name for name in {**FAMILIES, **video.FAMILIES}))
 def test_one_region_of_the_whole_image_is_its_prompt(name: str) -> None:
     """Its text stands behind another, and means what it means alone; so does a negative one."""
     takes = inspect.signature(type(family(name)).__call__).parameters
@@ -212,10 +222,12 @@ def test_the_padding_of_lumina2s_own_length() -> None:
     assert torch.equal(ours("lumina2", PROMPT, regions, call | {"max_sequence_length": 256}), out)
 
 
-@of(*REFUSED)
-def test_models_that_take_no_more_text(name: str) -> None:
-    """Their text is pooled, refined by its mean or placed by its length."""
-    pipe = family(name)
-    rule = rf"^pipe must have a model whose record places texts of .* got {type(pipe).__name__} wi"
+def test_a_model_that_takes_no_more_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CogVideoX that has learned a place for each of so many tokens."""
+    pipe = family("cogvideox")
+    own = dict(pipe.transformer.config) | ALL | {"use_learned_positional_embeddings": True}
+    placed = type(pipe.transformer).from_config(own)
+    monkeypatch.setattr(pipe, "transformer", placed)
+    rule = r"^pipe must have a model whose record places texts of .* got CogVideoXPipeline wi"
     with pytest.raises(ValueError, match=rule), apply_layout(pipe, PROMPT, REGIONS):
         pytest.fail("the block must not run")

@@ -1,4 +1,4 @@
-"""Models whose texts a refiner of their own makes anew, together with a mean of all their tokens."""
+"""Models with a refiner of their own for a text, which sees all of it and its mean."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class RegionReading(Reading):
             manner = encoding.manner_of(given)
             if embedded:  # of others only this one had an effect
                 manner = {name: manner[name] for name in manner if name == "lora_scale"}
+                manner |= self.length_of(given["prompt_embeds"])
             if not encoding.same_manner(manner, self._manner):
                 self._manner = manner
                 self._texts.clear()
@@ -81,7 +83,7 @@ class RegionReading(Reading):
             found = self._encoded(text) if positive else self._negative(text)
             same = found[0].shape[:2]
             masks = (x for x in found[1:] if isinstance(x, Tensor) and x.shape == same)
-            pairs = (pair for pair in zip(found[1:], found[2:]) if _is_masked(*pair))
+            pairs = (pair for pair in pairwise(found[1:]) if _is_masked(*pair))
             second = next((_text(*pair) for pair in pairs), None)
             self._texts[key] = _text(found[0], next(masks, None))._replace(second=second)
         return self._texts[key]

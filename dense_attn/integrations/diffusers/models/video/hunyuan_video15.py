@@ -32,7 +32,9 @@ class HunyuanVideo15(HunyuanImage):
         """The kinds of a call's layers while regions have prompts: an image's tokens come first."""
         image = call.places[0]
         count = image.shape[1] if _is_one(image) else 0
-        return tuple(each._replace(queries=(IMAGE, registers(count), TEXT)) for each in self.attentions)
+        return tuple(
+            each._replace(queries=(IMAGE, registers(count), TEXT)) for each in self.attentions
+        )
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's, without the tokens of no image."""
