@@ -21,7 +21,7 @@ from .modular.pipeline import Modular
 from .options import blocks
 from .regions.frames import asked_of, check_call, masks_of_call
 from .rows import Rows
-from .steps import Steps
+from .steps import Steps, check_sigmas
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -102,9 +102,11 @@ class LayoutState:
         return [image.masks for image in self.images]
 
     def hear_call(self, given: dict[str, Any]) -> None:
-        """Take the arguments of a call of the pipeline, and refuse masks of other frames."""
+        """Take a pipeline's call's arguments; refuse masks of other frames, and rising sigmas."""
         if not self.paused:
             check_call(self.pipe, self.model, given, self.masks)
+            if self.options.active_sigma is not None:
+                check_sigmas(given)
         self.asked = asked_of(self.pipe, given)
 
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:

@@ -81,11 +81,12 @@ class RegionReading(Reading):
         key = text, positive
         if key not in self._texts:
             found = self._encoded(text) if positive else self._negative(text)
-            same = found[0].shape[:2]
+            same = 1, len(found[0][0])
             masks = (x for x in found[1:] if isinstance(x, Tensor) and x.shape == same)
             pairs = (pair for pair in pairwise(found[1:]) if _is_masked(*pair))
-            second = next((_text(*pair) for pair in pairs), None)
-            self._texts[key] = _text(found[0], next(masks, None))._replace(second=second)
+            second = next((_text(*map(_first, pair)) for pair in pairs), None)
+            own = _text(found[0][0], _first(next(masks, None)))
+            self._texts[key] = own._replace(second=second)
         return self._texts[key]
 
     def _encoded(self, text: str, **options: Any) -> tuple[Any, ...]:
@@ -103,12 +104,16 @@ class RegionReading(Reading):
         return tuple(more for one, more in pairs if one is None or len(one) == 0)
 
 
+def _first(row: Tensor | None) -> Tensor | None:
+    """The one row of a batch."""
+    return None if row is None else row[0]
+
+
 def _text(tokens: Tensor, mask: Tensor | None) -> Text:
-    """One text out of an encoder's [1, L, C] and its mask [1, L]."""
+    """A text of an encoder's tokens [L, C] and their mask [L]."""
     if mask is None:
-        return Text(tokens[0], None, tokens[0])
-    mask = mask[0].bool()
-    return Text(tokens[0], mask, tokens[0][mask.to(tokens.device)])
+        return Text(tokens, None, tokens)
+    return Text(tokens, mask.bool(), tokens[mask.bool().to(tokens.device)])
 
 
 def _is_masked(tokens: Any, mask: Any) -> bool:
