@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import classes, family, run, video
 from families.controlnets import changed
-from pipelines import PROMPT, close, diffusers
+from pipelines import ALL, PROMPT, close, diffusers
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import Region, apply_layout
@@ -101,6 +101,24 @@ def test_texts_of_other_lengths() -> None:
     with pytest.raises(ValueError, match=rule), apply_layout(pipe, None, cover):
         frames(pipe, None, prompt_embeds=encoded)
     assert not any("forward" in vars(layer) for layer in cross(pipe))
+
+
+@pytest.mark.parametrize("learned", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_places_of_so_many_tokens(learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CogVideoX 2B and, with places of a text's tokens too, 5B image to video: every text's own."""
+    pipe = family("cogvideox")
+    places = ("use_rotary_positional_embeddings", "use_learned_positional_embeddings")
+    config = dict(pipe.transformer.config) | ALL | dict.fromkeys(places, learned)
+    placed = type(pipe.transformer).from_config(config).eval()
+    if learned:
+        placed.patch_embed.pos_embedding.normal_()
+    monkeypatch.setitem(vars(pipe), "transformer", placed)
+    right = run("cogvideox", PROMPT, steps=2)
+    with apply_layout(pipe, "dog", [Region(WHOLE, PROMPT)]):
+        assert near(run("cogvideox", "dog", steps=2), right)
+    with apply_layout(pipe, "dog", REGIONS):
+        assert not close(run("cogvideox", "dog", steps=2), right)
+    assert torch.equal(run("cogvideox", PROMPT, steps=2), right)
 
 
 @pytest.mark.full

@@ -241,7 +241,7 @@ class RegionState(LayoutState):
         for length, there, sees in zip(own, rows, sees_first):
             counts = [0 if one is None else len(one.tokens if keep else one.bare) for one in there]
             lengths.append((length, *counts) + (0,) * (self._most - len(counts)))
-            longest.append(texts.up(max(length if sees else 0, *counts), multiple))
+            longest.append(texts.up(max([length if sees else 0, *counts]), multiple))
         sizes = tuple(texts.up(max(column), multiple) for column in zip(*lengths))
         return Slots(sizes, tuple(lengths), multiple, tuple(longest))
 
