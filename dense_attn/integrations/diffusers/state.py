@@ -90,11 +90,9 @@ class LayoutState:
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
 
-    def __deepcopy__(self, memo: object) -> LayoutState:
-        """That of a copied denoiser, which is in no block: its calls go on as they are."""
-        other = object.__new__(type(self))
-        other.paused, other.first, other.last = 1, 0, 0
-        return other
+    def __reduce__(self) -> tuple[Any, ...]:
+        """That of a copied or pickled denoiser, which is in no block: its calls go on."""
+        return object.__new__, (type(self),), {"paused": 1, "first": 0, "last": 0}
 
     @property
     def masks(self) -> list[Tensor]:

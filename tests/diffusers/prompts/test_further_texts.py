@@ -140,7 +140,7 @@ def test_quoted_words_of_a_regions_own_prompt(name: str) -> None:
 
 @pytest.mark.full
 def test_an_images_tokens_before_the_texts() -> None:
-    """Of HunyuanVideo 1.5's image to video, which all regions see."""
+    """All regions of HunyuanVideo 1.5's image to video see them."""
     pipe = classes.made(diffusers.HunyuanVideo15ImageToVideoPipeline)
     right = classes.call(pipe, num_inference_steps=2).frames
     with apply_layout(pipe, "dog", [Region(WHOLE, PROMPT)]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,11 +28,9 @@ class Numbering:
         state = self.states[-1]
         return state.model.numbered(self.own, state.slots, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Numbering:
-        """That of a copied module, which is in no block: its own function."""
-        other, memo[id(self.states)] = object.__new__(Numbering), []
-        vars(other).update(copy.deepcopy(vars(self), memo))
-        return other
+    def __getstate__(self) -> dict[str, Any]:
+        """That of a copied or pickled module, which is in no block: its own function."""
+        return vars(self) | {"states": []}
 
     @property
     def stands(self) -> bool:
