@@ -48,7 +48,7 @@ GRIDS = dict.fromkeys(("cogview4", "hunyuan_image"), (8, 12))
 GRIDS |= dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
 GRIDS |= dict.fromkeys(("hunyuan_video", "hunyuan_video15"), (2, 4))
 FRAMES = {"wan": 2, "hunyuan_video": 3, "hunyuan_video15": 3}
-POOLED = "kandinsky5", "hunyuan_dit", "hunyuan_video"  # but for 1.5
+POOLED = "kandinsky5", "hunyuan_dit"
 OTHERS = [None]  # a token of no text and no place
 LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it"}  # of others "ti"
 LABELS |= dict.fromkeys(("hunyuan_image", "hunyuan_video", "hunyuan_video15"), "it")
@@ -83,6 +83,15 @@ def ours(
 def near(a: Tensor, b: Tensor) -> bool:
     """To 1e-5 of the largest."""
     return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
+
+
+@torch.no_grad()
+def vectors(name: str, prompt: str) -> dict[str, Tensor]:
+    """What HunyuanVideo's calls may be given of a whole prompt, and of the negative one."""
+    if name != "hunyuan_video":
+        return {}
+    texts = {"pooled_prompt_embeds": prompt, "negative_pooled_prompt_embeds": NEGATIVE}
+    return {name: family("hunyuan_video")._get_clip_prompt_embeds(texts[name]) for name in texts}
 
 
 class Dense:
@@ -200,18 +209,19 @@ def test_one_region_of_the_whole_image_is_its_prompt(name: str) -> None:
     """Its text stands behind another, and means what it means alone; so does a negative one."""
     takes = inspect.signature(type(family(name)).__call__).parameters
     call = {"negative_prompt": NEGATIVE} if "negative_prompt" in takes else {}
-    # a vector of the whole text stays the call's, which there has the region's prompt
-    pooled = name.startswith(POOLED)
+    # a vector of the whole text stays the call's, which there has the region's prompt, or vectors
+    pooled, beside = name.startswith(POOLED), vectors(name, PROMPT)
     prompt, other = (PROMPT, call) if pooled else ("dog", dict.fromkeys(call, "dog"))
     right = made(name, PROMPT, **call)
-    assert near(ours(name, prompt, [Region(WHOLE, PROMPT)], call), right)
+    assert near(ours(name, prompt, [Region(WHOLE, PROMPT)], call | beside), right)
     if call:
         region = Region(WHOLE, PROMPT, negative=NEGATIVE)
-        assert near(ours(name, prompt, [region], other), right)
+        assert near(ours(name, prompt, [region], other | beside), right)
     cat = [Region(WHOLE, "a cat")]
-    assert not close(ours(name, prompt, cat, call), right)
+    assert not close(ours(name, prompt, cat, call | beside), right)
     if not pooled:  # also behind a longer text, which no token of the image sees
-        assert near(ours(name, NEGATIVE, cat, call), made(name, "a cat", **call))
+        beside = vectors(name, "a cat")
+        assert near(ours(name, NEGATIVE, cat, call | beside), made(name, "a cat", **call))
 
 
 def test_the_padding_of_lumina2s_own_length() -> None:
