@@ -87,7 +87,7 @@ def near(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def vectors(name: str, prompt: str) -> dict[str, Tensor]:
-    """What HunyuanVideo's calls may be given of a whole prompt, and of the negative one."""
+    """Pooled vectors of a prompt and the negative one, which HunyuanVideo's calls may be given."""
     if name != "hunyuan_video":
         return {}
     texts = {"pooled_prompt_embeds": prompt, "negative_pooled_prompt_embeds": NEGATIVE}
