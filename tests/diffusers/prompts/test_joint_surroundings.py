@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LEFT = np.arange(12)[None].repeat(8, 0) < 8  # two of three columns of tokens
 HALVES = [Region(LEFT, "a cat"), Region(~LEFT, "dog cat a")]
 WHOLE = [Region((0.0, 0.0, 1.0, 1.0), "a cat")]
+SEVERAL = "z_image", "wan", "lumina2", "hunyuan_dit", "hunyuan_image"
 
 
 def near(a: Tensor, b: Tensor) -> bool:
@@ -35,8 +36,7 @@ def ours(name: str, regions: list = HALVES, **options: object) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["qwen", *(pytest.param(x, marks=pytest.mark.full) for x in ("z_image", "wan", "lumina2"))],
+    "name", ["qwen", *(pytest.param(x, marks=pytest.mark.full) for x in SEVERAL)]
 )
 def test_several_images(name: str) -> None:
     """Each alone is the same, of texts of other lengths, in one call."""
