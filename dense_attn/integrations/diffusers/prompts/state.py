@@ -140,13 +140,12 @@ class RegionState(LayoutState):
         mask: Mask | None,
     ) -> Tensor:
         """Attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
-        part, masked = self.parts[mark.kind, mark.depth], mask
-        if self.model.words_alone:
-            masked = None
+        part = self.parts[mark.kind, mark.depth]
+        mask = None if self.model.words_alone else mask
         spans = self.spans if part.text else (Span(0, len(q), True),)
         parts = []
         for start, stop, positive in spans:
-            there = None if masked is None else rows_of(masked, start, stop)
+            there = None if mask is None else rows_of(mask, start, stop)
             blocks = part.blocks[mark.on, positive]
             given = (side[start:stop] for side in (q, k, v))
             parts.append(blocks.attention(*given, scale, there, self.slots.own, part.rule))
