@@ -68,8 +68,10 @@ def of_call(
     given = options.get("attn_mask")
     if given is None:
         return None
+    if torch.compiler.is_compiling():
+        return reduced(of_rows(options, first, last)["attn_mask"], q, k, same_tokens)
     owner, *others = sources or (given._base if given._is_view() else given,)
-    if torch.compiler.is_compiling() or any(x.is_inference() for x in (owner, *others)):
+    if any(x.is_inference() for x in (owner, *others)):
         return reduced(of_rows(options, first, last)["attn_mask"], q, k, same_tokens)
     rows = first, last, q.shape[:3], k.shape[2], same_tokens
     form = given.shape, given.dtype, None if sources else (given.stride(), given.storage_offset())

@@ -129,11 +129,11 @@ def test_a_concept_is_refused_by_its_place(edit: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("conditioning", "said"),
     [
-        ([], "prompt must hold one text (not a combination of several), got 0"),
-        ("fog", "prompt must hold one text (not a combination of several), got str"),
+        ([], "conditioning must hold one text (not a combination of several), got 0"),
+        ("fog", "conditioning must hold one text (not a combination of several), got str"),
         (
             [[torch.zeros(2), {}]],
-            "prompt must hold tokens [1, number, channels], at least one, got",
+            "conditioning must hold tokens [1, number, channels], at least one, got",
         ),
     ],
 )

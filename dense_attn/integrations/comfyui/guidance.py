@@ -22,7 +22,7 @@ class Edit(Concept):
     """A concept that an image gets more of, or less: diffusers' `Edit` of a CONDITIONING.
 
     Args:
-        prompt: a CONDITIONING of one text, the concept.
+        prompt: a CONDITIONING of one text, the concept; `conditioning` in the node and in refusals.
         scale, threshold, warmup, cooldown, weight, reverse: as on diffusers.
 
     Raises:
@@ -33,7 +33,7 @@ class Edit(Concept):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __post_init__(self) -> None:
-        _tokens("prompt", self.prompt)
+        _tokens("conditioning", self.prompt)
 
 
 def semantic_guidance(

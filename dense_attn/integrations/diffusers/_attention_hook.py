@@ -205,7 +205,7 @@ def _marked(kind: type) -> type:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """A copy of a processor is one of its kind."""
-        made, given, *state = kind.__reduce_ex__(self, protocol)
+        made, given, *state = kind.__reduce_ex__(self, 1)  # later ones look at the class
         return made, tuple(kind if each is type(self) else each for each in given), *state
 
     own_names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, MARKS: True}

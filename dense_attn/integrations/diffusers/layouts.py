@@ -165,7 +165,7 @@ def apply_layout(
         layers |= attention_layers(unwrapped(denoiser), state.model, start)
     with ExitStack() as stack:
         stack.enter_context(listened(pipe, state.reading.hear))
-        if state.model.video:
+        if state.model.video or state.options.active_sigma is not None:
             stack.enter_context(called(getattr(pipe, "pipe", pipe), state.hear_call))
         stack.enter_context(marked(state.marks(layers)))
         stack.enter_context(numbered(state))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dense_attn import _checks
 
@@ -133,6 +134,17 @@ def check_halves(latents: Tensor, by_value: bool) -> None:
 def version(tensor: Tensor) -> int | None:
     """How often a tensor was changed in place; tensors of inference mode do not count."""
     return None if tensor.is_inference() else tensor._version
+
+
+_counted = WeakTensorKeyDictionary()  # the tokens that masks leave, and the masks' versions
+
+
+def counted(mask: Tensor) -> list[int]:
+    """The tokens that a mask [B, L] leaves in each row; a GPU is waited for once a mask."""
+    number, kept = version(mask), _counted.get(mask)
+    if kept is None or kept[0] != number or number is None:
+        _counted[mask] = kept = number, mask.bool().sum(1).tolist()
+    return kept[1]
 
 
 def _twins(rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from .modular.pipeline import Modular
 from .options import blocks
 from .regions.frames import asked_of, check_call, masks_of_call
 from .rows import Rows
-from .steps import Steps
+from .steps import Steps, check_sigmas
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -90,11 +90,9 @@ class LayoutState:
         self._made_for: object = None
         self._call: Call | None = None  # kept so that its key stays its own
 
-    def __deepcopy__(self, memo: object) -> LayoutState:
-        """That of a copied denoiser, which is in no block: its calls go on as they are."""
-        other = object.__new__(type(self))
-        other.paused, other.first, other.last = 1, 0, 0
-        return other
+    def __reduce__(self) -> tuple[Any, ...]:
+        """That of a copied or pickled denoiser, which is in no block: its calls go on."""
+        return object.__new__, (type(self),), {"paused": 1, "first": 0, "last": 0}
 
     @property
     def masks(self) -> list[Tensor]:
@@ -102,9 +100,11 @@ class LayoutState:
         return [image.masks for image in self.images]
 
     def hear_call(self, given: dict[str, Any]) -> None:
-        """Take the arguments of a call of the pipeline, and refuse masks of other frames."""
+        """Take a pipeline's call's arguments; refuse masks of other frames, and rising sigmas."""
         if not self.paused:
             check_call(self.pipe, self.model, given, self.masks)
+            if self.options.active_sigma is not None:
+                check_sigmas(given)
         self.asked = asked_of(self.pipe, given)
 
     def marks(self, layers: dict[str, tuple[Any, str, int]]) -> list[tuple[Any, LayerMark]]:

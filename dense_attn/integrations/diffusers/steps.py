@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -101,8 +102,8 @@ class Steps:
         if self.until is not None:
             check_flow(self.pipe.scheduler)
             self.sigmas = self.pipe.scheduler.sigmas.tolist()[self._first :]
-            if self.sigmas[0] < self.sigmas[-1]:  # a call's own, or a subclass's
-                _refuse_rising(self.pipe.scheduler)
+            if _rise(self.sigmas):  # a subclass's
+                _refuse_rising(type(self.pipe.scheduler).__name__)
         if getattr(self.pipe, "denoising_end", 0) is not None and _takes_end(self.pipe):
             self.total = min(getattr(self.pipe, "num_timesteps", None) or self.total, self.total)
 
@@ -115,13 +116,26 @@ def check_flow(scheduler: Any) -> None:
         rule = "be None for a scheduler that is no flow's"
         _checks.refuse("active_sigma", rule, type(scheduler).__name__)
     if scheduler.config.get("invert_sigmas"):
-        _refuse_rising(scheduler)
+        _refuse_rising(type(scheduler).__name__)
 
 
-def _refuse_rising(scheduler: Any) -> NoReturn:
+def check_sigmas(given: dict[str, Any]) -> None:
+    """Refuse sigmas of a pipeline's call that rise, be it before a last that is 0."""
+    sigmas = given.get("sigmas")
+    if sigmas is not None and _rise(
+        torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").tolist()
+    ):
+        _refuse_rising("the call's sigmas")
+
+
+def _rise(sigmas: list[float]) -> bool:
+    """Whether a step ends with more noise than it begins with."""
+    return any(later > sigma for sigma, later in pairwise(sigmas))
+
+
+def _refuse_rising(got: str) -> NoReturn:
     """Refuse sigmas that count the image and not the noise: the first steps would be the last."""
-    rule = "be None for a scheduler whose sigmas rise"
-    _checks.refuse("active_sigma", rule, type(scheduler).__name__)
+    _checks.refuse("active_sigma", "be None for a scheduler whose sigmas rise", got)
 
 
 def _takes_end(pipe: DiffusionPipeline) -> bool:

@@ -146,6 +146,24 @@ def test_sigmas_that_rise(regions: list, calls: list, monkeypatch: pytest.Monkey
     assert not calls
 
 
+@pytest.mark.parametrize("regions", [REGIONS, WHOLE])
+@pytest.mark.parametrize("last", [0.9, 0.0])
+def test_a_calls_own_sigmas_that_rise(regions: list, last: float, calls: list) -> None:
+    """Be it before a last 0, which schedules end with: before the pipeline runs."""
+    pipe, encoded = pipeline("flux"), []
+    handle = pipe.text_encoder_2.register_forward_hook(lambda *_: encoded.append(1))
+    rule = "^active_sigma must be None for a scheduler whose sigmas rise, got the call's sigmas$"
+    with apply_layout(pipe, PROMPT, regions, active_sigma=0.5):
+        encoded.clear()
+        with pytest.raises(ValueError, match=rule):
+            latents(pipe, steps=3, sigmas=[0.1, 0.5, last])
+        assert not encoded
+        assert not calls
+        latents(pipe, steps=3, sigmas=[0.9, 0.5, 0.1])
+    handle.remove()
+    assert calls
+
+
 def test_a_scheduler_that_is_exchanged_inside() -> None:
     """The call says it before its first step."""
     pipe = pipeline("sd3")

@@ -22,7 +22,7 @@ from dense_attn.integrations.diffusers import (
     optimize,
     reconstruct,
 )
-from dense_attn.integrations.diffusers.inversion.rehearsal import rehearse
+from dense_attn.integrations.diffusers.inversion.rehearsal import Scales, rehearse
 from dense_attn.integrations.diffusers.inversion.rehearsed import Rehearsed
 from dense_attn.integrations.diffusers.inversion.settings import Settings
 from dense_attn.integrations.diffusers.models import model_of
@@ -162,7 +162,7 @@ def test_a_pipeline_that_gives_more_than_latents_is_refused() -> None:
     given |= made_of("flux2")[1] | {"num_inference_steps": 1}
     scheduler = copy.deepcopy(pipe.scheduler)
     with pytest.raises(ValueError, match=r"^pipe must give its denoiser the latents and nothing"):
-        rehearse(pipe, model_of(pipe), scheduler, 1.0, given)
+        rehearse(pipe, model_of(pipe), scheduler, Scales(1.0, 1.0), given)
 
 
 def test_inversions_of_another_kind_are_refused() -> None:

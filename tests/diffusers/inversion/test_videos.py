@@ -132,6 +132,21 @@ def test_each_denoiser_has_its_own_steps() -> None:
     assert [parts.index(part) for part in seen] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
+def test_each_denoiser_has_its_own_scale() -> None:
+    """The pipeline's own bits, also back from the noise; and scales that nothing would take."""
+    own = {"guidance_scale_2": 2.0}
+    chain = chain_of("wan_2_2", 4, method="euler", call=own)
+    with torch.no_grad():
+        found = chain.sampler.sample(chain.eps, chain.latents)[0]
+    expected, _ = plain_run("wan_2_2", chain, output_type="latent", **own)
+    assert torch.equal(found, expected)
+    assert not close(found, plain_run("wan_2_2", chain, output_type="latent")[0])
+    rules = {"wan": "for a pipe of one denoiser", "wan_2_2": r"where guidance_scale is 1 \(no guid"}
+    for name, rule in rules.items():
+        with pytest.raises(ValueError, match=rf"^call\['guidance_scale_2'\] must be None {rule}"):
+            chain_of(name, 1, guided=name == "wan", call=own)
+
+
 def with_scheduler(kind: str, **config: Any) -> Any:
     """CogVideoX with another scheduler."""
     pipe = copy.copy(pipe_of("cogvideox"))

@@ -27,7 +27,7 @@ from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance  # noqa:
 from diffusers.hooks import LayerSkipConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TAKES_REGIONS = sorted(KINDS.keys() - {"sdxl", "hunyuan_video15"})
+TAKES_REGIONS = sorted(KINDS.keys() - {"sdxl"})
 PROMPTS = [
     Region((0.0, 0.0, 0.5, 1.0), "a cat"),
     Region((0.5, 0.0, 1.0, 1.0), "dog and a small cat", negative="fog"),

@@ -17,12 +17,12 @@ from dense_attn.integrations.diffusers import Region, apply_layout
 from dense_attn.integrations.diffusers._attention_hook import MARKS
 from dense_attn.integrations.diffusers.hooks import arguments
 from dense_attn.integrations.diffusers.models.flux import Flux
-from dense_attn.integrations.diffusers.models.video.wan import Wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEFT = np.arange(12)[None].repeat(8, 0) < 8  # two of three columns of tokens
 HALVES = [Region(LEFT, "a cat"), Region(~LEFT, "dog cat a")]
 WHOLE = [Region((0.0, 0.0, 1.0, 1.0), "a cat")]
+SEVERAL = "z_image", "wan", "lumina2", "hunyuan_dit", "hunyuan_image"
 
 
 def near(a: Tensor, b: Tensor) -> bool:
@@ -36,8 +36,7 @@ def ours(name: str, regions: list = HALVES, **options: object) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["qwen", *(pytest.param(x, marks=pytest.mark.full) for x in ("z_image", "wan", "lumina2"))],
+    "name", ["qwen", *(pytest.param(x, marks=pytest.mark.full) for x in SEVERAL)]
 )
 def test_several_images(name: str) -> None:
     """Each alone is the same, of texts of other lengths, in one call."""
@@ -194,9 +193,3 @@ def test_records_without_a_place_for_more_text(monkeypatch: pytest.MonkeyPatch) 
         apply_layout(family("chroma"), "dog", HALVES),
     ):
         pytest.fail("the block must not run")
-
-
-def test_an_image_among_the_keys_of_wan() -> None:
-    rule = "^encoder_hidden_states_image must be None for a WanTransformer3DModel while regions"
-    with pytest.raises(ValueError, match=rule):
-        Wan().lengthen({"encoder_hidden_states_image": torch.zeros(1, 257, 8)}, None)

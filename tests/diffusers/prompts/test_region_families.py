@@ -24,7 +24,7 @@ REGIONS = [Region(CAT, "a cat"), Region(DOG, "dog cat a")]  # a third of the ima
 PROMPT = "a cat dog"
 NEGATIVE = "fog " * 12
 # the tokens of the call's prompt and of the two regions', a space one of T5's, in their slots:
-# Qwen's have <|im_end|> and a line's end, Lumina's sixteen of the system's
+# Qwen's and others' have <|im_end|> and a line's end, Lumina's sixteen of the system's
 TEXTS = {
     "auraflow": (24, 24, 24),
     "flux2": (24, 24, 24),
@@ -38,12 +38,21 @@ TEXTS = {
     "sana": (20, 6 + 1, 10 + 1),
     "cogview4": (16, 16, 16),
     "kandinsky5": (9 + 2, 5 + 2, 9 + 2),
+    "flux2_kv": (24, 24, 24),
+    "hunyuan_dit": (333, 333, 333),
+    "hunyuan_image": (9 + 2, 5 + 2, 9 + 2),
+    "hunyuan_video": (9 + 1, 5 + 1, 9 + 1),
+    "hunyuan_video15": (9 + 2, 5 + 2, 9 + 2),
 }
-GRIDS = {"cogview4": (8, 12)} | dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
-FRAMES = {"wan": 2}
-REFUSED = "hunyuan_dit", "hunyuan_image", "hunyuan_video", "hunyuan_video15", "flux2_kv"
+GRIDS = dict.fromkeys(("cogview4", "hunyuan_image"), (8, 12))
+GRIDS |= dict.fromkeys(("wan", "qwen", "lumina2"), (2, 3))
+GRIDS |= dict.fromkeys(("hunyuan_video", "hunyuan_video15"), (2, 4))
+FRAMES = {"wan": 2, "hunyuan_video": 3, "hunyuan_video15": 3}
+POOLED = "kandinsky5", "hunyuan_dit"
 OTHERS = [None]  # a token of no text and no place
-LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it", "wan": "ff"}  # of others "ti"
+LABELS = {"auraflow": "oti", "z_image": "it", "sd3": "it"}  # of others "ti"
+LABELS |= dict.fromkeys(("hunyuan_image", "hunyuan_video", "hunyuan_video15"), "it")
+KEYS = {"flux2_kv": "tri"}  # of others the queries
 
 
 def of(*names: str) -> pytest.MarkDecorator:
@@ -76,6 +85,15 @@ def near(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
 
 
+@torch.no_grad()
+def vectors(name: str, prompt: str) -> dict[str, Tensor]:
+    """Pooled vectors of a prompt and the negative one, which HunyuanVideo's calls may be given."""
+    if name != "hunyuan_video":
+        return {}
+    texts = {"pooled_prompt_embeds": prompt, "negative_pooled_prompt_embeds": NEGATIVE}
+    return {name: family("hunyuan_video")._get_clip_prompt_embeds(texts[name]) for name in texts}
+
+
 class Dense:
     """Attention of every layer by scores of all pairs, under masks made of labels by hand.
 
@@ -97,9 +115,9 @@ class Dense:
 
     def image(self, positive: bool) -> list:
         rows, columns = GRIDS.get(self.name, (4, 6))  # image tokens
-        step, found = 8 // rows, []
+        found = []
         for cat, dog in self.frames * (FRAMES.get(self.name, 1) // len(self.frames)):
-            block = np.where(cat, 1, np.where(dog, 2, 0))[::step, ::step][:rows, :columns]
+            block = np.where(cat, 1, np.where(dog, 2, 0))[:: 8 // rows, :: 12 // columns]
             found += [("image", int(b) if positive else 0) for b in block.flatten()]
         return found + OTHERS * (8 if self.name == "z_image" else 0)  # 24 tokens in 32
 
@@ -110,9 +128,10 @@ class Dense:
             return image, text
         if kind == "text alone":
             return text, text
-        sides = {"o": OTHERS * 8, "t": text, "i": image}
-        both = [label for one in LABELS.get(self.name, "ti") for label in sides[one]]
-        return both, both
+        sides = {"o": OTHERS * 8, "t": text, "i": image, "r": OTHERS * 16 * 16}
+        own = LABELS.get(self.name, "ti")
+        both = own, KEYS.get(self.name, own)
+        return tuple([label for one in order for label in sides[one]] for order in both)
 
     def __call__(
         self,
@@ -185,23 +204,24 @@ def test_regions_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     assert near(out, ours("wan", PROMPT, regions))
 
 
-@of(*(name for name in {**FAMILIES, **video.FAMILIES} if name not in REFUSED))
+@of(*(name for name in {**FAMILIES, **video.FAMILIES}))
 def test_one_region_of_the_whole_image_is_its_prompt(name: str) -> None:
     """Its text stands behind another, and means what it means alone; so does a negative one."""
     takes = inspect.signature(type(family(name)).__call__).parameters
     call = {"negative_prompt": NEGATIVE} if "negative_prompt" in takes else {}
-    # a vector of Kandinsky 5's whole text stays the call's, which there has the region's prompt
-    pooled = name.startswith("kandinsky5")
+    # a vector of the whole text stays the call's, which there has the region's prompt, or vectors
+    pooled, beside = name.startswith(POOLED), vectors(name, PROMPT)
     prompt, other = (PROMPT, call) if pooled else ("dog", dict.fromkeys(call, "dog"))
     right = made(name, PROMPT, **call)
-    assert near(ours(name, prompt, [Region(WHOLE, PROMPT)], call), right)
+    assert near(ours(name, prompt, [Region(WHOLE, PROMPT)], call | beside), right)
     if call:
         region = Region(WHOLE, PROMPT, negative=NEGATIVE)
-        assert near(ours(name, prompt, [region], other), right)
+        assert near(ours(name, prompt, [region], other | beside), right)
     cat = [Region(WHOLE, "a cat")]
-    assert not close(ours(name, prompt, cat, call), right)
+    assert not close(ours(name, prompt, cat, call | beside), right)
     if not pooled:  # also behind a longer text, which no token of the image sees
-        assert near(ours(name, NEGATIVE, cat, call), made(name, "a cat", **call))
+        beside = vectors(name, "a cat")
+        assert near(ours(name, NEGATIVE, cat, call | beside), made(name, "a cat", **call))
 
 
 def test_the_padding_of_lumina2s_own_length() -> None:
@@ -210,12 +230,3 @@ def test_the_padding_of_lumina2s_own_length() -> None:
     call = {"negative_prompt": "fog", "max_sequence_length": 64}
     out = ours("lumina2", PROMPT, regions, call)
     assert torch.equal(ours("lumina2", PROMPT, regions, call | {"max_sequence_length": 256}), out)
-
-
-@of(*REFUSED)
-def test_models_that_take_no_more_text(name: str) -> None:
-    """Their text is pooled, refined by its mean or placed by its length."""
-    pipe = family(name)
-    rule = rf"^pipe must have a model whose record places texts of .* got {type(pipe).__name__} wi"
-    with pytest.raises(ValueError, match=rule), apply_layout(pipe, PROMPT, REGIONS):
-        pytest.fail("the block must not run")

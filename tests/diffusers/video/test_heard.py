@@ -29,7 +29,7 @@ def latents(pipe: object) -> Tensor:
 
 @pytest.mark.parametrize("regions", [REGIONS, PROMPTS])
 def test_a_pipeline_keeps_its_class(regions: list) -> None:
-    """Copies inside of the block are of it, and run as without one."""
+    """Copies inside of the block, pickled too, are of it, and run as without one."""
     pipe = family("wan_2_2")
     kind, own, plain = type(pipe), type(pipe).__call__, latents(pipe)
     with apply_layout(pipe, PROMPT, regions):
@@ -37,8 +37,10 @@ def test_a_pipeline_keeps_its_class(regions: list) -> None:
             latents(pipe)
         copied, other = copy.deepcopy(pipe), type(pipe)(**pipe.components)
         assert type(pipe) is type(copied) is type(other) is kind
-        assert type(pickle.loads(pickle.dumps(copied))) is kind
+        again = pickle.loads(pickle.dumps(pipe))
+        assert type(pickle.loads(pickle.dumps(copied))) is type(again) is kind
         assert torch.equal(latents(copied), plain)
+        assert torch.equal(latents(again), plain)
     assert kind.__call__ is own
     assert torch.equal(latents(copied), plain)
 

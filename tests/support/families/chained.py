@@ -106,16 +106,22 @@ def takes(name: str) -> set[str]:
 
 
 def chain_of(
-    name: str, steps: int, *, guided: bool = True, count: int = 1, **sampler: Any
+    name: str,
+    steps: int,
+    *,
+    guided: bool = True,
+    count: int = 1,
+    call: dict[str, Any] | None = None,
+    **sampler: Any,
 ) -> Rehearsed:
-    """A family's chain, of noise of a seed."""
+    """A family's chain, of noise of a seed; `call`: beside its further arguments."""
     settings = Settings(
         [PROMPT] * count,
         NEGATIVE if guided and "negative_prompt" in takes(name) else "",
         SCALE if guided else None,
         steps,
         sampler,
-        call_of(name),
+        call_of(name) | (call or {}),
         size_of(name),
         frames_of(name),
     )

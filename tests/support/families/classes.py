@@ -170,8 +170,8 @@ def made(kind: type) -> Any:
     return pipe
 
 
-def call(pipe: Any) -> None:
-    """A run with what the class takes."""
+def call(pipe: Any, **more: Any) -> Any:
+    """The output of a run with what the class takes, and with more."""
     takes = inspect.signature(type(pipe).__call__).parameters
     given = {name: value for name, value in ARGUMENTS.items() if name in takes} | OWN.get(
         type(pipe).__name__, {}
@@ -188,12 +188,12 @@ def call(pipe: Any) -> None:
     if "num_frames" in takes:
         given["num_frames"] = 5
     if type(pipe).__name__.startswith(video.NAMES):
-        more = video.arguments(type(pipe).__name__, PICTURE[0])
-        given |= {name: value for name, value in more.items() if name in takes}
+        own = video.arguments(type(pipe).__name__, PICTURE[0])
+        given |= {name: value for name, value in own.items() if name in takes}
     if "true_cfg_scale" in given:
         given["negative_prompt"] = "fog"
     torch.manual_seed(0)  # some encode images without a generator
-    pipe(**given, generator=torch.Generator().manual_seed(0))
+    return pipe(**given | more, generator=torch.Generator().manual_seed(0))
 
 
 def parts_of(model: str) -> dict[str, Any]:

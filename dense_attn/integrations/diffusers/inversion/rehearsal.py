@@ -43,6 +43,18 @@ class Ask(NamedTuple):
         return estimate(made, latents)
 
 
+class Scales(NamedTuple):
+    """The guidance's scale, and that of the steps of a second denoiser."""
+
+    first: float
+    second: float
+    denoiser: Any = None  # the second
+
+    def of(self, asks: list[Ask]) -> float:
+        """The scale of a step of these calls."""
+        return self.first if asks[0].denoiser is not self.denoiser else self.second
+
+
 class Rehearsal(NamedTuple):
     """The latents that a run begins with, and the calls of each of its steps."""
 
@@ -79,18 +91,18 @@ def combined(model: Model, asks: list[Ask], estimates: list[Tensor], scale: floa
 
 
 def rehearse(
-    pipe: DiffusionPipeline, model: Model, scheduler: Any, scale: float, given: dict[str, Any]
+    pipe: DiffusionPipeline, model: Model, scheduler: Any, scales: Scales, given: dict[str, Any]
 ) -> Rehearsal:
     """Run a copy of the pipeline, with random estimates in the place of its denoiser's.
 
     What the copy does with them is checked in each step: they are to be combined as the record
     says. The pipeline is as it was; the scheduler, which is to be one of its own, is changed.
     """
-    run, actor = _Run(model, scheduler, scale, type(pipe).__name__), copy.copy(pipe)
+    run, actor = _Run(model, scheduler, scales, type(pipe).__name__), copy.copy(pipe)
     for name in GUIDERS:
         guider = copy.copy(getattr(pipe, name, None))
         if guider is not None:
-            guider.guidance_scale, vars(actor)[name] = scale, guider
+            guider.guidance_scale, vars(actor)[name] = scales.first, guider
     for name in (model.component, f"{model.component}_2"):
         if getattr(pipe, name, None) is not None:
             vars(actor)[name] = _StandIn(getattr(pipe, name), run)
@@ -136,8 +148,8 @@ class _StandIn:
 class _Run:
     """A run in which the denoiser's answers are random: its questions are kept."""
 
-    def __init__(self, model: Model, scheduler: Any, scale: float, kind: str) -> None:
-        self.model, self.scheduler, self.scale, self.kind = model, scheduler, scale, kind
+    def __init__(self, model: Model, scheduler: Any, scales: Scales, kind: str) -> None:
+        self.model, self.scheduler, self.scales, self.kind = model, scheduler, scales, kind
         self.latents: Tensor | None = None  # the first step's
         self.steps: list[list[Ask]] = []
         # in this step: whom, what, and the answer
@@ -166,7 +178,7 @@ class _Run:
             rule = "make one estimate a step, or the prompt's and the negative one's"
             _checks.refuse("pipe", rule, f"{self.kind} with {branches}")
         answers = [estimate(answer, sample) for _, _, answer in asked]
-        expected = combined(self.model, asks, answers, self.scale)
+        expected = combined(self.model, asks, answers, self.scales.of(asks))
         if not _close(output, expected):
             rule = "combine its estimates in every step as its record does (models/record.py)"
             _checks.refuse("pipe", rule, f"{self.kind}, otherwise in step {len(self.steps)}")

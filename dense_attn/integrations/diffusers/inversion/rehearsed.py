@@ -15,7 +15,7 @@ from ..hooks import unwrapped, watchers
 from ..models import model_of
 from . import videos
 from .chain import GUIDANCE, on_noise
-from .rehearsal import Ask, combined, rehearse
+from .rehearsal import Ask, Scales, combined, rehearse
 from .schedules import is_flow, noise_of, of_flow, of_noise, velocities
 from .settings import Settings, check_unguided, in_words, listed
 
@@ -24,17 +24,18 @@ if TYPE_CHECKING:
 
     from ..models.record import Model
 
+SECOND = "guidance_scale_2"  # of Wan 2.2's second denoiser
 # arguments of pipelines' calls that change texts, numbers that networks are told, and sigmas
 CALL = (
     *("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "guidance_scale", "sigmas"),
     *("mu", "max_sequence_length", "clip_skip", "clean_caption", "system_prompt"),
     *("complex_human_instruction", "text_encoder_out_layers", "original_size", "target_size"),
-    *("crops_coords_top_left", "negative_original_size", "negative_target_size"),
+    *("crops_coords_top_left", "negative_original_size", "negative_target_size", SECOND),
     *("negative_crops_coords_top_left", "frame_rate", "distilled_guidance_scale"),
 )
 NEGATIVES = ("negative_prompt_2", "negative_prompt_3")
 TEXTS = ("prompt_2", "prompt_3", *NEGATIVES)
-NUMBERS = ("guidance_scale", "mu", "frame_rate", "distilled_guidance_scale")
+NUMBERS = ("guidance_scale", "mu", "frame_rate", "distilled_guidance_scale", SECOND)
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments that guide without a classifier
 FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 BESIDE = {  # what pipelines have that make more of an image, by where they say so
@@ -75,7 +76,8 @@ class Rehearsed:
                 check_unguided(f"call[{argument!r}]", call[argument] or [], self.model.unguided)
         scheduler = of_flow(pipe) if flow else _kept(of_noise(pipe, steps), pipe)
         self.alphas = None if flow else velocities(scheduler)
-        found = rehearse(pipe, self.model, scheduler, scale, given)
+        self.scales = _scales(pipe, self.model, scale, call)
+        found = rehearse(pipe, self.model, scheduler, self.scales, given)
         self.latents = found.latents  # noise as the pipeline draws it
         scheduler.timesteps = scheduler.timesteps.cpu()  # read in each step
         self._asks = dict(zip(scheduler.timesteps.tolist(), found.steps))
@@ -91,7 +93,8 @@ class Rehearsed:
     def eps(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided estimate of the velocity, or the noise, in x."""
         asks = self._asks[t.item()]
-        out = combined(self.model, asks, [ask.again(self.model, x) for ask in asks], self.scale)
+        estimates = [ask.again(self.model, x) for ask in asks]
+        out = combined(self.model, asks, estimates, self.scales.of(asks))
         return noise_of(self.alphas, t, x, out)
 
     @property
@@ -180,6 +183,20 @@ def _kept(scheduler: Any, pipe: DiffusionPipeline) -> Any:
     scheduler.timesteps = scheduler.timesteps.to(pipe._execution_device)
     scheduler.set_timesteps = lambda *_, **__: None
     return scheduler
+
+
+def _scales(pipe: DiffusionPipeline, model: Model, scale: float, call: dict[str, Any]) -> Scales:
+    """The scale of the guidance, and the call's own for the steps of a second denoiser."""
+    own, parts = call.get(SECOND), [*model.denoisers(pipe).values()]
+    if own is None:
+        return Scales(scale, scale)
+    argument = f"call[{SECOND!r}]"
+    if len(parts) < 2:
+        _checks.refuse(argument, "be None for a pipe of one denoiser", own)
+    if scale <= model.unguided:
+        rule = f"be None where guidance_scale is {model.unguided:g} (no guidance)"
+        _checks.refuse(argument, rule, own)
+    return Scales(scale, float(own), parts[1])
 
 
 def _guidance(

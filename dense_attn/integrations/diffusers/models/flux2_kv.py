@@ -15,7 +15,6 @@ class Flux2KV(Flux2):
     """
 
     pipelines = "Flux2KleinKVPipeline"
-    longer_text = False  # which keys are of which text is said by none of its calls
     attentions = (Attention("attn", (TEXT, IMAGE), (TEXT, REFERENCES, IMAGE)),)
 
     def read(self, arguments: dict[str, Any]) -> Call:

@@ -9,25 +9,29 @@ import torch
 from torch import Tensor
 
 from ..layers import Side, joined
-from .record import IMAGE, TEXT, Attention, Call, Entry, Model
+from ..rows import counted
+from .record import IMAGE, TEXT, Attention, Call, Entry
+from .refined import Refined, all_there
 
 if TYPE_CHECKING:
     from dense_attn import Layout
 
+    from ..prompts.texts import Texts
     from ..state import LayoutState
 
+QUOTED = "encoder_hidden_states_2", "encoder_attention_mask_2"
 
-class HunyuanImage(Model):
+
+class HunyuanImage(Refined):
     """HunyuanImageTransformer2DModel, which puts tokens that are there before those that are not.
 
-    Quoted words are read by an encoder of their own; its tokens come first and have no region. The
-    refiner of the text alone is left alone.
+    Quoted words are read by an encoder of their own; its tokens come first and have no region, but
+    those of a region's own prompt. No layout touches the refiner of the text alone.
     """
 
     denoiser = "HunyuanImageTransformer2DModel"
     pipelines = "HunyuanImagePipeline"
     branches = "calls"
-    longer_text = False  # texts are sorted by their masks
     attentions = (Attention(r"(single_)?transformer_blocks\.\d+\.attn", (IMAGE, TEXT)),)
 
     masks = "encoder_attention_mask", "encoder_attention_mask_2"
@@ -40,6 +44,18 @@ class HunyuanImage(Model):
     def there(self, places: tuple[Tensor, ...]) -> Tensor:
         """Which tokens are there, those of the prompt behind others: bool [B, N]."""
         return torch.cat([mask.bool() for mask in places], 1)
+
+    def second_text(self, arguments: dict[str, Any]) -> tuple[Tensor, list[int]]:
+        """The tokens of a call's quoted words [B, L, C], and how many are there in each row."""
+        tokens, mask = (arguments[name] for name in QUOTED)
+        return tokens, counted(mask)
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions behind a call's, and their quoted words behind its own."""
+        super().lengthen(arguments, texts)
+        quoted, mask = QUOTED
+        arguments[quoted] = texts.second.tokens
+        arguments[mask] = all_there(arguments[mask], texts.second)
 
     def layers(
         self, state: LayoutState, layouts: list[Layout], text: Side, call: Call

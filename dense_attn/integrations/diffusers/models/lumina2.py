@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dense_attn import _checks
 
-from ..rows import version
+from ..rows import counted
 from .record import IMAGE, TEXT, Attention, Call, Model, like_norm
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Lumina2(Model):
 
     def read(self, arguments: dict[str, Any]) -> Call:
         """The layout's part of a call, of the text tokens that are there."""
-        longest = max(_lengths(arguments))
+        longest = max(counted(arguments["encoder_attention_mask"]))
         call = super().read(arguments)
         return call._replace(timestep=1 - call.timestep, text=call.text[:, :longest])
 
@@ -45,7 +44,7 @@ class Lumina2(Model):
 
     def check(self, arguments: dict[str, Any]) -> None:
         """Refuse texts behind which images stand in other places."""
-        lengths = _lengths(arguments)
+        lengths = counted(arguments["encoder_attention_mask"])
         if len(set(lengths)) > 1:
             rule = "have prompts of as many tokens as each other, which the image stands behind"
             _checks.refuse("prompt", rule, lengths)
@@ -73,15 +72,3 @@ class Lumina2(Model):
         both = torch.cat([text, torch.stack(behind)], 1)
         counts = [slots.count] * len(latents)
         return tokens, text, image, both, counts, [n + end for n in counts]
-
-
-_counted = WeakTensorKeyDictionary()  # the text tokens that masks leave, and the masks' versions
-
-
-def _lengths(arguments: dict[str, Any]) -> list[int]:
-    """The text tokens that are there in each row of a call; a GPU is waited for once a mask."""
-    mask = arguments["encoder_attention_mask"]
-    number, kept = version(mask), _counted.get(mask)
-    if kept is None or kept[0] != number or number is None:
-        _counted[mask] = kept = number, mask.sum(1).tolist()
-    return kept[1]

@@ -135,13 +135,17 @@ class Model:
     # prompts of regions: whether a call takes more text behind its own, as `lengthen` and
     # `numbered` place it, None where cross-attention does; layers in which text sees text, a
     # regular expression; the argument that tells text from padding, and whether layers see padding
-    # all the same; the module and the function that number the tokens
+    # all the same, or words alone leave out what it would; the module and the function that number
+    # the tokens
     masks: ClassVar[tuple[str, ...]] = ()  # all arguments of which layers make masks of their own
     longer_text: ClassVar[bool | None] = None
     text_layers: ClassVar[str | None] = None
     text_mask: ClassVar[str] = "encoder_attention_mask"
     keeps_padding: ClassVar[bool] = False
+    words_alone: ClassVar[bool] = False
     numbering: ClassVar[tuple[str, str] | None] = None
+    # the layers, a name in `attentions`, that take texts of regions as rows behind a call's own
+    beside: ClassVar[str | None] = None
 
     @classmethod
     def of(cls, denoiser: torch.nn.Module) -> Model:
@@ -207,6 +211,10 @@ class Model:
         """The tokens of each row of a call's text [B, L, C]."""
         return [text.shape[1]] * len(text)
 
+    def second_text(self, arguments: dict[str, Any]) -> tuple[Tensor, list[int]] | None:
+        """The text of a call as another encoder reads it, [B, L, C], and its tokens in each row."""
+        return None
+
     def without_text(self, arguments: dict[str, Any]) -> bool:
         """Take a call's own text out where none of it is seen; no where a model needs one."""
         return False
@@ -259,6 +267,10 @@ class Model:
         """A layer's kind and its halvings of the grid; None for one that is left alone."""
         ends = (attention.layers for attention in self.attentions)
         return next(((end, 0) for end in ends if re.search(rf"(^|\.)({end})$", name)), None)
+
+    def attentions_of(self, call: Call) -> tuple[Attention, ...]:
+        """The kinds of a call's layers while regions have prompts."""
+        return self.attentions
 
     def layers(
         self, state: LayoutState, layouts: list[Layout], text: Side, call: Call

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..models.record import IMAGE, TEXT, Attention
-from . import texts
 from .blocks import Blocks, Half, Part, Rule, Sequence
 from .sharing import words_of
 
@@ -25,9 +24,9 @@ OF_UNETS = Attention("self", (IMAGE,)), Attention("cross", (IMAGE,), (TEXT,))
 TEXT_ALONE = "text alone"  # the kind of layers in which text tokens see each other
 
 
-def attentions_of(model: Model) -> tuple[Attention, ...]:
-    """The kinds of a model's layers."""
-    return model.attentions or OF_UNETS
+def attentions_of(model: Model, call: Call | None = None) -> tuple[Attention, ...]:
+    """The kinds of a model's layers, or those of one of its calls."""
+    return (model.attentions if call is None else model.attentions_of(call)) or OF_UNETS
 
 
 def has_text(segments: tuple | None) -> bool:
@@ -57,7 +56,7 @@ class Layers:
         """The layers by kind and halvings of the grid."""
         found: dict[tuple[str, int], Part] = {}
         for depth, size in enumerate(self.image.sizes):
-            for attention in attentions_of(self.model):
+            for attention in attentions_of(self.model, self.call):
                 part = self._part(attention, size)
                 if part is not None:
                     found[attention.layers, depth] = part
@@ -85,11 +84,9 @@ class Layers:
 
     def _sequence(self, attention: Attention, size: tuple[int, int]) -> Sequence:
         """The tokens of a kind of layers."""
-        call, others = self.call, 0
         image = self.image.frames * size[0] * size[1]
-        if call.latents.dim() == 3:
-            others = call.latents.shape[1] - image
-        return Sequence(attention, self.slots.count, image, others)
+        others = self.model.references(self.call, image) if self.call.latents.dim() == 3 else 0
+        return Sequence(attention, self.slots.total, image, others)
 
     def _with_texts(self, sequence: Sequence, half: Half, on: bool, positive: bool) -> Blocks:
         """The calls of layers that see texts; cross-attention to the first alone has none."""
@@ -139,6 +136,6 @@ class Layers:
         each = (span.stop - span.start) // len(own)
         # a text that all rows share has one row
         rows = [min(span.start + b * each, len(slots.lengths) - 1) for b in range(len(own))]
-        text = texts.words([slots.lengths[row] for row in rows], slots.sizes, slots.multiple)
+        text = slots.words(rows)
         shares, areas = self.image.shares(own, span.positive), self.image.areas(size)
         return Half(shares, own, areas, text, each, self.call.text.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Text(NamedTuple):
     tokens: Tensor  # [L, C], with its padding
     mask: Tensor | None  # bool [L], the tokens that are no padding, where the pipeline tells
     bare: Tensor  # [n, C], without padding
+    second: Text | None = None  # as another encoder reads it, of those whose padding has a mask
 
 
 class RegionReading(Reading):
@@ -53,6 +55,7 @@ class RegionReading(Reading):
             manner = encoding.manner_of(given)
             if embedded:  # of others only this one had an effect
                 manner = {name: manner[name] for name in manner if name == "lora_scale"}
+                manner |= self.length_of(given["prompt_embeds"])
             if not encoding.same_manner(manner, self._manner):
                 self._manner = manner
                 self._texts.clear()
@@ -78,11 +81,12 @@ class RegionReading(Reading):
         key = text, positive
         if key not in self._texts:
             found = self._encoded(text) if positive else self._negative(text)
-            tokens, same = found[0][0], (1, len(found[0][0]))
-            masks = (x[0].bool() for x in found[1:] if isinstance(x, Tensor) and x.shape == same)
-            mask = next(masks, None)
-            bare = tokens if mask is None else tokens[mask.to(tokens.device)]
-            self._texts[key] = Text(tokens, mask, bare)
+            same = 1, len(found[0][0])
+            masks = (x for x in found[1:] if isinstance(x, Tensor) and x.shape == same)
+            pairs = (pair for pair in pairwise(found[1:]) if _is_masked(*pair))
+            second = next((_text(*map(_first, pair)) for pair in pairs), None)
+            own = _text(found[0][0], _first(next(masks, None)))
+            self._texts[key] = own._replace(second=second)
         return self._texts[key]
 
     def _encoded(self, text: str, **options: Any) -> tuple[Any, ...]:
@@ -98,3 +102,21 @@ class RegionReading(Reading):
         guided = {"negative_prompt": text, "do_classifier_free_guidance": True}
         pairs = zip(self._encoded(""), self._encoded("", **guided))
         return tuple(more for one, more in pairs if one is None or len(one) == 0)
+
+
+def _first(row: Tensor | None) -> Tensor | None:
+    """The one row of a batch."""
+    return None if row is None else row[0]
+
+
+def _text(tokens: Tensor, mask: Tensor | None) -> Text:
+    """A text of an encoder's tokens [L, C] and their mask [L]."""
+    if mask is None:
+        return Text(tokens, None, tokens)
+    return Text(tokens, mask.bool(), tokens[mask.bool().to(tokens.device)])
+
+
+def _is_masked(tokens: Any, mask: Any) -> bool:
+    """Whether two outputs of encode_prompt are the tokens of an encoder and their mask."""
+    both = isinstance(tokens, Tensor) and isinstance(mask, Tensor)
+    return both and tokens.dim() == 3 and mask.shape == tokens.shape[:2]

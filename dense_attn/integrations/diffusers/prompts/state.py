@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from .blocks import Part, rows_of
 from .image import ImageTokens
 from .layers import TEXT_ALONE, Layers, multiple_of
 from .options import Options
-from .reading import RegionReading
+from .reading import RegionReading, Text
 from .texts import Slots, Span, Texts
 
 if TYPE_CHECKING:
@@ -38,15 +39,25 @@ class RegionMark(LayerMark):
     def __init__(self, state: RegionState, name: str, kind: str, depth: int, index: int) -> None:
         super().__init__(state, name, kind, depth)
         self.on = index % state.options.every == 0
+        self.gathers = 0  # the further rows of text of which the layer makes keys now
+        self.gathered: tuple[Tensor, Tensor] | None = None  # keys and values [R * B, H, L, D]
 
     def expected(self) -> Expected | None:
         """The softmax to exchange in this call; None in steps and layers that are left alone."""
+        if self.gathers:
+            return Expected(0, self.gathers, 1, self.state.slots.own)
         return self.state.expected_of(self)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Mask | None = None
     ) -> Tensor:
         """Attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
+        if self.gathers:
+            self.gathered = k, v
+            return torch.zeros_like(q)
+        if self.gathered is not None:
+            both, self.gathered = zip((k, v), self.gathered), None
+            k, v = (torch.cat([own, *more.split(len(own))], 2) for own, more in both)
         return self.state.attention(self, q, k, v, scale, mask)
 
 
@@ -112,7 +123,8 @@ class RegionState(LayoutState):
         part = self.parts.get((mark.kind, mark.depth))
         if not self.spans or part is None:
             return None
-        sizes = part.num_queries, part.num_keys, part.same_tokens, self.sources
+        num_keys = self.slots.own if mark.kind == self.model.beside else part.num_keys
+        sizes = part.num_queries, num_keys, part.same_tokens, self.sources
         if part.text:
             return Expected(0, self.batch, *sizes)
         prompt = [(span.start, span.stop) for span in self.spans if span.positive]
@@ -129,6 +141,7 @@ class RegionState(LayoutState):
     ) -> Tensor:
         """Attention of q, k, v [B, H, N, D] as [B, H, M, D]."""
         part = self.parts[mark.kind, mark.depth]
+        mask = None if self.model.words_alone else mask
         spans = self.spans if part.text else (Span(0, len(q), True),)
         parts = []
         for start, stop, positive in spans:
@@ -201,22 +214,35 @@ class RegionState(LayoutState):
         images, text = self.reading.images_of, call.text
         if len(text) < len(call.latents) and len(images) > 2:  # one for all rows
             text = text.expand(len(call.latents), -1, -1)
-        first = self._image[1].sees_first
         keep = self.model.keeps_padding or given.get(self.model.text_mask) is None
-        own, multiple = self.model.text_lengths(given, text), multiple_of(self.model)
-        rows, lengths, longest = [], [], []
-        for row, length in enumerate(own):
+        rows, sees_first = [], []
+        for row in range(len(text)):
             span = next(span for span in spans if row < span.stop)
             b = (row - span.start) * len(images) // (span.stop - span.start)
-            there = self.reading.texts(span.positive)[b]
+            rows.append(self.reading.texts(span.positive)[b])
+            sees_first.append(self._image[1].sees_first[span.positive][b])
+        own = self.model.text_lengths(given, text)
+        slots = self._slots(own, rows, sees_first, keep)
+        made = texts.written(text, slots, rows, keep)
+        second = self.model.second_text(given)
+        if second is None:
+            return made
+        text, own = second
+        rows = [[None if one is None else one.second for one in row] for row in rows]
+        other = texts.written(text, self._slots(own, rows, sees_first, False), rows, False)
+        return replace(made, slots=replace(slots, second=other.slots), second=other)
+
+    def _slots(
+        self, own: list[int], rows: list[list[Text | None]], sees_first: list[bool], keep: bool
+    ) -> Slots:
+        """The slots of rows' own texts, of so many tokens each, and of those of their regions."""
+        multiple, lengths, longest = multiple_of(self.model), [], []
+        for length, there, sees in zip(own, rows, sees_first):
             counts = [0 if one is None else len(one.tokens if keep else one.bare) for one in there]
-            seen = [length if first[span.positive][b] else 0, *counts]
-            rows.append(there)
             lengths.append((length, *counts) + (0,) * (self._most - len(counts)))
-            longest.append(texts.up(max(seen), multiple))
+            longest.append(texts.up(max([length if sees else 0, *counts]), multiple))
         sizes = tuple(texts.up(max(column), multiple) for column in zip(*lengths))
-        slots = Slots(sizes, tuple(lengths), multiple, tuple(longest))
-        return texts.written(text, slots, rows, keep)
+        return Slots(sizes, tuple(lengths), multiple, tuple(longest))
 
     def _follow(self, call: Call) -> None:
         """Take the grid of a call's latents, on which its layers share the image's tokens."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dense_attn import _checks
 from dense_attn.layout_attention.layout import _BITS
 
 from .reading import Text
@@ -30,12 +31,14 @@ class Slots:
         lengths: of each row, the tokens of its text in each slot.
         multiple: padding, which is seen as the text is, makes the tokens of each a multiple of it.
         longest: of each row, the tokens of the longest text that its image sees, with padding.
+        second: the slots of what another encoder reads of the same texts, which come before these.
     """
 
     sizes: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...]
     multiple: int
     longest: tuple[int, ...]
+    second: Slots | None = None
 
     @property
     def own(self) -> int:
@@ -46,6 +49,16 @@ class Slots:
     def count(self) -> int:
         """The tokens of all slots."""
         return sum(self.sizes)
+
+    @property
+    def total(self) -> int:
+        """The tokens of all slots of both encoders."""
+        return self.count + (0 if self.second is None else self.second.count)
+
+    def words(self, rows: list[int]) -> Tensor:
+        """The bit of each token's text in some rows, int32 [P, N]; 0 behind the end of a text."""
+        own = words([self.lengths[row] for row in rows], self.sizes, self.multiple)
+        return own if self.second is None else torch.cat([self.second.words(rows), own], 1)
 
     def positions(self, device: torch.device | str) -> Tensor:
         """The place of each token in its slot, int64 [N]: every text begins at 0."""
@@ -65,6 +78,19 @@ class Texts:
     slots: Slots
     tokens: Tensor  # [B, N, C]
     mask: Tensor  # bool [B, N - own], of the regions' texts, True but for padding that is kept
+    second: Texts | None = None  # as another encoder reads them
+
+    def as_rows(self) -> Tensor:
+        """The tokens with each slot's as rows of their own, [R * B, L, C], the call's first."""
+        own, *others = self.slots.sizes
+        if set(others) - {own}:
+            rule = f"have the {others[0]} tokens of a text beside those of regions"
+            _checks.refuse("prompt_embeds", rule, own)
+        return self.rows_of(self.tokens)
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """Values of tokens of slots of one size [B, R * L, ...] as rows [R * B, L, ...]."""
+        return values.unflatten(1, (-1, self.slots.own)).transpose(0, 1).flatten(0, 1)
 
 
 def up(length: int, multiple: int) -> int:
@@ -85,8 +111,8 @@ def words(lengths: list[tuple[int, ...]], sizes: tuple[int, ...], multiple: int)
 
 def written(text: Tensor, slots: Slots, rows: list[list[Text | None]], keep_padding: bool) -> Texts:
     """The call's text [B, L, C], and the texts of each row's regions, in their slots."""
-    tokens = text.new_zeros(len(text), slots.count, text.shape[2])
-    tokens[:, : text.shape[1]] = text
+    tokens, first = text.new_zeros(len(text), slots.count, text.shape[2]), text[:, : slots.own]
+    tokens[:, : first.shape[1]] = first
     shape = len(text), slots.count - slots.own
     mask = torch.ones(shape, dtype=torch.bool, device=text.device)
     for b, row in enumerate(rows):

@@ -58,8 +58,8 @@ def encode(
     unheard = getattr(pipe.encode_prompt, "encode_prompt", pipe.encode_prompt)
     if not takes(pipe, "text_encoder_index") or "text_encoder_index" in options:
         return unheard(prompt, **given)
-    both = (unheard(prompt, **given, text_encoder_index=i)[0] for i in range(2))
-    return (beside(*both),)
+    both = (unheard(prompt, **given, text_encoder_index=i) for i in range(2))
+    return tuple(None if first is None else _beside(first, second) for first, second in zip(*both))
 
 
 def beside(first: Tensor, second: Tensor) -> Tensor:
@@ -67,6 +67,11 @@ def beside(first: Tensor, second: Tensor) -> Tensor:
     width = max(first.shape[-1], second.shape[-1])
     parts = [functional.pad(part, (0, width - part.shape[-1])) for part in (first, second)]
     return torch.cat(parts, 1)
+
+
+def _beside(first: Tensor, second: Tensor) -> Tensor:
+    """Tokens of two encoders one after the other, or their masks [B, L]."""
+    return beside(first, second) if first.dim() == 3 else torch.cat([first, second], 1)
 
 
 def options_of(pipe: DiffusionPipeline, given: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +90,7 @@ def manner_of(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of encode_prompt that are no text, and that encoding leaves alone."""
     own = ("device", "do_classifier_free_guidance", "text_encoder_index")
     own += ("prepare_unconditional_embeds", "batch_size")  # modular ones' word; Hunyuan's
+    own += ("max_sequence_length",) if "text_encoder_index" in given else ()  # of each its own
     return {
         name: value for name, value in given.items() if "prompt" not in name and name not in own
     }

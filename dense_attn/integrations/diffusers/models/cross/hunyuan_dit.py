@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ...text.encoding import beside
 from ..record import IMAGE, TEXT, Attention, Call, Model
 
+if TYPE_CHECKING:
+    from ...prompts.texts import Slots, Texts
+
 ENCODED = "encoder_hidden_states", "encoder_hidden_states_t5"
+MASKS = "text_embedding_mask", "text_embedding_mask_t5"
 
 
 class HunyuanDiT(Model):
     """HunyuanDiT2DModel, which is given the tokens of each encoder by themselves."""
 
     denoiser = "HunyuanDiT2DModel"
-    longer_text = False  # all tokens of the second encoder are pooled too
+    beside = "attn2"  # padding that the model has learned is that of so many tokens
+    numbering = "time_extra_emb", "forward"
     attentions = Attention("attn1", (IMAGE,)), Attention("attn2", (IMAGE,), (TEXT,))
 
     def read(self, arguments: dict[str, Any]) -> Call:
@@ -31,3 +37,17 @@ class HunyuanDiT(Model):
             _, length, width = arguments[name].shape
             arguments[name] = text[:, start : start + length, :width].contiguous()
             start += length
+
+    def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
+        """Put the texts of regions as rows below a call's, with their masks."""
+        own = torch.cat([arguments[name] for name in MASKS], 1)
+        masks = texts.rows_of(torch.cat([own, texts.mask.to(own)], 1))
+        lengths = [arguments[name].shape[1] for name in MASKS]
+        self.write(arguments, texts.as_rows())
+        arguments.update(zip(MASKS, masks.split(lengths, 1)))
+
+    def numbered(
+        self, own: Any, slots: Slots, time: Tensor, text: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A time's vector with what is pooled of the text of the call's own prompt."""
+        return own(time, text[: len(time)], *args, **kwargs)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from ..record import IMAGE, TEXT, Attention, Call, Model
+
+if TYPE_CHECKING:
+    from ...prompts.texts import Slots
 
 
 class CogVideoX(Model):
@@ -46,4 +51,11 @@ class CogVideoX(Model):
 class CogVideoXPlaced(CogVideoX):
     """One that adds places to so many tokens of text and of a video."""
 
-    longer_text = False
+    numbering = "patch_embed", "forward"
+
+    def numbered(self, own: Any, slots: Slots, text: Tensor, latents: Tensor) -> Tensor:
+        """The tokens of texts, each with the places of its own, and then of the video."""
+        parts = [part for part in text.split(slots.sizes, 1) if part.shape[1]]
+        made = [own(part, latents) for part in parts]
+        texts = [tokens[:, : part.shape[1]] for tokens, part in zip(made, parts)]
+        return torch.cat([*texts, made[0][:, parts[0].shape[1] :]], 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ..record import IMAGE, TEXT, Attention, Model
+from ..record import IMAGE, TEXT, Attention
+from ..refined import Refined
 
 
-class HunyuanVideo(Model):
+class HunyuanVideo(Refined):
     """HunyuanVideoTransformer3DModel, of double and single blocks.
 
-    The refiner of the text alone is left alone.
+    No layout touches the refiner of the text alone.
     """
 
     denoiser = "HunyuanVideoTransformer3DModel"

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dense_attn import _checks
+import torch
 
 from ..record import IMAGE, TEXT, Attention, Model
 
 if TYPE_CHECKING:
     from ...prompts.texts import Texts
 
+CROSS = "attn2"
 
+
+@dataclass(frozen=True)
 class Wan(Model):
     """WanTransformer3DModel; the image that a video begins with is another call of `attn2`."""
 
+    beside: str | None = None  # where there is one, whose keys are all before the last 512
     denoiser = "WanTransformer3DModel"
     video = True
     branches = "calls"
-    attentions = Attention("attn1", (IMAGE,)), Attention("attn2", (IMAGE,), (TEXT,))
+    attentions = Attention("attn1", (IMAGE,)), Attention(CROSS, (IMAGE,), (TEXT,))
+
+    @classmethod
+    def of(cls, denoiser: torch.nn.Module) -> Model:
+        """The record of one denoiser."""
+        there = denoiser.config.added_kv_proj_dim is not None
+        return replace(super().of(denoiser), beside=CROSS if there else None)
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
-        """Put the texts of regions behind a call's; an image's keys stand 512 before the end."""
-        if arguments.get("encoder_hidden_states_image") is not None:
-            rule = f"be None for a {self.denoiser} while regions have prompts"
-            _checks.refuse("encoder_hidden_states_image", rule, "an image")
-        super().lengthen(arguments, texts)
+        """Put the texts of regions behind a call's, or as rows below it, with the image's keys."""
+        if self.beside is None:
+            super().lengthen(arguments, texts)
+            return
+        self.write(arguments, texts.as_rows())
+        image = "encoder_hidden_states_image"
+        arguments[image] = arguments[image].repeat(len(texts.slots.sizes), 1, 1)
