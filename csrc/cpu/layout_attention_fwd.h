@@ -2,7 +2,7 @@
 // keys and values are read where they lie, one broadcast scalar at a time.
 #pragma once
 
-#include "cpu/layout_attention_rows.h"
+#include "cpu/layout_attention_state.h"
 
 namespace DENSE_ATTN_ISA {
 
@@ -32,8 +32,9 @@ struct Forward {
   int64_t packed_head = -1, packed_begin = -1;
   const char *k_data, *v_data;  // key and value of the chunk's first key
   int64_t k_row_bytes, v_row_bytes, v_step_bytes;
-  Lanes<Acc> in_max, in_min, out_max, out_min;
-  RowSums<Acc> sum_in, sum_out;
+  KeyWords<kStep> words;
+  RowState<Acc> state;  // its sum that of all keys, or of the matched ones until both are merged
+  RowSums<Acc> sum_out;
 
   Forward(const LayoutAttentionParams& params, void* scratch)
       : p(params),
@@ -48,6 +49,7 @@ struct Forward {
     scores = carver.take<Acc>(chunk * kMaxRows);
     k_packed = carver.take<Elem>(pack_keys ? chunk * depth : 0);
     v_packed = carver.take<Elem>(kPackValues ? (chunk + kStep - 1) / kStep * p.head_dim : 0);
+    words.take(carver, p.seqlen_k);
     scratch_bytes = carver.used;
   }
 
@@ -55,6 +57,10 @@ struct Forward {
     const int64_t packed_bytes = ((pack_keys ? depth : 0) + (kPackValues ? p.head_dim / kStep : 0)) * sizeof(Elem);
     const bool one_chunk = p.seqlen_k <= kStripKeys && p.seqlen_k * packed_bytes <= kPackedBytes;
     return one_chunk || p.seqlen_k < kChunkKeys ? p.seqlen_k : kChunkKeys;
+  }
+
+  static int64_t items(const LayoutAttentionParams& p) {
+    return p.batch * p.num_heads * Strips(p.seqlen_q, kLanes<Acc>).count;
   }
 
   void run(int64_t item) {
@@ -71,12 +77,8 @@ struct Forward {
 
   template <int kVecs>
   void strip(const StripRows<Acc>& rows) {
-    const Acc inf = __builtin_inf();
-    for (int v = 0; v < kVecs; ++v) {
-      in_max.set(v, set1<Acc>(-inf)), out_max.set(v, set1<Acc>(-inf));
-      in_min.set(v, set1<Acc>(inf)), out_min.set(v, set1<Acc>(inf));
-      sum_in.reset(v), sum_out.reset(v);
-    }
+    for (int v = 0; v < kVecs; ++v) state.reset(v), sum_out.reset(v);
+    words.fill(p, rows.batch, rows.keys);
     std::memset(acc_in, 0, p.head_dim * rows.stride * sizeof(Acc));
     pack_queries(rows);
     if (chunk == p.seqlen_k) {
@@ -98,16 +100,16 @@ struct Forward {
     Exponents exponents;
     Lanes<Acc> shift;
     for (int v = 0; v < kVecs; ++v) {
-      const State state = reference_points(rows, v);
-      shift.set(v, state.shift);
-      exponents.set_tau(v, state.tau);
-      exponents.set_in(v, state.add_in, state.shift);
-      exponents.set_out(v, state.add_out, state.shift);
+      const auto from = state.reference(p, rows, v);
+      shift.set(v, from.shift);
+      exponents.set_tau(v, from.tau);
+      exponents.set_in(v, from.add_in, from.shift);
+      exponents.set_out(v, from.add_out, from.shift);
     }
     for (KeyRun run = next_run(p, rows, 0, keys); run.begin < keys; run = next_run(p, rows, run.end, keys)) {
-      weigh_run<kVecs>(rows, 0, run, exponents, sum_in, acc_in);
+      weigh_run<kVecs>(rows, 0, run, exponents, state.sum, acc_in);
     }
-    finish<kVecs>(rows, shift);
+    state.template finish<T>(p, rows, shift, acc_in);
   }
 
   // Two online states, one a population, over chunks of keys; merged once the extremes of the row are known.
@@ -124,34 +126,34 @@ struct Forward {
         score<kVecs>(rows, begin, run.begin, run.end);
       }
       for (int v = 0; v < kVecs; ++v) {
-        const State state = reference_points(rows, v);
-        rescale(acc_in, rows.stride, v, sum_in, shift_in, state.top_in);
-        rescale(acc_out, rows.stride, v, sum_out, shift_out, state.top_out);
-        matched.set_tau(v, state.tau), matched.set_in(v, nothing, shift_in[v]), matched.set_out(v, excluded, Vec{});
-        others.set_tau(v, state.tau), others.set_in(v, excluded, Vec{}), others.set_out(v, nothing, shift_out[v]);
+        const auto from = state.reference(p, rows, v);
+        rescale(acc_in, rows.stride, v, state.sum, shift_in, from.top_in);
+        rescale(acc_out, rows.stride, v, sum_out, shift_out, from.top_out);
+        matched.set_tau(v, from.tau), matched.set_in(v, nothing, shift_in[v]), matched.set_out(v, excluded, Vec{});
+        others.set_tau(v, from.tau), others.set_in(v, excluded, Vec{}), others.set_out(v, nothing, shift_out[v]);
       }
       for (KeyRun run = next_run(p, rows, begin, end); run.begin < end; run = next_run(p, rows, run.end, end)) {
         for (int64_t j = run.begin; j < run.end; j += kKeyBlock) {
           const KeyRun block{j, j + kKeyBlock < run.end ? j + kKeyBlock : run.end};
           const Populations present = populations(rows, block);
-          if (present.matched) weigh_run<kVecs>(rows, begin, block, matched, sum_in, acc_in);
+          if (present.matched) weigh_run<kVecs>(rows, begin, block, matched, state.sum, acc_in);
           if (present.others) weigh_run<kVecs>(rows, begin, block, others, sum_out, acc_out);
         }
       }
     }
     for (int v = 0; v < kVecs; ++v) {
-      const State state = reference_points(rows, v);
-      shift.set(v, state.shift);
-      const Vec weight_in = merge_weight(sum_in[v], shift_in[v], state.add_in, state.shift);
-      const Vec weight_out = merge_weight(sum_out[v], shift_out[v], state.add_out, state.shift);
-      const Vec sum = sum_in[v] * weight_in + sum_out[v] * weight_out;
-      sum_in.reset(v), sum_in.add(v, sum);
+      const auto from = state.reference(p, rows, v);
+      shift.set(v, from.shift);
+      const Vec weight_in = merge_weight(state.sum[v], shift_in[v], from.add_in, from.shift);
+      const Vec weight_out = merge_weight(sum_out[v], shift_out[v], from.add_out, from.shift);
+      const Vec sum = state.sum[v] * weight_in + sum_out[v] * weight_out;
+      state.sum.reset(v), state.sum.add(v, sum);
       for (int64_t d = 0; d < p.head_dim; ++d) {
         Acc* to = acc_in + d * rows.stride + v * kLanes<Acc>;
         store(to, load<Vec>(to) * weight_in + load<Vec>(acc_out + d * rows.stride + v * kLanes<Acc>) * weight_out);
       }
     }
-    finish<kVecs>(rows, shift);
+    state.template finish<T>(p, rows, shift, acc_in);
   }
 
   // What a state measured from shift counts beside others measured from total; nothing if it holds no key.
@@ -159,39 +161,6 @@ struct Forward {
     const Vec weight = exp2<Acc>(narrow<Acc>(widen<Acc>(shift) + add * kLog2E - widen<Acc>(total)));
     return select(less(Vec{}, sum), weight, sum);
   }
-
-  struct State {
-    WideOf<Acc> tau;              // natural units per raw score
-    WideOf<Acc> add_in, add_out;  // what the rule adds to each population, natural units; common terms left out
-    Vec top_in, top_out;          // largest tau * s of each population, -inf for one without keys
-    Vec shift;                    // largest modulated score, 0 for a row without keys
-  };
-
-  // From the extremes met so far, those of the row: what the softmax is measured from.
-  State reference_points(const StripRows<Acc>& rows, int v) const {
-    const Acc inf = __builtin_inf();
-    const WideOf<Acc> c = widen<Acc>(rows.strength[v]);
-    State state;
-    state.tau = temperature<Acc>(p.modulation, c) * p.scale;
-    const Additions<Acc> add(p, c, raw_max(v), raw_min(v));
-    state.add_in = add.matched - add.common(p.modulation);
-    state.add_out = add.others - add.common(p.modulation);
-    const Vec tau = narrow<Acc>(state.tau * kLog2E);
-    const auto top = [&](Vec max, Vec min) {
-      const Vec extreme = select(less(tau, Vec{}), min, max) * tau;
-      return select(less(max, min), set1<Acc>(-inf), extreme);
-    };
-    state.top_in = top(in_max[v], in_min[v]);
-    state.top_out = top(out_max[v], out_min[v]);
-    const Vec top_in = state.top_in + narrow<Acc>(state.add_in * kLog2E),
-              top_out = state.top_out + narrow<Acc>(state.add_out * kLog2E);
-    const Vec largest = select(less(top_in, top_out), top_out, top_in);
-    state.shift = select(less(set1<Acc>(-inf), largest), largest, Vec{});
-    return state;
-  }
-
-  Vec raw_max(int v) const { return select(less(in_max[v], out_max[v]), out_max[v], in_max[v]); }
-  Vec raw_min(int v) const { return select(less(in_min[v], out_min[v]), in_min[v], out_min[v]); }
 
   // A state measured from a new maximum.
   void rescale(Acc* acc, int64_t stride, int v, RowSums<Acc>& sum, Lanes<Acc>& shift, Vec top) {
@@ -223,21 +192,9 @@ struct Forward {
     const T* head = p.q.at<T>(rows.batch, rows.head);
     const auto row = [&](int64_t r) { return head + rows.token[r] * p.q.strides[2]; };
     if constexpr (kDot) {
-      pack_pair_columns(row, rows);
+      pack_pair_columns(row, rows.count, rows.stride, p.head_dim, q_panel);
     } else {
       pack_columns<T>(row, rows.count, rows.stride, p.head_dim, q_panel);
-    }
-  }
-
-  // A row of bfloat16 pairs is a row of 32-bit words; an odd last value gets a zero beside it.
-  template <class Row>
-  void pack_pair_columns(const Row& row, const StripRows<Acc>& rows) {
-    const auto words = [&](int64_t r) { return reinterpret_cast<const float*>(row(r)); };
-    float* panel = reinterpret_cast<float*>(q_panel);
-    pack_columns<float>(words, rows.count, rows.stride, p.head_dim / 2, panel);
-    if (p.head_dim % 2 == 0) return;
-    for (int64_t r = 0; r < rows.stride; ++r) {
-      q_panel[(depth - 1) * rows.stride + r].bits = row(r < rows.count ? r : 0)[p.head_dim - 1].bits;
     }
   }
 
@@ -290,24 +247,8 @@ struct Forward {
       Acc* to = scores + (j - chunk_begin) * rows.stride;
       accumulate<Elem, kVecs>(k_data + (j - chunk_begin) * k_row_bytes, k_row_bytes, sizeof(Elem), q_panel, rows.stride,
                               depth, to, rows.stride, count, true);
-      for (int v = 0; v < kVecs; ++v) meet_extremes(rows, j, count, v, to + v * kLanes<Acc>);
+      state.template meet_keys<kVecs>(rows, words, j, j + count, to);
     }
-  }
-
-  // With `mask`, also clears what the others hold, so that no value of theirs matters.
-  void meet_extremes(const StripRows<Acc>& rows, int64_t begin, int64_t count, int v, Acc* at) {
-    const bool mask = p.modulation == Modulation::kMask;
-    const auto row_words = rows.word_lanes(v);
-    const int32_t* words = p.k_regions.at<int32_t>(rows.batch, begin);
-    Vec max_in = in_max[v], min_in = in_min[v], max_out = out_max[v], min_out = out_min[v];
-    for (int64_t j = 0; j < count; ++j, at += rows.stride) {
-      const Vec s = load<Vec>(at);
-      const auto matched = meet(row_words, set1_int<Acc>(words[j * p.k_regions.strides[1]]));
-      max_where(max_in, matched, s), min_where(min_in, matched, s);
-      max_where(max_out, invert(matched), s), min_where(min_out, invert(matched), s);
-      if (mask) store(at, select(matched, s, Vec{}));
-    }
-    in_max.set(v, max_in), in_min.set(v, min_in), out_max.set(v, max_out), out_min.set(v, min_out);
   }
 
   // The weights of a run of keys, their sum, and their product with the values.
@@ -318,66 +259,14 @@ struct Forward {
       const int64_t count = run.end - begin < kKeyBlock ? run.end - begin : kKeyBlock;
       const Acc* from = scores + (begin - chunk_begin) * rows.stride;
       for (int v = 0; v < kVecs; ++v) {
-        const auto weight = [&](int64_t j) {
-          const auto word = *p.k_regions.at<int32_t>(rows.batch, begin + j);
-          const auto matched = meet(rows.word_lanes(v), set1_int<Acc>(word));
-          return exponents.weight(v, load<Vec>(from + j * rows.stride + v * kLanes<Acc>), matched);
-        };
-        Elem* to = weights + v * kLanes<Acc>;
-        sum.add(v, weigh(weight, count, to, rows.stride));
+        const int64_t lane = v * kLanes<Acc>, end = begin + count;
+        const auto weigh = p.modulation == Modulation::kMask ? weigh_keys<true, Exponents, Acc, Elem, kStep>
+                                                             : weigh_keys<false, Exponents, Acc, Elem, kStep>;
+        sum.add(v, weigh(exponents, rows, words, v, begin, end, from + lane, weights + lane));
       }
       const char* values = v_data + (begin - chunk_begin) / kStep * v_step_bytes;
       accumulate<Elem, kVecs>(values, v_row_bytes, v_step_bytes, weights, rows.stride, (count + kStep - 1) / kStep, acc,
                               rows.stride, p.head_dim);
-    }
-  }
-
-  // One register column of weights; returns its sum.
-  template <class Weight>
-  static Vec weigh(const Weight& weight, int64_t count, Elem* to, int64_t stride) {
-    Vec sum{};
-    if constexpr (kDot) {
-      using Int = IntOf<Acc>;
-      for (int64_t j = 0; j < count; j += 2, to += stride) {
-        const Vec first = weight(j), second = j + 1 < count ? weight(j + 1) : Vec{};
-        sum += first + second;
-        const Int low = (Int)first + 0x8000, high = (Int)second + 0x8000;  // to the nearest bfloat16
-        store(to, (Int)((Simd<float>::Int)high & (int32_t)0xffff0000) | ((low >> 16) & 0xffff));
-      }
-    } else {
-      for (int64_t j = 0; j < count; ++j, to += stride) {
-        const Vec value = weight(j);
-        sum += value;
-        store(to, value);
-      }
-    }
-    return sum;
-  }
-
-  template <int kVecs>
-  void finish(const StripRows<Acc>& rows, const Lanes<Acc>& shift) {
-    Lanes<Acc> sums, inverse;
-    double offset[kMaxRows];
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec sum = sum_in[v];
-      sums.set(v, sum);
-      inverse.set(v, select(less(Vec{}, sum), 1 / sum, sum));  // 0 stays 0, NaN stays NaN
-      const Additions<Acc> add(p, widen<Acc>(rows.strength[v]), raw_max(v), raw_min(v));
-      store(offset + v * kLanes<Acc>, add.common(p.modulation));
-    }
-    T* out = p.out.at<T>(rows.batch, rows.head);
-    const auto row = [&](int64_t r) { return out + rows.token[r] * p.out.strides[2]; };
-    unpack_columns<T>(acc_in, inverse.x, rows.count, rows.stride, p.head_dim, row);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const Acc sum = sums.x[r], log_sum = sizeof(Acc) == 4 ? __builtin_logf(sum) : __builtin_log(sum);
-      const double lse = shift.x[r] * kLn2 + log_sum + offset[r];
-      if (p.lse.data) *p.lse.at<Acc>(rows.batch, rows.head, rows.token[r]) = sum == 0 ? log_sum : lse;
-      if (!p.stats.data) continue;
-      Acc* stats = p.stats.at<Acc>(rows.batch, rows.head, rows.token[r]);
-      stats[kRawMax] = raw_max(r / kLanes<Acc>)[r % kLanes<Acc>];
-      stats[kRawMin] = raw_min(r / kLanes<Acc>)[r % kLanes<Acc>];
-      stats[kShift] = shift.x[r];
-      stats[kSum] = sum;
     }
   }
 };

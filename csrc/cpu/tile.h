@@ -99,6 +99,14 @@ inline void pack_columns(const Row& row, int64_t count, int64_t rows, int64_t wi
   }
 }
 
+// A row of bfloat16 pairs is a row of 32-bit words; an odd last value gets a zero beside it.
+template <class Row>
+inline void pack_pair_columns(const Row& row, int64_t count, int64_t rows, int64_t width, Pair* panel) {
+  const auto words = [&](int64_t r) { return reinterpret_cast<const float*>(row(r)); };
+  pack_columns<float>(words, count, rows, width / 2, reinterpret_cast<float*>(panel));
+  for (int64_t r = 0; width % 2 && r < rows; ++r) panel[width / 2 * rows + r].bits = row(r < count ? r : 0)[width - 1].bits;
+}
+
 // The way back: row(r)[d] = panel[d][r] * factor[r].
 template <class T, class Row>
 inline void unpack_columns(const typename Dtype<T>::Acc* panel, const typename Dtype<T>::Acc* factor, int64_t count,
