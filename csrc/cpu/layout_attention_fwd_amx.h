@@ -12,9 +12,9 @@ namespace DENSE_ATTN_ISA {
 struct ForwardAmx {
   using Weights = Exponents<float, false>;
   static constexpr int64_t kMaxRows = kRowVecs * kLanes<float>;
-  static constexpr int64_t kBlock = 64;                // keys whose scores and weights are in L1
-  static constexpr int64_t kResidentBytes = 1 << 20;   // of packed keys and values that strips meet in turn: half an L2
-  static constexpr int64_t kPackedBytes = 4 << 20;     // most of them that are kept; of more, every item packs its own
+  static constexpr int64_t kBlock = 64;               // keys at once, whose scores and weights are in L1
+  static constexpr int64_t kResidentBytes = 1 << 20;  // packed keys and values that strips meet in turn: half an L2
+  static constexpr int64_t kPackedBytes = 4 << 20;    // most of them that are kept; of more, every item packs its own
 
   // A strip's rows, with what the first sweep leaves to the second.
   struct Strip {
@@ -77,24 +77,24 @@ struct ForwardAmx {
     for (int64_t i = 0; i < count; ++i) start(i, head * all + first + i);
     const StripRows<float>& rows = strips[0].rows;
     words.fill(p, rows.batch, rows.keys);
-    for (int64_t begin = 0; begin < rows.keys; begin += chunk) {
-      const KeyRun keys{begin, begin + chunk < rows.keys ? begin + chunk : rows.keys};
-      pack(rows, keys, false);
-      for (int64_t i = 0; i < count; ++i) for_blocks(strips[i], keys, [&](auto vecs, KeyRun block) { meet<vecs>(strips[i], block); });
-    }
+    const auto sweep = [&](bool with_values, const auto& f) {
+      for (int64_t begin = 0; begin < rows.keys; begin += chunk) {
+        const KeyRun keys{begin, begin + chunk < rows.keys ? begin + chunk : rows.keys};
+        pack(rows, keys, with_values);
+        for (int64_t i = 0; i < count; ++i) for_blocks(strips[i], keys, f);
+      }
+    };
+    sweep(false, [&](auto vecs, Strip& strip, KeyRun block) { meet<vecs>(strip, block); });
     for (int64_t i = 0; i < count; ++i) settle(strips[i]);
-    for (int64_t begin = 0; begin < rows.keys; begin += chunk) {
-      const KeyRun keys{begin, begin + chunk < rows.keys ? begin + chunk : rows.keys};
-      pack(rows, keys, true);
-      for (int64_t i = 0; i < count; ++i) for_blocks(strips[i], keys, [&](auto vecs, KeyRun block) { weigh<vecs>(strips[i], block); });
-    }
+    sweep(true, [&](auto vecs, Strip& strip, KeyRun block) { weigh<vecs>(strip, block); });
     for (int64_t i = 0; i < count; ++i) {
       strips[i].state.template finish<BFloat16>(p, strips[i].rows, strips[i].shift, strips[i].acc);
     }
   }
 
   void start(int64_t i, int64_t row_strip) {
-    Strip& strip = *new (strips + i) Strip{StripRows<float>(p, row_strip), {}, {}, {}, q_panels + i * q_size(), accs + i * acc_size()};
+    Strip& strip = *new (strips + i) Strip{StripRows<float>(p, row_strip), {}, {}, {}, q_panels + i * q_size(),
+                                           accs + i * acc_size()};
     const StripRows<float>& rows = strip.rows;
     for (int v = 0; v < rows.stride / kLanes<float>; ++v) strip.state.reset(v);
     const BFloat16* head = p.q.at<BFloat16>(rows.batch, rows.head);
@@ -117,19 +117,19 @@ struct ForwardAmx {
     if (whole || with_values) pack_value_tiles(v, p.v.strides[2], keys.end - keys.begin, p.head_dim, v_tiles);
   }
 
-  // f(number of registers, block of keys) for the keys that have work for the strip.
+  // f(number of registers, strip, block of keys) for the keys that have work for the strip.
   template <class F>
-  void for_blocks(const Strip& strip, KeyRun keys, const F& f) {
-    const auto walk = [&](auto vecs) {
-      for (KeyRun run = next_run(p, strip.rows, keys.begin, keys.end, kTileKeys); run.begin < keys.end;
-           run = next_run(p, strip.rows, run.end, keys.end, kTileKeys)) {
-        for (int64_t j = run.begin; j < run.end; j += kBlock) f(vecs, KeyRun{j, j + kBlock < run.end ? j + kBlock : run.end});
-      }
-    };
+  void for_blocks(Strip& strip, KeyRun keys, const F& f) {
     const int64_t vecs = strip.rows.stride / kLanes<float>;
-    if (vecs == 1) walk(std::integral_constant<int, 1>{});
-    if (vecs == 2) walk(std::integral_constant<int, 2>{});
-    if (vecs == 3) walk(std::integral_constant<int, 3>{});
+    for (KeyRun run = next_run(p, strip.rows, keys.begin, keys.end, kTileKeys); run.begin < keys.end;
+         run = next_run(p, strip.rows, run.end, keys.end, kTileKeys)) {
+      for (int64_t j = run.begin; j < run.end; j += kBlock) {
+        const KeyRun block{j, j + kBlock < run.end ? j + kBlock : run.end};
+        if (vecs == 1) f(std::integral_constant<int, 1>{}, strip, block);
+        if (vecs == 2) f(std::integral_constant<int, 2>{}, strip, block);
+        if (vecs == 3) f(std::integral_constant<int, 3>{}, strip, block);
+      }
+    }
   }
 
   int64_t packed_at(int64_t key) const { return held == p.seqlen_k ? key : key % chunk; }
@@ -137,10 +137,9 @@ struct ForwardAmx {
   template <int kVecs>
   void score(const Strip& strip, KeyRun block) {
     const char* keys = k_tiles + packed_at(block.begin) / kTile * depth_steps * kTileBytes;
-    const int64_t stride = strip.rows.stride;
-    for (int64_t j = 0; j < block.end - block.begin; j += kTile, keys += depth_steps * kTileBytes) {
-      tile_accumulate<kVecs>(keys, kTileBytes, strip.q_panel, stride, depth_steps, scores + j * stride, true);
-    }
+    const int64_t row_tiles = tiles(block.end - block.begin, kTile);
+    tile_accumulate<kVecs>(keys, depth_steps * kTileBytes, kTileBytes, strip.q_panel, strip.rows.stride, depth_steps,
+                           scores, row_tiles, true);
   }
 
   template <int kVecs>
@@ -164,17 +163,18 @@ struct ForwardAmx {
   void weigh(Strip& strip, KeyRun block) {
     score<kVecs>(strip, block);
     const int64_t stride = strip.rows.stride, count = block.end - block.begin, steps = tiles(count, kTileKeys);
-    const auto weigh_one = p.modulation == Modulation::kMask ? weigh_keys<true, Weights, float, Pair, 2> : weigh_keys<false, Weights, float, Pair, 2>;
+    const auto weigh_one = p.modulation == Modulation::kMask ? weigh_keys<true, Weights, float, Pair, 2>
+                                                             : weigh_keys<false, Weights, float, Pair, 2>;
     for (int v = 0; v < kVecs; ++v) {
       const int64_t lane = v * kLanes<float>;
-      strip.state.sum.add(v, weigh_one(strip.weights, strip.rows, words, v, block.begin, block.end, scores + lane, weights + lane));
+      strip.state.sum.add(
+          v, weigh_one(strip.weights, strip.rows, words, v, block.begin, block.end, scores + lane, weights + lane));
     }
     const int64_t pairs = (count + 1) / 2;
     std::memset(weights + pairs * stride, 0, (steps * kTile - pairs) * stride * sizeof(Pair));
     const char* values = v_tiles + packed_at(block.begin) / kTileKeys * channel_tiles * kTileBytes;
-    for (int64_t tile = 0; tile < channel_tiles; ++tile, values += kTileBytes) {
-      tile_accumulate<kVecs>(values, channel_tiles * kTileBytes, weights, stride, steps, strip.acc + tile * kTile * stride, false);
-    }
+    tile_accumulate<kVecs>(values, kTileBytes, channel_tiles * kTileBytes, weights, stride, steps, strip.acc,
+                           channel_tiles, false);
   }
 };
 

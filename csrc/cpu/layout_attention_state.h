@@ -44,8 +44,8 @@ inline Simd<float>::Int round_pair(Simd<float>::Vec first, Simd<float>::Vec seco
 // The weights of keys [begin, end) and one register of rows, and what they add to the rows' sum: scores [key][rows] at
 // `from` become values, or pairs, [step][rows] at `to`. With kMask those of the others are 0 whatever their scores.
 template <bool kMask, class Exponents, class Acc, class Elem, int64_t kStep>
-inline VecOf<Acc> weigh_keys(const Exponents& exponents, const StripRows<Acc>& rows, const KeyWords<kStep>& words, int v,
-                             int64_t begin, int64_t end, const Acc* from, Elem* to) {
+inline VecOf<Acc> weigh_keys(const Exponents& exponents, const StripRows<Acc>& rows, const KeyWords<kStep>& words,
+                             int v, int64_t begin, int64_t end, const Acc* from, Elem* to) {
   using Vec = VecOf<Acc>;
   Vec sum{};
   for (int64_t j = begin; j < end;) {
@@ -123,7 +123,8 @@ struct RowState {
         for (int v = 0; v < kVecs; ++v) widen_range(max[0][v], min[0][v], load<Vec>(from + v * kLanes<Acc>));
       }
       for (int s = 0; s < kStep; ++s) {
-        for (int v = 0; v < kVecs; ++v) meet_run(v, meet(rows.word_lanes(v), set1_int<Acc>(word[s])), max[s][v], min[s][v]);
+        for (int v = 0; v < kVecs; ++v)
+          meet_run(v, meet(rows.word_lanes(v), set1_int<Acc>(word[s])), max[s][v], min[s][v]);
       }
     }
   }

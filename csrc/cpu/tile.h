@@ -104,7 +104,8 @@ template <class Row>
 inline void pack_pair_columns(const Row& row, int64_t count, int64_t rows, int64_t width, Pair* panel) {
   const auto words = [&](int64_t r) { return reinterpret_cast<const float*>(row(r)); };
   pack_columns<float>(words, count, rows, width / 2, reinterpret_cast<float*>(panel));
-  for (int64_t r = 0; width % 2 && r < rows; ++r) panel[width / 2 * rows + r].bits = row(r < count ? r : 0)[width - 1].bits;
+  for (int64_t r = 0; width % 2 && r < rows; ++r)
+    panel[width / 2 * rows + r].bits = row(r < count ? r : 0)[width - 1].bits;
 }
 
 // The way back: row(r)[d] = panel[d][r] * factor[r].

@@ -4,19 +4,36 @@
 
 #include <immintrin.h>
 
-#include <atomic>
-
 #include "cpu/tile.h"
 
 namespace DENSE_ATTN_ISA {
 
-constexpr int64_t kTile = 16;                // rows of a tile, lanes of a row, and pairs
-constexpr int64_t kTileRowBytes = 64;        // of one row
+constexpr int64_t kTile = 16;          // rows of a tile, lanes of a row, and pairs
+constexpr int64_t kTileRowBytes = 64;  // of one row
 constexpr int64_t kTileBytes = kTile * kTileRowBytes;
-constexpr int64_t kTileKeys = 2 * kTile;     // keys of a step of the product with values
-constexpr int64_t kTileDepth = 2 * kTile;    // channels of a step of the scores
+constexpr int64_t kTileKeys = 2 * kTile;   // keys of a step of the product with values
+constexpr int64_t kTileDepth = 2 * kTile;  // channels of a step of the scores
 
 inline int64_t tiles(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+// Instructions on the tile registers that are named in the template's arguments; the compiler's own words for them take
+// no such names, and do not say that memory is read.
+template <int tile>
+inline void tile_load(const void* from, int64_t row_bytes) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(tile) : "memory");
+}
+template <int tile>
+inline void tile_store(void* to, int64_t row_bytes) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(tile) : "memory");
+}
+template <int tile>
+inline void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+template <int c, int a, int b>
+inline void tile_multiply() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
 
 // The calling thread's tiles, configured for as long as this lives.
 class TileRegisters {
@@ -28,47 +45,66 @@ class TileRegisters {
       uint8_t rows[16] = {};
     } config;
     for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = kTileRowBytes, config.rows[tile] = kTile;
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-    _tile_loadconfig(&config);
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));
   }
-  ~TileRegisters() { _tile_release(); }
+  ~TileRegisters() { __asm__ volatile("tilerelease"); }
   TileRegisters(const TileRegisters&) = delete;
 };
 
-// c[16][kVecs * 16] += the sum over steps of a tile of a, at a + step * a_step_bytes, times 16 pair rows of b; or =
-// where fresh. b and c have rows of `stride` lanes. An instruction sums its 32 products before they meet the running
-// sum, so the error grows with the number of steps and not with that of terms.
+// A row of kVecs tiles of c, accumulated in registers from kFirst on, beside tile 6 of b and tile 7 of a.
+template <int kFirst, int kVecs>
+struct TileRow {
+  static_assert(kFirst + kVecs <= 6);
+
+  static void start(const float* c, int64_t bytes, bool fresh) {
+    if (fresh) {
+      tile_zero<kFirst>();
+      if constexpr (kVecs > 1) tile_zero<kFirst + 1>();
+      if constexpr (kVecs > 2) tile_zero<kFirst + 2>();
+    } else {
+      tile_load<kFirst>(c, bytes);
+      if constexpr (kVecs > 1) tile_load<kFirst + 1>(c + kTile, bytes);
+      if constexpr (kVecs > 2) tile_load<kFirst + 2>(c + 2 * kTile, bytes);
+    }
+  }
+
+  static void add(const char* a, const Pair* b, int64_t bytes) {
+    tile_load<7>(a, kTileRowBytes);
+    tile_load<6>(b, bytes), tile_multiply<kFirst, 7, 6>();
+    if constexpr (kVecs > 1) tile_load<6>(b + kTile, bytes), tile_multiply<kFirst + 1, 7, 6>();
+    if constexpr (kVecs > 2) tile_load<6>(b + 2 * kTile, bytes), tile_multiply<kFirst + 2, 7, 6>();
+  }
+
+  static void finish(float* c, int64_t bytes) {
+    tile_store<kFirst>(c, bytes);
+    if constexpr (kVecs > 1) tile_store<kFirst + 1>(c + kTile, bytes);
+    if constexpr (kVecs > 2) tile_store<kFirst + 2>(c + 2 * kTile, bytes);
+  }
+};
+
+// c[16 * row_tiles][kVecs * 16] += a times b, or = where fresh: a in tiles, a_tile_bytes from one row to the next and
+// a_step_bytes from step to step; b in 16 pair rows a step; b and c with rows of `stride` lanes. An instruction sums
+// its 32 products before they meet the running sum, so the error grows with the number of steps and not with that of
+// terms.
 template <int kVecs>
-inline void tile_accumulate(const char* a, int64_t a_step_bytes, const Pair* b, int64_t stride, int64_t steps, float* c,
-                            bool fresh) {
-  static_assert(kVecs <= 3);
+inline void tile_accumulate(const char* a, int64_t a_tile_bytes, int64_t a_step_bytes, const Pair* b, int64_t stride,
+                            int64_t steps, float* c, int64_t row_tiles, bool fresh) {
   const int64_t bytes = stride * sizeof(float);
-  std::atomic_signal_fence(std::memory_order_seq_cst);  // tile loads do not tell the compiler what they read
-  if (fresh) {
-    _tile_zero(0);
-    if constexpr (kVecs > 1) _tile_zero(1);
-    if constexpr (kVecs > 2) _tile_zero(2);
-  } else {
-    _tile_loadd(0, c, bytes);
-    if constexpr (kVecs > 1) _tile_loadd(1, c + kTile, bytes);
-    if constexpr (kVecs > 2) _tile_loadd(2, c + 2 * kTile, bytes);
-  }
-  for (int64_t step = 0; step < steps; ++step, a += a_step_bytes, b += kTile * stride) {
-    _tile_loadd(3, a, kTileRowBytes);
-    _tile_loadd(4, b, bytes);
-    _tile_dpbf16ps(0, 3, 4);
-    if constexpr (kVecs > 1) {
-      _tile_loadd(5, b + kTile, bytes);
-      _tile_dpbf16ps(1, 3, 5);
+  // A row of tiles is stored while the next one is multiplied: a store waits for its products, and those behind it.
+  const auto row = [&](auto mine, auto before, int64_t tile) {
+    float* at = c + tile * kTile * stride;
+    mine.start(at, bytes, fresh);
+    mine.add(a + tile * a_tile_bytes, b, bytes);
+    if (tile > 0) before.finish(at - kTile * stride, bytes);
+    for (int64_t step = 1; step < steps; ++step) {
+      mine.add(a + tile * a_tile_bytes + step * a_step_bytes, b + step * kTile * stride, bytes);
     }
-    if constexpr (kVecs > 2) {
-      _tile_loadd(6, b + 2 * kTile, bytes);
-      _tile_dpbf16ps(2, 3, 6);
-    }
-  }
-  _tile_stored(0, c, bytes);
-  if constexpr (kVecs > 1) _tile_stored(1, c + kTile, bytes);
-  if constexpr (kVecs > 2) _tile_stored(2, c + 2 * kTile, bytes);
+  };
+  const TileRow<0, kVecs> even;
+  const TileRow<3, kVecs> odd;
+  for (int64_t tile = 0; tile < row_tiles; ++tile) tile % 2 ? row(odd, even, tile) : row(even, odd, tile);
+  float* last = c + (row_tiles - 1) * kTile * stride;
+  row_tiles % 2 ? even.finish(last, bytes) : odd.finish(last, bytes);
 }
 
 // Keys as tiles [key tile][depth step][16 keys][16 pairs], an even number of key tiles.
