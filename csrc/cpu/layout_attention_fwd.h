@@ -8,7 +8,7 @@ namespace DENSE_ATTN_ISA {
 
 constexpr int64_t kKeyBlock = 64;          // keys weighed at once, so that their weights stay in L1
 constexpr int64_t kStripKeys = 16384;      // most keys whose scores are held at once: 3 MB, still in a cache
-constexpr int64_t kPackedBytes = 4 << 20;  // most of their packed copies
+constexpr int64_t kPackedBytes = 8 << 20;  // most of their packed copies
 constexpr int64_t kChunkKeys = 4096;       // keys of a chunk where there are more, whose scores stay in L2
 
 // kDot: products over bfloat16 pairs by the dot-product instruction.
@@ -20,12 +20,13 @@ struct Forward {
   static constexpr int64_t kStep = kDot ? 2 : 1;
   static constexpr int64_t kMaxRows = kRowVecs * kLanes<Acc>;
   using Exponents = DENSE_ATTN_ISA::Exponents<Acc, std::is_same_v<T, Acc>>;
-  static constexpr bool kPackValues = kDot || !std::is_same_v<T, Acc>;
+  static constexpr bool kConverts = !std::is_same_v<T, Acc>;
 
   const LayoutAttentionParams& p;
   const int64_t depth;  // Elems per key
-  const bool pack_keys;
-  const int64_t chunk;  // keys per pass; one chunk when the strip fits
+  const int64_t row_size;  // Elems of a packed row
+  const int64_t chunk;     // keys per pass; one chunk when the strip fits
+  const bool pack_keys, pack_values;
   Elem *q_panel, *weights, *k_packed, *v_packed;
   Acc *scores, *acc_in, *acc_out;
   size_t scratch_bytes;
@@ -39,24 +40,33 @@ struct Forward {
   Forward(const LayoutAttentionParams& params, void* scratch)
       : p(params),
         depth((p.head_dim + kStep - 1) / kStep),
-        pack_keys(!std::is_same_v<T, Acc> && (!kDot || p.head_dim % 2)),
-        chunk(keys_per_chunk()) {
+        row_size(kDot ? depth : p.head_dim),
+        chunk(keys_per_chunk()),
+        pack_keys(kDot ? p.head_dim % 2 : kConverts || gathers()),
+        pack_values(kConverts || pack_keys) {
     Carver carver{static_cast<char*>(scratch)};
     q_panel = carver.take<Elem>(depth * kMaxRows);
     weights = carver.take<Elem>(kKeyBlock / kStep * kMaxRows);
     acc_in = carver.take<Acc>(p.head_dim * kMaxRows);
     acc_out = carver.take<Acc>(chunk < p.seqlen_k ? p.head_dim * kMaxRows : 0);
     scores = carver.take<Acc>(chunk * kMaxRows);
-    k_packed = carver.take<Elem>(pack_keys ? chunk * depth : 0);
-    v_packed = carver.take<Elem>(kPackValues ? (chunk + kStep - 1) / kStep * p.head_dim : 0);
+    k_packed = carver.take<Elem>(pack_keys ? chunk * row_size : 0);
+    v_packed = carver.take<Elem>(pack_values ? (kDot ? (chunk + 1) / 2 * p.head_dim : chunk * row_size) : 0);
     words.take(carver, p.seqlen_k);
     scratch_bytes = carver.used;
   }
 
   int64_t keys_per_chunk() const {
-    const int64_t packed_bytes = ((pack_keys ? depth : 0) + (kPackValues ? p.head_dim / kStep : 0)) * sizeof(Elem);
-    const bool one_chunk = p.seqlen_k <= kStripKeys && p.seqlen_k * packed_bytes <= kPackedBytes;
+    const int64_t packed = kConverts ? p.seqlen_k * 2 * row_size * (int64_t)sizeof(Elem) : 0;
+    const bool one_chunk = p.seqlen_k <= kStripKeys && packed <= kPackedBytes;
     return one_chunk || p.seqlen_k < kChunkKeys ? p.seqlen_k : kChunkKeys;
+  }
+
+  // Rows that could be read where they lie are copied for a head with many strips: other heads' lie between them, and
+  // every page of a long head costs a walk, in every strip.
+  bool gathers() const {
+    const int64_t bytes = p.seqlen_k * 2 * row_size * (int64_t)sizeof(Elem);
+    return chunk == p.seqlen_k && bytes <= kPackedBytes && Strips(p.seqlen_q, kLanes<Acc>).count > 3;
   }
 
   static int64_t items(const LayoutAttentionParams& p) {
@@ -204,19 +214,19 @@ struct Forward {
     const T* k = p.k.at<T>(rows.batch, rows.key_head, begin);
     const T* v = p.v.at<T>(rows.batch, rows.key_head, begin);
     k_data = reinterpret_cast<const char*>(pack_keys ? static_cast<const void*>(k_packed) : k);
-    v_data = reinterpret_cast<const char*>(kPackValues ? static_cast<const void*>(v_packed) : v);
-    k_row_bytes = pack_keys ? depth * sizeof(Elem) : p.k.strides[2] * sizeof(T);
+    v_data = reinterpret_cast<const char*>(pack_values ? static_cast<const void*>(v_packed) : v);
+    k_row_bytes = pack_keys ? row_size * sizeof(Elem) : p.k.strides[2] * sizeof(T);
     v_row_bytes = sizeof(Elem);
-    v_step_bytes = kPackValues ? p.head_dim * sizeof(Elem) : p.v.strides[2] * sizeof(T);
+    v_step_bytes = !pack_values ? p.v.strides[2] * sizeof(T) : (kDot ? p.head_dim : row_size) * sizeof(Elem);
     const int64_t head = rows.batch * p.num_heads + rows.key_head;
     if (packed_head == head && packed_begin == begin) return;
     packed_head = head, packed_begin = begin;
     if constexpr (kDot) {
       if (pack_keys) pack_odd_keys(k, end - begin);
       pack_value_pairs(v, end - begin);
-    } else if constexpr (kPackValues) {
-      pack_rows<T>(k, p.k.strides[2], end - begin, p.head_dim, k_packed, p.head_dim);
-      pack_rows<T>(v, p.v.strides[2], end - begin, p.head_dim, v_packed, p.head_dim);
+    } else if (pack_keys) {
+      pack_rows<T>(k, p.k.strides[2], end - begin, p.head_dim, k_packed, row_size);
+      pack_rows<T>(v, p.v.strides[2], end - begin, p.head_dim, v_packed, row_size);
     }
   }
 

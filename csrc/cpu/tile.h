@@ -17,6 +17,15 @@ inline __attribute__((always_inline)) void tile_product(const char* a, int64_t a
                                                         Vec (&acc)[kRows][kVecs]) {
   using B = typename Operand<Elem>::Vec;
   constexpr int kWidth = sizeof(B) / sizeof(Elem);
+  // Every third row has a pointer, from which an address reaches two more. The compiler is not told that they belong
+  // together: it would keep the distance of each row, more than there are registers for.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const char* row[kPointers];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPointers; ++i) {
+    row[i] = a + 3 * i * a_row_bytes;
+    __asm__("" : "+r"(row[i]));
+  }
   for (int64_t step = 0; step < steps; ++step) {
     B b_vec[kVecs];
 #pragma GCC unroll 4
@@ -24,11 +33,12 @@ inline __attribute__((always_inline)) void tile_product(const char* a, int64_t a
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Elem x;
-      std::memcpy(&x, a + r * a_row_bytes, sizeof(Elem));
+      std::memcpy(&x, row[r / 3] + r % 3 * a_row_bytes, sizeof(Elem));
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[r][v] = madd(acc[r][v], b_vec[v], x);
     }
-    a += a_step_bytes;
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) row[i] += a_step_bytes;
     b += b_stride;
   }
 }
