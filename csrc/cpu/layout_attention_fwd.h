@@ -2,6 +2,8 @@
 // keys and values are read where they lie, one broadcast scalar at a time.
 #pragma once
 
+#include <new>
+
 #include "cpu/layout_attention_state.h"
 
 namespace DENSE_ATTN_ISA {
@@ -9,6 +11,8 @@ namespace DENSE_ATTN_ISA {
 constexpr int64_t kKeyBlock = 64;          // keys weighed at once, so that their weights stay in L1
 constexpr int64_t kStripKeys = 16384;      // most keys whose scores are held at once: 3 MB, still in a cache
 constexpr int64_t kPackedBytes = 8 << 20;  // most of their packed copies
+constexpr int64_t kNearBytes = 1 << 19;    // keys, or values, that stay near while the strips of an item meet them
+constexpr int64_t kScoreBytes = 4 << 20;   // most scores of an item's strips where it has more than one
 constexpr int64_t kChunkKeys = 4096;       // keys of a chunk where there are more, whose scores stay in L2
 
 // kDot: products over bfloat16 pairs by the dot-product instruction.
@@ -20,44 +24,47 @@ struct Forward {
   static constexpr int64_t kStep = kDot ? 2 : 1;
   static constexpr int64_t kMaxRows = kRowVecs * kLanes<Acc>;
   using Exponents = DENSE_ATTN_ISA::Exponents<Acc, std::is_same_v<T, Acc>>;
+  using Strip = DENSE_ATTN_ISA::Strip<Acc, Elem, std::is_same_v<T, Acc>>;
   static constexpr bool kConverts = !std::is_same_v<T, Acc>;
 
   const LayoutAttentionParams& p;
   const int64_t depth;  // Elems per key
-  const int64_t row_size;  // Elems of a packed row
-  const int64_t chunk;     // keys per pass; one chunk when the strip fits
+  const int64_t chunk;  // keys per pass; one chunk when the strip fits
+  const int64_t near;   // keys that an item's strips meet in turn
+  const int64_t strips_per_item;
   const bool pack_keys, pack_values;
-  Elem *q_panel, *weights, *k_packed, *v_packed;
-  Acc *scores, *acc_in, *acc_out;
+  Strip* strips;
+  Elem *q_panels, *weights, *k_packed, *v_packed;
+  Acc *scores, *accs, *acc_out;
   size_t scratch_bytes;
   int64_t packed_head = -1, packed_begin = -1;
   const char *k_data, *v_data;  // key and value of the chunk's first key
   int64_t k_row_bytes, v_row_bytes, v_step_bytes;
   KeyWords<kStep> words;
-  RowState<Acc> state;  // its sum that of all keys, or of the matched ones until both are merged
-  RowSums<Acc> sum_out;
 
   Forward(const LayoutAttentionParams& params, void* scratch)
       : p(params),
         depth((p.head_dim + kStep - 1) / kStep),
-        row_size(kDot ? depth : p.head_dim),
         chunk(keys_per_chunk()),
+        near(near_keys(p)),
+        strips_per_item(strips_of(p)),
         pack_keys(kDot ? p.head_dim % 2 : kConverts || gathers()),
         pack_values(kConverts || pack_keys) {
     Carver carver{static_cast<char*>(scratch)};
-    q_panel = carver.take<Elem>(depth * kMaxRows);
+    strips = carver.take<Strip>(strips_per_item);
+    q_panels = carver.take<Elem>(strips_per_item * depth * kMaxRows);
     weights = carver.take<Elem>(kKeyBlock / kStep * kMaxRows);
-    acc_in = carver.take<Acc>(p.head_dim * kMaxRows);
+    accs = carver.take<Acc>(strips_per_item * p.head_dim * kMaxRows);
     acc_out = carver.take<Acc>(chunk < p.seqlen_k ? p.head_dim * kMaxRows : 0);
-    scores = carver.take<Acc>(chunk * kMaxRows);
-    k_packed = carver.take<Elem>(pack_keys ? chunk * row_size : 0);
-    v_packed = carver.take<Elem>(pack_values ? (kDot ? (chunk + 1) / 2 * p.head_dim : chunk * row_size) : 0);
+    scores = carver.take<Acc>(strips_per_item * chunk * kMaxRows);
+    k_packed = carver.take<Elem>(pack_keys ? chunk * depth : 0);
+    v_packed = carver.take<Elem>(pack_values ? (kDot ? (chunk + 1) / 2 * p.head_dim : chunk * depth) : 0);
     words.take(carver, p.seqlen_k);
     scratch_bytes = carver.used;
   }
 
   int64_t keys_per_chunk() const {
-    const int64_t packed = kConverts ? p.seqlen_k * 2 * row_size * (int64_t)sizeof(Elem) : 0;
+    const int64_t packed = kConverts ? p.seqlen_k * 2 * depth * (int64_t)sizeof(Elem) : 0;
     const bool one_chunk = p.seqlen_k <= kStripKeys && packed <= kPackedBytes;
     return one_chunk || p.seqlen_k < kChunkKeys ? p.seqlen_k : kChunkKeys;
   }
@@ -65,79 +72,91 @@ struct Forward {
   // Rows that could be read where they lie are copied for a head with many strips: other heads' lie between them, and
   // every page of a long head costs a walk, in every strip.
   bool gathers() const {
-    const int64_t bytes = p.seqlen_k * 2 * row_size * (int64_t)sizeof(Elem);
-    return chunk == p.seqlen_k && bytes <= kPackedBytes && Strips(p.seqlen_q, kLanes<Acc>).count > 3;
+    const int64_t bytes = p.seqlen_k * 2 * depth * (int64_t)sizeof(Elem);
+    return chunk == p.seqlen_k && bytes <= kPackedBytes && strips_per_head(p) > 3;
   }
 
+  // Keys of a row as the products read it, converted where it is.
+  static int64_t near_keys(const LayoutAttentionParams& p) {
+    return kNearBytes / (p.head_dim * (int64_t)sizeof(Acc)) / kKeyBlock * kKeyBlock;
+  }
+
+  // Where a head's keys or values are not all near, more than one strip, as far as their scores can be kept.
+  static int64_t strips_of(const LayoutAttentionParams& p) {
+    const int64_t most = kScoreBytes / ((p.seqlen_k + 1) * kMaxRows * (int64_t)sizeof(Acc));
+    return p.seqlen_k <= 2 * near_keys(p) || most < 1 ? 1 : most < 4 ? most : 4;
+  }
+
+  static int64_t strips_per_head(const LayoutAttentionParams& p) { return Strips(p.seqlen_q, kLanes<Acc>).count; }
+
   static int64_t items(const LayoutAttentionParams& p) {
-    return p.batch * p.num_heads * Strips(p.seqlen_q, kLanes<Acc>).count;
+    return p.batch * p.num_heads * ((strips_per_head(p) + strips_of(p) - 1) / strips_of(p));
   }
 
   void run(int64_t item) {
-    const StripRows<Acc> rows(p, item);
-    switch (rows.stride / kLanes<Acc>) {
-      case 1:
-        return strip<1>(rows);
-      case 2:
-        return strip<2>(rows);
-      default:
-        return strip<3>(rows);
+    const int64_t all = strips_per_head(p), items_per_head = (all + strips_per_item - 1) / strips_per_item;
+    const int64_t head = item / items_per_head, first = item % items_per_head * strips_per_item;
+    const int64_t count = all - first < strips_per_item ? all - first : strips_per_item;
+    for (int64_t i = 0; i < count; ++i) start(i, head * all + first + i);
+    words.fill(p, strips[0].rows.batch, strips[0].rows.keys);
+    if (chunk == p.seqlen_k) one_chunk(count);
+    for (int64_t i = 0; i < count; ++i) {
+      if (chunk < p.seqlen_k) with_vecs(strips[i].vecs(), [&](auto vecs) { many_chunks<vecs>(strips[i]); });
+      strips[i].state.template finish<T>(p, strips[i].rows, strips[i].shift, strips[i].acc);
     }
   }
 
-  template <int kVecs>
-  void strip(const StripRows<Acc>& rows) {
-    for (int v = 0; v < kVecs; ++v) state.reset(v), sum_out.reset(v);
-    words.fill(p, rows.batch, rows.keys);
-    std::memset(acc_in, 0, p.head_dim * rows.stride * sizeof(Acc));
-    pack_queries(rows);
-    if (chunk == p.seqlen_k) {
-      one_chunk<kVecs>(rows);
-    } else {
-      std::memset(acc_out, 0, p.head_dim * rows.stride * sizeof(Acc));
-      many_chunks<kVecs>(rows);
-    }
+  void start(int64_t i, int64_t row_strip) {
+    const int64_t size = p.head_dim * kMaxRows;
+    Strip& strip = *new (strips + i) Strip(p, row_strip, q_panels + i * depth * kMaxRows, accs + i * size,
+                                           scores + i * chunk * kMaxRows);
+    std::memset(strip.acc, 0, p.head_dim * strip.rows.stride * sizeof(Acc));
+    pack_queries(strip);
   }
 
   // The whole row is at hand: the extremes are known before anything is weighed, so one state serves both populations.
-  template <int kVecs>
-  void one_chunk(const StripRows<Acc>& rows) {
-    const int64_t keys = rows.keys;
-    prepare(rows, 0, keys);
-    for (KeyRun run = next_run(p, rows, 0, keys); run.begin < keys; run = next_run(p, rows, run.end, keys)) {
-      score<kVecs>(rows, 0, run.begin, run.end);
-    }
-    Exponents exponents;
-    Lanes<Acc> shift;
-    for (int v = 0; v < kVecs; ++v) {
-      const auto from = state.reference(p, rows, v);
-      shift.set(v, from.shift);
-      exponents.set_tau(v, from.tau);
-      exponents.set_in(v, from.add_in, from.shift);
-      exponents.set_out(v, from.add_out, from.shift);
-    }
-    for (KeyRun run = next_run(p, rows, 0, keys); run.begin < keys; run = next_run(p, rows, run.end, keys)) {
-      weigh_run<kVecs>(rows, 0, run, exponents, state.sum, acc_in);
-    }
-    state.template finish<T>(p, rows, shift, acc_in);
+  // The item's strips meet keys in turn while they are near.
+  void one_chunk(int64_t count) {
+    const int64_t keys = strips[0].rows.keys;
+    prepare(strips[0].rows, 0, keys);
+    const auto sweep = [&](const auto& f) {
+      for (int64_t begin = 0; begin < keys; begin += near) {
+        const int64_t end = begin + near < keys ? begin + near : keys;
+        for (int64_t i = 0; i < count; ++i) {
+          const StripRows<Acc>& rows = strips[i].rows;
+          for (KeyRun run = next_run(p, rows, begin, end); run.begin < end; run = next_run(p, rows, run.end, end)) {
+            with_vecs(strips[i].vecs(), [&](auto vecs) { f(vecs, strips[i], run); });
+          }
+        }
+      }
+    };
+    sweep([&](auto vecs, Strip& strip, KeyRun run) { score<vecs>(strip, 0, run); });
+    for (int64_t i = 0; i < count; ++i) strips[i].settle(p);
+    sweep([&](auto vecs, Strip& strip, KeyRun run) {
+      weigh_run<vecs>(strip, 0, run, strip.exponents, strip.state.sum, strip.acc);
+    });
   }
 
   // Two online states, one a population, over chunks of keys; merged once the extremes of the row are known.
   template <int kVecs>
-  void many_chunks(const StripRows<Acc>& rows) {
+  void many_chunks(Strip& strip) {
+    const StripRows<Acc>& rows = strip.rows;
+    RowState<Acc>& state = strip.state;
+    RowSums<Acc> sum_out;
     const WideOf<Acc> nothing{}, excluded = nothing - __builtin_inf();
     Exponents matched, others;  // those of one population, the other excluded
-    Lanes<Acc> shift_in, shift_out, shift;
-    for (int v = 0; v < kVecs; ++v) shift_in.set(v, Vec{}), shift_out.set(v, Vec{});
+    Lanes<Acc> shift_in, shift_out;
+    for (int v = 0; v < kVecs; ++v) sum_out.reset(v), shift_in.set(v, Vec{}), shift_out.set(v, Vec{});
+    std::memset(acc_out, 0, p.head_dim * rows.stride * sizeof(Acc));
     for (int64_t begin = 0; begin < rows.keys; begin += chunk) {
       const int64_t end = begin + chunk < rows.keys ? begin + chunk : rows.keys;
       prepare(rows, begin, end);
       for (KeyRun run = next_run(p, rows, begin, end); run.begin < end; run = next_run(p, rows, run.end, end)) {
-        score<kVecs>(rows, begin, run.begin, run.end);
+        score<kVecs>(strip, begin, run);
       }
       for (int v = 0; v < kVecs; ++v) {
         const auto from = state.reference(p, rows, v);
-        rescale(acc_in, rows.stride, v, state.sum, shift_in, from.top_in);
+        rescale(strip.acc, rows.stride, v, state.sum, shift_in, from.top_in);
         rescale(acc_out, rows.stride, v, sum_out, shift_out, from.top_out);
         matched.set_tau(v, from.tau), matched.set_in(v, nothing, shift_in[v]), matched.set_out(v, excluded, Vec{});
         others.set_tau(v, from.tau), others.set_in(v, excluded, Vec{}), others.set_out(v, nothing, shift_out[v]);
@@ -146,24 +165,23 @@ struct Forward {
         for (int64_t j = run.begin; j < run.end; j += kKeyBlock) {
           const KeyRun block{j, j + kKeyBlock < run.end ? j + kKeyBlock : run.end};
           const Populations present = populations(rows, block);
-          if (present.matched) weigh_run<kVecs>(rows, begin, block, matched, state.sum, acc_in);
-          if (present.others) weigh_run<kVecs>(rows, begin, block, others, sum_out, acc_out);
+          if (present.matched) weigh_run<kVecs>(strip, begin, block, matched, state.sum, strip.acc);
+          if (present.others) weigh_run<kVecs>(strip, begin, block, others, sum_out, acc_out);
         }
       }
     }
     for (int v = 0; v < kVecs; ++v) {
       const auto from = state.reference(p, rows, v);
-      shift.set(v, from.shift);
+      strip.shift.set(v, from.shift);
       const Vec weight_in = merge_weight(state.sum[v], shift_in[v], from.add_in, from.shift);
       const Vec weight_out = merge_weight(sum_out[v], shift_out[v], from.add_out, from.shift);
       const Vec sum = state.sum[v] * weight_in + sum_out[v] * weight_out;
       state.sum.reset(v), state.sum.add(v, sum);
       for (int64_t d = 0; d < p.head_dim; ++d) {
-        Acc* to = acc_in + d * rows.stride + v * kLanes<Acc>;
+        Acc* to = strip.acc + d * rows.stride + v * kLanes<Acc>;
         store(to, load<Vec>(to) * weight_in + load<Vec>(acc_out + d * rows.stride + v * kLanes<Acc>) * weight_out);
       }
     }
-    state.template finish<T>(p, rows, shift, acc_in);
   }
 
   // What a state measured from shift counts beside others measured from total; nothing if it holds no key.
@@ -198,13 +216,14 @@ struct Forward {
     return {(any & rows.any_word) != 0, (all & rows.all_words) == 0 && p.modulation != Modulation::kMask};
   }
 
-  void pack_queries(const StripRows<Acc>& rows) {
+  void pack_queries(Strip& strip) {
+    const StripRows<Acc>& rows = strip.rows;
     const T* head = p.q.at<T>(rows.batch, rows.head);
     const auto row = [&](int64_t r) { return head + rows.token[r] * p.q.strides[2]; };
     if constexpr (kDot) {
-      pack_pair_columns(row, rows.count, rows.stride, p.head_dim, q_panel);
+      pack_pair_columns(row, rows.count, rows.stride, p.head_dim, strip.q_panel);
     } else {
-      pack_columns<T>(row, rows.count, rows.stride, p.head_dim, q_panel);
+      pack_columns<T>(row, rows.count, rows.stride, p.head_dim, strip.q_panel);
     }
   }
 
@@ -215,9 +234,9 @@ struct Forward {
     const T* v = p.v.at<T>(rows.batch, rows.key_head, begin);
     k_data = reinterpret_cast<const char*>(pack_keys ? static_cast<const void*>(k_packed) : k);
     v_data = reinterpret_cast<const char*>(pack_values ? static_cast<const void*>(v_packed) : v);
-    k_row_bytes = pack_keys ? row_size * sizeof(Elem) : p.k.strides[2] * sizeof(T);
+    k_row_bytes = pack_keys ? depth * sizeof(Elem) : p.k.strides[2] * sizeof(T);
     v_row_bytes = sizeof(Elem);
-    v_step_bytes = !pack_values ? p.v.strides[2] * sizeof(T) : (kDot ? p.head_dim : row_size) * sizeof(Elem);
+    v_step_bytes = !pack_values ? p.v.strides[2] * sizeof(T) : (kDot ? p.head_dim : depth) * sizeof(Elem);
     const int64_t head = rows.batch * p.num_heads + rows.key_head;
     if (packed_head == head && packed_begin == begin) return;
     packed_head = head, packed_begin = begin;
@@ -225,8 +244,8 @@ struct Forward {
       if (pack_keys) pack_odd_keys(k, end - begin);
       pack_value_pairs(v, end - begin);
     } else if (pack_keys) {
-      pack_rows<T>(k, p.k.strides[2], end - begin, p.head_dim, k_packed, row_size);
-      pack_rows<T>(v, p.v.strides[2], end - begin, p.head_dim, v_packed, row_size);
+      pack_rows<T>(k, p.k.strides[2], end - begin, p.head_dim, k_packed, depth);
+      pack_rows<T>(v, p.v.strides[2], end - begin, p.head_dim, v_packed, depth);
     }
   }
 
@@ -249,34 +268,36 @@ struct Forward {
     }
   }
 
-  // Raw scores of keys [begin, end), stored by their place in the chunk, and the extremes of both populations.
+  // Raw scores of a run of keys, stored by their place in the chunk, and the extremes of both populations.
   template <int kVecs>
-  void score(const StripRows<Acc>& rows, int64_t chunk_begin, int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; j += kTileRows) {
-      const int64_t count = end - j < kTileRows ? end - j : kTileRows;
-      Acc* to = scores + (j - chunk_begin) * rows.stride;
-      accumulate<Elem, kVecs>(k_data + (j - chunk_begin) * k_row_bytes, k_row_bytes, sizeof(Elem), q_panel, rows.stride,
-                              depth, to, rows.stride, count, true);
-      state.template meet_keys<kVecs>(rows, words, j, j + count, to);
+  void score(Strip& strip, int64_t chunk_begin, KeyRun run) {
+    const int64_t stride = strip.rows.stride;
+    for (int64_t j = run.begin; j < run.end; j += kTileRows) {
+      const int64_t count = run.end - j < kTileRows ? run.end - j : kTileRows;
+      Acc* to = strip.scores + (j - chunk_begin) * stride;
+      accumulate<Elem, kVecs>(k_data + (j - chunk_begin) * k_row_bytes, k_row_bytes, sizeof(Elem), strip.q_panel,
+                              stride, depth, to, stride, count, true);
+      strip.state.template meet_keys<kVecs>(strip.rows, words, j, j + count, to);
     }
   }
 
   // The weights of a run of keys, their sum, and their product with the values.
   template <int kVecs>
-  void weigh_run(const StripRows<Acc>& rows, int64_t chunk_begin, KeyRun run, const Exponents& exponents,
-                 RowSums<Acc>& sum, Acc* acc) {
+  void weigh_run(const Strip& strip, int64_t chunk_begin, KeyRun run, const Exponents& exponents, RowSums<Acc>& sum,
+                 Acc* acc) {
+    const StripRows<Acc>& rows = strip.rows;
+    const auto weigh = p.modulation == Modulation::kMask ? weigh_keys<true, Exponents, Acc, Elem, kStep>
+                                                         : weigh_keys<false, Exponents, Acc, Elem, kStep>;
     for (int64_t begin = run.begin; begin < run.end; begin += kKeyBlock) {
-      const int64_t count = run.end - begin < kKeyBlock ? run.end - begin : kKeyBlock;
-      const Acc* from = scores + (begin - chunk_begin) * rows.stride;
+      const int64_t end = begin + kKeyBlock < run.end ? begin + kKeyBlock : run.end;
+      const Acc* from = strip.scores + (begin - chunk_begin) * rows.stride;
       for (int v = 0; v < kVecs; ++v) {
-        const int64_t lane = v * kLanes<Acc>, end = begin + count;
-        const auto weigh = p.modulation == Modulation::kMask ? weigh_keys<true, Exponents, Acc, Elem, kStep>
-                                                             : weigh_keys<false, Exponents, Acc, Elem, kStep>;
+        const int64_t lane = v * kLanes<Acc>;
         sum.add(v, weigh(exponents, rows, words, v, begin, end, from + lane, weights + lane));
       }
       const char* values = v_data + (begin - chunk_begin) / kStep * v_step_bytes;
-      accumulate<Elem, kVecs>(values, v_row_bytes, v_step_bytes, weights, rows.stride, (count + kStep - 1) / kStep, acc,
-                              rows.stride, p.head_dim);
+      accumulate<Elem, kVecs>(values, v_row_bytes, v_step_bytes, weights, rows.stride,
+                              (end - begin + kStep - 1) / kStep, acc, rows.stride, p.head_dim);
     }
   }
 };

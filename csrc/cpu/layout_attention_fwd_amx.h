@@ -10,21 +10,13 @@
 namespace DENSE_ATTN_ISA {
 
 struct ForwardAmx {
-  using Weights = Exponents<float, false>;
+  using Exponents = DENSE_ATTN_ISA::Exponents<float, false>;
   static constexpr int64_t kMaxRows = kRowVecs * kLanes<float>;
   static constexpr int64_t kBlock = 64;               // keys at once, whose scores and weights are in L1
   static constexpr int64_t kResidentBytes = 1 << 20;  // packed keys and values that strips meet in turn: half an L2
   static constexpr int64_t kPackedBytes = 4 << 20;    // most of them that are kept; of more, every item packs its own
 
-  // A strip's rows, with what the first sweep leaves to the second.
-  struct Strip {
-    StripRows<float> rows;
-    RowState<float> state;
-    Weights weights;
-    Lanes<float> shift;
-    Pair* q_panel;  // [channel pairs][rows], zeros beyond head_dim
-    float* acc;     // [channels][rows]
-  };
+  using Strip = DENSE_ATTN_ISA::Strip<float, Pair, false>;
 
   const LayoutAttentionParams& p;
   const int64_t depth_steps, channel_tiles, key_bytes, chunk, held, strips_per_item;
@@ -85,7 +77,7 @@ struct ForwardAmx {
       }
     };
     sweep(false, [&](auto vecs, Strip& strip, KeyRun block) { meet<vecs>(strip, block); });
-    for (int64_t i = 0; i < count; ++i) settle(strips[i]);
+    for (int64_t i = 0; i < count; ++i) strips[i].settle(p);
     sweep(true, [&](auto vecs, Strip& strip, KeyRun block) { weigh<vecs>(strip, block); });
     for (int64_t i = 0; i < count; ++i) {
       strips[i].state.template finish<BFloat16>(p, strips[i].rows, strips[i].shift, strips[i].acc);
@@ -93,10 +85,8 @@ struct ForwardAmx {
   }
 
   void start(int64_t i, int64_t row_strip) {
-    Strip& strip = *new (strips + i) Strip{StripRows<float>(p, row_strip), {}, {}, {}, q_panels + i * q_size(),
-                                           accs + i * acc_size()};
+    Strip& strip = *new (strips + i) Strip(p, row_strip, q_panels + i * q_size(), accs + i * acc_size(), nullptr);
     const StripRows<float>& rows = strip.rows;
-    for (int v = 0; v < rows.stride / kLanes<float>; ++v) strip.state.reset(v);
     const BFloat16* head = p.q.at<BFloat16>(rows.batch, rows.head);
     const auto row = [&](int64_t r) { return head + rows.token[r] * p.q.strides[2]; };
     const int64_t pairs = (p.head_dim + 1) / 2;
@@ -117,17 +107,14 @@ struct ForwardAmx {
     if (whole || with_values) pack_value_tiles(v, p.v.strides[2], keys.end - keys.begin, p.head_dim, v_tiles);
   }
 
-  // f(number of registers, strip, block of keys) for the keys that have work for the strip.
+  // f(number of registers, strip, block of keys), for the keys that have work for the strip.
   template <class F>
   void for_blocks(Strip& strip, KeyRun keys, const F& f) {
-    const int64_t vecs = strip.rows.stride / kLanes<float>;
     for (KeyRun run = next_run(p, strip.rows, keys.begin, keys.end, kTileKeys); run.begin < keys.end;
          run = next_run(p, strip.rows, run.end, keys.end, kTileKeys)) {
       for (int64_t j = run.begin; j < run.end; j += kBlock) {
         const KeyRun block{j, j + kBlock < run.end ? j + kBlock : run.end};
-        if (vecs == 1) f(std::integral_constant<int, 1>{}, strip, block);
-        if (vecs == 2) f(std::integral_constant<int, 2>{}, strip, block);
-        if (vecs == 3) f(std::integral_constant<int, 3>{}, strip, block);
+        with_vecs(strip.vecs(), [&](auto vecs) { f(vecs, strip, block); });
       }
     }
   }
@@ -148,27 +135,16 @@ struct ForwardAmx {
     strip.state.template meet_keys<kVecs>(strip.rows, words, block.begin, block.end, scores);
   }
 
-  // Between the sweeps: the extremes are those of the rows, so one exponent serves a row's whole softmax.
-  void settle(Strip& strip) {
-    for (int v = 0; v < strip.rows.stride / kLanes<float>; ++v) {
-      const auto from = strip.state.reference(p, strip.rows, v);
-      strip.shift.set(v, from.shift);
-      strip.weights.set_tau(v, from.tau);
-      strip.weights.set_in(v, from.add_in, from.shift);
-      strip.weights.set_out(v, from.add_out, from.shift);
-    }
-  }
-
   template <int kVecs>
   void weigh(Strip& strip, KeyRun block) {
     score<kVecs>(strip, block);
     const int64_t stride = strip.rows.stride, count = block.end - block.begin, steps = tiles(count, kTileKeys);
-    const auto weigh_one = p.modulation == Modulation::kMask ? weigh_keys<true, Weights, float, Pair, 2>
-                                                             : weigh_keys<false, Weights, float, Pair, 2>;
+    const auto weigh_one = p.modulation == Modulation::kMask ? weigh_keys<true, Exponents, float, Pair, 2>
+                                                             : weigh_keys<false, Exponents, float, Pair, 2>;
     for (int v = 0; v < kVecs; ++v) {
       const int64_t lane = v * kLanes<float>;
       strip.state.sum.add(
-          v, weigh_one(strip.weights, strip.rows, words, v, block.begin, block.end, scores + lane, weights + lane));
+          v, weigh_one(strip.exponents, strip.rows, words, v, block.begin, block.end, scores + lane, weights + lane));
     }
     const int64_t pairs = (count + 1) / 2;
     std::memset(weights + pairs * stride, 0, (steps * kTile - pairs) * stride * sizeof(Pair));

@@ -202,4 +202,42 @@ struct RowState {
   }
 };
 
+// A strip of rows between the sweeps over its keys: the first finds the extremes, and so what the second weighs by.
+template <class Acc, class Elem, bool kExact>
+struct Strip {
+  StripRows<Acc> rows;
+  RowState<Acc> state;
+  Exponents<Acc, kExact> exponents;
+  Lanes<Acc> shift;
+  Elem* q_panel;  // [steps][rows]
+  Acc* acc;       // [channels][rows]
+  Acc* scores;    // [keys][rows], where they wait between the sweeps
+
+  Strip(const LayoutAttentionParams& p, int64_t item, Elem* q_panel, Acc* acc, Acc* scores)
+      : rows(p, item), q_panel(q_panel), acc(acc), scores(scores) {
+    for (int v = 0; v < vecs(); ++v) state.reset(v);
+  }
+
+  int64_t vecs() const { return rows.stride / kLanes<Acc>; }
+
+  // Once the extremes are those of the rows, one exponent serves a row's whole softmax.
+  void settle(const LayoutAttentionParams& p) {
+    for (int v = 0; v < vecs(); ++v) {
+      const auto from = state.reference(p, rows, v);
+      shift.set(v, from.shift);
+      exponents.set_tau(v, from.tau);
+      exponents.set_in(v, from.add_in, from.shift);
+      exponents.set_out(v, from.add_out, from.shift);
+    }
+  }
+};
+
+// f(number of registers), as a constant.
+template <class F>
+inline void with_vecs(int64_t vecs, const F& f) {
+  if (vecs == 1) f(std::integral_constant<int, 1>{});
+  if (vecs == 2) f(std::integral_constant<int, 2>{});
+  if (vecs == 3) f(std::integral_constant<int, 3>{});
+}
+
 }  // namespace DENSE_ATTN_ISA
