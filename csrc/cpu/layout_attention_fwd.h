@@ -81,10 +81,10 @@ struct Forward {
     return kNearBytes / (p.head_dim * (int64_t)sizeof(Acc)) / kKeyBlock * kKeyBlock;
   }
 
-  // Where a head's keys or values are not all near, more than one strip, as far as their scores can be kept.
+  // Where a head's keys are not all near, more than one strip, as far as their scores can be kept.
   static int64_t strips_of(const LayoutAttentionParams& p) {
     const int64_t most = kScoreBytes / ((p.seqlen_k + 1) * kMaxRows * (int64_t)sizeof(Acc));
-    return p.seqlen_k <= 2 * near_keys(p) || most < 1 ? 1 : most < 4 ? most : 4;
+    return p.seqlen_k <= near_keys(p) || most < 1 ? 1 : most < 4 ? most : 4;
   }
 
   static int64_t strips_per_head(const LayoutAttentionParams& p) { return Strips(p.seqlen_q, kLanes<Acc>).count; }
