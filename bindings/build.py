@@ -52,10 +52,12 @@ SANITIZE_FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-r
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 ISAS = {"portable": []}  # the names that csrc/cpu/dispatch.cpp knows
 PLATFORM = sysconfig.get_platform()  # of the library; a cross build names it as CPython's do
 if PLATFORM.endswith(("x86_64", "amd64")):
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16}
+    ISAS |= {"amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]}
 
 KERNELS = ["csrc/cpu/layout_attention.cpp", "csrc/cpu/sega.cpp", "csrc/cpu/reversible.cpp"]
 # Thresholds and grid steps must be the same bits on every device, so no product melts into a sum.

@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define DENSE_ATTN_DECLARE(isa)                                                            \
   namespace isa {                                                                          \
@@ -15,6 +19,7 @@
   const CpuKernels kKernels = {#isa, isa::kLayoutAttention, isa::kSega, isa::kReversible}; \
   }
 #if defined(__x86_64__)
+DENSE_ATTN_DECLARE(amx_bf16)
 DENSE_ATTN_DECLARE(avx512_bf16)
 DENSE_ATTN_DECLARE(avx512)
 DENSE_ATTN_DECLARE(avx2)
@@ -35,6 +40,24 @@ bool has_avx512_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // leaf 7.1: bit 5 of eax
   return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
 }
+
+// Tiles are state that the system saves and lends: Linux to a process that asks, from 5.16 on.
+bool may_use_tiles() {
+#if defined(__linux__)
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned kTileState = 1u << 17 | 1u << 18;  // of XCR0: configuration and data
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+bool has_amx_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // leaf 7.0: bits 22 (products of bfloat16) and 24 (tiles) of edx
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1) && (edx >> 24 & 1) &&
+         may_use_tiles();
+}
 #endif
 bool always() { return true; }
 
@@ -45,6 +68,7 @@ struct Entry {
 
 const Entry kEntries[] = {// best first
 #if defined(__x86_64__)
+                          {amx_bf16::kKernels, has_amx_bf16},
                           {avx512_bf16::kKernels, has_avx512_bf16},
                           {avx512::kKernels, has_avx512},
                           {avx2::kKernels, has_avx2},
@@ -62,6 +86,6 @@ const CpuKernels* cpu_kernels(const char* isa, const char** reason) {
       return entry.supported() ? &entry.kernels : nullptr;
     }
   }
-  *reason = "be one of avx512_bf16, avx512, avx2, portable";
+  *reason = "be one of amx_bf16, avx512_bf16, avx512, avx2, portable";
   return nullptr;
 }

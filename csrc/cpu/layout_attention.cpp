@@ -1,6 +1,9 @@
 // The table of one instruction set's kernels. Compiled once per instruction set, with DENSE_ATTN_ISA as its name.
 #include "cpu/layout_attention_bwd.h"
 #include "cpu/layout_attention_fwd.h"
+#if defined(__AMX_BF16__)
+#include "cpu/layout_attention_fwd_amx.h"
+#endif
 
 namespace DENSE_ATTN_ISA {
 namespace {
@@ -11,13 +14,16 @@ constexpr bool kHasDot = true;
 constexpr bool kHasDot = false;
 #endif
 
+#if defined(__AMX_BF16__)
+template <class T>
+using ForwardOf = std::conditional_t<std::is_same_v<T, BFloat16>, ForwardAmx, Forward<T, false>>;
+#else
 template <class T>
 using ForwardOf = Forward<T, kHasDot && std::is_same_v<T, BFloat16>>;
-
-int64_t lanes(DType dtype) { return dtype == DType::kFloat64 ? kLanes<double> : kLanes<float>; }
+#endif
 
 int64_t fwd_items(const LayoutAttentionParams& p) {
-  return p.batch * p.num_heads * Strips(p.seqlen_q, lanes(p.dtype)).count;
+  return with_dtype(p.dtype, [&](auto x) { return ForwardOf<decltype(x)>::items(p); });
 }
 
 size_t fwd_scratch_bytes(const LayoutAttentionParams& p) {

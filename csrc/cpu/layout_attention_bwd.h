@@ -237,7 +237,7 @@ struct Backward {
       const auto matched = meet(row_words, set1_int<Acc>(*p.k_regions.at<int32_t>(rows.batch, block.begin + j)));
       Acc* at = block.weights + j * rows.stride + v * kLanes<Acc>;
       const Vec raw = load<Vec>(at), s = mask ? select(matched, raw, Vec{}) : raw;
-      const Vec weight = exponents.weight(v, s, matched) * inverse[v];
+      const Vec weight = exponents.run(v, matched).weight(s) * inverse[v];
       store(at, weight);
       if constexpr (!kFirst) continue;
       const Vec grad = weight * (load<Vec>(block.dweights + j * rows.stride + v * kLanes<Acc>) - delta[v]);

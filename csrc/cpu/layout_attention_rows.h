@@ -112,16 +112,17 @@ struct KeyRun {
 };
 
 template <class Acc>
-inline KeyRun next_run(const LayoutAttentionParams& p, const StripRows<Acc>& rows, int64_t from, int64_t to) {
+inline KeyRun next_run(const LayoutAttentionParams& p, const StripRows<Acc>& rows, int64_t from, int64_t to,
+                       int64_t group = kTileRows) {
   if (p.modulation != Modulation::kMask) return {from, to};
   const auto meets = [&](int64_t j) {
     int32_t word = 0;
-    for (int64_t i = j; i < j + kTileRows && i < to; ++i) word |= *p.k_regions.at<int32_t>(rows.batch, i);
+    for (int64_t i = j; i < j + group && i < to; ++i) word |= *p.k_regions.at<int32_t>(rows.batch, i);
     return (word & rows.any_word) != 0;
   };
-  while (from < to && !meets(from)) from += kTileRows;
+  while (from < to && !meets(from)) from += group;
   int64_t end = from;
-  while (end < to && meets(end)) end += kTileRows;
+  while (end < to && meets(end)) end += group;
   return {from < to ? from : to, end < to ? end : to};
 }
 
@@ -135,10 +136,21 @@ struct Exponents {
   void set_in(int v, WideOf<Acc> term, VecOf<Acc> shift) { set(v, term, shift, in, in_low); }
   void set_out(int v, WideOf<Acc> term, VecOf<Acc> shift) { set(v, term, shift, out, out_low); }
 
-  VecOf<Acc> weight(int v, VecOf<Acc> s, MaskOf<Acc> matched) const {
-    const VecOf<Acc> offset = select(matched, in[v], out[v]);
-    if constexpr (!kExact) return exp2_coarse(s * tau[v] + offset);
-    return exp2<Acc>(s, tau[v], tau_low[v], offset, select(matched, in_low[v], out_low[v]));
+  // Those of one register of rows for a key, or a run of keys with equal words.
+  struct Run {
+    VecOf<Acc> tau, tau_low, offset, offset_low;
+
+    VecOf<Acc> weight(VecOf<Acc> s) const {
+      if constexpr (kExact) {
+        return exp2<Acc>(s, tau, tau_low, offset, offset_low);
+      } else {
+        return exp2_coarse(s * tau + offset);
+      }
+    }
+  };
+
+  Run run(int v, MaskOf<Acc> matched) const {
+    return {tau[v], tau_low[v], select(matched, in[v], out[v]), select(matched, in_low[v], out_low[v])};
   }
 
  private:

@@ -17,6 +17,15 @@ inline __attribute__((always_inline)) void tile_product(const char* a, int64_t a
                                                         Vec (&acc)[kRows][kVecs]) {
   using B = typename Operand<Elem>::Vec;
   constexpr int kWidth = sizeof(B) / sizeof(Elem);
+  // Every third row has a pointer, from which an address reaches two more. The compiler is not told that they belong
+  // together: it would keep the distance of each row, more than there are registers for.
+  constexpr int kPointers = (kRows + 2) / 3;
+  const char* row[kPointers];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPointers; ++i) {
+    row[i] = a + 3 * i * a_row_bytes;
+    __asm__("" : "+r"(row[i]));
+  }
   for (int64_t step = 0; step < steps; ++step) {
     B b_vec[kVecs];
 #pragma GCC unroll 4
@@ -24,11 +33,12 @@ inline __attribute__((always_inline)) void tile_product(const char* a, int64_t a
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Elem x;
-      std::memcpy(&x, a + r * a_row_bytes, sizeof(Elem));
+      std::memcpy(&x, row[r / 3] + r % 3 * a_row_bytes, sizeof(Elem));
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) acc[r][v] = madd(acc[r][v], b_vec[v], x);
     }
-    a += a_step_bytes;
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) row[i] += a_step_bytes;
     b += b_stride;
   }
 }
@@ -97,6 +107,15 @@ inline void pack_columns(const Row& row, int64_t count, int64_t rows, int64_t wi
       for (int64_t i = 0; i < end; ++i) store(panel + (d0 + i) * rows + r0, square[i]);
     }
   }
+}
+
+// A row of bfloat16 pairs is a row of 32-bit words; an odd last value gets a zero beside it.
+template <class Row>
+inline void pack_pair_columns(const Row& row, int64_t count, int64_t rows, int64_t width, Pair* panel) {
+  const auto words = [&](int64_t r) { return reinterpret_cast<const float*>(row(r)); };
+  pack_columns<float>(words, count, rows, width / 2, reinterpret_cast<float*>(panel));
+  for (int64_t r = 0; width % 2 && r < rows; ++r)
+    panel[width / 2 * rows + r].bits = row(r < count ? r : 0)[width - 1].bits;
 }
 
 // The way back: row(r)[d] = panel[d][r] * factor[r].

@@ -12,7 +12,13 @@ import torch
 from cases import why_skip
 from tree import ROOT
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the first that a processor has is taken
+ISAS = (
+    "amx_bf16",
+    "avx512_bf16",
+    "avx512",
+    "avx2",
+    "portable",
+)  # the first that a processor has is taken
 # `make test` takes a processor's own, and the one that is least like it.
 EACH = [pytest.param(isa, marks=[pytest.mark.full] * isa.startswith("avx")) for isa in ISAS]
 ASKED = "DENSE_ATTN_ISA"  # read when the library is loaded, so by processes of their own
