@@ -47,12 +47,11 @@ def run_as(function: type[torch.autograd.Function], recorded: bool, *inputs: obj
     The compiler and functional transforms take the Function as it is; forward-mode differentiation
     is refused by it, where a bare kernel would answer with the derivative 0.
     """
-    if table.NAMESPACES[inputs[-1]].AUTOGRAD:
+    compiling = torch.compiler.is_compiling()
+    if not (recorded or compiling) or table.NAMESPACES[inputs[-1]].AUTOGRAD:
         return function.forward(*inputs)
-    if torch.compiler.is_compiling():
+    if compiling:
         return function.apply(*_distinct(inputs))
-    if not recorded:
-        return function.forward(*inputs)
     if _in_a_transform():
         return function.apply(*inputs)
     # Past what torch.autograd.Function does for the transforms that are not here, but for wrappers

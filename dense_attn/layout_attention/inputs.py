@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
+from dense_attn._backends import plans
 from dense_attn._dtypes import accumulation_dtype
 
 Order = Tensor | bool | None  # a permutation, False for raster, None for what suits the kernel
-_NO_LISTS = (None, None, None)
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +35,34 @@ def _has_autocast(device: str) -> bool:
 def _is_cast(x: object) -> bool:
     """Whether autocast has a dtype for x."""
     return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+
+def form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    q_order: Order,
+    k_order: Order,
+    strength: Tensor | float,
+    lists: tuple[Tensor | None, ...] | None,
+    words: tuple[object, ...],
+) -> plans.Form | None:
+    """The form of a call, which has all that the checks here look at but for numbers; None in a
+    graph, which keeps nothing, and for what is no call of torch's own dense tensors.
+    """
+    if torch.compiler.is_compiling() or (lists is not None and lists.__class__ is not tuple):
+        return None
+    look, look_at = plans.look, plans.look_at
+    try:
+        tensors = look(q), look(k), look(v), look(q_regions), look(k_regions)
+        strides = q.stride(), k.stride(), v.stride()
+    except (AttributeError, RuntimeError):  # sparse ones have no strides
+        return None
+    orders = q_order if q_order is None else look_at(q_order), look_at(k_order)
+    lists = lists if lists is None else tuple(map(look_at, lists))
+    return tensors, strides, orders, look_at(strength), lists, words
 
 
 def check_tensors(
@@ -77,22 +105,23 @@ def check_lists(lists: tuple[Tensor | None, ...], q: Tensor, k: Tensor) -> None:
         _checks.token_words("tile_lists", k_order, q.shape[0], k.shape[2], q)
 
 
-def with_orders(
+def visits(
     lists: tuple[Tensor | None, ...] | None, q_order: Order, k_order: Order
 ) -> tuple[Tensor | None, ...]:
-    """Lists and the orders of a call, which are those of the lists where there are any."""
+    """The orders and the lists of a call, as the raw op has them; the orders are those of the lists
+    where there are any.
+    """
     if lists is None:
         orders = None if q_order is False else q_order, None if k_order is False else k_order
-        return _NO_LISTS + orders
-    given = q_order, k_order
-    if q_order is k_order is None:
-        return lists
-    for name, order, own in zip(("q_order", "k_order"), given, lists[3:]):
-        # Whether two permutations are the same is not known without a look at their values.
-        if order is not None and (order is False) != (own is None):
-            got = "raster" if order is False else "an order"
-            _checks.refuse(name, "be that of tile_lists, or None", got)
-    return lists
+        return (*orders, None, None, None)
+    tiles, counts, k_words, *own = lists
+    if not q_order is k_order is None:
+        for name, order, of_lists in zip(("q_order", "k_order"), (q_order, k_order), own):
+            # Whether two permutations are the same is not known without a look at their values.
+            if order is not None and (order is False) != (of_lists is None):
+                got = "raster" if order is False else "an order"
+                _checks.refuse(name, "be that of tile_lists, or None", got)
+    return *own, tiles, counts, k_words
 
 
 def row_strength(strength: Tensor | float, q: Tensor) -> tuple[Tensor | None, float]:
