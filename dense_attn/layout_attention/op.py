@@ -100,23 +100,25 @@ def layout_attention(
         scale = plan.scale
     else:
         scale = _checks.number("scale", scale, rule="be a number or None")
-    every, given, added, seqlens_k, name = 1.0, q, None, None, plan.backend
+    every, given, added, seqlens_k = 1.0, q, None, None
     if not plan.rows:
         strength, every = inputs.row_strength(strength, q)
     if return_lse is not False:
         return_lse = _checks.flag("return_lse", return_lse)
+    name, tiled = plan.backend, plan.tiled
     if k_mask is not None:
         there, added = keys.of_mask(k_mask, q, k)
         if added is not None:
             q, k, v = keys.with_bias(q, k, v, added, scale)
         columns = q.shape[3] - given.shape[3]
         name = table.resolve(backend, "layout_attention", q, k.shape[2], columns)
+        tiled = table.NAMESPACES[name].tiled(q, k)
         if there is not None:
             k, v, k_regions = there.first(k), there.first(v), there.words(k_regions)
             k_order, seqlens_k = there.visits(k_order), there.of_batch(q.shape[0])
     recorded, kernels = dispatch.is_recorded(q, k, v, strength), table.NAMESPACES[name]
     try:
-        if tile_lists is None and plan.tiled:
+        if tiled and tile_lists is None:
             tokens = q_regions, k_regions, q_order, k_order
             tile_lists = kernels.tile_lists_for(q, k, *tokens, kept=False, seqlens_k=seqlens_k)
         visits = inputs.visits(tile_lists, q_order, k_order)
@@ -137,7 +139,7 @@ class _Plan(NamedTuple):
     scale: float  # that of a call without one
     rows: bool  # whether strength is as kernels take it
     backend: str  # "" with a k_mask, whose values are looked at
-    tiled: bool  # whether the backend makes lists for a call that has none
+    tiled: bool  # whether that visits tiles
 
 
 _plans: plans.Plans[_Plan] = plans.Plans()
@@ -161,10 +163,10 @@ def _planned(
     if tile_lists is not None:
         inputs.check_lists(tile_lists, q, k)
     rows = isinstance(strength, Tensor) and inputs.row_strength(strength, q)[0] is strength
-    name, tiled = "", True
+    name, tiled = "", False
     if unmasked:
         name = table.resolve(backend, "layout_attention", q, k.shape[2])
-        tiled = "tile_lists" not in table.NAMESPACES[name].NO_KERNELS
+        tiled = table.NAMESPACES[name].tiled(q, k)
     plan = _Plan(q.shape[3] ** -0.5, rows, name, tiled)
     return _plans.keep(form, plan, q, k, v, *tokens, strength, *(tile_lists or ()))
 
@@ -224,10 +226,12 @@ def tile_lists(
     if there is not None:
         k_regions, k_order = there.words(k_regions), there.visits(k_order)
         seqlens_k = there.of_batch(q.shape[0])
-    lists_for = table.NAMESPACES[name].tile_lists_for
+    kernels = table.NAMESPACES[name]
+    if not kernels.tiled(q, k):
+        return None
     kept = not torch.compiler.is_compiling()  # a compiled graph makes its lists in every call
     tokens = q_regions, k_regions, q_order, k_order
-    return lists_for(q, k, *tokens, kept=kept, seqlens_k=seqlens_k)
+    return kernels.tile_lists_for(q, k, *tokens, kept=kept, seqlens_k=seqlens_k)
 
 
 class _LayoutAttention(torch.autograd.Function):
