@@ -50,7 +50,7 @@ class Plans(Generic[Plan]):
 
 
 def look_at(x: object) -> object:
-    """What a form has of a value that may be a tensor: 0 is not False, nor is 1 True."""
+    """The part of a form for a value that may be a tensor: 0 is not False, nor is 1 True."""
     if x.__class__ in PLAIN:
         return look(x)
     return x if x is None or x is False else x.__class__

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
-from dense_attn._backends import plans
 from dense_attn._dtypes import accumulation_dtype
 
 Order = Tensor | bool | None  # a permutation, False for raster, None for what suits the kernel
@@ -35,34 +34,6 @@ def _has_autocast(device: str) -> bool:
 def _is_cast(x: object) -> bool:
     """Whether autocast has a dtype for x."""
     return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-
-
-def form(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_regions: Tensor,
-    k_regions: Tensor,
-    q_order: Order,
-    k_order: Order,
-    strength: Tensor | float,
-    lists: tuple[Tensor | None, ...] | None,
-    words: tuple[object, ...],
-) -> plans.Form | None:
-    """The form of a call, which has all that the checks here look at but for numbers; None in a
-    graph, which keeps nothing, and for what is no call of torch's own dense tensors.
-    """
-    if torch.compiler.is_compiling() or (lists is not None and lists.__class__ is not tuple):
-        return None
-    look, look_at = plans.look, plans.look_at
-    try:
-        tensors = look(q), look(k), look(v), look(q_regions), look(k_regions)
-        strides = q.stride(), k.stride(), v.stride()
-    except (AttributeError, RuntimeError):  # sparse ones have no strides
-        return None
-    orders = q_order if q_order is None else look_at(q_order), look_at(k_order)
-    lists = lists if lists is None else tuple(map(look_at, lists))
-    return tensors, strides, orders, look_at(strength), lists, words
 
 
 def check_tensors(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dense_attn import _checks, _memory
-from dense_attn._backends import dispatch, plans, table
-from dense_attn._backends.contract import MODULATIONS
-from dense_attn.layout_attention import inputs, keys
+from dense_attn._backends import dispatch, table
+from dense_attn.layout_attention import inputs, keys, planned
 
 
 def layout_attention(
@@ -92,10 +89,10 @@ def layout_attention(
     q, k, v = inputs.autocast(q, k, v)
     tokens = q_regions, k_regions, q_order, k_order
     words = modulation, backend, k_mask is None
-    form = inputs.form(q, k, v, *tokens, strength, tile_lists, words)
-    plan = _plans.get(form)
+    form = planned.form(q, k, v, *tokens, strength, tile_lists, words)
+    plan = planned.known.get(form)
     if plan is None:
-        plan = _planned(form, q, k, v, tokens, strength, tile_lists, *words)
+        plan = planned.planned(form, q, k, v, tokens, strength, tile_lists, *words)
     if scale is None:
         scale = plan.scale
     else:
@@ -131,44 +128,6 @@ def layout_attention(
         raise
     out = results[0] if added is None else keys.without_columns(results[0], given)
     return (out, results[1]) if return_lse else out
-
-
-class _Plan(NamedTuple):
-    """What follows from a call's form."""
-
-    scale: float  # that of a call without one
-    rows: bool  # whether strength is as kernels take it
-    backend: str  # "" with a k_mask, whose values are looked at
-    tiled: bool  # whether that visits tiles
-
-
-_plans: plans.Plans[_Plan] = plans.Plans()
-
-
-def _planned(
-    form: plans.Form | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: tuple[Tensor | bool | None, ...],
-    strength: Tensor | float,
-    tile_lists: tuple[Tensor | None, ...] | None,
-    modulation: str,
-    backend: str,
-    unmasked: bool,
-) -> _Plan:
-    """The plan of a call that the checks let through, which is kept for those of its form."""
-    inputs.check_tensors(q, k, v, *tokens)
-    _checks.choice("modulation", modulation, MODULATIONS)
-    if tile_lists is not None:
-        inputs.check_lists(tile_lists, q, k)
-    rows = isinstance(strength, Tensor) and inputs.row_strength(strength, q)[0] is strength
-    name, tiled = "", False
-    if unmasked:
-        name = table.resolve(backend, "layout_attention", q, k.shape[2])
-        tiled = table.NAMESPACES[name].tiled(q, k)
-    plan = _Plan(q.shape[3] ** -0.5, rows, name, tiled)
-    return _plans.keep(form, plan, q, k, v, *tokens, strength, *(tile_lists or ()))
 
 
 def tile_lists(

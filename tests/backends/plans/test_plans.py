@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dense_attn import layout_attention
 from dense_attn._backends import choice, plans
-from dense_attn.layout_attention import inputs, op
+from dense_attn.layout_attention import inputs, planned
 
 B, H, M, D = 2, 3, 6, 8
 
@@ -24,7 +24,7 @@ class Other(Tensor):
 @pytest.fixture(autouse=True)
 def kept() -> Iterator[dict]:
     plans.forget()
-    yield op._plans._kept
+    yield planned.known._kept
     plans.forget()
 
 
