@@ -101,7 +101,7 @@ def _planned(form: plans.Form | None, x: Tensor, dim: int | Sequence[int], backe
     reduced = _axes("dim", dim, x)
     count = x.dim() - len(reduced)
     order = None if reduced[0] == count else _order(x, reduced)
-    length = prod(x.shape[axis] for axis in reduced)
+    length = prod([x.shape[axis] for axis in reduced])  # compilers take no generator here
     if length == 0:
         _checks.refuse("x", "have at least one entry along dim", tuple(x.shape))
     rows = order is None and count == len(reduced) == 1

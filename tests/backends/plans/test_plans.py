@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_attn import layout_attention
+from dense_attn import layout_attention, percentile_mask
 from dense_attn._backends import choice, plans
 from dense_attn.layout_attention import inputs, planned
+from dense_attn.sega import percentile
 
 B, H, M, D = 2, 3, 6, 8
 
@@ -145,3 +146,20 @@ def test_a_verdict_is_heard(kept: dict, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert kept
     choice.remember("triton", "a GPU", passed=False)
     assert not kept
+
+
+def test_percentile_masks_have_plans_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.randn(4, 6), torch.randn(2, 3, 4, 5)
+    axes = -1, 0, percentile.LAST_TWO
+    expected = [percentile_mask(x, 0.5, dim=dim) for x in given for dim in axes]
+    with monkeypatch.context() as context:
+        context.setattr(percentile, "_axes", None)  # a new form would need it
+        found = [percentile_mask(x, 0.5, dim=dim) for x in given for dim in axes]
+    assert all(map(torch.equal, *map(flat, (found, expected))))
+    for wrong in ({"level": 1.5}, {"dim": 2}, {"dim": True}, {"x": given[0].int()}, {"x": [1.0]}):
+        with pytest.raises((TypeError, ValueError)):
+            percentile_mask(**{"x": given[0], "level": 0.5, "dim": 1} | wrong)
+
+
+def flat(results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [x for pair in results for x in pair]
