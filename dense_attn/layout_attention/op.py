@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dense_attn import _checks, _memory
 from dense_attn._backends import dispatch, table
+from dense_attn._backends.contract import MODULATIONS  # noqa: F401  for what stands on the op
 from dense_attn.layout_attention import inputs, keys, planned
 
 
