@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _tuned
-from dense_attn._backends import cuda, ops
+from dense_attn._backends import cuda, ops, plans
 from dense_attn._checks import DTYPES
 from dense_attn._kernel_hashes import kernel_hashes
 
@@ -199,6 +199,7 @@ def gpus(backend: str) -> dict[str, bool]:
 def remember(backend: str, gpu: str, passed: bool) -> None:
     """Keep a verdict for later processes; graphs that this one has compiled stay as they are."""
     _found.clear()
+    plans.forget()
     kept = {_key(backend, gpu): {"gpu": gpu, "passed": passed}}
     _tuned.keep(_tuned.cache_file("verified.json"), kept)
 

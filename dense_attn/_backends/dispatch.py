@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _dispatch_keys,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._functorch import unwrap_if_dead
-from torch.autograd import forward_ad
+from torch.autograd import _profiler_enabled, forward_ad
 
-from dense_attn._backends import table
+from dense_attn._backends import plans, table
 
 # isinstance(x, Tensor) takes long to say no.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_PLAIN = plans.PLAIN | {type(None)}
 _NO_TENSORS = frozenset((type(None), str, float, bool, int, list, tuple))
 
 
@@ -47,12 +54,11 @@ def run_as(function: type[torch.autograd.Function], recorded: bool, *inputs: obj
     The compiler and functional transforms take the Function as it is; forward-mode differentiation
     is refused by it, where a bare kernel would answer with the derivative 0.
     """
-    if table.NAMESPACES[inputs[-1]].AUTOGRAD:
+    compiling = torch.compiler.is_compiling()
+    if not (recorded or compiling) or table.NAMESPACES[inputs[-1]].AUTOGRAD:
         return function.forward(*inputs)
-    if torch.compiler.is_compiling():
+    if compiling:
         return function.apply(*_distinct(inputs))
-    if not recorded:
-        return function.forward(*inputs)
     if _in_a_transform():
         return function.apply(*inputs)
     # Past what torch.autograd.Function does for the transforms that are not here, but for wrappers
@@ -76,10 +82,10 @@ def kernel_of(
     watched = (
         torch.compiler.is_compiling()
         or _in_a_transform()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state()
-        or torch.autograd._profiler_enabled()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _get_tracing_state()
+        or _profiler_enabled()
     )
     return getattr(kernels, op) if watched or not _are_plain(floats, ints) else at_once
 
@@ -90,10 +96,10 @@ def _are_plain(floats: tuple[Tensor | None, ...], ints: tuple[Tensor | None, ...
     """
     if not _PLAIN.issuperset(map(type, floats + ints)):
         return False
-    keys_of, keys = torch._C._dispatch_keys, 0
+    keys = 0
     for x in floats:
         if x is not None:
-            keys |= keys_of(x).raw_repr()
+            keys |= _dispatch_keys(x).raw_repr()
     return not keys & ~_plain_keys(floats[0].device)
 
 
@@ -102,12 +108,12 @@ def _plain_keys(device: torch.device) -> int:
     """The dispatch keys that every tensor of a device has, as bits."""
     with torch.inference_mode(False):
         empty = torch.empty(0, dtype=torch.float32, device=device)
-    return torch._C._dispatch_keys(empty).raw_repr()
+    return _dispatch_keys(empty).raw_repr()
 
 
 def _in_a_transform() -> bool:
     """Whether a functional transform or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _distinct(inputs: tuple[object, ...]) -> list[object]:

@@ -64,8 +64,9 @@ def _kernel(check: Callable, launch: Callable) -> Callable:
 
 def _check_orders(q: Tensor, *arguments: object) -> None:
     """The check that public calls leave: of values, at which no one looks on a GPU."""
-    if not q.is_cuda:
-        raw_checks.orders(*arguments[7:9])
+    q_order, k_order = arguments[7:9]
+    if not (q_order is k_order is None or q.is_cuda):
+        raw_checks.orders(q_order, k_order)
 
 
 def _layout_attention_fwd(
@@ -111,6 +112,13 @@ def attention_bytes(q: Tensor, k: Tensor) -> int:
     return q.numel() * q.element_size()
 
 
+def tiled(q: Tensor, k: Tensor) -> bool:
+    """Whether calls like this one visit tiles."""
+    configs, seqlen_k = layout_attention.configs, k.shape[2]
+    kind = configs.architecture(q.device), configs.precision(q)
+    return seqlen_k > 0 and q.numel() > 0 and not configs.row_at_once(*kind, seqlen_k)
+
+
 def tile_lists_for(
     q: Tensor,
     k: Tensor,
@@ -120,13 +128,11 @@ def tile_lists_for(
     k_order: Tensor | bool | None,
     kept: bool,
     seqlens_k: Tensor | None = None,
-) -> tuple[Tensor | None, ...] | None:
-    """The tile lists of calls like this one and the orders that they are of, None for calls that
-    visit no tiles. Lists that are kept for many calls are worth more launches.
+) -> tuple[Tensor | None, ...]:
+    """The tile lists of calls like this one, which visits tiles, and the orders that they are of.
+    Lists that are kept for many calls are worth more launches.
     """
     blocks = layout_attention.fwd_blocks(q, k, q_order is not False or k_order is not False)
-    if blocks is None or q.numel() == 0:
-        return None
     ours = q_order is None
     if ours:
         q_order = _by_region(q_regions)

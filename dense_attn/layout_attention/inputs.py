@@ -9,7 +9,6 @@ from dense_attn import _checks
 from dense_attn._dtypes import accumulation_dtype
 
 Order = Tensor | bool | None  # a permutation, False for raster, None for what suits the kernel
-_NO_LISTS = (None, None, None)
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,22 +76,23 @@ def check_lists(lists: tuple[Tensor | None, ...], q: Tensor, k: Tensor) -> None:
         _checks.token_words("tile_lists", k_order, q.shape[0], k.shape[2], q)
 
 
-def with_orders(
+def visits(
     lists: tuple[Tensor | None, ...] | None, q_order: Order, k_order: Order
 ) -> tuple[Tensor | None, ...]:
-    """Lists and the orders of a call, which are those of the lists where there are any."""
+    """The orders and the lists of a call, as the raw op has them; the orders are those of the lists
+    where there are any.
+    """
     if lists is None:
         orders = None if q_order is False else q_order, None if k_order is False else k_order
-        return _NO_LISTS + orders
-    given = q_order, k_order
-    if q_order is k_order is None:
-        return lists
-    for name, order, own in zip(("q_order", "k_order"), given, lists[3:]):
-        # Whether two permutations are the same is not known without a look at their values.
-        if order is not None and (order is False) != (own is None):
-            got = "raster" if order is False else "an order"
-            _checks.refuse(name, "be that of tile_lists, or None", got)
-    return lists
+        return (*orders, None, None, None)
+    tiles, counts, k_words, *own = lists
+    if not q_order is k_order is None:
+        for name, order, of_lists in zip(("q_order", "k_order"), (q_order, k_order), own):
+            # Whether two permutations are the same is not known without a look at their values.
+            if order is not None and (order is False) != (of_lists is None):
+                got = "raster" if order is False else "an order"
+                _checks.refuse(name, "be that of tile_lists, or None", got)
+    return *own, tiles, counts, k_words
 
 
 def row_strength(strength: Tensor | float, q: Tensor) -> tuple[Tensor | None, float]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dense_attn import _checks, _memory
 from dense_attn._backends import dispatch, table
-from dense_attn._backends.contract import MODULATIONS
-from dense_attn.layout_attention import inputs, keys
+from dense_attn._backends.contract import MODULATIONS  # noqa: F401  for what stands on the op
+from dense_attn.layout_attention import inputs, keys, planned
 
 
 def layout_attention(
@@ -88,42 +88,47 @@ def layout_attention(
         torch.Size([1, 8, 256, 40])
     """
     q, k, v = inputs.autocast(q, k, v)
-    inputs.check_tensors(q, k, v, q_regions, k_regions, q_order, k_order)
-    _checks.choice("modulation", modulation, MODULATIONS)
-    if tile_lists is not None:
-        inputs.check_lists(tile_lists, q, k)
+    tokens = q_regions, k_regions, q_order, k_order
+    words = modulation, backend, k_mask is None
+    form = planned.form(q, k, v, *tokens, strength, tile_lists, words)
+    plan = planned.known.get(form)
+    if plan is None:
+        plan = planned.planned(form, q, k, v, tokens, strength, tile_lists, *words)
     if scale is None:
-        scale = q.shape[3] ** -0.5
+        scale = plan.scale
     else:
         scale = _checks.number("scale", scale, rule="be a number or None")
-    strength, every = inputs.row_strength(strength, q)
-    return_lse = _checks.flag("return_lse", return_lse)
-    there, bias = keys.of_mask(k_mask, q, k)
-    given = q
-    if bias is not None:
-        q, k, v = keys.with_bias(q, k, v, bias, scale)
-    added = q.shape[3] - given.shape[3]
-    name = table.resolve(backend, "layout_attention", q, k.shape[2], added)
-    kernels, seqlens_k = table.NAMESPACES[name], None
-    if there is not None:
-        k, v, k_regions = there.first(k), there.first(v), there.words(k_regions)
-        k_order, seqlens_k = there.visits(k_order), there.of_batch(q.shape[0])
-    recorded = dispatch.is_recorded(q, k, v, strength)
+    every, given, added, seqlens_k = 1.0, q, None, None
+    if not plan.rows:
+        strength, every = inputs.row_strength(strength, q)
+    if return_lse is not False:
+        return_lse = _checks.flag("return_lse", return_lse)
+    name, tiled = plan.backend, plan.tiled
+    if k_mask is not None:
+        there, added = keys.of_mask(k_mask, q, k)
+        if added is not None:
+            q, k, v = keys.with_bias(q, k, v, added, scale)
+        columns = q.shape[3] - given.shape[3]
+        name = table.resolve(backend, "layout_attention", q, k.shape[2], columns)
+        tiled = table.NAMESPACES[name].tiled(q, k)
+        if there is not None:
+            k, v, k_regions = there.first(k), there.first(v), there.words(k_regions)
+            k_order, seqlens_k = there.visits(k_order), there.of_batch(q.shape[0])
+    recorded, kernels = dispatch.is_recorded(q, k, v, strength), table.NAMESPACES[name]
     try:
-        if tile_lists is None:
+        if tiled and tile_lists is None:
             tokens = q_regions, k_regions, q_order, k_order
             tile_lists = kernels.tile_lists_for(q, k, *tokens, kept=False, seqlens_k=seqlens_k)
-        *lists, q_order, k_order = inputs.with_orders(tile_lists, q_order, k_order)
-        rule = strength, modulation, scale, q_order, k_order
+        visits = inputs.visits(tile_lists, q_order, k_order)
+        tokens, rule = (q, k, v, q_regions, k_regions), (strength, modulation, scale)
         last = every, return_lse, recorded, seqlens_k, name
-        tensors = q, k, v, q_regions, k_regions
-        out, *more = dispatch.run_as(_LayoutAttention, recorded, *tensors, *rule, *lists, *last)
+        results = dispatch.run_as(_LayoutAttention, recorded, *tokens, *rule, *visits, *last)
     except RuntimeError as error:
         least = kernels.attention_bytes(q, k)
         _memory.explain(error, "layout_attention", least, q=q, k=k)
         raise
-    out = out if bias is None else keys.without_columns(out, given)
-    return (out, more[0]) if return_lse else out
+    out = results[0] if added is None else keys.without_columns(results[0], given)
+    return (out, results[1]) if return_lse else out
 
 
 def tile_lists(
@@ -181,10 +186,12 @@ def tile_lists(
     if there is not None:
         k_regions, k_order = there.words(k_regions), there.visits(k_order)
         seqlens_k = there.of_batch(q.shape[0])
-    lists_for = table.NAMESPACES[name].tile_lists_for
+    kernels = table.NAMESPACES[name]
+    if not kernels.tiled(q, k):
+        return None
     kept = not torch.compiler.is_compiling()  # a compiled graph makes its lists in every call
     tokens = q_regions, k_regions, q_order, k_order
-    return lists_for(q, k, *tokens, kept=kept, seqlens_k=seqlens_k)
+    return kernels.tile_lists_for(q, k, *tokens, kept=kept, seqlens_k=seqlens_k)
 
 
 class _LayoutAttention(torch.autograd.Function):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dense_attn import _checks, _memory
-from dense_attn._backends import dispatch, table
+from dense_attn._backends import dispatch, plans, table
 
 LAST_TWO = (-2, -1)
 
@@ -51,27 +52,61 @@ def percentile_mask(
         (tensor([[ 0., -4.],
                 [ 3.,  0.]]), tensor(2.5000))
     """
-    _checks.floats("x", x)
+    form = _form(x, dim, backend)
+    plan = _plans.get(form) or _planned(form, x, dim, backend)
     level = _checks.fraction("level", level)
-    reduced = _axes("dim", dim, x)
-    count = x.dim() - len(reduced)
-    order = None if reduced[0] == count else _order(x, reduced)
-    moved = x if order is None else x.permute(order)
-    sizes = moved.shape
-    length = prod(sizes[count:])
-    if length == 0:
-        _checks.refuse("x", "have at least one entry along dim", tuple(x.shape))
+    moved = x if plan.order is None else x.permute(plan.order)
     try:
-        rows = moved.reshape(-1, length)  # [R, N]
-        name = table.resolve(backend, "percentile_mask", x)
-        masked, threshold = dispatch.run(_PercentileMask, rows, level, name)
+        rows = moved if plan.rows else moved.reshape(-1, plan.length)  # [R, N]
+        masked, threshold = dispatch.run(_PercentileMask, rows, level, plan.backend)
     except RuntimeError as error:
         _memory.explain(error, "percentile_mask", x.numel() * x.element_size(), x=x)
         raise
+    if plan.rows:
+        return masked, threshold
     masked = masked.reshape_as(moved)
-    if order is not None:
-        masked = masked.permute(sorted(range(x.dim()), key=order.__getitem__))
-    return masked, threshold if count == 1 else torch.reshape(threshold, sizes[:count])
+    if plan.order is not None:
+        masked = masked.permute(sorted(range(x.dim()), key=plan.order.__getitem__))
+    return masked, torch.reshape(threshold, moved.shape[: plan.count])
+
+
+class _Plan(NamedTuple):
+    """The consequences of a call's form."""
+
+    order: list[int] | None  # the axes with those of a row last, None where they are
+    count: int  # of the others
+    length: int  # of a row
+    rows: bool  # whether x is what the raw op takes
+    backend: str
+
+
+_plans: plans.Plans[_Plan] = plans.Plans()
+
+
+def _form(x: Tensor, dim: int | Sequence[int], backend: str) -> plans.Form | None:
+    """The form of a call, which has all that the checks look at but for numbers; None in a graph,
+    and where the axes are neither one nor the default.
+    """
+    if torch.compiler.is_compiling() or not (dim is LAST_TWO or dim.__class__ is int):
+        return None
+    try:
+        return plans.look(x), x.stride(), dim, backend
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _planned(form: plans.Form | None, x: Tensor, dim: int | Sequence[int], backend: str) -> _Plan:
+    """The plan of a call that the checks let through, which is kept for those of its form."""
+    _checks.floats("x", x)
+    reduced = _axes("dim", dim, x)
+    count = x.dim() - len(reduced)
+    order = None if reduced[0] == count else _order(x, reduced)
+    length = prod([x.shape[axis] for axis in reduced])  # compilers take no generator here
+    if length == 0:
+        _checks.refuse("x", "have at least one entry along dim", tuple(x.shape))
+    rows = order is None and count == len(reduced) == 1
+    name = table.resolve(backend, "percentile_mask", x)
+    return _plans.keep(form, _Plan(order, count, length, rows, name), x)
 
 
 def _axes(argument: str, value: object, x: Tensor) -> list[int]:

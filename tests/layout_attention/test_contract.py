@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dense_attn import backends as table
 from dense_attn import layout_attention
+from dense_attn._backends import plans
 
 GRAMMAR = re.compile(r"[a-z_]+ must .+, got .+", re.DOTALL)
 B, H, M, N, D = 2, 3, 5, 7, 8
@@ -226,10 +227,15 @@ BAD_CALLS = [  # argument, value, error, message
     ids=[f"{call[0]}-{i}" for i, call in enumerate(BAD_CALLS)],
 )
 @pytest.mark.parametrize("backend", backends("reference", "cpu"))
+@pytest.mark.parametrize("known", [False, True])
 def test_a_bad_argument_is_named(
-    backend: str, argument: str, value: object, error: type[Exception], message: str
+    known: bool, backend: str, argument: str, value: object, error: type[Exception], message: str
 ) -> None:
+    """Also where a call that differs in that argument alone has been let through."""
     good = {**arguments(), "backend": backend}
+    plans.forget()
+    if known:
+        layout_attention(**good)
     before = {name: x.clone() for name, x in good.items() if isinstance(x, Tensor)}
     with pytest.raises(error) as refusal:
         layout_attention(**{**good, argument: value})
