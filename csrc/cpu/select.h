@@ -7,9 +7,9 @@
 
 namespace DENSE_ATTN_ISA {
 
-constexpr int kMostDigitBits = 10;
-constexpr int kLeastDigitBits = 6;
-constexpr int64_t kFew = 12;            // candidates that are sorted outright
+constexpr int kDigitBits = 10;
+constexpr int64_t kBuckets = 1 << kDigitBits;
+constexpr int64_t kFew = 32;            // candidates that are compared with each other outright
 constexpr int64_t kGathered = 1 << 16;  // candidates kept in a buffer; more of them are read again where they lie
 constexpr int64_t kKeyBlock = 512;
 
@@ -80,21 +80,11 @@ inline void load_keys(const T* row, int64_t stride, int64_t count, KeyOf<Acc>* t
   for_lanes(row, stride, count, [&](int64_t i, VecOf<Acc> lanes) { store(to + i, (IntOf<Acc>)lanes & kNoKey<Acc>); });
 }
 
-// A digit has about as many values as there are keys: to clear and search more would take most of a short row's time.
-inline int digit_bits(int64_t count) {
-  int bits = kLeastDigitBits;
-  while (bits < kMostDigitBits && count >> bits > 1) ++bits;
-  return bits;
-}
-
 // Counts of a digit's values, twice: equal neighbours would wait for each other's sum.
 struct Digits {
-  int64_t counts[2][1 << kMostDigitBits];
+  int64_t counts[2][kBuckets + 8];  // apart by no multiple of a page, for which neighbours would wait too
 
-  void clear(int bits = kMostDigitBits) {
-    using Int = IntOf<double>;
-    for (int64_t i = 0; i < 1 << bits; i += kLanes<double>) store(counts[0] + i, Int{}), store(counts[1] + i, Int{});
-  }
+  void clear() { std::memset(counts, 0, sizeof(counts)); }
   int64_t of(int64_t bucket) const { return counts[0][bucket] + counts[1][bucket]; }
 
   template <class Key>
@@ -106,7 +96,7 @@ struct Digits {
   }
 
   void add(const Digits& other) {
-    for (int64_t i = 0; i < 1 << kMostDigitBits; ++i) counts[0][i] += other.of(i);
+    for (int64_t i = 0; i < kBuckets; ++i) counts[0][i] += other.of(i);
   }
 
   // The bucket that holds a rank, which becomes the rank within the bucket.
@@ -132,12 +122,12 @@ struct KeyRange {
   Key lowest, highest;
 
   bool single() const { return lowest == highest; }
-  int shift(int digit = kMostDigitBits) const {
+  int shift(int digit = kDigitBits) const {
     const Key width = highest - lowest;
     const int bits = width == 0 ? 0 : 64 - __builtin_clzll(width);
     return bits > digit ? bits - digit : 0;
   }
-  KeyRange bucket(int64_t index, int digit = kMostDigitBits) const {
+  KeyRange bucket(int64_t index, int digit = kDigitBits) const {
     const Key first = lowest + (static_cast<Key>(index) << shift(digit)), rest = (Key{1} << shift(digit)) - 1;
     return {first, highest - first < rest ? highest : first + rest};
   }
@@ -218,25 +208,60 @@ struct Neighbours {
   KeyOf<Acc> at_rank, after;
 };
 
+// Those of a few keys, with room for a register behind them: what stands at a rank is the largest key that has no more
+// than so many below it. No branch depends on a key.
+template <class Acc>
+Neighbours<Acc> select_few(KeyOf<Acc>* keys, int64_t count, int64_t rank, KeyOf<Acc> next) {
+  using Int = IntOf<Acc>;
+  const Int at_most = set1_int<Acc>(rank);
+  Int at_rank{}, after{};
+  store(keys + count, set1_int<Acc>(kNoKey<Acc>));
+  for (int64_t i = 0; i < count; i += kLanes<Acc>) {
+    const Int key = load<Int>(keys + i);
+    Int below{};
+    for (int64_t j = 0; j < count; ++j) below -= (Int)(set1_int<Acc>(keys[j]) < key);
+    at_rank = larger(at_rank, below <= at_most ? key : Int{});
+    after = larger(after, below <= at_most + 1 ? key : Int{});
+  }
+  return {most(at_rank), rank + 1 < count ? most(after) : next};
+}
+
+template <class Acc>
+constexpr int64_t kShort = 16 * kLanes<Acc>;  // most keys of a row that meets every lane's bucket
+
+// Of as many buckets as there are lanes, the one that holds a rank, which becomes the rank within it. A lane counts the
+// keys below its bucket: to increment a count in memory takes longer, where neighbours have the same.
+template <class Acc>
+KeyRange<Acc> bucket_of_short(const KeyOf<Acc>* keys, int64_t count, KeyRange<Acc> range, int64_t& rank) {
+  using Int = IntOf<Acc>;
+  constexpr int kBits = __builtin_ctz(kLanes<Acc>);
+  Int lane, below{};
+  for (int i = 0; i < kLanes<Acc>; ++i) lane[i] = i;
+  const Int offset = lane << range.shift(kBits), none = set1_int<Acc>(kNoKey<Acc>);
+  const Int first = offset > set1_int<Acc>(range.highest - range.lowest) ? none : offset + set1_int<Acc>(range.lowest);
+  for (int64_t j = 0; j < count; ++j) below -= (Int)(set1_int<Acc>(keys[j]) < first);
+  const Int at_most = set1_int<Acc>(rank);
+  rank -= most(below <= at_most ? below : Int{});
+  return range.bucket(most(below <= at_most ? lane : Int{}), kBits);
+}
+
 // Those of keys that are rearranged on the way; next is the smallest key beyond them.
 template <class Acc>
 Neighbours<Acc> select(KeyOf<Acc>* keys, int64_t count, int64_t rank, KeyRange<Acc> range, KeyOf<Acc> next,
                        Digits& digits) {
-  using Key = KeyOf<Acc>;
-  while (!range.single() && count > kFew) {
-    const int bits = digit_bits(count);
-    digits.clear(bits);
-    digits.add(keys, count, range.lowest, range.shift(bits));
-    count = gather<Acc>(keys, count, range.bucket(digits.find(rank), bits), next);
-    range = KeyRange<Acc>::of(keys, count);
+  while (count > kFew) {
+    if (range.single()) return {range.lowest, rank + 1 < count ? range.lowest : next};
+    if (count > kShort<Acc>) {
+      digits.clear();
+      digits.add(keys, count, range.lowest, range.shift());
+      range = range.bucket(digits.find(rank));
+    } else {
+      range = bucket_of_short(keys, count, range, rank);
+    }
+    count = gather<Acc>(keys, count, range, next);
+    if (count > kFew) range = KeyRange<Acc>::of(keys, count);
   }
-  for (int64_t i = 1; !range.single() && i < count; ++i) {
-    const Key key = keys[i];
-    int64_t at = i;
-    for (; at > 0 && keys[at - 1] > key; --at) keys[at] = keys[at - 1];
-    keys[at] = key;
-  }
-  return {keys[rank], rank + 1 < count ? keys[rank + 1] : next};
+  return select_few<Acc>(keys, count, rank, next);
 }
 
 // The search for one row's quantile: passes over its parts, each followed by one narrowing, until that finds it. A row
