@@ -57,7 +57,6 @@ def good(heads: int = H) -> dict[str, object]:
         {"k_mask": torch.randn(M)},
         {"modulation": "mask", "backend": "reference"},
     ],
-    ids=str,
 )
 def test_a_form_is_checked_once_and_its_results_stay(
     counted: list[int], options: dict[str, object]
@@ -81,7 +80,6 @@ def test_a_form_is_checked_once_and_its_results_stay(
         ("k_regions", lambda x: x[None]),
         ("k_regions", lambda x: x.as_subclass(Other)),
     ],
-    ids=str,
 )
 def test_another_form_is_checked(
     counted: list[int], argument: str, change: Callable[[Tensor], Tensor]
@@ -97,7 +95,6 @@ def test_another_form_is_checked(
 @pytest.mark.parametrize(
     "options",
     [{"q_order": False}, {"strength": torch.rand(M)}, {"modulation": "max"}, {"k_mask": None}],
-    ids=str,
 )
 def test_equal_values_of_other_types_are_told_apart(options: dict[str, object]) -> None:
     """0 is False and 1 is True to a dict, but not to the checks."""
