@@ -211,6 +211,10 @@ class Model:
         """The tokens of each row of a call's text [B, L, C]."""
         return [text.shape[1]] * len(text)
 
+    def text_there(self, arguments: dict[str, Any], text: Tensor) -> Tensor:
+        """A call's text [B, L, C] with the tokens that `text_lengths` counts at its begin."""
+        return text
+
     def second_text(self, arguments: dict[str, Any]) -> tuple[Tensor, list[int]] | None:
         """The text of a call as another encoder reads it, [B, L, C], and its tokens in each row."""
         return None

@@ -31,6 +31,10 @@ class Refined(Model):
         """The tokens of each row of a call's text that are there."""
         return counted(arguments[MASK])
 
+    def text_there(self, arguments: dict[str, Any], text: Tensor) -> Tensor:
+        """A call's text [B, L, C] with the tokens that are there at its begin."""
+        return at_begin(text, arguments[MASK])
+
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's."""
         self.write(arguments, texts.tokens)
@@ -48,6 +52,12 @@ class Refined(Model):
                 there = torch.cat([there[:, :1] | first, there[:, 1:]], 1)
                 made.append(own(text, timestep, there))
         return torch.cat(made, 1)
+
+
+def at_begin(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Tokens [B, L, C] in the order in which those of a mask [B, L] come first."""
+    order = (~mask.bool()).byte().argsort(dim=1, stable=True)
+    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def all_there(mask: Tensor, texts: Texts) -> Tensor:

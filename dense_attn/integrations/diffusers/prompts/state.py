@@ -211,7 +211,7 @@ class RegionState(LayoutState):
 
     def _texts(self, given: dict[str, Any], call: Call, spans: tuple[Span, ...]) -> Texts:
         """The texts of a call in their slots."""
-        images, text = self.reading.images_of, call.text
+        images, text = self.reading.images_of, self.model.text_there(given, call.text)
         if len(text) < len(call.latents) and len(images) > 2:  # one for all rows
             text = text.expand(len(call.latents), -1, -1)
         keep = self.model.keeps_padding or given.get(self.model.text_mask) is None
