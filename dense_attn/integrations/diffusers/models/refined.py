@@ -27,13 +27,9 @@ class Refined(Model):
     words_alone = True
     numbering = "context_embedder", "forward"
 
-    def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
-        """The tokens of each row of a call's text that are there."""
-        return counted(arguments[MASK])
-
-    def text_there(self, arguments: dict[str, Any], text: Tensor) -> Tensor:
-        """A call's text [B, L, C] with the tokens that are there at its begin."""
-        return at_begin(text, arguments[MASK])
+    def own_text(self, arguments: dict[str, Any], text: Tensor) -> tuple[Tensor, list[int]]:
+        """A call's text [B, L, C] with the tokens that are there at its begin, and their number."""
+        return at_begin(text, arguments[MASK]), counted(arguments[MASK])
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's."""
