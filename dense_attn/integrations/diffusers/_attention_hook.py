@@ -22,7 +22,7 @@ from torch import Tensor
 from dense_attn import _checks
 from dense_attn.layout_attention import masks
 
-from .hooks import registered_like
+from .hooks import registered_like, skips_scores
 
 MARKS = "_dense_attn_marks"  # the attribute of a layer that holds its marks
 POINTS = "dispatch_attention_fn", "F.scaled_dot_product_attention"
@@ -195,7 +195,7 @@ def _marked(kind: type) -> type:
     @functools.wraps(own)  # diffusers looks for the names of its arguments
     def __call__(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         marks = getattr(attn, MARKS, None)
-        expected = marks[-1].expected() if marks else None
+        expected = marks[-1].expected() if marks and not skips_scores(attn) else None
         if expected is None:
             return own(self, attn, *args, **kwargs)
         if instead is None:

@@ -139,3 +139,10 @@ def registered_like(kind: type, made: type) -> type:
 
         Registry.register(made, Registry.get(kind))
     return made
+
+
+def skips_scores(layer: Any) -> bool:
+    """Whether a guider's hook takes a layer's values for its attention, as perturbed ones do."""
+    registry = getattr(layer, "_diffusers_hook", None)
+    hooks = () if registry is None else registry.hooks.values()
+    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks)

@@ -122,9 +122,13 @@ def check_flow(scheduler: Any) -> None:
 def check_sigmas(given: dict[str, Any]) -> None:
     """Refuse sigmas of a pipeline's call that rise, be it before a last that is 0."""
     sigmas = given.get("sigmas")
-    if sigmas is not None and _rise(
-        torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").tolist()
-    ):
+    if sigmas is None:
+        return
+    try:
+        values = [float(sigma) for sigma in sigmas]
+    except (TypeError, ValueError, RuntimeError):
+        _checks.refuse("sigmas", "be a list of numbers", repr(sigmas), TypeError)
+    if _rise(values):
         _refuse_rising("the call's sigmas")
 
 

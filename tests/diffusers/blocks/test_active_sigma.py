@@ -164,6 +164,17 @@ def test_a_calls_own_sigmas_that_rise(regions: list, last: float, calls: list) -
     assert calls
 
 
+@pytest.mark.parametrize("sigmas", [["high", "low"], [None, 0.5], [[0.9, 0.5]], 0.5])
+def test_a_calls_own_sigmas_that_are_no_numbers(sigmas: object, calls: list) -> None:
+    pipe, rule = pipeline("flux"), r"^sigmas must be a list of numbers, got .+$"
+    with (
+        apply_layout(pipe, PROMPT, REGIONS, active_sigma=0.5),
+        pytest.raises(TypeError, match=rule),
+    ):
+        latents(pipe, steps=2, sigmas=sigmas)
+    assert not calls
+
+
 def test_a_scheduler_that_is_exchanged_inside() -> None:
     """The call says it before its first step."""
     pipe = pipeline("sd3")

@@ -89,6 +89,19 @@ def test_keys_of_an_image_before_the_texts(name: str, monkeypatch: pytest.Monkey
     assert not close(ours(pipe, [Region(WHOLE, PROMPT)], "dog", **call), right)
 
 
+@pytest.mark.parametrize("name", ["Wan", *OTHERS])
+def test_a_region_without_a_negative_prompt_sees_the_calls(name: str) -> None:
+    """Beside one that has it; as if the call's were its own."""
+    pipe, call = from_image(name), {"scale": 4.0, "negative_prompt": "cat"}
+    own, right = Region(LEFT, TEXTS[1], negative="fog"), (0.5, 0.0, 1.0, 1.0)
+    out, same, other = (
+        ours(pipe, [own, Region(right, TEXTS[2], negative=negative)], "dog", **call)
+        for negative in (None, "cat", "fog")
+    )
+    assert near(out, same)
+    assert not close(out, other)
+
+
 def test_texts_of_other_lengths() -> None:
     """A caller's own text may have the length that regions' get; else it is refused."""
     pipe, given = from_image("Wan"), {"do_classifier_free_guidance": False}

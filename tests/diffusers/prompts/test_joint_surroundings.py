@@ -10,7 +10,7 @@ import torch
 import torch._dynamo.testing
 from families import FAMILIES, SHAPES, family, run
 from families.classes import kinds, made
-from pipelines import close
+from pipelines import close, diffusers
 from torch import Tensor
 
 from dense_attn.integrations.diffusers import Region, apply_layout
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LEFT = np.arange(12)[None].repeat(8, 0) < 8  # two of three columns of tokens
 HALVES = [Region(LEFT, "a cat"), Region(~LEFT, "dog cat a")]
 WHOLE = [Region((0.0, 0.0, 1.0, 1.0), "a cat")]
+MASK = {"modulation": "mask", "active": 1.0, "encode_phrases": False}
 SEVERAL = "z_image", "wan", "lumina2", "hunyuan_dit", "hunyuan_image"
 
 
@@ -54,6 +55,26 @@ def test_several_images(name: str) -> None:
         with apply_layout(pipe, prompt, regions[b]):
             alone = pipe(prompt, negative_prompt=negatives, latents=noise[b : b + 1], **given)[0]
         assert near(both[b : b + 1], alone)
+
+
+@pytest.mark.parametrize(
+    ("regions", "options"),
+    [(WHOLE, {}), ([("cat", (0.0, 0.0, 1.0, 1.0))], MASK)],
+)
+def test_layers_whose_scores_a_guider_skips(
+    regions: list, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A region of the whole image changes nothing, in the perturbed estimate either."""
+    pipe, whole = family("hunyuan_image"), {"perturbed_guidance_start": 0.0}
+    plain = run("hunyuan_image", "a cat", steps=2)
+    guider = diffusers.PerturbedAttentionGuidance(
+        guidance_scale=4.0, perturbed_guidance_layers=[0], perturbed_guidance_stop=1.0, **whole
+    )
+    monkeypatch.setitem(pipe.__dict__, "guider", guider)
+    right = run("hunyuan_image", "a cat", steps=2)
+    with apply_layout(pipe, "a cat", regions, **options):
+        assert near(run("hunyuan_image", "a cat", steps=2), right)
+    assert not close(right, plain)
 
 
 @pytest.mark.full

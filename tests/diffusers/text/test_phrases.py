@@ -8,7 +8,7 @@ import warnings
 import pytest
 import texts
 import torch
-from families import family
+from families import family, run
 from pipelines import PROMPT, REGIONS, latents, pipeline
 from texts import KINDS, TOKENS
 
@@ -43,6 +43,18 @@ def test_whole_words_are_found_in_the_ids_of_the_call(
 ) -> None:
     pipe = texts.with_tokenizer(KINDS[kind]())
     assert texts.painted(pipe, prompt, [(phrase, BOX)], calls) == [phrase]
+
+
+@pytest.mark.parametrize("name", ["qwen", "hunyuan_image"])
+@pytest.mark.parametrize(("prompt", "start"), [("dog", 0), ("  dog", 0), ("a dog", 1)])
+def test_a_phrase_behind_a_templates_space(name: str, prompt: str, start: int) -> None:
+    """The line's end before a prompt is the template's; spaces of its own are the phrase's."""
+    pipe = family(name)
+    found = Reading(pipe, [prompt], parse([("dog", BOX)], 1), encode=True)
+    (place,) = found.places(0)[0]
+    assert place[:2] == (start, len(prompt))
+    with apply_layout(pipe, prompt, [("dog", BOX)]):
+        run(name, prompt, steps=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layers import Side, joined
 from ..rows import counted
 from .record import IMAGE, TEXT, Attention, Call, Entry
-from .refined import Refined, all_there
+from .refined import Refined, all_there, at_begin
 
 if TYPE_CHECKING:
     from dense_attn import Layout
@@ -48,7 +48,7 @@ class HunyuanImage(Refined):
     def second_text(self, arguments: dict[str, Any]) -> tuple[Tensor, list[int]]:
         """The tokens of a call's quoted words [B, L, C], and how many are there in each row."""
         tokens, mask = (arguments[name] for name in QUOTED)
-        return tokens, counted(mask)
+        return at_begin(tokens, mask), counted(mask)
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's, and their quoted words behind its own."""

@@ -207,9 +207,9 @@ class Model:
         given = tuple(arguments.get(name) for name in self.masks)
         return given if all(isinstance(mask, Tensor) for mask in given) else ()
 
-    def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
-        """The tokens of each row of a call's text [B, L, C]."""
-        return [text.shape[1]] * len(text)
+    def own_text(self, arguments: dict[str, Any], text: Tensor) -> tuple[Tensor, list[int]]:
+        """A call's text [B, L, C], and the tokens at the begin of each row that are there."""
+        return text, [text.shape[1]] * len(text)
 
     def second_text(self, arguments: dict[str, Any]) -> tuple[Tensor, list[int]] | None:
         """The text of a call as another encoder reads it, [B, L, C], and its tokens in each row."""

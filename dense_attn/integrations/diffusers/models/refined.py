@@ -27,9 +27,9 @@ class Refined(Model):
     words_alone = True
     numbering = "context_embedder", "forward"
 
-    def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
-        """The tokens of each row of a call's text that are there."""
-        return counted(arguments[MASK])
+    def own_text(self, arguments: dict[str, Any], text: Tensor) -> tuple[Tensor, list[int]]:
+        """A call's text [B, L, C] with the tokens that are there at its begin, and their number."""
+        return at_begin(text, arguments[MASK]), counted(arguments[MASK])
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's."""
@@ -48,6 +48,12 @@ class Refined(Model):
                 there = torch.cat([there[:, :1] | first, there[:, 1:]], 1)
                 made.append(own(text, timestep, there))
         return torch.cat(made, 1)
+
+
+def at_begin(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Tokens [B, L, C] in the order in which those of a mask [B, L] come first."""
+    order = (~mask.bool()).byte().argsort(dim=1, stable=True)
+    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def all_there(mask: Tensor, texts: Texts) -> Tensor:

@@ -57,9 +57,9 @@ class ZImage(Model):
         lengths = [len(tokens) for tokens in arguments["cap_feats"]]
         arguments["cap_feats"] = [tokens[:length] for tokens, length in zip(text, lengths)]
 
-    def text_lengths(self, arguments: dict[str, Any], text: Tensor) -> list[int]:
-        """The tokens of each row of a call's text."""
-        return [len(tokens) for tokens in arguments["cap_feats"]]
+    def own_text(self, arguments: dict[str, Any], text: Tensor) -> tuple[Tensor, list[int]]:
+        """A call's text [B, L, C], and the tokens of each row."""
+        return text, [len(tokens) for tokens in arguments["cap_feats"]]
 
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions behind a call's; a ControlNet's sums have none for them."""

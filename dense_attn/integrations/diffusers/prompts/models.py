@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from dense_attn import _checks
 
+from ..hooks import unwrapped
 from ..text.encoding import missing
 from .reading import RegionReading
 from .state import RegionState
@@ -38,4 +40,13 @@ def region_state(
     if lacking is not None:
         rule = f"have its {lacking} where regions have prompts of their own"
         _checks.refuse("pipe", rule, "none")
-    return RegionState(pipe, model, RegionReading(pipe, prompts, regions), options)
+    reading = RegionReading(pipe, prompts, regions, _as_long(pipe, model))
+    return RegionState(pipe, model, reading, options)
+
+
+def _as_long(pipe: DiffusionPipeline, model: Model) -> bool:
+    """Whether a region's text must be as long as a call's: rows below it, or padding is seen."""
+    if model.beside is not None or model.keeps_padding or model.component == "unet":
+        return True
+    calls = (unwrapped(denoiser).forward for denoiser in model.denoisers(pipe).values())
+    return not any(model.text_mask in inspect.signature(call).parameters for call in calls)

@@ -29,11 +29,19 @@ class Text(NamedTuple):
 
 
 class RegionReading(Reading):
-    """The prompts of one block: the call's, and those of the regions."""
+    """The prompts of one block: the call's, and those of the regions.
+
+    `as_long`: whether padding makes a region's text as long as a call's own embeddings.
+    """
 
     def __init__(
-        self, pipe: DiffusionPipeline, prompts: list[str] | None, regions: list[Regions]
+        self,
+        pipe: DiffusionPipeline,
+        prompts: list[str] | None,
+        regions: list[Regions],
+        as_long: bool = False,
     ) -> None:
+        self.as_long = as_long
         given = [""] * len(regions) if prompts is None else prompts
         self.images_of = regions * len(given) if len(regions) == 1 else regions
         self.base = prompts is not None
@@ -55,12 +63,18 @@ class RegionReading(Reading):
             manner = encoding.manner_of(given)
             if embedded:  # of others only this one had an effect
                 manner = {name: manner[name] for name in manner if name == "lora_scale"}
-                manner |= self.length_of(given["prompt_embeds"])
+                manner |= self._length_of(given["prompt_embeds"])
             if not encoding.same_manner(manner, self._manner):
                 self._manner = manner
                 self._texts.clear()
             for positive in (True, False):  # now, while the text encoders are at hand
                 self.texts(positive)
+
+    def _length_of(self, embeddings: Any) -> dict[str, Any]:
+        """The option of texts as long as a caller's own embeddings, where padding makes them so."""
+        last = self.segments[-1] if self.segments else None
+        pads = last is not None and last.padded and last.others is None
+        return self.length_of(embeddings) if self.as_long and pads else {}
 
     def texts(self, positive: bool) -> list[list[Text | None]]:
         """The texts of each image's regions; None for the negative prompt's own."""

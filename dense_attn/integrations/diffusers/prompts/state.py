@@ -211,9 +211,9 @@ class RegionState(LayoutState):
 
     def _texts(self, given: dict[str, Any], call: Call, spans: tuple[Span, ...]) -> Texts:
         """The texts of a call in their slots."""
-        images, text = self.reading.images_of, call.text
+        images, (text, own) = self.reading.images_of, self.model.own_text(given, call.text)
         if len(text) < len(call.latents) and len(images) > 2:  # one for all rows
-            text = text.expand(len(call.latents), -1, -1)
+            text, own = text.expand(len(call.latents), -1, -1), own * len(call.latents)
         keep = self.model.keeps_padding or given.get(self.model.text_mask) is None
         rows, sees_first = [], []
         for row in range(len(text)):
@@ -221,7 +221,6 @@ class RegionState(LayoutState):
             b = (row - span.start) * len(images) // (span.stop - span.start)
             rows.append(self.reading.texts(span.positive)[b])
             sees_first.append(self._image[1].sees_first[span.positive][b])
-        own = self.model.text_lengths(given, text)
         slots = self._slots(own, rows, sees_first, keep)
         made = texts.written(text, slots, rows, keep)
         second = self.model.second_text(given)

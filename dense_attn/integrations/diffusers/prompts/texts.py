@@ -81,10 +81,13 @@ class Texts:
     second: Texts | None = None  # as another encoder reads them
 
     def as_rows(self) -> Tensor:
-        """The tokens with each slot's as rows of their own, [R * B, L, C], the call's first."""
+        """The tokens with each slot's as rows of their own, [R * B, L, C], the call's first.
+
+        A slot of no text, which is a region's that sees the call's, has no rows.
+        """
         own, *others = self.slots.sizes
-        if set(others) - {own}:
-            rule = f"have the {others[0]} tokens of a text beside those of regions"
+        for size in set(others) - {own, 0}:
+            rule = f"have the {size} tokens of a text beside those of regions"
             _checks.refuse("prompt_embeds", rule, own)
         return self.rows_of(self.tokens)
 

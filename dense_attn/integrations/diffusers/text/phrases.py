@@ -138,14 +138,14 @@ def place_of(
         text, inner = _converted(pipe, tokenizer, prompt, chars, argument)
         before, text = segment.template.rindex("{}"), segment.around(text)
         inner = inner[0] + before, inner[1] + before
-        whole = tokens_of(tokenizer, text).of(inner)
+        whole = tokens_of(tokenizer, text)._replace(begin=before).of(inner)
         if whole is None:
             _checks.refuse(
                 argument, "have a phrase of at least one token", repr(prompt[slice(*chars)])
             )
         kept = Tokens(text, [], [])
         if length > 0:
-            kept = tokens_of(tokenizer, text, length, segment.padded)
+            kept = tokens_of(tokenizer, text, length, segment.padded)._replace(begin=before)
         place = kept.of(inner)
         cut = place is None or place[1] - place[0] != whole[1] - whole[0]
         start, stop = (0, 0) if cut else place

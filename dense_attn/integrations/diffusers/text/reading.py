@@ -153,7 +153,8 @@ class Reading:
         """The option of a text as long as a caller's own embeddings [B, L, C]."""
         name = "max_sequence_length"
         tensor = isinstance(embeddings, Tensor) and embeddings.dim() == 3
-        if not (tensor and self.segments and encoding.takes(self.pipe, name)):
+        told = bool(self.segments) and self.segments[-1].longest is None
+        if not (tensor and told and encoding.takes(self.pipe, name)):
             return {}
         length = self.segments[-1].tokens(embeddings.shape[1])
         default = inspect.signature(self.pipe.encode_prompt).parameters[name].default

@@ -18,6 +18,7 @@ class Tokens(NamedTuple):
     text: str
     ids: list[int]
     chars: list[Span | None]  # None: special tokens and padding
+    begin: int = 0  # of the prompt in the text, behind what a template has before it
 
     def of(self, chars: Span) -> Span | None:
         """The tokens of a stretch of characters, with a space's own before them."""
@@ -29,9 +30,13 @@ class Tokens(NamedTuple):
         if not inside:
             return None
         start = inside[0]
-        while start and (before := self.chars[start - 1]) and not self.text[slice(*before)].strip():
+        while start and self._is_space(self.chars[start - 1]):
             start -= 1
         return start, inside[-1] + 1
+
+    def _is_space(self, chars: Span | None) -> bool:
+        """Whether a token is of the prompt's spaces alone; a template's stay the template's."""
+        return chars is not None and chars[0] >= self.begin and not self.text[slice(*chars)].strip()
 
 
 class Folded(NamedTuple):

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dense_attn import _checks
+
 from ...text.encoding import beside
+from ...text.segments import HUNYUAN_DIT
 from ..record import IMAGE, TEXT, Attention, Call, Model
 
 if TYPE_CHECKING:
@@ -38,13 +41,19 @@ class HunyuanDiT(Model):
             arguments[name] = text[:, start : start + length, :width].contiguous()
             start += length
 
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Refuse embeddings of other lengths than those that the pipeline's encoders have."""
+        lengths = tuple(arguments[name].shape[1] for name in ENCODED)
+        if lengths != HUNYUAN_DIT:
+            rule = "have {} tokens, and prompt_embeds_2 {}".format(*HUNYUAN_DIT)
+            _checks.refuse("prompt_embeds", rule, "{} and {}".format(*lengths))
+
     def lengthen(self, arguments: dict[str, Any], texts: Texts) -> None:
         """Put the texts of regions as rows below a call's, with their masks."""
         own = torch.cat([arguments[name] for name in MASKS], 1)
-        masks = texts.rows_of(torch.cat([own, texts.mask.to(own)], 1))
-        lengths = [arguments[name].shape[1] for name in MASKS]
         self.write(arguments, texts.as_rows())
-        arguments.update(zip(MASKS, masks.split(lengths, 1)))
+        masks = texts.rows_of(torch.cat([own, texts.mask.to(own)], 1))
+        arguments.update(zip(MASKS, masks.split(HUNYUAN_DIT, 1)))
 
     def numbered(
         self, own: Any, slots: Slots, time: Tensor, text: Tensor, *args: Any, **kwargs: Any

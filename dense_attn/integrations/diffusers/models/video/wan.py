@@ -36,6 +36,6 @@ class Wan(Model):
         if self.beside is None:
             super().lengthen(arguments, texts)
             return
-        self.write(arguments, texts.as_rows())
-        image = "encoder_hidden_states_image"
-        arguments[image] = arguments[image].repeat(len(texts.slots.sizes), 1, 1)
+        image, rows = "encoder_hidden_states_image", texts.as_rows()
+        self.write(arguments, rows)
+        arguments[image] = arguments[image].repeat(len(rows) // len(texts.tokens), 1, 1)
