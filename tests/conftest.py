@@ -19,6 +19,8 @@ import selection
 import torch
 from cases import INTERPRETED
 
+from dense_attn._backends import plans
+
 MODULES = pytest.StashKey[set[Path]]()
 ITEMS = pytest.StashKey[list[pytest.Item]]()
 
@@ -50,6 +52,12 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Let what was left out go when the process ends."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """Tests exchange what plans go by, like the tables of configurations."""
+    plans.forget()
 
 
 @pytest.fixture

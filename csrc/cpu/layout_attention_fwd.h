@@ -73,7 +73,8 @@ struct Forward {
   // every page of a long head costs a walk, in every strip.
   bool gathers() const {
     const int64_t bytes = p.seqlen_k * 2 * depth * (int64_t)sizeof(Elem);
-    return chunk == p.seqlen_k && bytes <= kPackedBytes && strips_per_head(p) > 3;
+    const bool apart = p.k.strides[2] > p.head_dim || p.v.strides[2] > p.head_dim;
+    return apart && chunk == p.seqlen_k && bytes <= kPackedBytes && strips_per_head(p) > 3;
   }
 
   // Keys of a row as the products read it, converted where it is.
@@ -84,7 +85,8 @@ struct Forward {
   // Where a head's keys are not all near, more than one strip, as far as their scores can be kept.
   static int64_t strips_of(const LayoutAttentionParams& p) {
     const int64_t most = kScoreBytes / ((p.seqlen_k + 1) * kMaxRows * (int64_t)sizeof(Acc));
-    return p.seqlen_k <= near_keys(p) || most < 1 ? 1 : most < 4 ? most : 4;
+    if (p.seqlen_k <= near_keys(p) || most < 1) return 1;
+    return strips_together(most < 4 ? most : 4, p.batch * p.num_heads, strips_per_head(p));
   }
 
   static int64_t strips_per_head(const LayoutAttentionParams& p) { return Strips(p.seqlen_q, kLanes<Acc>).count; }

@@ -51,7 +51,8 @@ struct ForwardAmx {
   // The longer a head's keys, the more strips of rows meet them while they are near.
   static int64_t strips_of(const LayoutAttentionParams& p) {
     const int64_t bytes = key_tile_bytes(p.seqlen_k, p.head_dim) + value_tile_bytes(p.seqlen_k, p.head_dim);
-    return bytes <= kResidentBytes ? 1 : bytes <= kPackedBytes ? 4 : 16;
+    const int64_t most = bytes <= kResidentBytes ? 1 : bytes <= kPackedBytes ? 4 : 16;
+    return strips_together(most, p.batch * p.num_heads, strips_per_head(p));
   }
   static int64_t strips_per_head(const LayoutAttentionParams& p) { return Strips(p.seqlen_q, kLanes<float>).count; }
   static int64_t items(const LayoutAttentionParams& p) {

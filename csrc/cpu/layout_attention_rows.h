@@ -18,6 +18,13 @@ struct Strips {
   int64_t first_vec(int64_t strip) const { return strip * vecs / count; }
 };
 
+// Strips of a head that meet its keys together: as many as pay, while many threads still have an item each.
+inline int64_t strips_together(int64_t most, int64_t heads, int64_t strips_per_head) {
+  constexpr int64_t kItems = 64;
+  while (most > 1 && heads * ((strips_per_head + most - 1) / most) < kItems) most /= 2;
+  return most;
+}
+
 template <class Acc>
 struct alignas(kVecBytes) Lanes {
   Acc x[kRowVecs * kLanes<Acc>];

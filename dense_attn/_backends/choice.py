@@ -198,10 +198,10 @@ def gpus(backend: str) -> dict[str, bool]:
 
 def remember(backend: str, gpu: str, passed: bool) -> None:
     """Keep a verdict for later processes; graphs that this one has compiled stay as they are."""
-    _found.clear()
-    plans.forget()
     kept = {_key(backend, gpu): {"gpu": gpu, "passed": passed}}
     _tuned.keep(_tuned.cache_file("verified.json"), kept)
+    _found.clear()
+    plans.forget()
 
 
 def _verdicts() -> _tuned.Found:

@@ -110,10 +110,10 @@ def layout_attention(
             q, k, v = keys.with_bias(q, k, v, added, scale)
         columns = q.shape[3] - given.shape[3]
         name = table.resolve(backend, "layout_attention", q, k.shape[2], columns)
-        tiled = table.NAMESPACES[name].tiled(q, k)
         if there is not None:
             k, v, k_regions = there.first(k), there.first(v), there.words(k_regions)
             k_order, seqlens_k = there.visits(k_order), there.of_batch(q.shape[0])
+        tiled = table.NAMESPACES[name].tiled(q, k)
     recorded, kernels = dispatch.is_recorded(q, k, v, strength), table.NAMESPACES[name]
     try:
         if tiled and tile_lists is None:
