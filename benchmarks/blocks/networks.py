@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -183,16 +184,14 @@ _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 _UNGUIDED = {"guidance_scale": 1.0}
 _TRUE = {"true_cfg_scale": 1.0}
 _TWO_STREAMS = "transformer_blocks.0"
+_FLUX = partial(Network, flux, "transformer", _TWO_STREAMS, 4)
 NETWORKS = {
     "sd15": Network(stable_diffusion, "unet", _BLOCK, 2, joint=False, side=64, call=_UNGUIDED),
     "sdxl": Network(stable_diffusion_xl, "unet", _BLOCK, 2, joint=False, side=64, call=_UNGUIDED),
-    "flux": Network(flux, "transformer", _TWO_STREAMS, 4, call={"max_sequence_length": 512}),
-    "flux-1024px": Network(
-        flux, "transformer", _TWO_STREAMS, 4, side=64, real=True, call={"max_sequence_length": 512}
-    ),
-    "flux-1024px-128": Network(
-        flux, "transformer", _TWO_STREAMS, 4, side=64, real=True, call={"max_sequence_length": 128}
-    ),
+    "flux": _FLUX(call={"max_sequence_length": 512}),
+    "flux-1024px": _FLUX(side=64, real=True, call={"max_sequence_length": 512}),
+    "flux-1024px-256": _FLUX(side=64, real=True, call={"max_sequence_length": 256}),
+    "flux-1024px-128": _FLUX(side=64, real=True, call={"max_sequence_length": 128}),
     "qwen": Network(qwen, "transformer", _TWO_STREAMS, 16, call=_TRUE),
     "qwen-1024px": Network(qwen, "transformer", _TWO_STREAMS, 16, side=64, real=True, call=_TRUE),
     "z-image": Network(z_image, "transformer", "layers.0", 4, call={"guidance_scale": 0.0}),
