@@ -238,7 +238,8 @@ KeyRange<Acc> bucket_of_short(const KeyOf<Acc>* keys, int64_t count, KeyRange<Ac
   Int lane, below{};
   for (int i = 0; i < kLanes<Acc>; ++i) lane[i] = i;
   const Int offset = lane << range.shift(kBits), none = set1_int<Acc>(kNoKey<Acc>);
-  const Int first = offset > set1_int<Acc>(range.highest - range.lowest) ? none : offset + set1_int<Acc>(range.lowest);
+  const Int width = set1_int<Acc>(range.highest - range.lowest);
+  const Int first = offset > width ? none : smaller(offset, width) + set1_int<Acc>(range.lowest);  // no lane overflows
   for (int64_t j = 0; j < count; ++j) below -= (Int)(set1_int<Acc>(keys[j]) < first);
   const Int at_most = set1_int<Acc>(rank);
   rank -= most(below <= at_most ? below : Int{});
