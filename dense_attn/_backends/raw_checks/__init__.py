@@ -3,11 +3,13 @@ with its signature. No value on a GPU is looked at, since that would wait for it
 """
 
 from dense_attn._backends.raw_checks.layout_attention import (
+    bwd_form,
+    fwd_form,
     layout_attention_bwd,
     layout_attention_fwd,
     lists,
-    orders,
     tile_lists,
+    values,
 )
 from dense_attn._backends.raw_checks.reversible import (
     ddim_step,
@@ -24,6 +26,7 @@ from dense_attn._backends.raw_checks.reversible import (
 from dense_attn._backends.raw_checks.sega import percentile_mask, sega_guidance
 
 __all__ = [
+    "bwd_form",
     "ddim_step",
     "edict_mix",
     "edict_unmix",
@@ -31,14 +34,15 @@ __all__ = [
     "exact_leapfrog",
     "exact_mix",
     "exact_unmix",
+    "fwd_form",
     "layout_attention_bwd",
     "layout_attention_fwd",
     "leapfrog_step",
     "lists",
     "looked_at",
     "on_the_grid",
-    "orders",
     "percentile_mask",
     "sega_guidance",
     "tile_lists",
+    "values",
 ]
