@@ -73,10 +73,7 @@ def _planned(
     @wraps(launch)
     def launched(*arguments: object) -> object:
         first = arguments[0]
-        try:
-            key = None if layout_attention.autotune.requested() else form(*arguments)
-        except RuntimeError:  # sparse tensors have no strides
-            key = None
+        key = None if layout_attention.autotune.requested() else form(*arguments)
         found = known.get(key)
         if found is None:
             check(*arguments)
