@@ -24,7 +24,9 @@ from dense_attn.triton_kernels.configs import Config
 from dense_attn.triton_kernels.parts import next_power_of_2
 
 Launch = Callable[[Config], Callable[[], object]]
-LIMIT = 10.0  # seconds for each of the three kernels of a shape; the best so far is kept
+# Seconds for each kernel of a shape: no configuration is begun that the longest so far would carry
+# past them, and the best is kept.
+LIMIT = 10.0
 _VALUES = {"num_stages": [5, 4, 3, 2, 1], "num_warps": [4, 8]}
 # requested, cache_file, read, keep and bar; without it tables serve
 store: ModuleType | None = None
@@ -142,20 +144,19 @@ def is_capturing() -> bool:
 
 
 def _fastest(options: list[Config], prepare: Callable[[], Launch], key: str) -> Config | None:
-    """The fastest that the limit leaves time for, None where none was measured.
+    """The fastest of those that the limit leaves time for, None where none was measured.
 
     A configuration that fails is left out, whatever it raises: it may not fit the device, nor the
     compiler, nor the memory that is left. Where all of them do, a call says so itself.
     """
     times: dict[Config, float] = {}
-    longest = 0.0
+    start, longest = perf_counter(), 0.0
     with store.bar(len(options), key) as advance:
         try:
             launch = prepare()
         except Exception:
             _failed.add(key)
             return None
-        start = perf_counter()
         for config in options:
             began = perf_counter()
             if began - start + longest > LIMIT:

@@ -67,6 +67,7 @@ FORWARD: Table = {
     "sm_80": {
         64: Config(128, 64, 8, 3, spills=40, half_spills=144),
         96: Config(128, 32, 8, 3, parks=True, half_spills=160),
+        # 16 keys spill nothing and take 3,616 cycles, not 2,960; what spills is not of a round.
         128: Config(128, 32, 8, 3, parks=True, spills=32, half_spills=312),
         # Not parked, since 128 columns that are need more memory than 99 KB on their way.
         160: Config(128, 16, 8, 3, spills=160, half_spills=320),
@@ -93,10 +94,14 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys, then of both populations (by Triton 3.6): 241 (238) and 536 (510) at 64 columns,
-# plain attention 240 (230); 345 (351) and 730 (743) at 128, plain attention 376 (352). What spills
+# warp and 64 keys, then of both populations (by Triton 3.6): 241 (238) and 536 (507) at 64 columns,
+# plain attention 240 (230); 345 (351) and 734 (746) at 128, plain attention 376 (352). What spills
 # waits outside of the loops over whole tiles, but for 4 instructions of 482 at 64 columns by 3.9.
-_NARROW = Config(128, 128, 4, 2, specialised=True, spills=592)  # 336 where the keys end in no tile
+# Heads of one part alone: 65 to 96 columns as one of 128 take 1,024 cycles, FORWARD's two 784 to
+# 828; above 128 columns two states are 160 registers and more, where 128 leave 400 bytes waiting.
+# Tiles are whole on small grids too: half of one leaves a group of warps without rows.
+# 344 where the keys end with a tile, 584 and 8 instructions of 486 where they do not.
+_NARROW = Config(128, 128, 4, 2, specialised=True, spills=592)
 # Of tiles of 128 keys 278 (281), but each round spills.
 _WIDE = Config(128, 64, 4, 4, specialised=True, spills=424)
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
@@ -128,6 +133,7 @@ BACKWARD_Q: Table = {
         256: Config(64, 16, 8, 3),  # 32 keys by four warps spill 640 bytes
     },
     "sm_100": {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 3)},
+    # By Triton 3.9 36 bytes spill at 64 and 128 columns under `range`, by 3.6 none.
     "gfx942": {128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
 }
 # The same, with tiles two ahead on their way. A tile of keys stays, so many keys read

@@ -123,20 +123,36 @@ def test_whoever_interrupts_is_heard(times: list, monkeypatch: pytest.MonkeyPatc
         best()
 
 
-def test_after_the_limit_the_best_is_kept(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
+LONGEST = (  # seconds that inputs, then each configuration takes; how many are measured
+    (0.0, [2.3], 4),
+    (3.0, [2.3], 3),
+    (0.0, [1.0, 2.0, 3.0, 4.0], 4),  # of 6 seconds one more of 3 is begun, and takes 4
+    (0.0, [12.0], 1),  # nobody knows of the first
+    (11.0, [1.0], 0),
+)
+
+
+@pytest.mark.parametrize(("inputs", "each", "measured"), LONGEST)
+def test_none_is_begun_that_the_longest_would_carry_past_the_limit(
+    inputs: float, each: list[float], measured: int, times: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
 
+    def prepare() -> autotune.Launch:
+        clock[0] += inputs
+        return lambda config: lambda: config
+
     def seconds(call: Callable[[], configs.Config]) -> float:
+        clock[0] += each[min(len(times), len(each) - 1)]
         times.append(call())
-        clock[0] += 2.3
-        return 1.0 if call().num_stages == 4 else 2.0
+        return 1.0 if times[-1].num_stages == 4 else 2.0
 
     monkeypatch.setattr(autotune, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(autotune, "seconds", seconds)
-    assert best().num_stages == 4
-    assert times == autotune.neighbours(TABLE)[:4]
-    (kept,) = json.loads(_tuned.cache_file().read_text()).values()
-    assert kept["num_stages"] == 4
+    options = autotune.neighbours(TABLE)
+    found = autotune.best("fwd", Q, K, options, prepare)
+    assert times == options[:measured]
+    assert found.num_stages == (4 if measured > 2 else TABLE.num_stages)
 
 
 def test_nothing_is_measured_in_a_capture(times: list, monkeypatch: pytest.MonkeyPatch) -> None:
