@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _environment, _tuned
-from dense_attn._backends import ops, raw_checks
+from dense_attn._backends import ops, plans, raw_checks
 
 AUTOGRAD = False  # torch does not see into its kernels
 NO_KERNELS: set[str] = set()
@@ -54,12 +54,37 @@ def _kernel(check: Callable, launch: Callable) -> Callable:
     @wraps(launch)
     def launched(first: Tensor, *arguments: object, **named: object) -> object:
         check(first, *arguments, **named)
-        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+        if not _elsewhere(first):
             return launch(first, *arguments, **named)
         with torch.cuda.device(first.device):
             return launch(first, *arguments, **named)
 
     return launched
+
+
+def _planned(check: Callable, form: Callable, plan: Callable, launch: Callable) -> Callable:
+    """The launcher with the plan of its call, made where the check lets a new form through."""
+    known: plans.Plans = plans.Plans()
+
+    @wraps(launch)
+    def planned(*arguments: object, **named: object) -> object:
+        key = form(*arguments, **named)
+        found = known.get(key)
+        if found is None:
+            check(*arguments, **named)
+            found = plan(*arguments, **named)
+            known.keep(key, found, *arguments, *named.values())
+        if not _elsewhere(arguments[0]):
+            return launch(*arguments, **named, plan=found)
+        with torch.cuda.device(arguments[0].device):
+            return launch(*arguments, **named, plan=found)
+
+    return planned
+
+
+def _elsewhere(x: Tensor) -> bool:
+    """Whether a tensor is on another GPU than the current one."""
+    return x.is_cuda and x.device.index != torch.cuda.current_device()
 
 
 def _check_orders(q: Tensor, *arguments: object) -> None:
@@ -190,7 +215,11 @@ EAGER: dict[str, Callable] = {}  # what public ops, which have checked their arg
 
 if LOAD_ERROR is None:
     EAGER["layout_attention_fwd"] = _kernel(_check_orders, _layout_attention_fwd)
+    _kernels = {name: _kernel(getattr(raw_checks, name), run) for name, run in _launchers().items()}
+    _kernels["sega_guidance"] = EAGER["sega_guidance"] = _planned(
+        raw_checks.sega_guidance, raw_checks.sega_form, sega.sega_plan, sega.sega_guidance
+    )
     _library = ops.define("dense_attn_triton")
-    for _name, _launch in _launchers().items():
-        _library.impl(_name, _kernel(getattr(raw_checks, _name), _launch), DEVICE.upper())
+    for _name, _launched in _kernels.items():
+        _library.impl(_name, _launched, DEVICE.upper())
     globals().update(ops.overloads("dense_attn_triton"))

@@ -21,7 +21,7 @@ from dense_attn._backends.raw_checks.reversible import (
     looked_at,
     on_the_grid,
 )
-from dense_attn._backends.raw_checks.sega import percentile_mask, sega_guidance
+from dense_attn._backends.raw_checks.sega import percentile_mask, sega_form, sega_guidance
 
 __all__ = [
     "ddim_step",
@@ -39,6 +39,7 @@ __all__ = [
     "on_the_grid",
     "orders",
     "percentile_mask",
+    "sega_form",
     "sega_guidance",
     "tile_lists",
 ]
