@@ -54,7 +54,7 @@ def _kernel(check: Callable, launch: Callable) -> Callable:
     @wraps(launch)
     def launched(first: Tensor, *arguments: object, **named: object) -> object:
         check(first, *arguments, **named)
-        if not _elsewhere(first):
+        if _is_current(first):
             return launch(first, *arguments, **named)
         with torch.cuda.device(first.device):
             return launch(first, *arguments, **named)
@@ -74,7 +74,7 @@ def _planned(check: Callable, form: Callable, plan: Callable, launch: Callable) 
             check(*arguments, **named)
             found = plan(*arguments, **named)
             known.keep(key, found, *arguments, *named.values())
-        if not _elsewhere(arguments[0]):
+        if _is_current(arguments[0]):
             return launch(*arguments, **named, plan=found)
         with torch.cuda.device(arguments[0].device):
             return launch(*arguments, **named, plan=found)
@@ -82,9 +82,9 @@ def _planned(check: Callable, form: Callable, plan: Callable, launch: Callable) 
     return planned
 
 
-def _elsewhere(x: Tensor) -> bool:
-    """Whether a tensor is on another GPU than the current one."""
-    return x.is_cuda and x.device.index != torch.cuda.current_device()
+def _is_current(x: Tensor) -> bool:
+    """Whether a tensor is where kernels go: to the current device."""
+    return not x.is_cuda or x.device.index == torch.cuda.current_device()
 
 
 def _check_orders(q: Tensor, *arguments: object) -> None:

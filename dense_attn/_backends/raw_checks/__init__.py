@@ -21,9 +21,15 @@ from dense_attn._backends.raw_checks.reversible import (
     looked_at,
     on_the_grid,
 )
-from dense_attn._backends.raw_checks.sega import percentile_mask, sega_form, sega_guidance
+from dense_attn._backends.raw_checks.sega import (
+    collapses,
+    percentile_mask,
+    sega_form,
+    sega_guidance,
+)
 
 __all__ = [
+    "collapses",
     "ddim_step",
     "edict_mix",
     "edict_unmix",
