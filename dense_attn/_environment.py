@@ -18,10 +18,12 @@ class VariableError(ValueError):
 
 def flag(name: str, default: bool = False) -> bool:
     """Whether a variable is switched on; `default` where it is not set or empty."""
-    value = os.environ.get(name, "")
-    if value and value.lower() not in (*ON, *OFF):
+    value = os.environ.get(name)
+    if not value:
+        return default
+    if value.lower() not in (*ON, *OFF):
         raise VariableError(f"{name} must be 1 or 0, got {value!r}")
-    return value.lower() in ON if value else default
+    return value.lower() in ON
 
 
 def text(name: str) -> str | None:

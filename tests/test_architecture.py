@@ -80,8 +80,7 @@ def test_no_import_goes_in_a_circle() -> None:
 
 def test_backends_do_not_import_each_other() -> None:
     """Nor the table of them; what they share is the contract, and the maths under it."""
-    names = "contract", "ops", "plans", "raw_checks"
-    shared = {f"dense_attn._backends.{name}" for name in names}
+    shared = {f"dense_attn._backends.{name}" for name in ("contract", "ops", "plans", "raw_checks")}
     for backend in ("cpu", "cuda", "reference", "triton"):
         imported = tree.imports(MODULES[f"dense_attn._backends.{backend}"], MODULES)
         assert {name for name in imported if tree.family_of(name) == "_backends"} <= shared

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from dense_attn.triton_kernels import configs, layout_attention, reversible, sega
+from dense_attn.triton_kernels.layout_attention.records import STATS
 from dense_attn.triton_kernels.sega import selection
 
 from .ahead_of_time import TARGETS
@@ -60,12 +61,11 @@ class Attention:
         tensors = q, k, v, *words, None if self.bare else numbers
         with narrow:
             if self.which == "bwd":
-                stats = empty(*q.shape[:3], layout_attention.STATS)
+                stats = empty(*q.shape[:3], STATS)
                 layout_attention.layout_attention_bwd(q, numbers, *tensors, q, stats, *last)
             else:
-                lists = _lists(q, k)
                 asked = {"with_lse": not self.bare, "with_stats": not self.bare}
-                layout_attention.layout_attention_fwd(*tensors, *last, lists=lists, **asked)
+                layout_attention.layout_attention_fwd(*tensors, *last, *_lists(q, k), **asked)
 
     def _rows(self, seqlen: int) -> Tensor:
         shape = (BATCH, HEADS, seqlen, self.head_dim)
@@ -102,14 +102,14 @@ class Other:
         return asdict(self)
 
 
-def _lists(q: Tensor, k: Tensor) -> layout_attention.TileLists | None:
+def _lists(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """Tile lists as made beforehand, so that a forward call launches one kernel."""
     blocks = layout_attention.fwd_blocks(q, k)
     if blocks is None:
-        return None
+        return ()
     query_tiles, key_tiles = (-(-x.shape[2] // block) for x, block in zip((q, k), blocks))
     shapes = (1, query_tiles, 2, key_tiles), (1, query_tiles, 3), (1, k.shape[2])
-    return layout_attention.TileLists(*(empty(shape, dtype=torch.int32) for shape in shapes))
+    return tuple(empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 def _tile_lists() -> None:

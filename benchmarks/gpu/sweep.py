@@ -165,8 +165,8 @@ def call_of(case: Case, kernel: str, config: Config | None) -> Callable[[], tupl
         config = config or layout_attention.fwd_config(q, k)
         blocks = config.BLOCK_M, config.BLOCK_N
         lists = layout_attention.tile_lists(*words, *orders, *blocks)
-        how = {"lists": lists, "config": config}
-        return lambda: layout_attention.layout_attention_fwd(*arguments, *last, **how)[:1]
+        given = (*arguments, *last, *lists)
+        return lambda: layout_attention.layout_attention_fwd(*given, config=config)[:1]
     by_query, by_key = layout_attention.bwd_config(q, k)
     if config is not None:
         by_query, by_key = (config, by_key) if kernel == "bwd_q" else (by_query, config)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from ..harness.measure import OURS, Entry, Failure, Latest, Row, Setting, attemp
 from ..layout_attention.workloads import WORKLOADS as ATTENTION
 from ..layout_attention.workloads import make_inputs
 from .public import randn
-from .recorded import Call, RawCall, listed, raw_calls
+from .recorded import Call, listed, raw_calls
 
 _CALLS, _ROUNDS = 100, 21  # calls a round: fewer than a GPU's queue holds
 # So small that the GPU keeps up.
@@ -59,9 +60,8 @@ class Ways:
 def _ways(workload: str) -> Ways:
     public, launchers = _public(workload)
     raw = raw_calls(public)[0][-1]
-    launcher = getattr(launchers, raw.name)
-    arguments = _as_launched(raw)
-    return Ways(public, raw.call, lambda: launcher(*arguments, **raw.named), launchers)
+    launcher = partial(getattr(launchers, raw.name), *raw.arguments, **raw.named)
+    return Ways(public, raw.call, launcher, launchers)
 
 
 def _public(workload: str) -> tuple[Call, ModuleType]:
@@ -79,15 +79,6 @@ def _public(workload: str) -> tuple[Call, ModuleType]:
     if WORKLOADS[workload] == "percentile_mask":
         return lambda: dense_attn.percentile_mask(x, _LEVEL, dim=-1), triton.sega
     return lambda: dense_attn.ddim_step(x, eps, *_ALPHA_BARS), triton.reversible
-
-
-def _as_launched(raw: RawCall) -> list[object]:
-    """The arguments of a raw op as its launcher takes them: tile lists are one of them."""
-    if raw.name != "layout_attention_fwd":
-        return list(raw.arguments)
-    arguments, given, last = raw.arguments[:10], raw.arguments[10:13], raw.arguments[13:]
-    lists = None if given[0] is None else triton.layout_attention.TileLists(*given)
-    return [*arguments, lists, *last]
 
 
 class _Recorder:

@@ -49,6 +49,11 @@ class Plans(Generic[Plan]):
         return plan
 
 
+def strided(*tensors: Tensor | None) -> Form:
+    """The part of a form for tensors whose strides matter too, and for those that are not there."""
+    return tuple([x if x is None else (look(x), x.stride()) for x in tensors])
+
+
 def look_at(x: object) -> object:
     """The part of a form for a value that may be a tensor: 0 is not False, nor is 1 True."""
     if x.__class__ in PLAIN:

@@ -47,9 +47,7 @@ def _load() -> str | None:
 
 
 def _kernel(check: Callable, launch: Callable) -> Callable:
-    """The launcher behind the check of its arguments, on the device of its first tensor: kernels
-    go to the current one.
-    """
+    """The launcher behind the check of its arguments."""
 
     @wraps(launch)
     def launched(first: Tensor, *arguments: object, **named: object) -> object:
@@ -62,24 +60,30 @@ def _kernel(check: Callable, launch: Callable) -> Callable:
     return launched
 
 
-def _planned(check: Callable, form: Callable, plan: Callable, launch: Callable) -> Callable:
-    """The launcher with the plan of its call, made where the check lets a new form through."""
-    known: plans.Plans = plans.Plans()
+def _planned(
+    check: Callable, form: Callable, look: Callable | None, plan: Callable, launch: Callable
+) -> Callable:
+    """The launcher behind the plan of a call's form, which is made once the check has let it
+    through; later calls have their values looked at where a CPU has them.
+    """
+    known: plans.Plans[tuple] = plans.Plans()
 
     @wraps(launch)
-    def planned(*arguments: object, **named: object) -> object:
+    def launched(*arguments: object, **named: object) -> object:
+        first = arguments[0]
+        if not _is_current(first):
+            with torch.cuda.device(first.device):
+                return launched(*arguments, **named)
         key = form(*arguments, **named)
         found = known.get(key)
         if found is None:
             check(*arguments, **named)
-            found = plan(*arguments, **named)
-            known.keep(key, found, *arguments, *named.values())
-        if _is_current(arguments[0]):
-            return launch(*arguments, **named, plan=found)
-        with torch.cuda.device(arguments[0].device):
-            return launch(*arguments, **named, plan=found)
+            found = known.keep(key, plan(*arguments, **named), *arguments, *named.values())
+        elif look is not None and not first.is_cuda:
+            look(*arguments, **named)
+        return launch(*arguments, **named, plan=found)
 
-    return planned
+    return launched
 
 
 def _is_current(x: Tensor) -> bool:
@@ -87,49 +91,61 @@ def _is_current(x: Tensor) -> bool:
     return not x.is_cuda or x.device.index == torch.cuda.current_device()
 
 
-def _check_orders(q: Tensor, *arguments: object) -> None:
-    """The check that public calls leave: of values, at which no one looks on a GPU."""
-    q_order, k_order = arguments[7:9]
-    if not (q_order is k_order is None or q.is_cuda):
-        raw_checks.orders(q_order, k_order)
-
-
-def _layout_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_regions: Tensor,
-    k_regions: Tensor,
-    strength: Tensor | None,
-    modulation: str,
-    scale: float,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-    tiles: Tensor | None,
-    counts: Tensor | None,
-    k_words: Tensor | None,
-    *last: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The launcher with tile lists as one argument, of the shapes that its tiles have."""
-    lists = config = None
-    if tiles is not None:
-        lists = layout_attention.TileLists(tiles, counts, k_words)
-        config = layout_attention.fwd_tiles(q, k, q_order is not None or k_order is not None)
-        blocks = None if config is None else (config.BLOCK_M, config.BLOCK_N)
+def _check_fwd(q: Tensor, k: Tensor, *others: object) -> None:
+    """The check of a forward call, and of its tile lists, which have the shapes of its tiles."""
+    raw_checks.layout_attention_fwd(q, k, *others)
+    orders, lists = others[6:8], others[8:11]
+    if lists[0] is not None:
+        ordered = any(order is not None for order in orders)
+        blocks = layout_attention.fwd_blocks(q, k, ordered)
         raw_checks.lists(lists, q, k, blocks)
-    tokens, rule = (q_regions, k_regions, strength), (modulation, scale)
-    run = layout_attention.layout_attention_fwd
-    return run(q, k, v, *tokens, *rule, q_order, k_order, lists, *last, config=config)
 
 
-def _launchers() -> dict[str, Callable]:
-    """The launcher of each op, for arguments that are checked."""
+def _fwd_form(*arguments: object) -> plans.Form | None:
+    """The form of a forward call, of which float32 products are made in two ways; None where
+    configurations are measured, which are asked for in each call.
+    """
+    if layout_attention.autotune.requested():
+        return None
+    return raw_checks.fwd_form(*arguments), layout_attention.configs.precision(arguments[0])
+
+
+def _bwd_form(*arguments: object) -> plans.Form | None:
+    """The form of a backward call, as a forward call has one."""
+    if layout_attention.autotune.requested():
+        return None
+    return raw_checks.bwd_form(*arguments), layout_attention.configs.precision(arguments[2])
+
+
+def _fwd_values(*arguments: object) -> None:
+    """Refuse values that a forward call must not have."""
+    raw_checks.values(arguments[1], *arguments[8:10], *arguments[16:])
+
+
+def _bwd_values(*arguments: object) -> None:
+    """Refuse those of a backward call."""
+    raw_checks.values(arguments[3], *arguments[12:14], *arguments[15:])
+
+
+def _kernels() -> dict[str, Callable]:
+    """The kernel of each op: its launcher behind its check."""
     modules = (layout_attention, sega, reversible)
-    found = {op: getattr(m, op) for op in ops.OPS for m in modules if hasattr(m, op)}
-    on_grid = {
-        op: raw_checks.looked_at(run) for op, run in found.items() if op.startswith("exact_")
+    launchers = {op: getattr(m, op) for op in ops.OPS for m in modules if hasattr(m, op)}
+    found = {}
+    for op, launch in launchers.items():
+        looked = raw_checks.looked_at(launch) if op.startswith("exact_") else launch
+        found[op] = _kernel(getattr(raw_checks, op), looked)
+    forward, backward = (_check_fwd, _fwd_form, _fwd_values), (_bwd_form, _bwd_values)
+    ways = {
+        "layout_attention_fwd": (*forward, layout_attention.plan_fwd),
+        "layout_attention_bwd": (
+            raw_checks.layout_attention_bwd,
+            *backward,
+            layout_attention.plan_bwd,
+        ),
+        "sega_guidance": (raw_checks.sega_guidance, raw_checks.sega_form, None, sega.sega_plan),
     }
-    return found | on_grid | {"layout_attention_fwd": _layout_attention_fwd}
+    return found | {op: _planned(*way, launchers[op]) for op, way in ways.items()}
 
 
 def attention_bytes(q: Tensor, k: Tensor) -> int:
@@ -211,15 +227,12 @@ def interpreted() -> bool:
 LOAD_ERROR = _load()
 DEVICE = "cpu" if interpreted() else "cuda"  # the kind of tensors that the ops take
 
-EAGER: dict[str, Callable] = {}  # what public ops, which have checked their arguments, can call
+EAGER: dict[str, Callable] = {}  # what public ops can call where nothing watches ops of torch's
 
 if LOAD_ERROR is None:
-    EAGER["layout_attention_fwd"] = _kernel(_check_orders, _layout_attention_fwd)
-    _kernels = {name: _kernel(getattr(raw_checks, name), run) for name, run in _launchers().items()}
-    _kernels["sega_guidance"] = EAGER["sega_guidance"] = _planned(
-        raw_checks.sega_guidance, raw_checks.sega_form, sega.sega_plan, sega.sega_guidance
-    )
+    _ours = _kernels()
+    EAGER |= {op: _ours[op] for op in ("layout_attention_fwd", "sega_guidance")}
     _library = ops.define("dense_attn_triton")
-    for _name, _launched in _kernels.items():
+    for _name, _launched in _ours.items():
         _library.impl(_name, _launched, DEVICE.upper())
     globals().update(ops.overloads("dense_attn_triton"))

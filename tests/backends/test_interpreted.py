@@ -14,7 +14,10 @@ PARTS = {
     "attention": ("test_backends.py", "-k", "triton"),
     "lists": ("triton_attention.py", "triton_lists.py"),
     "guidance and steps": ("gpu_sega.py", "gpu_steps.py"),
-    "public ops": ("triton_backend.py", "test_gpu.py", "test_out_of_memory.py"),
+    "public ops": (
+        *("triton_backend.py", "test_gpu.py", "test_out_of_memory.py"),
+        "plans/triton_plans.py",
+    ),
     "pipelines": ("../diffusers/hook/test_lists.py", "-k", "not pipelines"),
 }
 

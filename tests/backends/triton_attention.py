@@ -97,11 +97,11 @@ def test_specialised_warps_know_tiles_without_strength(monkeypatch: pytest.Monke
     strength[1, 0, orders[0][..., -1].long()] = 0.5
     lists = launchers.tile_lists(*tokens, *orders, block, configs.INTERPRETED.BLOCK_N)
     given = (inputs.q, inputs.k, inputs.v, *tokens, strength, "range", 0.25)
-    got, _, _ = launchers.layout_attention_fwd(*given, *orders, lists)
+    got, _, _ = launchers.layout_attention_fwd(*given, *orders, *lists)
     expected = reference.layout_attention(*given[:6], modulation="range", scale=0.25)
     assert torch.allclose(got, expected[0], atol=2e-6)
     lists.counts.zero_()  # of no tile is anything to be visited now
-    blind, _, _ = launchers.layout_attention_fwd(*given, *orders, lists)
+    blind, _, _ = launchers.layout_attention_fwd(*given, *orders, *lists)
     alike = (blind == got).all(-1)
     some = strength.gather(2, orders[0].long().expand(2, 2, -1)) != 0
     tiles = [part.any(-1, keepdim=True).expand(part.shape) for part in some.split(block, 2)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,18 +11,20 @@ from torch import Tensor
 from dense_attn.triton_kernels import autotune, configs
 from dense_attn.triton_kernels.layout_attention import fwd_specialised
 from dense_attn.triton_kernels.layout_attention.arguments import (
+    BwdPlan,
+    FwdPlan,
+    at,
+    bwd_plan,
     counted,
-    numbers_of,
-    rows_of,
+    fwd_plan,
+    numbers_at,
     tokens_of,
 )
 from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
 from dense_attn.triton_kernels.layout_attention.bwd_q import layout_attention_bwd_q_kernel
 from dense_attn.triton_kernels.layout_attention.fwd import layout_attention_fwd_kernel
-from dense_attn.triton_kernels.layout_attention.lists import TileLists, tile_lists
-from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
+from dense_attn.triton_kernels.layout_attention.lists import tile_lists
 from dense_attn.triton_kernels.layout_attention.row_fwd import layout_attention_row_fwd_kernel
-from dense_attn.triton_kernels.parts import head_parts
 
 
 def layout_attention_fwd(
@@ -36,53 +38,51 @@ def layout_attention_fwd(
     scale: float,
     q_order: Tensor | None = None,  # int32 [M] or [B|1, M]
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
-    lists: TileLists | None = None,  # of these words and orders and of `fwd_blocks`
+    # `TileLists` of these words and orders and of `fwd_blocks`, or nothing
+    tiles: Tensor | None = None,
+    counts: Tensor | None = None,
+    k_words: Tensor | None = None,
     every_strength: float = 1.0,  # of all rows, where strength is None
     with_lse: bool = True,
     with_stats: bool = True,
     seqlens_k: Tensor | None = None,  # int32 [B]
     config: configs.Config | None = None,
+    plan: FwdPlan | None = None,  # of this call's form
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of
     each row. What is not asked for is empty.
     """
-    batch, num_heads, seqlen_q, _ = q.shape
-    seqlen_k = k.shape[2]
-    out, lse, stats = fwd_results(q, with_lse, with_stats)
-    if batch * num_heads * seqlen_q == 0:
-        return out, lse, stats
-    if seqlen_k == 0:
+    if plan is None:
+        tokens, asked = (q_regions, k_regions, strength), (every_strength, with_lse, with_stats)
+        visits = q_order, k_order, tiles, counts, k_words
+        plan = plan_fwd(q, k, v, *tokens, modulation, scale, *visits, *asked, config=config)
+    out = torch.empty_strided(*plan.out, dtype=q.dtype, device=q.device)
+    lse = q.new_empty(plan.lse, dtype=torch.float32)
+    stats = q.new_empty(plan.stats, dtype=torch.float32)
+    if plan.config is None:
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
-    if config is None:
-        config = fwd_config(q, k, q_order is not None or k_order is not None)
-    results = rows_of(out), lse if with_lse else None, stats if with_stats else None
-    numbers = num_heads, seqlen_q, seqlen_k, abs(scale)
-    kind = configs.architecture(q.device), configs.precision(q)
-    row = lists is None and configs.row_at_once(*kind, seqlen_k)
-    kernel = "row_fwd" if row else "fwd"
-    constants = _constants(kernel, *kind, q.shape[3], modulation, scale < 0, _group(q, k))
-    there = counted(seqlens_k)
-    grid = (batch * num_heads * -(-seqlen_q // config.BLOCK_M),)
-    inputs = rows_of(q), rows_of(k), rows_of(v), tokens_of(q_regions)
-    strengths = numbers_of(strength, every_strength)
-    if row:
-        tensors = (*inputs, tokens_of(k_regions), strengths, *results)
-        options = {**constants, **config.launch, **there}
-        layout_attention_row_fwd_kernel[grid](*tensors, *numbers, **options)
+    config, (rows, keys, values, own), tokens = plan.config, plan.rows, plan.tokens
+    results = (out, *own), lse if with_lse else None, stats if with_stats else None
+    numbers, there = (*plan.sizes, abs(scale)), counted(seqlens_k)
+    inputs = (q, *rows), (k, *keys), (v, *values), at(q_regions, tokens[0])
+    strengths = numbers_at(strength, every_strength, plan.strength)
+    if plan.row:
+        tensors = (*inputs, at(k_regions, tokens[1]), strengths, *results)
+        layout_attention_row_fwd_kernel[plan.grid](*tensors, *numbers, **plan.options, **there)
         return out, lse, stats
-    if lists is None:
-        tokens, blocks = (q_regions, k_regions, q_order, k_order), (config.BLOCK_M, config.BLOCK_N)
-        lists = tile_lists(*tokens, *blocks, seqlens_k)
-    visits = (tokens_of(q_order), tokens_of(k_order), strengths, *map(tokens_of, lists))
+    if tiles is None:
+        blocks = config.BLOCK_M, config.BLOCK_N
+        lists = tile_lists(q_regions, k_regions, q_order, k_order, *blocks, seqlens_k)
+        lists = map(tokens_of, lists)
+    else:
+        lists = map(at, (tiles, counts, k_words), tokens[4:])
+    visits = (at(q_order, tokens[2]), at(k_order, tokens[3]), strengths, *lists)
     if config.specialised:
-        fwd_specialised.launch(inputs, visits, results, numbers, constants, there, config)
+        fwd_specialised.launch(inputs, visits, results, numbers, plan.constants, there, config)
         return out, lse, stats
-    parked = None
-    if config.parks and modulation != "mask":
-        columns = constants["PART_0"] + constants["PART_1"]
-        parked = q.new_empty((*q.shape[:3], columns), dtype=torch.float32)
+    parked = plan.parked and q.new_empty(plan.parked, dtype=torch.float32)
     tensors = (*inputs, *visits, *results, parked)
-    layout_attention_fwd_kernel[grid](*tensors, *numbers, **constants, **config.launch, **there)
+    layout_attention_fwd_kernel[plan.grid](*tensors, *numbers, **plan.options, **there)
     return out, lse, stats
 
 
@@ -104,67 +104,48 @@ def layout_attention_bwd(
     every_strength: float = 1.0,  # of all rows, where strength is None
     seqlens_k: Tensor | None = None,  # int32 [B]
     config: tuple[configs.Config, configs.Config] | None = None,
+    plan: BwdPlan | None = None,  # of this call's form
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength) of `reference.layout_attention`, the same bits on every run."""
-    batch, num_heads, seqlen_q, _ = q.shape
-    seqlen_k = k.shape[2]
-    dq, dk, dv, dstrength = grads = bwd_results(q, k, v)
-    if batch * num_heads * seqlen_q * seqlen_k == 0:
-        return tuple(grad.zero_() for grad in grads)
     if modulation != "mask":
         q_order = k_order = None  # every pair counts, so no order of theirs saves any
-    visits = tokens_of(k_regions), tokens_of(q_order), tokens_of(k_order)
-    numbers = q.new_empty(batch, num_heads, NUMBERS, seqlen_q, dtype=torch.float32)
-    places = q.new_empty(batch, num_heads, PLACES, seqlen_q, dtype=torch.int32)
-    sizes = num_heads, seqlen_q, seqlen_k, abs(scale)
-    rows, grad_rows = (rows_of(q), rows_of(k), rows_of(v)), rows_of(grad_out)
-    kind = configs.architecture(q.device), configs.precision(q)
-    by_queries, by_keys = (
-        _constants(kernel, *kind, q.shape[3], modulation, scale < 0, _group(q, k))
-        | counted(seqlens_k)
-        for kernel in ("bwd_q", "bwd_kv")
-    )
-    by_query, by_key = config or bwd_config(q, k)
-    tf32 = kind[1] == "tf32"
-    lists = (None, None)
+    if plan is None:
+        tokens, rule = (q, k, v, q_regions, k_regions, strength), (modulation, scale)
+        visits = q_order, k_order
+        plan = plan_bwd(grad_out, grad_lse, *tokens, out, stats, *rule, *visits, config=config)
+    grads = [torch.empty_strided(*x, dtype=q.dtype, device=q.device) for x in plan.grads]
+    dq, dk, dv, dstrength = *grads, q.new_empty(plan.dstrength, dtype=torch.float32)
+    if plan.configs is None:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dstrength.zero_()
+    numbers = q.new_empty(plan.numbers, dtype=torch.float32)
+    places = q.new_empty(plan.places, dtype=torch.int32)
+    sizes, there = (*plan.sizes, abs(scale)), counted(seqlens_k)
+    q_words, k_words, by_q_order, by_k_order = plan.tokens
+    rows = tuple(map(at, (q, k, v), plan.rows))
+    grad_rows, out_rows, dq_rows = map(at, (grad_out, out, dq), plan.rows[3:])
+    visits = at(k_regions, k_words), at(q_order, by_q_order), at(k_order, by_k_order)
+    (by_query, by_key), lists = plan.configs, (None, None)
     if modulation == "mask":
         tokens = (q_regions, k_regions, q_order, k_order)
         lists = _mask_lists(*tokens, by_query.BLOCK_M, by_query.BLOCK_N, None, seqlens_k)
-    inputs = (*rows, tokens_of(q_regions), *visits)
-    saved = (numbers_of(strength, every_strength), rows_of(out), stats)
-    results = (rows_of(dq), dstrength, numbers, places)
-    grads_of = (grad_rows, None if grad_lse is None else rows_of(grad_lse))
-    tensors = (*grads_of, *inputs, *saved, *lists, *results)
-    ahead = tf32 and by_query.num_stages > 1
-    layout_attention_bwd_q_kernel[(batch * num_heads * -(-seqlen_q // by_query.BLOCK_M),)](
-        *tensors, *sizes, AHEAD=ahead, **by_queries, **by_query.launch
-    )
+    inputs = (*rows, at(q_regions, q_words), *visits)
+    saved = (numbers_at(strength, every_strength, plan.strength), out_rows, stats)
+    results = (dq_rows, dstrength, numbers, places)
+    tensors = (grad_rows, at(grad_lse, plan.grad_lse), *inputs, *saved, *lists, *results)
+    layout_attention_bwd_q_kernel[plan.grids[0]](*tensors, *sizes, **plan.options[0], **there)
     if modulation == "mask":
         tokens = (k_regions, q_regions, k_order, q_order)
         lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M, seqlens_k, None)
-    # Conditions of every other row, by the count: sm_80 has masks of bits all the same.
-    ways = {"APART": kind[0] == "sm_90", "AHEAD": tf32 and by_key.num_stages > 1}
-    keys_grads = _apart(q, k) if _group(q, k) > 1 else (dk, dv)
-    results = (numbers, places, *lists, *map(rows_of, keys_grads))
+    parts = dk, dv
+    if plan.apart is not None:  # room for those of each head of q, to be summed in their order
+        parts = q.new_empty(plan.apart, dtype=torch.float32)
+    results = (numbers, places, *lists, *map(at, parts, plan.keys_grads))
     tensors = (grad_rows, *rows, *visits, *results)
-    layout_attention_bwd_kv_kernel[(batch * num_heads * -(-seqlen_k // by_key.BLOCK_N),)](
-        *tensors, *sizes, **ways, **by_keys, **by_key.launch
-    )
-    if _group(q, k) > 1:
-        for grad, parts in zip((dk, dv), keys_grads):
-            grad.copy_(parts.unflatten(1, (k.shape[1], _group(q, k))).sum(2))
-    return grads
-
-
-def _group(q: Tensor, k: Tensor) -> int:
-    """Heads of q that meet one head of k."""
-    return q.shape[1] // max(k.shape[1], 1)
-
-
-def _apart(q: Tensor, k: Tensor) -> Tensor:
-    """Room for dk and dv of each head of q, to be summed in the order of the heads."""
-    sizes = 2, *q.shape[:2], k.shape[2], q.shape[3]
-    return q.new_empty(sizes, dtype=torch.float32)
+    layout_attention_bwd_kv_kernel[plan.grids[1]](*tensors, *sizes, **plan.options[1], **there)
+    if plan.apart is not None:
+        for grad, of_heads in zip((dk, dv), parts):
+            grad.copy_(of_heads.unflatten(1, (k.shape[1], -1)).sum(2))
+    return dq, dk, dv, dstrength
 
 
 def _mask_lists(
@@ -183,11 +164,60 @@ def _mask_lists(
     return tokens_of(lists.tiles), tokens_of(lists.counts)
 
 
-def bwd_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten (dq, dk, dv, dstrength)."""
-    batch, num_heads, seqlen_q, _ = q.shape
-    dstrength = q.new_empty(batch, num_heads, seqlen_q, dtype=torch.float32)
-    return empty_rows_like(q), empty_rows_like(k), empty_rows_like(v), dstrength
+def plan_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor | None,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    tiles: Tensor | None,
+    counts: Tensor | None,
+    k_words: Tensor | None,
+    every_strength: float = 1.0,
+    with_lse: bool = True,
+    with_stats: bool = True,
+    seqlens_k: Tensor | None = None,
+    config: configs.Config | None = None,
+) -> FwdPlan:
+    """The plan of a forward call, in a configuration or in the one that it is to have."""
+    if q.numel() * k.shape[2] == 0:
+        config = None
+    elif config is None:
+        config = fwd_config(q, k, q_order is not None or k_order is not None)
+    tokens = q_regions, k_regions, q_order, k_order, tiles, counts, k_words
+    how = modulation, scale < 0, with_lse, with_stats
+    return fwd_plan(q, k, v, strength, tokens, *how, config)
+
+
+def plan_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    every_strength: float = 1.0,
+    seqlens_k: Tensor | None = None,
+    config: tuple[configs.Config, configs.Config] | None = None,
+) -> BwdPlan:
+    """The plan of a backward call, in configurations or in those that it is to have."""
+    config = None if q.numel() * k.shape[2] == 0 else config or bwd_config(q, k)
+    tokens = q_regions, k_regions, q_order, k_order
+    given = grad_out, grad_lse, q, k, v, out, strength, tokens
+    return bwd_plan(*given, modulation, scale < 0, config)
 
 
 def fwd_config(q: Tensor, k: Tensor, ordered: bool = False) -> configs.Config:
@@ -236,9 +266,9 @@ def _fwd_launch(q: Tensor, k: Tensor, ordered: bool) -> autotune.Launch:
 
     def launch(config: configs.Config) -> Callable[[], object]:
         blocks = config.BLOCK_M, config.BLOCK_N
-        lists = None if row else tile_lists(*inputs[3:5], *orders, *blocks)
-        arguments = (*inputs, "range", scale, *orders)
-        return lambda: layout_attention_fwd(*arguments, lists=lists, config=config)
+        lists = () if row else tile_lists(*inputs[3:5], *orders, *blocks)
+        arguments = (*inputs, "range", scale, *orders, *lists)
+        return lambda: layout_attention_fwd(*arguments, config=config)
 
     return launch
 
@@ -264,44 +294,3 @@ def fwd_blocks(q: Tensor, k: Tensor, ordered: bool = False) -> tuple[int, int] |
     """
     config = fwd_tiles(q, k, ordered)
     return None if config is None else (config.BLOCK_M, config.BLOCK_N)
-
-
-def fwd_results(q: Tensor, with_lse: bool, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Unwritten (out, lse, stats), [0] where they are not asked for."""
-    rows = q.shape[:3]
-    lse = q.new_empty(rows if with_lse else 0, dtype=torch.float32)
-    stats = q.new_empty((*rows, STATS) if with_stats else 0, dtype=torch.float32)
-    return empty_rows_like(q), lse, stats
-
-
-def empty_rows_like(q: Tensor) -> Tensor:
-    """In q's memory order, unless that leaves the last axis apart; other devices have the same
-    rule.
-    """
-    like = torch.empty_like(q)
-    if like.is_contiguous():
-        return like
-    return like if q.shape[3] == 1 or like.stride(3) == 1 else q.new_empty(q.shape)
-
-
-@lru_cache(maxsize=256)
-def _constants(
-    kernel: str,
-    architecture: str,
-    precision: str,
-    head_dim: int,
-    modulation: str,
-    negate: bool,
-    group: int = 1,
-) -> dict[str, object]:
-    """The constants that a kernel is compiled for beside the tile."""
-    first, second = head_parts(kernel, architecture, precision, head_dim)
-    return {
-        "MODULATION": modulation,
-        "NEGATE": negate,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "HEAD_DIM": head_dim,
-        "PART_0": first,
-        "PART_1": second,
-        **({"GROUP": group} if group > 1 else {}),
-    }

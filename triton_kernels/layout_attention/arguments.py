@@ -1,27 +1,161 @@
-"""Tensors as layout attention's kernels take them: a pointer and strides."""
+"""Tensors as layout attention's kernels take them, a pointer and strides; and plans: what follows
+from the form of a call, which is found out once.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import NamedTuple
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from dense_attn.triton_kernels import configs
+from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
+from dense_attn.triton_kernels.parts import head_parts
 
+Sizes = tuple[int, ...]
+Strides = tuple[int | tl.constexpr, ...]
 _GRAIN, _ONE = tl.constexpr(configs.GRAIN), tl.constexpr(1)
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, int, int, int, tl.constexpr]:
-    """[B, H, tokens, ...] as kernels take it: the tensor and its strides in grains, the last axis's
-    left out.
-    """
-    return x, *_grains(x.shape, x.stride())
+class FwdPlan(NamedTuple):
+    """The consequences of a forward call's form; without a configuration it launches nothing."""
+
+    out: tuple[Sizes, Sizes]  # and strides
+    lse: Sizes
+    stats: Sizes
+    config: configs.Config | None = None
+    row: bool = False  # whether a row of scores is one tile
+    grid: tuple[int] = (0,)
+    sizes: Sizes = ()  # H, M and N
+    rows: tuple[Strides, ...] = ()  # of q, k, v and out
+    tokens: tuple[Strides | None, ...] = ()  # of the words, the orders and the lists
+    strength: Strides | None = None
+    parked: Sizes | None = None  # of what waits in memory for the end of the kernel
+    constants: dict[str, object] | None = None
+    options: dict[str, object] | None = None  # these, and those of the configuration
 
 
-@lru_cache(maxsize=1024)
-def _grains(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, tl.constexpr]:
-    """The strides of [B, H, tokens, ...] as kernels take them; rows begin within 2**32 grains."""
+class BwdPlan(NamedTuple):
+    """The consequences of a backward call's form; without configurations it launches nothing."""
+
+    grads: tuple[tuple[Sizes, Sizes], ...]  # of q, k and v
+    dstrength: Sizes
+    # of the passes over query tiles and over key tiles
+    configs: tuple[configs.Config, configs.Config] | None = None
+    grids: tuple[tuple[int], tuple[int]] = ((0,), (0,))
+    sizes: Sizes = ()  # H, M and N
+    rows: tuple[Strides, ...] = ()  # of q, k, v, grad_out, out and dq
+    keys_grads: tuple[Strides, ...] = ()  # of dk and dv
+    tokens: tuple[Strides | None, ...] = ()  # of the words and the orders
+    strength: Strides | None = None
+    grad_lse: Strides | None = None
+    numbers: Sizes = ()
+    places: Sizes = ()
+    apart: Sizes | None = None  # of dk and dv of each head of q, where several meet one of k
+    options: tuple[dict[str, object], ...] = ()
+
+
+def fwd_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    strength: Tensor | None,
+    tokens: tuple[Tensor | None, ...],  # the words, the orders and the lists
+    modulation: str,
+    negate: bool,
+    with_lse: bool,
+    with_stats: bool,
+    config: configs.Config | None,
+) -> FwdPlan:
+    """The plan of a forward call in a configuration, None where there are no rows or no keys."""
+    shape, rows = q.shape, q.shape[:3]
+    out = _like(q)
+    results = out, rows if with_lse else (0,), (*rows, STATS) if with_stats else (0,)
+    if config is None:
+        return FwdPlan(*results)
+    kind = configs.architecture(q.device), configs.precision(q)
+    row = tokens[4] is None and configs.row_at_once(*kind, k.shape[2])
+    constants = _constants("row_fwd" if row else "fwd", kind, q, k, modulation, negate)
+    parked = None
+    if config.parks and modulation != "mask" and not row:
+        parked = (*rows, constants["PART_0"] + constants["PART_1"])
+    return FwdPlan(
+        *results,
+        config=config,
+        row=row,
+        grid=(shape[0] * shape[1] * -(-shape[2] // config.BLOCK_M),),
+        sizes=(shape[1], shape[2], k.shape[2]),
+        rows=(*map(_of_rows, (q, k, v)), _grains(*out)),
+        tokens=tuple(map(_of_tokens, tokens)),
+        strength=_of_rows(strength),
+        parked=parked,
+        constants=constants,
+        options=constants | config.launch,
+    )
+
+
+def bwd_plan(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    strength: Tensor | None,
+    tokens: tuple[Tensor | None, ...],  # the words and the orders
+    modulation: str,
+    negate: bool,
+    pair: tuple[configs.Config, configs.Config] | None,
+) -> BwdPlan:
+    """The plan of a backward call in its configurations, None where there is nothing to do."""
+    (batch, num_heads, seqlen_q, head_dim), seqlen_k = q.shape, k.shape[2]
+    grads = tuple(map(_like, (q, k, v)))
+    if pair is None:
+        return BwdPlan(grads, q.shape[:3])
+    by_query, by_key = pair
+    kind = configs.architecture(q.device), configs.precision(q)
+    constants = [_constants(of, kind, q, k, modulation, negate) for of in ("bwd_q", "bwd_kv")]
+    ahead = [{"AHEAD": kind[1] == "tf32" and config.num_stages > 1} for config in pair]
+    # Conditions of every other row, by the count: sm_80 has masks of bits all the same.
+    ahead[1]["APART"] = kind[0] == "sm_90"
+    tiles = -(-seqlen_q // by_query.BLOCK_M), -(-seqlen_k // by_key.BLOCK_N)
+    apart, keys_grads = None, grads[1:]
+    if num_heads > k.shape[1]:
+        apart = (2, batch, num_heads, seqlen_k, head_dim)
+        strides = torch.empty(apart[1:], dtype=torch.float32, device="meta").stride()
+        keys_grads = ((apart[1:], strides),) * 2
+    return BwdPlan(
+        grads,
+        q.shape[:3],
+        configs=pair,
+        grids=tuple((batch * num_heads * count,) for count in tiles),
+        sizes=(num_heads, seqlen_q, seqlen_k),
+        rows=(*map(_of_rows, (q, k, v, grad_out, out)), _grains(*grads[0])),
+        keys_grads=tuple(_grains(*like) for like in keys_grads),
+        tokens=tuple(map(_of_tokens, tokens)),
+        strength=_of_rows(strength),
+        grad_lse=_of_rows(grad_lse),
+        numbers=(batch, num_heads, NUMBERS, seqlen_q),
+        places=(batch, num_heads, PLACES, seqlen_q),
+        apart=apart,
+        options=tuple(x | y | z.launch for x, y, z in zip(ahead, constants, pair)),
+    )
+
+
+def at(x: Tensor | None, strides: Strides | None) -> tuple | None:
+    """A tensor as kernels take it, by the strides of a plan."""
+    return None if x is None else (x, *strides)
+
+
+def _of_rows(x: Tensor | None) -> Strides | None:
+    """The strides of [B, H, tokens, ...] as kernels take them."""
+    return None if x is None else _grains(x.shape, x.stride())
+
+
+def _grains(shape: Sizes, strides: Sizes) -> Strides:
+    """Strides in grains where all are some, without the last axis's; rows begin within 2**32."""
     batch, num_heads, tokens = shape[:3]
     a, b, c = strides[:3]
     a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
@@ -34,11 +168,15 @@ def tokens_of(x: Tensor | None) -> tuple[Tensor, int, int] | None:
     """[tokens] or [B|1, tokens, ...] as kernels take it: the tensor and two strides, 0 where
     samples share one row.
     """
+    return at(x, _of_tokens(x))
+
+
+def _of_tokens(x: Tensor | None) -> Strides | None:
     if x is None:
         return None
     if x.dim() == 1:
-        return x, 0, x.stride(0)
-    return x, x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
+        return 0, x.stride(0)
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
 
 
 def counted(seqlens_k: Tensor | None) -> dict[str, tuple[Tensor, int]]:
@@ -46,8 +184,33 @@ def counted(seqlens_k: Tensor | None) -> dict[str, tuple[Tensor, int]]:
     return {} if seqlens_k is None else {"seqlens": (seqlens_k, seqlens_k.stride(0))}
 
 
-def numbers_of(
-    x: Tensor | None, every: float
-) -> tuple[Tensor | None, float, int, int, tl.constexpr]:
+def numbers_at(
+    x: Tensor | None, every: float, strides: Strides | None
+) -> tuple[Tensor | None, float | int, int, int, tl.constexpr]:
     """Numbers [B, H, tokens] as kernels take them; without a tensor, the one that all rows have."""
-    return (None, every, 0, 0, _ONE) if x is None else rows_of(x)
+    return (None, every, 0, 0, _ONE) if x is None else (x, *strides)
+
+
+def _like(q: Tensor) -> tuple[Sizes, Sizes]:
+    """The sizes and strides of rows in q's memory order, unless that leaves the last axis apart."""
+    like = torch.empty_like(q, device="meta")
+    if q.shape[3] != 1 and like.stride(3) != 1:
+        like = like.contiguous()
+    return like.shape, like.stride()
+
+
+def _constants(
+    kernel: str, kind: tuple[str, str], q: Tensor, k: Tensor, modulation: str, negate: bool
+) -> dict[str, object]:
+    """The constants that a kernel is compiled for beside the tile."""
+    first, second = head_parts(kernel, *kind, q.shape[3])
+    group = q.shape[1] // k.shape[1]  # heads of q that meet one head of k
+    return {
+        "MODULATION": modulation,
+        "NEGATE": negate,
+        "PRECISION": "tf32" if kind[1] == "tf32" else "ieee",
+        "HEAD_DIM": q.shape[3],
+        "PART_0": first,
+        "PART_1": second,
+        **({"GROUP": group} if group > 1 else {}),
+    }

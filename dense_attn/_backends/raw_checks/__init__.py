@@ -3,11 +3,13 @@ with its signature. No value on a GPU is looked at, since that would wait for it
 """
 
 from dense_attn._backends.raw_checks.layout_attention import (
+    bwd_form,
+    fwd_form,
     layout_attention_bwd,
     layout_attention_fwd,
     lists,
-    orders,
     tile_lists,
+    values,
 )
 from dense_attn._backends.raw_checks.reversible import (
     ddim_step,
@@ -29,6 +31,7 @@ from dense_attn._backends.raw_checks.sega import (
 )
 
 __all__ = [
+    "bwd_form",
     "collapses",
     "ddim_step",
     "edict_mix",
@@ -37,15 +40,16 @@ __all__ = [
     "exact_leapfrog",
     "exact_mix",
     "exact_unmix",
+    "fwd_form",
     "layout_attention_bwd",
     "layout_attention_fwd",
     "leapfrog_step",
     "lists",
     "looked_at",
     "on_the_grid",
-    "orders",
     "percentile_mask",
     "sega_form",
     "sega_guidance",
     "tile_lists",
+    "values",
 ]

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
+from dense_attn._backends import plans
 from dense_attn._backends.contract import MAX_HEAD_DIM, MODULATIONS, STATS
 from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (16, 32, 64, 128, 256)  # tokens of a tile
+_LARGEST = _checks.LARGEST[torch.float32]
 
 
 @of_a_raw_call
@@ -43,6 +45,33 @@ def layout_attention_fwd(
     given = 3 - (tiles is None) - (counts is None) - (k_words is None)
     if given not in (0, 3):
         _checks.refuse("tile_lists", "be 3 tensors", given)
+
+
+def fwd_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor | None,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    tiles: Tensor | None,
+    counts: Tensor | None,
+    k_words: Tensor | None,
+    every_strength: float = 1.0,
+    with_lse: bool = True,
+    with_stats: bool = True,
+    seqlens_k: Tensor | None = None,
+) -> plans.Form:
+    """The form of a forward call: all that its checks go by but for what orders and counts say, and
+    all that a launch follows from.
+    """
+    visits = q_order, k_order, tiles, counts, k_words, seqlens_k
+    tensors = plans.strided(q, k, v, q_regions, k_regions, strength, *visits)
+    return tensors, modulation, _numbers_form(scale, every_strength), with_lse, with_stats
 
 
 @of_a_raw_call
@@ -78,6 +107,30 @@ def layout_attention_bwd(
         _checks.refuse("stats", "be contiguous", f"strides {stats.stride()}")
     if grad_lse is not None:
         _rows("grad_lse", grad_lse, q, rows)
+
+
+def bwd_form(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_regions: Tensor,
+    k_regions: Tensor,
+    strength: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    modulation: str,
+    scale: float,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    every_strength: float = 1.0,
+    seqlens_k: Tensor | None = None,
+) -> plans.Form:
+    """The form of a backward call, as a forward call has one."""
+    tokens = q_regions, k_regions, q_order, k_order, seqlens_k
+    tensors = plans.strided(grad_out, grad_lse, q, k, v, strength, out, stats, *tokens)
+    return tensors, modulation, _numbers_form(scale, every_strength)
 
 
 @of_a_raw_call
@@ -186,17 +239,26 @@ def _inputs(
 
 
 @of_a_raw_call
-def orders(q_order: Tensor | None, k_order: Tensor | None) -> None:
-    """Refuse a forward call's orders that are no permutations, where all else has been checked."""
+def values(
+    k: Tensor, q_order: Tensor | None, k_order: Tensor | None, seqlens_k: Tensor | None = None
+) -> None:
+    """Refuse orders that are no permutations and counts of more keys than there are."""
     if q_order is not None:
         _permutation("q_order", q_order)
     if k_order is not None:
         _permutation("k_order", k_order)
+    if seqlens_k is not None:
+        _counts(seqlens_k, k.shape[2])
+
+
+def _numbers_form(scale: float, every_strength: float) -> tuple[bool, bool]:
+    """The sign of a scale, and whether the checks let both numbers through."""
+    return scale < 0, math.isfinite(scale) and abs(every_strength) <= _LARGEST
 
 
 def _every_strength(number: float) -> None:
     """Require a strength that float32 holds."""
-    if not abs(number) <= _checks.LARGEST[torch.float32]:
+    if not abs(number) <= _LARGEST:
         _checks.refuse("every_strength", "be finite in float32", number)
 
 
@@ -205,7 +267,12 @@ def _seqlens(counts: Tensor, batch: int, seqlen_k: int, like: Tensor) -> None:
     _checks.token_words("seqlens_k", counts, batch, batch, like)
     if counts.dim() != 1:
         _checks.refuse("seqlens_k", f"have shape [{batch}]", tuple(counts.shape))
-    if counts.device.type == "cpu" and ((counts < 0) | (counts > seqlen_k)).any():
+    _counts(counts, seqlen_k)
+
+
+def _counts(counts: Tensor, seqlen_k: int) -> None:
+    """A look at values, on the CPU alone."""
+    if counts.is_cpu and ((counts < 0) | (counts > seqlen_k)).any():
         _checks.refuse("seqlens_k", f"count 0 to {seqlen_k} keys", counts.tolist())
 
 

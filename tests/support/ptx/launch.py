@@ -57,6 +57,7 @@ def emulated(
     """Every launch in its body is emulated, its PTX edited first; raises Fault. With the order
     "each" every launch runs in all of them, and must give the same bits.
     """
+    from dense_attn._backends import plans
     from dense_attn.triton_kernels import configs  # whose package reads the environment
 
     runs: list[Run] = []
@@ -90,7 +91,9 @@ def emulated(
         runs.append(Run(kernel.metadata.name, module.executed - before, text))
         return kernel
 
+    plans.forget()  # they are of another architecture
     with ExitStack() as patches:
+        patches.callback(plans.forget)
         patches.enter_context(mock.patch.object(driver, "_active", _Driver(TARGETS[target])))
         patches.enter_context(mock.patch.object(JITFunction, "run", run))
         patches.enter_context(mock.patch.object(configs, "architecture", constant(target)))
