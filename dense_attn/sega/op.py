@@ -173,14 +173,17 @@ def guided(
     """The step on options that are right, in the order of a raw call."""
     eps_uncond, eps_text, edits, momentum, user_mask = given
     plan = plan or planned(given, backend)
+    ready = plan is not None and plan.whole
     try:
-        if plan is not None and plan.whole and not dispatch.is_recorded(*given):
-            if momentum is None:
-                momentum = inputs.wide_momentum(None, eps_uncond)
-            tensors = eps_uncond, eps_text, edits, momentum, user_mask
+        if momentum is None or not ready:
+            momentum = inputs.wide_momentum(momentum, eps_uncond)
+        if not ready:
+            user_mask = inputs.wide_mask(user_mask, eps_uncond, edits.shape)
+        tensors = Tensors(eps_uncond, eps_text, edits, momentum, user_mask)
+        if plan is None:
+            plan = _plan(given, tensors, backend)
+        if plan.whole and not dispatch.is_recorded(*tensors):
             return _SegaGuidance.forward(*tensors, *options, plan.backend)[:2]
-        user_mask = inputs.wide_mask(user_mask, eps_uncond, edits.shape)
-        momentum = inputs.wide_momentum(momentum, eps_uncond)
         tensors = (
             inputs.rows(eps_uncond, 2),  # [B, C, N]
             inputs.rows(eps_text, 2),
@@ -188,10 +191,7 @@ def guided(
             inputs.rows(momentum, 2),
             None if user_mask is None else inputs.rows(user_mask, 3),
         )
-        name = table.resolve(backend, "sega_guidance", eps_uncond) if plan is None else plan.backend
-        if plan is None:
-            _keep(given, (momentum, user_mask), backend, name)
-        eps, momentum, _ = dispatch.run(_SegaGuidance, *tensors, *options, name)
+        eps, momentum, _ = dispatch.run(_SegaGuidance, *tensors, *options, plan.backend)
     except RuntimeError as error:
         shown = {"eps_uncond": eps_uncond, "eps_edits": edits}
         _memory.explain(error, "sega_guidance", eps_uncond.nbytes, **shown)
@@ -199,20 +199,19 @@ def guided(
     return eps.reshape_as(eps_uncond), momentum.reshape_as(eps_uncond)
 
 
-def _keep(given: Tensors, wide: tuple[Tensor, Tensor | None], backend: str, name: str) -> None:
-    """Keep the plan of a step that was let through; wide: its momentum and mask as kernels have
-    them.
+def _plan(given: Tensors, wide: Tensors, backend: str) -> Plan:
+    """The plan of a step that the checks let through, which is kept for those of its form; wide:
+    the step in the dtypes of kernels.
     """
-    form = _form(given, backend)
-    if form is None:
-        return
-    collapse = raw_checks.collapses
+    name, form = table.resolve(backend, "sega_guidance", given.eps_uncond), _form(given, backend)
+    rest = given.eps_uncond.dim() - 2  # axes after the channels
     whole = (
-        all(x is None or x is y for x, y in zip(given[3:], wide))
-        and all(collapse(x, 2) for x in (*given[:2], wide[0]))
-        and all(x is None or collapse(x, 3) for x in (given.edits, wide[1]))
+        form is not None
+        and (given.momentum is None or given.momentum is wide.momentum)
+        and given.user_mask is wide.user_mask
+        and all(x is None or raw_checks.collapses(x, x.dim() - rest) for x in wide)
     )
-    _plans.keep(form, Plan(name, whole), *given)
+    return _plans.keep(form, Plan(name, whole), *given)
 
 
 def parts(
