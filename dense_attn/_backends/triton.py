@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 from importlib.util import find_spec
 
@@ -62,26 +61,27 @@ def _kernel(check: Callable, launch: Callable) -> Callable:
 
 
 def _planned(
-    check: Callable, form: Callable, look: Callable, plan: Callable, launch: Callable
+    check: Callable, form: Callable, look: Callable | None, plan: Callable, launch: Callable
 ) -> Callable:
     """The launcher behind the plan of a call's form, which is made once the check has let it
-    through; later calls have their values looked at where a CPU has them. Configurations that are
-    measured are asked for in each call.
+    through; later calls have their values looked at where a CPU has them.
     """
     known: plans.Plans[tuple] = plans.Plans()
 
     @wraps(launch)
-    def launched(*arguments: object) -> object:
+    def launched(*arguments: object, **named: object) -> object:
         first = arguments[0]
-        key = None if layout_attention.autotune.requested() else form(*arguments)
+        if not _is_current(first):
+            with torch.cuda.device(first.device):
+                return launched(*arguments, **named)
+        key = form(*arguments, **named)
         found = known.get(key)
         if found is None:
-            check(*arguments)
-        elif not first.is_cuda:
-            look(*arguments)
-        with nullcontext() if _is_current(first) else torch.cuda.device(first.device):
-            found = found or known.keep(key, plan(*arguments))
-            return launch(*arguments, plan=found)
+            check(*arguments, **named)
+            found = known.keep(key, plan(*arguments, **named), *arguments, *named.values())
+        elif look is not None and not first.is_cuda:
+            look(*arguments, **named)
+        return launch(*arguments, **named, plan=found)
 
     return launched
 
@@ -101,13 +101,19 @@ def _check_fwd(q: Tensor, k: Tensor, *others: object) -> None:
         raw_checks.lists(lists, q, k, blocks)
 
 
-def _fwd_form(*arguments: object) -> plans.Form:
-    """The form of a forward call; float32 products are made in two ways."""
+def _fwd_form(*arguments: object) -> plans.Form | None:
+    """The form of a forward call, of which float32 products are made in two ways; None where
+    configurations are measured, which are asked for in each call.
+    """
+    if layout_attention.autotune.requested():
+        return None
     return raw_checks.fwd_form(*arguments), layout_attention.configs.precision(arguments[0])
 
 
-def _bwd_form(*arguments: object) -> plans.Form:
+def _bwd_form(*arguments: object) -> plans.Form | None:
     """The form of a backward call, as a forward call has one."""
+    if layout_attention.autotune.requested():
+        return None
     return raw_checks.bwd_form(*arguments), layout_attention.configs.precision(arguments[2])
 
 
@@ -137,6 +143,7 @@ def _kernels() -> dict[str, Callable]:
             *backward,
             layout_attention.plan_bwd,
         ),
+        "sega_guidance": (raw_checks.sega_guidance, raw_checks.sega_form, None, sega.sega_plan),
     }
     return found | {op: _planned(*way, launchers[op]) for op, way in ways.items()}
 
@@ -224,7 +231,7 @@ EAGER: dict[str, Callable] = {}  # what public ops can call where nothing watche
 
 if LOAD_ERROR is None:
     _ours = _kernels()
-    EAGER["layout_attention_fwd"] = _ours["layout_attention_fwd"]
+    EAGER |= {op: _ours[op] for op in ("layout_attention_fwd", "sega_guidance")}
     _library = ops.define("dense_attn_triton")
     for _name, _launched in _ours.items():
         _library.impl(_name, _launched, DEVICE.upper())

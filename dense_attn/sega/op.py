@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks, _memory, reference
-from dense_attn._backends import dispatch, table
+from dense_attn._backends import dispatch, plans, raw_checks, table
 from dense_attn.sega import inputs
 
 
@@ -90,8 +90,11 @@ def sega_guidance(
         >>> eps.shape
         torch.Size([1, 4, 64, 64])
     """
-    edits = inputs.estimates(eps_uncond, eps_text, eps_edits)
-    count, wide = len(edits), reference.accumulation_dtype(eps_uncond.dtype)
+    given = Tensors(eps_uncond, eps_text, eps_edits, momentum, user_mask)
+    plan = planned(given, backend)
+    if plan is None:
+        given = given._replace(edits=inputs.estimates(eps_uncond, eps_text, eps_edits))
+    count, wide = given.edits.shape[0], reference.accumulation_dtype(eps_uncond.dtype)
     number, fraction, flag = inputs.number_of(wide), _checks.fraction, _checks.flag
     concepts = reference.sega_weights(
         inputs.each("edit_weights", edit_weights, number, count),
@@ -99,7 +102,7 @@ def sega_guidance(
         inputs.each("enabled", enabled, flag, count),
     )
     return guided(
-        Tensors(eps_uncond, eps_text, edits, momentum, user_mask),
+        given,
         (
             _checks.number("guidance_scale", guidance_scale, wide),
             inputs.each("edit_guidance_scale", edit_guidance_scale, number, count),
@@ -111,6 +114,7 @@ def sega_guidance(
             _checks.flag("sum_channels", sum_channels),
         ),
         backend,
+        plan,
     )
 
 
@@ -124,25 +128,90 @@ class Tensors(NamedTuple):
     user_mask: Tensor | None  # broadcastable to [E, B, C, ...]
 
 
-def guided(given: Tensors, options: tuple[object, ...], backend: str) -> tuple[Tensor, Tensor]:
+class Plan(NamedTuple):
+    """The consequences of a call's form."""
+
+    backend: str
+    whole: bool  # whether kernels take its tensors as they are
+
+
+_plans: plans.Plans[Plan] = plans.Plans()
+
+
+def planned(given: Tensors, backend: str) -> Plan | None:
+    """The plan of a step on tensors of a form that was let through, all of them; else None."""
+    return _plans.get(_form(given, backend))
+
+
+def _form(given: Tensors, backend: str) -> plans.Form | None:
+    """The form of a step, which has all that the checks look at in tensors; None in a graph or a
+    trace, and where edits are not one tensor yet.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return None
+    look = plans.look
+    eps_uncond, eps_text, edits, momentum, mask = given
+    try:
+        return (
+            look(eps_uncond),
+            look(eps_text),
+            look(edits),
+            momentum if momentum is None else (look(momentum), momentum.stride()),
+            mask if mask is None else (look(mask), mask.stride()),
+            eps_uncond.stride(),
+            eps_text.stride(),
+            edits.stride(),
+            backend,
+        )
+    except (AttributeError, RuntimeError):  # sparse ones have no strides
+        return None
+
+
+def guided(
+    given: Tensors, options: tuple[object, ...], backend: str, plan: Plan | None = None
+) -> tuple[Tensor, Tensor]:
     """The step on options that are right, in the order of a raw call."""
     eps_uncond, eps_text, edits, momentum, user_mask = given
+    plan = plan or planned(given, backend)
+    ready = plan is not None and plan.whole
     try:
-        user_mask = inputs.wide_mask(user_mask, eps_uncond, edits.shape)
+        if momentum is None or not ready:
+            momentum = inputs.wide_momentum(momentum, eps_uncond)
+        if not ready:
+            user_mask = inputs.wide_mask(user_mask, eps_uncond, edits.shape)
+        tensors = Tensors(eps_uncond, eps_text, edits, momentum, user_mask)
+        if plan is None:
+            plan = _plan(given, tensors, backend)
+        if plan.whole and not dispatch.is_recorded(*tensors):
+            return _SegaGuidance.forward(*tensors, *options, plan.backend)[:2]
         tensors = (
             inputs.rows(eps_uncond, 2),  # [B, C, N]
             inputs.rows(eps_text, 2),
             inputs.rows(edits, 3),
-            inputs.rows(inputs.wide_momentum(momentum, eps_uncond), 2),
+            inputs.rows(momentum, 2),
             None if user_mask is None else inputs.rows(user_mask, 3),
         )
-        name = table.resolve(backend, "sega_guidance", eps_uncond)
-        eps, momentum, _ = dispatch.run(_SegaGuidance, *tensors, *options, name)
+        eps, momentum, _ = dispatch.run(_SegaGuidance, *tensors, *options, plan.backend)
     except RuntimeError as error:
         shown = {"eps_uncond": eps_uncond, "eps_edits": edits}
         _memory.explain(error, "sega_guidance", eps_uncond.nbytes, **shown)
         raise
     return eps.reshape_as(eps_uncond), momentum.reshape_as(eps_uncond)
+
+
+def _plan(given: Tensors, wide: Tensors, backend: str) -> Plan:
+    """The plan of a step that the checks let through, which is kept for those of its form; wide:
+    the step in the dtypes of kernels.
+    """
+    name, form = table.resolve(backend, "sega_guidance", given.eps_uncond), _form(given, backend)
+    rest = given.eps_uncond.dim() - 2  # axes after the channels
+    whole = (
+        form is not None
+        and (given.momentum is None or given.momentum is wide.momentum)
+        and given.user_mask is wide.user_mask
+        and all(x is None or raw_checks.collapses(x, x.dim() - rest) for x in wide)
+    )
+    return _plans.keep(form, Plan(name, whole), *given)
 
 
 def parts(
@@ -204,11 +273,10 @@ class _SegaGuidance(torch.autograd.Function):
         sum_channels: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return table.NAMESPACES[backend].sega_guidance(
-            eps_uncond,
-            eps_text,
-            eps_edits,
-            momentum,
+        tensors = eps_uncond, eps_text, eps_edits, momentum
+        run = dispatch.kernel_of(backend, "sega_guidance", (*tensors, user_mask), ())
+        return run(
+            *tensors,
             guidance_scale=guidance_scale,
             edit_guidance_scale=edit_guidance_scale,
             edit_threshold=edit_threshold,

@@ -23,6 +23,7 @@ class _Lists(NamedTuple):
     warmups: list[float]
     cooldowns: list[float | None]
     reverse: list[bool]
+    ends: list[float]  # of warm-ups and cool-downs
 
 
 class SemanticGuidance:
@@ -116,6 +117,7 @@ class SemanticGuidance:
         self.recorded: vectors.Vectors | None = None  # what the calls fill
         self._kept_on: torch.device | None = None
         self._lists: dict[int, _Lists] = {}
+        self._eras: dict[tuple[int, int], tuple[object, ...]] = {}
         self.reset()
 
     def _large_numbers(self) -> list[tuple[str, float]]:
@@ -172,22 +174,26 @@ class SemanticGuidance:
             _checks.refuse("step", "be an int", type(step).__name__, TypeError)
         if step < 0:
             _checks.refuse("step", "be at least 0", step)
-        edits = inputs.estimates(eps_uncond, eps_text, eps_edits)
+        momentum = None if step == 0 or step < self._last else self.momentum
+        given = op.Tensors(eps_uncond, eps_text, eps_edits, momentum, user_mask)
+        plan = op.planned(given, self._backend)
+        if plan is None:
+            given = given._replace(edits=inputs.estimates(eps_uncond, eps_text, eps_edits))
         if guided is not None:
             _checks.like("eps", guided, eps_uncond, "eps_base")
-        momentum = None if step == 0 or step < self._last else self.momentum
-        _check_momentum(momentum, eps_uncond)
+        if plan is None:
+            _check_momentum(momentum, eps_uncond)
         call = self._call + 1 if momentum is not None and step == self._last else 0
         applied = vectors.applied("apply", self._apply, int(step), call, eps_uncond)
-        options = self._options(step, len(edits), reference.accumulation_dtype(eps_uncond.dtype))
+        count = given.edits.shape[0]
+        options = self._options(step, count, reference.accumulation_dtype(eps_uncond.dtype))
         if momentum is None and self.recorded:  # of the run before
             self.recorded = None
-        tensors = op.Tensors(eps_uncond, eps_text, edits, momentum, user_mask)
-        idle = len(edits) == 0 and (momentum is None or self._idle)
+        idle = count == 0 and (momentum is None or self._idle)
         if guided is None and self.recorded is None and applied is None:
-            eps, after = op.guided(tensors, options, self._backend)
+            eps, after = op.guided(given, options, self._backend, plan)
         else:
-            added, after = op.parts(tensors, options, self._backend)
+            added, after = op.parts(given, options, self._backend)
             added = vectors.total(None if idle else added, applied)
             if guided is not None and added is None:  # a sum would lose -0.0 and inf
                 eps = guided
@@ -204,8 +210,14 @@ class SemanticGuidance:
         for name, number in self._beyond_float32:
             _checks.number(name, number, wide)
         lists = self._lists.get(count) or self._spread(count)
-        return (
-            _checks.number("guidance_scale", self.guidance_scale, wide),
+        scale = _checks.number("guidance_scale", self.guidance_scale, wide)
+        # Which of them are over follows from how many are.
+        era = count, sum([end <= step for end in lists.ends])
+        return (scale, *(self._eras.get(era) or self._of_era(era, step, lists)))
+
+    def _of_era(self, era: tuple[int, int], step: int, lists: _Lists) -> tuple[object, ...]:
+        """The options behind guidance_scale, kept for the steps of an era."""
+        options = (
             lists.scales,
             lists.thresholds,
             *reference.sega_weights(
@@ -218,6 +230,8 @@ class SemanticGuidance:
             self._mom_beta,
             self._sum_channels,
         )
+        self._eras[era] = options
+        return options
 
     def record(self, device: torch.device | str | None = None) -> vectors.Vectors:
         """A list that the calls of a run fill, each with its step and its guidance vector.
@@ -244,7 +258,9 @@ class SemanticGuidance:
 
     def _spread(self, count: int) -> _Lists:
         """The options of a number of concepts, kept for the steps that follow."""
-        lists = _Lists(*[inputs.spread(*named, count) for named in self._values.items()])
+        lists = [inputs.spread(*named, count) for named in self._values.items()]
+        *_, warmups, cooldowns, _ = lists
+        lists = _Lists(*lists, warmups + [end for end in cooldowns if end is not None])
         self._lists[count] = lists
         return lists
 

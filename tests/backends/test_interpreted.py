@@ -13,7 +13,7 @@ LATER = ("lists", "pipelines")  # not in `make test`
 PARTS = {
     "attention": ("test_backends.py", "-k", "triton"),
     "lists": ("triton_attention.py", "triton_lists.py"),
-    "guidance and steps": ("gpu_sega.py", "gpu_steps.py"),
+    "guidance and steps": ("gpu_sega.py", "gpu_steps.py", "plans/triton_guidance_plans.py"),
     "public ops": (
         *("triton_backend.py", "test_gpu.py", "test_out_of_memory.py"),
         "plans/triton_plans.py",

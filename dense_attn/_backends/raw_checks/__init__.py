@@ -23,10 +23,16 @@ from dense_attn._backends.raw_checks.reversible import (
     looked_at,
     on_the_grid,
 )
-from dense_attn._backends.raw_checks.sega import percentile_mask, sega_guidance
+from dense_attn._backends.raw_checks.sega import (
+    collapses,
+    percentile_mask,
+    sega_form,
+    sega_guidance,
+)
 
 __all__ = [
     "bwd_form",
+    "collapses",
     "ddim_step",
     "edict_mix",
     "edict_unmix",
@@ -42,6 +48,7 @@ __all__ = [
     "looked_at",
     "on_the_grid",
     "percentile_mask",
+    "sega_form",
     "sega_guidance",
     "tile_lists",
     "values",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from dense_attn import _checks
+from dense_attn._backends import plans
 from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_look = attrgetter("shape", "dtype", "device")  # with strides all that matters of dense tensors
 _LISTS = ("edit_guidance_scale", "edit_threshold", "weights", "partials", "reverse")
 
 
@@ -67,6 +70,48 @@ def sega_guidance(
         _checks.refuse("eps_uncond", "have values in each channel", tuple(one))
 
 
+def sega_form(
+    eps_uncond: Tensor,
+    eps_text: Tensor,
+    eps_edits: Tensor,
+    momentum: Tensor,
+    *,
+    guidance_scale: float,
+    edit_guidance_scale: Sequence[float],
+    edit_threshold: Sequence[float],
+    weights: Sequence[float],
+    partials: Sequence[float],
+    all_warm: bool,
+    reverse: Sequence[bool],
+    edit_momentum_scale: float,
+    edit_mom_beta: float,
+    user_mask: Tensor | None,
+    sum_channels: bool,
+) -> plans.Form | None:
+    """The form of a raw call, which has all that its check looks at but for levels; None where one
+    of those is wrong.
+    """
+    for level in edit_threshold:
+        if not 0 <= level <= 1:
+            return None
+    lengths = len(edit_guidance_scale), len(weights), len(partials), len(reverse)
+    mask = None if user_mask is None else (_look(user_mask), user_mask.stride())
+    return (
+        _look(eps_uncond),
+        _look(eps_text),
+        _look(eps_edits),
+        _look(momentum),
+        mask,
+        eps_uncond.stride(),
+        eps_text.stride(),
+        eps_edits.stride(),
+        momentum.stride(),
+        len(edit_threshold),
+        lengths,
+        sum_channels,
+    )
+
+
 def _channels(
     name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, eps_uncond: Tensor
 ) -> None:
@@ -76,20 +121,23 @@ def _channels(
     if x.dtype != dtype:
         _checks.refuse(name, f"be {_checks.name(dtype)}", _checks.name(x.dtype))
     _checks.same_device(name, x, eps_uncond, "eps_uncond")
-    if not x.is_contiguous():
-        _collapsing(name, x, x.dim() - eps_uncond.dim() + 2)
+    if not collapses(x, x.dim() - eps_uncond.dim() + 2):
+        _checks.refuse(name, "have trailing axes that collapse", f"strides {x.stride()}")
 
 
-def _collapsing(name: str, x: Tensor, lead: int) -> None:
-    """Require the axes after the first `lead` to be one axis in memory."""
+def collapses(x: Tensor, lead: int) -> bool:
+    """Whether the axes of x after the first `lead` are one axis in memory."""
+    if x.is_contiguous() or x.numel() == 0:
+        return True
     sizes, strides = x.shape, x.stride()
     expected = None
     for axis in range(x.dim() - 1, lead - 1, -1):
         if sizes[axis] == 1:
             continue
-        if expected not in (None, strides[axis]) and x.numel() > 0:
-            _checks.refuse(name, "have trailing axes that collapse", f"strides {strides}")
+        if expected not in (None, strides[axis]):
+            return False
         expected = strides[axis] * sizes[axis]
+    return True
 
 
 def _level(name: str, level: float) -> None:
