@@ -65,7 +65,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_is_checked_once_and_its_results_stay(form: str, checked: list[int]) -> None:
-    """Also those of the first call after one of another form."""
+    """The first call comes after one of another form."""
     call = given()
     run(call)
     call |= FORMS[form](call)
@@ -149,7 +149,7 @@ def test_steps_are_checked_once(checked: list[int]) -> None:
 
 
 def test_options_of_a_step_do_not_tell_of_those_before() -> None:
-    """Of concepts that begin and end at any time, in steps of any order."""
+    """Concepts begin and end at any time, and steps come in any order."""
     rules = {"edit_warmup_steps": [0, 2.5, 4, 4], "edit_cooldown_steps": [3, None, 5, 4]}
     rules |= {"edit_weights": [1.0, 2.0, -1.0, 0.5]}
     guidance = SemanticGuidance(**rules)
