@@ -69,7 +69,7 @@ def wide_mask(user_mask: Tensor | None, eps: Tensor, shape: torch.Size) -> Tenso
     if len(padded) > len(shape) or any(n not in (1, size) for n, size in zip(padded, shape)):
         rule = f"broadcast to eps_edits' shape {tuple(shape)}"
         _checks.refuse("user_mask", rule, tuple(wide.shape))
-    return wide.expand(shape)
+    return wide if wide.shape == shape else wide.expand(shape)
 
 
 def _wide(argument: str, value: Tensor, eps: Tensor, *others: torch.dtype) -> Tensor:

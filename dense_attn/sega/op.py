@@ -144,10 +144,10 @@ def planned(given: Tensors, backend: str) -> Plan | None:
 
 
 def _form(given: Tensors, backend: str) -> plans.Form | None:
-    """The form of a step, which has all that the checks look at in tensors; None in a graph or a
-    trace, and where edits are not one tensor yet.
+    """The form of a step, which has all that the checks look at in tensors; None in a graph, and
+    where edits are not one tensor yet.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling():
         return None
     look = plans.look
     eps_uncond, eps_text, edits, momentum, mask = given
