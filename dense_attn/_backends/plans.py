@@ -15,6 +15,7 @@ _MOST = 1024  # forms of an op: a model has a few at each of its resolutions
 # What checks, and the choice of a backend, look at in a tensor beside its strides. Faster than a
 # function of Python's by half.
 look = attrgetter("__class__", "shape", "dtype", "device", "layout")
+dense = attrgetter("shape", "dtype", "device")  # with strides all that kernels go by
 _every_op: list[Plans] = []
 
 
@@ -50,8 +51,8 @@ class Plans(Generic[Plan]):
 
 
 def strided(*tensors: Tensor | None) -> Form:
-    """The part of a form for tensors whose strides matter too, and for those that are not there."""
-    return tuple([x if x is None else (look(x), x.stride()) for x in tensors])
+    """The part of a raw call's form for tensors, and for those that are not there."""
+    return tuple([x if x is None else (dense(x), x.stride()) for x in tensors])
 
 
 def look_at(x: object) -> object:

@@ -56,9 +56,9 @@ def layout_attention_fwd(
         tokens, asked = (q_regions, k_regions, strength), (every_strength, with_lse, with_stats)
         visits = q_order, k_order, tiles, counts, k_words
         plan = plan_fwd(q, k, v, *tokens, modulation, scale, *visits, *asked, config=config)
-    out = torch.empty_strided(*plan.out, dtype=q.dtype, device=q.device)
-    lse = q.new_empty(plan.lse, dtype=torch.float32)
-    stats = q.new_empty(plan.stats, dtype=torch.float32)
+    new = q.new_empty_strided  # takes less time than its kin
+    out = new(*plan.out)
+    lse, stats = new(*plan.lse, dtype=torch.float32), new(*plan.stats, dtype=torch.float32)
     if plan.config is None:
         return out.zero_(), lse.fill_(-torch.inf), stats.fill_(-torch.inf)
     config, (rows, keys, values, own), tokens = plan.config, plan.rows, plan.tokens
@@ -80,7 +80,7 @@ def layout_attention_fwd(
     if config.specialised:
         fwd_specialised.launch(inputs, visits, results, numbers, plan.constants, there, config)
         return out, lse, stats
-    parked = plan.parked and q.new_empty(plan.parked, dtype=torch.float32)
+    parked = plan.parked and new(*plan.parked, dtype=torch.float32)
     tensors = (*inputs, *visits, *results, parked)
     layout_attention_fwd_kernel[plan.grid](*tensors, *numbers, **plan.options, **there)
     return out, lse, stats
@@ -113,12 +113,13 @@ def layout_attention_bwd(
         tokens, rule = (q, k, v, q_regions, k_regions, strength), (modulation, scale)
         visits = q_order, k_order
         plan = plan_bwd(grad_out, grad_lse, *tokens, out, stats, *rule, *visits, config=config)
-    grads = [torch.empty_strided(*x, dtype=q.dtype, device=q.device) for x in plan.grads]
-    dq, dk, dv, dstrength = *grads, q.new_empty(plan.dstrength, dtype=torch.float32)
+    new, (by_q, by_k, by_v) = q.new_empty_strided, plan.grads
+    dq, dk, dv = new(*by_q), new(*by_k), new(*by_v)
+    dstrength = new(*plan.dstrength, dtype=torch.float32)
     if plan.configs is None:
         return dq.zero_(), dk.zero_(), dv.zero_(), dstrength.zero_()
-    numbers = q.new_empty(plan.numbers, dtype=torch.float32)
-    places = q.new_empty(plan.places, dtype=torch.int32)
+    numbers = new(*plan.numbers, dtype=torch.float32)
+    places = new(*plan.places, dtype=torch.int32)
     sizes, there = (*plan.sizes, abs(scale)), counted(seqlens_k)
     q_words, k_words, by_q_order, by_k_order = plan.tokens
     rows = tuple(map(at, (q, k, v), plan.rows))
@@ -138,7 +139,7 @@ def layout_attention_bwd(
         lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M, seqlens_k, None)
     parts = dk, dv
     if plan.apart is not None:  # room for those of each head of q, to be summed in their order
-        parts = q.new_empty(plan.apart, dtype=torch.float32)
+        parts = new(*plan.apart, dtype=torch.float32)
     results = (numbers, places, *lists, *map(at, parts, plan.keys_grads))
     tensors = (grad_rows, *rows, *visits, *results)
     layout_attention_bwd_kv_kernel[plan.grids[1]](*tensors, *sizes, **plan.options[1], **there)

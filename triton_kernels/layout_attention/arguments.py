@@ -16,15 +16,16 @@ from dense_attn.triton_kernels.parts import head_parts
 
 Sizes = tuple[int, ...]
 Strides = tuple[int | tl.constexpr, ...]
+Room = tuple[Sizes, Sizes]  # the shape and the strides of a tensor that is to be made
 _GRAIN, _ONE = tl.constexpr(configs.GRAIN), tl.constexpr(1)
 
 
 class FwdPlan(NamedTuple):
     """The consequences of a forward call's form; without a configuration it launches nothing."""
 
-    out: tuple[Sizes, Sizes]  # and strides
-    lse: Sizes
-    stats: Sizes
+    out: Room
+    lse: Room
+    stats: Room
     config: configs.Config | None = None
     row: bool = False  # whether a row of scores is one tile
     grid: tuple[int] = (0,)
@@ -32,7 +33,7 @@ class FwdPlan(NamedTuple):
     rows: tuple[Strides, ...] = ()  # of q, k, v and out
     tokens: tuple[Strides | None, ...] = ()  # of the words, the orders and the lists
     strength: Strides | None = None
-    parked: Sizes | None = None  # of what waits in memory for the end of the kernel
+    parked: Room | None = None  # of what waits in memory for the end of the kernel
     constants: dict[str, object] | None = None
     options: dict[str, object] | None = None  # these, and those of the configuration
 
@@ -40,8 +41,8 @@ class FwdPlan(NamedTuple):
 class BwdPlan(NamedTuple):
     """The consequences of a backward call's form; without configurations it launches nothing."""
 
-    grads: tuple[tuple[Sizes, Sizes], ...]  # of q, k and v
-    dstrength: Sizes
+    grads: tuple[Room, Room, Room]  # of q, k and v
+    dstrength: Room
     # of the passes over query tiles and over key tiles
     configs: tuple[configs.Config, configs.Config] | None = None
     grids: tuple[tuple[int], tuple[int]] = ((0,), (0,))
@@ -51,9 +52,9 @@ class BwdPlan(NamedTuple):
     tokens: tuple[Strides | None, ...] = ()  # of the words and the orders
     strength: Strides | None = None
     grad_lse: Strides | None = None
-    numbers: Sizes = ()
-    places: Sizes = ()
-    apart: Sizes | None = None  # of dk and dv of each head of q, where several meet one of k
+    numbers: Room = ((), ())
+    places: Room = ((), ())
+    apart: Room | None = None  # of dk and dv of each head of q, where several meet one of k
     options: tuple[dict[str, object], ...] = ()
 
 
@@ -72,7 +73,8 @@ def fwd_plan(
     """The plan of a forward call in a configuration, None where there are no rows or no keys."""
     shape, rows = q.shape, q.shape[:3]
     out = _like(q)
-    results = out, rows if with_lse else (0,), (*rows, STATS) if with_stats else (0,)
+    stats = (*rows, STATS) if with_stats else (0,)
+    results = out, _room(*(rows if with_lse else (0,))), _room(*stats)
     if config is None:
         return FwdPlan(*results)
     kind = configs.architecture(q.device), configs.precision(q)
@@ -80,7 +82,7 @@ def fwd_plan(
     constants = _constants("row_fwd" if row else "fwd", kind, q, k, modulation, negate)
     parked = None
     if config.parks and modulation != "mask" and not row:
-        parked = (*rows, constants["PART_0"] + constants["PART_1"])
+        parked = _room(*rows, constants["PART_0"] + constants["PART_1"])
     return FwdPlan(
         *results,
         config=config,
@@ -113,7 +115,7 @@ def bwd_plan(
     (batch, num_heads, seqlen_q, head_dim), seqlen_k = q.shape, k.shape[2]
     grads = tuple(map(_like, (q, k, v)))
     if pair is None:
-        return BwdPlan(grads, q.shape[:3])
+        return BwdPlan(grads, _room(*q.shape[:3]))
     by_query, by_key = pair
     kind = configs.architecture(q.device), configs.precision(q)
     constants = [_constants(of, kind, q, k, modulation, negate) for of in ("bwd_q", "bwd_kv")]
@@ -123,12 +125,11 @@ def bwd_plan(
     tiles = -(-seqlen_q // by_query.BLOCK_M), -(-seqlen_k // by_key.BLOCK_N)
     apart, keys_grads = None, grads[1:]
     if num_heads > k.shape[1]:
-        apart = (2, batch, num_heads, seqlen_k, head_dim)
-        strides = torch.empty(apart[1:], dtype=torch.float32, device="meta").stride()
-        keys_grads = ((apart[1:], strides),) * 2
+        apart = _room(2, batch, num_heads, seqlen_k, head_dim)
+        keys_grads = (_room(*apart[0][1:]),) * 2
     return BwdPlan(
         grads,
-        q.shape[:3],
+        _room(*q.shape[:3]),
         configs=pair,
         grids=tuple((batch * num_heads * count,) for count in tiles),
         sizes=(num_heads, seqlen_q, seqlen_k),
@@ -137,8 +138,8 @@ def bwd_plan(
         tokens=tuple(map(_of_tokens, tokens)),
         strength=_of_rows(strength),
         grad_lse=_of_rows(grad_lse),
-        numbers=(batch, num_heads, NUMBERS, seqlen_q),
-        places=(batch, num_heads, PLACES, seqlen_q),
+        numbers=_room(batch, num_heads, NUMBERS, seqlen_q),
+        places=_room(batch, num_heads, PLACES, seqlen_q),
         apart=apart,
         options=tuple(x | y | z.launch for x, y, z in zip(ahead, constants, pair)),
     )
@@ -191,8 +192,13 @@ def numbers_at(
     return (None, every, 0, 0, _ONE) if x is None else (x, *strides)
 
 
-def _like(q: Tensor) -> tuple[Sizes, Sizes]:
-    """The sizes and strides of rows in q's memory order, unless that leaves the last axis apart."""
+def _room(*shape: int) -> Room:
+    """Room without gaps."""
+    return shape, torch.empty(shape, dtype=torch.float32, device="meta").stride()
+
+
+def _like(q: Tensor) -> Room:
+    """Room for rows in q's memory order, unless that leaves the last axis apart."""
     like = torch.empty_like(q, device="meta")
     if q.shape[3] != 1 and like.stride(3) != 1:
         like = like.contiguous()

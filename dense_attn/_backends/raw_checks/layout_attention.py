@@ -69,9 +69,24 @@ def fwd_form(
     """The form of a forward call: all that its checks go by but for what orders and counts say, and
     all that a launch follows from.
     """
-    visits = q_order, k_order, tiles, counts, k_words, seqlens_k
-    tensors = plans.strided(q, k, v, q_regions, k_regions, strength, *visits)
-    return tensors, modulation, _numbers_form(scale, every_strength), with_lse, with_stats
+    dense = plans.dense
+    return (
+        dense(q),
+        dense(k),
+        dense(v),
+        dense(q_regions),
+        dense(k_regions),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        q_regions.stride(),
+        k_regions.stride(),
+        plans.strided(strength, q_order, k_order, tiles, counts, k_words, seqlens_k),
+        modulation,
+        _numbers_form(scale, every_strength),
+        with_lse,
+        with_stats,
+    )
 
 
 @of_a_raw_call
@@ -128,9 +143,28 @@ def bwd_form(
     seqlens_k: Tensor | None = None,
 ) -> plans.Form:
     """The form of a backward call, as a forward call has one."""
-    tokens = q_regions, k_regions, q_order, k_order, seqlens_k
-    tensors = plans.strided(grad_out, grad_lse, q, k, v, strength, out, stats, *tokens)
-    return tensors, modulation, _numbers_form(scale, every_strength)
+    dense = plans.dense
+    return (
+        dense(grad_out),
+        dense(q),
+        dense(k),
+        dense(v),
+        dense(q_regions),
+        dense(k_regions),
+        dense(out),
+        dense(stats),
+        grad_out.stride(),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        q_regions.stride(),
+        k_regions.stride(),
+        out.stride(),
+        stats.stride(),
+        plans.strided(grad_lse, strength, q_order, k_order, seqlens_k),
+        modulation,
+        _numbers_form(scale, every_strength),
+    )
 
 
 @of_a_raw_call

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from dense_attn._backends import plans
 from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_look = attrgetter("shape", "dtype", "device")  # with strides all that matters of dense tensors
 _LISTS = ("edit_guidance_scale", "edit_threshold", "weights", "partials", "reverse")
 
 
@@ -95,13 +93,12 @@ def sega_form(
         if not 0 <= level <= 1:
             return None
     lengths = len(edit_guidance_scale), len(weights), len(partials), len(reverse)
-    mask = None if user_mask is None else (_look(user_mask), user_mask.stride())
     return (
-        _look(eps_uncond),
-        _look(eps_text),
-        _look(eps_edits),
-        _look(momentum),
-        mask,
+        plans.dense(eps_uncond),
+        plans.dense(eps_text),
+        plans.dense(eps_edits),
+        plans.dense(momentum),
+        plans.strided(user_mask),
         eps_uncond.stride(),
         eps_text.stride(),
         eps_edits.stride(),
