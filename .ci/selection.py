@@ -59,13 +59,11 @@ def is_matrix(cells: Sequence[Cell], costly: bool = False) -> bool:
 def mark(items: Sequence[pytest.Function]) -> None:
     """Mark `full` what lies outside of the covering cells of each matrix.
 
-    A cell that is skipped shows nothing, and costs nothing either; nor does one that is `full`
-    whatever others show.
+    A cell that is skipped shows nothing, and costs nothing either.
     """
     tests = defaultdict(list)
     for item in items:
-        left_out = any(item.get_closest_marker(name) for name in ("skip", "full"))
-        if hasattr(item, "callspec") and not left_out:
+        if hasattr(item, "callspec") and item.get_closest_marker("skip") is None:
             core = item.get_closest_marker("core") is not None
             tests[item.path, item.originalname, core].append(item)
     for test in tests.values():

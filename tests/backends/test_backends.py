@@ -38,7 +38,12 @@ SPECIALISED = (
     *("wide-in-runs", "strength-0.0", "strength-on-half-the-batch", "ordered-without-strength"),
     *("strengths-in-whole-tiles", "no-numbers-in-whole-tiles"),
 )
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings(  # numpy's, interpreted
+        "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+    ),
+]
 
 
 # In the interpreter a case costs seconds: those that reach a branch of the kernels, most with the
@@ -96,13 +101,12 @@ INTERPRETED_ONCE = (
     *("groups-of-3", "one-group-of-8", "groups-of-some-keys"),
     *("gradient-of-out-alone", "gradient-of-lse-alone", "gradient-of-a-sum", "ties-across-tiles"),
 )
-# Their keys are many for strips of the CPU's.
-NOT_INTERPRETED = ("many-keys-out-of-strip", "many-keys-counted")
-INTERPRETED_LATER = tuple(
-    case.name
+INTERPRETED_LATER = [
+    case
     for case in CASES
-    if case.name not in (*INTERPRETED_ONCE, *INTERPRETED_IN_FULL, *NOT_INTERPRETED)
-)
+    if case.name not in (*INTERPRETED_ONCE, *INTERPRETED_IN_FULL)
+    and not case.name.startswith("many-keys")  # for strips of the CPU's
+]
 
 
 def calls() -> list:
@@ -128,8 +132,6 @@ def calls() -> list:
                 if dtype not in case.dtypes or modulation not in _modulations(name, dtype, case):
                     continue
                 core = [pytest.mark.core] * case.core
-                if name == "triton" and INTERPRETED and case.name in INTERPRETED_LATER:
-                    core = [pytest.mark.full("so that every case is interpreted")]
                 if refused := _refused(name, dtype, case):
                     core = [pytest.mark.skip(refused)]
                 for form in _forms(name, dtype, case):
@@ -158,8 +160,12 @@ def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...
         or case.name in INTERPRETED_IN_FULL[: 1 if half else None]
     ):
         return case.modulations
-    left_out = half and not case.name.startswith(HALF_TOO)
-    return () if left_out or case.name in NOT_INTERPRETED else case.modulations[:1]
+    once = (*INTERPRETED_ONCE, *INTERPRETED_IN_FULL)
+    return (
+        case.modulations[:1]
+        if case.name in once and (not half or case.name.startswith(HALF_TOO))
+        else ()
+    )
 
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
@@ -175,10 +181,8 @@ def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
     forms = (*row, "phases", *("parked",) * (case.name in ("head-dim-80", "head-dim-128")))
     if case.name in SPECIALISED and (INTERPRETED or dtype != torch.float32):
         forms += ("specialised",)
-    turns = (*INTERPRETED_ONCE, *INTERPRETED_LATER)
-    some = case.name in INTERPRETED_ONCE and case.name.startswith("head-dim")
-    if INTERPRETED and case.name in turns and not some:
-        return forms[turns.index(case.name) % len(forms) :][:1]  # either, in turns
+    if INTERPRETED and case.name in INTERPRETED_ONCE and not case.name.startswith("head-dim"):
+        return forms[INTERPRETED_ONCE.index(case.name) % len(forms) :][:1]  # either, in turns
     return forms
 
 
@@ -219,9 +223,6 @@ def run(backend: str, modulation: str, case: Case, inputs: Inputs) -> dict[str, 
     return {name: result.cpu() for name, result in results.items()}
 
 
-@pytest.mark.filterwarnings(
-    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
-)  # numpy's, interpreted
 @pytest.mark.parametrize(("backend", "dtype", "form", "case", "modulation"), calls())
 def test_accuracy(
     backend: str,
@@ -243,6 +244,16 @@ def test_accuracy(
         )
     for name, result in results.items():
         assert_accurate(name, result, exact[name], plain[name], dtype)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not INTERPRETED, reason="among the others")
+@pytest.mark.parametrize("case", INTERPRETED_LATER, ids=lambda case: case.name)
+def test_accuracy_of_other_cases_by_triton(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once through the interpreter, in either form in turns."""
+    forms = _forms("triton", torch.float32, case)
+    form = forms[INTERPRETED_LATER.index(case) % len(forms)]
+    test_accuracy("triton", torch.float32, form, case, case.modulations[0], monkeypatch)
 
 
 @pytest.mark.parametrize("modulation", ["range", "bias"])
