@@ -36,8 +36,14 @@ SPECIALISED = (
     *("some-rows-in-no-region", "bit-31", "strength-1.0", "strength-1.8", "strength--0.5"),
     *("equal-scores", "low-unmatched", "nan-in-q", "nan-in-k", "inf-in-q", "inf-in-k"),
     *("wide-in-runs", "strength-0.0", "strength-on-half-the-batch", "ordered-without-strength"),
+    *("strengths-in-whole-tiles", "no-numbers-in-whole-tiles"),
 )
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings(  # numpy's, interpreted
+        "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+    ),
+]
 
 
 # In the interpreter a case costs seconds: those that reach a branch of the kernels, most with the
@@ -95,6 +101,12 @@ INTERPRETED_ONCE = (
     *("groups-of-3", "one-group-of-8", "groups-of-some-keys"),
     *("gradient-of-out-alone", "gradient-of-lse-alone", "gradient-of-a-sum", "ties-across-tiles"),
 )
+INTERPRETED_LATER = [
+    case
+    for case in CASES
+    if case.name not in (*INTERPRETED_ONCE, *INTERPRETED_IN_FULL)
+    and not case.name.startswith("many-keys")  # for strips of the CPU's
+]
 
 
 def calls() -> list:
@@ -211,9 +223,6 @@ def run(backend: str, modulation: str, case: Case, inputs: Inputs) -> dict[str, 
     return {name: result.cpu() for name, result in results.items()}
 
 
-@pytest.mark.filterwarnings(
-    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
-)  # numpy's, interpreted
 @pytest.mark.parametrize(("backend", "dtype", "form", "case", "modulation"), calls())
 def test_accuracy(
     backend: str,
@@ -228,14 +237,23 @@ def test_accuracy(
     exact, plain = exact_and_plain(inputs, case.through, modulation=modulation, scale=case.scale)
     results = run(backend, modulation, case, inputs)
     assert results.keys() == exact.keys()
-    if (
-        case.through == "none"
-    ):  # how a row of no numbers is summed up is each kernel's own affair; that it is none is not
+    # How a row of no numbers is summed up is each kernel's own affair; that it is none is not.
+    if case.through == "none" or case.values == "no-numbers":
         results["lse"], exact["lse"] = (
             torch.where(x.isfinite(), x, torch.nan) for x in (results["lse"], exact["lse"])
         )
     for name, result in results.items():
         assert_accurate(name, result, exact[name], plain[name], dtype)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not INTERPRETED, reason="among the others")
+@pytest.mark.parametrize("case", INTERPRETED_LATER, ids=lambda case: case.name)
+def test_accuracy_of_other_cases_by_triton(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once through the interpreter, in either form in turns."""
+    forms = _forms("triton", torch.float32, case)
+    form = forms[INTERPRETED_LATER.index(case) % len(forms)]
+    test_accuracy("triton", torch.float32, form, case, case.modulations[0], monkeypatch)
 
 
 @pytest.mark.parametrize("modulation", ["range", "bias"])

@@ -81,11 +81,15 @@ def test_rows_that_are_loaded_twice_are_the_same(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="small tiles, of which a head has several")
-def test_specialised_warps_know_tiles_without_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("specialised", [False, True])
+def test_tiles_without_strength_are_known(
+    specialised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their lists are not looked at: keys are visited as they come, as one population."""
     for name in ("ROW_KEYS", "PACKED_KEYS"):
         monkeypatch.setattr(configs, name, 0)
-    monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, specialised=True))
+    config = replace(configs.INTERPRETED, specialised=specialised)
+    monkeypatch.setattr(configs, "INTERPRETED", config)
     case = Case("half-without", (2, 2, 130, 70, 16), words="runs", ordered=True)
     inputs = make_inputs(case, torch.float32)
     strength = inputs.strength.expand(inputs.q.shape[:3]).clone()

@@ -62,6 +62,54 @@ def test_tile_lists(case: str) -> None:
     assert found == ({0, 1, 2} if case == "ordered-in-runs" else found)
 
 
+# Cases for whole tiles of compiled kernels: the kinds of tile that they meet in each sample.
+MATCHED, MIXED, UNMATCHED = range(3)
+WHOLE_TILES = {
+    "low-unmatched": [{UNMATCHED}],
+    "strengths-in-whole-tiles": [{MATCHED, MIXED, UNMATCHED}, {MIXED, UNMATCHED}, {MATCHED}],
+    "no-numbers-in-whole-tiles": [{MATCHED, MIXED, UNMATCHED}],
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of GPUs that are not here")
+@pytest.mark.parametrize("packed_keys", [0, configs.PACKED_KEYS], ids=["specialised", "plain"])
+@pytest.mark.parametrize("precision", ["half", "ieee"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("case", WHOLE_TILES)
+def test_whole_tiles_of_each_kind(
+    case: str, target: str, precision: str, packed_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compiled kernels have them; and keys of no numbers are in a tile of the kind they are for.
+
+    The backward passes know whole tiles of keys and the one that they end in alone.
+    """
+    monkeypatch.setattr(configs, "PACKED_KEYS", packed_keys)
+    inputs, (*_, seqlen_k, head_dim) = make_inputs(CASE[case], torch.float32), CASE[case].size
+    words = inputs.q_regions, inputs.k_regions
+    config = configs.layout_attention_fwd(target, precision, head_dim, seqlen_k)
+    backward = configs.layout_attention_bwd(target, precision, head_dim)
+    assert [seqlen_k % x.BLOCK_N for x in (config, *backward)] == [0] * 3
+    orders = (triton._by_region(x) for x in words)
+    lists = launchers.tile_lists(*words, *orders, config.BLOCK_M, config.BLOCK_N)
+    kinds = torch.stack([kinds_of(*one) for one in zip(lists.tiles, lists.counts)])
+    assert [x - set(of.flatten().tolist()) for x, of in zip(WHOLE_TILES[case], kinds)] == [
+        set()
+    ] * len(kinds)
+    _, _, keys, _ = torch.where(~inputs.k.isfinite())
+    if len(keys):
+        assert kinds[0, 0, keys // config.BLOCK_N].tolist() == [MATCHED, MIXED, UNMATCHED] * 2
+
+
+def kinds_of(tiles: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The kind of each key tile of each tile of query rows [query tiles, key tiles]."""
+    kinds = torch.full_like(tiles[:, 0], -1)
+    for row, listed, (matched, mixed, unmatched) in zip(kinds, tiles, counts.tolist()):
+        row[listed[0, :matched].long()] = MATCHED
+        row[listed[1, :mixed].long()] = MIXED
+        row[listed[0, len(row) - unmatched :].long()] = UNMATCHED
+    return kinds
+
+
 def test_lists_are_of_the_keys_that_are_there() -> None:
     """A tile of others is in none, the one that they begin in is in doubt."""
     inputs = make_inputs(CASE["keys-anywhere-in-runs"], torch.float32)

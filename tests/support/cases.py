@@ -142,6 +142,22 @@ CASES = (
     # So low that a score of 0 beside them would overflow; and of either sign in tiles of one kind.
     Case("low-scores", (1, 2, 17, 23, 64), values="low"),
     Case("low-unmatched", (1, 1, 40, 256, 40), "none", "full", "low", modulations=ONLY_RANGE),
+    # Special values in whole tiles of GPUs, of each kind: `test_whole_tiles_of_each_kind`.
+    Case(
+        "strengths-in-whole-tiles",
+        (3, 2, 20, 384, 40),
+        "two-halves-per-sample",
+        "special",
+        "equal",
+        modulations=EXTREMES,
+    ),
+    Case(
+        "no-numbers-in-whole-tiles",
+        (1, 6, 20, 384, 40),
+        "two-halves",
+        values="no-numbers",
+        modulations=EXTREMES,
+    ),
     Case("scale", scale=-0.7),
     Case("ordered", ordered=True, core=True),
     Case("ordered-in-runs", (1, 2, 200, 180, 40), words="runs", ordered=True),

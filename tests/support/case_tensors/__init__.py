@@ -30,6 +30,10 @@ def values_of(
         q, k = 0.2 * q + 1, 0.2 * k + torch.linspace(-5, 5, k.shape[2], dtype=k.dtype)[:, None]
     elif values == "low":
         q, k = 4 + 0.1 * q, -4 + 0.1 * k
+    elif values == "no-numbers":  # a head each for a key of every kind of tile of "two-halves"
+        for head, (nan, inf) in enumerate(((3, 3), (197, 203), (300, 300))):
+            k[0, head, nan, 5], k[0, 3 + head, inf, 5] = torch.nan, torch.inf
+        q[0, 3, 3, 5], q[0, 3, 5, 5] = torch.nan, torch.inf
     elif values == "inf-in-k":
         k[0, 1, 3, 5] = torch.inf
     elif values == "inf-in-q":
@@ -52,6 +56,8 @@ def words_of(
         k_words = torch.zeros(seqlen_k, dtype=torch.int32)
         k_words[2:5], k_words[6:9] = 1, 2
         return torch.arange(seqlen_q, dtype=torch.int32) * 3 // max(seqlen_q, 1), k_words
+    if words.startswith("two-halves"):
+        return _halves(seqlen_q, seqlen_k, "per-sample" in words)
     if words == "real":
         side = round(seqlen_q**0.5)
         layout = Layout.from_label_map(_real_label_maps()[7].astype(np.int64))
@@ -73,6 +79,18 @@ def words_of(
     return both(makers[words])
 
 
+def _halves(seqlen_q: int, seqlen_k: int, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """All rows match a first half of the keys, which ends inside of a tile. With samples: those,
+    each second row alone, and all pairs.
+    """
+    rows, keys = torch.ones(seqlen_q, dtype=torch.int32), torch.ones(seqlen_k, dtype=torch.int32)
+    halves = keys + (torch.arange(seqlen_k) >= seqlen_k // 2 + 8)
+    if not per_sample:
+        return rows, halves.int()
+    some = torch.arange(seqlen_q) % 2
+    return torch.stack([rows, some.int(), rows]), torch.stack([halves, halves, keys]).int()
+
+
 def mask_of(
     keys: tuple[int, ...] | str, batch: int, seqlen_k: int, generator: torch.Generator
 ) -> Tensor | None:
@@ -90,6 +108,8 @@ def strength_of(
     batch, num_heads, seqlen_q = rows
     if isinstance(strength, float):
         return torch.tensor(strength)
+    if strength == "special":  # temperatures of 0, of either sign, and none of a strength
+        return torch.tensor([1.0, 1.8, -0.5, 0.0, 0.4]).repeat(seqlen_q // 5)
     shape = {
         "rows": (seqlen_q,),
         "per-batch": (batch, 1, 1),
