@@ -8,7 +8,7 @@ program lay outside of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from dense_attn.triton_kernels.parts import next_power_of_2
@@ -50,6 +50,14 @@ def bars(rows: Iterable[Row]) -> list[Row]:
         bar["verdict"] = "holds" if bar["value"] <= bar["bound"] else "missed"
         bar |= {name: round(bar[name], DIGITS) for name in ("value", "issued") if name in bar}
     return found
+
+
+def said(found: Sequence[Row]) -> str:
+    """How many bars hold, and each that does not."""
+    missed = "{what} on {target} at {head_dim} columns by Triton {triton}, {value} of {bound}"
+    each = [missed.format(**bar) for bar in found if bar["verdict"] != "holds"]
+    held = f"{len(found) - len(each)} of {len(found)} bars of the model hold"
+    return f"{held}; missed: {'; '.join(each) or 'none'}"
 
 
 def _is_judged(row: Row) -> bool:
