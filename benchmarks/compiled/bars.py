@@ -8,7 +8,7 @@ program lay outside of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from dense_attn.triton_kernels.parts import next_power_of_2
@@ -29,6 +29,7 @@ FORWARD = {"in region order": (0.06, 1.2), "in raster order": (0.91, 2.0)}
 BACKWARD = 1.35
 OLDEST = 1.1  # cycles by the oldest Triton, of those by this one
 FEW_KEYS, FEW_KEYS_BAR = "sd15-cross-64", 2.5  # time of the row kernel, of that to copy its bytes
+DIGITS = 3  # of what is shown; verdicts are of the numbers themselves
 CLOCK, COPY = 1.83e9, 4.3e12  # a second, of sm_90; bytes a second that an H200 copies
 
 
@@ -47,7 +48,16 @@ def bars(rows: Iterable[Row]) -> list[Row]:
     ]
     for bar in found:
         bar["verdict"] = "holds" if bar["value"] <= bar["bound"] else "missed"
+        bar |= {name: round(bar[name], DIGITS) for name in ("value", "issued") if name in bar}
     return found
+
+
+def said(found: Sequence[Row]) -> str:
+    """How many bars hold, and each that does not."""
+    missed = "{what} on {target} at {head_dim} columns by Triton {triton}, {value} of {bound}"
+    each = [missed.format(**bar) for bar in found if bar["verdict"] != "holds"]
+    held = f"{len(found) - len(each)} of {len(found)} bars of the model hold"
+    return f"{held}; missed: {'; '.join(each) or 'none'}"
 
 
 def _is_judged(row: Row) -> bool:
@@ -77,7 +87,7 @@ def _of_call(target: str, triton: str, head_dim: int, kernels: dict[str, Row]) -
         plain = [row["plain"]["bodies"][0] for row in passes]
         yield _bar("backward", ours, plain, BACKWARD + slack)
     if "row_fwd" in kernels and target == "sm_90" and head_dim == 40:
-        value = round(_few_keys(kernels["row_fwd"]), 2)
+        value = _few_keys(kernels["row_fwd"])
         yield {"what": f"{FEW_KEYS}, of its copy", "value": value, "bound": FEW_KEYS_BAR}
 
 
@@ -122,7 +132,7 @@ def _bar(
     """Ours / others by the busiest pipe or as `cycles` says, and to issue."""
 
     def ratio(of: Callable[[Row], int]) -> float:
-        return round(sum(share * of(body) for share, body in ours) / sum(map(of, others)), 2)
+        return sum(share * of(body) for share, body in ours) / sum(map(of, others))
 
     value = ratio(cycles or _busiest)
     return {"what": what, "value": value, "bound": round(bound, 2), "issued": ratio(_issued)}

@@ -60,7 +60,7 @@ MODELLED = ("programs", "loops", "bodies", "plain", "waves")  # what `model` add
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print what breaks a rule, write; 1 if a rule is broken."""
+    """Compile, print what breaks a rule and what misses a bar, write; 1 if a rule is broken."""
     arguments = _parse(argv)
     _files.check(arguments.json)
     calls = kernel_calls.CALLS[arguments.calls]()
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {"header": header, "bars": bars.bars(rows), "failed": failed, "rows": rows}
     write(arguments.json, found | kept)
     broken = failed + [f"{name(row)}: {fault}" for row in rows for fault in faults(row)]
-    print("\n".join([*broken, f"{len(rows)} kernels, {len(broken)} faults"]))
+    print("\n".join([*broken, bars.said(found["bars"])]))
+    print(f"{len(rows)} kernels, {len(broken)} faults")
     return 1 if broken else 0
 
 

@@ -91,11 +91,14 @@ _STEPS = {
     "edict-mix": "float32",
     "exact-mix": "int64",
 }
-_TRITON = (
-    *("fwd", "fwd-tiled", "bwd", "tile-lists", "percentile", "sega-guidance", "ddim-step"),
-    *("leapfrog-step", "edict-mix", "edict-unmix", "exact-couple", "exact-leapfrog"),
-    *("exact-mix", "exact-unmix"),
-)
+_TRITON = dict.fromkeys(
+    (
+        *("fwd", "fwd-tiled", "bwd", "tile-lists", "percentile", "sega-guidance", "ddim-step"),
+        *("leapfrog-step", "edict-mix", "edict-unmix", "exact-couple", "exact-leapfrog"),
+        *("exact-mix", "exact-unmix"),
+    ),
+    "float32",
+) | {"fwd-specialised": "float16"}
 HOST_BARS = (  # of every machine
     Bar("host-attention", "fwd", "float32", (), 3, "of_op"),
     Bar("host-attention-record", "fwd", "float32", (), 5, "of_op"),
@@ -106,8 +109,8 @@ HOST_BARS = (  # of every machine
     Bar("host-exact-step", "fwd", "float32", (), 3, "of_op"),
     Bar("host-layer", "fwd", "float32", (), 2, "of_sdpa"),
     *(
-        Bar(f"triton-{op}", "fwd", "float32", (), 40e-6, "host_seconds", "dense_attn-op")
-        for op in _TRITON
+        Bar(f"triton-{op}", "fwd", dtype, (), 40e-6, "host_seconds", "dense_attn-op")
+        for op, dtype in _TRITON.items()
     ),
 )
 BARS = (

@@ -44,6 +44,7 @@ class Workload:
     contenders: tuple[str, ...]
     ways: Callable[[], AbstractContextManager[Ways]] | None = None
     passes: str = "fwd"
+    dtype: str = "float32"
     grad: bool = False  # whether the inputs ask for a gradient
     units: int = 1  # steps of a call, of each of which the time is told
     note: str = ""
@@ -120,7 +121,12 @@ WORKLOADS = {
         partial(_layer, guided=True),
         note="half of the rows are diffusers' own",
     ),
-    **{x: Workload(stubbed.public_op(x), stubbed.contenders(x)) for x in stubbed.OPS},
+    **{
+        x: Workload(
+            stubbed.public_op(x), stubbed.contenders(x), dtype=stubbed.DTYPES.get(x, "float32")
+        )
+        for x in stubbed.OPS
+    },
 }
 PYTHON_ALONE = "the reference is made of torch's own operators: there is no raw op"
 
@@ -128,7 +134,7 @@ PYTHON_ALONE = "the reference is made of torch's own operators: there is no raw 
 def entries(quick: bool = False, names: list[str] | None = None) -> Iterator[Entry]:
     """All rows of the workloads named, of all without names; quick ones need no other process."""
     rows = (
-        Entry(Setting(name, work.passes, "float32"), contender)
+        Entry(Setting(name, work.passes, work.dtype), contender)
         for name, work in WORKLOADS.items()
         for contender in work.contenders
     )

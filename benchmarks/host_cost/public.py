@@ -43,14 +43,17 @@ def attention(
     return at, lambda: result(scaled_dot_product_attention(q, k, v))
 
 
-def tiled_attention() -> tuple[Call, Call]:
-    """The tile lists of a layout, and layout attention with lists that are there."""
-    q, k, v = randn(3, 1, 1, 16 * _TOKENS, _HEAD_DIM).unbind(0)
+def tiled_attention(dtype: torch.dtype = torch.float32, each: bool = False) -> tuple[Call, Call]:
+    """The tile lists of a layout, and layout attention with lists that are there; each: every row
+    with a strength of its own.
+    """
+    q, k, v = randn(3, 1, 1, 16 * _TOKENS, _HEAD_DIM).to(dtype).unbind(0)
+    strength = torch.full(q.shape[:3], 0.5, device=q.device) if each else 1.0
     words = torch.ones(16 * _TOKENS, dtype=torch.int32, device=q.device)
     lists = dense_attn.tile_lists(q, k, words, words)
     return (
         lambda: dense_attn.tile_lists(q, k, words, words),
-        lambda: dense_attn.layout_attention(q, k, v, words, words, tile_lists=lists),
+        lambda: dense_attn.layout_attention(q, k, v, words, words, strength, tile_lists=lists),
     )
 
 

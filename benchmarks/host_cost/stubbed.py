@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -35,6 +36,7 @@ OP = "dense_attn-op"
 OPS = {  # the raw op of each workload
     "triton-fwd": "layout_attention_fwd",
     "triton-fwd-tiled": "layout_attention_fwd",
+    "triton-fwd-specialised": "layout_attention_fwd",
     "triton-bwd": "layout_attention_bwd",
     "triton-tile-lists": "tile_lists",
     "triton-percentile": "percentile_mask",
@@ -48,9 +50,28 @@ OPS = {  # the raw op of each workload
     "triton-exact-mix": "exact_mix",
     "triton-exact-unmix": "exact_unmix",
 }
+DTYPES = {"triton-fwd-specialised": "float16"}  # of the others float32
+
+
+def _specialised() -> Call:
+    """Layout attention with lists that are there, by specialised warps, where an architecture has
+    them, and interpreted. Few keys are packed too; the plan that is made here serves later calls.
+    """
+    configs = triton.layout_attention.configs
+    interpreted = replace(configs.INTERPRETED, specialised=True)
+    with (
+        mock.patch.object(configs, "PACKED_KEYS", 0),
+        mock.patch.object(configs, "INTERPRETED", interpreted),
+    ):
+        _, call = public.tiled_attention(torch.float16, each=True)
+        call()
+    return call
+
+
 PUBLIC: dict[str, Callable[[], Call]] = {  # the public calls that run one raw op
     "triton-fwd": lambda: public.attention()[0](0.5),
     "triton-fwd-tiled": lambda: public.tiled_attention()[1],
+    "triton-fwd-specialised": _specialised,
     "triton-tile-lists": lambda: public.tiled_attention()[0],
     "triton-percentile": public.percentile_mask,
     "triton-sega-guidance": public.sega_step,

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 
@@ -30,7 +29,6 @@ from dense_attn.triton_kernels import autotune, configs, layout_attention, rever
 from dense_attn.triton_kernels.sega import selection
 
 ROOT = Path(__file__).resolve().parents[2]
-OLDEST = ROOT / ".venv" / "triton-3.6.0"
 COMMITTED = kernel_table.read(ROOT / "benchmarks" / "results" / "kernels.json")["rows"]
 
 
@@ -258,34 +256,6 @@ def test_the_machine_code_has_the_waits_and_products_of_the_ptx() -> None:
     for opcode, count in counts.tensor(loop).items():
         found[re.sub(r"HGMMA\.(\d+)x(\d+)x(\d+)\..*", r"\1n\2k\3", opcode)] += count
     assert found == shapes == {"64n32k16": 4, "64n64k16": 2}
-
-
-@pytest.mark.parametrize(
-    "target", ["sm_80", "sm_90", pytest.param("sm_100", marks=pytest.mark.full)]
-)
-def test_copies_run_ahead_of_the_pass_over_keys(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """None is waited for at once, and none is of four bytes."""
-    monkeypatch.setattr(layout_attention, "layout_attention_bwd_q_kernel", Recorder([]))
-    with ahead_of_time.compiled(target) as launches:
-        kernel_calls.Attention(target, "bwd", 64)()
-    (launch,) = launches
-    loops = model.function_of(launch).inner_loops
-    copies = [[x.opcode for x in loop if x.name == "LDGSTS"] for loop in loops]
-    waits = [wait for loop in loops for wait in counts.waits(loop)[0]]
-    assert sum(map(bool, copies)) == 1
-    assert waits
-    assert min(waits) > 0
-    assert all(re.search(r"\.(64|128)\b", opcode) for loop in copies for opcode in loop)
-
-
-@pytest.mark.full  # for which it is installed
-@pytest.mark.skipif(not OLDEST.exists(), reason="the oldest Triton is not installed")
-def test_copies_run_ahead_by_the_oldest_triton() -> None:
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "copies_run_ahead_of")
-    done = forked.run(forked.PYTEST, *options, __file__, PYTHONPATH=str(OLDEST))
-    assert "3 passed" in done.stdout, done.stdout[-4000:]
 
 
 @pytest.mark.full  # a process of its own compiles

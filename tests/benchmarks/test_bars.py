@@ -111,6 +111,8 @@ def test_bars_of_compiled_kernels_by_hand() -> None:
     rows = [
         compiled_row("fwd", "3.10.0", [315, 500, 315, 100], 300),
         compiled_row("fwd", "3.6.0", [300, 600, 300], 300),
+        compiled_row("bwd_q", "3.6.0", [6751], 10000),
+        compiled_row("bwd_kv", "3.6.0", [6751], 10000),
         compiled_row("bwd_q", "3.10.0", [500], 400),
         compiled_row("bwd_kv", "3.10.0", [310], 200),
         compiled_row("row_fwd", "3.10.0", [1000], 500),
@@ -124,12 +126,19 @@ def test_bars_of_compiled_kernels_by_hand() -> None:
     assert values == {
         "untested tile": 1.05,  # to issue
         "mixed tile": 4.0,
-        "forward in region order": round(0.94 * 2.1 + 0.06 * 4, 2),
-        "forward in raster order": round(0.09 * 2.1 + 0.91 * 4, 2),
+        "forward in region order": round(0.94 * 2.1 + 0.06 * 4, 3),
+        "forward in raster order": round(0.09 * 2.1 + 0.91 * 4, 3),
         "backward": 2.7,
-        "sd15-cross-64, of its copy": round(cycles / compiled_bars.CLOCK / copied, 2),
+        "sd15-cross-64, of its copy": round(cycles / compiled_bars.CLOCK / copied, 3),
     }
     assert found["3.10.0", "untested tile"]["verdict"] == "holds"
     assert found["3.10.0", "mixed tile"]["verdict"] == "missed"
     oldest = found["3.6.0", "fwd, of Triton 3.10.0's"]
-    assert (oldest["value"], oldest["verdict"]) == (pytest.approx(0.98), "holds")
+    assert (oldest["value"], oldest["verdict"]) == (pytest.approx(0.976), "holds")
+    close = found["3.6.0", "backward"]  # 1.3502
+    assert (close["value"], close["bound"], close["verdict"]) == (1.35, 1.35, "missed")
+    assert compiled_bars.said([close]) == (
+        "0 of 1 bars of the model hold; missed: backward on sm_90 at 40 columns by Triton 3.6.0, "
+        "1.35 of 1.35"
+    )
+    assert compiled_bars.said([oldest]) == "1 of 1 bars of the model hold; missed: none"

@@ -24,7 +24,8 @@ compiled = pytest.mark.skipif(why_skip("cpu") is not None, reason=str(why_skip("
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "host-cost.json"
 AROUND = [name for name, work in calls.WORKLOADS.items() if work.ways is not None]
-LAUNCHES = {"triton-bwd": 2, "triton-tile-lists": 3}  # of the others, 1
+# Of the others, 1.
+LAUNCHES = {"triton-bwd": 2, "triton-tile-lists": 3, "triton-fwd-specialised": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,8 @@ def _few_rounds(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(workload: str, contender: str) -> Row:
-    setting = Setting(workload, calls.WORKLOADS[workload].passes, "float32")
+    work = calls.WORKLOADS[workload]
+    setting = Setting(workload, work.passes, work.dtype)
     return calls.measure(Entry(setting, contender))
 
 
@@ -150,7 +152,12 @@ def recorded_first(ours):
     GridExecutor.__call__ = None  # from here on a launch fails
     return found
 stubbed._raw = recorded_first
-print(json.dumps({"rows": stubbed.measured(), "ops": ops}))
+rows = stubbed.measured()
+with torch.no_grad(), stubbed.launches_left_out() as launched:
+    call = stubbed.PUBLIC["triton-fwd-specialised"]()
+    launched.clear()
+    call()
+print(json.dumps({"rows": rows, "ops": ops, "specialised": launched}))
 """
     done = forked.run(program, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
@@ -172,6 +179,11 @@ def test_launches_are_left_out_and_counted(before_launches: dict) -> None:
         for row in found.values():
             assert row["launches"] == LAUNCHES.get(name, 1), name
             assert 0 < row["seconds"] < 0.1
+
+
+def test_specialised_warps_are_launched_behind_what_packs_their_keys(before_launches: dict) -> None:
+    kernels = ["packed_rows_kernel", "layout_attention_specialised_fwd_kernel"]
+    assert before_launches["specialised"] == kernels
 
 
 def test_rows_of_another_process_are_those_of_the_suite(
