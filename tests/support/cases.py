@@ -165,7 +165,8 @@ CASES = (
     # Tiles whose pairs all meet, none of them, and some.
     Case("long-in-runs", (1, 1, 1024, 700, 40), "runs", ordered=True, modulations=ONLY_RANGE),
     Case("ordered-per-sample", words="per-sample", ordered=True),
-    # More keys than a tile; a factor of 0 in tiles of one population; anchors that move.
+    # More keys than a tile, of GPUs in doubt alone; on the CPU a factor of 0 in tiles of one
+    # population too; anchors that move.
     *(Case(f"keys-150-head-dim-{d}", (1, 1, 40, 150, d), "runs") for d in HEAD_DIMS[3:]),
     # More than 80 keys, with which CUDA's row kernel takes 128 columns.
     *(
