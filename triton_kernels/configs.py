@@ -98,12 +98,9 @@ FORWARD: Table = {
 # plain attention 240 (230); 345 (351) and 734 (746) at 128, plain attention 376 (352). What spills
 # waits outside of the loops over whole tiles, but for 4 instructions of 482 at 64 columns by 3.9.
 # Heads of one part alone: 65 to 96 columns as one of 128 take 1,024 cycles, FORWARD's two 784 to
-# 828; above 128 columns two states are 160 registers and more, where 128 leave 400 bytes waiting.
-# Tiles are whole on small grids too: half of one leaves a group of warps without rows.
-# 344 where the keys end with a tile, 584 and 8 instructions of 486 where they do not.
-_NARROW = Config(128, 128, 4, 2, specialised=True, spills=592)
-# Of tiles of 128 keys 278 (281), but each round spills.
-_WIDE = Config(128, 64, 4, 4, specialised=True, spills=424)
+# 828; above 128 two states fill the registers. A half tile would leave a group without rows.
+_NARROW = Config(128, 128, 4, 2, specialised=True, spills=592)  # 344 if the keys end with a tile
+_WIDE = Config(128, 64, 4, 4, specialised=True, spills=424)  # of 128 keys each round spills
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
@@ -119,7 +116,7 @@ ROW_FORWARD: Table = {
     "sm_100": {192: Config(64, 128, 4, 1), 256: Config(64, 128, 8, 1)},  # four warps: 8 bytes
     "gfx942": {128: Config(64, 128, 4, 1), 160: Config(32, 128, 4, 1), 256: Config(16, 128, 4, 1)},
 }
-# up to 56 bytes may spill, outside of the loop
+# Up to 56 bytes may spill, outside of the loop; on gfx942 36, by Triton 3.9 alone.
 BACKWARD_Q: Table = {
     "sm_80": {
         96: Config(128, 32, 8, 3),  # 64 rows by four warps spill 24 bytes
@@ -133,7 +130,6 @@ BACKWARD_Q: Table = {
         256: Config(64, 16, 8, 3),  # 32 keys by four warps spill 640 bytes
     },
     "sm_100": {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 3)},
-    # By Triton 3.9 36 bytes spill at 64 and 128 columns under `range`, by 3.6 none.
     "gfx942": {128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
 }
 # The same, with tiles two ahead on their way. A tile of keys stays, so many keys read

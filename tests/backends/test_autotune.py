@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, astuple
 from pathlib import Path
 
@@ -166,26 +165,6 @@ def test_nothing_is_measured_in_a_capture(times: list, monkeypatch: pytest.Monke
     assert not _tuned.cache_file().exists()
     monkeypatch.setattr(autotune, "is_capturing", lambda: False)
     assert best() == FAST
-
-
-@pytest.mark.parametrize("stream", ["own", "of torch.cuda.graph", "neither"])
-def test_a_capture_of_another_thread_is_seen(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    current = ["own"]
-
-    @contextmanager
-    def entered(other: str) -> Iterator[None]:
-        current.append(other)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "stream", entered)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == stream)
-    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
-    assert autotune.is_capturing() == (stream == "own")
-    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", "of torch.cuda.graph")
-    assert autotune.is_capturing() == (stream != "neither")
-    assert current == ["own"]
 
 
 def test_a_bar_shows_what_is_measured(times: list, capsys: pytest.CaptureFixture) -> None:

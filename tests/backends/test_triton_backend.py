@@ -1,8 +1,10 @@
-"""The Triton backend in the table: its reasons, its device guard, and what leaves the grid."""
+"""The Triton backend in the table: its reasons, its device guard, captures that it sees, and what
+leaves the grid.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -101,3 +103,26 @@ def test_latents_off_the_grid_are_refused_when_the_chain_ends(
     image = chain.sample(network, x)
     with pytest.raises(RuntimeError, match=RULE + "latents that left it on the way"):
         image[0].sum().backward()
+
+
+@pytest.mark.parametrize("stream", ["own", "of torch.cuda.graph", "neither"])
+def test_a_capture_of_another_thread_is_seen(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from dense_attn.triton_kernels import autotune
+
+    current = ["own"]
+
+    @contextmanager
+    def entered(other: str) -> Iterator[None]:
+        current.append(other)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == stream)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    assert autotune.is_capturing() == (stream == "own")
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", "of torch.cuda.graph")
+    assert autotune.is_capturing() == (stream != "neither")
+    assert current == ["own"]

@@ -1,4 +1,4 @@
-"""What the backward kernels copy to shared memory: ahead of its use, and by how many bytes."""
+"""Copies to shared memory in the backward kernels: ahead of their use, and of how many bytes."""
 
 from __future__ import annotations
 
