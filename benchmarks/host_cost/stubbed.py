@@ -111,6 +111,7 @@ def launches_left_out() -> Iterator[list[str]]:
         mock.patch.object(kind, "run", noted),
         mock.patch.object(triton.raw_checks.reversible, "on_the_grid", noticed),
         mock.patch.object(triton.raw_checks, "values", noticed),
+        mock.patch.object(triton.raw_checks.layout_attention, "_permutation", noticed),
     ):
         yield launched
 

@@ -105,14 +105,14 @@ def _fwd_form(*arguments: object) -> plans.Form | None:
     """The form of a forward call, of which float32 products are made in two ways; None where
     configurations are measured, which are asked for in each call.
     """
-    if layout_attention.autotune.requested():
+    if _tuned.requested():
         return None
     return raw_checks.fwd_form(*arguments), layout_attention.configs.precision(arguments[0])
 
 
 def _bwd_form(*arguments: object) -> plans.Form | None:
     """The form of a backward call, as a forward call has one."""
-    if layout_attention.autotune.requested():
+    if _tuned.requested():
         return None
     return raw_checks.bwd_form(*arguments), layout_attention.configs.precision(arguments[2])
 

@@ -83,7 +83,8 @@ def fwd_form(
         k_regions.stride(),
         plans.strided(strength, q_order, k_order, tiles, counts, k_words, seqlens_k),
         modulation,
-        _numbers_form(scale, every_strength),
+        scale < 0,
+        math.isfinite(scale) and abs(every_strength) <= _LARGEST,
         with_lse,
         with_stats,
     )
@@ -163,7 +164,8 @@ def bwd_form(
         stats.stride(),
         plans.strided(grad_lse, strength, q_order, k_order, seqlens_k),
         modulation,
-        _numbers_form(scale, every_strength),
+        scale < 0,
+        math.isfinite(scale) and abs(every_strength) <= _LARGEST,
     )
 
 
@@ -283,11 +285,6 @@ def values(
         _permutation("k_order", k_order)
     if seqlens_k is not None:
         _counts(seqlens_k, k.shape[2])
-
-
-def _numbers_form(scale: float, every_strength: float) -> tuple[bool, bool]:
-    """The sign of a scale, and whether the checks let both numbers through."""
-    return scale < 0, math.isfinite(scale) and abs(every_strength) <= _LARGEST
 
 
 def _every_strength(number: float) -> None:
