@@ -79,7 +79,7 @@ WHOLE_TILES = {
 def test_whole_tiles_of_each_kind(
     case: str, target: str, precision: str, packed_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As compiled kernels have them; and keys of no numbers are in a tile of the kind they are for.
+    """Tiles of compiled kernels; keys of no numbers are in one of the kind that they are for.
 
     The backward passes know whole tiles of keys and the one that they end in alone.
     """

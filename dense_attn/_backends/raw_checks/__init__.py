@@ -2,9 +2,8 @@
 with its signature. No value on a GPU is looked at, since that would wait for it.
 """
 
+from dense_attn._backends.raw_checks.forms import bwd_form, fwd_form, sega_form
 from dense_attn._backends.raw_checks.layout_attention import (
-    bwd_form,
-    fwd_form,
     layout_attention_bwd,
     layout_attention_fwd,
     lists,
@@ -26,7 +25,6 @@ from dense_attn._backends.raw_checks.reversible import (
 from dense_attn._backends.raw_checks.sega import (
     collapses,
     percentile_mask,
-    sega_form,
     sega_guidance,
 )
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
-from dense_attn._backends import plans
 from dense_attn._backends.contract import MAX_HEAD_DIM, MODULATIONS, STATS
 from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
@@ -47,49 +46,6 @@ def layout_attention_fwd(
         _checks.refuse("tile_lists", "be 3 tensors", given)
 
 
-def fwd_form(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_regions: Tensor,
-    k_regions: Tensor,
-    strength: Tensor | None,
-    modulation: str,
-    scale: float,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-    tiles: Tensor | None,
-    counts: Tensor | None,
-    k_words: Tensor | None,
-    every_strength: float = 1.0,
-    with_lse: bool = True,
-    with_stats: bool = True,
-    seqlens_k: Tensor | None = None,
-) -> plans.Form:
-    """The form of a forward call: all that its checks go by but for what orders and counts say, and
-    all that a launch follows from.
-    """
-    dense = plans.dense
-    return (
-        dense(q),
-        dense(k),
-        dense(v),
-        dense(q_regions),
-        dense(k_regions),
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        q_regions.stride(),
-        k_regions.stride(),
-        plans.strided(strength, q_order, k_order, tiles, counts, k_words, seqlens_k),
-        modulation,
-        scale < 0,
-        math.isfinite(scale) and abs(every_strength) <= _LARGEST,
-        with_lse,
-        with_stats,
-    )
-
-
 @of_a_raw_call
 def layout_attention_bwd(
     grad_out: Tensor,
@@ -123,50 +79,6 @@ def layout_attention_bwd(
         _checks.refuse("stats", "be contiguous", f"strides {stats.stride()}")
     if grad_lse is not None:
         _rows("grad_lse", grad_lse, q, rows)
-
-
-def bwd_form(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_regions: Tensor,
-    k_regions: Tensor,
-    strength: Tensor | None,
-    out: Tensor,
-    stats: Tensor,
-    modulation: str,
-    scale: float,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-    every_strength: float = 1.0,
-    seqlens_k: Tensor | None = None,
-) -> plans.Form:
-    """The form of a backward call, as a forward call has one."""
-    dense = plans.dense
-    return (
-        dense(grad_out),
-        dense(q),
-        dense(k),
-        dense(v),
-        dense(q_regions),
-        dense(k_regions),
-        dense(out),
-        dense(stats),
-        grad_out.stride(),
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        q_regions.stride(),
-        k_regions.stride(),
-        out.stride(),
-        stats.stride(),
-        plans.strided(grad_lse, strength, q_order, k_order, seqlens_k),
-        modulation,
-        scale < 0,
-        math.isfinite(scale) and abs(every_strength) <= _LARGEST,
-    )
 
 
 @of_a_raw_call

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dense_attn import _checks
-from dense_attn._backends import plans
 from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,47 +65,6 @@ def sega_guidance(
     rows = count * one[0] * (1 if sum_channels else one[1])
     if rows > 0 and math.prod(one[2:]) == 0:
         _checks.refuse("eps_uncond", "have values in each channel", tuple(one))
-
-
-def sega_form(
-    eps_uncond: Tensor,
-    eps_text: Tensor,
-    eps_edits: Tensor,
-    momentum: Tensor,
-    *,
-    guidance_scale: float,
-    edit_guidance_scale: Sequence[float],
-    edit_threshold: Sequence[float],
-    weights: Sequence[float],
-    partials: Sequence[float],
-    all_warm: bool,
-    reverse: Sequence[bool],
-    edit_momentum_scale: float,
-    edit_mom_beta: float,
-    user_mask: Tensor | None,
-    sum_channels: bool,
-) -> plans.Form | None:
-    """The form of a raw call, which has all that its check looks at but for levels; None where one
-    of those is wrong.
-    """
-    for level in edit_threshold:
-        if not 0 <= level <= 1:
-            return None
-    lengths = len(edit_guidance_scale), len(weights), len(partials), len(reverse)
-    return (
-        plans.dense(eps_uncond),
-        plans.dense(eps_text),
-        plans.dense(eps_edits),
-        plans.dense(momentum),
-        plans.strided(user_mask),
-        eps_uncond.stride(),
-        eps_text.stride(),
-        eps_edits.stride(),
-        momentum.stride(),
-        len(edit_threshold),
-        lengths,
-        sum_channels,
-    )
 
 
 def _channels(
