@@ -105,14 +105,14 @@ def _fwd_form(*arguments: object) -> plans.Form | None:
     """The form of a forward call, of which float32 products are made in two ways; None where
     configurations are measured, which are asked for in each call.
     """
-    if _tuned.requested():
+    if layout_attention.autotune.requested():
         return None
     return raw_checks.fwd_form(*arguments), layout_attention.configs.precision(arguments[0])
 
 
 def _bwd_form(*arguments: object) -> plans.Form | None:
     """The form of a backward call, as a forward call has one."""
-    if _tuned.requested():
+    if layout_attention.autotune.requested():
         return None
     return raw_checks.bwd_form(*arguments), layout_attention.configs.precision(arguments[2])
 
@@ -128,24 +128,21 @@ def _bwd_values(*arguments: object) -> None:
 
 
 def _kernels() -> dict[str, Callable]:
-    """The kernel of each op: its launcher behind its check."""
+    """The kernel of each op: its launcher behind its check, or behind the plan of a call's form."""
     modules = (layout_attention, sega, reversible)
     launchers = {op: getattr(m, op) for op in ops.OPS for m in modules if hasattr(m, op)}
-    found = {}
-    for op, launch in launchers.items():
-        looked = raw_checks.looked_at(launch) if op.startswith("exact_") else launch
-        found[op] = _kernel(getattr(raw_checks, op), looked)
-    forward, backward = (_check_fwd, _fwd_form, _fwd_values), (_bwd_form, _bwd_values)
-    ways = {
-        "layout_attention_fwd": (*forward, layout_attention.plan_fwd),
-        "layout_attention_bwd": (
-            raw_checks.layout_attention_bwd,
-            *backward,
-            layout_attention.plan_bwd,
-        ),
+    backward = raw_checks.layout_attention_bwd, _bwd_form, _bwd_values
+    planned = {
+        "layout_attention_fwd": (_check_fwd, _fwd_form, _fwd_values, layout_attention.plan_fwd),
+        "layout_attention_bwd": (*backward, layout_attention.plan_bwd),
         "sega_guidance": (raw_checks.sega_guidance, raw_checks.sega_form, None, sega.sega_plan),
     }
-    return found | {op: _planned(*way, launchers[op]) for op, way in ways.items()}
+    found = {op: _planned(*ways, launchers[op]) for op, ways in planned.items()}
+    for op in launchers.keys() - planned.keys():
+        launch = launchers[op]
+        looked = raw_checks.looked_at(launch) if op.startswith("exact_") else launch
+        found[op] = _kernel(getattr(raw_checks, op), looked)
+    return found
 
 
 def attention_bytes(q: Tensor, k: Tensor) -> int:

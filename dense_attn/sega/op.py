@@ -94,7 +94,7 @@ def sega_guidance(
     plan = planned(given, backend)
     if plan is None:
         given = given._replace(edits=inputs.estimates(eps_uncond, eps_text, eps_edits))
-    count, wide = given.edits.shape[0], reference.accumulation_dtype(eps_uncond.dtype)
+    count, wide = len(given.edits), reference.accumulation_dtype(eps_uncond.dtype)
     number, fraction, flag = inputs.number_of(wide), _checks.fraction, _checks.flag
     concepts = reference.sega_weights(
         inputs.each("edit_weights", edit_weights, number, count),

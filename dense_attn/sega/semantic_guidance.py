@@ -185,7 +185,7 @@ class SemanticGuidance:
             _check_momentum(momentum, eps_uncond)
         call = self._call + 1 if momentum is not None and step == self._last else 0
         applied = vectors.applied("apply", self._apply, int(step), call, eps_uncond)
-        count = given.edits.shape[0]
+        count = len(given.edits)  # a number in a trace too
         options = self._options(step, count, reference.accumulation_dtype(eps_uncond.dtype))
         if momentum is None and self.recorded:  # of the run before
             self.recorded = None
@@ -230,7 +230,8 @@ class SemanticGuidance:
             self._mom_beta,
             self._sum_channels,
         )
-        self._eras[era] = options
+        if not torch.compiler.is_compiling():  # what a graph keeps, the next one is guarded by
+            self._eras[era] = options
         return options
 
     def record(self, device: torch.device | str | None = None) -> vectors.Vectors:

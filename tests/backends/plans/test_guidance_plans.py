@@ -176,3 +176,28 @@ def test_what_is_for_once_is_not_kept() -> None:
     assert len(kept) == 1
     with torch._dynamo.config.patch(error_on_recompile=True):  # for plans that came meanwhile
         assert all(map(torch.equal, compiled(call), expected))
+
+
+def test_traces_leave_nothing_behind() -> None:
+    """What a trace counts is no key that a later call could find."""
+    call, guidance = given(), SemanticGuidance(backend="reference")
+    tensors = call["eps_uncond"], call["eps_text"], call["eps_edits"]
+
+    def first(*tensors: Tensor) -> Tensor:
+        guidance.reset()
+        return guidance(0, *tensors)
+
+    for _ in range(3):
+        torch.jit.trace(first, tensors, check_trace=False)
+    assert len(guidance._lists) == len(guidance._eras) == 1
+
+
+def test_a_graph_keeps_no_options_that_the_next_is_guarded_by() -> None:
+    call, guidance = given(), SemanticGuidance(backend="reference", edit_warmup_steps=1)
+    tensors = call["eps_uncond"], call["eps_text"], call["eps_edits"]
+    compiled = torch.compile(guidance.__call__, backend="eager")
+    for _ in range(2):
+        guidance.reset()
+        for step in range(3):
+            compiled(step, *tensors)
+    assert not guidance._eras
