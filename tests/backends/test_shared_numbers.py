@@ -69,14 +69,14 @@ def test_the_numbers_of_a_row_of_the_compiled_library() -> None:
 
 def test_the_kernels_of_triton() -> None:
     pytest.importorskip("triton")
-    from dense_attn.triton_kernels import configs, layout_attention
+    from dense_attn.triton_kernels import configs
     from dense_attn.triton_kernels.layout_attention import records
     from dense_attn.triton_kernels.parts import head_parts
     from dense_attn.triton_kernels.reversible import grid
 
     assert grid.LIMIT.value == reference.GRID_LIMIT
     assert grid.OFF_GRID > reference.GRID_LIMIT
-    assert layout_attention.STATS == contract.STATS
+    assert records.STATS == contract.STATS
     columns = [getattr(records, name).value for name in records.STATS_COLUMNS]
     assert columns == list(range(contract.STATS))
     columns = [getattr(records, name).value for name in records.NUMBERS_COLUMNS]

@@ -224,7 +224,7 @@ class Recorder:
 def test_long_rows_keep_to_the_first_axis_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others hold 65,535 programs."""
     grids = []
-    monkeypatch.setattr(selection, "long_thresholds", lambda *_: None)
+    monkeypatch.setattr(selection, "long_thresholds", lambda *_, **__: None)
     for kernel in ("mask_kernel", "sega_combine_kernel"):
         monkeypatch.setattr(sega, kernel, Recorder(grids))
     x = torch.empty(1, 2**27, device="meta")
