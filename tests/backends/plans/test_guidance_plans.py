@@ -179,7 +179,7 @@ def test_what_is_for_once_is_not_kept() -> None:
 
 
 def test_traces_leave_nothing_behind() -> None:
-    """What a trace counts is no key that a later call could find."""
+    """Numbers of a trace are no keys that a later call could find."""
     call, guidance = given(), SemanticGuidance(backend="reference")
     tensors = call["eps_uncond"], call["eps_text"], call["eps_edits"]
 
