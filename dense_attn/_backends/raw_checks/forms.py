@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from dense_attn import _checks
 from dense_attn._backends import plans
-
-LARGEST = _checks.LARGEST[torch.float32]
+from dense_attn._backends.raw_checks.layout_attention import LARGEST
 
 
 def fwd_form(

@@ -13,7 +13,7 @@ from dense_attn._backends.raw_checks._refusals import of_a_raw_call, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (16, 32, 64, 128, 256)  # tokens of a tile
-_LARGEST = _checks.LARGEST[torch.float32]
+LARGEST = _checks.LARGEST[torch.float32]
 
 
 @of_a_raw_call
@@ -201,7 +201,7 @@ def values(
 
 def _every_strength(number: float) -> None:
     """Require a strength that float32 holds."""
-    if not abs(number) <= _LARGEST:
+    if not abs(number) <= LARGEST:
         _checks.refuse("every_strength", "be finite in float32", number)
 
 
