@@ -166,14 +166,15 @@ def call_of(case: Case, kernel: str, config: Config | None) -> Callable[[], tupl
         blocks = config.BLOCK_M, config.BLOCK_N
         lists = layout_attention.tile_lists(*words, *orders, *blocks)
         given = (*arguments, *last, *lists)
-        return lambda: layout_attention.layout_attention_fwd(*given, config=config)[:1]
+        plan = layout_attention.plan_fwd(*given, config=config)
+        return lambda: layout_attention.layout_attention_fwd(*given, plan=plan)[:1]
     by_query, by_key = layout_attention.bwd_config(q, k)
     if config is not None:
         by_query, by_key = (config, by_key) if kernel == "bwd_q" else (by_query, config)
     grad_out, out, stats = back
     given = (grad_out, None, *arguments, out, stats, *last)
-    pair = by_query, by_key
-    return lambda: layout_attention.layout_attention_bwd(*given, config=pair)[:3]
+    plan = layout_attention.plan_bwd(*given, config=(by_query, by_key))
+    return lambda: layout_attention.layout_attention_bwd(*given, plan=plan)[:3]
 
 
 _Prepared = tuple[tuple[Tensor, ...], tuple, tuple[Tensor, ...]]

@@ -196,6 +196,23 @@ def test_groups_of_warps_keep_their_rows() -> None:
         assert {(x.BLOCK_M, x.num_warps, x.specialised) for x in around} == {(128, 4, True)}
 
 
+def test_tokens_that_no_tensor_map_can_hold_are_refused() -> None:
+    """Places in a map are int32; nothing is made or launched first."""
+    q, k = (
+        torch.empty(512, 8, tokens, 64, device="meta", dtype=torch.bfloat16)
+        for tokens in (4096, 1 << 19)
+    )
+    words = torch.empty(1 << 19, device="meta", dtype=torch.int32)
+    call = (words[:4096], words, None, "range", 0.1)
+    with ahead_of_time.compiled("sm_90") as launches:
+        fewer = k[:, :, 129:]
+        plan = layout_attention.plan_fwd(q, fewer, fewer, *call, *[None] * 5)
+        assert plan.specialised.sizes == (8, 4096, (1 << 19) - 129, (1 << 19) - 128)
+        with pytest.raises(ValueError, match=r"k must have fewer than 2\*\*31 tokens.*, got 2147"):
+            layout_attention.layout_attention_fwd(q, k, k, *call)
+    assert launches == []
+
+
 def test_few_tiles_are_halved_so_that_processors_are_busy() -> None:
     """Each half has a processor of its own then; a target's are those of its device."""
     whole = configs.Config(128, 64, 8, 3)

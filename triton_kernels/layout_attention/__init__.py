@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import triton
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
@@ -18,6 +19,7 @@ from dense_attn.triton_kernels.layout_attention.arguments import (
     counted,
     fwd_plan,
     numbers_at,
+    packed_plan,
     tokens_of,
 )
 from dense_attn.triton_kernels.layout_attention.bwd_kv import layout_attention_bwd_kv_kernel
@@ -46,7 +48,6 @@ def layout_attention_fwd(
     with_lse: bool = True,
     with_stats: bool = True,
     seqlens_k: Tensor | None = None,  # int32 [B]
-    config: configs.Config | None = None,
     plan: FwdPlan | None = None,  # of this call's form
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, stats) of `reference.layout_attention`; stats is what the backward pass needs of
@@ -55,7 +56,7 @@ def layout_attention_fwd(
     if plan is None:
         tokens, asked = (q_regions, k_regions, strength), (every_strength, with_lse, with_stats)
         visits = q_order, k_order, tiles, counts, k_words
-        plan = plan_fwd(q, k, v, *tokens, modulation, scale, *visits, *asked, config=config)
+        plan = plan_fwd(q, k, v, *tokens, modulation, scale, *visits, *asked, seqlens_k)
     new = q.new_empty_strided  # takes less time than its kin
     out = new(*plan.out)
     lse, stats = new(*plan.lse, dtype=torch.float32), new(*plan.stats, dtype=torch.float32)
@@ -77,8 +78,8 @@ def layout_attention_fwd(
     else:
         lists = map(at, (tiles, counts, k_words), tokens[4:])
     visits = (at(q_order, tokens[2]), at(k_order, tokens[3]), strengths, *lists)
-    if config.specialised:
-        fwd_specialised.launch(inputs, visits, results, numbers, plan.constants, there, config)
+    if plan.specialised is not None:
+        fwd_specialised.launch(inputs, visits, results, abs(scale), plan.specialised, there)
         return out, lse, stats
     parked = plan.parked and new(*plan.parked, dtype=torch.float32)
     tensors = (*inputs, *visits, *results, parked)
@@ -103,7 +104,6 @@ def layout_attention_bwd(
     k_order: Tensor | None = None,  # int32 [N] or [B|1, N]
     every_strength: float = 1.0,  # of all rows, where strength is None
     seqlens_k: Tensor | None = None,  # int32 [B]
-    config: tuple[configs.Config, configs.Config] | None = None,
     plan: BwdPlan | None = None,  # of this call's form
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dstrength) of `reference.layout_attention`, the same bits on every run."""
@@ -112,7 +112,7 @@ def layout_attention_bwd(
     if plan is None:
         tokens, rule = (q, k, v, q_regions, k_regions, strength), (modulation, scale)
         visits = q_order, k_order
-        plan = plan_bwd(grad_out, grad_lse, *tokens, out, stats, *rule, *visits, config=config)
+        plan = plan_bwd(grad_out, grad_lse, *tokens, out, stats, *rule, *visits)
     new, (by_q, by_k, by_v) = q.new_empty_strided, plan.grads
     dq, dk, dv = new(*by_q), new(*by_k), new(*by_v)
     dstrength = new(*plan.dstrength, dtype=torch.float32)
@@ -192,7 +192,12 @@ def plan_fwd(
         config = fwd_config(q, k, q_order is not None or k_order is not None)
     tokens = q_regions, k_regions, q_order, k_order, tiles, counts, k_words
     how = modulation, scale < 0, with_lse, with_stats
-    return fwd_plan(q, k, v, strength, tokens, *how, config)
+    plan = fwd_plan(q, k, v, strength, tokens, *how, config)
+    if config is None or plan.row or not config.specialised:
+        return plan
+    compiled = isinstance(layout_attention_fwd_kernel, triton.JITFunction)
+    packed = packed_plan(q, k, v, strength, k_order, seqlens_k, plan, compiled)
+    return plan._replace(specialised=packed)
 
 
 def plan_bwd(
@@ -268,8 +273,9 @@ def _fwd_launch(q: Tensor, k: Tensor, ordered: bool) -> autotune.Launch:
     def launch(config: configs.Config) -> Callable[[], object]:
         blocks = config.BLOCK_M, config.BLOCK_N
         lists = () if row else tile_lists(*inputs[3:5], *orders, *blocks)
-        arguments = (*inputs, "range", scale, *orders, *lists)
-        return lambda: layout_attention_fwd(*arguments, config=config)
+        arguments = (*inputs, "range", scale, *orders, *(lists or (None,) * 3))
+        plan = plan_fwd(*arguments, config=config)  # not a part of what is measured
+        return lambda: layout_attention_fwd(*arguments, plan=plan)
 
     return launch
 
@@ -277,8 +283,13 @@ def _fwd_launch(q: Tensor, k: Tensor, ordered: bool) -> autotune.Launch:
 def _bwd_launch(q: Tensor, k: Tensor, pair: Callable[[configs.Config], tuple]) -> autotune.Launch:
     inputs, scale = autotune.example(q, k), q.shape[3] ** -0.5
     out, _, stats = layout_attention_fwd(*inputs, "range", scale)
-    arguments = (out, None, *inputs, out, stats, "range", scale)
-    return lambda config: lambda: layout_attention_bwd(*arguments, config=pair(config))
+    arguments = (out, None, *inputs, out, stats, "range", scale, None, None)
+
+    def launch(config: configs.Config) -> Callable[[], object]:
+        plan = plan_bwd(*arguments, config=pair(config))
+        return lambda: layout_attention_bwd(*arguments, plan=plan)
+
+    return launch
 
 
 def fwd_tiles(q: Tensor, k: Tensor, ordered: bool = False) -> configs.Config | None:

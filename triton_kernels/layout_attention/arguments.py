@@ -12,12 +12,28 @@ from torch import Tensor
 
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
-from dense_attn.triton_kernels.parts import head_parts
+from dense_attn.triton_kernels.parts import head_parts, next_power_of_2
 
 Sizes = tuple[int, ...]
 Strides = tuple[int | tl.constexpr, ...]
 Room = tuple[Sizes, Sizes]  # the shape and the strides of a tensor that is to be made
 _GRAIN, _ONE = tl.constexpr(configs.GRAIN), tl.constexpr(1)
+
+
+class PackedPlan(NamedTuple):
+    """The consequences of a forward call's form where warps are specialised, and keys and values
+    come through tensor maps.
+    """
+
+    in_place: bool  # whether maps can be of keys and values that begin at a multiple of 16 bytes
+    packed: Room  # of keys and values in the order of visits
+    plain: Room | None  # of which tiles of queries have no strength
+    map: tuple[list[int], list[int], list[int]]  # its shape, strides and box
+    grids: tuple[tuple[int, int], tuple[int]]  # of the kernel that packs, and of the other
+    pack_sizes: Sizes
+    pack_options: dict[str, object]
+    sizes: Sizes
+    options: dict[str, object]
 
 
 class FwdPlan(NamedTuple):
@@ -36,6 +52,7 @@ class FwdPlan(NamedTuple):
     parked: Room | None = None  # of what waits in memory for the end of the kernel
     constants: dict[str, object] | None = None
     options: dict[str, object] | None = None  # these, and those of the configuration
+    specialised: PackedPlan | None = None
 
 
 class BwdPlan(NamedTuple):
@@ -95,6 +112,45 @@ def fwd_plan(
         parked=parked,
         constants=constants,
         options=constants | config.launch,
+    )
+
+
+def packed_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    strength: Tensor | None,
+    k_order: Tensor | None,
+    seqlens_k: Tensor | None,
+    plan: FwdPlan,
+    compiled: bool,
+) -> PackedPlan:
+    """The plan of a call's specialised warps, from its own."""
+    (batch, key_heads, seqlen_k, head_dim), seqlen_q = k.shape, q.shape[2]
+    config, constants, key_index = plan.config, plan.constants, batch * key_heads
+    padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
+    if key_index * padded >= 2**31:  # a place in a tensor map is an int32
+        raise ValueError(
+            f"k must have fewer than 2**31 tokens in all heads, got {key_index * padded}"
+        )
+    part, ends = max(16, next_power_of_2(head_dim)), padded != seqlen_k or seqlens_k is not None
+    plain = None
+    if strength is not None and constants["MODULATION"] != "mask":
+        plain = _room(batch * q.shape[1], -(-seqlen_q // config.BLOCK_M))
+    own = {name: constants[name] for name in ("NEGATE", "MODULATION", "HEAD_DIM")}
+    group = {"GROUP": q.shape[1] // key_heads}
+    sizes = {"HEAD_DIM": head_dim, "PART": part}
+    ways = {"PART": part, "STAGES": config.num_stages, "ENDS": ends, "COMPILED": compiled}
+    return PackedPlan(
+        in_place=k_order is None and not ends and k.is_contiguous() and v.is_contiguous(),
+        packed=_room(2, key_index * padded, head_dim),
+        plain=plain,
+        map=([key_index * padded, head_dim], [head_dim, 1], [config.BLOCK_N, part]),
+        grids=((key_index * padded // config.BLOCK_N, 2), plan.grid),
+        pack_sizes=(key_heads, seqlen_q, seqlen_k, padded),
+        pack_options=sizes | {"BLOCK_M": config.BLOCK_M, "BLOCK": config.BLOCK_N} | group,
+        sizes=(*plan.sizes, padded),
+        options=own | group | ways | config.launch,
     )
 
 

@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dense_attn.triton_kernels.configs import Config
+from dense_attn.triton_kernels.layout_attention.arguments import PackedPlan
 from dense_attn.triton_kernels.layout_attention.fwd_mixed import attend_mixed, softmax_weights
 from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, of_samples, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
 from dense_attn.triton_kernels.layout_attention.tiles import keys_of
-from dense_attn.triton_kernels.parts import next_power_of_2
 from dense_attn.triton_kernels.primitives import (
     LOG2_E,
     head_of,
@@ -275,53 +274,25 @@ def layout_attention_specialised_fwd_kernel(
 
 def launch(
     inputs: tuple,  # q, k and v as kernels take them, and the words of q's tokens
-    visits: tuple,  # both orders, strengths, and lists of config's tiles
+    visits: tuple,  # both orders, strengths, and lists of the configuration's tiles
     results: tuple,
-    numbers: tuple[int, int, int, float],  # heads, queries, keys, and the scale's size
-    constants: dict[str, object],
+    sm_scale: float,
+    plan: PackedPlan,
     counts: dict[str, tuple[Tensor, int]],  # how many keys of a sample are there, or nothing
-    config: Config,
 ) -> None:
-    """Pack the keys and values, and attend to them."""
+    """Pack the keys and values, unless they lie as maps take them, and attend to them."""
     rows, keys, values, words = inputs
     q_order, k_order, strength, *lists = visits
-    num_heads, seqlen_q, seqlen_k, sm_scale = numbers
-    index, key_heads = rows[0].shape[0] * num_heads, keys[0].shape[1]
-    key_index = rows[0].shape[0] * key_heads
-    padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
-    if key_index * padded >= 2**31:  # a place in a tensor map is an int32
-        raise ValueError(
-            f"k must have fewer than 2**31 tokens in all heads, got {key_index * padded}"
-        )
-    head_dim = constants["HEAD_DIM"]
-    part = max(16, next_power_of_2(head_dim))
-    query_tiles, plain = -(-seqlen_q // config.BLOCK_M), None
-    ends = padded != seqlen_k or bool(counts)
-    if k_order is None and not ends and _dense(keys[0]) and _dense(values[0]):
-        packed = [x[0].view(key_index * seqlen_k, head_dim) for x in (keys, values)]
-    else:
-        packed = keys[0].new_empty((2, key_index * padded, head_dim))
-        if strength[0] is not None and constants["MODULATION"] != "mask":
-            plain = packed.new_empty((index, query_tiles), dtype=torch.uint8)
-        sizes = {"HEAD_DIM": head_dim, "PART": part, "BLOCK_M": config.BLOCK_M}
-        sizes |= {"GROUP": num_heads // key_heads}
-        tensors = (keys, values, k_order, packed, q_order, strength, plain)
-        packed_rows_kernel[(key_index * padded // config.BLOCK_N, 2)](
-            *tensors, key_heads, seqlen_q, seqlen_k, padded, **sizes, BLOCK=config.BLOCK_N, **counts
-        )
-    box = [config.BLOCK_N, part]
-    maps = [TensorDescriptor(x, list(x.shape), [head_dim, 1], box) for x in packed]
-    own = {"NEGATE", "MODULATION", "HEAD_DIM", "GROUP"}
+    sources, plain = (keys[0], values[0]), None
+    if not plan.in_place or sources[0].data_ptr() % 16 or sources[1].data_ptr() % 16:
+        packed = sources[0].new_empty_strided(*plan.packed)
+        if plan.plain is not None:
+            plain = packed.new_empty_strided(*plan.plain, dtype=torch.uint8)
+        tensors = keys, values, k_order, packed, q_order, strength, plain
+        packed_rows_kernel[plan.grids[0]](*tensors, *plan.pack_sizes, **plan.pack_options, **counts)
+        sources = packed, packed[1]
+    maps = [TensorDescriptor(x, *plan.map) for x in sources]
     tensors = (rows, *maps, words, q_order, strength, plain, *lists, *results)
-    kernel = layout_attention_specialised_fwd_kernel
-    compiled = isinstance(kernel, triton.JITFunction)
-    ways = {"PART": part, "STAGES": config.num_stages, "ENDS": ends, "COMPILED": compiled}
-    ways |= {name: value for name, value in constants.items() if name in own} | counts
-    kernel[(index * query_tiles,)](
-        *tensors, num_heads, seqlen_q, seqlen_k, padded, sm_scale, **ways, **config.launch
+    layout_attention_specialised_fwd_kernel[plan.grids[1]](
+        *tensors, *plan.sizes, sm_scale, **plan.options, **counts
     )
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether a tensor map can be of x as it lies in memory."""
-    return x.is_contiguous() and x.data_ptr() % 16 == 0
