@@ -16,6 +16,7 @@ from dense_attn import layout_attention, reference
 from dense_attn._backends import triton
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
+from dense_attn.triton_kernels.layout_attention import fwd_specialised
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = DEVICES["triton"]
@@ -112,6 +113,37 @@ def test_tiles_without_strength_are_known(
     places = orders[0].long().expand(2, 2, -1)
     plain = torch.ones_like(some).scatter(2, places, ~torch.cat(tiles, 2))
     assert torch.equal(alike, plain)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="small tiles, and float32")
+def test_keys_are_packed_where_no_map_can_be_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a tensor begins is no part of a call's form: one plan serves both."""
+    for name in ("ROW_KEYS", "PACKED_KEYS"):
+        monkeypatch.setattr(configs, name, 0)
+    config = replace(configs.INTERPRETED, specialised=True)
+    monkeypatch.setattr(configs, "INTERPRETED", config)
+    inputs = make_inputs(Case("whole-tiles", (1, 2, 70, 64, 16), words="runs"), torch.float32)
+    rest = (inputs.q_regions, inputs.k_regions, inputs.strength.expand(1, 2, 70))
+    rest += ("range", 0.25, None, None, *NO_LISTS)
+    launched, kind = [], type(fwd_specialised.packed_rows_kernel)
+
+    def noted(kernel: object, *given: object, **named: object) -> None:
+        launched.append(kernel.__name__)
+        run_kernel(kernel, *given, **named)
+
+    run_kernel = kind.run
+    monkeypatch.setattr(kind, "run", noted)
+    expected = triton.layout_attention_fwd(inputs.q, inputs.k, inputs.v, *rest)
+    assert "packed_rows_kernel" not in launched
+    for name in ("k", "v"):
+        tensors = {"k": inputs.k, "v": inputs.v}
+        like = tensors[name]
+        tensors[name] = like.new_empty(like.numel() + 1)[1:].view(like.shape).copy_(like)
+        launched.clear()
+        got = triton.layout_attention_fwd(inputs.q, *tensors.values(), *rest)
+        assert "packed_rows_kernel" in launched
+        for a, b in zip(got, expected):
+            assert torch.equal(a, b), name
 
 
 def row_call(seqlen_k: int, modulation: str) -> tuple[object, ...]:

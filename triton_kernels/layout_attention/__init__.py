@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 from dense_attn.triton_kernels import autotune, configs
@@ -195,9 +194,7 @@ def plan_fwd(
     plan = fwd_plan(q, k, v, strength, tokens, *how, config)
     if config is None or plan.row or not config.specialised:
         return plan
-    compiled = isinstance(layout_attention_fwd_kernel, triton.JITFunction)
-    packed = packed_plan(q, k, v, strength, k_order, seqlens_k, plan, compiled)
-    return plan._replace(specialised=packed)
+    return plan._replace(specialised=packed_plan(q, k, v, strength, k_order, seqlens_k, plan))
 
 
 def plan_bwd(
@@ -272,8 +269,8 @@ def _fwd_launch(q: Tensor, k: Tensor, ordered: bool) -> autotune.Launch:
 
     def launch(config: configs.Config) -> Callable[[], object]:
         blocks = config.BLOCK_M, config.BLOCK_N
-        lists = () if row else tile_lists(*inputs[3:5], *orders, *blocks)
-        arguments = (*inputs, "range", scale, *orders, *(lists or (None,) * 3))
+        lists = (None,) * 3 if row else tile_lists(*inputs[3:5], *orders, *blocks)
+        arguments = (*inputs, "range", scale, *orders, *lists)
         plan = plan_fwd(*arguments, config=config)  # not a part of what is measured
         return lambda: layout_attention_fwd(*arguments, plan=plan)
 

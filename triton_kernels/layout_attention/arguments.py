@@ -26,8 +26,8 @@ class PackedPlan(NamedTuple):
     """
 
     in_place: bool  # whether maps can be of keys and values that begin at a multiple of 16 bytes
-    packed: Room  # of keys and values in the order of visits
-    plain: Room | None  # of which tiles of queries have no strength
+    packed: Room  # else: of keys and values in the order of visits
+    plain: Room | None  # else: of what tells tiles of queries without strength
     map: tuple[list[int], list[int], list[int]]  # its shape, strides and box
     grids: tuple[tuple[int, int], tuple[int]]  # of the kernel that packs, and of the other
     pack_sizes: Sizes
@@ -50,8 +50,7 @@ class FwdPlan(NamedTuple):
     tokens: tuple[Strides | None, ...] = ()  # of the words, the orders and the lists
     strength: Strides | None = None
     parked: Room | None = None  # of what waits in memory for the end of the kernel
-    constants: dict[str, object] | None = None
-    options: dict[str, object] | None = None  # these, and those of the configuration
+    options: dict[str, object] | None = None  # constants, and those of the configuration
     specialised: PackedPlan | None = None
 
 
@@ -110,7 +109,6 @@ def fwd_plan(
         tokens=tuple(map(_of_tokens, tokens)),
         strength=_of_rows(strength),
         parked=parked,
-        constants=constants,
         options=constants | config.launch,
     )
 
@@ -123,34 +121,30 @@ def packed_plan(
     k_order: Tensor | None,
     seqlens_k: Tensor | None,
     plan: FwdPlan,
-    compiled: bool,
 ) -> PackedPlan:
-    """The plan of a call's specialised warps, from its own."""
-    (batch, key_heads, seqlen_k, head_dim), seqlen_q = k.shape, q.shape[2]
-    config, constants, key_index = plan.config, plan.constants, batch * key_heads
+    """What a call's plan has beside the rest where warps are specialised."""
+    (batch, key_heads, seqlen_k, head_dim), seqlen_q, config = k.shape, q.shape[2], plan.config
     padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
-    if key_index * padded >= 2**31:  # a place in a tensor map is an int32
-        raise ValueError(
-            f"k must have fewer than 2**31 tokens in all heads, got {key_index * padded}"
-        )
-    part, ends = max(16, next_power_of_2(head_dim)), padded != seqlen_k or seqlens_k is not None
-    plain = None
-    if strength is not None and constants["MODULATION"] != "mask":
+    tokens = batch * key_heads * padded
+    if tokens >= 2**31:  # a place in a tensor map is an int32
+        raise ValueError(f"k must have fewer than 2**31 tokens in all heads, got {tokens}")
+    ends, plain = padded != seqlen_k or seqlens_k is not None, None
+    if strength is not None and plan.options["MODULATION"] != "mask":
         plain = _room(batch * q.shape[1], -(-seqlen_q // config.BLOCK_M))
-    own = {name: constants[name] for name in ("NEGATE", "MODULATION", "HEAD_DIM")}
-    group = {"GROUP": q.shape[1] // key_heads}
-    sizes = {"HEAD_DIM": head_dim, "PART": part}
-    ways = {"PART": part, "STAGES": config.num_stages, "ENDS": ends, "COMPILED": compiled}
+    part = max(16, next_power_of_2(head_dim))
+    both = {"HEAD_DIM": head_dim, "PART": part, "GROUP": q.shape[1] // key_heads}
+    own = {name: plan.options[name] for name in ("MODULATION", "NEGATE")}
+    ways = {"STAGES": config.num_stages, "ENDS": ends, "COMPILED": not configs.interpreted()}
     return PackedPlan(
         in_place=k_order is None and not ends and k.is_contiguous() and v.is_contiguous(),
-        packed=_room(2, key_index * padded, head_dim),
+        packed=_room(2, tokens, head_dim),
         plain=plain,
-        map=([key_index * padded, head_dim], [head_dim, 1], [config.BLOCK_N, part]),
-        grids=((key_index * padded // config.BLOCK_N, 2), plan.grid),
+        map=([tokens, head_dim], [head_dim, 1], [config.BLOCK_N, part]),
+        grids=((tokens // config.BLOCK_N, 2), plan.grid),
         pack_sizes=(key_heads, seqlen_q, seqlen_k, padded),
-        pack_options=sizes | {"BLOCK_M": config.BLOCK_M, "BLOCK": config.BLOCK_N} | group,
+        pack_options=both | {"BLOCK_M": config.BLOCK_M, "BLOCK": config.BLOCK_N},
         sizes=(*plan.sizes, padded),
-        options=own | group | ways | config.launch,
+        options=both | own | ways | config.launch,
     )
 
 
