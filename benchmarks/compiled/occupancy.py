@@ -56,8 +56,9 @@ def waves(
 
 def _runs(workload: Workload, kernel: str) -> bool:
     """Whether a workload launches the kernel: few keys have a forward kernel of their own."""
-    few_keys = workload.kind == "cross"
-    return {"fwd": not few_keys, "row_fwd": few_keys}.get(kernel, True)
+    if not kernel.endswith("fwd"):
+        return True
+    return (workload.kind == "cross") == (kernel == "row_fwd")
 
 
 def _programs(workload: Workload, kernel: str, tile: tuple[int, int]) -> int:

@@ -178,6 +178,9 @@ def test_waves_by_hand() -> None:
     expected = {"sd15-self-64": 2 * 8 * 32, "sd15-cross-64": 2 * 8}
     assert found == {name: round(count / 264, 2) for name, count in expected.items()}
     assert list(occupancy.waves("sm_80", "row_fwd", 40, (128, 128), 1)) == ["sd15-cross-64"]
+    several = occupancy.waves("sm_90", "specialised_fwd", 64, (128, 128), 1)
+    assert several
+    assert not any("cross" in name for name in several)
 
 
 def test_waves_are_of_what_a_gpu_runs() -> None:
