@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels.layout_attention.records import NUMBERS, PLACES, STATS
@@ -28,7 +29,7 @@ class PackedPlan(NamedTuple):
     in_place: bool  # whether maps can be of keys and values that begin at a multiple of 16 bytes
     packed: Room  # else: of keys and values in the order of visits
     plain: Room | None  # else: of what tells tiles of queries without strength
-    map: tuple[list[int], list[int], list[int]]  # its shape, strides and box
+    map: TensorDescriptor  # like those of keys and values, but of no memory
     grids: tuple[tuple[int, int], tuple[int]]  # of the kernel that packs, and of the other
     pack_sizes: Sizes
     pack_options: dict[str, object]
@@ -131,15 +132,16 @@ def packed_plan(
     ends, plain = padded != seqlen_k or seqlens_k is not None, None
     if strength is not None and plan.options["MODULATION"] != "mask":
         plain = _room(batch * q.shape[1], -(-seqlen_q // config.BLOCK_M))
-    part = max(16, next_power_of_2(head_dim))
+    part, packed = max(16, next_power_of_2(head_dim)), _room(2, tokens, head_dim)
+    whole, box = k.new_empty_strided(*packed, device="meta"), [config.BLOCK_N, part]
     both = {"HEAD_DIM": head_dim, "PART": part, "GROUP": q.shape[1] // key_heads}
     own = {name: plan.options[name] for name in ("MODULATION", "NEGATE")}
     ways = {"STAGES": config.num_stages, "ENDS": ends, "COMPILED": not configs.interpreted()}
     return PackedPlan(
         in_place=k_order is None and not ends and k.is_contiguous() and v.is_contiguous(),
-        packed=_room(2, tokens, head_dim),
+        packed=packed,
         plain=plain,
-        map=([tokens, head_dim], [head_dim, 1], [config.BLOCK_N, part]),
+        map=TensorDescriptor(whole, [tokens, head_dim], [head_dim, 1], box),
         grids=((tokens // config.BLOCK_N, 2), plan.grid),
         pack_sizes=(key_heads, seqlen_q, seqlen_k, padded),
         pack_options=both | {"BLOCK_M": config.BLOCK_M, "BLOCK": config.BLOCK_N},
