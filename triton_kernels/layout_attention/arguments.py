@@ -123,7 +123,7 @@ def packed_plan(
     seqlens_k: Tensor | None,
     plan: FwdPlan,
 ) -> PackedPlan:
-    """What a call's plan has beside the rest where warps are specialised."""
+    """The part of a call's plan that is for specialised warps, from the rest of it."""
     (batch, key_heads, seqlen_k, head_dim), seqlen_q, config = k.shape, q.shape[2], plan.config
     padded = -(-seqlen_k // config.BLOCK_N) * config.BLOCK_N
     tokens = batch * key_heads * padded
