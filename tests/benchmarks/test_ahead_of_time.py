@@ -207,7 +207,7 @@ def test_tokens_that_no_tensor_map_can_hold_are_refused() -> None:
     with ahead_of_time.compiled("sm_90") as launches:
         fewer, rest = k[:, :, 129:], (words[:4096], words[129:], *call[2:])
         plan = layout_attention.plan_fwd(q, fewer, fewer, *rest, *[None] * 5)
-        assert plan.specialised.sizes == (8, 4096, (1 << 19) - 129, (1 << 19) - 128)
+        assert plan.specialised.pack_sizes == (8, 4096, (1 << 19) - 129, (1 << 19) - 128)
         with pytest.raises(ValueError, match=r"k must have fewer than 2\*\*31 tokens.*, got 2147"):
             layout_attention.layout_attention_fwd(q, k, k, *call)
     assert launches == []

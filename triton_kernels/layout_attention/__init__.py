@@ -78,7 +78,7 @@ def layout_attention_fwd(
         lists = map(at, (tiles, counts, k_words), tokens[4:])
     visits = (at(q_order, tokens[2]), at(k_order, tokens[3]), strengths, *lists)
     if plan.specialised is not None:
-        fwd_specialised.launch(inputs, visits, results, abs(scale), plan.specialised, there)
+        fwd_specialised.launch(inputs, visits, results, abs(scale), plan, there)
         return out, lse, stats
     parked = plan.parked and new(*plan.parked, dtype=torch.float32)
     tensors = (*inputs, *visits, *results, parked)

@@ -22,18 +22,17 @@ _GRAIN, _ONE = tl.constexpr(configs.GRAIN), tl.constexpr(1)
 
 
 class PackedPlan(NamedTuple):
-    """The consequences of a forward call's form where warps are specialised, and keys and values
-    come through tensor maps.
+    """The part of a `FwdPlan` for specialised warps, to which keys and values come through tensor
+    maps.
     """
 
     in_place: bool  # whether maps can be of keys and values that begin at a multiple of 16 bytes
     packed: Room  # else: of keys and values in the order of visits
     plain: Room | None  # else: of what tells tiles of queries without strength
     map: TensorDescriptor  # like those of keys and values, but of no memory
-    grids: tuple[tuple[int, int], tuple[int]]  # of the kernel that packs, and of the other
-    pack_sizes: Sizes
+    pack_grid: tuple[int, int]
+    pack_sizes: Sizes  # heads of k, M, N, and N up to a whole tile
     pack_options: dict[str, object]
-    sizes: Sizes
     options: dict[str, object]
 
 
@@ -142,10 +141,9 @@ def packed_plan(
         packed=packed,
         plain=plain,
         map=TensorDescriptor(whole, [tokens, head_dim], [head_dim, 1], box),
-        grids=((tokens // config.BLOCK_N, 2), plan.grid),
+        pack_grid=(tokens // config.BLOCK_N, 2),
         pack_sizes=(key_heads, seqlen_q, seqlen_k, padded),
         pack_options=both | {"BLOCK_M": config.BLOCK_M, "BLOCK": config.BLOCK_N},
-        sizes=(*plan.sizes, padded),
         options=both | own | ways | config.launch,
     )
 

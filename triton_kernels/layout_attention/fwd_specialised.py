@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dense_attn.triton_kernels.layout_attention.arguments import PackedPlan
+from dense_attn.triton_kernels.layout_attention.arguments import FwdPlan
 from dense_attn.triton_kernels.layout_attention.fwd_mixed import attend_mixed, softmax_weights
 from dense_attn.triton_kernels.layout_attention.fwd_steps import LEAST_FACTOR, of_samples, shares_of
 from dense_attn.triton_kernels.layout_attention.records import store_stats
@@ -277,24 +277,24 @@ def launch(
     visits: tuple,  # both orders, strengths, and lists of the configuration's tiles
     results: tuple,
     sm_scale: float,
-    plan: PackedPlan,
+    plan: FwdPlan,
     counts: dict[str, tuple[Tensor, int]],  # how many keys of a sample are there, or nothing
 ) -> None:
     """Pack the keys and values, unless they lie as maps take them, and attend to them."""
     rows, keys, values, words = inputs
     q_order, k_order, strength, *lists = visits
-    sources, plain = (keys[0], values[0]), None
-    if not plan.in_place or sources[0].data_ptr() % 16 or sources[1].data_ptr() % 16:
-        packed = sources[0].new_empty_strided(*plan.packed)
-        if plan.plain is not None:
-            plain = packed.new_empty_strided(*plan.plain, dtype=torch.uint8)
+    sources, plain, own = (keys[0], values[0]), None, plan.specialised
+    if not own.in_place or sources[0].data_ptr() % 16 or sources[1].data_ptr() % 16:
+        packed = sources[0].new_empty_strided(*own.packed)
+        if own.plain is not None:
+            plain = packed.new_empty_strided(*own.plain, dtype=torch.uint8)
         tensors = keys, values, k_order, packed, q_order, strength, plain
-        packed_rows_kernel[plan.grids[0]](*tensors, *plan.pack_sizes, **plan.pack_options, **counts)
+        packed_rows_kernel[own.pack_grid](*tensors, *own.pack_sizes, **own.pack_options, **counts)
         sources = packed, packed[1]
-    maps = [_map_of(x, plan.map) for x in sources]
+    maps = [_map_of(x, own.map) for x in sources]
     tensors = (rows, *maps, words, q_order, strength, plain, *lists, *results)
-    layout_attention_specialised_fwd_kernel[plan.grids[1]](
-        *tensors, *plan.sizes, sm_scale, **plan.options, **counts
+    layout_attention_specialised_fwd_kernel[plan.grid](
+        *tensors, *plan.sizes, own.pack_sizes[-1], sm_scale, **own.options, **counts
     )
 
 
