@@ -27,7 +27,8 @@ class PackedPlan(NamedTuple):
     """
 
     in_place: bool  # whether maps can be of keys and values that begin at a multiple of 16 bytes
-    packed: Room  # else: of keys and values in the order of visits
+    packed: Room  # else: of keys, and of values, in the order of visits
+    words: Room | None  # of the keys' words up to a whole tile, where the keys end within one
     plain: Room | None  # else: of what tells tiles of queries without strength
     map: TensorDescriptor  # like those of keys and values, but of no memory
     pack_grid: tuple[int, int]
@@ -131,7 +132,7 @@ def packed_plan(
     ends, plain = padded != seqlen_k or seqlens_k is not None, None
     if strength is not None and plan.options["MODULATION"] != "mask":
         plain = _room(batch * q.shape[1], -(-seqlen_q // config.BLOCK_M))
-    part, packed = max(16, next_power_of_2(head_dim)), _room(2, tokens, head_dim)
+    part, packed = max(16, next_power_of_2(head_dim)), _room(tokens, head_dim)
     whole, box = k.new_empty_strided(*packed, device="meta"), [config.BLOCK_N, part]
     both = {"HEAD_DIM": head_dim, "PART": part, "GROUP": q.shape[1] // key_heads}
     own = {name: plan.options[name] for name in ("MODULATION", "NEGATE")}
@@ -139,6 +140,7 @@ def packed_plan(
     return PackedPlan(
         in_place=k_order is None and not ends and k.is_contiguous() and v.is_contiguous(),
         packed=packed,
+        words=_room(batch, padded) if ends else None,
         plain=plain,
         map=TensorDescriptor(whole, [tokens, head_dim], [head_dim, 1], box),
         pack_grid=(tokens // config.BLOCK_N, 2),

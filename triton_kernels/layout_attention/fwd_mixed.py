@@ -37,7 +37,7 @@ def softmax_weights(before, row_max, scores, factor):
 
 
 @triton.jit
-def _absorb(state, scores, values, factor):
+def _absorb(state, scores, values, exist, factor, ENDS: tl.constexpr):
     """Online softmax over a tile of scores, the sums of weights in equal columns by the matrix unit
     or a number a row.
     """
@@ -46,9 +46,11 @@ def _absorb(state, scores, values, factor):
     weights, alpha = softmax_weights(before, row_max, scores, factor)
     halves = weights.to(values.dtype)
     if len(sums.shape) == 1:
+        weights = weights * tl.where(exist, 1.0, 0.0)[None, :] if ENDS else weights
         sums = sums * alpha + tl.sum(weights, 1)
     else:
         ones = tl.full([weights.shape[1], COLUMNS], 1.0, values.dtype)
+        ones = tl.where(exist[:, None], ones, 0.0) if ENDS else ones
         # No sum, which would join the product: columns that nobody reads are then not scaled.
         sums = tl.fma(sums, tl.broadcast_to(alpha[:, None], sums.shape), tl.dot(halves, ones))
     acc = tl.dot(halves, values, acc * alpha[:, None])
@@ -109,7 +111,6 @@ def attend_mixed(
     tiles,
     count,
     seqlen_k,
-    plain,
     ENDS: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
@@ -122,22 +123,17 @@ def attend_mixed(
     out_max, out_sum, out_acc = others
     in_sums, out_sums = _columns(in_sum, rows.shape[1]), _columns(out_sum, rows.shape[1])
     low = tl.full([rows.shape[0]], float("inf"), tl.float32)
-    for place in tl.range(0, count, warp_specialize=True, num_stages=2):
-        first = tl.where(plain, seqlen_k // BLOCK_N, tl.load(tiles + place)) * BLOCK_N
+    for place in tl.range(0, count, warp_specialize=True, num_stages=3):
+        first = tl.load(tiles + place) * BLOCK_N
         places = first + tl.arange(0, BLOCK_N)
         exist = places < seqlen_k
-        words = _words_at(key_words, tl.minimum(places, seqlen_k - 1) if ENDS else places, COMPILED)
-        if ENDS:
-            words = tl.where(exist, words, 0)
+        words = _words_at(key_words, places, COMPILED)
         raw = tl.dot(rows, keys.load([first_row + first, 0]).T)
         inside = _where_met(raw, float("-inf"), row_words, words, COMPILED)
         outside = _where_met(float("-inf"), raw, row_words, words, COMPILED)
-        if ENDS:
-            outside = tl.where(exist[None, :], outside, float("-inf"))
-            raw = tl.where(exist[None, :], raw, float("inf"))
         low = tl.minimum(low, tl.min(raw, 1))
         own = values.load([first_row + first, 0])
-        in_max, in_sums, in_acc = _absorb((in_max, in_sums, in_acc), inside, own, factor)
-        out_max, out_sums, out_acc = _absorb((out_max, out_sums, out_acc), outside, own, factor)
+        in_max, in_sums, in_acc = _absorb((in_max, in_sums, in_acc), inside, own, exist, factor, ENDS)
+        out_max, out_sums, out_acc = _absorb((out_max, out_sums, out_acc), outside, own, exist, factor, ENDS)
     in_sum, out_sum = _of_columns(in_sums), _of_columns(out_sums)
     return (in_max, in_sum, in_acc), (out_max, out_sum, out_acc), low

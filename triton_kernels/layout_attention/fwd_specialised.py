@@ -35,6 +35,7 @@ from dense_attn.triton_kernels.primitives import (
     tile_in_turn,
     tile_of_program,
     tokens_at,
+    tokens_of,
     words_at,
 )
 
@@ -53,7 +54,10 @@ def packed_rows_kernel(
     k,
     v,
     order,
-    packed_ptr,  # [2, B*H, padded, D]
+    keys_ptr,  # [B*H, padded, D]
+    values_ptr,
+    visited,
+    words_ptr,  # int32 [B, padded]; or None where the keys end with a tile
     # of queries: which tiles [B*H, query tiles] have no strength
     q_order,
     strength,
@@ -69,11 +73,11 @@ def packed_rows_kernel(
     GROUP: tl.constexpr = 1,
     seqlens=None,
 ):
-    """Rows of keys (programs 0 of the second axis) or values in the order of visits, then rows of
-    zeros; beside keys which tiles of queries have no strength in any row.
+    """Rows of keys (programs 0 of the second axis) or values in the order of visits; behind the
+    end copies of the last key with its word, which change no extreme, and values of zeros; beside
+    keys which tiles of queries have no strength in any row.
     """
     index, tile, batch, head = tile_of_program(num_heads, padded, BLOCK)
-    tokens, exist = tokens_at(tile * BLOCK, order, batch, seqlen, BLOCK)
     if plain_ptr is not None and tl.program_id(1) == 0:
         query_tiles = tl.cdiv(seqlen_q, BLOCK_M)
         for of in range(tile, GROUP * query_tiles, tl.cdiv(padded, BLOCK)):
@@ -84,17 +88,22 @@ def packed_rows_kernel(
             some = load_numbers(strength, batch, own, queries, there) != 0
             plain = 1 - tl.max(some.to(tl.int32), 0)
             tl.store(plain_ptr + index * GROUP * query_tiles + of, plain)
-    if seqlens is not None:
-        exist = tile * BLOCK + tl.arange(0, BLOCK) < keys_of(seqlens, batch, seqlen)
-    base, stride = head_of(k, batch, head), row_stride(k)
-    if tl.program_id(1) == 1:
-        base, stride = head_of(v, batch, head), row_stride(v)
-        index += tl.num_programs(0) // tl.cdiv(padded, BLOCK)
-    rows = load_part(base, stride, tokens, exist, 0, PART, HEAD_DIM)
     places = tile * BLOCK + tl.arange(0, BLOCK)
-    at, there = part_of(
-        packed_ptr + index * padded * HEAD_DIM, HEAD_DIM, places, places < padded, 0, PART, HEAD_DIM
-    )
+    keys_there = keys_of(seqlens, batch, seqlen)
+    exist = places < keys_there
+    within = tl.minimum(places, tl.maximum(keys_there - 1, 0))
+    if words_ptr is not None and (head == 0) & (tl.program_id(1) == 0):
+        words = tl.load(visited[0] + batch * visited[1] + within)
+        tl.store(words_ptr + batch * padded + places, words)
+    tokens, _ = tokens_of(within, order, batch, seqlen)
+    base, stride, to = head_of(k, batch, head), row_stride(k), keys_ptr
+    if tl.program_id(1) == 1:
+        base, stride, to = head_of(v, batch, head), row_stride(v), values_ptr
+    else:
+        exist = places < padded
+    rows = load_part(base, stride, tokens, exist, 0, PART, HEAD_DIM)
+    to += index * padded * HEAD_DIM
+    at, there = part_of(to, HEAD_DIM, places, places < padded, 0, PART, HEAD_DIM)
     tl.store(at, rows, mask=there)
 
 
@@ -173,7 +182,7 @@ def layout_attention_specialised_fwd_kernel(
     # [B|1, query tiles, 2, key tiles], [B|1, query tiles, 3], [B|1, keys]: `TileLists`
     tiles,
     counts,
-    visited,
+    visited,  # up to a whole tile
     out,
     lse_ptr,
     stats_ptr,
@@ -245,10 +254,9 @@ def layout_attention_specialised_fwd_kernel(
             factor,
             source,
             visited[0] + batch * visited[1],
-            listed + key_tiles,
+            listed + key_tiles + tl.where(plain, tl.load(count_at + 1) - ends, 0),
             population * tl.where(plain, ends, tl.load(count_at + 1)),
             keys_there,
-            plain,
             ENDS,
             COMPILED,
         )
@@ -281,18 +289,20 @@ def launch(
     counts: dict[str, tuple[Tensor, int]],  # how many keys of a sample are there, or nothing
 ) -> None:
     """Pack the keys and values, unless they lie as maps take them, and attend to them."""
-    rows, keys, values, words = inputs
+    rows, keys, values, words_of = inputs
     q_order, k_order, strength, *lists = visits
-    sources, plain, own = (keys[0], values[0]), None, plan.specialised
+    (*lists, visited), own = lists, plan.specialised
+    sources, plain = (keys[0], values[0]), None
     if not own.in_place or sources[0].data_ptr() % 16 or sources[1].data_ptr() % 16:
-        packed = sources[0].new_empty_strided(*own.packed)
-        if own.plain is not None:
-            plain = packed.new_empty_strided(*own.plain, dtype=torch.uint8)
-        tensors = keys, values, k_order, packed, q_order, strength, plain
+        sources = [x.new_empty_strided(*own.packed) for x in sources]
+        room = sources[0].new_empty_strided
+        words = None if own.words is None else room(*own.words, dtype=torch.int32)
+        plain = None if own.plain is None else room(*own.plain, dtype=torch.uint8)
+        tensors = keys, values, k_order, *sources, visited, words, q_order, strength, plain
         packed_rows_kernel[own.pack_grid](*tensors, *own.pack_sizes, **own.pack_options, **counts)
-        sources = packed, packed[1]
+        visited = visited if words is None else (words, *own.words[1])
     maps = [_map_of(x, own.map) for x in sources]
-    tensors = (rows, *maps, words, q_order, strength, plain, *lists, *results)
+    tensors = (rows, *maps, words_of, q_order, strength, plain, *lists, visited, *results)
     layout_attention_specialised_fwd_kernel[plan.grid](
         *tensors, *plan.sizes, own.pack_sizes[-1], sm_scale, **own.options, **counts
     )
