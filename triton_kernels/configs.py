@@ -94,13 +94,13 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys, then of both populations (by Triton 3.6): 241 (238) and 536 (507) at 64 columns,
-# plain attention 240 (230); 345 (351) and 734 (746) at 128, plain attention 376 (352). What spills
-# waits outside of the loops over whole tiles, but for 4 instructions of 482 at 64 columns by 3.9.
+# warp and 64 keys, then of both populations (by Triton 3.6): 249 (241) and 517 (505) at 64 columns,
+# plain attention 240 (230); 352 (352) and 750 (755) at 128, plain attention 376 (352). What spills
+# waits outside of the loops over whole tiles, but for 4 instructions of 497 at 64 columns by 3.9.
 # Heads of one part alone: 65 to 96 columns as one of 128 take 1,024 cycles, FORWARD's two 784 to
 # 828; above 128 two states fill the registers. A half tile would leave a group without rows.
-_NARROW = Config(128, 128, 4, 3, specialised=True, spills=592)  # 344 if the keys end with a tile
-_WIDE = Config(128, 64, 4, 3, specialised=True, spills=424)  # of 128 keys each round spills
+_NARROW = Config(128, 128, 4, 3, specialised=True, spills=336)  # 296 if the keys end with a tile
+_WIDE = Config(128, 64, 4, 3, specialised=True, spills=368)  # of 128 keys each round spills
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the

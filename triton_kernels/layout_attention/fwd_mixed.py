@@ -39,7 +39,7 @@ def softmax_weights(before, row_max, scores, factor):
 @triton.jit
 def _absorb(state, scores, values, exist, factor, ENDS: tl.constexpr):
     """Online softmax over a tile of scores, the sums of weights in equal columns by the matrix unit
-    or a number a row.
+    or a number a row. Copies behind the last key are left out of sums alone: their values are 0.
     """
     before, sums, acc = state
     row_max = tl.maximum(before, tl.max(scores, 1))
@@ -114,8 +114,8 @@ def attend_mixed(
     ENDS: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """States of both populations and smallest score over `count` listed tiles; where the keys end
-    within a tile, it is among them, and alone where all are plain.
+    """States of both populations and smallest score over `count` listed tiles. Where the keys end
+    within a tile, copies of the last fill it and its words, so that no score need be chosen.
     """
     keys, values, first_row = source
     BLOCK_N: tl.constexpr = keys.block_shape[0]
@@ -123,7 +123,8 @@ def attend_mixed(
     out_max, out_sum, out_acc = others
     in_sums, out_sums = _columns(in_sum, rows.shape[1]), _columns(out_sum, rows.shape[1])
     low = tl.full([rows.shape[0]], float("inf"), tl.float32)
-    for place in tl.range(0, count, warp_specialize=True, num_stages=3):
+    # Keys are 128 ahead, one tile of 128 or two of 64.
+    for place in tl.range(0, count, warp_specialize=True, num_stages=1 + 128 // BLOCK_N):
         first = tl.load(tiles + place) * BLOCK_N
         places = first + tl.arange(0, BLOCK_N)
         exist = places < seqlen_k
@@ -133,7 +134,11 @@ def attend_mixed(
         outside = _where_met(float("-inf"), raw, row_words, words, COMPILED)
         low = tl.minimum(low, tl.min(raw, 1))
         own = values.load([first_row + first, 0])
-        in_max, in_sums, in_acc = _absorb((in_max, in_sums, in_acc), inside, own, exist, factor, ENDS)
-        out_max, out_sums, out_acc = _absorb((out_max, out_sums, out_acc), outside, own, exist, factor, ENDS)
+        in_max, in_sums, in_acc = _absorb(
+            (in_max, in_sums, in_acc), inside, own, exist, factor, ENDS
+        )
+        out_max, out_sums, out_acc = _absorb(
+            (out_max, out_sums, out_acc), outside, own, exist, factor, ENDS
+        )
     in_sum, out_sum = _of_columns(in_sums), _of_columns(out_sums)
     return (in_max, in_sum, in_acc), (out_max, out_sum, out_acc), low

@@ -122,7 +122,9 @@ def _attend(rows, factor, source, tiles, count, plain, STAGES: tl.constexpr):
     most = tl.full([BLOCK_M], MINUS_INFINITY, tl.int32)
     least = tl.full([BLOCK_M], NO_NUMBER, tl.int32)
     most_unsigned = tl.full([BLOCK_M], INFINITY, tl.uint32)
-    for place in tl.range(0, count, warp_specialize=True, num_stages=STAGES):
+    # Of more keys what does not change stays in the loop: before it, it would spill.
+    MANY: tl.constexpr = BLOCK_N > APART_KEYS
+    for place in tl.range(0, count, warp_specialize=True, num_stages=STAGES, disable_licm=MANY):
         row = first_row + tl.where(plain, place, tl.load(tiles + place)) * keys.block_shape[0]
         raw = tl.dot(rows, keys.load([row, 0]).T)
         # One instruction compares three integers, but two floats.
@@ -132,12 +134,12 @@ def _attend(rows, factor, source, tiles, count, plain, STAGES: tl.constexpr):
         before = row_max
         row_max = tl.maximum(most.to(tl.float32, bitcast=True), least.to(tl.float32, bitcast=True))
         weights, alpha = softmax_weights(before, row_max, raw, factor)
+        own = values.load([row, 0])
+        acc = tl.dot(weights.to(own.dtype), own, acc * alpha[:, None])
         if BLOCK_N <= APART_KEYS:
             row_sum = row_sum * alpha[:, None] + weights
         else:
             row_sum = row_sum * alpha + tl.sum(weights, 1)
-        own = values.load([row, 0])
-        acc = tl.dot(weights.to(own.dtype), own, acc * alpha[:, None])
     if BLOCK_N <= APART_KEYS:
         row_sum = tl.sum(row_sum, 1)
     low = most_unsigned.to(tl.float32, bitcast=True)
@@ -233,6 +235,8 @@ def layout_attention_specialised_fwd_kernel(
     in_max, in_sum, in_acc = least, none, tl.zeros([BLOCK_M, PART], tl.float32)
     out_max, out_sum, out_acc = least, none, in_acc
     low = -least
+    in_doubt = tl.load(count_at + 1)
+    passed = tl.where(plain, in_doubt - ends, 0)  # the tile that the keys end in is the last
     for population in tl.range(0, 2):
         # A product, exact, since a choice of half floats takes a pair of registers apart.
         rows = rows * tl.where(factor < 0, -1.0, 1.0).to(rows.dtype)[:, None]
@@ -254,8 +258,8 @@ def layout_attention_specialised_fwd_kernel(
             factor,
             source,
             visited[0] + batch * visited[1],
-            listed + key_tiles + tl.where(plain, tl.load(count_at + 1) - ends, 0),
-            population * tl.where(plain, ends, tl.load(count_at + 1)),
+            listed + key_tiles + passed,
+            population * (in_doubt - passed),
             keys_there,
             ENDS,
             COMPILED,
