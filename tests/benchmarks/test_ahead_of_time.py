@@ -159,6 +159,17 @@ def test_wide_heads_issue_no_more_than_plain_attention() -> None:
     assert found["untested tile"]["bound"] == 1.0
 
 
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.full)])
+def test_keys_may_end_within_a_tile_of_groups_of_warps(head_dim: int) -> None:
+    """No round looks for the end, so that the bars hold as where tiles are whole."""
+    call = kernel_calls.Attention("sm_90", "fwd", head_dim)
+    ends = replace(call, seqlen=call.seqlen + 4)
+    rows = [row | call.facts for row in kernel_table.compile_call(ends, True) if "plain" in row]
+    found = {bar["what"]: bar for bar in bars.bars(rows)}
+    assert {bar["verdict"] for bar in found.values()} == {"holds"}
+    assert found["mixed tile"]["bound"] == bars.MIXED
+
+
 def test_warp_groups_are_in_the_machine_code() -> None:
     """The PTX calls them wgmma, the binary for sm_90 HGMMA."""
     with ahead_of_time.compiled("sm_90") as launches:
