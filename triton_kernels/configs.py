@@ -31,7 +31,7 @@ class Config:
     specialised: bool = False
     # Bytes a thread that may wait in local memory, for the reason beside the row.
     spills: int = 0
-    half_spills: int = 0  # with half tiles
+    half_spills: int | None = 0  # with half tiles, None where none are taken
 
     @cached_property
     def options(self) -> dict[str, int | bool]:
@@ -98,10 +98,11 @@ FORWARD: Table = {
 # plain attention 240 (230); 352 (352) and 750 (755) at 128, plain attention 376 (352). What spills
 # waits outside of the loops over whole tiles, but for 4 instructions of 497 at 64 columns by 3.9.
 # Heads of one part alone: 65 to 96 columns as one of 128 take 1,024 cycles, FORWARD's two 784 to
-# 828; above 128 two states fill the registers. A half tile would leave a group without rows.
+# 828; above 128 two states fill the registers. Half a tile leaves a group no rows: FORWARD's serve.
 _NARROW = Config(128, 128, 4, 3, specialised=True, spills=336)  # 296 if the keys end with a tile
 _WIDE = Config(128, 64, 4, 3, specialised=True, spills=368)  # of 128 keys each round spills
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
+_ORDINARY = {own: FORWARD[of][d] for of, rows in SPECIALISED.items() for d, own in rows.items()}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.
@@ -146,8 +147,8 @@ BACKWARD_KV: Table = {
         128: Config(32, 128, 8, 3),  # 64 rows spill 128 bytes
         160: Config(16, 128, 8, 3),  # 32 rows of 64 keys spill 80 bytes by Triton 3.6
         # By Triton 3.9 56 bytes, used outside of the loop; 64 keys spill none, and issue three
-        # times the instructions.
-        192: Config(16, 128, 8, 3),
+        # times the instructions; by half of the warps 80, 6 instructions of 344 in the loop.
+        192: Config(16, 128, 8, 3, half_spills=None),
         256: Config(16, 64, 8, 3),  # 48, as many as plain attention; 128 keys 536
     },
     "sm_100": {
@@ -262,20 +263,24 @@ def row_tile(seqlen_k: int) -> int:
     return next(keys for keys in ROW_TILES if seqlen_k <= keys)
 
 
-def filling(config: Config, seqlen_q: int, heads: int, processors: int) -> Config:
-    """A configuration with half of the rows and warps, where its tiles find a processor each, of
-    which whole tiles would leave half without one. A warp's part of a tile stays what it is.
+def filling(
+    config: Config, tokens: int, heads: int, processors: int, side: str = "BLOCK_M"
+) -> Config:
+    """A configuration with half of the rows, or of the keys, and warps, where its tiles find a
+    processor each, of which whole tiles would leave half without one; for specialised warps of the
+    ordinary kernel. A warp's part of a tile stays what it is.
     """
-    if config.BLOCK_M < 128 or config.num_warps < 8:  # 64 rows are four warps' product at least
-        return config
-    if heads * -(-2 * seqlen_q // config.BLOCK_M) > processors:
-        return config
-    return _half_tile(config)
+    whole = _ORDINARY.get(config, config)
+    rows = getattr(whole, side)
+    divides = min(rows // 16, whole.num_warps) >= 8  # into 64 rows, a warp a partition
+    fills = heads * -(-2 * tokens // rows) <= processors
+    taken = whole.half_spills is not None and divides and fills
+    return _half_tile(whole, side) if taken else config
 
 
 @lru_cache(maxsize=64)
-def _half_tile(config: Config) -> Config:
-    half = {"BLOCK_M": config.BLOCK_M // 2, "num_warps": config.num_warps // 2}
+def _half_tile(config: Config, side: str) -> Config:
+    half = {side: getattr(config, side) // 2, "num_warps": config.num_warps // 2}
     return replace(config, **half, spills=config.half_spills, half_spills=0)
 
 
@@ -289,17 +294,12 @@ def layout_attention_bwd(architecture: str, precision: str, head_dim: int) -> tu
     """The configurations of a backward call: of the pass over query tiles, and over key tiles."""
     if architecture == "interpreted":
         return INTERPRETED, INTERPRETED
-    exact = FLOAT32_BACKWARD[architecture]
     if precision == "half" and head_dim % GRAIN:
-        unaligned = replace(exact[256], num_stages=1)
+        unaligned = replace(FLOAT32_BACKWARD[architecture][256], num_stages=1)
         return unaligned, unaligned
-    if precision == "half":
-        by_query, by_key = BACKWARD_Q[architecture], BACKWARD_KV[architecture]
-        return _pick(by_query, head_dim), _pick(by_key, head_dim)
-    if precision == "tf32":
-        by_query, by_key = TF32_BACKWARD_Q[architecture], TF32_BACKWARD_KV[architecture]
-        return _pick(by_query, head_dim), _pick(by_key, head_dim)
-    return _pick(FLOAT32_BACKWARD_Q[architecture], head_dim), _pick(exact, head_dim)
+    tables = {"half": (BACKWARD_Q, BACKWARD_KV), "tf32": (TF32_BACKWARD_Q, TF32_BACKWARD_KV)}
+    by_query, by_key = tables.get(precision, (FLOAT32_BACKWARD_Q, FLOAT32_BACKWARD))
+    return _pick(by_query[architecture], head_dim), _pick(by_key[architecture], head_dim)
 
 
 def _pick(rows: dict[int, Config], head_dim: int) -> Config:

@@ -216,6 +216,11 @@ def tables() -> dict[tuple[str, str, str], dict[int, configs.Config]]:
     return found
 
 
+def half_of(kernel: str, config: configs.Config) -> configs.Config:
+    """A kernel's configuration where whole tiles leave processors idle."""
+    return configs.filling(config, 1, 1, 2, "BLOCK_N" if kernel == "bwd_kv" else "BLOCK_M")
+
+
 def each_configuration() -> Iterator[Attention | Other]:
     """Calls that reach every row of `configs` on every target at its largest head dim."""
     kinds = {"half": {}, "ieee": {"dtype": "float32"}, "tf32": {"dtype": "float32", "tf32": True}}
@@ -224,10 +229,9 @@ def each_configuration() -> Iterator[Attention | Other]:
         yield from (Attention(target, which, d, **kinds[precision]) for d in rows)
         if kernel.startswith("specialised"):
             yield from (Attention(target, which, d, seqlen=SHORT) for d in rows)
-        if which != "bwd":  # half tiles, where whole ones leave processors idle
-            few = kinds[precision] | {"seqlen": FEW}
-            halved = (d for d, config in rows.items() if configs.filling(config, 1, 1, 2) != config)
-            yield from (Attention(target, which, d, **few) for d in halved)
+        few = kinds[precision] | {"seqlen": FEW}
+        halved = (d for d, config in rows.items() if half_of(kernel, config) != config)
+        yield from (Attention(target, which, d, **few) for d in halved)
     yield from each_other()
 
 

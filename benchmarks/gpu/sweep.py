@@ -19,10 +19,11 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from dense_attn.triton_kernels import autotune, configs, layout_attention
+from dense_attn.triton_kernels import autotune, layout_attention
 from dense_attn.triton_kernels.configs import Config
 
 from ..harness import machine
+from ..layout_attention.workloads import Workload
 from . import program
 from .real_sizes import Case
 
@@ -53,18 +54,24 @@ def trials(dry: bool = False) -> list[Trial]:
     """All configurations: the table's, then stages, parking and tiles; the sorted order first."""
     size = {"side": 12, "heads": 1} if dry else {}
     dims, dtype = ((40,), "float16") if dry else (HEAD_DIMS, "bfloat16")
-    architecture = configs.architecture(machine.current().device)
     found = []
     for ordered in (True, False):
         for head_dim in dims:
             case = Case(head_dim, dtype, ordered, **size)
-            table = configs.layout_attention_fwd(architecture, "half", head_dim, case.side**2)
+            q = _rows(case)
+            table = layout_attention.fwd_config(q, q, ordered)
             found += [Trial(case, "fwd", config) for config in forward(table)]
             if ordered:
-                pair = configs.layout_attention_bwd(architecture, "half", head_dim)
+                pair = layout_attention.bwd_config(q, q)
                 for kernel, own in zip(("bwd_kv", "bwd_q"), reversed(pair)):
                     found += [Trial(case, kernel, config) for config in _stages(own)]
     return found[:: len(found) // 4] if dry else found
+
+
+def _rows(case: Case) -> Tensor:
+    """Room for the queries of a case, as many as its keys."""
+    shape = Workload.batch, case.heads, case.side**2, case.head_dim
+    return torch.empty(shape, dtype=getattr(torch, case.dtype), device=machine.current().device)
 
 
 def forward(table: Config) -> list[Config]:

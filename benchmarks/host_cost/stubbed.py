@@ -61,6 +61,7 @@ def _specialised() -> Call:
     interpreted = replace(configs.INTERPRETED, specialised=True)
     with (
         mock.patch.object(configs, "PACKED_KEYS", 0),
+        mock.patch.object(configs, "processors", return_value=1),  # none is idle
         mock.patch.object(configs, "INTERPRETED", interpreted),
     ):
         _, call = public.tiled_attention(torch.float16, each=True)

@@ -13,6 +13,7 @@ from cases import (
     CASES,
     DEVICES,
     DTYPES,
+    HALVED,
     INTERPRETED,
     MODULATIONS,
     Case,
@@ -38,6 +39,7 @@ SPECIALISED = (
     *("wide-in-runs", "strength-0.0", "strength-on-half-the-batch", "ordered-without-strength"),
     *("strengths-in-whole-tiles", "no-numbers-in-whole-tiles"),
 )
+EMULATED = DEVICES["triton"] == "cpu" and not INTERPRETED
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings(  # numpy's, interpreted
@@ -169,8 +171,9 @@ def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...
 
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
-    """The forms of a call of Triton's kernels: a row at once, or two phases, at times parked; of
-    CUDA's, where Triton's make the gradient: with theirs, and with its own.
+    """The forms of a call of Triton's kernels: a row at once, or two phases, at times parked, by
+    specialised warps or in half tiles; of CUDA's, where Triton's make the gradient: with theirs,
+    and with its own.
     """
     if backend == "cuda" and cuda.gradient_of_attention() == "triton":
         return ("", "own-gradient")
@@ -181,6 +184,8 @@ def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
     forms = (*row, "phases", *("parked",) * (case.name in ("head-dim-80", "head-dim-128")))
     if case.name in SPECIALISED and (INTERPRETED or dtype != torch.float32):
         forms += ("specialised",)
+    if case.name in HALVED and EMULATED and dtype != torch.float32:
+        forms += ("halved",)
     if INTERPRETED and case.name in INTERPRETED_ONCE and not case.name.startswith("head-dim"):
         return forms[INTERPRETED_ONCE.index(case.name) % len(forms) :][:1]  # either, in turns
     return forms
@@ -190,11 +195,14 @@ def _use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the calls of a test take a form."""
     if form == "own-gradient":
         monkeypatch.setattr(cuda, "_multiplies_by_warp_groups", lambda device: False)
-    if form in ("phases", "parked", "specialised"):
+    if form in ("phases", "parked", "specialised", "halved"):
         from dense_attn.triton_kernels import configs
 
-        if form == "specialised":
+        if form in ("specialised", "halved"):  # of few tiles an idle processor takes half
             monkeypatch.setattr(configs, "PACKED_KEYS", 0)
+            busy = 1 if form == "specialised" else 1 << 20
+            monkeypatch.setattr(configs, "processors", lambda device: busy)
+        if form == "specialised":
             interpreted = replace(configs.INTERPRETED, specialised=True)
             monkeypatch.setattr(configs, "INTERPRETED", interpreted)
         choose = configs.layout_attention_fwd

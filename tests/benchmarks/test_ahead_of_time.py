@@ -224,21 +224,6 @@ def test_tokens_that_no_tensor_map_can_hold_are_refused() -> None:
     assert launches == []
 
 
-def test_few_tiles_are_halved_so_that_processors_are_busy() -> None:
-    """Each half has a processor of its own then; a target's are those of its device."""
-    whole = configs.Config(128, 64, 8, 3)
-    half = replace(whole, BLOCK_M=64, num_warps=4)
-    for heads, processors, expected in ((16, 132, half), (33, 132, half), (34, 132, whole)):
-        assert configs.filling(whole, 256, heads, processors) == expected
-    assert configs.filling(whole, 257, 27, 132) == whole  # five halves a head
-    assert configs.filling(half, 256, 1, 132) == half
-    assert configs.processors(torch.device("cpu")) == 1
-    for heads in (8, 64):
-        q = torch.empty(2, heads, 256, 64, device="meta", dtype=torch.bfloat16)
-        with ahead_of_time.compiled("sm_90"):
-            assert layout_attention.fwd_blocks(q, q)[0] == (64 if heads == 8 else 128)
-
-
 class Recorder:
     """A kernel whose launches are their grids alone."""
 

@@ -18,6 +18,7 @@ ATTENTION = (  # each compiles three to five kernels
     "phases-long-in-runs-bfloat16-range",
     "parked-head-dim-128-bfloat16-range",
     "specialised-ordered-in-runs-float16-range",
+    "halved-ordered-in-runs-bfloat16-range",
 )
 MORE_ATTENTION = (
     "row-head-dim-128-float16-mask",

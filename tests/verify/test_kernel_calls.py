@@ -161,6 +161,32 @@ def test_whole_tiles_of_triton_run() -> None:
     assert configs.filling(config, 33, calls.HEADS, 192) == config
 
 
+def test_whole_and_half_tiles_of_each_row_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that sm_90 has for a class of head dims, with specialised warps and gradients."""
+    configs = pytest.importorskip("dense_attn.triton_kernels.configs")
+    made, shapes = calls._Maker.__call__, []
+
+    def noted(maker: object, name: str, shape: tuple, *rest: object) -> calls.AttentionCall:
+        shapes.append(shape)
+        return made(maker, name, (3, 4, 1, 1, 8), *rest)
+
+    monkeypatch.setattr(calls, "_runs_on_a_gpu", lambda backend: True)
+    monkeypatch.setattr(calls._Maker, "__call__", noted)
+    assert [*calls.kernel_calls(["triton"])]
+    for processors, idle in ((192, False), (108, True)):  # the most, whose tiles are whole
+        taken, possible = set(), set()
+        for batch, heads, rows, keys, d in shapes:
+            row = configs.row_at_once("sm_90", "half", keys)
+            forward = configs.layout_attention_fwd("sm_90", "half", d, keys)
+            pair = configs.layout_attention_bwd("sm_90", "half", d)
+            sides = ((rows, "BLOCK_M"), (rows, "BLOCK_M"), (keys, "BLOCK_N"))
+            for config, (tokens, side) in zip((forward, *pair)[row:], sides[row:]):
+                taken.add(configs.filling(config, tokens, batch * heads, processors, side))
+                possible.add(configs.filling(config, 1, 1, 2, side) if idle else config)
+        assert taken >= possible
+        assert idle or taken >= {*configs.SPECIALISED["sm_90"].values()}
+
+
 def test_channels_of_every_length_run_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: dict[bool, set[int]] = {True: set(), False: set()}
 

@@ -243,9 +243,11 @@ def _fwd_config(kind: tuple[str, str], q: Tensor, k: Tensor, ordered: bool) -> c
 
 def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
     """The configurations of a backward call: of the passes over query tiles and over key tiles."""
-    by_query, by_key = configs.layout_attention_bwd(
-        configs.architecture(q.device), configs.precision(q), q.shape[3]
-    )
+    kind = configs.architecture(q.device), configs.precision(q)
+    by_query, by_key = configs.layout_attention_bwd(*kind, q.shape[3])
+    heads, processors = q.shape[0] * q.shape[1], configs.processors(q.device)
+    by_query = configs.filling(by_query, q.shape[2], heads, processors)
+    by_key = configs.filling(by_key, k.shape[2], heads, processors, "BLOCK_N")
     if not autotune.requested():
         return by_query, by_key
 

@@ -19,6 +19,7 @@ from dense_attn.benchmarks.compiled import (
     occupancy,
     page,
 )
+from dense_attn.benchmarks.layout_attention.workloads import WORKLOADS
 from dense_attn.triton_kernels import configs
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -101,11 +102,15 @@ def test_limits_tell_what_keys_that_end_inside_a_tile_cost() -> None:
 
 
 def test_limits_tell_which_small_grids_leave_processors_idle() -> None:
-    """Neither specialised warps nor gradients take half tiles."""
-    for config in configs.SPECIALISED["sm_90"].values():
-        assert configs.filling(config, 128, 1, 132) == config
-    row = next(x for x in default_rows("bwd_kv", "sm_90") if x["head_dim"] == 40)
-    assert f"{row['waves']['sd15-cross-64']} of a wave" in prose("docs/limits.md")
+    """In half tiles too, of a prompt's keys: the pass over them goes through all queries."""
+    workload, processors = WORKLOADS["sd15-cross-64"], occupancy.DEVICES["sm_90"].processors
+    heads, keys = workload.batch * workload.num_heads, workload.seqlen_k
+    config = configs.layout_attention_bwd("sm_90", "half", workload.head_dim)[1]
+    half = configs.filling(config, keys, heads, processors, "BLOCK_N")
+    assert half != config
+    programs = heads * -(-keys // half.BLOCK_N)
+    said = f"77 keys of sd15-cross-64 is {programs} programs on {processors} processors"
+    assert said in prose("docs/limits.md")
 
 
 def test_small_devices_of_an_architecture_hold_its_tiles() -> None:
