@@ -20,18 +20,18 @@ from dense_attn.triton_kernels.layout_attention.tiles import (
     keys_of,
     listed_tiles,
     rows_again,
+    rows_at,
     tile_at,
 )
 from dense_attn.triton_kernels.primitives import (
     LN_2,
     LOG2_E,
     add_product,
-    head_of,
     load_head,
+    load_rows,
     meeting,
     plus_bits,
     products,
-    row_stride,
     scale_rows,
     store_head,
     tile_of_program,
@@ -222,31 +222,31 @@ def layout_attention_bwd_kv_kernel(
     soon = tile_at(listed, query_tiles, tl.minimum(1, last), num_whole, tiles)
     tokens, exist = tokens_of(now * BLOCK_M + columns_at, q_order, batch, seqlen_q)
     for place in range(count):
-        first = place * BLOCK_M
+        first = now * BLOCK_M
         here, there_are = tokens, exist
         if tiles is None:
             here, there_are = tokens_of(first + columns_at, q_order, batch, seqlen_q)
+            now += 1  # not `place`, of which the compiler makes one of 64 bits
         else:  # known ahead, tokens a tile and tiles two: no copy waits for its own place
-            first = now * BLOCK_M
             tokens, exist = tokens_of(soon * BLOCK_M + columns_at, q_order, batch, seqlen_q)
             # Loaded twice, since a value carried over two rounds keeps a loop from being pipelined.
             now = tile_at(listed, query_tiles, tl.minimum(place + 1, last), num_whole, tiles)
             soon = tile_at(listed, query_tiles, tl.minimum(place + 2, last), num_whole, tiles)
-        rows = load_head(q, batch, head, here, there_are, PART_0, PART_1, HEAD_DIM)
-        grads = load_head(grad_out, batch, head, here, there_are, PART_0, PART_1, HEAD_DIM)
+        q_rows = rows_at(q, batch, head, here)
+        grad_rows = rows_at(grad_out, batch, head, here)
+        rows = load_rows(*q_rows, there_are, PART_0, PART_1, HEAD_DIM)
+        grads = load_rows(*grad_rows, there_are, PART_0, PART_1, HEAD_DIM)
         numbers = load_records(records, first, seqlen_q, BLOCK_M)
         factor, shift = numbers[0], numbers[4]
         raw = products(columns, rows, PART_1, PRECISION)  # [keys, rows]
         raw = -raw if NEGATE else raw
         # Rows that do not exist have zeros for gradients; keys that do not exist are not stored.
         weights = _weights(raw, key_words, numbers, one, MODULATION, APART, EXACT)
-        at, stride = head_of(grad_out, batch, head), row_stride(grad_out)
-        turned = rows_again(grads, at, stride, here, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
+        turned = rows_again(grads, *grad_rows, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
         acc_v = add_product(acc_v, weights.to(grads[0].dtype), turned, PART_1, PRECISION)
         slope = products(values, grads, PART_1, PRECISION)
         grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor
-        at, stride = head_of(q, batch, head), row_stride(q)
-        turned = rows_again(rows, at, stride, here, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
+        turned = rows_again(rows, *q_rows, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
         acc_k = add_product(acc_k, grad.to(rows[0].dtype), turned, PART_1, PRECISION)
     lift = lift_of(sm_scale, q[0].dtype.element_ty)
     nothing = tl.zeros([BLOCK_N], tl.float32)

@@ -10,7 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.layout_attention.bwd_q_steps import next_tile, visit
+from dense_attn.triton_kernels.layout_attention.bwd_q_steps import (
+    beginnings,
+    tile_from,
+    tile_of,
+    visit,
+)
 from dense_attn.triton_kernels.layout_attention.extremes import (
     first_keys,
     keys_of_columns,
@@ -85,7 +90,7 @@ def _delta(
 @triton.jit
 def _tokens_of_tile(tile, source, BLOCK_N: tl.constexpr):
     """The tokens of a tile of keys by its columns, and which of them exist."""
-    return tokens_of(tile * BLOCK_N + keys_of_columns(BLOCK_N), source[3], source[4], source[5])
+    return tokens_of(tile * BLOCK_N + keys_of_columns(BLOCK_N), source[3], source[4], source[6])
 
 
 @triton.jit
@@ -119,44 +124,45 @@ def _visit_all(
 ):
     """Every listed tile of keys; the one that they end in after the others, in code of its own."""
     listed, num_whole, count = listed
-    seqlen_k, ORDERED = source[5], source[3] is not None
-    key_tiles = tl.cdiv(source[6], BLOCK_N)  # of which a list has room
+    seqlen_k, ORDERED = source[6], source[3] is not None
+    key_tiles = tl.cdiv(source[7], BLOCK_N)  # of which a list has room
     # Few rows, and those of float32, stay in registers, which such code would hold twice.
     TAILS: tl.constexpr = source[0][0].dtype.element_ty == tl.float32 or BLOCK_M < 64
-    # Without a list tiles follow each other, and what they are loaded from goes along; AMD's wide
-    # tiles of wide rows, and two parts of a size, have no registers to carry it.
+    # Without a list tiles follow each other, and so do the rows that they are loaded from; AMD's
+    # wide tiles of wide rows, and two parts of a size, have no registers for where those begin.
     FITS: tl.constexpr = not TAILS and PART_1 < PART_0 and (PART_0 < 128 or BLOCK_N < 64)
     STEADY: tl.constexpr = tiles is None and source[3] is None and FITS
     tails = (
         0 if TAILS else tl.cdiv(seqlen_k, BLOCK_N) - seqlen_k // BLOCK_N
     )  # 0 or 1: every list ends in it
-    at = source[0][0], source[1][0], source[2][0] + source[4] * source[2][1]
     tile = tl.where(count > 0, tile_at(listed, key_tiles, 0, num_whole, tiles), 0)
     soon = tile_at(listed, key_tiles, tl.minimum(1, tl.maximum(count - 1, 0)), num_whole, tiles)
-    keys, there = _tokens_of_tile(tile, source, BLOCK_N)
+    tokens, there = _tokens_of_tile(tile, source, BLOCK_N)
     columns = keys_of_columns(BLOCK_N)
+    begin = beginnings(source, columns)
     for place in range(count - tails):
         first = tile * BLOCK_N
         # Tokens of an order are known a tile ahead and tiles two: no copy waits for its own place.
         if STEADY:
-            first = place * BLOCK_N
-            here = columns.to(tl.int64), first + columns < seqlen_k
+            exist = first + columns < seqlen_k
+            here = tile_from(source, begin, first)
+            tile += 1  # not `place`, of which the compiler makes one of 64 bits
         elif ORDERED:
-            here = keys, there
+            here, exist = tile_of(source, tokens), there
             tile = soon
-            keys, there = _tokens_of_tile(tile, source, BLOCK_N)
+            tokens, there = _tokens_of_tile(tile, source, BLOCK_N)
             soon = tile_at(listed, key_tiles, tl.minimum(place + 2, count - 1), num_whole, tiles)
         else:
-            here = _tokens_of_tile(tile, source, BLOCK_N)
+            tokens, exist = _tokens_of_tile(tile, source, BLOCK_N)
+            here = tile_of(source, tokens)
             tile = tile_at(listed, key_tiles, tl.minimum(place + 1, count - 1), num_whole, tiles)
         state = visit(
             state,
             query,
             numbers,
-            source,
-            at,
-            first,
             here,
+            exist,
+            first,
             TAILS,
             MODULATION,
             NEGATE,
@@ -168,21 +174,19 @@ def _visit_all(
             BLOCK_M,
             BLOCK_N,
         )
-        if STEADY:
-            at = next_tile(at, source, BLOCK_N)
     if tails > 0:
         first = seqlen_k // BLOCK_N * BLOCK_N
-        here = _tokens_of_tile(seqlen_k // BLOCK_N, source, BLOCK_N)
+        tokens, exist = _tokens_of_tile(seqlen_k // BLOCK_N, source, BLOCK_N)
+        here = tile_of(source, tokens)
         if STEADY:
-            here = columns.to(tl.int64), first + columns < seqlen_k
+            here = tile_from(source, begin, first)
         state = visit(
             state,
             query,
             numbers,
-            source,
-            at,
-            first,
             here,
+            exist,
+            first,
             True,
             MODULATION,
             NEGATE,
@@ -256,12 +260,11 @@ def layout_attention_bwd_q_kernel(
     store_record(record, seqlen_q, exist, known, lift_of(sm_scale, q[0].dtype.element_ty), EXACT)
     own, most_keys = key_head_of(head, GROUP), seqlen_k
     seqlen_k = keys_of(seqlens, batch, seqlen_k)
-    keys, values = (head_of(k, batch, own), row_stride(k)), (head_of(v, batch, own), row_stride(v))
     acc, sums = zero_rows(BLOCK_M, PART_0, PART_1), no_sums(BLOCK_M, EXACT)
     mean = zero_rows(BLOCK_M, PART_0, PART_1)  # of keys by weight, where sums are exact
     state = acc, mean, sums, no_extreme(BLOCK_M, True), no_extreme(BLOCK_M, False)
     query = rows, grads, row_words
-    source = keys, values, k_words, k_order, batch, seqlen_k, most_keys
+    source = k, v, k_words, k_order, batch, own, seqlen_k, most_keys
     numbers = tau * LOG2_E, anchor, add_in, add_out, shift, high, low
     reach = most_keys if tiles is not None else seqlen_k
     listed = listed_tiles(tiles, counts, batch, tile, tl.cdiv(reach, BLOCK_N))
@@ -298,6 +301,7 @@ def layout_attention_bwd_q_kernel(
         grad_raw = times_rows(acc, queries, PART_0, PART_1, HEAD_DIM)
         grad_distance = high * grad_in + low * (through_lse - grad_in)
         grad_distance += grad_raw if NEGATE else -grad_raw
+    keys = head_of(k, batch, own), row_stride(k)
     signed_scale = -sm_scale if NEGATE else sm_scale
     best_key, least_key = first_keys(
         best, least, queries, keys, seqlen_k, MODULATION, NEGATE, BLOCK_N, HEAD_DIM, COLUMNS

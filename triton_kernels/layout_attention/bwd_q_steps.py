@@ -8,8 +8,14 @@ import triton.language as tl
 from dense_attn.triton_kernels.layout_attention.extremes import add_extremes, by_columns, by_lanes
 from dense_attn.triton_kernels.layout_attention.records import weights_of
 from dense_attn.triton_kernels.layout_attention.row_sums import add_matched, add_sums
-from dense_attn.triton_kernels.layout_attention.tiles import rows_again
-from dense_attn.triton_kernels.primitives import add_product, load_rows, products
+from dense_attn.triton_kernels.layout_attention.tiles import grains_of, rows_again
+from dense_attn.triton_kernels.primitives import (
+    add_product,
+    head_of,
+    load_rows,
+    products,
+    row_stride,
+)
 
 
 @triton.jit
@@ -56,9 +62,8 @@ def visit(
     query,
     numbers,
     source,
-    at,
+    exist,
     first,
-    places,
     TAIL: tl.constexpr,
     MODULATION: tl.constexpr,
     NEGATE: tl.constexpr,
@@ -70,24 +75,23 @@ def visit(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of keys further, of tokens and which exist; only a TAIL may lack some."""
+    """One tile further, of keys, values, words, and which exist; only a TAIL may lack some."""
     acc, mean, sums, best, least = state
     rows, grads, row_words = query
     factor, anchor, add_in, add_out, shift, high, low = numbers
-    EXACT: tl.constexpr = at[0].dtype.element_ty == tl.float32
+    keys, values, words = source
+    EXACT: tl.constexpr = keys[0].dtype.element_ty == tl.float32
     # Many scores are [rows, lanes, keys of a lane]: sums of those under a condition need no select.
     SPREAD: tl.constexpr = BLOCK_N >= 64 and not EXACT
     # Of two parts, or without extremes, code of one key after the other is longer by the count.
     WEIGHS: tl.constexpr = SPREAD and PART_1 == 0 and (MODULATION == "range" or MODULATION == "max")
-    keys, there = places
     if not TAIL:
-        there = tl.full([BLOCK_N], True, tl.int1)
-    exist = there
-    columns = load_rows(at[0], source[0][1], keys, there, PART_0, PART_1, HEAD_DIM)
-    values = load_rows(at[1], source[1][1], keys, there, PART_0, PART_1, HEAD_DIM)
-    words = tl.load(at[2] + keys * source[2][2], mask=there, other=0)
+        exist = tl.full([BLOCK_N], True, tl.int1)
+    columns = load_rows(*keys, exist, PART_0, PART_1, HEAD_DIM)
+    values = load_rows(*values, exist, PART_0, PART_1, HEAD_DIM)
+    words = tl.load(words, mask=exist, other=0)
     row_words, words = _rows(row_words, SPREAD), _spread(words[None, :], 1, BLOCK_N, SPREAD)
-    there = _spread(there[None, :], 1, BLOCK_N, SPREAD)
+    there = _spread(exist[None, :], 1, BLOCK_N, SPREAD)
     raw = _spread(products(rows, columns, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
     slope = _spread(products(grads, values, PART_1, PRECISION), BLOCK_M, BLOCK_N, SPREAD)
     raw = -raw if NEGATE else raw
@@ -123,8 +127,7 @@ def visit(
                 sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N
             )
     grad = by_columns(grad, BLOCK_M, BLOCK_N) if SPREAD else grad
-    stride = source[0][1]
-    turned = rows_again(columns, at[0], stride, keys, exist, PART_0, PART_1, HEAD_DIM, AHEAD)
+    turned = rows_again(columns, *keys, exist, PART_0, PART_1, HEAD_DIM, AHEAD)
     acc = add_product(acc, grad.to(columns[0].dtype), turned, PART_1, PRECISION)
     if EXACT and PRECISION == "ieee":
         first, second = tl.dot(weights, columns[0], mean[0], input_precision="ieee"), mean[1]
@@ -135,8 +138,29 @@ def visit(
 
 
 @triton.jit
-def next_tile(at, source, BLOCK_N: tl.constexpr):
-    """Where keys, values and words of the next tile are loaded from."""
-    keys = at[0] + tl.cast(source[0][1], tl.int64) * BLOCK_N
-    values = at[1] + tl.cast(source[1][1], tl.int64) * BLOCK_N
-    return keys, values, at[2] + tl.cast(source[2][2], tl.int64) * BLOCK_N
+def tile_of(source, tokens):
+    """Keys, values and words of tokens."""
+    k, v, words, _, batch, head = source[:6]
+    keys = head_of(k, batch, head), row_stride(k), tokens
+    values = head_of(v, batch, head), row_stride(v), tokens
+    return keys, values, words[0] + batch * words[1] + tokens * words[2]
+
+
+@triton.jit
+def beginnings(source, columns):
+    """Where keys, values and words of the first tile begin, by its columns."""
+    k, v, words, _, batch, head = source[:6]
+    columns = columns.to(tl.int64)
+    keys = batch * k[1] + head * k[2] + columns * k[3]
+    values = batch * v[1] + head * v[2] + columns * v[3]
+    return keys, values, batch * words[1] + columns * words[2]
+
+
+@triton.jit
+def tile_from(source, begin, first):
+    """Keys, values and words of the tile from the key `first` on: all lanes go on by one number."""
+    k, v, words = source[:3]
+    keys = k[0] + grains_of(k, first) * k[4], k[4], begin[0]
+    values = v[0] + grains_of(v, first) * v[4], v[4], begin[1]
+    at = words[0] + tl.cast(first, tl.uint32).to(tl.int64) * words[2]
+    return keys, values, at + begin[2]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dense_attn.triton_kernels.layout_attention.records import store_stats
-from dense_attn.triton_kernels.layout_attention.tiles import key_head_of, keys_of
+from dense_attn.triton_kernels.layout_attention.tiles import key_head_of, keys_of, rows_at
 from dense_attn.triton_kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -18,11 +18,11 @@ from dense_attn.triton_kernels.primitives import (
     additions,
     anchor_of,
     finite_or_zero,
-    load_head,
     load_numbers,
+    load_rows,
     products,
     scale_rows,
-    store_head,
+    store_rows,
     temperature,
     tile_of_program,
     tokens_at,
@@ -61,11 +61,11 @@ def _key_rows(
 ):
     """Rows of both parts of the keys of one head of x [B, H, N, D]."""
     keys, exist = _keys_at(seqlen_k, 0, KEYS_0, KEYS_1 == 0, COUNTED)
-    first = load_head(x, batch, head, keys, exist, PART_0, PART_1, HEAD_DIM)
+    first = load_rows(*rows_at(x, batch, head, keys), exist, PART_0, PART_1, HEAD_DIM)
     second = first
     if KEYS_1 > 0:
         keys, exist = _keys_at(seqlen_k, KEYS_0, KEYS_1, True, COUNTED)
-        second = load_head(x, batch, head, keys, exist, PART_0, PART_1, HEAD_DIM)
+        second = load_rows(*rows_at(x, batch, head, keys), exist, PART_0, PART_1, HEAD_DIM)
     return first, second
 
 
@@ -222,7 +222,7 @@ def layout_attention_row_fwd_kernel(
     KEYS_1: tl.constexpr = BLOCK_N - KEYS_0
     index, tile, batch, head = tile_of_program(num_heads, seqlen_q, BLOCK_M)
     tokens, exist = tokens_at(tile * BLOCK_M, None, batch, seqlen_q, BLOCK_M)
-    rows = load_head(q, batch, head, tokens, exist, PART_0, PART_1, HEAD_DIM)
+    rows = load_rows(*rows_at(q, batch, head, tokens), exist, PART_0, PART_1, HEAD_DIM)
     COUNTED: tl.constexpr = seqlens is not None
     own, seqlen_k = key_head_of(head, GROUP), keys_of(seqlens, batch, seqlen_k)
     keys = _key_rows(k, batch, own, seqlen_k, KEYS_0, KEYS_1, PART_0, PART_1, HEAD_DIM, COUNTED)
@@ -245,16 +245,17 @@ def layout_attention_row_fwd_kernel(
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
     first, second, largest = _weights(raw, meets, row, seqlen_k, KEYS_1, MODULATION, EXACT, COUNTED)
     row_sum = _total((first, second), KEYS_1)
+    # A row without keys is nothing, and has offsets of -inf, so that it weighs nothing.
+    empty = row_sum == 0
+    row_sum = tl.where(empty, float("inf"), row_sum)
 
     acc = zero_rows(BLOCK_M, PART_0, PART_1)
     acc = add_product(acc, first.to(v[0].dtype.element_ty), values[0], PART_1, PRECISION)
     if KEYS_1 > 0:
         acc = add_product(acc, second.to(v[0].dtype.element_ty), values[1], PART_1, PRECISION)
-    acc = scale_rows(acc, tl.where(row_sum == 0, 0.0, 1 / row_sum), PART_1)
-    store_head(out, batch, head, tokens, exist, acc, PART_0, PART_1, HEAD_DIM)
+    acc = scale_rows(acc, 1 / row_sum, PART_1)
+    store_rows(*rows_at(out, batch, head, tokens), exist, acc, PART_0, PART_1, HEAD_DIM)
     log_sum = tl.log2(row_sum)
-    lse = tl.where(row_sum == 0, float("-inf"), (largest + log_sum) * LN_2 + anchor * tau + common)
-    # A row without keys has offsets of -inf, so that it weighs nothing.
-    shift = tl.where(row_sum == 0, float("inf"), log_sum)
-    stats = (row_max, row_min, add_in - largest - shift, add_out - largest - shift)
+    lse = tl.where(empty, float("-inf"), (largest + log_sum) * LN_2 + anchor * tau + common)
+    stats = (row_max, row_min, add_in - largest - log_sum, add_out - largest - log_sum)
     store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.primitives import part_of, tokens_at, words_at
+from dense_attn.triton_kernels.primitives import head_of, part_of, tokens_at, words_at
 
 
 @triton.jit
@@ -116,6 +116,24 @@ def listed_tiles(tiles, counts, batch, tile, num_tiles):
         num_whole = tl.load(at)
         count = num_whole + tl.load(at + 1)
     return listed, num_whole, count
+
+
+@triton.jit
+def grains_of(x, tokens):
+    """Where rows of a head of x [B, H, tokens, ...] begin, in grains: by a product of 32 bits where
+    the launcher sees to it that they begin within 2**32 of them.
+    """
+    if x[4] == 1:
+        grains = tl.cast(tokens, tl.int64) * x[3]
+    else:
+        grains = (tl.cast(tokens, tl.uint32) * tl.cast(x[3], tl.uint32)).to(tl.int64)
+    return grains
+
+
+@triton.jit
+def rows_at(x, batch, head, tokens):
+    """Rows of one head of x [B, H, tokens, ...] as `load_rows` takes them."""
+    return head_of(x, batch, head), x[4], grains_of(x, tokens)
 
 
 @triton.jit
