@@ -79,8 +79,8 @@ def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
     """
     if table.specialised:  # other rows do not part into groups of warps
         keys = 64 if table.BLOCK_N == 128 else 128
-        other = replace(table, BLOCK_N=keys, num_stages=256 // keys)  # as many bytes ahead
-        return [table, other, replace(table, num_stages=3)]
+        other = replace(table, BLOCK_N=keys, num_stages=256 // keys)
+        return [table, other, replace(table, num_stages=2)]
     other: dict[str, list[int | bool]] = {}
     for field in fields(table):
         now = getattr(table, field.name)

@@ -99,8 +99,8 @@ FORWARD: Table = {
 # waits outside of the loops over whole tiles, but for 4 instructions of 497 at 64 columns by 3.9.
 # Heads of one part alone: 65 to 96 columns as one of 128 take 1,024 cycles, FORWARD's two 784 to
 # 828; above 128 two states fill the registers. Half a tile leaves a group no rows: FORWARD's serve.
-_NARROW = Config(128, 128, 4, 3, specialised=True, spills=336)  # 296 if the keys end with a tile
-_WIDE = Config(128, 64, 4, 3, specialised=True, spills=368)  # of 128 keys each round spills
+_NARROW = Config(128, 128, 4, 3, specialised=True, spills=368)  # 296 if the keys end with a tile
+_WIDE = Config(128, 64, 4, 3, specialised=True, spills=416)  # of 128 keys each round spills
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
 _ORDINARY = {own: FORWARD[of][d] for of, rows in SPECIALISED.items() for d, own in rows.items()}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them

@@ -198,12 +198,12 @@ def test_what_is_compiled_is_what_is_launched() -> None:
 
 
 def test_groups_of_warps_keep_their_rows() -> None:
-    """Tried beside the table: tiles of 64 or 128 keys, as many keys ahead, and three stages."""
+    """Tried beside the table: tiles of twice or half as many keys, and two stages."""
     for config in configs.SPECIALISED["sm_90"].values():
         around = autotune.neighbours(config)
         assert around[0] == config
-        assert {(x.BLOCK_N, x.num_stages) for x in around[:2]} == {(64, 4), (128, 2)}
-        assert around[2] == replace(config, num_stages=3)
+        tiles = [(x.BLOCK_N, x.num_stages) for x in around]
+        assert tiles in ([(128, 3), (64, 4), (128, 2)], [(64, 3), (128, 2), (64, 2)])
         assert {(x.BLOCK_M, x.num_warps, x.specialised) for x in around} == {(128, 4, True)}
 
 

@@ -236,7 +236,8 @@ def layout_attention_specialised_fwd_kernel(
     out_max, out_sum, out_acc = least, none, in_acc
     low = -least
     in_doubt = tl.load(count_at + 1)
-    passed = tl.where(plain, in_doubt - ends, 0)  # the tile that the keys end in is the last
+    # The tile that the keys end in is the last; lists of other counts lead to no other memory.
+    passed = tl.where(plain, tl.maximum(in_doubt - ends, 0), 0)
     for population in tl.range(0, 2):
         # A product, exact, since a choice of half floats takes a pair of registers apart.
         rows = rows * tl.where(factor < 0, -1.0, 1.0).to(rows.dtype)[:, None]
