@@ -237,7 +237,7 @@ def layout_attention_specialised_fwd_kernel(
     low = -least
     in_doubt = tl.load(count_at + 1)
     # The tile that the keys end in is the last; lists of other counts lead to no other memory.
-    passed = tl.where(plain, tl.maximum(in_doubt - ends, 0), 0)
+    passed = tl.where(plain & (in_doubt >= ends), in_doubt - ends, 0)
     for population in tl.range(0, 2):
         # A product, exact, since a choice of half floats takes a pair of registers apart.
         rows = rows * tl.where(factor < 0, -1.0, 1.0).to(rows.dtype)[:, None]
