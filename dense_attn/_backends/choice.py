@@ -25,13 +25,13 @@ _HALF, _MOST = (torch.float16, torch.bfloat16), 1 << 62
 # Of the row kernels, by the largest head dim: instructions of a warp for 16 rows of 77 keys, with
 # `range` in bfloat16 on sm_80 and sm_90, the fewest and the most of CUDA's, the fewest of Triton's.
 ROWS_COUNTED = {
-    40: (492, 1004, 1004),
-    64: (561, 1076, 978),
-    80: (550, 1070, 1250),
-    96: (584, 1119, 1305),
-    128: (678, 1270, 1345),
-    160: (655, 1269, 1545),
-    256: (774, 1440, 1615),
+    40: (492, 1004, 977),
+    64: (561, 1076, 939),
+    80: (550, 1070, 1209),
+    96: (584, 1119, 1256),
+    128: (678, 1270, 1289),
+    160: (655, 1269, 1479),
+    256: (774, 1440, 1565),
 }
 _ONE_TURN = 64  # columns; of wider heads a turn of CUDA's loop over columns of values is counted
 
@@ -89,7 +89,7 @@ RULES = (
     Rule(
         ATTENTION,
         "triton",
-        "counted: from 1,024 keys on 482 cycles to issue 128 x 64 scores at 64 columns on sm_90, "
+        "counted: from 1,024 keys on 497 cycles to issue 128 x 64 scores at 64 columns on sm_90, "
         "CUDA's 626; on sm_80, where tensor cores bind both, 786 and 622",
         _HALF,
         (1, cuda.HEAD_DIMS[-1]),

@@ -12,11 +12,11 @@ from accuracy import evaluate
 from cases import CASES, DEVICES, INTERPRETED, Case, Inputs, moved
 from cases import make_inputs as make_on_the_cpu
 
-from dense_attn import layout_attention, reference
+from dense_attn import layout_attention, reference, tile_lists
 from dense_attn._backends import triton
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
-from dense_attn.triton_kernels.layout_attention import fwd_specialised
+from dense_attn.triton_kernels.layout_attention import arguments, fwd_specialised
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = DEVICES["triton"]
@@ -144,6 +144,32 @@ def test_keys_are_packed_where_no_map_can_be_of_them(monkeypatch: pytest.MonkeyP
         assert "packed_rows_kernel" in launched
         for a, b in zip(got, expected):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="small tiles")
+def test_lists_of_other_counts_lead_to_no_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without strength go straight to the tile that the keys end in, if it is listed."""
+    for name in ("ROW_KEYS", "PACKED_KEYS"):
+        monkeypatch.setattr(configs, name, 0)
+    tile = replace(configs.INTERPRETED, specialised=True)
+    monkeypatch.setattr(configs, "INTERPRETED", tile)
+    inputs = make_inputs(Case("counted", (1, 1, 16, 64, 16), words="runs"), torch.float16)
+    words = torch.ones_like(inputs.q_regions), torch.ones_like(inputs.k_regions)
+    fewer, more = (torch.tensor([n], dtype=torch.int32) for n in (tile.BLOCK_N, tile.BLOCK_N + 8))
+    lists = tile_lists(inputs.q, inputs.k, *words, k_mask=fewer, backend="triton")
+    lists[0][0, 0, 0, 1] = 10**6  # behind those that are listed
+    q, k, v = inputs.q, inputs.k, inputs.v
+    got = layout_attention(q, k, v, *words, 0.0, k_mask=more, tile_lists=lists, backend="triton")
+    k, v = (x[:, :, : tile.BLOCK_N].float() for x in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k, v)
+    assert torch.allclose(got.float(), expected, atol=2e-3)
+
+
+def test_rows_far_apart_are_found_by_64_bits() -> None:
+    """Strides of 2**31 and more are no factor of a product of 32 bits."""
+    for stride, grain in ((2**31 - configs.GRAIN, configs.GRAIN), (2**31, 1)):
+        *_, rows, grains = arguments._grains((1, 1, 3, 64), (0, 0, stride, 1))
+        assert (rows, grains.value) == (stride // grain, grain)
 
 
 def row_call(seqlen_k: int, modulation: str) -> tuple[object, ...]:

@@ -208,11 +208,13 @@ def _of_rows(x: Tensor | None) -> Strides | None:
 
 
 def _grains(shape: Sizes, strides: Sizes) -> Strides:
-    """Strides in grains where all are some, without the last axis's; rows begin within 2**32."""
+    """Strides in grains where all are some, without the last axis's; rows begin within 2**32 grains
+    and are less than 2**31 elements apart.
+    """
     batch, num_heads, tokens = shape[:3]
     a, b, c = strides[:3]
     a, b, c = a if batch > 1 else 0, b if num_heads > 1 else 0, c if tokens > 1 else 0
-    if (a | b | c) % configs.GRAIN == 0 and (tokens - 1) * c < configs.GRAIN << 32:
+    if (a | b | c) % configs.GRAIN == 0 and (tokens - 1) * c < configs.GRAIN << 32 and c < 1 << 31:
         return a // configs.GRAIN, b // configs.GRAIN, c // configs.GRAIN, _GRAIN
     return a, b, c, _ONE
 

@@ -162,5 +162,5 @@ def test_what_rows_of_a_prompt_take_is_said() -> None:
     )
     assert (
         f"{bare[40]:,} instructions for 16 rows of 77 keys at 40 columns and {bare[64]:,} at 64; "
-        f"with a log-sum-exp and statistics {whole[40]:,} and {whole[64]:,}, above the bar of 1,100"
+        f"with a log-sum-exp and statistics {whole[40]:,} and {whole[64]:,} (bar 1,100)"
     ) in prose("docs/measured.md")
