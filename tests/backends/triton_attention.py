@@ -159,7 +159,8 @@ def test_lists_of_other_counts_lead_to_no_other_memory(monkeypatch: pytest.Monke
     lists = tile_lists(inputs.q, inputs.k, *words, k_mask=fewer, backend="triton")
     lists[0][0, 0, 0, 1] = 10**6  # behind those that are listed
     q, k, v = inputs.q, inputs.k, inputs.v
-    got = layout_attention(q, k, v, *words, 0.0, k_mask=more, tile_lists=lists, backend="triton")
+    inputs = q, k, v, *words, torch.zeros((), dtype=torch.float32, device=DEVICE)
+    got = layout_attention(*inputs, k_mask=more, tile_lists=lists, backend="triton")
     k, v = (x[:, :, : tile.BLOCK_N].float() for x in (k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k, v)
     assert torch.allclose(got.float(), expected, atol=2e-3)
