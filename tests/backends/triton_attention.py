@@ -86,7 +86,9 @@ def test_rows_that_are_loaded_twice_are_the_same(monkeypatch: pytest.MonkeyPatch
 def test_tiles_without_strength_are_known(
     specialised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their lists are not looked at: keys are visited as they come, as one population."""
+    """Keys are visited as they come, as one population; of their lists the tile that the keys end
+    in is looked at alone.
+    """
     for name in ("ROW_KEYS", "PACKED_KEYS"):
         monkeypatch.setattr(configs, name, 0)
     config = replace(configs.INTERPRETED, specialised=specialised)
@@ -105,7 +107,8 @@ def test_tiles_without_strength_are_known(
     got, _, _ = launchers.layout_attention_fwd(*given, *orders, *lists)
     expected = reference.layout_attention(*given[:6], modulation="range", scale=0.25)
     assert torch.allclose(got, expected[0], atol=2e-6)
-    lists.counts.zero_()  # of no tile is anything to be visited now
+    lists.counts.zero_()  # nothing is to be visited now but the tile that the keys end in
+    lists.counts[..., 1], lists.tiles[..., 1, 0] = 1, lists.tiles.shape[3] - 1
     blind, _, _ = launchers.layout_attention_fwd(*given, *orders, *lists)
     alike = (blind == got).all(-1)
     some = strength.gather(2, orders[0].long().expand(2, 2, -1)) != 0
