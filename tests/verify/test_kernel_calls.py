@@ -162,7 +162,7 @@ def test_whole_tiles_of_triton_run() -> None:
 
 
 def test_whole_and_half_tiles_of_each_row_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that sm_90 has for a class of head dims, with specialised warps and gradients."""
+    """Every tile that sm_90 has for a class of head dims, with specialised warps and gradients."""
     configs = pytest.importorskip("dense_attn.triton_kernels.configs")
     made, shapes = calls._Maker.__call__, []
 

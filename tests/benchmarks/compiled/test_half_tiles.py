@@ -34,7 +34,7 @@ def test_few_tiles_are_halved_so_that_processors_are_busy() -> None:
 
 
 def test_the_pass_over_keys_halves_its_keys() -> None:
-    """Those of a prompt are one tile a head; four warps are not parted, one a partition."""
+    """Keys of a prompt are one tile a head; four warps are not parted, one a partition."""
     whole = configs.Config(64, 128, 8, 3)
     half = replace(whole, BLOCK_N=64, num_warps=4)
     for heads, processors, expected in ((16, 132, half), (66, 132, half), (67, 132, whole)):
@@ -122,7 +122,7 @@ def is_few(call: kernel_calls.Attention | kernel_calls.Other) -> bool:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_row_with_half_tiles_is_emulated(target: str) -> None:
-    """Those of half floats: by a case of several tiles, forward and backward."""
+    """Half tiles of half floats are emulated: by a case of several tiles, forward and backward."""
     sizes = [case.size for case in CASES if case.name in HALVED]
     assert len(sizes) == len(HALVED)
     for kernel in ("fwd", "bwd_q", "bwd_kv"):
