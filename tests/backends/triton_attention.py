@@ -28,6 +28,15 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     return moved(make_on_the_cpu(case, dtype), DEVICE)
 
 
+def use_tiles(monkeypatch: pytest.MonkeyPatch, specialised: bool) -> configs.Config:
+    """The configuration of every call, however few its keys."""
+    for name in ("ROW_KEYS", "PACKED_KEYS"):
+        monkeypatch.setattr(configs, name, 0)
+    config = replace(configs.INTERPRETED, specialised=specialised)
+    monkeypatch.setattr(configs, "INTERPRETED", config)
+    return config
+
+
 def run(case: Case, modulation: str, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> dict:
     """In two phases."""
     monkeypatch.setattr(configs, "ROW_KEYS", 0)
@@ -89,10 +98,7 @@ def test_tiles_without_strength_are_known(
     """Keys are visited as they come, as one population; of their lists the tile that the keys end
     in is looked at alone.
     """
-    for name in ("ROW_KEYS", "PACKED_KEYS"):
-        monkeypatch.setattr(configs, name, 0)
-    config = replace(configs.INTERPRETED, specialised=specialised)
-    monkeypatch.setattr(configs, "INTERPRETED", config)
+    use_tiles(monkeypatch, specialised)
     case = Case("half-without", (2, 2, 130, 70, 16), words="runs", ordered=True)
     inputs = make_inputs(case, torch.float32)
     strength = inputs.strength.expand(inputs.q.shape[:3]).clone()
@@ -121,10 +127,7 @@ def test_tiles_without_strength_are_known(
 @pytest.mark.skipif(not INTERPRETED, reason="small tiles, and float32")
 def test_keys_are_packed_where_no_map_can_be_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a tensor begins is no part of a call's form: one plan serves both."""
-    for name in ("ROW_KEYS", "PACKED_KEYS"):
-        monkeypatch.setattr(configs, name, 0)
-    config = replace(configs.INTERPRETED, specialised=True)
-    monkeypatch.setattr(configs, "INTERPRETED", config)
+    use_tiles(monkeypatch, specialised=True)
     inputs = make_inputs(Case("whole-tiles", (1, 2, 70, 64, 16), words="runs"), torch.float32)
     rest = (inputs.q_regions, inputs.k_regions, inputs.strength.expand(1, 2, 70))
     rest += ("range", 0.25, None, None, *NO_LISTS)
@@ -152,10 +155,7 @@ def test_keys_are_packed_where_no_map_can_be_of_them(monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(not INTERPRETED, reason="small tiles")
 def test_lists_of_other_counts_lead_to_no_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without strength go straight to the tile that the keys end in, if it is listed."""
-    for name in ("ROW_KEYS", "PACKED_KEYS"):
-        monkeypatch.setattr(configs, name, 0)
-    tile = replace(configs.INTERPRETED, specialised=True)
-    monkeypatch.setattr(configs, "INTERPRETED", tile)
+    tile = use_tiles(monkeypatch, specialised=True)
     inputs = make_inputs(Case("counted", (1, 1, 16, 64, 16), words="runs"), torch.float16)
     words = torch.ones_like(inputs.q_regions), torch.ones_like(inputs.k_regions)
     fewer, more = (torch.tensor([n], dtype=torch.int32) for n in (tile.BLOCK_N, tile.BLOCK_N + 8))

@@ -135,8 +135,8 @@ def test_every_row_with_half_tiles_is_emulated(target: str) -> None:
         }
         assert halved
         assert halved.keys() <= reached
-        others = kernel_calls.tables()["bwd_kv", target, "ieee"]
-        assert all(kernel_calls.half_of("bwd_kv", config) == config for config in others.values())
+    others = kernel_calls.tables()["bwd_kv", target, "ieee"]
+    assert all(kernel_calls.half_of("bwd_kv", config) == config for config in others.values())
 
 
 def test_every_specialised_configuration_has_an_ordinary_one() -> None:
