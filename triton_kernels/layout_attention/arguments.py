@@ -97,6 +97,8 @@ def fwd_plan(
     kind = configs.architecture(q.device), configs.precision(q)
     row = tokens[4] is None and configs.row_at_once(*kind, k.shape[2])
     constants = _constants("row_fwd" if row else "fwd", kind, q, k, modulation, negate)
+    if row:
+        constants["PTX"] = kind[0].startswith("sm_")
     parked = None
     if config.parks and modulation != "mask" and not row:
         parked = _room(*rows, constants["PART_0"] + constants["PART_1"])
