@@ -94,12 +94,12 @@ FORWARD: Table = {
     },
 }
 # Keys packed once a call; a group of warps fetches them and two weigh 64 rows each. Instructions a
-# warp and 64 keys, then of both populations (by Triton 3.6): 249 (241) and 517 (505) at 64 columns,
+# warp and 64 keys, then of both populations (by Triton 3.6): 245 (238) and 515 (506) at 64 columns,
 # plain attention 240 (230); 352 (352) and 750 (755) at 128, plain attention 376 (352). What spills
-# waits outside of the loops over whole tiles, but for 4 instructions of 497 at 64 columns by 3.9.
+# waits outside of the loops over whole tiles, but for 4 instructions of 489 at 64 columns by 3.9.
 # Heads of one part alone: 65 to 96 columns as one of 128 take 1,024 cycles, FORWARD's two 784 to
 # 828; above 128 two states fill the registers. Half a tile leaves a group no rows: FORWARD's serve.
-_NARROW = Config(128, 128, 4, 3, specialised=True, spills=368)  # 296 if the keys end with a tile
+_NARROW = Config(128, 128, 4, 4, specialised=True, spills=312)  # three take more to count
 _WIDE = Config(128, 64, 4, 3, specialised=True, spills=416)  # of 128 keys each round spills
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
 _ORDINARY = {own: FORWARD[of][d] for of, rows in SPECIALISED.items() for d, own in rows.items()}

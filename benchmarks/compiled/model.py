@@ -85,8 +85,10 @@ def _facts(
         function = function_of(launch)
         loops = [] if outside else function.inner_loops
         scores, warps = tile[0] * tile[1] if tile else counts.SCORES, launch.warps
-        if SPECIALISED in launch.kernel:  # of one of the groups that weigh
-            loops, warps = [body for body in loops if counts.tensor(body)][:2], GROUPS * GROUP
+        if SPECIALISED in launch.kernel:  # each group that weighs has its own: the longer counts
+            weighing, warps = [body for body in loops if counts.tensor(body)], GROUPS * GROUP
+            first, second = weighing[: len(weighing) // 2], weighing[len(weighing) // 2 :]
+            loops = [max(alike, key=len) for alike in zip(first, second, strict=True)]
         bodies = loops or [function.straight]
         found["loops"] = len(loops)
         found["bodies"] = [_body(body, target, warps, scores) for body in bodies]

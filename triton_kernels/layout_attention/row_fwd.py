@@ -30,8 +30,8 @@ from dense_attn.triton_kernels.primitives import (
     zero_rows,
 )
 
-# The hardware's logarithm, which for sums from 1 on is as exact as lse's float32 is: software takes 22
-# instructions.
+# The hardware's logarithm, of sums from 1 on as exact as a float32 of their size: one instruction,
+# not 22.
 LOG_2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
 
