@@ -86,6 +86,8 @@ def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
         now = getattr(table, field.name)
         if field.name in ("BLOCK_M", "BLOCK_N"):
             values = [side for side in (2 * now, now // 2) if 16 <= side <= 128]
+        elif field.name == "splits":
+            values = [now // 2, 2 * now] if now > 1 else []
         elif isinstance(now, bool):
             values = [not now]
         else:
