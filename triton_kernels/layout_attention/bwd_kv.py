@@ -241,7 +241,7 @@ def layout_attention_bwd_kv_kernel(
     soon = tile_at(listed, query_tiles, tl.minimum(begin + 1, last), num_whole, tiles)
     tokens, exist = tokens_of(now * BLOCK_M + columns_at, q_order, batch, seqlen_q)
     for place in range(begin, end):
-        first = now * BLOCK_M
+        first = (place if tiles is None and SPLITS > 1 else now) * BLOCK_M  # one register for both
         here, there_are = tokens, exist
         if tiles is None:
             here, there_are = tokens_of(first + columns_at, q_order, batch, seqlen_q)
@@ -267,14 +267,14 @@ def layout_attention_bwd_kv_kernel(
         grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor
         turned = rows_again(rows, *q_rows, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
         acc_k = add_product(acc_k, grad.to(rows[0].dtype), turned, PART_1, PRECISION)
-    lift = lift_of(sm_scale, q[0].dtype.element_ty)
-    nothing = tl.zeros([BLOCK_N], tl.float32)
+    lift, nothing = lift_of(sm_scale, q[0].dtype.element_ty), tl.zeros([BLOCK_N], tl.float32)
     acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)
     if seqlens is not None:
         acc_v = _of_keys(acc_v, left, PART_1)
-    into = head
-    if SPLITS > 1:
-        into = head * SPLITS + tl.program_id(1)
+    into = head * SPLITS + tl.program_id(1) if SPLITS > 1 else head
+    if SPLITS > 1:  # places of float32's rows are made again, or they would wait in registers
+        tile += tl.minimum(end, 0)  # 0, which the compiler does not know
+        keys, stored = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
     store_head(dv, batch, into, keys, stored, acc_v, PART_0, PART_1, HEAD_DIM)
     if MODULATION == "range" or MODULATION == "max":  # which take keys without an order
         pairs = places_ptr + index * NUM_PLACES * seqlen_q
