@@ -263,7 +263,7 @@ def splitting(config: Config, queries: int, keys: int, heads: int, processors: i
     rounds, tiles = -(-queries // config.BLOCK_M), heads * -(-keys // config.BLOCK_N)
     most = min(processors // tiles, rounds // SHARE)
     splits = 1 << max(most, 1).bit_length() - 1
-    return replace(config, splits=splits) if rounds - rounds // splits >= SAVED else config
+    return replace(config, splits=splits) if rounds + -rounds // splits >= SAVED else config
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:
