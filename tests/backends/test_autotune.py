@@ -220,7 +220,7 @@ def test_neighbours_are_configurations_of_a_kernel() -> None:
 
 
 def test_splits_are_tried_where_the_table_has_some() -> None:
-    """What is kept without them is what was kept before there were any."""
+    """Files name none where a tile of keys has one program, as before there were any."""
     around = autotune.neighbours(replace(TABLE, splits=4))
     assert {x.splits for x in around} == {2, 4, 8}
     assert {x.splits for x in autotune.neighbours(TABLE)} == {1}
