@@ -86,6 +86,8 @@ def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
         now = getattr(table, field.name)
         if field.name in ("BLOCK_M", "BLOCK_N"):
             values = [side for side in (2 * now, now // 2) if 16 <= side <= 128]
+        elif field.name == "splits":
+            values = [now // 2, 2 * now] if now > 1 else []
         elif isinstance(now, bool):
             values = [not now]
         else:
@@ -173,8 +175,11 @@ def _fastest(options: list[Config], prepare: Callable[[], Launch], key: str) -> 
 
 
 def _launched(config: Config) -> dict[str, int | bool]:
-    """A configuration but for what it may spill, which no launch depends on."""
-    return {name: value for name, value in asdict(config).items() if "spills" not in name}
+    """A configuration but for what it may spill, which no launch depends on, and for one split, so
+    that what was measured before there were several is found.
+    """
+    fields_of = asdict(config).items()
+    return {x: y for x, y in fields_of if "spills" not in x and (x, y) != ("splits", 1)}
 
 
 def _key(kernel: str, q: Tensor, k: Tensor, ordered: bool, table: Config) -> str:

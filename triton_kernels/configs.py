@@ -7,46 +7,15 @@ registers and the shared memory, or that the counts of its instructions speak fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
+from dense_attn.triton_kernels.config import Config
 from dense_attn.triton_kernels.parts import head_parts
-
-
-@dataclass(frozen=True)
-class Config:
-    """Rows and keys of a tile, and how the compiler spreads and pipelines them."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-    # The first phase's accumulator waits in memory: registers would not hold both.
-    parks: bool = False
-    # Groups of warps that fetch and that weigh, by `fwd_specialised`.
-    specialised: bool = False
-    # Bytes a thread that may wait in local memory, for the reason beside the row.
-    spills: int = 0
-    half_spills: int | None = 0  # with half tiles, None where none are taken
-
-    @cached_property
-    def options(self) -> dict[str, int | bool]:
-        """The compiler's options; sums and products may fuse."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
-
-    @cached_property
-    def launch(self) -> dict[str, int | bool]:
-        """The arguments of a launch that are the configuration's."""
-        return {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, **self.options}
-
 
 Table = dict[str, dict[int, Config]]  # architecture -> largest head dim -> configuration
 
@@ -104,6 +73,8 @@ _WIDE = Config(128, 64, 4, 3, specialised=True, spills=416)  # of 128 keys each 
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
 _ORDINARY = {own: FORWARD[of][d] for of, rows in SPECIALISED.items() for d, own in rows.items()}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
+SHARE = 8  # rounds over tiles of queries that a program has left, beside what it does once
+SAVED = 32  # rounds less, of 450 cycles and more, pay for three launches of 5,000, that sum shares
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.
 ROW_FORWARD: Table = {
@@ -282,6 +253,17 @@ def filling(
 def _half_tile(config: Config, side: str) -> Config:
     half = {side: getattr(config, side) // 2, "num_warps": config.num_warps // 2}
     return replace(config, **half, spills=config.half_spills, half_spills=0)
+
+
+@lru_cache(maxsize=256)  # the same object, which keeps its arguments of a launch
+def splitting(config: Config, queries: int, keys: int, heads: int, processors: int) -> Config:
+    """A configuration of the pass over keys whose queries several programs share, a power of two,
+    where as many find a processor each, so that fewer rounds pay for the sum of their shares.
+    """
+    rounds, tiles = -(-queries // config.BLOCK_M), heads * -(-keys // config.BLOCK_N)
+    most = min(processors // tiles, rounds // SHARE)
+    splits = 1 << max(most, 1).bit_length() - 1
+    return replace(config, splits=splits) if rounds + -rounds // splits >= SAVED else config
 
 
 def row_at_once(architecture: str, precision: str, seqlen_k: int) -> bool:

@@ -15,7 +15,7 @@ from dense_attn.triton_kernels.parts import next_power_of_2
 
 from ..layout_attention.workloads import WORKLOADS
 from .counts import SCORES
-from .kernel_calls import Attention
+from .kernel_calls import PASSES, Attention
 from .occupancy import DEVICES
 
 Row = dict[str, Any]
@@ -62,7 +62,7 @@ def said(found: Sequence[Row]) -> str:
 
 def _is_judged(row: Row) -> bool:
     """Whether a row is of a default call whose loops are counted."""
-    if "plain" not in row or row["head_dim"] not in HEAD_DIMS:
+    if "plain" not in row or row["head_dim"] not in HEAD_DIMS or row["which"] not in PASSES:
         return False
     default = Attention(row["target"], row["which"], row["head_dim"])
     return all(row[name] == value for name, value in default.facts.items())

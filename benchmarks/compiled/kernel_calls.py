@@ -23,6 +23,7 @@ FEW = 256  # tokens whose half tiles are fewer than any target's processors
 SHORT = 896  # tokens whose tiles are whole, and whose keys are not packed
 HEAD_DIMS = dict.fromkeys(TARGETS, (40, 64)) | {"sm_90": (40, 64, 72, 80, 96, 128, 160, 192, 256)}
 PASSES = ("fwd", "row_fwd", "bwd")
+SPLIT, SPLIT_DIMS = "cross_bwd", (40, 64, 128)  # of so few keys that programs share the queries
 empty = partial(torch.empty, device="meta")  # tensors of any size that take no memory: nothing runs
 
 
@@ -36,7 +37,7 @@ class Attention:
     """A layout attention call; its defaults are those that need the most registers."""
 
     target: str
-    which: str  # of PASSES
+    which: str  # of PASSES, or SPLIT
     head_dim: int
     dtype: str = "bfloat16"
     modulation: str = "range"
@@ -49,7 +50,9 @@ class Attention:
 
     def __call__(self) -> None:
         """Launch the kernels of one pass."""
-        seqlen_k = self.seqlen if self.which != "row_fwd" else 77 if self.dtype != "float32" else 32
+        seqlen_k = self.seqlen
+        if self.which in ("row_fwd", SPLIT):
+            seqlen_k = 77 if self.dtype != "float32" else 32
         q, k, v = self._rows(self.seqlen), self._rows(seqlen_k), self._rows(seqlen_k)
         words = empty(self.seqlen, dtype=torch.int32), empty(seqlen_k, dtype=torch.int32)
         numbers = empty(BATCH, HEADS, self.seqlen)
@@ -60,7 +63,7 @@ class Attention:
         last = (self.modulation, -1.0 if self.negative else 1.0, *orders)
         tensors = q, k, v, *words, None if self.bare else numbers
         with narrow:
-            if self.which == "bwd":
+            if self.which in ("bwd", SPLIT):
                 stats = empty(*q.shape[:3], STATS)
                 layout_attention.layout_attention_bwd(q, numbers, *tensors, q, stats, *last)
             else:
@@ -267,7 +270,8 @@ def configurations() -> list[Attention | Other]:
     smallest += [Attention(target, "row_fwd", 40) for target in TARGETS]
     smallest.append(Attention("sm_90", "row_fwd", 40, bare=True))
     smallest.append(Attention("sm_90", "fwd", 40, seqlen=SHORT))
-    calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest])
+    split = [Attention(target, SPLIT, d) for target in TARGETS for d in SPLIT_DIMS]
+    calls = dict.fromkeys([*each_configuration(), *each_branch("sm_90"), *smallest, *split])
     return [call for call in calls if not is_left_out(call)]
 
 
@@ -299,6 +303,8 @@ def _is_common(call: Attention | Other) -> bool:
     """
     if isinstance(call, Other) or (call.target, call.which) == ("gfx942", "row_fwd"):
         return True
+    if call.which == SPLIT:
+        return False
     plain = Attention(call.target, call.which, call.head_dim, seqlen=call.seqlen, bare=call.bare)
     return call == plain and call.head_dim <= 128 and call.seqlen > FEW
 

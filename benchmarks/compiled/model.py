@@ -14,7 +14,7 @@ from dense_attn.triton_kernels.parts import head_parts, next_power_of_2
 
 from . import counts, plain_attention, sass
 from .ahead_of_time import Launch, compiled, inspect
-from .kernel_calls import BATCH, HEADS, Attention, Other
+from .kernel_calls import BATCH, HEADS, PASSES, Attention, Other
 from .occupancy import programs_a_processor, waves
 from .plain_attention import Tile
 
@@ -38,7 +38,8 @@ def of_launch(call: Attention | Other, launch: Launch) -> Facts:
     if not attention:
         return found
     kernel = launch.kernel.removeprefix(PREFIX).removesuffix("_kernel")
-    if call == Attention(call.target, call.which, call.head_dim) and found["programs"]:
+    default = call == Attention(call.target, call.which, call.head_dim)
+    if default and call.which in PASSES and found["programs"]:
         numbers = call.head_dim, tile, found["programs"]
         found["waves"] = waves(call.target, kernel, *numbers)
     if call.target in MODELLED and call.head_dim % plain_attention.GRAIN == 0:

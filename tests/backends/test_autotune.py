@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import forked
@@ -217,6 +217,14 @@ def test_neighbours_are_configurations_of_a_kernel() -> None:
             assert apart[-1] == 2
             assert {x.num_stages for x in around} == {1, 2, 3, 4, 5}
             assert "parks" in stay or {x.parks for x in around} == {True, False}
+
+
+def test_splits_are_tried_where_the_table_has_some() -> None:
+    """Files name none where a tile of keys has one program, as before there were any."""
+    around = autotune.neighbours(replace(TABLE, splits=4))
+    assert {x.splits for x in around} == {2, 4, 8}
+    assert {x.splits for x in autotune.neighbours(TABLE)} == {1}
+    assert "splits" not in autotune._launched(TABLE)
 
 
 def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from cases import (
     HALVED,
     INTERPRETED,
     MODULATIONS,
+    SPLIT,
     Case,
     Inputs,
     backends,
@@ -172,8 +173,8 @@ def _modulations(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...
 
 def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
     """The forms of a call of Triton's kernels: a row at once, or two phases, at times parked, by
-    specialised warps or in half tiles; of CUDA's, where Triton's make the gradient: with theirs,
-    and with its own.
+    specialised warps, in half tiles or with two or four programs a tile of keys; of CUDA's, where
+    Triton's make the gradient: with theirs, and with its own.
     """
     if backend == "cuda" and cuda.gradient_of_attention() == "triton":
         return ("", "own-gradient")
@@ -187,7 +188,9 @@ def _forms(backend: str, dtype: torch.dtype, case: Case) -> tuple[str, ...]:
     if case.name in HALVED and EMULATED and dtype != torch.float32:
         forms += ("halved",)
     if INTERPRETED and case.name in INTERPRETED_ONCE and not case.name.startswith("head-dim"):
-        return forms[INTERPRETED_ONCE.index(case.name) % len(forms) :][:1]  # either, in turns
+        forms = forms[INTERPRETED_ONCE.index(case.name) % len(forms) :][:1]  # either, in turns
+    if case.name in SPLIT and dtype == (torch.float32 if INTERPRETED else torch.bfloat16):
+        forms += ("split-2", "split-4")
     return forms
 
 
@@ -195,6 +198,11 @@ def _use(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the calls of a test take a form."""
     if form == "own-gradient":
         monkeypatch.setattr(cuda, "_multiplies_by_warp_groups", lambda device: False)
+    if form.startswith("split"):
+        from dense_attn.triton_kernels import configs
+
+        splits = int(form[-1])
+        monkeypatch.setattr(configs, "splitting", lambda table, *_: replace(table, splits=splits))
     if form in ("phases", "parked", "specialised", "halved"):
         from dense_attn.triton_kernels import configs
 

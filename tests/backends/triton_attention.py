@@ -13,7 +13,7 @@ from cases import CASES, DEVICES, INTERPRETED, Case, Inputs, moved
 from cases import make_inputs as make_on_the_cpu
 
 from dense_attn import layout_attention, reference, tile_lists
-from dense_attn._backends import triton
+from dense_attn._backends import plans, triton
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
 from dense_attn.triton_kernels.layout_attention import arguments, fwd_specialised
@@ -59,6 +59,35 @@ def test_a_parked_state_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, parks=True))
     for name, parked in run(CASE["head-dim-80"], "range", inputs, monkeypatch).items():
         assert torch.equal(parked, results[name]), name
+
+
+@pytest.mark.parametrize("modulation", ["range", "mask"])
+@pytest.mark.parametrize(
+    ("case", "splits"),
+    [
+        *(("groups-in-runs", 2), ("keys-counted", 2)),
+        ("many-rows", 2),  # more extremes a share than are looked through at once
+        *(("groups-of-some-keys", 4), ("one-query", 4)),  # fewer tiles than shares
+    ],
+)
+def test_shares_of_queries_add_up(
+    case: str, splits: int, modulation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several programs a tile of keys, of which some may have no query; the other gradients are the
+    same bits, and so are all of another run.
+    """
+    inputs, found = make_inputs(CASE[case], torch.float32), []
+    for count in (1, splits, splits):
+        shared = partial(replace, splits=count)
+        monkeypatch.setattr(configs, "splitting", lambda table, *_, shared=shared: shared(table))
+        plans.forget()
+        found.append(run(CASE[case], modulation, inputs, monkeypatch))
+    for name, expected in found[0].items():
+        assert torch.equal(found[1][name], found[2][name]), name
+        if name in ("dk", "dv"):
+            assert torch.allclose(found[1][name], expected, rtol=1e-5, atol=2e-5), name
+        else:
+            assert torch.equal(found[1][name], expected), name
 
 
 def test_what_delta_has_missed_is_taken_back() -> None:

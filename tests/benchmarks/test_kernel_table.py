@@ -92,7 +92,8 @@ def reached(row: dict[str, Any]) -> tuple:
     rows = kernel_calls.tables()[kernel, row["target"], precision]
     largest, config = next(item for item in rows.items() if row["head_dim"] <= item[0])
     block_m, block_n = map(int, row["tile"].split("x"))
-    if row["seqlen"] <= kernel_calls.FEW:
+    split = row["which"] == kernel_calls.SPLIT and kernel == "bwd_kv"
+    if row["seqlen"] <= kernel_calls.FEW or split:
         config = kernel_calls.half_of(kernel, config)
     assert block_m == config.BLOCK_M
     assert (

@@ -226,6 +226,12 @@ HALVED = (
     *("ordered-in-runs", "groups-in-runs", "wide-in-runs", "keys-anywhere-in-runs"),
     *(f"keys-150-head-dim-{d}" for d in (80, 96, 160)),
 )
+# Those whose queries several programs share as well, which on a GPU they are too few for: of one
+# or more tiles a program, and of fewer tiles than programs.
+SPLIT = (
+    *("cross-attention", "ordered-in-runs", "wide-in-runs"),
+    *("groups-in-runs", "keys-counted-in-runs"),
+)
 
 
 def why_skip(

@@ -137,14 +137,14 @@ def layout_attention_bwd(
         tokens = (k_regions, q_regions, k_order, q_order)
         lists = _mask_lists(*tokens, by_key.BLOCK_N, by_key.BLOCK_M, seqlens_k, None)
     parts = dk, dv
-    if plan.apart is not None:  # room for those of each head of q, to be summed in their order
+    if plan.apart is not None:  # room for those of heads and shares, to be summed in their order
         parts = new(*plan.apart, dtype=torch.float32)
     results = (numbers, places, *lists, *map(at, parts, plan.keys_grads))
     tensors = (grad_rows, *rows, *visits, *results)
     layout_attention_bwd_kv_kernel[plan.grids[1]](*tensors, *sizes, **plan.options[1], **there)
     if plan.apart is not None:
-        for grad, of_heads in zip((dk, dv), parts):
-            grad.copy_(of_heads.unflatten(1, (k.shape[1], -1)).sum(2))
+        for grad, total in zip((dk, dv), parts.unflatten(2, (k.shape[1], -1)).sum(3)):
+            grad.copy_(total)
     return dq, dk, dv, dstrength
 
 
@@ -248,6 +248,7 @@ def bwd_config(q: Tensor, k: Tensor) -> tuple[configs.Config, configs.Config]:
     heads, processors = q.shape[0] * q.shape[1], configs.processors(q.device)
     by_query = configs.filling(by_query, q.shape[2], heads, processors)
     by_key = configs.filling(by_key, k.shape[2], heads, processors, "BLOCK_N")
+    by_key = configs.splitting(by_key, q.shape[2], k.shape[2], heads, processors)
     if not autotune.requested():
         return by_query, by_key
 

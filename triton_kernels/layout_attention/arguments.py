@@ -62,7 +62,7 @@ class BwdPlan(NamedTuple):
     dstrength: Room
     # of the passes over query tiles and over key tiles
     configs: tuple[configs.Config, configs.Config] | None = None
-    grids: tuple[tuple[int], tuple[int]] = ((0,), (0,))
+    grids: tuple[Sizes, Sizes] = ((0,), (0,))
     sizes: Sizes = ()  # H, M and N
     rows: tuple[Strides, ...] = ()  # of q, k, v, grad_out, out and dq
     keys_grads: tuple[Strides, ...] = ()  # of dk and dv
@@ -71,7 +71,8 @@ class BwdPlan(NamedTuple):
     grad_lse: Strides | None = None
     numbers: Room = ((), ())
     places: Room = ((), ())
-    apart: Room | None = None  # of dk and dv of each head of q, where several meet one of k
+    # of dk and dv of each head of q and each share of its rows, where several meet one of k
+    apart: Room | None = None
     options: tuple[dict[str, object], ...] = ()
 
 
@@ -177,15 +178,18 @@ def bwd_plan(
     # Conditions of every other row, by the count: sm_80 has masks of bits all the same.
     ahead[1]["APART"] = kind[0] == "sm_90"
     tiles = -(-seqlen_q // by_query.BLOCK_M), -(-seqlen_k // by_key.BLOCK_N)
-    apart, keys_grads = None, grads[1:]
-    if num_heads > k.shape[1]:
-        apart = _room(2, batch, num_heads, seqlen_k, head_dim)
+    counts = [(batch * num_heads * count,) for count in tiles]
+    apart, keys_grads, shares = None, grads[1:], num_heads * by_key.splits
+    if by_key.splits > 1:
+        counts[1] += (by_key.splits,)
+    if shares > k.shape[1]:
+        apart = _room(2, batch, shares, seqlen_k, head_dim)
         keys_grads = (_room(*apart[0][1:]),) * 2
     return BwdPlan(
         grads,
         _room(*q.shape[:3]),
         configs=pair,
-        grids=tuple((batch * num_heads * count,) for count in tiles),
+        grids=tuple(counts),
         sizes=(num_heads, seqlen_q, seqlen_k),
         rows=(*map(_of_rows, (q, k, v, grad_out, out)), _grains(*grads[0])),
         keys_grads=tuple(_grains(*like) for like in keys_grads),

@@ -45,18 +45,31 @@ SCANNED = tl.constexpr(2048)  # extremes that are looked through at once
 
 
 @triton.jit
-def _list_extremes(places, listed, count, first, BLOCK_N: tl.constexpr):
-    """Lists which of `count` extremes are at a tile of keys, where lists of the tiles before end:
-    (beginning, number of them).
+def _share(count, SPLITS: tl.constexpr):
+    """The part of `count` things that is this program's, of SPLITS that share them: (beginning,
+    end), none where they are fewer.
+    """
+    begin, end = 0, count
+    if SPLITS > 1:
+        split, each = tl.program_id(1), tl.cast(count, tl.int64)
+        begin = (each * split // SPLITS).to(tl.int32)
+        end = (each * (split + 1) // SPLITS).to(tl.int32)
+    return begin, end
+
+
+@triton.jit
+def _list_extremes(places, listed, own, count, first, BLOCK_N: tl.constexpr):
+    """Lists which extremes from `own` up to `count` are at a tile of keys, where their lists of the
+    tiles before end: (beginning, number of them).
     """
     at = tl.arange(0, SCANNED)
     before = tl.zeros([SCANNED], tl.int32)
-    for start in tl.range(0, count, SCANNED, num_stages=1):
+    for start in tl.range(own, count, SCANNED, num_stages=1):
         key = tl.load(places + start + at, mask=start + at < count, other=2147483647)
         before += (key < first).to(tl.int32)
-    begin = tl.sum(before)
+    begin = own + tl.sum(before)
     number = tl.zeros_like(begin)
-    for start in tl.range(0, count, SCANNED, num_stages=1):
+    for start in tl.range(own, count, SCANNED, num_stages=1):
         key = tl.load(places + start + at, mask=start + at < count, other=2147483647)
         here = (key >= first) & (key < first + BLOCK_N)
         place = begin + number + tl.cumsum(here.to(tl.int32), 0) - 1
@@ -84,6 +97,7 @@ def _add_extremes(
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """acc plus the gradients through rows' largest and smallest scores that are at a tile of keys.
 
@@ -92,7 +106,8 @@ def _add_extremes(
     """
     count = seqlen_q * 2 if MODULATION == "range" else seqlen_q
     GATHERED: tl.constexpr = 64 if PART_0 + PART_1 < 128 else 16  # as registers allow
-    begin, number = _list_extremes(places, listed, count, first, BLOCK_N)
+    own, end = _share(count, SPLITS)
+    begin, number = _list_extremes(places, listed, own, end, first, BLOCK_N)
     keys = first + tl.arange(0, BLOCK_N)
     for start in tl.range(0, number, GATHERED, num_stages=1):
         place = start + tl.arange(0, GATHERED)
@@ -197,9 +212,12 @@ def layout_attention_bwd_kv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr = 1,
+    SPLITS: tl.constexpr = 1,
     seqlens=None,
 ):
-    """One tile of keys against all query rows: dk and dv, those of each head of queries apart."""
+    """One tile of keys against all query rows, or one of SPLITS shares of its tiles of them: dk and
+    dv, those of each head of queries and of each share apart.
+    """
     EXACT: tl.constexpr = q[0].dtype.element_ty == tl.float32
     index, tile, batch, head = tile_of_program(num_heads, seqlen_k, BLOCK_N)
     keys, stored = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
@@ -217,12 +235,13 @@ def layout_attention_bwd_kv_kernel(
     listed, num_whole, count = listed_tiles(tiles, counts, batch, tile, query_tiles)
     if seqlens is not None:
         count = tl.where(left > 0, count, 0)
-    columns_at, last = places_of_columns(BLOCK_M), tl.maximum(count - 1, 0)
-    now = tl.where(count > 0, tile_at(listed, query_tiles, 0, num_whole, tiles), 0)
-    soon = tile_at(listed, query_tiles, tl.minimum(1, last), num_whole, tiles)
+    begin, end = _share(count, SPLITS)
+    columns_at, last = places_of_columns(BLOCK_M), tl.maximum(end - 1, 0)
+    now = tl.where(count > 0, tile_at(listed, query_tiles, begin, num_whole, tiles), 0)
+    soon = tile_at(listed, query_tiles, tl.minimum(begin + 1, last), num_whole, tiles)
     tokens, exist = tokens_of(now * BLOCK_M + columns_at, q_order, batch, seqlen_q)
-    for place in range(count):
-        first = now * BLOCK_M
+    for place in range(begin, end):
+        first = (place if tiles is None and SPLITS > 1 else now) * BLOCK_M  # one register for both
         here, there_are = tokens, exist
         if tiles is None:
             here, there_are = tokens_of(first + columns_at, q_order, batch, seqlen_q)
@@ -248,12 +267,15 @@ def layout_attention_bwd_kv_kernel(
         grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor
         turned = rows_again(rows, *q_rows, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
         acc_k = add_product(acc_k, grad.to(rows[0].dtype), turned, PART_1, PRECISION)
-    lift = lift_of(sm_scale, q[0].dtype.element_ty)
-    nothing = tl.zeros([BLOCK_N], tl.float32)
+    lift, nothing = lift_of(sm_scale, q[0].dtype.element_ty), tl.zeros([BLOCK_N], tl.float32)
     acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)
     if seqlens is not None:
         acc_v = _of_keys(acc_v, left, PART_1)
-    store_head(dv, batch, head, keys, stored, acc_v, PART_0, PART_1, HEAD_DIM)
+    into = head * SPLITS + tl.program_id(1) if SPLITS > 1 else head
+    if SPLITS > 1:  # places of float32's rows are made again, or they would wait in registers
+        tile += tl.minimum(end, 0)  # 0, which the compiler does not know
+        keys, stored = tokens_at(tile * BLOCK_N, k_order, batch, seqlen_k, BLOCK_N)
+    store_head(dv, batch, into, keys, stored, acc_v, PART_0, PART_1, HEAD_DIM)
     if MODULATION == "range" or MODULATION == "max":  # which take keys without an order
         pairs = places_ptr + index * NUM_PLACES * seqlen_q
         acc_k = _add_extremes(
@@ -273,9 +295,10 @@ def layout_attention_bwd_kv_kernel(
             PART_0,
             PART_1,
             BLOCK_N,
+            SPLITS,
         )
     back = tl.exp2(-lift) * LN_2  # from gradients times the factor
     acc_k = scale_rows(acc_k, nothing + (-back if NEGATE else back), PART_1)
     if seqlens is not None:
         acc_k = _of_keys(acc_k, left, PART_1)
-    store_head(dk, batch, head, keys, stored, acc_k, PART_0, PART_1, HEAD_DIM)
+    store_head(dk, batch, into, keys, stored, acc_k, PART_0, PART_1, HEAD_DIM)

@@ -99,13 +99,14 @@ def test_bars_hold_where_keys_end_inside_a_tile() -> None:
 
 
 def test_limits_tell_which_small_grids_leave_processors_idle() -> None:
-    """In half tiles too, of a prompt's keys: the pass over them goes through all queries."""
+    """In half tiles too, of a prompt's keys, whose queries programs share."""
     workload, processors = WORKLOADS["sd15-cross-64"], occupancy.DEVICES["sm_90"].processors
     heads, keys = workload.batch * workload.num_heads, workload.seqlen_k
     config = configs.layout_attention_bwd("sm_90", "half", workload.head_dim)[1]
     half = configs.filling(config, keys, heads, processors, "BLOCK_N")
     assert half != config
-    programs = heads * -(-keys // half.BLOCK_N)
+    split = configs.splitting(half, workload.seqlen_q, keys, heads, processors)
+    programs = heads * -(-keys // half.BLOCK_N) * split.splits
     said = f"77 keys of sd15-cross-64 is {programs} programs on {processors} processors"
     assert said in prose("docs/limits.md")
 

@@ -52,6 +52,41 @@ def test_the_pass_over_keys_halves_its_keys() -> None:
         assert sides == (by_query.BLOCK_M, by_key.BLOCK_N)
 
 
+def test_few_tiles_of_keys_share_their_queries() -> None:
+    """Each program finds a processor and has eight rounds left, where 32 are saved."""
+    half = configs.Config(64, 64, 4, 3)
+    for queries, keys, heads, processors, splits in (
+        *((4096, 77, 16, 132, 4), (4096, 77, 20, 132, 2), (4096, 77, 16, 108, 2)),
+        *((4096, 77, 33, 132, 2), (4096, 77, 34, 132, 1), (4096, 64, 34, 132, 2)),
+        *((4096, 77, 1, 132, 8), (4095, 77, 1, 132, 8), (65536, 77, 1, 132, 64)),
+        *((4032, 77, 1, 132, 4), (3968, 77, 20, 132, 1), (2688, 77, 16, 132, 1)),
+        *((2752, 77, 16, 132, 4), (1024, 77, 1, 132, 1), (4096, 77, 1, 1, 1)),
+    ):
+        found = configs.splitting(half, queries, keys, heads, processors)
+        assert found == replace(half, splits=splits)
+    assert "SPLITS" not in half.launch
+    assert replace(half, splits=4).launch == {"SPLITS": 4, **half.launch}
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2)])
+def test_plans_have_room_for_each_share(heads: int, key_heads: int) -> None:
+    """It is beside that of each head of queries, so that one sum is of all."""
+    q, k = (
+        torch.empty(2, of, tokens, 40, device="meta", dtype=torch.bfloat16)
+        for of, tokens in ((heads, 4096), (key_heads, 77))
+    )
+    words = [q.new_empty(x.shape[2], dtype=torch.int32) for x in (q, k)]
+    stats = q.new_empty(2, heads, 4096, STATS, dtype=torch.float32)
+    with ahead_of_time.compiled("sm_90"):
+        given = (q, None, q, k, k, *words, None, q, stats, "range", 0.1, None, None)
+        plan = layout_attention.plan_bwd(*given)
+    assert plan.configs[1].splits == 4
+    assert plan.grids[1] == (2 * heads * 2, 4)
+    assert plan.apart[0] == (2, 2, 4 * heads, 77, 40)
+    assert plan.options[1]["SPLITS"] == 4
+    assert "SPLITS" not in plan.options[0]
+
+
 def noting(grids: list[tuple]) -> object:
     """A kernel whose launches are their grids alone."""
 
