@@ -174,7 +174,8 @@ def bwd_plan(
     by_query, by_key = pair
     kind = configs.architecture(q.device), configs.precision(q)
     constants = [_constants(of, kind, q, k, modulation, negate) for of in ("bwd_q", "bwd_kv")]
-    ahead = [{"AHEAD": kind[1] == "tf32" and config.num_stages > 1} for config in pair]
+    rows = by_query.BLOCK_M, by_key.BLOCK_N  # of the tiles that a program keeps
+    ahead = [{"AHEAD": _ahead(kind, *of)} for of in zip(pair, rows)]
     # Conditions of every other row, by the count: sm_80 has masks of bits all the same.
     ahead[1]["APART"] = kind[0] == "sm_90"
     tiles = -(-seqlen_q // by_query.BLOCK_M), -(-seqlen_k // by_key.BLOCK_N)
@@ -201,6 +202,16 @@ def bwd_plan(
         apart=apart,
         options=tuple(x | y | z.launch for x, y, z in zip(ahead, constants, pair)),
     )
+
+
+def _ahead(kind: tuple[str, str], config: configs.Config, rows: int) -> str:
+    """How numbers that are needed in two orders come ahead. Products of warp groups, of 64 rows at
+    least, take both from shared memory, so that one is made from the other; the others take numbers
+    one by one, in any order, but the compiler then copies nothing ahead.
+    """
+    if kind[1] != "tf32" or config.num_stages == 1:
+        return "as they are"
+    return "turned" if kind[0] == "sm_90" and rows >= 64 else "loaded"
 
 
 def at(x: Tensor | None, strides: Strides | None) -> tuple | None:

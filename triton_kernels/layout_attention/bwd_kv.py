@@ -16,10 +16,10 @@ from dense_attn.triton_kernels.layout_attention.records import (
     weights_of,
 )
 from dense_attn.triton_kernels.layout_attention.tiles import (
+    add_tokens,
     key_head_of,
     keys_of,
     listed_tiles,
-    rows_again,
     rows_at,
     tile_at,
 )
@@ -261,12 +261,14 @@ def layout_attention_bwd_kv_kernel(
         raw = -raw if NEGATE else raw
         # Rows that do not exist have zeros for gradients; keys that do not exist are not stored.
         weights = _weights(raw, key_words, numbers, one, MODULATION, APART, EXACT)
-        turned = rows_again(grads, *grad_rows, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
-        acc_v = add_product(acc_v, weights.to(grads[0].dtype), turned, PART_1, PRECISION)
+        acc_v = add_tokens(
+            acc_v, weights, grads, grad_rows, there_are, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD
+        )
         slope = products(values, grads, PART_1, PRECISION)
         grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor
-        turned = rows_again(rows, *q_rows, there_are, PART_0, PART_1, HEAD_DIM, AHEAD)
-        acc_k = add_product(acc_k, grad.to(rows[0].dtype), turned, PART_1, PRECISION)
+        acc_k = add_tokens(
+            acc_k, grad, rows, q_rows, there_are, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD
+        )
     lift, nothing = lift_of(sm_scale, q[0].dtype.element_ty), tl.zeros([BLOCK_N], tl.float32)
     acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)
     if seqlens is not None:

@@ -8,9 +8,8 @@ import triton.language as tl
 from dense_attn.triton_kernels.layout_attention.extremes import add_extremes, by_columns, by_lanes
 from dense_attn.triton_kernels.layout_attention.records import weights_of
 from dense_attn.triton_kernels.layout_attention.row_sums import add_matched, add_sums
-from dense_attn.triton_kernels.layout_attention.tiles import grains_of, rows_again
+from dense_attn.triton_kernels.layout_attention.tiles import add_tokens, grains_of
 from dense_attn.triton_kernels.primitives import (
-    add_product,
     head_of,
     load_rows,
     products,
@@ -127,8 +126,7 @@ def visit(
                 sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N
             )
     grad = by_columns(grad, BLOCK_M, BLOCK_N) if SPREAD else grad
-    turned = rows_again(columns, *keys, exist, PART_0, PART_1, HEAD_DIM, AHEAD)
-    acc = add_product(acc, grad.to(columns[0].dtype), turned, PART_1, PRECISION)
+    acc = add_tokens(acc, grad, columns, keys, exist, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD)
     if EXACT and PRECISION == "ieee":
         first, second = tl.dot(weights, columns[0], mean[0], input_precision="ieee"), mean[1]
         if PART_1 > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dense_attn.triton_kernels.primitives import head_of, part_of, tokens_at, words_at
+from dense_attn.triton_kernels.primitives import add_product, head_of, part_of, tokens_at, words_at
 
 
 @triton.jit
@@ -137,26 +137,43 @@ def rows_at(x, batch, head, tokens):
 
 
 @triton.jit
-def rows_again(
+def add_tokens(
+    acc,
+    weights,
     rows,
-    base,
-    stride,
-    tokens,
+    at,
     exist,
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Rows of a head for a product over tokens, where `rows` are for one over columns: AHEAD, of
-    numbers of 4 bytes, a load of their own, since the compiler copies ahead only what all products
-    read in one order. Another policy of eviction keeps it from being made the first one.
+    """acc + weights [I, tokens] @ rows of a head, in parts, where other products are over the rows'
+    columns: the compiler copies ahead only what all products read in one order. Numbers of 4 bytes
+    that need both come by AHEAD: loaded once more, or turned on their way through registers.
     """
+    weights = weights.to(rows[0].dtype)
     first, second = rows
-    if AHEAD:
-        at, there = part_of(base, stride, tokens, exist, 0, PART_0, HEAD_DIM)
-        first = tl.load(at, mask=there, other=0.0, eviction_policy="evict_last")
+    if AHEAD == "loaded":
+        # Another policy of eviction keeps the second load from being made the first one.
+        places, there = part_of(*at, exist, 0, PART_0, HEAD_DIM)
+        first = tl.load(places, mask=there, other=0.0, eviction_policy="evict_last")
         if PART_1 > 0:
-            at, there = part_of(base, stride, tokens, exist, PART_0, PART_1, HEAD_DIM)
-            second = tl.load(at, mask=there, other=0.0, eviction_policy="evict_last")
-    return first, second
+            places, there = part_of(*at, exist, PART_0, PART_1, HEAD_DIM)
+            second = tl.load(places, mask=there, other=0.0, eviction_policy="evict_last")
+    elif AHEAD == "turned":
+        weights, first = _in_steps(weights), tl.trans(_in_steps(tl.trans(first)))
+        if PART_1 > 0:
+            second = tl.trans(_in_steps(tl.trans(second)))
+    return add_product(acc, weights, (first, second), PART_1, PRECISION)
+
+
+@triton.jit
+def _in_steps(x):
+    """x [I, tokens] in another order of tokens: of each eight the even ones first. A lane of
+    NVIDIA's matrix units has neighbours of scores, and gives a product of tf32 those that are four
+    apart, so no lane asks another for its weights.
+    """
+    eights = tl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2])
+    return tl.reshape(tl.permute(eights, (0, 1, 3, 2)), x.shape)
