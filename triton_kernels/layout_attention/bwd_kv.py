@@ -251,8 +251,7 @@ def layout_attention_bwd_kv_kernel(
             # Loaded twice, since a value carried over two rounds keeps a loop from being pipelined.
             now = tile_at(listed, query_tiles, tl.minimum(place + 1, last), num_whole, tiles)
             soon = tile_at(listed, query_tiles, tl.minimum(place + 2, last), num_whole, tiles)
-        q_rows = rows_at(q, batch, head, here)
-        grad_rows = rows_at(grad_out, batch, head, here)
+        q_rows, grad_rows = rows_at(q, batch, head, here), rows_at(grad_out, batch, head, here)
         rows = load_rows(*q_rows, there_are, PART_0, PART_1, HEAD_DIM)
         grads = load_rows(*grad_rows, there_are, PART_0, PART_1, HEAD_DIM)
         numbers = load_records(records, first, seqlen_q, BLOCK_M)
@@ -261,14 +260,12 @@ def layout_attention_bwd_kv_kernel(
         raw = -raw if NEGATE else raw
         # Rows that do not exist have zeros for gradients; keys that do not exist are not stored.
         weights = _weights(raw, key_words, numbers, one, MODULATION, APART, EXACT)
-        acc_v = add_tokens(
-            acc_v, weights, grads, grad_rows, there_are, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD
-        )
+        of_grads = grads, grad_rows, there_are
+        acc_v = add_tokens(acc_v, weights, of_grads, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD)
         slope = products(values, grads, PART_1, PRECISION)
         grad = weights * tl.fma(slope, factor[None, :], shift[None, :])  # ds' times the factor
-        acc_k = add_tokens(
-            acc_k, grad, rows, q_rows, there_are, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD
-        )
+        of_rows = rows, q_rows, there_are
+        acc_k = add_tokens(acc_k, grad, of_rows, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD)
     lift, nothing = lift_of(sm_scale, q[0].dtype.element_ty), tl.zeros([BLOCK_N], tl.float32)
     acc_v = scale_rows(acc_v, nothing + tl.exp2(-lift), PART_1)
     if seqlens is not None:

@@ -126,7 +126,8 @@ def visit(
                 sums, grad, weights, distance, meets, MODULATION, EXACT, BLOCK_M, BLOCK_N
             )
     grad = by_columns(grad, BLOCK_M, BLOCK_N) if SPREAD else grad
-    acc = add_tokens(acc, grad, columns, keys, exist, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD)
+    source = columns, keys, exist
+    acc = add_tokens(acc, grad, source, PART_0, PART_1, HEAD_DIM, PRECISION, AHEAD)
     if EXACT and PRECISION == "ieee":
         first, second = tl.dot(weights, columns[0], mean[0], input_precision="ieee"), mean[1]
         if PART_1 > 0:

@@ -140,19 +140,19 @@ def rows_at(x, batch, head, tokens):
 def add_tokens(
     acc,
     weights,
-    rows,
-    at,
-    exist,
+    source,
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """acc + weights [I, tokens] @ rows of a head, in parts, where other products are over the rows'
-    columns: the compiler copies ahead only what all products read in one order. Numbers of 4 bytes
-    that need both come by AHEAD: loaded once more, or turned on their way through registers.
+    """acc + weights [I, tokens] @ rows of a head, in parts, of `source`: rows, where they are, and
+    which exist. Other products are over their columns, and the compiler copies ahead only what all
+    products read in one order: numbers of 4 bytes that need both come by AHEAD, loaded once more
+    or turned on their way through registers.
     """
+    rows, at, exist = source
     weights = weights.to(rows[0].dtype)
     first, second = rows
     if AHEAD == "loaded":
