@@ -30,8 +30,7 @@ from dense_attn.triton_kernels.primitives import (
     zero_rows,
 )
 
-# The hardware's logarithm, of sums from 1 on as exact as a float32 of their size: one instruction,
-# not 22.
+# The hardware's logarithm, one instruction for 22: half floats have far fewer digits than it.
 LOG_2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
 
@@ -196,13 +195,18 @@ def _weights(
 
 
 @triton.jit
-def _log_of(row_sum, PTX: tl.constexpr):
-    """The logarithm of rows' sums, to base 2."""
+def _store_numbers(numbers, lse_ptr, stats_ptr, at, PTX: tl.constexpr):
+    """lse and statistics of rows, where they are asked for."""
+    row_sum, empty, largest, row, common, tau, extremes = numbers
+    _, anchor, add_in, add_out = row
     if PTX:
         log_sum = tl.inline_asm_elementwise(LOG_2, "=f,f", [row_sum], tl.float32, True, 1)
     else:
         log_sum = tl.log2(row_sum)
-    return log_sum
+    lse = tl.where(empty, float("-inf"), (largest + log_sum) * LN_2 + anchor * tau + common)
+    offsets = add_in - largest - log_sum, add_out - largest - log_sum
+    stats = (extremes[0], extremes[1], offsets[0], offsets[1])
+    store_stats(lse, stats, lse_ptr, stats_ptr, *at)
 
 
 @triton.jit
@@ -264,13 +268,15 @@ def layout_attention_row_fwd_kernel(
     empty = row_sum == 0
     row_sum = tl.where(empty, float("inf"), row_sum)
 
-    log_sum = _log_of(row_sum, PTX and not EXACT)
-    lse = tl.where(empty, float("-inf"), (largest + log_sum) * LN_2 + anchor * tau + common)
-    stats = (row_max, row_min, add_in - largest - log_sum, add_out - largest - log_sum)
-    store_stats(lse, stats, lse_ptr, stats_ptr, index * seqlen_q + tokens, exist)
+    rows_at_once = index * seqlen_q + tokens, exist
+    numbers = row_sum, empty, largest, row, common, tau, (row_max, row_min)
+    if not EXACT:  # less waits in registers before the last products, of float32 behind them
+        _store_numbers(numbers, lse_ptr, stats_ptr, rows_at_once, PTX)
     acc = zero_rows(BLOCK_M, PART_0, PART_1)
     acc = add_product(acc, first.to(v[0].dtype.element_ty), values[0], PART_1, PRECISION)
     if KEYS_1 > 0:
         acc = add_product(acc, second.to(v[0].dtype.element_ty), values[1], PART_1, PRECISION)
     acc = scale_rows(acc, 1 / row_sum, PART_1)
     store_rows(*rows_at(out, batch, head, tokens), exist, acc, PART_0, PART_1, HEAD_DIM)
+    if EXACT:
+        _store_numbers(numbers, lse_ptr, stats_ptr, rows_at_once, False)
