@@ -68,13 +68,13 @@ FORWARD: Table = {
 # waits outside of the loops over whole tiles, but for 4 instructions of 489 at 64 columns by 3.9.
 # Heads of one part alone: 65 to 96 columns as one of 128 take 1,024 cycles, FORWARD's two 784 to
 # 828; above 128 two states fill the registers. Half a tile leaves a group no rows: FORWARD's serve.
-_NARROW = Config(128, 128, 4, 4, specialised=True, spills=312)  # three take more to count
+_NARROW = Config(128, 128, 4, 4, specialised=True, spills=320)  # of three a round counts longer
 _WIDE = Config(128, 64, 4, 3, specialised=True, spills=416)  # of 128 keys each round spills
 SPECIALISED: Table = {"sm_90": {64: _NARROW, 128: _WIDE}}
 _ORDINARY = {own: FORWARD[of][d] for of, rows in SPECIALISED.items() for d, own in rows.items()}
 PACKED_KEYS = 1024  # fewer do not pay for a launch that packs them
 SHARE = 8  # rounds over tiles of queries that a program has left, beside what it does once
-SAVED = 32  # rounds less, of 450 cycles and more, pay for three launches of 5,000, that sum shares
+SAVED = 32  # rounds less, of some 500 cycles and more: what three launches take, of 5,000 each
 # Small tiles, so that an SM has several programs, whose loads and stores overlap. BLOCK_N is the
 # least of ROW_TILES that holds the keys; 128 of them need the most registers.
 ROW_FORWARD: Table = {
@@ -148,7 +148,7 @@ TF32_FORWARD: Table = {
         256: Config(64, 16, 8, 3, parks=True, spills=72),
     },
 }
-# The loops have both orders of a tile's numbers; but for sm_90's of 64 rows, twice the copies.
+# The loops have both orders of a tile's numbers; but for sm_90's of 64 rows up, twice the copies.
 _SMALL = Config(16, 16, 4, 3)
 TF32_BACKWARD_Q: Table = {
     "sm_80": {

@@ -30,7 +30,7 @@ ROWS_COUNTED = {
     80: (550, 1070, 1154),
     96: (584, 1119, 1205),
     128: (678, 1270, 1226),
-    160: (655, 1269, 1405),
+    160: (655, 1269, 1404),
     256: (774, 1440, 1510),
 }
 _ONE_TURN = 64  # columns; of wider heads a turn of CUDA's loop over columns of values is counted

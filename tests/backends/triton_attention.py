@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from dense_attn._backends import plans, triton
 from dense_attn.triton_kernels import configs
 from dense_attn.triton_kernels import layout_attention as launchers
 from dense_attn.triton_kernels.layout_attention import arguments, fwd_specialised
+from dense_attn.triton_kernels.layout_attention.records import LISTED
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = DEVICES["triton"]
@@ -89,6 +92,31 @@ def test_shares_of_queries_add_up(
             assert torch.allclose(found[1][name], expected, rtol=1e-5, atol=2e-5), name
         else:
             assert torch.equal(found[1][name], expected), name
+
+
+def test_shares_list_their_extremes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that share a tile's queries run at once: none writes where another reads."""
+    inputs, splits, seen = make_inputs(CASE["head-dim-80"], torch.float32), 3, []
+
+    class Kept:
+        """The kernel, whose lists are looked at behind a launch."""
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *given, **options: seen.append((kernel[grid](*given, **options), given))
+
+    kernel = launchers.layout_attention_bwd_kv_kernel
+    monkeypatch.setattr(launchers, "layout_attention_bwd_kv_kernel", Kept())
+    monkeypatch.setattr(configs, "splitting", lambda table, *_: replace(table, splits=splits))
+    run(CASE["head-dim-80"], "range", inputs, monkeypatch)
+    ((_, given),) = seen
+    places = given[8]
+    listed = (
+        places[:, :, LISTED.value :].flatten(2).cpu()
+    )  # of rows' largest scores, and of smallest
+    count = 2 * inputs.q.shape[2]
+    for begin, end in pairwise(count * share // splits for share in range(splits + 1)):
+        own = listed[..., begin:end].sort().values
+        assert torch.equal(own, torch.arange(begin, end, dtype=torch.int32).expand_as(own))
 
 
 def test_what_delta_has_missed_is_taken_back() -> None:
