@@ -80,7 +80,8 @@ def neighbours(table: Config, fixed: tuple[str, ...] = ()) -> list[Config]:
     if table.specialised:  # other rows do not part into groups of warps
         keys = 64 if table.BLOCK_N == 128 else 128
         other = replace(table, BLOCK_N=keys, num_stages=256 // keys)  # 256 keys on chip
-        return [table, other, replace(table, num_stages=2)]
+        fewer = range(table.num_stages - 1, 1, -1)
+        return [table, other, *(replace(table, num_stages=stages) for stages in fewer)]
     other: dict[str, list[int | bool]] = {}
     for field in fields(table):
         now = getattr(table, field.name)

@@ -198,12 +198,13 @@ def test_what_is_compiled_is_what_is_launched() -> None:
 
 
 def test_groups_of_warps_keep_their_rows() -> None:
-    """Tried beside the table: tiles of twice or half as many keys, and two stages."""
+    """Tried beside the table: tiles of twice or half as many keys, and fewer stages."""
     for config in configs.SPECIALISED["sm_90"].values():
         around = autotune.neighbours(config)
         assert around[0] == config
         tiles = [(x.BLOCK_N, x.num_stages) for x in around]
-        assert tiles in ([(128, 3), (64, 4), (128, 2)], [(64, 3), (128, 2), (64, 2)])
+        narrow, wide = [(128, 4), (64, 4), (128, 3), (128, 2)], [(64, 3), (128, 2), (64, 2)]
+        assert tiles in (narrow, wide)
         assert {(x.BLOCK_M, x.num_warps, x.specialised) for x in around} == {(128, 4, True)}
 
 

@@ -98,7 +98,7 @@ def test_hashes_are_those_of_the_sources() -> None:
         for path in folder.rglob("*.py")
     }
     assert kernel_hashes() == hashes
-    assert len(hashes) == 29
+    assert len(hashes) == 30
 
 
 def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
